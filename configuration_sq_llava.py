@@ -1,0 +1,187 @@
+"""Configuration of SQ-LLaVA: a CLIP or SigLIP vision tower, a prototype extractor, a projector and a causal LM.
+
+SQ-LLaVA: *Self-Questioning for Large Vision-Language Assistant* (ECCV 2024, https://arxiv.org/abs/2403.11299).
+One class covers three systems: `prototype_variant="none"` with `projector_type="mlp2x"` is LLaVA-1.5, with
+`projector_type="linear"` it is LLaVA.
+
+    >>> from transformers import AutoConfig
+    >>> config = AutoConfig.from_pretrained("org/sq-llava-7b", trust_remote_code=True)
+"""
+
+from typing import Literal, get_args
+
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
+
+
+PrototypeVariant = Literal["paper", "released", "none"]
+ProjectorType = Literal["mlp2x", "linear"]
+SelectStrategy = Literal["default", "full"]
+
+# CLIP ViT-L/14-336 and Vicuna-7B v1.5, whose vocabulary of 32,000 is followed by `<image>`, `[vusr]` and `<pad>` and
+# padded to a multiple of 64.
+CLIP_VIT_L_14_336 = {
+    "model_type": "clip_vision_model",
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "image_size": 336,
+    "patch_size": 14,
+    "projection_dim": 768,
+}
+VICUNA_7B = {"model_type": "llama", "vocab_size": 32064, "max_position_embeddings": 4096, "rms_norm_eps": 1e-5}
+VISION_MODEL_TYPES = ("clip_vision_model", "siglip_vision_model")
+
+# The code travels with every saved checkpoint, so the entries never name another repository. `AutoModel` gives a model
+# that can generate (see `SQLlavaAutoModel`).
+AUTO_MAP = {
+    "AutoConfig": "configuration_sq_llava.SQLlavaConfig",
+    "AutoModel": "modeling_sq_llava.SQLlavaAutoModel",
+    "AutoModelForImageTextToText": "modeling_sq_llava.SQLlavaForConditionalGeneration",
+    "AutoModelForMultimodalLM": "modeling_sq_llava.SQLlavaForConditionalGeneration",
+}
+
+
+class SQLlavaConfig(PreTrainedConfig):
+    r"""
+    Args:
+        vision_config (`dict` or `PreTrainedConfig`, *optional*):
+            A `clip_vision_model` or `siglip_vision_model` configuration. Default: CLIP ViT-L/14-336.
+        text_config (`dict` or `PreTrainedConfig`, *optional*):
+            Any causal language model of transformers. Default: Vicuna-7B v1.5.
+        prototype_variant (`str`, defaults to `"paper"`):
+            `"paper"`: the extractor as the paper states it (learned prototypes). `"released"`: as the authors'
+            checkpoints need it (prototypes pooled from the image). `"none"`: no extractor.
+        num_prototypes (`int`, defaults to 256):
+            K, the number of prototypes (cluster centres).
+        num_prototype_iterations (`int`, defaults to 2):
+            T, the number of EM iterations.
+        projector_type (`str`, defaults to `"mlp2x"`):
+            `"mlp2x"`: two linear layers with an activation between. `"linear"`: one linear layer.
+        projector_hidden_act (`str`, *optional*):
+            Activation of the MLP. Default: `"quick_gelu"` for the `"released"` variant, else `"gelu"`.
+        vision_feature_layer (`int`, defaults to -2):
+            Index into the vision tower's hidden states (0 is the embeddings' output, -1 the last layer's). The layers
+            above it are never run.
+        vision_feature_select_strategy (`str`, *optional*):
+            `"default"` drops the CLS token, `"full"` keeps every token. Default: `"default"` for CLIP, `"full"` for
+            SigLIP, which has no CLS token.
+        image_token_id (`int`, defaults to 32000):
+            Id of the `<image>` placeholder.
+        vusr_token_id (`int`, *optional*, defaults to 32001):
+            Id of `[vusr]`, the marker of a turn in which the model asks; `None` where the marker is plain text, as
+            in the released checkpoints.
+        image_seq_length (`int`, *optional*):
+            Number of tokens of one image. It follows from the vision configuration, and is checked if given.
+        tie_word_embeddings (`bool`, *optional*):
+            Whether the LM head shares the input embeddings. Default: as `text_config` says.
+        initializer_range (`float`, defaults to 0.02):
+            Standard deviation of new weights of the extractor and the projector.
+    """
+
+    model_type = "sq_llava"
+    sub_configs = {"vision_config": AutoConfig, "text_config": AutoConfig}
+
+    vision_config: dict | PreTrainedConfig | None = None
+    text_config: dict | PreTrainedConfig | None = None
+    prototype_variant: PrototypeVariant = "paper"
+    num_prototypes: int = 256
+    num_prototype_iterations: int = 2
+    projector_type: ProjectorType = "mlp2x"
+    projector_hidden_act: str | None = None
+    vision_feature_layer: int = -2
+    vision_feature_select_strategy: SelectStrategy | None = None
+    image_token_id: int = 32000
+    vusr_token_id: int | None = 32001
+    image_seq_length: int | None = None
+    tie_word_embeddings: bool | None = None
+    initializer_range: float = 0.02
+
+    def __post_init__(self, **kwargs):
+        self.vision_config = _sub_config("vision_config", self.vision_config, CLIP_VIT_L_14_336)
+        self.text_config = _sub_config("text_config", self.text_config, VICUNA_7B)
+        if self.vision_config.model_type not in VISION_MODEL_TYPES:
+            raise ValueError(
+                f"vision_config.model_type is {self.vision_config.model_type!r}: SQ-LLaVA takes "
+                f"{' or '.join(VISION_MODEL_TYPES)}. Pass the vision part of a CLIP or SigLIP configuration."
+            )
+        _check_choice("prototype_variant", self.prototype_variant, PrototypeVariant)
+        _check_choice("projector_type", self.projector_type, ProjectorType)
+        _check_positive_int("num_prototypes", self.num_prototypes)
+        _check_positive_int("num_prototype_iterations", self.num_prototype_iterations)
+        _check_token_id("image_token_id", self.image_token_id)
+        if self.vusr_token_id is not None:
+            _check_token_id("vusr_token_id", self.vusr_token_id)
+        if self.projector_hidden_act is None:
+            self.projector_hidden_act = "quick_gelu" if self.prototype_variant == "released" else "gelu"
+        self._check_vision_features()
+        if self.tie_word_embeddings is None:
+            self.tie_word_embeddings = bool(self.text_config.tie_word_embeddings)
+        kwargs["auto_map"] = dict(AUTO_MAP)
+        super().__post_init__(**kwargs)
+
+    def _check_vision_features(self):
+        num_layers = self.vision_config.num_hidden_layers
+        layer = self.vision_feature_layer
+        if type(layer) is not int or not -num_layers - 1 <= layer <= num_layers:
+            raise ValueError(
+                f"vision_feature_layer is {layer!r}: the vision tower has {num_layers} layers, so it is an int from "
+                f"{-num_layers - 1} to {num_layers}."
+            )
+        has_cls = self.vision_config.model_type == "clip_vision_model"
+        if self.vision_feature_select_strategy is None:
+            self.vision_feature_select_strategy = "default" if has_cls else "full"
+        _check_choice("vision_feature_select_strategy", self.vision_feature_select_strategy, SelectStrategy)
+        if self.vision_feature_select_strategy == "default" and not has_cls:
+            raise ValueError(
+                "vision_feature_select_strategy is 'default', which drops the CLS token, but a SigLIP vision tower "
+                "has none: use 'full'."
+            )
+        image_seq_length = (self.vision_config.image_size // self.vision_config.patch_size) ** 2
+        image_seq_length += int(has_cls and self.vision_feature_select_strategy == "full")
+        if self.image_seq_length is None:
+            self.image_seq_length = image_seq_length
+        elif self.image_seq_length != image_seq_length:
+            raise ValueError(
+                f"image_seq_length is {self.image_seq_length}, but the vision tower gives {image_seq_length} tokens an "
+                "image: leave it out, it follows from vision_config and vision_feature_select_strategy."
+            )
+
+    @property
+    def num_vision_layers_used(self) -> int:
+        """Number of vision layers that `vision_feature_layer` needs, counted from the first."""
+        layer = self.vision_feature_layer
+        return layer if layer >= 0 else self.vision_config.num_hidden_layers + 1 + layer
+
+
+def _sub_config(name: str, value: dict | PreTrainedConfig | None, default: dict) -> PreTrainedConfig:
+    if isinstance(value, PreTrainedConfig):
+        return value
+    if value is None:
+        value = default
+    if not isinstance(value, dict):
+        raise TypeError(f"{name} is {value!r}: give a dict, a configuration object, or leave it out.")
+    fields = {"model_type": default["model_type"], **value}
+    if fields["model_type"] not in CONFIG_MAPPING:
+        raise ValueError(f"{name}.model_type is {fields['model_type']!r}, which this transformers does not know.")
+    return CONFIG_MAPPING[fields["model_type"]](**fields)
+
+
+def _check_choice(name: str, value, literal):
+    if value not in get_args(literal):
+        raise ValueError(f"{name} is {value!r}: choose one of {', '.join(map(repr, get_args(literal)))}.")
+
+
+def _check_positive_int(name: str, value):
+    if type(value) is not int or value < 1:
+        raise ValueError(f"{name} is {value!r}: give an int of at least 1.")
+
+
+def _check_token_id(name: str, value):
+    if type(value) is not int or value < 0:
+        raise ValueError(f"{name} is {value!r}: give a token id, an int of at least 0.")
+
+
+SQLlavaConfig.register_for_auto_class()
+
+__all__ = ["SQLlavaConfig"]

@@ -1,0 +1,510 @@
+"""SQ-LLaVA: vision tower -> prototype extractor -> projector -> causal language model.
+
+*SQ-LLaVA: Self-Questioning for Large Vision-Language Assistant*, ECCV 2024, https://arxiv.org/abs/2403.11299.
+
+    >>> from transformers import AutoModel
+    >>> model = AutoModel.from_pretrained("org/sq-llava-7b", trust_remote_code=True)
+
+Shape suffixes: B images, N image tokens, D vision width, K prototypes, H language model width.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import AutoModel, Cache, GenerationMixin, PreTrainedModel
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, ModelOutput
+from transformers.utils import can_return_tuple, torch_compilable_check
+
+
+# In a Hub repository this file is part of a package, in a source checkout it is a top-level module.
+try:
+    from .configuration_sq_llava import SQLlavaConfig
+except ImportError:
+    from configuration_sq_llava import SQLlavaConfig
+
+
+@dataclass
+class SQLlavaModelOutputWithPast(BaseModelOutputWithPast):
+    """
+    image_hidden_states (`torch.Tensor` of shape `(num_images, image_seq_length, hidden_size)`, *optional*):
+        The image tokens, after the projector.
+    """
+
+    image_hidden_states: torch.Tensor | None = None
+
+
+@dataclass
+class SQLlavaCausalLMOutputWithPast(ModelOutput):
+    """
+    loss (`torch.Tensor` of shape `()`, *optional*, returned when `labels` is given):
+        Mean next-token cross entropy over the labelled tokens.
+    logits (`torch.Tensor` of shape `(batch_size, sequence_length, vocab_size)`):
+        Scores of the next token before the softmax.
+    past_key_values, hidden_states, attentions: as in the language model's output.
+    image_hidden_states (`torch.Tensor` of shape `(num_images, image_seq_length, hidden_size)`, *optional*):
+        The image tokens, after the projector.
+    """
+
+    loss: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
+    past_key_values: Cache | None = None
+    hidden_states: tuple[torch.Tensor] | None = None
+    attentions: tuple[torch.Tensor] | None = None
+    image_hidden_states: torch.Tensor | None = None
+
+
+class UpcastLinear(nn.Linear):
+    """A linear layer that computes in the precision of its input: float32 clustering with bfloat16 weights."""
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        return F.linear(inputs, self.weight.to(inputs.dtype), self.bias.to(inputs.dtype))
+
+
+def _at_least_float32(features: torch.Tensor) -> torch.Tensor:
+    # In half precision nearly all prototypes tie before training, and the assignment would be decided by rounding.
+    return features.to(torch.promote_types(features.dtype, torch.float32))
+
+
+class SQLlavaPaperPrototypeExtractor(nn.Module):
+    r"""The prototype extractor as the paper states it (section 3.2): K learned prototypes refined by T EM iterations.
+
+        E-step   M(t)   = softmax(q(C(t)) k(Z)^T / sqrt(D))        [B, K, N]
+        M-step   C(t+1) = (M(t) v(Z)) / (mass of M(t))             [B, K, D]
+        spread   Z     <- Z + z((1/K) cos(C, Z)^T C)               [B, N, D]
+
+    The paper states neither the axis of the softmax nor a temperature. Here it is read as EM: the softmax runs over
+    the K prototypes, so each token spreads a mass of one over them; each prototype's update is divided by the mass
+    it received, so it is a weighted mean of values; and the logits are scaled by 1/sqrt(D), as in attention.
+    """
+
+    def __init__(self, config: SQLlavaConfig):
+        super().__init__()
+        width = config.vision_config.hidden_size
+        self.num_iterations = config.num_prototype_iterations
+        self.prototypes = nn.Parameter(torch.empty(config.num_prototypes, width))
+        self.q = UpcastLinear(width, width)
+        self.k = UpcastLinear(width, width)
+        self.v = UpcastLinear(width, width)
+        self.z = UpcastLinear(width, width)
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        """
+        Args:
+            features (`torch.Tensor` of shape `(B, N, D)`): Vision features, any floating dtype.
+
+        Returns:
+            `torch.Tensor` of shape `(B, N, D)` and the dtype of `features`. Computed in float32 or better.
+        """
+        with torch.autocast(features.device.type, enabled=False):
+            tokens_BND = _at_least_float32(features)
+            keys_BND, values_BND = self.k(tokens_BND), self.v(tokens_BND)
+            prototypes = self.prototypes.to(tokens_BND.dtype)  # [K, D], from the first iteration on [B, K, D]
+            for _ in range(self.num_iterations):
+                queries = self.q(prototypes) * tokens_BND.shape[-1] ** -0.5
+                assignment_BKN = (queries @ keys_BND.mT).softmax(dim=1)
+                mass_BK1 = assignment_BKN.sum(dim=-1, keepdim=True)
+                tiny = torch.finfo(mass_BK1.dtype).tiny
+                prototypes = (assignment_BKN @ values_BND) / mass_BK1.clamp_min(tiny)
+            similarity_BKN = F.normalize(prototypes, dim=-1) @ F.normalize(tokens_BND, dim=-1).mT
+            context_BND = similarity_BKN.mT @ prototypes / prototypes.shape[1]
+            return (tokens_BND + self.z(context_BND)).to(features.dtype)
+
+
+class SQLlavaReleasedPrototypeExtractor(nn.Module):
+    r"""The prototype extractor as in the authors' code, with its quirks: what the released checkpoints need.
+
+        value = v(x),  feature = f(x),  C = pool_K(x),  Cf = pool_K(feature)           pool: adaptive average over N
+        T times:  C <- c(C);  S = softmax_K((C / |C|_D) (value / |value|_N)^T);  C <- S feature
+        w       = sigmoid(beta + alpha cos(C, x)), kept for the best prototype of each token only
+        y       = x + w A[best],   A = (sum of w feature over the members + Cf) / (members + 1)
+
+    The values are normalised over the tokens, not the channels; the M-step does not divide by the mass; `c` is applied
+    again in each iteration. The authors' code builds `[B, K, N, D]` tensors for the last two lines; the one winning
+    prototype per token makes them a matrix product and a gather here.
+    """
+
+    def __init__(self, config: SQLlavaConfig):
+        super().__init__()
+        width = config.vision_config.hidden_size
+        self.num_prototypes = config.num_prototypes
+        self.num_iterations = config.num_prototype_iterations
+        self.c = UpcastLinear(width, width)
+        self.v = UpcastLinear(width, width)
+        self.f = UpcastLinear(width, width)
+        self.sim_alpha = nn.Parameter(torch.ones(1, 1, 1))
+        self.sim_beta = nn.Parameter(torch.zeros(1, 1, 1))
+        # Released checkpoints hold a layer norm that their forward pass never applies.
+        self.register_load_state_dict_pre_hook(_drop_unused_layer_norm)
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        """
+        Args:
+            features (`torch.Tensor` of shape `(B, N, D)`): Vision features, any floating dtype.
+
+        Returns:
+            `torch.Tensor` of shape `(B, N, D)` and the dtype of `features`. Computed in float32 or better.
+        """
+        with torch.autocast(features.device.type, enabled=False):
+            tokens_BND = _at_least_float32(features)
+            feature_BND = self.f(tokens_BND)
+            prototypes_BKD = self._cluster(tokens_BND, feature_BND)
+            cosine_BKN = F.normalize(prototypes_BKD, dim=-1) @ F.normalize(tokens_BND, dim=-1).mT
+            similarity_BKN = torch.sigmoid(
+                self.sim_beta.to(cosine_BKN.dtype) + self.sim_alpha.to(cosine_BKN.dtype) * cosine_BKN
+            )
+            weight_BN1, best_BN1 = (t.unsqueeze(-1) for t in similarity_BKN.max(dim=1))
+            best_BND = best_BN1.expand_as(tokens_BND)
+
+            aggregate_BKD = self._pool(feature_BND).scatter_add(1, best_BND, weight_BN1 * feature_BND)
+            members_BK1 = torch.zeros_like(aggregate_BKD[..., :1]).scatter_add(1, best_BN1, torch.ones_like(weight_BN1))
+            aggregate_BKD = aggregate_BKD / (members_BK1 + 1)
+            return (tokens_BND + weight_BN1 * aggregate_BKD.gather(1, best_BND)).to(features.dtype)
+
+    def _cluster(self, tokens_BND: torch.Tensor, feature_BND: torch.Tensor) -> torch.Tensor:
+        value_BND = F.normalize(self.v(tokens_BND), dim=1)
+        prototypes_BKD = self._pool(tokens_BND)
+        for _ in range(self.num_iterations):
+            prototypes_BKD = self.c(prototypes_BKD)
+            assignment_BKN = (F.normalize(prototypes_BKD, dim=-1) @ value_BND.mT).softmax(dim=1)
+            prototypes_BKD = assignment_BKN @ feature_BND
+        return prototypes_BKD
+
+    def _pool(self, tokens_BND: torch.Tensor) -> torch.Tensor:
+        return F.adaptive_avg_pool1d(tokens_BND.mT, self.num_prototypes).mT
+
+
+def _drop_unused_layer_norm(module, state_dict, prefix, *args):
+    state_dict.pop(f"{prefix}ln_1.weight", None)
+    state_dict.pop(f"{prefix}ln_1.bias", None)
+
+
+PROTOTYPE_EXTRACTORS = {
+    "paper": SQLlavaPaperPrototypeExtractor,
+    "released": SQLlavaReleasedPrototypeExtractor,
+}
+
+
+class SQLlavaMultiModalProjector(nn.Module):
+    """Maps vision features `(B, N, D)` to image tokens `(B, N, H)`: two linear layers, or one (`"linear"`)."""
+
+    def __init__(self, config: SQLlavaConfig):
+        super().__init__()
+        width = config.text_config.hidden_size
+        self.linear_1 = nn.Linear(config.vision_config.hidden_size, width)
+        if config.projector_type == "mlp2x":
+            self.act = ACT2FN[config.projector_hidden_act]
+            self.linear_2 = nn.Linear(width, width)
+        else:
+            self.act = self.linear_2 = nn.Identity()
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        # An adapter may hold this module in float32 inside a bfloat16 model.
+        features = features.to(self.linear_1.weight.dtype)
+        return self.linear_2(self.act(self.linear_1(features)))
+
+
+class SQLlavaPreTrainedModel(PreTrainedModel):
+    config: SQLlavaConfig
+    config_class = SQLlavaConfig
+    base_model_prefix = "model"
+    input_modalities = ("image", "text")
+    supports_gradient_checkpointing = True
+    _skip_keys_device_placement = ["past_key_values"]
+    _no_split_modules = [
+        "SQLlavaPaperPrototypeExtractor",
+        "SQLlavaReleasedPrototypeExtractor",
+        "SQLlavaMultiModalProjector",
+    ]
+    _keys_to_ignore_on_load_unexpected = [r"prototype_extractor\.ln_1\."]
+
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module):
+        super()._init_weights(module)
+        if isinstance(module, SQLlavaPaperPrototypeExtractor):
+            init.normal_(module.prototypes, mean=0.0, std=1.0)
+        elif isinstance(module, SQLlavaReleasedPrototypeExtractor):
+            init.ones_(module.sim_alpha)
+            init.zeros_(module.sim_beta)
+
+
+class SQLlavaModel(SQLlavaPreTrainedModel):
+    """The model without a language modelling head."""
+
+    def __init__(self, config: SQLlavaConfig):
+        super().__init__(config)
+        self.vision_tower = AutoModel.from_config(config.vision_config)
+        if config.prototype_variant == "none":
+            self.prototype_extractor = nn.Identity()
+        else:
+            self.prototype_extractor = PROTOTYPE_EXTRACTORS[config.prototype_variant](config)
+        self.multi_modal_projector = SQLlavaMultiModalProjector(config)
+        self.language_model = AutoModel.from_config(config.text_config)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.language_model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module):
+        self.language_model.set_input_embeddings(value)
+
+    def get_vision_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """
+        Runs the vision tower up to `config.vision_feature_layer`; the layers above it, and a pooling head, are not run.
+
+        Args:
+            pixel_values (`torch.Tensor` of shape `(B, channels, height, width)`): Processed images.
+
+        Returns:
+            `torch.Tensor` of shape `(B, N, D)`.
+        """
+        tower = self.vision_tower
+        patch_weight = tower.embeddings.patch_embedding.weight
+        # Weights that are offloaded stand on the meta device; their hooks move the inputs.
+        device = pixel_values.device if patch_weight.device.type == "meta" else patch_weight.device
+        hidden_states = tower.embeddings(pixel_values.to(device=device, dtype=patch_weight.dtype))
+        if self.config.vision_config.model_type == "clip_vision_model":
+            hidden_states = tower.pre_layrnorm(hidden_states)
+        for layer in tower.encoder.layers[: self.config.num_vision_layers_used]:
+            hidden_states = layer(hidden_states, None)
+        if self.config.vision_feature_select_strategy == "default":
+            hidden_states = hidden_states[:, 1:]
+        return hidden_states
+
+    @can_return_tuple
+    def get_image_features(self, pixel_values: torch.Tensor, **kwargs) -> tuple | BaseModelOutputWithPooling:
+        """
+        Args:
+            pixel_values (`torch.Tensor` of shape `(num_images, channels, height, width)`): Processed images.
+
+        Returns:
+            `BaseModelOutputWithPooling`: `last_hidden_state` `(num_images, N, D)`, the vision features;
+            `pooler_output` `(num_images, N, H)`, the image tokens that take the place of the placeholders.
+        """
+        features = self.get_vision_features(pixel_values)
+        image_tokens = self.multi_modal_projector(self.prototype_extractor(features))
+        return BaseModelOutputWithPooling(last_hidden_state=features, pooler_output=image_tokens)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        pixel_values: torch.FloatTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
+        **kwargs,
+    ) -> tuple | SQLlavaModelOutputWithPast:
+        """
+        Args:
+            input_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`):
+                Token ids, with `config.image_seq_length` placeholders `config.image_token_id` for each image.
+            pixel_values (`torch.FloatTensor` of shape `(num_images, channels, height, width)`, *optional*):
+                All images of the batch, in the order of their placeholders.
+            mm_encoder_outputs (`dict`, *optional*):
+                `{"image": output of get_image_features}`, instead of `pixel_values`: images that were encoded before.
+            The rest as in the language model.
+
+        Raises:
+            ValueError: if the numbers of placeholders and of image features differ, or one is without the other.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("Give exactly one of input_ids and inputs_embeds.")
+        image_outputs = (mm_encoder_outputs or {}).get("image")
+        if pixel_values is not None:
+            if image_outputs is not None:
+                raise ValueError("Give pixel_values or mm_encoder_outputs, not both.")
+            image_outputs = self.get_image_features(pixel_values, return_dict=True)
+
+        placeholders = self._find_placeholders(input_ids, inputs_embeds, needed=image_outputs is not None)
+        if inputs_embeds is None:
+            # The placeholder's id may lie outside of the language model's vocabulary.
+            text_ids = input_ids if placeholders is None else input_ids.masked_fill(placeholders, 0)
+            inputs_embeds = self.get_input_embeddings()(text_ids)
+
+        image_tokens = None
+        if image_outputs is not None:
+            image_tokens = self._as_one_tensor(image_outputs.pooler_output).to(inputs_embeds)
+            num_placeholders, num_features = placeholders.sum(), image_tokens.shape[:-1].numel()
+            torch_compilable_check(
+                num_placeholders == num_features,
+                lambda: (
+                    "Image features and image tokens do not match: the text has "
+                    f"{int(num_placeholders)} image tokens, the images have {num_features} features. "
+                    f"Each image takes {self.config.image_seq_length} image tokens."
+                ),
+            )
+            inputs_embeds = inputs_embeds.masked_scatter(placeholders.unsqueeze(-1), image_tokens)
+        elif self.training and torch.is_grad_enabled() and past_key_values is None:
+            inputs_embeds = inputs_embeds + self._vision_side_weighted_by_zero().to(inputs_embeds)
+
+        outputs = self.language_model(
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            **kwargs,
+        )
+        return SQLlavaModelOutputWithPast(
+            last_hidden_state=outputs.last_hidden_state,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            image_hidden_states=image_tokens,
+        )
+
+    def _find_placeholders(
+        self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None, needed: bool
+    ) -> torch.BoolTensor | None:
+        """The mask of the image placeholders `(batch_size, sequence_length)`; `None` if it can be done without."""
+        image_token_id = self.config.image_token_id
+        if input_ids is None:
+            if not needed:
+                return None
+            image_token_id = torch.full((), image_token_id, dtype=torch.long, device=inputs_embeds.device)
+            return (inputs_embeds == self.get_input_embeddings()(image_token_id)).all(dim=-1)
+        placeholders = input_ids == image_token_id
+        # One generated token at a time: looking at it would make the device wait at every step.
+        if not needed and input_ids.shape[1] > 1:
+            num_placeholders = placeholders.sum()
+            torch_compilable_check(
+                num_placeholders == 0,
+                lambda: (
+                    "Image features and image tokens do not match: the text has "
+                    f"{int(num_placeholders)} image tokens, but no pixel_values were given (0 features)."
+                ),
+            )
+        return placeholders
+
+    @staticmethod
+    def _as_one_tensor(pooler_output: torch.Tensor | list[torch.Tensor]) -> torch.Tensor:
+        return pooler_output if isinstance(pooler_output, torch.Tensor) else torch.stack(tuple(pooler_output))
+
+    def _vision_side_weighted_by_zero(self) -> torch.Tensor:
+        # A process whose micro-batch is text-only must still give every trained weight a gradient, else the others
+        # wait for it forever (DDP, FSDP, ZeRO): https://github.com/deepspeedai/DeepSpeed/issues/7170.
+        vision = self.config.vision_config
+        blank_image = torch.zeros(1, vision.num_channels, vision.image_size, vision.image_size, device=self.device)
+        return self.get_image_features(blank_image, return_dict=True).pooler_output.mean() * 0.0
+
+
+class SQLlavaForConditionalGeneration(SQLlavaPreTrainedModel, GenerationMixin):
+    """The whole model: answers and asks, by `generate`."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
+
+    def __init__(self, config: SQLlavaConfig):
+        super().__init__(config)
+        text_config = config.text_config
+        self.model = SQLlavaModel(config)
+        # Phi-1 and Phi-2 are the one family with a bias here.
+        self.lm_head = nn.Linear(text_config.hidden_size, text_config.vocab_size, bias=text_config.model_type == "phi")
+        self.post_init()
+        # The markers are input only. An <image> that were generated (or proposed as a draft token by prompt look-up
+        # decoding, which copies from the prompt) would have no pixels.
+        markers = [config.image_token_id, config.vusr_token_id]
+        self.generation_config.suppress_tokens = [token_id for token_id in markers if token_id is not None]
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module):
+        self.model.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.lm_head
+
+    def set_output_embeddings(self, value: nn.Module):
+        self.lm_head = value
+
+    def get_image_features(self, pixel_values: torch.Tensor, **kwargs) -> tuple | BaseModelOutputWithPooling:
+        """See [`SQLlavaModel.get_image_features`]."""
+        return self.model.get_image_features(pixel_values, **kwargs)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        pixel_values: torch.FloatTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
+        **kwargs,
+    ) -> tuple | SQLlavaCausalLMOutputWithPast:
+        """
+        Args:
+            labels (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
+                Token ids to predict, -100 where there is no loss; shifted inside.
+            logits_to_keep (`int` or `torch.Tensor`, *optional*):
+                Number of last positions, or the positions, to compute logits for; 0 for all.
+            The rest as in [`SQLlavaModel`].
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            pixel_values=pixel_values,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            mm_encoder_outputs=mm_encoder_outputs,
+            **kwargs,
+        )
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, kept, :])
+        softcapping = getattr(self.config.text_config, "final_logit_softcapping", None)  # Gemma 2 and 3
+        if softcapping is not None:
+            logits = softcapping * torch.tanh(logits / softcapping)
+
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits, labels, vocab_size=self.config.text_config.vocab_size, **kwargs)
+        return SQLlavaCausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            image_hidden_states=outputs.image_hidden_states,
+        )
+
+
+class SQLlavaAutoModel(SQLlavaModel):
+    """
+    What `AutoModel` maps to. People load a checkpoint with `AutoModel.from_pretrained` and expect to generate, so that
+    gives a [`SQLlavaForConditionalGeneration`]; inference engines (vLLM) build the headless base with
+    `AutoModel.from_config`, and get a [`SQLlavaModel`].
+    """
+
+    @classmethod
+    def from_pretrained(cls, *args, **kwargs):
+        return SQLlavaForConditionalGeneration.from_pretrained(*args, **kwargs)
+
+    @classmethod
+    def _from_config(cls, config, **kwargs):
+        return SQLlavaModel._from_config(config, **kwargs)
+
+
+SQLlavaForConditionalGeneration.register_for_auto_class("AutoModelForImageTextToText")
+
+__all__ = [
+    "SQLlavaAutoModel",
+    "SQLlavaForConditionalGeneration",
+    "SQLlavaModel",
+    "SQLlavaPreTrainedModel",
+]

@@ -1,0 +1,231 @@
+"""Processor of SQ-LLaVA: images to square pixels, conversations to token ids and to the mask of what is in the loss.
+
+    >>> from transformers import AutoProcessor
+    >>> processor = AutoProcessor.from_pretrained("org/sq-llava-7b", trust_remote_code=True)
+    >>> messages = [
+    ...     {"role": "user", "content": [{"type": "image", "path": "dog.png"}, {"type": "text", "text": "What is it?"}]},
+    ...     {"role": "assistant", "content": "A dog."},
+    ...     {"role": "vusr", "content": "What is it doing?"},
+    ...     {"role": "assistant", "content": "Running."},
+    ... ]
+    >>> print(processor.apply_chat_template(messages))
+    <s>SYSTEM USER: <image>
+    What is it? ASSISTANT: A dog.</s>[vusr] What is it doing?</s> ASSISTANT: Running.</s>
+
+In the loss are the answers, the questions of `vusr` turns, and the delimiter after each; so says
+`apply_chat_template(..., return_assistant_tokens_mask=True)`.
+"""
+
+import json
+from typing import Literal, get_args
+
+from transformers import AddedToken, LlavaImageProcessorPil, ProcessorMixin
+from transformers.processing_utils import MultiModalData
+from transformers.utils import is_torchvision_available
+
+
+ImageAspectRatio = Literal["pad", "crop"]
+
+IMAGE_TOKEN = "<image>"
+VUSR_TOKEN = "[vusr]"
+PAD_TOKEN = "<pad>"
+# Section 3.1 of the paper, https://arxiv.org/abs/2403.11299.
+SYSTEM_MESSAGE = (
+    "The assistant gives helpful, detailed, and polite answers to the user's questions. Also, the assistant is a "
+    "curious virtual user can ask complex questions that are relevant to the content in the image."
+)
+
+TEMPLATE_HEADER = "{#- SQ-LLaVA: written by SQLlavaProcessor from its settings -#}\n"
+# `{% generation %}` marks what is in the loss. A user turn flagged `self_question` is a vusr turn. `plain=True` gives
+# the caption layout of stage 1, `ask=True` lets the prompt end in the vusr marker.
+TEMPLATE_BODY = r"""
+{%- macro text_of(message, images_only=false) -%}
+    {%- set content = message['content'] -%}
+    {%- set parts = [{'type': 'text', 'text': content}] if content is string else content -%}
+    {%- set ns = namespace(text='', typed='') -%}
+    {%- for part in parts -%}
+        {%- if part['type'] == 'image' -%}
+            {%- if message['role'] not in ['user', 'system'] or message['self_question'] -%}
+                {{- raise_exception("An image stands in a turn of role '" ~ message['role'] ~ "'" ~
+                    (" flagged self_question" if message['self_question'] else "") ~
+                    ": what the model says cannot hold images. Put it into a user turn.") -}}
+            {%- endif -%}
+            {%- set ns.text = ns.text ~ image_token ~ ('' if ns.typed or images_only else '\n') -%}
+        {%- elif part['type'] == 'text' -%}
+            {%- set ns.typed = ns.typed ~ part['text'] -%}
+            {%- if not images_only -%}
+                {%- set ns.text = ns.text ~ part['text'] -%}
+            {%- endif -%}
+        {%- else -%}
+            {{- raise_exception("Content of type '" ~ part['type'] ~ "': only 'text' and 'image' are supported.") -}}
+        {%- endif -%}
+    {%- endfor -%}
+    {%- for token in control_tokens -%}
+        {%- if token in ns.typed -%}
+            {{- raise_exception("The text of a turn of role '" ~ message['role'] ~ "' contains '" ~ token ~
+                "', which is a control token of this model: remove it" ~
+                (", or give the image as {'type': 'image'}." if token == image_token else ".")) -}}
+        {%- endif -%}
+    {%- endfor -%}
+    {{- ns.text -}}
+{%- endmacro -%}
+
+{{- bos -}}
+{%- if plain -%}
+    {%- for message in messages -%}
+        {%- if message['role'] == 'assistant' -%}
+            {%- set text = text_of(message) -%}
+            {%- generation -%}{{- text ~ '\n' -}}{%- endgeneration -%}
+        {%- else -%}
+            {{- text_of(message, images_only=true) -}}
+        {%- endif -%}
+    {%- endfor -%}
+{%- else -%}
+    {%- set has_system = messages and messages[0]['role'] == 'system' -%}
+    {%- set system = text_of(messages[0]) if has_system else system_message -%}
+    {{- system -}}
+    {%- for message in (messages[1:] if has_system else messages) -%}
+        {%- set text = text_of(message) -%}
+        {%- set space = ' ' if loop.first and system else '' -%}
+        {%- if message['role'] == 'vusr' or message['role'] == 'user' and message['self_question'] -%}
+            {{- space ~ vusr_marker -}}
+            {%- generation -%}{{- ' ' ~ text ~ eos_token -}}{%- endgeneration -%}
+        {%- elif message['role'] == 'user' -%}
+            {{- space ~ user_marker ~ ' ' ~ text -}}
+        {%- elif message['role'] == 'assistant' -%}
+            {{- ' ' ~ assistant_marker -}}
+            {%- generation -%}{{- ' ' ~ text ~ eos_token -}}{%- endgeneration -%}
+        {%- else -%}
+            {{- raise_exception("Role '" ~ message['role'] ~ "': the roles are system (first only), user, vusr and "
+                ~ "assistant.") -}}
+        {%- endif -%}
+    {%- endfor -%}
+    {%- if add_generation_prompt -%}
+        {{- vusr_marker if ask else ' ' ~ assistant_marker -}}
+    {%- endif -%}
+{%- endif -%}
+""".strip()
+
+
+class SQLlavaProcessor(ProcessorMixin):
+    r"""
+    Joins an image processor, a tokenizer and the chat template. Registers `<image>`, `[vusr]` and, where the tokenizer
+    has no padding token, `<pad>`; pads on the left, so that a batch generates what each prompt generates alone.
+
+    Args:
+        image_processor: The vision tower's image processor (CLIP or SigLIP), or the one of a saved SQ-LLaVA.
+        tokenizer: A fast tokenizer with an end-of-sequence token, the delimiter.
+        image_seq_length (`int`, defaults to 576): Number of tokens of one image, as in the model's configuration.
+        image_aspect_ratio (`str`, defaults to `"pad"`):
+            `"pad"`: pad to a square with the mean colour, then resize. `"crop"`: resize, then crop the centre.
+        system_message (`str`): Stands before the conversation, unless that begins with a system turn.
+        user_marker, assistant_marker (`str`): What a turn begins with; defaults as in Vicuna v1.
+        vusr_marker (`str`, defaults to `"[vusr]"`):
+            What a turn in which the model asks begins with. `"[vusr]"` is registered as a special token; any other
+            marker, such as `"VUSER:"` of the released checkpoints, is plain text.
+        chat_template (`str`, *optional*): A Jinja template; by default it is written from the settings above.
+    """
+
+    def __init__(
+        self,
+        image_processor=None,
+        tokenizer=None,
+        image_seq_length: int = 576,
+        image_aspect_ratio: ImageAspectRatio = "pad",
+        system_message: str = SYSTEM_MESSAGE,
+        user_marker: str = "USER:",
+        vusr_marker: str = VUSR_TOKEN,
+        assistant_marker: str = "ASSISTANT:",
+        chat_template: str | None = None,
+        **kwargs,
+    ):
+        if image_aspect_ratio not in get_args(ImageAspectRatio):
+            raise ValueError(f"image_aspect_ratio is {image_aspect_ratio!r}: choose 'pad' or 'crop'.")
+        if tokenizer.eos_token is None:
+            raise ValueError("The tokenizer has no eos_token, which ends every answer: set tokenizer.eos_token first.")
+        for name, marker in (("user", user_marker), ("vusr", vusr_marker), ("assistant", assistant_marker)):
+            if not marker or marker != marker.strip():
+                raise ValueError(f"{name}_marker is {marker!r}: it must not be empty, nor begin or end with a space.")
+        self.image_seq_length = image_seq_length
+        self.image_aspect_ratio = image_aspect_ratio
+        self.system_message = system_message
+        self.user_marker = user_marker
+        self.vusr_marker = vusr_marker
+        self.assistant_marker = assistant_marker
+        self._register_tokens(tokenizer)
+        self.image_token = IMAGE_TOKEN
+        self.image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+        self.vusr_token_id = tokenizer.convert_tokens_to_ids(VUSR_TOKEN) if vusr_marker == VUSR_TOKEN else None
+        if chat_template is None or chat_template.startswith(TEMPLATE_HEADER):
+            chat_template = self._write_chat_template(tokenizer)
+        tokenizer.chat_template = chat_template
+        image_processor = _square_image_processor(image_processor, image_aspect_ratio)
+        super().__init__(image_processor, tokenizer, chat_template=chat_template)
+
+    def _register_tokens(self, tokenizer):
+        new_tokens = [IMAGE_TOKEN] + [VUSR_TOKEN] * (self.vusr_marker == VUSR_TOKEN)
+        if tokenizer.pad_token is None:
+            new_tokens.append(PAD_TOKEN)
+        tokenizer.add_tokens([AddedToken(token, special=True, normalized=False) for token in new_tokens], True)
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = PAD_TOKEN
+        tokenizer.padding_side = "left"
+
+    def _write_chat_template(self, tokenizer) -> str:
+        # A processor adds special tokens to a rendered template by itself, trainers do not: so the template writes
+        # the beginning of the sequence, if this tokenizer begins with one.
+        begins_with_bos = tokenizer.bos_token_id is not None and tokenizer("a").input_ids[0] == tokenizer.bos_token_id
+        special_tokens = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+        settings = {
+            "bos": tokenizer.bos_token if begins_with_bos else "",
+            "system_message": self.system_message,
+            "user_marker": self.user_marker,
+            "vusr_marker": self.vusr_marker,
+            "assistant_marker": self.assistant_marker,
+            "image_token": IMAGE_TOKEN,
+            "control_tokens": sorted({IMAGE_TOKEN, VUSR_TOKEN, self.vusr_marker, tokenizer.eos_token, *special_tokens}),
+        }
+        lines = [f"{{%- set {name} = {json.dumps(value)} -%}}\n" for name, value in settings.items()]
+        return TEMPLATE_HEADER + "".join(lines) + TEMPLATE_BODY
+
+    def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs) -> str:
+        """The text that takes the place of the `image_idx`-th `<image>`: one placeholder for each image token."""
+        return self.image_token * self.image_seq_length
+
+    def _get_num_multimodal_tokens(self, image_sizes: list[list[int]] | None = None, **kwargs) -> MultiModalData:
+        """The number of placeholders of images of the given sizes; used by inference engines (vLLM)."""
+        if image_sizes is None:
+            return MultiModalData()
+        num_images = len(image_sizes)
+        return MultiModalData(
+            num_image_tokens=[self.image_seq_length] * num_images, num_image_patches=[1] * num_images
+        )
+
+
+def _square_image_processor(image_processor, image_aspect_ratio: ImageAspectRatio):
+    """LLaVA's image processor with the size, mean and interpolation of a CLIP or SigLIP one."""
+    if not type(image_processor).__name__.startswith("LlavaImageProcessor"):
+        size = image_processor.crop_size if image_processor.do_center_crop else image_processor.size
+        side = size["height"] if "height" in size else size["shortest_edge"]
+        image_processor = _llava_image_processor_class()(
+            size={"shortest_edge": side},
+            crop_size={"height": side, "width": side},
+            resample=image_processor.resample,
+            image_mean=image_processor.image_mean,
+            image_std=image_processor.image_std,
+        )
+    image_processor.do_pad = image_aspect_ratio == "pad"
+    return image_processor
+
+
+def _llava_image_processor_class():
+    if is_torchvision_available():
+        from transformers import LlavaImageProcessor
+
+        return LlavaImageProcessor
+    return LlavaImageProcessorPil
+
+
+SQLlavaProcessor.register_for_auto_class()
+
+__all__ = ["SQLlavaProcessor"]
