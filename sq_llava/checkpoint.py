@@ -3,5 +3,147 @@
     >>> model, processor = compose("openai/clip-vit-large-patch14-336", "lmsys/vicuna-7b-v1.5")
     >>> merge_adapter("runs/sq-llava-7b/stage2", "runs/sq-llava-7b/merged")
 
-What it does not do: convert released checkpoints as a whole.
+A folder is either a plain checkpoint (`config.json`, weights, processor, code) or a PEFT adapter
+(`adapter_config.json`, which names its base). What this module does not do: convert whole released checkpoints.
 """
+
+import json
+import os
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForCausalLM, AutoTokenizer
+
+from configuration_sq_llava import SQLlavaConfig
+from modeling_sq_llava import SQLlavaForConditionalGeneration
+from processing_sq_llava import SQLlavaProcessor
+
+
+# The vocabulary is padded to a multiple of this, so that the LM head's matrix product runs on whole tiles.
+VOCABULARY_MULTIPLE = 64
+
+RELEASED_PROJECTOR_KEYS = {"mlp.0": "linear_1", "mlp.2": "linear_2"}
+
+
+def rename_released_key(key: str) -> str:
+    """
+    The name in [`SQLlavaModel`] of a weight of the authors' `mm_projector`, which held the extractor and the MLP.
+
+        v.weight -> prototype_extractor.v.weight
+        sim_alpha -> prototype_extractor.sim_alpha
+        mlp.0.weight -> multi_modal_projector.linear_1.weight
+
+    `ln_1.*`, which the authors' forward pass never applies, keeps its name; loading drops it.
+    """
+    module, _, parameter = key.rpartition(".")
+    if module in RELEASED_PROJECTOR_KEYS:
+        return f"multi_modal_projector.{RELEASED_PROJECTOR_KEYS[module]}.{parameter}"
+    if module in {"c", "v", "f", "ln_1"} or key in {"sim_alpha", "sim_beta"}:
+        return f"prototype_extractor.{key}"
+    raise ValueError(
+        f"{key!r} is not a weight of the released prototype extractor or its MLP: expected c, v, f, ln_1, mlp.0, "
+        "mlp.2 (.weight, .bias), sim_alpha or sim_beta, without a prefix."
+    )
+
+
+def is_adapter(path: str | os.PathLike) -> bool:
+    """Whether a local folder holds a PEFT adapter rather than a whole checkpoint."""
+    return (Path(path) / "adapter_config.json").is_file()
+
+
+def base_of_adapter(path: str | os.PathLike) -> str:
+    """The path or Hub id of the checkpoint that an adapter stands on."""
+    base = json.loads((Path(path) / "adapter_config.json").read_text())["base_model_name_or_path"]
+    if Path(base).is_absolute() and not Path(base).is_dir():
+        raise FileNotFoundError(
+            f"{path}/adapter_config.json: base_model_name_or_path is {base}, which does not exist. Put the base model "
+            "back there, or write its new path into that field."
+        )
+    return base
+
+
+def compose(
+    vision_model: str,
+    text_model: str,
+    dtype: torch.dtype | str = "auto",
+    attn_implementation: str | None = None,
+    processor_kwargs: dict | None = None,
+    **config_kwargs,
+) -> tuple[SQLlavaForConditionalGeneration, SQLlavaProcessor]:
+    """
+    Builds a SQ-LLaVA from a vision model and a causal language model; the extractor and the projector are new.
+
+    Args:
+        vision_model (`str`): Path or Hub id of a CLIP or SigLIP model, whole or its vision part.
+        text_model (`str`): Path or Hub id of any causal language model of transformers.
+        dtype, attn_implementation: As for `from_pretrained`.
+        processor_kwargs (`dict`, *optional*): Settings of [`SQLlavaProcessor`]: `image_aspect_ratio`, ...
+        config_kwargs: Fields of [`SQLlavaConfig`]: `prototype_variant`, `num_prototypes`, ...
+
+    Returns:
+        The model, on the CPU, and its processor.
+    """
+    vision_config = AutoConfig.from_pretrained(vision_model)
+    vision_config = getattr(vision_config, "vision_config", vision_config)
+    text_model = AutoModelForCausalLM.from_pretrained(text_model, dtype=dtype, attn_implementation=attn_implementation)
+    tokenizer = AutoTokenizer.from_pretrained(text_model.name_or_path)
+    config = SQLlavaConfig(vision_config=vision_config, text_config=text_model.config, **config_kwargs)
+    processor = SQLlavaProcessor(
+        AutoImageProcessor.from_pretrained(vision_model),
+        tokenizer,
+        image_seq_length=config.image_seq_length,
+        **(processor_kwargs or {}),
+    )
+    if len(tokenizer) > text_model.config.vocab_size:
+        text_model.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=VOCABULARY_MULTIPLE)
+    text_model.config.pad_token_id = tokenizer.pad_token_id
+    config.image_token_id = processor.image_token_id
+    config.vusr_token_id = processor.vusr_token_id
+
+    model = SQLlavaForConditionalGeneration._from_config(
+        config, dtype=text_model.dtype, attn_implementation=attn_implementation
+    )
+    vision_tower = AutoModel.from_pretrained(vision_model, dtype=text_model.dtype)
+    model.model.vision_tower.load_state_dict(getattr(vision_tower, "vision_model", vision_tower).state_dict())
+    model.model.language_model.load_state_dict(text_model.base_model.state_dict())
+    model.lm_head.load_state_dict(text_model.get_output_embeddings().state_dict())
+    model.tie_weights()
+    model.generation_config.update(
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=text_model.generation_config.eos_token_id or tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return model, processor
+
+
+def load_checkpoint(path: str, **kwargs) -> tuple[SQLlavaForConditionalGeneration | PeftModel, SQLlavaProcessor]:
+    """
+    Loads a plain checkpoint (path or Hub id), or an adapter folder on its base, and the processor.
+
+    Args:
+        path (`str`): The folder, or a Hub id.
+        kwargs: As for `from_pretrained` of the model: `dtype`, `device_map`, `attn_implementation`, ...
+    """
+    processor = SQLlavaProcessor.from_pretrained(path)
+    if not is_adapter(path):
+        return SQLlavaForConditionalGeneration.from_pretrained(path, **kwargs), processor
+    base = SQLlavaForConditionalGeneration.from_pretrained(base_of_adapter(path), **kwargs)
+    return PeftModel.from_pretrained(base, path), processor
+
+
+def merge_adapter(adapter: str, output_dir: str) -> None:
+    """
+    Merges an adapter into its base and saves a plain checkpoint: weights, processor and the code that loads them.
+
+    Args:
+        adapter (`str`): Folder that `train_sft.py` wrote.
+        output_dir (`str`): Folder for the checkpoint. It must not be the adapter's own.
+    """
+    if not is_adapter(adapter):
+        raise ValueError(f"{adapter} holds no adapter_config.json: give the output_dir of a training stage.")
+    if Path(output_dir).resolve() == Path(adapter).resolve():
+        raise ValueError(f"{output_dir} is the adapter's own folder: give another one for the merged checkpoint.")
+    model, processor = load_checkpoint(adapter)
+    model.merge_and_unload().save_pretrained(output_dir)
+    processor.save_pretrained(output_dir)

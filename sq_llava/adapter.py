@@ -1,0 +1,127 @@
+"""One PEFT adapter for all that is trained: ViT-LoRA, LLM-LoRA, the whole extractor and projector, and `[vusr]`.
+
+Stage 1 ("align") trains ViT-LoRA, extractor and projector; stage 2 ("instruct") adds LLM-LoRA and the embedding of
+`[vusr]`, and begins from the stage-1 weights, copied: LoRA's B matrices begin at zero, so the logits are equal.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors.torch import load_file
+from torch import nn
+
+from modeling_sq_llava import SQLlavaForConditionalGeneration
+
+
+ADAPTER = "default"
+
+
+@dataclass(frozen=True)
+class LoraSize:
+    """Rank, alpha and dropout of the LoRA on one tower; rank 0 for none."""
+
+    rank: int
+    alpha: int
+    dropout: float
+
+
+def add_adapter(
+    model: SQLlavaForConditionalGeneration, vision_lora: LoraSize, text_lora: LoraSize, train_vusr: bool
+) -> PeftModel:
+    """
+    Freezes the model and puts a new adapter on it.
+
+    Args:
+        model ([`SQLlavaForConditionalGeneration`]): The base.
+        vision_lora, text_lora ([`LoraSize`]): On all linear layers of the vision tower that are run, and of the
+            language model.
+        train_vusr (`bool`): Whether the embedding of `[vusr]` is trained (if the marker is a token).
+    """
+    config = model.config
+    modules_to_save = ["multi_modal_projector"]
+    if config.prototype_variant != "none":
+        modules_to_save.append("prototype_extractor")
+    patterns = []
+    if vision_lora.rank:
+        # The layers above the feature layer are not run and would have no gradient.
+        layers = "|".join(map(str, range(config.num_vision_layers_used)))
+        names = _linear_names(model.model.vision_tower)
+        patterns.append(rf"model\.vision_tower\.encoder\.layers\.({layers})\..*\b({names})")
+    if text_lora.rank:
+        patterns.append(rf"model\.language_model\..*\b({_linear_names(model.model.language_model)})")
+    lora_config = LoraConfig(
+        r=text_lora.rank or vision_lora.rank or 1,
+        lora_alpha=text_lora.alpha if text_lora.rank else vision_lora.alpha,
+        lora_dropout=text_lora.dropout,
+        target_modules="|".join(patterns) if patterns else [],
+        rank_pattern={".*vision_tower.*": vision_lora.rank} if vision_lora.rank else {},
+        alpha_pattern={".*vision_tower.*": vision_lora.alpha} if vision_lora.rank else {},
+        modules_to_save=modules_to_save,
+        trainable_token_indices=(
+            {"embed_tokens": [config.vusr_token_id]} if train_vusr and config.vusr_token_id is not None else None
+        ),
+    )
+    peft_model = get_peft_model(model, lora_config)
+    # PEFT has one dropout for all.
+    for name, module in peft_model.named_modules():
+        if "vision_tower" in name and hasattr(module, "lora_dropout"):
+            module.lora_dropout[ADAPTER] = nn.Dropout(vision_lora.dropout) if vision_lora.dropout else nn.Identity()
+    return peft_model
+
+
+def _linear_names(tower: nn.Module) -> str:
+    names = {name.rpartition(".")[2] for name, module in tower.named_modules() if isinstance(module, nn.Linear)}
+    return "|".join(sorted(names))
+
+
+def load_adapter_weights(model: PeftModel, folder: str) -> None:
+    """
+    Copies the weights of an adapter into a model with an adapter that has all its parts, and maybe more.
+
+    Raises:
+        ValueError: if a weight has no place in the model, or another shape there.
+    """
+    file = Path(folder) / "adapter_model.safetensors"
+    if not file.is_file():
+        raise ValueError(f"{folder} holds no adapter_model.safetensors: is the stage that wrote it complete?")
+    weights = load_file(file)
+    own = get_peft_model_state_dict(model, save_embedding_layers=False)
+    for name, weight in weights.items():
+        if name not in own or own[name].shape != weight.shape:
+            place = f"has the shape {tuple(own[name].shape)}" if name in own else "has no place"
+            raise ValueError(
+                f"{file}: {name} of shape {tuple(weight.shape)} {place} in this stage. Give the same vision_lora_r and "
+                "prototype settings as for the stage that wrote it."
+            )
+    # PEFT expects every weight of the adapter, the new ones too.
+    set_peft_model_state_dict(model, {**own, **weights})
+
+
+def group_of(parameter_name: str) -> str:
+    """The part of the model that a parameter belongs to: `"vision"`, `"connector"` or `"text"`."""
+    if ".vision_tower." in parameter_name:
+        return "vision"
+    if ".multi_modal_projector." in parameter_name or ".prototype_extractor." in parameter_name:
+        return "connector"
+    return "text"
+
+
+def count_parameters(model: nn.Module) -> dict[str, tuple[int, int]]:
+    """Numbers of trained and frozen parameters of each part. Weights that an adapter replaces count once."""
+    counts = {part: [0, 0] for part in ("vision", "connector", "text")}
+    for name, parameter in model.named_parameters():
+        if ".original_module." in name:
+            continue
+        counts[group_of(name)][0 if parameter.requires_grad else 1] += parameter.numel()
+    return {part: (trained, frozen) for part, (trained, frozen) in counts.items()}
+
+
+def trained_parameters(model: nn.Module) -> dict[str, list[tuple[str, torch.nn.Parameter]]]:
+    """The trained parameters of each part, by name."""
+    groups = {"vision": [], "connector": [], "text": []}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            groups[group_of(name)].append((name, parameter))
+    return groups

@@ -1,0 +1,173 @@
+"""Visual self-questioning: which turns ask, and the batches with what is in the loss.
+
+Worked example, turn 2 drawn as a self-question, the loss between stars (paper, section 3.3):
+
+    SYSTEM USER: <image>
+    What animal is this? ASSISTANT:* A dog.</s>*[vusr]* What is it doing?</s>* ASSISTANT:* Running.</s>*
+
+The first turn always belongs to the user. Each later one becomes a `[vusr]` turn with probability
+`self_question_ratio` (the paper's 1 - delta), drawn anew in each epoch; only samples with an image take part.
+"""
+
+import hashlib
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from PIL import Image
+from transformers import TrainerCallback
+
+from processing_sq_llava import SQLlavaProcessor
+
+
+IGNORE_INDEX = -100
+NOT_SPOKEN, ANSWER, QUESTION = 0, 1, 2
+
+
+def is_self_question(ratio: float, seed: int, epoch: int, row_id: int, turn: int) -> bool:
+    """
+    Draws whether a turn is asked by the model. A function of its arguments alone, so the draw is the same for any
+    number of workers and processes and after a resume, and anew in each epoch.
+    """
+    digest = hashlib.blake2b(f"{seed}:{epoch}:{row_id}:{turn}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") < ratio * 2**64
+
+
+def draw_self_questions(messages: list[dict], ratio: float, seed: int, epoch: int, row_id: int) -> list[dict]:
+    """
+    Flags user turns as self-questions; the chat template renders these with the vusr marker.
+
+    Args:
+        messages (`list[dict]`): `role` and `content`, the content a list of `{"type": "text" | "image", ...}` parts.
+        ratio (`float`): Probability for each user turn after the first.
+
+    Returns:
+        The messages, those drawn with `"self_question": True`. All as they were if no turn holds an image.
+    """
+    if not any(_has_image(message) for message in messages):
+        return messages
+    user_turns = [index for index, message in enumerate(messages) if message["role"] == "user"]
+    drawn = {
+        index
+        for turn, index in enumerate(user_turns[1:], start=1)
+        if not _has_image(messages[index]) and is_self_question(ratio, seed, epoch, row_id, turn)
+    }
+    return [{**m, "self_question": True} if index in drawn else m for index, m in enumerate(messages)]
+
+
+def _has_image(message: dict) -> bool:
+    return any(part["type"] == "image" for part in message["content"])
+
+
+@dataclass
+class SelfQuestioningCollator:
+    """
+    Rows -> a padded batch: `input_ids`, `attention_mask`, `pixel_values`, `labels`, and `turn_kinds`
+    (`torch.uint8` of the shape of `labels`: 1 on answers, 2 on self-questions, 0 elsewhere).
+
+    A row has `row_id` (int), `messages` and `images` (paths or PIL images, in the order of the image parts). Labels
+    come from the chat template's own mask: nothing is tokenised twice, so nothing can disagree.
+
+    Args:
+        processor ([`SQLlavaProcessor`]): With its chat template.
+        plain (`bool`): The caption layout of stage 1, without roles and self-questions.
+        self_question_ratio (`float`): Probability that a turn after the first is asked by the model.
+        seed (`int`): Of the draw.
+        max_length (`int`, *optional*): In tokens. A longer row loses its last turns, whole ones; a row of which not
+            even the first turn fits is an error.
+    """
+
+    processor: SQLlavaProcessor
+    plain: bool = False
+    self_question_ratio: float = 0.5
+    seed: int = 0
+    max_length: int | None = None
+    # In shared memory: data loader workers that live on see the next epoch too.
+    epoch: torch.Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.int64).share_memory_())
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        conversations = [self._conversation(row) for row in rows]
+        batch = self._tokenize(conversations)
+        if self.max_length is not None and batch["input_ids"].shape[1] > self.max_length:
+            conversations = [self._fit(conversation, row) for conversation, row in zip(conversations, rows)]
+            batch = self._tokenize(conversations)
+        spoken = batch.pop("assistant_masks").bool() & batch["attention_mask"].bool()
+        batch["labels"] = batch["input_ids"].masked_fill(~spoken, IGNORE_INDEX)
+        batch["turn_kinds"] = torch.stack(
+            [_turn_kinds(mask, messages, row) for mask, messages, row in zip(spoken, conversations, rows)]
+        )
+        return dict(batch)
+
+    def _conversation(self, row: dict[str, Any]) -> list[dict]:
+        messages = row["messages"]
+        if not self.plain:
+            messages = draw_self_questions(
+                messages, self.self_question_ratio, self.seed, int(self.epoch), row["row_id"]
+            )
+        images = iter(row["images"])
+        return [
+            {**message, "content": [_with_image(part, images) for part in message["content"]]} for message in messages
+        ]
+
+    def _tokenize(self, conversations: list[list[dict]]) -> dict[str, torch.Tensor]:
+        batch = self.processor.apply_chat_template(
+            conversations,
+            tokenize=True,
+            return_dict=True,
+            # As lists: transformers makes the mask in a loop over the offsets, which is slow on tensors.
+            return_tensors=None,
+            return_assistant_tokens_mask=True,
+            plain=self.plain,
+            # The template writes the beginning of the sequence.
+            processor_kwargs={"padding": True, "padding_side": "right", "add_special_tokens": False},
+        )
+        return batch.convert_to_tensors("pt")
+
+    def _fit(self, messages: list[dict], row: dict[str, Any]) -> list[dict]:
+        length = len(self._tokenize([messages])["input_ids"][0])
+        while length > self.max_length:
+            if len(messages) <= 2:
+                raise ValueError(
+                    f"Row {row['row_id']}: its first question and answer have {length} tokens, more than max_length "
+                    f"{self.max_length}. Raise max_length, or shorten the row."
+                )
+            messages = messages[:-2]
+            length = len(self._tokenize([messages])["input_ids"][0])
+        return messages
+
+
+def _with_image(part: dict, images) -> dict:
+    if part["type"] == "text":
+        return part
+    image = next(images)
+    if not isinstance(image, Image.Image):
+        with Image.open(image) as file:
+            image = file.convert("RGB")
+    return {"type": "image", "image": image}
+
+
+def _turn_kinds(spoken: torch.Tensor, messages: list[dict], row: dict[str, Any]) -> torch.Tensor:
+    """Tells answers from self-questions: the i-th run of spoken tokens is the i-th turn that the model speaks."""
+    kinds = [
+        QUESTION if message["role"] == "user" else ANSWER
+        for message in messages
+        if message["role"] == "assistant" or message.get("self_question")
+    ]
+    begins = spoken & ~torch.cat([spoken.new_zeros(1), spoken[:-1]])
+    if int(begins.sum()) != len(kinds):
+        raise ValueError(
+            f"Row {row['row_id']}: {len(kinds)} turns are in the loss, but {int(begins.sum())} were found: "
+            "the tokenizer joins the end of one turn and the beginning of the next into one token."
+        )
+    kind_of_run = torch.tensor([NOT_SPOKEN, *kinds], dtype=torch.uint8)
+    return torch.where(spoken, kind_of_run[begins.cumsum(0)], NOT_SPOKEN)
+
+
+class EpochCallback(TrainerCallback):
+    """Tells the collator which epoch it draws self-questions for."""
+
+    def __init__(self, collator: SelfQuestioningCollator):
+        self.collator = collator
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        self.collator.epoch.fill_(int(state.epoch or 0))

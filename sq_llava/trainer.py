@@ -1,0 +1,102 @@
+"""TRL's SFTTrainer with what SQ-LLaVA needs beside it: a learning rate for each part, and the weighted loss.
+
+The loss of an optimizer step is the weighted mean over all its labelled tokens, over all accumulation steps and
+processes: a token of an answer weighs 1, one of a self-question `question_loss_weight` (1 in the paper).
+
+Logged beside the loss: `loss_answers`, `loss_questions` (means over their own tokens, unweighted),
+`mean_token_accuracy`, `self_question_share` (of all the turns that the model speaks) and the learning rates.
+"""
+
+import torch
+from trl import SFTTrainer
+
+from sq_llava.adapter import trained_parameters
+from sq_llava.self_questioning import ANSWER, QUESTION
+
+
+class SQLlavaTrainer(SFTTrainer):
+    """
+    Args:
+        question_loss_weight (`float`): Weight of a self-question's token beside an answer's.
+        part_learning_rates (`dict[str, float]`): Of `"vision"` and `"connector"`; all else has `learning_rate`.
+        The rest as for [`~trl.SFTTrainer`]; the data collator is a [`SelfQuestioningCollator`].
+    """
+
+    _tag_names = ["trl", "sft", "sq-llava"]
+
+    def __init__(self, *args, question_loss_weight: float, part_learning_rates: dict[str, float], **kwargs):
+        self.question_loss_weight = question_loss_weight
+        self.part_learning_rates = part_learning_rates
+        self._sums: dict[str, torch.Tensor] = {}
+        super().__init__(*args, **kwargs)
+
+    def create_optimizer(self, model=None) -> torch.optim.Optimizer:
+        """The Trainer's optimizer, its groups split by part of the model."""
+        if self.optimizer is not None:
+            return self.optimizer
+        optimizer = super().create_optimizer(model)
+        parts = trained_parameters(self.model if model is None else model)
+        part_of = {parameter: part for part, parameters in parts.items() for _, parameter in parameters}
+        groups = [
+            {**group, "params": members, "lr": self.part_learning_rates.get(part, group["lr"]), "part": part}
+            for group in optimizer.param_groups
+            for part in parts
+            if (members := [parameter for parameter in group["params"] if part_of[parameter] == part])
+        ]
+        assert sum(len(group["params"]) for group in groups) == len(part_of), "a trained parameter is in no group"
+        optimizer.param_groups = groups
+        return optimizer
+
+    def _loss_weights(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Weights of the next-token losses, `(batch_size, sequence_length - 1)`; 0 where there is no label."""
+        kinds = batch["turn_kinds"][:, 1:]
+        return (kinds == ANSWER).float() + self.question_loss_weight * (kinds == QUESTION).float()
+
+    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> torch.Tensor:
+        """The sum of the weights over all accumulation steps, and over all processes."""
+        weight = sum((self._loss_weights(batch).sum() for batch in batch_samples), torch.zeros(())).to(device)
+        return self.accelerator.gather(weight).sum() if self.args.world_size > 1 else weight
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        weights = self._loss_weights(inputs)
+        kinds = inputs.pop("turn_kinds")
+        inputs["use_cache"] = False
+        # The forward of TRL's fused LM head, which scores the labelled positions only.
+        outputs = model(**inputs, fused_lm_head=True)
+        token_losses = -outputs.log_probs  # 0 where there is no label
+        # Without a number, as in evaluation, the mean is over this batch.
+        total_weight = weights.sum() if num_items_in_batch is None else num_items_in_batch
+        loss = (weights * token_losses).sum() / total_weight.clamp_min(torch.finfo(weights.dtype).tiny)
+        if num_items_in_batch is not None:
+            loss = loss * self.accelerator.num_processes  # DDP takes the mean over the processes
+        self._count(token_losses.detach(), outputs.is_top1, kinds)
+        return (loss, outputs) if return_outputs else loss
+
+    def _count(self, token_losses: torch.Tensor, is_top1: torch.Tensor, kinds: torch.Tensor) -> None:
+        shifted = kinds[:, 1:]
+        begins = (shifted != kinds[:, :-1]) & (shifted != 0)
+        sums = [is_top1.sum()]
+        for kind in (ANSWER, QUESTION):
+            mask = shifted == kind
+            sums += [(token_losses * mask).sum(), mask.sum(), (begins & mask).sum()]
+        mode = "train" if self.model.training else "eval"
+        self._sums[mode] = self._sums.get(mode, 0) + torch.stack([s.to(torch.float64).cpu() for s in sums])
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        mode = "train" if self.model.training else "eval"
+        if mode in self._sums:
+            sums = self._sums.pop(mode).to(self.accelerator.device, torch.float32)
+            top1, *by_kind = self.accelerator.reduce(sums, reduction="sum").tolist()
+            answer_loss, answer_tokens, answers, question_loss, question_tokens, questions = by_kind
+            metrics = {
+                "loss_answers": answer_loss / max(answer_tokens, 1),
+                "mean_token_accuracy": top1 / max(answer_tokens + question_tokens, 1),
+                "self_question_share": questions / max(answers + questions, 1),
+            }
+            if question_tokens:
+                metrics["loss_questions"] = question_loss / question_tokens
+            prefix = "eval_" if mode == "eval" else ""
+            logs.update({prefix + name: value for name, value in metrics.items()})
+        if "learning_rate" in logs and self.optimizer is not None:
+            logs.update({f"learning_rate_{g['part']}": g["lr"] for g in self.optimizer.param_groups})
+        super().log(logs, start_time)
