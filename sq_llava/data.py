@@ -157,8 +157,8 @@ def check_rows(rows: Dataset, processor: SQLlavaProcessor) -> None:
                 found = [token for token in processor.control_tokens if token in (part["text"] or "")]
                 if found:
                     raise ValueError(
-                        f"{place}: the text {part['text']!r:.100} contains {found[0]!r}, a control token of this model: "
-                        "remove it from the text."
+                        f"{place}: the text {part['text']!r:.100} contains {found[0]!r}, a control token of this "
+                        "model: remove it from the text."
                     )
         for path in row["images"]:
             if path in seen:

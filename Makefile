@@ -1,0 +1,40 @@
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+SEED ?= 0
+RUN ?= runs/demo
+
+# Waiting threads sleep instead of spinning: on a busy machine small models train many times faster.
+export OMP_WAIT_POLICY ?= PASSIVE
+export TOKENIZERS_PARALLELISM ?= false
+export HF_HUB_DISABLE_TELEMETRY ?= 1
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo demo-clean test lint bench
+
+help:  ## List the targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+setup: $(VENV)/.installed  ## Make .venv with the pinned packages
+
+$(VENV)/.installed: requirements.txt pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --requirement requirements.txt
+	$(BIN)/pip install --quiet --no-deps --editable .
+	touch $@
+
+demo: setup  ## Train, evaluate and use a small SQ-LLaVA: about ten minutes on two CPU cores
+	$(BIN)/python -m demo.run --seed $(SEED) --output-dir $(RUN)
+
+demo-clean:  ## Remove what the demo made
+	rm -rf $(RUN)
+
+test: setup  ## Run the tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+
+lint: setup  ## Check style and formatting
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+bench: setup  ## Run the benchmarks
+	$(BIN)/python benchmarks/prototype_extractor.py

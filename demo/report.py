@@ -1,0 +1,147 @@
+"""Writes the demo's report: `report.md`, `report.json`, the loss curves and a contact sheet.
+
+python -m demo.report --run runs/demo
+"""
+
+import argparse
+import json
+import platform
+from pathlib import Path
+
+import matplotlib
+import torch
+import transformers
+from PIL import Image
+
+from demo.data import KINDS
+
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+
+STAGES = {"stage1": "Stage 1: alignment on captions", "stage2": "Stage 2: conversations with self-questions"}
+
+
+def draw_losses(run: Path) -> None:
+    """Draws the losses on answers and on questions of both stages into `losses.png`."""
+    figure, axes = plt.subplots(1, len(STAGES), figsize=(11, 3.8))
+    for axis, (stage, title) in zip(axes, STAGES.items()):
+        log = json.loads((run / stage / "trainer_state.json").read_text())["log_history"]
+        label = "captions" if stage == "stage1" else "answers"
+        for key, name in (("loss_answers", label), ("loss_questions", "questions")):
+            points = [(entry["step"], entry[key]) for entry in log if key in entry and "train_runtime" not in entry]
+            if points:
+                axis.plot(*zip(*points), label=name)
+        axis.set(title=title, xlabel="optimizer step", ylabel="loss (nats per token)", ylim=(0, None))
+        axis.grid(alpha=0.3)
+        axis.legend()
+    figure.tight_layout()
+    figure.savefig(run / "losses.png", dpi=110)
+    plt.close(figure)
+
+
+def draw_contact_sheet(run: Path, sheet: list[dict]) -> None:
+    """Draws unseen test images with the model's answers, its own questions and its answers to them."""
+    figure, axes = plt.subplots(3, 4, figsize=(12, 10.5))
+    for axis, entry in zip(axes.flat, sheet):
+        with Image.open(entry["image"]) as image:
+            axis.imshow(image.convert("RGB"))
+        axis.set_axis_off()
+        lines = [f"{question}  {answer}" for question, answer in entry["turns"]]
+        lines += [f"[vusr] {question}\n          {answer}" for question, answer in entry["own_turns"]]
+        axis.text(0, 68, "\n".join(lines), va="top", fontsize=8, wrap=True)
+    figure.subplots_adjust(left=0.02, right=0.98, top=0.98, bottom=0.12, hspace=0.5, wspace=0.25)
+    figure.savefig(run / "contact_sheet.png", dpi=110)
+    plt.close(figure)
+
+
+def write_report(run: Path, steps: dict[str, dict], seed: int) -> None:
+    """
+    Args:
+        run: Folder of the demo.
+        steps: For each step its `seconds` and `peak_memory_mib`.
+        seed: Of the run.
+    """
+    result = json.loads((run / "evaluation.json").read_text())
+    draw_losses(run)
+    draw_contact_sheet(run, result.pop("contact_sheet"))
+    result |= {
+        "seed": seed,
+        "steps": steps,
+        "seconds": sum(step["seconds"] for step in steps.values()),
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
+        "device": torch.cuda.get_device_name()
+        if torch.cuda.is_available()
+        else f"CPU, {torch.get_num_threads()} threads",
+    }
+    (run / "report.json").write_text(json.dumps(result, indent=2) + "\n")
+    (run / "report.md").write_text(to_markdown(result))
+
+
+def to_markdown(result: dict) -> str:
+    percent = "{:.1%}".format
+    rows = [
+        ("all", result["test_accuracy"], result["blind_guess_accuracy"]),
+        *((kind, result["accuracy_by_kind"][kind], result["blind_guess_by_kind"][kind]) for kind in KINDS),
+    ]
+    accuracy = "\n".join(f"| {kind} | {percent(value)} | {percent(blind)} |" for kind, value, blind in rows)
+    steps = "\n".join(
+        f"| {name} | {step['seconds']:.0f} s | {step['peak_memory_mib']:,.0f} MiB |"
+        for name, step in result["steps"].items()
+    )
+    versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
+    return f"""# A small SQ-LLaVA on easy-VQA
+
+Trained in both stages from a tiny CLIP and a tiny Llama, which were pretrained a few minutes before. Seed
+{result["seed"]}, {result["device"]}, {versions}; {result["seconds"]:.0f} s in all.
+
+## Answers to questions about images it never saw
+
+One question per prompt, greedy, exact match; {result["num_test_questions"]:,} test questions. The best blind guess is
+each question's most frequent answer in training.
+
+| kind of question | accuracy | best blind guess |
+|---|---|---|
+{accuracy}
+
+With the image blanked: {percent(result["blank_image_accuracy"])} (every fourth question, {result["num_blank_questions"]:,}).
+
+## Questions it asks itself
+
+{result["questions_asked"]} questions about 100 test images, sampled after one answered turn (temperature 1.2, top-k
+300, top-p 0.95): {result["questions_distinct"]} distinct, {percent(result["questions_valid_share"])} well formed and about
+the image (a form of easy-VQA that presumes nothing the image does not hold).
+
+![Unseen test images with answers, own questions and answers to them](contact_sheet.png)
+
+## Losses
+
+![Losses of both stages](losses.png)
+
+## Cost
+
+| step | wall time | peak memory |
+|---|---|---|
+{steps}
+
+The model stands in `model/`, a whole checkpoint with its code:
+
+    sq-llava ask IMAGE --model runs/demo/model
+"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--run", type=Path, default=Path("runs/demo"))
+    run = parser.parse_args().run
+    report = json.loads((run / "report.json").read_text())
+    write_report(run, report["steps"], report["seed"])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,124 @@
+"""The demo: a small SQ-LLaVA from nothing to asking and answering, in minutes on a CPU.
+
+    python -m demo.run                                          into runs/demo
+    python -m demo.run --seed 1 --output-dir runs/demo-seed1    another seed
+
+Steps: write the data, pretrain a tiny CLIP and a tiny Llama, train both stages with `train_sft.py`, merge, evaluate,
+report. Each step runs in a process of its own and leaves a note when it is complete; run again, the demo goes on
+after the last complete step.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from demo.data import caption_rows, image_root, questions_and_answers, read_questions, write_data
+
+
+RECIPES = Path("recipes/easy-vqa")
+
+
+def make_base_models(run: Path, seed: int) -> None:
+    """Writes the data, and pretrains the two base models on it."""
+    import torch
+
+    from demo.base_models import build_tokenizer, pretrain_clip, pretrain_llama
+
+    paths = write_data(run / "data", seed=seed)
+    captions = json.loads(paths["stage1_train"].read_text())
+    conversations = json.loads(paths["stage2_train"].read_text())
+    holdout_images = {row["image"] for row in json.loads(paths["holdout"].read_text())}
+    holdout_captions = [row for row in caption_rows(read_questions("train")) if row["image"] in holdout_images]
+    questions = [question for question, _ in questions_and_answers(conversations)]
+    texts = [row["conversations"][1]["value"] for row in captions] + questions + ["yes", "no"]
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    clip_accuracy = pretrain_clip(
+        captions, holdout_captions, build_tokenizer(texts, adds_end=True), run / "clip", seed=seed, device=device
+    )
+    print(f"CLIP: {clip_accuracy:.1%} of held-out images are closest to their own caption, of 24")
+    llama_accuracy = pretrain_llama(
+        questions, build_tokenizer(texts, adds_end=False), run / "llama", seed=seed, device=device
+    )
+    print(f"Llama: {llama_accuracy:.1%} of questions about written scenes are answered right")
+
+
+def train_stage(run: Path, seed: int, stage: str) -> None:
+    import train_sft
+
+    arguments = ["--config", str(RECIPES / f"{stage}.yaml"), "--seed", str(seed), "--output_dir", str(run / stage)]
+    arguments += ["--dataset_path", str(run / "data" / f"{stage}_train.json"), "--image_root", str(image_root())]
+    if stage == "stage1":
+        arguments += [
+            "--vision_model_name_or_path",
+            str(run / "clip"),
+            "--text_model_name_or_path",
+            str(run / "llama"),
+        ]
+    else:
+        arguments += ["--model_name_or_path", str(run / "stage1")]
+    train_sft.main(arguments)
+
+
+def merge_and_evaluate(run: Path, seed: int) -> None:
+    from demo.evaluate import evaluate
+    from sq_llava.checkpoint import merge_adapter
+
+    merge_adapter(str(run / "stage2"), str(run / "model"))
+    evaluate(run / "model", run / "data", run / "evaluation.json", seed)
+
+
+STEPS = {
+    "base models": (make_base_models, ["data", "clip", "llama"]),
+    "stage 1": (lambda run, seed: train_stage(run, seed, "stage1"), ["stage1"]),
+    "stage 2": (lambda run, seed: train_stage(run, seed, "stage2"), ["stage2"]),
+    "evaluation": (merge_and_evaluate, ["model", "evaluation.json"]),
+}
+
+
+def run_step(name: str, run: Path, seed: int) -> dict:
+    """Runs a step in a child process, unless its note says that it is complete; returns the note."""
+    note = run / "steps" / f"{name.replace(' ', '-')}.json"
+    if note.is_file():
+        print(f"=== {name}: done before")
+        return json.loads(note.read_text())
+    for output in STEPS[name][1]:
+        shutil.rmtree(run / output, ignore_errors=True)
+    print(f"=== {name}", flush=True)
+    start = time.time()
+    command = [sys.executable, "-m", "demo.run", "--step", name, "--seed", str(seed), "--output-dir", str(run)]
+    _, status, usage = os.wait4(subprocess.Popen(command).pid, 0)
+    if status != 0:
+        raise SystemExit(f"The step '{name}' failed, see above. Run the demo again to go on from there.")
+    unit = 2**20 if sys.platform == "darwin" else 2**10  # macOS counts bytes, Linux KiB
+    facts = {"seconds": time.time() - start, "peak_memory_mib": usage.ru_maxrss / unit}
+    note.parent.mkdir(parents=True, exist_ok=True)
+    note.write_text(json.dumps(facts) + "\n")
+    return facts
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output-dir", type=Path, default=Path("runs/demo"))
+    parser.add_argument("--step", choices=STEPS, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    run = args.output_dir
+    if args.step:
+        STEPS[args.step][0](run, args.seed)
+        return
+    steps = {name: run_step(name, run, args.seed) for name in STEPS}
+
+    from demo.report import write_report
+
+    write_report(run, steps, args.seed)
+    print(f"=== Report: {run / 'report.md'}")
+    print((run / "report.md").read_text())
+
+
+if __name__ == "__main__":
+    main()
