@@ -93,9 +93,11 @@ class SelfQuestioningCollator:
             batch = self._tokenize(conversations)
         spoken = batch.pop("assistant_masks").bool() & batch["attention_mask"].bool()
         batch["labels"] = batch["input_ids"].masked_fill(~spoken, IGNORE_INDEX)
-        batch["turn_kinds"] = torch.stack(
-            [_turn_kinds(mask, messages, row) for mask, messages, row in zip(spoken, conversations, rows)]
-        )
+        if self.plain:
+            batch["turn_kinds"] = spoken.to(torch.uint8) * ANSWER
+        else:
+            kinds = [_turn_kinds(mask, messages, row) for mask, messages, row in zip(spoken, conversations, rows)]
+            batch["turn_kinds"] = torch.stack(kinds)
         return dict(batch)
 
     def _conversation(self, row: dict[str, Any]) -> list[dict]:

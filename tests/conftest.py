@@ -1,0 +1,55 @@
+"""Fixtures of all tests; the functions behind them are in `tests/tiny.py`. Nothing here needs a network."""
+
+import os
+
+
+# Before transformers is imported: a test that would reach for the network fails instead.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+
+import pytest
+import torch
+
+from tests import tiny
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread():
+    # The models are so small that a second thread costs more than it brings.
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
+def byte_level_tokenizer():
+    return tiny.byte_level_tokenizer()
+
+
+@pytest.fixture
+def llama_tokenizer():
+    return tiny.llama_tokenizer()
+
+
+@pytest.fixture(params=tiny.TOKENIZERS)
+def any_tokenizer(request):
+    """Each kind of tokenizer in turn."""
+    return tiny.TOKENIZERS[request.param]()
+
+
+@pytest.fixture
+def tiny_config():
+    return tiny.tiny_config()
+
+
+@pytest.fixture
+def tiny_model():
+    return tiny.tiny_model()
+
+
+@pytest.fixture
+def tiny_processor():
+    return tiny.tiny_processor()
+
+
+@pytest.fixture
+def image():
+    return tiny.picture()

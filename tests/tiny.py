@@ -1,0 +1,139 @@
+"""Tiny random models, tokenizers, processors and pictures, made offline in a moment."""
+
+import json
+from functools import partial
+
+import torch
+from PIL import Image
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import CLIPImageProcessorPil, LlamaTokenizer, PreTrainedTokenizerFast, set_seed
+
+from configuration_sq_llava import SQLlavaConfig
+from modeling_sq_llava import SQLlavaForConditionalGeneration
+from processing_sq_llava import SYSTEM_MESSAGE, SQLlavaProcessor
+
+
+TINY_VISION = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "image_size": 42,
+    "patch_size": 14,
+    "initializer_range": 0.2,
+}
+TINY_CLIP = {"model_type": "clip_vision_model", "projection_dim": 32, **TINY_VISION}
+TINY_SIGLIP = {"model_type": "siglip_vision_model", **TINY_VISION}
+TINY_VOCAB_SIZE = 512
+# Weights ten times larger than usual: a tiny model whose logits depend on every token and on the image.
+TINY_LLAMA = {
+    "model_type": "llama",
+    "vocab_size": TINY_VOCAB_SIZE,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 1024,
+    "initializer_range": 0.2,
+}
+
+CORPUS = [
+    SYSTEM_MESSAGE,
+    "USER: What animal is this? ASSISTANT: A dog. USER: What is it doing? ASSISTANT: Running in the green grass.",
+    "Is there a red circle in the picture? No, there is a blue square and a yellow triangle.",
+    "Can you describe the image in detail? What colour is the shape? The shape is a rectangle.",
+]
+
+
+def tiny_config(**overrides) -> SQLlavaConfig:
+    """SQ-LLaVA with 9 image tokens and 5 prototypes. `overrides` are fields of `SQLlavaConfig`."""
+    fields = {
+        "vision_config": dict(TINY_CLIP),
+        "text_config": dict(TINY_LLAMA),
+        "num_prototypes": 5,
+        "image_token_id": TINY_VOCAB_SIZE - 2,
+        "vusr_token_id": TINY_VOCAB_SIZE - 1,
+        "initializer_range": 0.2,
+    }
+    return SQLlavaConfig(**{**fields, **overrides})
+
+
+def tiny_model(config: SQLlavaConfig | None = None, seed: int = 0) -> SQLlavaForConditionalGeneration:
+    set_seed(seed)
+    return SQLlavaForConditionalGeneration(config or tiny_config()).eval()
+
+
+def tiny_model_for(processor: SQLlavaProcessor, **overrides) -> SQLlavaForConditionalGeneration:
+    """A tiny model that knows the ids of a processor's special tokens."""
+    model = tiny_model(
+        tiny_config(image_token_id=processor.image_token_id, vusr_token_id=processor.vusr_token_id, **overrides)
+    )
+    tokenizer = processor.tokenizer
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    model.generation_config.pad_token_id = tokenizer.pad_token_id
+    return model
+
+
+def byte_level_tokenizer(trim_offsets: bool = False) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer as GPT-2's and Qwen's: no token before the text, no padding token."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.post_processor = processors.ByteLevel(trim_offsets=trim_offsets)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=["<|end|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(CORPUS, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>", model_max_length=1024)
+
+
+def llama_tokenizer(legacy: bool = False) -> LlamaTokenizer:
+    """
+    A tokenizer as Llama's, which SentencePiece trained: `▁` for a space and only in front of a piece, bytes for what
+    the vocabulary lacks (a line break, too), `<s>` before the text, no padding token. `legacy`, as Mistral's: a `▁`
+    after each special token.
+    """
+    trained = Tokenizer(models.BPE(byte_fallback=True))
+    trained.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always", split=True)
+    special_tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    trainer = trainers.BpeTrainer(vocab_size=450, special_tokens=special_tokens, show_progress=False)
+    trained.train_from_iterator(CORPUS, trainer)
+    vocab = trained.get_vocab()
+    token_of_id = {token_id: token for token, token_id in vocab.items()}
+    return LlamaTokenizer(
+        vocab={token_of_id[token_id]: token_id for token_id in sorted(token_of_id)},
+        merges=[tuple(merge) for merge in json.loads(trained.to_str())["model"]["merges"]],
+        add_bos_token=True,
+        legacy=legacy,
+        model_max_length=1024,
+    )
+
+
+TOKENIZERS = {
+    "byte_level": byte_level_tokenizer,
+    "byte_level_trimmed": partial(byte_level_tokenizer, trim_offsets=True),
+    "llama": llama_tokenizer,
+    "llama_legacy": partial(llama_tokenizer, legacy=True),
+}
+
+
+def tiny_image_processor() -> CLIPImageProcessorPil:
+    side = TINY_VISION["image_size"]
+    return CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
+
+
+def tiny_processor(tokenizer=None, **settings) -> SQLlavaProcessor:
+    """A processor for `tiny_config`, by default with the Llama tokenizer."""
+    tokenizer = tokenizer or llama_tokenizer()
+    return SQLlavaProcessor(tiny_image_processor(), tokenizer, **{"image_seq_length": 9, **settings})
+
+
+def picture(seed: int = 0, width: int = 60, height: int = 40) -> Image.Image:
+    """Random pixels."""
+    generator = torch.Generator().manual_seed(seed)
+    pixels = torch.randint(0, 256, (height, width, 3), generator=generator, dtype=torch.uint8)
+    return Image.fromarray(pixels.numpy())
