@@ -85,6 +85,7 @@ def write_report(run: Path, steps: dict[str, dict], seed: int) -> None:
 
 def to_markdown(result: dict) -> str:
     percent = "{:.1%}".format
+    blank, valid = percent(result["blank_image_accuracy"]), percent(result["questions_valid_share"])
     rows = [
         ("all", result["test_accuracy"], result["blind_guess_accuracy"]),
         *((kind, result["accuracy_by_kind"][kind], result["blind_guess_by_kind"][kind]) for kind in KINDS),
@@ -109,12 +110,12 @@ each question's most frequent answer in training.
 |---|---|---|
 {accuracy}
 
-With the image blanked: {percent(result["blank_image_accuracy"])} (every fourth question, {result["num_blank_questions"]:,}).
+With the image blanked: {blank} (every fourth question, {result["num_blank_questions"]:,}).
 
 ## Questions it asks itself
 
 {result["questions_asked"]} questions about 100 test images, sampled after one answered turn (temperature 1.2, top-k
-300, top-p 0.95): {result["questions_distinct"]} distinct, {percent(result["questions_valid_share"])} well formed and about
+300, top-p 0.95): {result["questions_distinct"]} distinct, {valid} well formed and about
 the image (a form of easy-VQA that presumes nothing the image does not hold).
 
 ![Unseen test images with answers, own questions and answers to them](contact_sheet.png)

@@ -13,12 +13,26 @@ from pathlib import Path
 
 import torch
 from peft import PeftModel
-from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForCausalLM, AutoTokenizer
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    AutoTokenizer,
+)
 
 from configuration_sq_llava import SQLlavaConfig
 from modeling_sq_llava import SQLlavaForConditionalGeneration
 from processing_sq_llava import SQLlavaProcessor
+from sq_llava.card import write_card
 
+
+# The library's own classes load a checkpoint; the code inside its folder is for those who do not have the library.
+AutoConfig.register("sq_llava", SQLlavaConfig, exist_ok=True)
+AutoModelForImageTextToText.register(SQLlavaConfig, SQLlavaForConditionalGeneration, exist_ok=True)
+AutoProcessor.register(SQLlavaConfig, SQLlavaProcessor, exist_ok=True)
 
 # The vocabulary is padded to a multiple of this, so that the LM head's matrix product runs on whole tiles.
 VOCABULARY_MULTIPLE = 64
@@ -86,6 +100,7 @@ def compose(
     """
     vision_config = AutoConfig.from_pretrained(vision_model)
     vision_config = getattr(vision_config, "vision_config", vision_config)
+    vision_config.name_or_path = vision_model
     text_model = AutoModelForCausalLM.from_pretrained(text_model, dtype=dtype, attn_implementation=attn_implementation)
     tokenizer = AutoTokenizer.from_pretrained(text_model.name_or_path)
     config = SQLlavaConfig(vision_config=vision_config, text_config=text_model.config, **config_kwargs)
@@ -145,5 +160,7 @@ def merge_adapter(adapter: str, output_dir: str) -> None:
     if Path(output_dir).resolve() == Path(adapter).resolve():
         raise ValueError(f"{output_dir} is the adapter's own folder: give another one for the merged checkpoint.")
     model, processor = load_checkpoint(adapter)
-    model.merge_and_unload().save_pretrained(output_dir)
+    merged = model.merge_and_unload()
+    merged.save_pretrained(output_dir)
     processor.save_pretrained(output_dir)
+    write_card(output_dir, merged, processor)

@@ -82,6 +82,9 @@ class SQLlavaTrainer(SFTTrainer):
         mode = "train" if self.model.training else "eval"
         self._sums[mode] = self._sums.get(mode, 0) + torch.stack([s.to(torch.float64).cpu() for s in sums])
 
+    def create_model_card(self, *args, **kwargs) -> None:
+        """None for an adapter folder; `merge_adapter` writes the card of the checkpoint that is published."""
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         mode = "train" if self.model.training else "eval"
         if mode in self._sums:

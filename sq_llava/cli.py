@@ -1,0 +1,263 @@
+"""The `sq-llava` command.
+
+    sq-llava ask image.png --model runs/demo/model -n 5
+    sq-llava answer image.png "what color is the shape?" --model runs/demo/model
+    sq-llava chat image.png --model runs/demo/model
+    sq-llava merge runs/demo/stage2 --out runs/demo/model
+
+Results go to standard output, progress and errors to standard error. Exit codes: 0 fine, 1 wrong input or no
+such model, 2 wrong usage.
+"""
+
+import json
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import track
+
+from sq_llava import __version__
+
+
+# torch and transformers are imported inside the commands: `--help` answers at once.
+IMAGE_SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
+
+app = typer.Typer(
+    help="SQ-LLaVA: a vision-language model that asks as well as it answers.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+console = Console()
+messages_console = Console(stderr=True)
+
+Images = Annotated[list[Path], typer.Argument(help="Image files, or folders of them.", show_default=False)]
+Model = Annotated[
+    str, typer.Option("--model", "-m", help="Checkpoint or adapter folder, or a Hub id.", show_default=False)
+]
+Device = Annotated[str | None, typer.Option(help="cuda, mps or cpu; default: the first of these there is.")]
+Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
+MaxNewTokens = Annotated[int, typer.Option(min=1, help="Longest text to generate, in tokens.")]
+Temperature = Annotated[float, typer.Option(min=0.01, help="Of the questions' sampling.")]
+TopK = Annotated[int, typer.Option(min=1, help="Of the questions' sampling.")]
+TopP = Annotated[float, typer.Option(min=0.0, max=1.0, help="Of the questions' sampling.")]
+Seed = Annotated[int | None, typer.Option(help="For the same questions again.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
+
+
+def _examples(*lines: str) -> str:
+    # Empty lines keep each example on a line of its own.
+    return "Examples:\n\n" + "\n\n".join(lines)
+
+
+@contextmanager
+def _errors_in_one_line():
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        messages_console.print(f"[red]Error:[/red] {escape(str(error))}", soft_wrap=True)
+        raise typer.Exit(1) from error
+
+
+def _load(model: str, device: str | None, dtype: str):
+    with messages_console.status("Loading the model"):
+        from transformers.utils import logging
+
+        from sq_llava.inference import load
+
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
+        return load(model, device=device, dtype=dtype)
+
+
+def find_images(paths: list[Path]) -> list[Path]:
+    """The files of `paths`, and the images in its folders, sorted by name.
+
+    Raises:
+        ValueError: for a path that is not there, or a folder without an image.
+    """
+    found = []
+    for path in paths:
+        if path.is_dir():
+            images = sorted(file for file in path.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES)
+            if not images:
+                raise ValueError(f"{path} is a folder without images ({', '.join(sorted(IMAGE_SUFFIXES))}).")
+            found += images
+        elif path.is_file():
+            found.append(path)
+        else:
+            raise ValueError(f"{path}: no such image or folder.")
+    return found
+
+
+@app.callback(invoke_without_command=True)
+def main(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    if version:
+        console.print(__version__)
+        raise typer.Exit
+
+
+@app.command(
+    epilog=_examples(
+        "sq-llava ask dog.png --model org/sq-llava-7b -n 5",
+        "sq-llava ask photos/ --model runs/demo/model --seed 0 --json > questions.json",
+        'sq-llava ask shape.png --model runs/demo/model --after "what color is the shape?"',
+    )
+)
+def ask(
+    images: Images,
+    model: Model,
+    num_questions: Annotated[int, typer.Option("--num-questions", "-n", min=1, help="Questions for each image.")] = 1,
+    after: Annotated[
+        str | None, typer.Option(help="Let the model answer this first; default: it describes the image.")
+    ] = None,
+    temperature: Temperature = 1.2,
+    top_k: TopK = 300,
+    top_p: TopP = 0.95,
+    max_new_tokens: MaxNewTokens = 300,
+    seed: Seed = None,
+    device: Device = None,
+    dtype: Dtype = "auto",
+    as_json: AsJson = False,
+) -> None:
+    """Let the model ask questions about each image."""
+    with _errors_in_one_line():
+        files = find_images(images)
+        assistant = _load(model, device, dtype)
+        from sq_llava import inference
+
+        results = []
+        for file in _track(files, "Asking"):
+            history = None
+            if after is not None:
+                first = inference.answer(assistant, file, after, max_new_tokens=max_new_tokens)
+                history = [{"role": "user", "content": after}, {"role": "assistant", "content": first}]
+            questions = inference.ask(
+                assistant, file, history, num_questions, temperature, top_k, top_p, max_new_tokens, seed
+            )
+            results.append({"image": str(file), "questions": questions})
+        _show(results, as_json, lambda result: "\n".join(f"  {question}" for question in result["questions"]))
+
+
+@app.command(
+    epilog=_examples(
+        'sq-llava answer dog.png "What is the dog doing?" --model org/sq-llava-7b',
+        'sq-llava answer photos/ "What is it?" --model runs/demo/model --json',
+    )
+)
+def answer(
+    images: Images,
+    question: Annotated[str, typer.Argument(help="The question, asked of each image.", show_default=False)],
+    model: Model,
+    max_new_tokens: MaxNewTokens = 512,
+    device: Device = None,
+    dtype: Dtype = "auto",
+    as_json: AsJson = False,
+) -> None:
+    """Answer a question about each image, greedily."""
+    with _errors_in_one_line():
+        files = find_images(images)
+        assistant = _load(model, device, dtype)
+        from sq_llava import inference
+
+        results = [
+            {"image": str(file), "answer": inference.answer(assistant, file, question, max_new_tokens)}
+            for file in _track(files, "Answering")
+        ]
+        _show(results, as_json, lambda result: f"  {result['answer']}")
+
+
+@app.command(epilog=_examples("sq-llava chat dog.png --model org/sq-llava-7b"))
+def chat(
+    image: Annotated[Path, typer.Argument(help="An image file.", show_default=False)],
+    model: Model,
+    temperature: Temperature = 1.2,
+    top_k: TopK = 300,
+    top_p: TopP = 0.95,
+    max_new_tokens: MaxNewTokens = 512,
+    seed: Seed = None,
+    device: Device = None,
+    dtype: Dtype = "auto",
+) -> None:
+    """Talk about an image. /ask lets the model ask and answer, /new starts over, /quit ends."""
+    with _errors_in_one_line():
+        if not image.is_file():
+            raise ValueError(f"{image}: no such image.")
+        assistant = _load(model, device, dtype)
+        from sq_llava import inference
+
+        inference.open_image(image)
+    sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
+    console.print("Ask about the image. /ask: the model asks itself. /new: start over. /quit: end.", style="dim")
+    history: list[dict] = []
+    while (line := _read_line()) not in (None, "/quit"):
+        if line == "/new":
+            history = []
+        elif line:
+            try:
+                history = _reply(assistant, image, history, line, max_new_tokens, sampling)
+            except ValueError as error:  # such as a control token in what was typed
+                messages_console.print(f"[red]Error:[/red] {escape(str(error))}", soft_wrap=True)
+
+
+def _reply(assistant, image: Path, history: list[dict], line: str, max_new_tokens: int, sampling: dict) -> list[dict]:
+    """The history after the model has asked and answered (`/ask`), or has answered `line`; prints what is new."""
+    from sq_llava import inference
+
+    if line == "/ask":
+        talk = inference.converse(assistant, image, 1, history or None, max_new_tokens=max_new_tokens, **sampling)
+        for message in talk[len(history) :]:
+            if isinstance(message["content"], str):
+                style = "cyan" if message["role"] == "vusr" else ""
+                console.print(f"{message['role']}: {message['content']}", style=style, markup=False)
+        return talk
+    history = [*history, {"role": "user", "content": line}]
+    images = image if len(history) == 1 else None
+    messages = inference.place_images(images, history)
+    text = inference.answer(assistant, None, messages, max_new_tokens)
+    console.print(text, markup=False)
+    return [*messages, {"role": "assistant", "content": text}]
+
+
+def _read_line() -> str | None:
+    try:
+        return console.input("> ").strip()
+    except (EOFError, KeyboardInterrupt):
+        console.print()
+        return None
+
+
+@app.command(epilog=_examples("sq-llava merge runs/sq-llava-7b/stage2 --out runs/sq-llava-7b/merged"))
+def merge(
+    adapter: Annotated[str, typer.Argument(help="Folder that a training stage wrote.", show_default=False)],
+    out: Annotated[str, typer.Option(help="Folder for the plain checkpoint.", show_default=False)],
+) -> None:
+    """Merge an adapter into its base: a plain checkpoint, with processor, code and card."""
+    with _errors_in_one_line():
+        from sq_llava.checkpoint import merge_adapter
+
+        merge_adapter(adapter, out)
+        messages_console.print(f"Wrote {out}")
+
+
+def _track(files: list[Path], description: str):
+    return track(files, description, console=messages_console, transient=True, disable=len(files) == 1)
+
+
+def _show(results: list[dict], as_json: bool, text_of) -> None:
+    if as_json:
+        json.dump(results, sys.stdout, indent=2, ensure_ascii=False)
+        print()
+        return
+    for result in results:
+        if len(results) > 1:
+            console.print(result["image"], style="bold", markup=False)
+        console.print(text_of(result), markup=False, highlight=False)
+
+
+if __name__ == "__main__":
+    app()

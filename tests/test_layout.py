@@ -1,0 +1,61 @@
+"""The shape of the code base: what may import what, and what the trio may depend on."""
+
+import ast
+import sys
+from pathlib import Path
+
+import pytest
+
+
+ROOT = Path(__file__).parent.parent
+TRIO = ["configuration_sq_llava", "processing_sq_llava", "modeling_sq_llava"]
+# A module imports only from modules that stand before it.
+ORDER = [
+    *TRIO,
+    "sq_llava.self_questioning",
+    "sq_llava.data",
+    "sq_llava.adapter",
+    "sq_llava.card",
+    "sq_llava.checkpoint",
+    "sq_llava.inference",
+    "sq_llava.trainer",
+    "train_sft",
+    "sq_llava.cli",
+]
+
+
+def path_of(module: str) -> Path:
+    return ROOT / f"{module.replace('.', '/')}.py"
+
+
+def imports(module: str) -> set[str]:
+    names = set()
+    for node in ast.walk(ast.parse(path_of(module).read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names.add(node.module)
+    return names
+
+
+def test_every_module_has_its_place_in_the_order():
+    files = {f"sq_llava.{file.stem}" for file in (ROOT / "sq_llava").glob("*.py") if not file.stem.startswith("__")}
+    assert files == {module for module in ORDER if module.startswith("sq_llava.")}
+
+
+@pytest.mark.parametrize("module", ORDER)
+def test_module_imports_only_from_earlier_ones(module):
+    earlier = ORDER[: ORDER.index(module)]
+    ours = {name for name in imports(module) if name.split(".")[0] in {"sq_llava", "train_sft", "demo", *TRIO}}
+    assert ours - {"sq_llava", *earlier} == set()
+
+
+@pytest.mark.parametrize("module", TRIO)
+def test_trio_needs_only_torch_transformers_and_pil(module):
+    allowed = {"torch", "transformers", "PIL", *TRIO, *sys.stdlib_module_names}
+    assert {name.split(".")[0] for name in imports(module)} <= allowed
+
+
+@pytest.mark.parametrize("file", [*ROOT.glob("*.py"), *ROOT.glob("sq_llava/*.py"), *ROOT.glob("demo/*.py")])
+def test_module_says_what_it_does(file):
+    assert ast.get_docstring(ast.parse(file.read_text())), f"{file.name} has no docstring"
