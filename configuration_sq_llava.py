@@ -11,6 +11,7 @@ One class covers three systems: `prototype_variant="none"` with `projector_type=
 from typing import Literal, get_args
 
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
+from transformers.activations import ACT2FN
 
 
 PrototypeVariant = Literal["paper", "released", "none"]
@@ -30,6 +31,8 @@ CLIP_VIT_L_14_336 = {
     "projection_dim": 768,
 }
 VICUNA_7B = {"model_type": "llama", "vocab_size": 32064, "max_position_embeddings": 4096, "rms_norm_eps": 1e-5}
+# Factors by which some families (Cohere, Granite, ...) multiply or divide their logits; the head here does neither.
+LOGIT_SCALES = ("logit_scale", "logits_scaling", "lm_head_multiplier", "output_multiplier")
 VISION_MODEL_TYPES = ("clip_vision_model", "siglip_vision_model")
 
 # The code travels with every saved checkpoint, so the entries never name another repository. `AutoModel` gives a model
@@ -105,6 +108,13 @@ class SQLlavaConfig(PreTrainedConfig):
                 f"vision_config.model_type is {self.vision_config.model_type!r}: SQ-LLaVA takes "
                 f"{' or '.join(VISION_MODEL_TYPES)}. Pass the vision part of a CLIP or SigLIP configuration."
             )
+        for name in LOGIT_SCALES:
+            scale = getattr(self.text_config, name, None)
+            if scale not in (None, 1):
+                raise ValueError(
+                    f"text_config.{name} is {scale}: {self.text_config.model_type} scales its logits, which SQ-LLaVA "
+                    "does not. Take a language model that does not."
+                )
         _check_choice("prototype_variant", self.prototype_variant, PrototypeVariant)
         _check_choice("projector_type", self.projector_type, ProjectorType)
         _check_positive_int("num_prototypes", self.num_prototypes)
@@ -114,9 +124,18 @@ class SQLlavaConfig(PreTrainedConfig):
             _check_token_id("vusr_token_id", self.vusr_token_id)
         if self.projector_hidden_act is None:
             self.projector_hidden_act = "quick_gelu" if self.prototype_variant == "released" else "gelu"
+        if self.projector_hidden_act not in ACT2FN:
+            raise ValueError(
+                f"projector_hidden_act is {self.projector_hidden_act!r}: give the name of an activation of "
+                "transformers, such as 'gelu' or 'quick_gelu'."
+            )
         self._check_vision_features()
         if self.tie_word_embeddings is None:
             self.tie_word_embeddings = bool(self.text_config.tie_word_embeddings)
+        if type(self.tie_word_embeddings) is not bool:
+            raise ValueError(f"tie_word_embeddings is {self.tie_word_embeddings!r}: give True, False or None.")
+        if type(self.initializer_range) is not float or self.initializer_range <= 0:
+            raise ValueError(f"initializer_range is {self.initializer_range!r}: give a float above 0.")
         kwargs["auto_map"] = dict(AUTO_MAP)
         super().__post_init__(**kwargs)
 
@@ -141,10 +160,10 @@ class SQLlavaConfig(PreTrainedConfig):
         image_seq_length += int(has_cls and self.vision_feature_select_strategy == "full")
         if self.image_seq_length is None:
             self.image_seq_length = image_seq_length
-        elif self.image_seq_length != image_seq_length:
+        elif type(self.image_seq_length) is not int or self.image_seq_length != image_seq_length:
             raise ValueError(
-                f"image_seq_length is {self.image_seq_length}, but the vision tower gives {image_seq_length} tokens an "
-                "image: leave it out, it follows from vision_config and vision_feature_select_strategy."
+                f"image_seq_length is {self.image_seq_length!r}, but the vision tower gives {image_seq_length} tokens "
+                "an image: leave it out, it follows from vision_config and vision_feature_select_strategy."
             )
 
     @property

@@ -69,6 +69,12 @@ def _at_least_float32(features: torch.Tensor) -> torch.Tensor:
     return features.to(torch.promote_types(features.dtype, torch.float32))
 
 
+def _cosine(prototypes_BKD: torch.Tensor, tokens_BND: torch.Tensor) -> torch.Tensor:
+    # The tokens' norms divide the [B, K, N] result, which is smaller than a normalised copy of the tokens.
+    norm_BN = torch.linalg.vector_norm(tokens_BND, dim=-1).clamp_min(1e-12)
+    return F.normalize(prototypes_BKD, dim=-1) @ tokens_BND.mT / norm_BN.unsqueeze(1)
+
+
 class SQLlavaPaperPrototypeExtractor(nn.Module):
     r"""The prototype extractor as the paper states it (section 3.2): K learned prototypes refined by T EM iterations.
 
@@ -109,8 +115,7 @@ class SQLlavaPaperPrototypeExtractor(nn.Module):
                 mass_BK1 = assignment_BKN.sum(dim=-1, keepdim=True)
                 tiny = torch.finfo(mass_BK1.dtype).tiny
                 prototypes = (assignment_BKN @ values_BND) / mass_BK1.clamp_min(tiny)
-            similarity_BKN = F.normalize(prototypes, dim=-1) @ F.normalize(tokens_BND, dim=-1).mT
-            context_BND = similarity_BKN.mT @ prototypes / prototypes.shape[1]
+            context_BND = _cosine(prototypes, tokens_BND).mT @ (prototypes / prototypes.shape[1])
             return (tokens_BND + self.z(context_BND)).to(features.dtype)
 
 
@@ -123,8 +128,8 @@ class SQLlavaReleasedPrototypeExtractor(nn.Module):
         y       = x + w A[best],   A = (sum of w feature over the members + Cf) / (members + 1)
 
     The values are normalised over the tokens, not the channels; the M-step does not divide by the mass; `c` is applied
-    again in each iteration. The authors' code builds `[B, K, N, D]` tensors for the last two lines; the one winning
-    prototype per token makes them a matrix product and a gather here.
+    again in each iteration. The authors' code builds `[B, K, N, D]` tensors for the last two lines; as each token
+    has one winning prototype, they are rows added to rows and taken from them here.
     """
 
     def __init__(self, config: SQLlavaConfig):
@@ -151,27 +156,33 @@ class SQLlavaReleasedPrototypeExtractor(nn.Module):
         with torch.autocast(features.device.type, enabled=False):
             tokens_BND = _at_least_float32(features)
             feature_BND = self.f(tokens_BND)
-            prototypes_BKD = self._cluster(tokens_BND, feature_BND)
-            cosine_BKN = F.normalize(prototypes_BKD, dim=-1) @ F.normalize(tokens_BND, dim=-1).mT
-            similarity_BKN = torch.sigmoid(
-                self.sim_beta.to(cosine_BKN.dtype) + self.sim_alpha.to(cosine_BKN.dtype) * cosine_BKN
-            )
-            weight_BN1, best_BN1 = (t.unsqueeze(-1) for t in similarity_BKN.max(dim=1))
-            best_BND = best_BN1.expand_as(tokens_BND)
+            weight_BN1, best_BN = self._assign(tokens_BND, self._cluster(tokens_BND, feature_BND))
 
-            aggregate_BKD = self._pool(feature_BND).scatter_add(1, best_BND, weight_BN1 * feature_BND)
-            members_BK1 = torch.zeros_like(aggregate_BKD[..., :1]).scatter_add(1, best_BN1, torch.ones_like(weight_BN1))
-            aggregate_BKD = aggregate_BKD / (members_BK1 + 1)
-            return (tokens_BND + weight_BN1 * aggregate_BKD.gather(1, best_BND)).to(features.dtype)
+            # The prototypes of all images as one list of B * K rows: each token adds to its row, then reads it.
+            first_row_B1 = self.num_prototypes * torch.arange(len(best_BN), device=best_BN.device).unsqueeze(1)
+            row = (first_row_B1 + best_BN).flatten()  # [B * N]
+            aggregate = self._pool(feature_BND).flatten(0, 1)  # [B * K, D]
+            aggregate = aggregate.index_add(0, row, (weight_BN1 * feature_BND).flatten(0, 1))
+            members = torch.zeros_like(aggregate[:, 0]).index_add(0, row, torch.ones_like(weight_BN1).flatten())
+            aggregate = aggregate / (members + 1).unsqueeze(1)
+            return (tokens_BND + weight_BN1 * aggregate.index_select(0, row).view_as(tokens_BND)).to(features.dtype)
 
     def _cluster(self, tokens_BND: torch.Tensor, feature_BND: torch.Tensor) -> torch.Tensor:
-        value_BND = F.normalize(self.v(tokens_BND), dim=1)
+        value_BND = self.v(tokens_BND)
+        # The norm over the tokens divides the K prototypes, which are fewer than the N values.
+        norm_B1D = value_BND.square().sum(dim=1, keepdim=True).clamp_min(1e-24).sqrt()
         prototypes_BKD = self._pool(tokens_BND)
         for _ in range(self.num_iterations):
             prototypes_BKD = self.c(prototypes_BKD)
-            assignment_BKN = (F.normalize(prototypes_BKD, dim=-1) @ value_BND.mT).softmax(dim=1)
+            assignment_BKN = (F.normalize(prototypes_BKD, dim=-1) / norm_B1D @ value_BND.mT).softmax(dim=1)
             prototypes_BKD = assignment_BKN @ feature_BND
         return prototypes_BKD
+
+    def _assign(self, tokens_BND: torch.Tensor, prototypes_BKD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        cosine_BKN = _cosine(prototypes_BKD, tokens_BND)
+        alpha, beta = self.sim_alpha.to(cosine_BKN.dtype), self.sim_beta.to(cosine_BKN.dtype)
+        weight_BN, best_BN = torch.sigmoid(beta + alpha * cosine_BKN).max(dim=1)
+        return weight_BN.unsqueeze(-1), best_BN
 
     def _pool(self, tokens_BND: torch.Tensor) -> torch.Tensor:
         return F.adaptive_avg_pool1d(tokens_BND.mT, self.num_prototypes).mT
@@ -259,7 +270,7 @@ class SQLlavaModel(SQLlavaPreTrainedModel):
 
     def get_vision_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """
-        Runs the vision tower up to `config.vision_feature_layer`; the layers above it, and a pooling head, are not run.
+        Runs the vision tower up to `config.vision_feature_layer`; the layers above, and a pooling head, are not run.
 
         Args:
             pixel_values (`torch.Tensor` of shape `(B, channels, height, width)`): Processed images.
@@ -281,7 +292,9 @@ class SQLlavaModel(SQLlavaPreTrainedModel):
         return hidden_states
 
     @can_return_tuple
-    def get_image_features(self, pixel_values: torch.Tensor, **kwargs) -> tuple | BaseModelOutputWithPooling:
+    def get_image_features(
+        self, pixel_values: torch.Tensor | None, **kwargs
+    ) -> tuple | BaseModelOutputWithPooling | None:
         """
         Args:
             pixel_values (`torch.Tensor` of shape `(num_images, channels, height, width)`): Processed images.
@@ -289,7 +302,10 @@ class SQLlavaModel(SQLlavaPreTrainedModel):
         Returns:
             `BaseModelOutputWithPooling`: `last_hidden_state` `(num_images, N, D)`, the vision features;
             `pooler_output` `(num_images, N, H)`, the image tokens that take the place of the placeholders.
+            `None` for `None`, with which `generate(pixel_values=None)` asks.
         """
+        if pixel_values is None:
+            return None
         features = self.get_vision_features(pixel_values)
         image_tokens = self.multi_modal_projector(self.prototype_extractor(features))
         return BaseModelOutputWithPooling(last_hidden_state=features, pooler_output=image_tokens)
@@ -432,6 +448,14 @@ class SQLlavaForConditionalGeneration(SQLlavaPreTrainedModel, GenerationMixin):
     def get_image_features(self, pixel_values: torch.Tensor, **kwargs) -> tuple | BaseModelOutputWithPooling:
         """See [`SQLlavaModel.get_image_features`]."""
         return self.model.get_image_features(pixel_values, **kwargs)
+
+    def prepare_inputs_for_generation(self, input_ids: torch.LongTensor, is_first_iteration: bool = False, **kwargs):
+        inputs = super().prepare_inputs_for_generation(input_ids, is_first_iteration=is_first_iteration, **kwargs)
+        if not is_first_iteration and not {"mm_encoder_outputs", "pixel_values"} & inputs.keys():
+            # An assistant model drafts without seeing: transformers hands the images to the first pass of the main
+            # model alone. What the draft reads in their place does not change the result.
+            inputs["input_ids"] = inputs["input_ids"].masked_fill(inputs["input_ids"] == self.config.image_token_id, 0)
+        return inputs
 
     @can_return_tuple
     def forward(

@@ -2,8 +2,9 @@
 
     >>> from transformers import AutoProcessor
     >>> processor = AutoProcessor.from_pretrained("org/sq-llava-7b", trust_remote_code=True)
+    >>> question = [{"type": "image", "path": "dog.png"}, {"type": "text", "text": "What is it?"}]
     >>> messages = [
-    ...     {"role": "user", "content": [{"type": "image", "path": "dog.png"}, {"type": "text", "text": "What is it?"}]},
+    ...     {"role": "user", "content": question},
     ...     {"role": "assistant", "content": "A dog."},
     ...     {"role": "vusr", "content": "What is it doing?"},
     ...     {"role": "assistant", "content": "Running."},
@@ -19,7 +20,7 @@ In the loss are the answers, the questions of `vusr` turns, and the delimiter af
 import json
 from typing import Literal, get_args
 
-from transformers import AddedToken, LlavaImageProcessorPil, ProcessorMixin
+from transformers import AddedToken, LlamaTokenizer, LlavaImageProcessorPil, ProcessorMixin
 from transformers.processing_utils import MultiModalData
 from transformers.utils import is_torchvision_available
 
@@ -41,6 +42,9 @@ TEMPLATE_HEADER = "{#- SQ-LLaVA: written by SQLlavaProcessor from its settings -
 TEMPLATE_BODY = r"""
 {%- macro text_of(message, images_only=false) -%}
     {%- set content = message['content'] -%}
+    {%- if content is undefined or content is none -%}
+        {{- raise_exception("The turn of role '" ~ message['role'] ~ "' has no content: write '' if it is empty.") -}}
+    {%- endif -%}
     {%- set parts = [{'type': 'text', 'text': content}] if content is string else content -%}
     {%- set ns = namespace(text='', typed='') -%}
     {%- for part in parts -%}
@@ -156,6 +160,9 @@ class SQLlavaProcessor(ProcessorMixin):
         self.image_token = IMAGE_TOKEN
         self.image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
         self.vusr_token_id = tokenizer.convert_tokens_to_ids(VUSR_TOKEN) if vusr_marker == VUSR_TOKEN else None
+        # What no text of a message may contain: it would forge an image, a turn or its end.
+        special_tokens = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+        self.control_tokens = sorted({IMAGE_TOKEN, VUSR_TOKEN, vusr_marker, *special_tokens})
         if chat_template is None or chat_template.startswith(TEMPLATE_HEADER):
             chat_template = self._write_chat_template(tokenizer)
         tokenizer.chat_template = chat_template
@@ -170,12 +177,15 @@ class SQLlavaProcessor(ProcessorMixin):
         if tokenizer.pad_token is None:
             tokenizer.pad_token = PAD_TOKEN
         tokenizer.padding_side = "left"
+        if isinstance(tokenizer, LlamaTokenizer):
+            # transformers does not save this flag, and a reloaded tokenizer would give other tokens than it was
+            # trained with (Mistral's puts a space after each special token, Llama's does not).
+            tokenizer.init_kwargs["legacy"] = tokenizer.legacy
 
     def _write_chat_template(self, tokenizer) -> str:
         # A processor adds special tokens to a rendered template by itself, trainers do not: so the template writes
         # the beginning of the sequence, if this tokenizer begins with one.
         begins_with_bos = tokenizer.bos_token_id is not None and tokenizer("a").input_ids[0] == tokenizer.bos_token_id
-        special_tokens = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
         settings = {
             "bos": tokenizer.bos_token if begins_with_bos else "",
             "system_message": self.system_message,
@@ -183,7 +193,7 @@ class SQLlavaProcessor(ProcessorMixin):
             "vusr_marker": self.vusr_marker,
             "assistant_marker": self.assistant_marker,
             "image_token": IMAGE_TOKEN,
-            "control_tokens": sorted({IMAGE_TOKEN, VUSR_TOKEN, self.vusr_marker, tokenizer.eos_token, *special_tokens}),
+            "control_tokens": self.control_tokens,
         }
         lines = [f"{{%- set {name} = {json.dumps(value)} -%}}\n" for name, value in settings.items()]
         return TEMPLATE_HEADER + "".join(lines) + TEMPLATE_BODY

@@ -122,13 +122,7 @@ def measure_questions(assistant, num_images: int, questions_per_image: int, seed
     for image in tqdm(list(captions)[:num_images], desc="Asking", unit=" images"):
         path = image_root() / f"test/images/{image}.png"
         first = answer(assistant, path, FIRST_QUESTION, max_new_tokens=8)
-        history = [
-            {
-                "role": "user",
-                "content": [{"type": "image", "path": str(path)}, {"type": "text", "text": FIRST_QUESTION}],
-            },
-            {"role": "assistant", "content": first},
-        ]
+        history = [{"role": "user", "content": FIRST_QUESTION}, {"role": "assistant", "content": first}]
         questions = ask(
             assistant, path, history=history, num_questions=questions_per_image, max_new_tokens=20, seed=seed + image
         )

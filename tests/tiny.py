@@ -6,6 +6,7 @@ from functools import partial
 import torch
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from torch.nn import functional as F
 from transformers import CLIPImageProcessorPil, LlamaTokenizer, PreTrainedTokenizerFast, set_seed
 
 from configuration_sq_llava import SQLlavaConfig
@@ -130,6 +131,32 @@ def tiny_processor(tokenizer=None, **settings) -> SQLlavaProcessor:
     """A processor for `tiny_config`, by default with the Llama tokenizer."""
     tokenizer = tokenizer or llama_tokenizer()
     return SQLlavaProcessor(tiny_image_processor(), tokenizer, **{"image_seq_length": 9, **settings})
+
+
+def tiny_inputs(config: SQLlavaConfig, num_images: int = 1, num_words: int = 12, seed: int = 0) -> dict:
+    """One prompt: four random ids, the images' placeholders one after another, the other random ids; and pixels."""
+    generator = torch.Generator().manual_seed(seed)
+    words = torch.randint(3, TINY_VOCAB_SIZE - 100, (1, num_words), generator=generator)
+    placeholders = torch.full((1, num_images * config.image_seq_length), config.image_token_id)
+    inputs = {"input_ids": torch.cat([words[:, :4], placeholders, words[:, 4:]], dim=1)}
+    inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+    if num_images:
+        side = config.vision_config.image_size
+        inputs["pixel_values"] = torch.randn(num_images, 3, side, side, generator=generator)
+    return inputs
+
+
+def left_padded(prompts: list[dict]) -> dict:
+    """A batch of prompts of different lengths and numbers of images."""
+    length = max(prompt["input_ids"].shape[1] for prompt in prompts)
+    batch = {
+        name: torch.cat([F.pad(prompt[name], (length - prompt[name].shape[1], 0)) for prompt in prompts])
+        for name in ("input_ids", "attention_mask")
+    }
+    pixel_values = [prompt["pixel_values"] for prompt in prompts if "pixel_values" in prompt]
+    if pixel_values:
+        batch["pixel_values"] = torch.cat(pixel_values)
+    return batch
 
 
 def picture(seed: int = 0, width: int = 60, height: int = 40) -> Image.Image:

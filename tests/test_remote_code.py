@@ -1,0 +1,101 @@
+"""Checkpoints that carry their code, used in a fresh process from another directory without the source tree.
+
+One process makes all checks of `remote_code_checks.py`, since its imports take seconds; each check is a test here.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.remote_code_checks import CHECKS
+from tests.tiny import llama_tokenizer, picture, tiny_model_for, tiny_processor
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    """Traceback of each check, "" where it passed."""
+    folder = tmp_path_factory.mktemp("remote_code")
+    write_checkpoints(folder)
+    kept = {name: value for name, value in os.environ.items() if name in ("PATH", "HOME", "LD_LIBRARY_PATH")}
+    environment = {
+        **kept,
+        "HF_HOME": str(folder / "hf_home"),
+        "HF_MODULES_CACHE": str(folder / "hf_modules"),
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": "1",
+    }
+    away = folder / "away"
+    away.mkdir()
+    script = Path(__file__).with_name("remote_code_checks.py")
+    process = subprocess.run(
+        [sys.executable, "-P", str(script), str(folder)],
+        cwd=away,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert process.returncode == 0, process.stderr
+    return json.loads((folder / "results.json").read_text())
+
+
+def write_checkpoints(folder):
+    """Three checkpoints, and what the model and the processor of the source tree give."""
+    processor = tiny_processor(llama_tokenizer(legacy=True))
+    model = tiny_model_for(processor)
+    images = [picture(0), picture(1, width=30, height=50)]
+    question = [*({"type": "image", "image": image} for image in images), {"type": "text", "text": "What is it?"}]
+    messages = [{"role": "user", "content": question}]
+    text_only = [{"role": "user", "content": [{"type": "text", "text": "What is a dog?"}]}]
+
+    def prompt(messages):
+        return processor.apply_chat_template(
+            messages,
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            processor_kwargs={"return_tensors": "pt"},
+        )
+
+    def answer(inputs):
+        sequence = model.generate(**inputs, do_sample=False, max_new_tokens=8)
+        texts = [processor.decode(ids[0], skip_special_tokens=True) for ids in (sequence, inputs["input_ids"])]
+        return sequence, texts[0].removeprefix(texts[1])
+
+    inputs = prompt(messages)
+    generated, text = answer(inputs)
+    _, text_only_answer = answer(prompt(text_only))
+    with torch.no_grad():
+        logits = model(**inputs).logits
+    sums = {}
+    for name in ("float32", "sharded", "bfloat16"):  # bfloat16 last: it changes the model in place
+        dtype = torch.bfloat16 if name == "bfloat16" else torch.float32
+        model.to(dtype).save_pretrained(folder / name, max_shard_size="200KB" if name == "sharded" else "50GB")
+        processor.save_pretrained(folder / name)
+        sums[name] = model.model.prototype_extractor.prototypes.sum().item()
+    expected = {
+        "messages": messages,
+        "prompt": processor.apply_chat_template(messages, add_generation_prompt=True),
+        "images": images,
+        "inputs": dict(inputs),
+        "logits": logits,
+        "generated": generated,
+        "answer": text,
+        "text_only": text_only,
+        "text_only_answer": text_only_answer,
+        "sums": sums,
+        "chat_template": processor.chat_template,
+        "token_ids": processor.tokenizer("a dog<image>\n[vusr] b").input_ids,
+    }
+    torch.save(expected, folder / "expected.pt")
+
+
+@pytest.mark.parametrize("check", [check.__name__ for check in CHECKS])
+def test_in_a_fresh_process_away_from_the_sources(check, results):
+    assert not results[check], results[check]
