@@ -208,15 +208,15 @@ def _reply(assistant, image: Path, history: list[dict], line: str, max_new_token
     """The history after the model has asked and answered (`/ask`), or has answered `line`; prints what is new."""
     from sq_llava import inference
 
+    images = None if history else image  # it stands in the first turn
     if line == "/ask":
-        talk = inference.converse(assistant, image, 1, history or None, max_new_tokens=max_new_tokens, **sampling)
+        talk = inference.converse(assistant, images, 1, history or None, max_new_tokens=max_new_tokens, **sampling)
         for message in talk[len(history) :]:
             if isinstance(message["content"], str):
                 style = "cyan" if message["role"] == "vusr" else ""
                 console.print(f"{message['role']}: {message['content']}", style=style, markup=False)
         return talk
     history = [*history, {"role": "user", "content": line}]
-    images = image if len(history) == 1 else None
     messages = inference.place_images(images, history)
     text = inference.answer(assistant, None, messages, max_new_tokens)
     console.print(text, markup=False)

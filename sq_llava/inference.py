@@ -247,7 +247,7 @@ class _Talk:
             common += 1
         if common < len(self.cached_ids):
             # Text is not always split into the tokens that it was generated as.
-            self.cache.crop(common)
+            self.cache.crop(common - len(self.cached_ids))
             self.cached_ids = self.cached_ids[:common]
         if self.cached_ids:
             inputs.pop("pixel_values", None)

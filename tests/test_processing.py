@@ -211,6 +211,16 @@ def test_loss_mask_of_a_left_padded_batch_is_that_of_each_conversation(any_token
         assert list(outputs["assistant_masks"][row]) == [0] * padding + mask
 
 
+def test_rendering_then_tokenizing_gives_the_ids_of_doing_both_at_once(any_tokenizer, image):
+    processor = tiny_processor(any_tokenizer)
+    messages = LAYOUTS["images in several turns"][0]
+    at_once = tokenized(processor, messages, add_generation_prompt=True)
+    prompt = processor.apply_chat_template(messages, add_generation_prompt=True)
+    in_two_steps = processor(text=prompt, images=[image, image])
+    assert in_two_steps["input_ids"] == at_once["input_ids"]
+    assert in_two_steps["input_ids"][0].count(any_tokenizer.bos_token_id) == int(any_tokenizer.bos_token is not None)
+
+
 def test_default_system_message_is_the_papers(tiny_processor):
     assert tiny_processor.apply_chat_template([user("What?")]) == (
         "<s>The assistant gives helpful, detailed, and polite answers to the user's questions. Also, the assistant is "

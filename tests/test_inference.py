@@ -1,0 +1,181 @@
+"""Answering, asking and conversing; and that nothing is computed twice for it."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from sq_llava import inference
+from sq_llava.inference import Assistant, answer, answer_batch, ask, converse, load, open_image, place_images
+from tests import tiny
+
+
+HISTORY = [{"role": "user", "content": "What is it?"}, {"role": "assistant", "content": "A dog."}]
+
+
+@pytest.fixture(scope="module")
+def assistant() -> Assistant:
+    processor = tiny.tiny_processor(system_message="Be kind.")
+    return Assistant(tiny.tiny_model_for(processor), processor)
+
+
+@pytest.fixture
+def passes(assistant, monkeypatch) -> dict[str, list[int]]:
+    """What went through the towers: images at a time, and tokens of all rows at a time."""
+    seen = {"images": [], "tokens": []}
+    model = assistant.model.model
+    vision, text = model.get_vision_features, model.language_model.forward
+
+    def count_images(pixel_values):
+        seen["images"].append(len(pixel_values))
+        return vision(pixel_values)
+
+    def count_tokens(*args, **kwargs):
+        seen["tokens"].append(kwargs["inputs_embeds"].shape[:2].numel())
+        return text(*args, **kwargs)
+
+    monkeypatch.setattr(model, "get_vision_features", count_images)
+    monkeypatch.setattr(model.language_model, "forward", count_tokens)
+    return seen
+
+
+def prompt_length(assistant, messages, **kwargs) -> int:
+    inputs = assistant.processor.apply_chat_template(
+        messages, tokenize=True, return_dict=True, return_tensors="pt", add_generation_prompt=True, **kwargs
+    )
+    return inputs["input_ids"].shape[1]
+
+
+def test_batch_of_mixed_prompts_answers_as_one_by_one(assistant):
+    requests = [
+        (tiny.picture(0), "What is it?"),
+        ([tiny.picture(1), tiny.picture(2)], "Do these two differ, and how? Tell me all about it."),
+        (None, "Hello."),
+        (tiny.picture(3), [*HISTORY, {"role": "user", "content": "And what colour?"}]),
+    ]
+    batch = answer_batch(assistant, requests, max_new_tokens=8)
+    assert batch == [answer(assistant, *request, max_new_tokens=8) for request in requests]
+    assert len(set(batch)) == len(batch)
+
+
+def test_questions_share_one_pass_over_image_and_conversation(assistant, passes):
+    image, count = tiny.picture(), 5
+    questions = ask(assistant, image, HISTORY, num_questions=count, max_new_tokens=6, seed=0)
+    assert len(questions) == count
+    assert passes["images"] == [1]
+    length = prompt_length(assistant, place_images(image, HISTORY), ask=True)
+    # The shared prefix once, then one token of each question at a time.
+    assert passes["tokens"][0] == length - 1
+    assert set(passes["tokens"][1:]) == {count}
+
+
+def test_image_is_encoded_once_for_a_description_and_its_questions(assistant, passes):
+    ask(assistant, tiny.picture(), num_questions=3, max_new_tokens=6, seed=0)
+    assert passes["images"] == [1]
+
+
+def test_whole_conversation_encodes_the_image_once_and_no_token_twice(assistant, passes):
+    image = tiny.picture()
+    messages = converse(assistant, image, num_turns=3, history=HISTORY, max_new_tokens=5, seed=0)
+    assert [message["role"] for message in messages[2:]] == ["vusr", "assistant"] * 3
+    assert passes["images"] == [1]
+    first = prompt_length(assistant, place_images(image, HISTORY), ask=True)
+    assert sum(passes["tokens"]) < 2 * first + 3 * 60
+
+
+def test_cached_questions_are_those_of_a_fresh_run(assistant):
+    # top_k=1 leaves one choice: the same tokens with and without the cache.
+    image = tiny.picture()
+    messages = converse(assistant, image, num_turns=3, history=HISTORY, top_k=1, max_new_tokens=6)
+    fresh = place_images(image, HISTORY)
+    for turn, role in enumerate(["vusr", "assistant"] * 3):
+        inputs = assistant.processor.apply_chat_template(
+            fresh, add_generation_prompt=True, ask=role == "vusr", tokenize=True, return_dict=True, return_tensors="pt"
+        )
+        output = assistant.model.generate(**inputs, do_sample=False, max_new_tokens=6)
+        text = assistant.processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+        assert messages[2 + turn] == {"role": role, "content": text}
+        fresh.append({"role": role, "content": text})
+
+
+def test_seed_gives_the_same_questions_and_leaves_the_generator_alone(assistant):
+    arguments = {"history": HISTORY, "num_questions": 4, "max_new_tokens": 6}
+    state = torch.get_rng_state()
+    first = ask(assistant, tiny.picture(), seed=1, **arguments)
+    assert first == ask(assistant, tiny.picture(), seed=1, **arguments)
+    assert torch.equal(state, torch.get_rng_state())
+    assert first != ask(assistant, tiny.picture(), seed=2, **arguments)
+    assert len(set(first)) > 1
+
+
+def test_history_must_end_with_an_answer(assistant):
+    with pytest.raises(ValueError, match="must end with an answer"):
+        ask(assistant, tiny.picture(), HISTORY[:1])
+
+
+def test_control_token_in_a_question_is_refused(assistant):
+    with pytest.raises(ValueError, match="control token"):
+        answer(assistant, tiny.picture(), "What? </s>[vusr]")
+
+
+def test_images_take_the_places_given_or_stand_first():
+    image = tiny.picture()
+    assert [part["type"] for part in place_images(image, "Hi")[0]["content"]] == ["image", "text"]
+    placed = place_images([image], [{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "image"}]}])
+    assert [part["type"] for part in placed[0]["content"]] == ["text", "image"]
+    with pytest.raises(ValueError, match="2 places for images, but 1 images were given"):
+        place_images(image, [{"role": "user", "content": [{"type": "image"}, {"type": "image"}]}])
+
+
+def test_image_is_turned_as_its_camera_says(tmp_path):
+    exif = tiny.picture().getexif()
+    exif[0x0112] = 6  # turned by 90 degrees
+    tiny.picture(width=60, height=40).save(tmp_path / "turned.jpg", exif=exif)
+    assert open_image(tmp_path / "turned.jpg").size == (40, 60)
+
+
+def test_broken_images_are_named(tmp_path):
+    tiny.picture(width=300, height=300).save(tmp_path / "whole.png")
+    (tmp_path / "half.png").write_bytes((tmp_path / "whole.png").read_bytes()[:5000])
+    (tmp_path / "text.png").write_text("no image")
+    for name in ("half.png", "text.png"):
+        with pytest.raises(ValueError, match=rf"{name}: cannot be read as an image"):
+            open_image(tmp_path / name)
+    with pytest.raises(ValueError, match=r"none\.png: no such image"):
+        open_image(tmp_path / "none.png")
+
+
+@pytest.mark.parametrize("path", ["/none/there", "./none", "tests/none", "a/b/c"])
+def test_local_looking_path_is_never_looked_for_on_the_hub(path, monkeypatch):
+    monkeypatch.setattr(inference, "hf_hub_download", lambda *args, **kwargs: pytest.fail("asked the Hub"))
+    with pytest.raises(ValueError, match="no such folder"):
+        load(path)
+
+
+def test_folder_without_a_model_is_named(tmp_path):
+    with pytest.raises(ValueError, match=r"neither config\.json nor adapter_config\.json"):
+        load(tmp_path)
+
+
+def test_unknown_hub_id_is_named():
+    with pytest.raises(ValueError, match="org/none-such-model: not in the cache"):
+        load("org/none-such-model")
+
+
+def test_saved_model_loads_and_answers_in_a_fresh_process(assistant, tmp_path):
+    assistant.model.save_pretrained(tmp_path / "model")
+    assistant.processor.save_pretrained(tmp_path / "model")
+    tiny.picture().save(tmp_path / "image.png")
+    code = (
+        "import sys; from sq_llava.inference import answer, load; print(answer(load('model'), 'image.png', 'Hi', 6))"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert result.stdout.strip() == answer(assistant, tiny.picture(), "Hi", 6), result.stderr[-2000:]
