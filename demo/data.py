@@ -1,0 +1,252 @@
+"""Turns the PyPI package `easy_vqa` into LLaVA-format JSON files for the demo.
+
+    python -m demo.data --output-dir demo/out/data
+
+writes four files, whose image paths are relative to `image_root()`:
+
+    stage1_train.json    one caption per image
+    stage2_train.json    an image's questions as multi-turn conversations
+    holdout.json         single questions about held-out train images: hyperparameters are chosen on these
+    test.json            single questions about the test images: looked at only to report
+
+easy-VQA has 4,000 train and 1,000 test images of 64 x 64 pixels, each with one circle, rectangle or triangle in one of
+eight colours, and 38,575 and 9,673 templated questions. It has no captions, so they are worked out from the answers:
+
+    "is there a red shape?" yes, "what shape is present?" circle   ->   "a red circle"
+    "is there a red shape?" no,  "what shape is present?" circle   ->   no caption (any of seven colours)
+
+This module neither copies nor decodes images.
+"""
+
+import argparse
+import json
+import math
+import random
+import re
+from collections import Counter, defaultdict
+from itertools import product
+from pathlib import Path
+
+import easy_vqa
+
+
+SHAPES = ("circle", "rectangle", "triangle")
+COLOURS = ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow")
+KINDS = ("yes/no shape", "yes/no colour", "shape", "colour")
+
+
+def image_root() -> Path:
+    """Returns the folder that the image paths in the JSON files are relative to."""
+    return Path(easy_vqa.__file__).parent / "data"
+
+
+def read_questions(split: str) -> dict[int, list[tuple[str, str]]]:
+    """Reads the questions of one split of easy-VQA.
+
+    Args:
+        split: "train" or "test".
+
+    Returns:
+        For each image number, in ascending order, its (question, answer) pairs in the order of the package.
+    """
+    readers = {"train": easy_vqa.get_train_questions, "test": easy_vqa.get_test_questions}
+    questions_of_image = defaultdict(list)
+    for question, answer, image in zip(*readers[split](), strict=True):
+        questions_of_image[image].append((question, answer))
+    return dict(sorted(questions_of_image.items()))
+
+
+def image_path(split: str, image: int) -> str:
+    return f"{split}/images/{image}.png"
+
+
+def words_of(text: str) -> set[str]:
+    return set(re.findall(r"[a-z]+", text))
+
+
+def question_kind(question: str) -> str:
+    """Returns which of the four `KINDS` a question is: it asks yes/no about, or for, a shape or a colour.
+
+    Example:
+        >>> question_kind("is no teal shape present?"), question_kind("what is the blue shape?")
+        ('yes/no colour', 'shape')
+    """
+    words = words_of(question)
+    if "what" in words:
+        return "colour" if "color" in words else "shape"
+    if words & set(SHAPES):
+        return "yes/no shape"
+    if words & set(COLOURS):
+        return "yes/no colour"
+    raise ValueError(f"question is of no known kind: {question!r}")
+
+
+def answer_question(question: str, colour: str, shape: str) -> str | None:
+    """Answers a question about an image that holds one shape.
+
+    Returns:
+        The answer, or None where the question presumes a shape or colour that the image does not hold.
+
+    Example:
+        >>> answer_question("is no teal shape present?", "red", "circle")
+        'yes'
+    """
+    words = words_of(question)
+    is_held = words & {*SHAPES, *COLOURS} <= {colour, shape}
+    kind = question_kind(question)
+    if kind.startswith("yes/no"):
+        is_negated = bool(words & {"not", "no"})
+        return "yes" if is_held != is_negated else "no"
+    if not is_held:
+        return None
+    return colour if kind == "colour" else shape
+
+
+def derive_caption(questions: list[tuple[str, str]]) -> str | None:
+    """Works out an image's caption from the answers to its questions.
+
+    Args:
+        questions: (question, answer) pairs about one image.
+
+    Returns:
+        A caption such as "a red circle", or None where several shapes or colours fit all the answers.
+
+    Raises:
+        ValueError: The answers contradict each other.
+    """
+    fitting = [
+        (colour, shape)
+        for colour, shape in product(COLOURS, SHAPES)
+        if all(answer_question(question, colour, shape) == answer for question, answer in questions)
+    ]
+    if not fitting:
+        raise ValueError(f"no shape and colour fit all of these answers: {questions}")
+    return "a {} {}".format(*fitting[0]) if len(fitting) == 1 else None
+
+
+def caption_rows(questions_of_image: dict[int, list[tuple[str, str]]]) -> list[dict]:
+    """Makes one stage 1 row per train image whose caption can be derived."""
+    rows = []
+    for image, questions in questions_of_image.items():
+        caption = derive_caption(questions)
+        if caption is not None:
+            turns = [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": caption}]
+            rows.append({"id": f"caption-{image}", "image": image_path("train", image), "conversations": turns})
+    return rows
+
+
+def conversation_rows(
+    questions_of_image: dict[int, list[tuple[str, str]]], max_turns: int, shuffler: random.Random
+) -> list[dict]:
+    """Makes stage 2 rows: an image's questions in random order, in as few conversations as `max_turns` allows.
+
+    Example:
+        {"id": "chat-7-0", "image": "train/images/7.png", "conversations": [
+            {"from": "human", "value": "<image>\\nwhat color is the shape?"}, {"from": "gpt", "value": "blue"},
+            {"from": "human", "value": "is there a circle?"}, {"from": "gpt", "value": "no"}]}
+    """
+    rows = []
+    for image, questions in questions_of_image.items():
+        questions = shuffler.sample(questions, len(questions))
+        num_rows = math.ceil(len(questions) / max_turns)
+        for part in range(num_rows):
+            turns = []
+            for question, answer in questions[part::num_rows]:
+                prompt = question if turns else f"<image>\n{question}"
+                turns += [{"from": "human", "value": prompt}, {"from": "gpt", "value": answer}]
+            rows.append({"id": f"chat-{image}-{part}", "image": image_path("train", image), "conversations": turns})
+    return rows
+
+
+def question_rows(split: str, questions_of_image: dict[int, list[tuple[str, str]]]) -> list[dict]:
+    """Makes evaluation rows, one per question, each with its `kind` beside the conversation."""
+    rows = []
+    for image, questions in questions_of_image.items():
+        for number, (question, answer) in enumerate(questions):
+            turns = [{"from": "human", "value": f"<image>\n{question}"}, {"from": "gpt", "value": answer}]
+            rows.append(
+                {
+                    "id": f"{split}-{image}-{number}",
+                    "image": image_path(split, image),
+                    "kind": question_kind(question),
+                    "conversations": turns,
+                }
+            )
+    return rows
+
+
+def write_data(
+    output_dir: str | Path, seed: int = 0, num_holdout_images: int = 200, max_turns: int = 8
+) -> dict[str, Path]:
+    """Writes the four JSON files of the demo.
+
+    Args:
+        output_dir: Folder to write to; made if it is missing.
+        seed: Draws the order of the turns. The held-out images are the same for every seed.
+        num_holdout_images: Train images kept out of both stages, to choose hyperparameters on.
+        max_turns: Most questions in one conversation; an image with more gets several conversations.
+
+    Returns:
+        The path of each file by its name: `stage1_train`, `stage2_train`, `holdout` and `test`.
+    """
+    all_train = read_questions("train")
+    holdout_images = set(random.Random(0).sample(sorted(all_train), num_holdout_images))
+    train = {image: questions for image, questions in all_train.items() if image not in holdout_images}
+    holdout = {image: questions for image, questions in all_train.items() if image in holdout_images}
+    rows_of_file = {
+        "stage1_train": caption_rows(train),
+        "stage2_train": conversation_rows(train, max_turns, random.Random(seed)),
+        "holdout": question_rows("train", holdout),
+        "test": question_rows("test", read_questions("test")),
+    }
+    output_dir = Path(output_dir)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    paths = {name: output_dir / f"{name}.json" for name in rows_of_file}
+    for name, path in paths.items():
+        path.write_text(json.dumps(rows_of_file[name]) + "\n", encoding="utf-8")
+    return paths
+
+
+def questions_and_answers(rows: list[dict]) -> list[tuple[str, str]]:
+    """Returns the (question, answer) pairs of LLaVA rows, without the image placeholder."""
+    pairs = []
+    for row in rows:
+        turns = [turn["value"].removeprefix("<image>\n") for turn in row["conversations"]]
+        pairs += zip(turns[::2], turns[1::2], strict=True)
+    return pairs
+
+
+def blind_guess(train_rows: list[dict], test_rows: list[dict]) -> dict[str, float]:
+    """Accuracy of guessing without the image: to each question, the answer it has most often in the train rows.
+
+    Args:
+        train_rows: Rows of `stage2_train.json`.
+        test_rows: Rows of `test.json` or `holdout.json`.
+
+    Returns:
+        The accuracy over all questions as "all", and over each of the four `KINDS`.
+    """
+    counts = defaultdict(Counter)
+    for question, answer in questions_and_answers(train_rows):
+        counts[question][answer] += 1
+    hits = defaultdict(list)
+    for question, answer in questions_and_answers(test_rows):
+        is_hit = counts[question].most_common(1)[0][0] == answer
+        hits["all"].append(is_hit)
+        hits[question_kind(question)].append(is_hit)
+    return {name: sum(hits[name]) / len(hits[name]) for name in ("all", *KINDS)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output-dir", type=Path, default=Path("demo/out/data"))
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--num-holdout-images", type=int, default=200)
+    parser.add_argument("--max-turns", type=int, default=8)
+    args = parser.parse_args()
+    for name, path in write_data(**vars(args)).items():
+        print(f"{name}: {len(json.loads(path.read_text(encoding='utf-8')))} rows in {path}")
+
+
+if __name__ == "__main__":
+    main()
