@@ -21,7 +21,7 @@ import json
 from typing import Literal, get_args
 
 from transformers import AddedToken, LlamaTokenizer, LlavaImageProcessorPil, ProcessorMixin
-from transformers.processing_utils import MultiModalData
+from transformers.processing_utils import MultiModalData, ProcessingKwargs
 from transformers.utils import is_torchvision_available
 
 
@@ -111,6 +111,12 @@ TEMPLATE_BODY = r"""
 """.strip()
 
 
+class SQLlavaProcessorKwargs(ProcessingKwargs, total=False):
+    # The chat template writes the beginning of the sequence. With the tokenizer's own in front of it,
+    # `processor(text=processor.apply_chat_template(messages))` would begin twice.
+    _defaults = {"text_kwargs": {"add_special_tokens": False}}
+
+
 class SQLlavaProcessor(ProcessorMixin):
     r"""
     Joins an image processor, a tokenizer and the chat template. Registers `<image>`, `[vusr]` and, where the tokenizer
@@ -129,6 +135,8 @@ class SQLlavaProcessor(ProcessorMixin):
             marker, such as `"VUSER:"` of the released checkpoints, is plain text.
         chat_template (`str`, *optional*): A Jinja template; by default it is written from the settings above.
     """
+
+    valid_processor_kwargs = SQLlavaProcessorKwargs
 
     def __init__(
         self,
@@ -183,8 +191,8 @@ class SQLlavaProcessor(ProcessorMixin):
             tokenizer.init_kwargs["legacy"] = tokenizer.legacy
 
     def _write_chat_template(self, tokenizer) -> str:
-        # A processor adds special tokens to a rendered template by itself, trainers do not: so the template writes
-        # the beginning of the sequence, if this tokenizer begins with one.
+        # Trainers and servers tokenize a rendered template without adding special tokens: so the template writes the
+        # beginning of the sequence, if this tokenizer begins with one.
         begins_with_bos = tokenizer.bos_token_id is not None and tokenizer("a").input_ids[0] == tokenizer.bos_token_id
         settings = {
             "bos": tokenizer.bos_token if begins_with_bos else "",

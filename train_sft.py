@@ -19,6 +19,7 @@ from accelerate import PartialState
 from rich.console import Console
 from rich.table import Table
 from transformers import set_seed
+from transformers.utils.versions import require_version
 from trl import ModelConfig, SFTConfig, TrlParser
 
 from modeling_sq_llava import SQLlavaForConditionalGeneration
@@ -144,6 +145,8 @@ def main(args: list[str] | None = None) -> SQLlavaTrainer:
             raise ValueError(
                 f"{name} is {getattr(model_config, name)}: train_sft.py does not support it, leave it out."
             )
+    # Before 5.18, the mask of what is in the loss is wrong behind an image.
+    require_version("transformers>=5.18")
     instruct = arguments.stage == "instruct"
     training_args.remove_unused_columns = False  # the collator makes the model's inputs of our columns
     training_args.ddp_find_unused_parameters = False  # every trained weight is in the graph of every batch

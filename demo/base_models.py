@@ -162,7 +162,7 @@ def pretrain_clip(
     tokenizer: PreTrainedTokenizerFast,
     output_dir: str | Path,
     seed: int = 0,
-    num_steps: int = 600,
+    num_steps: int = 900,
     batch_size: int = 64,
     learning_rate: float = 2e-3,
     device: str = "cpu",
@@ -197,7 +197,11 @@ def pretrain_clip(
 
     def compute_loss() -> torch.Tensor:
         batch = torch.randint(len(pixel_values), (batch_size,), device=device)
-        similarities = embed_images(model, pixel_values[batch]) @ embed_captions(model, caption_inputs).T
+        images = pixel_values[batch]
+        # Mirrored images keep their captions, and double the few that there are.
+        is_mirrored = torch.rand(batch_size, 1, 1, 1, device=device) < 0.5
+        images = torch.where(is_mirrored, images.flip(-1), images)
+        similarities = embed_images(model, images) @ embed_captions(model, caption_inputs).T
         return contrastive_loss(model.logit_scale.exp() * similarities, caption_of_image[batch])
 
     train(model, compute_loss, num_steps, learning_rate, betas=(0.9, 0.98), description="CLIP")

@@ -156,6 +156,17 @@ def test_half_precision_models_run_in_their_dtype(variant, vision_config, dtype)
     assert F.cosine_similarity(logits.float(), expected, dim=-1).min() > 0.97
 
 
+def test_a_float32_connector_works_inside_a_bfloat16_model():
+    model = tiny_model().to(torch.bfloat16)
+    model.model.prototype_extractor.float()
+    model.model.multi_modal_projector.float()
+    inputs = tiny_inputs(model.config)
+    outputs = model(**inputs, labels=inputs["input_ids"])
+    outputs.loss.backward()
+    assert outputs.logits.dtype == torch.bfloat16
+    assert model.model.multi_modal_projector.linear_1.weight.grad.any()
+
+
 # One tiny configuration of each family that SQ-LLaVA is meant for.
 TEXT_FAMILIES = {
     "llama": {},

@@ -187,15 +187,21 @@ def test_an_image_in_a_batch_gives_what_it_gives_alone(variant):
     torch.testing.assert_close(module(features), alone, atol=1e-12, rtol=1e-12)
 
 
+@pytest.mark.parametrize("bias", ["random bias", "no bias"])
 @pytest.mark.parametrize("variant", EXTRACTORS)
-def test_more_prototypes_than_tokens_and_blank_images_stay_finite(variant):
+def test_more_prototypes_than_tokens_and_blank_images_stay_finite(variant, bias):
     module = extractor(variant, num_prototypes=9, dtype=torch.float32)
+    if bias == "no bias":
+        for name, parameter in module.named_parameters():
+            if name.endswith("bias"):
+                torch.nn.init.zeros_(parameter)
     for features in (torch.randn(1, 4, 8), torch.zeros(1, 4, 8), 1e4 * torch.randn(1, 4, 8)):
+        module.zero_grad()
         features.requires_grad_()
         output = module(features)
         output.sum().backward()
-        assert output.isfinite().all()
-        assert features.grad.isfinite().all()
+        for tensor in (output, features.grad, *(parameter.grad for parameter in module.parameters())):
+            assert tensor.isfinite().all()
 
 
 class LargestTensor(TorchDispatchMode):
