@@ -17,7 +17,7 @@ from tqdm import tqdm
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from demo.data import KINDS, answer_question, blind_guess, derive_caption, image_root, read_questions
-from sq_llava.inference import answer, ask, load
+from sq_llava.inference import load
 
 
 FIRST_QUESTION = "what color is the shape?"
@@ -121,15 +121,15 @@ def measure_questions(assistant, num_images: int, questions_per_image: int, seed
     asked, valid, sheet = [], [], []
     for image in tqdm(list(captions)[:num_images], desc="Asking", unit=" images"):
         path = image_root() / f"test/images/{image}.png"
-        first = answer(assistant, path, FIRST_QUESTION, max_new_tokens=8)
+        first = assistant.answer(path, FIRST_QUESTION, max_new_tokens=8)
         history = [{"role": "user", "content": FIRST_QUESTION}, {"role": "assistant", "content": first}]
-        questions = ask(
-            assistant, path, history=history, num_questions=questions_per_image, max_new_tokens=20, seed=seed + image
+        questions = assistant.ask(
+            path, history=history, num_questions=questions_per_image, max_new_tokens=20, seed=seed + image
         )
         asked += questions
         valid += [is_valid(question, known, captions[image]) for question in questions]
         if len(sheet) < NUM_SHEET_IMAGES:
-            own = [(question, answer(assistant, path, question, max_new_tokens=8)) for question in questions[:2]]
+            own = [(question, assistant.answer(path, question, max_new_tokens=8)) for question in questions[:2]]
             sheet.append({"image": str(path), "turns": [(FIRST_QUESTION, first)], "own_turns": own})
     return {
         "questions_asked": len(asked),
@@ -139,14 +139,29 @@ def measure_questions(assistant, num_images: int, questions_per_image: int, seed
     }
 
 
-def evaluate(model_dir: Path, data_dir: Path, output: Path, seed: int = 0, split: str = "test") -> dict:
-    """Runs all measurements and writes them to `output` as JSON. `split` is `"test"` or `"holdout"`."""
+def evaluate(
+    model_dir: Path,
+    data_dir: Path,
+    output: Path,
+    seed: int = 0,
+    split: str = "test",
+    max_rows: int | None = None,
+    num_images: int = 100,
+) -> dict:
+    """
+    Runs all measurements and writes them to `output` as JSON.
+
+    Args:
+        split: `"test"`, or `"holdout"`, without questions: to choose settings on.
+        max_rows: Of the split's questions, the first so many; default all.
+        num_images: How many images to ask questions about, four each.
+    """
     assistant = load(str(model_dir))
-    rows = json.loads((data_dir / f"{split}.json").read_text())
+    rows = json.loads((data_dir / f"{split}.json").read_text())[:max_rows]
     train_rows = json.loads((data_dir / "stage2_train.json").read_text())
     result = measure_answers(assistant, rows, train_rows)
     if split == "test":
-        result |= measure_questions(assistant, num_images=100, questions_per_image=4, seed=seed)
+        result |= measure_questions(assistant, num_images=num_images, questions_per_image=4, seed=seed)
     output.write_text(json.dumps(result, indent=2) + "\n")
     return result
 
@@ -158,8 +173,9 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("runs/demo/evaluation.json"))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--split", choices=("test", "holdout"), default="test", help="holdout: to choose settings on")
+    parser.add_argument("--limit", type=int, help="of the split's questions, the first so many; default all")
     args = parser.parse_args()
-    result = evaluate(args.model, args.data, args.output, args.seed, args.split)
+    result = evaluate(args.model, args.data, args.output, args.seed, args.split, args.limit)
     print(json.dumps({name: value for name, value in result.items() if name != "contact_sheet"}, indent=2))
 
 

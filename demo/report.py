@@ -114,8 +114,8 @@ With the image blanked: {blank} (every fourth question, {result["num_blank_quest
 
 ## Questions it asks itself
 
-{result["questions_asked"]} questions about 100 test images, sampled after one answered turn (temperature 1.2, top-k
-300, top-p 0.95): {result["questions_distinct"]} distinct, {valid} well formed and about
+{result["questions_asked"]} questions about test images, sampled after one answered turn (temperature 1.2, top-k 300,
+top-p 0.95): {result["questions_distinct"]} distinct, {valid} well formed and about
 the image (a form of easy-VQA that presumes nothing the image does not hold).
 
 ![Unseen test images with answers, own questions and answers to them](contact_sheet.png)

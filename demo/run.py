@@ -2,6 +2,7 @@
 
     python -m demo.run                                          into runs/demo
     python -m demo.run --seed 1 --output-dir runs/demo-seed1    another seed
+    python -m demo.run --quick --output-dir runs/quick          a few training steps: only to see that it runs
 
 Steps: write the data, pretrain a tiny CLIP and a tiny Llama, train both stages with `train_sft.py`, merge, evaluate,
 report. Each step runs in a process of its own and leaves a note when it is complete; run again, the demo goes on
@@ -15,6 +16,7 @@ import shutil
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 from demo.data import caption_rows, image_root, questions_and_answers, read_questions, write_data
@@ -23,7 +25,7 @@ from demo.data import caption_rows, image_root, questions_and_answers, read_ques
 RECIPES = Path("recipes/easy-vqa")
 
 
-def make_base_models(run: Path, seed: int) -> None:
+def make_base_models(run: Path, seed: int, quick: bool) -> None:
     """Writes the data, and pretrains the two base models on it."""
     import torch
 
@@ -36,51 +38,56 @@ def make_base_models(run: Path, seed: int) -> None:
     holdout_captions = [row for row in caption_rows(read_questions("train")) if row["image"] in holdout_images]
     questions = [question for question, _ in questions_and_answers(conversations)]
     texts = [row["conversations"][1]["value"] for row in captions] + questions + ["yes", "no"]
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    settings = {"seed": seed, "device": "cuda" if torch.cuda.is_available() else "cpu"}
+    settings |= {"num_steps": 5} if quick else {}
     clip_accuracy = pretrain_clip(
-        captions, holdout_captions, build_tokenizer(texts, adds_end=True), run / "clip", seed=seed, device=device
+        captions, holdout_captions, build_tokenizer(texts, adds_end=True), run / "clip", **settings
     )
     print(f"CLIP: {clip_accuracy:.1%} of held-out images are closest to their own caption, of 24")
-    llama_accuracy = pretrain_llama(
-        questions, build_tokenizer(texts, adds_end=False), run / "llama", seed=seed, device=device
-    )
+    llama_accuracy = pretrain_llama(questions, build_tokenizer(texts, adds_end=False), run / "llama", **settings)
     print(f"Llama: {llama_accuracy:.1%} of questions about written scenes are answered right")
 
 
-def train_stage(run: Path, seed: int, stage: str) -> None:
+def train_stage(run: Path, seed: int, quick: bool, stage: str) -> None:
+    """Trains a stage as anybody would: the recipe, and on the command line what it leaves open."""
     import train_sft
 
-    arguments = ["--config", str(RECIPES / f"{stage}.yaml"), "--seed", str(seed), "--output_dir", str(run / stage)]
-    arguments += ["--dataset_path", str(run / "data" / f"{stage}_train.json"), "--image_root", str(image_root())]
+    settings = {
+        "config": RECIPES / f"{stage}.yaml",
+        "seed": seed,
+        "output_dir": run / stage,
+        "dataset_path": run / "data" / f"{stage}_train.json",
+        "image_root": image_root(),
+    }
     if stage == "stage1":
-        arguments += [
-            "--vision_model_name_or_path",
-            str(run / "clip"),
-            "--text_model_name_or_path",
-            str(run / "llama"),
-        ]
+        settings |= {"vision_model_name_or_path": run / "clip", "text_model_name_or_path": run / "llama"}
     else:
-        arguments += ["--model_name_or_path", str(run / "stage1")]
-    train_sft.main(arguments)
+        settings |= {"model_name_or_path": run / "stage1"}
+    if quick:
+        settings |= {"max_steps": 3, "logging_steps": 1}
+    train_sft.main([text for name, value in settings.items() for text in (f"--{name}", str(value))])
 
 
-def merge_and_evaluate(run: Path, seed: int) -> None:
+def merge_and_evaluate(run: Path, seed: int, quick: bool) -> None:
+    """Makes the plain checkpoint and measures it."""
     from demo.evaluate import evaluate
     from sq_llava.checkpoint import merge_adapter
 
     merge_adapter(str(run / "stage2"), str(run / "model"))
-    evaluate(run / "model", run / "data", run / "evaluation.json", seed)
+    limits = {"max_rows": 200, "num_images": 12} if quick else {}
+    evaluate(run / "model", run / "data", run / "evaluation.json", seed, **limits)
 
 
+# What each step runs, and what it writes.
 STEPS = {
     "base models": (make_base_models, ["data", "clip", "llama"]),
-    "stage 1": (lambda run, seed: train_stage(run, seed, "stage1"), ["stage1"]),
-    "stage 2": (lambda run, seed: train_stage(run, seed, "stage2"), ["stage2"]),
+    "stage 1": (partial(train_stage, stage="stage1"), ["stage1"]),
+    "stage 2": (partial(train_stage, stage="stage2"), ["stage2"]),
     "evaluation": (merge_and_evaluate, ["model", "evaluation.json"]),
 }
 
 
-def run_step(name: str, run: Path, seed: int) -> dict:
+def run_step(name: str, run: Path, settings: list[str]) -> dict:
     """Runs a step in a child process, unless its note says that it is complete; returns the note."""
     note = run / "steps" / f"{name.replace(' ', '-')}.json"
     if note.is_file():
@@ -90,7 +97,7 @@ def run_step(name: str, run: Path, seed: int) -> dict:
         shutil.rmtree(run / output, ignore_errors=True)
     print(f"=== {name}", flush=True)
     start = time.time()
-    command = [sys.executable, "-m", "demo.run", "--step", name, "--seed", str(seed), "--output-dir", str(run)]
+    command = [sys.executable, "-m", "demo.run", "--step", name, "--output-dir", str(run), *settings]
     _, status, usage = os.wait4(subprocess.Popen(command).pid, 0)
     if status != 0:
         raise SystemExit(f"The step '{name}' failed, see above. Run the demo again to go on from there.")
@@ -101,17 +108,32 @@ def run_step(name: str, run: Path, seed: int) -> dict:
     return facts
 
 
-def main() -> None:
+def check_settings(run: Path, settings: list[str]) -> None:
+    """Notes the settings of a new run; one with other settings must not be gone on with."""
+    note = run / "settings.txt"
+    if note.is_file() and note.read_text().split() != settings:
+        raise SystemExit(
+            f"{run} holds a run with other settings ({note.read_text().strip()}): give another --output-dir, or "
+            "remove it (make demo-clean)."
+        )
+    run.mkdir(parents=True, exist_ok=True)
+    note.write_text(" ".join(settings) + "\n")
+
+
+def main(args: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output-dir", type=Path, default=Path("runs/demo"))
+    parser.add_argument("--quick", action="store_true", help="a few training steps: only to see that it runs")
     parser.add_argument("--step", choices=STEPS, help=argparse.SUPPRESS)
-    args = parser.parse_args()
+    args = parser.parse_args(args)
     run = args.output_dir
     if args.step:
-        STEPS[args.step][0](run, args.seed)
+        STEPS[args.step][0](run, args.seed, args.quick)
         return
-    steps = {name: run_step(name, run, args.seed) for name in STEPS}
+    settings = ["--seed", str(args.seed)] + ["--quick"] * args.quick
+    check_settings(run, settings)
+    steps = {name: run_step(name, run, settings) for name in STEPS}
 
     from demo.report import write_report
 

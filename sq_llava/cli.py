@@ -128,17 +128,14 @@ def ask(
     with _errors_in_one_line():
         files = find_images(images)
         assistant = _load(model, device, dtype)
-        from sq_llava import inference
 
         results = []
         for file in _track(files, "Asking"):
             history = None
             if after is not None:
-                first = inference.answer(assistant, file, after, max_new_tokens=max_new_tokens)
+                first = assistant.answer(file, after, max_new_tokens=max_new_tokens)
                 history = [{"role": "user", "content": after}, {"role": "assistant", "content": first}]
-            questions = inference.ask(
-                assistant, file, history, num_questions, temperature, top_k, top_p, max_new_tokens, seed
-            )
+            questions = assistant.ask(file, history, num_questions, temperature, top_k, top_p, max_new_tokens, seed)
             results.append({"image": str(file), "questions": questions})
         _show(results, as_json, lambda result: "\n".join(f"  {question}" for question in result["questions"]))
 
@@ -162,10 +159,9 @@ def answer(
     with _errors_in_one_line():
         files = find_images(images)
         assistant = _load(model, device, dtype)
-        from sq_llava import inference
 
         results = [
-            {"image": str(file), "answer": inference.answer(assistant, file, question, max_new_tokens)}
+            {"image": str(file), "answer": assistant.answer(file, question, max_new_tokens)}
             for file in _track(files, "Answering")
         ]
         _show(results, as_json, lambda result: f"  {result['answer']}")
@@ -210,7 +206,7 @@ def _reply(assistant, image: Path, history: list[dict], line: str, max_new_token
 
     images = None if history else image  # it stands in the first turn
     if line == "/ask":
-        talk = inference.converse(assistant, images, 1, history or None, max_new_tokens=max_new_tokens, **sampling)
+        talk = assistant.converse(images, 1, history or None, max_new_tokens=max_new_tokens, **sampling)
         for message in talk[len(history) :]:
             if isinstance(message["content"], str):
                 style = "cyan" if message["role"] == "vusr" else ""
@@ -218,7 +214,7 @@ def _reply(assistant, image: Path, history: list[dict], line: str, max_new_token
         return talk
     history = [*history, {"role": "user", "content": line}]
     messages = inference.place_images(images, history)
-    text = inference.answer(assistant, None, messages, max_new_tokens)
+    text = assistant.answer(None, messages, max_new_tokens)
     console.print(text, markup=False)
     return [*messages, {"role": "assistant", "content": text}]
 

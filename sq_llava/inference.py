@@ -1,10 +1,10 @@
 """Load a SQ-LLaVA, let it answer, ask, and talk to itself.
 
-    >>> from sq_llava.inference import answer, ask, converse, load
+    >>> from sq_llava.inference import load
     >>> assistant = load("runs/demo/model")
-    >>> answer(assistant, "image.png", "what color is the shape?")
-    >>> ask(assistant, "image.png", num_questions=5)
-    >>> converse(assistant, "image.png", num_turns=3)
+    >>> assistant.answer("image.png", "what color is the shape?")
+    >>> assistant.ask("image.png", num_questions=5)
+    >>> assistant.converse("image.png", num_turns=3)
 
 `path` is a plain checkpoint, an adapter folder, or a Hub id. What this module does not do: run the code in a
 checkpoint's folder; the library's own classes are used.
@@ -36,6 +36,86 @@ class Assistant:
 
     model: SQLlavaForConditionalGeneration
     processor: SQLlavaProcessor
+
+    def answer(self, images, messages, max_new_tokens: int = 512, **generate_kwargs) -> str:
+        """
+        Answers, greedily unless `generate_kwargs` say otherwise.
+
+        Args:
+            images: One image or a list (paths or PIL images), or `None`. They take the places of the image parts of
+                `messages`; where there are none, they stand before the first user turn's text.
+            messages: A question, or a list of messages whose last one is the user's.
+
+        Returns:
+            The answer, stripped.
+        """
+        return self.answer_batch([(images, messages)], max_new_tokens, **generate_kwargs)[0]
+
+    @torch.inference_mode()
+    def answer_batch(self, requests: list[tuple], max_new_tokens: int = 512, **generate_kwargs) -> list[str]:
+        """Answers several `(images, messages)` in one left-padded batch: the same answers as one by one."""
+        conversations = [place_images(images, messages) for images, messages in requests]
+        inputs = _encode(self, conversations)
+        settings = {"do_sample": False, **generate_kwargs, "max_new_tokens": max_new_tokens}
+        output = self.model.generate(**inputs, **settings)
+        return _decode(self, output[:, inputs["input_ids"].shape[1] :])
+
+    def ask(
+        self,
+        image,
+        history: list[dict] | None = None,
+        num_questions: int = 1,
+        temperature: float = 1.2,
+        top_k: int = 300,
+        top_p: float = 0.95,
+        max_new_tokens: int = 300,
+        seed: int | None = None,
+    ) -> list[str]:
+        """
+        Samples questions about an image, with the release's settings by default. The image and the conversation so
+        far go through the model once for all questions.
+
+        Args:
+            image: Path or PIL image, or a list of them.
+            history (`list[dict]`, *optional*): Messages that end with an answer. Default: the model describes
+                the image.
+            num_questions (`int`): How many to sample.
+            seed (`int`, *optional*): For the same questions again.
+
+        Returns:
+            The questions, stripped.
+        """
+        talk = _Talk.start(self, image, history, max_new_tokens)
+        sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "max_new_tokens": max_new_tokens}
+        with _seeded(seed):
+            return talk.ask(num_questions, **sampling)
+
+    def converse(
+        self,
+        image,
+        num_turns: int = 3,
+        history: list[dict] | None = None,
+        temperature: float = 1.2,
+        top_k: int = 300,
+        top_p: float = 0.95,
+        max_new_tokens: int = 300,
+        seed: int | None = None,
+    ) -> list[dict]:
+        """
+        The model asks itself and answers, turn after turn; arguments as in [`Assistant.ask`].
+
+        Returns:
+            `history` (default: a description of the image), followed by `num_turns` turns of the roles `vusr` and
+            `assistant`, contents as text.
+        """
+        talk = _Talk.start(self, image, history, max_new_tokens)
+        sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "max_new_tokens": max_new_tokens}
+        with _seeded(seed):
+            for _ in range(num_turns):
+                question = talk.ask(1, **sampling)[0]
+                talk.messages.append({"role": "vusr", "content": question})
+                talk.answer(max_new_tokens)
+        return talk.messages
 
 
 def load(path: str, device: str | None = None, dtype: str = "auto", **kwargs) -> Assistant:
@@ -91,91 +171,6 @@ def open_image(image: str | Path | Image.Image) -> Image.Image:
         except (OSError, SyntaxError, Image.DecompressionBombError) as error:
             raise ValueError(f"{path}: cannot be read as an image ({error}). Save it anew as PNG or JPEG.") from error
     return image.convert("RGB")
-
-
-def answer(assistant: Assistant, images, messages, max_new_tokens: int = 512, **generate_kwargs) -> str:
-    """
-    Answers, greedily unless `generate_kwargs` say otherwise.
-
-    Args:
-        images: One image or a list (paths or PIL images), or `None`. They take the places of the image parts of
-            `messages`; where there are none, they stand before the first user turn's text.
-        messages: A question, or a list of messages whose last one is the user's.
-
-    Returns:
-        The answer, stripped.
-    """
-    return answer_batch(assistant, [(images, messages)], max_new_tokens, **generate_kwargs)[0]
-
-
-@torch.inference_mode()
-def answer_batch(
-    assistant: Assistant, requests: list[tuple], max_new_tokens: int = 512, **generate_kwargs
-) -> list[str]:
-    """Answers several `(images, messages)` in one left-padded batch: the same answers as one by one."""
-    conversations = [place_images(images, messages) for images, messages in requests]
-    inputs = _encode(assistant, conversations)
-    settings = {"do_sample": False, **generate_kwargs, "max_new_tokens": max_new_tokens}
-    output = assistant.model.generate(**inputs, **settings)
-    return _decode(assistant, output[:, inputs["input_ids"].shape[1] :])
-
-
-def ask(
-    assistant: Assistant,
-    image,
-    history: list[dict] | None = None,
-    num_questions: int = 1,
-    temperature: float = 1.2,
-    top_k: int = 300,
-    top_p: float = 0.95,
-    max_new_tokens: int = 300,
-    seed: int | None = None,
-) -> list[str]:
-    """
-    Samples questions about an image, with the release's settings by default. The image and the conversation so far go
-    through the model once for all questions.
-
-    Args:
-        image: Path or PIL image, or a list of them.
-        history (`list[dict]`, *optional*): Messages that end with an answer. Default: the model describes the image.
-        num_questions (`int`): How many to sample.
-        seed (`int`, *optional*): For the same questions again.
-
-    Returns:
-        The questions, stripped.
-    """
-    talk = _Talk.start(assistant, image, history, max_new_tokens)
-    sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "max_new_tokens": max_new_tokens}
-    with _seeded(seed):
-        return talk.ask(num_questions, **sampling)
-
-
-def converse(
-    assistant: Assistant,
-    image,
-    num_turns: int = 3,
-    history: list[dict] | None = None,
-    temperature: float = 1.2,
-    top_k: int = 300,
-    top_p: float = 0.95,
-    max_new_tokens: int = 300,
-    seed: int | None = None,
-) -> list[dict]:
-    """
-    The model asks itself and answers, turn after turn; arguments as in [`ask`].
-
-    Returns:
-        `history` (default: a description of the image), followed by `num_turns` turns of the roles `vusr` and
-        `assistant`, contents as text.
-    """
-    talk = _Talk.start(assistant, image, history, max_new_tokens)
-    sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "max_new_tokens": max_new_tokens}
-    with _seeded(seed):
-        for _ in range(num_turns):
-            question = talk.ask(1, **sampling)[0]
-            talk.messages.append({"role": "vusr", "content": question})
-            talk.answer(max_new_tokens)
-    return talk.messages
 
 
 @dataclass
@@ -256,7 +251,7 @@ class _Talk:
 
 def place_images(images, messages: str | list[dict]) -> list[dict]:
     """
-    Messages in which every image part holds its image; see [`answer`] for the arguments.
+    Messages in which every image part holds its image; see [`Assistant.answer`] for the arguments.
 
     Raises:
         ValueError: if there are more images than places for them, or fewer.

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from sq_llava import inference
-from sq_llava.inference import Assistant, answer, answer_batch, ask, converse, load, open_image, place_images
+from sq_llava.inference import Assistant, load, open_image, place_images
 from tests import tiny
 
 
@@ -55,14 +55,14 @@ def test_batch_of_mixed_prompts_answers_as_one_by_one(assistant):
         (None, "Hello."),
         (tiny.picture(3), [*HISTORY, {"role": "user", "content": "And what colour?"}]),
     ]
-    batch = answer_batch(assistant, requests, max_new_tokens=8)
-    assert batch == [answer(assistant, *request, max_new_tokens=8) for request in requests]
+    batch = assistant.answer_batch(requests, max_new_tokens=8)
+    assert batch == [assistant.answer(*request, max_new_tokens=8) for request in requests]
     assert len(set(batch)) == len(batch)
 
 
 def test_questions_share_one_pass_over_image_and_conversation(assistant, passes):
     image, count = tiny.picture(), 5
-    questions = ask(assistant, image, HISTORY, num_questions=count, max_new_tokens=6, seed=0)
+    questions = assistant.ask(image, HISTORY, num_questions=count, max_new_tokens=6, seed=0)
     assert len(questions) == count
     assert passes["images"] == [1]
     length = prompt_length(assistant, place_images(image, HISTORY), ask=True)
@@ -72,13 +72,13 @@ def test_questions_share_one_pass_over_image_and_conversation(assistant, passes)
 
 
 def test_image_is_encoded_once_for_a_description_and_its_questions(assistant, passes):
-    ask(assistant, tiny.picture(), num_questions=3, max_new_tokens=6, seed=0)
+    assistant.ask(tiny.picture(), num_questions=3, max_new_tokens=6, seed=0)
     assert passes["images"] == [1]
 
 
 def test_whole_conversation_encodes_the_image_once_and_no_token_twice(assistant, passes):
     image = tiny.picture()
-    messages = converse(assistant, image, num_turns=3, history=HISTORY, max_new_tokens=5, seed=0)
+    messages = assistant.converse(image, num_turns=3, history=HISTORY, max_new_tokens=5, seed=0)
     assert [message["role"] for message in messages[2:]] == ["vusr", "assistant"] * 3
     assert passes["images"] == [1]
     first = prompt_length(assistant, place_images(image, HISTORY), ask=True)
@@ -88,7 +88,7 @@ def test_whole_conversation_encodes_the_image_once_and_no_token_twice(assistant,
 def test_cached_questions_are_those_of_a_fresh_run(assistant):
     # top_k=1 leaves one choice: the same tokens with and without the cache.
     image = tiny.picture()
-    messages = converse(assistant, image, num_turns=3, history=HISTORY, top_k=1, max_new_tokens=6)
+    messages = assistant.converse(image, num_turns=3, history=HISTORY, top_k=1, max_new_tokens=6)
     fresh = place_images(image, HISTORY)
     for turn, role in enumerate(["vusr", "assistant"] * 3):
         inputs = assistant.processor.apply_chat_template(
@@ -103,21 +103,21 @@ def test_cached_questions_are_those_of_a_fresh_run(assistant):
 def test_seed_gives_the_same_questions_and_leaves_the_generator_alone(assistant):
     arguments = {"history": HISTORY, "num_questions": 4, "max_new_tokens": 6}
     state = torch.get_rng_state()
-    first = ask(assistant, tiny.picture(), seed=1, **arguments)
-    assert first == ask(assistant, tiny.picture(), seed=1, **arguments)
+    first = assistant.ask(tiny.picture(), seed=1, **arguments)
+    assert first == assistant.ask(tiny.picture(), seed=1, **arguments)
     assert torch.equal(state, torch.get_rng_state())
-    assert first != ask(assistant, tiny.picture(), seed=2, **arguments)
+    assert first != assistant.ask(tiny.picture(), seed=2, **arguments)
     assert len(set(first)) > 1
 
 
 def test_history_must_end_with_an_answer(assistant):
     with pytest.raises(ValueError, match="must end with an answer"):
-        ask(assistant, tiny.picture(), HISTORY[:1])
+        assistant.ask(tiny.picture(), HISTORY[:1])
 
 
 def test_control_token_in_a_question_is_refused(assistant):
     with pytest.raises(ValueError, match="control token"):
-        answer(assistant, tiny.picture(), "What? </s>[vusr]")
+        assistant.answer(tiny.picture(), "What? </s>[vusr]")
 
 
 def test_images_take_the_places_given_or_stand_first():
@@ -168,9 +168,7 @@ def test_saved_model_loads_and_answers_in_a_fresh_process(assistant, tmp_path):
     assistant.model.save_pretrained(tmp_path / "model")
     assistant.processor.save_pretrained(tmp_path / "model")
     tiny.picture().save(tmp_path / "image.png")
-    code = (
-        "import sys; from sq_llava.inference import answer, load; print(answer(load('model'), 'image.png', 'Hi', 6))"
-    )
+    code = "from sq_llava.inference import load; print(load('model').answer('image.png', 'Hi', 6))"
     result = subprocess.run(
         [sys.executable, "-c", code],
         cwd=tmp_path,
@@ -178,4 +176,4 @@ def test_saved_model_loads_and_answers_in_a_fresh_process(assistant, tmp_path):
         capture_output=True,
         text=True,
     )
-    assert result.stdout.strip() == answer(assistant, tiny.picture(), "Hi", 6), result.stderr[-2000:]
+    assert result.stdout.strip() == assistant.answer(tiny.picture(), "Hi", 6), result.stderr[-2000:]

@@ -1,0 +1,140 @@
+"""The demo: its data, its base models' tokenizer, its measures, and the whole of it with a few training steps."""
+
+import json
+
+import pytest
+
+from demo import data, report, run
+from demo.base_models import build_tokenizer
+from demo.evaluate import accuracy_by_kind, is_valid
+
+
+@pytest.mark.parametrize(
+    ("question", "kind"),
+    [
+        ("what is the blue shape?", "shape"),
+        ("what color is the shape?", "colour"),
+        ("is no teal shape present?", "yes/no colour"),
+        ("does the image not contain a circle?", "yes/no shape"),
+    ],
+)
+def test_question_kinds(question, kind):
+    assert data.question_kind(question) == kind
+
+
+def test_question_of_no_kind_is_refused():
+    with pytest.raises(ValueError, match="no known kind: 'who is it"):
+        data.question_kind("who is it?")
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_rules_give_the_answer_of_every_question_of_the_package(split):
+    for questions in data.read_questions(split).values():
+        caption = data.derive_caption(questions)
+        if caption is not None:
+            _, colour, shape = caption.split()
+            assert all(data.answer_question(question, colour, shape) == answer for question, answer in questions)
+
+
+def test_contradicting_answers_are_refused():
+    with pytest.raises(ValueError, match="no shape and colour fit"):
+        data.derive_caption([("is there a circle?", "yes"), ("what shape is present?", "triangle")])
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    paths = data.write_data(tmp_path_factory.mktemp("data"))
+    return {name: json.loads(path.read_text()) for name, path in paths.items()}
+
+
+def test_no_held_out_or_test_image_is_trained_on(files):
+    images = {name: {row["image"] for row in rows} for name, rows in files.items()}
+    trained = images["stage1_train"] | images["stage2_train"]
+    assert not trained & images["holdout"] and not trained & images["test"]
+    assert all(image.startswith("train/") for image in trained | images["holdout"])
+    assert len(files["test"]) == 9673
+
+
+def test_no_training_question_is_lost_when_conversations_are_split(files):
+    questions = data.read_questions("train")
+    held_out = {row["image"] for row in files["holdout"]}
+    expected = sorted(
+        pair for image, pairs in questions.items() if data.image_path("train", image) not in held_out for pair in pairs
+    )
+    assert sorted(data.questions_and_answers(files["stage2_train"])) == expected
+    assert max(len(row["conversations"]) for row in files["stage2_train"]) == 16
+
+
+def test_best_blind_guess_is_about_two_thirds(files):
+    blind = data.blind_guess(files["stage2_train"], files["test"])
+    assert blind["all"] == pytest.approx(0.670, abs=0.003)
+    assert blind["yes/no colour"] > 0.85 and blind["colour"] < 0.15
+
+
+def test_blind_guess_takes_the_most_frequent_answer():
+    def row(*pairs):
+        return {"conversations": [{"value": text} for pair in pairs for text in pair]}
+
+    circle, colour = "is there a circle?", "what color is the shape?"
+    train = [row((circle, "no"), (circle, "no"), (circle, "yes"), (colour, "red"))]
+    kinds = [("is there a circle?", "yes"), (circle, "no"), (colour, "red"), ("what is the red shape?", "circle")]
+    train.append(row(("what is the red shape?", "circle"), ("is there a red shape?", "no")))
+    test = [row(*kinds, ("is there a red shape?", "no"))]
+    assert data.blind_guess(train, test)["yes/no shape"] == 0.5
+
+
+def test_tokenizer_gives_its_text_back_and_keeps_clip_out_of_its_trap():
+    tokenizer = build_tokenizer(["what color is the shape?", "blue"], adds_end=True)
+    ids = tokenizer("what color is the shape?").input_ids
+    assert tokenizer.decode(ids, skip_special_tokens=True) == "what color is the shape?"
+    # With eos_token_id 2, transformers' CLIP reads its output at the highest token id instead.
+    assert ids[-1] == tokenizer.eos_token_id != 2
+
+
+def test_accuracy_is_counted_by_kind():
+    rows = [
+        {"kind": kind, "conversations": [{}, {"value": value}]}
+        for kind, value in [
+            ("shape", "circle"),
+            ("shape", "circle"),
+            ("colour", "red"),
+            *[(k, "yes") for k in data.KINDS],
+        ]
+    ]
+    result = accuracy_by_kind(rows, ["circle", "triangle", "red", "no", "yes", "yes", "yes"])
+    assert result["shape"] == pytest.approx(2 / 3) and result["colour"] == 1 and result["yes/no shape"] == 0
+    assert result["all"] == pytest.approx(5 / 7)
+
+
+def test_question_is_valid_if_known_and_true_to_the_image():
+    known = {"what is the red shape?", "is there a teal shape?"}
+    assert is_valid("what is the red shape?", known, "a red circle")
+    assert not is_valid("what is the red shape?", known, "a blue circle")
+    assert is_valid("is there a teal shape?", known, "a blue circle")
+    assert not is_valid("red red?", known, "a red circle")
+
+
+def test_run_with_other_settings_is_not_gone_on_with(tmp_path):
+    run.check_settings(tmp_path, ["--seed", "0"])
+    run.check_settings(tmp_path, ["--seed", "0"])
+    with pytest.raises(SystemExit, match=r"other settings \(--seed 0\)"):
+        run.check_settings(tmp_path, ["--seed", "1"])
+
+
+@pytest.mark.slow
+def test_quick_demo_writes_its_report_and_is_reused(tmp_path, capfd):
+    folder = tmp_path / "quick"
+    run.main(["--quick", "--output-dir", str(folder)])
+    result = json.loads((folder / "report.json").read_text())
+    assert {
+        "test_accuracy", "blank_image_accuracy", "blind_guess_accuracy", "accuracy_by_kind", "blind_guess_by_kind",
+        "questions_asked", "questions_distinct", "questions_valid_share",
+    } <= result.keys()  # fmt: skip
+    assert result["questions_asked"] == 48
+    assert set(result["accuracy_by_kind"]) == set(result["blind_guess_by_kind"]) == set(data.KINDS)
+    for name in ("report.md", "losses.png", "contact_sheet.png", "model/model.safetensors", "model/README.md"):
+        assert (folder / name).stat().st_size > 0
+    assert "| yes/no shape |" in report.to_markdown(result)
+    capfd.readouterr()
+    run.main(["--quick", "--output-dir", str(folder)])
+    assert capfd.readouterr().out.count("done before") == len(run.STEPS)
