@@ -5,7 +5,7 @@
 
 Any setting of a recipe can be given on the command line too, and wins there:
 
-    python train_sft.py --config recipes/tiny/stage1.yaml --max_steps 5 --output_dir /tmp/stage1
+    python train_sft.py --config recipes/sq-llava-7b/stage1.yaml --text_model_name_or_path Qwen/Qwen3-0.6B
 
 It writes a PEFT adapter with the processor to `output_dir`; `sq-llava merge` makes a plain checkpoint of it. What it
 does not do: train the towers' own weights; convert released checkpoints.

@@ -214,14 +214,16 @@ class _Talk:
         ids = inputs.pop("input_ids")
         mask = inputs.pop("attention_mask")
         # One pass over all but the last token, which `generate` begins with.
-        self.assistant.model(
-            input_ids=ids[:, len(self.cached_ids) : -1],
-            attention_mask=mask[:, :-1],
-            past_key_values=self.cache,
-            logits_to_keep=1,
-            **inputs,
-        )
-        self.cached_ids = ids[0, :-1].tolist()
+        uncached_ids = ids[:, len(self.cached_ids) : -1]
+        if uncached_ids.shape[1]:
+            self.assistant.model(
+                input_ids=uncached_ids,
+                attention_mask=mask[:, :-1],
+                past_key_values=self.cache,
+                logits_to_keep=1,
+                **inputs,
+            )
+            self.cached_ids = ids[0, :-1].tolist()
         cache = copy.deepcopy(self.cache)
         cache.batch_repeat_interleave(num_questions)
         output = self.assistant.model.generate(
