@@ -1,0 +1,343 @@
+"""Time and memory of the prototype extractors beside a literal form that builds [B, K, N, D] tensors.
+
+    python benchmarks/prototype_extractor.py            # writes benchmarks/results/prototype_extractor.{json,md}
+    python benchmarks/prototype_extractor.py --quick    # small sizes, under a minute, writes nothing
+
+The literal form multiplies elementwise and sums where a token or a prototype gathers from many others, as the authors'
+code does: in the "released" variant for the aggregation and the spread (its iterations are matrix products there too),
+in the "paper" variant for each M-step and the spread. All else is the same in both forms. First they must agree in
+output and gradients; then they run in turn: float32, CPU, without the projector.
+
+Memory is what a pass needs beyond its start, inputs and weights not counted, in a fresh process for each case:
+"allocated" is the peak of PyTorch's allocations as its profiler sees them, "resident" the growth of the process' peak
+resident set, with the matrix library's buffers and what malloc keeps (read from /proc: Linux only).
+
+It runs on the CPU alone, and measures neither the projector nor half precision.
+"""
+
+import argparse
+import json
+import multiprocessing
+import os
+import platform
+import re
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.profiler import ProfilerActivity, profile
+
+from configuration_sq_llava import CLIP_VIT_L_14_336, SQLlavaConfig
+from modeling_sq_llava import SQLlavaModel, SQLlavaPaperPrototypeExtractor, SQLlavaReleasedPrototypeExtractor
+
+
+MEBIBYTE = 2**20
+PASSES = ("forward", "forward+backward")
+RELATIVE_TOLERANCE, ABSOLUTE_TOLERANCE = 1e-8, 1e-11
+
+
+@dataclass(frozen=True)
+class Sizes:
+    batch: int = 4
+    tokens: int = 576
+    width: int = 1024
+    prototypes: int = 256
+    iterations: int = 2
+
+
+QUICK_SIZES = Sizes(batch=2, tokens=144, width=256, prototypes=64)
+
+
+def literal_released(extractor: SQLlavaReleasedPrototypeExtractor, x_BND: torch.Tensor) -> torch.Tensor:
+    """The released extractor as its authors wrote it."""
+
+    def pool(tokens_BND):
+        return F.adaptive_avg_pool1d(tokens_BND.mT, extractor.num_prototypes).mT
+
+    value_BND, feature_BND = extractor.v(x_BND), extractor.f(x_BND)
+    centers_BKD, feature_centers_BKD = pool(x_BND), pool(feature_BND)
+    value_BND = F.normalize(value_BND, dim=1)
+    for _ in range(extractor.num_iterations):
+        centers_BKD = extractor.c(centers_BKD)
+        assignment_BKN = (F.normalize(centers_BKD, dim=-1) @ value_BND.mT).softmax(dim=1)
+        centers_BKD = assignment_BKN @ feature_BND
+    cosine_BKN = F.normalize(centers_BKD, dim=-1) @ F.normalize(x_BND, dim=-1).mT
+    similarity_BKN = torch.sigmoid(extractor.sim_beta + extractor.sim_alpha * cosine_BKN)
+    winner_BKN = torch.zeros_like(similarity_BKN).scatter_(1, similarity_BKN.argmax(dim=1, keepdim=True), 1.0)
+    similarity_BKN = similarity_BKN * winner_BKN
+
+    gathered_BKD = (feature_BND.unsqueeze(1) * similarity_BKN.unsqueeze(-1)).sum(dim=2)
+    gathered_BKD = (gathered_BKD + feature_centers_BKD) / (winner_BKN.sum(dim=-1, keepdim=True) + 1.0)
+    return x_BND + (gathered_BKD.unsqueeze(2) * similarity_BKN.unsqueeze(-1)).sum(dim=1)
+
+
+def literal_paper(extractor: SQLlavaPaperPrototypeExtractor, z_BND: torch.Tensor) -> torch.Tensor:
+    """The paper's equations, each weighted sum of vectors written as one."""
+    keys_BND, values_BND = extractor.k(z_BND), extractor.v(z_BND)
+    prototypes_BKD = extractor.prototypes.expand(z_BND.shape[0], -1, -1)
+    for _ in range(extractor.num_iterations):
+        scores_BKN = extractor.q(prototypes_BKD) @ keys_BND.mT
+        assignment_BKN = (scores_BKN / z_BND.shape[-1] ** 0.5).softmax(dim=1)
+        total_BKD = (assignment_BKN.unsqueeze(-1) * values_BND.unsqueeze(1)).sum(dim=2)
+        prototypes_BKD = total_BKD / assignment_BKN.sum(dim=-1, keepdim=True)
+    cosine_BKN = F.normalize(prototypes_BKD, dim=-1) @ F.normalize(z_BND, dim=-1).mT
+    context_BND = (cosine_BKN.unsqueeze(-1) * prototypes_BKD.unsqueeze(2)).sum(dim=1) / prototypes_BKD.shape[1]
+    return z_BND + extractor.z(context_BND)
+
+
+EXTRACTORS = {"released": SQLlavaReleasedPrototypeExtractor, "paper": SQLlavaPaperPrototypeExtractor}
+LITERAL_FORMS = {"released": literal_released, "paper": literal_paper}
+
+
+def make_extractor(variant: str, sizes: Sizes) -> nn.Module:
+    torch.manual_seed(0)
+    config = SQLlavaConfig(
+        vision_config={**CLIP_VIT_L_14_336, "hidden_size": sizes.width},
+        prototype_variant=variant,
+        num_prototypes=sizes.prototypes,
+        num_prototype_iterations=sizes.iterations,
+    )
+    extractor = EXTRACTORS[variant](config)
+    if variant == "paper":
+        nn.init.normal_(extractor.prototypes)
+    return extractor
+
+
+def make_function(variant: str, form: str, extractor: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
+    return extractor if form == "project" else lambda features: LITERAL_FORMS[variant](extractor, features)
+
+
+def run_pass(function: Callable, extractor: nn.Module, which: str, features: torch.Tensor, upstream: torch.Tensor):
+    """One forward pass without gradients, or a forward and a backward pass down to the features and all weights."""
+    if which == "forward":
+        with torch.no_grad():
+            return function(features), []
+    extractor.zero_grad()
+    features = features.detach().requires_grad_()
+    output = function(features)
+    output.backward(upstream)
+    return output.detach(), [features.grad, *(parameter.grad for parameter in extractor.parameters())]
+
+
+def check_agreement(variant: str, sizes: Sizes):
+    """
+    Raises an AssertionError unless both forms give the same output and gradients, in float64: in float32 a token
+    between two prototypes goes to one or the other by rounding alone.
+    """
+    extractor = make_extractor(variant, sizes).double()
+    features, upstream = torch.randn(2, 1, sizes.tokens, sizes.width, dtype=torch.float64)
+    project, literal = (
+        run_pass(make_function(variant, form, extractor), extractor, "forward+backward", features, upstream)
+        for form in ("project", "literal")
+    )
+    torch.testing.assert_close(project, literal, rtol=RELATIVE_TOLERANCE, atol=ABSOLUTE_TOLERANCE)
+
+
+def time_case(variant: str, which: str, sizes: Sizes, repeats: int) -> dict[str, float]:
+    """Seconds: in each round the literal form runs once and the project's several times, half before, half after."""
+    extractor = make_extractor(variant, sizes)
+    features, upstream = torch.randn(2, sizes.batch, sizes.tokens, sizes.width)
+
+    def seconds(form):
+        start = time.perf_counter()
+        run_pass(make_function(variant, form, extractor), extractor, which, features, upstream)
+        return time.perf_counter() - start
+
+    seconds("project")  # warm-up
+    rounds = []
+    for _ in range(repeats):
+        before = [seconds("project") for _ in range(3)]
+        literal = seconds("literal")
+        rounds.append((statistics.median(before + [seconds("project") for _ in range(3)]), literal))
+    project, literal = (statistics.median(times) for times in zip(*rounds))
+    return {
+        "project_seconds": project,
+        "literal_seconds": literal,
+        "times_faster": statistics.median(literal / project for project, literal in rounds),
+    }
+
+
+def resident_bytes(field: str) -> int:
+    return int(re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
+
+
+def allocated_peak(function: Callable[[], object]) -> int:
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        function()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "trace.json"
+        profiler.export_chrome_trace(str(path))
+        events = json.loads(path.read_text())["traceEvents"]
+    current = peak = 0
+    for event in sorted((event for event in events if event["name"] == "[memory]"), key=lambda event: event["ts"]):
+        current += event["args"]["Bytes"]
+        peak = max(peak, current)
+    return peak
+
+
+def memory_of_case(variant: str, form: str, which: str, sizes: Sizes, threads: int) -> dict[str, float]:
+    """Mebibytes. Call it in a fresh process: what malloc kept from an earlier pass would hide the growth."""
+    torch.set_num_threads(threads)
+    tiny = Sizes(batch=1, tokens=8, width=16, prototypes=4)
+    small, large = (make_extractor(variant, each) for each in (tiny, sizes))
+    warm_up = torch.randn(2, tiny.batch, tiny.tokens, tiny.width)
+    run_pass(make_function(variant, form, small), small, which, *warm_up)
+    features, upstream = torch.randn(2, sizes.batch, sizes.tokens, sizes.width)
+    function = make_function(variant, form, large)
+
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    start = resident_bytes("VmRSS")
+    run_pass(function, large, which, features, upstream)
+    resident = resident_bytes("VmHWM") - start
+    large.zero_grad()
+    allocated = allocated_peak(lambda: run_pass(function, large, which, features, upstream))
+    return {"allocated": allocated / MEBIBYTE, "resident": resident / MEBIBYTE}
+
+
+def in_fresh_process(function: Callable, *arguments):
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(function, *arguments).result()
+
+
+def measure_memory(variant: str, which: str, sizes: Sizes) -> dict[str, float]:
+    row = {}
+    for form in ("project", "literal"):
+        measured = in_fresh_process(memory_of_case, variant, form, which, sizes, torch.get_num_threads())
+        row |= {f"{form}_{kind}_mib": mebibytes for kind, mebibytes in measured.items()}
+    for kind in ("allocated", "resident"):
+        row[f"times_less_{kind}"] = row[f"literal_{kind}_mib"] / row[f"project_{kind}_mib"]
+    return row
+
+
+def time_beside_vision(batch: int, repeats: int) -> dict[str, float]:
+    """Seconds of CLIP ViT-L/14-336 up to the layer that SQ-LLaVA reads, and of the extractors on its features."""
+    torch.manual_seed(0)
+    # The language model is not run.
+    text_config = {"model_type": "llama", "vocab_size": 64, "hidden_size": 64, "num_hidden_layers": 1}
+    text_config |= {"intermediate_size": 64, "num_attention_heads": 2}
+    config = SQLlavaConfig(text_config=text_config, image_token_id=62, vusr_token_id=63)
+    model = SQLlavaModel(config).eval()
+    extractors = {variant: make_extractor(variant, Sizes()) for variant in EXTRACTORS}
+    pixel_values = torch.randn(batch, 3, 336, 336)
+    times = {name: [] for name in ("vision", *extractors)}
+    with torch.no_grad():
+        features = model.get_vision_features(pixel_values)
+        for _ in range(repeats):
+            start = time.perf_counter()
+            model.get_vision_features(pixel_values)
+            times["vision"].append(time.perf_counter() - start)
+            for variant, extractor in extractors.items():
+                start = time.perf_counter()
+                extractor(features)
+                times[variant].append(time.perf_counter() - start)
+    row = {"batch": batch, "vision_layers": config.num_vision_layers_used}
+    row["vision_seconds"] = statistics.median(times["vision"])
+    for variant in extractors:
+        row[f"{variant}_seconds"] = statistics.median(times[variant])
+        shares = [one / whole for one, whole in zip(times[variant], times["vision"])]
+        row[f"{variant}_share"] = statistics.median(shares)
+    return row
+
+
+def machine() -> dict[str, str | int]:
+    return {
+        "processor": f"{multiprocessing.cpu_count()} CPU cores ({platform.machine()})",
+        "vector_instructions": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def to_markdown(report: dict) -> str:
+    sizes, host, vision = report["sizes"], report["machine"], report["vision"]
+    lines = [
+        "# Prototype extractor: the project's form beside the literal one",
+        "",
+        f"Made by `{report['command']}`: medians of {report['repeats']} rounds in which both forms run in turn.",
+        f"B={sizes['batch']}, N={sizes['tokens']}, D={sizes['width']}, K={sizes['prototypes']}, "
+        f"T={sizes['iterations']}, float32, without the projector; memory beyond the start of the pass.",
+        f"{host['processor']}, {host['vector_instructions']}, {host['threads']} threads, torch {host['torch']}, "
+        f"Python {host['python']}. If the machine has other work to do, the ratios say more than the seconds.",
+        "",
+        "| variant | pass | time, literal | time, project | faster | allocated, literal | project | less "
+        "| resident, literal | project | less |",
+        "|---|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
+    ]
+    for row in report["rows"]:
+        cells = [
+            row["variant"],
+            row["pass"],
+            f"{row['literal_seconds']:.2f} s",
+            f"{row['project_seconds']:.3f} s",
+            f"**{row['times_faster']:.1f}x**",
+        ]
+        for kind in ("allocated", "resident"):
+            cells += [f"{row[f'literal_{kind}_mib']:,.0f} MiB", f"{row[f'project_{kind}_mib']:,.0f} MiB"]
+            cells.append(f"**{row[f'times_less_{kind}']:.1f}x**")
+        lines.append("| " + " | ".join(cells) + " |")
+    lines += [
+        "",
+        "Checked first: the outputs and all gradients of both forms agree, one image in float64 "
+        f"(rtol {RELATIVE_TOLERANCE:.0e}, atol {ABSOLUTE_TOLERANCE:.0e}).",
+        "",
+        f"Beside a forward pass of CLIP ViT-L/14-336 ({vision['vision_layers']} layers, B={vision['batch']}, "
+        f"{vision['vision_seconds']:.2f} s), the extractor takes",
+        "",
+        "| variant | time | share of the vision pass |",
+        "|---|--:|--:|",
+    ]
+    for variant in EXTRACTORS:
+        lines.append(f"| {variant} | {vision[f'{variant}_seconds']:.3f} s | {vision[f'{variant}_share']:.1%} |")
+    return "\n".join(lines) + "\n"
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="small sizes, three rounds; print, write nothing")
+    parser.add_argument("--repeats", type=int, default=7, help="rounds of the timings (default: %(default)s)")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="default: %(default)s")
+    parser.add_argument(
+        "--output-dir", type=Path, default=Path(__file__).parent / "results", help="default: benchmarks/results"
+    )
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    os.environ["KINETO_LOG_LEVEL"] = "6"  # the profiler of the processes to come would print its start and stop
+    sizes, repeats = (QUICK_SIZES, 3) if arguments.quick else (Sizes(), arguments.repeats)
+
+    report = {
+        "command": " ".join(["python", "benchmarks/prototype_extractor.py", *sys.argv[1:]]),
+        "machine": machine(),
+        "sizes": asdict(sizes),
+        "repeats": repeats,
+        "rows": [],
+    }
+    for variant in EXTRACTORS:
+        print(f"{variant}: do both forms agree?", flush=True)
+        check_agreement(variant, sizes)
+        for which in PASSES:
+            print(f"{variant}, {which}: time and memory", flush=True)
+            row = {"variant": variant, "pass": which, **time_case(variant, which, sizes, repeats)}
+            report["rows"].append(row | measure_memory(variant, which, sizes))
+    print("beside the vision tower", flush=True)
+    report["vision"] = time_beside_vision(1 if arguments.quick else sizes.batch, repeats)
+
+    print("\n" + to_markdown(report))
+    if not arguments.quick:
+        arguments.output_dir.mkdir(parents=True, exist_ok=True)
+        path = arguments.output_dir / "prototype_extractor.json"
+        path.write_text(json.dumps(report, indent=2) + "\n")
+        path.with_suffix(".md").write_text(to_markdown(report))
+        print(f"Written to {path} and .md")
+
+
+if __name__ == "__main__":
+    main()
