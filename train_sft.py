@@ -11,8 +11,10 @@ It writes a PEFT adapter with the processor to `output_dir`; `sq-llava merge` ma
 does not do: train the towers' own weights; convert released checkpoints.
 """
 
-import os
+import shutil
+import sys
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 from accelerate import PartialState
@@ -27,6 +29,7 @@ from processing_sq_llava import SQLlavaProcessor
 from sq_llava.adapter import LoraSize, add_adapter, count_parameters, load_adapter_weights
 from sq_llava.checkpoint import base_of_adapter, compose, is_adapter
 from sq_llava.data import check_rows, load_rows
+from sq_llava.recovery import EXIT_TRY_AGAIN, find_checkpoint, warn_of_changes
 from sq_llava.self_questioning import EpochCallback, SelfQuestioningCollator
 from sq_llava.trainer import SQLlavaTrainer
 
@@ -74,6 +77,12 @@ class SQLlavaArguments:
     vision_lora_r: int = field(default=32, metadata={"help": "Rank of ViT-LoRA; 0 for none."})
     vision_lora_alpha: int = field(default=64, metadata={"help": "Alpha of ViT-LoRA."})
     vision_lora_dropout: float = field(default=0.2, metadata={"help": "Dropout of ViT-LoRA."})
+    resume: bool = field(
+        default=False, metadata={"help": "Go on from the newest complete checkpoint of output_dir, if there is one."}
+    )
+    max_loss: float | None = field(
+        default=None, metadata={"help": "Stop at a step with a higher loss; default: 2 ln(vocabulary size)."}
+    )
 
     def __post_init__(self):
         for name in ("self_question_ratio", "question_loss_weight"):
@@ -88,7 +97,9 @@ UNUSED_MODEL_SETTINGS = (
 )  # fmt: skip
 
 
-def load_base(arguments: SQLlavaArguments, training_args: SFTConfig, model_config: ModelConfig):
+def load_base(
+    arguments: SQLlavaArguments, training_args: SFTConfig, model_config: ModelConfig, checkpoint: str | None
+):
     """Returns the frozen base, its processor, and the folder of the stage to go on from, if there is one."""
     start = model_config.model_name_or_path
     parts = (arguments.vision_model_name_or_path, arguments.text_model_name_or_path)
@@ -109,6 +120,8 @@ def load_base(arguments: SQLlavaArguments, training_args: SFTConfig, model_confi
         model = SQLlavaForConditionalGeneration.from_pretrained(base, **loading)
         return model, processor, start if is_adapter(start) else None
 
+    if checkpoint is not None:
+        return *read_base(checkpoint, arguments, loading, processing), None
     model, processor = compose(
         *parts,
         **loading,
@@ -119,13 +132,32 @@ def load_base(arguments: SQLlavaArguments, training_args: SFTConfig, model_confi
         projector_type=arguments.projector_type,
     )
     # An adapter is loaded on a base that it names, so the model made from parts is saved beside it.
-    base = os.path.abspath(os.path.join(training_args.output_dir, "base"))
+    base = Path(training_args.output_dir).absolute() / "base"
     if PartialState().is_main_process:
-        model.save_pretrained(base)
-        processor.save_pretrained(base)
+        part = base.with_name("half-written-base")
+        for folder in (part, base):
+            shutil.rmtree(folder, ignore_errors=True)
+        model.save_pretrained(part)
+        processor.save_pretrained(part)
+        part.rename(base)
     PartialState().wait_for_everyone()
-    model.name_or_path = base
+    model.name_or_path = str(base)
     return model, processor, None
+
+
+def read_base(checkpoint: str, arguments: SQLlavaArguments, loading: dict, processing: dict):
+    """Returns the base beside a checkpoint, and its processor: made anew, its random weights might be others."""
+    base = Path(checkpoint).absolute().parent / "base"
+    if not base.is_dir():
+        raise ValueError(f"{checkpoint}: the base that it stands on is not in {base}. Bring that folder back.")
+    model = SQLlavaForConditionalGeneration.from_pretrained(base, **loading)
+    for name in ("prototype_variant", "num_prototypes", "num_prototype_iterations", "projector_type"):
+        if getattr(model.config, name) != getattr(arguments, name):
+            raise ValueError(
+                f"{name} is {getattr(arguments, name)!r}, but {checkpoint} was trained with "
+                f"{getattr(model.config, name)!r}: give that, or another output_dir to start anew."
+            )
+    return model, SQLlavaProcessor.from_pretrained(base, **processing)
 
 
 def print_parameters(model, trainer: SQLlavaTrainer) -> None:
@@ -151,9 +183,11 @@ def main(args: list[str] | None = None) -> SQLlavaTrainer:
     training_args.remove_unused_columns = False  # the collator makes the model's inputs of our columns
     training_args.ddp_find_unused_parameters = False  # every trained weight is in the graph of every batch
     set_seed(training_args.seed)
+    with PartialState().main_process_first():
+        checkpoint = find_checkpoint(training_args.output_dir, arguments.resume, training_args.resume_from_checkpoint)
 
     rows = load_rows(arguments.dataset_path, arguments.image_root)
-    model, processor, previous_stage = load_base(arguments, training_args, model_config)
+    model, processor, previous_stage = load_base(arguments, training_args, model_config, checkpoint)
     check_rows(rows, processor)
     model = add_adapter(
         model,
@@ -181,10 +215,16 @@ def main(args: list[str] | None = None) -> SQLlavaTrainer:
         callbacks=[EpochCallback(collator)],
         question_loss_weight=arguments.question_loss_weight,
         part_learning_rates={part: rate for part, rate in rates.items() if rate is not None},
+        max_loss=arguments.max_loss,
     )
     if trainer.accelerator.is_main_process:
         print_parameters(model, trainer)
-    trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+        if checkpoint is not None:
+            warn_of_changes(checkpoint, trainer.run)
+    trainer.train(resume_from_checkpoint=checkpoint)
+    if trainer.watch.stopped and trainer.state.global_step < trainer.state.max_steps:
+        print(f"Stopped at step {trainer.state.global_step}. Go on with --resume.")
+        sys.exit(EXIT_TRY_AGAIN)
     trainer.save_model()
     trainer.save_state()
     return trainer

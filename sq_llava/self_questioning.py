@@ -62,8 +62,8 @@ def _has_image(message: dict) -> bool:
 @dataclass
 class SelfQuestioningCollator:
     """
-    Rows -> a padded batch: `input_ids`, `attention_mask`, `pixel_values`, `labels`, and `turn_kinds`
-    (`torch.uint8` of the shape of `labels`: 1 on answers, 2 on self-questions, 0 elsewhere).
+    Rows -> a padded batch: `input_ids`, `attention_mask`, `pixel_values`, `labels`, `turn_kinds` (`torch.uint8` of the
+    shape of `labels`: 1 on answers, 2 on self-questions, 0 elsewhere), and `row_ids` (`torch.int64`, one per row).
 
     A row has `row_id` (int), `messages` and `images` (paths or PIL images, in the order of the image parts). Labels
     come from the chat template's own mask: nothing is tokenised twice, so nothing can disagree.
@@ -98,6 +98,7 @@ class SelfQuestioningCollator:
         else:
             kinds = [_turn_kinds(mask, messages, row) for mask, messages, row in zip(spoken, conversations, rows)]
             batch["turn_kinds"] = torch.stack(kinds)
+        batch["row_ids"] = torch.tensor([row["row_id"] for row in rows])
         return dict(batch)
 
     def _conversation(self, row: dict[str, Any]) -> list[dict]:

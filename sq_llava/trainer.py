@@ -5,12 +5,21 @@ processes: a token of an answer weighs 1, one of a self-question `question_loss_
 
 Logged beside the loss: `loss_answers`, `loss_questions` (means over their own tokens, unweighted),
 `mean_token_accuracy`, `self_question_share` (of all the turns that the model speaks) and the learning rates.
+
+Each step is looked at before it is applied, and work is not lost: see `sq_llava/recovery.py`.
 """
 
+import json
+import math
+import shutil
+from pathlib import Path
+
 import torch
+from safetensors import SafetensorError
 from trl import SFTTrainer
 
 from sq_llava.adapter import trained_parameters
+from sq_llava.recovery import RUN_FILE, STATE_FILE, CheckpointError, StepWatch, checkpoint_faults
 from sq_llava.self_questioning import ANSWER, QUESTION
 
 
@@ -19,16 +28,29 @@ class SQLlavaTrainer(SFTTrainer):
     Args:
         question_loss_weight (`float`): Weight of a self-question's token beside an answer's.
         part_learning_rates (`dict[str, float]`): Of `"vision"` and `"connector"`; all else has `learning_rate`.
+        max_loss (`float`, *optional*): Above it, training diverges and is stopped. Default: 2 ln(vocabulary size),
+            twice the loss of a uniform guess.
         The rest as for [`~trl.SFTTrainer`]; the data collator is a [`SelfQuestioningCollator`].
     """
 
     _tag_names = ["trl", "sft", "sq-llava"]
 
-    def __init__(self, *args, question_loss_weight: float, part_learning_rates: dict[str, float], **kwargs):
+    def __init__(
+        self,
+        *args,
+        question_loss_weight: float,
+        part_learning_rates: dict[str, float],
+        max_loss: float | None = None,
+        **kwargs,
+    ):
         self.question_loss_weight = question_loss_weight
         self.part_learning_rates = part_learning_rates
         self._sums: dict[str, torch.Tensor] = {}
         super().__init__(*args, **kwargs)
+        self.args.logging_nan_inf_filter = False  # it writes another number into the log where the loss is nan
+        vocab_size = self.model.config.get_text_config().vocab_size
+        self.watch = StepWatch(self.accelerator, 2 * math.log(vocab_size) if max_loss is None else max_loss)
+        self.add_callback(self.watch)
 
     def create_optimizer(self, model=None) -> torch.optim.Optimizer:
         """The Trainer's optimizer, its groups split by part of the model."""
@@ -59,17 +81,20 @@ class SQLlavaTrainer(SFTTrainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         weights = self._loss_weights(inputs)
-        kinds = inputs.pop("turn_kinds")
+        kinds, row_ids = inputs.pop("turn_kinds"), inputs.pop("row_ids")
         inputs["use_cache"] = False
         # The forward of TRL's fused LM head, which scores the labelled positions only.
         outputs = model(**inputs, fused_lm_head=True)
         token_losses = -outputs.log_probs  # 0 where there is no label
         # Without a number, as in evaluation, the mean is over this batch.
         total_weight = weights.sum() if num_items_in_batch is None else num_items_in_batch
-        loss = (weights * token_losses).sum() / total_weight.clamp_min(torch.finfo(weights.dtype).tiny)
+        weighted_loss = (weights * token_losses).sum()
+        loss = weighted_loss / total_weight.clamp_min(torch.finfo(weights.dtype).tiny)
         if num_items_in_batch is not None:
             loss = loss * self.accelerator.num_processes  # DDP takes the mean over the processes
         self._count(token_losses.detach(), outputs.is_top1, kinds)
+        if self.model.training:
+            self.watch.micro_batches.append((row_ids, torch.stack([weighted_loss.detach(), weights.sum()]).float()))
         return (loss, outputs) if return_outputs else loss
 
     def _count(self, token_losses: torch.Tensor, is_top1: torch.Tensor, kinds: torch.Tensor) -> None:
@@ -80,7 +105,81 @@ class SQLlavaTrainer(SFTTrainer):
             mask = shifted == kind
             sums += [(token_losses * mask).sum(), mask.sum(), (begins & mask).sum()]
         mode = "train" if self.model.training else "eval"
-        self._sums[mode] = self._sums.get(mode, 0) + torch.stack([s.to(torch.float64).cpu() for s in sums])
+        # They stay on the device: reading them here would make it wait in every batch.
+        self._sums[mode] = self._sums.get(mode, 0) + torch.stack([s.float() for s in sums])
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        self.watch.gradient_norm = super()._get_grad_norm(model, grad_norm)
+        return self.watch.gradient_norm
+
+    @property
+    def run(self) -> dict[str, int]:
+        """What the losses depend on, beside the settings of the model; it is kept with each checkpoint."""
+        args = self.args
+        return {
+            "num_processes": args.world_size,
+            "rows_per_step": self._train_batch_size * args.gradient_accumulation_steps * args.world_size,
+            "num_rows": len(self.train_dataset),
+            "seed": args.seed,
+        }
+
+    def train(self, *args, **kwargs):
+        """As of the Trainer; on an error, the steps since the last checkpoint are saved first, if one process runs."""
+        try:
+            return super().train(*args, **kwargs)
+        except CheckpointError:
+            raise  # to save once more would fail once more
+        except Exception as error:
+            self._rescue(error)
+            raise
+        finally:
+            self.watch.restore_handlers()
+
+    def _rescue(self, error: Exception) -> None:
+        saved, step = self.watch.saved_step, self.state.global_step
+        if saved is None or self.args.save_strategy == "no":
+            return
+        # Other processes may be anywhere, and saving needs all of them. While a step is applied, weights are mixed.
+        if self.args.world_size == 1 and step > saved and not self.watch.applying:
+            self.args.save_total_limit = None  # older checkpoints may be needed to go back behind the error's cause
+            self._save_checkpoint(self.model, trial=None)
+            saved = step
+        error.add_note(
+            f"{step} steps were done. --resume goes on from {f'checkpoint-{saved}' if saved else 'the beginning'}."
+        )
+
+    def _run_epoch(self, *args, **kwargs):
+        # The Trainer would do one more step when a run is resumed that had done its last.
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
+
+    def _save_checkpoint(self, model, trial) -> None:
+        step = self.state.global_step
+        before, self.watch.saved_step = self.watch.saved_step, step
+        folder = Path(self.args.output_dir) / f"checkpoint-{step}"
+        try:
+            if self.args.should_save:
+                # Until its last file is written anew, what stands here is no checkpoint.
+                (folder / STATE_FILE).unlink(missing_ok=True)
+            super()._save_checkpoint(model, trial)
+        except (OSError, RuntimeError, SafetensorError) as error:
+            if not checkpoint_faults(folder):
+                raise  # it is written; something after it failed, such as an upload
+            shutil.rmtree(folder, ignore_errors=True)
+            rest = f"checkpoint-{before} is as it was" if before else "no earlier one was due"
+            raise CheckpointError(
+                f"{folder} could not be written: {error}. It was removed; {rest}. Free disk space, then go on with "
+                "--resume."
+            ) from error
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        if self.args.should_save:
+            (Path(output_dir) / RUN_FILE).write_text(json.dumps(self.run))
+        # The last file says that those of all processes are there; then older checkpoints may go.
+        self.accelerator.wait_for_everyone()
 
     def create_model_card(self, *args, **kwargs) -> None:
         """None for an adapter folder; `merge_adapter` writes the card of the checkpoint that is published."""

@@ -18,6 +18,7 @@ ORDER = [
     "sq_llava.card",
     "sq_llava.checkpoint",
     "sq_llava.inference",
+    "sq_llava.recovery",
     "sq_llava.trainer",
     "train_sft",
     "sq_llava.cli",
