@@ -193,6 +193,7 @@ class StepWatch(TrainerCallback):
         # Noted down by the trainer: row ids with (weighted loss, weight) of each micro-batch, the gradient's norm.
         self.micro_batches: list[tuple[torch.Tensor, torch.Tensor]] = []
         self.gradient_norm = torch.zeros(())
+        self._random_states: list[torch.Tensor] = []
         self._signal: int | None = None
         self._handlers: dict = {}
 
@@ -251,8 +252,18 @@ class StepWatch(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         self.applying = False
+        self._random_states = [torch.get_rng_state()]
+        if torch.cuda.is_available():
+            self._random_states.append(torch.cuda.get_rng_state())
         if self.stopped:
             control.should_training_stop = True
             control.should_save = args.save_strategy != "no"
         # Losses since the last line of the log would be lost with the process.
         control.should_log |= control.should_save
+
+    def rewind_random_states(self) -> None:
+        """To the end of the last step: a step that failed has drawn from them."""
+        cpu, *cuda = self._random_states
+        torch.set_rng_state(cpu)
+        for state in cuda:
+            torch.cuda.set_rng_state(state)

@@ -142,6 +142,7 @@ class SQLlavaTrainer(SFTTrainer):
         # Other processes may be anywhere, and saving needs all of them. While a step is applied, weights are mixed.
         if self.args.world_size == 1 and step > saved and not self.watch.applying:
             self.args.save_total_limit = None  # older checkpoints may be needed to go back behind the error's cause
+            self.watch.rewind_random_states()
             self._save_checkpoint(self.model, trial=None)
             saved = step
         error.add_note(
