@@ -102,22 +102,21 @@ def run_child(args: list[str], log: str, environment: dict[str, str], prepare) -
     train_sft.main(args)
 
 
+def environments_of(processes: int) -> list[dict[str, str]]:
+    """What torchrun gives each of several processes; nothing for one."""
+    if processes == 1:
+        return [{}]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    shared |= {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
+    return [{"RANK": str(rank), "LOCAL_RANK": str(rank), **shared} for rank in range(processes)]
+
+
 def start(args: list[str], log: Path, prepare=None, processes: int = 1) -> list[multiprocessing.Process]:
-    environments = [{}]
-    if processes > 1:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        environments = [
-            {
-                "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": "2",
-                "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
-            }
-            for rank in range(processes)
-        ]  # fmt: skip
     children = [
         PROCESSES.Process(target=run_child, args=(args, str(log), environment, prepare))
-        for environment in environments
+        for environment in environments_of(processes)
     ]
     for child in children:
         child.start()
