@@ -7,6 +7,9 @@ Any setting of a recipe can be given on the command line too, and wins there:
 
     python train_sft.py --config recipes/sq-llava-7b/stage1.yaml --text_model_name_or_path Qwen/Qwen3-0.6B
 
+Stopped by SIGTERM or SIGINT, it saves a checkpoint and ends with 75 (a launcher such as torchrun ends with 1 then);
+killed or stopped, it goes on with `--resume`, as if nothing had been.
+
 It writes a PEFT adapter with the processor to `output_dir`; `sq-llava merge` makes a plain checkpoint of it. What it
 does not do: train the towers' own weights; convert released checkpoints.
 """
@@ -223,7 +226,9 @@ def main(args: list[str] | None = None) -> SQLlavaTrainer:
             warn_of_changes(checkpoint, trainer.run)
     trainer.train(resume_from_checkpoint=checkpoint)
     if trainer.watch.stopped and trainer.state.global_step < trainer.state.max_steps:
-        print(f"Stopped at step {trainer.state.global_step}. Go on with --resume.")
+        # A launcher ends the others when the first has ended.
+        trainer.accelerator.wait_for_everyone()
+        trainer.accelerator.print(f"Stopped at step {trainer.state.global_step}. Go on with --resume.")
         sys.exit(EXIT_TRY_AGAIN)
     trainer.save_model()
     trainer.save_state()

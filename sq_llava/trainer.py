@@ -168,11 +168,12 @@ class SQLlavaTrainer(SFTTrainer):
         except (OSError, RuntimeError, SafetensorError) as error:
             if not checkpoint_faults(folder):
                 raise  # it is written; something after it failed, such as an upload
+            free = shutil.disk_usage(self.args.output_dir).free // 2**20
             shutil.rmtree(folder, ignore_errors=True)
             rest = f"checkpoint-{before} is as it was" if before else "no earlier one was due"
             raise CheckpointError(
-                f"{folder} could not be written: {error}. It was removed; {rest}. Free disk space, then go on with "
-                "--resume."
+                f"{folder} could not be written, with {free} MiB free: {error}. It was removed; {rest}. Free disk "
+                "space, then go on with --resume."
             ) from error
 
     def _save_rng_state(self, output_dir: str) -> None:

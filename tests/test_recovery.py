@@ -337,7 +337,7 @@ def test_full_disk_leaves_the_last_checkpoint_and_a_clear_error(parts, whole, tm
     resumed = arguments(parts, output_dir, resume=True, save_total_limit=1)
     size = (whole / "checkpoint-9" / file).stat().st_size - 1
     assert run(resumed, log, (in_step, 4, limit_file_size, size)) == [1]
-    assert f"CheckpointError: {output_dir}/checkpoint-4 could not be written: " in log.read_text()
+    assert f"CheckpointError: {output_dir}/checkpoint-4 could not be written, with " in log.read_text()
     assert "It was removed; checkpoint-2 is as it was. Free disk space, then go on with --resume." in log.read_text()
     assert [folder.name for folder in output_dir.glob("*checkpoint*")] == ["checkpoint-2"]
     assert run(resumed, log) == [0], log.read_text()[-3000:]
