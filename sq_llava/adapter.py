@@ -114,7 +114,10 @@ def count_parameters(model: nn.Module) -> dict[str, tuple[int, int]]:
     for name, parameter in model.named_parameters():
         if ".original_module." in name:
             continue
-        counts[group_of(name)][0 if parameter.requires_grad else 1] += parameter.numel()
+        # bitsandbytes packs two numbers of four bits into one.
+        packed = getattr(parameter, "quant_state", None)
+        size = parameter.numel() if packed is None else packed.shape.numel()
+        counts[group_of(name)][0 if parameter.requires_grad else 1] += size
     return {part: (trained, frozen) for part, (trained, frozen) in counts.items()}
 
 

@@ -21,7 +21,10 @@ from transformers import (
     AutoModelForImageTextToText,
     AutoProcessor,
     AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedConfig,
 )
+from trl import ModelConfig, get_quantization_config
 
 from configuration_sq_llava import SQLlavaConfig
 from modeling_sq_llava import SQLlavaForConditionalGeneration
@@ -36,6 +39,12 @@ AutoProcessor.register(SQLlavaConfig, SQLlavaProcessor, exist_ok=True)
 
 # The vocabulary is padded to a multiple of this, so that the LM head's matrix product runs on whole tiles.
 VOCABULARY_MULTIPLE = 64
+# What the processor adds to a language model's tokenizer, at most.
+NEW_TOKENS = ("<image>", "[vusr]", "<pad>")
+
+# What stays as it is in a quantized model: what is trained in full, and the head, which TRL's loss multiplies by. The
+# paths are whole ones, as transformers compares them.
+NOT_QUANTIZED = ["model.multi_modal_projector", "model.prototype_extractor", "lm_head"]
 
 RELEASED_PROJECTOR_KEYS = {"mlp.0": "linear_1", "mlp.2": "linear_2"}
 
@@ -77,6 +86,41 @@ def base_of_adapter(path: str | os.PathLike) -> str:
     return base
 
 
+def quantization_config(model_config: ModelConfig) -> BitsAndBytesConfig | None:
+    """How bitsandbytes holds the towers, by TRL's `load_in_4bit`, `load_in_8bit`, ...; `None` if it does not."""
+    if model_config.load_in_4bit and model_config.dtype == "auto":
+        raise ValueError("dtype is 'auto': with load_in_4bit, give the precision to compute in, such as bfloat16.")
+    config = get_quantization_config(model_config)
+    if config is not None:
+        config.llm_int8_skip_modules = NOT_QUANTIZED
+    return config
+
+
+def _vision_config(vision_model: str) -> PreTrainedConfig:
+    config = AutoConfig.from_pretrained(vision_model)
+    config = getattr(config, "vision_config", config)
+    config.name_or_path = vision_model
+    return config
+
+
+def compose_config(vision_model: str, text_model: str, **config_kwargs) -> SQLlavaConfig:
+    """
+    The configuration that [`compose`] would give, without tokenizer and weights: for planning. The vocabulary has room
+    for the new tokens, whether or not the model's own has.
+    """
+    text_config = AutoConfig.from_pretrained(text_model)
+    image_token_id = text_config.vocab_size
+    grown = image_token_id + len(NEW_TOKENS)
+    text_config.vocab_size = -(-grown // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
+    return SQLlavaConfig(
+        vision_config=_vision_config(vision_model),
+        text_config=text_config,
+        image_token_id=image_token_id,
+        vusr_token_id=image_token_id + 1,
+        **config_kwargs,
+    )
+
+
 def compose(
     vision_model: str,
     text_model: str,
@@ -98,9 +142,7 @@ def compose(
     Returns:
         The model, on the CPU, and its processor.
     """
-    vision_config = AutoConfig.from_pretrained(vision_model)
-    vision_config = getattr(vision_config, "vision_config", vision_config)
-    vision_config.name_or_path = vision_model
+    vision_config = _vision_config(vision_model)
     text_model = AutoModelForCausalLM.from_pretrained(text_model, dtype=dtype, attn_implementation=attn_implementation)
     tokenizer = AutoTokenizer.from_pretrained(text_model.name_or_path)
     config = SQLlavaConfig(vision_config=vision_config, text_config=text_model.config, **config_kwargs)

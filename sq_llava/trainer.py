@@ -46,7 +46,12 @@ class SQLlavaTrainer(SFTTrainer):
         self.question_loss_weight = question_loss_weight
         self.part_learning_rates = part_learning_rates
         self._sums: dict[str, torch.Tensor] = {}
+        model = kwargs["model"]
+        trained = {parameter: parameter.data for parameter in model.parameters() if parameter.requires_grad}
         super().__init__(*args, **kwargs)
+        # TRL makes all that is trained of a quantized model bfloat16, which rounds small steps of a projector away.
+        for parameter, data in trained.items():
+            parameter.data = data.to(parameter.device)
         self.args.logging_nan_inf_filter = False  # it writes another number into the log where the loss is nan
         vocab_size = self.model.config.get_text_config().vocab_size
         self.watch = StepWatch(self.accelerator, 2 * math.log(vocab_size) if max_loss is None else max_loss)
