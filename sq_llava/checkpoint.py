@@ -21,10 +21,8 @@ from transformers import (
     AutoModelForImageTextToText,
     AutoProcessor,
     AutoTokenizer,
-    BitsAndBytesConfig,
     PreTrainedConfig,
 )
-from trl import ModelConfig, get_quantization_config
 
 from configuration_sq_llava import SQLlavaConfig
 from modeling_sq_llava import SQLlavaForConditionalGeneration
@@ -41,10 +39,6 @@ AutoProcessor.register(SQLlavaConfig, SQLlavaProcessor, exist_ok=True)
 VOCABULARY_MULTIPLE = 64
 # What the processor adds to a language model's tokenizer, at most.
 NEW_TOKENS = ("<image>", "[vusr]", "<pad>")
-
-# What stays as it is in a quantized model: what is trained in full, and the head, which TRL's loss multiplies by. The
-# paths are whole ones, as transformers compares them.
-NOT_QUANTIZED = ["model.multi_modal_projector", "model.prototype_extractor", "lm_head"]
 
 RELEASED_PROJECTOR_KEYS = {"mlp.0": "linear_1", "mlp.2": "linear_2"}
 
@@ -84,16 +78,6 @@ def base_of_adapter(path: str | os.PathLike) -> str:
             "back there, or write its new path into that field."
         )
     return base
-
-
-def quantization_config(model_config: ModelConfig) -> BitsAndBytesConfig | None:
-    """How bitsandbytes holds the towers, by TRL's `load_in_4bit`, `load_in_8bit`, ...; `None` if it does not."""
-    if model_config.load_in_4bit and model_config.dtype == "auto":
-        raise ValueError("dtype is 'auto': with load_in_4bit, give the precision to compute in, such as bfloat16.")
-    config = get_quantization_config(model_config)
-    if config is not None:
-        config.llm_int8_skip_modules = NOT_QUANTIZED
-    return config
 
 
 def _vision_config(vision_model: str) -> PreTrainedConfig:
