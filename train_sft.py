@@ -10,6 +10,8 @@ Any setting of a recipe can be given on the command line too, and wins there:
 Stopped by SIGTERM or SIGINT, it saves a checkpoint and ends with 75 (a launcher such as torchrun ends with 1 then);
 killed or stopped, it goes on with `--resume`, as if nothing had been.
 
+`--dry_run real` trains one step on the longest rows and says what it takes; `--dry_run meta` says it without weights.
+
 It writes a PEFT adapter with the processor to `output_dir`; `sq-llava merge` makes a plain checkpoint of it. What it
 does not do: train the towers' own weights; convert released checkpoints.
 """
@@ -20,20 +22,31 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+import torch
 from accelerate import PartialState
 from rich.console import Console
 from rich.table import Table
-from transformers import set_seed
+from transformers import BitsAndBytesConfig, set_seed
 from transformers.utils.versions import require_version
-from trl import ModelConfig, SFTConfig, TrlParser
+from trl import ModelConfig, SFTConfig, TrlParser, get_quantization_config
 
+from configuration_sq_llava import SQLlavaConfig
 from modeling_sq_llava import SQLlavaForConditionalGeneration
 from processing_sq_llava import SQLlavaProcessor
 from sq_llava.adapter import LoraSize, add_adapter, count_parameters, load_adapter_weights
-from sq_llava.checkpoint import base_of_adapter, compose, is_adapter
-from sq_llava.data import check_rows, load_rows
+from sq_llava.checkpoint import base_of_adapter, compose, compose_config, is_adapter
+from sq_llava.data import load_rows
+from sq_llava.planning import (
+    describe_steps,
+    leave_one_step,
+    print_plan,
+    resident_peak,
+    set_global_batch,
+    try_one_step,
+)
 from sq_llava.recovery import EXIT_TRY_AGAIN, find_checkpoint, warn_of_changes
 from sq_llava.self_questioning import EpochCallback, SelfQuestioningCollator
+from sq_llava.sources import DataSource
 from sq_llava.trainer import SQLlavaTrainer
 
 
@@ -44,8 +57,14 @@ class SQLlavaArguments:
     stage: Literal["align", "instruct"] = field(
         metadata={"help": "'align': captions train ViT-LoRA, extractor and projector. 'instruct': LLM-LoRA too."}
     )
-    dataset_path: str = field(metadata={"help": "LLaVA JSON or JSONL: id, image, conversations."})
+    dataset_path: str | None = field(
+        default=None, metadata={"help": "Rows in LLaVA's or TRL's layout: JSON, JSONL, Parquet, a folder, a Hub id."}
+    )
     image_root: str | None = field(default=None, metadata={"help": "Folder of the images; default: that of the data."})
+    datasets: list[DataSource] = field(
+        default_factory=list,
+        metadata={"help": "Instead: several; in a recipe each with path, image_root, split, weight or num_rows."},
+    )
     vision_model_name_or_path: str | None = field(
         default=None, metadata={"help": "CLIP or SigLIP to start from, with text_model_name_or_path."}
     )
@@ -83,21 +102,59 @@ class SQLlavaArguments:
     resume: bool = field(
         default=False, metadata={"help": "Go on from the newest complete checkpoint of output_dir, if there is one."}
     )
+    global_batch_size: int | None = field(
+        default=None,
+        metadata={"help": "Rows of an optimizer step, over all processes; instead of gradient_accumulation_steps."},
+    )
+    dry_run: Literal["off", "meta", "real"] = field(
+        default="off",
+        metadata={
+            "help": "'real': one step on the longest rows, with parameters, memory and steps, then stop. 'meta': the "
+            "same from the configurations alone, without weights and without a step."
+        },
+    )
+    num_gpus: int | None = field(
+        default=None, metadata={"help": "For dry_run meta: the processes to plan for; default: those of this launch."}
+    )
     max_loss: float | None = field(
         default=None, metadata={"help": "Stop at a step with a higher loss; default: 2 ln(vocabulary size)."}
     )
 
     def __post_init__(self):
+        sources = [DataSource(**source) if isinstance(source, dict) else source for source in self.datasets]
+        if (self.dataset_path is None) == (not sources) or (sources and self.image_root is not None):
+            raise ValueError(
+                f"dataset_path is {self.dataset_path!r}, image_root {self.image_root!r}, and datasets has "
+                f"{len(sources)} entries: give dataset_path (and image_root), or datasets."
+            )
+        self.datasets = sources or [DataSource(self.dataset_path, self.image_root)]
         for name in ("self_question_ratio", "question_loss_weight"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} is {getattr(self, name)}: give a number from 0 to 1.")
+
+    @property
+    def part_learning_rates(self) -> dict[str, float]:
+        rates = {"vision": self.vision_lr, "connector": self.connector_lr}
+        return {part: rate for part, rate in rates.items() if rate is not None}
 
 
 # Settings of TRL's ModelConfig that this script has no use for. Given all the same, they are refused, not ignored.
 UNUSED_MODEL_SETTINGS = (
     "lora_target_modules", "lora_target_parameters", "lora_modules_to_save", "use_rslora", "use_dora",
-    "load_in_8bit", "load_in_4bit",
 )  # fmt: skip
+# What stays as it is in a quantized model: what is trained in full, and the head, which TRL's loss multiplies by. The
+# paths are whole ones, as transformers compares them.
+NOT_QUANTIZED = ["model.multi_modal_projector", "model.prototype_extractor", "lm_head"]
+
+
+def quantization_config(model_config: ModelConfig) -> BitsAndBytesConfig | None:
+    """How bitsandbytes holds the towers, by TRL's `load_in_4bit`, `load_in_8bit`, ...; `None` if it does not."""
+    if model_config.load_in_4bit and model_config.dtype == "auto":
+        raise ValueError("dtype is 'auto': with load_in_4bit, give the precision to compute in, such as bfloat16.")
+    config = get_quantization_config(model_config)
+    if config is not None:
+        config.llm_int8_skip_modules = NOT_QUANTIZED
+    return config
 
 
 def load_base(
@@ -111,7 +168,9 @@ def load_base(
             f"model_name_or_path is {start!r}, vision_model_name_or_path {parts[0]!r}, text_model_name_or_path "
             f"{parts[1]!r}: give the first (a SQ-LLaVA, or the output_dir of a stage), or both of the others."
         )
+    quantization = quantization_config(model_config)
     loading = {"dtype": model_config.dtype, "attn_implementation": model_config.attn_implementation}
+    quantized_loading = loading if quantization is None else {**loading, "quantization_config": quantization}
     processing = {
         name: getattr(arguments, name)
         for name in ("image_aspect_ratio", "system_message")
@@ -120,11 +179,11 @@ def load_base(
     if start is not None:
         base = base_of_adapter(start) if is_adapter(start) else start
         processor = SQLlavaProcessor.from_pretrained(start, **processing)
-        model = SQLlavaForConditionalGeneration.from_pretrained(base, **loading)
+        model = SQLlavaForConditionalGeneration.from_pretrained(base, **quantized_loading)
         return model, processor, start if is_adapter(start) else None
 
     if checkpoint is not None:
-        return *read_base(checkpoint, arguments, loading, processing), None
+        return *read_base(checkpoint, arguments, quantized_loading, processing), None
     model, processor = compose(
         *parts,
         **loading,
@@ -134,6 +193,8 @@ def load_base(
         num_prototype_iterations=arguments.num_prototype_iterations,
         projector_type=arguments.projector_type,
     )
+    if arguments.dry_run == "real" and quantization is None:
+        return model, processor, None
     # An adapter is loaded on a base that it names, so the model made from parts is saved beside it.
     base = Path(training_args.output_dir).absolute() / "base"
     if PartialState().is_main_process:
@@ -145,6 +206,8 @@ def load_base(
         part.rename(base)
     PartialState().wait_for_everyone()
     model.name_or_path = str(base)
+    if quantization is not None:
+        model = SQLlavaForConditionalGeneration.from_pretrained(base, **quantized_loading)
     return model, processor, None
 
 
@@ -163,13 +226,56 @@ def read_base(checkpoint: str, arguments: SQLlavaArguments, loading: dict, proce
     return model, SQLlavaProcessor.from_pretrained(base, **processing)
 
 
-def print_parameters(model, trainer: SQLlavaTrainer) -> None:
+def add_stage_adapter(model, arguments: SQLlavaArguments, model_config: ModelConfig):
+    """Puts on a base what its stage trains."""
+    instruct = arguments.stage == "instruct"
+    return add_adapter(
+        model,
+        LoraSize(arguments.vision_lora_r, arguments.vision_lora_alpha, arguments.vision_lora_dropout),
+        LoraSize(model_config.lora_r if instruct else 0, model_config.lora_alpha, model_config.lora_dropout),
+        train_vusr=instruct,
+    )
+
+
+def print_parameters(model, part_learning_rates: dict[str, float], learning_rate: float) -> None:
     """Says what is trained, what is frozen, and with which learning rate."""
     table = Table("Part", "Trained", "Frozen", "Learning rate", title="Parameters")
     for part, (trained, frozen) in count_parameters(model).items():
-        rate = trainer.part_learning_rates.get(part, trainer.args.learning_rate)
+        rate = part_learning_rates.get(part, learning_rate)
         table.add_row(part, f"{trained:,}", f"{frozen:,}", f"{rate:g}" if trained else "-")
     Console().print(table)
+
+
+def plan_from_configs(
+    arguments: SQLlavaArguments, training_args: SFTConfig, model_config: ModelConfig, num_gpus: int
+) -> None:
+    """Prints the parameters, the memory and the steps of a run, from the configurations of its models alone."""
+    parts = (arguments.vision_model_name_or_path, arguments.text_model_name_or_path)
+    start = model_config.model_name_or_path
+    if None not in parts:  # also in place of a stage that is not there yet
+        config = compose_config(
+            *parts,
+            prototype_variant=arguments.prototype_variant,
+            num_prototypes=arguments.num_prototypes,
+            num_prototype_iterations=arguments.num_prototype_iterations,
+            projector_type=arguments.projector_type,
+        )
+    else:
+        config = SQLlavaConfig.from_pretrained(base_of_adapter(start) if is_adapter(start) else start)
+    dtype = config.text_config.dtype if model_config.dtype in (None, "auto") else getattr(torch, model_config.dtype)
+    with torch.device("meta"):
+        model = SQLlavaForConditionalGeneration._from_config(
+            config, dtype=dtype, attn_implementation=model_config.attn_implementation
+        )
+        model = add_stage_adapter(model, arguments, model_config)
+    print_parameters(model, arguments.part_learning_rates, training_args.learning_rate)
+    print_plan(model, training_args, num_gpus, quantization_config(model_config))
+    try:
+        num_rows = len(load_rows(arguments.datasets, training_args.seed, config.image_seq_length))
+    except ValueError as error:
+        print(f"Steps: not known without the data. {error}")
+    else:
+        print(describe_steps(num_rows, training_args, num_gpus))
 
 
 def main(args: list[str] | None = None) -> SQLlavaTrainer:
@@ -185,19 +291,21 @@ def main(args: list[str] | None = None) -> SQLlavaTrainer:
     instruct = arguments.stage == "instruct"
     training_args.remove_unused_columns = False  # the collator makes the model's inputs of our columns
     training_args.ddp_find_unused_parameters = False  # every trained weight is in the graph of every batch
+    num_processes = arguments.num_gpus or training_args.world_size
+    if arguments.num_gpus is not None and arguments.dry_run != "meta":
+        raise ValueError(f"num_gpus is {arguments.num_gpus}: it is for --dry_run meta; else the launcher says it.")
+    if arguments.global_batch_size is not None:
+        set_global_batch(training_args, arguments.global_batch_size, num_processes)
+    if arguments.dry_run == "meta":
+        return plan_from_configs(arguments, training_args, model_config, num_processes)
+    resident_before = resident_peak()
     set_seed(training_args.seed)
     with PartialState().main_process_first():
         checkpoint = find_checkpoint(training_args.output_dir, arguments.resume, training_args.resume_from_checkpoint)
 
-    rows = load_rows(arguments.dataset_path, arguments.image_root)
     model, processor, previous_stage = load_base(arguments, training_args, model_config, checkpoint)
-    check_rows(rows, processor)
-    model = add_adapter(
-        model,
-        LoraSize(arguments.vision_lora_r, arguments.vision_lora_alpha, arguments.vision_lora_dropout),
-        LoraSize(model_config.lora_r if instruct else 0, model_config.lora_alpha, model_config.lora_dropout),
-        train_vusr=instruct,
-    )
+    rows = load_rows(arguments.datasets, training_args.seed, processor.image_seq_length)
+    model = add_stage_adapter(model, arguments, model_config)
     if previous_stage is not None:
         load_adapter_weights(model, previous_stage)
 
@@ -208,7 +316,9 @@ def main(args: list[str] | None = None) -> SQLlavaTrainer:
         seed=training_args.seed,
         max_length=training_args.max_length,
     )
-    rates = {"vision": arguments.vision_lr, "connector": arguments.connector_lr}
+    if arguments.dry_run == "real":
+        steps = describe_steps(len(rows), training_args, training_args.world_size)
+        leave_one_step(training_args)
     trainer = SQLlavaTrainer(
         model=model,
         args=training_args,
@@ -217,13 +327,18 @@ def main(args: list[str] | None = None) -> SQLlavaTrainer:
         processing_class=processor,
         callbacks=[EpochCallback(collator)],
         question_loss_weight=arguments.question_loss_weight,
-        part_learning_rates={part: rate for part, rate in rates.items() if rate is not None},
+        part_learning_rates=arguments.part_learning_rates,
         max_loss=arguments.max_loss,
     )
     if trainer.accelerator.is_main_process:
-        print_parameters(model, trainer)
+        print_parameters(model, arguments.part_learning_rates, training_args.learning_rate)
         if checkpoint is not None:
             warn_of_changes(checkpoint, trainer.run)
+    if arguments.dry_run == "real":
+        try_one_step(trainer, resident_before)
+        if trainer.accelerator.is_main_process:
+            print(steps)
+        return trainer
     trainer.train(resume_from_checkpoint=checkpoint)
     if trainer.watch.stopped and trainer.state.global_step < trainer.state.max_steps:
         # A launcher ends the others when the first has ended.

@@ -1,6 +1,6 @@
 """Measures the demo's model on images it never saw: its answers, its answers to a blank image, and its questions.
 
-    python -m demo.evaluate --model runs/demo/model --data runs/demo/data --output runs/demo/evaluation.json
+    python -m demo.evaluate --model runs/demo/model --data runs/demo/data
 
 Every test question is asked alone, in a prompt of its own, and decoded greedily. Questions are sampled with the
 release's settings after one answered turn: training never puts a self-question first.
@@ -170,12 +170,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=Path("runs/demo/model"))
     parser.add_argument("--data", type=Path, default=Path("runs/demo/data"))
-    parser.add_argument("--output", type=Path, default=Path("runs/demo/evaluation.json"))
+    parser.add_argument("--output", type=Path, help="default: evaluation.json beside the model")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--split", choices=("test", "holdout"), default="test", help="holdout: to choose settings on")
     parser.add_argument("--limit", type=int, help="of the split's questions, the first so many; default all")
     args = parser.parse_args()
-    result = evaluate(args.model, args.data, args.output, args.seed, args.split, args.limit)
+    output = args.output or args.model.parent / "evaluation.json"
+    result = evaluate(args.model, args.data, output, args.seed, args.split, args.limit)
     print(json.dumps({name: value for name, value in result.items() if name != "contact_sheet"}, indent=2))
 
 

@@ -184,9 +184,9 @@ def chat(
         if not image.is_file():
             raise ValueError(f"{image}: no such image.")
         assistant = _load(model, device, dtype)
-        from sq_llava import inference
+        from sq_llava.images import open_image
 
-        inference.open_image(image)
+        open_image(image)
     sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
     console.print("Ask about the image. /ask: the model asks itself. /new: start over. /quit: end.", style="dim")
     history: list[dict] = []

@@ -1,4 +1,4 @@
-"""Training data: LLaVA's JSON -> rows with `row_id`, `id`, `messages` and `images`.
+"""Training data: files of several formats -> checked rows with `row_id`, `id`, `messages` and `images`.
 
 A row of LLaVA's JSON (a list in `.json`, one object a line in `.jsonl`)
 
@@ -12,160 +12,281 @@ becomes
         {"role": "assistant", "content": [{"type": "text", "text": "A dog."}]}]}
 
 and, by the chat template, the text of `sq_llava/self_questioning.py`. A single `<image>` is moved to the front of its
-turn, as LLaVA does; where a turn holds several they stay in place. `image` may be a path, a list, or absent. Images
-are paths here; they are opened when a batch is made.
+turn, as LLaVA does; where a turn holds several they stay in place. `image` may be a path, a list, or absent.
+
+TRL's `messages` + `images` are read too, and both layouts in Parquet, in a folder of `Dataset.save_to_disk` and in a
+data set of the Hub; there images may also stand as bytes in the table. A recipe mixes several sources:
+
+    datasets:
+      - {path: mix665k.json, image_root: images}
+      - {path: documents.jsonl, weight: 2.0}                # each row twice an epoch
+      - {path: org/charts, split: train, num_rows: 10000}   # this many an epoch
+
+Nothing is held decoded: of a JSON file only the place of each row is kept in memory, tables are mapped from disk, and
+images are opened when a batch is made. What it does not do: check image files and lengths (`sq_llava/doctor.py`).
 """
 
-import json
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from datasets import Dataset
-from PIL import Image
-from tqdm import tqdm
+import datasets
+import numpy as np
 
-from processing_sq_llava import IMAGE_TOKEN, SQLlavaProcessor
+from processing_sq_llava import IMAGE_TOKEN
+from sq_llava.sources import DataSource, JsonFile, Table, image_root_of, open_source
 
 
 ROLES = {"human": "user", "gpt": "assistant", "system": "system"}
+MESSAGE_ROLES = ("system", "user", "assistant")
+# A rough measure, for grouping rows of like length: of English text under Llama's tokenizer, its JSON included.
+BYTES_PER_TOKEN = 4
 
 
-def load_rows(path: str, image_root: str | None = None) -> Dataset:
+@dataclass(frozen=True)
+class Fault:
+    """Something wrong with a row: `level` is "error" (it cannot be trained on) or "warning"."""
+
+    code: str
+    message: str
+    fix: str
+    level: str = "error"
+
+
+def load_rows(sources: list[DataSource], seed: int = 0, image_seq_length: int = 576) -> datasets.Dataset:
     """
-    Reads and checks a file of LLaVA rows.
+    Opens and mixes sources of rows. A row is parsed and checked when it is fetched.
 
     Args:
-        path (`str`): A `.json` or `.jsonl` file.
-        image_root (`str`, *optional*): Folder that the image paths are relative to and must stay inside of. Default:
-            the folder of the file.
+        sources (`list[DataSource]`): At least one.
+        seed (`int`): Of the draw where a source gives a part of its rows.
+        image_seq_length (`int`): Tokens of one image, for the lengths.
 
     Returns:
-        `datasets.Dataset` with the columns `row_id`, `id`, `messages`, `images`.
+        `datasets.Dataset`, whose rows have `row_id` (int, the place in the mix), `id`, `messages`, `images`, `length`
+        (int, a rough number of tokens) and `num_images` (int).
 
     Raises:
-        ValueError: with file, row, id, field, value and mend, for the first row that is wrong.
+        ValueError: for a source that cannot be opened; on fetching, for a wrong row: with file, row, id, field, value
+            and mend.
     """
-    file = Path(path)
-    if not file.is_file():
-        raise ValueError(f"{path}: no such file. Give a .json or .jsonl file in LLaVA's format.")
-    root = Path(image_root) if image_root else file.parent
-    if not root.is_dir():
-        raise ValueError(f"image_root {root}: no such folder.")
-    rows = _read_json(file)
-    if not rows:
-        raise ValueError(f"{path}: no rows.")
-    rows = [
-        parse_row(row, row_id, f"{path}, row {row_id}", root.resolve())
-        for row_id, row in enumerate(tqdm(rows, desc=f"Checking {file.name}", unit=" rows"))
-    ]
-    return Dataset.from_list(rows)
+    if not sources:
+        raise ValueError("No data: give dataset_path, or datasets in the recipe.")
+    opened = []
+    for source in sources:
+        rows = open_source(source)
+        if rows.broken:
+            raise ValueError(f"{rows.path}, behind row {len(rows) - 1}: cannot be read as JSON: {rows.broken}.")
+        if not len(rows):
+            raise ValueError(f"{rows.path}: no rows.")
+        opened.append(rows)
+    generator = np.random.default_rng(seed)
+    columns = {"row_id": [], "source": [], "index": [], "length": [], "num_images": []}
+    for number, (source, rows) in enumerate(zip(sources, opened)):
+        index = _choose_rows(source, len(rows), generator)
+        columns["source"].append(np.full(len(index), number))
+        columns["index"].append(index)
+        columns["num_images"].append(rows.num_images[index])
+        length = rows.text_bytes[index] // BYTES_PER_TOKEN + image_seq_length * rows.num_images[index]
+        columns["length"].append(length)
+    columns["row_id"] = [np.arange(sum(map(len, columns["index"])))]
+    mix = datasets.Dataset.from_dict({name: np.concatenate(parts) for name, parts in columns.items()})
+    return mix.with_transform(RowReader(opened, [image_root_of(source) for source in sources]))
 
 
-def _read_json(file: Path) -> list:
-    try:
-        if file.suffix == ".jsonl":
-            with file.open(encoding="utf-8") as lines:
-                return [json.loads(line) for line in lines if line.strip()]
-        rows = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:  # broken JSON or broken UTF-8
-        raise ValueError(f"{file}: cannot be read as JSON: {error}") from error
-    if not isinstance(rows, list):
-        raise ValueError(f"{file}: holds a {type(rows).__name__}, expected a list of rows.")
-    return rows
+def _choose_rows(source: DataSource, available: int, generator: np.random.Generator) -> np.ndarray:
+    """Whole copies of all rows, and a drawn part of them, in their order."""
+    wanted = source.num_rows or round((source.weight or 1.0) * available)
+    copies, rest = divmod(wanted, available)
+    drawn = np.sort(generator.permutation(available)[:rest])
+    return np.concatenate([np.tile(np.arange(available), copies), drawn])
 
 
-def parse_row(row: dict, row_id: int, place: str, image_root: Path) -> dict:
-    """One row of LLaVA's JSON, checked; `place` names it in errors. See the module's example."""
-    if not isinstance(row, dict):
-        raise ValueError(f"{place}: is {row!r:.100}, expected an object.")
-    place = f"{place} (id {row.get('id')!r})"
-    images = row.get("image") or []
-    images = [images] if isinstance(images, str) else images
-    messages = _parse_conversations(row.get("conversations"), place)
-    num_placeholders = sum(part["type"] == "image" for message in messages for part in message["content"])
-    if num_placeholders != len(images):
-        raise ValueError(
-            f"{place}: {num_placeholders} {IMAGE_TOKEN} in 'conversations', but {len(images)} in 'image': write one "
-            f"{IMAGE_TOKEN} for each image."
-        )
+@dataclass
+class RowReader:
+    """Makes rows of the places in a mix; the `datasets` transform of [`load_rows`]."""
+
+    sources: list[JsonFile | Table]
+    image_roots: list[Path]
+
+    def __call__(self, batch: dict[str, list[int]]) -> dict[str, list]:
+        read = [self.read(source, index) for source, index in zip(batch["source"], batch["index"])]
+        rows = {name: [row[name] for row in read] for name in ("id", "messages", "images")}
+        return rows | {name: batch[name] for name in ("row_id", "length", "num_images")}
+
+    def read(self, source: int, index: int) -> dict:
+        place = f"{self.sources[source].path}, row {index}"
+        try:
+            raw = self.sources[source][index]
+        except ValueError as error:
+            raise ValueError(f"{place}: cannot be read as JSON: {error}") from error
+        return parse_row(raw, place, self.image_roots[source])
+
+
+def parse_row(raw: Any, place: str, image_root: Path) -> dict:
+    """
+    One row of LLaVA's or TRL's layout as `id`, `messages` and `images`. See the module's example.
+
+    Raises:
+        ValueError: with `place`, the id, the value and the mend, for the first fault.
+    """
+    for fault in row_faults(raw, image_root):
+        if fault.level == "error":
+            raise ValueError(f"{place}{_quote_id(raw)}: {fault.message} {fault.fix}")
     return {
-        "row_id": row_id,
-        "id": str(row.get("id", row_id)),
-        "messages": messages,
-        "images": [_resolve_image(image, image_root, place) for image in images],
+        "id": str(raw.get("id", "")),
+        "messages": _messages(raw),
+        "images": [image if _is_embedded(image) else str(image_root / _path_of(image)) for image in images_of(raw)],
     }
 
 
-def _parse_conversations(turns, place: str) -> list[dict]:
+def _quote_id(raw: Any) -> str:
+    return f" (id {raw['id']!r})" if isinstance(raw, dict) and "id" in raw else ""
+
+
+def images_of(raw: dict) -> list:
+    """The images of a row, as they stand there: paths, or undecoded images with `path` and `bytes`."""
+    images = raw.get("images") if raw.get("image") is None else raw["image"]
+    if not images and not isinstance(images, list):
+        return []
+    return images if isinstance(images, list) else [images]
+
+
+def _is_embedded(image: Any) -> bool:
+    return isinstance(image, dict) and image.get("bytes") is not None
+
+
+def _path_of(image: Any) -> Any:
+    return image.get("path") if isinstance(image, dict) else image
+
+
+def row_faults(raw: Any, image_root: Path) -> Iterator[Fault]:
+    """All that is wrong with a row by itself: its turns, its images' paths and their number. No file is opened."""
+    if not isinstance(raw, dict):
+        yield Fault("not_an_object", f"is {raw!r:.100}.", "Expected an object with 'conversations'.")
+        return
+    name = "messages" if "messages" in raw and raw.get("conversations") is None else "conversations"
+    turns = raw.get(name)
     if not isinstance(turns, list) or not turns:
-        raise ValueError(f"{place}: 'conversations' is {turns!r:.100}, expected a list of turns that is not empty.")
-    messages = []
-    for index, turn in enumerate(turns):
-        if not isinstance(turn, dict) or turn.get("from") not in ROLES or not isinstance(turn.get("value"), str):
-            raise ValueError(
-                f"{place}: turn {index} is {turn!r:.100}, expected an object with 'from' ({', '.join(ROLES)}) and a "
-                "text 'value'."
-            )
-        messages.append({"role": ROLES[turn["from"]], "content": _parse_value(turn["value"])})
-    roles = [message["role"] for message in messages if message["role"] != "system"]
-    if roles != ["user", "assistant"] * (len(roles) // 2) or "system" in [m["role"] for m in messages[1:]]:
-        raise ValueError(
-            f"{place}: the turns are from {', '.join(turn['from'] for turn in turns)}: they must alternate, human "
-            "then gpt, and end with gpt (a system turn may stand first)."
+        yield Fault("no_turns", f"'{name}' is {turns!r:.100}.", "Expected a list of turns that is not empty.")
+        return
+    faults = [fault for index, turn in enumerate(turns) if (fault := _turn_fault(turn, index, name))]
+    yield from faults
+    if faults:
+        return
+    messages = _messages(raw)
+    yield from _order_faults(messages)
+    images = images_of(raw)
+    num_placeholders = sum(part["type"] == "image" for message in messages for part in message["content"])
+    if num_placeholders != len(images):
+        yield Fault(
+            "image_count",
+            f"{num_placeholders} {IMAGE_TOKEN} in '{name}', but {len(images)} images.",
+            f"Write one {IMAGE_TOKEN} for each image.",
         )
+    for image in images:
+        yield from _image_path_faults(image, image_root)
+
+
+def _turn_fault(turn: Any, index: int, name: str) -> Fault | None:
+    role_key, text_key, roles = ("role", "content", MESSAGE_ROLES) if name == "messages" else ("from", "value", ROLES)
+    if not isinstance(turn, dict) or role_key not in turn or text_key not in turn:
+        fix = f"Expected an object with '{role_key}' and '{text_key}'."
+        return Fault("wrong_turn", f"turn {index} is {turn!r:.100}.", fix)
+    if turn[role_key] not in roles:
+        return Fault(
+            "unknown_role",
+            f"turn {index} has '{role_key}' {turn[role_key]!r:.50}.",
+            f"Give one of {', '.join(roles)}.",
+        )
+    text = turn[text_key]
+    parts_are_known = name == "messages" and isinstance(text, list) and all(map(_is_known_part, text))
+    if not isinstance(text, str) and not parts_are_known:
+        return Fault("wrong_turn", f"turn {index} has '{text_key}' {text!r:.100}.", "Expected text.")
+    return None
+
+
+def _is_known_part(part: Any) -> bool:
+    if not isinstance(part, dict):
+        return False
+    return part.get("type") == "image" or (part.get("type") == "text" and isinstance(part.get("text"), str))
+
+
+def _order_faults(messages: list[dict]) -> Iterator[Fault]:
+    roles = [message["role"] for message in messages]
+    begin = int(roles[0] == "system")
+    if len(roles) == begin or roles[begin:] != ["user", "assistant"] * ((len(roles) - begin) // 2):
+        yield Fault(
+            "turn_order",
+            f"the turns are from {', '.join(roles)}.",
+            "They must alternate, user (human) then assistant (gpt), and end with assistant (a system turn may "
+            "stand first).",
+        )
+        return
+    answers = [message for message in messages if message["role"] == "assistant"]
+    if not any(_has_content(message) for message in answers):
+        yield Fault("no_label", "no answer holds any text: nothing can be learned.", "Write an answer.")
+    for index, message in enumerate(messages):
+        if not _has_content(message):
+            yield Fault("empty_turn", f"turn {index} is empty.", "Write its text, or take the turn out.", "warning")
+
+
+def _has_content(message: dict) -> bool:
+    return any(part["type"] == "image" or part["text"].strip() for part in message["content"])
+
+
+def _image_path_faults(image: Any, image_root: Path) -> Iterator[Fault]:
+    if _is_embedded(image):
+        return
+    path = _path_of(image)
+    if not isinstance(path, str) or not path or "\0" in path:
+        yield Fault("wrong_image", f"an image is {path!r:.100}.", f"Expected a path relative to {image_root}.")
+        return
+    if path.startswith(("http://", "https://")):
+        yield Fault("image_is_url", f"image {path!r:.200} is an address.", "Download it, and give its path.")
+        return
+    if not (image_root / path).resolve().is_relative_to(image_root):
+        yield Fault(
+            "image_outside_root",
+            f"image {path!r:.200} leaves the image root {image_root}.",
+            "Give a path inside of it.",
+        )
+
+
+def _messages(raw: dict) -> list[dict]:
+    if raw.get("conversations") is not None:
+        return [{"role": ROLES[turn["from"]], "content": _parse_text(turn["value"])} for turn in raw["conversations"]]
+    messages = []
+    for turn in raw["messages"]:
+        content = _parse_text(turn["content"]) if isinstance(turn["content"], str) else turn["content"]
+        messages.append({"role": turn["role"], "content": [_part(part["type"], part.get("text")) for part in content]})
+    if all(isinstance(turn["content"], str) for turn in raw["messages"]) and not any(
+        part["type"] == "image" for message in messages for part in message["content"]
+    ):
+        # As in TRL: where no text says where the images stand, they begin the first user turn.
+        first = next((message for message in messages if message["role"] == "user"), None)
+        if first is not None:
+            first["content"] = [_part("image", None) for _ in images_of(raw)] + first["content"]
     return messages
 
 
-def _parse_value(value: str) -> list[dict]:
-    texts = value.split(IMAGE_TOKEN)
-    if len(texts) == 2:
-        texts = ["", "".join(texts).strip()]
+def _part(kind: str, text: str | None) -> dict:
+    return {"type": "image"} if kind == "image" else {"type": "text", "text": text}
+
+
+def _parse_text(text: str) -> list[dict]:
+    """The parts of a text in which `<image>` stands for an image."""
+    pieces = text.split(IMAGE_TOKEN)
+    if len(pieces) == 2:
+        pieces = ["", "".join(pieces).strip()]
     content = []
-    for index, text in enumerate(texts):
+    for index, piece in enumerate(pieces):
         if index > 0:
-            content.append({"type": "image", "text": None})
+            content.append(_part("image", None))
             # The template writes the line break after the images that begin a turn.
-            text = text.removeprefix("\n") if not any(part["text"] for part in content) else text
-        if text:
-            content.append({"type": "text", "text": text})
-    return content or [{"type": "text", "text": ""}]
-
-
-def _resolve_image(image, image_root: Path, place: str) -> str:
-    if not isinstance(image, str):
-        raise ValueError(f"{place}: 'image' is {image!r:.100}, expected a path relative to {image_root}.")
-    path = (image_root / image).resolve()
-    if not path.is_relative_to(image_root):
-        raise ValueError(f"{place}: image {image!r} leaves the image root {image_root}: give a path inside of it.")
-    if not path.is_file():
-        raise ValueError(f"{place}: image {image!r} does not exist in {image_root}.")
-    return str(path)
-
-
-def check_rows(rows: Dataset, processor: SQLlavaProcessor) -> None:
-    """
-    Checks what needs the tokenizer or the image files, before the first step: control tokens inside texts, and images
-    whose header cannot be read.
-
-    Raises:
-        ValueError: for the first row that is wrong.
-    """
-    seen = set()
-    for row in tqdm(rows, desc="Checking texts and images", unit=" rows"):
-        place = f"Row {row['row_id']} (id {row['id']!r})"
-        for message in row["messages"]:
-            for part in message["content"]:
-                found = [token for token in processor.control_tokens if token in (part["text"] or "")]
-                if found:
-                    raise ValueError(
-                        f"{place}: the text {part['text']!r:.100} contains {found[0]!r}, a control token of this "
-                        "model: remove it from the text."
-                    )
-        for path in row["images"]:
-            if path in seen:
-                continue
-            seen.add(path)
-            try:
-                with Image.open(path):
-                    pass
-            except OSError as error:
-                raise ValueError(f"{place}: image {path} cannot be read: {error}") from error
+            if not any(part["type"] == "text" for part in content):
+                piece = piece.removeprefix("\n")
+        if piece:
+            content.append(_part("text", piece))
+    return content or [_part("text", "")]

@@ -18,12 +18,12 @@ from pathlib import Path
 import torch
 from huggingface_hub import hf_hub_download
 from jinja2 import TemplateError
-from PIL import Image, ImageOps
 from transformers import DynamicCache
 
 from modeling_sq_llava import SQLlavaForConditionalGeneration
 from processing_sq_llava import SQLlavaProcessor
 from sq_llava.checkpoint import is_adapter, load_checkpoint
+from sq_llava.images import open_image
 
 
 # The authors' code lets the model describe the image first: in training, no conversation begins with a self-question.
@@ -152,25 +152,6 @@ def best_device() -> str:
     if torch.cuda.is_available():
         return "cuda"
     return "mps" if torch.backends.mps.is_available() else "cpu"
-
-
-def open_image(image: str | Path | Image.Image) -> Image.Image:
-    """Opens an image in RGB, turned as its EXIF data says.
-
-    Raises:
-        ValueError: if the file is missing, broken, truncated, or large enough to be an attack.
-    """
-    if not isinstance(image, Image.Image):
-        path = Path(image)
-        if not path.is_file():
-            raise ValueError(f"{path}: no such image file.")
-        try:
-            with Image.open(path) as file:
-                file.load()
-                image = file.copy() if file.getexif() == {} else ImageOps.exif_transpose(file)
-        except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-            raise ValueError(f"{path}: cannot be read as an image ({error}). Save it anew as PNG or JPEG.") from error
-    return image.convert("RGB")
 
 
 @dataclass

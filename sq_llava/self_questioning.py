@@ -14,10 +14,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from PIL import Image
 from transformers import TrainerCallback
 
 from processing_sq_llava import SQLlavaProcessor
+from sq_llava.images import open_image
 
 
 IGNORE_INDEX = -100
@@ -107,9 +107,19 @@ class SelfQuestioningCollator:
             messages = draw_self_questions(
                 messages, self.self_question_ratio, self.seed, int(self.epoch), row["row_id"]
             )
-        images = iter(row["images"])
+        try:
+            images = iter([open_image(image) for image in row["images"]])
+        except ValueError as error:
+            raise ValueError(f"Row {row['row_id']} (id {row.get('id')!r}): {error}") from error
         return [
-            {**message, "content": [_with_image(part, images) for part in message["content"]]} for message in messages
+            {
+                **message,
+                "content": [
+                    {"type": "image", "image": next(images)} if part["type"] == "image" else part
+                    for part in message["content"]
+                ],
+            }
+            for message in messages
         ]
 
     def _tokenize(self, conversations: list[list[dict]]) -> dict[str, torch.Tensor]:
@@ -137,16 +147,6 @@ class SelfQuestioningCollator:
             messages = messages[:-2]
             length = len(self._tokenize([messages])["input_ids"][0])
         return messages
-
-
-def _with_image(part: dict, images) -> dict:
-    if part["type"] == "text":
-        return part
-    image = next(images)
-    if not isinstance(image, Image.Image):
-        with Image.open(image) as file:
-            image = file.convert("RGB")
-    return {"type": "image", "image": image}
 
 
 def _turn_kinds(spoken: torch.Tensor, messages: list[dict], row: dict[str, Any]) -> torch.Tensor:

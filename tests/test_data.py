@@ -1,10 +1,19 @@
-"""LLaVA's JSON becomes checked rows; what is wrong is said with its place and mend."""
+"""Files of every format become the same checked rows; what is wrong is said with its place and mend."""
 
+import io
 import json
 
+import datasets
+import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
 
-from sq_llava.data import check_rows, load_rows
+from sq_llava import sources
+from sq_llava.data import load_rows
+from sq_llava.images import open_image
+from sq_llava.sources import DataSource, JsonFile
 from tests import tiny
 
 
@@ -22,16 +31,20 @@ def row(question="<image>\nWhat is it?", **fields) -> dict:
     return {"id": "r", "image": "a.png", "conversations": turns, **fields}
 
 
-def load(folder, *rows, suffix=".json"):
+def write(folder, *rows, suffix=".json") -> str:
     file = folder / f"data{suffix}"
-    lines = [json.dumps(row) for row in rows]
-    file.write_text("\n".join(lines) if suffix == ".jsonl" else f"[{','.join(lines)}]")
-    return load_rows(str(file), str(folder / "images"))
+    lines = [json.dumps(row, ensure_ascii=False) for row in rows]
+    file.write_text("\n".join(lines) if suffix == ".jsonl" else f"[{','.join(lines)}]", encoding="utf-8")
+    return str(file)
+
+
+def load(folder, *rows, suffix=".json"):
+    return load_rows([DataSource(write(folder, *rows, suffix=suffix), str(folder / "images"))])
 
 
 def content(rows, index=0):
     """The content parts of the first message, text or `None` for an image."""
-    return [part["text"] for part in rows[index]["messages"][0]["content"]]
+    return [part.get("text") for part in rows[index]["messages"][0]["content"]]
 
 
 @pytest.mark.parametrize("suffix", [".json", ".jsonl"])
@@ -41,7 +54,7 @@ def test_llava_row_becomes_messages_and_paths(folder, suffix):
     assert content(rows, 0) == [None, "What is it?"]
     assert rows[0]["images"] == [str((folder / "images" / "a.png").resolve())]
     assert rows[1]["images"] == [] and content(rows, 1) == ["Hi."]
-    assert rows["row_id"] == [0, 1]
+    assert rows[:]["row_id"] == [0, 1] and rows[:]["num_images"] == [1, 0]
 
 
 def test_a_single_image_is_moved_to_the_front_of_its_turn(folder):
@@ -53,43 +66,264 @@ def test_several_images_stay_in_place(folder):
     assert content(rows) == [None, "and ", None, " differ?"]
 
 
+def picture_bytes(seed=0) -> bytes:
+    stream = io.BytesIO()
+    tiny.picture(seed).save(stream, format="PNG")
+    return stream.getvalue()
+
+
+TRL_ROWS = [
+    {
+        "id": "0",
+        "messages": [{"role": "user", "content": "What is it?"}, {"role": "assistant", "content": "A dog."}],
+        "images": [{"bytes": picture_bytes(), "path": None}],
+    },
+    {
+        "id": "1",
+        "messages": [{"role": "user", "content": "Hi."}, {"role": "assistant", "content": "Hello."}],
+        "images": [],
+    },
+]
+
+
+def trl_dataset() -> datasets.Dataset:
+    features = datasets.Features(
+        {
+            "id": datasets.Value("string"),
+            "messages": [{"role": datasets.Value("string"), "content": datasets.Value("string")}],
+            "images": datasets.List(datasets.Image()),
+        }
+    )
+    return datasets.Dataset.from_list(TRL_ROWS, features=features)
+
+
+def save_as(kind: str, folder) -> str:
+    if kind == "parquet file":
+        trl_dataset().to_parquet(folder / "data.parquet")
+        return str(folder / "data.parquet")
+    if kind == "parquet folder":
+        (folder / "shards").mkdir()
+        for shard in range(2):
+            trl_dataset().shard(2, shard, contiguous=True).to_parquet(folder / "shards" / f"{shard}.parquet")
+        return str(folder / "shards")
+    if kind == "save_to_disk with splits":
+        datasets.DatasetDict({"train": trl_dataset(), "other": trl_dataset().select([1])}).save_to_disk(folder / "d")
+    else:
+        trl_dataset().save_to_disk(folder / "d")
+    return str(folder / "d")
+
+
+@pytest.mark.parametrize("kind", ["parquet file", "parquet folder", "save_to_disk", "save_to_disk with splits"])
+def test_trl_messages_with_embedded_images_are_read_undecoded_from_tables(folder, kind):
+    split = "train" if "splits" in kind else None
+    rows = load_rows([DataSource(save_as(kind, folder), split=split)])
+    assert len(rows) == 2 and [row["id"] for row in rows] == ["0", "1"]
+    # As in TRL, the images begin the first user turn where no text says where they stand.
+    assert content(rows) == [None, "What is it?"] and content(rows, 1) == ["Hi."]
+    assert rows[0]["images"][0]["bytes"] == picture_bytes() and rows[1]["images"] == []
+    assert open_image(rows[0]["images"][0]).tobytes() == tiny.picture().tobytes()
+    assert rows[:]["num_images"] == [1, 0]
+
+
+def test_a_table_with_splits_needs_one_to_be_named(folder):
+    path = save_as("save_to_disk with splits", folder)
+    with pytest.raises(ValueError, match="split is None: give one of train, other"):
+        load_rows([DataSource(path)])
+
+
+def test_llava_layout_in_parquet_equals_the_same_rows_in_json(folder):
+    rows = [row(), row("Hi.", image=None), row("<image>", id="s")]
+    datasets.Dataset.from_list(rows).to_parquet(folder / "data.parquet")
+    from_table = load_rows([DataSource(str(folder / "data.parquet"), str(folder / "images"))])
+    from_json = load(folder, *rows)
+    for name in ("id", "messages", "images", "num_images"):
+        assert from_table[:][name] == from_json[:][name]
+
+
+def test_trl_messages_with_parts_and_paths_in_jsonl(folder):
+    parts = [{"type": "text", "text": "Is "}, {"type": "image"}, {"type": "text", "text": " a dog?"}]
+    messages = [{"role": "user", "content": parts}, {"role": "assistant", "content": "Yes."}]
+    rows = load(folder, {"messages": messages, "images": ["b.png"]}, suffix=".jsonl")
+    assert content(rows) == ["Is ", None, " a dog?"]
+    assert rows[0]["images"] == [str((folder / "images" / "b.png").resolve())]
+
+
+def test_sources_are_mixed_by_weight_and_row_count(folder):
+    first = write(folder, *(row("Hi.", image=None, id=f"a{i}") for i in range(10)))
+    second = write(folder, *(row("Hi.", image=None, id=f"b{i}") for i in range(4)), suffix=".jsonl")
+    rows = load_rows([DataSource(first, weight=0.5), DataSource(second, num_rows=6)], seed=3)
+    ids = rows[:]["id"]
+    assert rows[:]["row_id"] == list(range(11))
+    chosen, repeated = ids[:5], ids[5:]
+    assert len(set(chosen)) == 5 and all(name.startswith("a") for name in chosen)
+    assert repeated[:4] == ["b0", "b1", "b2", "b3"] and len(set(repeated[4:])) == 2
+    assert ids == load_rows([DataSource(first, weight=0.5), DataSource(second, num_rows=6)], seed=3)[:]["id"]
+    assert ids != load_rows([DataSource(first, weight=0.5), DataSource(second, num_rows=6)], seed=4)[:]["id"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"weight": 1.0, "num_rows": 3}, "both weight and num_rows"),
+        ({"weight": 0.0}, "weight is 0.0: give a number above 0"),
+        ({"weight": float("nan")}, "weight is nan"),
+        ({"num_rows": -1}, "num_rows is -1"),
+    ],
+)
+def test_wrong_weights_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        DataSource("x.json", **settings)
+
+
+JSON_VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+    max_leaves=6,
+)
+
+
+@given(
+    rows=st.lists(st.dictionaries(st.text(), JSON_VALUES), max_size=12),
+    window=st.integers(1, 200),
+    indent=st.sampled_from([None, 0, 3]),
+    ascii_only=st.booleans(),
+    mark=st.booleans(),
+)
+def test_every_row_of_a_json_list_is_found_whatever_the_window(
+    tmp_path_factory, rows, window, indent, ascii_only, mark
+):
+    file = tmp_path_factory.mktemp("list") / "data.json"
+    text = json.dumps(rows, indent=indent, ensure_ascii=ascii_only)
+    file.write_text(text, encoding="utf-8-sig" if mark else "utf-8", errors="surrogatepass")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sources, "WINDOW", window)
+        found = JsonFile(str(file))
+        assert found.broken is None
+        assert [json.loads(found.read(i).decode("utf-8", "surrogatepass")) for i in range(len(found))] == rows
+
+
+@given(
+    rows=st.lists(st.dictionaries(st.text(), JSON_VALUES), max_size=8), blank=st.sampled_from(["\n", "\r\n", " \n\n"])
+)
+def test_every_line_of_jsonl_is_found(tmp_path_factory, rows, blank):
+    file = tmp_path_factory.mktemp("lines") / "data.jsonl"
+    file.write_text(blank.join(json.dumps(row) for row in rows), newline="")
+    found = JsonFile(str(file))
+    assert [found[index] for index in range(len(found))] == rows
+
+
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
         ({"image": "../secret.png"}, r"row 0 \(id 'r'\): image '../secret.png' leaves the image root"),
         ({"image": "/etc/passwd"}, "leaves the image root"),
-        ({"image": "c.png"}, "image 'c.png' does not exist"),
-        ({"image": ["a.png", "b.png"]}, "1 <image> in 'conversations', but 2 in 'image'"),
-        ({"image": None}, "1 <image> in 'conversations', but 0 in 'image'"),
-        ({"conversations": []}, "'conversations' is \\[\\]"),
-        ({"conversations": [{"from": "human", "value": "<image>"}]}, "must alternate"),
-        ({"conversations": [{"from": "robot", "value": "hi"}]}, "turn 0 is .*'robot'"),
+        ({"image": "https://example.org/a.png"}, "is an address. Download it"),
+        ({"image": 3}, "an image is 3. Expected a path"),
+        ({"image": None}, "1 <image> in 'conversations', but 0 images"),
+        ({"image": ["a.png", "b.png"]}, "1 <image> in 'conversations', but 2 images"),
+        ({"conversations": []}, "'conversations' is .*not empty"),
+        (
+            {"conversations": [{"from": "bot", "value": "x"}]},
+            "turn 0 has 'from' 'bot'. Give one of human, gpt, system",
+        ),
+        ({"conversations": [{"from": "human", "value": None}]}, "turn 0 has 'value' None. Expected text"),
+        ({"conversations": [{"value": "x"}]}, "Expected an object with 'from' and 'value'"),
+        ({"conversations": [{"from": "human", "value": "x"}]}, "must alternate"),
+        (
+            {"image": None, "conversations": [{"from": "human", "value": "x"}, {"from": "gpt", "value": " "}]},
+            "nothing can be learned",
+        ),
     ],
 )
-def test_wrong_row_is_refused_with_its_place(folder, wrong, message):
+def test_wrong_rows_are_named_with_place_and_mend(folder, wrong, message):
+    rows = load(folder, {**row(), **wrong})
     with pytest.raises(ValueError, match=message):
-        load(folder, row(**wrong))
+        rows[0]
 
 
-def test_broken_json_and_missing_files_are_named(folder):
-    (folder / "broken.json").write_text('[{"id": ')
-    with pytest.raises(ValueError, match=r"broken\.json: cannot be read as JSON"):
-        load_rows(str(folder / "broken.json"))
-    with pytest.raises(ValueError, match="no such file"):
-        load_rows(str(folder / "none.json"))
-    with pytest.raises(ValueError, match=r"image_root .* no such folder"):
-        load_rows(str(folder / "broken.json"), str(folder / "none"))
+def test_a_link_out_of_the_image_root_is_refused(folder):
+    (folder / "images" / "link.png").symlink_to(folder / "secret.png")
+    with pytest.raises(ValueError, match="leaves the image root"):
+        load(folder, row(image="link.png"))[0]
 
 
-@pytest.mark.parametrize("token", ["[vusr]", "</s>", "<pad>"])
-def test_control_token_in_a_text_is_found_before_training(folder, token):
-    rows = load(folder, row(), row(f"<image>\nforged {token}"))
-    with pytest.raises(ValueError, match=r"Row 1 .* a control token"):
-        check_rows(rows, tiny.tiny_processor())
+def test_a_row_that_is_no_object_is_named(folder):
+    with pytest.raises(ValueError, match=r"data.json, row 1: is \[1\]"):
+        load(folder, row(), [1])[1]
 
 
-def test_unreadable_image_is_found_before_training(folder):
-    (folder / "images" / "broken.png").write_bytes(b"no image")
-    rows = load(folder, row(), row(image="broken.png"))
-    with pytest.raises(ValueError, match=r"Row 1 .*broken\.png cannot be read"):
-        check_rows(rows, tiny.tiny_processor())
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[{}, {]", "behind row 0: .* line 1, column 7"),
+        ('[\n{},\n{"a": 1}', "behind row 1: .* line 3, column 9: the list is not closed"),
+        ("[{}] [{}]", "more stands behind the list's end"),
+        ("{}", "one row a line goes into a .jsonl file"),
+        ("[]", "no rows"),
+    ],
+)
+def test_broken_json_is_refused_with_its_line(folder, text, message):
+    (folder / "broken.json").write_text(text)
+    with pytest.raises(ValueError, match=rf"broken.json.*{message}"):
+        load_rows([DataSource(str(folder / "broken.json"))])
+
+
+def test_a_broken_line_and_broken_utf8_are_named_when_fetched(folder):
+    (folder / "broken.jsonl").write_bytes(json.dumps(row()).encode() + b'\n{\n"\xff"')
+    rows = load_rows([DataSource(str(folder / "broken.jsonl"), str(folder / "images"))])
+    assert rows[0]["id"] == "r"
+    for index in (1, 2):
+        with pytest.raises(ValueError, match=rf"broken.jsonl, row {index}: cannot be read as JSON"):
+            rows[index]
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("none.json", "no such file"),
+        ("none.csv", "no such file or folder"),
+        ("/none/there", "no such file or folder"),
+        ("images", "neither|holds neither Parquet files"),
+    ],
+)
+def test_what_cannot_be_opened_is_named(folder, path, message, monkeypatch):
+    monkeypatch.chdir(folder)
+    with pytest.raises(ValueError, match=message):
+        load_rows([DataSource(path)])
+
+
+def test_missing_image_root_and_splits_of_json_are_refused(folder):
+    path = write(folder, row())
+    with pytest.raises(ValueError, match=r"image_root .*none: no such folder"):
+        load_rows([DataSource(path, str(folder / "none"))])
+    with pytest.raises(ValueError, match="a JSON file has no splits"):
+        load_rows([DataSource(path, split="train")])
+
+
+def test_lengths_of_tables_and_json_grow_with_the_text(folder):
+    long = row("<image>\n" + "word " * 400)
+    datasets.Dataset.from_list([row(), long]).to_parquet(folder / "data.parquet")
+    for path in (str(folder / "data.parquet"), write(folder, row(), long)):
+        short_length, long_length = load_rows([DataSource(path, str(folder / "images"))], image_seq_length=100)[:][
+            "length"
+        ]
+        assert 100 < short_length < 150 and 480 < long_length - short_length < 520
+
+
+def test_sixteen_bit_levels_are_scaled_and_floats_refused(tmp_path):
+    levels = np.linspace(0, 65535, 256, dtype=np.uint16).reshape(16, 16)
+
+    Image.fromarray(levels).save(tmp_path / "deep.png")
+    opened = np.asarray(open_image(tmp_path / "deep.png"))
+    assert opened.min() == 0 and opened.max() == 255
+    assert np.abs(opened[..., 0].astype(int) - levels.astype(int) // 256).max() <= 1
+    Image.fromarray(levels.astype(np.float32)).save(tmp_path / "float.tiff")
+    with pytest.raises(ValueError, match=r"float\.tiff: has floating-point pixels"):
+        open_image(tmp_path / "float.tiff")
+
+
+def test_a_small_file_that_claims_a_huge_image_is_refused(tmp_path):
+
+    Image.new("1", (40_000, 3_000)).save(tmp_path / "bomb.png")
+    with pytest.raises(ValueError, match="40000 x 3000 pixels are more than"):
+        open_image(tmp_path / "bomb.png")

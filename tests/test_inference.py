@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from sq_llava import inference
-from sq_llava.inference import Assistant, load, open_image, place_images
+from sq_llava.images import open_image
+from sq_llava.inference import Assistant, load, place_images
 from tests import tiny
 
 

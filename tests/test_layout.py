@@ -12,7 +12,9 @@ TRIO = ["configuration_sq_llava", "processing_sq_llava", "modeling_sq_llava"]
 # A module imports only from modules that stand before it.
 ORDER = [
     *TRIO,
+    "sq_llava.images",
     "sq_llava.self_questioning",
+    "sq_llava.sources",
     "sq_llava.data",
     "sq_llava.adapter",
     "sq_llava.card",
@@ -20,6 +22,7 @@ ORDER = [
     "sq_llava.inference",
     "sq_llava.recovery",
     "sq_llava.trainer",
+    "sq_llava.planning",
     "train_sft",
     "sq_llava.cli",
 ]
