@@ -27,6 +27,7 @@ from accelerate import PartialState
 from rich.console import Console
 from rich.table import Table
 from transformers import BitsAndBytesConfig, set_seed
+from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils.versions import require_version
 from trl import ModelConfig, SFTConfig, TrlParser, get_quantization_config
 
@@ -182,6 +183,11 @@ def load_base(
         model = SQLlavaForConditionalGeneration.from_pretrained(base, **quantized_loading)
         return model, processor, start if is_adapter(start) else None
 
+    if is_deepspeed_zero3_enabled():
+        raise ValueError(
+            f"vision_model_name_or_path is {parts[0]!r}: under ZeRO-3, the parts are loaded in pieces and cannot be "
+            "joined. Save sq_llava.checkpoint.compose(...) first, and give its folder as model_name_or_path."
+        )
     if checkpoint is not None:
         return *read_base(checkpoint, arguments, quantized_loading, processing), None
     model, processor = compose(
@@ -229,11 +235,15 @@ def read_base(checkpoint: str, arguments: SQLlavaArguments, loading: dict, proce
 def add_stage_adapter(model, arguments: SQLlavaArguments, model_config: ModelConfig):
     """Puts on a base what its stage trains."""
     instruct = arguments.stage == "instruct"
+    # ZeRO-3 fails on weights of two precisions (https://github.com/huggingface/trl/issues/6089), and its optimizer has
+    # float32 copies by itself.
+    trained_dtype = model.dtype if is_deepspeed_zero3_enabled() else torch.float32
     return add_adapter(
         model,
         LoraSize(arguments.vision_lora_r, arguments.vision_lora_alpha, arguments.vision_lora_dropout),
         LoraSize(model_config.lora_r if instruct else 0, model_config.lora_alpha, model_config.lora_dropout),
         train_vusr=instruct,
+        trained_dtype=trained_dtype,
     )
 
 

@@ -28,7 +28,11 @@ class LoraSize:
 
 
 def add_adapter(
-    model: SQLlavaForConditionalGeneration, vision_lora: LoraSize, text_lora: LoraSize, train_vusr: bool
+    model: SQLlavaForConditionalGeneration,
+    vision_lora: LoraSize,
+    text_lora: LoraSize,
+    train_vusr: bool,
+    trained_dtype: torch.dtype = torch.float32,
 ) -> PeftModel:
     """
     Freezes the model and puts a new adapter on it.
@@ -38,6 +42,7 @@ def add_adapter(
         vision_lora, text_lora ([`LoraSize`]): On all linear layers of the vision tower that are run, and of the
             language model.
         train_vusr (`bool`): Whether the embedding of `[vusr]` is trained (if the marker is a token).
+        trained_dtype (`torch.dtype`): Of all that is trained. In bfloat16, small steps would be rounded away.
     """
     config = model.config
     modules_to_save = ["multi_modal_projector"]
@@ -68,6 +73,10 @@ def add_adapter(
     for name, module in peft_model.named_modules():
         if "vision_tower" in name and hasattr(module, "lora_dropout"):
             module.lora_dropout[ADAPTER] = nn.Dropout(vision_lora.dropout) if vision_lora.dropout else nn.Identity()
+    # PEFT makes LoRA float32, but leaves what is trained whole in the precision of the base.
+    for parameter in peft_model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.to(trained_dtype)
     return peft_model
 
 

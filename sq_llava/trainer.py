@@ -15,12 +15,23 @@ import shutil
 from pathlib import Path
 
 import torch
+from accelerate import FullyShardedDataParallelPlugin
 from safetensors import SafetensorError
 from trl import SFTTrainer
 
 from sq_llava.adapter import trained_parameters
 from sq_llava.recovery import RUN_FILE, STATE_FILE, CheckpointError, StepWatch, checkpoint_faults
 from sq_llava.self_questioning import ANSWER, QUESTION
+
+
+def keep_wrap_policy(plugin: FullyShardedDataParallelPlugin) -> None:
+    """
+    Lets FSDP2 shard layer by layer. The Trainer replaces the policy of the launch by PEFT's, which accelerate 1.15 drops
+    for FSDP2: no layer would be a unit of its own, and all weights would be gathered at once.
+    """
+    policy = plugin.auto_wrap_policy
+    if plugin.fsdp_version == 2:
+        plugin.set_auto_wrap_policy = lambda model: setattr(plugin, "auto_wrap_policy", policy)
 
 
 class SQLlavaTrainer(SFTTrainer):
@@ -56,6 +67,8 @@ class SQLlavaTrainer(SFTTrainer):
         vocab_size = self.model.config.get_text_config().vocab_size
         self.watch = StepWatch(self.accelerator, 2 * math.log(vocab_size) if max_loss is None else max_loss)
         self.add_callback(self.watch)
+        if self.is_fsdp_enabled:
+            keep_wrap_policy(self.accelerator.state.fsdp_plugin)
 
     def create_optimizer(self, model=None) -> torch.optim.Optimizer:
         """The Trainer's optimizer, its groups split by part of the model."""
