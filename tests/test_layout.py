@@ -16,6 +16,7 @@ ORDER = [
     "sq_llava.self_questioning",
     "sq_llava.sources",
     "sq_llava.data",
+    "sq_llava.batching",
     "sq_llava.adapter",
     "sq_llava.card",
     "sq_llava.checkpoint",
