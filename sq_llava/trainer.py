@@ -12,6 +12,7 @@ Each step is looked at before it is applied, and work is not lost: see `sq_llava
 import json
 import math
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -20,14 +21,16 @@ from safetensors import SafetensorError
 from trl import SFTTrainer
 
 from sq_llava.adapter import trained_parameters
+from sq_llava.batching import ModalityLengthSampler
+from sq_llava.monitoring import GenerationCheck
 from sq_llava.recovery import RUN_FILE, STATE_FILE, CheckpointError, StepWatch, checkpoint_faults
 from sq_llava.self_questioning import ANSWER, QUESTION
 
 
 def keep_wrap_policy(plugin: FullyShardedDataParallelPlugin) -> None:
     """
-    Lets FSDP2 shard layer by layer. The Trainer replaces the policy of the launch by PEFT's, which accelerate 1.15 drops
-    for FSDP2: no layer would be a unit of its own, and all weights would be gathered at once.
+    Lets FSDP2 shard layer by layer. The Trainer replaces the policy of the launch by PEFT's, which accelerate 1.15
+    drops for FSDP2: no layer would be a unit of its own, and all weights would be gathered at once.
     """
     policy = plugin.auto_wrap_policy
     if plugin.fsdp_version == 2:
@@ -41,6 +44,7 @@ class SQLlavaTrainer(SFTTrainer):
         part_learning_rates (`dict[str, float]`): Of `"vision"` and `"connector"`; all else has `learning_rate`.
         max_loss (`float`, *optional*): Above it, training diverges and is stopped. Default: 2 ln(vocabulary size),
             twice the loss of a uniform guess.
+        generation_check (`GenerationCheck`, *optional*): Runs with each evaluation.
         The rest as for [`~trl.SFTTrainer`]; the data collator is a [`SelfQuestioningCollator`].
     """
 
@@ -52,10 +56,12 @@ class SQLlavaTrainer(SFTTrainer):
         question_loss_weight: float,
         part_learning_rates: dict[str, float],
         max_loss: float | None = None,
+        generation_check: GenerationCheck | None = None,
         **kwargs,
     ):
         self.question_loss_weight = question_loss_weight
         self.part_learning_rates = part_learning_rates
+        self.generation_check = generation_check
         self._sums: dict[str, torch.Tensor] = {}
         model = kwargs["model"]
         trained = {parameter: parameter.data for parameter in model.parameters() if parameter.requires_grad}
@@ -86,6 +92,31 @@ class SQLlavaTrainer(SFTTrainer):
         assert sum(len(group["params"]) for group in groups) == len(part_of), "a trained parameter is in no group"
         optimizer.param_groups = groups
         return optimizer
+
+    def _get_train_sampler(self, train_dataset=None) -> torch.utils.data.Sampler | None:
+        """For `train_sampling_strategy="group_by_length"`, rows grouped by modality too."""
+        if self.args.train_sampling_strategy != "group_by_length":
+            return super()._get_train_sampler(train_dataset)
+        rows = (train_dataset or self.train_dataset).with_format("numpy", columns=["length", "num_images"])[:]
+        batch_size = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+        return ModalityLengthSampler(
+            rows["length"], rows["num_images"], batch_size, self.args.seed, self.data_collator.epoch
+        )
+
+    def get_eval_dataloader(self, eval_dataset=None) -> torch.utils.data.DataLoader:
+        """With the self-questions of the first epoch, whatever the epoch: evaluations are to be compared."""
+        collator = self.data_collator
+        self.data_collator = replace(collator, epoch=torch.zeros_like(collator.epoch))
+        try:
+            return super().get_eval_dataloader(eval_dataset)
+        finally:
+            self.data_collator = collator
+
+    def evaluation_loop(self, *args, **kwargs):
+        output = super().evaluation_loop(*args, **kwargs)
+        if self.generation_check is not None:
+            output.metrics.update(self.generation_check.run(self))
+        return output
 
     def _loss_weights(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         """Weights of the next-token losses, `(batch_size, sequence_length - 1)`; 0 where there is no label."""
