@@ -301,6 +301,8 @@ def main(args: list[str] | None = None) -> SQLlavaTrainer:
     instruct = arguments.stage == "instruct"
     training_args.remove_unused_columns = False  # the collator makes the model's inputs of our columns
     training_args.ddp_find_unused_parameters = False  # every trained weight is in the graph of every batch
+    if training_args.data_seed is None:
+        training_args.data_seed = training_args.seed  # else, rows come in an order of where PyTorch's seed stands
     num_processes = arguments.num_gpus or training_args.world_size
     if arguments.num_gpus is not None and arguments.dry_run != "meta":
         raise ValueError(f"num_gpus is {arguments.num_gpus}: it is for --dry_run meta; else the launcher says it.")

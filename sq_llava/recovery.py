@@ -3,18 +3,17 @@
     python train_sft.py --config recipes/sq-llava-7b/stage1.yaml --resume
 
 Killed at any moment, a run that goes on with `--resume` has the losses and the weights of one that was never killed:
-the newest complete checkpoint holds weights, optimizer, schedule and random states, and self-questions are a function
-of seed, epoch, row and turn. What it does not do: know the checkpoints of FSDP and DeepSpeed, which are laid out
-otherwise; write to disk through power failures (no fsync).
+the newest complete checkpoint holds weights, optimizer and schedule, and self-questions, the order of rows and dropout
+are functions of the seed and of epoch, row, turn, step and process. What it does not do: write to disk through power
+failures (no fsync).
 """
 
+import hashlib
 import json
 import math
 import os
 import re
 import signal
-import struct
-import zipfile
 from pathlib import Path
 
 import torch
@@ -26,7 +25,8 @@ from transformers import TrainerCallback
 EXIT_TRY_AGAIN = os.EX_TEMPFAIL
 # The Trainer writes this file last.
 STATE_FILE = "trainer_state.json"
-# What a checkpoint depends on beside its own files; [`SQLlavaTrainer`] writes it.
+# [`SQLlavaTrainer`] writes it before that one, when all processes have written: the files of the checkpoint with their
+# sizes, and what the losses depend on.
 RUN_FILE = "run.json"
 SET_ASIDE = "half-written-"
 
@@ -41,16 +41,24 @@ def step_of(folder: Path) -> int | None:
     return int(match[1]) if match and folder.is_dir() else None
 
 
+def file_sizes(folder: Path) -> dict[str, int]:
+    """In bytes, of all files of a checkpoint, except those that are written last."""
+    files = (file for file in folder.rglob("*") if file.is_file() and file.name not in (STATE_FILE, RUN_FILE))
+    return {str(file.relative_to(folder)): file.stat().st_size for file in files}
+
+
 def checkpoint_faults(folder: Path) -> list[str]:
     """What is missing from a checkpoint that one could go on from; empty if it is complete."""
-    faults = [fault for name in (STATE_FILE, RUN_FILE, "adapter_config.json") if (fault := _json_fault(folder / name))]
-    names = ["optimizer.pt", "scheduler.pt"]
-    if not _json_fault(folder / RUN_FILE):
-        processes = json.loads((folder / RUN_FILE).read_text())["num_processes"]
-        names += ["rng_state.pth"] if processes == 1 else [f"rng_state_{rank}.pth" for rank in range(processes)]
-    faults += [fault for name in names if (fault := _torch_fault(folder / name))]
-    adapter = _safetensors_fault(folder / "adapter_model.safetensors")
-    return [*faults, adapter] if adapter else faults
+    faults = [fault for name in (STATE_FILE, RUN_FILE) if (fault := _json_fault(folder / name))]
+    if _json_fault(folder / RUN_FILE):
+        return faults
+    there = file_sizes(folder)
+    for name, size in json.loads((folder / RUN_FILE).read_text())["files"].items():
+        if name not in there:
+            faults.append(f"{name} is missing")
+        elif there[name] != size:
+            faults.append(f"{name} has {there[name]} bytes of {size}")
+    return faults
 
 
 def _json_fault(file: Path) -> str | None:
@@ -61,27 +69,6 @@ def _json_fault(file: Path) -> str | None:
     except ValueError:
         return f"{file.name} is cut off"
     return None
-
-
-def _torch_fault(file: Path) -> str | None:
-    """`torch.save` writes a zip file, whose table of contents stands at its end."""
-    if not file.is_file():
-        return f"{file.name} is missing"
-    return None if zipfile.is_zipfile(file) else f"{file.name} is cut off"
-
-
-def _safetensors_fault(file: Path) -> str | None:
-    if not file.is_file():
-        return f"{file.name} is missing"
-    size = file.stat().st_size
-    with file.open("rb") as stream:
-        start = stream.read(8)
-        header_size = struct.unpack("<Q", start)[0] if len(start) == 8 else size
-        if 8 + header_size > size:
-            return f"{file.name} is cut off"
-        header = json.loads(stream.read(header_size))
-    end = max((entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"), default=0)
-    return None if 8 + header_size + end == size else f"{file.name} is cut off"
 
 
 def find_checkpoint(output_dir: str, resume: bool, given: str | None) -> str | None:
@@ -192,8 +179,7 @@ class StepWatch(TrainerCallback):
         self.saved_step: int | None = None
         # Noted down by the trainer: row ids with (weighted loss, weight) of each micro-batch, the gradient's norm.
         self.micro_batches: list[tuple[torch.Tensor, torch.Tensor]] = []
-        self.gradient_norm = torch.zeros(())
-        self._random_states: list[torch.Tensor] = []
+        self.gradient_norm: torch.Tensor | float | None = None
         self._signal: int | None = None
         self._handlers: dict = {}
 
@@ -216,11 +202,20 @@ class StepWatch(TrainerCallback):
         # Not print: a handler may run inside another print.
         os.write(2, f"\n{signal.Signals(number).name}: the step is finished and saved before the end.\n".encode())
 
+    def on_step_begin(self, args, state, control, **kwargs):
+        # The data loader draws from the generator that dropout draws from, and with persistent workers not as often
+        # after a resume. So dropout has its own seed in each step.
+        key = f"{args.seed}:{state.global_step}:{args.process_index}".encode()
+        torch.manual_seed(int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "big"))
+
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
         device = self.accelerator.device
         own = torch.stack([sums for _, sums in self.micro_batches]).sum(0)
         told = torch.tensor([float(self._signal is not None)], device=device)
-        totals = torch.cat([own, torch.as_tensor(self.gradient_norm, device=device).float().reshape(1), told])
+        # DeepSpeed does not always know the norm.
+        norm = 0.0 if self.gradient_norm is None else self.gradient_norm
+        norm = torch.as_tensor(norm, device=device).float().reshape(1)
+        totals = torch.cat([own, norm, told])
         loss, weight, gradient_norm, told = self.accelerator.reduce(totals, reduction="sum").tolist()
         loss = loss / weight if weight else math.nan
         if weight == 0:
@@ -252,18 +247,8 @@ class StepWatch(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         self.applying = False
-        self._random_states = [torch.get_rng_state()]
-        if torch.cuda.is_available():
-            self._random_states.append(torch.cuda.get_rng_state())
         if self.stopped:
             control.should_training_stop = True
             control.should_save = args.save_strategy != "no"
         # Losses since the last line of the log would be lost with the process.
         control.should_log |= control.should_save
-
-    def rewind_random_states(self) -> None:
-        """To the end of the last step: a step that failed has drawn from them."""
-        cpu, *cuda = self._random_states
-        torch.set_rng_state(cpu)
-        for state in cuda:
-            torch.cuda.set_rng_state(state)

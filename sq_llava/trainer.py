@@ -18,12 +18,13 @@ from pathlib import Path
 import torch
 from accelerate import FullyShardedDataParallelPlugin
 from safetensors import SafetensorError
+from torch.distributed.tensor import DTensor
 from trl import SFTTrainer
 
 from sq_llava.adapter import trained_parameters
 from sq_llava.batching import ModalityLengthSampler
 from sq_llava.monitoring import GenerationCheck
-from sq_llava.recovery import RUN_FILE, STATE_FILE, CheckpointError, StepWatch, checkpoint_faults
+from sq_llava.recovery import RUN_FILE, STATE_FILE, CheckpointError, StepWatch, checkpoint_faults, file_sizes
 from sq_llava.self_questioning import ANSWER, QUESTION
 
 
@@ -158,8 +159,9 @@ class SQLlavaTrainer(SFTTrainer):
         self._sums[mode] = self._sums.get(mode, 0) + torch.stack([s.float() for s in sums])
 
     def _get_grad_norm(self, model, grad_norm=None):
-        self.watch.gradient_norm = super()._get_grad_norm(model, grad_norm)
-        return self.watch.gradient_norm
+        norm = super()._get_grad_norm(model, grad_norm)
+        self.watch.gradient_norm = norm.full_tensor() if isinstance(norm, DTensor) else norm  # sharded under FSDP2
+        return norm
 
     @property
     def run(self) -> dict[str, int]:
@@ -191,7 +193,6 @@ class SQLlavaTrainer(SFTTrainer):
         # Other processes may be anywhere, and saving needs all of them. While a step is applied, weights are mixed.
         if self.args.world_size == 1 and step > saved and not self.watch.applying:
             self.args.save_total_limit = None  # older checkpoints may be needed to go back behind the error's cause
-            self.watch.rewind_random_states()
             self._save_checkpoint(self.model, trial=None)
             saved = step
         error.add_note(
@@ -227,10 +228,11 @@ class SQLlavaTrainer(SFTTrainer):
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
-        if self.args.should_save:
-            (Path(output_dir) / RUN_FILE).write_text(json.dumps(self.run))
-        # The last file says that those of all processes are there; then older checkpoints may go.
+        # Then the last two files say that those of all processes are there, and older checkpoints may go.
         self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            run = self.run | {"files": file_sizes(Path(output_dir))}
+            (Path(output_dir) / RUN_FILE).write_text(json.dumps(run, indent=2))
 
     def create_model_card(self, *args, **kwargs) -> None:
         """None for an adapter folder; `merge_adapter` writes the card of the checkpoint that is published."""

@@ -174,6 +174,18 @@ def in_step(step: int, action, *args) -> None:
     SQLlavaTrainer.compute_loss = compute_loss
 
 
+def note_rows(folder: Path) -> None:
+    """Writes the rows of each step of this process into a file."""
+    original = SQLlavaTrainer.compute_loss
+
+    def compute_loss(self, model, inputs, **kwargs):
+        with (folder / f"rows{os.environ['RANK']}").open("a") as stream:
+            stream.write(json.dumps(inputs["row_ids"].tolist()) + "\n")
+        return original(self, model, inputs, **kwargs)
+
+    SQLlavaTrainer.compute_loss = compute_loss
+
+
 def kill_in_adapter_file() -> None:
     def cut_off(self, output_dir):
         os.truncate(Path(output_dir) / "adapter_model.safetensors", 1000)
@@ -219,6 +231,14 @@ def signal_self(rank: int, *numbers: int) -> None:
     if int(os.environ.get("RANK", 0)) == rank:
         for number in numbers:
             os.kill(os.getpid(), number)
+
+
+def signal_all() -> None:
+    """As a scheduler does: to the workers of the data loader, too."""
+    workers = [process.pid for process in multiprocessing.active_children()]
+    assert len(workers) == 2
+    for process in (*workers, os.getpid()):
+        os.kill(process, signal.SIGTERM)
 
 
 def limit_file_size(size: int) -> None:
@@ -285,7 +305,7 @@ def test_saves_that_were_killed_are_passed_over_and_set_aside(parts, whole, tmp_
     assert "checkpoint-2 is half-written (optimizer.pt is missing)" in log.read_text()
     assert steps_saved(output_dir) == [4, 6]
     assert run(resumed, log, (kill_before_random_states,)) == [-signal.SIGKILL]
-    assert "adapter_model.safetensors is cut off" in log.read_text()
+    assert "checkpoint-6 is half-written (trainer_state.json is missing; run.json is missing)" in log.read_text()
     assert run(resumed, log) == [0], log.read_text()[-3000:]
     assert steps_saved(output_dir) == [9]
     set_aside = sorted(folder.name for folder in output_dir.glob("half-written-*"))
@@ -316,6 +336,39 @@ def test_signal_in_the_last_step_lets_the_run_end(parts, whole, tmp_path):
     args = arguments(parts, tmp_path / "run")
     assert run(args, tmp_path / "log", (in_step, 9, signal_self, 0, signal.SIGTERM)) == [0]
     assert_equal_runs(whole, tmp_path / "run")
+
+
+@pytest.mark.slow
+def test_rows_grouped_by_length_come_once_an_epoch_and_in_the_same_order_after_a_kill(parts, tmp_path):
+    settings = {
+        "per_device_train_batch_size": 2, "train_sampling_strategy": "group_by_length",
+    }  # fmt: skip
+    whole, output_dir, log = tmp_path / "whole", tmp_path / "run", tmp_path / "log"
+    assert run(arguments(parts, whole, **settings), log, (note_rows, tmp_path), processes=2) == [0, 0]
+    steps = [list(map(json.loads, (tmp_path / f"rows{rank}").read_text().splitlines())) for rank in (0, 1)]
+    epochs = [sorted(row for rank in steps for batch in rank[at : at + 4] for row in batch) for at in (0, 4)]
+    assert epochs == [list(range(16))] * 2
+    assert steps[0][:4] != steps[0][4:8]
+    resumed = arguments(parts, output_dir, resume=True, **settings)
+    assert -signal.SIGKILL in run(resumed, log, (in_step, 8, die), processes=2)
+    assert run(resumed, log, processes=2) == [0, 0], log.read_text()[-3000:]
+    assert_equal_runs(whole, output_dir)
+
+
+@pytest.mark.slow
+def test_signal_to_data_loader_workers_too_loses_nothing(parts, tmp_path):
+    settings = {
+        "dataloader_num_workers": 2,
+        "dataloader_persistent_workers": True,
+        "dataloader_multiprocessing_context": "fork",
+    }
+    whole, output_dir, log = tmp_path / "whole", tmp_path / "run", tmp_path / "log"
+    assert run(arguments(parts, whole, **settings), log) == [0], log.read_text()[-3000:]
+    resumed = arguments(parts, output_dir, resume=True, **settings)
+    assert run(resumed, log, (in_step, 6, signal_all)) == [EXIT_TRY_AGAIN], log.read_text()[-3000:]
+    assert steps_saved(output_dir) == [4, 6]
+    assert run(resumed, log) == [0], log.read_text()[-3000:]
+    assert_equal_runs(whole, output_dir)
 
 
 @pytest.mark.slow
@@ -458,30 +511,27 @@ def run_folder(whole, tmp_path) -> Path:
     return Path(shutil.copytree(whole, tmp_path / "copy"))
 
 
-@pytest.mark.parametrize(
-    "file",
-    [
-        "trainer_state.json", "run.json", "adapter_config.json", "adapter_model.safetensors", "optimizer.pt",
-        "scheduler.pt", "rng_state.pth",
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize("file", ["adapter_model.safetensors", "optimizer.pt", "rng_state.pth", "tokenizer.json"])
 def test_each_file_of_a_checkpoint_is_missed_and_known_when_cut_off(run_folder, file):
     checkpoint = run_folder / "checkpoint-9"
     assert checkpoint_faults(checkpoint) == []
-    os.truncate(checkpoint / file, (checkpoint / file).stat().st_size - 2)
-    assert f"{file} is cut off" in checkpoint_faults(checkpoint)
-    os.truncate(checkpoint / file, 0)
-    assert f"{file} is cut off" in checkpoint_faults(checkpoint)
+    size = (checkpoint / file).stat().st_size
+    os.truncate(checkpoint / file, size - 1)
+    assert checkpoint_faults(checkpoint) == [f"{file} has {size - 1} bytes of {size}"]
     (checkpoint / file).unlink()
-    assert f"{file} is missing" in checkpoint_faults(checkpoint)
+    assert checkpoint_faults(checkpoint) == [f"{file} is missing"]
     assert find_checkpoint(str(run_folder), resume=True, given=None) == str(run_folder / "checkpoint-8")
 
 
-def test_random_states_of_all_processes_are_missed(run_folder):
+@pytest.mark.parametrize("file", ["trainer_state.json", "run.json"])
+def test_each_last_file_of_a_checkpoint_is_missed_and_known_when_cut_off(run_folder, file):
     checkpoint = run_folder / "checkpoint-9"
-    (checkpoint / "run.json").write_text(json.dumps({"num_processes": 2}))
-    (checkpoint / "rng_state.pth").rename(checkpoint / "rng_state_0.pth")
-    assert checkpoint_faults(checkpoint) == ["rng_state_1.pth is missing"]
+    for size in ((checkpoint / file).stat().st_size - 2, 0):
+        os.truncate(checkpoint / file, size)
+        assert checkpoint_faults(checkpoint) == [f"{file} is cut off"]
+    (checkpoint / file).unlink()
+    assert checkpoint_faults(checkpoint) == [f"{file} is missing"]
+    assert find_checkpoint(str(run_folder), resume=True, given=None) == str(run_folder / "checkpoint-8")
 
 
 def test_output_dir_with_checkpoints_is_refused_before_any_work(parts, run_folder):
