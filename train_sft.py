@@ -36,7 +36,8 @@ from modeling_sq_llava import SQLlavaForConditionalGeneration
 from processing_sq_llava import SQLlavaProcessor
 from sq_llava.adapter import LoraSize, add_adapter, count_parameters, load_adapter_weights
 from sq_llava.checkpoint import base_of_adapter, compose, compose_config, is_adapter
-from sq_llava.data import load_rows
+from sq_llava.data import hold_out, load_rows
+from sq_llava.monitoring import GenerationCheck
 from sq_llava.planning import (
     describe_steps,
     leave_one_step,
@@ -65,6 +66,16 @@ class SQLlavaArguments:
     datasets: list[DataSource] = field(
         default_factory=list,
         metadata={"help": "Instead: several; in a recipe each with path, image_root, split, weight or num_rows."},
+    )
+    eval_datasets: list[DataSource] = field(
+        default_factory=list, metadata={"help": "Rows to measure the losses on while training, as datasets."}
+    )
+    num_eval_rows: int = field(
+        default=0, metadata={"help": "Instead: so many rows are drawn from the data, and not trained on."}
+    )
+    generation_datasets: list[DataSource] = field(
+        default_factory=list,
+        metadata={"help": "A few rows whose first question is answered at each evaluation, as datasets."},
     )
     vision_model_name_or_path: str | None = field(
         default=None, metadata={"help": "CLIP or SigLIP to start from, with text_model_name_or_path."}
@@ -122,13 +133,17 @@ class SQLlavaArguments:
     )
 
     def __post_init__(self):
-        sources = [DataSource(**source) if isinstance(source, dict) else source for source in self.datasets]
-        if (self.dataset_path is None) == (not sources) or (sources and self.image_root is not None):
+        for name in ("datasets", "eval_datasets", "generation_datasets"):
+            sources = getattr(self, name)
+            setattr(self, name, [DataSource(**s) if isinstance(s, dict) else s for s in sources])
+        if (self.dataset_path is None) == (not self.datasets) or (self.datasets and self.image_root is not None):
             raise ValueError(
                 f"dataset_path is {self.dataset_path!r}, image_root {self.image_root!r}, and datasets has "
-                f"{len(sources)} entries: give dataset_path (and image_root), or datasets."
+                f"{len(self.datasets)} entries: give dataset_path (and image_root), or datasets."
             )
-        self.datasets = sources or [DataSource(self.dataset_path, self.image_root)]
+        self.datasets = self.datasets or [DataSource(self.dataset_path, self.image_root)]
+        if self.eval_datasets and self.num_eval_rows:
+            raise ValueError(f"num_eval_rows is {self.num_eval_rows}, and eval_datasets is given: leave one out.")
         for name in ("self_question_ratio", "question_loss_weight"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} is {getattr(self, name)}: give a number from 0 to 1.")
@@ -298,6 +313,14 @@ def main(args: list[str] | None = None) -> SQLlavaTrainer:
             )
     # Before 5.18, the mask of what is in the loss is wrong behind an image.
     require_version("transformers>=5.18")
+    evaluates = bool(arguments.eval_datasets or arguments.num_eval_rows)
+    if evaluates != (training_args.eval_strategy != "no") or (arguments.generation_datasets and not evaluates):
+        raise ValueError(
+            f"eval_strategy is {str(training_args.eval_strategy)!r}, eval_datasets has {len(arguments.eval_datasets)} "
+            f"entries, num_eval_rows is {arguments.num_eval_rows}, generation_datasets has "
+            f"{len(arguments.generation_datasets)} entries: to evaluate, give eval_strategy (steps or epoch) and one "
+            "of eval_datasets and num_eval_rows; generation_datasets goes with them."
+        )
     instruct = arguments.stage == "instruct"
     training_args.remove_unused_columns = False  # the collator makes the model's inputs of our columns
     training_args.ddp_find_unused_parameters = False  # every trained weight is in the graph of every batch
@@ -328,6 +351,13 @@ def main(args: list[str] | None = None) -> SQLlavaTrainer:
         seed=training_args.seed,
         max_length=training_args.max_length,
     )
+    eval_rows = generation_check = None
+    if arguments.eval_datasets:
+        eval_rows = load_rows(arguments.eval_datasets, training_args.seed, processor.image_seq_length)
+    elif arguments.num_eval_rows:
+        rows, eval_rows = hold_out(rows, arguments.num_eval_rows, training_args.seed)
+    if arguments.generation_datasets:
+        generation_check = GenerationCheck(load_rows(arguments.generation_datasets, training_args.seed), processor)
     if arguments.dry_run == "real":
         steps = describe_steps(len(rows), training_args, training_args.world_size)
         leave_one_step(training_args)
@@ -335,12 +365,14 @@ def main(args: list[str] | None = None) -> SQLlavaTrainer:
         model=model,
         args=training_args,
         train_dataset=rows,
+        eval_dataset=eval_rows,
         data_collator=collator,
         processing_class=processor,
         callbacks=[EpochCallback(collator)],
         question_loss_weight=arguments.question_loss_weight,
         part_learning_rates=arguments.part_learning_rates,
         max_loss=arguments.max_loss,
+        generation_check=generation_check,
     )
     if trainer.accelerator.is_main_process:
         print_parameters(model, arguments.part_learning_rates, training_args.learning_rate)

@@ -103,6 +103,25 @@ def _choose_rows(source: DataSource, available: int, generator: np.random.Genera
     return np.concatenate([np.tile(np.arange(available), copies), drawn])
 
 
+def hold_out(rows: datasets.Dataset, num_rows: int, seed: int = 0) -> tuple[datasets.Dataset, datasets.Dataset]:
+    """
+    Splits rows of [`load_rows`] into those to train on and `num_rows` others. All copies of a row that a weight makes
+    stand on one side.
+
+    Raises:
+        ValueError: if there are not enough rows.
+    """
+    places = rows.with_format("numpy", columns=["source", "index"])[:]
+    unique, first, place_of_row = np.unique(
+        np.stack([places["source"], places["index"]]), axis=1, return_index=True, return_inverse=True
+    )
+    if num_rows >= unique.shape[1]:
+        raise ValueError(f"{num_rows} rows are to be held out, but there are only {unique.shape[1]}.")
+    chosen = np.random.default_rng(seed).permutation(unique.shape[1])[:num_rows]
+    train = np.flatnonzero(~np.isin(place_of_row.ravel(), chosen))
+    return rows.select(train), rows.select(np.sort(first[chosen]))
+
+
 @dataclass
 class RowReader:
     """Makes rows of the places in a mix; the `datasets` transform of [`load_rows`]."""

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from sq_llava import sources
-from sq_llava.data import load_rows
+from sq_llava.data import hold_out, load_rows
 from sq_llava.images import open_image
 from sq_llava.sources import DataSource, JsonFile
 from tests import tiny
@@ -159,6 +159,17 @@ def test_sources_are_mixed_by_weight_and_row_count(folder):
     assert repeated[:4] == ["b0", "b1", "b2", "b3"] and len(set(repeated[4:])) == 2
     assert ids == load_rows([DataSource(first, weight=0.5), DataSource(second, num_rows=6)], seed=3)[:]["id"]
     assert ids != load_rows([DataSource(first, weight=0.5), DataSource(second, num_rows=6)], seed=4)[:]["id"]
+
+
+def test_held_out_rows_are_not_trained_on_in_any_copy(folder):
+    path = write(folder, *(row("Hi.", image=None, id=f"a{i}") for i in range(10)))
+    rows = load_rows([DataSource(path, weight=2.5)])
+    train, held_out = hold_out(rows, 3, seed=1)
+    assert len(set(held_out[:]["id"])) == 3 and not set(held_out[:]["id"]) & set(train[:]["id"])
+    assert len(set(train[:]["id"])) == 7 and set(train[:]["row_id"]) <= set(range(25))
+    assert hold_out(rows, 3, seed=1)[1][:]["id"] == held_out[:]["id"]
+    with pytest.raises(ValueError, match="10 rows are to be held out, but there are only 10"):
+        hold_out(rows, 10)
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ ORDER = [
     "sq_llava.card",
     "sq_llava.checkpoint",
     "sq_llava.inference",
+    "sq_llava.monitoring",
     "sq_llava.recovery",
     "sq_llava.trainer",
     "sq_llava.planning",
