@@ -26,8 +26,10 @@ Nothing is held decoded: of a JSON file only the place of each row is kept in me
 images are opened when a batch is made. What it does not do: check image files and lengths (`sq_llava/doctor.py`).
 """
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +37,7 @@ import datasets
 import numpy as np
 
 from processing_sq_llava import IMAGE_TOKEN
+from sq_llava.images import Fault
 from sq_llava.sources import DataSource, JsonFile, Table, image_root_of, open_source
 
 
@@ -42,16 +45,6 @@ ROLES = {"human": "user", "gpt": "assistant", "system": "system"}
 MESSAGE_ROLES = ("system", "user", "assistant")
 # A rough measure, for grouping rows of like length: of English text under Llama's tokenizer, its JSON included.
 BYTES_PER_TOKEN = 4
-
-
-@dataclass(frozen=True)
-class Fault:
-    """Something wrong with a row: `level` is "error" (it cannot be trained on) or "warning"."""
-
-    code: str
-    message: str
-    fix: str
-    level: str = "error"
 
 
 def load_rows(sources: list[DataSource], seed: int = 0, image_seq_length: int = 576) -> datasets.Dataset:
@@ -155,8 +148,8 @@ def parse_row(raw: Any, place: str, image_root: Path) -> dict:
             raise ValueError(f"{place}{_quote_id(raw)}: {fault.message} {fault.fix}")
     return {
         "id": str(raw.get("id", "")),
-        "messages": _messages(raw),
-        "images": [image if _is_embedded(image) else str(image_root / _path_of(image)) for image in images_of(raw)],
+        "messages": messages_of(raw),
+        "images": [image if is_embedded(image) else str(image_root / path_of(image)) for image in images_of(raw)],
     }
 
 
@@ -172,11 +165,12 @@ def images_of(raw: dict) -> list:
     return images if isinstance(images, list) else [images]
 
 
-def _is_embedded(image: Any) -> bool:
-    return isinstance(image, dict) and image.get("bytes") is not None
+def is_embedded(image: Any) -> bool:
+    """Whether an image stands in the row itself, as bytes."""
+    return isinstance(image, dict) and isinstance(image.get("bytes"), bytes)
 
 
-def _path_of(image: Any) -> Any:
+def path_of(image: Any) -> Any:
     return image.get("path") if isinstance(image, dict) else image
 
 
@@ -194,7 +188,7 @@ def row_faults(raw: Any, image_root: Path) -> Iterator[Fault]:
     yield from faults
     if faults:
         return
-    messages = _messages(raw)
+    messages = messages_of(raw)
     yield from _order_faults(messages)
     images = images_of(raw)
     num_placeholders = sum(part["type"] == "image" for message in messages for part in message["content"])
@@ -213,7 +207,7 @@ def _turn_fault(turn: Any, index: int, name: str) -> Fault | None:
     if not isinstance(turn, dict) or role_key not in turn or text_key not in turn:
         fix = f"Expected an object with '{role_key}' and '{text_key}'."
         return Fault("wrong_turn", f"turn {index} is {turn!r:.100}.", fix)
-    if turn[role_key] not in roles:
+    if not isinstance(turn[role_key], str) or turn[role_key] not in roles:
         return Fault(
             "unknown_role",
             f"turn {index} has '{role_key}' {turn[role_key]!r:.50}.",
@@ -223,7 +217,19 @@ def _turn_fault(turn: Any, index: int, name: str) -> Fault | None:
     parts_are_known = name == "messages" and isinstance(text, list) and all(map(_is_known_part, text))
     if not isinstance(text, str) and not parts_are_known:
         return Fault("wrong_turn", f"turn {index} has '{text_key}' {text!r:.100}.", "Expected text.")
+    texts = [text] if isinstance(text, str) else [part.get("text") or "" for part in text]
+    if not all(map(_is_unicode, texts)):
+        return Fault("broken_text", f"turn {index} holds half a character: {text!a:.100}.", "Write it in UTF-8 anew.")
     return None
+
+
+def _is_unicode(text: str) -> bool:
+    """Whether a text has no lone surrogate, such as JSON's escape of one half of an emoji; tokenizers refuse those."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _is_known_part(part: Any) -> bool:
@@ -246,7 +252,11 @@ def _order_faults(messages: list[dict]) -> Iterator[Fault]:
     answers = [message for message in messages if message["role"] == "assistant"]
     if not any(_has_content(message) for message in answers):
         yield Fault("no_label", "no answer holds any text: nothing can be learned.", "Write an answer.")
+        return
     for index, message in enumerate(messages):
+        if message["role"] == "assistant" and any(part["type"] == "image" for part in message["content"]):
+            fix = "Put it into a question."
+            yield Fault("image_in_answer", f"turn {index} is an answer, but holds {IMAGE_TOKEN}.", fix)
         if not _has_content(message):
             yield Fault("empty_turn", f"turn {index} is empty.", "Write its text, or take the turn out.", "warning")
 
@@ -256,16 +266,16 @@ def _has_content(message: dict) -> bool:
 
 
 def _image_path_faults(image: Any, image_root: Path) -> Iterator[Fault]:
-    if _is_embedded(image):
+    if is_embedded(image):
         return
-    path = _path_of(image)
-    if not isinstance(path, str) or not path or "\0" in path:
-        yield Fault("wrong_image", f"an image is {path!r:.100}.", f"Expected a path relative to {image_root}.")
+    path = path_of(image)
+    if not isinstance(path, str) or not path or "\0" in path or not _is_unicode(path):
+        yield Fault("wrong_image", f"an image is {path!a:.100}.", f"Expected a path relative to {image_root}.")
         return
     if path.startswith(("http://", "https://")):
         yield Fault("image_is_url", f"image {path!r:.200} is an address.", "Download it, and give its path.")
         return
-    if not (image_root / path).resolve().is_relative_to(image_root):
+    if not _stays_inside(path, str(image_root)):
         yield Fault(
             "image_outside_root",
             f"image {path!r:.200} leaves the image root {image_root}.",
@@ -273,7 +283,21 @@ def _image_path_faults(image: Any, image_root: Path) -> Iterator[Fault]:
         )
 
 
-def _messages(raw: dict) -> list[dict]:
+def _stays_inside(path: str, image_root: str) -> bool:
+    place = os.path.join(image_root, path)
+    folder, name = os.path.split(place)
+    if name in ("", ".", "..") or os.path.islink(place):
+        return Path(os.path.realpath(place)).is_relative_to(image_root)
+    return _folder_is_inside(folder, image_root)
+
+
+@lru_cache(maxsize=2**16)  # to resolve a path takes as long as all else that is checked of a row
+def _folder_is_inside(folder: str, image_root: str) -> bool:
+    return Path(os.path.realpath(folder)).is_relative_to(image_root)
+
+
+def messages_of(raw: dict) -> list[dict]:
+    """The turns of a row without errors, in the roles and parts that the chat template takes."""
     if raw.get("conversations") is not None:
         return [{"role": ROLES[turn["from"]], "content": _parse_text(turn["value"])} for turn in raw["conversations"]]
     messages = []

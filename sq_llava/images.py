@@ -2,6 +2,8 @@
 
     >>> open_image("photo.jpg").mode
     'RGB'
+    >>> [fault.code for fault in image_faults("dance.gif")]  # by its header and its end; no pixels are decoded
+    ['image_animated']
 
 What is not plain 8-bit RGB becomes it: photos are turned as their EXIF data says; of an animation the first frame is
 taken; CMYK, palette and grey images are converted; 16-bit grey levels are scaled to 8 bits (Pillow would clip them);
@@ -9,17 +11,37 @@ transparency is dropped, as transformers' image processors do. Floating-point pi
 """
 
 import io
+import struct
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
 
 # Pillow's own limit: about 9,460 x 9,460 pixels. A file of a few kilobytes can claim more than memory holds.
 MAX_IMAGE_PIXELS = 89_478_485
 
 # What Pillow raises for a broken file: its parsers, zlib and struct each have their own.
-BROKEN_IMAGE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
+BROKEN_IMAGE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
+
+# The last bytes of a whole file. GIF's own is a single one: here with the end of the block before it.
+END_MARKERS = {"JPEG": b"\xff\xd9", "MPO": b"\xff\xd9", "PNG": b"\0\0\0\0IEND\xaeB`\x82", "GIF": b"\0;"}
+
+
+@dataclass(frozen=True)
+class Fault:
+    """
+    What is to be known of a row or an image. Its `level` is "error" (it cannot be trained on), "warning" (it can, but
+    hardly as it was meant) or "info" (it is unusual, and taken care of).
+    """
+
+    code: str
+    message: str
+    fix: str
+    level: str = "error"
 
 
 def open_image(image: str | Path | dict[str, Any] | Image.Image) -> Image.Image:
@@ -67,8 +89,82 @@ def image_stream(image: str | Path | dict[str, Any]) -> Path | io.BytesIO:
 def check_size(image: Image.Image) -> None:
     """
     Raises:
-        ValueError: before any pixel is decoded, if there are more than `MAX_IMAGE_PIXELS`.
+        PIL.Image.DecompressionBombError: before any pixel is decoded, if there are more than `MAX_IMAGE_PIXELS`.
     """
     width, height = image.size
     if width * height > MAX_IMAGE_PIXELS:
-        raise ValueError(f"{width} x {height} pixels are more than the {MAX_IMAGE_PIXELS:,} that are allowed")
+        raise Image.DecompressionBombError(
+            f"{width} x {height} pixels are more than the {MAX_IMAGE_PIXELS:,} that are allowed"
+        )
+
+
+def image_faults(image: str | Path | dict[str, Any]) -> Iterator[Fault]:
+    """
+    What is wrong with an image, or unusual, by its header and its end. All of it is decoded only where these do not
+    settle it: without the usual end, in other formats than JPEG, PNG, GIF and WebP, or if EXIF turns it.
+
+    Args:
+        image: A path, or the `{"bytes": ..., "path": ...}` of an undecoded `datasets.Image`.
+    """
+    name, anew = f"image {image_name(image)!r}", "Save it anew as PNG or JPEG."
+    try:
+        unusual, is_settled = _look_at(image, name)
+    except FileNotFoundError:
+        yield Fault("image_missing", f"{name}: no such file.", "Bring it back, or mend the path or image_root.")
+        return
+    except Image.DecompressionBombError as error:
+        yield Fault("image_huge", f"{name} claims to be huge: {error}.", "Save it anew, smaller.")
+        return
+    except BROKEN_IMAGE_ERRORS as error:
+        yield Fault("image_unreadable", f"{name} cannot be read: {error}.", anew)
+        return
+    if not is_settled:
+        try:
+            open_image(image)
+        except ValueError as error:
+            reason = error.__cause__ or error
+            yield Fault("image_truncated", f"{name} is cut off or broken: {reason}.", f"Bring it back. {anew}")
+            return
+    yield from unusual
+
+
+def _look_at(image: str | Path | dict[str, Any], name: str) -> tuple[list[Fault], bool]:
+    """What is unusual in the header, and whether header and end are enough to tell that the image can be opened."""
+    source = image_stream(image)
+    with source if isinstance(source, io.BytesIO) else source.open("rb") as stream:
+        num_bytes = stream.seek(0, io.SEEK_END)
+        if num_bytes == 0:
+            return [Fault("image_empty", f"{name} has no bytes.", "Bring it back.")], True
+        stream.seek(0)
+        riff = stream.read(12)
+        stream.seek(-min(num_bytes, 12), io.SEEK_END)
+        end = stream.read()
+        with (
+            warnings.catch_warnings(action="ignore", category=Image.DecompressionBombWarning),
+            Image.open(stream) as file,
+        ):
+            check_size(file)
+            # Not file.getexif(): of a PNG, it would decode all pixels first.
+            orientation = Image.Image.getexif(file).get(ExifTags.Base.Orientation, 1)
+            unusual = list(_unusual(file, orientation, name))
+            if file.format == "WEBP":
+                is_whole = int.from_bytes(riff[4:8], "little") + 8 <= num_bytes
+            else:
+                is_whole = file.format in END_MARKERS and end.endswith(END_MARKERS[file.format])
+            # To turn an image, Pillow writes its EXIF data anew, which fails on some.
+            return unusual, is_whole and orientation == 1
+
+
+def _unusual(file: Image.Image, orientation: int, name: str) -> Iterator[Fault]:
+    if getattr(file, "is_animated", False):  # Pillow: "if defined"
+        yield Fault("image_animated", f"{name} holds several frames.", "The first is taken.", "info")
+    if file.mode == "CMYK":
+        yield Fault("image_cmyk", f"{name} is CMYK.", "It is converted to RGB.", "info")
+    if file.mode.startswith("I"):
+        yield Fault("image_16_bit", f"{name} has 16 bits a pixel.", "They are scaled to 8 bits.", "info")
+    if file.mode in ("P", "PA") and file.format != "GIF":  # each GIF has one
+        yield Fault("image_palette", f"{name} has a palette.", "It is converted to RGB.", "info")
+    if orientation != 1:
+        yield Fault("image_rotated", f"{name} has EXIF orientation {orientation}.", "It is turned upright.", "info")
+    if file.mode == "F":
+        yield Fault("image_float", f"{name} has floating-point pixels of unknown range.", "Save it with 8 bits.")
