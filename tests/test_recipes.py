@@ -1,0 +1,222 @@
+"""The recipes: their keys, their tiny twins in training, the memory that they state, and the launch settings."""
+
+import json
+import os
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from accelerate import FullyShardedDataParallelPlugin
+from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils import DeepSpeedPlugin
+from accelerate.utils.fsdp_utils import fsdp2_prepare_auto_wrap_policy
+from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
+from transformers import CLIPConfig, CLIPModel, CLIPVisionConfig, LlamaConfig, LlamaForCausalLM, set_seed
+from transformers.distributed.fsdp import update_fsdp_plugin_peft
+from trl import ModelConfig, SFTConfig, TrlParser
+
+import train_sft
+from configuration_sq_llava import CLIP_VIT_L_14_336, VICUNA_7B
+from sq_llava.adapter import LoraSize, add_adapter
+from sq_llava.trainer import keep_wrap_policy
+from tests import tiny
+
+
+RECIPES = Path(train_sft.__file__).parent / "recipes"
+ORIGINALS = sorted(file.relative_to(RECIPES) for size in ("7b", "13b") for file in RECIPES.glob(f"sq-llava-{size}/*"))
+LAUNCHES = sorted((RECIPES / "accelerate").glob("*.yaml"))
+
+
+def keys(file: Path) -> set[str]:
+    return set(yaml.safe_load(file.read_text()))
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory) -> Path:
+    """A CLIP, a Llama, captions and conversations with pictures."""
+    root = tmp_path_factory.mktemp("parts")
+    set_seed(0)
+    tokenizer = tiny.llama_tokenizer()
+    clip = CLIPConfig(text_config={"num_hidden_layers": 1, "hidden_size": 32}, vision_config=tiny.TINY_VISION)
+    CLIPModel(clip).save_pretrained(root / "clip")
+    tiny.tiny_image_processor().save_pretrained(root / "clip")
+    LlamaForCausalLM(LlamaConfig(**{**tiny.TINY_LLAMA, "vocab_size": len(tokenizer)})).save_pretrained(root / "llama")
+    tokenizer.save_pretrained(root / "llama")
+    tiny.picture().save(root / "a.png")
+    turns = [("human", "<image>\nWhat?"), ("gpt", "A dog."), ("human", "Where?"), ("gpt", "In the grass.")]
+    row = {"image": "a.png", "conversations": [{"from": role, "value": text} for role, text in turns]}
+    (root / "rows.json").write_text(json.dumps([row] * 8))
+    return root
+
+
+def run_twin(recipe: Path, parts: Path, runs: Path) -> None:
+    settings = {"dataset_path": parts / "rows.json", "image_root": parts, "output_dir": runs / recipe.with_suffix("")}
+    given = yaml.safe_load((RECIPES / "tiny" / recipe).read_text())
+    if "text_model_name_or_path" in given:
+        settings |= {"vision_model_name_or_path": parts / "clip", "text_model_name_or_path": parts / "llama"}
+    else:
+        settings["model_name_or_path"] = runs / recipe.parent / Path(given["model_name_or_path"]).name
+    arguments = [text for name, value in settings.items() for text in (f"--{name}", str(value))]
+    train_sft.main(
+        [
+            "--config",
+            str(RECIPES / "tiny" / recipe),
+            *arguments,
+            "--use_cpu",
+            "true",
+            "--max_steps",
+            "1",
+            "--resume",
+            "0",
+        ]
+    )
+
+
+@pytest.mark.parametrize("recipe", ORIGINALS, ids=str)
+def test_tiny_twin_has_the_same_keys(recipe):
+    assert keys(RECIPES / "tiny" / recipe) == keys(RECIPES / recipe)
+
+
+def test_every_tiny_twin_has_an_original():
+    twins = {file.relative_to(RECIPES / "tiny") for file in (RECIPES / "tiny").glob("*/*")}
+    assert twins == set(ORIGINALS)
+
+
+@pytest.mark.parametrize("recipe", [*ORIGINALS, *(Path("tiny") / recipe for recipe in ORIGINALS)], ids=str)
+def test_recipe_has_no_unknown_setting(recipe):
+    parser = TrlParser((train_sft.SQLlavaArguments, SFTConfig, ModelConfig))
+    arguments, training_args, model_config = parser.parse_args_and_config(
+        ["--config", str(RECIPES / recipe), "--use_cpu", "true"]
+    )
+    for name, value in yaml.safe_load((RECIPES / recipe).read_text()).items():
+        holder = next(part for part in (arguments, training_args, model_config) if name in vars(part))
+        # An enumeration or a list is made of some of the strings.
+        assert getattr(holder, name) == value or str(value) in str(getattr(holder, name)) or value == "none", name
+
+
+def test_unknown_setting_in_a_recipe_is_refused(tmp_path):
+    (tmp_path / "recipe.yaml").write_text("stage: align\ndataset_path: x\noutput_dir: y\nlearning_rat: 1.0e-3\n")
+    with pytest.raises(ValueError, match="learning_rat"):
+        train_sft.main(["--config", str(tmp_path / "recipe.yaml"), "--use_cpu", "true"])
+
+
+@pytest.mark.parametrize("size", ["7b", "13b"])
+def test_tiny_twins_train_one_after_another(size, parts, tmp_path):
+    for name in ("stage1", "stage1-sharegpt4v", "stage2", "stage2-sharegpt4v", "stage2-qlora"):
+        recipe = Path(f"sq-llava-{size}/{name}.yaml")
+        run_twin(recipe, parts, tmp_path)
+        assert (tmp_path / recipe.with_suffix("") / "adapter_model.safetensors").is_file(), name
+
+
+@pytest.fixture(scope="module")
+def big_configs(tmp_path_factory) -> Path:
+    """The configurations, without weights, of CLIP ViT-L/14-336 and of both sizes of Vicuna."""
+    root = tmp_path_factory.mktemp("configs")
+    CLIPVisionConfig(**CLIP_VIT_L_14_336).save_pretrained(root / "clip")
+    vicuna = {**VICUNA_7B, "vocab_size": 32000}
+    LlamaConfig(**vicuna).save_pretrained(root / "7b")
+    LlamaConfig(
+        **vicuna, hidden_size=5120, num_hidden_layers=40, num_attention_heads=40, intermediate_size=13824
+    ).save_pretrained(root / "13b")
+    return root
+
+
+@pytest.mark.parametrize("recipe", ORIGINALS, ids=str)
+def test_recipe_states_the_memory_that_the_dry_run_estimates(recipe, big_configs, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    header = (RECIPES / recipe).read_text().split("\nstage:")[0]
+    assert "estimated, not measured" in header and "Not run by this project" in header
+    num_gpus = 1 if "qlora" in recipe.name else 8
+    train_sft.main([
+        "--config", str(RECIPES / recipe), "--dry_run", "meta", "--num_gpus", str(num_gpus), "--use_cpu", "true",
+        "--vision_model_name_or_path", str(big_configs / "clip"),
+        "--text_model_name_or_path", str(big_configs / recipe.parent.name.removeprefix("sq-llava-")),
+    ])  # fmt: skip
+    total = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("│ all "))
+    sizes = re.compile(r"\d+\.\d GiB")
+    assert sizes.findall(total) == sizes.findall(header)
+
+
+def launch_environment(file: Path) -> dict[str, str]:
+    """What `accelerate launch --config_file` tells the processes that it starts."""
+    arguments = launch_command_parser().parse_args(["--config_file", str(file), "train_sft.py"])
+    arguments, defaults, _ = _validate_launch_command(arguments)
+    if arguments.use_deepspeed:
+        arguments.deepspeed_fields_from_accelerate_config = ",".join(defaults.deepspeed_config)
+        return prepare_deepspeed_cmd_env(arguments)[1]
+    return prepare_multi_gpu_env(arguments)
+
+
+@pytest.mark.parametrize("file", LAUNCHES, ids=lambda file: file.name)
+def test_accelerate_reads_the_launch_settings(file):
+    config = load_config_from_file(str(file))
+    assert config.mixed_precision == "bf16"
+    assert config.num_processes == (1 if file.stem == "single" else 8)
+
+
+def test_fsdp2_makes_each_layer_a_unit_of_its_own(monkeypatch):
+    for name, value in launch_environment(RECIPES / "accelerate" / "fsdp2.yaml").items():
+        monkeypatch.setenv(name, value)
+    plugin = FullyShardedDataParallelPlugin()
+    assert plugin.fsdp_version == 2 and plugin.reshard_after_forward and not plugin.cpu_ram_efficient_loading
+    assert "FULL_STATE_DICT" in str(plugin.state_dict_type)
+    size = LoraSize(4, 8, 0.0)
+    model = add_adapter(tiny.tiny_model(), size, size, train_vusr=True)
+    accelerator = type("Accelerator", (), {"state": type("State", (), {"fsdp_plugin": plugin})})
+    keep_wrap_policy(plugin)
+    update_fsdp_plugin_peft(model, accelerator)  # as the Trainer does
+    plugin.set_auto_wrap_policy(model)
+    policy = fsdp2_prepare_auto_wrap_policy(plugin, model)
+    units = [name.removeprefix("base_model.model.model.") for name, module in model.named_modules() if policy(module)]
+    assert units == [
+        *(f"vision_tower.encoder.layers.{index}" for index in range(3)),
+        *(f"language_model.layers.{index}" for index in range(2)),
+    ]
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_zero_settings_leave_batch_and_precision_to_the_recipe(stage, monkeypatch):
+    config = zero_config(stage, monkeypatch)
+    assert config["zero_optimization"]["stage"] == stage
+    for name in ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"):
+        assert config[name] == "auto"
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_zero_settings_fit_the_schema_of_deepspeed(stage, monkeypatch):
+    zero = pytest.importorskip("deepspeed.runtime.zero.config", reason="DeepSpeed is not among the requirements")
+    settings = zero_config(stage, monkeypatch)["zero_optimization"]
+    assert zero.DeepSpeedZeroConfig(**settings).stage == stage
+
+
+def zero_config(stage: int, monkeypatch) -> dict:
+    for name, value in launch_environment(RECIPES / "accelerate" / f"zero{stage}.yaml").items():
+        monkeypatch.setenv(name, value)
+    plugin = DeepSpeedPlugin()
+    assert plugin.zero3_init_flag == (stage == 3)
+    return plugin.deepspeed_config
+
+
+def test_zero3_refuses_a_model_from_parts(parts, tmp_path, monkeypatch):
+    monkeypatch.setattr(train_sft, "is_deepspeed_zero3_enabled", lambda: True)
+    with pytest.raises(ValueError, match="give its folder as model_name_or_path"):
+        run_twin(Path("sq-llava-7b/stage1.yaml"), parts, tmp_path)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_all_that_is_trained_has_one_precision(dtype):
+    size = LoraSize(4, 8, 0.0)
+    model = add_adapter(tiny.tiny_model().to(torch.bfloat16), size, size, train_vusr=True, trained_dtype=dtype)
+    assert {p.dtype for p in model.parameters() if p.requires_grad} == {dtype}
+    assert {p.dtype for p in model.parameters() if not p.requires_grad} == {torch.bfloat16}
+
+
+def test_slurm_script_is_sound_and_names_the_recipe():
+    script = RECIPES / "accelerate" / "multi_node.sbatch"
+    subprocess.run(["bash", "-n", script], check=True)
+    missing = subprocess.run(["bash", script], capture_output=True, text=True, env={"PATH": os.environ["PATH"]})
+    assert missing.returncode != 0 and "which recipe?" in missing.stderr
