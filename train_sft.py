@@ -387,7 +387,12 @@ def main(args: list[str] | None = None) -> SQLlavaTrainer:
     if trainer.watch.stopped and trainer.state.global_step < trainer.state.max_steps:
         # A launcher ends the others when the first has ended.
         trainer.accelerator.wait_for_everyone()
-        trainer.accelerator.print(f"Stopped at step {trainer.state.global_step}. Go on with --resume.")
+        saved = (
+            "save_strategy is no, so nothing was saved"
+            if training_args.save_strategy == "no"
+            else "Go on with --resume"
+        )
+        trainer.accelerator.print(f"Stopped at step {trainer.state.global_step}. {saved}.")
         sys.exit(EXIT_TRY_AGAIN)
     trainer.save_model()
     trainer.save_state()

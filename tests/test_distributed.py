@@ -14,11 +14,15 @@ from torch.nn import functional as F
 
 from sq_llava.adapter import LoraSize, add_adapter
 from tests import tiny
-from tests.test_recovery import PROCESSES, arguments, ended, environments_of, losses, parts, run
+from tests.runs import PROCESSES, arguments, ended, environments_of, losses, make_parts, run
 
 
-__all__ = ["parts"]  # a fixture
 SIZE = LoraSize(4, 8, 0.0)
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory) -> Path:
+    return make_parts(tmp_path_factory.mktemp("parts"))
 
 
 @pytest.mark.slow
