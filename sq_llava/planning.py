@@ -262,16 +262,19 @@ def describe_steps(num_rows: int, training_args: SFTConfig, num_processes: int) 
     """Rows, global batch, epochs, optimizer steps and warm-up of a run, in a line."""
     at_once = training_args.per_device_train_batch_size * num_processes
     accumulation = training_args.gradient_accumulation_steps
-    per_epoch = math.ceil(math.ceil(num_rows / at_once) / accumulation)
+    batches = math.ceil(num_rows / at_once)
+    per_epoch = math.ceil(batches / accumulation)
     steps = training_args.max_steps
     if steps <= 0:
         steps = math.ceil(training_args.num_train_epochs * per_epoch)
+    whole, rest = divmod(steps, per_epoch)  # the last step of an epoch may have fewer batches
+    epochs = whole + rest * accumulation / batches
     warmup = training_args.get_warmup_steps(steps)
     rows = training_args.per_device_train_batch_size
     return (
         f"Steps: {num_rows:,} rows, {at_once * accumulation} a step ({num_processes} processes x {rows} rows x "
         f"{accumulation} accumulated), {per_epoch:,} steps an epoch. "
-        f"{steps:,} steps are {steps / per_epoch:.2f} epochs; {warmup:,} of them are warm-up."
+        f"{steps:,} steps are {epochs:.2f} epochs; {warmup:,} of them are warm-up."
     )
 
 

@@ -1,0 +1,224 @@
+"""Global batch, steps, memory, and dry runs; the estimate beside what a CPU really allocates."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import datasets
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+from transformers import CLIPConfig, CLIPModel, LlamaConfig, LlamaForCausalLM, set_seed
+from trl import SFTConfig
+from trl.trainer.utils import add_fused_lm_head
+
+import train_sft
+from sq_llava.adapter import LoraSize, add_adapter, count_parameters
+from sq_llava.planning import (
+    SHARDINGS,
+    Batch,
+    accumulation_steps,
+    activation_terms,
+    estimate_memory,
+    longest_rows,
+    weight_bytes,
+)
+from tests import tiny
+
+
+SETTINGS = {
+    "stage": "align",
+    "num_prototypes": 5,
+    "vision_lora_r": 4,
+    "vision_lora_alpha": 8,
+    "lora_r": 4,
+    "learning_rate": 1e-3,
+    "per_device_train_batch_size": 2,
+    "num_train_epochs": 2,
+    "max_length": 256,
+    "bf16": False,
+    "use_cpu": True,
+    "save_strategy": "no",
+    "report_to": "none",
+}
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory) -> Path:
+    """A CLIP, a Llama, and ten captions, the fourth and the eighth of which are the longest."""
+    root = tmp_path_factory.mktemp("parts")
+    set_seed(0)
+    tokenizer = tiny.llama_tokenizer()
+    clip = CLIPConfig(text_config={"num_hidden_layers": 1, "hidden_size": 32}, vision_config=tiny.TINY_VISION)
+    CLIPModel(clip).save_pretrained(root / "clip")
+    tiny.tiny_image_processor().save_pretrained(root / "clip")
+    LlamaForCausalLM(LlamaConfig(**{**tiny.TINY_LLAMA, "vocab_size": len(tokenizer)})).save_pretrained(root / "llama")
+    tokenizer.save_pretrained(root / "llama")
+    tiny.picture().save(root / "a.png")
+    rows = []
+    for index in range(10):
+        text = "A dog in the green grass. " * (4 if index % 4 == 3 else 1)
+        turns = [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": text}]
+        rows.append({"image": "a.png", "conversations": turns})
+    (root / "rows.json").write_text(json.dumps(rows))
+    return root
+
+
+def run(parts: Path, output_dir: Path, **overrides):
+    settings = {**SETTINGS, "dataset_path": parts / "rows.json", "output_dir": output_dir, **overrides}
+    settings |= {"vision_model_name_or_path": parts / "clip", "text_model_name_or_path": parts / "llama"}
+    return train_sft.main([text for name, value in settings.items() for text in (f"--{name}", str(value))])
+
+
+@pytest.mark.parametrize(("rows", "size", "processes", "steps"), [(256, 32, 8, 1), (128, 4, 1, 32), (128, 8, 2, 8)])
+def test_global_batch_is_made_of_accumulated_ones(rows, size, processes, steps):
+    assert accumulation_steps(rows, size, processes) == steps
+
+
+def test_global_batch_that_cannot_be_made_is_refused_with_sizes_that_can():
+    with pytest.raises(
+        ValueError, match=r"24 rows at once.*per_device_train_batch_size of 1, 2 fits.*, 1, 3 processes"
+    ):
+        accumulation_steps(12, 4, 6)
+    with pytest.raises(ValueError, match="per_device_train_batch_size of no number fits"):
+        accumulation_steps(16, 1, 3)
+
+
+def test_global_batch_and_accumulation_exclude_each_other(parts, tmp_path):
+    with pytest.raises(
+        ValueError, match="global_batch_size is 8 and gradient_accumulation_steps 2: the latter follows"
+    ):
+        run(parts, tmp_path, global_batch_size=8, gradient_accumulation_steps=2)
+
+
+def test_number_of_gpus_belongs_to_a_plan(parts, tmp_path):
+    with pytest.raises(ValueError, match="num_gpus is 8: it is for --dry_run meta"):
+        run(parts, tmp_path, num_gpus=8)
+
+
+@pytest.mark.parametrize("settings", [{"global_batch_size": 4}, {"global_batch_size": 6, "max_steps": 1}, {}])
+def test_planned_steps_are_those_of_the_run(settings, parts, tmp_path, capsys):
+    run(parts, tmp_path, dry_run="meta", warmup_steps=0.3, **settings)
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("Steps: 10 rows"))
+    trainer = run(parts, tmp_path, warmup_steps=0.3, **settings)
+    rows = trainer.args.per_device_train_batch_size * trainer.args.gradient_accumulation_steps
+    assert rows == settings.get("global_batch_size", 2)
+    steps = trainer.state.max_steps
+    assert f"{rows} a step" in line and f" {steps} steps are {trainer.state.epoch:.2f} epochs" in line
+    assert f"{trainer.args.get_warmup_steps(steps)} of them are warm-up" in line
+
+
+def test_weights_gradients_and_optimizer_are_estimated_exactly(parts, tmp_path):
+    trainer = run(parts, tmp_path, max_steps=1, gradient_checkpointing=False)
+    sizes = {term.name: term.num_bytes for term in estimate_memory(trainer.model, Batch(2, 50, 2), trainer.args)}
+    state = [value for entry in trainer.optimizer.state.values() for name, value in entry.items() if name != "step"]
+    assert sizes["optimizer"] == sum(tensor.nbytes for tensor in state)
+    trained = [parameter for parameter in trainer.model.parameters() if parameter.requires_grad]
+    assert sizes["gradients"] == sum(parameter.nbytes for parameter in trained)
+    storages = {
+        t.untyped_storage().data_ptr(): t.nbytes for t in [*trainer.model.parameters(), *trainer.model.buffers()]
+    }
+    assert sizes["weights"] == pytest.approx(sum(storages.values()), rel=0.01)
+
+
+def peak_of(function: Callable[[], None]) -> int:
+    """The largest sum of what is allocated and not yet freed while a function runs."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        function()
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    now = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        now += event.nbytes()
+        peak = max(peak, now)
+    return peak
+
+
+WIDE = {"hidden_size": 256, "intermediate_size": 704, "num_attention_heads": 8, "num_key_value_heads": 8}
+BIG_EYE = {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 6, "image_size": 112}
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize(
+    ("text", "vision", "batch"),
+    [
+        ({}, {}, Batch(4, 96, 4)),
+        ({**WIDE, "num_hidden_layers": 6}, {}, Batch(1, 512, 1)),
+        ({**WIDE, "num_hidden_layers": 2, "vocab_size": 4000}, {}, Batch(2, 256, 2)),
+        ({}, BIG_EYE, Batch(4, 128, 4)),
+    ],
+    ids=["tiny", "deep", "vocabulary", "vision"],
+)
+def test_activations_are_estimated_from_above(text, vision, batch, checkpointing, tmp_path):
+    config = tiny.tiny_config(
+        text_config={**tiny.TINY_LLAMA, **text}, vision_config={**tiny.TINY_CLIP, **vision}, initializer_range=0.02
+    )
+    model = tiny.tiny_model(config)
+    add_fused_lm_head(model)
+    model = add_adapter(model, LoraSize(8, 16, 0.2), LoraSize(16, 32, 0.05), train_vusr=True).train()
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.enable_input_require_grads()
+    prompts = [tiny.tiny_inputs(config, num_words=batch.tokens - config.image_seq_length) for _ in range(batch.rows)]
+    inputs = {name: torch.cat([prompt[name] for prompt in prompts]) for name in prompts[0]}
+
+    def step():
+        outputs = model(**inputs, labels=inputs["input_ids"], fused_lm_head=True, use_cache=False)
+        outputs.log_probs.mean().backward()
+
+    step()  # from now on the gradients are there
+    measured = peak_of(step)
+    args = SFTConfig(output_dir=str(tmp_path), bf16=False, gradient_checkpointing=checkpointing, use_cpu=True)
+    estimated = sum(term.num_bytes for term in activation_terms(model, batch, args, on_gpu=False))
+    assert measured <= estimated < 2.5 * measured
+
+
+def test_plan_from_configurations_is_that_of_the_loaded_model(parts, tmp_path, capsys):
+    run(parts, tmp_path, dry_run="meta")
+    table = capsys.readouterr().out
+    trainer = run(parts, tmp_path, max_steps=1)
+    for trained, _ in count_parameters(trainer.model).values():
+        assert f" {trained:,} " in table
+    weights = next(line for line in table.splitlines() if line.startswith("│ weights"))
+    assert f" {weight_bytes(trainer.model) / 1024:.1f} KiB" in weights
+
+
+def test_sharding_divides_what_it_says(tmp_path):
+    size = LoraSize(4, 8, 0.0)
+    model = add_adapter(tiny.tiny_model(), size, size, train_vusr=True)
+    args = SFTConfig(output_dir=str(tmp_path), bf16=False, use_cpu=True)
+    ddp, zero2, full = (
+        {term.name: term.num_bytes for term in estimate_memory(model, Batch(1, 50, 1), args, 8, sharding)}
+        for sharding in SHARDINGS
+    )
+    assert ddp["gradients"] == 2 * 8 * zero2["gradients"] and ddp["optimizer"] == 8 * zero2["optimizer"]
+    assert zero2["weights"] == ddp["weights"] > full["weights"] > ddp["weights"] / 8
+
+
+def test_unknown_optimizer_is_refused(tmp_path):
+    model = add_adapter(tiny.tiny_model(), LoraSize(4, 8, 0.0), LoraSize(0, 8, 0.0), train_vusr=False)
+    args = SFTConfig(output_dir=str(tmp_path), bf16=False, use_cpu=True, optim="adafactor")
+    with pytest.raises(ValueError, match="optim is adafactor: the estimate knows adamw_torch"):
+        estimate_memory(model, Batch(1, 50, 1), args)
+
+
+def test_dry_run_takes_the_longest_rows_and_leaves_nothing(parts, tmp_path, capsys):
+    trainer = run(parts, tmp_path, dry_run="real", global_batch_size=4, save_strategy="steps", save_steps=1)
+    assert trainer.state.global_step == 1
+    assert [row["row_id"] for row in trainer.train_dataset] == [3, 7]
+    tokens = trainer.data_collator([trainer.train_dataset[0]])["input_ids"].shape[1]
+    output = " ".join(capsys.readouterr().out.split())
+    assert f"2 rows of {tokens} tokens" in output and "Measured in one step on the longest rows:" in output
+    assert "10 rows, 4 a step" in output
+    assert not list(tmp_path.rglob("*.*"))
+
+
+def test_plan_without_data_says_that_steps_are_not_known(parts, tmp_path, capsys):
+    run(parts, tmp_path, dry_run="meta", dataset_path=tmp_path / "missing.json", num_gpus=8)
+    output = capsys.readouterr().out
+    assert "Steps: not known without the data." in output and "missing.json" in output
+
+
+def test_too_few_rows_are_taken_more_than_once():
+    rows = datasets.Dataset.from_dict({"length": [3, 9, 5], "row_id": [0, 1, 2]})
+    assert longest_rows(rows, 2)["row_id"] == [1, 2]
+    assert longest_rows(rows, 5)["row_id"] == [1, 2, 0, 0, 0]
