@@ -14,6 +14,7 @@ from transformers import CLIPConfig, CLIPModel, LlamaConfig, LlamaForCausalLM, s
 
 import train_sft
 from modeling_sq_llava import SQLlavaForConditionalGeneration
+from sq_llava import inference
 from sq_llava.adapter import LoraSize, add_adapter, group_of, load_adapter_weights
 from sq_llava.checkpoint import load_checkpoint, merge_adapter
 from sq_llava.trainer import SQLlavaTrainer
@@ -261,6 +262,16 @@ def test_merged_checkpoint_has_the_adapters_logits_and_its_code(stage2, tmp_path
         expected = adapter.eval()(**inputs).logits
         difference = (merged.eval()(**inputs).logits - expected).abs().max()
     assert difference < 1e-5 * expected.abs().max()
+
+
+def test_adapter_folder_and_merged_model_answer_alike_and_unlike_the_base(stage1, stage2, tmp_path):
+    merge_adapter(stage2.args.output_dir, str(tmp_path / "merged"))
+    question = [{"role": "user", "content": "What colour is it?"}]
+    answers = [
+        inference.load(folder, device="cpu", dtype="float32").answer(tiny.picture(), question, max_new_tokens=12)
+        for folder in (stage2.args.output_dir, tmp_path / "merged", stage1 / "base")
+    ]
+    assert answers[0] == answers[1] != answers[2]
 
 
 @pytest.mark.parametrize(
