@@ -1,6 +1,6 @@
 """What a run takes, said before it begins: gradient accumulation, steps, and the memory of each GPU.
 
-    python train_sft.py --config recipes/sq-llava-7b/stage2.yaml --dry_run meta --num_gpus 8 \\
+    python train_sft.py --config recipes/sq-llava-7b/stage2.yaml --dry_run meta --num_gpus 8 --use_cpu true \\
         --vision_model_name_or_path openai/clip-vit-large-patch14-336 \\
         --text_model_name_or_path lmsys/vicuna-7b-v1.5
     accelerate launch train_sft.py --config recipes/sq-llava-7b/stage2.yaml --dry_run real
@@ -317,7 +317,7 @@ def leave_one_step(training_args: SFTConfig) -> None:
     """Leaves of a run one step on one batch, of which nothing is kept or reported."""
     training_args.max_steps = training_args.gradient_accumulation_steps = 1
     training_args.save_strategy = training_args.eval_strategy = "no"
-    training_args.push_to_hub = False
+    training_args.eval_on_start = training_args.push_to_hub = False
     training_args.report_to = []
 
 
