@@ -10,12 +10,15 @@ Any setting of a recipe can be given on the command line too, and wins there:
 Stopped by SIGTERM or SIGINT, it saves a checkpoint and ends with 75 (a launcher such as torchrun ends with 1 then);
 killed or stopped, it goes on with `--resume`, as if nothing had been.
 
+The data is checked first, by a sample of its rows: see `sq-llava doctor` and the setting `doctor`.
+
 `--dry_run real` trains one step on the longest rows and says what it takes; `--dry_run meta` says it without weights.
 
 It writes a PEFT adapter with the processor to `output_dir`; `sq-llava merge` makes a plain checkpoint of it. What it
 does not do: train the towers' own weights; convert released checkpoints.
 """
 
+import shlex
 import shutil
 import sys
 from dataclasses import dataclass, field
@@ -35,8 +38,10 @@ from configuration_sq_llava import SQLlavaConfig
 from modeling_sq_llava import SQLlavaForConditionalGeneration
 from processing_sq_llava import SQLlavaProcessor
 from sq_llava.adapter import LoraSize, add_adapter, count_parameters, load_adapter_weights
-from sq_llava.checkpoint import base_of_adapter, compose, compose_config, is_adapter
+from sq_llava.checkpoint import base_of_adapter, compose, compose_config, compose_processor, is_adapter
 from sq_llava.data import hold_out, load_rows
+from sq_llava.doctor import DataCheck
+from sq_llava.doctor_report import SAMPLE_ROWS, check_before_training
 from sq_llava.monitoring import GenerationCheck
 from sq_llava.planning import (
     describe_steps,
@@ -128,6 +133,10 @@ class SQLlavaArguments:
     num_gpus: int | None = field(
         default=None, metadata={"help": "For dry_run meta: the processes to plan for; default: those of this launch."}
     )
+    doctor: Literal["sample", "full", "off"] = field(
+        default="sample",
+        metadata={"help": "Rows and images to look at before the model is loaded; `sq-llava doctor` tells more."},
+    )
     max_loss: float | None = field(
         default=None, metadata={"help": "Stop at a step with a higher loss; default: 2 ln(vocabulary size)."}
     )
@@ -173,10 +182,8 @@ def quantization_config(model_config: ModelConfig) -> BitsAndBytesConfig | None:
     return config
 
 
-def load_base(
-    arguments: SQLlavaArguments, training_args: SFTConfig, model_config: ModelConfig, checkpoint: str | None
-):
-    """Returns the frozen base, its processor, and the folder of the stage to go on from, if there is one."""
+def starting_point(arguments: SQLlavaArguments, model_config: ModelConfig) -> tuple[str | None, tuple]:
+    """Where a model comes from: a folder or Hub id, or its two parts; and the other is `None`."""
     start = model_config.model_name_or_path
     parts = (arguments.vision_model_name_or_path, arguments.text_model_name_or_path)
     if (None in parts) if start is None else (parts != (None, None)):
@@ -184,14 +191,44 @@ def load_base(
             f"model_name_or_path is {start!r}, vision_model_name_or_path {parts[0]!r}, text_model_name_or_path "
             f"{parts[1]!r}: give the first (a SQ-LLaVA, or the output_dir of a stage), or both of the others."
         )
+    return start, parts
+
+
+def processor_settings(arguments: SQLlavaArguments) -> dict[str, str]:
+    settings = {name: getattr(arguments, name) for name in ("image_aspect_ratio", "system_message")}
+    return {name: value for name, value in settings.items() if value is not None}
+
+
+def data_check(
+    arguments: SQLlavaArguments, training_args: SFTConfig, model_config: ModelConfig, **looked_at: bool
+) -> DataCheck:
+    """What the doctor needs of a recipe: the data and the processor, but no weights."""
+    start, parts = starting_point(arguments, model_config)
+    settings = processor_settings(arguments)
+    if start is None:
+        processor = compose_processor(*parts, **settings)
+    else:
+        processor = SQLlavaProcessor.from_pretrained(start, **settings)
+    return DataCheck(
+        arguments.datasets,
+        processor,
+        plain=arguments.stage == "align",
+        max_length=training_args.max_length,
+        self_question_ratio=arguments.self_question_ratio,
+        eval_sources=[*arguments.eval_datasets, *arguments.generation_datasets],
+        **looked_at,
+    )
+
+
+def load_base(
+    arguments: SQLlavaArguments, training_args: SFTConfig, model_config: ModelConfig, checkpoint: str | None
+):
+    """Returns the frozen base, its processor, and the folder of the stage to go on from, if there is one."""
+    start, parts = starting_point(arguments, model_config)
     quantization = quantization_config(model_config)
     loading = {"dtype": model_config.dtype, "attn_implementation": model_config.attn_implementation}
     quantized_loading = loading if quantization is None else {**loading, "quantization_config": quantization}
-    processing = {
-        name: getattr(arguments, name)
-        for name in ("image_aspect_ratio", "system_message")
-        if getattr(arguments, name) is not None
-    }
+    processing = processor_settings(arguments)
     if start is not None:
         base = base_of_adapter(start) if is_adapter(start) else start
         processor = SQLlavaProcessor.from_pretrained(start, **processing)
@@ -276,7 +313,6 @@ def plan_from_configs(
 ) -> None:
     """Prints the parameters, the memory and the steps of a run, from the configurations of its models alone."""
     parts = (arguments.vision_model_name_or_path, arguments.text_model_name_or_path)
-    start = model_config.model_name_or_path
     if None not in parts:  # also in place of a stage that is not there yet
         config = compose_config(
             *parts,
@@ -311,6 +347,11 @@ def main(args: list[str] | None = None) -> SQLlavaTrainer:
             raise ValueError(
                 f"{name} is {getattr(model_config, name)}: train_sft.py does not support it, leave it out."
             )
+    return arguments, training_args, model_config
+
+
+def main(args: list[str] | None = None) -> SQLlavaTrainer:
+    arguments, training_args, model_config = parse_settings(args)
     # Before 5.18, the mask of what is in the loss is wrong behind an image.
     require_version("transformers>=5.18")
     evaluates = bool(arguments.eval_datasets or arguments.num_eval_rows)
@@ -337,6 +378,10 @@ def main(args: list[str] | None = None) -> SQLlavaTrainer:
     set_seed(training_args.seed)
     with PartialState().main_process_first():
         checkpoint = find_checkpoint(training_args.output_dir, arguments.resume, training_args.resume_from_checkpoint)
+        if arguments.doctor != "off" and PartialState().is_main_process:
+            command = shlex.join(["sq-llava", "doctor", *(sys.argv[1:] if args is None else args)])
+            check = data_check(arguments, training_args, model_config)
+            check_before_training(check, SAMPLE_ROWS if arguments.doctor == "sample" else None, command)
 
     model, processor, previous_stage = load_base(arguments, training_args, model_config, checkpoint)
     rows = load_rows(arguments.datasets, training_args.seed, processor.image_seq_length)

@@ -105,6 +105,19 @@ def compose_config(vision_model: str, text_model: str, **config_kwargs) -> SQLla
     )
 
 
+def compose_processor(vision_model: str, text_model: str, **processor_kwargs) -> SQLlavaProcessor:
+    """The processor that [`compose`] would give, without any weights."""
+    config = SQLlavaConfig(
+        vision_config=_vision_config(vision_model), text_config=AutoConfig.from_pretrained(text_model)
+    )
+    return SQLlavaProcessor(
+        AutoImageProcessor.from_pretrained(vision_model),
+        AutoTokenizer.from_pretrained(text_model),
+        image_seq_length=config.image_seq_length,
+        **processor_kwargs,
+    )
+
+
 def compose(
     vision_model: str,
     text_model: str,
@@ -127,15 +140,10 @@ def compose(
         The model, on the CPU, and its processor.
     """
     vision_config = _vision_config(vision_model)
+    processor = compose_processor(vision_model, text_model, **(processor_kwargs or {}))
+    tokenizer = processor.tokenizer
     text_model = AutoModelForCausalLM.from_pretrained(text_model, dtype=dtype, attn_implementation=attn_implementation)
-    tokenizer = AutoTokenizer.from_pretrained(text_model.name_or_path)
     config = SQLlavaConfig(vision_config=vision_config, text_config=text_model.config, **config_kwargs)
-    processor = SQLlavaProcessor(
-        AutoImageProcessor.from_pretrained(vision_model),
-        tokenizer,
-        image_seq_length=config.image_seq_length,
-        **(processor_kwargs or {}),
-    )
     if len(tokenizer) > text_model.config.vocab_size:
         text_model.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=VOCABULARY_MULTIPLE)
     text_model.config.pad_token_id = tokenizer.pad_token_id

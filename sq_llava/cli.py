@@ -4,9 +4,10 @@
     sq-llava answer image.png "what color is the shape?" --model runs/demo/model
     sq-llava chat image.png --model runs/demo/model
     sq-llava merge runs/demo/stage2 --out runs/demo/model
+    sq-llava doctor --config recipes/sq-llava-7b/stage2.yaml
 
 Results go to standard output, progress and errors to standard error. Exit codes: 0 fine, 1 wrong input or no
-such model, 2 wrong usage.
+such model (of the doctor: errors in the data), 2 wrong usage.
 """
 
 import json
@@ -18,7 +19,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import track
+from rich.progress import Progress, track
 
 from sq_llava import __version__
 
@@ -238,6 +239,56 @@ def merge(
 
         merge_adapter(adapter, out)
         messages_console.print(f"Wrote {out}")
+
+
+@app.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+    epilog=_examples(
+        "sq-llava doctor --config recipes/sq-llava-7b/stage2.yaml",
+        "sq-llava doctor --config recipe.yaml --dataset_path mine.json --image_root images --json > findings.json",
+        "sq-llava doctor --config recipe.yaml --fix mended",
+    ),
+)
+def doctor(
+    context: typer.Context,
+    config: Annotated[str | None, typer.Option(help="Recipe; any setting of it may follow, and wins.")] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Look at so many rows, spread evenly; default: at all.")
+    ] = None,
+    images: Annotated[bool, typer.Option(help="Open the image files.")] = True,
+    lengths: Annotated[bool, typer.Option(help="Count the tokens.")] = True,
+    fix: Annotated[Path | None, typer.Option(help="New folder for the rows without errors.")] = None,
+    num_proc: Annotated[int | None, typer.Option(min=1, help="Processes; default: one for each core.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Check the data of a recipe: every row, image header and length. Exit code 1: there are errors."""
+    with _errors_in_one_line():
+        with messages_console.status("Opening the data"):
+            import train_sft
+            from sq_llava.doctor import examine
+            from sq_llava.doctor_report import print_preview, print_report, write_sound_rows
+
+            # Nothing is trained: a recipe for GPUs can be checked anywhere.
+            settings = [*(["--config", config] if config else []), *context.args, "--use_cpu", "true"]
+            recipe = train_sft.parse_settings(settings)
+            check = train_sft.data_check(*recipe, read_images=images, measure_lengths=lengths)
+        with Progress(console=messages_console, transient=True) as progress:
+            report = examine(check, progress, limit, num_proc)
+        if as_json:
+            print(json.dumps(report.to_json(), indent=2))
+        else:
+            print_report(report, console)
+            if images:
+                print_preview(check, report, recipe[1].seed, console)
+        if fix is not None:
+            entries = write_sound_rows(check, report, fix)
+            messages_console.print(
+                f"Wrote {fix}. Its sources, in the order of the recipe's:", markup=False, soft_wrap=True
+            )
+            for entry in entries:
+                messages_console.print(f"  - {json.dumps(entry)}", markup=False, soft_wrap=True)
+    if report.num_errors:
+        raise typer.Exit(1)
 
 
 def _track(files: list[Path], description: str):

@@ -88,10 +88,13 @@ def load_rows(sources: list[DataSource], seed: int = 0, image_seq_length: int = 
     return mix.with_transform(RowReader(opened, [image_root_of(source) for source in sources]))
 
 
+def rows_per_epoch(source: DataSource, available: int) -> int:
+    return source.num_rows or round((source.weight or 1.0) * available)
+
+
 def _choose_rows(source: DataSource, available: int, generator: np.random.Generator) -> np.ndarray:
     """Whole copies of all rows, and a drawn part of them, in their order."""
-    wanted = source.num_rows or round((source.weight or 1.0) * available)
-    copies, rest = divmod(wanted, available)
+    copies, rest = divmod(rows_per_epoch(source, available), available)
     drawn = np.sort(generator.permutation(available)[:rest])
     return np.concatenate([np.tile(np.arange(available), copies), drawn])
 

@@ -108,7 +108,8 @@ def image_faults(image: str | Path | dict[str, Any]) -> Iterator[Fault]:
     """
     name, anew = f"image {image_name(image)!r}", "Save it anew as PNG or JPEG."
     try:
-        unusual, is_settled = _look_at(image, name)
+        with warnings.catch_warnings(action="ignore"):
+            unusual, is_settled = _look_at(image, name)
     except FileNotFoundError:
         yield Fault("image_missing", f"{name}: no such file.", "Bring it back, or mend the path or image_root.")
         return
@@ -118,9 +119,10 @@ def image_faults(image: str | Path | dict[str, Any]) -> Iterator[Fault]:
     except BROKEN_IMAGE_ERRORS as error:
         yield Fault("image_unreadable", f"{name} cannot be read: {error}.", anew)
         return
-    if not is_settled:
+    if not is_settled and all(fault.level != "error" for fault in unusual):
         try:
-            open_image(image)
+            with warnings.catch_warnings(action="ignore"):
+                open_image(image)
         except ValueError as error:
             reason = error.__cause__ or error
             yield Fault("image_truncated", f"{name} is cut off or broken: {reason}.", f"Bring it back. {anew}")
@@ -136,21 +138,19 @@ def _look_at(image: str | Path | dict[str, Any], name: str) -> tuple[list[Fault]
         if num_bytes == 0:
             return [Fault("image_empty", f"{name} has no bytes.", "Bring it back.")], True
         stream.seek(0)
-        riff = stream.read(12)
+        begin = stream.read(8)
+        claimed = int.from_bytes(begin[4:], "little") + 8 if begin.startswith(b"RIFF") else 0  # WebP
+        if claimed > num_bytes:
+            return [Fault("image_truncated", f"{name} has {num_bytes} bytes of {claimed}.", "Bring it back.")], True
         stream.seek(-min(num_bytes, 12), io.SEEK_END)
         end = stream.read()
-        with (
-            warnings.catch_warnings(action="ignore", category=Image.DecompressionBombWarning),
-            Image.open(stream) as file,
-        ):
+        with Image.open(stream) as file:
             check_size(file)
             # Not file.getexif(): of a PNG, it would decode all pixels first.
             orientation = Image.Image.getexif(file).get(ExifTags.Base.Orientation, 1)
             unusual = list(_unusual(file, orientation, name))
-            if file.format == "WEBP":
-                is_whole = int.from_bytes(riff[4:8], "little") + 8 <= num_bytes
-            else:
-                is_whole = file.format in END_MARKERS and end.endswith(END_MARKERS[file.format])
+            marker = END_MARKERS.get(file.format)
+            is_whole = file.format == "WEBP" or (marker is not None and end.endswith(marker))
             # To turn an image, Pillow writes its EXIF data anew, which fails on some.
             return unusual, is_whole and orientation == 1
 

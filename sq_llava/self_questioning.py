@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from jinja2 import TemplateError
 from transformers import TrainerCallback
 
 from processing_sq_llava import SQLlavaProcessor
@@ -55,6 +56,11 @@ def draw_self_questions(messages: list[dict], ratio: float, seed: int, epoch: in
     return [{**m, "self_question": True} if index in drawn else m for index, m in enumerate(messages)]
 
 
+def first_exchange(messages: list[dict]) -> int:
+    """How many messages a row that is too long keeps at least: its first question and answer, and a system turn."""
+    return 2 + (messages[0]["role"] == "system")
+
+
 def _has_image(message: dict) -> bool:
     return any(part["type"] == "image" for part in message["content"])
 
@@ -87,7 +93,11 @@ class SelfQuestioningCollator:
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         conversations = [self._conversation(row) for row in rows]
-        batch = self._tokenize(conversations)
+        try:
+            batch = self._tokenize(conversations)
+        except TemplateError as error:
+            self._name_row(conversations, rows)
+            raise error
         if self.max_length is not None and batch["input_ids"].shape[1] > self.max_length:
             conversations = [self._fit(conversation, row) for conversation, row in zip(conversations, rows)]
             batch = self._tokenize(conversations)
@@ -136,10 +146,18 @@ class SelfQuestioningCollator:
         )
         return batch.convert_to_tensors("pt")
 
+    def _name_row(self, conversations: list[list[dict]], rows: list[dict[str, Any]]) -> None:
+        """Says which row it is that the chat template refuses, such as for a control token in its text."""
+        for conversation, row in zip(conversations, rows):
+            try:
+                self._tokenize([conversation])
+            except TemplateError as error:
+                raise ValueError(f"Row {row['row_id']} (id {row.get('id')!r}): {error}") from error
+
     def _fit(self, messages: list[dict], row: dict[str, Any]) -> list[dict]:
         length = len(self._tokenize([messages])["input_ids"][0])
         while length > self.max_length:
-            if len(messages) <= 2:
+            if len(messages) <= first_exchange(messages):
                 raise ValueError(
                     f"Row {row['row_id']}: its first question and answer have {length} tokens, more than max_length "
                     f"{self.max_length}. Raise max_length, or shorten the row."

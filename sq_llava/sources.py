@@ -189,9 +189,10 @@ class Table:
 
     def __init__(self, dataset: datasets.Dataset, path: str):
         self.path = path
-        for name in ("image", "images"):
-            if name in dataset.column_names:
-                dataset = dataset.cast_column(name, _undecoded(dataset.features[name]))
+        images = [name for name in ("image", "images") if name in dataset.column_names]
+        self.image_features = {name: dataset.features[name] for name in images}  # for whoever saves rows again
+        for name, feature in self.image_features.items():
+            dataset = dataset.cast_column(name, _undecoded(feature))
         self.dataset = dataset
         texts = [name for name in ("conversations", "messages") if name in dataset.column_names]
         if not texts:
@@ -199,7 +200,6 @@ class Table:
                 f"{path}: the columns are {', '.join(dataset.column_names)}: expected 'conversations' (LLaVA's "
                 "layout) or 'messages' (TRL's)."
             )
-        images = [name for name in ("image", "images") if name in dataset.column_names]
         self.text_bytes = np.zeros(len(dataset), dtype=np.int64)
         self.num_images = np.zeros(len(dataset), dtype=np.int64)
         begin = 0

@@ -25,6 +25,8 @@ ORDER = [
     "sq_llava.recovery",
     "sq_llava.trainer",
     "sq_llava.planning",
+    "sq_llava.doctor",
+    "sq_llava.doctor_report",
     "train_sft",
     "sq_llava.cli",
 ]

@@ -1,0 +1,494 @@
+"""One row of each fault, in real files: the doctor finds each, in its row, and nothing else; training agrees."""
+
+import io
+import json
+import struct
+import subprocess
+import sys
+import zlib
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+from rich.console import Console
+from rich.progress import Progress
+from transformers import CLIPConfig, LlamaConfig
+from typer.testing import CliRunner
+
+import train_sft
+from sq_llava import doctor
+from sq_llava.cli import app
+from sq_llava.data import load_rows, row_faults
+from sq_llava.doctor import DataCheck, examine
+from sq_llava.doctor_report import print_preview, print_report, write_sound_rows
+from sq_llava.images import image_faults
+from sq_llava.self_questioning import SelfQuestioningCollator
+from sq_llava.sources import DataSource
+from tests import tiny
+
+
+MAX_LENGTH = 200
+ERRORS = (
+    "broken_json", "broken_encoding", "not_an_object", "no_turns", "wrong_turn", "unknown_role", "broken_text",
+    "turn_order", "no_label", "image_in_answer", "image_count", "wrong_image", "image_is_url", "image_outside_root",
+    "image_missing", "image_empty", "image_unreadable", "image_truncated", "image_huge", "image_float",
+    "control_token", "too_long",
+)  # fmt: skip
+WARNINGS = ("empty_turn", "role_marker", "cut", "duplicate_id")
+INFOS = ("image_animated", "image_cmyk", "image_16_bit", "image_palette", "image_rotated")
+LEVELS = {**dict.fromkeys(ERRORS, "error"), **dict.fromkeys(WARNINGS, "warning"), **dict.fromkeys(INFOS, "info")}
+
+
+def encoded(image: Image.Image, kind: str, **settings) -> bytes:
+    stream = io.BytesIO()
+    image.save(stream, kind, **settings)
+    return stream.getvalue()
+
+
+def png_that_claims(width: int, height: int) -> bytes:
+    """A small file whose header says that it is large."""
+    data = encoded(tiny.picture(), "PNG")
+    header = b"IHDR" + struct.pack(">II", width, height) + data[24:29]
+    return data[:12] + header + struct.pack(">I", zlib.crc32(header)) + data[33:]
+
+
+def write_images(folder: Path) -> None:
+    picture, rotated = tiny.picture(), Image.Exif()
+    rotated[0x0112] = 6
+    frames = [tiny.picture(seed).convert("P") for seed in range(3)]
+    levels = np.linspace(0, 65535, 256, dtype=np.uint16).reshape(16, 16)
+    files = {
+        "good.jpg": encoded(picture, "JPEG"),
+        "good.png": encoded(picture, "PNG"),
+        "good.gif": encoded(picture.convert("P"), "GIF"),
+        "good.webp": encoded(picture, "WEBP"),
+        "good.bmp": encoded(picture, "BMP"),
+        "trailing.jpg": encoded(picture, "JPEG") + b"what a camera left behind",
+        "empty.jpg": b"",
+        "text.jpg": b"this is no picture",
+        "no_size.jpg": encoded(picture, "JPEG").replace(struct.pack(">HH", 40, 60), bytes(4)),
+        "huge.png": png_that_claims(50_000, 50_000),
+        "large.png": png_that_claims(10_000, 10_000),
+        "float.tiff": encoded(Image.fromarray(levels.astype(np.float32)), "TIFF"),
+        "animated.gif": encoded(frames[0], "GIF", save_all=True, append_images=frames[1:]),
+        "cmyk.jpg": encoded(picture.convert("CMYK"), "JPEG"),
+        "deep.png": encoded(Image.fromarray(levels), "PNG"),
+        "palette.png": encoded(picture.convert("P"), "PNG"),
+        "rotated.jpg": encoded(picture, "JPEG", exif=rotated),
+    }
+    for kind in ("jpg", "png", "gif", "webp", "bmp"):
+        files[f"cut.{kind}"] = files[f"good.{kind}"][: len(files[f"good.{kind}"]) * 2 // 3]
+    (folder / "images").mkdir()
+    for name, data in files.items():
+        (folder / "images" / name).write_bytes(data)
+    (folder / "secret.png").write_bytes(files["good.png"])
+    (folder / "images" / "link.png").symlink_to(folder / "secret.png")
+    (folder / "images" / "inner.png").symlink_to(folder / "images" / "good.png")
+
+
+def talk(*texts: str, roles=("human", "gpt")) -> list[dict]:
+    return [{"from": roles[index % 2], "value": text} for index, text in enumerate(texts)]
+
+
+def row(image: str | None = "good.png", turns=None, **fields) -> dict:
+    question = "What is it?" if image is None else "<image>\nWhat is it?"
+    fields = {"image": image, "conversations": turns or talk(question, "A dog."), **fields}
+    return {name: value for name, value in fields.items() if name != "image" or value is not None}
+
+
+def rows_with_their_faults() -> list[tuple[str | None, dict | list | bytes]]:
+    """The code that is to be found in a row, or `None`, and the row; bytes stand for a line as it is."""
+    exchange = talk("<image>\nWhat is it?", "A dog.")
+    wordy = "the shape is a rectangle " * 60
+    images = {
+        "image_missing": ["absent.png"],
+        "image_empty": ["empty.jpg"],
+        "image_unreadable": ["text.jpg", "no_size.jpg", "."],
+        "image_truncated": ["cut.jpg", "cut.png", "cut.gif", "cut.webp", "cut.bmp"],
+        "image_huge": ["huge.png", "large.png"],
+        "image_float": ["float.tiff"],
+        "image_outside_root": ["../secret.png", "link.png", "/etc/passwd", "sub/../../secret.png"],
+        "wrong_image": ["a\0b", 7, {"bytes": "text", "path": None}],
+        "image_is_url": ["https://example.org/a.png"],
+        "image_animated": ["animated.gif"],
+        "image_cmyk": ["cmyk.jpg"],
+        "image_16_bit": ["deep.png"],
+        "image_palette": ["palette.png"],
+        "image_rotated": ["rotated.jpg"],
+        None: ["good.jpg", "good.png", "good.gif", "good.webp", "good.bmp", "trailing.jpg", "inner.png", None],
+    }
+    return [
+        *((code, row(image)) for code, names in images.items() for image in names),
+        ("broken_json", b'{"id": "x", "conversations": ['),
+        ("broken_encoding", b'{"id": "x", "conversations": [{"from": "human", "value": "\xff"}]}'),
+        ("not_an_object", ["a", "list"]),
+        ("no_turns", row(conversations=[])),
+        ("wrong_turn", row(turns=[{"from": "human"}, *exchange])),
+        ("unknown_role", row(turns=talk("<image>", "A dog.", roles=("human", "bot")))),
+        ("unknown_role", row(turns=[{"from": ["human"], "value": "Hi."}])),
+        ("broken_text", row(turns=talk("<image>\nWhat is it?", "A dog \ud83d."))),
+        ("turn_order", row(turns=[*exchange, *talk("And now?")])),
+        ("turn_order", row(turns=talk("A dog.", "<image>\nWhat is it?", roles=("gpt", "human")))),
+        ("no_label", row(turns=talk("<image>\nWhat is it?", " "))),
+        ("empty_turn", row(turns=[*exchange, *talk(" ", "Running.")])),
+        ("image_in_answer", row(image=["good.png"] * 2, turns=talk("<image>", "It is <image>"))),
+        ("image_count", row(turns=talk("<image>\nor <image>?", "A dog."))),
+        ("image_count", row(turns=talk("What is it?", "A dog."))),
+        ("control_token", row(turns=talk("<image>\nWhat is it?", "A dog.</s>"))),
+        ("control_token", row(turns=talk("<image>\nSay [vusr].", "No."))),
+        ("role_marker", row(turns=talk("<image>\nWhat is it? ASSISTANT: A cat.", "A dog."))),
+        ("cut", row(turns=[*exchange, *talk("And now?", wordy)])),
+        ("cut", row(turns=[{"from": "system", "value": "Be kind."}, *exchange, *talk(wordy, "No.")])),
+        ("too_long", row(turns=talk("<image>\nWhat is it?", wordy))),
+        ("too_long", row(turns=[{"from": "system", "value": wordy}, *exchange])),
+        (None, row(turns=[{"from": "system", "value": "Be kind."}, *exchange, *talk("And now?", "Running.")])),
+        (None, row(image=["good.png", "good.jpg"], turns=talk("<image>\nor <image>?", "A dog."))),
+        (None, {"messages": [{"role": "user", "content": "Hi."}, {"role": "assistant", "content": "Ho."}]}),
+        ("duplicate_id", row(id="twice")),
+    ]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """`data.jsonl` with a row of each fault, its images, and `expected.json`: the code of each row."""
+    folder = tmp_path_factory.mktemp("doctor")
+    write_images(folder)
+    lines, expected = [json.dumps(row(id="twice")).encode()], [None]
+    for code, content in rows_with_their_faults():
+        if isinstance(content, dict):
+            content = {"id": f"{len(lines)}-{code}", **content}
+        lines.append(content if isinstance(content, bytes) else json.dumps(content).encode())
+        expected.append(code)
+    (folder / "data.jsonl").write_bytes(b"\n".join(lines) + b"\n")
+    (folder / "expected.json").write_text(json.dumps(expected))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def processor():
+    return tiny.tiny_processor(system_message="Be kind.")
+
+
+@pytest.fixture(scope="module")
+def check(folder, processor) -> DataCheck:
+    return DataCheck(
+        [DataSource(str(folder / "data.jsonl"), str(folder / "images"))], processor, max_length=MAX_LENGTH
+    )
+
+
+def look(check: DataCheck, **settings):
+    return examine(check, Progress(disable=True), **settings)
+
+
+@pytest.fixture(scope="module")
+def report(check):
+    return look(check)
+
+
+def test_each_fault_is_found_in_its_row_and_no_other(folder, report):
+    expected = json.loads((folder / "expected.json").read_text())
+    assert {code for code in expected if code} == set(LEVELS)
+    found = [(finding.row, finding.code, finding.level) for finding in report.findings]
+    assert found == [(index, code, LEVELS[code]) for index, code in enumerate(expected) if code]
+    assert all(finding.message and finding.fix and finding.file.endswith("data.jsonl") for finding in report.findings)
+
+
+def test_training_refuses_just_the_rows_that_have_errors_and_names_them(check, report):
+    rows = load_rows(check.sources, image_seq_length=check.processor.image_seq_length)
+    collator = SelfQuestioningCollator(check.processor, max_length=MAX_LENGTH)
+    refused = set()
+    for index in range(len(rows)):
+        try:
+            batch = collator([rows[index]])
+        except ValueError as error:
+            assert f"row {index}" in str(error).lower()
+            refused.add(index)
+        else:
+            assert (batch["labels"] != -100).any()
+    assert refused == report.left_out[0]
+
+
+@pytest.mark.slow
+def test_report_is_the_same_for_any_number_of_processes(check, report, monkeypatch):
+    monkeypatch.setattr(doctor, "ROWS_AT_A_TIME", 7)
+    monkeypatch.setattr(doctor, "IMAGES_AT_A_TIME", 3)
+    assert look(check, num_proc=3) == report
+
+
+@pytest.mark.parametrize("plain", [False, True])
+def test_lengths_are_those_of_the_collator(folder, any_tokenizer, plain):
+    processor = tiny.tiny_processor(any_tokenizer)
+    source = DataSource(str(folder / "data.jsonl"), str(folder / "images"))
+    check = DataCheck([source], processor, plain=plain)
+    texts = ["  two  spaces ", "Größe 🙂", "\n", "line\nbreak\n", "1234567", "A dog."]
+    user, assistant = {"role": "user"}, {"role": "assistant"}
+    image = {"type": "image"}
+    conversations = [
+        [
+            {**user, "content": [*[image] * number, {"type": "text", "text": text}, *[image] * (number // 2)]},
+            {**assistant, "content": [{"type": "text", "text": text[::-1] + "."}]},
+            {**user, "content": [{"type": "text", "text": text}]},
+            {**assistant, "content": [{"type": "text", "text": text}]},
+        ]
+        for text in texts
+        for number in range(4)
+    ]
+    collator = SelfQuestioningCollator(processor, plain, self_question_ratio=0.0)
+    for messages, length in zip(conversations, check.lengths(conversations)):
+        images = [tiny.picture()] * sum(part["type"] == "image" for m in messages for part in m["content"])
+        batch = collator([{"row_id": 0, "messages": messages, "images": images}])
+        assert batch["input_ids"].shape[1] == length
+
+
+def test_what_is_cut_is_counted_as_the_collator_cuts(check, report):
+    rows = load_rows(check.sources)
+    whole = SelfQuestioningCollator(check.processor, self_question_ratio=0.0)
+    cutting = SelfQuestioningCollator(check.processor, self_question_ratio=0.0, max_length=MAX_LENGTH)
+    cut = [finding.row for finding in report.findings if finding.code == "cut"]
+    lost = [whole([rows[i]])["input_ids"].shape[1] - cutting([rows[i]])["input_ids"].shape[1] for i in cut]
+    assert len(cut) == 2 and min(lost) > 0
+    assert report.summary["tokens"]["tokens_cut"] == sum(lost)
+    assert report.summary["tokens"]["rows_cut"] == 2
+
+
+def test_an_image_of_many_rows_is_looked_at_once(folder, processor, tmp_path, monkeypatch):
+    looked_at = []
+    monkeypatch.setattr(doctor, "image_faults", lambda path: looked_at.append(path) or image_faults(path))
+    rows = [row("cut.png", id=str(index)) for index in range(5)]
+    (tmp_path / "data.json").write_text(json.dumps(rows))
+    report = look(DataCheck([DataSource(str(tmp_path / "data.json"), str(folder / "images"))], processor))
+    assert len(looked_at) == 1 and [finding.row for finding in report.findings] == [0, 1, 2, 3, 4]
+
+
+def test_numbers_of_the_whole(folder, processor, tmp_path):
+    rows = [row("good.png", talk("<image>\nWhat?", "A.", "And?", "B.", "And?", "C.")), row(None)]
+    (tmp_path / "data.json").write_text(json.dumps(rows))
+    source = DataSource(str(tmp_path / "data.json"), str(folder / "images"), weight=3.0)
+    summary = look(DataCheck([source], processor, self_question_ratio=0.25)).summary
+    assert summary["text_only_share"] == 0.5
+    assert summary["self_questions_per_epoch"] == 3 * 2 * 0.25
+    assert summary["images"] == summary["image_files"] == 1
+    tokens = summary["tokens"]
+    assert tokens["rows"] == sum(bar["rows"] for bar in tokens["histogram"]) == 2
+    assert tokens["histogram"][-1]["from"] <= tokens["longest"] <= tokens["histogram"][-1]["to"]
+
+
+def test_a_limit_looks_at_rows_from_everywhere(check):
+    report = look(check, limit=9)
+    (source,) = report.summary["sources"]
+    assert source["rows_looked_at"] == 9 < source["rows"]
+    (chosen,) = doctor.choose_rows(check, 9)
+    assert chosen[0] == 0 and chosen[-1] == source["rows"] - 1 and len(set(chosen)) == 9
+
+
+@pytest.mark.parametrize(("text", "row"), [('[{}, {"a" 1}]', 1), ("", 0), ("[]", 0)])
+def test_a_file_that_ends_early_is_an_error(tmp_path, processor, text, row):
+    (tmp_path / "data.json").write_text(text)
+    report = look(DataCheck([DataSource(str(tmp_path / "data.json"))], processor))
+    assert (report.findings[-1].code, report.findings[-1].row) == ("no_rows" if text == "[]" else "broken_json", row)
+
+
+JSON_VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text() | st.sampled_from(["human", "gpt", "<image>", "good.png"]),
+    lambda inner: (
+        st.lists(inner, max_size=4)
+        | st.dictionaries(
+            st.sampled_from(
+                [
+                    "conversations",
+                    "messages",
+                    "from",
+                    "value",
+                    "role",
+                    "content",
+                    "image",
+                    "images",
+                    "type",
+                    "text",
+                    "bytes",
+                ]
+            ),
+            inner,
+            max_size=4,
+        )
+    ),
+    max_leaves=20,
+)
+
+
+@given(raw=JSON_VALUES)
+def test_no_row_however_strange_breaks_the_check(folder, raw):
+    assert all(fault.message for fault in row_faults(raw, folder / "images"))
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "GIF", "WEBP", "TIFF"])
+def test_a_broken_image_is_a_fault_and_never_a_crash(kind):
+    data = encoded(tiny.picture(), kind)
+    generator = np.random.default_rng(0)
+    for _ in range(60):
+        broken = bytearray(data[: generator.integers(1, len(data) + 1)])
+        for place in generator.integers(0, min(len(broken), 64), 2):
+            broken[place] = generator.integers(256)
+        assert all(fault.message for fault in image_faults({"bytes": bytes(broken), "path": "x"}))
+
+
+def test_a_sound_image_is_not_decoded(folder, monkeypatch):
+    monkeypatch.setattr(Image.Image, "load", lambda image: pytest.fail("decoded"))
+    for name in ("good.jpg", "good.png", "good.webp", "cmyk.jpg", "palette.png"):
+        assert not [fault for fault in image_faults(folder / "images" / name) if fault.level == "error"]
+
+
+def test_sound_rows_are_written_as_they_were_and_the_others_listed(check, report, tmp_path):
+    (entry,) = write_sound_rows(check, report, tmp_path / "mended")
+    before = Path(check.sources[0].path).read_bytes().splitlines()
+    kept = [json.loads(line) for index, line in enumerate(before) if index not in report.left_out[0]]
+    assert [json.loads(line) for line in Path(entry["path"]).read_bytes().splitlines()] == kept
+    left_out = [json.loads(line) for line in (tmp_path / "mended" / "left_out.jsonl").read_text().splitlines()]
+    assert {line["row"] for line in left_out} == report.left_out[0]
+    assert len(left_out) + len(kept) == len(before)
+    again = look(DataCheck([DataSource(**entry)], check.processor, max_length=MAX_LENGTH))
+    assert again.num_errors == 0
+    with pytest.raises(ValueError, match="mended is not empty"):
+        write_sound_rows(check, report, tmp_path / "mended")
+    with pytest.raises(ValueError, match="leave out --limit"):
+        write_sound_rows(check, look(check, limit=3), tmp_path / "other")
+
+
+@pytest.mark.parametrize("kind", ["parquet", "save_to_disk"])
+def test_tables_with_embedded_images_are_checked_and_mended(folder, processor, tmp_path, kind):
+    names = ["good.png", "cut.png", "good.jpg"]
+    rows = [
+        {
+            "id": name,
+            "images": [{"bytes": (folder / "images" / name).read_bytes(), "path": name}],
+            "messages": [{"role": "user", "content": "What?"}, {"role": "assistant", "content": "A dog."}],
+        }
+        for name in names
+    ]
+    table = datasets.Dataset.from_list(rows).cast_column("images", datasets.List(datasets.Image()))
+    path = tmp_path / ("data.parquet" if kind == "parquet" else "data")
+    table.to_parquet(path) if kind == "parquet" else table.save_to_disk(path)
+    check = DataCheck([DataSource(str(path))], processor)
+    report = look(check)
+    assert [(finding.row, finding.code, finding.id) for finding in report.findings] == [
+        (1, "image_truncated", "cut.png")
+    ]
+    (entry,) = write_sound_rows(check, report, tmp_path / "mended")
+    rows = load_rows([DataSource(**entry)])
+    assert rows[:]["id"] == ["good.png", "good.jpg"]
+    assert rows[0]["images"][0]["bytes"] == (folder / "images" / "good.png").read_bytes()
+
+
+@pytest.fixture(scope="module")
+def recipe(folder) -> list[str]:
+    """Arguments of a run from parts of which only configurations, tokenizer and image processor are there."""
+    clip = CLIPConfig(text_config={"num_hidden_layers": 1, "hidden_size": 32}, vision_config=tiny.TINY_VISION)
+    clip.save_pretrained(folder / "clip")
+    tiny.tiny_image_processor().save_pretrained(folder / "clip")
+    LlamaConfig(**tiny.TINY_LLAMA).save_pretrained(folder / "llama")
+    tiny.llama_tokenizer().save_pretrained(folder / "llama")
+    lines = {
+        "stage": "instruct",
+        "vision_model_name_or_path": folder / "clip",
+        "text_model_name_or_path": folder / "llama",
+        "system_message": "Be kind.",
+        "dataset_path": folder / "data.jsonl",
+        "image_root": folder / "images",
+        "output_dir": folder / "output",
+        "max_length": MAX_LENGTH,
+    }
+    (folder / "recipe.yaml").write_text("".join(f"{name}: {value}\n" for name, value in lines.items()))
+    return ["--config", str(folder / "recipe.yaml")]
+
+
+def test_command_reports_faults_lengths_and_what_is_in_the_loss(recipe, report):
+    result = CliRunner().invoke(app, ["doctor", *recipe])
+    assert result.exit_code == 1, result.output
+    for code in LEVELS:
+        assert f" {code} " in result.stdout
+    for finding in report.findings:
+        assert finding.message in result.stdout
+    assert "Tokens of a row" in result.stdout and "█" in result.stdout
+    assert "<image> x 9" in result.stdout and "ASSISTANT:* A dog.</s>*" in result.stdout
+
+
+def test_command_prints_json_and_nothing_else(recipe, report):
+    command = [sys.executable, "-m", "sq_llava.cli", "doctor", *recipe, "--json"]
+    finished = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert finished.returncode == 1, finished.stderr
+    assert json.loads(finished.stdout) == report.to_json()
+
+
+def test_sound_data_ends_with_code_zero_and_settings_may_follow(recipe, folder, tmp_path):
+    (tmp_path / "good.json").write_text(json.dumps([row(id="0")]))
+    overrides = ["--dataset_path", str(tmp_path / "good.json"), "--max_length", "100"]
+    result = CliRunner().invoke(app, ["doctor", *recipe, *overrides, "--json"])
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["summary"]["tokens"]["max_length"] == 100
+    result = CliRunner().invoke(app, ["doctor", *recipe, "--max_lenght", "100"])
+    assert result.exit_code == 1 and "max_lenght" in result.stderr
+
+
+def test_command_can_leave_out_images_and_lengths(recipe):
+    result = CliRunner().invoke(app, ["doctor", *recipe, "--no-images", "--no-lengths", "--json"])
+    found = json.loads(result.stdout)
+    assert found["summary"]["tokens"] is None
+    codes = {finding["code"] for finding in found["findings"]}
+    assert "control_token" in codes and not codes & {"image_truncated", "image_missing", "cut", "too_long"}
+
+
+def test_command_writes_a_set_without_the_errors(recipe, report, tmp_path):
+    result = CliRunner().invoke(app, ["doctor", *recipe, "--fix", str(tmp_path / "mended")])
+    assert result.exit_code == 1
+    lines = (tmp_path / "mended" / "data.jsonl").read_bytes().splitlines()
+    assert len(lines) == report.summary["sources"][0]["rows"] - len(report.left_out[0])
+    assert str(tmp_path / "mended" / "data.jsonl") in result.stderr
+
+
+def test_many_findings_of_a_code_are_shortened_for_people(processor, folder, tmp_path, capsys):
+    (tmp_path / "data.json").write_text(json.dumps([row(f"absent{index}.png") for index in range(25)]))
+    report = look(DataCheck([DataSource(str(tmp_path / "data.json"), str(folder / "images"))], processor))
+    assert len(report.findings) == 25
+    print_report(report, Console(width=80))
+    shown = capsys.readouterr().out
+    assert shown.count("no such file") == 10 and "and 15 more" in shown
+
+
+def test_preview_marks_self_questions_and_answers_and_tames_control_characters(processor, folder, tmp_path, capsys):
+    turns = talk("<image>\nWhat\x1b[31m?", "A dog.", "What is it doing?", "Running.")
+    (tmp_path / "data.json").write_text(json.dumps([row(turns=turns)]))
+    source = DataSource(str(tmp_path / "data.json"), str(folder / "images"))
+    check = DataCheck([source], processor, self_question_ratio=1.0)
+    print_preview(check, look(check), 0, Console(width=200))
+    shown = capsys.readouterr().out
+    assert "[vusr]* What is it doing?</s>*" in shown and "ASSISTANT:* Running.</s>*" in shown
+    assert "\\x1b[31m" in shown and "\x1b" not in shown
+
+
+@pytest.mark.parametrize("settings", [[], ["--doctor", "full"]])
+def test_training_stops_at_wrong_data_before_the_model_is_loaded(recipe, monkeypatch, settings):
+    monkeypatch.setattr(train_sft, "load_base", lambda *_: pytest.fail("loaded"))
+    with pytest.raises(
+        ValueError, match=r"errors in \d+ rows of the data(?s:.*)sq-llava doctor --config .*recipe.yaml"
+    ):
+        train_sft.main([*recipe, "--use_cpu", "true", *settings])
+
+
+def test_training_goes_on_with_the_doctor_off_or_warnings_only(recipe, folder, tmp_path, monkeypatch, capsys):
+    class Loaded(Exception):
+        pass
+
+    def load_base(*_):
+        raise Loaded
+
+    monkeypatch.setattr(train_sft, "load_base", load_base)
+    with pytest.raises(Loaded):
+        train_sft.main([*recipe, "--use_cpu", "true", "--doctor", "off"])
+    (tmp_path / "data.json").write_text(json.dumps([row(id="same"), row(id="same")]))
+    with pytest.raises(Loaded):
+        train_sft.main([*recipe, "--use_cpu", "true", "--dataset_path", str(tmp_path / "data.json")])
+    assert "duplicate_id 1" in capsys.readouterr().out
