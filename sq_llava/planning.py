@@ -7,7 +7,8 @@
 
 `meta` needs only the two configurations: the model is built without weights, and its memory is added up. `real` builds
 all of it, trains one step on the longest rows, and measures. Weights, gradients and optimizer are counted; activations
-are an upper estimate, for dense language models. What it does not do: estimate time.
+are an upper estimate, for dense language models: on a CPU 1.0 to 1.7 times the peak of what fourteen small models
+allocated; on a GPU it was not compared. What it does not do: estimate time.
 """
 
 import math
