@@ -339,7 +339,8 @@ def plan_from_configs(
         print(describe_steps(num_rows, training_args, num_gpus))
 
 
-def main(args: list[str] | None = None) -> SQLlavaTrainer:
+def parse_settings(args: list[str] | None) -> tuple[SQLlavaArguments, SFTConfig, ModelConfig]:
+    """Reads a recipe and the command line."""
     parser = TrlParser((SQLlavaArguments, SFTConfig, ModelConfig), description=__doc__)
     arguments, training_args, model_config = parser.parse_args_and_config(args)
     for name in UNUSED_MODEL_SETTINGS:
