@@ -322,7 +322,14 @@ def plan_from_configs(
             projector_type=arguments.projector_type,
         )
     else:
-        config = SQLlavaConfig.from_pretrained(base_of_adapter(start) if is_adapter(start) else start)
+        start, _ = starting_point(arguments, model_config)
+        try:
+            config = SQLlavaConfig.from_pretrained(base_of_adapter(start) if is_adapter(start) else start)
+        except OSError as error:
+            raise ValueError(
+                f"model_name_or_path is {start!r}, which cannot be read: {error} To plan a stage before the one that "
+                "it begins from is there, give vision_model_name_or_path and text_model_name_or_path beside it."
+            ) from error
     dtype = config.text_config.dtype if model_config.dtype in (None, "auto") else getattr(torch, model_config.dtype)
     with torch.device("meta"):
         model = SQLlavaForConditionalGeneration._from_config(
@@ -333,6 +340,7 @@ def plan_from_configs(
     print_plan(model, training_args, num_gpus, quantization_config(model_config))
     try:
         num_rows = len(load_rows(arguments.datasets, training_args.seed, config.image_seq_length))
+        num_rows -= arguments.num_eval_rows
     except ValueError as error:
         print(f"Steps: not known without the data. {error}")
     else:

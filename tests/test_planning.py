@@ -218,6 +218,13 @@ def test_plan_without_data_says_that_steps_are_not_known(parts, tmp_path, capsys
     assert "Steps: not known without the data." in output and "missing.json" in output
 
 
+def test_plan_of_a_stage_without_its_beginning_says_what_to_give(parts, tmp_path):
+    arguments = {**SETTINGS, "stage": "instruct", "dataset_path": parts / "rows.json", "output_dir": tmp_path}
+    arguments |= {"model_name_or_path": tmp_path / "stage1", "dry_run": "meta"}
+    with pytest.raises(ValueError, match=r"stage1', which cannot be read.* give vision_model_name_or_path"):
+        train_sft.main([text for name, value in arguments.items() for text in (f"--{name}", str(value))])
+
+
 def test_too_few_rows_are_taken_more_than_once():
     rows = datasets.Dataset.from_dict({"length": [3, 9, 5], "row_id": [0, 1, 2]})
     assert longest_rows(rows, 2)["row_id"] == [1, 2]
