@@ -264,14 +264,14 @@ def doctor(
     """Check the data of a recipe: every row, image header and length. Exit code 1: there are errors."""
     with _errors_in_one_line():
         with messages_console.status("Opening the data"):
-            import train_sft
             from sq_llava.doctor import examine
             from sq_llava.doctor_report import print_preview, print_report, write_sound_rows
+            from sq_llava.settings import data_check, parse_settings
 
             # Nothing is trained: a recipe for GPUs can be checked anywhere.
             settings = [*(["--config", config] if config else []), *context.args, "--use_cpu", "true"]
-            recipe = train_sft.parse_settings(settings)
-            check = train_sft.data_check(*recipe, read_images=images, measure_lengths=lengths)
+            recipe = parse_settings(settings)
+            check = data_check(*recipe, read_images=images, measure_lengths=lengths)
         with Progress(console=messages_console, transient=True) as progress:
             report = examine(check, progress, limit, num_proc)
         if as_json:

@@ -24,7 +24,15 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 from transformers import BitsAndBytesConfig
-from trl import SFTConfig, SFTTrainer
+from trl import ModelConfig, SFTConfig, SFTTrainer
+
+from configuration_sq_llava import SQLlavaConfig
+from modeling_sq_llava import SQLlavaForConditionalGeneration
+from sq_llava.adapter import count_parameters
+from sq_llava.base import add_stage_adapter
+from sq_llava.checkpoint import base_of_adapter, compose_config, is_adapter
+from sq_llava.data import load_rows
+from sq_llava.settings import SQLlavaArguments, quantization_config, starting_point
 
 
 UNITS = {"GiB": 2**30, "MiB": 2**20}
@@ -370,3 +378,51 @@ def try_one_step(trainer: SFTTrainer, resident_before: int) -> int:
         what = "torch.cuda.max_memory_allocated" if on_gpu else "growth of the resident set since the start"
         print(f"Measured in one step on the longest rows: {size(peak)} ({what}).")
     return peak
+
+
+def print_parameters(model, part_learning_rates: dict[str, float], learning_rate: float) -> None:
+    """Says what is trained, what is frozen, and with which learning rate."""
+    table = Table("Part", "Trained", "Frozen", "Learning rate", title="Parameters")
+    for part, (trained, frozen) in count_parameters(model).items():
+        rate = part_learning_rates.get(part, learning_rate)
+        table.add_row(part, f"{trained:,}", f"{frozen:,}", f"{rate:g}" if trained else "-")
+    Console().print(table)
+
+
+def plan_from_configs(
+    arguments: SQLlavaArguments, training_args: SFTConfig, model_config: ModelConfig, num_gpus: int
+) -> None:
+    """Prints the parameters, the memory and the steps of a run, from the configurations of its models alone."""
+    parts = (arguments.vision_model_name_or_path, arguments.text_model_name_or_path)
+    if None not in parts:  # also in place of a stage that is not there yet
+        config = compose_config(
+            *parts,
+            prototype_variant=arguments.prototype_variant,
+            num_prototypes=arguments.num_prototypes,
+            num_prototype_iterations=arguments.num_prototype_iterations,
+            projector_type=arguments.projector_type,
+        )
+    else:
+        start, _ = starting_point(arguments, model_config)
+        try:
+            config = SQLlavaConfig.from_pretrained(base_of_adapter(start) if is_adapter(start) else start)
+        except OSError as error:
+            raise ValueError(
+                f"model_name_or_path is {start!r}, which cannot be read: {error} To plan a stage before the one that "
+                "it begins from is there, give vision_model_name_or_path and text_model_name_or_path beside it."
+            ) from error
+    dtype = config.text_config.dtype if model_config.dtype in (None, "auto") else getattr(torch, model_config.dtype)
+    with torch.device("meta"):
+        model = SQLlavaForConditionalGeneration._from_config(
+            config, dtype=dtype, attn_implementation=model_config.attn_implementation
+        )
+        model = add_stage_adapter(model, arguments, model_config)
+    print_parameters(model, arguments.part_learning_rates, training_args.learning_rate)
+    print_plan(model, training_args, num_gpus, quantization_config(model_config))
+    try:
+        num_rows = len(load_rows(arguments.datasets, training_args.seed, config.image_seq_length))
+        num_rows -= arguments.num_eval_rows
+    except ValueError as error:
+        print(f"Steps: not known without the data. {error}")
+    else:
+        print(describe_steps(num_rows, training_args, num_gpus))

@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from transformers import CLIPConfig, CLIPModel, LlamaConfig, LlamaForCausalLM, TrainerState, set_seed
 
 import train_sft
+from processing_sq_llava import SQLlavaProcessor
 from sq_llava.recovery import step_of
 from sq_llava.self_questioning import SelfQuestioningCollator
 from sq_llava.trainer import SQLlavaTrainer
@@ -225,7 +226,7 @@ def kill_in_rotation() -> None:
 
 
 def kill_in_base() -> None:
-    train_sft.SQLlavaProcessor.save_pretrained = die
+    SQLlavaProcessor.save_pretrained = die
 
 
 def kill_at_the_end() -> None:

@@ -24,9 +24,11 @@ ORDER = [
     "sq_llava.monitoring",
     "sq_llava.recovery",
     "sq_llava.trainer",
-    "sq_llava.planning",
     "sq_llava.doctor",
     "sq_llava.doctor_report",
+    "sq_llava.settings",
+    "sq_llava.base",
+    "sq_llava.planning",
     "train_sft",
     "sq_llava.cli",
 ]

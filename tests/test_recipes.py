@@ -21,7 +21,9 @@ from trl import ModelConfig, SFTConfig, TrlParser
 
 import train_sft
 from configuration_sq_llava import CLIP_VIT_L_14_336, VICUNA_7B
+from sq_llava import base
 from sq_llava.adapter import LoraSize, add_adapter
+from sq_llava.settings import SQLlavaArguments
 from sq_llava.trainer import keep_wrap_policy
 from tests import tiny
 
@@ -88,7 +90,7 @@ def test_every_tiny_twin_has_an_original():
 
 @pytest.mark.parametrize("recipe", [*ORIGINALS, *(Path("tiny") / recipe for recipe in ORIGINALS)], ids=str)
 def test_recipe_has_no_unknown_setting(recipe):
-    parser = TrlParser((train_sft.SQLlavaArguments, SFTConfig, ModelConfig))
+    parser = TrlParser((SQLlavaArguments, SFTConfig, ModelConfig))
     arguments, training_args, model_config = parser.parse_args_and_config(
         ["--config", str(RECIPES / recipe), "--use_cpu", "true"]
     )
@@ -202,7 +204,7 @@ def zero_config(stage: int, monkeypatch) -> dict:
 
 
 def test_zero3_refuses_a_model_from_parts(parts, tmp_path, monkeypatch):
-    monkeypatch.setattr(train_sft, "is_deepspeed_zero3_enabled", lambda: True)
+    monkeypatch.setattr(base, "is_deepspeed_zero3_enabled", lambda: True)
     with pytest.raises(ValueError, match="give its folder as model_name_or_path"):
         run_twin(Path("sq-llava-7b/stage1.yaml"), parts, tmp_path)
 
