@@ -253,7 +253,7 @@ def choose_rows(check: DataCheck, limit: int | None) -> list[Sequence[int]]:
     return [np.linspace(0, size - 1, count).astype(int).tolist() for size, count in zip(sizes, wanted)]
 
 
-_check: DataCheck  # of this process
+_check: DataCheck | None = None  # of this process
 
 
 def _begin(check: DataCheck) -> None:
@@ -271,11 +271,13 @@ def _check_images(paths: Sequence[str]) -> list[list[Fault]]:
 
 
 @contextmanager
-def _in_processes(check: DataCheck, num_proc: int) -> Iterator[Callable[[Callable, Iterable], Iterator]]:
-    """Gives a `map` over processes, whose results come in the order of the tasks."""
+def in_processes(check: DataCheck, num_proc: int) -> Iterator[Callable[[Callable, Iterable], Iterator]]:
+    """Gives a `map` over processes that have the check, whose results come in the order of the tasks."""
+    global _check
     if num_proc == 1:
-        _begin(check)
+        _check = check
         yield map
+        _check = None
         return
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(num_proc, context, initializer=_begin, initargs=(check,))
@@ -295,29 +297,33 @@ def examine(check: DataCheck, progress: Progress, limit: int | None = None, num_
         num_proc (`int`, *optional*): Processes; by default one for each core, and one alone for few rows.
     """
     chosen = choose_rows(check, limit)
-    num_rows = sum(map(len, chosen))
     if num_proc is None:
-        num_proc = 1 if num_rows < ROWS_FOR_PROCESSES else os.cpu_count() or 1
-    tally = Tally(check, chosen)
-    with _in_processes(check, num_proc) as map_in_order:
-        bar = progress.add_task("Rows", total=num_rows)
-        tasks = [
-            (source, indices[begin : begin + ROWS_AT_A_TIME])
-            for source, indices in enumerate(chosen)
-            for begin in range(0, len(indices), ROWS_AT_A_TIME)
-        ]
-        for (source, indices), rows in zip(tasks, map_in_order(_check_rows, tasks)):
-            for index, row in zip(indices, rows):
-                tally.add_row(source, index, row)
-            progress.advance(bar, len(indices))
+        num_proc = 1 if sum(map(len, chosen)) < ROWS_FOR_PROCESSES else os.cpu_count() or 1
+    with in_processes(check, num_proc) as map_in_order:
+        return go_through(check, chosen, map_in_order, progress)
 
-        bar = progress.add_task("Images", total=len(tally.users))
-        paths = list(tally.users)
-        tasks = [paths[begin : begin + IMAGES_AT_A_TIME] for begin in range(0, len(paths), IMAGES_AT_A_TIME)]
-        for task, results in zip(tasks, map_in_order(_check_images, tasks)):
-            for path, faults in zip(task, results):
-                tally.add_image(path, faults)
-            progress.advance(bar, len(task))
+
+def go_through(check: DataCheck, chosen: list[Sequence[int]], map_in_order: Callable, progress: Progress) -> Report:
+    """Looks at these rows of each source, then at their image files, each once."""
+    tally = Tally(check, chosen)
+    bar = progress.add_task("Rows", total=sum(map(len, chosen)))
+    tasks = [
+        (source, indices[begin : begin + ROWS_AT_A_TIME])
+        for source, indices in enumerate(chosen)
+        for begin in range(0, len(indices), ROWS_AT_A_TIME)
+    ]
+    for (source, indices), rows in zip(tasks, map_in_order(_check_rows, tasks)):
+        for index, row in zip(indices, rows):
+            tally.add_row(source, index, row)
+        progress.advance(bar, len(indices))
+
+    bar = progress.add_task("Images", total=len(tally.users))
+    paths = list(tally.users)
+    tasks = [paths[begin : begin + IMAGES_AT_A_TIME] for begin in range(0, len(paths), IMAGES_AT_A_TIME)]
+    for task, results in zip(tasks, map_in_order(_check_images, tasks)):
+        for path, faults in zip(task, results):
+            tally.add_image(path, faults)
+        progress.advance(bar, len(task))
     return tally.report()
 
 

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 
 # Pillow's own limit: about 9,460 x 9,460 pixels. A file of a few kilobytes can claim more than memory holds.
@@ -114,7 +114,10 @@ def image_faults(image: str | Path | dict[str, Any]) -> Iterator[Fault]:
         yield Fault("image_missing", f"{name}: no such file.", "Bring it back, or mend the path or image_root.")
         return
     except Image.DecompressionBombError as error:
-        yield Fault("image_huge", f"{name} claims to be huge: {error}.", "Save it anew, smaller.")
+        yield Fault("image_huge", f"{name} claims to be huge: {str(error).rstrip('.')}.", "Save it anew, smaller.")
+        return
+    except UnidentifiedImageError:
+        yield Fault("image_unreadable", f"{name} is of no known format, or its header is broken.", anew)
         return
     except BROKEN_IMAGE_ERRORS as error:
         yield Fault("image_unreadable", f"{name} cannot be read: {error}.", anew)
