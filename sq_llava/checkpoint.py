@@ -69,6 +69,13 @@ def is_adapter(path: str | os.PathLike) -> bool:
     return (Path(path) / "adapter_config.json").is_file()
 
 
+def is_missing_folder(path: str | os.PathLike) -> bool:
+    """Whether a path is none of the Hub's ids (`org/name`), but of a folder that is not there."""
+    path = str(path)
+    folder = Path(path).expanduser()
+    return not folder.is_dir() and (path.count("/") != 1 or path[0] in "./~" or folder.parent.is_dir())
+
+
 def base_of_adapter(path: str | os.PathLike) -> str:
     """The path or Hub id of the checkpoint that an adapter stands on."""
     base = json.loads((Path(path) / "adapter_config.json").read_text())["base_model_name_or_path"]

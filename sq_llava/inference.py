@@ -22,7 +22,7 @@ from transformers import DynamicCache
 
 from modeling_sq_llava import SQLlavaForConditionalGeneration
 from processing_sq_llava import SQLlavaProcessor
-from sq_llava.checkpoint import is_adapter, load_checkpoint
+from sq_llava.checkpoint import is_adapter, is_missing_folder, load_checkpoint
 from sq_llava.images import open_image
 
 
@@ -135,7 +135,7 @@ def load(path: str, device: str | None = None, dtype: str = "auto", **kwargs) ->
         if not (folder / "config.json").is_file() and not is_adapter(folder):
             raise ValueError(f"{path} holds neither config.json nor adapter_config.json: give a folder with a model.")
         path = str(folder)
-    elif path.count("/") != 1 or path[0] in "./~" or folder.parent.is_dir():
+    elif is_missing_folder(path):
         raise ValueError(f"{path}: no such folder. Give one with a model, or a Hub id such as org/name.")
     else:
         try:

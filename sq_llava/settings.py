@@ -13,7 +13,7 @@ from transformers import BitsAndBytesConfig
 from trl import ModelConfig, SFTConfig, TrlParser, get_quantization_config
 
 from processing_sq_llava import SQLlavaProcessor
-from sq_llava.checkpoint import compose_processor
+from sq_llava.checkpoint import compose_processor, is_missing_folder
 from sq_llava.doctor import DataCheck
 from sq_llava.sources import DataSource
 
@@ -176,6 +176,11 @@ def starting_point(arguments: SQLlavaArguments, model_config: ModelConfig) -> tu
             f"model_name_or_path is {start!r}, vision_model_name_or_path {parts[0]!r}, text_model_name_or_path "
             f"{parts[1]!r}: give the first (a SQ-LLaVA, or the output_dir of a stage), or both of the others."
         )
+    if start is not None and is_missing_folder(start):
+        raise ValueError(
+            f"model_name_or_path is {start!r}: no such folder. Train that stage first; to check the data or to plan "
+            "without it, give vision_model_name_or_path and text_model_name_or_path beside it."
+        )
     return start, parts
 
 
@@ -188,11 +193,12 @@ def data_check(
     arguments: SQLlavaArguments, training_args: SFTConfig, model_config: ModelConfig, **looked_at: bool
 ) -> DataCheck:
     """What the doctor needs of a recipe: the data and the processor, but no weights."""
-    start, parts = starting_point(arguments, model_config)
+    parts = (arguments.vision_model_name_or_path, arguments.text_model_name_or_path)
     settings = processor_settings(arguments)
-    if start is None:
+    if None not in parts:  # also in place of a stage that is not there yet
         processor = compose_processor(*parts, **settings)
     else:
+        start, _ = starting_point(arguments, model_config)
         processor = SQLlavaProcessor.from_pretrained(start, **settings)
     return DataCheck(
         arguments.datasets,

@@ -221,7 +221,7 @@ def test_plan_without_data_says_that_steps_are_not_known(parts, tmp_path, capsys
 def test_plan_of_a_stage_without_its_beginning_says_what_to_give(parts, tmp_path):
     arguments = {**SETTINGS, "stage": "instruct", "dataset_path": parts / "rows.json", "output_dir": tmp_path}
     arguments |= {"model_name_or_path": tmp_path / "stage1", "dry_run": "meta"}
-    with pytest.raises(ValueError, match=r"stage1', which cannot be read.* give vision_model_name_or_path"):
+    with pytest.raises(ValueError, match=r"stage1': no such folder.* give vision_model_name_or_path"):
         train_sft.main([text for name, value in arguments.items() for text in (f"--{name}", str(value))])
 
 
