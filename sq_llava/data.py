@@ -146,12 +146,13 @@ def parse_row(raw: Any, place: str, image_root: Path) -> dict:
     Raises:
         ValueError: with `place`, the id, the value and the mend, for the first fault.
     """
-    for fault in row_faults(raw, image_root):
+    faults, messages = read_row(raw, image_root)
+    for fault in faults:
         if fault.level == "error":
             raise ValueError(f"{place}{_quote_id(raw)}: {fault.message} {fault.fix}")
     return {
         "id": str(raw.get("id", "")),
-        "messages": messages_of(raw),
+        "messages": messages,
         "images": [image if is_embedded(image) else str(image_root / path_of(image)) for image in images_of(raw)],
     }
 
@@ -177,23 +178,25 @@ def path_of(image: Any) -> Any:
     return image.get("path") if isinstance(image, dict) else image
 
 
-def row_faults(raw: Any, image_root: Path) -> Iterator[Fault]:
-    """All that is wrong with a row by itself: its turns, its images' paths and their number. No file is opened."""
+def read_row(raw: Any, image_root: Path) -> tuple[list[Fault], list[dict]]:
+    """
+    All that is wrong with a row by itself, its turns, its images' paths and their number, though no file is opened;
+    and its messages, in the roles and parts that the chat template takes: none if its turns cannot be read.
+    """
     if not isinstance(raw, dict):
-        yield Fault("not_an_object", f"is {raw!r:.100}.", "Expected an object with 'conversations'.")
-        return
+        return [Fault("not_an_object", f"is {raw!r:.100}.", "Expected an object with 'conversations'.")], []
     name = "messages" if "messages" in raw and raw.get("conversations") is None else "conversations"
     turns = raw.get(name)
     if not isinstance(turns, list) or not turns:
-        yield Fault("no_turns", f"'{name}' is {turns!r:.100}.", "Expected a list of turns that is not empty.")
-        return
+        return [Fault("no_turns", f"'{name}' is {turns!r:.100}.", "Expected a list of turns that is not empty.")], []
     faults = [fault for index, turn in enumerate(turns) if (fault := _turn_fault(turn, index, name))]
-    yield from faults
     if faults:
-        return
-    messages = messages_of(raw)
-    yield from _order_faults(messages)
-    images = images_of(raw)
+        return faults, []
+    messages = _messages(raw)
+    return [*_order_faults(messages), *_image_faults(messages, name, images_of(raw), image_root)], messages
+
+
+def _image_faults(messages: list[dict], name: str, images: list, image_root: Path) -> Iterator[Fault]:
     num_placeholders = sum(part["type"] == "image" for message in messages for part in message["content"])
     if num_placeholders != len(images):
         yield Fault(
@@ -217,10 +220,12 @@ def _turn_fault(turn: Any, index: int, name: str) -> Fault | None:
             f"Give one of {', '.join(roles)}.",
         )
     text = turn[text_key]
-    parts_are_known = name == "messages" and isinstance(text, list) and all(map(_is_known_part, text))
-    if not isinstance(text, str) and not parts_are_known:
+    if isinstance(text, str):
+        texts = [text]
+    elif name == "messages" and isinstance(text, list) and all(map(_is_known_part, text)):
+        texts = [part["text"] for part in text if part["type"] == "text"]
+    else:
         return Fault("wrong_turn", f"turn {index} has '{text_key}' {text!r:.100}.", "Expected text.")
-    texts = [text] if isinstance(text, str) else [part.get("text") or "" for part in text]
     if not all(map(_is_unicode, texts)):
         return Fault("broken_text", f"turn {index} holds half a character: {text!a:.100}.", "Write it in UTF-8 anew.")
     return None
@@ -228,6 +233,8 @@ def _turn_fault(turn: Any, index: int, name: str) -> Fault | None:
 
 def _is_unicode(text: str) -> bool:
     """Whether a text has no lone surrogate, such as JSON's escape of one half of an emoji; tokenizers refuse those."""
+    if text.isascii():
+        return True
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -252,20 +259,20 @@ def _order_faults(messages: list[dict]) -> Iterator[Fault]:
             "stand first).",
         )
         return
-    answers = [message for message in messages if message["role"] == "assistant"]
-    if not any(_has_content(message) for message in answers):
+    is_empty = [_is_empty(message["content"]) for message in messages]
+    if all(is_empty[begin + 1 :: 2]):
         yield Fault("no_label", "no answer holds any text: nothing can be learned.", "Write an answer.")
         return
     for index, message in enumerate(messages):
-        if message["role"] == "assistant" and any(part["type"] == "image" for part in message["content"]):
+        if message["role"] == "assistant" and {"type": "image"} in message["content"]:
             fix = "Put it into a question."
             yield Fault("image_in_answer", f"turn {index} is an answer, but holds {IMAGE_TOKEN}.", fix)
-        if not _has_content(message):
+        if is_empty[index]:
             yield Fault("empty_turn", f"turn {index} is empty.", "Write its text, or take the turn out.", "warning")
 
 
-def _has_content(message: dict) -> bool:
-    return any(part["type"] == "image" or part["text"].strip() for part in message["content"])
+def _is_empty(content: list[dict]) -> bool:
+    return all(part["type"] == "text" and (not part["text"] or part["text"].isspace()) for part in content)
 
 
 def _image_path_faults(image: Any, image_root: Path) -> Iterator[Fault]:
@@ -299,8 +306,7 @@ def _folder_is_inside(folder: str, image_root: str) -> bool:
     return Path(os.path.realpath(folder)).is_relative_to(image_root)
 
 
-def messages_of(raw: dict) -> list[dict]:
-    """The turns of a row without errors, in the roles and parts that the chat template takes."""
+def _messages(raw: dict) -> list[dict]:
     if raw.get("conversations") is not None:
         return [{"role": ROLES[turn["from"]], "content": _parse_text(turn["value"])} for turn in raw["conversations"]]
     messages = []
@@ -323,6 +329,8 @@ def _part(kind: str, text: str | None) -> dict:
 
 def _parse_text(text: str) -> list[dict]:
     """The parts of a text in which `<image>` stands for an image."""
+    if IMAGE_TOKEN not in text:
+        return [_part("text", text)]
     pieces = text.split(IMAGE_TOKEN)
     if len(pieces) == 2:
         pieces = ["", "".join(pieces).strip()]

@@ -5,7 +5,7 @@
     sq-llava doctor --config recipes/sq-llava-7b/stage2.yaml --fix mended
 
 `train_sft.py` looks at a sample of the rows before it loads a model, and at all of them with `--doctor full`. What is
-wrong with a row by itself is said by `row_faults` of `sq_llava/data.py`, with an image by `image_faults` of
+wrong with a row by itself is said by `read_row` of `sq_llava/data.py`, with an image by `image_faults` of
 `sq_llava/images.py`; here stands what needs the processor, the other rows, or several processes. What it does not do:
 decode the pixels of an image whose header and end are whole; judge what a text says.
 """
@@ -25,7 +25,7 @@ import numpy as np
 from rich.progress import Progress
 
 from processing_sq_llava import SQLlavaProcessor
-from sq_llava.data import images_of, is_embedded, messages_of, path_of, row_faults, rows_per_epoch
+from sq_llava.data import images_of, is_embedded, path_of, read_row, rows_per_epoch
 from sq_llava.images import Fault, image_faults
 from sq_llava.self_questioning import first_exchange
 from sq_llava.sources import DataSource, JsonFile, Table, image_root_of, open_source
@@ -107,7 +107,8 @@ class DataCheck:
         self.sources = [*self.sources, *self.eval_sources]
         self.opened = [open_source(source) for source in self.sources]
         self.image_roots = [image_root_of(source) for source in self.sources]
-        # A text without any of these holds no control token: most have none.
+        self._markers = [] if self.plain else [self.processor.user_marker, self.processor.assistant_marker]
+        # Without any of these, a text holds no control token: most have none.
         self._first_characters = {token[0] for token in self.processor.control_tokens}
 
     def check_rows(self, source: int, indices: Sequence[int]) -> list[CheckedRow]:
@@ -130,10 +131,10 @@ class DataCheck:
             code = "broken_encoding" if isinstance(raw, UnicodeDecodeError) else "broken_json"
             return CheckedRow(None, [Fault(code, f"cannot be read as JSON: {raw}.", "Write the row anew.")]), None
         row_id = str(raw["id"]) if isinstance(raw, dict) and raw.get("id") is not None else None
-        faults = list(row_faults(raw, self.image_roots[source]))
+        faults, messages = read_row(raw, self.image_roots[source])
         if any(fault.level == "error" for fault in faults):
             return CheckedRow(row_id, faults), None
-        messages, images, paths = messages_of(raw), images_of(raw), []
+        images, paths = images_of(raw), []
         text_faults = list(self._text_faults(messages))
         can_be_tokenized = not any(fault.level == "error" for fault in text_faults)
         faults += text_faults
@@ -143,35 +144,34 @@ class DataCheck:
                     faults += image_faults(image)
                 else:
                     paths.append(os.path.join(self.image_roots[source], path_of(image)))
-        row = CheckedRow(row_id, faults, paths, len(images), num_askable=self._num_askable(messages))
+        num_askable = self._num_askable(messages) if images else 0
+        row = CheckedRow(row_id, faults, paths, len(images), num_askable=num_askable)
         return row, messages if can_be_tokenized else None
 
     def _text_faults(self, messages: list[dict]) -> Iterator[Fault]:
-        for index, message in enumerate(messages):
-            # As the chat template does, which refuses such a row.
-            text = "".join(part["text"] for part in message["content"] if part["type"] == "text")
-            if any(character in text for character in self._first_characters):
-                found = [token for token in self.processor.control_tokens if token in text]
-                if found:
-                    yield Fault(
-                        "control_token",
-                        f"turn {index} holds {', '.join(map(repr, found))}, which the model reads as a command.",
-                        "Take it out, or write it otherwise.",
-                    )
-            if not self.plain:
-                markers = (self.processor.user_marker, self.processor.assistant_marker)
-                found = [marker for marker in markers if marker in text]
-                if found:
-                    yield Fault(
-                        "role_marker",
-                        f"turn {index} holds {', '.join(map(repr, found))}, as if another turn began there.",
-                        "Make turns of it, or write it otherwise.",
-                        "warning",
-                    )
+        # As the chat template does, which refuses a row with a control token.
+        texts = ["".join([part["text"] for part in m["content"] if part["type"] == "text"]) for m in messages]
+        whole = "\n".join(texts)
+        if not any(beginning in whole for beginning in (*self._first_characters, *self._markers)):
+            return
+        for index, text in enumerate(texts):
+            if found := [token for token in self.processor.control_tokens if token in text]:
+                yield Fault(
+                    "control_token",
+                    f"turn {index} holds {', '.join(map(repr, found))}, which the model reads as a command.",
+                    "Take it out, or write it otherwise.",
+                )
+            if found := [marker for marker in self._markers if marker in text]:
+                yield Fault(
+                    "role_marker",
+                    f"turn {index} holds {', '.join(map(repr, found))}, as if another turn began there.",
+                    "Make turns of it, or write it otherwise.",
+                    "warning",
+                )
 
     def _num_askable(self, messages: list[dict]) -> int:
         """Turns that may be drawn as self-questions."""
-        holds_image = [any(part["type"] == "image" for part in message["content"]) for message in messages]
+        holds_image = [{"type": "image"} in message["content"] for message in messages]
         if self.plain or not any(holds_image):
             return 0
         user_turns = [index for index, message in enumerate(messages) if message["role"] == "user"]

@@ -22,7 +22,7 @@ from typer.testing import CliRunner
 import train_sft
 from sq_llava import doctor
 from sq_llava.cli import app
-from sq_llava.data import load_rows, row_faults
+from sq_llava.data import load_rows, read_row
 from sq_llava.doctor import DataCheck, examine
 from sq_llava.doctor_report import print_preview, print_report, write_sound_rows
 from sq_llava.images import image_faults
@@ -322,7 +322,8 @@ JSON_VALUES = st.recursive(
 
 @given(raw=JSON_VALUES)
 def test_no_row_however_strange_breaks_the_check(folder, raw):
-    assert all(fault.message for fault in row_faults(raw, folder / "images"))
+    faults, messages = read_row(raw, folder / "images")
+    assert all(fault.message and fault.fix for fault in faults) and (faults or messages)
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "GIF", "WEBP", "TIFF"])
