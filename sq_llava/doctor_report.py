@@ -189,9 +189,7 @@ def _write_lines(path: Path, rows) -> None:
 
 
 def _write_table(table: Table, kept: list[int], path: Path) -> Path:
-    dataset = table.dataset.select(kept)
-    for name, feature in table.image_features.items():
-        dataset = dataset.cast_column(name, feature)
+    dataset = table.dataset.select(kept).with_format(None)
     if table.path.endswith(".parquet"):
         path = path.with_name(f"{path.name}.parquet")
         dataset.to_parquet(path)

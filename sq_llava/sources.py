@@ -20,6 +20,8 @@ import pyarrow.compute as pc
 # Bytes of JSON read at a time, and the longest row that is believed.
 WINDOW = 2**24
 MAX_ROW_BYTES = 2**26
+# Rows of a table read at a time: they may hold images.
+TABLE_ROWS = 32
 BOM = b"\xef\xbb\xbf"
 
 
@@ -189,53 +191,42 @@ class Table:
 
     def __init__(self, dataset: datasets.Dataset, path: str):
         self.path = path
-        images = [name for name in ("image", "images") if name in dataset.column_names]
-        self.image_features = {name: dataset.features[name] for name in images}  # for whoever saves rows again
-        for name, feature in self.image_features.items():
-            dataset = dataset.cast_column(name, _undecoded(feature))
-        self.dataset = dataset
+        # As Arrow has them, images are undecoded. A cast to that would write lists of images anew, all of them.
+        self.dataset = dataset.with_format("arrow")
         texts = [name for name in ("conversations", "messages") if name in dataset.column_names]
         if not texts:
             raise ValueError(
                 f"{path}: the columns are {', '.join(dataset.column_names)}: expected 'conversations' (LLaVA's "
                 "layout) or 'messages' (TRL's)."
             )
+        images = [name for name in ("image", "images") if name in dataset.column_names]
         self.text_bytes = np.zeros(len(dataset), dtype=np.int64)
         self.num_images = np.zeros(len(dataset), dtype=np.int64)
         begin = 0
-        for batch in dataset.select_columns(texts + images).with_format("arrow").iter(10_000):
+        for batch in self.dataset.select_columns(texts + images).iter(10_000):
             end = begin + len(batch)
             for name in texts:
                 self.text_bytes[begin:end] += _string_bytes(batch[name].combine_chunks())
             for name in images:
-                column = batch[name].combine_chunks()
-                count = (
-                    pc.list_value_length(column) if _is_list(column.type) else pc.cast(column.is_valid(), pa.int64())
-                )
-                self.num_images[begin:end] += pc.fill_null(count, 0).to_numpy(zero_copy_only=False)
+                column = batch[name]  # not combined: that would copy the images themselves
+                count = pc.list_value_length(column) if _is_list(column.type) else pc.is_valid(column).cast(pa.int64())
+                self.num_images[begin:end] += pc.fill_null(count, 0).to_numpy()
             begin = end
 
     def __len__(self) -> int:
         return len(self.dataset)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        return self.dataset[int(index)]
+        return self.dataset[int(index) : int(index) + 1].to_pylist()[0]
 
     def rows(self, indices: Iterable[int]) -> Iterator[Any]:
         """Several rows, as of [`JsonFile`]."""
-        yield from self.dataset.select(indices)
+        for batch in self.dataset.select(indices).iter(TABLE_ROWS):
+            yield from batch.to_pylist()
 
 
 def _is_list(kind: pa.DataType) -> bool:
     return pa.types.is_list(kind) or pa.types.is_large_list(kind)
-
-
-def _undecoded(feature):
-    if isinstance(feature, datasets.Image):
-        return datasets.Image(decode=False)
-    if isinstance(feature, datasets.List):
-        return datasets.List(_undecoded(feature.feature))
-    return feature
 
 
 def _string_bytes(column: pa.Array) -> np.ndarray:

@@ -5,6 +5,7 @@ import json
 
 import datasets
 import numpy as np
+import pyarrow as pa
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -123,6 +124,19 @@ def test_trl_messages_with_embedded_images_are_read_undecoded_from_tables(folder
     assert rows[0]["images"][0]["bytes"] == picture_bytes() and rows[1]["images"] == []
     assert open_image(rows[0]["images"][0]).tobytes() == tiny.picture().tobytes()
     assert rows[:]["num_images"] == [1, 0]
+
+
+def test_opening_a_table_copies_no_image(folder):
+    row = {**TRL_ROWS[0], "images": [{"bytes": bytes(10**6), "path": None}]}
+    datasets.Dataset.from_list([row] * 20, features=trl_dataset().features).save_to_disk(folder / "d")
+    usual = pa.default_memory_pool()
+    counting = pa.proxy_memory_pool(usual)
+    pa.set_memory_pool(counting)
+    try:
+        rows = load_rows([DataSource(str(folder / "d"))])
+    finally:
+        pa.set_memory_pool(usual)
+    assert rows[:]["num_images"] == [1] * 20 and counting.max_memory() < 10**6
 
 
 def test_a_table_with_splits_needs_one_to_be_named(folder):
