@@ -39,3 +39,4 @@ lint: setup  ## Check style and formatting
 bench: setup  ## Run the benchmarks
 	$(BIN)/python benchmarks/prototype_extractor.py
 	$(BIN)/python benchmarks/batching.py
+	$(BIN)/python benchmarks/doctor.py
