@@ -43,6 +43,7 @@ from sq_llava.sources import DataSource, JsonFile, Table, image_root_of, open_so
 
 ROLES = {"human": "user", "gpt": "assistant", "system": "system"}
 MESSAGE_ROLES = ("system", "user", "assistant")
+IMAGE_PART = {"type": "image"}
 # A rough measure, for grouping rows of like length: of English text under Llama's tokenizer, its JSON included.
 BYTES_PER_TOKEN = 4
 
@@ -197,7 +198,7 @@ def read_row(raw: Any, image_root: Path) -> tuple[list[Fault], list[dict]]:
 
 
 def _image_faults(messages: list[dict], name: str, images: list, image_root: Path) -> Iterator[Fault]:
-    num_placeholders = sum(part["type"] == "image" for message in messages for part in message["content"])
+    num_placeholders = sum(message["content"].count(IMAGE_PART) for message in messages)
     if num_placeholders != len(images):
         yield Fault(
             "image_count",
@@ -264,7 +265,7 @@ def _order_faults(messages: list[dict]) -> Iterator[Fault]:
         yield Fault("no_label", "no answer holds any text: nothing can be learned.", "Write an answer.")
         return
     for index, message in enumerate(messages):
-        if message["role"] == "assistant" and {"type": "image"} in message["content"]:
+        if message["role"] == "assistant" and IMAGE_PART in message["content"]:
             fix = "Put it into a question."
             yield Fault("image_in_answer", f"turn {index} is an answer, but holds {IMAGE_TOKEN}.", fix)
         if is_empty[index]:
@@ -272,7 +273,8 @@ def _order_faults(messages: list[dict]) -> Iterator[Fault]:
 
 
 def _is_empty(content: list[dict]) -> bool:
-    return all(part["type"] == "text" and (not part["text"] or part["text"].isspace()) for part in content)
+    text = "".join([part.get("text", IMAGE_TOKEN) for part in content])
+    return not text or text.isspace()
 
 
 def _image_path_faults(image: Any, image_root: Path) -> Iterator[Fault]:
@@ -324,7 +326,7 @@ def _messages(raw: dict) -> list[dict]:
 
 
 def _part(kind: str, text: str | None) -> dict:
-    return {"type": "image"} if kind == "image" else {"type": "text", "text": text}
+    return dict(IMAGE_PART) if kind == "image" else {"type": "text", "text": text}
 
 
 def _parse_text(text: str) -> list[dict]:

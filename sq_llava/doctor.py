@@ -25,7 +25,7 @@ import numpy as np
 from rich.progress import Progress
 
 from processing_sq_llava import SQLlavaProcessor
-from sq_llava.data import images_of, is_embedded, path_of, read_row, rows_per_epoch
+from sq_llava.data import IMAGE_PART, images_of, is_embedded, path_of, read_row, rows_per_epoch
 from sq_llava.images import Fault, image_faults
 from sq_llava.self_questioning import first_exchange
 from sq_llava.sources import DataSource, JsonFile, Table, image_root_of, open_source
@@ -116,13 +116,11 @@ class DataCheck:
         checked, to_measure = [], {}
         for raw in self.opened[source].rows(indices):
             row, messages = self._check_row(raw, source)
-            if messages is not None:
+            if self.measure_lengths and messages is not None:
                 to_measure[len(checked)] = messages
             checked.append(row)
-        if self.measure_lengths:
-            lengths = self.lengths(list(to_measure.values()))
-            for (index, messages), length in zip(to_measure.items(), lengths):
-                checked[index] = self._with_length(checked[index], messages, length)
+        for (index, messages), length in zip(to_measure.items(), self.lengths(list(to_measure.values()))):
+            checked[index] = self._with_length(checked[index], messages, length)
         return checked
 
     def _check_row(self, raw: Any, source: int) -> tuple[CheckedRow, list[dict] | None]:
@@ -171,7 +169,7 @@ class DataCheck:
 
     def _num_askable(self, messages: list[dict]) -> int:
         """Turns that may be drawn as self-questions."""
-        holds_image = [{"type": "image"} in message["content"] for message in messages]
+        holds_image = [IMAGE_PART in message["content"] for message in messages]
         if self.plain or not any(holds_image):
             return 0
         user_turns = [index for index, message in enumerate(messages) if message["role"] == "user"]
@@ -186,7 +184,7 @@ class DataCheck:
             return []
         texts = self.processor.apply_chat_template(conversations, plain=self.plain)
         input_ids = self.processor.tokenizer(texts, add_special_tokens=False).input_ids
-        num_images = [sum(p["type"] == "image" for m in messages for p in m["content"]) for messages in conversations]
+        num_images = [sum(m["content"].count(IMAGE_PART) for m in messages) for messages in conversations]
         return [
             len(ids) + number * (self.processor.image_seq_length - 1) for ids, number in zip(input_ids, num_images)
         ]
