@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 import transformers
 from safetensors.torch import load_file
-from transformers import CLIPConfig, CLIPModel, LlamaConfig, LlamaForCausalLM, TrainerState, set_seed
+from transformers import TrainerState
 
 import train_sft
 from processing_sq_llava import SQLlavaProcessor
@@ -55,13 +55,7 @@ PROCESSES.set_forkserver_preload(["tests.runs"])
 
 def make_parts(root: Path) -> Path:
     """A CLIP, a Llama, and 16 rows, every third of them text-only."""
-    set_seed(0)
-    tokenizer = tiny.llama_tokenizer()
-    clip = CLIPConfig(text_config={"num_hidden_layers": 1, "hidden_size": 32}, vision_config=tiny.TINY_VISION)
-    CLIPModel(clip).save_pretrained(root / "clip")
-    tiny.tiny_image_processor().save_pretrained(root / "clip")
-    LlamaForCausalLM(LlamaConfig(**{**tiny.TINY_LLAMA, "vocab_size": len(tokenizer)})).save_pretrained(root / "llama")
-    tokenizer.save_pretrained(root / "llama")
+    tiny.save_towers(root)
     rows = []
     for index in range(16):
         turns = []

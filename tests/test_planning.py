@@ -8,7 +8,6 @@ import datasets
 import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
-from transformers import CLIPConfig, CLIPModel, LlamaConfig, LlamaForCausalLM, set_seed
 from trl import SFTConfig
 from trl.trainer.utils import add_fused_lm_head
 
@@ -47,13 +46,7 @@ SETTINGS = {
 def parts(tmp_path_factory) -> Path:
     """A CLIP, a Llama, and ten captions, the fourth and the eighth of which are the longest."""
     root = tmp_path_factory.mktemp("parts")
-    set_seed(0)
-    tokenizer = tiny.llama_tokenizer()
-    clip = CLIPConfig(text_config={"num_hidden_layers": 1, "hidden_size": 32}, vision_config=tiny.TINY_VISION)
-    CLIPModel(clip).save_pretrained(root / "clip")
-    tiny.tiny_image_processor().save_pretrained(root / "clip")
-    LlamaForCausalLM(LlamaConfig(**{**tiny.TINY_LLAMA, "vocab_size": len(tokenizer)})).save_pretrained(root / "llama")
-    tokenizer.save_pretrained(root / "llama")
+    tiny.save_towers(root)
     tiny.picture().save(root / "a.png")
     rows = []
     for index in range(10):

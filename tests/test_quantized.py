@@ -9,7 +9,6 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 from torch import nn
-from transformers import CLIPConfig, CLIPModel, LlamaConfig, LlamaForCausalLM, set_seed
 
 import train_sft
 from modeling_sq_llava import SQLlavaForConditionalGeneration, UpcastLinear
@@ -26,13 +25,7 @@ LINEAR = {"load_in_4bit": bitsandbytes.nn.Linear4bit, "load_in_8bit": bitsandbyt
 def parts(tmp_path_factory) -> Path:
     """A CLIP, a Llama, and conversations with a picture."""
     root = tmp_path_factory.mktemp("parts")
-    set_seed(0)
-    tokenizer = tiny.llama_tokenizer()
-    clip = CLIPConfig(text_config={"num_hidden_layers": 1, "hidden_size": 32}, vision_config=tiny.TINY_VISION)
-    CLIPModel(clip).save_pretrained(root / "clip")
-    tiny.tiny_image_processor().save_pretrained(root / "clip")
-    LlamaForCausalLM(LlamaConfig(**{**tiny.TINY_LLAMA, "vocab_size": len(tokenizer)})).save_pretrained(root / "llama")
-    tokenizer.save_pretrained(root / "llama")
+    tiny.save_towers(root)
     tiny.picture().save(root / "a.png")
     turns = [("human", "<image>\nWhat?"), ("gpt", "A dog."), ("human", "Where?"), ("gpt", "In the grass.")]
     row = {"image": "a.png", "conversations": [{"from": role, "value": text} for role, text in turns]}

@@ -15,7 +15,7 @@ from accelerate.commands.launch import _validate_launch_command, launch_command_
 from accelerate.utils import DeepSpeedPlugin
 from accelerate.utils.fsdp_utils import fsdp2_prepare_auto_wrap_policy
 from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
-from transformers import CLIPConfig, CLIPModel, CLIPVisionConfig, LlamaConfig, LlamaForCausalLM, set_seed
+from transformers import CLIPVisionConfig, LlamaConfig
 from transformers.distributed.fsdp import update_fsdp_plugin_peft
 from trl import ModelConfig, SFTConfig, TrlParser
 
@@ -41,13 +41,7 @@ def keys(file: Path) -> set[str]:
 def parts(tmp_path_factory) -> Path:
     """A CLIP, a Llama, captions and conversations with pictures."""
     root = tmp_path_factory.mktemp("parts")
-    set_seed(0)
-    tokenizer = tiny.llama_tokenizer()
-    clip = CLIPConfig(text_config={"num_hidden_layers": 1, "hidden_size": 32}, vision_config=tiny.TINY_VISION)
-    CLIPModel(clip).save_pretrained(root / "clip")
-    tiny.tiny_image_processor().save_pretrained(root / "clip")
-    LlamaForCausalLM(LlamaConfig(**{**tiny.TINY_LLAMA, "vocab_size": len(tokenizer)})).save_pretrained(root / "llama")
-    tokenizer.save_pretrained(root / "llama")
+    tiny.save_towers(root)
     tiny.picture().save(root / "a.png")
     turns = [("human", "<image>\nWhat?"), ("gpt", "A dog."), ("human", "Where?"), ("gpt", "In the grass.")]
     row = {"image": "a.png", "conversations": [{"from": role, "value": text} for role, text in turns]}

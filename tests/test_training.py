@@ -10,7 +10,6 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
-from transformers import CLIPConfig, CLIPModel, LlamaConfig, LlamaForCausalLM, set_seed
 
 import train_sft
 from modeling_sq_llava import SQLlavaForConditionalGeneration
@@ -52,13 +51,7 @@ COMMON = {
 def parts(tmp_path_factory) -> Path:
     """Folders as people have them: a CLIP, a Llama, and LLaVA's JSON with pictures, every third row text-only."""
     root = tmp_path_factory.mktemp("parts")
-    set_seed(0)
-    tokenizer = tiny.llama_tokenizer()
-    clip = CLIPConfig(text_config={"num_hidden_layers": 1, "hidden_size": 32}, vision_config=tiny.TINY_VISION)
-    CLIPModel(clip).save_pretrained(root / "clip")
-    tiny.tiny_image_processor().save_pretrained(root / "clip")
-    LlamaForCausalLM(LlamaConfig(**{**tiny.TINY_LLAMA, "vocab_size": len(tokenizer)})).save_pretrained(root / "llama")
-    tokenizer.save_pretrained(root / "llama")
+    tiny.save_towers(root)
     rows = []
     for index in range(16):
         turns = []

@@ -2,12 +2,22 @@
 
 import json
 from functools import partial
+from pathlib import Path
 
 import torch
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch.nn import functional as F
-from transformers import CLIPImageProcessorPil, LlamaTokenizer, PreTrainedTokenizerFast, set_seed
+from transformers import (
+    CLIPConfig,
+    CLIPImageProcessorPil,
+    CLIPModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaTokenizer,
+    PreTrainedTokenizerFast,
+    set_seed,
+)
 
 from configuration_sq_llava import SQLlavaConfig
 from modeling_sq_llava import SQLlavaForConditionalGeneration
@@ -164,3 +174,14 @@ def picture(seed: int = 0, width: int = 60, height: int = 40) -> Image.Image:
     generator = torch.Generator().manual_seed(seed)
     pixels = torch.randint(0, 256, (height, width, 3), generator=generator, dtype=torch.uint8)
     return Image.fromarray(pixels.numpy())
+
+
+def save_towers(root: Path) -> None:
+    """Writes a CLIP to `root/clip` and a Llama to `root/llama`, as people have them."""
+    set_seed(0)
+    tokenizer = llama_tokenizer()
+    clip = CLIPConfig(text_config={"num_hidden_layers": 1, "hidden_size": 32}, vision_config=TINY_VISION)
+    CLIPModel(clip).save_pretrained(root / "clip")
+    tiny_image_processor().save_pretrained(root / "clip")
+    LlamaForCausalLM(LlamaConfig(**{**TINY_LLAMA, "vocab_size": len(tokenizer)})).save_pretrained(root / "llama")
+    tokenizer.save_pretrained(root / "llama")
