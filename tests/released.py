@@ -1,0 +1,589 @@
+"""Tiny random checkpoints in the layouts of the public releases: the same files, the same names of keys.
+
+    base = write_language_model(tmp_path / "base")
+    tower = write_clip(tmp_path / "clip")
+    source = write_sq_llava_lora(tmp_path / "sqllava-lora", base=base, vision=tower)
+
+Sizes are those of `tests/tiny.py`: 9 image tokens, 5 prototypes. Weights are float32 with a standard deviation of 0.2,
+so that logits depend on all of them. The values hang on `seed` and the order of the tensors only, so two folders that
+are written with the same arguments are equal. `.bin` files are pickles, as in the releases.
+"""
+
+import io
+import json
+from pathlib import Path
+
+import sentencepiece
+import torch
+from safetensors.torch import save_file
+from transformers import LlamaTokenizer
+
+from tests.tiny import CORPUS
+
+
+CLIP_MEAN = [0.48145466, 0.4578275, 0.40821073]
+CLIP_STD = [0.26862954, 0.26130258, 0.27577711]
+VISION = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "image_size": 42,
+    "patch_size": 14,
+}
+TEXT = {
+    "vocab_size": 450,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 1024,
+    "rms_norm_eps": 1e-5,
+    "hidden_act": "silu",
+}
+NUM_LATENTS = 5
+# The names in the releases' configurations; pass folders instead for sources that are complete on one machine.
+RELEASED_BASE = "Lin-Chen/ShareGPT4V-7B_Pretrained_vit-large336-l12_vicuna-7b-v1.5"
+RELEASED_TOWER = "openai/clip-vit-large-patch14-336"
+TEXT_LINEARS = {
+    "self_attn.q_proj": ("hidden_size", "hidden_size"),
+    "self_attn.k_proj": ("key_size", "hidden_size"),
+    "self_attn.v_proj": ("key_size", "hidden_size"),
+    "self_attn.o_proj": ("hidden_size", "hidden_size"),
+    "mlp.gate_proj": ("intermediate_size", "hidden_size"),
+    "mlp.up_proj": ("intermediate_size", "hidden_size"),
+    "mlp.down_proj": ("hidden_size", "intermediate_size"),
+}
+VISION_LINEARS = {
+    "self_attn.q_proj": ("hidden_size", "hidden_size"),
+    "self_attn.k_proj": ("hidden_size", "hidden_size"),
+    "self_attn.v_proj": ("hidden_size", "hidden_size"),
+    "self_attn.out_proj": ("hidden_size", "hidden_size"),
+    "mlp.fc1": ("intermediate_size", "hidden_size"),
+    "mlp.fc2": ("hidden_size", "intermediate_size"),
+}
+
+
+class _Random:
+    """Tensors with a standard deviation of 0.2; norms' weights lie around one."""
+
+    def __init__(self, seed: int):
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def __call__(self, *shape: int, mean: float = 0.0) -> torch.Tensor:
+        return mean + 0.2 * torch.randn(*shape, generator=self.generator)
+
+    def linear(self, name: str, outputs: int, inputs: int, bias: bool = True) -> dict[str, torch.Tensor]:
+        return {f"{name}.weight": self(outputs, inputs)} | ({f"{name}.bias": self(outputs)} if bias else {})
+
+    def norm(self, name: str, width: int, bias: bool = True) -> dict[str, torch.Tensor]:
+        return {f"{name}.weight": self(width, mean=1.0)} | ({f"{name}.bias": self(width)} if bias else {})
+
+
+def _sizes(config: dict) -> dict[str, int]:
+    head_size = config["hidden_size"] // config["num_attention_heads"]
+    key_heads = config.get("num_key_value_heads", config["num_attention_heads"])
+    return {**config, "key_size": key_heads * head_size}
+
+
+def text_weights(seed: int = 0, inv_freq: bool = False, **changes) -> dict[str, torch.Tensor]:
+    """Names as in `LlamaForCausalLM`; `changes` are fields of the configuration."""
+    random, size = _Random(seed), _sizes({**TEXT, **changes})
+    width = size["hidden_size"]
+    weights = {"model.embed_tokens.weight": random(size["vocab_size"], width)}
+    for layer in range(size["num_hidden_layers"]):
+        prefix = f"model.layers.{layer}"
+        for name, (outputs, inputs) in TEXT_LINEARS.items():
+            weights |= random.linear(f"{prefix}.{name}", size[outputs], size[inputs], bias=False)
+        if inv_freq:
+            head_size = width // size["num_attention_heads"]
+            frequencies = 10000.0 ** -(torch.arange(0, head_size, 2) / head_size)
+            weights[f"{prefix}.self_attn.rotary_emb.inv_freq"] = frequencies
+        weights |= random.norm(f"{prefix}.input_layernorm", width, bias=False)
+        weights |= random.norm(f"{prefix}.post_attention_layernorm", width, bias=False)
+    weights |= random.norm("model.norm", width, bias=False)
+    if not size.get("tie_word_embeddings"):
+        weights["lm_head.weight"] = random(size["vocab_size"], width)
+    return weights
+
+
+def vision_weights(seed: int = 1, position_ids: bool = False) -> dict[str, torch.Tensor]:
+    """Names as in the `vision_model` of a CLIP."""
+    random, size = _Random(seed), _sizes(VISION)
+    width, patch = size["hidden_size"], size["patch_size"]
+    num_positions = (size["image_size"] // patch) ** 2 + 1
+    weights = {
+        "embeddings.class_embedding": random(width),
+        "embeddings.patch_embedding.weight": random(width, 3, patch, patch) / 4,
+        "embeddings.position_embedding.weight": random(num_positions, width),
+    }
+    if position_ids:
+        weights["embeddings.position_ids"] = torch.arange(num_positions).unsqueeze(0)
+    weights |= random.norm("pre_layrnorm", width)
+    for layer in range(size["num_hidden_layers"]):
+        prefix = f"encoder.layers.{layer}"
+        weights |= random.norm(f"{prefix}.layer_norm1", width) | random.norm(f"{prefix}.layer_norm2", width)
+        for name, (outputs, inputs) in VISION_LINEARS.items():
+            weights |= random.linear(f"{prefix}.{name}", size[outputs], size[inputs])
+    return weights | random.norm("post_layernorm", width)
+
+
+def projector_weights(kind: str = "cluster", seed: int = 2) -> dict[str, torch.Tensor]:
+    """Names inside of the authors' `mm_projector`: of `cluster`, `mlp2x_gelu` or `linear`."""
+    random, width, hidden = _Random(seed), VISION["hidden_size"], TEXT["hidden_size"]
+    if kind == "linear":
+        return {"weight": random(hidden, width), "bias": random(hidden)}
+    if kind == "mlp2x_gelu":
+        return random.linear("0", hidden, width) | random.linear("2", hidden, hidden)
+    weights = {"sim_alpha": random(1, 1, 1, mean=1.0), "sim_beta": random(1, 1, 1)}
+    for name in "cvf":
+        weights |= random.linear(name, width, width)
+    weights |= random.norm("ln_1", width)
+    return weights | random.linear("mlp.0", hidden, width) | random.linear("mlp.2", hidden, hidden)
+
+
+def lora_weights(
+    prefix: str, linears: dict, config: dict, rank: int, seed: int = 3, zero_b: bool = False
+) -> dict[str, torch.Tensor]:
+    """Names as PEFT 0.4 wrote them, without the adapter's name: `{prefix}.layers.0.mlp.fc1.lora_A.weight`."""
+    random, size = _Random(seed), _sizes(config)
+    weights = {}
+    for layer in range(size["num_hidden_layers"]):
+        for name, (outputs, inputs) in linears.items():
+            module = f"{prefix}.layers.{layer}.{name}"
+            weights[f"{module}.lora_A.weight"] = random(rank, size[inputs])
+            weights[f"{module}.lora_B.weight"] = random(size[outputs], rank) * (0.0 if zero_b else 1.0)
+    return weights
+
+
+def _prefixed(prefix: str, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {prefix + name: tensor for name, tensor in weights.items()}
+
+
+def _write_json(path: Path, content: dict) -> None:
+    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
+
+
+def _write_weights(
+    folder: Path, weights: dict, shards: int, safetensors: bool, dtype: torch.dtype = torch.float32
+) -> None:
+    stem, suffix = ("model", "safetensors") if safetensors else ("pytorch_model", "bin")
+    weights = {name: w.to(dtype).contiguous() if w.is_floating_point() else w for name, w in weights.items()}
+    names = list(weights)
+    files, size = {}, -(-len(names) // shards)
+    for index in range(shards):
+        part = {name: weights[name] for name in names[index * size : (index + 1) * size]}
+        file = f"{stem}.{suffix}" if shards == 1 else f"{stem}-{index + 1:05d}-of-{shards:05d}.{suffix}"
+        files |= dict.fromkeys(part, file)
+        if safetensors:
+            save_file(part, folder / file, metadata={"format": "pt"})
+        else:
+            torch.save(part, folder / file)
+    if shards > 1:
+        total = sum(tensor.nbytes for tensor in weights.values())
+        index = {"metadata": {"total_size": total}, "weight_map": files}
+        _write_json(folder / f"{stem}.{suffix}.index.json", index)
+
+
+def sentencepiece_model() -> bytes:
+    """A BPE model with Llama's settings: bytes for what it lacks, `<unk> <s> </s>` first, 450 pieces."""
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(CORPUS * 20),
+        model_writer=model,
+        model_type="bpe",
+        vocab_size=TEXT["vocab_size"],
+        byte_fallback=True,
+        split_digits=True,
+        allow_whitespace_only_pieces=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        character_coverage=1.0,
+        minloglevel=2,
+    )
+    return model.getvalue()
+
+
+def write_tokenizer(folder: Path, kind: str = "slow") -> None:
+    """`slow`: `tokenizer.model` and its two JSON files, as Vicuna's; `fast`: `tokenizer.json`, too; `fast_only`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "tokenizer.model").write_bytes(sentencepiece_model())
+    token = {"__type": "AddedToken", "lstrip": False, "normalized": False, "rstrip": False, "single_word": False}
+    special_tokens = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    _write_json(
+        folder / "tokenizer_config.json",
+        {
+            **{name: {**token, "content": content} for name, content in special_tokens.items()},
+            "add_bos_token": True,
+            "add_eos_token": False,
+            "clean_up_tokenization_spaces": False,
+            "legacy": False,
+            "model_max_length": 1024,
+            "pad_token": None,
+            "padding_side": "right",
+            "sp_model_kwargs": {},
+            "tokenizer_class": "LlamaTokenizer",
+        },
+    )
+    _write_json(folder / "special_tokens_map.json", special_tokens | {"pad_token": "<unk>"})
+    if kind != "slow":
+        # Not AutoTokenizer: beside a config.json of model_type llava it gives other ids than SentencePiece.
+        LlamaTokenizer.from_pretrained(folder).save_pretrained(folder)
+        if kind == "fast_only":
+            (folder / "tokenizer.model").unlink()
+
+
+def _llama_config(**changes) -> dict:
+    return {
+        **TEXT,
+        "architectures": ["LlamaForCausalLM"],
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "initializer_range": 0.02,
+        "model_type": "llama",
+        "pad_token_id": 0,
+        "pretraining_tp": 1,
+        "rope_scaling": None,
+        "tie_word_embeddings": False,
+        "torch_dtype": "float16",
+        "transformers_version": "4.31.0",
+        "use_cache": True,
+        **changes,
+    }
+
+
+def _llava_config(projector: str, vision: str | Path, **changes) -> dict:
+    """A configuration as the code of LLaVA and of SQ-LLaVA writes it: Llama's with fields `mm_*`."""
+    config = _llama_config(
+        architectures=["LlavaLlamaForCausalLM"],
+        model_type="llava",
+        freeze_mm_mlp_adapter=False,
+        image_aspect_ratio="pad",
+        image_grid_pinpoints=None,
+        mm_hidden_size=VISION["hidden_size"],
+        mm_projector_lr=2e-05,
+        mm_projector_type=projector,
+        mm_use_im_patch_token=False,
+        mm_use_im_start_end=False,
+        mm_vision_select_feature="patch",
+        mm_vision_select_layer=-2,
+        mm_vision_tower=str(vision),
+        tune_mm_mlp_adapter=False,
+        use_mm_proj=True,
+    )
+    if projector == "cluster":
+        config["num_latents"] = NUM_LATENTS
+    return {**config, **changes}
+
+
+def _write_generation_config(folder: Path) -> None:
+    # As Vicuna's: a temperature without sampling.
+    settings = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "max_length": 4096}
+    settings |= {"temperature": 0.9, "top_p": 0.6, "transformers_version": "4.31.0", "_from_model_config": True}
+    _write_json(folder / "generation_config.json", settings)
+
+
+def write_language_model(
+    folder: Path,
+    llava: bool = False,
+    vision: str | Path = RELEASED_TOWER,
+    shards: int = 2,
+    safetensors: bool = False,
+    inv_freq: bool = True,
+    tokenizer: str = "slow",
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+    **changes,
+) -> Path:
+    """
+    A base: Vicuna, or (`llava`) the ShareGPT4V base of the release, whose configuration is LLaVA's and whose files
+    hold a projector of their own.
+    """
+    folder.mkdir(parents=True)
+    weights = text_weights(seed, inv_freq, **changes)
+    if llava:
+        weights |= _prefixed("model.mm_projector.", projector_weights("mlp2x_gelu", seed + 50))
+        _write_json(folder / "config.json", _llava_config("mlp2x_gelu", vision, **changes))
+    else:
+        _write_json(folder / "config.json", _llama_config(**changes))
+    _write_weights(folder, weights, shards, safetensors, dtype)
+    _write_generation_config(folder)
+    write_tokenizer(folder, tokenizer)
+    return folder
+
+
+def write_clip(
+    folder: Path,
+    whole: bool = True,
+    safetensors: bool = False,
+    position_ids: bool = True,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 1,
+) -> Path:
+    """`openai/clip-vit-large-patch14-336`: a whole CLIP, or its vision part alone, as ShareGPT4V's tower."""
+    folder.mkdir(parents=True)
+    weights = _prefixed("vision_model.", vision_weights(seed, position_ids))
+    vision_config = {**VISION, "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5, "projection_dim": 24}
+    vision_config["model_type"] = "clip_vision_model"
+    if whole:
+        text_config = {"model_type": "clip_text_model", "hidden_size": 16, "intermediate_size": 24}
+        text_config |= {"num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 99, "projection_dim": 24}
+        weights |= _clip_text_weights(seed + 100)
+        config = {"model_type": "clip", "architectures": ["CLIPModel"], "projection_dim": 24}
+        config |= {"text_config": text_config, "vision_config": vision_config, "logit_scale_init_value": 2.6592}
+    else:
+        config = {**vision_config, "architectures": ["CLIPVisionModel"]}
+    _write_json(folder / "config.json", config)
+    _write_weights(folder, weights, 1, safetensors, dtype)
+    _write_preprocessor(folder)
+    return folder
+
+
+def _clip_text_weights(seed: int) -> dict[str, torch.Tensor]:
+    random = _Random(seed)
+    weights = {
+        "logit_scale": torch.tensor(4.6),
+        "text_model.embeddings.position_ids": torch.arange(77).unsqueeze(0),
+        "text_model.embeddings.token_embedding.weight": random(99, 16),
+        "text_model.embeddings.position_embedding.weight": random(77, 16),
+    }
+    layer = "text_model.encoder.layers.0"
+    for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
+        weights |= random.linear(f"{layer}.self_attn.{name}", 16, 16)
+    weights |= random.linear(f"{layer}.mlp.fc1", 24, 16) | random.linear(f"{layer}.mlp.fc2", 16, 24)
+    weights |= random.norm(f"{layer}.layer_norm1", 16) | random.norm(f"{layer}.layer_norm2", 16)
+    weights |= random.norm("text_model.final_layer_norm", 16) | random.linear("text_projection", 24, 16, bias=False)
+    return weights | random.linear("visual_projection", 24, VISION["hidden_size"], bias=False)
+
+
+def _write_preprocessor(folder: Path, **fields) -> None:
+    side = VISION["image_size"]
+    settings = {"crop_size": side, "size": side, "do_center_crop": True, "do_normalize": True, "do_resize": True}
+    settings |= {"feature_extractor_type": "CLIPFeatureExtractor", "resample": 3}
+    settings |= {"image_mean": CLIP_MEAN, "image_std": CLIP_STD}
+    _write_json(folder / "preprocessor_config.json", {**settings, **fields})
+
+
+def _lora_config(rank: int, alpha: int, base: str | Path, linears: dict, dropout: float, task: str | None) -> dict:
+    return {
+        "auto_mapping": None,
+        "base_model_name_or_path": str(base),
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "init_lora_weights": True,
+        "layers_pattern": None,
+        "layers_to_transform": None,
+        "lora_alpha": alpha,
+        "lora_dropout": dropout,
+        "modules_to_save": None,
+        "peft_type": "LORA",
+        "r": rank,
+        "revision": None,
+        "target_modules": sorted(name.rpartition(".")[2] for name in linears),
+        "task_type": task,
+    }
+
+
+def write_sq_llava_lora(
+    folder: Path,
+    base: str | Path = RELEASED_BASE,
+    vision: str | Path = RELEASED_TOWER,
+    vision_lora: str | None = "both",
+    rank: int = 8,
+    alpha: int = 16,
+    vision_rank: int = 4,
+    vision_alpha: int = 12,
+    zero_vision_b: bool = False,
+    differing: bool = False,
+    use_rslora: bool = False,
+    seed: int = 10,
+    **changes,
+) -> Path:
+    """
+    The authors' LoRA release.
+
+    Args:
+        base, vision: What the configurations name.
+        vision_lora: Where the ViT-LoRA stands: in `adapter_model.bin` ("inside"), in `Vit-lora` ("folder"), in "both",
+            or nowhere (`None`).
+        zero_vision_b: Whether it never learned, as the authors' code left it.
+        differing: Whether the two places hold different values.
+        changes: Fields of `config.json`.
+    """
+    folder.mkdir(parents=True)
+    weights = lora_weights("base_model.model.model", TEXT_LINEARS, TEXT, rank, seed)
+    tower = ("encoder", VISION_LINEARS, VISION, vision_rank)
+    vision_weights_inside = lora_weights(*tower, seed + 1, zero_vision_b)
+    if vision_lora in ("inside", "both"):
+        prefix = "base_model.model.model.vision_tower.vision_tower.vision_model."
+        weights |= _prefixed(prefix, vision_weights_inside)
+    adapter = _lora_config(rank, alpha, base, TEXT_LINEARS, 0.05, "CAUSAL_LM")
+    if use_rslora:
+        adapter["use_rslora"] = True
+    torch.save(weights, folder / "adapter_model.bin")
+    _write_json(folder / "adapter_config.json", adapter)
+    if vision_lora in ("folder", "both"):
+        vit_lora = folder / "Vit-lora"
+        vit_lora.mkdir()
+        # The authors put this adapter on their wrapper of the tower.
+        weights = lora_weights(*tower, seed + 2 if differing else seed + 1, zero_vision_b)
+        torch.save(_prefixed("base_model.model.vision_tower.vision_model.", weights), vit_lora / "adapter_model.bin")
+        _write_json(
+            vit_lora / "adapter_config.json",
+            _lora_config(vision_rank, vision_alpha, vision, VISION_LINEARS, 0.2, None),
+        )
+    projector = _prefixed("base_model.model.model.mm_projector.", projector_weights("cluster", seed + 3))
+    torch.save(projector, folder / "non_lora_trainables.bin")
+    _write_json(folder / "config.json", _llava_config("cluster", vision, _name_or_path=str(base), **changes))
+    return folder
+
+
+def write_sq_llava_merged(
+    folder: Path,
+    vision: str | Path = RELEASED_TOWER,
+    tower_inside: bool = True,
+    shards: int = 2,
+    safetensors: bool = False,
+    tokenizer: str = "slow",
+    seed: int = 20,
+    **changes,
+) -> Path:
+    """A SQ-LLaVA that the authors' code merged and saved; see [`write_llava`]."""
+    return write_llava(folder, vision, "cluster", tower_inside, shards, safetensors, tokenizer, seed, **changes)
+
+
+def write_llava(
+    folder: Path,
+    vision: str | Path = RELEASED_TOWER,
+    projector: str = "mlp2x_gelu",
+    tower_inside: bool = True,
+    shards: int = 2,
+    safetensors: bool = False,
+    tokenizer: str = "slow",
+    seed: int = 30,
+    **changes,
+) -> Path:
+    """`liuhaotian/llava-v1.5-7b`: all weights in the names of the original code; the tower's may be left out."""
+    folder.mkdir(parents=True)
+    weights = text_weights(seed, **changes)
+    weights |= _prefixed("model.mm_projector.", projector_weights(projector, seed + 2))
+    if tower_inside:
+        weights |= _prefixed("model.vision_tower.vision_tower.vision_model.", vision_weights(seed + 1))
+    _write_weights(folder, weights, shards, safetensors)
+    _write_json(folder / "config.json", _llava_config(projector, vision, **changes))
+    _write_generation_config(folder)
+    write_tokenizer(folder, tokenizer)
+    return folder
+
+
+def write_llava_lora(
+    folder: Path,
+    base: str | Path = "lmsys/vicuna-7b-v1.5",
+    vision: str | Path = RELEASED_TOWER,
+    projector: str = "mlp2x_gelu",
+    rank: int = 8,
+    alpha: int = 16,
+    seed: int = 40,
+    **changes,
+) -> Path:
+    """`liuhaotian/llava-v1.5-7b-lora`: LoRA of the language model, and the projector."""
+    folder.mkdir(parents=True)
+    lora = lora_weights("base_model.model.model", TEXT_LINEARS, TEXT, rank, seed)
+    torch.save(lora, folder / "adapter_model.bin")
+    _write_json(folder / "adapter_config.json", _lora_config(rank, alpha, base, TEXT_LINEARS, 0.05, "CAUSAL_LM"))
+    weights = _prefixed("base_model.model.model.mm_projector.", projector_weights(projector, seed + 2))
+    torch.save(weights, folder / "non_lora_trainables.bin")
+    _write_json(folder / "config.json", _llava_config(projector, vision, _name_or_path=str(base), **changes))
+    return folder
+
+
+def write_projector(
+    folder: Path,
+    projector: str = "cluster",
+    vision: str | Path = RELEASED_TOWER,
+    base: str | Path = "lmsys/vicuna-7b-v1.5",
+    config: bool = True,
+    seed: int = 50,
+) -> Path:
+    """What stage 1 of the original code leaves: `mm_projector.bin`, and a `config.json` (which may have been lost)."""
+    folder.mkdir(parents=True)
+    weights = _prefixed("model.mm_projector.", projector_weights(projector, seed))
+    torch.save(weights, folder / "mm_projector.bin")
+    if config:
+        fields = {"tune_mm_mlp_adapter": True, "_name_or_path": str(base), "image_aspect_ratio": "square"}
+        _write_json(folder / "config.json", _llava_config(projector, vision, **fields))
+    return folder
+
+
+def _llava_hf_weights(layout: str, seed: int) -> dict[str, torch.Tensor]:
+    text = text_weights(seed, vocab_size=512)
+    head = text.pop("lm_head.weight")
+    vision, projector = vision_weights(seed + 1), projector_weights("mlp2x_gelu", seed + 2)
+    projector = {name.replace("0.", "linear_1.").replace("2.", "linear_2."): w for name, w in projector.items()}
+    if layout == "newer":
+        text = {name.replace("model.", "model.language_model.", 1): tensor for name, tensor in text.items()}
+        weights = _prefixed("model.vision_tower.vision_model.", vision)
+        weights |= _prefixed("model.multi_modal_projector.", projector) | text
+        return weights | {"lm_head.weight": head}
+    tower_prefix = {"older": "vision_tower.vision_model.", "transformers5": "vision_tower."}[layout]
+    weights = _prefixed(tower_prefix, vision) | _prefixed("multi_modal_projector.", projector)
+    return weights | _prefixed("language_model.", text) | {"language_model.lm_head.weight": head}
+
+
+def write_llava_hf(
+    folder: Path,
+    layout: str = "older",
+    shards: int = 3,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 60,
+) -> Path:
+    """
+    `llava-hf/llava-1.5-7b-hf`, with the ids of `<image>` and `<pad>` behind the vocabulary and matrices of 512 rows.
+
+    Args:
+        layout: Names of keys: "older" as on the Hub (`language_model.model.*`, `vision_tower.vision_model.*`), "newer"
+            as transformers 4.52 saves (`model.language_model.*`), "transformers5" as 5.x saves (`vision_tower.*`).
+    """
+    folder.mkdir(parents=True)
+    _write_weights(folder, _llava_hf_weights(layout, seed), shards, True, dtype)
+    write_tokenizer(folder, "fast")
+    tokenizer = LlamaTokenizer.from_pretrained(folder)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"], "pad_token": "<pad>"})
+    tokenizer.padding_side = "left"
+    tokenizer.save_pretrained(folder)
+    special_tokens = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
+    _write_json(folder / "special_tokens_map.json", special_tokens)
+    image_id, pad_id = tokenizer.convert_tokens_to_ids(["<image>", "<pad>"])
+    text_config = {**TEXT, "vocab_size": 512, "model_type": "llama", "architectures": ["LlamaForCausalLM"]}
+    vision_config = {**VISION, "model_type": "clip_vision_model", "projection_dim": 24, "vocab_size": 450}
+    _write_json(
+        folder / "config.json",
+        {
+            "architectures": ["LlavaForConditionalGeneration"],
+            "ignore_index": -100,
+            "image_seq_length": 9,
+            "image_token_index": image_id,
+            "model_type": "llava",
+            "pad_token_id": pad_id,
+            "projector_hidden_act": "gelu",
+            "text_config": text_config,
+            "tie_word_embeddings": False,
+            "torch_dtype": "float16",
+            "vision_config": vision_config,
+            "vision_feature_layer": -2,
+            "vision_feature_select_strategy": "default",
+        },
+    )
+    generation = {"_from_model_config": True, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": pad_id}
+    _write_json(folder / "generation_config.json", generation)
+    side = VISION["image_size"]
+    sizes = {"size": {"shortest_edge": side}, "crop_size": {"height": side, "width": side}}
+    settings = {"do_convert_rgb": True, "do_rescale": True, "rescale_factor": 1 / 255}
+    settings |= {"image_processor_type": "CLIPImageProcessor", "processor_class": "LlavaProcessor"}
+    _write_preprocessor(folder, **sizes, **settings)
+    processor = {"image_token": "<image>", "patch_size": 14, "processor_class": "LlavaProcessor"}
+    processor |= {"num_additional_image_tokens": 1, "vision_feature_select_strategy": "default"}
+    _write_json(folder / "processor_config.json", processor)
+    return folder
