@@ -550,7 +550,8 @@ def write_llava_hf(
     _write_weights(folder, _llava_hf_weights(layout, seed), shards, True, dtype)
     write_tokenizer(folder, "fast")
     tokenizer = LlamaTokenizer.from_pretrained(folder)
-    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"], "pad_token": "<pad>"})
+    tokenizer.add_tokens(["<image>", "<pad>"], special_tokens=True)
+    tokenizer.pad_token = "<pad>"
     tokenizer.padding_side = "left"
     tokenizer.save_pretrained(folder)
     special_tokens = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
