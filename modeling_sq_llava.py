@@ -57,8 +57,17 @@ class SQLlavaCausalLMOutputWithPast(ModelOutput):
     image_hidden_states: torch.Tensor | None = None
 
 
-class UpcastLinear(nn.Linear):
-    """A linear layer that computes in the precision of its input: float32 clustering with bfloat16 weights."""
+class UpcastLinear(nn.Module):
+    """
+    A linear layer that computes in the precision of its input: float32 clustering with bfloat16 weights. It is no
+    `nn.Linear`, because vLLM and quantizers put layers of their own in the place of those, which do not.
+    """
+
+    def __init__(self, in_features: int, out_features: int):
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        linear = nn.Linear(in_features, out_features)
+        self.weight, self.bias = linear.weight, linear.bias
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         return F.linear(inputs, self.weight.to(inputs.dtype), self.bias.to(inputs.dtype))
@@ -241,7 +250,10 @@ class SQLlavaPreTrainedModel(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
         super()._init_weights(module)
-        if isinstance(module, SQLlavaPaperPrototypeExtractor):
+        if isinstance(module, UpcastLinear):
+            init.normal_(module.weight, mean=0.0, std=self.config.initializer_range)
+            init.zeros_(module.bias)
+        elif isinstance(module, SQLlavaPaperPrototypeExtractor):
             init.normal_(module.prototypes, mean=0.0, std=1.0)
         elif isinstance(module, SQLlavaReleasedPrototypeExtractor):
             init.ones_(module.sim_alpha)

@@ -39,31 +39,38 @@ SYSTEM_MESSAGE = (
 TEMPLATE_HEADER = "{#- SQ-LLaVA: written by SQLlavaProcessor from its settings -#}\n"
 # `{% generation %}` marks what is in the loss. A user turn flagged `self_question` is a vusr turn. `plain=True` gives
 # the caption layout of stage 1, `ask=True` lets the prompt end in the vusr marker.
+# Servers (vLLM, SGLang) read from the loop over `message['content']`, spelled so, that content may be a list of parts;
+# else they write `<image>` into the text, which the template refuses.
 TEMPLATE_BODY = r"""
 {%- macro text_of(message, images_only=false) -%}
     {%- set content = message['content'] -%}
     {%- if content is undefined or content is none -%}
         {{- raise_exception("The turn of role '" ~ message['role'] ~ "' has no content: write '' if it is empty.") -}}
     {%- endif -%}
-    {%- set parts = [{'type': 'text', 'text': content}] if content is string else content -%}
     {%- set ns = namespace(text='', typed='') -%}
-    {%- for part in parts -%}
-        {%- if part['type'] == 'image' -%}
-            {%- if message['role'] not in ['user', 'system'] or message['self_question'] -%}
-                {{- raise_exception("An image stands in a turn of role '" ~ message['role'] ~ "'" ~
-                    (" flagged self_question" if message['self_question'] else "") ~
-                    ": what the model says cannot hold images. Put it into a user turn.") -}}
+    {%- if content is string -%}
+        {%- set ns.typed = content -%}
+        {%- set ns.text = '' if images_only else content -%}
+    {%- else -%}
+        {%- for part in message['content'] -%}
+            {%- if part['type'] == 'image' -%}
+                {%- if message['role'] not in ['user', 'system'] or message['self_question'] -%}
+                    {{- raise_exception("An image stands in a turn of role '" ~ message['role'] ~ "'" ~
+                        (" flagged self_question" if message['self_question'] else "") ~
+                        ": what the model says cannot hold images. Put it into a user turn.") -}}
+                {%- endif -%}
+                {%- set ns.text = ns.text ~ image_token ~ ('' if ns.typed or images_only else '\n') -%}
+            {%- elif part['type'] == 'text' -%}
+                {%- set ns.typed = ns.typed ~ part['text'] -%}
+                {%- if not images_only -%}
+                    {%- set ns.text = ns.text ~ part['text'] -%}
+                {%- endif -%}
+            {%- else -%}
+                {{- raise_exception("Content of type '" ~ part['type'] ~
+                    "': only 'text' and 'image' are supported.") -}}
             {%- endif -%}
-            {%- set ns.text = ns.text ~ image_token ~ ('' if ns.typed or images_only else '\n') -%}
-        {%- elif part['type'] == 'text' -%}
-            {%- set ns.typed = ns.typed ~ part['text'] -%}
-            {%- if not images_only -%}
-                {%- set ns.text = ns.text ~ part['text'] -%}
-            {%- endif -%}
-        {%- else -%}
-            {{- raise_exception("Content of type '" ~ part['type'] ~ "': only 'text' and 'image' are supported.") -}}
-        {%- endif -%}
-    {%- endfor -%}
+        {%- endfor -%}
+    {%- endif -%}
     {%- for token in control_tokens -%}
         {%- if token in ns.typed -%}
             {{- raise_exception("The text of a turn of role '" ~ message['role'] ~ "' contains '" ~ token ~

@@ -27,7 +27,7 @@ from transformers import BitsAndBytesConfig
 from trl import ModelConfig, SFTConfig, SFTTrainer
 
 from configuration_sq_llava import SQLlavaConfig
-from modeling_sq_llava import SQLlavaForConditionalGeneration
+from modeling_sq_llava import SQLlavaForConditionalGeneration, UpcastLinear
 from sq_llava.adapter import count_parameters
 from sq_llava.base import add_stage_adapter
 from sq_llava.checkpoint import base_of_adapter, compose_config, is_adapter
@@ -263,7 +263,7 @@ def _layers(tower: nn.Module) -> nn.ModuleList:
 
 
 def _features(module: nn.Module) -> int:
-    linears = [m for m in module.modules() if isinstance(m, nn.Linear)]
+    linears = [m for m in module.modules() if isinstance(m, (nn.Linear, UpcastLinear))]
     return sum(linear.in_features + linear.out_features for linear in linears)
 
 

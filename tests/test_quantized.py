@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 import train_sft
-from modeling_sq_llava import SQLlavaForConditionalGeneration, UpcastLinear
+from modeling_sq_llava import SQLlavaForConditionalGeneration
 from sq_llava.checkpoint import load_checkpoint, merge_adapter
 from sq_llava.planning import weight_bytes
 from sq_llava.trainer import SQLlavaTrainer
@@ -67,7 +67,7 @@ def test_towers_are_quantized_and_connector_and_head_are_not(both_stages):
     for name, module in base.named_modules():
         if isinstance(module, nn.Linear) and ".lora_" not in name:
             in_tower = "vision_tower" in name or "language_model" in name
-            assert type(module) is LINEAR[kind] if in_tower else type(module) in (nn.Linear, UpcastLinear), name
+            assert type(module) is (LINEAR[kind] if in_tower else nn.Linear), name
 
 
 def test_all_that_is_trained_stays_float32_and_is_trained(both_stages, parts, tmp_path):

@@ -1,0 +1,137 @@
+"""What inference engines ask of the trio, without one: `make test-vllm` runs vLLM itself.
+
+An engine builds the base with `AutoModel.from_config`, puts layers and attention of its own into it, encodes the
+images by `get_image_features`, and finds their placeholders by the processor's offsets.
+"""
+
+import ast
+
+import pytest
+import torch
+from jinja2 import meta, nodes
+from torch import nn
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.utils.chat_template_utils import _compile_jinja_template
+
+from modeling_sq_llava import SQLlavaAutoModel, SQLlavaModel
+from tests.test_layout import TRIO, path_of
+from tests.tiny import picture, tiny_config, tiny_inputs, tiny_model, tiny_processor
+
+
+# What the trio imports of transformers; all of it is in 5.16.1, the oldest that is supported. `make test-versions`
+# runs a checkpoint with each version: run it before this list grows.
+IN_TRANSFORMERS_5_16 = {
+    "transformers": {
+        "AddedToken", "AutoConfig", "AutoModel", "CONFIG_MAPPING", "Cache", "GenerationMixin", "LlamaTokenizer",
+        "LlavaImageProcessor", "LlavaImageProcessorPil", "PreTrainedConfig", "PreTrainedModel", "ProcessorMixin",
+        "initialization",
+    },
+    "transformers.activations": {"ACT2FN"},
+    "transformers.modeling_outputs": {"BaseModelOutputWithPast", "BaseModelOutputWithPooling", "ModelOutput"},
+    "transformers.processing_utils": {"MultiModalData", "ProcessingKwargs"},
+    "transformers.utils": {"can_return_tuple", "is_torchvision_available", "torch_compilable_check"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("module", TRIO)
+def test_trio_imports_only_what_the_oldest_supported_transformers_has(module):
+    for node in ast.walk(ast.parse(path_of(module).read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module.split(".")[0] == "transformers":
+            assert {alias.name for alias in node.names} <= IN_TRANSFORMERS_5_16[node.module], node.module
+        elif isinstance(node, ast.Import):
+            assert not [alias.name for alias in node.names if alias.name.startswith("transformers")]
+
+
+@pytest.fixture
+def base() -> SQLlavaModel:
+    """The base as an engine builds it, with the weights of `tiny_model()`."""
+    base = SQLlavaAutoModel._from_config(tiny_config())
+    base.load_state_dict(tiny_model().model.state_dict())
+    return base.eval()
+
+
+@torch.no_grad()
+def test_base_gives_hidden_states_first_from_embeddings_that_hold_the_images(base):
+    model, inputs = tiny_model(), tiny_inputs(base.config)
+    image_tokens = base.get_image_features(inputs["pixel_values"], return_dict=True).pooler_output
+    placeholders = inputs["input_ids"] == base.config.image_token_id
+    embeddings = base.get_input_embeddings()(inputs["input_ids"].masked_fill(placeholders, 0))
+    embeddings[placeholders] = image_tokens.flatten(0, 1)
+    outputs = base(
+        inputs_embeds=embeddings,
+        position_ids=torch.arange(embeddings.shape[1]).unsqueeze(0),
+        use_cache=False,
+        return_dict=False,
+    )
+    assert isinstance(outputs, tuple)
+    torch.testing.assert_close(model.lm_head(outputs[0]), model(**inputs).logits)
+
+
+@pytest.mark.parametrize("num_images", [1, 3])
+def test_image_features_are_the_tokens_of_one_image_after_another(num_images, base):
+    pixel_values = tiny_inputs(base.config, num_images=num_images)["pixel_values"]
+    with torch.no_grad():
+        image_tokens = base.get_image_features(pixel_values, return_dict=True).pooler_output
+        alone = [base.get_image_features(image[None], return_dict=True).pooler_output for image in pixel_values]
+    assert image_tokens.shape == (num_images, base.config.image_seq_length, base.config.text_config.hidden_size)
+    torch.testing.assert_close(image_tokens, torch.cat(alone))
+
+
+def test_attention_of_an_engine_serves_the_language_model_alone_and_gets_its_arguments():
+    seen = []
+
+    def attention(module, *args, engine_argument=None, **kwargs):
+        seen.append((type(module).__name__, engine_argument))
+        return sdpa_attention_forward(module, *args, **kwargs)
+
+    AttentionInterface.register("engine", attention)
+    config = tiny_config()
+    config.text_config._attn_implementation = "engine"
+    base = SQLlavaModel(config).eval()
+    assert base.language_model.config is config.text_config is config.get_text_config()
+    with torch.no_grad():
+        base(**tiny_inputs(config), engine_argument=7)
+    assert seen == [("LlamaAttention", 7)] * config.text_config.num_hidden_layers
+
+
+@pytest.mark.parametrize("variant", ["paper", "released", "none"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.no_grad()
+def test_layers_that_take_only_their_own_precision_may_replace_all_linear_ones(variant, dtype):
+    model = tiny_model(tiny_config(prototype_variant=variant)).to(dtype)
+    pixel_values = tiny_inputs(model.config)["pixel_values"]
+    before = model.get_image_features(pixel_values, return_dict=True).pooler_output
+    linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    for name in linears:
+        linear = model.get_submodule(name)
+        replacement = nn.Linear(linear.in_features, linear.out_features, linear.bias is not None)
+        replacement.load_state_dict(linear.state_dict())
+        model.set_submodule(name, replacement.to(dtype))
+    assert "model.multi_modal_projector.linear_1" in linears
+    assert torch.equal(model.get_image_features(pixel_values, return_dict=True).pooler_output, before)
+
+
+@pytest.mark.parametrize("num_images", [0, 1, 2])
+def test_offsets_of_the_placeholders_are_told(num_images, any_tokenizer):
+    processor = tiny_processor(any_tokenizer)
+    messages = [{"role": "user", "content": [*[{"type": "image"}] * num_images, {"type": "text", "text": "What?"}]}]
+    text = processor.apply_chat_template(messages, add_generation_prompt=True)
+    images = [picture(seed) for seed in range(num_images)] or None
+    inputs = processor(text=[text], images=images, return_text_replacement_offsets=True, return_tensors="pt")
+    replacements = inputs["text_replacement_offsets"][0]
+    assert [text[slice(*each["span"])] for each in replacements] == ["<image>"] * num_images
+    assert [(each["type"], each["replacement"]) for each in replacements] == [("image", "<image>" * 9)] * num_images
+    numbers = processor._get_num_multimodal_tokens(image_sizes=[[40, 60]] * num_images)
+    assert (inputs["input_ids"] == processor.image_token_id).sum() == sum(numbers["num_image_tokens"])
+
+
+def test_servers_see_that_the_template_takes_parts_and_who_asks():
+    template = tiny_processor().chat_template
+    parsed = _compile_jinja_template(template).environment.parse(template)
+    message_content = nodes.Getitem(nodes.Name("message", "load"), nodes.Const("content"), "load")
+    # vLLM takes the content for plain text, and writes <image> into it, unless a loop is spelled in just this way.
+    assert message_content in [loop.iter for loop in parsed.find_all(nodes.For)]
+    assert "message" in [loop.target.name for loop in parsed.find_all(nodes.For)]
+    # It hands on those `chat_template_kwargs` of a request that the template reads.
+    assert {"add_generation_prompt", "ask"} <= meta.find_undeclared_variables(parsed)
