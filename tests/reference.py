@@ -4,7 +4,7 @@
     logits = reference.logits(input_ids, pixel_values, image_token_id)
 
 Nothing of `modeling_sq_llava.py` and no model class of transformers takes part: what a conversion gives is compared
-with this. LoRA is added on the fly, never merged. Float32, one sequence at a time, no cache; slow and plain on purpose.
+with this. LoRA is added on the fly, never merged. Float32, one sequence at a time, no cache: plain on purpose.
 """
 
 import json

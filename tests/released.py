@@ -18,147 +18,28 @@ import torch
 from safetensors.torch import save_file
 from transformers import LlamaTokenizer
 
+from tests.released_weights import (
+    TEXT,
+    TEXT_LINEARS,
+    VISION,
+    VISION_LINEARS,
+    clip_text_weights,
+    llava_hf_weights,
+    lora_weights,
+    prefixed,
+    projector_weights,
+    text_weights,
+    vision_weights,
+)
 from tests.tiny import CORPUS
 
 
 CLIP_MEAN = [0.48145466, 0.4578275, 0.40821073]
 CLIP_STD = [0.26862954, 0.26130258, 0.27577711]
-VISION = {
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 2,
-    "image_size": 42,
-    "patch_size": 14,
-}
-TEXT = {
-    "vocab_size": 450,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 1024,
-    "rms_norm_eps": 1e-5,
-    "hidden_act": "silu",
-}
 NUM_LATENTS = 5
 # The names in the releases' configurations; pass folders instead for sources that are complete on one machine.
 RELEASED_BASE = "Lin-Chen/ShareGPT4V-7B_Pretrained_vit-large336-l12_vicuna-7b-v1.5"
 RELEASED_TOWER = "openai/clip-vit-large-patch14-336"
-TEXT_LINEARS = {
-    "self_attn.q_proj": ("hidden_size", "hidden_size"),
-    "self_attn.k_proj": ("key_size", "hidden_size"),
-    "self_attn.v_proj": ("key_size", "hidden_size"),
-    "self_attn.o_proj": ("hidden_size", "hidden_size"),
-    "mlp.gate_proj": ("intermediate_size", "hidden_size"),
-    "mlp.up_proj": ("intermediate_size", "hidden_size"),
-    "mlp.down_proj": ("hidden_size", "intermediate_size"),
-}
-VISION_LINEARS = {
-    "self_attn.q_proj": ("hidden_size", "hidden_size"),
-    "self_attn.k_proj": ("hidden_size", "hidden_size"),
-    "self_attn.v_proj": ("hidden_size", "hidden_size"),
-    "self_attn.out_proj": ("hidden_size", "hidden_size"),
-    "mlp.fc1": ("intermediate_size", "hidden_size"),
-    "mlp.fc2": ("hidden_size", "intermediate_size"),
-}
-
-
-class _Random:
-    """Tensors with a standard deviation of 0.2; norms' weights lie around one."""
-
-    def __init__(self, seed: int):
-        self.generator = torch.Generator().manual_seed(seed)
-
-    def __call__(self, *shape: int, mean: float = 0.0) -> torch.Tensor:
-        return mean + 0.2 * torch.randn(*shape, generator=self.generator)
-
-    def linear(self, name: str, outputs: int, inputs: int, bias: bool = True) -> dict[str, torch.Tensor]:
-        return {f"{name}.weight": self(outputs, inputs)} | ({f"{name}.bias": self(outputs)} if bias else {})
-
-    def norm(self, name: str, width: int, bias: bool = True) -> dict[str, torch.Tensor]:
-        return {f"{name}.weight": self(width, mean=1.0)} | ({f"{name}.bias": self(width)} if bias else {})
-
-
-def _sizes(config: dict) -> dict[str, int]:
-    head_size = config["hidden_size"] // config["num_attention_heads"]
-    key_heads = config.get("num_key_value_heads", config["num_attention_heads"])
-    return {**config, "key_size": key_heads * head_size}
-
-
-def text_weights(seed: int = 0, inv_freq: bool = False, **changes) -> dict[str, torch.Tensor]:
-    """Names as in `LlamaForCausalLM`; `changes` are fields of the configuration."""
-    random, size = _Random(seed), _sizes({**TEXT, **changes})
-    width = size["hidden_size"]
-    weights = {"model.embed_tokens.weight": random(size["vocab_size"], width)}
-    for layer in range(size["num_hidden_layers"]):
-        prefix = f"model.layers.{layer}"
-        for name, (outputs, inputs) in TEXT_LINEARS.items():
-            weights |= random.linear(f"{prefix}.{name}", size[outputs], size[inputs], bias=False)
-        if inv_freq:
-            head_size = width // size["num_attention_heads"]
-            frequencies = 10000.0 ** -(torch.arange(0, head_size, 2) / head_size)
-            weights[f"{prefix}.self_attn.rotary_emb.inv_freq"] = frequencies
-        weights |= random.norm(f"{prefix}.input_layernorm", width, bias=False)
-        weights |= random.norm(f"{prefix}.post_attention_layernorm", width, bias=False)
-    weights |= random.norm("model.norm", width, bias=False)
-    if not size.get("tie_word_embeddings"):
-        weights["lm_head.weight"] = random(size["vocab_size"], width)
-    return weights
-
-
-def vision_weights(seed: int = 1, position_ids: bool = False) -> dict[str, torch.Tensor]:
-    """Names as in the `vision_model` of a CLIP."""
-    random, size = _Random(seed), _sizes(VISION)
-    width, patch = size["hidden_size"], size["patch_size"]
-    num_positions = (size["image_size"] // patch) ** 2 + 1
-    weights = {
-        "embeddings.class_embedding": random(width),
-        "embeddings.patch_embedding.weight": random(width, 3, patch, patch) / 4,
-        "embeddings.position_embedding.weight": random(num_positions, width),
-    }
-    if position_ids:
-        weights["embeddings.position_ids"] = torch.arange(num_positions).unsqueeze(0)
-    weights |= random.norm("pre_layrnorm", width)
-    for layer in range(size["num_hidden_layers"]):
-        prefix = f"encoder.layers.{layer}"
-        weights |= random.norm(f"{prefix}.layer_norm1", width) | random.norm(f"{prefix}.layer_norm2", width)
-        for name, (outputs, inputs) in VISION_LINEARS.items():
-            weights |= random.linear(f"{prefix}.{name}", size[outputs], size[inputs])
-    return weights | random.norm("post_layernorm", width)
-
-
-def projector_weights(kind: str = "cluster", seed: int = 2) -> dict[str, torch.Tensor]:
-    """Names inside of the authors' `mm_projector`: of `cluster`, `mlp2x_gelu` or `linear`."""
-    random, width, hidden = _Random(seed), VISION["hidden_size"], TEXT["hidden_size"]
-    if kind == "linear":
-        return {"weight": random(hidden, width), "bias": random(hidden)}
-    if kind == "mlp2x_gelu":
-        return random.linear("0", hidden, width) | random.linear("2", hidden, hidden)
-    weights = {"sim_alpha": random(1, 1, 1, mean=1.0), "sim_beta": random(1, 1, 1)}
-    for name in "cvf":
-        weights |= random.linear(name, width, width)
-    weights |= random.norm("ln_1", width)
-    return weights | random.linear("mlp.0", hidden, width) | random.linear("mlp.2", hidden, hidden)
-
-
-def lora_weights(
-    prefix: str, linears: dict, config: dict, rank: int, seed: int = 3, zero_b: bool = False
-) -> dict[str, torch.Tensor]:
-    """Names as PEFT 0.4 wrote them, without the adapter's name: `{prefix}.layers.0.mlp.fc1.lora_A.weight`."""
-    random, size = _Random(seed), _sizes(config)
-    weights = {}
-    for layer in range(size["num_hidden_layers"]):
-        for name, (outputs, inputs) in linears.items():
-            module = f"{prefix}.layers.{layer}.{name}"
-            weights[f"{module}.lora_A.weight"] = random(rank, size[inputs])
-            weights[f"{module}.lora_B.weight"] = random(size[outputs], rank) * (0.0 if zero_b else 1.0)
-    return weights
-
-
-def _prefixed(prefix: str, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {prefix + name: tensor for name, tensor in weights.items()}
 
 
 def _write_json(path: Path, content: dict) -> None:
@@ -303,7 +184,7 @@ def write_language_model(
     folder.mkdir(parents=True)
     weights = text_weights(seed, inv_freq, **changes)
     if llava:
-        weights |= _prefixed("model.mm_projector.", projector_weights("mlp2x_gelu", seed + 50))
+        weights |= prefixed("model.mm_projector.", projector_weights("mlp2x_gelu", seed + 50))
         _write_json(folder / "config.json", _llava_config("mlp2x_gelu", vision, **changes))
     else:
         _write_json(folder / "config.json", _llama_config(**changes))
@@ -323,13 +204,13 @@ def write_clip(
 ) -> Path:
     """`openai/clip-vit-large-patch14-336`: a whole CLIP, or its vision part alone, as ShareGPT4V's tower."""
     folder.mkdir(parents=True)
-    weights = _prefixed("vision_model.", vision_weights(seed, position_ids))
+    weights = prefixed("vision_model.", vision_weights(seed, position_ids))
     vision_config = {**VISION, "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5, "projection_dim": 24}
     vision_config["model_type"] = "clip_vision_model"
     if whole:
         text_config = {"model_type": "clip_text_model", "hidden_size": 16, "intermediate_size": 24}
         text_config |= {"num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 99, "projection_dim": 24}
-        weights |= _clip_text_weights(seed + 100)
+        weights |= clip_text_weights(seed + 100)
         config = {"model_type": "clip", "architectures": ["CLIPModel"], "projection_dim": 24}
         config |= {"text_config": text_config, "vision_config": vision_config, "logit_scale_init_value": 2.6592}
     else:
@@ -338,23 +219,6 @@ def write_clip(
     _write_weights(folder, weights, 1, safetensors, dtype)
     _write_preprocessor(folder)
     return folder
-
-
-def _clip_text_weights(seed: int) -> dict[str, torch.Tensor]:
-    random = _Random(seed)
-    weights = {
-        "logit_scale": torch.tensor(4.6),
-        "text_model.embeddings.position_ids": torch.arange(77).unsqueeze(0),
-        "text_model.embeddings.token_embedding.weight": random(99, 16),
-        "text_model.embeddings.position_embedding.weight": random(77, 16),
-    }
-    layer = "text_model.encoder.layers.0"
-    for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
-        weights |= random.linear(f"{layer}.self_attn.{name}", 16, 16)
-    weights |= random.linear(f"{layer}.mlp.fc1", 24, 16) | random.linear(f"{layer}.mlp.fc2", 16, 24)
-    weights |= random.norm(f"{layer}.layer_norm1", 16) | random.norm(f"{layer}.layer_norm2", 16)
-    weights |= random.norm("text_model.final_layer_norm", 16) | random.linear("text_projection", 24, 16, bias=False)
-    return weights | random.linear("visual_projection", 24, VISION["hidden_size"], bias=False)
 
 
 def _write_preprocessor(folder: Path, **fields) -> None:
@@ -418,7 +282,7 @@ def write_sq_llava_lora(
     vision_weights_inside = lora_weights(*tower, seed + 1, zero_vision_b)
     if vision_lora in ("inside", "both"):
         prefix = "base_model.model.model.vision_tower.vision_tower.vision_model."
-        weights |= _prefixed(prefix, vision_weights_inside)
+        weights |= prefixed(prefix, vision_weights_inside)
     adapter = _lora_config(rank, alpha, base, TEXT_LINEARS, 0.05, "CAUSAL_LM")
     if use_rslora:
         adapter["use_rslora"] = True
@@ -429,12 +293,12 @@ def write_sq_llava_lora(
         vit_lora.mkdir()
         # The authors put this adapter on their wrapper of the tower.
         weights = lora_weights(*tower, seed + 2 if differing else seed + 1, zero_vision_b)
-        torch.save(_prefixed("base_model.model.vision_tower.vision_model.", weights), vit_lora / "adapter_model.bin")
+        torch.save(prefixed("base_model.model.vision_tower.vision_model.", weights), vit_lora / "adapter_model.bin")
         _write_json(
             vit_lora / "adapter_config.json",
             _lora_config(vision_rank, vision_alpha, vision, VISION_LINEARS, 0.2, None),
         )
-    projector = _prefixed("base_model.model.model.mm_projector.", projector_weights("cluster", seed + 3))
+    projector = prefixed("base_model.model.model.mm_projector.", projector_weights("cluster", seed + 3))
     torch.save(projector, folder / "non_lora_trainables.bin")
     _write_json(folder / "config.json", _llava_config("cluster", vision, _name_or_path=str(base), **changes))
     return folder
@@ -468,9 +332,9 @@ def write_llava(
     """`liuhaotian/llava-v1.5-7b`: all weights in the names of the original code; the tower's may be left out."""
     folder.mkdir(parents=True)
     weights = text_weights(seed, **changes)
-    weights |= _prefixed("model.mm_projector.", projector_weights(projector, seed + 2))
+    weights |= prefixed("model.mm_projector.", projector_weights(projector, seed + 2))
     if tower_inside:
-        weights |= _prefixed("model.vision_tower.vision_tower.vision_model.", vision_weights(seed + 1))
+        weights |= prefixed("model.vision_tower.vision_tower.vision_model.", vision_weights(seed + 1))
     _write_weights(folder, weights, shards, safetensors)
     _write_json(folder / "config.json", _llava_config(projector, vision, **changes))
     _write_generation_config(folder)
@@ -493,7 +357,7 @@ def write_llava_lora(
     lora = lora_weights("base_model.model.model", TEXT_LINEARS, TEXT, rank, seed)
     torch.save(lora, folder / "adapter_model.bin")
     _write_json(folder / "adapter_config.json", _lora_config(rank, alpha, base, TEXT_LINEARS, 0.05, "CAUSAL_LM"))
-    weights = _prefixed("base_model.model.model.mm_projector.", projector_weights(projector, seed + 2))
+    weights = prefixed("base_model.model.model.mm_projector.", projector_weights(projector, seed + 2))
     torch.save(weights, folder / "non_lora_trainables.bin")
     _write_json(folder / "config.json", _llava_config(projector, vision, _name_or_path=str(base), **changes))
     return folder
@@ -509,27 +373,12 @@ def write_projector(
 ) -> Path:
     """What stage 1 of the original code leaves: `mm_projector.bin`, and a `config.json` (which may have been lost)."""
     folder.mkdir(parents=True)
-    weights = _prefixed("model.mm_projector.", projector_weights(projector, seed))
+    weights = prefixed("model.mm_projector.", projector_weights(projector, seed))
     torch.save(weights, folder / "mm_projector.bin")
     if config:
         fields = {"tune_mm_mlp_adapter": True, "_name_or_path": str(base), "image_aspect_ratio": "square"}
         _write_json(folder / "config.json", _llava_config(projector, vision, **fields))
     return folder
-
-
-def _llava_hf_weights(layout: str, seed: int) -> dict[str, torch.Tensor]:
-    text = text_weights(seed, vocab_size=512)
-    head = text.pop("lm_head.weight")
-    vision, projector = vision_weights(seed + 1), projector_weights("mlp2x_gelu", seed + 2)
-    projector = {name.replace("0.", "linear_1.").replace("2.", "linear_2."): w for name, w in projector.items()}
-    if layout == "newer":
-        text = {name.replace("model.", "model.language_model.", 1): tensor for name, tensor in text.items()}
-        weights = _prefixed("model.vision_tower.vision_model.", vision)
-        weights |= _prefixed("model.multi_modal_projector.", projector) | text
-        return weights | {"lm_head.weight": head}
-    tower_prefix = {"older": "vision_tower.vision_model.", "transformers5": "vision_tower."}[layout]
-    weights = _prefixed(tower_prefix, vision) | _prefixed("multi_modal_projector.", projector)
-    return weights | _prefixed("language_model.", text) | {"language_model.lm_head.weight": head}
 
 
 def write_llava_hf(
@@ -547,7 +396,7 @@ def write_llava_hf(
             as transformers 4.52 saves (`model.language_model.*`), "transformers5" as 5.x saves (`vision_tower.*`).
     """
     folder.mkdir(parents=True)
-    _write_weights(folder, _llava_hf_weights(layout, seed), shards, True, dtype)
+    _write_weights(folder, llava_hf_weights(layout, seed), shards, True, dtype)
     write_tokenizer(folder, "fast")
     tokenizer = LlamaTokenizer.from_pretrained(folder)
     tokenizer.add_tokens(["<image>", "<pad>"], special_tokens=True)
