@@ -20,6 +20,7 @@ ORDER = [
     "sq_llava.adapter",
     "sq_llava.card",
     "sq_llava.checkpoint",
+    "sq_llava.layouts",
     "sq_llava.inference",
     "sq_llava.monitoring",
     "sq_llava.recovery",

@@ -1,0 +1,304 @@
+"""What a folder holds, by its files: this library's own checkpoints, and those of SQ-LLaVA and LLaVA as released.
+
+    >>> layout = recognise("sqllava-lora-7b", base="lmsys/vicuna-7b-v1.5")
+    >>> layout.kind, layout.evidence
+    ('sq_llava_lora', 'adapter_config.json, and mm_projector_type "cluster" in config.json')
+
+Only JSON is read, and the names of the tensors in a lone projector. Hub ids are looked up in the local cache; nothing
+is downloaded unless it is asked for. What this module does not do: say whether the weights are complete.
+"""
+
+import json
+import sys
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Literal
+
+import torch
+from huggingface_hub import HfApi, snapshot_download, try_to_load_from_cache
+from safetensors import SafetensorError, safe_open
+
+from sq_llava.checkpoint import is_missing_folder
+
+
+Kind = Literal[
+    "checkpoint", "adapter", "training", "sq_llava_lora", "sq_llava", "llava_lora", "llava", "projector", "llava_hf"
+]
+NAMES: dict[Kind, str] = {
+    "checkpoint": "a checkpoint of this library",
+    "adapter": "an adapter that a training stage of this library wrote",
+    "training": "the folder of a training run of this library",
+    "sq_llava_lora": "the LoRA of the authors' SQ-LLaVA",
+    "sq_llava": "a whole SQ-LLaVA of the authors' code",
+    "llava_lora": "the LoRA of an original LLaVA",
+    "llava": "a whole original LLaVA",
+    "projector": "a projector that stage 1 of the original code trained",
+    "llava_hf": "a LLaVA in the format of transformers",
+}
+WANTED_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "*.safetensors", "*.bin")
+INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+SINGLE_FILES = ("model.safetensors", "pytorch_model.bin")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """
+    Attributes:
+        path (`Path`): The folder; of a projector that was given as a file, the folder that it is in.
+        kind, evidence: What it is, and what shows it.
+        weight_files (`tuple[Path, ...]`): Of the folder itself, ViT-LoRA included; whether or not they are there, if
+            an index names them. `base_files` and `vision_files` are those of the other two.
+        config (`dict`): Its `config.json`; empty if it has none.
+        adapter_config, vision_adapter_config (`dict`, *optional*): Of a LoRA, and of the one in `Vit-lora`.
+        projector_type (`str`, *optional*): `"cluster"`, `"mlp2x_gelu"`, `"linear"`, or another that the source names.
+        base_name, vision_name (`str`, *optional*): The language model and the vision tower that it stands on, as the
+            caller or the configurations name them.
+        base, vision (`Path`, *optional*): Where these are; `None` if not on this machine, or not needed.
+    """
+
+    path: Path
+    kind: Kind
+    evidence: str
+    weight_files: tuple[Path, ...]
+    config: dict
+    adapter_config: dict | None = None
+    vision_adapter_config: dict | None = None
+    projector_type: str | None = None
+    base_name: str | None = None
+    vision_name: str | None = None
+    base: Path | None = None
+    vision: Path | None = None
+
+    @property
+    def base_files(self) -> tuple[Path, ...]:
+        return find_weight_files(self.base) if self.base else ()
+
+    @property
+    def vision_files(self) -> tuple[Path, ...]:
+        return find_weight_files(self.vision) if self.vision else ()
+
+
+def recognise(source: str, base: str | None = None, vision: str | None = None, download: bool = False) -> Layout:
+    """
+    Args:
+        source (`str`): A folder, a projector's file, or a Hub id.
+        base, vision (`str`, *optional*): Folder or Hub id of the language model and the vision tower, if the source
+            is not whole. Default: what its configurations name, if that is on this machine.
+        download (`bool`): Whether to fetch from the Hub what was given by its id and is not in the cache.
+
+    Raises:
+        ValueError: if it is none of the known layouts, or what was given is not there.
+    """
+    given = Path(source).expanduser()
+    file = given if given.is_file() else None
+    folder = given.parent if file else _find(str(source), "the source", download)
+    config, adapter_config = (_read_if_there(folder / name) for name in ("config.json", "adapter_config.json"))
+    if file or (_is_lone_projector(folder) and adapter_config is None):
+        fields = _recognise_projector(file or folder / "mm_projector.bin")
+    elif adapter_config is not None:
+        fields = _recognise_adapter(folder, config, adapter_config)
+    elif config is not None:
+        fields = _recognise_whole(folder, config)
+    elif list(folder.glob("checkpoint-*")):
+        fields = {"kind": "training", "evidence": "its folders checkpoint-*", "weight_files": ()}
+    else:
+        raise ValueError(_unknown(folder, "it holds neither config.json nor adapter_config.json nor mm_projector.bin"))
+    names = {"base_name": base or fields.pop("base_name", None), "vision_name": vision}
+    if fields["kind"] not in ("checkpoint", "adapter", "training"):
+        names["vision_name"] = vision or (config or {}).get("mm_vision_tower")
+    return Layout(
+        path=folder,
+        config=config or {},
+        adapter_config=adapter_config,
+        vision_adapter_config=_read_if_there(folder / "Vit-lora" / "adapter_config.json"),
+        base=_find(base, "--base", download) if base else _find_if_there(names["base_name"]),
+        vision=_find(vision, "--vision", download) if vision else _find_if_there(names["vision_name"]),
+        **names,
+        **fields,
+    )
+
+
+def find_weight_files(folder: Path) -> tuple[Path, ...]:
+    """The files of a whole model, whether or not all that its index names are there; safetensors before pickles."""
+    for index, single in zip(INDEXES, SINGLE_FILES):
+        if (folder / index).is_file():
+            weight_map = read_json(folder / index)["weight_map"]
+            return tuple(folder / name for name in sorted(set(weight_map.values())))
+        if (folder / single).is_file():
+            return (folder / single,)
+    return ()
+
+
+def read_pickle(file: Path) -> dict[str, torch.Tensor]:
+    """
+    Tensors of a `.bin` file, mapped into memory and not read yet. No code in it is run.
+
+    Raises:
+        ValueError: if it holds anything else than tensors, or is cut off.
+    """
+    try:
+        # Files of torch before 1.6 are no zip archives, and cannot be mapped.
+        state = torch.load(file, map_location="cpu", weights_only=True, mmap=_is_zip(file))
+    except FileNotFoundError as error:
+        raise ValueError(f"{file}: no such file.") from error
+    except Exception as error:  # torch names no class for what damaged archives and pickles raise
+        reason = str(error).partition("\n")[0]
+        raise ValueError(
+            f"{file} is not read: it is damaged, or holds more than tensors, such as code that would be run "
+            f"({type(error).__name__}: {reason}). Fetch it anew from a source that you trust."
+        ) from error
+    if not isinstance(state, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in state.values()):
+        raise ValueError(f"{file} holds something else than named tensors: give the weights of a model.")
+    return state
+
+
+def tensor_names(file: Path) -> list[str]:
+    """The names of the tensors in a `.safetensors` or `.bin` file."""
+    if file.suffix != ".safetensors":
+        return list(read_pickle(file))
+    with open_safetensors(file) as opened:
+        return list(opened.keys())
+
+
+def open_safetensors(file: Path):
+    """As `safe_open`, with an error that names the file."""
+    try:
+        return safe_open(file, framework="pt")
+    except FileNotFoundError as error:
+        raise ValueError(f"{file}: no such file.") from error
+    except SafetensorError as error:
+        raise ValueError(f"{file} is damaged or cut off ({error}): fetch it anew.") from error
+
+
+def read_json(file: Path) -> dict:
+    try:
+        return json.loads(file.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{file} is no JSON ({error}): fetch it anew.") from error
+
+
+def _read_if_there(file: Path) -> dict | None:
+    return read_json(file) if file.is_file() else None
+
+
+def _is_zip(file: Path) -> bool:
+    with open(file, "rb") as opened:
+        return opened.read(4) == b"PK\x03\x04"
+
+
+def _is_lone_projector(folder: Path) -> bool:
+    return (folder / "mm_projector.bin").is_file() and not find_weight_files(folder)
+
+
+def _recognise_projector(file: Path) -> dict:
+    if file.suffix not in (".bin", ".safetensors"):
+        raise ValueError(f"{file}: give a folder, a Hub id, or the .bin file of a projector.")
+    names = tensor_names(file)
+    projector_type = projector_type_of(names)
+    if projector_type is None:
+        raise ValueError(f"{file} holds no projector (mm_projector.*): its tensors are {', '.join(names[:4])}, ...")
+    base = (_read_if_there(file.parent / "config.json") or {}).get("_name_or_path")
+    return {
+        "kind": "projector",
+        "evidence": f"{file.name} holds mm_projector.* of the kind {projector_type}, and there are no other weights",
+        "weight_files": (file,),
+        "projector_type": projector_type,
+        "base_name": base,
+    }
+
+
+def projector_type_of(names: list[str]) -> str | None:
+    """The kind of an original projector by the names of its tensors, whatever stands before and around them."""
+    inside = {name.partition("mm_projector.")[2] for name in names if "mm_projector." in name}
+    for projector_type, name in (("cluster", "sim_alpha"), ("mlp2x_gelu", "2.weight"), ("linear", "weight")):
+        if name in inside:
+            return projector_type
+    return None
+
+
+def _recognise_adapter(folder: Path, config: dict | None, adapter_config: dict) -> dict:
+    files = [folder / "adapter_model.bin", folder / "adapter_model.safetensors", folder / "non_lora_trainables.bin"]
+    files += [folder / "Vit-lora" / "adapter_model.bin", folder / "Vit-lora" / "adapter_model.safetensors"]
+    fields = {
+        "weight_files": tuple(file for file in files if file.is_file()),
+        "base_name": adapter_config.get("base_model_name_or_path"),
+    }
+    if (adapter_config.get("auto_mapping") or {}).get("base_model_class") == "SQLlavaForConditionalGeneration":
+        return {"kind": "adapter", "evidence": "adapter_config.json names the class of this library", **fields}
+    if config is None or not _is_original(config):
+        raise ValueError(
+            _unknown(folder, "it has an adapter_config.json, but no config.json with the fields mm_* beside it")
+        )
+    projector_type = config.get("mm_projector_type", "linear")
+    kind = "sq_llava_lora" if projector_type == "cluster" else "llava_lora"
+    evidence = f"adapter_config.json, and {_projector_evidence(config)}"
+    return {"kind": kind, "evidence": evidence, "projector_type": projector_type, **fields}
+
+
+def _recognise_whole(folder: Path, config: dict) -> dict:
+    files = {"weight_files": find_weight_files(folder)}
+    model_type = config.get("model_type")
+    if model_type == "sq_llava":
+        return {"kind": "checkpoint", "evidence": 'model_type "sq_llava" in config.json', **files}
+    if model_type == "llava" and "text_config" in config:
+        return {"kind": "llava_hf", "evidence": 'model_type "llava" and a text_config in config.json', **files}
+    if _is_original(config):
+        projector_type = config.get("mm_projector_type", "linear")
+        kind = "sq_llava" if projector_type == "cluster" else "llava"
+        evidence = f"{_projector_evidence(config)}, and no adapter_config.json"
+        return {"kind": kind, "evidence": evidence, "projector_type": projector_type, **files}
+    raise ValueError(
+        _unknown(folder, f"its config.json has the model_type {model_type!r} and no fields mm_*: a base or a tower?")
+    )
+
+
+def _is_original(config: dict) -> bool:
+    return any(name.startswith("mm_") for name in config)
+
+
+def _projector_evidence(config: dict) -> str:
+    if "mm_projector_type" in config:
+        return f'mm_projector_type "{config["mm_projector_type"]}" in config.json'
+    return "fields mm_* without mm_projector_type in config.json, as LLaVA had before 1.5"
+
+
+def _unknown(folder: Path, reason: str) -> str:
+    return f"{folder} is none of the known checkpoints: {reason}. Known are {'; '.join(NAMES.values())}."
+
+
+def _find(name: str, option: str, download: bool) -> Path:
+    found = _find_if_there(name)
+    if found is not None and not (download and found != Path(name).expanduser() and _is_partial(found)):
+        return found
+    if is_missing_folder(name):
+        raise ValueError(f"{name} ({option}): no such folder. Give one, or a Hub id such as org/name.")
+    if not download:
+        raise ValueError(f"{name} ({option}): neither a folder nor in the local cache of the Hub. Download it first.")
+    print(f"Downloading {name} from the Hub.", file=sys.stderr)
+    try:
+        files = HfApi().list_repo_files(name)
+        # The same weights twice: the pickles are left where they are.
+        twice = any(fnmatch(file, "model*.safetensors") for file in files)
+        ignored = ["pytorch_model*.bin"] if twice else None
+        return Path(snapshot_download(name, allow_patterns=list(WANTED_FILES), ignore_patterns=ignored))
+    except OSError as error:
+        raise ValueError(f"{name} ({option}): not in the cache, and not to be had from the Hub: {error}") from error
+
+
+def _find_if_there(name: str | None) -> Path | None:
+    if not name:
+        return None
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return folder
+    if is_missing_folder(name):
+        return None
+    cached = try_to_load_from_cache(name, "config.json")
+    return Path(cached).parent if isinstance(cached, str) else None
+
+
+def _is_partial(folder: Path) -> bool:
+    """Whether the cache has a repository's configuration, but not all weights that belong to it."""
+    files = find_weight_files(folder) or [*folder.glob("*.bin"), *folder.glob("*.safetensors")]
+    return not files or not all(file.is_file() for file in files)
