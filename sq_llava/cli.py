@@ -5,9 +5,10 @@
     sq-llava chat image.png --model runs/demo/model
     sq-llava merge runs/demo/stage2 --out runs/demo/model
     sq-llava doctor --config recipes/sq-llava-7b/stage2.yaml
+    sq-llava inspect runs/demo/model
 
 Results go to standard output, progress and errors to standard error. Exit codes: 0 fine, 1 wrong input or no
-such model (of the doctor: errors in the data), 2 wrong usage.
+such model (of the doctor: errors in the data; of inspect: a broken folder), 2 wrong usage.
 """
 
 import json
@@ -288,6 +289,32 @@ def doctor(
             for entry in entries:
                 messages_console.print(f"  - {json.dumps(entry)}", markup=False, soft_wrap=True)
     if report.num_errors:
+        raise typer.Exit(1)
+
+
+@app.command(
+    epilog=_examples(
+        "sq-llava inspect runs/sq-llava-7b/merged",
+        "sq-llava inspect liuhaotian/llava-v1.5-7b --json > what.json",
+    )
+)
+def inspect(
+    folder: Annotated[
+        str, typer.Argument(help="A folder, or a Hub id that is in the local cache.", show_default=False)
+    ],
+    as_json: AsJson = False,
+) -> None:
+    """Say what a checkpoint is, holds and lacks; no weights are read. Exit code 1: it is broken, or not known."""
+    with _errors_in_one_line():
+        with messages_console.status("Reading headers"):
+            from sq_llava import inspection
+
+            found = inspection.inspect(folder)
+        if as_json:
+            print(json.dumps(found.to_json(), indent=2))
+        else:
+            inspection.print_inspection(found, console)
+    if not found.sound:
         raise typer.Exit(1)
 
 

@@ -1,0 +1,211 @@
+"""What `sq-llava inspect` says of whole, released, trained and damaged folders."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from huggingface_hub import constants
+from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
+
+from sq_llava.cli import app
+from sq_llava.inspection import CODE_FILES, inspect
+from tests import released
+from tests.runs import make_parts, train
+from tests.tiny import tiny_model_for, tiny_processor
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("plain") / "model"
+    processor = tiny_processor()
+    model = tiny_model_for(processor)
+    model.save_pretrained(folder, max_shard_size="200KB")
+    processor.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def copy(plain, tmp_path) -> Path:
+    return Path(shutil.copytree(plain, tmp_path / "copy"))
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("run")
+    train(make_parts(root / "parts"), root / "run", max_steps=2, save_steps=1)
+    return root / "run"
+
+
+def test_plain_checkpoint_is_known_whole_and_counted(plain):
+    inspection = inspect(plain)
+    assert inspection.sound and inspection.missing == []
+    model = tiny_model_for(tiny_processor())
+    parts = {name: counts["parameters"] for name, counts in inspection.parts.items()}
+    assert parts == {
+        "vision": model.model.vision_tower.num_parameters(),
+        "extractor": sum(weight.numel() for weight in model.model.prototype_extractor.parameters()),
+        "projector": sum(weight.numel() for weight in model.model.multi_modal_projector.parameters()),
+        "head": model.lm_head.weight.numel(),
+        "language model": model.model.language_model.num_parameters(),
+    }
+    assert {counts["dtypes"][0] for counts in inspection.parts.values()} == {"F32"}
+    assert inspection.prototypes["prototype_variant"] == "paper"
+    assert inspection.prototypes["num_prototypes"] == 5
+    assert inspection.markers["vusr_marker"] == "[vusr]"
+    assert inspection.token_ids["vusr_token_id"] == model.config.vusr_token_id
+    assert inspection.code.keys() == set(CODE_FILES)
+    assert all(code["as_in_this_library"] for code in inspection.code.values())
+    assert len(list(plain.glob("model-*.safetensors"))) > 2
+
+
+def test_changed_code_is_told_from_this_library(copy):
+    with (copy / "modeling_sq_llava.py").open("a") as file:
+        file.write("# changed\n")
+    code = inspect(copy).code
+    assert not code["modeling_sq_llava.py"]["as_in_this_library"]
+    assert code["processing_sq_llava.py"]["as_in_this_library"]
+
+
+@pytest.mark.parametrize(
+    "name", ["processor_config.json", "tokenizer.json", "generation_config.json", "modeling_sq_llava.py"]
+)
+def test_what_a_checkpoint_lacks_is_said_and_is_no_fault(copy, name):
+    (copy / name).unlink()
+    inspection = inspect(copy)
+    assert inspection.sound
+    assert any(name in line for line in inspection.missing)
+
+
+def test_truncated_weights_are_a_fault(copy):
+    file = sorted(copy.glob("model-*.safetensors"))[0]
+    os.truncate(file, file.stat().st_size - 1)
+    assert f"{file.name} is damaged or cut off" in inspect(copy).faults[0]
+
+
+def test_file_that_the_index_names_is_missed(copy):
+    file = sorted(copy.glob("model-*.safetensors"))[0]
+    file.unlink()
+    faults = " ".join(inspect(copy).faults)
+    assert f"model.safetensors.index.json names 1 files that are not here: {file.name}" in faults
+
+
+def test_weight_that_a_file_lacks_is_missed(copy):
+    file = sorted(copy.glob("model-*.safetensors"))[0]
+    weights = load_file(file)
+    name = sorted(weights)[0]
+    del weights[name]
+    save_file(weights, file, metadata={"format": "pt"})
+    assert any(name in fault for fault in inspect(copy).faults)
+
+
+def test_weight_of_another_shape_than_the_configuration_says_is_a_fault(copy):
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps({**config, "num_prototypes": 6}))
+    assert inspect(copy).faults == [
+        "model.prototype_extractor.prototypes has the shape [5, 32], config.json asks for [6, 32]"
+    ]
+
+
+def test_configuration_that_is_cut_off_is_a_fault(copy):
+    os.truncate(copy / "config.json", 100)
+    assert inspect(copy).faults[0] == "config.json is no JSON: it is cut off or damaged"
+
+
+def test_folder_without_weights_is_a_fault(copy):
+    for file in copy.glob("model*"):
+        if file.suffix != ".py":
+            file.unlink()
+    assert any("no file with weights" in fault for fault in inspect(copy).faults)
+
+
+class Trap:
+    def __init__(self, file: Path):
+        self.file = file
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.file),)
+
+
+def test_code_in_a_pickle_is_named_and_not_run(tmp_path):
+    folder = released.write_projector(tmp_path / "projector")
+    torch.save({"model.mm_projector.weight": Trap(tmp_path / "trapped")}, folder / "mm_projector.bin")
+    assert any("mm_projector.bin is not read" in fault for fault in inspect(folder).faults)
+    assert not (tmp_path / "trapped").exists()
+
+
+def test_lora_release_has_its_ranks_and_alphas_by_tower(tmp_path):
+    base = released.write_language_model(tmp_path / "base")
+    folder = released.write_sq_llava_lora(tmp_path / "lora", base=base)
+    inspection = inspect(folder)
+    assert inspection.sound
+    assert {"tower": "language model", "ranks": [8], "alphas": [16], "file": "adapter_model.bin"} in inspection.loras
+    assert {"tower": "vision", "ranks": [4], "alphas": [12], "file": "Vit-lora/adapter_model.bin"} in inspection.loras
+    assert inspection.prototypes == {"prototype_variant": "released", "num_prototypes": 5}
+    assert inspection.bases["base"] == str(base)
+    assert inspection.missing == [
+        f"the vision tower: {released.RELEASED_TOWER} is no folder here, nor in the local cache of the Hub"
+    ]
+
+
+WRITERS = {
+    "sq_llava_lora": released.write_sq_llava_lora,
+    "sq_llava": released.write_sq_llava_merged,
+    "projector": released.write_projector,
+    "llava": released.write_llava,
+    "llava_lora": released.write_llava_lora,
+    "llava_hf": released.write_llava_hf,
+}
+
+
+@pytest.mark.parametrize("kind", WRITERS)
+def test_each_released_layout_is_known_and_each_weight_has_a_part(tmp_path, kind):
+    inspection = inspect(WRITERS[kind](tmp_path / "folder"))
+    assert inspection.sound
+    assert inspection.kind == kind
+    assert "other" not in inspection.parts
+
+
+def test_folder_of_another_kind_is_not_known(tmp_path):
+    inspection = inspect(released.write_clip(tmp_path / "clip"))
+    assert inspection.kind is None
+    assert "is none of the known checkpoints" in inspection.faults[0]
+
+
+def test_output_of_a_stage_shows_its_lora_its_base_and_its_checkpoints(run_folder):
+    inspection = inspect(run_folder)
+    assert inspection.sound
+    assert {lora["tower"] for lora in inspection.loras} == {"vision", "language model"}
+    assert inspection.bases["base"] == str(run_folder / "base")
+    assert set(inspection.checkpoints.values()) == {"complete"}
+
+
+def test_half_written_checkpoint_of_a_run_is_told_from_complete_ones(run_folder, tmp_path):
+    copy = Path(shutil.copytree(run_folder, tmp_path / "run"))
+    (copy / "checkpoint-2" / "optimizer.pt").unlink()
+    checkpoints = inspect(copy).checkpoints
+    assert checkpoints == {"checkpoint-1": "complete", "checkpoint-2": "optimizer.pt is missing"}
+
+
+def test_folder_of_the_cache_is_found_by_its_hub_id(plain, tmp_path, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    commit = tmp_path / "models--org--name" / "snapshots" / ("0" * 40)
+    shutil.copytree(plain, commit)
+    (tmp_path / "models--org--name" / "refs").mkdir()
+    (tmp_path / "models--org--name" / "refs" / "main").write_text("0" * 40)
+    assert inspect("org/name").sound
+    with pytest.raises(ValueError, match="org/other: no such folder, and no such id in the local cache"):
+        inspect("org/other")
+
+
+def test_command_prints_json_and_its_exit_code_says_whether_the_folder_is_sound(plain, copy):
+    result = CliRunner().invoke(app, ["inspect", str(plain), "--json"])
+    assert result.exit_code == 0
+    assert json.loads(result.stdout)["sound"]
+    (copy / "config.json").unlink()
+    result = CliRunner().invoke(app, ["inspect", str(copy)])
+    assert result.exit_code == 1
+    assert "broken" in result.stdout
