@@ -1,6 +1,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+VLLM := .venv-vllm
 SEED ?= 0
 RUN ?= runs/demo
 
@@ -10,7 +11,7 @@ export TOKENIZERS_PARALLELISM ?= false
 export HF_HUB_DISABLE_TELEMETRY ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-clean test lint bench
+.PHONY: help setup demo demo-clean test test-vllm lint bench
 
 help:  ## List the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -31,6 +32,18 @@ demo-clean:  ## Remove what the demo made
 
 test: setup  ## Run the tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+
+test-vllm: $(RUN)/model/config.json setup $(VLLM)/.installed  ## Compare vLLM with transformers, on the demo's model
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.vllm_reference --model $(RUN)/model --output-dir $(RUN)/vllm
+	OMP_NUM_THREADS=1 $(VLLM)/bin/python -P tests/vllm_checks.py --dir $(RUN)/vllm
+
+$(RUN)/model/config.json:
+	@echo "$(RUN)/model is not there: run 'make demo' first."; exit 1
+
+$(VLLM)/.installed: requirements-vllm.txt
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/pip install --quiet --no-deps --requirement requirements-vllm.txt
+	touch $@
 
 lint: setup  ## Check style and formatting
 	$(BIN)/ruff check .

@@ -1,0 +1,240 @@
+"""vLLM beside transformers, on a CPU: run by `make test-vllm`, with the Python of `.venv-vllm`.
+
+    .venv-vllm/bin/python -P tests/vllm_checks.py --dir runs/vllm
+
+DIR is what `vllm_reference.py` wrote. The engine runs in float32, where greedy tokens must be equal, one request
+after another, all at once, and again from the prefix cache; the OpenAI server in bfloat16, as people serve. Prints a
+line for each check; exit code 1 if one fails. What it does not do: measure speed, or run on a GPU.
+"""
+
+import argparse
+import base64
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+
+# Before vLLM is imported; its default is to bind threads to cores, and to reserve gigabytes for the cache.
+os.environ.update(
+    HF_HUB_OFFLINE="1",
+    VLLM_CPU_KVCACHE_SPACE="1",
+    VLLM_CPU_OMP_THREADS_BIND="nobind",
+    VLLM_LOGGING_LEVEL="ERROR",
+    VLLM_NO_USAGE_STATS="1",
+)
+
+import openai
+import transformers
+import vllm
+from PIL import Image
+from vllm import LLM, SamplingParams
+
+
+# The default block of 128 tokens is longer than the demo's prompts: nothing of them would be cached.
+BLOCK_SIZE = 32
+NUM_QUESTIONS = 8
+ENGINE = {"max_model_len": 512, "enforce_eager": True, "limit_mm_per_prompt": {"image": 2}, "block_size": BLOCK_SIZE}
+
+
+class Report:
+    """Prints a line for each check as it is made."""
+
+    def __init__(self):
+        self.all_passed = True
+
+    def add(self, passed: bool, name: str, detail: str) -> None:
+        print(f"  {'ok  ' if passed else 'FAIL'}  {name:<44} {detail}", flush=True)
+        self.all_passed &= passed
+
+
+def with_images(messages: list[dict], as_part) -> list[dict]:
+    """Messages whose images of a path are what `as_part(path)` says."""
+    return [
+        {**message, "content": [as_part(part["path"]) if "path" in part else part for part in message["content"]]}
+        if isinstance(message["content"], list)
+        else message
+        for message in messages
+    ]
+
+
+def as_pil(path: str) -> dict:
+    return {"type": "image_pil", "image_pil": Image.open(path).convert("RGB")}
+
+
+def as_data_url(path: str) -> dict:
+    encoded = base64.b64encode(Path(path).read_bytes()).decode()
+    return {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{encoded}"}}
+
+
+def chat(llm: LLM, requests: list[dict], together: bool, **sampling) -> list:
+    """vLLM's outputs; a batch has one setting of `ask`, so those who ask are a batch of their own."""
+    outputs = {}
+    batches = [[number] for number in range(len(requests))]
+    if together:
+        batches = [[n for n, request in enumerate(requests) if request["ask"] is ask] for ask in (False, True)]
+    for batch in batches:
+        results = llm.chat(
+            [with_images(requests[number]["messages"], as_pil) for number in batch],
+            SamplingParams(**sampling),
+            use_tqdm=False,
+            chat_template_kwargs={"ask": requests[batch[0]]["ask"]},
+        )
+        outputs |= dict(zip(batch, results, strict=True))
+    return [outputs[number] for number in range(len(requests))]
+
+
+def cached_tokens(llm: LLM) -> tuple[int, int]:
+    """Prompt tokens found in the prefix cache, and looked for, since the engine began."""
+    counters = {metric.name: metric.value for metric in llm.get_metrics() if "prefix_cache" in metric.name}
+    return counters["vllm:prefix_cache_hits"], counters["vllm:prefix_cache_queries"]
+
+
+def compare(report: Report, name: str, requests: list[dict], outputs: list, seconds: float) -> None:
+    """Whether prompts and greedy tokens are those of transformers, and the log-probabilities near."""
+    equal, total, difference = 0, 0, 0.0
+    prompts_equal = all(list(out.prompt_token_ids) == req["prompt_ids"] for req, out in zip(requests, outputs))
+    for request, output in zip(requests, outputs, strict=True):
+        tokens = output.outputs[0].token_ids
+        pairs = list(zip(request["token_ids"], tokens, strict=True))
+        equal += sum(expected == token for expected, token in pairs)
+        total += len(pairs)
+        for log_prob, found, token in zip(request["log_probs"], output.outputs[0].logprobs, tokens):
+            difference = max(difference, abs(log_prob - found[token].logprob))
+    report.add(
+        prompts_equal and equal == total and difference < 1e-3,
+        name,
+        f"{equal} of {total} tokens equal, log-probabilities to {difference:.0e}; prompts "
+        f"{'equal' if prompts_equal else 'DIFFER'}; {seconds:.1f} s",
+    )
+
+
+def check_engine(report: Report, model: str, requests: list[dict]) -> None:
+    start = time.monotonic()
+    llm = LLM(
+        model=model,
+        trust_remote_code=True,
+        model_impl="transformers",
+        dtype="float32",
+        disable_log_stats=False,
+        **ENGINE,
+    )
+    print(f"engine in float32, greedy, past the end token; loaded in {time.monotonic() - start:.0f} s", flush=True)
+    greedy = {"temperature": 0.0, "max_tokens": len(requests[0]["token_ids"]), "ignore_eos": True, "logprobs": 0}
+    for name, together in (("one request after another", False), ("all together", True)):
+        llm.reset_prefix_cache()
+        start = time.monotonic()
+        outputs = chat(llm, requests, together, **greedy)
+        compare(report, name, requests, outputs, time.monotonic() - start)
+
+    hits, queries = cached_tokens(llm)
+    start = time.monotonic()
+    outputs = chat(llm, requests, together=True, **greedy)
+    compare(report, "again, from the prefix cache", requests, outputs, time.monotonic() - start)
+    found, asked = (now - before for now, before in zip(cached_tokens(llm), (hits, queries)))
+    # The last token is always computed, and only whole blocks are kept.
+    expected = sum((len(request["prompt_ids"]) - 1) // BLOCK_SIZE * BLOCK_SIZE for request in requests)
+    report.add(found == expected, "cached prompt tokens", f"{found} of {asked}; in whole blocks: {expected}")
+
+    llm.reset_prefix_cache()
+    hits, queries = cached_tokens(llm)
+    asking = next(request for request in requests if request["ask"])
+    settings = {"temperature": 1.2, "top_k": 300, "top_p": 0.95, "max_tokens": 24, "seed": 0}
+    questions = [each.text.strip() for each in chat(llm, [asking], False, n=NUM_QUESTIONS, **settings)[0].outputs]
+    found, asked = (now - before for now, before in zip(cached_tokens(llm), (hits, queries)))
+    expected = (NUM_QUESTIONS - 1) * ((len(asking["prompt_ids"]) - 1) // BLOCK_SIZE * BLOCK_SIZE)
+    name = f"{NUM_QUESTIONS} questions from one prompt"
+    report.add(found == expected, f"{name}: cache", f"{found} of {asked} prompt tokens")
+    are_questions = sum(question.endswith("?") for question in questions)
+    report.add(
+        are_questions >= NUM_QUESTIONS - 1 and len(set(questions)) > 1,
+        name,
+        f"{are_questions} end in '?', {len(set(questions))} are different: {questions[0]!r}, {questions[1]!r}, ...",
+    )
+
+
+def start_server(model: str, log) -> tuple[subprocess.Popen, str]:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-P", "-m", "vllm.entrypoints.openai.api_server", "--model", model]
+    command += ["--served-model-name", "sq-llava", "--trust-remote-code", "--model-impl", "transformers"]
+    command += ["--dtype", "bfloat16", "--host", "127.0.0.1", "--port", str(port), "--enforce-eager"]
+    for name in ("max_model_len", "block_size", "limit_mm_per_prompt"):
+        command += [f"--{name.replace('_', '-')}", json.dumps(ENGINE[name])]
+    server = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+    url = f"http://127.0.0.1:{port}"
+    for _ in range(180):
+        if server.poll() is not None:
+            raise ValueError(f"The server ended with {server.returncode}: see {log.name}.")
+        try:
+            urllib.request.urlopen(f"{url}/health", timeout=1)
+            return server, url
+        except OSError:
+            time.sleep(1)
+    server.terminate()
+    raise ValueError(f"The server did not answer within three minutes: see {log.name}.")
+
+
+def check_server(report: Report, model: str, requests: list[dict], log_file: Path) -> None:
+    start = time.monotonic()
+    with log_file.open("w") as log:
+        server, url = start_server(model, log)
+        print(f"OpenAI server in bfloat16; up in {time.monotonic() - start:.0f} s", flush=True)
+        try:
+            check_requests(report, openai.OpenAI(base_url=f"{url}/v1", api_key="none"), requests)
+        finally:
+            server.terminate()
+            server.wait(60)
+
+
+def check_requests(report: Report, client: openai.OpenAI, requests: list[dict]) -> None:
+    def complete(request: dict, **settings) -> list[str]:
+        response = client.chat.completions.create(
+            model="sq-llava",
+            messages=with_images(request["messages"], as_data_url),
+            max_tokens=24,
+            extra_body={"chat_template_kwargs": {"ask": request["ask"]}},
+            **settings,
+        )
+        return [choice.message.content.strip() for choice in response.choices]
+
+    answering = [request for request in requests if not request["ask"]]
+    start = time.monotonic()
+    texts = [complete(request, temperature=0.0)[0] for request in answering]
+    equal = sum(text == request["text"] for text, request in zip(texts, answering))
+    report.add(
+        equal == len(answering),
+        "answers to images as data: URLs, and to none",
+        f"{equal} of {len(answering)} equal; {time.monotonic() - start:.1f} s",
+    )
+    asking = next(request for request in requests if request["ask"])
+    questions = complete(asking, n=NUM_QUESTIONS, temperature=1.2, top_p=0.95, seed=0)
+    are_questions = sum(question.endswith("?") for question in questions)
+    report.add(
+        are_questions >= NUM_QUESTIONS - 1,
+        'self-questions by {"ask": true}',
+        f"{are_questions} of {NUM_QUESTIONS} end in '?': {questions[0]!r}, ...",
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dir", type=Path, default=Path("runs/vllm"))
+    args = parser.parse_args()
+    document = json.loads((args.dir / "requests.json").read_text())
+    model, requests = str(args.dir / "model"), document["requests"]
+    print(f"vLLM {vllm.__version__} with transformers {transformers.__version__}, on {model}")
+    print(f"{len(requests)} requests, tokens as of transformers {document['transformers']}")
+    report = Report()
+    check_engine(report, model, requests)
+    check_server(report, model, requests, args.dir / "server.log")
+    raise SystemExit(0 if report.all_passed else 1)
+
+
+if __name__ == "__main__":
+    main()
