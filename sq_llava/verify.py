@@ -9,6 +9,8 @@ differ, the first layer that does is named. What this does not do: compare gener
 """
 
 import os
+import warnings
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -96,12 +98,24 @@ def verify(layout: Layout, folder: str | Path, dtype: str = "float32") -> Verifi
     folder = Path(folder)
     compute_dtype = getattr(torch, dtype)
     _require_memory(folder, compute_dtype)
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
+    with _quiet():
         return _verify(layout, folder, compute_dtype)
+
+
+@contextmanager
+def _quiet():
+    """Without the remarks of transformers on weights of a source that belong to another of its towers."""
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            yield
     finally:
         logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
 
 
 def _verify(layout: Layout, folder: Path, dtype: torch.dtype) -> Verification:

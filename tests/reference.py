@@ -231,6 +231,7 @@ def read_reference(source: Path, base: Path | None = None, vision: Path | None =
     projector = Part(take(weights, "model.mm_projector."), config)
     if (source / "adapter_config.json").is_file():
         llm.lora = _lora(source, "base_model.model.")
+        llm.lora.weights = {name: w for name, w in llm.lora.weights.items() if "vision_tower" not in name}
         tower.lora = _lora(source, "base_model.model.model.vision_tower.vision_tower.vision_model.")
         if (source / "Vit-lora").is_dir():
             tower.lora = _lora(source / "Vit-lora", "base_model.model.vision_tower.vision_model.")
