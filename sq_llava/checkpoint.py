@@ -1,10 +1,11 @@
-"""Models from parts, adapters merged into plain checkpoints, and the key names of the authors' release.
+"""Models from parts, and adapters merged into plain checkpoints.
 
     >>> model, processor = compose("openai/clip-vit-large-patch14-336", "lmsys/vicuna-7b-v1.5")
     >>> merge_adapter("runs/sq-llava-7b/stage2", "runs/sq-llava-7b/merged")
 
 A folder is either a plain checkpoint (`config.json`, weights, processor, code) or a PEFT adapter
-(`adapter_config.json`, which names its base). What this module does not do: convert whole released checkpoints.
+(`adapter_config.json`, which names its base). What this module does not do: convert released checkpoints
+(`sq_llava/convert.py`).
 """
 
 import json
@@ -39,29 +40,6 @@ AutoProcessor.register(SQLlavaConfig, SQLlavaProcessor, exist_ok=True)
 VOCABULARY_MULTIPLE = 64
 # What the processor adds to a language model's tokenizer, at most.
 NEW_TOKENS = ("<image>", "[vusr]", "<pad>")
-
-RELEASED_PROJECTOR_KEYS = {"mlp.0": "linear_1", "mlp.2": "linear_2"}
-
-
-def rename_released_key(key: str) -> str:
-    """
-    The name in [`SQLlavaModel`] of a weight of the authors' `mm_projector`, which held the extractor and the MLP.
-
-        v.weight -> prototype_extractor.v.weight
-        sim_alpha -> prototype_extractor.sim_alpha
-        mlp.0.weight -> multi_modal_projector.linear_1.weight
-
-    `ln_1.*`, which the authors' forward pass never applies, keeps its name; loading drops it.
-    """
-    module, _, parameter = key.rpartition(".")
-    if module in RELEASED_PROJECTOR_KEYS:
-        return f"multi_modal_projector.{RELEASED_PROJECTOR_KEYS[module]}.{parameter}"
-    if module in {"c", "v", "f", "ln_1"} or key in {"sim_alpha", "sim_beta"}:
-        return f"prototype_extractor.{key}"
-    raise ValueError(
-        f"{key!r} is not a weight of the released prototype extractor or its MLP: expected c, v, f, ln_1, mlp.0, "
-        "mlp.2 (.weight, .bias), sim_alpha or sim_beta, without a prefix."
-    )
 
 
 def is_adapter(path: str | os.PathLike) -> bool:

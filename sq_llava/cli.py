@@ -4,6 +4,7 @@
     sq-llava answer image.png "what color is the shape?" --model runs/demo/model
     sq-llava chat image.png --model runs/demo/model
     sq-llava merge runs/demo/stage2 --out runs/demo/model
+    sq-llava convert llava-hf/llava-1.5-7b-hf --out llava-7b
     sq-llava doctor --config recipes/sq-llava-7b/stage2.yaml
     sq-llava inspect runs/demo/model
 
@@ -240,6 +241,66 @@ def merge(
 
         merge_adapter(adapter, out)
         messages_console.print(f"Wrote {out}")
+
+
+@app.command(
+    epilog=_examples(
+        "A LoRA of the authors' SQ-LLaVA, on its base:",
+        "sq-llava convert sqllava-lora-7b --base base-7b --vision openai/clip-vit-large-patch14-336 --out sq-llava-7b",
+        "A whole SQ-LLaVA or LLaVA of the original code:",
+        "sq-llava convert llava-v1.5-7b --vision openai/clip-vit-large-patch14-336 --out llava-7b --verify",
+        "The LoRA of an original LLaVA:",
+        "sq-llava convert llava-v1.5-7b-lora --base vicuna-7b --vision clip-336 --out llava-7b",
+        "A projector that stage 1 trained, to go on with stage 2:",
+        "sq-llava convert stage1/mm_projector.bin --base vicuna-7b --vision clip-336 --out stage1-7b",
+        "A LLaVA of transformers, as it is, and as a start of training with prototypes:",
+        "sq-llava convert llava-hf/llava-1.5-7b-hf --out llava-7b",
+        "sq-llava convert llava-hf/llava-1.5-7b-hf --prototypes paper --out start-7b",
+    )
+)
+def convert(
+    source: Annotated[str, typer.Argument(help="Folder, file of a projector, or a Hub id.", show_default=False)],
+    out: Annotated[str, typer.Option(help="New folder for the checkpoint.", show_default=False)],
+    base: Annotated[
+        str | None, typer.Option(help="Language model: folder or Hub id. Default: as the source names it, if here.")
+    ] = None,
+    vision: Annotated[
+        str | None, typer.Option(help="Vision tower: folder or Hub id. Default: as the source names it, if here.")
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="auto (as the language model), float32, bfloat16 or float16.")] = "auto",
+    prototypes: Annotated[
+        str | None, typer.Option(help="Put a new extractor into a LLaVA: paper or released.")
+    ] = None,
+    max_shard_size: Annotated[str, typer.Option(help="Largest size of a file of weights.")] = "5GB",
+    verify: Annotated[bool, typer.Option("--verify", help="Then compare the logits with the source's.")] = False,
+    verify_dtype: Annotated[str, typer.Option(help="float32, or bfloat16 if the memory is short.")] = "float32",
+) -> None:
+    """Convert a released SQ-LLaVA or LLaVA: a whole checkpoint, with processor, code and card."""
+    with _errors_in_one_line():
+        with messages_console.status("Reading names and shapes"):
+            from transformers.utils import logging
+
+            from sq_llava import convert as conversion
+            from sq_llava.layouts import recognise
+
+            logging.set_verbosity_error()
+            if verify and prototypes:
+                raise ValueError("--verify compares with the source, which has no new --prototypes: leave one out.")
+            layout = recognise(source, base, vision, download=True)
+            planned = conversion.plan(layout, out, dtype, prototypes, max_shard_size)
+        for line in conversion.describe(planned):
+            messages_console.print(line, markup=False, soft_wrap=True)
+        with Progress(console=messages_console, transient=True) as progress:
+            conversion.write(planned, progress)
+        messages_console.print(f"Wrote {out}", markup=False, soft_wrap=True)
+        if verify:
+            with messages_console.status("Comparing with the source"):
+                from sq_llava import verify as verification
+
+                result = verification.verify(layout, out, verify_dtype)
+            verification.print_verification(result, console)
+            if not result.passed:
+                raise typer.Exit(1)
 
 
 @app.command(

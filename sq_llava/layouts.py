@@ -104,9 +104,8 @@ def recognise(source: str, base: str | None = None, vision: str | None = None, d
         fields = {"kind": "training", "evidence": "its folders checkpoint-*", "weight_files": ()}
     else:
         raise ValueError(_unknown(folder, "it holds neither config.json nor adapter_config.json nor mm_projector.bin"))
-    names = {"base_name": base or fields.pop("base_name", None), "vision_name": vision}
-    if fields["kind"] not in ("checkpoint", "adapter", "training"):
-        names["vision_name"] = vision or (config or {}).get("mm_vision_tower")
+    base_name = fields.pop("base_name", None)
+    names = {"base_name": base or base_name, "vision_name": vision or (config or {}).get("mm_vision_tower")}
     return Layout(
         path=folder,
         config=config or {},
@@ -226,7 +225,7 @@ def _recognise_adapter(folder: Path, config: dict | None, adapter_config: dict) 
     }
     if (adapter_config.get("auto_mapping") or {}).get("base_model_class") == "SQLlavaForConditionalGeneration":
         return {"kind": "adapter", "evidence": "adapter_config.json names the class of this library", **fields}
-    if config is None or not _is_original(config):
+    if config is None or not is_original(config):
         raise ValueError(
             _unknown(folder, "it has an adapter_config.json, but no config.json with the fields mm_* beside it")
         )
@@ -243,7 +242,7 @@ def _recognise_whole(folder: Path, config: dict) -> dict:
         return {"kind": "checkpoint", "evidence": 'model_type "sq_llava" in config.json', **files}
     if model_type == "llava" and "text_config" in config:
         return {"kind": "llava_hf", "evidence": 'model_type "llava" and a text_config in config.json', **files}
-    if _is_original(config):
+    if is_original(config):
         projector_type = config.get("mm_projector_type", "linear")
         kind = "sq_llava" if projector_type == "cluster" else "llava"
         evidence = f"{_projector_evidence(config)}, and no adapter_config.json"
@@ -253,7 +252,8 @@ def _recognise_whole(folder: Path, config: dict) -> dict:
     )
 
 
-def _is_original(config: dict) -> bool:
+def is_original(config: dict) -> bool:
+    """Whether a `config.json` was written by the code of LLaVA, or by one that was made from it."""
     return any(name.startswith("mm_") for name in config)
 
 

@@ -21,6 +21,8 @@ ORDER = [
     "sq_llava.card",
     "sq_llava.checkpoint",
     "sq_llava.layouts",
+    "sq_llava.weights",
+    "sq_llava.convert",
     "sq_llava.originals",
     "sq_llava.verify",
     "sq_llava.inference",
