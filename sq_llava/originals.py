@@ -229,8 +229,8 @@ def _with_lora(model: PreTrainedModel, folder: Path, weights: dict[str, torch.Te
         return model
     targets = sorted({name.removeprefix("base_model.model.").partition(".lora_")[0] for name in weights})
     config = LoraConfig.from_pretrained(folder)
-    # A task would make PEFT look for a language model, which a tower is not.
-    config = replace(config, target_modules=targets, task_type=None, inference_mode=True)
+    # A task would make PEFT look for a language model, which a tower is not; a base's name, warn of this one's path.
+    config = replace(config, target_modules=targets, task_type=None, base_model_name_or_path=None, inference_mode=True)
     peft_model = get_peft_model(model, config)
     set_peft_model_state_dict(peft_model, weights)
     absent = get_peft_model_state_dict(peft_model).keys() ^ weights.keys()

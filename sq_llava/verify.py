@@ -200,7 +200,8 @@ def _make_prompts(layout: Layout, processor: SQLlavaProcessor) -> tuple[list[Pro
 def _original_pixels(layout: Layout, images: list[Image.Image]) -> torch.Tensor:
     """As LLaVA's `process_images`: padded to a square of the mean colour if the source says so, then CLIP's."""
     image_processor = CLIPImageProcessorPil.from_pretrained(layout.vision or layout.path)
-    if layout.config.get("image_aspect_ratio", "pad") == "pad":
+    # LLaVA-1.5 pads; its configuration for transformers does not say so.
+    if layout.kind == "llava_hf" or layout.config.get("image_aspect_ratio") == "pad":
         colour = tuple(int(255 * mean) for mean in image_processor.image_mean)
         images = [_expand_to_square(image, colour) for image in images]
     return image_processor(images, return_tensors="pt")["pixel_values"]

@@ -210,6 +210,7 @@ def write_clip(
     if whole:
         text_config = {"model_type": "clip_text_model", "hidden_size": 16, "intermediate_size": 24}
         text_config |= {"num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 99, "projection_dim": 24}
+        text_config |= {"bos_token_id": 0, "eos_token_id": 2, "pad_token_id": 1}
         weights |= clip_text_weights(seed + 100)
         config = {"model_type": "clip", "architectures": ["CLIPModel"], "projection_dim": 24}
         config |= {"text_config": text_config, "vision_config": vision_config, "logit_scale_init_value": 2.6592}
