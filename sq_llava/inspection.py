@@ -46,6 +46,7 @@ PARTS = {
 DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64"}
 MARKERS = ("user_marker", "vusr_marker", "assistant_marker", "image_aspect_ratio")
 TOKEN_IDS = ("image_token_id", "image_token_index", "vusr_token_id", "bos_token_id", "eos_token_id", "pad_token_id")
+ADDED_TOKENS = {"<image>": "image_token_id", "[vusr]": "vusr_token_id", "<pad>": "pad_token_id"}
 
 
 @dataclass(frozen=True)
@@ -215,6 +216,12 @@ def _describe_settings(configs: dict[str, dict], inspection: Inspection) -> None
         values = [source[name] for source in sources if source.get(name) is not None]
         if values:
             inspection.token_ids[name] = values[0]
+    added = {token["content"]: token["id"] for token in configs.get("tokenizer.json", {}).get("added_tokens", [])}
+    for token, name in ADDED_TOKENS.items():
+        if token in added:
+            inspection.token_ids[token] = added[token]
+            if config.get("model_type") == "sq_llava" and config.get(name) not in (None, added[token]):
+                inspection.faults.append(f"{token} is {added[token]} in tokenizer.json, {config[name]} in config.json")
 
 
 def _describe_bases(layout: Layout, inspection: Inspection) -> None:

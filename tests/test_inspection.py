@@ -56,7 +56,7 @@ def test_plain_checkpoint_is_known_whole_and_counted(plain):
     assert inspection.prototypes["prototype_variant"] == "paper"
     assert inspection.prototypes["num_prototypes"] == 5
     assert inspection.markers["vusr_marker"] == "[vusr]"
-    assert inspection.token_ids["vusr_token_id"] == model.config.vusr_token_id
+    assert inspection.token_ids["vusr_token_id"] == inspection.token_ids["[vusr]"] == model.config.vusr_token_id
     assert inspection.code.keys() == set(CODE_FILES)
     assert all(code["as_in_this_library"] for code in inspection.code.values())
     assert len(list(plain.glob("model-*.safetensors"))) > 2
@@ -108,6 +108,13 @@ def test_weight_of_another_shape_than_the_configuration_says_is_a_fault(copy):
     assert inspect(copy).faults == [
         "model.prototype_extractor.prototypes has the shape [5, 32], config.json asks for [6, 32]"
     ]
+
+
+def test_marker_of_another_id_than_the_tokenizer_gives_it_is_a_fault(copy):
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps({**config, "image_token_id": 7}))
+    own = inspect(copy).token_ids["<image>"]
+    assert inspect(copy).faults == [f"<image> is {own} in tokenizer.json, 7 in config.json"]
 
 
 def test_configuration_that_is_cut_off_is_a_fault(copy):
@@ -180,6 +187,7 @@ def test_output_of_a_stage_shows_its_lora_its_base_and_its_checkpoints(run_folde
     assert inspection.sound
     assert {lora["tower"] for lora in inspection.loras} == {"vision", "language model"}
     assert inspection.bases["base"] == str(run_folder / "base")
+    assert {"<image>", "[vusr]", "<pad>"} <= inspection.token_ids.keys()
     assert set(inspection.checkpoints.values()) == {"complete"}
 
 
