@@ -217,8 +217,7 @@ def projector_type_of(names: list[str]) -> str | None:
 
 
 def _recognise_adapter(folder: Path, config: dict | None, adapter_config: dict) -> dict:
-    files = [folder / "adapter_model.bin", folder / "adapter_model.safetensors", folder / "non_lora_trainables.bin"]
-    files += [folder / "Vit-lora" / "adapter_model.bin", folder / "Vit-lora" / "adapter_model.safetensors"]
+    files = [_adapter_file(folder), folder / "non_lora_trainables.bin", _adapter_file(folder / "Vit-lora")]
     fields = {
         "weight_files": tuple(file for file in files if file.is_file()),
         "base_name": adapter_config.get("base_model_name_or_path"),
@@ -233,6 +232,11 @@ def _recognise_adapter(folder: Path, config: dict | None, adapter_config: dict) 
     kind = "sq_llava_lora" if projector_type == "cluster" else "llava_lora"
     evidence = f"adapter_config.json, and {_projector_evidence(config)}"
     return {"kind": kind, "evidence": evidence, "projector_type": projector_type, **fields}
+
+
+def _adapter_file(folder: Path) -> Path:
+    file = folder / "adapter_model.safetensors"
+    return file if file.is_file() else folder / "adapter_model.bin"
 
 
 def _recognise_whole(folder: Path, config: dict) -> dict:

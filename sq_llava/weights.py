@@ -5,15 +5,17 @@ known kind that is not; every weight has one source, or is declared new. What th
 model is (`sq_llava/convert.py`).
 """
 
+import json
 import math
 import re
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 
 import torch
 from peft.utils.other import get_pattern_key
-from safetensors.torch import save_file
 
 from sq_llava.layouts import Layout, open_safetensors, read_pickle
 
@@ -45,6 +47,7 @@ UNUSED = {
     r"(?:visual_projection|text_projection)\..+": "projections of a whole CLIP into its common space",
     r"logit_scale|logit_bias": "logit_scale: of a whole CLIP's loss",
 }
+SAFETENSORS_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 LORA = re.compile(r"(.+)\.lora_([AB])(?:\.default)?\.weight")
 EMBEDDINGS = "model.language_model.embed_tokens.weight"
 HEAD = "lm_head.weight"
@@ -102,10 +105,9 @@ class Reader:
 class Delta:
     """The LoRA of one weight: `scale * up @ down`."""
 
-    down: torch.Tensor
-    up: torch.Tensor
+    down: Tensor
+    up: Tensor
     scale: float
-    down_name: str
 
 
 @dataclass
@@ -127,15 +129,17 @@ class Recipe:
             return tuple(self.value.shape)
         return (self.rows, *self.source.shape[1:]) if self.rows else self.source.shape
 
-    def make(self, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """The weight from its source tensor, in memory of its own."""
+    def make(self, reader_of: Callable[[Path], Reader], dtype: torch.dtype) -> torch.Tensor:
+        """The weight, from the files that it is in."""
+        if self.source is None:
+            return self.value.to(dtype)
+        tensor = reader_of(self.source.file)[self.source.name]
         if self.delta is not None:
-            # In float32 until the end: a delta that were rounded to half precision first would lose its small parts.
-            tensor = torch.addmm(
-                tensor.float(), self.delta.up.float(), self.delta.down.float(), alpha=self.delta.scale
-            )
+            down, up = (reader_of(part.file)[part.name].float() for part in (self.delta.down, self.delta.up))
+            # In float32 until the end: a delta that was rounded to half precision first would lose its small parts.
+            tensor = torch.addmm(tensor.float(), up, down, alpha=self.delta.scale)
         if self.rows is None or self.rows == len(tensor):
-            return tensor.to(dtype, copy=True).contiguous()
+            return tensor.to(dtype).contiguous()
         grown = torch.empty(self.shape(), dtype=dtype)
         grown[: len(tensor)] = tensor
         grown[len(tensor) :] = tensor.mean(0, dtype=torch.float32)
@@ -180,7 +184,7 @@ def read_sources(layout: Layout) -> Sources:
                     sources.unused[kind] += 1
                 elif match := LORA.fullmatch(tensor.name):
                     weights = adapters.setdefault(file, {}).setdefault(match[1], {})
-                    weights[match[2]] = (tensor.name, reader[tensor.name])
+                    weights[match[2]] = tensor
                 else:
                     _add(sources, owners, owner, tensor)
     add_lora(sources, layout, adapters)
@@ -211,30 +215,51 @@ def add_lora(sources: Sources, layout: Layout, adapters: dict[Path, dict]) -> No
     Raises:
         ValueError: if half of a pair is missing, a rank is not that of its configuration, or the two differ.
     """
+    of_tower = {}
     for file, modules in adapters.items():
-        for module, pair in modules.items():
-            target = weight_name(f"{module}.weight")
-            if pair.keys() != {"A", "B"}:
-                raise ValueError(f"{file}: {module} has lora_{next(iter(pair))}, but not the other half of it.")
-            (down_name, down), (_, up) = pair["A"], pair["B"]
-            in_tower = part_of(target) == "vision tower"
-            config, config_file = _lora_config(layout, in_tower)
-            scale = lora_scale(config, config_file, module.removeprefix("base_model.model."), down, file)
-            other = sources.deltas.get(target)
-            if other is None:
-                sources.deltas[target] = Delta(down, up, scale, f"{down_name} in {file}")
-            elif not (torch.equal(other.down.float(), down.float()) and torch.equal(other.up.float(), up.float())):
-                raise ValueError(
-                    f"{down_name} in {file} differs from {other.down_name}: it is not clear which ViT-LoRA was "
-                    "trained last. Move the folder Vit-lora away, or take the keys with vision_tower out of "
-                    "adapter_model.bin."
-                )
+        deltas = _read_deltas(layout, file, modules)
+        sources.deltas |= deltas
+        of_tower[file] = {target: delta for target, delta in deltas.items() if part_of(target) == "vision tower"}
+    twice = [file for file, deltas in of_tower.items() if deltas]
+    if len(twice) == 2 and not _same(*(of_tower[file] for file in twice)):
+        raise ValueError(
+            f"The ViT-LoRA in {twice[0]} differs from that in {twice[1]}: which was trained is not known. Move the "
+            "folder Vit-lora away, or take the keys with vision_tower out of adapter_model.bin."
+        )
     for target, delta in sources.deltas.items():
         if target not in sources.recipes:
-            raise ValueError(f"{delta.down_name}: neither base nor tower has the weight that it is added to.")
+            place = f"{delta.down.file}: {delta.down.name}"
+            raise ValueError(f"{place}: neither base nor tower has the weight that it is added to.")
         _check_lora_shapes(sources.recipes[target], delta)
         sources.recipes[target].delta = delta
     _describe_lora(sources)
+
+
+def _read_deltas(layout: Layout, file: Path, modules: dict[str, dict[str, Tensor]]) -> dict[str, Delta]:
+    deltas = {}
+    for module, pair in modules.items():
+        target = weight_name(f"{module}.weight")
+        if pair.keys() != {"A", "B"}:
+            raise ValueError(f"{file}: {module} has lora_{next(iter(pair))}, but not the other half of it.")
+        config, config_file = _lora_config(layout, part_of(target) == "vision tower")
+        scale = lora_scale(config, config_file, module.removeprefix("base_model.model."), pair["A"])
+        deltas[target] = Delta(pair["A"], pair["B"], scale)
+    return deltas
+
+
+def _same(one: dict[str, Delta], other: dict[str, Delta]) -> bool:
+    if one.keys() != other.keys():
+        return False
+    reader_of = lru_cache(Reader)
+
+    def value(tensor: Tensor) -> torch.Tensor:
+        return reader_of(tensor.file)[tensor.name].float()
+
+    return all(
+        torch.equal(value(one[target].down), value(other[target].down))
+        and torch.equal(value(one[target].up), value(other[target].up))
+        for target in one
+    )
 
 
 def _lora_config(layout: Layout, in_tower: bool) -> tuple[dict, Path]:
@@ -245,7 +270,7 @@ def _lora_config(layout: Layout, in_tower: bool) -> tuple[dict, Path]:
     return layout.adapter_config, layout.path / "adapter_config.json"
 
 
-def lora_scale(config: dict, config_file: Path, module: str, down: torch.Tensor, file: Path) -> float:
+def lora_scale(config: dict, config_file: Path, module: str, down: Tensor) -> float:
     """What a delta is multiplied by: alpha / r, or alpha / sqrt(r); the patterns of one module count before all."""
     ranks, alphas = config.get("rank_pattern") or {}, config.get("alpha_pattern") or {}
     rank = ranks.get(get_pattern_key(ranks, module), config["r"])
@@ -253,10 +278,10 @@ def lora_scale(config: dict, config_file: Path, module: str, down: torch.Tensor,
     for setting in ("use_dora", "fan_in_fan_out"):
         if config.get(setting):
             raise ValueError(f"{config_file}: {setting} is true, which is not merged here. Merge it with PEFT first.")
-    if len(down) != rank:
+    if down.shape[0] != rank:
         raise ValueError(
-            f"{file}: {module} has the rank {len(down)}, but {config_file} says {rank}, so its alpha is not known. "
-            "Put the adapter_config.json that it was trained with beside it (of a ViT-LoRA: into the folder Vit-lora)."
+            f"{down.file}: {module} has the rank {down.shape[0]}, but {config_file} says {rank}, so its alpha is not "
+            "known. Put the adapter_config.json that it was trained with beside it (a ViT-LoRA's into Vit-lora)."
         )
     return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
@@ -265,7 +290,7 @@ def _check_lora_shapes(recipe: Recipe, delta: Delta) -> None:
     shape = (delta.up.shape[0], delta.down.shape[1])
     if shape != recipe.source.shape or delta.up.shape[1] != delta.down.shape[0]:
         raise ValueError(
-            f"{delta.down_name}: LoRA of {tuple(delta.up.shape)} x {tuple(delta.down.shape)} does not fit "
+            f"{delta.down.name} in {delta.down.file}: LoRA of {delta.up.shape} x {delta.down.shape} does not fit "
             f"{recipe.source.name} of {recipe.source.shape} in {recipe.source.file}. Is that the right base?"
         )
 
@@ -274,10 +299,11 @@ def _describe_lora(sources: Sources) -> None:
     for part, in_tower in (("LLM-LoRA", False), ("ViT-LoRA", True)):
         deltas = [d for target, d in sources.deltas.items() if (part_of(target) == "vision tower") == in_tower]
         if deltas:
-            ranks = ", ".join(map(str, sorted({len(delta.down) for delta in deltas})))
+            ranks = ", ".join(map(str, sorted({delta.down.shape[0] for delta in deltas})))
             scales = ", ".join(f"{scale:g}" for scale in sorted({delta.scale for delta in deltas}))
             sources.notes.append(f"{part}: merged into {len(deltas)} matrices, rank {ranks}, scaled by {scales}.")
-            if in_tower and not any(delta.up.any() for delta in deltas):
+            reader_of = lru_cache(Reader)
+            if in_tower and not any(reader_of(delta.up.file)[delta.up.name].any() for delta in deltas):
                 sources.notes.append(
                     "All B matrices of the ViT-LoRA are zero, so it changes nothing: the authors' code runs the tower "
                     "without gradients, and could not train it."
@@ -318,15 +344,26 @@ def match(sources: Sources, targets: dict[str, torch.Tensor], vocabulary: int, t
 
 
 def write_file(path: Path, recipes: dict[str, Recipe], dtype: torch.dtype) -> None:
-    """Writes one safetensors file. In memory are its tensors, and what of one source file they are made from."""
-    by_file = {}
-    for target, recipe in recipes.items():
-        by_file.setdefault(recipe.source.file if recipe.source else None, []).append(target)
-    made = {}
-    for file, targets in by_file.items():
-        reader = Reader(file) if file else None
-        for target in targets:
-            recipe = recipes[target]
-            made[target] = recipe.make(reader[recipe.source.name] if reader else recipe.value, dtype)
-        del reader  # unmaps the file
-    save_file({target: made[target] for target in recipes}, path, metadata={"format": "pt"})
+    """
+    Writes one safetensors file, a tensor at a time: a dictionary of all of them, as `save_file` takes, would be as
+    large as the file. The format: https://github.com/huggingface/safetensors#format.
+    """
+    # One file of the source and one of LoRA are mapped at a time; each is opened once.
+    reader_of = lru_cache(maxsize=2)(Reader)
+    ordered = sorted(recipes.items(), key=lambda item: _files_of(item[1]))
+    header, end = {"__metadata__": {"format": "pt"}}, 0
+    for target, recipe in ordered:
+        begin, end = end, end + math.prod(recipe.shape()) * dtype.itemsize
+        entry = {"dtype": SAFETENSORS_DTYPES[dtype], "shape": recipe.shape(), "data_offsets": [begin, end]}
+        header[target] = entry
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with open(path, "wb") as stream:
+        stream.write(len(text).to_bytes(8, "little") + text)
+        for _, recipe in ordered:
+            stream.write(recipe.make(reader_of, dtype).view(torch.uint8).numpy().data)
+
+
+def _files_of(recipe: Recipe) -> tuple[str, str]:
+    source, delta = recipe.source, recipe.delta
+    return str(source.file if source else ""), str(delta.down.file if delta else "")
