@@ -239,6 +239,9 @@ class SQLlavaPreTrainedModel(PreTrainedModel):
         "SQLlavaReleasedPrototypeExtractor",
         "SQLlavaMultiModalProjector",
     ]
+    # Quantizers leave this as it is (transformers adds it to what they skip): its error would be in every image token.
+    # Both names, for the model with a head and without one. In float16, it is float32 then.
+    _keep_in_fp32_modules = ["model.multi_modal_projector", "multi_modal_projector"]
     _keys_to_ignore_on_load_unexpected = [r"prototype_extractor\.ln_1\."]
 
     _supports_flash_attn = True

@@ -44,6 +44,8 @@ Model = Annotated[
 ]
 Device = Annotated[str | None, typer.Option(help="cuda, mps or cpu; default: the first of these there is.")]
 Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
+LoadIn4Bit = Annotated[bool, typer.Option("--load-in-4bit", help="Hold the towers in 4 bits, by bitsandbytes.")]
+LoadIn8Bit = Annotated[bool, typer.Option("--load-in-8bit", help="Hold the towers in 8 bits, by bitsandbytes.")]
 MaxNewTokens = Annotated[int, typer.Option(min=1, help="Longest text to generate, in tokens.")]
 Temperature = Annotated[float, typer.Option(min=0.01, help="Of the questions' sampling.")]
 TopK = Annotated[int, typer.Option(min=1, help="Of the questions' sampling.")]
@@ -66,7 +68,7 @@ def _errors_in_one_line():
         raise typer.Exit(1) from error
 
 
-def _load(model: str, device: str | None, dtype: str):
+def _load(model: str, device: str | None, dtype: str, load_in_4bit: bool, load_in_8bit: bool):
     with messages_console.status("Loading the model"):
         from transformers.utils import logging
 
@@ -74,7 +76,7 @@ def _load(model: str, device: str | None, dtype: str):
 
         logging.set_verbosity_error()
         logging.disable_progress_bar()
-        return load(model, device=device, dtype=dtype)
+        return load(model, device=device, dtype=dtype, load_in_4bit=load_in_4bit, load_in_8bit=load_in_8bit)
 
 
 def find_images(paths: list[Path]) -> list[Path]:
@@ -125,12 +127,14 @@ def ask(
     seed: Seed = None,
     device: Device = None,
     dtype: Dtype = "auto",
+    load_in_4bit: LoadIn4Bit = False,
+    load_in_8bit: LoadIn8Bit = False,
     as_json: AsJson = False,
 ) -> None:
     """Let the model ask questions about each image."""
     with _errors_in_one_line():
         files = find_images(images)
-        assistant = _load(model, device, dtype)
+        assistant = _load(model, device, dtype, load_in_4bit, load_in_8bit)
 
         results = []
         for file in _track(files, "Asking"):
@@ -156,12 +160,14 @@ def answer(
     max_new_tokens: MaxNewTokens = 512,
     device: Device = None,
     dtype: Dtype = "auto",
+    load_in_4bit: LoadIn4Bit = False,
+    load_in_8bit: LoadIn8Bit = False,
     as_json: AsJson = False,
 ) -> None:
     """Answer a question about each image, greedily."""
     with _errors_in_one_line():
         files = find_images(images)
-        assistant = _load(model, device, dtype)
+        assistant = _load(model, device, dtype, load_in_4bit, load_in_8bit)
 
         results = [
             {"image": str(file), "answer": assistant.answer(file, question, max_new_tokens)}
@@ -181,12 +187,14 @@ def chat(
     seed: Seed = None,
     device: Device = None,
     dtype: Dtype = "auto",
+    load_in_4bit: LoadIn4Bit = False,
+    load_in_8bit: LoadIn8Bit = False,
 ) -> None:
     """Talk about an image. /ask lets the model ask and answer, /new starts over, /quit ends."""
     with _errors_in_one_line():
         if not image.is_file():
             raise ValueError(f"{image}: no such image.")
-        assistant = _load(model, device, dtype)
+        assistant = _load(model, device, dtype, load_in_4bit, load_in_8bit)
         from sq_llava.images import open_image
 
         open_image(image)
@@ -274,6 +282,9 @@ def convert(
     max_shard_size: Annotated[str, typer.Option(help="Largest size of a file of weights.")] = "5GB",
     verify: Annotated[bool, typer.Option("--verify", help="Then compare the logits with the source's.")] = False,
     verify_dtype: Annotated[str, typer.Option(help="float32, or bfloat16 if the memory is short.")] = "float32",
+    verification_file: Annotated[
+        bool, typer.Option("--verification-file", help="With --verify: write OUT/verification.json as well.")
+    ] = False,
 ) -> None:
     """Convert a released SQ-LLaVA or LLaVA: a whole checkpoint, with processor, code and card."""
     with _errors_in_one_line():
@@ -284,8 +295,6 @@ def convert(
             from sq_llava.layouts import recognise
 
             logging.set_verbosity_error()
-            if verify and prototypes:
-                raise ValueError("--verify compares with the source, which has no new --prototypes: leave one out.")
             layout = recognise(source, base, vision, download=True)
             planned = conversion.plan(layout, out, dtype, prototypes, max_shard_size)
         for line in conversion.describe(planned):
@@ -299,6 +308,8 @@ def convert(
 
                 result = verification.verify(layout, out, verify_dtype)
             verification.print_verification(result, console)
+            if verification_file:
+                (Path(out) / "verification.json").write_text(json.dumps(result.to_json(), indent=2) + "\n")
             if not result.passed:
                 raise typer.Exit(1)
 

@@ -18,7 +18,8 @@ from pathlib import Path
 import torch
 from huggingface_hub import hf_hub_download
 from jinja2 import TemplateError
-from transformers import DynamicCache
+from transformers import BitsAndBytesConfig, DynamicCache
+from transformers.utils import is_bitsandbytes_available
 
 from modeling_sq_llava import SQLlavaForConditionalGeneration
 from processing_sq_llava import SQLlavaProcessor
@@ -118,17 +119,28 @@ class Assistant:
         return talk.messages
 
 
-def load(path: str, device: str | None = None, dtype: str = "auto", **kwargs) -> Assistant:
+def load(
+    path: str,
+    device: str | None = None,
+    dtype: str = "auto",
+    load_in_4bit: bool = False,
+    load_in_8bit: bool = False,
+    **kwargs,
+) -> Assistant:
     """
     Args:
         path (`str`): A plain checkpoint, an adapter folder, or a Hub id.
         device (`str`, *optional*): `"cuda"`, `"mps"`, `"cpu"`, ...; default: the first of these there is.
         dtype (`str`): `"auto"` (as saved), `"float32"`, `"bfloat16"`, `"float16"`.
+        load_in_4bit, load_in_8bit (`bool`): Let bitsandbytes hold the towers' weights in so many bits.
         kwargs: As for `from_pretrained` of the model. With `device_map`, leave `device` out.
 
     Raises:
-        ValueError: if the path is that of a folder which is not there, or holds no model.
+        ValueError: if the path is that of a folder which is not there, or holds no model; without bitsandbytes.
     """
+    if load_in_4bit or load_in_8bit:
+        kwargs["quantization_config"] = _bits(load_in_4bit, load_in_8bit, dtype)
+        kwargs.setdefault("device_map", {"": device or best_device()})
     path = str(path)
     folder = Path(path).expanduser()
     if folder.is_dir():
@@ -146,6 +158,17 @@ def load(path: str, device: str | None = None, dtype: str = "auto", **kwargs) ->
     if "device_map" not in kwargs:
         model.to(device or best_device())
     return Assistant(model.eval(), processor)
+
+
+def _bits(load_in_4bit: bool, load_in_8bit: bool, dtype: str) -> BitsAndBytesConfig:
+    if load_in_4bit and load_in_8bit:
+        raise ValueError("load_in_4bit and load_in_8bit are both given: choose one.")
+    if not is_bitsandbytes_available():
+        raise ValueError("load_in_4bit and load_in_8bit need bitsandbytes: pip install bitsandbytes.")
+    if load_in_8bit:
+        return BitsAndBytesConfig(load_in_8bit=True)
+    compute_dtype = "bfloat16" if dtype == "auto" else dtype
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=compute_dtype)
 
 
 def best_device() -> str:

@@ -1,4 +1,4 @@
-"""Training with the towers in 4 or 8 bits, by bitsandbytes on a CPU."""
+"""Training and loading with the towers in 4 or 8 bits, by bitsandbytes on a CPU."""
 
 import json
 from pathlib import Path
@@ -9,10 +9,14 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 from torch import nn
+from transformers import AutoModel, BitsAndBytesConfig
+from typer.testing import CliRunner
 
 import train_sft
 from modeling_sq_llava import SQLlavaForConditionalGeneration
+from sq_llava import inference
 from sq_llava.checkpoint import load_checkpoint, merge_adapter
+from sq_llava.cli import app
 from sq_llava.planning import weight_bytes
 from sq_llava.trainer import SQLlavaTrainer
 from tests import tiny
@@ -125,3 +129,79 @@ def test_planned_size_of_a_quantized_model_is_its_size(both_stages):
 def test_precision_auto_is_refused_with_four_bits(parts, tmp_path):
     with pytest.raises(ValueError, match="dtype is 'auto': with load_in_4bit, give"):
         train("align", parts, tmp_path, load_in_4bit=True, dtype="auto")
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("quantized") / "model"
+    processor = tiny.tiny_processor(system_message="")
+    tiny.tiny_model_for(processor).save_pretrained(folder)
+    processor.save_pretrained(folder)
+    tiny.picture().save(folder.parent / "a.png")
+    return folder
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("settings", "error"),
+    [({"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}, 0.5), ({"load_in_8bit": True}, 0.1)],
+    ids=LINEAR,
+)
+def test_automodel_quantizes_the_towers_alone_and_saves_what_it_loads_again(
+    settings, error, dtype, checkpoint, tmp_path
+):
+    whole = AutoModel.from_pretrained(checkpoint, trust_remote_code=True, dtype=dtype)
+    model = AutoModel.from_pretrained(
+        checkpoint, trust_remote_code=True, dtype=dtype, quantization_config=BitsAndBytesConfig(**settings)
+    )
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear):
+            in_tower = "vision_tower" in name or "language_model" in name
+            assert type(module) is (LINEAR[next(iter(settings))] if in_tower else nn.Linear), name
+    weights = dict(whole.named_parameters())
+    for name, weight in model.named_parameters():
+        if "prototype_extractor" in name or "multi_modal_projector" in name or "lm_head" in name:
+            assert torch.equal(weight, weights[name]), name
+    inputs = tiny.tiny_inputs(whole.config)
+    expected, logits = whole(**inputs).logits, model(**inputs).logits
+    assert 0 < (logits - expected).norm() < error * expected.norm()
+
+    model.save_pretrained(tmp_path)
+    assert weight_bytes(model) < 0.8 * weight_bytes(whole)
+    again = AutoModel.from_pretrained(tmp_path, trust_remote_code=True, dtype=dtype)
+    assert torch.equal(again(**inputs).logits, logits)
+    assert torch.equal(*(m.generate(**inputs, do_sample=False, max_new_tokens=4) for m in (model, again)))
+
+
+def test_float16_keeps_the_projector_in_float32(checkpoint):
+    model = SQLlavaForConditionalGeneration.from_pretrained(checkpoint, dtype=torch.float16)
+    dtypes = {name: weight.dtype for name, weight in model.named_parameters()}
+    assert {name.split(".")[1] for name, dtype in dtypes.items() if dtype == torch.float32} == {
+        "multi_modal_projector"
+    }
+    inputs = tiny.tiny_inputs(model.config)
+    whole = SQLlavaForConditionalGeneration.from_pretrained(checkpoint)
+    with torch.no_grad():
+        torch.testing.assert_close(model(**inputs).logits.float(), whole(**inputs).logits, rtol=0.1, atol=0.1)
+
+
+@pytest.mark.parametrize("kind", LINEAR)
+def test_command_answers_with_quantized_towers(kind, checkpoint):
+    option = f"--{kind.replace('_', '-')}"
+    image = str(checkpoint.parent / "a.png")
+    arguments = ["answer", image, "What is it?", "--model", str(checkpoint), "--max-new-tokens", "4", "--json"]
+    result = CliRunner().invoke(app, [*arguments, option])
+    assert result.exit_code == 0, result.output
+    assistant = inference.load(str(checkpoint), **{kind: True})
+    kinds = {type(module) for module in assistant.model.model.language_model.layers.modules()}
+    assert LINEAR[kind] in kinds and nn.Linear not in kinds
+    assert json.loads(result.stdout)[0]["answer"] == assistant.answer(image, "What is it?", 4)
+
+
+def test_wrong_wishes_for_bits_are_refused(checkpoint, monkeypatch):
+    with pytest.raises(ValueError, match="both given"):
+        inference.load(str(checkpoint), load_in_4bit=True, load_in_8bit=True)
+    monkeypatch.setattr(inference, "is_bitsandbytes_available", lambda: False)
+    with pytest.raises(ValueError, match="pip install bitsandbytes"):
+        inference.load(str(checkpoint), load_in_8bit=True)
