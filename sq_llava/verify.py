@@ -312,7 +312,7 @@ def first_difference(source: dict[str, torch.Tensor], result: dict[str, torch.Te
 
 def print_verification(verification: Verification, console: Console) -> None:
     table = Table(title=f"{verification.result} beside {verification.source}, in {verification.dtype}")
-    for column in ("prompt", "tokens", "images", "largest difference", "of the largest logit", "same argmax"):
+    for column in ("prompt", "tokens", "images", "difference", "of the largest", "same argmax"):
         table.add_column(column, justify="left" if column == "prompt" else "right")
     for row in verification.comparisons:
         table.add_row(
@@ -326,10 +326,11 @@ def print_verification(verification: Verification, console: Console) -> None:
     console.print(table)
     console.print(
         f"tolerance: {verification.tolerance:g} of the largest logit; pixels: {verification.pixel_difference:.2g} of "
-        f"255 grey levels (tolerance {PIXEL_TOLERANCE:g})"
+        f"255 grey levels (tolerance {PIXEL_TOLERANCE:g})",
+        soft_wrap=True,
     )
     for note in verification.notes:
-        console.print(f"note: {note}", markup=False)
+        console.print(f"note: {note}", markup=False, soft_wrap=True)
     for fault in verification.faults:
-        console.print(f"differs: {fault}", style="red", markup=False)
+        console.print(f"differs: {fault}", style="red", markup=False, soft_wrap=True)
     console.print("equal" if verification.passed else "NOT equal", style="green" if verification.passed else "red")

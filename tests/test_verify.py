@@ -10,10 +10,12 @@ from PIL import Image
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 from transformers import CLIPImageProcessorPil, LlamaTokenizer
+from typer.testing import CliRunner
 
 from configuration_sq_llava import SQLlavaConfig
 from modeling_sq_llava import SQLlavaForConditionalGeneration
 from processing_sq_llava import SQLlavaProcessor
+from sq_llava.cli import app
 from sq_llava.layouts import Layout, recognise
 from sq_llava.verify import TOLERANCES, draw_picture, print_verification, verify
 from tests import released
@@ -277,3 +279,33 @@ def test_report_says_whether_it_passed_and_how(lora, result):
     assert "first in logits" in text
     assert not verification.to_json()["passed"]
     assert len(json.loads(json.dumps(verification.to_json()))["comparisons"]) == 4
+
+
+@pytest.mark.parametrize(
+    ("write", "options"),
+    [
+        (released.write_sq_llava_lora, []),
+        (released.write_sq_llava_merged, ["--dtype", "bfloat16"]),
+        (released.write_llava_hf, ["--prototypes", "paper"]),
+    ],
+)
+def test_command_converts_and_compares(write, options, parts, tmp_path):
+    source, out = write(tmp_path / "source"), tmp_path / "out"
+    if write is not released.write_llava_hf:
+        options = [*options, "--vision", str(parts[1])]
+    if write is released.write_sq_llava_lora:
+        options = [*options, "--base", str(parts[0])]
+    arguments = ["convert", str(source), "--out", str(out), *options, "--verify", "--verification-file"]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    assert json.loads((out / "verification.json").read_text())["passed"]
+
+
+def test_command_ends_with_code_1_where_the_result_differs(parts, tmp_path, monkeypatch):
+    monkeypatch.setitem(TOLERANCES, torch.float32, 0.0)
+    source, out = released.write_sq_llava_lora(tmp_path / "source"), tmp_path / "out"
+    arguments = ["--base", str(parts[0]), "--vision", str(parts[1]), "--verify"]
+    result = CliRunner().invoke(app, ["convert", str(source), "--out", str(out), *arguments])
+    assert result.exit_code == 1
+    assert "NOT equal" in result.output
+    assert not (out / "verification.json").exists()
