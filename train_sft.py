@@ -39,6 +39,7 @@ from sq_llava.planning import (
     set_global_batch,
     try_one_step,
 )
+from sq_llava.provenance import record_stage
 from sq_llava.recovery import EXIT_TRY_AGAIN, find_checkpoint, warn_of_changes
 from sq_llava.self_questioning import EpochCallback, SelfQuestioningCollator
 from sq_llava.settings import data_check, parse_settings
@@ -128,6 +129,8 @@ def main(args: list[str] | None = None) -> SQLlavaTrainer:
         sys.exit(EXIT_TRY_AGAIN)
     trainer.save_model()
     trainer.save_state()
+    if trainer.accelerator.is_main_process:
+        record_stage(arguments, training_args, model_config, trainer.run, trainer.state.global_step)
     return trainer
 
 

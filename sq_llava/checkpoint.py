@@ -29,6 +29,7 @@ from configuration_sq_llava import SQLlavaConfig
 from modeling_sq_llava import SQLlavaForConditionalGeneration
 from processing_sq_llava import SQLlavaProcessor
 from sq_llava.card import write_card
+from sq_llava.provenance import public_name, read_provenance, write_provenance
 
 
 # The library's own classes load a checkpoint; the code inside its folder is for those who do not have the library.
@@ -68,7 +69,7 @@ def base_of_adapter(path: str | os.PathLike) -> str:
 def _vision_config(vision_model: str) -> PreTrainedConfig:
     config = AutoConfig.from_pretrained(vision_model)
     config = getattr(config, "vision_config", config)
-    config.name_or_path = vision_model
+    config.name_or_path = public_name(vision_model)  # the configuration is published
     return config
 
 
@@ -128,6 +129,7 @@ def compose(
     processor = compose_processor(vision_model, text_model, **(processor_kwargs or {}))
     tokenizer = processor.tokenizer
     text_model = AutoModelForCausalLM.from_pretrained(text_model, dtype=dtype, attn_implementation=attn_implementation)
+    text_model.config.name_or_path = public_name(text_model.config.name_or_path)
     config = SQLlavaConfig(vision_config=vision_config, text_config=text_model.config, **config_kwargs)
     if len(tokenizer) > text_model.config.vocab_size:
         text_model.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=VOCABULARY_MULTIPLE)
@@ -182,4 +184,5 @@ def merge_adapter(adapter: str, output_dir: str) -> None:
     merged = model.merge_and_unload()
     merged.save_pretrained(output_dir)
     processor.save_pretrained(output_dir)
-    write_card(output_dir, merged, processor)
+    write_provenance(output_dir, read_provenance(adapter))
+    write_card(output_dir)

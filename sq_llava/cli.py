@@ -7,6 +7,7 @@
     sq-llava convert llava-hf/llava-1.5-7b-hf --out llava-7b
     sq-llava doctor --config recipes/sq-llava-7b/stage2.yaml
     sq-llava inspect runs/demo/model
+    sq-llava push runs/demo/model org/name --dry-run
 
 Results go to standard output, progress and errors to standard error. Exit codes: 0 fine, 1 wrong input or no
 such model (of the doctor: errors in the data; of inspect: a broken folder), 2 wrong usage.
@@ -388,6 +389,53 @@ def inspect(
             inspection.print_inspection(found, console)
     if not found.sound:
         raise typer.Exit(1)
+
+
+@app.command(
+    epilog=_examples(
+        "sq-llava push runs/demo/model org/name --dry-run",
+        "sq-llava push runs/sq-llava-7b/stage2 org/name --private --eval-results results.json",
+        "sq-llava push runs/sq-llava-7b/stage2 org/name-lora --adapter-only --base-model org/base",
+    )
+)
+def push(
+    folder: Annotated[Path, typer.Argument(help="Checkpoint, or the output of a stage.", show_default=False)],
+    repo_id: Annotated[str, typer.Argument(help="Where to: org/name.", show_default=False)],
+    private: Annotated[bool, typer.Option("--private", help="Create it private.")] = False,
+    revision: Annotated[str | None, typer.Option(help="Branch; default: main.")] = None,
+    adapter_only: Annotated[
+        bool, typer.Option("--adapter-only", help="An adapter as it is, for PEFT; default: merged.")
+    ] = False,
+    base_model: Annotated[str | None, typer.Option(help="With --adapter-only: Hub id of its base.")] = None,
+    eval_results: Annotated[Path | None, typer.Option(help="JSON of an evaluation, for the card.")] = None,
+    license: Annotated[str | None, typer.Option(help="For the card, such as apache-2.0.")] = None,
+    language: Annotated[list[str] | None, typer.Option(help="For the card, such as en; can be repeated.")] = None,
+    message: Annotated[str | None, typer.Option(help="Of the commit.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check and show all, send nothing.")] = False,
+) -> None:
+    """Publish a model on the Hub, with a card, and prove that others can load it."""
+    with _errors_in_one_line():
+        from huggingface_hub import HfApi
+
+        from sq_llava import publishing
+        from sq_llava.card import read_results
+
+        results = read_results(eval_results) if eval_results else None
+        api = None if dry_run else HfApi()
+        if api is not None:
+            publishing.check_rights(api, repo_id, private)
+        with publishing.prepare(folder, repo_id, adapter_only, base_model, api) as publication:
+            publishing.print_publication(publication, messages_console)
+            with messages_console.status("Loading it in a fresh process"):
+                publishing.check_loading(publication)
+            if api is None:
+                messages_console.print("It loads, and answers. Nothing was sent.")
+                return
+            commit = publishing.upload(api, publication, private, revision, message)
+            messages_console.print(f"Uploaded as commit {commit}. It is fetched again, and compared.", soft_wrap=True)
+            publishing.check_published(api, publication, commit)
+            url = publishing.publish_card(api, publication, commit, revision, results, license, language or [])
+        messages_console.print(f"Published, equal to the last bit: {url}", markup=False, soft_wrap=True)
 
 
 def _track(files: list[Path], description: str):

@@ -28,7 +28,17 @@ from processing_sq_llava import SYSTEM_MESSAGE, VUSR_TOKEN, SQLlavaProcessor
 from sq_llava.card import write_card
 from sq_llava.checkpoint import NEW_TOKENS, VOCABULARY_MULTIPLE
 from sq_llava.layouts import NAMES, Layout, is_original, read_json
-from sq_llava.weights import EMBEDDINGS, HEAD, Recipe, Sources, match, read_sources, write_file
+from sq_llava.provenance import public_name, write_provenance
+from sq_llava.weights import (
+    EMBEDDINGS,
+    HEAD,
+    SAFETENSORS_DTYPES,
+    Recipe,
+    Sources,
+    match,
+    read_sources,
+    write_file,
+)
 
 
 VICUNA_SYSTEM_MESSAGE = (
@@ -48,7 +58,7 @@ ASPECT_RATIOS = {"pad": "pad", "square": "crop", None: "crop"}
 SELECT_FEATURES = {"patch": "default", "cls_patch": "full"}
 PROJECTOR_TYPES = {"cluster": "mlp2x", "mlp2x_gelu": "mlp2x", "linear": "linear"}
 RELEASED_NUM_PROTOTYPES = 256
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in SAFETENSORS_DTYPES}
 
 
 @dataclass
@@ -100,7 +110,7 @@ def plan(
     if EMBEDDINGS not in sources.recipes:
         raise ValueError(f"{layout.base or layout.path} holds no embeddings of a language model: is it complete?")
     embeddings = sources.recipes[EMBEDDINGS].source
-    torch_dtype = embeddings.dtype if dtype == "auto" else _dtype(dtype)
+    torch_dtype = _dtype(str(embeddings.dtype).removeprefix("torch.") if dtype == "auto" else dtype)
 
     text_config, vision_config = _text_config(layout), _vision_config(layout)
     notes = []
@@ -132,6 +142,8 @@ def _require_parts(layout: Layout, prototypes: str | None) -> None:
         raise ValueError(f"{path} is {NAMES[kind]}, but holds no weights: fetch it anew.")
     if kind.endswith("_lora") and not (path / "non_lora_trainables.bin").is_file():
         raise ValueError(f"{path}: non_lora_trainables.bin, which holds the trained projector, is missing.")
+    if kind.endswith("_lora") and not any(path.glob("adapter_model.*")):
+        raise ValueError(f"{path}: adapter_model.bin, which holds the LoRA, is missing.")
     needs_base = kind.endswith("_lora") or kind == "projector"
     if needs_base and layout.base is None:
         raise ValueError(f"{path} stands on {_named(layout.base_name)}: give the language model as --base.")
@@ -153,17 +165,17 @@ def _named(name: str | None) -> str:
 
 def _dtype(name: str) -> torch.dtype:
     if name not in DTYPES:
-        raise ValueError(f"--dtype is {name!r}: choose one of auto, {', '.join(DTYPES)}.")
+        raise ValueError(f"The weights cannot be written in {name!r}: give --dtype {', '.join(DTYPES)}.")
     return DTYPES[name]
 
 
 def _text_config(layout: Layout) -> PreTrainedConfig:
     if layout.kind == "llava_hf":
-        return AutoConfig.from_pretrained(layout.path).text_config
+        return AutoConfig.from_pretrained(layout.path, trust_remote_code=False).text_config
     folder = layout.base or layout.path
     fields = read_json(folder / "config.json")
     text_config = _original_text_config(folder, fields) if is_original(fields) else _plain_config(folder, fields)
-    text_config.name_or_path = _public_name(layout.base_name)
+    text_config.name_or_path = public_name(layout.base_name) if layout.base_name else ""
     return text_config
 
 
@@ -182,19 +194,14 @@ def _original_text_config(folder: Path, fields: dict) -> PreTrainedConfig:
 def _plain_config(folder: Path, fields: dict) -> PreTrainedConfig:
     if "text_config" in fields:
         raise ValueError(f"{folder} ({fields.get('model_type')}) is more than a language model: give one as --base.")
-    return AutoConfig.from_pretrained(folder)
+    return AutoConfig.from_pretrained(folder, trust_remote_code=False)
 
 
 def _vision_config(layout: Layout) -> PreTrainedConfig:
-    config = AutoConfig.from_pretrained(layout.vision or layout.path)
+    config = AutoConfig.from_pretrained(layout.vision or layout.path, trust_remote_code=False)
     config = getattr(config, "vision_config", config)
-    config.name_or_path = _public_name(layout.vision_name)
+    config.name_or_path = public_name(layout.vision_name) if layout.vision_name else ""
     return config
-
-
-def _public_name(name: str | None) -> str:
-    """A Hub id, which the model card links to, or the last part of a path: the rest is of this machine alone."""
-    return name if name and name.count("/") == 1 and not Path(name).exists() else Path(name or "").name
 
 
 def _architecture(layout: Layout, prototypes: str | None, notes: list[str]) -> dict:
@@ -250,7 +257,7 @@ def _processor(layout: Layout, config: SQLlavaConfig, new_extractor: bool) -> SQ
     if not (tower / "preprocessor_config.json").is_file():
         raise ValueError(f"{tower} holds no preprocessor_config.json: put it there, from where the tower is from.")
     # By the language model's configuration: beside one of LLaVA's, other ids come out than SentencePiece gives.
-    tokenizer = AutoTokenizer.from_pretrained(folder, config=config.text_config)
+    tokenizer = AutoTokenizer.from_pretrained(folder, config=config.text_config, trust_remote_code=False)
     if layout.kind == "llava_hf" or not layout.config:
         image_aspect_ratio = "pad"
     else:
@@ -264,7 +271,7 @@ def _processor(layout: Layout, config: SQLlavaConfig, new_extractor: bool) -> SQ
     elif layout.projector_type == "cluster":
         system_message = RELEASED_SYSTEM_MESSAGE
     processor = SQLlavaProcessor(
-        AutoImageProcessor.from_pretrained(tower),
+        AutoImageProcessor.from_pretrained(tower, trust_remote_code=False),
         tokenizer,
         image_seq_length=config.image_seq_length,
         image_aspect_ratio=image_aspect_ratio,
@@ -360,6 +367,14 @@ def describe(conversion: Conversion) -> Iterator[str]:
     )
 
 
+def _provenance(conversion: Conversion) -> dict:
+    layout, variant = conversion.layout, conversion.model.config.prototype_variant
+    provenance = {"converted_from": public_name(str(layout.path)), "converted_kind": NAMES[layout.kind]}
+    if variant != "none" and layout.projector_type != "cluster":
+        provenance["new_extractor"] = variant
+    return provenance
+
+
 def write(conversion: Conversion, progress) -> None:
     """
     Writes the whole folder: weights, configurations, processor, code, card.
@@ -384,7 +399,8 @@ def write(conversion: Conversion, progress) -> None:
     model.config.save_pretrained(folder)
     model.generation_config.save_pretrained(folder)
     conversion.processor.save_pretrained(folder)
-    write_card(folder, model, conversion.processor)
+    write_provenance(folder, _provenance(conversion))
+    write_card(folder)
     if out.is_dir():
         out.rmdir()
     folder.rename(out)

@@ -1,0 +1,103 @@
+"""Where a checkpoint comes from: `provenance.yaml`, which travels with it from stage to stage, merged and published.
+
+    stages:            # trained here, in this order
+    - stage: align
+      data: [{path: blip_laion_cc_sbu_558k.json}]
+      rows: 558128
+      steps: 2180
+      settings: {learning_rate: 0.002, global_batch_size: 256, ...}
+      versions: {torch: 2.13.0, ...}
+    converted_from: liuhaotian/llava-v1.5-7b
+    new_extractor: paper       # of a converted LLaVA: it has seen no training yet
+
+The model card tells it. It holds names and numbers, no path of a machine. What it does not do: repeat a run (that
+takes the recipe, and data of the same content).
+"""
+
+import re
+from importlib.metadata import version
+from pathlib import Path
+
+import yaml
+
+
+PROVENANCE_FILE = "provenance.yaml"
+PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate")
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+CACHED = re.compile(r"/(?:models|datasets)--([^/]+)/snapshots/[0-9a-f]{40}/?$")
+
+STAGE_SETTINGS = ("vision_lora_r", "vision_lora_alpha", "vision_lora_dropout", "vision_lr", "connector_lr")
+TRAINING_SETTINGS = (
+    "learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "max_grad_norm", "optim",
+    "num_train_epochs", "max_steps", "max_length", "train_sampling_strategy", "seed", "bf16", "fp16",
+)  # fmt: skip
+MODEL_SETTINGS = ("dtype", "load_in_4bit", "load_in_8bit")
+# Without a meaning in stage "align", which trains neither questions nor the language model.
+INSTRUCT_SETTINGS = ("self_question_ratio", "question_loss_weight")
+INSTRUCT_MODEL_SETTINGS = ("lora_r", "lora_alpha", "lora_dropout")
+
+
+def is_hub_id(path: str) -> bool:
+    """Whether this is `org/name` rather than the path of a folder, be it there or not."""
+    folder = Path(path)
+    return HUB_ID.fullmatch(path) is not None and path[0] != "." and not (folder.exists() or folder.parent.is_dir())
+
+
+def public_name(path: str) -> str:
+    """A Hub id, also of its folder in the cache; of another path the last part, which tells nothing of the machine."""
+    cached = CACHED.search(path)
+    if cached:
+        return cached[1].replace("--", "/")
+    return path if is_hub_id(path) else Path(path).expanduser().absolute().name
+
+
+def read_provenance(folder: str | Path) -> dict:
+    """What is known of a folder's checkpoint; empty, if nothing is."""
+    file = Path(folder) / PROVENANCE_FILE
+    if not file.is_file():
+        return {}
+    provenance = yaml.safe_load(file.read_text())
+    if not isinstance(provenance, dict):
+        raise ValueError(f"{file} holds {provenance!r}, not fields with values: write it as it was, or remove it.")
+    return provenance
+
+
+def write_provenance(folder: str | Path, provenance: dict) -> None:
+    if provenance:
+        (Path(folder) / PROVENANCE_FILE).write_text(yaml.safe_dump(provenance, sort_keys=False, width=119))
+
+
+def record_stage(arguments, training_args, model_config, run: dict[str, int], steps: int) -> None:
+    """
+    Writes into a stage's `output_dir` what it began from, and was.
+
+    Args:
+        arguments, training_args, model_config: As `parse_settings` gives them.
+        run (`dict[str, int]`): What the losses depend on, as `SQLlavaTrainer.run`.
+        steps (`int`): How many were done.
+    """
+    instruct = arguments.stage == "instruct"
+    settings = _settings(arguments, STAGE_SETTINGS + (INSTRUCT_SETTINGS if instruct else ()))
+    settings |= _settings(training_args, TRAINING_SETTINGS)
+    settings |= _settings(model_config, MODEL_SETTINGS + (INSTRUCT_MODEL_SETTINGS if instruct else ()))
+    stage = {
+        "stage": arguments.stage,
+        "data": [
+            {"path": public_name(source.path), **_settings(source, ("split", "weight", "num_rows"))}
+            for source in arguments.datasets
+        ],
+        "rows": run["num_rows"],
+        "steps": steps,
+        "settings": {"global_batch_size": run["rows_per_step"], **settings},
+        "versions": {package: version(package) for package in PACKAGES},
+    }
+    start = model_config.model_name_or_path
+    before = read_provenance(start) if start is not None else {}
+    write_provenance(training_args.output_dir, before | {"stages": [*before.get("stages", []), stage]})
+
+
+def _settings(source, names: tuple[str, ...]) -> dict:
+    """The settings that are given; an enumeration as its value."""
+    values = {name: getattr(source, name) for name in names}
+    values = {name: getattr(value, "value", value) for name, value in values.items()}
+    return {name: value for name, value in values.items() if value is not None and value is not False}
