@@ -11,10 +11,10 @@ export TOKENIZERS_PARALLELISM ?= false
 export HF_HUB_DISABLE_TELEMETRY ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-clean test test-vllm lint bench
+.PHONY: help setup demo demo-clean test test-versions test-vllm lint bench
 
 help:  ## List the targets
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
 
 setup: $(VENV)/.installed  ## Make .venv with the pinned packages
 
@@ -32,6 +32,9 @@ demo-clean:  ## Remove what the demo made
 
 test: setup  ## Run the tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+
+test-versions: setup  ## Load and run checkpoints with transformers 5.16 to 5.19
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.transformers_versions
 
 test-vllm: $(RUN)/model/config.json setup $(VLLM)/.installed  ## Compare vLLM with transformers, on the demo's model
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.vllm_reference --model $(RUN)/model --output-dir $(RUN)/vllm
