@@ -79,12 +79,14 @@ class Layout:
         return find_weight_files(self.vision) if self.vision else ()
 
 
-def recognise(source: str, base: str | None = None, vision: str | None = None, download: bool = False) -> Layout:
+def recognise(
+    source: str | Path, base: str | Path | None = None, vision: str | Path | None = None, download: bool = False
+) -> Layout:
     """
     Args:
-        source (`str`): A folder, a projector's file, or a Hub id.
-        base, vision (`str`, *optional*): Folder or Hub id of the language model and the vision tower, if the source
-            is not whole. Default: what its configurations name, if that is on this machine.
+        source (`str` or `Path`): A folder, a projector's file, or a Hub id.
+        base, vision (`str` or `Path`, *optional*): Folder or Hub id of the language model and the vision tower, if the
+            source is not whole. Default: what its configurations name, if that is on this machine.
         download (`bool`): Whether to fetch from the Hub what was given by its id and is not in the cache.
 
     Raises:
@@ -105,14 +107,16 @@ def recognise(source: str, base: str | None = None, vision: str | None = None, d
     else:
         raise ValueError(_unknown(folder, "it holds neither config.json nor adapter_config.json nor mm_projector.bin"))
     base_name = fields.pop("base_name", None)
-    names = {"base_name": base or base_name, "vision_name": vision or (config or {}).get("mm_vision_tower")}
+    vision_name = vision or (config or {}).get("mm_vision_tower")
+    names = {"base_name": base or base_name, "vision_name": vision_name}
+    names = {field: str(name) if name else None for field, name in names.items()}
     return Layout(
         path=folder,
         config=config or {},
         adapter_config=adapter_config,
         vision_adapter_config=_read_if_there(folder / "Vit-lora" / "adapter_config.json"),
-        base=_find(base, "--base", download) if base else _find_if_there(names["base_name"]),
-        vision=_find(vision, "--vision", download) if vision else _find_if_there(names["vision_name"]),
+        base=_find(str(base), "--base", download) if base else _find_if_there(names["base_name"]),
+        vision=_find(str(vision), "--vision", download) if vision else _find_if_there(names["vision_name"]),
         **names,
         **fields,
     )
