@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch.nn import functional as F
 from transformers import (
@@ -431,6 +432,13 @@ def test_saving_and_loading_keeps_weights_bit_for_bit(text_config, dtype, max_sh
     model.save_pretrained(tmp_path, max_shard_size=max_shard_size)
     assert (len(list(tmp_path.glob("*.safetensors"))) > 1) == (max_shard_size == "200KB")
     assert {path.name for path in tmp_path.glob("*.py")} == {"configuration_sq_llava.py", "modeling_sq_llava.py"}
+    names = []
+    for file in tmp_path.glob("*.safetensors"):
+        with safe_open(file, "pt") as opened:
+            assert opened.metadata() == {"format": "pt"}
+            names += opened.keys()
+    # Engines read the files themselves, by these names; a shared weight is there once.
+    assert sorted(names) == sorted(name for name, _ in model.named_parameters())
     again, report = SQLlavaForConditionalGeneration.from_pretrained(tmp_path, dtype=dtype, output_loading_info=True)
     assert not report["missing_keys"]
     assert not report["unexpected_keys"]
