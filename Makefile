@@ -56,3 +56,4 @@ bench: setup  ## Run the benchmarks
 	$(BIN)/python benchmarks/prototype_extractor.py
 	$(BIN)/python benchmarks/batching.py
 	$(BIN)/python benchmarks/doctor.py
+	$(BIN)/python benchmarks/convert.py

@@ -1,7 +1,7 @@
 """The memory of a conversion: a LoRA release of SQ-LLaVA on a base of 2 GB, a file of weights at a time.
 
     python benchmarks/convert.py            # writes benchmarks/results/convert.{json,md}; 7 GB of disk
-    python benchmarks/convert.py --quick    # a base of 150 MB, writes nothing
+    python benchmarks/convert.py --quick    # a base of 290 MB, writes nothing
 
 The base is a Llama in float16, in `.bin` files as Vicuna's; the LoRA has rank 128 on all of its matrices. The peak of
 the resident memory counts, the mapped pages of the source's files included, less what the libraries take before.
@@ -42,7 +42,7 @@ from sq_llava.layouts import recognise
 
 
 LARGE = {"hidden_size": 2048, "intermediate_size": 5504, "num_hidden_layers": 17, "vocab_size": 32_000}
-SMALL = {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 18, "vocab_size": 16_000}
+SMALL = {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 10, "vocab_size": 8_000}
 TOWER = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 3, "num_attention_heads": 4}
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 RANK = 128
@@ -203,7 +203,7 @@ def main():
             "python": platform.python_version(),
         },
     }
-    sizes, num_shards = (SMALL, 5) if arguments.quick else (LARGE, 4)
+    sizes, num_shards = (SMALL, 4) if arguments.quick else (LARGE, 4)
     report |= run(sizes, num_shards, with_peer=not arguments.quick)
     print(to_markdown(report))
     if not arguments.quick:
