@@ -168,7 +168,7 @@ class SQLlavaReleasedPrototypeExtractor(nn.Module):
             weight_BN1, best_BN = self._assign(tokens_BND, self._cluster(tokens_BND, feature_BND))
 
             # The prototypes of all images as one list of B * K rows: each token adds to its row, then reads it.
-            first_row_B1 = self.num_prototypes * torch.arange(len(best_BN), device=best_BN.device).unsqueeze(1)
+            first_row_B1 = self.num_prototypes * torch.arange(best_BN.shape[0], device=best_BN.device).unsqueeze(1)
             row = (first_row_B1 + best_BN).flatten()  # [B * N]
             aggregate = self._pool(feature_BND).flatten(0, 1)  # [B * K, D]
             aggregate = aggregate.index_add(0, row, (weight_BN1 * feature_BND).flatten(0, 1))

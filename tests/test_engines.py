@@ -135,3 +135,24 @@ def test_servers_see_that_the_template_takes_parts_and_who_asks():
     assert "message" in [loop.target.name for loop in parsed.find_all(nodes.For)]
     # It hands on those `chat_template_kwargs` of a request that the template reads.
     assert {"add_generation_prompt", "ask"} <= meta.find_undeclared_variables(parsed)
+
+
+class ImageSide(nn.Module):
+    """Pixels to image tokens: what is exported (to ONNX, say) beside the language model."""
+
+    def __init__(self, model: SQLlavaModel):
+        super().__init__()
+        self.model = model
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        return self.model.get_image_features(pixel_values, return_dict=True).pooler_output
+
+
+@pytest.mark.parametrize("variant", ["paper", "released"])
+@torch.no_grad()
+def test_image_side_is_exported_for_any_number_of_images(variant):
+    side = ImageSide(tiny_model(tiny_config(prototype_variant=variant)).model)
+    config = side.model.config
+    two, five = (tiny_inputs(config, num_images=number)["pixel_values"] for number in (2, 5))
+    exported = torch.export.export(side, (two,), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},)).module()
+    torch.testing.assert_close(exported(five), side(five))
