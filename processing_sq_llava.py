@@ -59,7 +59,7 @@ TEMPLATE_BODY = r"""
                         (" flagged self_question" if message['self_question'] else "") ~
                         ": what the model says cannot hold images. Put it into a user turn.") -}}
                 {%- endif -%}
-                {%- set ns.text = ns.text ~ image_token ~ ('' if ns.typed or images_only else '\n') -%}
+                {%- set ns.text = ns.text ~ image_token ~ ('' if ns.typed or images_only else text_prefix ~ '\n') -%}
             {%- elif part['type'] == 'text' -%}
                 {%- set ns.typed = ns.typed ~ part['text'] -%}
                 {%- if not images_only -%}
@@ -94,7 +94,7 @@ TEMPLATE_BODY = r"""
 {%- else -%}
     {%- set has_system = messages and messages[0]['role'] == 'system' -%}
     {%- set system = text_of(messages[0]) if has_system else system_message -%}
-    {{- system -}}
+    {{- text_prefix ~ system -}}
     {%- for message in (messages[1:] if has_system else messages) -%}
         {%- set text = text_of(message) -%}
         {%- set space = ' ' if loop.first and system else '' -%}
@@ -135,6 +135,9 @@ class SQLlavaProcessor(ProcessorMixin):
         image_seq_length (`int`, defaults to 576): Number of tokens of one image, as in the model's configuration.
         image_aspect_ratio (`str`, defaults to `"pad"`):
             `"pad"`: pad to a square with the mean colour, then resize. `"crop"`: resize, then crop the centre.
+        text_prefix (`str`, defaults to `""`):
+            What text begins with that follows the beginning of the sequence or an image. The authors' code tokenizes
+            such text apart, so that Llama's tokenizer puts a space before it: `" "` for checkpoints trained by it.
         system_message (`str`): Stands before the conversation, unless that begins with a system turn.
         user_marker, assistant_marker (`str`): What a turn begins with; defaults as in Vicuna v1.
         vusr_marker (`str`, defaults to `"[vusr]"`):
@@ -151,6 +154,7 @@ class SQLlavaProcessor(ProcessorMixin):
         tokenizer=None,
         image_seq_length: int = 576,
         image_aspect_ratio: ImageAspectRatio = "pad",
+        text_prefix: str = "",
         system_message: str = SYSTEM_MESSAGE,
         user_marker: str = "USER:",
         vusr_marker: str = VUSR_TOKEN,
@@ -162,11 +166,14 @@ class SQLlavaProcessor(ProcessorMixin):
             raise ValueError(f"image_aspect_ratio is {image_aspect_ratio!r}: choose 'pad' or 'crop'.")
         if tokenizer.eos_token is None:
             raise ValueError("The tokenizer has no eos_token, which ends every answer: set tokenizer.eos_token first.")
+        if text_prefix.strip():
+            raise ValueError(f"text_prefix is {text_prefix!r}: it may hold spaces only.")
         for name, marker in (("user", user_marker), ("vusr", vusr_marker), ("assistant", assistant_marker)):
             if not marker or marker != marker.strip():
                 raise ValueError(f"{name}_marker is {marker!r}: it must not be empty, nor begin or end with a space.")
         self.image_seq_length = image_seq_length
         self.image_aspect_ratio = image_aspect_ratio
+        self.text_prefix = text_prefix
         self.system_message = system_message
         self.user_marker = user_marker
         self.vusr_marker = vusr_marker
@@ -208,6 +215,7 @@ class SQLlavaProcessor(ProcessorMixin):
             "vusr_marker": self.vusr_marker,
             "assistant_marker": self.assistant_marker,
             "image_token": IMAGE_TOKEN,
+            "text_prefix": self.text_prefix,
             "control_tokens": self.control_tokens,
         }
         lines = [f"{{%- set {name} = {json.dumps(value)} -%}}\n" for name, value in settings.items()]

@@ -15,6 +15,7 @@ import json
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -144,6 +145,11 @@ def _require_parts(layout: Layout, prototypes: str | None) -> None:
         raise ValueError(f"{path}: non_lora_trainables.bin, which holds the trained projector, is missing.")
     if kind.endswith("_lora") and not any(path.glob("adapter_model.*")):
         raise ValueError(f"{path}: adapter_model.bin, which holds the LoRA, is missing.")
+    if kind in ("llava", "sq_llava") and (path / "Vit-lora").is_dir():
+        raise ValueError(
+            f"{path} holds whole weights and a folder Vit-lora, and nothing says whether that is merged into them. If "
+            "it is, move it away; if not, merge it with PEFT first."
+        )
     needs_base = kind.endswith("_lora") or kind == "projector"
     if needs_base and layout.base is None:
         raise ValueError(f"{path} stands on {_named(layout.base_name)}: give the language model as --base.")
@@ -270,14 +276,16 @@ def _processor(layout: Layout, config: SQLlavaConfig, new_extractor: bool) -> SQ
         vusr_marker = VUSR_TOKEN
     elif layout.projector_type == "cluster":
         system_message = RELEASED_SYSTEM_MESSAGE
-    processor = SQLlavaProcessor(
-        AutoImageProcessor.from_pretrained(tower, trust_remote_code=False),
-        tokenizer,
-        image_seq_length=config.image_seq_length,
-        image_aspect_ratio=image_aspect_ratio,
-        system_message=system_message,
-        vusr_marker=vusr_marker,
-    )
+    image_processor = AutoImageProcessor.from_pretrained(tower, trust_remote_code=False)
+    settings = {
+        "image_seq_length": config.image_seq_length,
+        "image_aspect_ratio": image_aspect_ratio,
+        "system_message": system_message,
+        "vusr_marker": vusr_marker,
+    }
+    processor = SQLlavaProcessor(image_processor, tokenizer, **settings)
+    if layout.kind != "llava_hf" and not _keeps_text_apart(processor):
+        processor = SQLlavaProcessor(image_processor, tokenizer, **settings, text_prefix=" ")
     image_token_id = layout.config.get("image_token_index", processor.image_token_id)
     if layout.kind == "llava_hf" and image_token_id != processor.image_token_id:
         raise ValueError(
@@ -285,6 +293,13 @@ def _processor(layout: Layout, config: SQLlavaConfig, new_extractor: bool) -> SQ
             f"{processor.image_token_id}. Fetch the tokenizer that belongs to it."
         )
     return processor
+
+
+def _keeps_text_apart(processor: SQLlavaProcessor) -> bool:
+    """Whether text behind an image has the tokens that it has alone: the original code tokenizes it apart."""
+    text = "\nWhat is this?"
+    behind = processor.tokenizer(processor.image_token + text, add_special_tokens=False).input_ids[1:]
+    return behind == processor.tokenizer(text, add_special_tokens=False).input_ids
 
 
 def _set_vocabulary(config: SQLlavaConfig, processor: SQLlavaProcessor, rows: int, notes: list[str]) -> None:
@@ -389,8 +404,11 @@ def write(conversion: Conversion, progress) -> None:
     folder = beside / out.name
     folder.mkdir(parents=True)
     recipes = conversion.sources.recipes
-    for name, targets in progress.track(conversion.files.items(), description="Writing weights"):
-        write_file(folder / name, {target: recipes[target] for target in targets}, model.dtype)
+    task = progress.add_task("", total=conversion.size)
+    for number, (name, targets) in enumerate(conversion.files.items(), start=1):
+        progress.update(task, description=f"Writing file {number} of {len(conversion.files)}")
+        chosen = {target: recipes[target] for target in targets}
+        write_file(folder / name, chosen, model.dtype, partial(progress.advance, task))
     if len(conversion.files) > 1:
         weight_map = {target: name for name, targets in conversion.files.items() for target in targets}
         index = {"metadata": {"total_size": conversion.size}, "weight_map": weight_map}

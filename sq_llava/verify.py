@@ -234,12 +234,14 @@ def _check_tokens(layout: Layout, processor: SQLlavaProcessor, verification: Ver
             verification.faults.append(
                 f"the text {text!r} has the token ids {ids[:8]}..., by the source's tokenizer {expected[:8]}..."
             )
-    behind_image = "\n" + TEXTS[0]
-    ids = processor.tokenizer(processor.image_token + behind_image, add_special_tokens=False).input_ids[1:]
-    if layout.kind != "llava_hf" and ids != encode(behind_image):
-        verification.notes.append(
-            f"the authors' code tokenizes the text behind an image for itself: {len(encode(behind_image))} tokens for "
-            f"{len(ids)} here, as their prompts hold a space there that ours do not"
+    # The original code tokenizes the text behind an image for itself.
+    expected = encode("\n" + TEXTS[0])
+    behind_image = f"{processor.image_token}{processor.text_prefix}\n{TEXTS[0]}"
+    ids = processor.tokenizer(behind_image, add_special_tokens=False).input_ids[1:]
+    if layout.kind != "llava_hf" and ids != expected:
+        verification.faults.append(
+            f"the text behind an image has the token ids {ids[:8]}..., by the authors' code {expected[:8]}...: "
+            f"text_prefix is {processor.text_prefix!r}"
         )
 
 

@@ -86,6 +86,7 @@ SOURCES = {
     "llava": (partial(released.write_llava, tokenizer="fast"), None, "clip"),
     "llava with one linear layer": (partial(released.write_llava, projector="linear"), None, "clip"),
     "llava lora": (released.write_llava_lora, "base", "clip"),
+    "llava on Mistral": (partial(released.write_llava, model_type="llava_mistral"), None, "clip"),
     "llava-hf, older": (partial(released.write_llava_hf, layout="older"), None, None),
     "llava-hf, newer": (partial(released.write_llava_hf, layout="newer"), None, None),
     "llava-hf, of transformers 5": (partial(released.write_llava_hf, layout="transformers5"), None, None),
@@ -187,6 +188,24 @@ def test_ids_of_texts_are_those_of_sentencepiece(parts, tmp_path, tokenizer):
         assert tokenizer(text, add_special_tokens=False).input_ids == encode(text)
 
 
+@pytest.mark.parametrize("tokenizer", ["slow", "fast", "fast_only"])
+def test_prompt_has_the_tokens_of_the_authors_code_which_tokenizes_text_behind_an_image_apart(
+    parts, tmp_path, tokenizer
+):
+    base = released.write_language_model(tmp_path / "base", tokenizer=tokenizer)
+    source = released.write_projector(tmp_path / "source", base=base, vision=parts / "clip")
+    processor = convert.plan(recognise(source), tmp_path / "result").processor
+    encode = sentencepiece.SentencePieceProcessor(str(parts / "base" / "tokenizer.model")).encode
+    content = [{"type": "image"}, {"type": "image"}, {"type": "text", "text": "What animal is this?"}]
+    text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+    ids = processor.tokenizer(text, add_special_tokens=False).input_ids
+    pieces = [f"{processor.system_message} USER: ", "\n", "\nWhat animal is this? ASSISTANT:"]
+    expected = [processor.tokenizer.bos_token_id, *encode(pieces[0])]
+    for piece in pieces[1:]:
+        expected += [processor.image_token_id, *encode(piece)]
+    assert ids == expected
+
+
 def test_new_rows_are_the_mean_of_the_others(parts, tmp_path):
     source = released.write_projector(tmp_path / "source", base=parts / "base", vision=parts / "clip")
     conversion = convert_folder(source, tmp_path / "result")
@@ -251,11 +270,11 @@ def test_prompt_of_a_release_is_that_of_the_authors(parts, tmp_path):
         {"role": "vusr", "content": "What is it doing?"},
     ]
     assert processor.apply_chat_template(messages) == (
-        "<s>A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, "
+        "<s> A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, "
         "detailed, and polite answers to the user's questions.Also, the artificial intelligence assistant is a "
         "curious virtual user. The virtual user asks complex questions that are relevant to the content in the "
         "image, for example, asking about background knowledge of the objects in the image, asking to discuss about "
-        "events happening in the image, etc. Again, do not ask about uncertain details. USER: <image>\nWhat animal "
+        "events happening in the image, etc. Again, do not ask about uncertain details. USER: <image> \nWhat animal "
         "is this? ASSISTANT: A dog.</s>VUSER: What is it doing?</s>"
     )
     assert processor.vusr_token_id is None and "[vusr]" not in processor.tokenizer.get_vocab()
@@ -265,7 +284,7 @@ def test_prompt_of_llava_is_that_of_vicuna(parts, tmp_path):
     source = released.write_llava(tmp_path / "source", vision=parts / "clip")
     processor = convert.plan(recognise(source), tmp_path / "result").processor
     assert processor.apply_chat_template([{"role": "user", "content": "Hi"}], add_generation_prompt=True) == (
-        "<s>A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, "
+        "<s> A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, "
         "detailed, and polite answers to the user's questions. USER: Hi ASSISTANT:"
     )
     assert processor.image_aspect_ratio == "pad"
@@ -323,6 +342,19 @@ def test_vision_lora_that_never_learned_is_said(parts, tmp_path):
     lines = list(convert.describe(convert.plan(recognise(source), tmp_path / "result")))
     assert "ViT-LoRA: merged into 18 matrices, rank 4, scaled by 3." in lines
     assert any("All B matrices of the ViT-LoRA are zero" in line for line in lines)
+
+
+def test_vision_lora_of_stage_1_is_merged_too(parts, tmp_path):
+    projector = released.write_projector(tmp_path / "projector")
+    release = SQ_LORA(tmp_path / "release", vision_lora="folder")
+    shutil.copytree(release / "Vit-lora", projector / "Vit-lora")
+    convert_folder(projector / "mm_projector.bin", tmp_path / "stage1", parts / "base", parts / "clip")
+    convert_folder(release, tmp_path / "stage2", parts / "base", parts / "clip")
+    stage1, stage2 = load_weights(tmp_path / "stage1"), load_weights(tmp_path / "stage2")
+    tower = [name for name in stage1 if name.startswith("model.vision_tower.")]
+    assert all(torch.equal(stage1[name], stage2[name]) for name in tower)
+    name = "encoder.layers.0.mlp.fc1.weight"
+    assert not torch.equal(stage1[f"model.vision_tower.{name}"], released.vision_weights()[name])
 
 
 def test_everything_that_is_not_used_is_counted(parts, tmp_path):
@@ -461,6 +493,7 @@ WHOLE_FAULTS = {
     ),
     "no tokenizer": (lambda s: (s / "tokenizer.model").unlink(), "holds neither tokenizer.model nor tokenizer.json"),
     "no weights": (lambda s: [f.unlink() for f in s.glob("pytorch_model*")], "but holds no weights"),
+    "ViT-LoRA beside": (lambda s: (s / "Vit-lora").mkdir(), "nothing says whether that is merged into them"),
     "model type": (lambda s: edit_config(s, model_type="llava_mpt2"), "model_type is 'llava_mpt2', of a"),
 }
 

@@ -252,6 +252,12 @@ def test_marker_of_the_released_checkpoints_gives_their_text():
     assert processor.apply_chat_template(messages, add_generation_prompt=True, ask=True).endswith("Running.</s>VUSER:")
 
 
+def test_text_prefix_of_the_released_checkpoints_stands_behind_the_beginning_and_each_image():
+    processor = tiny_processor(llama_tokenizer(), system_message="SYSTEM", text_prefix=" ")
+    prompt = processor.apply_chat_template([user(IMAGE, IMAGE, "What?")], add_generation_prompt=True)
+    assert prompt == "<s> SYSTEM USER: <image> \n<image> \nWhat? ASSISTANT:"
+
+
 def test_plain_layout_is_image_caption_line_break_with_the_caption_in_the_loss(any_tokenizer):
     processor = tiny_processor(any_tokenizer)
     messages = [user(IMAGE, "Describe the image."), assistant("A dog.")]
@@ -445,6 +451,7 @@ def test_an_own_template_is_kept(tmp_path):
         ({"image_aspect_ratio": "stretch"}, "image_aspect_ratio is 'stretch': choose 'pad' or 'crop'"),
         ({"vusr_marker": ""}, "vusr_marker is ''"),
         ({"user_marker": "USER: "}, "user_marker is 'USER: '"),
+        ({"text_prefix": "|"}, "it may hold spaces only"),
         ({"assistant_marker": "\n"}, "assistant_marker is"),
     ],
 )

@@ -43,6 +43,7 @@ def build(reference: Reference, tokenizer: Path, images: Path, folder: Path) -> 
         CLIPImageProcessorPil.from_pretrained(images),
         LlamaTokenizer.from_pretrained(tokenizer),
         image_seq_length=9,
+        text_prefix=" ",
         vusr_marker="VUSER:",
     )
     config = SQLlavaConfig(
