@@ -372,9 +372,9 @@ def describe(conversion: Conversion) -> Iterator[str]:
     yield from sources.notes
     yield from conversion.notes
     for what, count in sources.replaced.items():
-        yield f"Not used: {count} tensors, {what}; the source has its own."
+        yield f"Not used ({count}): {what}; the source has its own."
     for kind, count in sources.unused.items():
-        yield f"Not used: {count} tensors, {kind}."
+        yield f"Not used ({count}): {kind}."
     yield (
         f"Result: {len(sources.recipes)} weights, {conversion.size / 1e9:.2f} GB in {len(conversion.files)} file(s) "
         f"of {str(config.dtype).removeprefix('torch.')}; prototypes: {config.prototype_variant}; "

@@ -204,8 +204,8 @@ def _recognise_projector(file: Path) -> dict:
     base = (_read_if_there(file.parent / "config.json") or {}).get("_name_or_path")
     return {
         "kind": "projector",
-        "evidence": f"{file.name} holds mm_projector.* of the kind {projector_type}, and there are no other weights",
-        "weight_files": (file,),
+        "evidence": f"{file.name} holds mm_projector.* of the kind {projector_type}, and there is no model",
+        "weight_files": (file, *(lora for lora in [_adapter_file(file.parent / "Vit-lora")] if lora.is_file())),
         "projector_type": projector_type,
         "base_name": base,
     }

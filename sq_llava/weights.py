@@ -41,10 +41,10 @@ KEY_TABLE = (
 # What released files hold and no forward pass of these models reads.
 UNUSED = {
     r".*\.rotary_emb\.inv_freq": "inv_freq: buffers of rotary positions, which are computed",
-    r".*\.position_ids": "position_ids: buffers that count 0, 1, 2, ...",
+    r".*\.position_ids": "position_ids: buffers that count the positions",
     r".*mm_projector\.ln_1\.(?:weight|bias)": "ln_1: a layer norm that the authors' forward pass never applies",
     r"text_model\..+": "text_model: the text tower of a whole CLIP",
-    r"(?:visual_projection|text_projection)\..+": "projections of a whole CLIP into its common space",
+    r"(?:visual_projection|text_projection)\..+": "projection: of a whole CLIP into its common space",
     r"logit_scale|logit_bias": "logit_scale: of a whole CLIP's loss",
 }
 SAFETENSORS_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
@@ -263,10 +263,10 @@ def _same(one: dict[str, Delta], other: dict[str, Delta]) -> bool:
 
 
 def _lora_config(layout: Layout, in_tower: bool) -> tuple[dict, Path]:
-    if layout.adapter_config is None:
-        raise ValueError(f"{layout.path} holds LoRA, but no adapter_config.json that says its alpha: put it there.")
     if in_tower and layout.vision_adapter_config is not None:
         return layout.vision_adapter_config, layout.path / "Vit-lora" / "adapter_config.json"
+    if layout.adapter_config is None:
+        raise ValueError(f"{layout.path} holds LoRA, but no adapter_config.json that says its alpha: put it there.")
     return layout.adapter_config, layout.path / "adapter_config.json"
 
 
@@ -343,10 +343,11 @@ def match(sources: Sources, targets: dict[str, torch.Tensor], vocabulary: int, t
         raise ValueError(f"The checkpoint and the model do not fit together. {'. '.join(texts)}.")
 
 
-def write_file(path: Path, recipes: dict[str, Recipe], dtype: torch.dtype) -> None:
+def write_file(path: Path, recipes: dict[str, Recipe], dtype: torch.dtype, advance: Callable[[int], None]) -> None:
     """
     Writes one safetensors file, a tensor at a time: a dictionary of all of them, as `save_file` takes, would be as
-    large as the file. The format: https://github.com/huggingface/safetensors#format.
+    large as the file. The format: https://github.com/huggingface/safetensors#format. `advance` is told the bytes
+    of each tensor.
     """
     # One file of the source and one of LoRA are mapped at a time; each is opened once.
     reader_of = lru_cache(maxsize=2)(Reader)
@@ -361,7 +362,9 @@ def write_file(path: Path, recipes: dict[str, Recipe], dtype: torch.dtype) -> No
     with open(path, "wb") as stream:
         stream.write(len(text).to_bytes(8, "little") + text)
         for _, recipe in ordered:
-            stream.write(recipe.make(reader_of, dtype).view(torch.uint8).numpy().data)
+            tensor = recipe.make(reader_of, dtype)
+            stream.write(tensor.view(torch.uint8).numpy().data)
+            advance(tensor.nbytes)
 
 
 def _files_of(recipe: Recipe) -> tuple[str, str]:
