@@ -1,0 +1,171 @@
+"""One evaluation: read and check the data of all tasks, answer, score, write.
+
+sq-llava evaluate --model runs/demo/model --tasks easy_vqa --data runs/demo/data --out runs/demo/evaluation
+"""
+
+import json
+import shlex
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from accelerate import PartialState
+from transformers import set_seed
+
+from sq_llava.evaluation import easy_vqa, pope
+from sq_llava.evaluation.answering import AnswerSettings, answer_examples, load_any
+from sq_llava.evaluation.reading import Data
+from sq_llava.evaluation.results import (
+    TaskResult,
+    environment,
+    hash_of_code,
+    hash_of_data,
+    hash_of_model,
+    write_examples,
+    write_results,
+)
+from sq_llava.evaluation.task import Example, Record, Score, Task, summarize
+
+
+TASKS: dict[str, Task] = {module.TASK.name: module.TASK for module in (easy_vqa, pope)}
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """
+    What is asked for.
+
+    Args:
+        model (`str`): A SQ-LLaVA (plain checkpoint, adapter folder, Hub id), or another model of transformers.
+        tasks (`Sequence[str]`): Names in `TASKS`.
+        data (`str`): As of [`Data.locate`].
+        out (`Path`): Folder for everything that is written; a run that was killed goes on from it.
+        limit (`int`, *optional*): Only so many examples of each task, spread evenly.
+        system_message (`str`, *optional*): In place of the model's own.
+    """
+
+    model: str
+    tasks: Sequence[str]
+    data: str
+    out: Path
+    split: str | None = None
+    limit: int | None = None
+    batch_size: int = 8
+    system_message: str | None = None
+    dtype: str = "auto"
+    device: str | None = None
+    trust_remote_code: bool = False
+    seed: int = 0
+
+
+def evaluate(evaluation: Evaluation) -> list[TaskResult]:
+    """
+    Runs an evaluation and writes its folder; `sq_llava/evaluation/results.py` says what is in it.
+
+    Raises:
+        ValueError: before the model is loaded, if a task's data is missing or wrong, or `out` holds other answers.
+    """
+    tasks = [find_task(name) for name in evaluation.tasks]
+    examples = {task.name: read_examples(task, evaluation) for task in tasks}
+    about = describe(evaluation, {name: hash_of_data(each) for name, each in examples.items()})
+    _claim(evaluation.out, about)
+    set_seed(evaluation.seed)
+    assistant = load_any(evaluation.model, evaluation.dtype, evaluation.device, evaluation.trust_remote_code)
+    results = []
+    for task in tasks:
+        settings = AnswerSettings(task.max_new_tokens, evaluation.batch_size, evaluation.system_message)
+        folder = evaluation.out / task.name
+        records = answer_examples(assistant, examples[task.name], folder, settings, task.title)
+        if PartialState().is_main_process:
+            records = [replace(record, score=score(task, record)) for record in records]
+            write_examples(records, folder)
+            results.append(
+                TaskResult(
+                    task=task.name,
+                    data=evaluation.data,
+                    data_hash=about["data_hashes"][task.name],
+                    num=len(records),
+                    num_failed=sum(record.error is not None for record in records),
+                    parsed_share=sum(record.score.is_parsed for record in records) / len(records),
+                    metrics=summarize(task, records),
+                )
+            )
+    if PartialState().is_main_process:
+        write_results(results, evaluation.out, about)
+    return results
+
+
+def find_task(name: str) -> Task:
+    if name not in TASKS:
+        raise ValueError(f"--tasks {name}: no such task. There are: {', '.join(sorted(TASKS))}.")
+    return TASKS[name]
+
+
+def read_examples(task: Task, evaluation: Evaluation) -> list[Example]:
+    """The examples of a task, `limit` of them spread evenly. Raises a `ValueError` if an id is there twice."""
+    examples = task.read(Data.locate(evaluation.data, task.name, task.hub_id, evaluation.split))
+    ids = [example.id for example in examples]
+    if len(set(ids)) < len(ids):
+        twice = next(one for one in ids if ids.count(one) > 1)
+        raise ValueError(f"{task.name}, {evaluation.data}: the id {twice!r} is there twice.")
+    if not examples:
+        raise ValueError(f"{task.name}, {evaluation.data}: holds no example.")
+    if evaluation.limit is None or evaluation.limit >= len(examples):
+        return examples
+    return [examples[number * len(examples) // evaluation.limit] for number in range(evaluation.limit)]
+
+
+def score(task: Task, record: Record) -> Score:
+    """The score of an answer; an example that failed has none of the points."""
+    if record.error is None:
+        return task.score(record.example, record.answer)
+    return Score({name: 0.0 for name in task.score(record.example, "").values}, is_parsed=False)
+
+
+def describe(evaluation: Evaluation, data_hashes: dict[str, str]) -> dict[str, Any]:
+    """What it takes to repeat the run."""
+    is_folder = Path(evaluation.model).is_dir()
+    return {
+        "model": evaluation.model,
+        "model_hash": hash_of_model(evaluation.model) if is_folder else None,
+        "code_hash": hash_of_code(),
+        "data_hashes": data_hashes,
+        "limit": evaluation.limit,
+        "batch_size": evaluation.batch_size,
+        "system_message": evaluation.system_message,
+        "dtype": evaluation.dtype,
+        "seed": evaluation.seed,
+        "command": shlex.join(["sq-llava", *sys.argv[1:]]),
+        "date": datetime.now(UTC).date().isoformat(),
+        **environment(),
+    }
+
+
+# What must be the same for answers to be taken over.
+IDENTITY = ("model_hash", "model", "data_hashes", "system_message", "dtype")
+
+
+def _claim(out: Path, about: dict[str, Any]) -> None:
+    """
+    Notes the run in its folder.
+
+    Raises:
+        ValueError: if the folder holds answers of another model, to other data, or to other prompts.
+    """
+    note = out / "run.json"
+    if note.is_file():
+        before = json.loads(note.read_text())
+        for name in IDENTITY:
+            if before[name] != about[name]:
+                raise ValueError(
+                    f"{out} holds answers of a run with {name} {before[name]!r}, now it is {about[name]!r}: give "
+                    "another --out, or remove the folder."
+                )
+    PartialState().wait_for_everyone()
+    if PartialState().is_main_process:
+        out.mkdir(parents=True, exist_ok=True)
+        note.write_text(json.dumps(about, indent=2) + "\n")
+    PartialState().wait_for_everyone()

@@ -1,0 +1,131 @@
+"""What a benchmark is here: examples read from its files, a prompt for each, and a score for each answer.
+
+A module such as `pope.py` holds one benchmark and ends in its [`Task`]. What is written down of an example, and what
+is counted, is the same for all of them.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from sq_llava.evaluation.metrics import standard_error
+from sq_llava.evaluation.reading import Data, StoredImage
+
+
+@dataclass(frozen=True)
+class Example:
+    """
+    One question of a benchmark.
+
+    Args:
+        id (`str`): Unique in the task: answers are matched by it.
+        prompt (`str`): The text of the user turn, behind its images.
+        images (`Sequence`): Paths, or images inside a table.
+        reference (`Any`): What the answer is scored against, as JSON.
+        details (`dict`): What else the score, a breakdown or a submission needs, as JSON: category, options, ...
+    """
+
+    id: str
+    prompt: str
+    images: Sequence[Path | StoredImage]
+    reference: Any
+    details: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Score:
+    """
+    Args:
+        values (`dict[str, float]`): What this answer adds to each metric; a metric is the mean over its examples.
+        is_parsed (`bool`): Whether the answer had a form that the task can read.
+        prediction (`Any`): What was read out of it, as JSON.
+    """
+
+    values: dict[str, float]
+    is_parsed: bool = True
+    prediction: Any = None
+
+
+@dataclass(frozen=True)
+class Record:
+    """An example with what the model said to it: a line of the task's JSONL. `error` is what went wrong, if any."""
+
+    example: Example
+    prompt: str
+    answer: str
+    error: str | None = None
+    score: Score | None = None
+
+
+@dataclass(frozen=True)
+class Metric:
+    """
+    A figure over `num` examples. `value` is a share from 0 to 1 unless the task says otherwise, `standard_error` is
+    `None` where it is not that of a mean.
+    """
+
+    name: str
+    value: float
+    num: int
+    standard_error: float | None = None
+
+
+@dataclass(frozen=True)
+class Task:
+    """
+    Args:
+        name (`str`): On the command line.
+        title (`str`): In the report.
+        hub_id (`str`): The data set on the Hub.
+        read (`Callable`): [`Data`] -> list of [`Example`], from the Hub's Parquet files or from LLaVA's own folders.
+        score (`Callable`): (example, answer) -> [`Score`]; `None` where a server or a judge scores.
+        main_metric (`str`): The one that the paper's tables give.
+        corpus_metrics (`Callable`, *optional*): Scored records -> `{name: value}`, for what is no mean over examples.
+        breakdown (`str`, *optional*): The key of `Example.details` whose values get figures of their own.
+        write_submission (`Callable`, *optional*): (records, folder) -> the file that the task's server takes.
+        max_new_tokens (`int`): Of an answer.
+        scale (`float`): What `main_metric` is multiplied by to be in the unit of the paper's tables.
+    """
+
+    name: str
+    title: str
+    hub_id: str | None
+    read: Callable[[Data], list[Example]]
+    score: Callable[[Example, str], Score] | None
+    main_metric: str
+    corpus_metrics: Callable[[Sequence[Record]], dict[str, float]] | None = None
+    breakdown: str | None = None
+    write_submission: Callable[[Sequence[Record], Path], Path] | None = None
+    max_new_tokens: int = 128
+    scale: float = 100.0
+
+
+def summarize(task: Task, records: Sequence[Record]) -> list[Metric]:
+    """
+    The figures of a task. An example that failed has been scored like an empty answer: it counts.
+
+    Args:
+        records: Scored; one for each example.
+    """
+    metrics = _figures(task, records, "")
+    if task.breakdown is not None:
+        values = sorted({record.example.details[task.breakdown] for record in records})
+        for value in values:
+            chosen = [record for record in records if record.example.details[task.breakdown] == value]
+            metrics += _figures(task, chosen, f"{value}/")
+    return metrics
+
+
+def _figures(task: Task, records: Sequence[Record], prefix: str) -> list[Metric]:
+    values: dict[str, list[float]] = {}
+    for record in records:
+        for name, value in record.score.values.items():
+            values.setdefault(name, []).append(value)
+    metrics = [
+        Metric(prefix + name, sum(each) / len(each), len(each), standard_error(each)) for name, each in values.items()
+    ]
+    if task.corpus_metrics is not None:
+        figures = task.corpus_metrics(records)
+        metrics += [Metric(prefix + name, value, len(records)) for name, value in figures.items()]
+    return metrics
