@@ -3,8 +3,8 @@
     sq-llava evaluate --model runs/demo/model --tasks easy_vqa --data runs/demo/data
 
 Reads `test.json` (or `<split>.json`) as `python -m demo.data` writes it: LLaVA's rows with a single question, and
-`kind`, the kind of question. Images stand in the package `easy_vqa`, or in `images` beside the file. An answer is right
-if it equals the reference, case and a trailing period aside.
+`kind`, the kind of question. Images stand in the package `easy_vqa`, or in `images` beside the file. An answer is
+right if it equals the reference, case and a trailing period aside.
 """
 
 from importlib.util import find_spec

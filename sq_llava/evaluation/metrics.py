@@ -23,9 +23,11 @@ someone'd've someone'll someone's something'd something'd've something'll that's
 they'd they'd've they'll they're they've 'twas wasn't we'd've we've weren't what'll what're what's what've when's
 where'd where's where've who'd who'd've who'll who's who've why'll why're why's won't would've wouldn't wouldn't've
 y'all y'all'll y'all'd've you'd you'd've you'll you're you've
-""".split()
+"""
 MISSPELLINGS = {
-    word[: match.start()] + word[match.end() :]: word for word in CONTRACTIONS for match in re.finditer("'", word)
+    word[: match.start()] + word[match.end() :]: word
+    for word in CONTRACTIONS.split()
+    for match in re.finditer("'", word)
 }
 # A slip of the official table, kept: it takes the apostrophe away.
 MISSPELLINGS["somebody'd"] = "somebodyd"

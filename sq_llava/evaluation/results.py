@@ -1,4 +1,4 @@
-"""What an evaluation leaves behind: `results.json`, a JSONL of each example, a report with pictures, the card's entries.
+"""What an evaluation leaves behind: `results.json`, the examples, a report with pictures, entries for the card.
 
 OUT/results.json                 every figure, with what it takes to repeat it
 OUT/<task>/examples.jsonl        prompt, answer, reference and score of each example

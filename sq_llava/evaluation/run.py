@@ -122,7 +122,7 @@ def score(task: Task, record: Record) -> Score:
     """The score of an answer; an example that failed has none of the points."""
     if record.error is None:
         return task.score(record.example, record.answer)
-    return Score({name: 0.0 for name in task.score(record.example, "").values}, is_parsed=False)
+    return Score(dict.fromkeys(task.score(record.example, "").values, 0.0), is_parsed=False)
 
 
 def describe(evaluation: Evaluation, data_hashes: dict[str, str]) -> dict[str, Any]:
