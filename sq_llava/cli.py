@@ -5,6 +5,7 @@
     sq-llava chat image.png --model runs/demo/model
     sq-llava merge runs/demo/stage2 --out runs/demo/model
     sq-llava doctor --config recipes/sq-llava-7b/stage2.yaml
+    sq-llava evaluate --model runs/demo/model --tasks easy_vqa --data runs/demo/data
 
 Results go to standard output, progress and errors to standard error. Exit codes: 0 fine, 1 wrong input or no
 such model (of the doctor: errors in the data), 2 wrong usage.
@@ -12,16 +13,16 @@ such model (of the doctor: errors in the data), 2 wrong usage.
 
 import json
 import sys
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 from rich.progress import Progress, track
 
 from sq_llava import __version__
+from sq_llava.console import console, errors_in_one_line, examples, messages_console
+from sq_llava.evaluation.command import evaluate
 
 
 # torch and transformers are imported inside the commands: `--help` answers at once.
@@ -33,8 +34,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-console = Console()
-messages_console = Console(stderr=True)
 
 Images = Annotated[list[Path], typer.Argument(help="Image files, or folders of them.", show_default=False)]
 Model = Annotated[
@@ -48,20 +47,6 @@ TopK = Annotated[int, typer.Option(min=1, help="Of the questions' sampling.")]
 TopP = Annotated[float, typer.Option(min=0.0, max=1.0, help="Of the questions' sampling.")]
 Seed = Annotated[int | None, typer.Option(help="For the same questions again.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
-
-
-def _examples(*lines: str) -> str:
-    # Empty lines keep each example on a line of its own.
-    return "Examples:\n\n" + "\n\n".join(lines)
-
-
-@contextmanager
-def _errors_in_one_line():
-    try:
-        yield
-    except (ValueError, OSError) as error:
-        messages_console.print(f"[red]Error:[/red] {escape(str(error))}", soft_wrap=True)
-        raise typer.Exit(1) from error
 
 
 def _load(model: str, device: str | None, dtype: str):
@@ -103,7 +88,7 @@ def main(version: Annotated[bool, typer.Option("--version", help="Print the vers
 
 
 @app.command(
-    epilog=_examples(
+    epilog=examples(
         "sq-llava ask dog.png --model org/sq-llava-7b -n 5",
         "sq-llava ask photos/ --model runs/demo/model --seed 0 --json > questions.json",
         'sq-llava ask shape.png --model runs/demo/model --after "what color is the shape?"',
@@ -126,7 +111,7 @@ def ask(
     as_json: AsJson = False,
 ) -> None:
     """Let the model ask questions about each image."""
-    with _errors_in_one_line():
+    with errors_in_one_line():
         files = find_images(images)
         assistant = _load(model, device, dtype)
 
@@ -142,7 +127,7 @@ def ask(
 
 
 @app.command(
-    epilog=_examples(
+    epilog=examples(
         'sq-llava answer dog.png "What is the dog doing?" --model org/sq-llava-7b',
         'sq-llava answer photos/ "What is it?" --model runs/demo/model --json',
     )
@@ -157,7 +142,7 @@ def answer(
     as_json: AsJson = False,
 ) -> None:
     """Answer a question about each image, greedily."""
-    with _errors_in_one_line():
+    with errors_in_one_line():
         files = find_images(images)
         assistant = _load(model, device, dtype)
 
@@ -168,7 +153,7 @@ def answer(
         _show(results, as_json, lambda result: f"  {result['answer']}")
 
 
-@app.command(epilog=_examples("sq-llava chat dog.png --model org/sq-llava-7b"))
+@app.command(epilog=examples("sq-llava chat dog.png --model org/sq-llava-7b"))
 def chat(
     image: Annotated[Path, typer.Argument(help="An image file.", show_default=False)],
     model: Model,
@@ -181,7 +166,7 @@ def chat(
     dtype: Dtype = "auto",
 ) -> None:
     """Talk about an image. /ask lets the model ask and answer, /new starts over, /quit ends."""
-    with _errors_in_one_line():
+    with errors_in_one_line():
         if not image.is_file():
             raise ValueError(f"{image}: no such image.")
         assistant = _load(model, device, dtype)
@@ -228,13 +213,13 @@ def _read_line() -> str | None:
         return None
 
 
-@app.command(epilog=_examples("sq-llava merge runs/sq-llava-7b/stage2 --out runs/sq-llava-7b/merged"))
+@app.command(epilog=examples("sq-llava merge runs/sq-llava-7b/stage2 --out runs/sq-llava-7b/merged"))
 def merge(
     adapter: Annotated[str, typer.Argument(help="Folder that a training stage wrote.", show_default=False)],
     out: Annotated[str, typer.Option(help="Folder for the plain checkpoint.", show_default=False)],
 ) -> None:
     """Merge an adapter into its base: a plain checkpoint, with processor, code and card."""
-    with _errors_in_one_line():
+    with errors_in_one_line():
         from sq_llava.checkpoint import merge_adapter
 
         merge_adapter(adapter, out)
@@ -243,7 +228,7 @@ def merge(
 
 @app.command(
     context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
-    epilog=_examples(
+    epilog=examples(
         "sq-llava doctor --config recipes/sq-llava-7b/stage2.yaml",
         "sq-llava doctor --config recipe.yaml --dataset_path mine.json --image_root images --json > findings.json",
         "sq-llava doctor --config recipe.yaml --fix mended",
@@ -262,7 +247,7 @@ def doctor(
     as_json: AsJson = False,
 ) -> None:
     """Check the data of a recipe: every row, image header and length. Exit code 1: there are errors."""
-    with _errors_in_one_line():
+    with errors_in_one_line():
         with messages_console.status("Opening the data"):
             from sq_llava.doctor import examine
             from sq_llava.doctor_report import print_preview, print_report, write_sound_rows
@@ -289,6 +274,15 @@ def doctor(
                 messages_console.print(f"  - {json.dumps(entry)}", markup=False, soft_wrap=True)
     if report.num_errors:
         raise typer.Exit(1)
+
+
+app.command(
+    epilog=examples(
+        "sq-llava evaluate --model runs/demo/model --tasks easy_vqa --data runs/demo/data",
+        "sq-llava evaluate --model org/sq-llava-7b --tasks pope,textvqa --data playground/data/eval --limit 100",
+        "torchrun --nproc_per_node 8 -m sq_llava.cli evaluate --model org/sq-llava-7b --tasks vqav2 --data hub",
+    )
+)(evaluate)
 
 
 def _track(files: list[Path], description: str):

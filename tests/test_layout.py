@@ -12,6 +12,7 @@ TRIO = ["configuration_sq_llava", "processing_sq_llava", "modeling_sq_llava"]
 # A module imports only from modules that stand before it.
 ORDER = [
     *TRIO,
+    "sq_llava.console",
     "sq_llava.images",
     "sq_llava.self_questioning",
     "sq_llava.sources",
@@ -38,6 +39,7 @@ ORDER = [
     "sq_llava.evaluation.answering",
     "sq_llava.evaluation.results",
     "sq_llava.evaluation.run",
+    "sq_llava.evaluation.command",
     "train_sft",
     "sq_llava.cli",
 ]

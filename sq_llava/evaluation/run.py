@@ -4,6 +4,7 @@ sq-llava evaluate --model runs/demo/model --tasks easy_vqa --data runs/demo/data
 """
 
 import json
+import os
 import shlex
 import sys
 from collections.abc import Sequence
@@ -28,6 +29,7 @@ from sq_llava.evaluation.results import (
     write_results,
 )
 from sq_llava.evaluation.task import Example, Record, Score, Task, summarize
+from sq_llava.inference import best_device
 
 
 TASKS: dict[str, Task] = {module.TASK.name: module.TASK for module in (easy_vqa, pope)}
@@ -69,11 +71,16 @@ def evaluate(evaluation: Evaluation) -> list[TaskResult]:
         ValueError: before the model is loaded, if a task's data is missing or wrong, or `out` holds other answers.
     """
     tasks = [find_task(name) for name in evaluation.tasks]
+    device = evaluation.device or best_device()
+    state = PartialState(cpu=device == "cpu")
+    if state.num_processes != int(os.environ.get("WORLD_SIZE", 1)):
+        raise ValueError(f"{state.num_processes} process of {os.environ['WORLD_SIZE']} were joined: use torchrun.")
     examples = {task.name: read_examples(task, evaluation) for task in tasks}
     about = describe(evaluation, {name: hash_of_data(each) for name, each in examples.items()})
     _claim(evaluation.out, about)
     set_seed(evaluation.seed)
-    assistant = load_any(evaluation.model, evaluation.dtype, evaluation.device, evaluation.trust_remote_code)
+    device = str(state.device) if state.num_processes > 1 else device
+    assistant = load_any(evaluation.model, evaluation.dtype, device, evaluation.trust_remote_code)
     results = []
     for task in tasks:
         settings = AnswerSettings(task.max_new_tokens, evaluation.batch_size, evaluation.system_message)
