@@ -9,9 +9,14 @@ not do: read what a model said beyond the rules of a metric; each task's module 
 """
 
 import math
+import random
 import re
+import statistics
 from collections.abc import Callable, Sequence
+from typing import TypeVar
 
+
+Item = TypeVar("Item")
 
 # Right spellings of the official VQA evaluation: each is restored where exactly one of its apostrophes is missing.
 # Its entries with a capital I never match, as they are looked up in lower-cased text.
@@ -174,3 +179,17 @@ def standard_error(values: Sequence[float]) -> float | None:
     mean = math.fsum(values) / len(values)
     variance = math.fsum((value - mean) ** 2 for value in values) / (len(values) - 1)
     return math.sqrt(variance / len(values))
+
+
+def bootstrap_errors(
+    figures: Callable[[Sequence[Item]], dict[str, float]], items: Sequence[Item], num_resamples: int, seed: int = 0
+) -> dict[str, float]:
+    """
+    Standard errors of figures that are no means, such as a ratio of two: the standard deviation of each over resamples
+    of the items, drawn with replacement. Empty for fewer than two items or resamples.
+    """
+    if len(items) < 2 or num_resamples < 2:
+        return {}
+    draw = random.Random(seed)
+    drawn = [figures(draw.choices(items, k=len(items))) for _ in range(num_resamples)]
+    return {name: statistics.stdev(each[name] for each in drawn) for name in drawn[0]}

@@ -51,13 +51,16 @@ class Data:
     split: str | None = None
 
     @classmethod
-    def locate(cls, place: str, task: str, hub_id: str | None, split: str | None = None) -> "Data":
+    def locate(
+        cls, place: str, task: str, hub_id: str | None, split: str | None = None, folder_name: str | None = None
+    ) -> "Data":
         """
         Finds the data of one task.
 
         Args:
             place (`str`): A folder with the task's data, or with a folder for each task (`pope`, `mm-vet`, ...);
                 the id of a data set on the Hub; or `"hub"` for the task's own.
+            folder_name (`str`, *optional*): Another name that the task's folder may have.
 
         Raises:
             ValueError: if there is no such folder.
@@ -68,8 +71,8 @@ class Data:
             return cls(hub_id=hub_id, split=split)
         folder = Path(place)
         if folder.is_dir():
-            wanted = _plain(task)
-            below = [child for child in sorted(folder.iterdir()) if child.is_dir() and _plain(child.name) == wanted]
+            wanted = {_plain(task), _plain(folder_name or task)}
+            below = [child for child in sorted(folder.iterdir()) if child.is_dir() and _plain(child.name) in wanted]
             return cls(folder=below[0] if below else folder, split=split)
         if place.count("/") == 1 and not folder.parent.is_dir() and place[0] not in "./~":
             return cls(hub_id=place, split=split)

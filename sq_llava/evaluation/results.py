@@ -25,7 +25,10 @@ PACKAGES = ("torch", "transformers", "peft", "pillow", "sq-llava")
 
 @dataclass(frozen=True)
 class TaskResult:
-    """The figures of one task, with how many of its examples could be read and how many failed."""
+    """
+    The figures of one task, with how many of its examples could be read and how many failed; `missing` says what it
+    takes to have those that are not there, `judge` who graded, `num_unjudged` how many have no grade.
+    """
 
     task: str
     data: str
@@ -34,6 +37,9 @@ class TaskResult:
     num_failed: int
     parsed_share: float
     metrics: Sequence[Metric]
+    missing: str | None = None
+    judge: dict[str, Any] | None = None
+    num_unjudged: int = 0
 
 
 def hash_of_model(folder: str) -> str:
@@ -87,10 +93,11 @@ def record_line(record: Record) -> dict[str, Any]:
         "prompt": record.prompt,
         "images": [str(image) for image in example.images],
         "answer": record.answer,
-        "prediction": score.prediction,
+        "prediction": score.prediction if score else None,
         "reference": example.reference,
-        "scores": score.values,
-        "parsed": score.is_parsed,
+        "scores": score.values if score else None,
+        "parsed": score.is_parsed if score else None,
+        "judge_error": score.judge_error if score else None,
         "error": record.error,
         "details": example.details,
     }
@@ -115,12 +122,15 @@ def write_results(results: Sequence[TaskResult], out: Path, about: dict[str, Any
             "num_failed": result.num_failed,
             "data": result.data,
             "data_hash": result.data_hash,
+            "judge": result.judge,
+            "num_unjudged": result.num_unjudged,
         }
         for result in results
         for metric in result.metrics
     ]
+    missing = {result.task: result.missing for result in results if result.missing is not None}
     path = out / "results.json"
-    path.write_text(json.dumps({**about, "results": entries}, indent=2) + "\n")
+    path.write_text(json.dumps({**about, "missing": missing, "results": entries}, indent=2) + "\n")
     return path
 
 

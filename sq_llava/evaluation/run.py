@@ -16,8 +16,9 @@ from typing import Any
 from accelerate import PartialState
 from transformers import set_seed
 
-from sq_llava.evaluation import easy_vqa, pope
+from sq_llava.evaluation import easy_vqa, llava_bench, mmvet, pope
 from sq_llava.evaluation.answering import AnswerSettings, answer_examples, load_any
+from sq_llava.evaluation.judge import Judge, JudgeSettings, JudgeStopped
 from sq_llava.evaluation.reading import Data
 from sq_llava.evaluation.results import (
     TaskResult,
@@ -32,7 +33,17 @@ from sq_llava.evaluation.task import Example, Record, Score, Task, summarize
 from sq_llava.inference import best_device
 
 
-TASKS: dict[str, Task] = {module.TASK.name: module.TASK for module in (easy_vqa, pope)}
+TASKS: dict[str, Task] = {
+    task.name: task
+    for task in (
+        easy_vqa.TASK,
+        llava_bench.TASK,
+        llava_bench.COCO_TASK,
+        mmvet.TASK,
+        mmvet.LMMS_EVAL_TASK,
+        pope.TASK,
+    )
+}
 
 
 @dataclass(frozen=True)
@@ -47,6 +58,7 @@ class Evaluation:
         out (`Path`): Folder for everything that is written; a run that was killed goes on from it.
         limit (`int`, *optional*): Only so many examples of each task, spread evenly.
         system_message (`str`, *optional*): In place of the model's own.
+        judge (`JudgeSettings`, *optional*): Who grades the tasks that need a judge.
     """
 
     model: str
@@ -61,6 +73,7 @@ class Evaluation:
     device: str | None = None
     trust_remote_code: bool = False
     seed: int = 0
+    judge: JudgeSettings | None = None
 
 
 def evaluate(evaluation: Evaluation) -> list[TaskResult]:
@@ -76,33 +89,58 @@ def evaluate(evaluation: Evaluation) -> list[TaskResult]:
     if state.num_processes != int(os.environ.get("WORLD_SIZE", 1)):
         raise ValueError(f"{state.num_processes} process of {os.environ['WORLD_SIZE']} were joined: use torchrun.")
     examples = {task.name: read_examples(task, evaluation) for task in tasks}
+    judge = Judge(evaluation.judge, evaluation.out) if evaluation.judge and state.is_main_process else None
     about = describe(evaluation, {name: hash_of_data(each) for name, each in examples.items()})
     _claim(evaluation.out, about)
     set_seed(evaluation.seed)
     device = str(state.device) if state.num_processes > 1 else device
     assistant = load_any(evaluation.model, evaluation.dtype, device, evaluation.trust_remote_code)
-    results = []
+    answered = []
     for task in tasks:
         settings = AnswerSettings(task.max_new_tokens, evaluation.batch_size, evaluation.system_message)
         folder = evaluation.out / task.name
-        records = answer_examples(assistant, examples[task.name], folder, settings, task.title)
-        if PartialState().is_main_process:
-            records = [replace(record, score=score(task, record)) for record in records]
-            write_examples(records, folder)
-            results.append(
-                TaskResult(
-                    task=task.name,
-                    data=evaluation.data,
-                    data_hash=about["data_hashes"][task.name],
-                    num=len(records),
-                    num_failed=sum(record.error is not None for record in records),
-                    parsed_share=sum(record.score.is_parsed for record in records) / len(records),
-                    metrics=summarize(task, records),
-                )
-            )
-    if PartialState().is_main_process:
-        write_results(results, evaluation.out, about)
+        answered.append(answer_examples(assistant, examples[task.name], folder, settings, task.title))
+    if not state.is_main_process:
+        return []
+    # All are answered first: a judge takes longer than other processes may be kept waiting.
+    results = [assess(task, records, evaluation, about, judge) for task, records in zip(tasks, answered)]
+    write_results(results, evaluation.out, about)
     return results
+
+
+def assess(
+    task: Task, records: Sequence[Record], evaluation: Evaluation, about: dict[str, Any], judge: Judge | None
+) -> TaskResult:
+    """Scores the records of a task, and writes them and its submission."""
+    folder = evaluation.out / task.name
+    submission = None if task.write_submission is None else task.write_submission(records, folder)
+    missing = None
+    if task.score is not None:
+        records = [replace(record, score=score(task, record)) for record in records]
+    elif task.judge is None:
+        missing = f"scored by a server: send it {submission}"
+    elif judge is None:
+        missing = "graded by a judge: give --judge-model"
+    else:
+        try:
+            scores = task.judge(records, judge, folder)
+            records = [replace(record, score=each) for record, each in zip(records, scores)]
+        except JudgeStopped as stop:
+            missing = str(stop)
+    write_examples(records, folder)
+    scores = [record.score for record in records if record.score is not None]
+    return TaskResult(
+        task=task.name,
+        data=evaluation.data,
+        data_hash=about["data_hashes"][task.name],
+        num=len(records),
+        num_failed=sum(record.error is not None for record in records),
+        parsed_share=sum(each.is_parsed for each in scores) / len(records),
+        metrics=summarize(task, records),
+        missing=missing,
+        judge=judge.report() if judge is not None and task.judge is not None else None,
+        num_unjudged=sum(each.judge_error is not None for each in scores),
+    )
 
 
 def find_task(name: str) -> Task:
@@ -113,7 +151,7 @@ def find_task(name: str) -> Task:
 
 def read_examples(task: Task, evaluation: Evaluation) -> list[Example]:
     """The examples of a task, `limit` of them spread evenly. Raises a `ValueError` if an id is there twice."""
-    examples = task.read(Data.locate(evaluation.data, task.name, task.hub_id, evaluation.split))
+    examples = task.read(Data.locate(evaluation.data, task.name, task.hub_id, evaluation.split, task.folder))
     ids = [example.id for example in examples]
     if len(set(ids)) < len(ids):
         twice = next(one for one in ids if ids.count(one) > 1)

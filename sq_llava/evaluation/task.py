@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sq_llava.evaluation.metrics import standard_error
+from sq_llava.evaluation.judge import Judge
+from sq_llava.evaluation.metrics import bootstrap_errors, standard_error
 from sq_llava.evaluation.reading import Data, StoredImage
 
 
@@ -39,12 +40,14 @@ class Score:
     Args:
         values (`dict[str, float]`): What this answer adds to each metric; a metric is the mean over its examples.
         is_parsed (`bool`): Whether the answer had a form that the task can read.
-        prediction (`Any`): What was read out of it, as JSON.
+        prediction (`Any`): What was read out of it, or what the judge said of it, as JSON.
+        judge_error (`str`, *optional*): Why the judge gave no grade: the example enters no figure then.
     """
 
     values: dict[str, float]
     is_parsed: bool = True
     prediction: Any = None
+    judge_error: str | None = None
 
 
 @dataclass(frozen=True)
@@ -62,7 +65,7 @@ class Record:
 class Metric:
     """
     A figure over `num` examples. `value` is a share from 0 to 1 unless the task says otherwise, `standard_error` is
-    `None` where it is not that of a mean.
+    `None` where it is not that of a mean, nor one by bootstrap (`Task.num_resamples`).
     """
 
     name: str
@@ -80,8 +83,12 @@ class Task:
         hub_id (`str`): The data set on the Hub.
         read (`Callable`): [`Data`] -> list of [`Example`], from the Hub's Parquet files or from LLaVA's own folders.
         score (`Callable`): (example, answer) -> [`Score`]; `None` where a server or a judge scores.
+        judge (`Callable`, *optional*): (records, [`Judge`], folder) -> the score of each; a record that failed is not
+            sent, and has the lowest one.
+        folder (`str`, *optional*): Its name among LLaVA's folders, where it is not the task's.
         main_metric (`str`): The one that the paper's tables give.
         corpus_metrics (`Callable`, *optional*): Scored records -> `{name: value}`, for what is no mean over examples.
+        num_resamples (`int`): For standard errors of `corpus_metrics` by bootstrap; 0: without.
         breakdown (`str`, *optional*): The key of `Example.details` whose values get figures of their own.
         write_submission (`Callable`, *optional*): (records, folder) -> the file that the task's server takes.
         max_new_tokens (`int`): Of an answer.
@@ -94,7 +101,10 @@ class Task:
     read: Callable[[Data], list[Example]]
     score: Callable[[Example, str], Score] | None
     main_metric: str
+    judge: Callable[[Sequence[Record], Judge, Path], list[Score]] | None = None
+    folder: str | None = None
     corpus_metrics: Callable[[Sequence[Record]], dict[str, float]] | None = None
+    num_resamples: int = 0
     breakdown: str | None = None
     write_submission: Callable[[Sequence[Record], Path], Path] | None = None
     max_new_tokens: int = 128
@@ -103,11 +113,15 @@ class Task:
 
 def summarize(task: Task, records: Sequence[Record]) -> list[Metric]:
     """
-    The figures of a task. An example that failed has been scored like an empty answer: it counts.
+    The figures of a task. An example that failed has been scored like an empty answer: it counts. One that a judge
+    gave no grade does not, nor one without a score.
 
     Args:
-        records: Scored; one for each example.
+        records: One for each example.
     """
+    records = [record for record in records if record.score is not None and record.score.judge_error is None]
+    if not records:
+        return []
     metrics = _figures(task, records, "")
     if task.breakdown is not None:
         values = sorted({record.example.details[task.breakdown] for record in records})
@@ -127,5 +141,6 @@ def _figures(task: Task, records: Sequence[Record], prefix: str) -> list[Metric]
     ]
     if task.corpus_metrics is not None:
         figures = task.corpus_metrics(records)
-        metrics += [Metric(prefix + name, value, len(records)) for name, value in figures.items()]
+        errors = bootstrap_errors(task.corpus_metrics, records, task.num_resamples)
+        metrics += [Metric(prefix + name, value, len(records), errors.get(name)) for name, value in figures.items()]
     return metrics
