@@ -13,6 +13,7 @@ import random
 import re
 import statistics
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import TypeVar
 
 
@@ -58,6 +59,8 @@ def _apply_rules(text: str) -> str:
     return " ".join(MISSPELLINGS.get(word, word) for word in words if word not in ARTICLES)
 
 
+# Answers repeat: VQA v2 has two million of them in its validation split.
+@lru_cache(maxsize=2**16)
 def normalize_m4c(answer: str) -> str:
     """
     As EvalAI and the TextVQA code (m4c) normalise an answer.
@@ -69,6 +72,7 @@ def normalize_m4c(answer: str) -> str:
     return _apply_rules(" ".join(answer.split()))
 
 
+@lru_cache(maxsize=2**16)
 def normalize_official(answer: str) -> str:
     """
     The steps of the official VQA evaluation; [`official_vqa_answers`] says when it takes them.

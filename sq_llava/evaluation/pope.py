@@ -15,10 +15,10 @@ from collections.abc import Sequence
 
 from sq_llava.evaluation.metrics import binary_scores
 from sq_llava.evaluation.reading import Data, StoredImage, read_jsonl
+from sq_llava.evaluation.short_answers import INSTRUCTION
 from sq_llava.evaluation.task import Example, Record, Score, Task
 
 
-SUFFIX = "\nAnswer the question using a single word or phrase."
 CATEGORIES = ("adversarial", "popular", "random")
 
 
@@ -31,7 +31,7 @@ def read(data: Data) -> list[Example]:
         examples.append(
             Example(
                 id=f"{row['category']}/{row['question_id']}",
-                prompt=row["question"] + SUFFIX,
+                prompt=row["question"] + INSTRUCTION,
                 images=[StoredImage(table, number, "image")],
                 reference=_checked_label(row["answer"], f"{data}, row {number}"),
                 details={"category": row["category"]},

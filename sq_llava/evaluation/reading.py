@@ -7,9 +7,13 @@ Everything that is missing is an error with its place and with what was found th
 stay inside of their folder.
 """
 
+import base64
+import binascii
+import csv
 import json
+import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +37,27 @@ class StoredImage:
 
     def __str__(self) -> str:
         return f"row {self.row}, column {self.column}"
+
+
+@dataclass(frozen=True)
+class EncodedImage:
+    """An image as base64 in the text of a file, decoded when it is asked for."""
+
+    text: str
+    place: str = field(compare=False)
+
+    def read(self) -> dict[str, Any]:
+        """Returns `{"bytes": ..., "path": ...}`, as `sq_llava.images.open_image` takes it."""
+        try:
+            return {"bytes": base64.b64decode(self.text, validate=True), "path": self.place}
+        except binascii.Error as error:
+            raise ValueError(f"{self.place}: is not base64 ({error}).") from error
+
+    def __str__(self) -> str:
+        return self.place
+
+
+TaskImage = Path | StoredImage | EncodedImage
 
 
 @dataclass(frozen=True)
@@ -84,26 +109,34 @@ class Data:
     @property
     def is_table(self) -> bool:
         """Whether this is the Hub's layout rather than LLaVA's folders."""
-        return self.hub_id is not None or bool(self._parquet_files()) or (self.folder / "dataset_info.json").is_file()
+        if self.hub_id is not None or (self.folder / "dataset_info.json").is_file():
+            return True
+        return any(file for pattern in ("*.parquet", "*/*.parquet") for file in self.folder.glob(pattern))
 
-    def _parquet_files(self) -> list[Path]:
-        return sorted([*self.folder.glob("*.parquet"), *self.folder.glob("data/*.parquet")])
+    def _parquet_files(self, config: str | None) -> list[Path]:
+        folder = self.folder
+        if config is not None and (folder / config).is_dir():
+            folder = folder / config
+        return sorted([*folder.glob("*.parquet"), *folder.glob("data/*.parquet")])
 
-    def table(self, columns: Sequence[str], default_split: str | None = None) -> datasets.Dataset:
+    def table(
+        self, columns: Sequence[str], default_split: str | None = None, config: str | None = None
+    ) -> datasets.Dataset:
         """
         The rows of the Parquet files, or of the Hub's data set, images undecoded.
 
         Args:
             columns: What must be there; there may be more.
             default_split (`str`, *optional*): The split to take, if there are several and none was asked for.
+            config (`str`, *optional*): The part of the Hub's data set; the folder of its files, if they have one.
 
         Raises:
-            ValueError: if a column is missing, or there are several splits and neither was asked for.
+            ValueError: if a column is missing, or the split that was asked for.
         """
         split = self.split or default_split
         if self.hub_id is not None:
             try:
-                table = datasets.load_dataset(self.hub_id, split=split)
+                table = datasets.load_dataset(self.hub_id, config, split=split)
             except (FileNotFoundError, ConnectionError) as error:
                 raise ValueError(f"{self.hub_id}: not in the cache, and the Hub did not give it: {error}") from error
             except ValueError as error:
@@ -111,10 +144,14 @@ class Data:
         elif (self.folder / "dataset_info.json").is_file():
             table = datasets.load_from_disk(str(self.folder))
         else:
-            files = self._parquet_files()
+            files = self._parquet_files(config)
+            if not files:
+                raise ValueError(
+                    f"{self.folder}: holds no Parquet files of {config or 'the task'}: {self._listing()}."
+                )
             # The Hub's files are named after their split: test-00000-of-00002.parquet.
             names = sorted({file.name.split("-")[0].removesuffix(".parquet") for file in files})
-            if len(names) > 1:
+            if len(names) > 1 or self.split is not None:
                 if split not in names:
                     raise ValueError(f"{self.folder}: has the splits {', '.join(names)}, not {split}: give --split.")
                 files = [file for file in files if file.name.split("-")[0].removesuffix(".parquet") == split]
@@ -141,13 +178,20 @@ class Data:
         Raises:
             ValueError: if there is none.
         """
-        for name in names:
-            found = sorted(self.folder.glob(name))
-            if found:
-                return found[0]
+        found = self.find(*names)
+        if found is None:
+            raise ValueError(
+                f"{self.folder}: has neither Parquet files nor {' or '.join(names)}. It holds: {self._listing()}."
+            )
+        return found
+
+    def find(self, *names: str) -> Path | None:
+        """As [`Data.file`], for a file that need not be there."""
+        return next((path for name in names for path in sorted(self.folder.glob(name))), None)
+
+    def _listing(self) -> str:
         there = sorted(child.name + "/" * child.is_dir() for child in self.folder.iterdir())
-        listed = ", ".join(there[:20]) + (f" and {len(there) - 20} more" if len(there) > 20 else "")
-        raise ValueError(f"{self.folder}: has neither Parquet files nor {' or '.join(names)}. It holds: {listed}.")
+        return ", ".join(there[:20]) + (f" and {len(there) - 20} more" if len(there) > 20 else "")
 
     def image(self, root: Path, name: str) -> Path:
         """
@@ -189,6 +233,25 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path}: not JSON ({error}).") from error
+
+
+def read_tsv(path: Path, fields: Sequence[str]) -> list[dict[str, str]]:
+    """
+    The rows of a table with tabs, all of them texts: no "None" or "NA" becomes another thing.
+
+    Raises:
+        ValueError: if a column is missing, or a row has more or fewer fields than there are columns.
+    """
+    csv.field_size_limit(sys.maxsize)  # images are in fields
+    with path.open(encoding="utf-8", newline="") as lines:
+        reader = csv.DictReader(lines, delimiter="\t")
+        check_fields(dict.fromkeys(reader.fieldnames or ()), fields, f"{path}, header")
+        rows = []
+        for number, row in enumerate(reader):
+            if None in row or None in row.values():
+                raise ValueError(f"{path}, row {number}: has not as many fields as there are columns.")
+            rows.append(row)
+    return rows
 
 
 def check_fields(row: Any, fields: Sequence[str], place: str) -> dict[str, Any]:

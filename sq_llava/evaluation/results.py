@@ -16,7 +16,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from sq_llava.evaluation.reading import StoredImage
+from accelerate import PartialState
+
+from sq_llava.evaluation.reading import StoredImage, TaskImage
 from sq_llava.evaluation.task import Example, Metric, Record
 
 
@@ -69,15 +71,15 @@ def hash_of_data(examples: Sequence[Example]) -> str:
     for example in examples:
         digest.update(json.dumps([example.id, example.prompt, example.reference]).encode())
         for image in example.images:
-            key = image if isinstance(image, Path) else (id(image.table), image.row, image.column)
+            key = (id(image.table), image.row, image.column) if isinstance(image, StoredImage) else image
             if key not in image_digests:
                 image_digests[key] = _digest_of_image(image)
             digest.update(image_digests[key])
     return digest.hexdigest()
 
 
-def _digest_of_image(image: Path | StoredImage) -> bytes:
-    if isinstance(image, StoredImage):
+def _digest_of_image(image: TaskImage) -> bytes:
+    if not isinstance(image, Path):
         stored = image.read()
         return hashlib.sha256(stored["bytes"] or b"").digest()
     if not image.is_file():
@@ -140,3 +142,30 @@ def environment() -> dict[str, Any]:
         "machine": platform.machine(),
         "packages": {name: version(name) for name in PACKAGES},
     }
+
+
+def claim_folder(out: Path, about: dict[str, Any], identity: Sequence[str]) -> None:
+    """
+    Notes a run in its folder, `run.json`, before it begins.
+
+    Args:
+        about (`dict`): What it takes to repeat the run.
+        identity (`Sequence[str]`): The keys of it that must be the same for what is there to be taken over.
+
+    Raises:
+        ValueError: if the folder holds the work of a run that differs in one of these.
+    """
+    note = out / "run.json"
+    if note.is_file():
+        before = json.loads(note.read_text())
+        for name in identity:
+            if before.get(name) != about[name]:
+                raise ValueError(
+                    f"{out} holds answers of a run with {name} {before.get(name)!r}, now it is {about[name]!r}: give "
+                    "another --out, or remove the folder."
+                )
+    PartialState().wait_for_everyone()
+    if PartialState().is_main_process:
+        out.mkdir(parents=True, exist_ok=True)
+        note.write_text(json.dumps(about, indent=2) + "\n")
+    PartialState().wait_for_everyone()

@@ -3,7 +3,6 @@
 sq-llava evaluate --model runs/demo/model --tasks easy_vqa --data runs/demo/data --out runs/demo/evaluation
 """
 
-import json
 import os
 import shlex
 import sys
@@ -16,12 +15,24 @@ from typing import Any
 from accelerate import PartialState
 from transformers import set_seed
 
-from sq_llava.evaluation import easy_vqa, llava_bench, mmvet, pope
+from sq_llava.evaluation import (
+    easy_vqa,
+    gqa,
+    llava_bench,
+    mmbench,
+    mmvet,
+    pope,
+    scienceqa,
+    textvqa,
+    vizwiz,
+    vqav2,
+)
 from sq_llava.evaluation.answering import AnswerSettings, answer_examples, load_any
 from sq_llava.evaluation.judge import Judge, JudgeSettings, JudgeStopped
 from sq_llava.evaluation.reading import Data
 from sq_llava.evaluation.results import (
     TaskResult,
+    claim_folder,
     environment,
     hash_of_code,
     hash_of_data,
@@ -37,11 +48,22 @@ TASKS: dict[str, Task] = {
     task.name: task
     for task in (
         easy_vqa.TASK,
+        gqa.TASK,
         llava_bench.TASK,
         llava_bench.COCO_TASK,
+        mmbench.TASK,
+        mmbench.CN_TASK,
+        mmbench.CN_LMMS_EVAL_TASK,
         mmvet.TASK,
         mmvet.LMMS_EVAL_TASK,
         pope.TASK,
+        scienceqa.TASK,
+        scienceqa.ALL_TASK,
+        scienceqa.REASONING_TASK,
+        textvqa.TASK,
+        textvqa.NO_OCR_TASK,
+        vizwiz.TASK,
+        vqav2.TASK,
     )
 }
 
@@ -91,7 +113,7 @@ def evaluate(evaluation: Evaluation) -> list[TaskResult]:
     examples = {task.name: read_examples(task, evaluation) for task in tasks}
     judge = Judge(evaluation.judge, evaluation.out) if evaluation.judge and state.is_main_process else None
     about = describe(evaluation, {name: hash_of_data(each) for name, each in examples.items()})
-    _claim(evaluation.out, about)
+    claim_folder(evaluation.out, about, IDENTITY)
     set_seed(evaluation.seed)
     device = str(state.device) if state.num_processes > 1 else device
     assistant = load_any(evaluation.model, evaluation.dtype, device, evaluation.trust_remote_code)
@@ -117,16 +139,17 @@ def assess(
     missing = None
     if task.score is not None:
         records = [replace(record, score=score(task, record)) for record in records]
-    elif task.judge is None:
-        missing = f"scored by a server: send it {submission}"
-    elif judge is None:
-        missing = "graded by a judge: give --judge-model"
-    else:
+    if task.judge is not None and judge is not None:
         try:
             scores = task.judge(records, judge, folder)
             records = [replace(record, score=each) for record, each in zip(records, scores)]
         except JudgeStopped as stop:
             missing = str(stop)
+    metrics = summarize(task, records)
+    if not metrics and missing is None:
+        missing = f"scored by a server: send it {submission}"
+        if task.judge is not None:
+            missing = "graded by a judge: give --judge-model" if judge is None else "the judge gave no grade at all"
     write_examples(records, folder)
     scores = [record.score for record in records if record.score is not None]
     return TaskResult(
@@ -136,7 +159,7 @@ def assess(
         num=len(records),
         num_failed=sum(record.error is not None for record in records),
         parsed_share=sum(each.is_parsed for each in scores) / len(records),
-        metrics=summarize(task, records),
+        metrics=metrics,
         missing=missing,
         judge=judge.report() if judge is not None and task.judge is not None else None,
         num_unjudged=sum(each.judge_error is not None for each in scores),
@@ -191,26 +214,3 @@ def describe(evaluation: Evaluation, data_hashes: dict[str, str]) -> dict[str, A
 
 # What must be the same for answers to be taken over.
 IDENTITY = ("model_hash", "model", "data_hashes", "system_message", "dtype")
-
-
-def _claim(out: Path, about: dict[str, Any]) -> None:
-    """
-    Notes the run in its folder.
-
-    Raises:
-        ValueError: if the folder holds answers of another model, to other data, or to other prompts.
-    """
-    note = out / "run.json"
-    if note.is_file():
-        before = json.loads(note.read_text())
-        for name in IDENTITY:
-            if before[name] != about[name]:
-                raise ValueError(
-                    f"{out} holds answers of a run with {name} {before[name]!r}, now it is {about[name]!r}: give "
-                    "another --out, or remove the folder."
-                )
-    PartialState().wait_for_everyone()
-    if PartialState().is_main_process:
-        out.mkdir(parents=True, exist_ok=True)
-        note.write_text(json.dumps(about, indent=2) + "\n")
-    PartialState().wait_for_everyone()

@@ -11,7 +11,7 @@ from typing import Any
 
 from sq_llava.evaluation.judge import Judge
 from sq_llava.evaluation.metrics import bootstrap_errors, standard_error
-from sq_llava.evaluation.reading import Data, StoredImage
+from sq_llava.evaluation.reading import Data, TaskImage
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Example:
 
     id: str
     prompt: str
-    images: Sequence[Path | StoredImage]
+    images: Sequence[TaskImage]
     reference: Any
     details: dict[str, Any] = field(default_factory=dict)
 
@@ -90,7 +90,8 @@ class Task:
         corpus_metrics (`Callable`, *optional*): Scored records -> `{name: value}`, for what is no mean over examples.
         num_resamples (`int`): For standard errors of `corpus_metrics` by bootstrap; 0: without.
         breakdown (`str`, *optional*): The key of `Example.details` whose values get figures of their own.
-        write_submission (`Callable`, *optional*): (records, folder) -> the file that the task's server takes.
+        write_submission (`Callable`, *optional*): (records, folder) -> the file that the task's server takes, or
+            `None` for a split that no server scores.
         max_new_tokens (`int`): Of an answer.
         scale (`float`): What `main_metric` is multiplied by to be in the unit of the paper's tables.
     """
@@ -106,7 +107,7 @@ class Task:
     corpus_metrics: Callable[[Sequence[Record]], dict[str, float]] | None = None
     num_resamples: int = 0
     breakdown: str | None = None
-    write_submission: Callable[[Sequence[Record], Path], Path] | None = None
+    write_submission: Callable[[Sequence[Record], Path], Path | None] | None = None
     max_new_tokens: int = 128
     scale: float = 100.0
 
