@@ -22,7 +22,7 @@ from rich.progress import Progress, track
 
 from sq_llava import __version__
 from sq_llava.console import console, errors_in_one_line, examples, messages_console
-from sq_llava.evaluation.command import evaluate
+from sq_llava.evaluation.command import evaluate, evaluate_questions
 
 
 # torch and transformers are imported inside the commands: `--help` answers at once.
@@ -283,6 +283,13 @@ app.command(
         "torchrun --nproc_per_node 8 -m sq_llava.cli evaluate --model org/sq-llava-7b --tasks vqav2 --data hub",
     )
 )(evaluate)
+app.command(
+    epilog=examples(
+        "sq-llava evaluate-questions --model org/sq-llava-7b --images photos/ --clip openai/clip-vit-base-patch32",
+        "sq-llava evaluate-questions --model runs/demo/model --images runs/demo/data/test.json --truth easy_vqa "
+        '--image-root IMAGES --after "what color is the shape?"',
+    )
+)(evaluate_questions)
 
 
 def _track(files: list[Path], description: str):

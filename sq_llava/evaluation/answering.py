@@ -4,7 +4,6 @@ Each process appends its answers to `answers-<rank>.jsonl` as they come. A run t
 wrote, whatever their number was, and goes on with the rest; examples that failed are tried again.
 """
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +17,8 @@ from rich.progress import Progress
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
 from sq_llava.checkpoint import is_adapter
-from sq_llava.evaluation.reading import StoredImage
+from sq_llava.evaluation.progress import open_lines, read_lines, write_line
+from sq_llava.evaluation.reading import TaskImage
 from sq_llava.evaluation.task import Example, Record
 from sq_llava.images import open_image
 from sq_llava.inference import Assistant, best_device, load
@@ -72,9 +72,7 @@ def answer_examples(
         One unscored record for each example, in their order; on every process.
     """
     state = PartialState()
-    folder.mkdir(parents=True, exist_ok=True)
-    done = _read_answers(folder, examples)
-    state.wait_for_everyone()  # before anybody writes
+    done = read_lines(folder, "answers", [example.id for example in examples])
     prompts = {example.id: render(assistant, example, settings.system_message) for example in examples}
     # The longest first: if memory does not suffice, that is known at once. Text alone goes apart from images.
     rest = sorted(
@@ -85,7 +83,7 @@ def answer_examples(
     batches = _batches(rest, settings.batch_size)[state.process_index :: state.num_processes]
     fresh = []
     with (
-        (folder / f"answers-{state.process_index}.jsonl").open("ab") as file,
+        open_lines(folder, "answers") as file,
         Progress(console=Console(stderr=True), transient=True, disable=not state.is_main_process) as progress,
     ):
         bar = progress.add_task(description, total=sum(map(len, batches)))
@@ -93,7 +91,7 @@ def answer_examples(
             for example, (answer, error) in zip(batch, _answer(assistant, batch, settings)):
                 line = {"id": example.id, "answer": answer, "error": error}
                 fresh.append(line)
-                file.write((json.dumps(line, ensure_ascii=False) + "\n").encode())
+                write_line(file, line)
             file.flush()
             progress.advance(bar, len(batch))
     for line in gather_object(fresh):
@@ -158,27 +156,5 @@ def _answer(
             yield from _answer(assistant, [example], settings)
 
 
-def _open(image: Path | StoredImage):
-    return open_image(image.read() if isinstance(image, StoredImage) else image)
-
-
-def _read_answers(folder: Path, examples: Sequence[Example]) -> dict[str, dict[str, Any]]:
-    """
-    What was answered before, by id. A line that a kill has cut off is dropped from its file.
-
-    Raises:
-        ValueError: if an answer belongs to none of the examples.
-    """
-    known = {example.id for example in examples}
-    done = {}
-    for path in sorted(folder.glob("answers-*.jsonl")):
-        content = path.read_bytes()
-        whole = content[: content.rfind(b"\n") + 1]
-        if len(whole) < len(content) and PartialState().is_main_process:
-            path.write_bytes(whole)
-        for line in map(json.loads, whole.splitlines()):
-            if line["id"] not in known:
-                raise ValueError(f"{path}: answers an example {line['id']!r} that is not asked. Give another --out.")
-            if line["error"] is None:
-                done[line["id"]] = line
-    return done
+def _open(image: TaskImage):
+    return open_image(image if isinstance(image, Path) else image.read())
