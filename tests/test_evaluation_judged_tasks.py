@@ -9,7 +9,9 @@ from pathlib import Path
 
 import datasets
 import pytest
+from typer.testing import CliRunner
 
+from sq_llava.cli import app
 from sq_llava.evaluation import llava_bench, mmvet, run
 from sq_llava.evaluation.judge import Judge, JudgeSettings
 from sq_llava.evaluation.reading import Data
@@ -396,16 +398,56 @@ def test_key_is_missed_before_the_model_is_loaded(tmp_path, monkeypatch):
         evaluate(evaluation)
 
 
+def test_command_says_who_judges_and_what_is_missing(model, tmp_path, monkeypatch):
+    monkeypatch.setitem(run.TASKS, "mmvet", replace(mmvet.TASK, max_new_tokens=4))
+    command = [
+        "evaluate",
+        "--model",
+        model,
+        "--tasks",
+        "mmvet",
+        "--data",
+        str(mmvet_folder(tmp_path)),
+        "--device",
+        "cpu",
+    ]
+    command += ["--out", str(tmp_path / "out")]
+    without = CliRunner().invoke(app, command)
+    assert without.exit_code == 0, without.output
+    assert "mmvet: graded by a judge: give --judge-model" in without.output
+    with chat_server(lambda request, number: "1") as server:
+        command += ["--judge-model", "judge", "--judge-base-url", server.url, "--judge-concurrency", "1"]
+        capped = CliRunner().invoke(app, [*command, "--judge-max-requests", "2", "--judge-temperature", "1"])
+        assert capped.exit_code == 1
+        assert "stopped by --judge-max-requests 2" in capped.output
+        done = CliRunner().invoke(app, [*command, "--judge-temperature", "1"])
+        assert done.exit_code == 0, done.output
+        assert {request["temperature"] for request in server.requests} == {1.0}
+        assert len(server.requests) == 3
+    with chat_server(lambda request, number: "no") as server:
+        unread = CliRunner().invoke(app, [*command, "--judge-base-url", server.url, "--judge-attempts", "2"])
+        assert len(server.requests) == 6
+    assert unread.exit_code == 1
+    assert "3 of 3 answers have no grade" in unread.output
+
+
 @pytest.mark.slow
 def test_only_one_of_two_processes_asks_the_judge(model, tmp_path):
-    folder = mmvet_folder(tmp_path)
-    command = [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
-        "-m", "sq_llava.cli", "evaluate", "--model", model, "--tasks", "mmvet", "--data", str(folder),
-        "--device", "cpu", "--out", str(tmp_path / "out"), "--judge-model", "judge",
-    ]  # fmt: skip
+    script = (
+        "import sys; from dataclasses import replace; from pathlib import Path\n"
+        "from sq_llava.evaluation import run; from sq_llava.evaluation.judge import JudgeSettings\n"
+        "run.TASKS['mmvet'] = replace(run.TASKS['mmvet'], max_new_tokens=4)\n"
+        "judge = JudgeSettings('judge', base_url=sys.argv[4])\n"
+        "evaluation = run.Evaluation(\n"
+        "    sys.argv[1], ['mmvet'], sys.argv[2], Path(sys.argv[3]), device='cpu', batch_size=1, judge=judge)\n"
+        "run.evaluate(evaluation)"
+    )
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--no-python"]
+    out = tmp_path / "out"
     with chat_server(lambda request, number: "1") as server:
-        done = subprocess.run([*command, "--judge-base-url", server.url], capture_output=True, text=True, timeout=120)
+        command = [*launch, sys.executable, "-c", script, model, str(mmvet_folder(tmp_path)), str(out), server.url]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr[-3000:]
+    assert all((out / "mmvet" / f"answers-{rank}.jsonl").read_text() for rank in (0, 1))
     assert len(server.requests) == 3
-    assert "score" in done.stdout
+    assert json.loads((out / "results.json").read_text())["results"][0]["value"] == 1.0

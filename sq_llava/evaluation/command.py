@@ -124,6 +124,7 @@ def evaluate(
     num_failed = sum(result.num_failed for result in results)
     if num_failed:
         messages_console.print(f"[red]{num_failed} examples failed[/red]: see error in examples.jsonl.")
+    if num_failed or any(result.judge and (result.missing or result.num_unjudged) for result in results):
         raise typer.Exit(1)
 
 
