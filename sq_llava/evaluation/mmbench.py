@@ -16,7 +16,6 @@ folder is `mmbench` for both languages, with the tables `mmbench_dev_20230712.ts
 The options of a question end at the first empty one; "nan" is an empty one, as LLaVA and the Hub's table have it.
 """
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -40,6 +39,8 @@ FILES = {
     "cn": ("mmbench_{split}_cn_*.tsv", "MMBench_{SPLIT}_CN*.tsv"),
 }
 UPLOAD_COLUMNS = ("index", "question", *LETTERS, "prediction", "answer", "split")
+# How a letter may be written, from the first to be looked for to the last.
+FORMS = ("{}", "{}.", "{},", "{}:", "{})", "{}).", "({})", "({}).", ":{}", ":{},", ":{}.", ":{})", ":{}).")
 # The longest base64 text that is the index of the row with the same image.
 MAX_REFERENCE = 64
 
@@ -112,19 +113,19 @@ def _text(row: dict[str, Any], field: str) -> str:
 
 def option_of(answer: str, choices: Mapping[str, str]) -> str | None:
     """
-    The one letter that stands by itself in the answer; else the one option whose text is in it. In more than three
-    words, a bare "A" is an article.
+    The one letter that is a word of the answer, in the first of `FORMS` in which there is exactly one; else the one
+    option whose text is in it. In more than three words, a bare "A" is an article.
 
         >>> choices = {"A": "cat", "B": "dog"}
         >>> [option_of(text, choices) for text in ("B", "(B).", "A dog, I think: B.", "a dog", "A or B", "E")]
         ['B', 'B', 'B', 'B', None, 'E']
     """
     words = answer.split()
-    if len(words) > 3:
-        words = [word for word in words if word != "A"]
-    letters = {found[1] for found in (re.fullmatch(r"[(:]?([A-E])[.,:]?\)?\.?", word) for word in words) if found}
-    if len(letters) == 1:
-        return letters.pop()
+    for form in FORMS:
+        letters = [letter for letter in options.LETTERS if form.format(letter) in words]
+        is_article = form == "{}" and letters == ["A"] and len(words) > 3
+        if len(letters) == 1 and not is_article:
+            return letters[0]
     named = [letter for letter, text in choices.items() if text.lower() in answer.lower()]
     return named[0] if len(named) == 1 else None
 
