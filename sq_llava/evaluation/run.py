@@ -16,6 +16,7 @@ from accelerate import PartialState
 from transformers import set_seed
 
 from sq_llava.evaluation import (
+    captions,
     easy_vqa,
     gqa,
     llava_bench,
@@ -47,6 +48,10 @@ from sq_llava.inference import best_device
 TASKS: dict[str, Task] = {
     task.name: task
     for task in (
+        captions.COCO_TASK,
+        captions.FLICKR30K_TASK,
+        captions.NOCAPS_TASK,
+        captions.CONCEPTUAL_TASK,
         easy_vqa.TASK,
         gqa.TASK,
         llava_bench.TASK,

@@ -89,7 +89,8 @@ class Task:
         main_metric (`str`): The one that the paper's tables give.
         corpus_metrics (`Callable`, *optional*): Scored records -> `{name: value}`, for what is no mean over examples.
         num_resamples (`int`): For standard errors of `corpus_metrics` by bootstrap; 0: without.
-        breakdown (`str`, *optional*): The key of `Example.details` whose values get figures of their own.
+        breakdown (`str`, *optional*): The key of `Example.details` whose values get figures of their own; an example
+            without it is in the overall ones alone.
         write_submission (`Callable`, *optional*): (records, folder) -> the file that the task's server takes, or
             `None` for a split that no server scores.
         max_new_tokens (`int`): Of an answer.
@@ -125,9 +126,8 @@ def summarize(task: Task, records: Sequence[Record]) -> list[Metric]:
         return []
     metrics = _figures(task, records, "")
     if task.breakdown is not None:
-        values = sorted({record.example.details[task.breakdown] for record in records})
-        for value in values:
-            chosen = [record for record in records if record.example.details[task.breakdown] == value]
+        for value in sorted({each.example.details.get(task.breakdown) for each in records} - {None}):
+            chosen = [record for record in records if record.example.details.get(task.breakdown) == value]
             metrics += _figures(task, chosen, f"{value}/")
     return metrics
 
