@@ -19,6 +19,7 @@ import multiprocessing
 import os
 import statistics
 import tempfile
+import threading
 import time
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from contextlib import redirect_stderr, redirect_stdout
@@ -230,8 +231,15 @@ def read_note(task: Stage1 | Run) -> dict | None:
     return note
 
 
+def end_with_parent() -> None:
+    """Else, a killed command would leave runs behind that write to the folders of its successor's."""
+    multiprocessing.parent_process().join()
+    os._exit(1)
+
+
 def run_task(task: Stage1 | Run) -> None:
     """Runs a task in a process of its own; what it prints goes to a log."""
+    threading.Thread(target=end_with_parent, daemon=True).start()
     torch.set_num_threads(1)
     start = time.time()
     with task.note.with_suffix(".log").open("w") as log, redirect_stdout(log), redirect_stderr(log):
