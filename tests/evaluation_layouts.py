@@ -44,8 +44,8 @@ def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
-def examples_of(task: str, data: Path, split: str | None = None) -> list[Example]:
-    return read_examples(find_task(task), Evaluation("no model", [task], str(data), data, split=split))
+def examples_of(task: str, data: Path | str, split: str | None = None) -> list[Example]:
+    return read_examples(find_task(task), Evaluation("no model", [task], str(data), Path("-"), split=split))
 
 
 def assess_answers(

@@ -2,8 +2,10 @@
 
 import json
 
+import datasets
 import pytest
 
+from sq_llava.evaluation import reading
 from sq_llava.evaluation.short_answers import check_upload
 from tests.evaluation_layouts import (
     assess_answers,
@@ -392,6 +394,33 @@ def test_split_that_is_not_there_is_refused(tmp_path, task, split):
     write_parquet(tmp_path / "validation.parquet", [{"question": "What?"}])
     with pytest.raises(ValueError, match=f"has the splits validation, not {split}: give --split"):
         examples_of(task, tmp_path, split)
+
+
+@pytest.mark.parametrize(
+    "task, asked",
+    [
+        ("gqa", ("lmms-lab-encoder/GQA", "testdev_balanced_instructions", "testdev")),
+        ("mmbench", ("lmms-lab-encoder/MMBench", "en", "dev")),
+        ("mmbench_cn_lmms_eval", ("lmms-lab-encoder/MMBench", "cn", "dev")),
+        ("pope", ("lmms-lab-encoder/POPE", None, "test")),
+        ("scienceqa", ("lmms-lab-encoder/ScienceQA", "ScienceQA-IMG", "test")),
+        ("scienceqa_reasoning", ("lmms-lab-encoder/ScienceQA", "ScienceQA-FULL", "test")),
+        ("textvqa_no_ocr", ("lmms-lab-encoder/textvqa", None, "validation")),
+        ("vizwiz", ("lmms-lab-encoder/VizWiz-VQA", None, "test")),
+        ("vqav2", ("lmms-lab-encoder/VQAv2", None, "testdev")),
+    ],
+)
+def test_hub_is_asked_for_the_part_that_the_paper_scores(monkeypatch, task, asked):
+    calls = []
+
+    def load_dataset(hub_id, config, split):
+        calls.append((hub_id, config, split))
+        return datasets.Dataset.from_dict({"text": ["What?"]})
+
+    monkeypatch.setattr(reading.datasets, "load_dataset", load_dataset)
+    with pytest.raises(ValueError, match=f"{asked[0]}: has no column .* Its columns are text"):
+        examples_of(task, "hub")
+    assert calls == [asked]
 
 
 def test_line_without_a_field_is_named(tmp_path):

@@ -16,6 +16,7 @@ folder is `mmbench` for both languages, with the tables `mmbench_dev_20230712.ts
 The options of a question end at the first empty one; "nan" is an empty one, as LLaVA and the Hub's table have it.
 """
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -139,17 +140,22 @@ def score(example: Example, answer: str) -> Score:
 
 
 def corpus_metrics(records: Sequence[Record]) -> dict[str, float]:
-    """Circular accuracy over the questions all of whose rows are here."""
+    """Circular accuracy over the questions all of whose rows are here; one that is here twice counts twice."""
     if records[0].example.reference is None:
         return {}
     groups: dict[int, list[Record]] = {}
     for record in records:
         groups.setdefault(int(record.example.id) % FIRST_ROTATION, []).append(record)
-    whole = [group for group in groups.values() if len(group) == group[0].example.details["num_rows"]]
-    if not any(len(group) > 1 for group in whole):
+    times = {index: len(group) / group[0].example.details["num_rows"] for index, group in groups.items()}
+    whole = [index for index in groups if times[index].is_integer()]
+    if not any(len(groups[index]) > times[index] for index in whole):
         return {}
-    right = [all(each.score.prediction == each.example.reference for each in group) for group in whole]
-    return {"circular/accuracy": sum(right) / len(right)}
+    right = [
+        times[index]
+        for index in whole
+        if all(each.score.prediction == each.example.reference for each in groups[index])
+    ]
+    return {"circular/accuracy": sum(right) / sum(times[index] for index in whole)}
 
 
 def write_submission(records: Sequence[Record], folder: Path) -> Path:
@@ -182,7 +188,7 @@ def check_upload(path: Path, indices: Sequence[int]) -> None:
     workbook.close()
     if header != UPLOAD_COLUMNS:
         raise ValueError(f"{path}: has the columns {header}, not {UPLOAD_COLUMNS}.")
-    if sorted(row[0] for row in rows) != sorted(indices):
+    if Counter(row[0] for row in rows) != Counter(indices):
         raise ValueError(f"{path}: has not one row for each of the {len(indices)} questions.")
 
 
@@ -193,6 +199,7 @@ TASK = Task(
     read=partial(read, language="en", prompt_of=partial(prompt_of_llava, instruction=options.INSTRUCTION)),
     score=score,
     corpus_metrics=corpus_metrics,
+    unit=lambda example: int(example.id) % FIRST_ROTATION,
     main_metric="circular/accuracy",
     breakdown="category",
     write_submission=write_submission,

@@ -11,7 +11,6 @@ import base64
 import binascii
 import csv
 import json
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -242,7 +241,7 @@ def read_tsv(path: Path, fields: Sequence[str]) -> list[dict[str, str]]:
     Raises:
         ValueError: if a column is missing, or a row has more or fewer fields than there are columns.
     """
-    csv.field_size_limit(sys.maxsize)  # images are in fields
+    csv.field_size_limit(2**31 - 1)  # images are in fields
     with path.open(encoding="utf-8", newline="") as lines:
         reader = csv.DictReader(lines, delimiter="\t")
         check_fields(dict.fromkeys(reader.fieldnames or ()), fields, f"{path}, header")
