@@ -54,6 +54,7 @@ ORDER = [
     "sq_llava.evaluation.answering",
     "sq_llava.evaluation.results",
     "sq_llava.evaluation.run",
+    "sq_llava.evaluation.comparison",
     "sq_llava.evaluation.question_metrics",
     "sq_llava.evaluation.questions",
     "sq_llava.evaluation.question_run",

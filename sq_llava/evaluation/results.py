@@ -18,10 +18,24 @@ from typing import Any
 
 from accelerate import PartialState
 
-from sq_llava.evaluation.reading import StoredImage, TaskImage
-from sq_llava.evaluation.task import Example, Metric, Record
+from sq_llava.evaluation.reading import StoredImage, TaskImage, read_jsonl
+from sq_llava.evaluation.task import Example, Metric, Record, Score
 
 
+# The fields of a line of `examples.jsonl`.
+LINE = [
+    "id",
+    "prompt",
+    "images",
+    "answer",
+    "prediction",
+    "reference",
+    "scores",
+    "parsed",
+    "judge_error",
+    "error",
+    "details",
+]
 PACKAGES = ("torch", "transformers", "peft", "pillow", "sq-llava")
 
 
@@ -109,6 +123,23 @@ def write_examples(records: Sequence[Record], folder: Path) -> Path:
     path = folder / "examples.jsonl"
     path.write_text("".join(json.dumps(record_line(record), ensure_ascii=False) + "\n" for record in records))
     return path
+
+
+def read_records(path: Path) -> list[Record]:
+    """
+    The records of an `examples.jsonl`, without their images.
+
+    Raises:
+        ValueError: with line and field, if one is missing.
+    """
+    records = []
+    for line in read_jsonl(path, LINE):
+        example = Example(line["id"], line["prompt"], [], line["reference"], line["details"])
+        score = None
+        if line["scores"] is not None:
+            score = Score(line["scores"], line["parsed"], line["prediction"], line["judge_error"])
+        records.append(Record(example, line["prompt"], line["answer"], line["error"], score))
+    return records
 
 
 def write_results(results: Sequence[TaskResult], out: Path, about: dict[str, Any]) -> Path:

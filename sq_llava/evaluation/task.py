@@ -89,6 +89,8 @@ class Task:
         main_metric (`str`): The one that the paper's tables give.
         corpus_metrics (`Callable`, *optional*): Scored records -> `{name: value}`, for what is no mean over examples.
         num_resamples (`int`): For standard errors of `corpus_metrics` by bootstrap; 0: without.
+        unit (`Callable`, *optional*): An example -> what it belongs to, where a corpus metric needs several together:
+            they are drawn as one when two runs are compared.
         breakdown (`str`, *optional*): The key of `Example.details` whose values get figures of their own; an example
             without it is in the overall ones alone.
         write_submission (`Callable`, *optional*): (records, folder) -> the file that the task's server takes, or
@@ -107,6 +109,7 @@ class Task:
     folder: str | None = None
     corpus_metrics: Callable[[Sequence[Record]], dict[str, float]] | None = None
     num_resamples: int = 0
+    unit: Callable[[Example], Any] | None = None
     breakdown: str | None = None
     write_submission: Callable[[Sequence[Record], Path], Path | None] | None = None
     max_new_tokens: int = 128
