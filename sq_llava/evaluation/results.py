@@ -23,19 +23,8 @@ from sq_llava.evaluation.task import Example, Metric, Record, Score
 
 
 # The fields of a line of `examples.jsonl`.
-LINE = [
-    "id",
-    "prompt",
-    "images",
-    "answer",
-    "prediction",
-    "reference",
-    "scores",
-    "parsed",
-    "judge_error",
-    "error",
-    "details",
-]
+LINE = ("id", "prompt", "images", "answer", "prediction", "reference", "error", "details")
+SCORE = ("scores", "parsed", "judge_error")
 PACKAGES = ("torch", "transformers", "peft", "pillow", "sq-llava")
 
 
@@ -133,7 +122,7 @@ def read_records(path: Path) -> list[Record]:
         ValueError: with line and field, if one is missing.
     """
     records = []
-    for line in read_jsonl(path, LINE):
+    for line in read_jsonl(path, [*LINE, *SCORE]):
         example = Example(line["id"], line["prompt"], [], line["reference"], line["details"])
         score = None
         if line["scores"] is not None:
