@@ -204,6 +204,19 @@ def test_cap_on_money_is_never_passed(concurrency, tmp_path):
     assert len(server.requests) == 12
 
 
+def test_answer_that_was_lost_costs_the_most_it_can_and_a_refused_one_nothing(tmp_path):
+    # 34 bytes * 10 + 100 tokens * 100 = 10340 millionths: one such fits into 0.015, two do not.
+    prices = {"max_cost": 0.015, "input_price": 10.0, "output_price": 100.0, "max_tokens": 100, "concurrency": 1}
+    with (
+        chat_server(lambda request, number: Reply(closes=True)) as server,
+        pytest.raises(JudgeStopped, match=r"0\.01034 is spent"),
+    ):
+        ask(Judge(settings_of(server, retries=0, **prices), tmp_path), "a", "b")
+    with chat_server(lambda request, number: Reply(status=500, body="oops")) as server:
+        verdicts = ask(Judge(settings_of(server, retries=0, **prices), tmp_path), "a", "b")
+    assert all("500" in verdict.error for verdict in verdicts.values())
+
+
 def test_answer_without_a_count_of_tokens_costs_the_most_it_can(tmp_path):
     body = json.loads(completion("1"))
     del body["usage"]
