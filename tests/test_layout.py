@@ -53,6 +53,7 @@ ORDER = [
     "sq_llava.evaluation.progress",
     "sq_llava.evaluation.answering",
     "sq_llava.evaluation.results",
+    "sq_llava.evaluation.report",
     "sq_llava.evaluation.run",
     "sq_llava.evaluation.comparison",
     "sq_llava.evaluation.question_metrics",

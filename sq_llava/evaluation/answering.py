@@ -12,6 +12,7 @@ from typing import Any
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from jinja2 import TemplateError
+from PIL import Image
 from rich.console import Console
 from rich.progress import Progress
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
@@ -143,7 +144,10 @@ def _answer(
     """An answer and an error for each example. If a batch fails, its examples are asked one by one."""
     try:
         requests = [
-            ([_open(image) for image in example.images] or None, conversation(example, settings.system_message))
+            (
+                [open_task_image(image) for image in example.images] or None,
+                conversation(example, settings.system_message),
+            )
             for example in batch
         ]
         for answer in assistant.answer_batch(requests, settings.max_new_tokens):
@@ -156,5 +160,6 @@ def _answer(
             yield from _answer(assistant, [example], settings)
 
 
-def _open(image: TaskImage):
+def open_task_image(image: TaskImage) -> Image.Image:
+    """An image of an example, in RGB."""
     return open_image(image if isinstance(image, Path) else image.read())

@@ -44,6 +44,11 @@ from sq_llava.evaluation.task import Example, Record, Score, Task
 
 PROMPT = "Provide a one-sentence caption for the provided image."
 MAX_WORDS = 20
+NOTE = """\
+Tokenisers: `plain/` is this project's own (lower case, no punctuation) and not comparable with published figures;
+`ptb/` is the Penn Treebank's, on predictions cut to 20 words; `lmms_eval/` the same on whole ones. The last two, and
+METEOR, are there only if the run had a Java runtime. SPICE is not computed: it needs models that are not here.
+"""
 NOCAPS_CAPTIONS = "nocaps_val_4500_captions.json"
 
 
@@ -214,6 +219,7 @@ def _task(name: str, title: str, hub_id: str | None, read: Callable[[Data], list
         main_metric="plain/CIDEr-D",
         write_submission=write_submission,
         max_new_tokens=64,
+        note=NOTE,
         **more,
     )
 

@@ -20,7 +20,7 @@ import numpy as np
 
 from sq_llava.evaluation.results import read_records
 from sq_llava.evaluation.run import TASKS
-from sq_llava.evaluation.task import Record, Task
+from sq_llava.evaluation.task import Record, Task, main_score
 
 
 NUM_SHOWN = 5
@@ -168,18 +168,14 @@ def _difference(
 
 
 def flips(task: Task, pairs: Sequence[Pair]) -> list[dict[str, Any]]:
-    """The examples whose score differs (the task's main one, else its first), most first."""
+    """The examples whose [`main_score`] differs, those that change most first."""
     lines = []
     for first, second in pairs:
-        if not (first.score and second.score and first.score.values and second.score.values):
-            continue
-        name = task.main_metric if task.main_metric in second.score.values else next(iter(second.score.values))
-        before, after = first.score.values[name], second.score.values[name]
-        if before != after:
+        before, after = main_score(task, first), main_score(task, second)
+        if before is not None and after is not None and before != after:
             lines.append(
                 {
                     "id": second.example.id,
-                    "metric": name,
                     "change": after - before,
                     "prompt": second.prompt,
                     "reference": second.example.reference,

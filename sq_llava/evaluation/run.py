@@ -31,6 +31,7 @@ from sq_llava.evaluation import (
 from sq_llava.evaluation.answering import AnswerSettings, answer_examples, load_any
 from sq_llava.evaluation.judge import Judge, JudgeSettings, JudgeStopped
 from sq_llava.evaluation.reading import Data
+from sq_llava.evaluation.report import save_pictures, write_report
 from sq_llava.evaluation.results import (
     TaskResult,
     claim_folder,
@@ -132,6 +133,9 @@ def evaluate(evaluation: Evaluation) -> list[TaskResult]:
     # All are answered first: a judge takes longer than other processes may be kept waiting.
     results = [assess(task, records, evaluation, about, judge) for task, records in zip(tasks, answered)]
     write_results(results, evaluation.out, about)
+    for task in tasks:
+        save_pictures(task, examples[task.name], evaluation.out / task.name)
+    write_report(evaluation.out, TASKS)
     return results
 
 
@@ -206,6 +210,7 @@ def describe(evaluation: Evaluation, data_hashes: dict[str, str]) -> dict[str, A
         "model_hash": hash_of_model(evaluation.model) if is_folder else None,
         "code_hash": hash_of_code(),
         "data_hashes": data_hashes,
+        "split": evaluation.split,
         "limit": evaluation.limit,
         "batch_size": evaluation.batch_size,
         "system_message": evaluation.system_message,

@@ -96,6 +96,7 @@ class Task:
         write_submission (`Callable`, *optional*): (records, folder) -> the file that the task's server takes, or
             `None` for a split that no server scores.
         max_new_tokens (`int`): Of an answer.
+        note (`str`, *optional*): In the report: what a reader must know to compare the figures with others.
         scale (`float`): What `main_metric` is multiplied by to be in the unit of the paper's tables.
     """
 
@@ -113,7 +114,23 @@ class Task:
     breakdown: str | None = None
     write_submission: Callable[[Sequence[Record], Path], Path | None] | None = None
     max_new_tokens: int = 128
+    note: str | None = None
     scale: float = 100.0
+
+
+def main_score(task: Task, record: Record) -> float | None:
+    """
+    How good one answer is, to sort examples by: its part of the main metric; where that is of the whole corpus,
+    whether the reference was read out of it, or else its first score. `None` for one without any.
+    """
+    if record.score is None or record.score.judge_error is not None:
+        return None
+    values, reference = record.score.values, record.example.reference
+    if task.main_metric in values:
+        return values[task.main_metric]
+    if isinstance(record.score.prediction, str) and isinstance(reference, str):
+        return float(record.error is None and record.score.prediction == reference)
+    return next(iter(values.values()), None)
 
 
 def summarize(task: Task, records: Sequence[Record]) -> list[Metric]:
