@@ -1,6 +1,7 @@
 """What prototypes and self-questioning are worth on easy-VQA: LLaVA beside SQ-LLaVA's parts, at equal budgets.
 
     python benchmarks/ablation.py --plan      # what is done, what is left and how long it takes
+    python benchmarks/ablation.py --report    # of what is done, while it runs
     python benchmarks/ablation.py --jobs 2    # writes benchmarks/results/ablation.{json,md,png}
 
 Every run begins with the base models of `make demo` and takes both stages of recipes/easy-vqa; only what `SETTINGS`
@@ -64,6 +65,7 @@ SETTINGS = {
         "prototypes (paper), self-questions 0.5, weight 0.2", "paper", 0.5, 0.2, ("baseline", "paper")
     ),
 }
+COMMAND = "python benchmarks/ablation.py"
 RESULTS = Path(__file__).parent / "results"
 RECIPES = Path(__file__).parent.parent / "recipes" / "easy-vqa"
 # Quantiles of Student's t for two-sided 95% intervals, by degrees of freedom from 1.
@@ -364,7 +366,8 @@ def to_markdown(report: dict) -> str:
     lines = [
         "# What prototypes and self-questioning are worth on easy-VQA",
         "",
-        f"Made by `{report['command']}` from {len(report['runs'])} runs; torch {report['torch']}, a CPU thread each.",
+        f"Made by `{report['command']}` from {len(report['runs'])} runs, with {len(report['missing'])} more to do; "
+        f"torch {report['torch']}, a CPU thread each. Tables are of seeds for which all their rows are there.",
         "",
         f"Base models of `make demo`, stage 1 of {first['stage1_steps']} steps, stage 2 with batches of 16 "
         f"conversations; all runs have ViT-LoRA. Accuracy: every {first['test_stride']}th test question "
@@ -407,8 +410,8 @@ def draw(tables: list[dict], file: Path) -> None:
     plt.close(figure)
 
 
-def write_report(work: Path, command: str, output_dir: Path) -> None:
-    """Writes what the runs of a work folder show, so many as there are."""
+def write_report(work: Path, tasks: list[Stage1 | Run], output_dir: Path) -> None:
+    """Writes what the runs of a work folder show, so many as there are, and how many of `tasks` are still to do."""
     notes = [json.loads(file.read_text()) for file in sorted(work.glob("seed-*/*.json"))]
     runs = [note for note in notes if "accuracy" in note]
     tables = summarize(runs)
@@ -418,7 +421,15 @@ def write_report(work: Path, command: str, output_dir: Path) -> None:
     data = work / f"seed-{tables[0]['seeds'][0]}" / "data"
     test = json.loads((data / "test.json").read_text())[:: runs[0]["test_stride"]]
     blind = blind_guess(json.loads((data / "stage2_train.json").read_text()), test)["all"]
-    report = {"command": command, "torch": torch.__version__, "blind_guess": blind, "tables": tables, "runs": runs}
+    missing = [task.name for task in tasks if isinstance(task, Run) and read_note(task) is None]
+    report = {
+        "command": COMMAND,
+        "missing": missing,
+        "torch": torch.__version__,
+        "blind_guess": blind,
+        "tables": tables,
+        "runs": runs,
+    }
     output_dir.mkdir(parents=True, exist_ok=True)
     (output_dir / "ablation.json").write_text(json.dumps(report, indent=1) + "\n")
     (output_dir / "ablation.md").write_text(to_markdown(report))
@@ -437,11 +448,15 @@ def main(args: list[str] | None = None) -> None:
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, each with one thread")
     parser.add_argument("--quick", action="store_true", help="few steps and questions: only to see that it runs")
     parser.add_argument("--plan", action="store_true", help="only say what is to do")
+    parser.add_argument("--report", action="store_true", help="only write the report of the runs that are finished")
     args = parser.parse_args(args)
     scale = Scale(str(args.base))
     if args.quick:
         scale = Scale(str(args.base), stage1_steps=2, test_stride=200, num_images=2)
     tasks = list_tasks(args.work, scale, args.seeds, args.budgets, args.settings)
+    if args.report:
+        write_report(args.work, tasks, args.output_dir)
+        return
     print(plan(tasks, args.jobs))
     if args.plan:
         return
@@ -450,7 +465,7 @@ def main(args: list[str] | None = None) -> None:
             raise ValueError(f"{args.base / part} holds no config.json: run `make demo` first, or give --base.")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     run_all(tasks, args.jobs)
-    write_report(args.work, "python benchmarks/ablation.py", args.output_dir)
+    write_report(args.work, tasks, args.output_dir)
 
 
 if __name__ == "__main__":
