@@ -52,6 +52,8 @@ ORDER = [
     "sq_llava.evaluation.vqav2",
     "sq_llava.evaluation.progress",
     "sq_llava.evaluation.answering",
+    "sq_llava.evaluation.lmms_eval_plugin",
+    "sq_llava.evaluation.lmms_eval_model",
     "sq_llava.evaluation.results",
     "sq_llava.evaluation.report",
     "sq_llava.evaluation.run",
