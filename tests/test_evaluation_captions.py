@@ -3,12 +3,17 @@
 import json
 import math
 
+import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from pycocoevalcap.meteor.meteor import Meteor
 from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
 
 from sq_llava.evaluation import captions
 from sq_llava.evaluation.caption_metrics import bleu, cider_d, has_java, meteor, ptb_words, words
+from sq_llava.evaluation.caption_statistics import CaptionStatistics
+from sq_llava.evaluation.comparison import compare
 from tests.evaluation_layouts import assess_answers, examples_of, figures, png, stored, write_json, write_parquet
 
 
@@ -118,6 +123,32 @@ def test_cider_d_and_bleu_by_hand():
     assert cider_d(predictions, references) == pytest.approx(by_image / 2)
     assert cider_d(["a dog runs fast", "two red cats sleep"], references) == pytest.approx(10)
     assert bleu(predictions, references)[0] == pytest.approx(2 / 3 * math.exp(1 - 8 / 3))
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_weighted_figures_are_those_of_pycocoevalcap_on_repeated_images(data):
+    letters = st.sampled_from("abcde")
+    prediction, reference = (st.lists(letters, min_size=least, max_size=9).map(" ".join) for least in (0, 1))
+    references = st.lists(reference, min_size=1, max_size=3)
+    images = data.draw(st.lists(st.tuples(prediction, references), min_size=1, max_size=6))
+    weights = data.draw(st.lists(st.integers(0, 3), min_size=len(images), max_size=len(images)).filter(any))
+    repeated = [image for image, weight in zip(images, weights) for _ in range(weight)]
+    figures = CaptionStatistics(*zip(*images)).figures(np.array(weights))
+    assert figures.pop("CIDEr-D") == pytest.approx(cider_d(*zip(*repeated)), abs=1e-12)
+    assert list(figures.values()) == pytest.approx(bleu(*zip(*repeated)), abs=1e-12)
+
+
+@pytest.mark.parametrize("task", ["nocaps", "coco_captions"])
+def test_two_runs_are_compared_by_resampling_images(task, tmp_path, without_java):
+    WRITERS[task](tmp_path / "data", "folder")
+    assess_answers(task, tmp_path / "data", ANSWERS, tmp_path / "a")
+    assess_answers(task, tmp_path / "data", {"11": "A dog runs fast.", "12": "zebra"}, tmp_path / "b")
+    found = {each.metric: each for each in compare(tmp_path / "a", tmp_path / "b", num_corpus_resamples=50)}
+    cider = found["plain/CIDEr-D"]
+    assert cider.second == pytest.approx(5)
+    assert cider.low == 0  # a draw of the second image alone
+    assert cider.low <= cider.difference <= cider.high
 
 
 def test_captions_without_a_word_score_nothing():

@@ -5,11 +5,14 @@ import math
 
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
+from sq_llava.cli import app
 from sq_llava.evaluation.comparison import compare, compare_task, mean_interval
 from sq_llava.evaluation.run import find_task
 from sq_llava.evaluation.task import Example, Record, Score, Task
-from tests.evaluation_layouts import assess_answers, stored, write_jsonl, write_parquet
+from tests import tiny
+from tests.evaluation_layouts import assess_answers, png, stored, write_json, write_jsonl, write_parquet
 
 
 def write_run(folder, task, scores, **changes):
@@ -112,6 +115,34 @@ def test_rows_of_one_question_are_drawn_together():
     assert difference.first == pytest.approx(2 / 3)
     # Of 30 questions a third differ: a standard error of 0.086.
     assert difference.high - difference.low == pytest.approx(2 * 1.96 * 0.086, rel=0.3)
+
+
+def test_command_compares_with_a_folder_or_with_another_model(tmp_path):
+    processor = tiny.tiny_processor()
+    for name in ("one", "other"):
+        tiny.tiny_model_for(processor).save_pretrained(tmp_path / name)
+        processor.save_pretrained(tmp_path / name)
+    turns = [{"value": "is it?"}, {"value": "yes"}]
+    same = {"image": "0.png", "kind": "shape", "conversations": turns}
+    write_json(tmp_path / "data" / "test.json", [{**same, "id": f"q{number}"} for number in range(4)])
+    (tmp_path / "data" / "images").mkdir()
+    (tmp_path / "data" / "images" / "0.png").write_bytes(png())
+
+    def run(model, out, against):
+        options = {"--model": model, "--out": out, "--against": against, "--data": tmp_path / "data"}
+        given = [str(part) for option in options.items() for part in option]
+        return CliRunner().invoke(app, ["evaluate", "--tasks", "easy_vqa", "--device", "cpu", *given])
+
+    done = run(tmp_path / "one", tmp_path / "a", tmp_path / "other")
+    assert done.exit_code == 0, done.output
+    assert (tmp_path / "a" / "against" / "results.json").is_file()
+    content = json.loads((tmp_path / "a" / "comparison" / "comparison.json").read_text())
+    assert (content["first"], content["second"]) == (str(tmp_path / "a" / "against"), str(tmp_path / "a"))
+    assert "difference" in done.output
+    done = run(tmp_path / "other", tmp_path / "b", tmp_path / "a")
+    assert done.exit_code == 0, done.output
+    assert (tmp_path / "b" / "comparison" / "comparison.md").is_file()
+    assert not (tmp_path / "b" / "against").exists()
 
 
 def coverage(num_sets: int, interval_of) -> float:

@@ -32,6 +32,7 @@ ORDER = [
     "sq_llava.planning",
     "sq_llava.evaluation.metrics",
     "sq_llava.evaluation.caption_metrics",
+    "sq_llava.evaluation.caption_statistics",
     "sq_llava.evaluation.judge",
     "sq_llava.evaluation.paper",
     "sq_llava.evaluation.reading",

@@ -32,11 +32,14 @@ The authors' files:
 """
 
 import csv
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from sq_llava.evaluation.caption_metrics import bleu, cider_d, has_java, meteor, ptb_words, words
+from sq_llava.evaluation.caption_statistics import CaptionStatistics
 from sq_llava.evaluation.reading import Data, StoredImage, TaskImage, check_fields, read_json
 from sq_llava.evaluation.short_answers import write_upload
 from sq_llava.evaluation.task import Example, Record, Score, Task
@@ -180,20 +183,40 @@ def score(example: Example, answer: str) -> Score:
 def corpus_metrics(records: Sequence[Record]) -> dict[str, float]:
     if records[0].example.reference is None:
         return {}
+    figures = {}
+    for name, predictions, references in _in_words(records):
+        figures |= _figures(name, predictions, references)
+        if name != "plain":
+            figures[f"{name}/METEOR"] = meteor(predictions, references)
+    return figures
+
+
+def weighted_metrics(records: Sequence[Record]) -> Callable[[np.ndarray], dict[str, float]]:
+    """The same without METEOR, for images that count several times."""
+    statistics = {}
+    if records[0].example.reference is not None:
+        statistics = {name: CaptionStatistics(said, known) for name, said, known in _in_words(records)}
+
+    def figures(weights: np.ndarray) -> dict[str, float]:
+        found = {name: each.figures(weights) for name, each in statistics.items()}
+        return {f"{name}/{metric}": value for name, each in found.items() for metric, value in each.items()}
+
+    return figures
+
+
+def _in_words(records: Sequence[Record]) -> Iterator[tuple[str, list[str], list[list[str]]]]:
+    """The name of each tokeniser, with predictions and references in its words."""
     answers = [record.answer for record in records]
     references = [record.example.reference for record in records]
-    plain = [[" ".join(words(text)) for text in texts] for texts in references]
-    figures = _figures("plain", [shorten(answer) for answer in answers], plain)
-    if not has_java():
-        return figures
-    texts = [text for each in references for text in each]
-    tokenized = iter(ptb_words([*map(shorten, answers), *answers, *texts]))
-    short, whole = ([next(tokenized) for _ in answers] for _ in range(2))
-    references = [[next(tokenized) for _ in each] for each in references]
-    for name, predictions in (("ptb", short), ("lmms_eval", whole)):
-        figures |= _figures(name, predictions, references)
-        figures[f"{name}/METEOR"] = meteor(predictions, references)
-    return figures
+    short = [shorten(answer) for answer in answers]
+    yield "plain", short, [[" ".join(words(text)) for text in texts] for texts in references]
+    if has_java():
+        texts = [text for each in references for text in each]
+        tokenized = iter(ptb_words([*short, *answers, *texts]))
+        short, whole = ([next(tokenized) for _ in answers] for _ in range(2))
+        references = [[next(tokenized) for _ in each] for each in references]
+        yield "ptb", short, references
+        yield "lmms_eval", whole, references
 
 
 def _figures(name: str, predictions: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, float]:
@@ -216,6 +239,7 @@ def _task(name: str, title: str, hub_id: str | None, read: Callable[[Data], list
         read=read,
         score=score,
         corpus_metrics=corpus_metrics,
+        weighted_metrics=weighted_metrics,
         main_metric="plain/CIDEr-D",
         write_submission=write_submission,
         max_new_tokens=64,

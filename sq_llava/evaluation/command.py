@@ -1,5 +1,6 @@
 """`sq-llava evaluate` and `evaluate-questions`: what is asked for on the command line, and the figures."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -66,6 +67,7 @@ def evaluate(
             from transformers.utils import logging
 
             from sq_llava.evaluation.answering import VICUNA_SYSTEM_MESSAGE
+            from sq_llava.evaluation.comparison import compare
             from sq_llava.evaluation.judge import JudgeSettings
             from sq_llava.evaluation.run import TASKS, Evaluation
             from sq_llava.evaluation.run import evaluate as run
@@ -108,9 +110,17 @@ def evaluate(
             seed=seed,
             judge=judge or None,
         )
+        other = None if against is None else Path(against)
+        if other is not None and not (other / "results.json").is_file():
+            other = evaluation.out / "against"
+            run(replace(evaluation, model=against, out=other))
         results = run(evaluation)
+        differences = compare(other, evaluation.out) if results and other is not None else []
     if results:
         show(results)
+    if differences:
+        show_differences(differences)
+    if results:
         messages_console.print(f"Wrote {evaluation.out}", soft_wrap=True)
     for result in results:
         if result.missing is not None:
@@ -126,6 +136,16 @@ def evaluate(
         messages_console.print(f"[red]{num_failed} examples failed[/red]: see error in examples.jsonl.")
     if num_failed or any(result.judge and (result.missing or result.num_unjudged) for result in results):
         raise typer.Exit(1)
+
+
+def show_differences(differences) -> None:
+    """Prints how far the run is from the one it was compared with."""
+    table = Table("task", "metric", "the other", "this run", "difference", "95%", "examples")
+    for each in differences:
+        interval = f"{each.low:+.4f} to {each.high:+.4f}"
+        values = (f"{each.first:.4f}", f"{each.second:.4f}", f"{each.difference:+.4f}", interval)
+        table.add_row(each.task, each.metric, *values, str(each.num))
+    console.print(table)
 
 
 def evaluate_questions(

@@ -11,19 +11,22 @@ not that of training again. Written to OUT:
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from sq_llava.evaluation.report import as_text
 from sq_llava.evaluation.results import read_records
 from sq_llava.evaluation.run import TASKS
 from sq_llava.evaluation.task import Record, Task, main_score
 
 
 NUM_SHOWN = 5
+NUM_LETTERS = 300  # of a prompt: its end
 BOUNDS = (2.5, 97.5)
 
 
@@ -136,21 +139,20 @@ def mean_interval(differences: np.ndarray, num_resamples: int, seed: int) -> tup
 def _compare_corpus(task: Task, pairs: Sequence[Pair], num_resamples: int, seed: int) -> list[Difference]:
     if task.corpus_metrics is None or not pairs:
         return []
-    first, second = (task.corpus_metrics([pair[side] for pair in pairs]) for side in (0, 1))
+    weigh = task.weighted_metrics or partial(_repeat, task.corpus_metrics)
+    figures_of = [weigh([pair[side] for pair in pairs]) for side in (0, 1)]
+    units = [pair[0].example.id if task.unit is None else task.unit(pair[0].example) for pair in pairs]
+    number_of = {unit: number for number, unit in enumerate(dict.fromkeys(units))}
+    unit_numbers = np.array([number_of[unit] for unit in units])
+    first, second = (figures(np.ones(len(pairs), dtype=int)) for figures in figures_of)
     shared = [name for name in first if name in second]
     if not shared:
         return []
-    units: dict[Any, list[Pair]] = {}
-    for pair in pairs:
-        example = pair[0].example
-        units.setdefault(example.id if task.unit is None else task.unit(example), []).append(pair)
-    drawn_together = list(units.values())
     draw = np.random.default_rng(seed)
     drawn = []
     for _ in range(num_resamples):
-        numbers = draw.integers(len(drawn_together), size=len(drawn_together))
-        chosen = [pair for number in numbers for pair in drawn_together[number]]
-        figures = [task.corpus_metrics([pair[side] for pair in chosen]) for side in (0, 1)]
+        times = np.bincount(draw.integers(len(number_of), size=len(number_of)), minlength=len(number_of))
+        figures = [each(times[unit_numbers]) for each in figures_of]
         # A figure that few examples decide may not be in a draw without them.
         drawn.append([figures[1].get(name, np.nan) - figures[0].get(name, np.nan) for name in shared])
     intervals = np.nanpercentile(np.array(drawn), BOUNDS, axis=0).T
@@ -158,6 +160,12 @@ def _compare_corpus(task: Task, pairs: Sequence[Pair], num_resamples: int, seed:
         _difference(task, name, first[name], second[name], interval, len(pairs))
         for name, interval in zip(shared, intervals)
     ]
+
+
+def _repeat(
+    corpus_metrics: Callable[[Sequence[Record]], dict[str, float]], records: Sequence[Record]
+) -> Callable[[np.ndarray], dict[str, float]]:
+    return lambda times: corpus_metrics([record for record, each in zip(records, times) for _ in range(each)])
 
 
 def _difference(
@@ -189,23 +197,25 @@ def flips(task: Task, pairs: Sequence[Pair]) -> list[dict[str, Any]]:
 def to_markdown(
     first: Path, second: Path, differences: Sequence[Difference], flipped: dict[str, list[dict[str, Any]]]
 ) -> str:
+    names = (first.name, second.name) if first.name != second.name else (str(first), str(second))
     rows = "\n".join(
-        f"| {each.task} | {each.metric} | {each.first:.4f} | {each.second:.4f} | {each.difference:+.4f} | "
-        f"{each.low:+.4f} to {each.high:+.4f} | {'yes' if each.is_clear else 'no'} | {each.num} |"
+        f"| {each.task} | {as_text(each.metric)} | {each.first:.4f} | {each.second:.4f} | {each.difference:+.4f} | "
+        f"{each.low:+.4f} to {each.high:+.4f} | {'yes' if each.is_clear else 'no'} | {each.num:,} |"
         for each in differences
     )
     parts = [
         f"# {second} beside {first}\n\nDifferences in pairs, with 95% of a bootstrap over examples.\n",
-        f"| task | metric | {first.name} | {second.name} | difference | 95% | clear | examples |\n"
+        f"| task | metric | {as_text(names[0])} | {as_text(names[1])} | difference | 95% | clear | examples |\n"
         f"|---|---|---|---|---|---|---|---|\n{rows}\n",
     ]
     for task, lines in flipped.items():
         gained = sum(line["change"] > 0 for line in lines)
         parts.append(f"## {task}: {gained} examples better, {len(lines) - gained} worse\n")
         for line in lines[:NUM_SHOWN]:
-            question = line["prompt"].strip().replace("\n", " ")
             parts.append(
-                f"- `{line['id']}` ({line['change']:+.2f}) {question[-300:]}\n  - reference: {line['reference']}\n"
-                f"  - {first.name}: {line['first']}\n  - {second.name}: {line['second']}\n"
+                f"- `{line['id']}` ({line['change']:+.2f}) {as_text(line['prompt'][-NUM_LETTERS:])}\n"
+                f"  - reference: {as_text(line['reference'])}\n"
+                f"  - {as_text(names[0])}: {as_text(line['first'])}\n"
+                f"  - {as_text(names[1])}: {as_text(line['second'])}\n"
             )
     return "\n".join(parts)

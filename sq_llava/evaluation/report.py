@@ -84,7 +84,7 @@ def _heading(run: dict[str, Any]) -> str:
         "date": run["date"],
         "examples": "all" if run["limit"] is None else f"**only {run['limit']} of each task**",
         "split": run["split"] or "each task's own",
-        "system message": "the model's own" if run["system_message"] is None else _cell(run["system_message"]),
+        "system message": "the model's own" if run["system_message"] is None else as_text(run["system_message"]),
         "dtype, batch size, seed": f"{run['dtype']}, {run['batch_size']}, {run['seed']}",
         "versions": f"Python {run['python']}, {packages}; code {run['code_hash'][:12]}",
         "data": data,
@@ -114,7 +114,7 @@ def _beside_the_paper(run: dict[str, Any], tasks: Mapping[str, Task]) -> str:
 
 def _all_figures(run: dict[str, Any]) -> str:
     rows = [
-        f"| {each['task']} | {_cell(each['metric'])} | {each['value']:.4f} | {_error(each['standard_error'])} | "
+        f"| {each['task']} | {as_text(each['metric'])} | {each['value']:.4f} | {_error(each['standard_error'])} | "
         f"{each['num']:,} | {each['parsed_share']:.1%} | {each['num_failed']} | {each['num_unjudged']} |"
         for each in run["results"]
     ]
@@ -143,15 +143,15 @@ def _task_part(task: Task, run: dict[str, Any], records: Sequence[Record], out: 
 
 def _example(record: Record, out: Path, picture: str) -> str:
     parts = [f"![]({picture})\n" if (out / picture).is_file() else ""]
-    parts.append(f"- `{record.example.id}`: {_cell(record.prompt[-MAX_LENGTH:])}")
-    parts.append(f"- answer: **{_cell(record.answer)}**" if record.error is None else f"- {_cell(record.error)}")
+    parts.append(f"- `{record.example.id}`: {as_text(record.prompt[-MAX_LENGTH:])}")
+    parts.append(f"- answer: **{as_text(record.answer)}**" if record.error is None else f"- {as_text(record.error)}")
     if record.score is not None and record.score.prediction is not None:
-        parts.append(f"- read as: {_cell(record.score.prediction)}")
-    parts.append(f"- reference: {_cell(record.example.reference)}\n")
+        parts.append(f"- read as: {as_text(record.score.prediction)}")
+    parts.append(f"- reference: {as_text(record.example.reference)}\n")
     return "\n".join(part for part in parts if part)
 
 
-def _cell(value: Any) -> str:
+def as_text(value: Any) -> str:
     """A value on one line of Markdown, as it is: what a model said must not become a heading or a link."""
     text = " ".join((value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)).split())
     text = text if len(text) <= MAX_LENGTH else text[:MAX_LENGTH] + " ..."

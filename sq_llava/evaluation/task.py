@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from sq_llava.evaluation.judge import Judge
 from sq_llava.evaluation.metrics import bootstrap_errors, standard_error
 from sq_llava.evaluation.reading import Data, TaskImage
@@ -88,6 +90,8 @@ class Task:
         folder (`str`, *optional*): Its name among LLaVA's folders, where it is not the task's.
         main_metric (`str`): The one that the paper's tables give.
         corpus_metrics (`Callable`, *optional*): Scored records -> `{name: value}`, for what is no mean over examples.
+        weighted_metrics (`Callable`, *optional*): Scored records -> a function of how often each of them counts (an
+            array) -> corpus metrics, where computing them anew for each resample would take too long.
         num_resamples (`int`): For standard errors of `corpus_metrics` by bootstrap; 0: without.
         unit (`Callable`, *optional*): An example -> what it belongs to, where a corpus metric needs several together:
             they are drawn as one when two runs are compared.
@@ -109,6 +113,7 @@ class Task:
     judge: Callable[[Sequence[Record], Judge, Path], list[Score]] | None = None
     folder: str | None = None
     corpus_metrics: Callable[[Sequence[Record]], dict[str, float]] | None = None
+    weighted_metrics: Callable[[Sequence[Record]], Callable[[np.ndarray], dict[str, float]]] | None = None
     num_resamples: int = 0
     unit: Callable[[Example], Any] | None = None
     breakdown: str | None = None
