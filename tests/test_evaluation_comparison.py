@@ -138,7 +138,7 @@ def test_command_compares_with_a_folder_or_with_another_model(tmp_path):
     assert (tmp_path / "a" / "against" / "results.json").is_file()
     content = json.loads((tmp_path / "a" / "comparison" / "comparison.json").read_text())
     assert (content["first"], content["second"]) == (str(tmp_path / "a" / "against"), str(tmp_path / "a"))
-    assert "difference" in done.output
+    assert "the other" in done.output
     done = run(tmp_path / "other", tmp_path / "b", tmp_path / "a")
     assert done.exit_code == 0, done.output
     assert (tmp_path / "b" / "comparison" / "comparison.md").is_file()
