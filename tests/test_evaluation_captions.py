@@ -240,16 +240,30 @@ def test_faults_of_files_are_named(tmp_path):
         examples_of("nocaps", tmp_path)
 
 
+needs_java = pytest.mark.skipif(not has_java(), reason="needs a Java runtime")
+
+
 @pytest.mark.slow
-@pytest.mark.skipif(not has_java(), reason="needs a Java runtime")
-def test_javas_part_is_that_of_pycocoevalcap(tmp_path):
+@needs_java
+def test_words_of_the_penn_treebank_are_those_of_pycocoevalcap():
     texts = ["A man's dog, running (fast).", "", "Zwei Bäume... at 10:30\u2028there -- ok", "A dog runs fast."]
     wrapped = {number: [{"caption": " ".join(text.split())}] for number, text in enumerate(texts)}
-    own = ptb_words(texts)
-    assert own == [each[0] for each in PTBTokenizer().tokenize(wrapped).values()]
+    assert ptb_words(texts) == [each[0] for each in PTBTokenizer().tokenize(wrapped).values()]
+
+
+@pytest.mark.slow
+@needs_java
+def test_meteor_is_that_of_pycocoevalcap():
+    predictions = ["a man 's dog running", "", "zwei bäume at 10:30", "a dog runs fast"]
     references = [["a dog is running", "the dog ||| runs"], ["nothing"], ["two trees"], ["a dog runs fast"]]
-    theirs, _ = Meteor().compute_score(dict(enumerate(references)), {n: [text] for n, text in enumerate(own)})
-    assert 0 < meteor(own, references) == theirs < 1
+    said = {number: [text] for number, text in enumerate(predictions)}
+    theirs, _ = Meteor().compute_score(dict(enumerate(references)), said)
+    assert 0 < meteor(predictions, references) == theirs < 1
+
+
+@pytest.mark.slow
+@needs_java
+def test_java_adds_its_own_figures(tmp_path):
     write_coco(tmp_path, "folder")
     found = figures(assess_answers("coco_captions", tmp_path, ANSWERS, tmp_path / "out"))
     assert found["ptb/CIDEr-D"] == found["plain/CIDEr-D"]
