@@ -30,14 +30,8 @@ from transformers import (
     set_seed,
 )
 
-from demo.data import (
-    COLOURS,
-    SHAPES,
-    answer_question,
-    image_root,
-    question_kind,
-    words_of,
-)
+from demo.data import image_root
+from sq_llava.evaluation.easy_vqa import COLOURS, SHAPES, answer_question, question_kind, words_of
 
 
 UNKNOWN, PADDING, BEGIN, END = "<unk>", "<pad>", "<s>", "</s>"

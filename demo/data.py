@@ -22,17 +22,12 @@ import argparse
 import json
 import math
 import random
-import re
 from collections import Counter, defaultdict
-from itertools import product
 from pathlib import Path
 
 import easy_vqa
 
-
-SHAPES = ("circle", "rectangle", "triangle")
-COLOURS = ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow")
-KINDS = ("yes/no shape", "yes/no colour", "shape", "colour")
+from sq_llava.evaluation.easy_vqa import KINDS, derive_caption, question_kind
 
 
 def image_root() -> Path:
@@ -58,70 +53,6 @@ def read_questions(split: str) -> dict[int, list[tuple[str, str]]]:
 
 def image_path(split: str, image: int) -> str:
     return f"{split}/images/{image}.png"
-
-
-def words_of(text: str) -> set[str]:
-    return set(re.findall(r"[a-z]+", text))
-
-
-def question_kind(question: str) -> str:
-    """Returns which of the four `KINDS` a question is: it asks yes/no about, or for, a shape or a colour.
-
-    Example:
-        >>> question_kind("is no teal shape present?"), question_kind("what is the blue shape?")
-        ('yes/no colour', 'shape')
-    """
-    words = words_of(question)
-    if "what" in words:
-        return "colour" if "color" in words else "shape"
-    if words & set(SHAPES):
-        return "yes/no shape"
-    if words & set(COLOURS):
-        return "yes/no colour"
-    raise ValueError(f"question is of no known kind: {question!r}")
-
-
-def answer_question(question: str, colour: str, shape: str) -> str | None:
-    """Answers a question about an image that holds one shape.
-
-    Returns:
-        The answer, or None where the question presumes a shape or colour that the image does not hold.
-
-    Example:
-        >>> answer_question("is no teal shape present?", "red", "circle")
-        'yes'
-    """
-    words = words_of(question)
-    is_held = words & {*SHAPES, *COLOURS} <= {colour, shape}
-    kind = question_kind(question)
-    if kind.startswith("yes/no"):
-        is_negated = bool(words & {"not", "no"})
-        return "yes" if is_held != is_negated else "no"
-    if not is_held:
-        return None
-    return colour if kind == "colour" else shape
-
-
-def derive_caption(questions: list[tuple[str, str]]) -> str | None:
-    """Works out an image's caption from the answers to its questions.
-
-    Args:
-        questions: (question, answer) pairs about one image.
-
-    Returns:
-        A caption such as "a red circle", or None where several shapes or colours fit all the answers.
-
-    Raises:
-        ValueError: The answers contradict each other.
-    """
-    fitting = [
-        (colour, shape)
-        for colour, shape in product(COLOURS, SHAPES)
-        if all(answer_question(question, colour, shape) == answer for question, answer in questions)
-    ]
-    if not fitting:
-        raise ValueError(f"no shape and colour fit all of these answers: {questions}")
-    return "a {} {}".format(*fitting[0]) if len(fitting) == 1 else None
 
 
 def caption_rows(questions_of_image: dict[int, list[tuple[str, str]]]) -> list[dict]:

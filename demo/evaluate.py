@@ -16,7 +16,8 @@ from PIL import Image
 from tqdm import tqdm
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from demo.data import KINDS, answer_question, blind_guess, derive_caption, image_root, read_questions
+from demo.data import blind_guess, image_root, read_questions
+from sq_llava.evaluation.easy_vqa import KINDS, answer_question, derive_caption
 from sq_llava.inference import load
 
 

@@ -13,7 +13,7 @@ import torch
 import transformers
 from PIL import Image
 
-from demo.data import KINDS
+from sq_llava.evaluation.easy_vqa import KINDS
 
 
 matplotlib.use("Agg")

@@ -8,6 +8,7 @@
     sq-llava doctor --config recipes/sq-llava-7b/stage2.yaml
     sq-llava inspect runs/demo/model
     sq-llava push runs/demo/model org/name --dry-run
+    sq-llava evaluate --model runs/demo/model --tasks easy_vqa --data runs/demo/data
 
 Results go to standard output, progress and errors to standard error. Exit codes: 0 fine, 1 wrong input or no
 such model (of the doctor: errors in the data; of inspect: a broken folder), 2 wrong usage.
@@ -15,20 +16,20 @@ such model (of the doctor: errors in the data; of inspect: a broken folder), 2 w
 
 import json
 import sys
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 from rich.progress import Progress, track
 
 from sq_llava import __version__
+from sq_llava.console import console, errors_in_one_line, examples, messages_console
+from sq_llava.evaluation.command import evaluate, evaluate_questions
+from sq_llava.images import IMAGE_SUFFIXES
 
 
 # torch and transformers are imported inside the commands: `--help` answers at once.
-IMAGE_SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
 
 app = typer.Typer(
     help="SQ-LLaVA: a vision-language model that asks as well as it answers.",
@@ -36,8 +37,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-console = Console()
-messages_console = Console(stderr=True)
 
 Images = Annotated[list[Path], typer.Argument(help="Image files, or folders of them.", show_default=False)]
 Model = Annotated[
@@ -53,20 +52,6 @@ TopK = Annotated[int, typer.Option(min=1, help="Of the questions' sampling.")]
 TopP = Annotated[float, typer.Option(min=0.0, max=1.0, help="Of the questions' sampling.")]
 Seed = Annotated[int | None, typer.Option(help="For the same questions again.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
-
-
-def _examples(*lines: str) -> str:
-    # Empty lines keep each example on a line of its own.
-    return "Examples:\n\n" + "\n\n".join(lines)
-
-
-@contextmanager
-def _errors_in_one_line():
-    try:
-        yield
-    except (ValueError, OSError) as error:
-        messages_console.print(f"[red]Error:[/red] {escape(str(error))}", soft_wrap=True)
-        raise typer.Exit(1) from error
 
 
 def _load(model: str, device: str | None, dtype: str, load_in_4bit: bool, load_in_8bit: bool):
@@ -108,7 +93,7 @@ def main(version: Annotated[bool, typer.Option("--version", help="Print the vers
 
 
 @app.command(
-    epilog=_examples(
+    epilog=examples(
         "sq-llava ask dog.png --model org/sq-llava-7b -n 5",
         "sq-llava ask photos/ --model runs/demo/model --seed 0 --json > questions.json",
         'sq-llava ask shape.png --model runs/demo/model --after "what color is the shape?"',
@@ -133,7 +118,7 @@ def ask(
     as_json: AsJson = False,
 ) -> None:
     """Let the model ask questions about each image."""
-    with _errors_in_one_line():
+    with errors_in_one_line():
         files = find_images(images)
         assistant = _load(model, device, dtype, load_in_4bit, load_in_8bit)
 
@@ -149,7 +134,7 @@ def ask(
 
 
 @app.command(
-    epilog=_examples(
+    epilog=examples(
         'sq-llava answer dog.png "What is the dog doing?" --model org/sq-llava-7b',
         'sq-llava answer photos/ "What is it?" --model runs/demo/model --json',
     )
@@ -166,7 +151,7 @@ def answer(
     as_json: AsJson = False,
 ) -> None:
     """Answer a question about each image, greedily."""
-    with _errors_in_one_line():
+    with errors_in_one_line():
         files = find_images(images)
         assistant = _load(model, device, dtype, load_in_4bit, load_in_8bit)
 
@@ -177,7 +162,7 @@ def answer(
         _show(results, as_json, lambda result: f"  {result['answer']}")
 
 
-@app.command(epilog=_examples("sq-llava chat dog.png --model org/sq-llava-7b"))
+@app.command(epilog=examples("sq-llava chat dog.png --model org/sq-llava-7b"))
 def chat(
     image: Annotated[Path, typer.Argument(help="An image file.", show_default=False)],
     model: Model,
@@ -192,7 +177,7 @@ def chat(
     load_in_8bit: LoadIn8Bit = False,
 ) -> None:
     """Talk about an image. /ask lets the model ask and answer, /new starts over, /quit ends."""
-    with _errors_in_one_line():
+    with errors_in_one_line():
         if not image.is_file():
             raise ValueError(f"{image}: no such image.")
         assistant = _load(model, device, dtype, load_in_4bit, load_in_8bit)
@@ -239,13 +224,13 @@ def _read_line() -> str | None:
         return None
 
 
-@app.command(epilog=_examples("sq-llava merge runs/sq-llava-7b/stage2 --out runs/sq-llava-7b/merged"))
+@app.command(epilog=examples("sq-llava merge runs/sq-llava-7b/stage2 --out runs/sq-llava-7b/merged"))
 def merge(
     adapter: Annotated[str, typer.Argument(help="Folder that a training stage wrote.", show_default=False)],
     out: Annotated[str, typer.Option(help="Folder for the plain checkpoint.", show_default=False)],
 ) -> None:
     """Merge an adapter into its base: a plain checkpoint, with processor, code and card."""
-    with _errors_in_one_line():
+    with errors_in_one_line():
         from sq_llava.checkpoint import merge_adapter
 
         merge_adapter(adapter, out)
@@ -253,7 +238,7 @@ def merge(
 
 
 @app.command(
-    epilog=_examples(
+    epilog=examples(
         "A LoRA of the authors' SQ-LLaVA, on its base:",
         "sq-llava convert sqllava-lora-7b --base base-7b --vision openai/clip-vit-large-patch14-336 --out sq-llava-7b",
         "A whole SQ-LLaVA or LLaVA of the original code:",
@@ -288,7 +273,7 @@ def convert(
     ] = False,
 ) -> None:
     """Convert a released SQ-LLaVA or LLaVA: a whole checkpoint, with processor, code and card."""
-    with _errors_in_one_line():
+    with errors_in_one_line():
         with messages_console.status("Reading names and shapes"):
             from transformers.utils import logging
 
@@ -317,7 +302,7 @@ def convert(
 
 @app.command(
     context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
-    epilog=_examples(
+    epilog=examples(
         "sq-llava doctor --config recipes/sq-llava-7b/stage2.yaml",
         "sq-llava doctor --config recipe.yaml --dataset_path mine.json --image_root images --json > findings.json",
         "sq-llava doctor --config recipe.yaml --fix mended",
@@ -336,7 +321,7 @@ def doctor(
     as_json: AsJson = False,
 ) -> None:
     """Check the data of a recipe: every row, image header and length. Exit code 1: there are errors."""
-    with _errors_in_one_line():
+    with errors_in_one_line():
         with messages_console.status("Opening the data"):
             from sq_llava.doctor import examine
             from sq_llava.doctor_report import print_preview, print_report, write_sound_rows
@@ -366,7 +351,7 @@ def doctor(
 
 
 @app.command(
-    epilog=_examples(
+    epilog=examples(
         "sq-llava inspect runs/sq-llava-7b/merged",
         "sq-llava inspect liuhaotian/llava-v1.5-7b --json > what.json",
     )
@@ -378,7 +363,7 @@ def inspect(
     as_json: AsJson = False,
 ) -> None:
     """Say what a checkpoint is, holds and lacks; no weights are read. Exit code 1: it is broken, or not known."""
-    with _errors_in_one_line():
+    with errors_in_one_line():
         with messages_console.status("Reading headers"):
             from sq_llava import inspection
 
@@ -392,7 +377,7 @@ def inspect(
 
 
 @app.command(
-    epilog=_examples(
+    epilog=examples(
         "sq-llava push runs/demo/model org/name --dry-run",
         "sq-llava push runs/sq-llava-7b/stage2 org/name --private --eval-results results.json",
         "sq-llava push runs/sq-llava-7b/stage2 org/name-lora --adapter-only --base-model org/base",
@@ -414,7 +399,7 @@ def push(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check and show all, send nothing.")] = False,
 ) -> None:
     """Publish a model on the Hub, with a card, and prove that others can load it."""
-    with _errors_in_one_line():
+    with errors_in_one_line():
         from huggingface_hub import HfApi
 
         from sq_llava import publishing
@@ -436,6 +421,22 @@ def push(
             publishing.check_published(api, publication, commit)
             url = publishing.publish_card(api, publication, commit, revision, results, license, language or [])
         messages_console.print(f"Published, equal to the last bit: {url}", markup=False, soft_wrap=True)
+
+
+app.command(
+    epilog=examples(
+        "sq-llava evaluate --model runs/demo/model --tasks easy_vqa --data runs/demo/data",
+        "sq-llava evaluate --model org/sq-llava-7b --tasks pope,textvqa --data playground/data/eval --limit 100",
+        "torchrun --nproc_per_node 8 -m sq_llava.cli evaluate --model org/sq-llava-7b --tasks vqav2 --data hub",
+    )
+)(evaluate)
+app.command(
+    epilog=examples(
+        "sq-llava evaluate-questions --model org/sq-llava-7b --images photos/ --clip openai/clip-vit-base-patch32",
+        "sq-llava evaluate-questions --model runs/demo/model --images runs/demo/data/test.json --truth easy_vqa "
+        '--image-root IMAGES --after "what color is the shape?"',
+    )
+)(evaluate_questions)
 
 
 def _track(files: list[Path], description: str):

@@ -24,6 +24,9 @@ from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 # Pillow's own limit: about 9,460 x 9,460 pixels. A file of a few kilobytes can claim more than memory holds.
 MAX_IMAGE_PIXELS = 89_478_485
 
+# Of the files that a folder of images is taken to hold.
+IMAGE_SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
+
 # What Pillow raises for a broken file: its parsers, zlib and struct each have their own.
 BROKEN_IMAGE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
 

@@ -7,6 +7,7 @@ import pytest
 from demo import data, report, run
 from demo.base_models import build_tokenizer
 from demo.evaluate import accuracy_by_kind, is_valid
+from sq_llava.evaluation import easy_vqa
 
 
 @pytest.mark.parametrize(
@@ -19,26 +20,26 @@ from demo.evaluate import accuracy_by_kind, is_valid
     ],
 )
 def test_question_kinds(question, kind):
-    assert data.question_kind(question) == kind
+    assert easy_vqa.question_kind(question) == kind
 
 
 def test_question_of_no_kind_is_refused():
     with pytest.raises(ValueError, match="no known kind: 'who is it"):
-        data.question_kind("who is it?")
+        easy_vqa.question_kind("who is it?")
 
 
 @pytest.mark.parametrize("split", ["train", "test"])
 def test_rules_give_the_answer_of_every_question_of_the_package(split):
     for questions in data.read_questions(split).values():
-        caption = data.derive_caption(questions)
+        caption = easy_vqa.derive_caption(questions)
         if caption is not None:
             _, colour, shape = caption.split()
-            assert all(data.answer_question(question, colour, shape) == answer for question, answer in questions)
+            assert all(easy_vqa.answer_question(question, colour, shape) == answer for question, answer in questions)
 
 
 def test_contradicting_answers_are_refused():
     with pytest.raises(ValueError, match="no shape and colour fit"):
-        data.derive_caption([("is there a circle?", "yes"), ("what shape is present?", "triangle")])
+        easy_vqa.derive_caption([("is there a circle?", "yes"), ("what shape is present?", "triangle")])
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +99,7 @@ def test_accuracy_is_counted_by_kind():
             ("shape", "circle"),
             ("shape", "circle"),
             ("colour", "red"),
-            *[(k, "yes") for k in data.KINDS],
+            *[(k, "yes") for k in easy_vqa.KINDS],
         ]
     ]
     result = accuracy_by_kind(rows, ["circle", "triangle", "red", "no", "yes", "yes", "yes"])
@@ -131,7 +132,7 @@ def test_quick_demo_writes_its_report_and_is_reused(tmp_path, capfd):
         "questions_asked", "questions_distinct", "questions_valid_share",
     } <= result.keys()  # fmt: skip
     assert result["questions_asked"] == 48
-    assert set(result["accuracy_by_kind"]) == set(result["blind_guess_by_kind"]) == set(data.KINDS)
+    assert set(result["accuracy_by_kind"]) == set(result["blind_guess_by_kind"]) == set(easy_vqa.KINDS)
     for name in ("report.md", "losses.png", "contact_sheet.png", "model/model.safetensors", "model/README.md"):
         assert (folder / name).stat().st_size > 0
     assert "| yes/no shape |" in report.to_markdown(result)

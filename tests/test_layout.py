@@ -12,6 +12,7 @@ TRIO = ["configuration_sq_llava", "processing_sq_llava", "modeling_sq_llava"]
 # A module imports only from modules that stand before it.
 ORDER = [
     *TRIO,
+    "sq_llava.console",
     "sq_llava.images",
     "sq_llava.self_questioning",
     "sq_llava.sources",
@@ -38,6 +39,39 @@ ORDER = [
     "sq_llava.settings",
     "sq_llava.base",
     "sq_llava.planning",
+    "sq_llava.evaluation.metrics",
+    "sq_llava.evaluation.caption_metrics",
+    "sq_llava.evaluation.caption_statistics",
+    "sq_llava.evaluation.judge",
+    "sq_llava.evaluation.paper",
+    "sq_llava.evaluation.reading",
+    "sq_llava.evaluation.task",
+    "sq_llava.evaluation.short_answers",
+    "sq_llava.evaluation.options",
+    "sq_llava.evaluation.captions",
+    "sq_llava.evaluation.easy_vqa",
+    "sq_llava.evaluation.gqa",
+    "sq_llava.evaluation.llava_bench",
+    "sq_llava.evaluation.mmbench",
+    "sq_llava.evaluation.mmvet",
+    "sq_llava.evaluation.pope",
+    "sq_llava.evaluation.scienceqa_ensemble",
+    "sq_llava.evaluation.scienceqa",
+    "sq_llava.evaluation.textvqa",
+    "sq_llava.evaluation.vizwiz",
+    "sq_llava.evaluation.vqav2",
+    "sq_llava.evaluation.progress",
+    "sq_llava.evaluation.answering",
+    "sq_llava.evaluation.lmms_eval_plugin",
+    "sq_llava.evaluation.lmms_eval_model",
+    "sq_llava.evaluation.results",
+    "sq_llava.evaluation.report",
+    "sq_llava.evaluation.run",
+    "sq_llava.evaluation.comparison",
+    "sq_llava.evaluation.question_metrics",
+    "sq_llava.evaluation.questions",
+    "sq_llava.evaluation.question_run",
+    "sq_llava.evaluation.command",
     "train_sft",
     "sq_llava.cli",
 ]
@@ -58,7 +92,11 @@ def imports(module: str) -> set[str]:
 
 
 def test_every_module_has_its_place_in_the_order():
-    files = {f"sq_llava.{file.stem}" for file in (ROOT / "sq_llava").glob("*.py") if not file.stem.startswith("__")}
+    files = {
+        ".".join(file.relative_to(ROOT).with_suffix("").parts)
+        for file in (ROOT / "sq_llava").rglob("*.py")
+        if not file.stem.startswith("__")
+    }
     assert files == {module for module in ORDER if module.startswith("sq_llava.")}
 
 
@@ -66,7 +104,7 @@ def test_every_module_has_its_place_in_the_order():
 def test_module_imports_only_from_earlier_ones(module):
     earlier = ORDER[: ORDER.index(module)]
     ours = {name for name in imports(module) if name.split(".")[0] in {"sq_llava", "train_sft", "demo", *TRIO}}
-    assert ours - {"sq_llava", *earlier} == set()
+    assert ours - {"sq_llava", "sq_llava.evaluation", *earlier} == set()
 
 
 @pytest.mark.parametrize("module", TRIO)
@@ -75,6 +113,6 @@ def test_trio_needs_only_torch_transformers_and_pil(module):
     assert {name.split(".")[0] for name in imports(module)} <= allowed
 
 
-@pytest.mark.parametrize("file", [*ROOT.glob("*.py"), *ROOT.glob("sq_llava/*.py"), *ROOT.glob("demo/*.py")])
+@pytest.mark.parametrize("file", [*ROOT.glob("*.py"), *ROOT.glob("sq_llava/**/*.py"), *ROOT.glob("demo/*.py")])
 def test_module_says_what_it_does(file):
     assert ast.get_docstring(ast.parse(file.read_text())), f"{file.name} has no docstring"

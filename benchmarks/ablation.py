@@ -1,0 +1,472 @@
+"""What prototypes and self-questioning are worth on easy-VQA: LLaVA beside SQ-LLaVA's parts, at equal budgets.
+
+    python benchmarks/ablation.py --plan      # what is done, what is left and how long it takes
+    python benchmarks/ablation.py --report    # of what is done, while it runs
+    python benchmarks/ablation.py --jobs 2    # writes benchmarks/results/ablation.{json,md,png}
+
+Every run begins with the base models of `make demo` and takes both stages of recipes/easy-vqa; only what `SETTINGS`
+says and the steps of stage 2, the budget, are changed. A seed draws the order of the turns and of the rows, the new
+weights and the self-questions, and its runs share stage 1 where that is equal, so differences are taken within a seed.
+One pair of base models serves all seeds, as one CLIP and one Vicuna serve the paper: what varies is the training.
+
+A finished run is a JSON file in `--work`; started again, the command does what is missing. The report holds all runs
+that are there: more seeds, budgets and settings can be added later. What this does not do: choose anything on the test
+questions; measure ViT-LoRA, which every run has.
+"""
+
+import argparse
+import json
+import multiprocessing
+import os
+import statistics
+import tempfile
+import threading
+import time
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import matplotlib
+import torch
+
+import train_sft
+from demo.data import blind_guess, image_root, write_data
+from demo.evaluate import accuracy_by_kind, answer_all, encode_images, measure_questions, question_of
+from sq_llava.images import open_image
+from sq_llava.inference import Assistant
+
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a run changes in the demo's recipe, and the settings that it is compared with."""
+
+    label: str
+    prototype_variant: str = "none"
+    self_question_ratio: float = 0.0
+    question_loss_weight: float = 1.0
+    beside: tuple[str, ...] = ("baseline",)
+
+
+SETTINGS = {
+    "baseline": Setting("LLaVA", beside=()),
+    "paper": Setting("prototypes (paper)", "paper"),
+    "released": Setting("prototypes (released)", "released"),
+    "sq-0.25": Setting("self-questions 0.25", "none", 0.25),
+    "sq-0.5": Setting("self-questions 0.5", "none", 0.5),
+    "sq-0.75": Setting("self-questions 0.75", "none", 0.75),
+    "sq-0.5-light": Setting("self-questions 0.5, weight 0.2", "none", 0.5, 0.2),
+    "all": Setting("prototypes (paper), self-questions 0.5", "paper", 0.5, 1.0, ("baseline", "paper")),
+    "all-light": Setting(
+        "prototypes (paper), self-questions 0.5, weight 0.2", "paper", 0.5, 0.2, ("baseline", "paper")
+    ),
+}
+COMMAND = "python benchmarks/ablation.py"
+RESULTS = Path(__file__).parent / "results"
+RECIPES = Path(__file__).parent.parent / "recipes" / "easy-vqa"
+# Quantiles of Student's t for two-sided 95% intervals, by degrees of freedom from 1.
+T_QUANTILES = (
+    12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131, 2.120,
+    2.110, 2.101, 2.093,
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Scale:
+    """What all runs of a work folder have in common."""
+
+    base: str
+    stage1_steps: int = 150
+    test_stride: int = 4  # every fourth test question: 2,419 of 9,673, about all 1,000 images
+    num_images: int = 25  # to ask four questions about
+    # As measured on one core, for the plan.
+    seconds_per_stage1_step: float = 0.4
+    seconds_per_step: float = 0.35
+    seconds_of_scoring: float = 20.0
+
+
+@dataclass(frozen=True)
+class Stage1:
+    """Stage 1 of a seed, which all its runs with the same prototypes go on from."""
+
+    work: Path
+    scale: Scale
+    seed: int
+    prototype_variant: str
+
+    @property
+    def name(self) -> str:
+        return f"seed-{self.seed}/stage1-{self.prototype_variant}"
+
+    @property
+    def note(self) -> Path:
+        return self.work / f"{self.name}.json"
+
+    @property
+    def facts(self) -> dict:
+        return {"base": self.scale.base, "stage1_steps": self.scale.stage1_steps}
+
+    @property
+    def estimated_seconds(self) -> float:
+        return self.scale.stage1_steps * self.scale.seconds_per_stage1_step
+
+    def is_ready(self) -> bool:
+        return True
+
+    def run(self) -> dict:
+        base = Path(self.scale.base)
+        train(
+            "stage1",
+            self.seed,
+            self.scale.stage1_steps,
+            output_dir=self.work / self.name,
+            dataset_path=seed_data(self) / "stage1_train.json",
+            prototype_variant=self.prototype_variant,
+            vision_model_name_or_path=base / "clip",
+            text_model_name_or_path=base / "llama",
+        )
+        return {}
+
+
+@dataclass(frozen=True)
+class Run:
+    """Stage 2 of a seed with one of the `SETTINGS`, and its scores."""
+
+    work: Path
+    scale: Scale
+    seed: int
+    setting: str
+    budget: int
+
+    @property
+    def name(self) -> str:
+        return f"seed-{self.seed}/{self.budget}-{self.setting}"
+
+    @property
+    def note(self) -> Path:
+        return self.work / f"{self.name}.json"
+
+    @property
+    def stage1(self) -> Stage1:
+        return Stage1(self.work, self.scale, self.seed, SETTINGS[self.setting].prototype_variant)
+
+    @property
+    def facts(self) -> dict:
+        setting = asdict(SETTINGS[self.setting])
+        changed = {name: setting[name] for name in ("self_question_ratio", "question_loss_weight")}
+        shared = {"test_stride": self.scale.test_stride, "num_images": self.scale.num_images}
+        own = {"seed": self.seed, "setting": self.setting, "budget": self.budget}
+        return own | {"prototype_variant": self.stage1.prototype_variant} | changed | self.stage1.facts | shared
+
+    @property
+    def estimated_seconds(self) -> float:
+        return self.budget * self.scale.seconds_per_step + self.scale.seconds_of_scoring
+
+    def is_ready(self) -> bool:
+        return self.stage1.note.is_file()
+
+    def run(self) -> dict:
+        setting = SETTINGS[self.setting]
+        start = time.time()
+        with tempfile.TemporaryDirectory() as folder:
+            trainer = train(
+                "stage2",
+                self.seed,
+                self.budget,
+                output_dir=folder,
+                dataset_path=seed_data(self) / "stage2_train.json",
+                model_name_or_path=self.work / self.stage1.name,
+                self_question_ratio=setting.self_question_ratio,
+                question_loss_weight=setting.question_loss_weight,
+            )
+        trained = time.time()
+        model = trainer.model.merge_and_unload().eval()
+        scores = score(Assistant(model, trainer.processing_class), seed_data(self), self.scale)
+        return scores | {"training_seconds": trained - start, "scoring_seconds": time.time() - trained}
+
+
+def seed_data(task: Stage1 | Run) -> Path:
+    return task.work / f"seed-{task.seed}" / "data"
+
+
+def train(stage: str, seed: int, steps: int, **settings):
+    settings |= {"config": RECIPES / f"{stage}.yaml", "seed": seed, "max_steps": steps, "image_root": image_root()}
+    settings |= {"doctor": "off", "disable_tqdm": True}
+    return train_sft.main([text for name, value in settings.items() for text in (f"--{name}", str(value))])
+
+
+def score(assistant: Assistant, data: Path, scale: Scale) -> dict:
+    """Accuracies on every `test_stride`-th test question, asked alone, and the quality of its own questions."""
+    rows = json.loads((data / "test.json").read_text())[:: scale.test_stride]
+    index_of_path = {path: index for index, path in enumerate(sorted({row["image"] for row in rows}))}
+    image_tokens = encode_images(assistant, [open_image(image_root() / path) for path in index_of_path])
+    index = torch.tensor([index_of_path[row["image"]] for row in rows], device=image_tokens.device)
+    accuracy = accuracy_by_kind(rows, answer_all(assistant, [question_of(row) for row in rows], image_tokens[index]))
+    questions = measure_questions(assistant, scale.num_images, questions_per_image=4, seed=0)
+    del questions["contact_sheet"]
+    return {"test_questions": len(rows), "accuracy": accuracy.pop("all"), "accuracy_by_kind": accuracy} | questions
+
+
+def list_tasks(
+    work: Path, scale: Scale, seeds: list[int], budgets: list[int], settings: list[str]
+) -> list[Stage1 | Run]:
+    """Seed by seed, and in it the small budgets first: after each seed, the tables are complete."""
+    tasks = []
+    for seed in seeds:
+        runs = [Run(work, scale, seed, setting, budget) for budget in sorted(budgets) for setting in settings]
+        tasks += [*dict.fromkeys(run.stage1 for run in runs), *runs]
+    return tasks
+
+
+def read_note(task: Stage1 | Run) -> dict | None:
+    """The note of a finished task; `None` if it is not finished."""
+    if not task.note.is_file():
+        return None
+    note = json.loads(task.note.read_text())
+    for name, value in task.facts.items():
+        if note[name] != value:
+            raise ValueError(f"{task.note}: {name} is {note[name]!r}, but now {value!r}: give another --work.")
+    return note
+
+
+def end_with_parent() -> None:
+    """Else, a killed command would leave runs behind that write to the folders of its successor's."""
+    multiprocessing.parent_process().join()
+    os._exit(1)
+
+
+def run_task(task: Stage1 | Run) -> None:
+    """Runs a task in a process of its own; what it prints goes to a log."""
+    threading.Thread(target=end_with_parent, daemon=True).start()
+    torch.set_num_threads(1)
+    start = time.time()
+    with task.note.with_suffix(".log").open("w") as log, redirect_stdout(log), redirect_stderr(log):
+        result = task.run()
+    part = task.note.with_suffix(".part")
+    part.write_text(json.dumps(task.facts | result | {"seconds": time.time() - start}, indent=2) + "\n")
+    part.rename(task.note)
+
+
+def run_all(tasks: list[Stage1 | Run], jobs: int) -> None:
+    """Runs what is not finished, in order, except that a run waits for its stage 1."""
+    waiting = [task for task in tasks if read_note(task) is None]
+    for task in waiting:
+        if not (seed_data(task) / "test.json").is_file():
+            write_data(seed_data(task), seed=task.seed)
+    # A process that has imported everything and run nothing; each task is a fork of it.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["train_sft", "demo.evaluate"])
+    running, total = {}, len(waiting)
+    with ProcessPoolExecutor(jobs, mp_context=context, max_tasks_per_child=1) as pool:
+        while waiting or running:
+            ready = [task for task in waiting if task.is_ready()][: jobs - len(running)]
+            for task in ready:
+                waiting.remove(task)
+                running[pool.submit(run_task, task)] = task
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                task = running.pop(future)
+                try:
+                    future.result()
+                except Exception as error:
+                    error.add_note(f"{task.name} failed, see {task.note.with_suffix('.log')}")
+                    pool.shutdown(wait=False, cancel_futures=True)
+                    raise
+                seconds = read_note(task)["seconds"]
+                done = total - len(waiting) - len(running)
+                print(f"{time.strftime('%H:%M:%S')} {task.name}: {seconds:.0f} s, {done} of {total}", flush=True)
+
+
+def plan(tasks: list[Stage1 | Run], jobs: int) -> str:
+    left = [task for task in tasks if read_note(task) is None]
+    hours = sum(task.estimated_seconds for task in left) / 3600
+    lines = [
+        f"{task.name}: " + (f"about {task.estimated_seconds:.0f} s" if task in left else "done") for task in tasks
+    ]
+    lines.append(
+        f"{len(left)} of {len(tasks)} to do: {hours:.1f} hours of one core, {hours / jobs:.1f} by {jobs} jobs"
+    )
+    return "\n".join(lines)
+
+
+def interval(differences: list[float]) -> dict:
+    """The mean of paired differences and half the width of its 95% interval by Student's t."""
+    if len(differences) < 2:
+        return {"mean": differences[0], "half_width": None}
+    error = statistics.stdev(differences) / len(differences) ** 0.5
+    return {"mean": statistics.fmean(differences), "half_width": T_QUANTILES[len(differences) - 2] * error}
+
+
+def summarize(runs: list[dict]) -> list[dict]:
+    """
+    For each budget its seeds and a row for each setting. Only seeds count for which all settings of the budget are
+    finished, so that all rows are about the same seeds.
+    """
+    tables = []
+    for budget in sorted({run["budget"] for run in runs}):
+        found = {(run["setting"], run["seed"]): run for run in runs if run["budget"] == budget}
+        settings = [name for name in SETTINGS if any(name == setting for setting, _ in found)]
+        all_seeds = sorted({seed for _, seed in found})
+        seeds = [seed for seed in all_seeds if all((name, seed) in found for name in settings)]
+        if not seeds:
+            continue
+        rows = []
+        for name in settings:
+            own = [found[name, seed] for seed in seeds]
+            row = {"setting": name, "accuracies": [run["accuracy"] for run in own]}
+            row["differences"] = {
+                other: interval([run["accuracy"] - found[other, run["seed"]]["accuracy"] for run in own])
+                for other in SETTINGS[name].beside
+                if other in settings
+            }
+            row["accuracy_by_kind"] = {
+                kind: statistics.fmean(run["accuracy_by_kind"][kind] for run in own)
+                for kind in own[0]["accuracy_by_kind"]
+            }
+            for key in ("questions_asked", "questions_distinct", "questions_valid_share", "training_seconds"):
+                row[key] = statistics.fmean(run[key] for run in own)
+            rows.append(row)
+        tables.append({"budget": budget, "seeds": seeds, "rows": rows})
+    return tables
+
+
+def points(value: dict) -> str:
+    """A difference in percentage points with its interval; bold if 0 is outside of it."""
+    mean, half = 100 * value["mean"], value["half_width"]
+    if half is None:
+        return f"{mean:+.1f}"
+    text = f"{mean:+.1f} ± {100 * half:.1f}"
+    return f"**{text}**" if abs(value["mean"]) > half else text
+
+
+def table_lines(table: dict) -> list[str]:
+    kinds = list(table["rows"][0]["accuracy_by_kind"])
+    header = ["", "accuracy", "seeds from, to", "beside LLaVA", "beside prototypes", *kinds]
+    header += ["questions valid", "distinct"]
+    seeds = ", ".join(map(str, table["seeds"]))
+    lines = [f"## {table['budget']} steps of stage 2: seeds {seeds}", ""]
+    lines += ["| " + " | ".join(header) + " |", "|---" + "|--:" * (len(header) - 1) + "|"]
+    for row in table["rows"]:
+        accuracies, differences = row["accuracies"], row["differences"]
+        cells = [SETTINGS[row["setting"]].label, f"{statistics.fmean(accuracies):.1%}"]
+        cells += [f"{100 * min(accuracies):.1f}, {100 * max(accuracies):.1f}"]
+        cells += [points(differences[other]) if other in differences else "" for other in ("baseline", "paper")]
+        cells += [f"{value:.1%}" for value in row["accuracy_by_kind"].values()]
+        cells += [f"{row['questions_valid_share']:.1%}", f"{row['questions_distinct']:.0f}"]
+        lines.append("| " + " | ".join(cells) + " |")
+    return [*lines, ""]
+
+
+def to_markdown(report: dict) -> str:
+    comparisons = sum(len(row["differences"]) for table in report["tables"] for row in table["rows"])
+    first = report["runs"][0]
+    lines = [
+        "# What prototypes and self-questioning are worth on easy-VQA",
+        "",
+        f"Made by `{report['command']}` from {len(report['runs'])} runs, with {len(report['missing'])} more to do; "
+        f"torch {report['torch']}, a CPU thread each. Tables are of seeds for which all their rows are there.",
+        "",
+        f"Base models of `make demo`, stage 1 of {first['stage1_steps']} steps, stage 2 with batches of 16 "
+        f"conversations; all runs have ViT-LoRA. Accuracy: every {first['test_stride']}th test question "
+        f"({first['test_questions']:,}), each asked alone, greedy, exact match; the best blind guess has "
+        f"{report['blind_guess']:.1%}. Questions: {first['questions_asked']} sampled after one answered turn; valid "
+        "are those of a form of easy-VQA that presume nothing that the image does not hold.",
+        "",
+        "Differences are percentage points within a seed, with 95% intervals over the seeds by Student's t; bold "
+        f"where 0 is outside. They hold one by one: of the {comparisons} comparisons here, about one in twenty would "
+        "be bold by chance. A model that was never taught to ask (LLaVA, prototypes alone) has an untrained `[vusr]`.",
+        "",
+    ]
+    for table in report["tables"]:
+        lines += table_lines(table)
+    return "\n".join([*lines, "![Differences to LLaVA within a seed](ablation.png)", ""])
+
+
+def draw(tables: list[dict], file: Path) -> None:
+    """Differences to LLaVA: a panel for each budget, a dot for each seed, means with intervals."""
+    figure, axes = plt.subplots(1, len(tables), figsize=(4 + 4 * len(tables), 4.5), squeeze=False)
+    for axis, table in zip(axes[0], tables):
+        baseline = next(row["accuracies"] for row in table["rows"] if row["setting"] == "baseline")
+        rows = [row for row in table["rows"] if "baseline" in row["differences"]]
+        for place, row in enumerate(rows):
+            dots = [100 * (own - other) for own, other in zip(row["accuracies"], baseline)]
+            value = row["differences"]["baseline"]
+            axis.plot(dots, [place] * len(dots), "o", color="0.65", markersize=4)
+            axis.errorbar(
+                100 * value["mean"], place, xerr=100 * (value["half_width"] or 0), fmt="D", color="tab:blue", capsize=4
+            )
+        axis.axvline(0, color="black", linewidth=0.8)
+        labels = [SETTINGS[row["setting"]].label.replace("), ", "),\n") for row in rows]
+        axis.set_yticks(range(len(rows)), labels if axis is axes[0, 0] else [])
+        axis.set_ylim(len(rows) - 0.5, -0.5)
+        title = f"{table['budget']} steps (LLaVA {statistics.fmean(baseline):.1%}, {len(baseline)} seeds)"
+        axis.set(title=title, xlabel="accuracy beside LLaVA, points")
+        axis.grid(axis="x", alpha=0.3)
+    figure.tight_layout()
+    figure.savefig(file, dpi=110)
+    plt.close(figure)
+
+
+def write_report(work: Path, tasks: list[Stage1 | Run], output_dir: Path) -> None:
+    """Writes what the runs of a work folder show, so many as there are, and how many of `tasks` are still to do."""
+    notes = [json.loads(file.read_text()) for file in sorted(work.glob("seed-*/*.json"))]
+    runs = [note for note in notes if "accuracy" in note]
+    tables = summarize(runs)
+    if not any(row["setting"] == "baseline" for table in tables for row in table["rows"]):
+        print("No report yet: no seed has finished all its settings.")
+        return
+    data = work / f"seed-{tables[0]['seeds'][0]}" / "data"
+    test = json.loads((data / "test.json").read_text())[:: runs[0]["test_stride"]]
+    blind = blind_guess(json.loads((data / "stage2_train.json").read_text()), test)["all"]
+    missing = [task.name for task in tasks if isinstance(task, Run) and read_note(task) is None]
+    report = {
+        "command": COMMAND,
+        "missing": missing,
+        "torch": torch.__version__,
+        "blind_guess": blind,
+        "tables": tables,
+        "runs": runs,
+    }
+    output_dir.mkdir(parents=True, exist_ok=True)
+    (output_dir / "ablation.json").write_text(json.dumps(report, indent=1) + "\n")
+    (output_dir / "ablation.md").write_text(to_markdown(report))
+    draw(tables, output_dir / "ablation.png")
+    print(to_markdown(report))
+
+
+def main(args: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--base", type=Path, default=Path("runs/demo"), help="folder with clip and llama")
+    parser.add_argument("--work", type=Path, default=Path("runs/ablation"), help="folder of the finished runs")
+    parser.add_argument("--output-dir", type=Path, default=RESULTS, help="folder of the report")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4], help="at most 20")
+    parser.add_argument("--budgets", type=int, nargs="+", default=[60, 240], help="steps of stage 2")
+    parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS))
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time, each with one thread")
+    parser.add_argument("--quick", action="store_true", help="few steps and questions: only to see that it runs")
+    parser.add_argument("--plan", action="store_true", help="only say what is to do")
+    parser.add_argument("--report", action="store_true", help="only write the report of the runs that are finished")
+    args = parser.parse_args(args)
+    scale = Scale(str(args.base))
+    if args.quick:
+        scale = Scale(str(args.base), stage1_steps=2, test_stride=200, num_images=2)
+    tasks = list_tasks(args.work, scale, args.seeds, args.budgets, args.settings)
+    if args.report:
+        write_report(args.work, tasks, args.output_dir)
+        return
+    print(plan(tasks, args.jobs))
+    if args.plan:
+        return
+    for part in ("clip", "llama"):
+        if not (args.base / part / "config.json").is_file():
+            raise ValueError(f"{args.base / part} holds no config.json: run `make demo` first, or give --base.")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    run_all(tasks, args.jobs)
+    write_report(args.work, tasks, args.output_dir)
+
+
+if __name__ == "__main__":
+    main()

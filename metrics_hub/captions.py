@@ -1,0 +1,33 @@
+"""CIDEr-D and BLEU of captions for the library `evaluate`:
+
+evaluate.load("metrics_hub/captions.py").compute(predictions=["A dog."], references=[["A dog runs.", "The dog."]])
+
+Words are those of `sq_llava.evaluation.caption_metrics.words`, without Java: figures that were made with the Penn
+Treebank's tokeniser are others. Predictions are taken whole; `sq-llava evaluate` does not use this file.
+"""
+
+import datasets
+import evaluate
+
+from sq_llava.evaluation.caption_metrics import bleu, cider_d, words
+
+
+class Captions(evaluate.Metric):
+    """Figures of the whole corpus."""
+
+    def _info(self) -> evaluate.MetricInfo:
+        return evaluate.MetricInfo(
+            description="CIDEr-D (0 to 10) and BLEU-1 to BLEU-4 of a corpus of captions.",
+            citation="Vedantam et al., CIDEr: Consensus-based Image Description Evaluation, CVPR 2015",
+            inputs_description="predictions: one caption for each image. references: for each the captions of people.",
+            features=datasets.Features(
+                {"predictions": datasets.Value("string"), "references": datasets.List(datasets.Value("string"))}
+            ),
+            reference_urls=["https://arxiv.org/abs/1411.5726"],
+        )
+
+    def _compute(self, predictions: list[str], references: list[list[str]]) -> dict[str, float]:
+        said = [" ".join(words(text)) for text in predictions]
+        known = [[" ".join(words(text)) for text in texts] for texts in references]
+        precision = {f"plain/BLEU-{number}": value for number, value in enumerate(bleu(said, known), start=1)}
+        return {"plain/CIDEr-D": cider_d(said, known), **precision}

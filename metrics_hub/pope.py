@@ -1,0 +1,33 @@
+"""POPE's figures for the library `evaluate`:
+
+evaluate.load("metrics_hub/pope.py").compute(predictions=["Yes, there is."], references=["yes"])
+
+Answers are read as POPE's authors do, by `sq_llava.evaluation.pope`; `sq-llava evaluate` does not use this file.
+"""
+
+import datasets
+import evaluate
+
+from sq_llava.evaluation.metrics import binary_scores
+from sq_llava.evaluation.pope import says_yes
+
+
+class Pope(evaluate.Metric):
+    """Accuracy, precision, recall, F1 of "yes", and the share of answers that say it; of one category at a time."""
+
+    def _info(self) -> evaluate.MetricInfo:
+        return evaluate.MetricInfo(
+            description="Accuracy, precision, recall and F1 of yes/no answers, and the share of yes among them.",
+            citation="Li et al., Evaluating Object Hallucination in Large Vision-Language Models, EMNLP 2023",
+            inputs_description="predictions: what the model said. references: yes or no.",
+            features=datasets.Features(
+                {"predictions": datasets.Value("string"), "references": datasets.Value("string")}
+            ),
+            reference_urls=["https://arxiv.org/abs/2305.10355"],
+        )
+
+    def _compute(self, predictions: list[str], references: list[str]) -> dict[str, float]:
+        unknown = set(references) - {"yes", "no"}
+        if unknown:
+            raise ValueError(f"references: {sorted(unknown)[0]!r} is neither yes nor no.")
+        return binary_scores([says_yes(text) for text in predictions], [label == "yes" for label in references])

@@ -1,0 +1,38 @@
+"""VQA accuracy for the library `evaluate`:
+
+evaluate.load("metrics_hub/vqa_accuracy.py").compute(predictions=["red"], references=[["red"] * 10])
+
+The figures are those of `sq_llava.evaluation.metrics`; `sq-llava evaluate` does not use this file.
+"""
+
+import datasets
+import evaluate
+
+from sq_llava.evaluation.metrics import vqa_accuracy, vqa_accuracy_official
+
+
+NORMALIZERS = {"m4c": vqa_accuracy, "official": vqa_accuracy_official}
+
+
+class VqaAccuracy(evaluate.Metric):
+    """Mean over answers; each human answer is left out in turn."""
+
+    def _info(self) -> evaluate.MetricInfo:
+        return evaluate.MetricInfo(
+            description="VQA accuracy, with the normaliser of EvalAI (m4c) or that of VQA v2's own code (official).",
+            citation="Antol et al., VQA: Visual Question Answering, ICCV 2015",
+            inputs_description="predictions: texts. references: for each the answers of people, usually ten. "
+            "normalizer: m4c (default) or official.",
+            features=datasets.Features(
+                {"predictions": datasets.Value("string"), "references": datasets.List(datasets.Value("string"))}
+            ),
+            reference_urls=["https://visualqa.org/evaluation.html"],
+        )
+
+    def _compute(
+        self, predictions: list[str], references: list[list[str]], normalizer: str = "m4c"
+    ) -> dict[str, float]:
+        if normalizer not in NORMALIZERS:
+            raise ValueError(f"normalizer {normalizer!r}: give one of {', '.join(NORMALIZERS)}.")
+        scores = [NORMALIZERS[normalizer](text, answers) for text, answers in zip(predictions, references)]
+        return {f"{normalizer}/accuracy": sum(scores) / len(scores)}

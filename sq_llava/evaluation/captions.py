@@ -1,0 +1,254 @@
+"""Captions: COCO (Karpathy's test split), Flickr30k (the same), NoCaps, Conceptual Captions.
+
+    sq-llava evaluate --model M --tasks coco_captions,flickr30k,nocaps,conceptual_captions --data DIR
+
+All are asked with the words of LLaVA's and lmms-eval's caption tasks ("Describe the image briefly." is lmms-eval's for
+Karpathy's split alone). Predictions are lower-cased, without punctuation, cut to 20 words, as the SQ-LLaVA paper has
+them; figures are of the whole corpus, with three tokenisers, and not comparable with one another:
+
+    plain/       `caption_metrics.words`; needs nothing else
+    ptb/         Penn Treebank's, and METEOR; only where there is a Java runtime
+    lmms_eval/   the same without the cut, on the text as it came
+
+SPICE is not computed here. `captions.json` holds the captions in the format of COCO's results: for the server of
+NoCaps (https://eval.ai/web/challenges/challenge-page/355), whose test captions nobody else has, and for other scorers.
+
+The Hub's columns:
+    coco_captions         cocoid, sentences (texts, or objects with `raw`), and image, or filepath and filename of a
+                          picture beside the files: the table of the Hub (yerevann/coco-karpathy) has no pictures
+    flickr30k             img_id, image, caption (texts); a column `split` picks Karpathy's 1,000. Without it all rows
+                          are taken: the 31,783 of lmms-lab-encoder/flickr30k, as lmms-eval does
+    nocaps                image_id, image, annotations_captions; domains are read from nocaps_val_4500_captions.json
+                          beside them, if it is there
+    conceptual_captions   image, caption
+The authors' files:
+    coco_captions         dataset_coco.json of Karpathy and val2014/
+    flickr30k             dataset_flickr30k.json of Karpathy and flickr30k-images/
+    nocaps                nocaps_val_4500_captions.json (images: id, file_name, domain; annotations: image_id, caption)
+                          and val/; --split test: nocaps_test_image_info.json and test/
+    conceptual_captions   Validation_GCC-1.1.0-Validation.tsv (caption, url) and images/<row, from 0>.jpg. A picture
+                          that is not there is a failed example: to score those that can still be downloaded, leave
+                          the others out and name the pictures in a third column
+"""
+
+import csv
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sq_llava.evaluation.caption_metrics import bleu, cider_d, has_java, meteor, ptb_words, words
+from sq_llava.evaluation.caption_statistics import CaptionStatistics
+from sq_llava.evaluation.reading import Data, StoredImage, TaskImage, check_fields, read_json
+from sq_llava.evaluation.short_answers import write_upload
+from sq_llava.evaluation.task import Example, Record, Score, Task
+
+
+PROMPT = "Provide a one-sentence caption for the provided image."
+MAX_WORDS = 20
+NOTE = """\
+Tokenisers: `plain/` is this project's own (lower case, no punctuation) and not comparable with published figures;
+`ptb/` is the Penn Treebank's, on predictions cut to 20 words; `lmms_eval/` the same on whole ones. The last two, and
+METEOR, are there only if the run had a Java runtime. SPICE is not computed: it needs models that are not here.
+"""
+NOCAPS_CAPTIONS = "nocaps_val_4500_captions.json"
+
+
+def _example(number: Any, image: TaskImage, captions: Sequence[str] | None, **details: str) -> Example:
+    return Example(
+        id=str(int(number)),  # scorers and servers take numbers
+        prompt=PROMPT,
+        images=[image],
+        reference=list(captions) if captions else None,
+        details=details,
+    )
+
+
+def _karpathy_reader(file_name: str, folder: str | None) -> Callable[[Data], list[Example]]:
+    """Reads Karpathy's JSON; pictures lie in `folder`, or in the one that the row names."""
+
+    def read(data: Data) -> list[Example]:
+        file = data.file(file_name)
+        rows = check_fields(read_json(file), ["images"], str(file))["images"]
+        examples = []
+        for number, row in enumerate(rows):
+            check_fields(row, ["split", "filename", "imgid", "sentences"], f"{file}, image {number}")
+            if row["split"] == (data.split or "test"):
+                image = data.image(file.parent / (folder or row["filepath"]), row["filename"])
+                captions = [sentence["raw"] for sentence in row["sentences"]]
+                examples.append(_example(row.get("cocoid", row["imgid"]), image, captions))
+        return examples
+
+    return read
+
+
+def read_coco(data: Data) -> list[Example]:
+    if not data.is_table:
+        return _karpathy_reader("dataset_coco.json", None)(data)
+    table = data.table(["cocoid", "sentences"], default_split="test")
+    if "image" not in table.column_names and (data.folder is None or "filepath" not in table.column_names):
+        raise ValueError(f"{data}: has no column image, nor filepath and filename of pictures in a folder beside it.")
+    examples = []
+    for number, row in enumerate(data.rows(table)):
+        if "image" in table.column_names:
+            image: TaskImage = StoredImage(table, number, "image")
+        else:
+            image = data.image(data.folder, f"{row['filepath']}/{row['filename']}")
+        captions = [text if isinstance(text, str) else text["raw"] for text in row["sentences"]]
+        examples.append(_example(row["cocoid"], image, captions))
+    return examples
+
+
+def read_flickr30k(data: Data) -> list[Example]:
+    if not data.is_table:
+        return _karpathy_reader("dataset_flickr30k.json", "flickr30k-images")(data)
+    table = data.table(["img_id", "image", "caption"], default_split="test")
+    return [
+        _example(row["img_id"], StoredImage(table, number, "image"), row["caption"])
+        for number, row in enumerate(data.rows(table))
+        if row.get("split", "test") == "test"
+    ]
+
+
+def read_nocaps(data: Data) -> list[Example]:
+    if not data.is_table:
+        return _read_nocaps_files(data)
+    table = data.table(["image_id", "image", "annotations_captions"], default_split="validation")
+    file = data.find(NOCAPS_CAPTIONS) if data.folder is not None else None
+    domains = {} if file is None else {row["id"]: row["domain"] for row in read_json(file)["images"]}
+    return [
+        _example(
+            row["image_id"],
+            StoredImage(table, number, "image"),
+            row["annotations_captions"],
+            **({"domain": domains[row["image_id"]]} if row["image_id"] in domains else {}),
+        )
+        for number, row in enumerate(data.rows(table))
+    ]
+
+
+def _read_nocaps_files(data: Data) -> list[Example]:
+    is_test = data.split == "test"
+    file = data.file("nocaps_test_image_info.json" if is_test else NOCAPS_CAPTIONS)
+    content = check_fields(read_json(file), ["images"] if is_test else ["images", "annotations"], str(file))
+    captions: dict[int, list[str]] = {}
+    for number, row in enumerate(content.get("annotations", [])):
+        check_fields(row, ["image_id", "caption"], f"{file}, annotation {number}")
+        captions.setdefault(row["image_id"], []).append(row["caption"])
+    examples = []
+    for number, row in enumerate(content["images"]):
+        check_fields(row, ["id", "file_name"] if is_test else ["id", "file_name", "domain"], f"{file}, image {number}")
+        if not is_test and row["id"] not in captions:
+            raise ValueError(f"{file}: has no caption of image {row['id']}.")
+        image = data.image(file.parent / ("test" if is_test else "val"), row["file_name"])
+        domain = {"domain": row["domain"]} if "domain" in row else {}
+        examples.append(_example(row["id"], image, captions.get(row["id"]), **domain))
+    return examples
+
+
+def read_conceptual_captions(data: Data) -> list[Example]:
+    if data.is_table:
+        table = data.table(["image", "caption"], default_split="validation")
+        return [
+            _example(number, StoredImage(table, number, "image"), [row["caption"]])
+            for number, row in enumerate(data.rows(table))
+        ]
+    file = data.file("Validation_GCC-1.1.0-Validation.tsv", "*.tsv")
+    examples = []
+    with file.open(encoding="utf-8", newline="") as lines:
+        for number, row in enumerate(csv.reader(lines, delimiter="\t", quoting=csv.QUOTE_NONE)):
+            if len(row) not in (2, 3):
+                raise ValueError(f"{file}, row {number}: has {len(row)} fields, not caption, url and maybe a picture.")
+            name = row[2] if len(row) == 3 else f"{number}.jpg"
+            examples.append(_example(number, data.image(file.parent / "images", name), [row[0]]))
+    return examples
+
+
+def shorten(answer: str) -> str:
+    """
+    A prediction as the paper has it.
+
+        >>> shorten("A dog runs, fast.")
+        'a dog runs fast'
+    """
+    return " ".join(words(answer)[:MAX_WORDS])
+
+
+def score(example: Example, answer: str) -> Score:
+    """What is counted of one caption: that there is one. The figures are of the corpus."""
+    return Score({}, is_parsed=bool(words(answer)), prediction=shorten(answer))
+
+
+def corpus_metrics(records: Sequence[Record]) -> dict[str, float]:
+    if records[0].example.reference is None:
+        return {}
+    figures = {}
+    for name, predictions, references in _in_words(records):
+        figures |= _figures(name, predictions, references)
+        if name != "plain":
+            figures[f"{name}/METEOR"] = meteor(predictions, references)
+    return figures
+
+
+def weighted_metrics(records: Sequence[Record]) -> Callable[[np.ndarray], dict[str, float]]:
+    """The same without METEOR, for images that count several times."""
+    statistics = {}
+    if records[0].example.reference is not None:
+        statistics = {name: CaptionStatistics(said, known) for name, said, known in _in_words(records)}
+
+    def figures(weights: np.ndarray) -> dict[str, float]:
+        found = {name: each.figures(weights) for name, each in statistics.items()}
+        return {f"{name}/{metric}": value for name, each in found.items() for metric, value in each.items()}
+
+    return figures
+
+
+def _in_words(records: Sequence[Record]) -> Iterator[tuple[str, list[str], list[list[str]]]]:
+    """The name of each tokeniser, with predictions and references in its words."""
+    answers = [record.answer for record in records]
+    references = [record.example.reference for record in records]
+    short = [shorten(answer) for answer in answers]
+    yield "plain", short, [[" ".join(words(text)) for text in texts] for texts in references]
+    if has_java():
+        texts = [text for each in references for text in each]
+        tokenized = iter(ptb_words([*short, *answers, *texts]))
+        short, whole = ([next(tokenized) for _ in answers] for _ in range(2))
+        references = [[next(tokenized) for _ in each] for each in references]
+        yield "ptb", short, references
+        yield "lmms_eval", whole, references
+
+
+def _figures(name: str, predictions: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, float]:
+    precision = {f"{name}/BLEU-{number}": value for number, value in enumerate(bleu(predictions, references), start=1)}
+    return {f"{name}/CIDEr-D": cider_d(predictions, references), **precision}
+
+
+def write_submission(records: Sequence[Record], folder: Path) -> Path:
+    """`[{image_id, caption}, ...]`, the captions as they came."""
+    return write_upload(
+        folder / "captions.json", {int(record.example.id): record.answer for record in records}, "image_id", "caption"
+    )
+
+
+def _task(name: str, title: str, hub_id: str | None, read: Callable[[Data], list[Example]], **more: Any) -> Task:
+    return Task(
+        name=name,
+        title=title,
+        hub_id=hub_id,
+        read=read,
+        score=score,
+        corpus_metrics=corpus_metrics,
+        weighted_metrics=weighted_metrics,
+        main_metric="plain/CIDEr-D",
+        write_submission=write_submission,
+        max_new_tokens=64,
+        note=NOTE,
+        **more,
+    )
+
+
+COCO_TASK = _task("coco_captions", "COCO captions, Karpathy's test split", None, read_coco)
+FLICKR30K_TASK = _task("flickr30k", "Flickr30k captions", "lmms-lab-encoder/flickr30k", read_flickr30k)
+NOCAPS_TASK = _task("nocaps", "NoCaps", "lmms-lab-encoder/NoCaps", read_nocaps, breakdown="domain")
+CONCEPTUAL_TASK = _task("conceptual_captions", "Conceptual Captions, validation", None, read_conceptual_captions)

@@ -1,0 +1,221 @@
+"""Two evaluations beside each other: how far apart they are, in pairs, and which examples flipped.
+
+    >>> differences = compare(Path("runs/evaluation/a"), Path("runs/evaluation/b"))
+
+Both answered the same examples, so the difference of each is taken and the examples are drawn anew with replacement
+(a paired bootstrap): the interval holds 95% of the differences of these draws. It tells the chance of the examples,
+not that of training again. Written to OUT:
+
+    comparison.json, comparison.md   every figure of both, their difference and its interval
+    <task>.flipped.jsonl             the examples whose score differs, those that change most first
+"""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sq_llava.evaluation.report import as_text
+from sq_llava.evaluation.results import read_records
+from sq_llava.evaluation.run import TASKS
+from sq_llava.evaluation.task import Record, Task, main_score
+
+
+NUM_SHOWN = 5
+NUM_LETTERS = 300  # of a prompt: its end
+BOUNDS = (2.5, 97.5)
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A figure of both evaluations; `difference` is second - first, and lies from `low` to `high` with 95%."""
+
+    task: str
+    metric: str
+    first: float
+    second: float
+    difference: float
+    low: float
+    high: float
+    num: int
+
+    @property
+    def is_clear(self) -> bool:
+        """Whether the interval is on one side of 0."""
+        return self.low > 0 or self.high < 0
+
+
+def compare(
+    first: Path,
+    second: Path,
+    out: Path | None = None,
+    num_resamples: int = 2000,
+    num_corpus_resamples: int = 400,
+    seed: int = 0,
+) -> list[Difference]:
+    """
+    Compares the tasks that two folders of evaluations share.
+
+    Args:
+        out (`Path`, *optional*): Folder to write; default: `comparison` in the second's.
+        num_resamples (`int`): For means over examples.
+        num_corpus_resamples (`int`): For figures of the whole corpus, which are computed anew for each.
+
+    Raises:
+        ValueError: if they share no task, or answered other examples.
+    """
+    names = [path.parent.name for path in sorted(second.glob("*/examples.jsonl"))]
+    names = [name for name in names if name in TASKS and (first / name / "examples.jsonl").is_file()]
+    if not names:
+        raise ValueError(f"{first} and {second} share no task: each needs <task>/examples.jsonl of the same task.")
+    out = out or second / "comparison"
+    out.mkdir(parents=True, exist_ok=True)
+    differences = []
+    flipped = {}
+    for name in names:
+        pairs = match(first / name / "examples.jsonl", second / name / "examples.jsonl")
+        flipped[name] = flips(TASKS[name], pairs)
+        lines = [json.dumps(line, ensure_ascii=False) + "\n" for line in flipped[name]]
+        (out / f"{name}.flipped.jsonl").write_text("".join(lines), encoding="utf-8")
+        differences += compare_task(TASKS[name], pairs, num_resamples, num_corpus_resamples, seed)
+    about = {"first": str(first), "second": str(second), "seed": seed, "num_resamples": num_resamples}
+    content = {**about, "num_corpus_resamples": num_corpus_resamples, "differences": [asdict(d) for d in differences]}
+    (out / "comparison.json").write_text(json.dumps(content, indent=2) + "\n")
+    (out / "comparison.md").write_text(to_markdown(first, second, differences, flipped), encoding="utf-8")
+    return differences
+
+
+Pair = tuple[Record, Record]
+
+
+def match(first: Path, second: Path) -> list[Pair]:
+    """
+    The records of two `examples.jsonl` by their id, in the second's order.
+
+    Raises:
+        ValueError: if one has an example that the other has not, or one with another reference.
+    """
+    theirs = {record.example.id: record for record in read_records(first)}
+    pairs = []
+    for record in read_records(second):
+        if record.example.id not in theirs:
+            raise ValueError(f"{first}: has no example {record.example.id!r}, which {second} has: give the same data.")
+        other = theirs.pop(record.example.id)
+        if other.example.reference != record.example.reference:
+            raise ValueError(f"{first}: example {record.example.id!r} has another reference than in {second}.")
+        pairs.append((other, record))
+    if theirs:
+        raise ValueError(f"{second}: has no example {next(iter(theirs))!r}, which {first} has: give the same data.")
+    return pairs
+
+
+def compare_task(
+    task: Task, pairs: Sequence[Pair], num_resamples: int, num_corpus_resamples: int, seed: int
+) -> list[Difference]:
+    """The differences of the figures that both have; pairs of which one has no score or no grade are left out."""
+    pairs = [pair for pair in pairs if all(record.score and record.score.judge_error is None for record in pair)]
+    differences = []
+    for name in dict.fromkeys(name for pair in pairs for name in pair[0].score.values):
+        scored = [pair for pair in pairs if all(name in record.score.values for record in pair)]
+        if scored:
+            both = np.array([[record.score.values[name] for record in pair] for pair in scored])
+            interval = mean_interval(both[:, 1] - both[:, 0], num_resamples, seed)
+            differences.append(_difference(task, name, *both.mean(axis=0), interval, len(scored)))
+    return differences + _compare_corpus(task, pairs, num_corpus_resamples, seed)
+
+
+def mean_interval(differences: np.ndarray, num_resamples: int, seed: int) -> tuple[float, float]:
+    """The 95% interval of the mean of paired differences: percentiles of a bootstrap."""
+    draw = np.random.default_rng(seed)
+    num = len(differences)
+    means = [differences[draw.integers(num, size=num)].mean() for _ in range(num_resamples)]
+    return tuple(np.percentile(means, BOUNDS))
+
+
+def _compare_corpus(task: Task, pairs: Sequence[Pair], num_resamples: int, seed: int) -> list[Difference]:
+    if task.corpus_metrics is None or not pairs:
+        return []
+    weigh = task.weighted_metrics or partial(_repeat, task.corpus_metrics)
+    figures_of = [weigh([pair[side] for pair in pairs]) for side in (0, 1)]
+    units = [pair[0].example.id if task.unit is None else task.unit(pair[0].example) for pair in pairs]
+    number_of = {unit: number for number, unit in enumerate(dict.fromkeys(units))}
+    unit_numbers = np.array([number_of[unit] for unit in units])
+    first, second = (figures(np.ones(len(pairs), dtype=int)) for figures in figures_of)
+    shared = [name for name in first if name in second]
+    if not shared:
+        return []
+    draw = np.random.default_rng(seed)
+    drawn = []
+    for _ in range(num_resamples):
+        times = np.bincount(draw.integers(len(number_of), size=len(number_of)), minlength=len(number_of))
+        figures = [each(times[unit_numbers]) for each in figures_of]
+        # A figure that few examples decide may not be in a draw without them.
+        drawn.append([figures[1].get(name, np.nan) - figures[0].get(name, np.nan) for name in shared])
+    intervals = np.nanpercentile(np.array(drawn), BOUNDS, axis=0).T
+    return [
+        _difference(task, name, first[name], second[name], interval, len(pairs))
+        for name, interval in zip(shared, intervals)
+    ]
+
+
+def _repeat(
+    corpus_metrics: Callable[[Sequence[Record]], dict[str, float]], records: Sequence[Record]
+) -> Callable[[np.ndarray], dict[str, float]]:
+    return lambda times: corpus_metrics([record for record, each in zip(records, times) for _ in range(each)])
+
+
+def _difference(
+    task: Task, metric: str, first: float, second: float, interval: tuple[float, float], num: int
+) -> Difference:
+    low, high = map(float, interval)
+    return Difference(task.name, metric, float(first), float(second), float(second - first), low, high, num)
+
+
+def flips(task: Task, pairs: Sequence[Pair]) -> list[dict[str, Any]]:
+    """The examples whose [`main_score`] differs, those that change most first."""
+    lines = []
+    for first, second in pairs:
+        before, after = main_score(task, first), main_score(task, second)
+        if before is not None and after is not None and before != after:
+            lines.append(
+                {
+                    "id": second.example.id,
+                    "change": after - before,
+                    "prompt": second.prompt,
+                    "reference": second.example.reference,
+                    "first": first.answer if first.error is None else f"[{first.error}]",
+                    "second": second.answer if second.error is None else f"[{second.error}]",
+                }
+            )
+    return sorted(lines, key=lambda line: -abs(line["change"]))
+
+
+def to_markdown(
+    first: Path, second: Path, differences: Sequence[Difference], flipped: dict[str, list[dict[str, Any]]]
+) -> str:
+    names = (first.name, second.name) if first.name != second.name else (str(first), str(second))
+    rows = "\n".join(
+        f"| {each.task} | {as_text(each.metric)} | {each.first:.4f} | {each.second:.4f} | {each.difference:+.4f} | "
+        f"{each.low:+.4f} to {each.high:+.4f} | {'yes' if each.is_clear else 'no'} | {each.num:,} |"
+        for each in differences
+    )
+    parts = [
+        f"# {second} beside {first}\n\nDifferences in pairs, with 95% of a bootstrap over examples.\n",
+        f"| task | metric | {as_text(names[0])} | {as_text(names[1])} | difference | 95% | clear | examples |\n"
+        f"|---|---|---|---|---|---|---|---|\n{rows}\n",
+    ]
+    for task, lines in flipped.items():
+        gained = sum(line["change"] > 0 for line in lines)
+        parts.append(f"## {task}: {gained} examples better, {len(lines) - gained} worse\n")
+        for line in lines[:NUM_SHOWN]:
+            parts.append(
+                f"- `{line['id']}` ({line['change']:+.2f}) {as_text(line['prompt'][-NUM_LETTERS:])}\n"
+                f"  - reference: {as_text(line['reference'])}\n"
+                f"  - {as_text(names[0])}: {as_text(line['first'])}\n"
+                f"  - {as_text(names[1])}: {as_text(line['second'])}\n"
+            )
+    return "\n".join(parts)

@@ -1,0 +1,140 @@
+"""easy-VQA: questions about one coloured shape (https://github.com/vzhou842/easy-VQA), the demo's data.
+
+    sq-llava evaluate --model runs/demo/model --tasks easy_vqa --data runs/demo/data
+
+Reads `test.json` (or `<split>.json`) as `python -m demo.data` writes it: LLaVA's rows with a single question, and
+`kind`, the kind of question. Images stand in the package `easy_vqa`, or in `images` beside the file. An answer is
+right if it equals the reference, case and a trailing period aside.
+
+What an image holds follows from the answers to its questions, so it can be told whether a new question about it
+presumes what is not there.
+"""
+
+import re
+from importlib.util import find_spec
+from itertools import product
+from pathlib import Path
+
+from sq_llava.evaluation.metrics import exact_match
+from sq_llava.evaluation.reading import Data, check_fields, read_json
+from sq_llava.evaluation.task import Example, Score, Task
+
+
+SHAPES = ("circle", "rectangle", "triangle")
+COLOURS = ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow")
+KINDS = ("yes/no shape", "yes/no colour", "shape", "colour")
+
+
+def words_of(text: str) -> set[str]:
+    return set(re.findall(r"[a-z]+", text))
+
+
+def question_kind(question: str) -> str:
+    """Returns which of the four `KINDS` a question is: it asks yes/no about, or for, a shape or a colour.
+
+    Example:
+        >>> question_kind("is no teal shape present?"), question_kind("what is the blue shape?")
+        ('yes/no colour', 'shape')
+    """
+    words = words_of(question)
+    if "what" in words:
+        return "colour" if "color" in words else "shape"
+    if words & set(SHAPES):
+        return "yes/no shape"
+    if words & set(COLOURS):
+        return "yes/no colour"
+    raise ValueError(f"question is of no known kind: {question!r}")
+
+
+def answer_question(question: str, colour: str, shape: str) -> str | None:
+    """Answers a question about an image that holds one shape.
+
+    Returns:
+        The answer, or None where the question presumes a shape or colour that the image does not hold.
+
+    Example:
+        >>> answer_question("is no teal shape present?", "red", "circle")
+        'yes'
+    """
+    words = words_of(question)
+    is_held = words & {*SHAPES, *COLOURS} <= {colour, shape}
+    kind = question_kind(question)
+    if kind.startswith("yes/no"):
+        is_negated = bool(words & {"not", "no"})
+        return "yes" if is_held != is_negated else "no"
+    if not is_held:
+        return None
+    return colour if kind == "colour" else shape
+
+
+def presumes(question: str) -> bool:
+    """Whether a question takes a shape or a colour for granted, as "what is the red shape?" does."""
+    is_open = not question_kind(question).startswith("yes/no")
+    return is_open and bool(words_of(question) & {*SHAPES, *COLOURS})
+
+
+def derive_caption(questions: list[tuple[str, str]]) -> str | None:
+    """Works out an image's caption from the answers to its questions.
+
+    Args:
+        questions: (question, answer) pairs about one image.
+
+    Returns:
+        A caption such as "a red circle", or None where several shapes or colours fit all the answers.
+
+    Raises:
+        ValueError: The answers contradict each other.
+    """
+    fitting = [
+        (colour, shape)
+        for colour, shape in product(COLOURS, SHAPES)
+        if all(answer_question(question, colour, shape) == answer for question, answer in questions)
+    ]
+    if not fitting:
+        raise ValueError(f"no shape and colour fit all of these answers: {questions}")
+    return "a {} {}".format(*fitting[0]) if len(fitting) == 1 else None
+
+
+def read(data: Data) -> list[Example]:
+    file = data.file(f"{data.split or 'test'}.json")
+    root = _image_root(file)
+    examples = []
+    for number, row in enumerate(read_json(file)):
+        check_fields(row, ["id", "image", "kind", "conversations"], f"{file}, row {number}")
+        question, answer = (turn["value"] for turn in row["conversations"])
+        examples.append(
+            Example(
+                id=row["id"],
+                prompt=question.removeprefix("<image>\n"),
+                images=[data.image(root, row["image"])],
+                reference=answer,
+                details={"kind": row["kind"]},
+            )
+        )
+    return examples
+
+
+def _image_root(file: Path) -> Path:
+    if (file.parent / "images").is_dir():
+        return file.parent / "images"
+    package = find_spec("easy_vqa")
+    if package is None:
+        raise ValueError(f"{file.parent}: has no folder images. Put them there, or install the package easy-vqa.")
+    return Path(package.origin).parent / "data"
+
+
+def score(example: Example, answer: str) -> Score:
+    prediction = answer.strip().lower().rstrip(".")
+    return Score({"accuracy": exact_match(answer, example.reference)}, prediction=prediction)
+
+
+TASK = Task(
+    name="easy_vqa",
+    title="easy-VQA",
+    hub_id=None,
+    read=read,
+    score=score,
+    main_metric="accuracy",
+    breakdown="kind",
+    max_new_tokens=8,
+)

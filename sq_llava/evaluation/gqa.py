@@ -1,0 +1,96 @@
+"""GQA: compositional questions about real pictures, with one answer each (https://cs.stanford.edu/people/dorarad/gqa).
+
+    sq-llava evaluate --model M --tasks gqa --data DIR
+
+`llava/accuracy` is GQA's own: the answer, without its case and a trailing period, equals the reference.
+`lmms_eval/accuracy` leaves all punctuation out of both. The predictions are written in the form that GQA's `eval.py`
+reads, too: `testdev_balanced_predictions.json`.
+
+The Hub has questions (testdev_balanced_instructions: id, imageId, question, answer) and pictures
+(testdev_balanced_images: id, image) in two tables. LLaVA's folder: `llava_gqa_testdev_balanced.jsonl` (question_id,
+image, text), GQA's `data/testdev_balanced_questions.json` and `data/images`.
+"""
+
+import string
+from collections.abc import Sequence
+from pathlib import Path
+
+from sq_llava.evaluation.metrics import exact_match
+from sq_llava.evaluation.reading import Data, StoredImage, check_fields, read_json, read_jsonl
+from sq_llava.evaluation.short_answers import INSTRUCTION, write_upload
+from sq_llava.evaluation.task import Example, Record, Score, Task
+
+
+WITHOUT_PUNCTUATION = str.maketrans("", "", string.punctuation)
+
+
+def read(data: Data) -> list[Example]:
+    if not data.is_table:
+        return _read_folder(data)
+    table = data.table(["id", "imageId", "question", "answer"], "testdev", "testdev_balanced_instructions")
+    image_table = data.table(["id", "image"], "testdev", "testdev_balanced_images")
+    images = {}
+    for number, row in enumerate(data.rows(image_table)):
+        if row["id"] in images:
+            raise ValueError(f"{data}, testdev_balanced_images, row {number}: the id {row['id']!r} is there twice.")
+        images[row["id"]] = StoredImage(image_table, number, "image")
+    examples = []
+    for number, row in enumerate(data.rows(table)):
+        if row["imageId"] not in images:
+            raise ValueError(f"{data}, row {number}: testdev_balanced_images has no image {row['imageId']!r}.")
+        examples.append(
+            Example(
+                id=str(row["id"]),
+                prompt=row["question"] + INSTRUCTION,
+                images=[images[row["imageId"]]],
+                reference=row["answer"],
+            )
+        )
+    return examples
+
+
+def _read_folder(data: Data) -> list[Example]:
+    file = data.file("llava_gqa_testdev_balanced.jsonl")
+    answer_file = data.file("data/testdev_balanced_questions.json", "testdev_balanced_questions.json")
+    answers = read_json(answer_file)
+    examples = []
+    for row in read_jsonl(file, ["question_id", "image", "text"]):
+        id = str(row["question_id"])
+        if id not in answers:
+            raise ValueError(f"{answer_file}: has no question {id!r}, which {file} asks.")
+        examples.append(
+            Example(
+                id=id,
+                prompt=row["text"],  # LLaVA's file has the instruction in it
+                images=[data.image(answer_file.parent / "images", row["image"])],
+                reference=check_fields(answers[id], ["answer"], f"{answer_file}, {id}")["answer"],
+            )
+        )
+    return examples
+
+
+def prediction_of(answer: str) -> str:
+    """As LLaVA writes it for GQA's evaluation."""
+    return answer.strip().rstrip(".").lower()
+
+
+def score(example: Example, answer: str) -> Score:
+    bare, reference = (text.lower().translate(WITHOUT_PUNCTUATION) for text in (answer, example.reference))
+    values = {"llava/accuracy": exact_match(answer, example.reference), "lmms_eval/accuracy": float(bare == reference)}
+    return Score(values, is_parsed=prediction_of(answer) != "", prediction=prediction_of(answer))
+
+
+def write_submission(records: Sequence[Record], folder: Path) -> Path:
+    answers = {record.example.id: prediction_of(record.answer) for record in records}
+    return write_upload(folder / "testdev_balanced_predictions.json", answers, "questionId", "prediction")
+
+
+TASK = Task(
+    name="gqa",
+    title="GQA",
+    hub_id="lmms-lab-encoder/GQA",
+    read=read,
+    score=score,
+    main_metric="llava/accuracy",
+    write_submission=write_submission,
+)

@@ -1,0 +1,260 @@
+"""LLaVA-Bench: a judge compares a model's answers with those of a text-only GPT-4 that read what is in the image.
+
+    sq-llava evaluate --model M --tasks llava_bench,llava_bench_coco --data DIR --judge-model gpt-4o
+
+`llava_bench` (In-the-Wild) has 60 questions about 24 images with captions by people, `llava_bench_coco` 90 about 30
+images of COCO val2014 with captions and boxes; a third each asks for conversation, detail and complex reasoning
+(https://arxiv.org/abs/2304.08485, section 5). The judge reads these captions in place of the image, the question, the
+reference answer and then the model's, and scores both from 1 to 10. `relative_score` is 100 * mean(model) /
+mean(reference), over all and per category. `--judge-swap` judges the model's answer first as well: `swapped/`,
+`both_orders/` (the mean) and `position_bias` (swapped less unswapped). Standard errors of ratios are by bootstrap.
+
+Rubric and scale are those of LLaVA in our own words; figures of different judges are not comparable. LLaVA gives a
+review that cannot be read -1 in its means; here it has no part in them. An example without an answer is not sent and
+scored 1 beside 10. `reviews.jsonl` (and `reviews_swapped.jsonl`, whose first score is the model's) is in LLaVA's form.
+
+LLaVA's folder: questions.jsonl (question_id, image, text, category), context.jsonl (image, caption),
+answers_gpt4.jsonl (question_id, text) and images; of COCO qa90_questions.jsonl, caps_boxes_coco2014_val_80.jsonl
+(image, captions, instances), qa90_gpt4_answer.jsonl, and val2014 or images, whose names may begin in COCO_val2014_. A
+Hub table without question_id numbers its rows from 0.
+"""
+
+import json
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from sq_llava.evaluation.judge import Judge, Messages, Verdict
+from sq_llava.evaluation.metrics import relative_score
+from sq_llava.evaluation.reading import Data, StoredImage, read_jsonl, unique_by
+from sq_llava.evaluation.task import Example, Record, Score, Task
+
+
+CATEGORIES = ("conv", "detail", "complex")
+LOWEST, HIGHEST = 1.0, 10.0
+
+SYSTEM_MESSAGE = "You compare answers, and you are fair and exact."
+INSTRUCTION = """\
+A user looked at an image and asked the question above; two assistants answered it. You do not see the image: the \
+context says what is in it{boxes}. Consider how helpful, relevant, accurate and detailed each answer is, and give it \
+one score from 1 to 10; higher is better.
+The first line of your reply holds the two scores and nothing else: that of assistant 1, a space, that of assistant \
+2. Explain them from the second line on. Which answer comes first must not matter to you."""
+BOXES = "; a box is given as `label: [left, top, right, bottom]`, in shares of the image's width and height"
+
+
+def read(data: Data, read_folder: Callable[[Data], list[Example]]) -> list[Example]:
+    if not data.is_table:
+        return read_folder(data)
+    table = data.table(["question", "image", "caption", "gpt_answer", "category"], default_split="train")
+    return [
+        _example(
+            {
+                "question_id": row.get("question_id", number),
+                "text": row["question"],
+                "category": row["category"],
+                "reference": row["gpt_answer"],
+            },
+            StoredImage(table, number, "image"),
+            _lines(row["caption"]),
+            f"{data}, row {number}",
+        )
+        for number, row in enumerate(data.rows(table))
+    ]
+
+
+def read_wild_folder(data: Data) -> list[Example]:
+    rows = _join(
+        data.file("questions.jsonl"),
+        data.file("context.jsonl"),
+        data.file("answers_gpt4.jsonl"),
+        ["image", "caption"],
+    )
+    return [
+        _example(row, data.image(data.folder / "images", row["image"]), _lines(context["caption"]), place)
+        for row, context, place in rows
+    ]
+
+
+def read_coco_folder(data: Data) -> list[Example]:
+    rows = _join(
+        data.file("qa90_questions.jsonl"),
+        data.file("caps_boxes_coco2014_val_80.jsonl"),
+        data.file("qa90_gpt4_answer.jsonl"),
+        ["image", "captions", "instances"],
+    )
+    root = data.file("val2014", "images")
+    examples = []
+    for row, context, place in rows:
+        image = data.image(root, row["image"])
+        if not image.is_file():
+            image = data.image(root, f"COCO_val2014_{row['image']}")
+        boxes = [f"{each['category']}: {each['bbox']}" for each in context["instances"]]
+        text = "\n".join([_lines(context["captions"]), "", *boxes])
+        examples.append(_example({**row, "has_boxes": True}, image, text, place))
+    return examples
+
+
+def _join(questions: Path, contexts: Path, answers: Path, fields: Sequence[str]):
+    """Each question with its reference answer, the context of its image, and its place; matched by their ids."""
+    rows = read_jsonl(questions, ["question_id", "image", "text", "category"])
+    context_of = unique_by(read_jsonl(contexts, fields), "image", str(contexts))
+    answer_of = unique_by(read_jsonl(answers, ["question_id", "text"]), "question_id", str(answers))
+    for row in rows:
+        id = row["question_id"]
+        if id not in answer_of:
+            raise ValueError(f"{answers}: has no answer to the question_id {id!r} of {questions}.")
+        if row["image"] not in context_of:
+            raise ValueError(f"{contexts}: has no image {row['image']!r}, which {questions} asks about ({id!r}).")
+        answer = answer_of[id]
+        joined = {**row, "reference": answer["text"], "reference_id": answer.get("answer_id", id)}
+        yield joined, context_of[row["image"]], f"{questions}, question_id {id!r}"
+
+
+def _example(row: dict[str, Any], image: Path | StoredImage, context: str, place: str) -> Example:
+    if row["category"] not in CATEGORIES:
+        raise ValueError(f"{place}: the category is {row['category']!r}: expected one of {', '.join(CATEGORIES)}.")
+    return Example(
+        id=str(row["question_id"]),
+        prompt=row["text"],
+        images=[image],
+        reference=row["reference"],
+        details={
+            "category": row["category"],
+            "context": context,
+            "has_boxes": row.get("has_boxes", False),
+            "question_id": row["question_id"],
+            "reference_id": row.get("reference_id", row["question_id"]),
+        },
+    )
+
+
+def _lines(caption: str | Sequence[str]) -> str:
+    return caption if isinstance(caption, str) else "\n".join(caption)
+
+
+def question_for_judge(record: Record, swapped: bool = False) -> Messages:
+    example = record.example
+    answers = [record.answer, example.reference] if swapped else [example.reference, record.answer]
+    parts = [f"[Context]\n{example.details['context']}", f"[Question]\n{example.prompt}"]
+    for number, answer in enumerate(answers, start=1):
+        parts.append(f"[Assistant {number}]\n{answer}\n[End of Assistant {number}]")
+    parts.append("[Task]\n" + INSTRUCTION.format(boxes=BOXES if example.details["has_boxes"] else ""))
+    return [{"role": "system", "content": SYSTEM_MESSAGE}, {"role": "user", "content": "\n\n".join(parts)}]
+
+
+def parse_review(text: str) -> tuple[float, float]:
+    """
+    The two scores on the first line.
+
+        >>> parse_review("8 6.5\\nAssistant 1 is right."), parse_review("9, 7")
+        ((8.0, 6.5), (9.0, 7.0))
+
+    Raises:
+        ValueError: if the line holds anything else, or a score that is not from 1 to 10.
+    """
+    first = text.strip().split("\n")[0].strip()
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)[,\s]+(\d+(?:\.\d+)?)", first)
+    if found is None:
+        raise ValueError(f"the first line is {first[:80]!r}, not two scores")
+    scores = float(found[1]), float(found[2])
+    if not all(LOWEST <= score <= HIGHEST for score in scores):
+        raise ValueError(f"the scores {first!r} are not from 1 to 10")
+    return scores
+
+
+def judge(records: Sequence[Record], judge: Judge, folder: Path, category_prefix: str) -> list[Score]:
+    verdicts = {}
+    for swapped in (False, True) if judge.settings.swap else (False,):
+        order = "the model's answer first" if swapped else "the reference first"
+        questions = {
+            record.example.id: question_for_judge(record, swapped) for record in records if record.error is None
+        }
+        verdicts[swapped] = judge.complete_all(questions, parse_review, f"LLaVA-Bench: the judge reads, {order}")
+        path = folder / ("reviews_swapped.jsonl" if swapped else "reviews.jsonl")
+        _write_reviews(records, verdicts[swapped], path, category_prefix)
+    return [
+        score(record, {swapped: each.get(record.example.id) for swapped, each in verdicts.items()})
+        for record in records
+    ]
+
+
+def score(record: Record, verdicts: dict[bool, Verdict | None]) -> Score:
+    """Both scores in each order, of which `verdicts` has one: whether it is swapped -> what the judge said."""
+    values, texts = {}, []
+    for swapped, verdict in verdicts.items():
+        if verdict is not None and verdict.error is not None:
+            return Score({}, is_parsed=False, prediction=verdict.text, judge_error=verdict.error)
+        if record.error is not None:
+            reference, model = HIGHEST, LOWEST
+        else:
+            reference, model = reversed(verdict.value) if swapped else verdict.value
+            texts.append(verdict.text)
+        prefix = "swapped/" if swapped else ""
+        values |= {f"{prefix}model_score": model, f"{prefix}reference_score": reference}
+    return Score(values, is_parsed=record.error is None, prediction=texts)
+
+
+def corpus_metrics(records: Sequence[Record]) -> dict[str, float]:
+    figures = {}
+    for prefix in ("", "swapped/"):
+        if f"{prefix}model_score" in records[0].score.values:
+            figures[f"{prefix}relative_score"] = relative_score(
+                [record.score.values[f"{prefix}model_score"] for record in records],
+                [record.score.values[f"{prefix}reference_score"] for record in records],
+            )
+    if "swapped/relative_score" in figures:
+        unswapped, swapped = figures.values()
+        figures["both_orders/relative_score"] = (unswapped + swapped) / 2
+        figures["position_bias"] = swapped - unswapped
+    return figures
+
+
+def _write_reviews(records: Sequence[Record], verdicts: dict[str, Verdict], path: Path, category_prefix: str) -> None:
+    """The reviews that could be read, as LLaVA's summary takes them."""
+    lines = []
+    for number, record in enumerate(records, start=1):
+        details, verdict = record.example.details, verdicts.get(record.example.id)
+        if verdict is None or verdict.error is not None:
+            continue
+        ids = [details["reference_id"], details["question_id"]]
+        line = {
+            "id": number,
+            "question_id": details["question_id"],
+            "answer1_id": ids[0],
+            "answer2_id": ids[1],
+            "category": category_prefix + details["category"],
+            "content": verdict.text,
+            "tuple": verdict.value,
+        }
+        lines.append(json.dumps(line, ensure_ascii=False) + "\n")
+    path.write_text("".join(lines), encoding="utf-8")
+
+
+TASK = Task(
+    name="llava_bench",
+    title="LLaVA-Bench (In-the-Wild)",
+    hub_id="lmms-lab-encoder/llava-bench-in-the-wild",
+    folder="llava-bench-in-the-wild",
+    read=partial(read, read_folder=read_wild_folder),
+    score=None,
+    judge=partial(judge, category_prefix="llava_bench_"),
+    main_metric="relative_score",
+    corpus_metrics=corpus_metrics,
+    num_resamples=1000,
+    breakdown="category",
+    max_new_tokens=1024,
+    scale=1.0,
+)
+COCO_TASK = replace(
+    TASK,
+    name="llava_bench_coco",
+    title="LLaVA-Bench (COCO)",
+    hub_id="lmms-lab-encoder/llava-bench-coco",
+    folder="coco2014_val_qa_eval",
+    read=partial(read, read_folder=read_coco_folder),
+    judge=partial(judge, category_prefix=""),
+)

@@ -1,0 +1,219 @@
+"""MMBench: questions with two to four options about twenty abilities, in English and Chinese
+(https://arxiv.org/abs/2307.06281).
+
+    sq-llava evaluate --model M --tasks mmbench,mmbench_cn --data DIR
+
+`letter/accuracy` is over the questions as they are. The data has each question again with its options rotated, as rows
+with an index of a million and more; `circular/accuracy`, the paper's figure, counts a question as right if it is right
+in all its rotations, and is there if the rows are. An option is read out of an answer by MMBench's rules; where they
+find none, MMBench's server asks a language model, and here the answer is wrong and not parsed. `mmbench.xlsx` is what
+the server takes (https://mmbench.opencompass.org.cn/mmbench-submission), which alone has the answers of the test
+split.
+
+`mmbench_cn` asks for a letter in LLaVA's words, `mmbench_cn_lmms_eval` has the whole prompt of lmms-eval. LLaVA's
+folder is `mmbench` for both languages, with the tables `mmbench_dev_20230712.tsv` and `mmbench_dev_cn_20231003.tsv`
+(index, question, hint, A to D, answer, category, image in base64, ...); the Hub's configurations are `en` and `cn`.
+The options of a question end at the first empty one; "nan" is an empty one, as LLaVA and the Hub's table have it.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from openpyxl import Workbook, load_workbook
+from openpyxl.cell.cell import ILLEGAL_CHARACTERS_RE
+
+from sq_llava.evaluation import options
+from sq_llava.evaluation.options import lettered
+from sq_llava.evaluation.reading import Data, EncodedImage, StoredImage, TaskImage, read_tsv
+from sq_llava.evaluation.task import Example, Record, Score, Task
+
+
+FIELDS = ("index", "question", "hint", "A", "B", "C", "D", "image")
+LETTERS = "ABCD"
+FIRST_ROTATION = 1_000_000
+FILES = {
+    "en": ("mmbench_{split}_2*.tsv", "mmbench_{split}_en_*.tsv", "MMBench_{SPLIT}_EN*.tsv"),
+    "cn": ("mmbench_{split}_cn_*.tsv", "MMBench_{SPLIT}_CN*.tsv"),
+}
+UPLOAD_COLUMNS = ("index", "question", *LETTERS, "prediction", "answer", "split")
+# How a letter may be written, from the first to be looked for to the last.
+FORMS = ("{}", "{}.", "{},", "{}:", "{})", "{}).", "({})", "({}).", ":{}", ":{},", ":{}.", ":{})", ":{}).")
+# The longest base64 text that is the index of the row with the same image.
+MAX_REFERENCE = 64
+
+
+def prompt_of_llava(hint: str, question: str, choices: Sequence[str], instruction: str) -> str:
+    text = f"{hint}\n{question}" if hint else question
+    return f"{text}\n{lettered(choices)}{instruction}"
+
+
+def prompt_of_lmms_eval(hint: str, question: str, choices: Sequence[str]) -> str:
+    text = f"{hint} {question}" if hint else question
+    return f"{text} 有如下几个选项：\n{lettered(choices)}\n\n请直接使用所提供的选项字母作为答案回答。"
+
+
+def read(data: Data, language: str, prompt_of: Callable[[str, str, Sequence[str]], str]) -> list[Example]:
+    rows = _read_table(data, language) if data.is_table else _read_tsv(data, language)
+    num_rows: dict[int, int] = {}
+    for row, _ in rows:
+        number = int(row["index"]) % FIRST_ROTATION
+        num_rows[number] = num_rows.get(number, 0) + 1
+    return [_example(row, image, prompt_of, num_rows) for row, image in rows]
+
+
+def _read_table(data: Data, language: str) -> list[tuple[dict[str, Any], TaskImage]]:
+    table = data.table(FIELDS, default_split="dev", config=language)
+    return [(row, StoredImage(table, number, "image")) for number, row in enumerate(data.rows(table))]
+
+
+def _read_tsv(data: Data, language: str) -> list[tuple[dict[str, Any], TaskImage]]:
+    split = data.split or "dev"
+    file = data.file(*(name.format(split=split, SPLIT=split.upper()) for name in FILES[language]))
+    rows = read_tsv(file, FIELDS)
+    images = {row["index"]: row["image"] for row in rows}
+    found = []
+    for row in rows:
+        text = row.pop("image")
+        if len(text) <= MAX_REFERENCE and text in images:
+            text = images[text]
+        found.append((row, EncodedImage(text, f"{file.name}, index {row['index']}")))
+    return found
+
+
+def _example(row: dict[str, Any], image: TaskImage, prompt_of, num_rows: Mapping[int, int]) -> Example:
+    index = int(row["index"])
+    choices = {}
+    for letter in LETTERS:
+        if not _text(row, letter):
+            break
+        choices[letter] = _text(row, letter)
+    return Example(
+        id=str(index),
+        prompt=prompt_of(_text(row, "hint"), row["question"], list(choices.values())),
+        images=[image],
+        reference=_text(row, "answer") or None,
+        details={
+            "question": row["question"],
+            "choices": choices,
+            "category": _text(row, "category") or "uncategorized",
+            "split": _text(row, "split"),
+            "num_rows": num_rows[index % FIRST_ROTATION],
+        },
+    )
+
+
+def _text(row: dict[str, Any], field: str) -> str:
+    """A field that may be empty, or not there."""
+    text = row.get(field)
+    return "" if text is None or text == "nan" else text
+
+
+def option_of(answer: str, choices: Mapping[str, str]) -> str | None:
+    """
+    The one letter that is a word of the answer, in the first of `FORMS` in which there is exactly one; else the one
+    option whose text is in it. In more than three words, a bare "A" is an article.
+
+        >>> choices = {"A": "cat", "B": "dog"}
+        >>> [option_of(text, choices) for text in ("B", "(B).", "A dog, I think: B.", "a dog", "A or B", "E")]
+        ['B', 'B', 'B', 'B', None, 'E']
+    """
+    words = answer.split()
+    for form in FORMS:
+        letters = [letter for letter in options.LETTERS if form.format(letter) in words]
+        is_article = form == "{}" and letters == ["A"] and len(words) > 3
+        if len(letters) == 1 and not is_article:
+            return letters[0]
+    named = [letter for letter, text in choices.items() if text.lower() in answer.lower()]
+    return named[0] if len(named) == 1 else None
+
+
+def score(example: Example, answer: str) -> Score:
+    option = option_of(answer, example.details["choices"])
+    values = {}
+    if example.reference is not None and int(example.id) < FIRST_ROTATION:
+        values["letter/accuracy"] = float(option == example.reference)
+    return Score(values, is_parsed=option in example.details["choices"], prediction=option)
+
+
+def corpus_metrics(records: Sequence[Record]) -> dict[str, float]:
+    """Circular accuracy over the questions all of whose rows are here; one that is here twice counts twice."""
+    if records[0].example.reference is None:
+        return {}
+    groups: dict[int, list[Record]] = {}
+    for record in records:
+        groups.setdefault(int(record.example.id) % FIRST_ROTATION, []).append(record)
+    times = {index: len(group) / group[0].example.details["num_rows"] for index, group in groups.items()}
+    whole = [index for index in groups if times[index].is_integer()]
+    if not any(len(groups[index]) > times[index] for index in whole):
+        return {}
+    right = [
+        times[index]
+        for index in whole
+        if all(each.score.prediction == each.example.reference for each in groups[index])
+    ]
+    return {"circular/accuracy": sum(right) / sum(times[index] for index in whole)}
+
+
+def write_submission(records: Sequence[Record], folder: Path) -> Path:
+    """An Excel file, as LLaVA uploads it: a row for each question, `prediction` as the model said it."""
+    path = folder / "mmbench.xlsx"
+    workbook = Workbook()
+    sheet = workbook.active
+    sheet.append(UPLOAD_COLUMNS)
+    for number, record in enumerate(records, start=2):
+        for column, value in enumerate(_upload_row(record), start=1):
+            cell = sheet.cell(number, column, value)
+            if isinstance(value, str):
+                cell.data_type = "s"  # else "=3" becomes a formula
+    workbook.save(path)
+    check_upload(path, [int(record.example.id) for record in records])
+    return path
+
+
+def _upload_row(record: Record) -> list[Any]:
+    details = record.example.details
+    choices = [details["choices"].get(letter) for letter in LETTERS]
+    texts = [details["question"], *choices, record.answer, record.example.reference, details["split"]]
+    return [int(record.example.id), *(text and ILLEGAL_CHARACTERS_RE.sub("", text) for text in texts)]
+
+
+def check_upload(path: Path, indices: Sequence[int]) -> None:
+    """Raises a `ValueError` if the file has other columns than the server wants, or not one row for each index."""
+    workbook = load_workbook(path, read_only=True)
+    header, *rows = workbook.active.iter_rows(values_only=True)
+    workbook.close()
+    if header != UPLOAD_COLUMNS:
+        raise ValueError(f"{path}: has the columns {header}, not {UPLOAD_COLUMNS}.")
+    if Counter(row[0] for row in rows) != Counter(indices):
+        raise ValueError(f"{path}: has not one row for each of the {len(indices)} questions.")
+
+
+TASK = Task(
+    name="mmbench",
+    title="MMBench",
+    hub_id="lmms-lab-encoder/MMBench",
+    read=partial(read, language="en", prompt_of=partial(prompt_of_llava, instruction=options.INSTRUCTION)),
+    score=score,
+    corpus_metrics=corpus_metrics,
+    unit=lambda example: int(example.id) % FIRST_ROTATION,
+    main_metric="circular/accuracy",
+    breakdown="category",
+    write_submission=write_submission,
+)
+CN_TASK = replace(
+    TASK,
+    name="mmbench_cn",
+    title="MMBench-CN",
+    folder="mmbench",
+    read=partial(read, language="cn", prompt_of=partial(prompt_of_llava, instruction="\n请直接回答选项字母。")),
+)
+CN_LMMS_EVAL_TASK = replace(
+    CN_TASK,
+    name="mmbench_cn_lmms_eval",
+    title="MMBench-CN, prompt of lmms-eval",
+    read=partial(read, language="cn", prompt_of=prompt_of_lmms_eval),
+)

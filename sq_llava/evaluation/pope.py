@@ -1,0 +1,119 @@
+"""POPE: does the model see objects that are not there? (https://arxiv.org/abs/2305.10355)
+
+    sq-llava evaluate --model M --tasks pope --data DIR
+
+Yes/no questions about COCO val2014 pictures in three categories, by how the absent objects were chosen: random,
+popular, adversarial. `llava/` is the parser of POPE's authors, which LLaVA uses; the paper's figure is the mean of its
+three F1 scores. `lmms_eval/` is what lmms-eval gives: the answer must be "yes" or "no", and its yes-ratio is that of
+the labels.
+
+LLaVA's folder: `llava_pope_test.jsonl` (question_id, image, text, category), `coco/coco_pope_*.json` (JSON lines with
+label, in the order of the questions of their category), and the pictures in `val2014`.
+"""
+
+from collections.abc import Sequence
+
+from sq_llava.evaluation.metrics import binary_scores
+from sq_llava.evaluation.reading import Data, StoredImage, read_jsonl
+from sq_llava.evaluation.short_answers import INSTRUCTION
+from sq_llava.evaluation.task import Example, Record, Score, Task
+
+
+CATEGORIES = ("adversarial", "popular", "random")
+
+
+def read(data: Data) -> list[Example]:
+    if not data.is_table:
+        return _read_folder(data)
+    table = data.table(["question_id", "question", "answer", "image", "category"], default_split="test")
+    examples = []
+    for number, row in enumerate(data.rows(table)):
+        examples.append(
+            Example(
+                id=f"{row['category']}/{row['question_id']}",
+                prompt=row["question"] + INSTRUCTION,
+                images=[StoredImage(table, number, "image")],
+                reference=_checked_label(row["answer"], f"{data}, row {number}"),
+                details={"category": row["category"]},
+            )
+        )
+    return examples
+
+
+def _read_folder(data: Data) -> list[Example]:
+    file = data.file("llava_pope_test.jsonl")
+    questions = read_jsonl(file, ["question_id", "image", "text", "category"])
+    examples = []
+    for category in CATEGORIES:
+        asked = [row for row in questions if row["category"] == category]
+        label_file = data.file(f"coco/coco_pope_{category}.json", f"coco_pope_{category}.json")
+        labels = read_jsonl(label_file, ["label"])
+        if len(labels) != len(asked):
+            raise ValueError(f"{label_file}: has {len(labels)} labels for {len(asked)} questions of {file}.")
+        for row, label in zip(asked, labels):
+            examples.append(
+                Example(
+                    id=f"{category}/{row['question_id']}",
+                    prompt=row["text"],  # LLaVA's file has the suffix in it
+                    images=[data.image(data.folder / "val2014", row["image"])],
+                    reference=_checked_label(label["label"], f"{label_file}, {category}"),
+                    details={"category": category},
+                )
+            )
+    return examples
+
+
+def _checked_label(label: str, place: str) -> str:
+    if label not in ("yes", "no"):
+        raise ValueError(f"{place}: the label is {label!r}: expected 'yes' or 'no'.")
+    return label
+
+
+def says_yes(answer: str) -> bool:
+    """
+    The parser of POPE's authors: of the first sentence, "No", "no" or "not" as a word means no, all else yes.
+
+        >>> says_yes("Yes, there is."), says_yes("There is not, I think. Yes."), says_yes("nothing")
+        (True, False, True)
+    """
+    words = answer.split(".")[0].replace(",", "").split(" ")
+    return not {"No", "not", "no"} & set(words)
+
+
+def score(example: Example, answer: str) -> Score:
+    said = answer.strip().lower()
+    return Score(
+        values={"lmms_eval/accuracy": float(said == example.reference)},
+        is_parsed=said.rstrip(".") in ("yes", "no"),
+        prediction="yes" if says_yes(answer) else "no",
+    )
+
+
+def corpus_metrics(records: Sequence[Record]) -> dict[str, float]:
+    labels = [record.example.reference == "yes" for record in records]
+    # A question without an answer counts as answered wrongly.
+    predictions = [
+        record.score.prediction == "yes" if record.error is None else not label
+        for record, label in zip(records, labels)
+    ]
+    figures = binary_scores(predictions, labels)
+    metrics = {f"llava/{name}": value for name, value in figures.items()}
+    categories = sorted({record.example.details["category"] for record in records})
+    if len(categories) > 1:
+        parts = [[record for record in records if record.example.details["category"] == name] for name in categories]
+        f1 = [corpus_metrics(part)["llava/f1"] for part in parts]
+        metrics["llava/mean_f1"] = sum(f1) / len(f1)
+    metrics["lmms_eval/yes_ratio"] = sum(labels) / len(labels)
+    return metrics
+
+
+TASK = Task(
+    name="pope",
+    title="POPE",
+    hub_id="lmms-lab-encoder/POPE",
+    read=read,
+    score=score,
+    corpus_metrics=corpus_metrics,
+    main_metric="llava/mean_f1",
+    breakdown="category",
+)

@@ -1,0 +1,214 @@
+"""`sq-llava evaluate-questions`: reads the pictures, lets the model ask, measures, writes figures and a report.
+
+OUT/results.json      every figure, with what it takes to repeat it
+OUT/asked-*.jsonl     what was asked and answered, as it came; a run that was killed goes on from it
+OUT/report.md         the figures, with types.png, clip.png and pictures.png
+"""
+
+import json
+import shlex
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+from accelerate import PartialState
+from matplotlib.figure import Figure
+
+from sq_llava.evaluation.answering import load_any
+from sq_llava.evaluation.questions import (
+    AskSettings,
+    ClipScorer,
+    Picture,
+    ask_about,
+    clip_figures,
+    easy_vqa_figures,
+    figures_of,
+    read_pictures,
+)
+from sq_llava.evaluation.results import claim_folder, environment, hash_of_code, hash_of_model
+from sq_llava.images import open_image
+from sq_llava.inference import best_device
+
+
+NUM_SHOWN = 12
+IDENTITY = ("model", "model_hash", "images", "limit", "settings", "dtype")
+LABELS = {
+    "num_images": "images",
+    "num_failed": "images that failed",
+    "num_questions": "questions",
+    "distinct_questions": "share of questions that are distinct",
+    "distinct_1": "distinct words, of all",
+    "distinct_2": "distinct pairs of words, of all",
+    "self_bleu_of_an_image": "self-BLEU among the questions about an image (0 to 100)",
+    "mean_words": "words in a question",
+    "answer_changes_without_the_image": "share whose own answer changes on a blank image",
+}
+
+
+@dataclass(frozen=True)
+class QuestionEvaluation:
+    """What is asked for; `images`, `image_root` as of `read_pictures`, `clip` as of [`ClipScorer`]."""
+
+    model: str
+    images: str
+    out: Path
+    settings: AskSettings
+    image_root: str | None = None
+    limit: int | None = None
+    clip: str | None = None
+    truth: str | None = None
+    dtype: str = "auto"
+    device: str | None = None
+
+
+def evaluate_questions(evaluation: QuestionEvaluation) -> dict[str, Any]:
+    """
+    Measures the questions of a model, and writes `evaluation.out`.
+
+    Returns:
+        The figures.
+
+    Raises:
+        ValueError: before the model is loaded, if there are no images or the folder holds another run.
+    """
+    if evaluation.truth not in (None, "easy_vqa"):
+        raise ValueError(f"--truth {evaluation.truth}: the one data set whose truth is known here is easy_vqa.")
+    device = evaluation.device or best_device()
+    state = PartialState(cpu=device == "cpu")
+    everything = read_pictures(evaluation.images, evaluation.image_root)
+    pictures = everything
+    if evaluation.limit is not None and evaluation.limit < len(everything):
+        pictures = [everything[number * len(everything) // evaluation.limit] for number in range(evaluation.limit)]
+    about = describe(evaluation)
+    claim_folder(evaluation.out, about, IDENTITY)
+    device = str(state.device) if state.num_processes > 1 else device
+    scorer = ClipScorer(evaluation.clip, device) if evaluation.clip is not None else None
+    assistant = load_any(evaluation.model, evaluation.dtype, device)
+    asked = ask_about(assistant, pictures, evaluation.out, evaluation.settings)
+    if not state.is_main_process:
+        return {}
+    figures = figures_of(asked)
+    if evaluation.truth is not None:
+        known = {question for picture in everything for question, _ in picture.pairs}
+        figures["easy_vqa"] = easy_vqa_figures(asked, pictures, known)
+    cosines: dict[str, list[float]] = {}
+    if scorer is not None:
+        figures["clip"], cosines = clip_figures(scorer, asked, pictures)
+    (evaluation.out / "results.json").write_text(json.dumps({**about, "figures": figures}, indent=2) + "\n")
+    write_report(evaluation.out, about, figures, cosines, asked, pictures)
+    return figures
+
+
+def describe(evaluation: QuestionEvaluation) -> dict[str, Any]:
+    """What it takes to repeat the run."""
+    return {
+        "model": evaluation.model,
+        "model_hash": hash_of_model(evaluation.model) if Path(evaluation.model).is_dir() else None,
+        "code_hash": hash_of_code(),
+        "images": evaluation.images,
+        "limit": evaluation.limit,
+        "settings": asdict(evaluation.settings),
+        "clip": evaluation.clip,
+        "dtype": evaluation.dtype,
+        "command": shlex.join(["sq-llava", *sys.argv[1:]]),
+        "date": datetime.now(UTC).date().isoformat(),
+        **environment(),
+    }
+
+
+def write_report(
+    out: Path,
+    about: dict[str, Any],
+    figures: dict[str, Any],
+    cosines: dict[str, list[float]],
+    asked: Sequence[dict[str, Any]],
+    pictures: Sequence[Picture],
+) -> None:
+    """Writes `report.md` and its pictures."""
+    lines = [f"# Questions of {about['model']}", "", f"    {about['command']}", ""]
+    lines += [f"Date {about['date']}, model {about['model_hash']}, code {about['code_hash']}.", ""]
+    lines += ["| what | measured |", "|---|--:|"]
+    lines += [f"| {label} | {_shown(figures[name])} |" for name, label in LABELS.items()]
+    if "easy_vqa" in figures:
+        lines += _truth_lines(figures["easy_vqa"])
+    _save(_draw_types(figures["types"]), out / "types.png")
+    lines += ["", "![Types of questions](types.png)", ""]
+    if "clip" in figures:
+        lines += _clip_lines(figures["clip"], about["clip"])
+        _save(_draw_cosines(cosines), out / "clip.png")
+    _save(_draw_pictures(asked, pictures), out / "pictures.png")
+    lines += ["![Pictures with what the model asks, and answers itself](pictures.png)"]
+    (out / "report.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def _shown(value: float | None) -> str:
+    if value is None:
+        return "-"
+    return str(value) if isinstance(value, int) else f"{value:.3f}"
+
+
+def _truth_lines(truth: dict[str, Any]) -> list[str]:
+    figures = {
+        f"share whose premise is true, of {truth['num_premises']}": truth["premise_is_true"],
+        f"the same, of the {truth['num_presuming']} that presume something": truth["presumed_is_true"],
+        f"own answers that are right, of {truth['num_own_answers']}": truth["own_answer_is_right"],
+    }
+    return [f"| {label} | {_shown(value)} |" for label, value in figures.items()]
+
+
+def _clip_lines(clip: dict[str, float], path: str) -> list[str]:
+    names = [name for name in clip if name != "texts_cut" and not name.endswith("_with_another_image")]
+    rows = [
+        f"| {name.replace('_', ' ')} | {clip[name]:.3f} | {clip[f'{name}_with_another_image']:.3f} |" for name in names
+    ]
+    head = ["| cosine of text and image | with its image | with another one |", "|---|--:|--:|"]
+    cut = f"By the CLIP in {path}, which cut {clip['texts_cut']:.1%} of the texts at its longest length."
+    return [*head, *rows, "", cut, "", "![Cosines of texts and their images](clip.png)", ""]
+
+
+def _draw_types(types: dict[str, float]) -> Figure:
+    figure, axis = plt.subplots(figsize=(7, 0.6 + 0.32 * len(types)))
+    axis.barh(list(types), list(types.values()), color="#4477aa")
+    axis.invert_yaxis()
+    axis.set(xlabel="share of the questions", xlim=(0, 1))
+    return figure
+
+
+def _draw_cosines(cosines: dict[str, list[float]]) -> Figure:
+    figure, axis = plt.subplots(figsize=(7, 3.5))
+    for name, values in cosines.items():
+        axis.hist(values, bins=40, density=True, histtype="step", label=name.replace("_", " "))
+    axis.set(xlabel="cosine of text and image", ylabel="density")
+    axis.legend()
+    return figure
+
+
+def _draw_pictures(asked: Sequence[dict[str, Any]], pictures: Sequence[Picture]) -> Figure:
+    whole = [(line, picture) for line, picture in zip(asked, pictures, strict=True) if line["error"] is None]
+    num_shown = min(NUM_SHOWN, len(whole))
+    shown = [whole[number * len(whole) // num_shown] for number in range(num_shown)]
+    num_rows = -(-len(shown) // 3)
+    figure, axes = plt.subplots(num_rows, 6, figsize=(16, 3.0 * num_rows), squeeze=False)
+    for axis in axes.flat:
+        axis.set_axis_off()
+    for number, (line, picture) in enumerate(shown):
+        image, text = axes[number // 3, 2 * (number % 3) : 2 * (number % 3) + 2]
+        image.imshow(open_image(picture.image))
+        pairs = zip(line["questions"], line["answers"])
+        turns = [f"{_one_line(question)}\n   {_one_line(answer)}" for question, answer in pairs]
+        text.text(0, 1, "\n".join(turns), va="top", fontsize=8, wrap=True, transform=text.transAxes, parse_math=False)
+    return figure
+
+
+def _one_line(text: str) -> str:
+    return " ".join("".join(letter if letter.isprintable() else " " for letter in text).split())
+
+
+def _save(figure: Figure, path: Path) -> None:
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)

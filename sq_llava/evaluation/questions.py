@@ -1,0 +1,286 @@
+"""What a model asks about pictures, measured: the paper's claim for self-questioning.
+
+    sq-llava evaluate-questions --model runs/demo/model --images runs/demo/data/test.json --truth easy_vqa -n 4
+
+For each picture the model answers once (a description, or `after`), asks n questions, and answers them, with the
+picture and with a blank one in its place. A question that is answered the same without the picture was not about it.
+With a CLIP, its cosine of picture and text is given for questions and for answers (Figure 2 of the paper), beside that
+with another picture, which is what a text unrelated to the picture gets.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from PIL import Image
+from rich.console import Console
+from rich.progress import Progress
+from transformers import AutoConfig, CLIPModel, CLIPProcessor
+
+from sq_llava.data import load_rows
+from sq_llava.evaluation.easy_vqa import answer_question, derive_caption, presumes
+from sq_llava.evaluation.progress import open_lines, read_lines, write_line
+from sq_llava.evaluation.question_metrics import distinct_n, self_bleu, type_shares, words_of
+from sq_llava.images import IMAGE_SUFFIXES, open_image
+from sq_llava.inference import Assistant
+from sq_llava.sources import DataSource
+
+
+@dataclass(frozen=True)
+class Picture:
+    """
+    A picture, and what a data set asks and answers about it.
+
+    Args:
+        id (`str`): Its path, or its row.
+        image: As `sq_llava.images.open_image` takes it.
+        pairs (`Sequence[tuple[str, str]]`): Questions and answers of the data set.
+    """
+
+    id: str
+    image: Any
+    pairs: Sequence[tuple[str, str]] = ()
+
+
+@dataclass(frozen=True)
+class AskSettings:
+    """How the model asks; the defaults are the release's."""
+
+    num_questions: int = 4
+    after: str | None = None
+    temperature: float = 1.2
+    top_k: int = 300
+    top_p: float = 0.95
+    max_new_tokens: int = 64
+    seed: int = 0
+
+
+def read_pictures(place: str, image_root: str | None = None) -> list[Picture]:
+    """
+    The images of a folder, or those of a data set in any layout that training reads.
+
+    Raises:
+        ValueError: if there are none.
+    """
+    folder = Path(place)
+    files = sorted(file for file in folder.glob("*") if file.suffix.lower() in IMAGE_SUFFIXES)
+    if files:
+        return [Picture(str(file), file) for file in files]
+    if folder.is_dir() and not any(folder.glob("*.parquet")) and not any(folder.glob("dataset_*.json")):
+        raise ValueError(
+            f"--images {place}: holds neither images ({', '.join(sorted(IMAGE_SUFFIXES))}) nor a data set."
+        )
+    return _pictures_of_rows(place, image_root)
+
+
+def _pictures_of_rows(place: str, image_root: str | None) -> list[Picture]:
+    images: dict[str, Any] = {}
+    pairs: dict[str, list[tuple[str, str]]] = {}
+    for row in load_rows([DataSource(place, image_root)]):
+        if not row["images"]:
+            continue
+        image = row["images"][0]
+        # Rows about the same file are about one picture; an image inside a table is a picture of its own.
+        path = image["path"] if isinstance(image, dict) else image
+        name = f"row {row['row_id']}" if isinstance(image, dict) and image.get("bytes") else str(path)
+        images.setdefault(name, image)
+        texts = ["".join(part.get("text") or "" for part in turn["content"]).strip() for turn in row["messages"]]
+        roles = [turn["role"] for turn in row["messages"]]
+        for index, role in enumerate(roles[1:], start=1):
+            if role == "assistant" and roles[index - 1] != "system":
+                pairs.setdefault(name, []).append((texts[index - 1], texts[index]))
+    if not images:
+        raise ValueError(f"--images {place}: none of its rows has an image.")
+    return [Picture(name, image, tuple(pairs.get(name, ()))) for name, image in images.items()]
+
+
+def ask_about(
+    assistant: Assistant, pictures: Sequence[Picture], folder: Path, settings: AskSettings
+) -> list[dict[str, Any]]:
+    """
+    Asks about every picture, over processes, going on from what `folder` holds.
+
+    Returns:
+        For each picture, in order: `id`, `first` (what was said first), `questions`, `answers`, `blank_answers`,
+        `error`.
+    """
+    state = PartialState()
+    done = read_lines(folder, "asked", [picture.id for picture in pictures])
+    rest = [(number, picture) for number, picture in enumerate(pictures) if picture.id not in done]
+    rest = rest[state.process_index :: state.num_processes]
+    fresh = []
+    with (
+        open_lines(folder, "asked") as file,
+        Progress(console=Console(stderr=True), transient=True, disable=not state.is_main_process) as progress,
+    ):
+        for number, picture in progress.track(rest, description="Asking"):
+            # The seed belongs to the picture: the same questions on one process and on many.
+            line = {"id": picture.id, **_ask(assistant, picture, settings, settings.seed + number)}
+            fresh.append(line)
+            write_line(file, line)
+            file.flush()
+    done |= {line["id"]: line for line in gather_object(fresh)}
+    return [done[picture.id] for picture in pictures]
+
+
+def _ask(assistant: Assistant, picture: Picture, settings: AskSettings, seed: int) -> dict[str, Any]:
+    empty = {"first": "", "questions": [], "answers": [], "blank_answers": []}
+    try:
+        image = open_image(picture.image)
+        request = settings.after or "Can you describe the image in detail?"
+        first = assistant.answer(image, request, settings.max_new_tokens)
+        history = [{"role": "user", "content": request}, {"role": "assistant", "content": first}]
+        questions = assistant.ask(
+            image,
+            history,
+            settings.num_questions,
+            settings.temperature,
+            settings.top_k,
+            settings.top_p,
+            settings.max_new_tokens,
+            seed,
+        )
+        blank = blank_like(assistant, image)
+        answers = assistant.answer_batch([(image, question) for question in questions], settings.max_new_tokens)
+        without = assistant.answer_batch([(blank, question) for question in questions], settings.max_new_tokens)
+    except (ValueError, RuntimeError) as error:
+        return {**empty, "error": f"{type(error).__name__}: {error}"}
+    return {"first": first, "questions": questions, "answers": answers, "blank_answers": without, "error": None}
+
+
+def blank_like(assistant: Assistant, image: Image.Image) -> Image.Image:
+    """A picture of the same size in the mean colour of the vision tower's training: all pixels near zero to it."""
+    mean_colour = tuple(int(255 * mean) for mean in assistant.processor.image_processor.image_mean)
+    return Image.new("RGB", image.size, mean_colour)
+
+
+def figures_of(asked: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The figures that need neither a CLIP nor the truth. Pictures that failed are counted, and in no mean."""
+    whole = [line for line in asked if line["error"] is None]
+    questions = [question for line in whole for question in line["questions"]]
+    if not questions:
+        raise ValueError("The model asked nothing: see the errors in asked-*.jsonl.")
+    changed = [
+        answer != blank for line in whole for answer, blank in zip(line["answers"], line["blank_answers"], strict=True)
+    ]
+    bleus = [bleu for line in whole if (bleu := self_bleu(line["questions"])) is not None]
+    return {
+        "num_images": len(asked),
+        "num_failed": len(asked) - len(whole),
+        "num_questions": len(questions),
+        "distinct_questions": len(set(questions)) / len(questions),
+        "distinct_1": distinct_n(questions, 1),
+        "distinct_2": distinct_n(questions, 2),
+        "self_bleu_of_an_image": sum(bleus) / len(bleus) if bleus else None,
+        "mean_words": sum(len(words_of(question)) for question in questions) / len(questions),
+        "types": type_shares(questions),
+        "answer_changes_without_the_image": sum(changed) / len(changed),
+    }
+
+
+def easy_vqa_figures(asked: Sequence[dict[str, Any]], pictures: Sequence[Picture], known: set[str]) -> dict[str, Any]:
+    """
+    Where the truth is known: the share of questions whose premise is true, which are questions of easy-VQA's forms
+    that presume no shape or colour that the picture does not hold; the same among those that presume one at all, as
+    "what is the red shape?" does; and how many of the model's answers to its questions are right.
+
+    Args:
+        known (`set[str]`): All questions of the data set, whose forms are understood.
+
+    Raises:
+        ValueError: if none of the pictures has questions and answers that tell what it holds.
+    """
+    premises, presumed, right = [], [], []
+    for line, picture in zip(asked, pictures, strict=True):
+        caption = derive_caption(list(picture.pairs)) if picture.pairs else None
+        if line["error"] is not None or caption is None:
+            continue
+        _, colour, shape = caption.split()
+        for question, answer in zip(line["questions"], line["answers"], strict=True):
+            truth = answer_question(question, colour, shape) if question in known else None
+            premises.append(truth is not None)
+            if question in known and presumes(question):
+                presumed.append(truth is not None)
+            if truth is not None:
+                right.append(truth == answer)
+    if not premises:
+        raise ValueError("--truth easy_vqa: no picture comes with the questions and answers of easy-VQA.")
+    return {
+        "premise_is_true": sum(premises) / len(premises),
+        "num_premises": len(premises),
+        "presumed_is_true": sum(presumed) / len(presumed) if presumed else None,
+        "num_presuming": len(presumed),
+        "own_answer_is_right": sum(right) / len(right) if right else None,
+        "num_own_answers": len(right),
+    }
+
+
+class ClipScorer:
+    """
+    Cosines of pictures and texts by a CLIP of transformers, without a factor (CLIPScore's is 2.5). Texts longer than
+    its text tower reads are cut; the share of them is told.
+
+    Args:
+        path (`str`): Folder or Hub id of a whole CLIP, with its processor's files.
+    """
+
+    def __init__(self, path: str, device: str):
+        if AutoConfig.from_pretrained(path).model_type != "clip":
+            raise ValueError(f"--clip {path}: is no whole CLIP: give one with both towers.")
+        self.model = CLIPModel.from_pretrained(path).to(device).eval()
+        self.processor = CLIPProcessor.from_pretrained(path)
+        self.max_length = self.model.config.text_config.max_position_embeddings
+
+    @torch.inference_mode()
+    def cosines(self, images: Sequence[Image.Image], texts: Sequence[str]) -> torch.Tensor:
+        """Cosines `(len(texts), len(images))`."""
+        pixel_values = self.processor.image_processor(list(images), return_tensors="pt")["pixel_values"]
+        tokens = self.processor.tokenizer(
+            list(texts), padding=True, truncation=True, max_length=self.max_length, return_tensors="pt"
+        ).to(self.model.device)
+        picture = self.model.get_image_features(pixel_values.to(self.model.device)).pooler_output
+        text = self.model.get_text_features(tokens["input_ids"], tokens["attention_mask"]).pooler_output
+        return torch.nn.functional.normalize(text, dim=-1) @ torch.nn.functional.normalize(picture, dim=-1).T
+
+    def is_cut(self, text: str) -> bool:
+        return len(self.processor.tokenizer(text)["input_ids"]) > self.max_length
+
+
+def clip_figures(
+    scorer: ClipScorer, asked: Sequence[dict[str, Any]], pictures: Sequence[Picture]
+) -> tuple[dict[str, Any], dict[str, list[float]]]:
+    """
+    Mean cosines of texts with their picture, and with the next one's; and all the single cosines, for a histogram.
+
+    Returns:
+        Figures, and cosines, for `questions` and `answers` of the model, `data_questions` and `data_answers`.
+    """
+    whole = [(line, picture) for line, picture in zip(asked, pictures, strict=True) if line["error"] is None]
+    cosines: dict[str, list[float]] = {}
+    others: dict[str, list[float]] = {}
+    cut = []
+    for number, (line, picture) in enumerate(whole):
+        other = whole[(number + 1) % len(whole)][1]
+        texts = {
+            "questions": line["questions"],
+            "answers": line["answers"],
+            "data_questions": [question for question, _ in picture.pairs],
+            "data_answers": [answer for _, answer in picture.pairs],
+        }
+        flat = [(kind, text) for kind, each in texts.items() for text in each if text]
+        if not flat:
+            continue
+        found = scorer.cosines([open_image(picture.image), open_image(other.image)], [text for _, text in flat])
+        for (kind, text), (own, another) in zip(flat, found.tolist()):
+            cosines.setdefault(kind, []).append(own)
+            others.setdefault(kind, []).append(another)
+            cut.append(scorer.is_cut(text))
+    figures: dict[str, Any] = {"texts_cut": sum(cut) / len(cut)}
+    for kind, values in cosines.items():
+        figures[kind] = sum(values) / len(values)
+        figures[f"{kind}_with_another_image"] = sum(others[kind]) / len(others[kind])
+    return figures, cosines

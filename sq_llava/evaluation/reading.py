@@ -1,0 +1,273 @@
+"""The files of benchmarks: the Hub's Parquet layout, LLaVA's own evaluation folders, data sets of the Hub.
+
+    >>> data = Data.locate("playground/data/eval", "pope", "lmms-lab-encoder/POPE")
+    >>> rows = data.table(["question_id", "question", "answer", "image"])
+
+Everything that is missing is an error with its place and with what was found there. Image paths that files name must
+stay inside of their folder.
+"""
+
+import base64
+import binascii
+import csv
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import datasets
+
+
+@dataclass(frozen=True, eq=False)
+class StoredImage:
+    """An image inside a table, read when it is asked for."""
+
+    table: datasets.Dataset
+    row: int
+    column: str
+
+    def read(self) -> dict[str, Any]:
+        """Returns `{"bytes": ..., "path": ...}`, as `sq_llava.images.open_image` takes it."""
+        value = self.table.select_columns(self.column)[self.row : self.row + 1].to_pylist()[0][self.column]
+        if value is None:
+            raise ValueError(f"row {self.row}: {self.column} is empty.")
+        return value
+
+    def __str__(self) -> str:
+        return f"row {self.row}, column {self.column}"
+
+
+@dataclass(frozen=True)
+class EncodedImage:
+    """An image as base64 in the text of a file, decoded when it is asked for."""
+
+    text: str
+    place: str = field(compare=False)
+
+    def read(self) -> dict[str, Any]:
+        """Returns `{"bytes": ..., "path": ...}`, as `sq_llava.images.open_image` takes it."""
+        try:
+            return {"bytes": base64.b64decode(self.text, validate=True), "path": self.place}
+        except binascii.Error as error:
+            raise ValueError(f"{self.place}: is not base64 ({error}).") from error
+
+    def __str__(self) -> str:
+        return self.place
+
+
+TaskImage = Path | StoredImage | EncodedImage
+
+
+@dataclass(frozen=True)
+class Data:
+    """
+    Where a task's data lies: a folder, or the id of a data set on the Hub.
+
+    Args:
+        folder (`Path`, *optional*): With Parquet files, or with the files of LLaVA's evaluation.
+        hub_id (`str`, *optional*): Instead of it.
+        split (`str`, *optional*): The one to take, where there are several.
+    """
+
+    folder: Path | None = None
+    hub_id: str | None = None
+    split: str | None = None
+
+    @classmethod
+    def locate(
+        cls, place: str, task: str, hub_id: str | None, split: str | None = None, folder_name: str | None = None
+    ) -> "Data":
+        """
+        Finds the data of one task.
+
+        Args:
+            place (`str`): A folder with the task's data, or with a folder for each task (`pope`, `mm-vet`, ...);
+                the id of a data set on the Hub; or `"hub"` for the task's own.
+            folder_name (`str`, *optional*): Another name that the task's folder may have.
+
+        Raises:
+            ValueError: if there is no such folder.
+        """
+        if place == "hub":
+            if hub_id is None:
+                raise ValueError(f"{task}: has no data set on the Hub. Give --data a folder.")
+            return cls(hub_id=hub_id, split=split)
+        folder = Path(place)
+        if folder.is_dir():
+            wanted = {_plain(task), _plain(folder_name or task)}
+            below = [child for child in sorted(folder.iterdir()) if child.is_dir() and _plain(child.name) in wanted]
+            return cls(folder=below[0] if below else folder, split=split)
+        if place.count("/") == 1 and not folder.parent.is_dir() and place[0] not in "./~":
+            return cls(hub_id=place, split=split)
+        raise ValueError(f"--data {place}: no such folder, and not the id of a data set on the Hub (org/name).")
+
+    def __str__(self) -> str:
+        return str(self.folder or self.hub_id)
+
+    @property
+    def is_table(self) -> bool:
+        """Whether this is the Hub's layout rather than LLaVA's folders."""
+        if self.hub_id is not None or (self.folder / "dataset_info.json").is_file():
+            return True
+        return any(file for pattern in ("*.parquet", "*/*.parquet") for file in self.folder.glob(pattern))
+
+    def _parquet_files(self, config: str | None) -> list[Path]:
+        folder = self.folder
+        if config is not None and (folder / config).is_dir():
+            folder = folder / config
+        return sorted([*folder.glob("*.parquet"), *folder.glob("data/*.parquet")])
+
+    def table(
+        self, columns: Sequence[str], default_split: str | None = None, config: str | None = None
+    ) -> datasets.Dataset:
+        """
+        The rows of the Parquet files, or of the Hub's data set, images undecoded.
+
+        Args:
+            columns: What must be there; there may be more.
+            default_split (`str`, *optional*): The split to take, if there are several and none was asked for.
+            config (`str`, *optional*): The part of the Hub's data set; the folder of its files, if they have one.
+
+        Raises:
+            ValueError: if a column is missing, or the split that was asked for.
+        """
+        split = self.split or default_split
+        if self.hub_id is not None:
+            try:
+                table = datasets.load_dataset(self.hub_id, config, split=split)
+            except (FileNotFoundError, ConnectionError) as error:
+                raise ValueError(f"{self.hub_id}: not in the cache, and the Hub did not give it: {error}") from error
+            except ValueError as error:
+                raise ValueError(f"{self.hub_id}, split {split}: {error}") from error
+        elif (self.folder / "dataset_info.json").is_file():
+            table = datasets.load_from_disk(str(self.folder))
+        else:
+            files = self._parquet_files(config)
+            if not files:
+                raise ValueError(
+                    f"{self.folder}: holds no Parquet files of {config or 'the task'}: {self._listing()}."
+                )
+            # The Hub's files are named after their split: test-00000-of-00002.parquet.
+            names = sorted({file.name.split("-")[0].removesuffix(".parquet") for file in files})
+            if len(names) > 1 or self.split is not None:
+                if split not in names:
+                    raise ValueError(f"{self.folder}: has the splits {', '.join(names)}, not {split}: give --split.")
+                files = [file for file in files if file.name.split("-")[0].removesuffix(".parquet") == split]
+            table = datasets.load_dataset("parquet", data_files=[str(file) for file in files], split="train")
+        if isinstance(table, datasets.DatasetDict):
+            raise ValueError(f"{self}: has the splits {', '.join(table)}: give --split.")
+        missing = [name for name in columns if name not in table.column_names]
+        if missing:
+            raise ValueError(
+                f"{self}: has no column {', '.join(missing)}. Its columns are {', '.join(table.column_names)}."
+            )
+        return table.with_format("arrow")  # undecoded
+
+    def rows(self, table: datasets.Dataset, *, without: Sequence[str] = ("image",)) -> Iterator[dict[str, Any]]:
+        """The rows of a table without its images, which stay in their file."""
+        names = [name for name in table.column_names if name not in without]
+        for batch in table.select_columns(names).iter(1000):
+            yield from batch.to_pylist()
+
+    def file(self, *names: str) -> Path:
+        """
+        The first of these files (patterns such as `*.jsonl` too) that is in the folder.
+
+        Raises:
+            ValueError: if there is none.
+        """
+        found = self.find(*names)
+        if found is None:
+            raise ValueError(
+                f"{self.folder}: has neither Parquet files nor {' or '.join(names)}. It holds: {self._listing()}."
+            )
+        return found
+
+    def find(self, *names: str) -> Path | None:
+        """As [`Data.file`], for a file that need not be there."""
+        return next((path for name in names for path in sorted(self.folder.glob(name))), None)
+
+    def _listing(self) -> str:
+        there = sorted(child.name + "/" * child.is_dir() for child in self.folder.iterdir())
+        return ", ".join(there[:20]) + (f" and {len(there) - 20} more" if len(there) > 20 else "")
+
+    def image(self, root: Path, name: str) -> Path:
+        """
+        The path of an image that a file names.
+
+        Raises:
+            ValueError: if it leads out of the folder `root`.
+        """
+        path = (root / name).resolve()
+        if not path.is_relative_to(root.resolve()):
+            raise ValueError(f"image {name!r} lies outside of {root}: give a path inside of it.")
+        return path
+
+
+def _plain(name: str) -> str:
+    return name.lower().replace("-", "").replace("_", "")
+
+
+def read_jsonl(path: Path, fields: Sequence[str]) -> list[dict[str, Any]]:
+    """
+    Raises:
+        ValueError: with file, line and field, if a line is no JSON object or lacks a field.
+    """
+    rows = []
+    with path.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                raise ValueError(f"{path}, line {number}: not JSON ({error}).") from error
+            rows.append(check_fields(row, fields, f"{path}, line {number}"))
+    return rows
+
+
+def read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: not JSON ({error}).") from error
+
+
+def read_tsv(path: Path, fields: Sequence[str]) -> list[dict[str, str]]:
+    """
+    The rows of a table with tabs, all of them texts: no "None" or "NA" becomes another thing.
+
+    Raises:
+        ValueError: if a column is missing, or a row has more or fewer fields than there are columns.
+    """
+    csv.field_size_limit(2**31 - 1)  # images are in fields
+    with path.open(encoding="utf-8", newline="") as lines:
+        reader = csv.DictReader(lines, delimiter="\t")
+        check_fields(dict.fromkeys(reader.fieldnames or ()), fields, f"{path}, header")
+        rows = []
+        for number, row in enumerate(reader):
+            if None in row or None in row.values():
+                raise ValueError(f"{path}, row {number}: has not as many fields as there are columns.")
+            rows.append(row)
+    return rows
+
+
+def check_fields(row: Any, fields: Sequence[str], place: str) -> dict[str, Any]:
+    """Returns the row. Raises a `ValueError` with its place, if it is no object or lacks a field."""
+    if not isinstance(row, dict):
+        raise ValueError(f"{place}: is {type(row).__name__}, not an object with {', '.join(fields)}.")
+    missing = [name for name in fields if name not in row]
+    if missing:
+        raise ValueError(f"{place}: has no {', '.join(missing)}. It has: {', '.join(row)}.")
+    return row
+
+
+def unique_by(rows: Sequence[dict[str, Any]], key: str, place: str) -> dict[Any, dict[str, Any]]:
+    """Rows by their key. Raises a `ValueError` for one that is there twice: answers are matched by id."""
+    found: dict[Any, dict[str, Any]] = {}
+    for row in rows:
+        if row[key] in found:
+            raise ValueError(f"{place}: {key} {row[key]!r} is there twice.")
+        found[row[key]] = row
+    return found

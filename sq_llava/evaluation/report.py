@@ -1,0 +1,238 @@
+"""What a run says of itself: `report.md` with charts and examples, and entries for a model card on the Hub.
+
+    >>> write_report(Path("runs/evaluation/model"), TASKS)
+
+Everything is read from `results.json` and `examples.jsonl`; the pictures of the examples that are shown are saved
+while the run has them ([`save_pictures`]). The paper's figures stand beside a run's and are never measured here.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from huggingface_hub import EvalResultEntry, eval_result_entries_to_yaml
+from matplotlib.figure import Figure
+
+from sq_llava.evaluation.answering import open_task_image
+from sq_llava.evaluation.paper import figures_of
+from sq_llava.evaluation.reading import read_json
+from sq_llava.evaluation.results import read_records
+from sq_llava.evaluation.task import Example, Record, Task, main_score
+
+
+NUM_SHOWN = 3  # of the best, and of the worst
+PICTURE_SIDE = 240
+MAX_LENGTH = 400
+
+
+def write_report(out: Path, tasks: Mapping[str, Task]) -> Path:
+    """
+    Writes `report.md`, `figures.png`, `<task>/breakdown.png` and `.eval_results/<task>.yaml` into a run's folder.
+
+    Args:
+        tasks: Those that the run may have, by name.
+    """
+    run = read_json(out / "results.json")
+    names = list(run["data_hashes"])
+    records = {name: read_records(out / name / "examples.jsonl") for name in names}
+    parts = [_heading(run), _draw_figures(run, tasks, out), _beside_the_paper(run, tasks), _all_figures(run)]
+    parts += [_task_part(tasks[name], run, records[name], out) for name in names]
+    write_eval_results(run, tasks, out)
+    path = out / "report.md"
+    path.write_text("\n".join(part for part in parts if part), encoding="utf-8")
+    return path
+
+
+def choose(task: Task, records: Sequence[Record]) -> dict[str, list[int]]:
+    """The numbers of the examples to show: the first of those that score highest, and of those that score lowest."""
+    scores = [(main_score(task, record), number) for number, record in enumerate(records)]
+    scores = [(value, number) for value, number in scores if value is not None]
+    if not scores:
+        return {"Examples": list(range(min(2 * NUM_SHOWN, len(records))))}
+    highest, lowest = max(scores)[0], min(scores)[0]
+    if highest == lowest:
+        return {f"All score {highest:g}": [number for _, number in scores[: 2 * NUM_SHOWN]]}
+    best = [number for value, number in scores if value == highest][:NUM_SHOWN]
+    worst = [number for value, number in scores if value == lowest][:NUM_SHOWN]
+    return {f"Right, or best (score {highest:g})": best, f"Wrong, or worst (score {lowest:g})": worst}
+
+
+def save_pictures(task: Task, examples: Sequence[Example], folder: Path) -> None:
+    """
+    Saves a small copy of the first picture of each example that the report shows: `pictures/<line>.jpg`.
+
+    Args:
+        examples: Those of `examples.jsonl` in the task's folder, in its order.
+    """
+    records = read_records(folder / "examples.jsonl")
+    (folder / "pictures").mkdir(exist_ok=True)
+    for number in (number for numbers in choose(task, records).values() for number in numbers):
+        if examples[number].images and records[number].error is None:
+            picture = open_task_image(examples[number].images[0])
+            picture.thumbnail((PICTURE_SIDE, PICTURE_SIDE))
+            picture.save(folder / "pictures" / f"{number}.jpg")
+
+
+def _heading(run: dict[str, Any]) -> str:
+    packages = ", ".join(f"{name} {version}" for name, version in run["packages"].items())
+    data = "; ".join(f"{name} {digest[:12]}" for name, digest in run["data_hashes"].items())
+    rows = {
+        "model": f"{run['model']} (SHA-256: {run['model_hash'] or 'not a folder'})",
+        "command": f"`{run['command']}`",
+        "date": run["date"],
+        "examples": "all" if run["limit"] is None else f"**only {run['limit']} of each task**",
+        "split": run["split"] or "each task's own",
+        "system message": "the model's own" if run["system_message"] is None else as_text(run["system_message"]),
+        "dtype, batch size, seed": f"{run['dtype']}, {run['batch_size']}, {run['seed']}",
+        "versions": f"Python {run['python']}, {packages}; code {run['code_hash'][:12]}",
+        "data": data,
+    }
+    table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
+    return f"# Evaluation of {run['model']}\n\n| | |\n|---|---|\n{table}\n"
+
+
+def _main_figure(run: dict[str, Any], task: Task) -> dict[str, Any] | None:
+    return next((e for e in run["results"] if (e["task"], e["metric"]) == (task.name, task.main_metric)), None)
+
+
+def _beside_the_paper(run: dict[str, Any], tasks: Mapping[str, Task]) -> str:
+    names = [name for name in run["data_hashes"] if figures_of(name)]
+    if not names:
+        return ""
+    measured = [_main_figure(run, tasks[name]) for name in names]
+    own = ["-" if each is None else f"{each['value'] * tasks[each['task']].scale:.1f}" for each in measured]
+    nums = ["" if each is None else f"{each['num']:,}" for each in measured]
+    rows = [f"| **this run** | {' | '.join(own)} |", f"| its examples | {' | '.join(nums)} |"]
+    for model in figures_of(names[0]):
+        rows.append(f"| {model} (the paper's) | {' | '.join(str(figures_of(name)[model]) for name in names)} |")
+    head = f"| | {' | '.join(tasks[name].title for name in names)} |\n|---|{'---|' * len(names)}\n"
+    body = "\n".join(rows)
+    return f"## Beside the paper\n\nRows marked so are the paper's figures, **not measured here**.\n\n{head}{body}\n"
+
+
+def _all_figures(run: dict[str, Any]) -> str:
+    rows = [
+        f"| {each['task']} | {as_text(each['metric'])} | {each['value']:.4f} | {_error(each['standard_error'])} | "
+        f"{each['num']:,} | {each['parsed_share']:.1%} | {each['num_failed']} | {each['num_unjudged']} |"
+        for each in run["results"]
+    ]
+    head = "| task | metric | value | standard error | examples | parsed | failed | without a grade |"
+    return f"## All figures\n\n{head}\n|---|---|---|---|---|---|---|---|\n" + "\n".join(rows) + "\n"
+
+
+def _error(value: float | None) -> str:
+    return "" if value is None else f"{value:.4f}"
+
+
+def _task_part(task: Task, run: dict[str, Any], records: Sequence[Record], out: Path) -> str:
+    parts = [f"## {task.title}\n", task.note or ""]
+    if task.name in run["missing"]:
+        parts.append(f"**No figure**: {run['missing'][task.name]}\n")
+    judge = next((each["judge"] for each in run["results"] if each["task"] == task.name and each["judge"]), None)
+    if judge is not None:
+        parts.append(f"Judged by {', '.join(judge['answered_by'])} on {', '.join(judge['dates'])}.\n")
+    parts.append(_draw_breakdown(task, run, records, out))
+    parts.append(f"A whole prompt:\n\n{_fenced(records[0].prompt)}\n")
+    for heading, numbers in choose(task, records).items():
+        parts.append(f"### {heading}\n")
+        parts += [_example(records[number], out, f"{task.name}/pictures/{number}.jpg") for number in numbers]
+    return "\n".join(part for part in parts if part)
+
+
+def _example(record: Record, out: Path, picture: str) -> str:
+    parts = [f"![]({picture})\n" if (out / picture).is_file() else ""]
+    parts.append(f"- `{record.example.id}`: {as_text(record.prompt[-MAX_LENGTH:])}")
+    parts.append(f"- answer: **{as_text(record.answer)}**" if record.error is None else f"- {as_text(record.error)}")
+    if record.score is not None and record.score.prediction is not None:
+        parts.append(f"- read as: {as_text(record.score.prediction)}")
+    parts.append(f"- reference: {as_text(record.example.reference)}\n")
+    return "\n".join(part for part in parts if part)
+
+
+def as_text(value: Any) -> str:
+    """A value on one line of Markdown, as it is: what a model said must not become a heading or a link."""
+    text = " ".join((value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)).split())
+    text = text if len(text) <= MAX_LENGTH else text[:MAX_LENGTH] + " ..."
+    return "".join("\\" + letter if letter in "\\`*_[]<>|#" else letter for letter in text)
+
+
+def _fenced(text: str) -> str:
+    return "\n".join("    " + line for line in text.splitlines())
+
+
+def _draw_figures(run: dict[str, Any], tasks: Mapping[str, Task], out: Path) -> str:
+    """The main figure of each task, beside the paper's."""
+    found = [(tasks[name], _main_figure(run, tasks[name])) for name in run["data_hashes"]]
+    found = [(task, entry) for task, entry in found if entry is not None]
+    if not found:
+        return ""
+    heights = [1 + len(figures_of(task.name)) for task, _ in found]
+    figure = Figure(figsize=(8, sum(0.26 * height + 0.75 for height in heights)), layout="constrained")
+    axes = figure.subplots(len(found), 1, squeeze=False, height_ratios=[height + 1 for height in heights])[:, 0]
+    for axis, (task, entry) in zip(axes, found):
+        paper = figures_of(task.name)
+        bars = {f"this run ({entry['num']:,} examples)": entry["value"] * task.scale}
+        bars |= {f"{model} (the paper's)": value for model, value in paper.items()}
+        error = 1.96 * (entry["standard_error"] or 0) * task.scale
+        colours = ["#cc6677", *["#bbbbbb"] * len(paper)]
+        drawn = axis.barh(list(bars), list(bars.values()), xerr=[error, *[0] * len(paper)], color=colours)
+        axis.bar_label(drawn, fmt="{:.1f}", padding=3, fontsize=8)
+        axis.set_title(f"{task.title}: {task.main_metric}", fontsize=9, loc="left")
+        axis.tick_params(labelsize=8)
+        axis.invert_yaxis()
+        axis.margins(x=0.12)
+    figure.savefig(out / "figures.png", dpi=110)
+    return "![The main figure of each task, with its 95% interval](figures.png)\n"
+
+
+def _draw_breakdown(task: Task, run: dict[str, Any], records: Sequence[Record], out: Path) -> str:
+    """The main figure of each part, or the first that all parts have."""
+    parts = sorted({record.example.details.get(task.breakdown) for record in records} - {None})
+    entries = {each["metric"]: each for each in run["results"] if each["task"] == task.name}
+    overall = [name for name in entries if all(f"{part}/{name}" in entries for part in parts)]
+    if len(parts) < 2 or not overall:
+        return ""
+    name = task.main_metric if task.main_metric in overall else overall[0]
+    chosen = [entries[f"{part}/{name}"] for part in parts]
+    figure = Figure(figsize=(8, 0.7 + 0.3 * len(parts)), layout="constrained")
+    axis = figure.subplots()
+    drawn = axis.barh(
+        [f"{part} ({each['num']:,})" for part, each in zip(parts, chosen)],
+        [each["value"] for each in chosen],
+        xerr=[1.96 * (each["standard_error"] or 0) for each in chosen],
+        color="#4477aa",
+    )
+    axis.bar_label(drawn, fmt="{:.3f}", padding=3, fontsize=8)
+    axis.set_title(f"{task.title}: {name} by {task.breakdown}", fontsize=9, loc="left")
+    axis.tick_params(labelsize=8)
+    axis.invert_yaxis()
+    axis.margins(x=0.12)
+    figure.savefig(out / task.name / "breakdown.png", dpi=110)
+    return f"![{name} by {task.breakdown}]({task.name}/breakdown.png)\n"
+
+
+def write_eval_results(run: dict[str, Any], tasks: Mapping[str, Task], out: Path) -> list[Path]:
+    """
+    Writes an entry of the Hub's `.eval_results` format for each main figure of a benchmark of the Hub, to be copied
+    into a model's repository. None of a part of the examples, nor of answers that lack a grade.
+    """
+    paths = []
+    for name in run["data_hashes"]:
+        entry = _main_figure(run, tasks[name])
+        if entry is None or tasks[name].hub_id is None or run["limit"] is not None or entry["num_unjudged"]:
+            continue
+        notes = f"{entry['metric']}, {entry['num']} examples, {entry['num_failed']} failed, sq-llava evaluate"
+        result = EvalResultEntry(
+            dataset_id=tasks[name].hub_id,
+            task_id=name,
+            value=round(entry["value"] * tasks[name].scale, 4),
+            date=run["date"],
+            notes=notes if run["split"] is None else f"{notes}, split {run['split']}",
+        )
+        path = out / ".eval_results" / f"{name}.yaml"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(yaml.safe_dump(eval_result_entries_to_yaml([result]), sort_keys=False), encoding="utf-8")
+        paths.append(path)
+    return paths

@@ -1,0 +1,191 @@
+"""What an evaluation leaves behind: `results.json`, the examples, a report with pictures, entries for the card.
+
+OUT/results.json                 every figure, with what it takes to repeat it
+OUT/<task>/examples.jsonl        prompt, answer, reference and score of each example
+OUT/<task>/answers-*.jsonl       answers as they came; a run that was killed goes on from them
+OUT/report.md, OUT/*.png         a table beside the paper's figures, and bar charts
+OUT/.eval_results/<task>.yaml    for the model card on the Hub
+"""
+
+import hashlib
+import json
+import platform
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from accelerate import PartialState
+
+from sq_llava.evaluation.reading import StoredImage, TaskImage, read_jsonl
+from sq_llava.evaluation.task import Example, Metric, Record, Score
+
+
+# The fields of a line of `examples.jsonl`.
+LINE = ("id", "prompt", "images", "answer", "prediction", "reference", "error", "details")
+SCORE = ("scores", "parsed", "judge_error")
+PACKAGES = ("torch", "transformers", "peft", "pillow", "sq-llava")
+
+
+@dataclass(frozen=True)
+class TaskResult:
+    """
+    The figures of one task, with how many of its examples could be read and how many failed; `missing` says what it
+    takes to have those that are not there, `judge` who graded, `num_unjudged` how many have no grade.
+    """
+
+    task: str
+    data: str
+    data_hash: str
+    num: int
+    num_failed: int
+    parsed_share: float
+    metrics: Sequence[Metric]
+    missing: str | None = None
+    judge: dict[str, Any] | None = None
+    num_unjudged: int = 0
+
+
+def hash_of_model(folder: str) -> str:
+    """SHA-256 over names and contents of a folder's weights and JSON files."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(folder).iterdir()):
+        if path.suffix in (".safetensors", ".json", ".jinja", ".bin"):
+            digest.update(path.name.encode())
+            with path.open("rb") as file:
+                digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
+
+
+def hash_of_code() -> str:
+    """SHA-256 over the Python files that run: the model's three and this library's."""
+    root = Path(__file__).parent.parent.parent
+    digest = hashlib.sha256()
+    for path in sorted([*root.glob("*_sq_llava.py"), *(root / "sq_llava").rglob("*.py")]):
+        digest.update(str(path.relative_to(root)).encode() + path.read_bytes())
+    return digest.hexdigest()
+
+
+def hash_of_data(examples: Sequence[Example]) -> str:
+    """SHA-256 over ids, prompts, references and image files of all examples."""
+    digest = hashlib.sha256()
+    image_digests: dict[Any, bytes] = {}
+    for example in examples:
+        digest.update(json.dumps([example.id, example.prompt, example.reference]).encode())
+        for image in example.images:
+            key = (id(image.table), image.row, image.column) if isinstance(image, StoredImage) else image
+            if key not in image_digests:
+                image_digests[key] = _digest_of_image(image)
+            digest.update(image_digests[key])
+    return digest.hexdigest()
+
+
+def _digest_of_image(image: TaskImage) -> bytes:
+    if not isinstance(image, Path):
+        stored = image.read()
+        return hashlib.sha256(stored["bytes"] or b"").digest()
+    if not image.is_file():
+        return b"missing"  # the example will be recorded as failed
+    return hashlib.sha256(image.read_bytes()).digest()
+
+
+def record_line(record: Record) -> dict[str, Any]:
+    """What is written down of an example."""
+    example, score = record.example, record.score
+    return {
+        "id": example.id,
+        "prompt": record.prompt,
+        "images": [str(image) for image in example.images],
+        "answer": record.answer,
+        "prediction": score.prediction if score else None,
+        "reference": example.reference,
+        "scores": score.values if score else None,
+        "parsed": score.is_parsed if score else None,
+        "judge_error": score.judge_error if score else None,
+        "error": record.error,
+        "details": example.details,
+    }
+
+
+def write_examples(records: Sequence[Record], folder: Path) -> Path:
+    path = folder / "examples.jsonl"
+    path.write_text("".join(json.dumps(record_line(record), ensure_ascii=False) + "\n" for record in records))
+    return path
+
+
+def read_records(path: Path) -> list[Record]:
+    """
+    The records of an `examples.jsonl`, without their images.
+
+    Raises:
+        ValueError: with line and field, if one is missing.
+    """
+    records = []
+    for line in read_jsonl(path, [*LINE, *SCORE]):
+        example = Example(line["id"], line["prompt"], [], line["reference"], line["details"])
+        score = None
+        if line["scores"] is not None:
+            score = Score(line["scores"], line["parsed"], line["prediction"], line["judge_error"])
+        records.append(Record(example, line["prompt"], line["answer"], line["error"], score))
+    return records
+
+
+def write_results(results: Sequence[TaskResult], out: Path, about: dict[str, Any]) -> Path:
+    """Writes `results.json`: `about` the run, and one entry for each figure."""
+    entries = [
+        {
+            "task": result.task,
+            "metric": metric.name,
+            "value": metric.value,
+            "num": metric.num,
+            "standard_error": metric.standard_error,
+            "parsed_share": result.parsed_share,
+            "num_failed": result.num_failed,
+            "data": result.data,
+            "data_hash": result.data_hash,
+            "judge": result.judge,
+            "num_unjudged": result.num_unjudged,
+        }
+        for result in results
+        for metric in result.metrics
+    ]
+    missing = {result.task: result.missing for result in results if result.missing is not None}
+    path = out / "results.json"
+    path.write_text(json.dumps({**about, "missing": missing, "results": entries}, indent=2) + "\n")
+    return path
+
+
+def environment() -> dict[str, Any]:
+    return {
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "packages": {name: version(name) for name in PACKAGES},
+    }
+
+
+def claim_folder(out: Path, about: dict[str, Any], identity: Sequence[str]) -> None:
+    """
+    Notes a run in its folder, `run.json`, before it begins.
+
+    Args:
+        about (`dict`): What it takes to repeat the run.
+        identity (`Sequence[str]`): The keys of it that must be the same for what is there to be taken over.
+
+    Raises:
+        ValueError: if the folder holds the work of a run that differs in one of these.
+    """
+    note = out / "run.json"
+    if note.is_file():
+        before = json.loads(note.read_text())
+        for name in identity:
+            if before.get(name) != about[name]:
+                raise ValueError(
+                    f"{out} holds answers of a run with {name} {before.get(name)!r}, now it is {about[name]!r}: give "
+                    "another --out, or remove the folder."
+                )
+    PartialState().wait_for_everyone()
+    if PartialState().is_main_process:
+        out.mkdir(parents=True, exist_ok=True)
+        note.write_text(json.dumps(about, indent=2) + "\n")
+    PartialState().wait_for_everyone()

@@ -1,0 +1,226 @@
+"""One evaluation: read and check the data of all tasks, answer, score, write.
+
+sq-llava evaluate --model runs/demo/model --tasks easy_vqa --data runs/demo/data --out runs/demo/evaluation
+"""
+
+import os
+import shlex
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from accelerate import PartialState
+from transformers import set_seed
+
+from sq_llava.evaluation import (
+    captions,
+    easy_vqa,
+    gqa,
+    llava_bench,
+    mmbench,
+    mmvet,
+    pope,
+    scienceqa,
+    textvqa,
+    vizwiz,
+    vqav2,
+)
+from sq_llava.evaluation.answering import AnswerSettings, answer_examples, load_any
+from sq_llava.evaluation.judge import Judge, JudgeSettings, JudgeStopped
+from sq_llava.evaluation.reading import Data
+from sq_llava.evaluation.report import save_pictures, write_report
+from sq_llava.evaluation.results import (
+    TaskResult,
+    claim_folder,
+    environment,
+    hash_of_code,
+    hash_of_data,
+    hash_of_model,
+    write_examples,
+    write_results,
+)
+from sq_llava.evaluation.task import Example, Record, Score, Task, summarize
+from sq_llava.inference import best_device
+
+
+TASKS: dict[str, Task] = {
+    task.name: task
+    for task in (
+        captions.COCO_TASK,
+        captions.FLICKR30K_TASK,
+        captions.NOCAPS_TASK,
+        captions.CONCEPTUAL_TASK,
+        easy_vqa.TASK,
+        gqa.TASK,
+        llava_bench.TASK,
+        llava_bench.COCO_TASK,
+        mmbench.TASK,
+        mmbench.CN_TASK,
+        mmbench.CN_LMMS_EVAL_TASK,
+        mmvet.TASK,
+        mmvet.LMMS_EVAL_TASK,
+        pope.TASK,
+        scienceqa.TASK,
+        scienceqa.ALL_TASK,
+        scienceqa.REASONING_TASK,
+        textvqa.TASK,
+        textvqa.NO_OCR_TASK,
+        vizwiz.TASK,
+        vqav2.TASK,
+    )
+}
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """
+    What is asked for.
+
+    Args:
+        model (`str`): A SQ-LLaVA (plain checkpoint, adapter folder, Hub id), or another model of transformers.
+        tasks (`Sequence[str]`): Names in `TASKS`.
+        data (`str`): As of [`Data.locate`].
+        out (`Path`): Folder for everything that is written; a run that was killed goes on from it.
+        limit (`int`, *optional*): Only so many examples of each task, spread evenly.
+        system_message (`str`, *optional*): In place of the model's own.
+        judge (`JudgeSettings`, *optional*): Who grades the tasks that need a judge.
+    """
+
+    model: str
+    tasks: Sequence[str]
+    data: str
+    out: Path
+    split: str | None = None
+    limit: int | None = None
+    batch_size: int = 8
+    system_message: str | None = None
+    dtype: str = "auto"
+    device: str | None = None
+    trust_remote_code: bool = False
+    seed: int = 0
+    judge: JudgeSettings | None = None
+
+
+def evaluate(evaluation: Evaluation) -> list[TaskResult]:
+    """
+    Runs an evaluation and writes its folder; `sq_llava/evaluation/results.py` says what is in it.
+
+    Raises:
+        ValueError: before the model is loaded, if a task's data is missing or wrong, or `out` holds other answers.
+    """
+    tasks = [find_task(name) for name in evaluation.tasks]
+    device = evaluation.device or best_device()
+    state = PartialState(cpu=device == "cpu")
+    if state.num_processes != int(os.environ.get("WORLD_SIZE", 1)):
+        raise ValueError(f"{state.num_processes} process of {os.environ['WORLD_SIZE']} were joined: use torchrun.")
+    examples = {task.name: read_examples(task, evaluation) for task in tasks}
+    judge = Judge(evaluation.judge, evaluation.out) if evaluation.judge and state.is_main_process else None
+    about = describe(evaluation, {name: hash_of_data(each) for name, each in examples.items()})
+    claim_folder(evaluation.out, about, IDENTITY)
+    set_seed(evaluation.seed)
+    device = str(state.device) if state.num_processes > 1 else device
+    assistant = load_any(evaluation.model, evaluation.dtype, device, evaluation.trust_remote_code)
+    answered = []
+    for task in tasks:
+        settings = AnswerSettings(task.max_new_tokens, evaluation.batch_size, evaluation.system_message)
+        folder = evaluation.out / task.name
+        answered.append(answer_examples(assistant, examples[task.name], folder, settings, task.title))
+    if not state.is_main_process:
+        return []
+    # All are answered first: a judge takes longer than other processes may be kept waiting.
+    results = [assess(task, records, evaluation, about, judge) for task, records in zip(tasks, answered)]
+    write_results(results, evaluation.out, about)
+    for task in tasks:
+        save_pictures(task, examples[task.name], evaluation.out / task.name)
+    write_report(evaluation.out, TASKS)
+    return results
+
+
+def assess(
+    task: Task, records: Sequence[Record], evaluation: Evaluation, about: dict[str, Any], judge: Judge | None
+) -> TaskResult:
+    """Scores the records of a task, and writes them and its submission."""
+    folder = evaluation.out / task.name
+    submission = None if task.write_submission is None else task.write_submission(records, folder)
+    missing = None
+    if task.score is not None:
+        records = [replace(record, score=score(task, record)) for record in records]
+    if task.judge is not None and judge is not None:
+        try:
+            scores = task.judge(records, judge, folder)
+            records = [replace(record, score=each) for record, each in zip(records, scores)]
+        except JudgeStopped as stop:
+            missing = str(stop)
+    metrics = summarize(task, records)
+    if not metrics and missing is None:
+        missing = f"scored by a server: send it {submission}"
+        if task.judge is not None:
+            missing = "graded by a judge: give --judge-model" if judge is None else "the judge gave no grade at all"
+    write_examples(records, folder)
+    scores = [record.score for record in records if record.score is not None]
+    return TaskResult(
+        task=task.name,
+        data=evaluation.data,
+        data_hash=about["data_hashes"][task.name],
+        num=len(records),
+        num_failed=sum(record.error is not None for record in records),
+        parsed_share=sum(each.is_parsed for each in scores) / len(records),
+        metrics=metrics,
+        missing=missing,
+        judge=judge.report() if judge is not None and task.judge is not None else None,
+        num_unjudged=sum(each.judge_error is not None for each in scores),
+    )
+
+
+def find_task(name: str) -> Task:
+    if name not in TASKS:
+        raise ValueError(f"--tasks {name}: no such task. There are: {', '.join(sorted(TASKS))}.")
+    return TASKS[name]
+
+
+def read_examples(task: Task, evaluation: Evaluation) -> list[Example]:
+    """The examples of a task, `limit` of them spread evenly. Raises a `ValueError` if an id is there twice."""
+    examples = task.read(Data.locate(evaluation.data, task.name, task.hub_id, evaluation.split, task.folder))
+    ids = [example.id for example in examples]
+    if len(set(ids)) < len(ids):
+        twice = next(one for one in ids if ids.count(one) > 1)
+        raise ValueError(f"{task.name}, {evaluation.data}: the id {twice!r} is there twice.")
+    if not examples:
+        raise ValueError(f"{task.name}, {evaluation.data}: holds no example.")
+    if evaluation.limit is None or evaluation.limit >= len(examples):
+        return examples
+    return [examples[number * len(examples) // evaluation.limit] for number in range(evaluation.limit)]
+
+
+def score(task: Task, record: Record) -> Score:
+    """The score of an answer; an example that failed has none of the points."""
+    if record.error is None:
+        return task.score(record.example, record.answer)
+    return Score(dict.fromkeys(task.score(record.example, "").values, 0.0), is_parsed=False)
+
+
+def describe(evaluation: Evaluation, data_hashes: dict[str, str]) -> dict[str, Any]:
+    """What it takes to repeat the run."""
+    is_folder = Path(evaluation.model).is_dir()
+    return {
+        "model": evaluation.model,
+        "model_hash": hash_of_model(evaluation.model) if is_folder else None,
+        "code_hash": hash_of_code(),
+        "data_hashes": data_hashes,
+        "split": evaluation.split,
+        "limit": evaluation.limit,
+        "batch_size": evaluation.batch_size,
+        "system_message": evaluation.system_message,
+        "dtype": evaluation.dtype,
+        "seed": evaluation.seed,
+        "command": shlex.join(["sq-llava", *sys.argv[1:]]),
+        "date": datetime.now(UTC).date().isoformat(),
+        **environment(),
+    }
+
+
+# What must be the same for answers to be taken over.
+IDENTITY = ("model_hash", "model", "data_hashes", "system_message", "dtype")

@@ -1,0 +1,183 @@
+"""ScienceQA: school questions with two to five options, some about a picture (https://scienceqa.github.io).
+
+    sq-llava evaluate --model M --tasks scienceqa --data DIR
+
+`scienceqa` asks the questions with a picture, for a letter, as LLaVA-1.5 does: the paper's figure (SQA-I).
+`scienceqa_all` asks those without one, too. `scienceqa_reasoning` asks all as the first LLaVA does, whose models
+reason and end in "The answer is B."; with `--judge-model`, a language model that sees no picture joins in
+(`scienceqa_ensemble.py`).
+
+`llava/accuracy` reads an answer as LLaVA does: "B", or "B. " at its beginning, or exactly one "The answer is B."; else
+it is wrong and not parsed (LLaVA's code for the ensembles draws an option at random then). `lmms_eval/accuracy` takes
+"b", and "B." without a space behind it as well, but not the sentence.
+
+The Hub's table (configurations ScienceQA-IMG and ScienceQA-FULL: image, question, choices, answer, hint) has no ids:
+an id is a row's number. LLaVA's folder: `llava_test_CQM-A.json` (id, image, conversations), ScienceQA's own
+`problems.json` and `pid_splits.json`, and `images/test`; `scienceqa_reasoning` needs only the last three.
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pyarrow.compute as pc
+
+from sq_llava.evaluation import scienceqa_ensemble
+from sq_llava.evaluation.options import INSTRUCTION, LETTERS, lettered
+from sq_llava.evaluation.reading import Data, StoredImage, check_fields, read_json, unique_by
+from sq_llava.evaluation.task import Example, Score, Task
+
+
+FIELDS = ("question", "choices", "answer", "hint")
+
+
+def prompt_for_letter(row: dict[str, Any]) -> str:
+    context = f"Context: {row['hint']}\n" if row["hint"] else ""
+    return f"{context}{row['question']}\n{lettered(row['choices'])}{INSTRUCTION}"
+
+
+def prompt_for_reasoning(row: dict[str, Any]) -> str:
+    """As LLaVA's `QCM` format has it, which drops the word "Question: "."""
+    options = " ".join(f"({letter}) {choice}" for letter, choice in zip(LETTERS, row["choices"], strict=False))
+    prompt = f"{row['question']}\nContext: {row['hint'].strip() or 'N/A'}\nOptions: {options}"
+    return prompt.replace("  ", " ").strip()
+
+
+def read_images(data: Data) -> list[Example]:
+    if data.is_table:
+        return [each for each in _read_table(data, "ScienceQA-IMG", prompt_for_letter) if each.images]
+    return [example for example in _read_folder(data) if example.images]
+
+
+def read_all(data: Data) -> list[Example]:
+    return _read_table(data, "ScienceQA-FULL", prompt_for_letter) if data.is_table else _read_folder(data)
+
+
+def read_reasoning(data: Data) -> list[Example]:
+    if data.is_table:
+        return _read_table(data, "ScienceQA-FULL", prompt_for_reasoning)
+    problems = _problems(data)
+    return [
+        _example(id, row, prompt_for_reasoning(row), _images(data, row["image"] and f"{id}/{row['image']}"))
+        for id, row in problems.items()
+    ]
+
+
+def _read_table(data: Data, config: str, prompt_of) -> list[Example]:
+    table = data.table([*FIELDS, "image"], default_split="test", config=config)
+    has_image = pc.is_valid(pc.struct_field(table.data.column("image"), "bytes")).to_pylist()
+    return [
+        _example(str(number), row, prompt_of(row), [StoredImage(table, number, "image")] * has_image[number])
+        for number, row in enumerate(data.rows(table))
+    ]
+
+
+def _read_folder(data: Data) -> list[Example]:
+    file = data.file(f"llava_{data.split or 'test'}_CQM-A.json")
+    problems = _problems(data)
+    rows = [check_fields(row, ["id", "conversations"], f"{file}, row {n}") for n, row in enumerate(read_json(file))]
+    rows_of = unique_by(rows, "id", str(file))
+    if rows_of.keys() != problems.keys():
+        id = min(rows_of.keys() ^ problems.keys())
+        raise ValueError(f"{file} and pid_splits.json beside it do not have the same ids: {id!r} is in one of them.")
+    examples = []
+    for id, row in rows_of.items():
+        text = row["conversations"][0]["value"].replace("<image>", "").strip()
+        # LLaVA's script adds the instruction when it asks.
+        examples.append(
+            _example(id, problems[id], text.removesuffix(INSTRUCTION) + INSTRUCTION, _images(data, row.get("image")))
+        )
+    return examples
+
+
+def _problems(data: Data) -> dict[str, dict[str, Any]]:
+    """The questions of the split, by id."""
+    file, split_file, split = data.file("problems.json"), data.file("pid_splits.json"), data.split or "test"
+    problems = read_json(file)
+    chosen = {}
+    for id in check_fields(read_json(split_file), [split], str(split_file))[split]:
+        if id not in problems:
+            raise ValueError(f"{file}: has no {id!r}, which {split_file} has in {split}.")
+        chosen[id] = check_fields(problems[id], [*FIELDS, "image"], f"{file}, {id}")
+    return chosen
+
+
+def _images(data: Data, name: str | None) -> list[Path]:
+    return [data.image(data.folder / "images" / (data.split or "test"), name)] if name else []
+
+
+def _example(id: str, row: dict[str, Any], prompt: str, images: Sequence[Path | StoredImage]) -> Example:
+    return Example(
+        id=id,
+        prompt=prompt,
+        images=images,
+        reference=LETTERS[row["answer"]],
+        details={"num_choices": len(row["choices"]), "kind": "image" if images else "text"},
+    )
+
+
+def option_of(answer: str, num_choices: int) -> str | None:
+    """
+    The letter that LLaVA reads out of an answer.
+
+        >>> option_of("B", 3), option_of("B. blue", 3), option_of("Grass is green. The answer is C.", 3)
+        ('B', 'B', 'C')
+        >>> option_of("b", 3), option_of("B.", 3), option_of("D", 3), option_of("The answer is A. The answer is B.", 3)
+        (None, None, None, None)
+    """
+    text = answer.strip()
+    if text in list(LETTERS):
+        letter = text
+    elif re.match(r"[A-E]\. ", text):
+        letter = text[0]
+    else:
+        return concluded_option(text, num_choices)
+    return letter if letter in LETTERS[:num_choices] else None
+
+
+def concluded_option(answer: str, num_choices: int) -> str | None:
+    """The letter of the one "The answer is B." in a text."""
+    found = re.findall(r"The answer is ([A-Z])\.", answer)
+    return found[0] if len(found) == 1 and found[0] in LETTERS[:num_choices] else None
+
+
+def option_of_lmms_eval(answer: str) -> str:
+    text = answer.strip()
+    return text[0] if re.match(r"[A-Z]\.", text) else text.upper()
+
+
+def score(example: Example, answer: str) -> Score:
+    option = option_of(answer, example.details["num_choices"])
+    values = {
+        "llava/accuracy": float(option == example.reference),
+        "lmms_eval/accuracy": float(option_of_lmms_eval(answer) == example.reference),
+    }
+    return Score(values, is_parsed=option is not None, prediction=option)
+
+
+def score_reasoning(example: Example, answer: str) -> Score:
+    option = concluded_option(answer, example.details["num_choices"])
+    return Score({"llava/accuracy": float(option == example.reference)}, option is not None, option)
+
+
+TASK = Task(
+    name="scienceqa",
+    title="ScienceQA, questions with a picture",
+    hub_id="lmms-lab-encoder/ScienceQA",
+    read=read_images,
+    score=score,
+    main_metric="llava/accuracy",
+    max_new_tokens=1024,
+)
+ALL_TASK = replace(TASK, name="scienceqa_all", title="ScienceQA", folder="scienceqa", read=read_all, breakdown="kind")
+REASONING_TASK = replace(
+    ALL_TASK,
+    name="scienceqa_reasoning",
+    title="ScienceQA, reasoning first",
+    read=read_reasoning,
+    score=score_reasoning,
+    judge=partial(scienceqa_ensemble.judge, option_of=concluded_option),
+)

@@ -1,0 +1,108 @@
+"""The two ensembles of a model with a language model that sees no picture, of the first LLaVA paper (section 5.2).
+
+    sq-llava evaluate --model M --tasks scienceqa_reasoning --data DIR --judge-model gpt-4o
+
+`complement/accuracy` takes the language model's answer, and the own one where it gives none. `judge/accuracy` asks it
+once more where both answer and differ, with both answers; `llm/accuracy` is its own. A question that the server did
+not answer is in none of the three. Options are letters here, `None` where an answer could not be read.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from sq_llava.evaluation.judge import Judge, Messages, Verdict
+from sq_llava.evaluation.task import Record, Score
+
+
+Options = Mapping[str, str | None]
+
+QUESTION = """\
+{question}
+
+If the question is about a picture, you cannot see it: answer as well as the text allows. Reason first, and end in
+exactly one sentence of the form "The answer is X.", X being the letter of an option."""
+
+DECISION = """\
+{question}
+
+Two answers were given, which differ. One of them comes from a model that sees the picture, if there is one.
+
+First answer: {own}
+
+Second answer: {llm}
+
+Which option is right? It may be a third one. Reason first, and end in exactly one sentence of the form "The answer is
+X.", X being the letter of an option."""
+
+
+def complement(own: Options, llm: Options) -> dict[str, str | None]:
+    """
+    The language model's options, by id, and the own ones where it has none.
+
+        >>> complement({"1": "A", "2": "B"}, {"1": "C", "2": None})
+        {'1': 'C', '2': 'B'}
+    """
+    return {id: llm.get(id) or option for id, option in own.items()}
+
+
+def disagreements(own: Options, llm: Options) -> list[str]:
+    """The ids of the questions to which both have an option, and not the same."""
+    return [id for id, option in own.items() if option and llm.get(id) and option != llm[id]]
+
+
+def judged(own: Options, llm: Options, decisions: Options) -> dict[str, str | None]:
+    """
+    As [`complement`], with the decision where the two disagree and there is one.
+
+        >>> judged({"1": "A", "2": "B"}, {"1": "C", "2": None}, {"1": "A"})
+        {'1': 'A', '2': 'B'}
+    """
+    return {id: decisions.get(id) or option for id, option in complement(own, llm).items()}
+
+
+def judge(
+    records: Sequence[Record], judge: Judge, folder: Path, option_of: Callable[[str, int], str | None]
+) -> list[Score]:
+    """The scores with the figures of both ensembles; an example that failed is not sent, and has no points."""
+    asked = {record.example.id: record for record in records if record.error is None}
+
+    def read(verdicts: Mapping[str, Verdict]) -> dict[str, str | None]:
+        return {id: option_of(verdict.text, _num_choices(asked[id])) for id, verdict in verdicts.items()}
+
+    own = {id: option_of(record.answer, _num_choices(record)) for id, record in asked.items()}
+    questions = {id: _ask(QUESTION, question=record.example.prompt) for id, record in asked.items()}
+    # An answer without an option is an answer: it is not asked for again.
+    first = judge.complete_all(questions, str, "ScienceQA: the language model answers")
+    llm = read(first)
+    disputed = {
+        id: _ask(DECISION, question=asked[id].example.prompt, own=asked[id].answer, llm=first[id].text)
+        for id in disagreements(own, llm)
+    }
+    second = judge.complete_all(disputed, str, "ScienceQA: the language model decides")
+    errors = {id: verdict.error for id, verdict in [*first.items(), *second.items()] if verdict.error is not None}
+    answers = {"llm": llm, "complement": complement(own, llm), "judge": judged(own, llm, read(second))}
+    return [
+        _without_answer(record, errors[record.example.id])
+        if record.example.id in errors
+        else _extended(record, {name: options.get(record.example.id) for name, options in answers.items()})
+        for record in records
+    ]
+
+
+def _extended(record: Record, options: dict[str, str | None]) -> Score:
+    values = {f"{name}/accuracy": float(option == record.example.reference) for name, option in options.items()}
+    prediction = {"own": record.score.prediction, **options}
+    return replace(record.score, values={**record.score.values, **values}, prediction=prediction)
+
+
+def _without_answer(record: Record, error: str) -> Score:
+    return replace(record.score, prediction={"own": record.score.prediction, "judge_error": error})
+
+
+def _num_choices(record: Record) -> int:
+    return record.example.details["num_choices"]
+
+
+def _ask(form: str, **parts: str) -> Messages:
+    return [{"role": "user", "content": form.format(**parts)}]

@@ -1,0 +1,62 @@
+"""What the tasks with short answers share: LLaVA's instruction, VQA accuracy, the files that EvalAI takes."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from sq_llava.evaluation.metrics import normalize_m4c, short_form, vqa_accuracy
+from sq_llava.evaluation.reading import check_fields, read_json, unique_by
+from sq_llava.evaluation.task import Example, Score
+
+
+INSTRUCTION = "\nAnswer the question using a single word or phrase."
+
+
+def human_answers(answers: Sequence[str] | None) -> list[str] | None:
+    """The answers of people, or `None` for a question whose answers only the server has (null, none or empty ones)."""
+    return list(answers) if answers and any(answers) else None
+
+
+def score(example: Example, answer: str) -> Score:
+    """VQA accuracy with EvalAI's normaliser: each human answer left out in turn, as LLaVA does, and its short form."""
+    prediction = normalize_m4c(answer)
+    if example.reference is None:
+        return Score({}, is_parsed=prediction != "", prediction=prediction)
+    values = {
+        "m4c/accuracy": vqa_accuracy(answer, example.reference),
+        "m4c/accuracy_short": vqa_accuracy(answer, example.reference, accuracy=short_form),
+    }
+    return Score(values, is_parsed=prediction != "", prediction=prediction)
+
+
+def write_upload(path: Path, answers: Mapping[Any, str], id_field: str, answer_field: str = "answer") -> Path:
+    """Writes `[{id_field: id, answer_field: answer}, ...]` in the order of `answers`, and checks what is written."""
+    entries = [{id_field: id, answer_field: answer} for id, answer in answers.items()]
+    path.write_text(json.dumps(entries, ensure_ascii=False), encoding="utf-8")
+    check_upload(path, list(answers), id_field, answer_field)
+    return path
+
+
+def check_upload(path: Path, ids: Sequence[Any], id_field: str, answer_field: str = "answer") -> None:
+    """
+    Args:
+        ids: All that the server expects; of the type that it expects.
+
+    Raises:
+        ValueError: if the file is not a JSON list with one text for each id.
+    """
+    entries = read_json(path)
+    if not isinstance(entries, list):
+        raise ValueError(f"{path}: is {type(entries).__name__}, not a list.")
+    for number, entry in enumerate(entries):
+        check_fields(entry, [id_field, answer_field], f"{path}, entry {number}")
+        if not isinstance(entry[answer_field], str):
+            raise ValueError(f"{path}, entry {number}: {answer_field} is {entry[answer_field]!r}, not a text.")
+    there = unique_by(entries, id_field, str(path))
+    missing = [id for id in ids if id not in there]
+    if missing:
+        raise ValueError(f"{path}: has no answer for {len(missing)} ids, such as {missing[0]!r}.")
+    if len(there) > len(ids):
+        unknown = next(iter(there.keys() - set(ids)))
+        raise ValueError(f"{path}: answers {unknown!r}, which is not asked.")

@@ -1,0 +1,99 @@
+"""TextVQA: questions about the text in a picture, with ten human answers each (https://textvqa.org).
+
+    sq-llava evaluate --model M --tasks textvqa,textvqa_no_ocr --data DIR
+
+LLaVA puts the words that an OCR program found into the prompt (`textvqa`, the paper's figure: about 58 for
+LLaVA-1.5-7B), lmms-eval does not (`textvqa_no_ocr`: about 46); the accuracy is the same. A Hub table's question is
+written with a capital first letter and small ones behind it, as both do.
+
+LLaVA's folder: `llava_textvqa_val_v051_ocr.jsonl` (question_id, which is an image's id, image, text),
+`TextVQA_0.5.1_val.json` and the pictures in `train_images`. An annotation belongs to a question of the same image and
+text, case aside: pictures have several.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from sq_llava.evaluation.metrics import normalize_m4c
+from sq_llava.evaluation.reading import Data, StoredImage, check_fields, read_json, read_jsonl
+from sq_llava.evaluation.short_answers import INSTRUCTION, human_answers, score, write_upload
+from sq_llava.evaluation.task import Example, Record, Task
+
+
+OCR = "\nReference OCR token: "
+
+
+def read(data: Data) -> list[Example]:
+    if not data.is_table:
+        return _read_folder(data)
+    table = data.table(["question_id", "question", "image", "answers", "ocr_tokens"], default_split="validation")
+    return [
+        Example(
+            id=str(row["question_id"]),
+            prompt=row["question"].capitalize() + OCR + ", ".join(row["ocr_tokens"]) + INSTRUCTION,
+            images=[StoredImage(table, number, "image")],
+            reference=human_answers(row["answers"]),
+        )
+        for number, row in enumerate(data.rows(table))
+    ]
+
+
+def _read_folder(data: Data) -> list[Example]:
+    file, answer_file = data.file("llava_textvqa_val_v051_ocr.jsonl"), data.file("TextVQA_0.5.1_val.json")
+    waiting = _annotations(answer_file)
+    examples = []
+    for number, row in enumerate(read_jsonl(file, ["question_id", "image", "text"]), start=1):
+        question = row["text"].split("\n")[0]
+        key = (row["question_id"], question.lower())
+        if not waiting.get(key):
+            raise ValueError(f"{answer_file}: has no annotation (left) for {key}, row {number} of {file}.")
+        # An image's question that is annotated twice is asked twice, in the same words: either annotation will do.
+        annotation = waiting[key].pop(0)
+        examples.append(
+            Example(
+                id=str(annotation["question_id"]),
+                prompt=row["text"],  # LLaVA's file has the OCR tokens and the instruction in it
+                images=[data.image(file.parent / "train_images", row["image"])],
+                reference=human_answers(annotation["answers"]),
+            )
+        )
+    left = [key for key, annotations in waiting.items() if annotations]
+    if left:
+        raise ValueError(f"{file}: does not ask {len(left)} questions of {answer_file}, such as {left[0]}.")
+    return examples
+
+
+def _annotations(file: Path) -> dict[tuple[str, str], list[dict[str, Any]]]:
+    found: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for number, row in enumerate(check_fields(read_json(file), ["data"], str(file))["data"]):
+        check_fields(row, ["question_id", "image_id", "question", "answers"], f"{file}, data {number}")
+        found.setdefault((row["image_id"], row["question"].lower()), []).append(row)
+    return found
+
+
+def read_without_ocr(data: Data) -> list[Example]:
+    return [replace(example, prompt=example.prompt.split("\n")[0] + INSTRUCTION) for example in read(data)]
+
+
+def write_submission(records: Sequence[Record], folder: Path) -> Path | None:
+    """`[{question_id, answer}, ...]` for the test split; `None` for one that is scored here."""
+    if records[0].example.reference is not None:
+        return None
+    answers = {int(record.example.id): normalize_m4c(record.answer) for record in records}
+    return write_upload(folder / "textvqa.json", answers, "question_id")
+
+
+TASK = Task(
+    name="textvqa",
+    title="TextVQA",
+    hub_id="lmms-lab-encoder/textvqa",
+    read=read,
+    score=score,
+    main_metric="m4c/accuracy",
+    write_submission=write_submission,
+)
+NO_OCR_TASK = replace(
+    TASK, name="textvqa_no_ocr", title="TextVQA without OCR tokens", folder="textvqa", read=read_without_ocr
+)

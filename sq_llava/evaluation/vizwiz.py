@@ -1,0 +1,92 @@
+"""VizWiz: questions of blind people about their own photos, some of which cannot be answered (https://vizwiz.org).
+
+    sq-llava evaluate --model M --tasks vizwiz --data DIR                      # test: writes vizwiz.json for EvalAI
+    sq-llava evaluate --model M --tasks vizwiz --data DIR --split val          # scored here
+
+The paper's figure is of the test split, whose answers only the server has
+(https://eval.ai/web/challenges/challenge-page/1911); that of `val` is another. A Hub table's question is written with
+a capital first letter and small ones behind it, as lmms-eval does; LLaVA's file says itself what is asked.
+
+LLaVA's folder: `llava_test.jsonl` (question_id, image, text) and the photos in `test`; for `val`, the authors' own
+`val.json` (image, question, answers) and `val`.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from sq_llava.evaluation.metrics import normalize_m4c
+from sq_llava.evaluation.reading import Data, StoredImage, check_fields, read_json, read_jsonl
+from sq_llava.evaluation.short_answers import INSTRUCTION, human_answers, score, write_upload
+from sq_llava.evaluation.task import Example, Record, Task
+
+
+SUFFIX = "\nWhen the provided information is insufficient, respond with 'Unanswerable'." + INSTRUCTION
+
+
+def read(data: Data) -> list[Example]:
+    if data.is_table:
+        table = data.table(["question_id", "question", "image", "answers"], default_split="test")
+        return [
+            Example(
+                id=_id(row["question_id"]),
+                prompt=row["question"].capitalize() + SUFFIX,
+                images=[StoredImage(table, number, "image")],
+                reference=human_answers(row["answers"]),
+            )
+            for number, row in enumerate(data.rows(table))
+        ]
+    split = data.split or "test"
+    if split == "val":
+        return _read_val(data)
+    if split != "test":
+        raise ValueError(f"--split {split}: VizWiz has val and test.")
+    file = data.file("llava_test.jsonl")
+    return [
+        Example(
+            id=_id(row["question_id"]),
+            prompt=row["text"],  # LLaVA's file has the instruction in it
+            images=[data.image(file.parent / "test", row["image"])],
+            reference=None,
+        )
+        for row in read_jsonl(file, ["question_id", "image", "text"])
+    ]
+
+
+def _read_val(data: Data) -> list[Example]:
+    file = data.file("val.json", "Annotations/val.json")
+    examples = []
+    for number, row in enumerate(read_json(file)):
+        check_fields(row, ["image", "question", "answers"], f"{file}, row {number}")
+        examples.append(
+            Example(
+                id=_id(row["image"]),
+                prompt=row["question"].capitalize() + SUFFIX,
+                images=[data.image(data.folder / "val", row["image"])],
+                reference=[entry["answer"] for entry in row["answers"]],
+            )
+        )
+    return examples
+
+
+def _id(name: str) -> str:
+    """A photo has one question: its name is the id, which the Hub's table writes without `.jpg`."""
+    return name.removesuffix(".jpg")
+
+
+def write_submission(records: Sequence[Record], folder: Path) -> Path | None:
+    """`[{image, answer}, ...]` in the order of the questions; `None` for a split that is scored here."""
+    if records[0].example.reference is not None:
+        return None
+    answers = {f"{record.example.id}.jpg": normalize_m4c(record.answer) for record in records}
+    return write_upload(folder / "vizwiz.json", answers, "image")
+
+
+TASK = Task(
+    name="vizwiz",
+    title="VizWiz",
+    hub_id="lmms-lab-encoder/VizWiz-VQA",
+    read=read,
+    score=score,
+    main_metric="m4c/accuracy",
+    write_submission=write_submission,
+)

@@ -1,0 +1,139 @@
+"""VQA v2: open questions about COCO pictures, with ten human answers each (https://visualqa.org).
+
+    sq-llava evaluate --model M --tasks vqav2 --data DIR                       # test-dev: writes vqav2.json for EvalAI
+    sq-llava evaluate --model M --tasks vqav2 --data DIR --split validation    # scored here
+
+The paper's figure is of test-dev, whose answers only the server has
+(https://eval.ai/web/challenges/challenge-page/830); that of the validation split is another. It is given in each way
+in use: `m4c/` normalises as the server does, `official/` as the evaluation code of VQA v2, and `lmms_eval/` the
+prediction in the first way and then all as the second; `accuracy` leaves each human answer out in turn,
+`accuracy_short` is min(1, matches / 3).
+
+LLaVA's folder: `llava_vqav2_mscoco_test-dev2015.jsonl` (or `test2015`: question_id, image, text) and `test2015`; for
+`validation`, VQA's own `v2_OpenEnded_mscoco_val2014_questions.json`, `v2_mscoco_val2014_annotations.json` and
+`val2014`. The server wants an answer to each question of test2015: those that were not asked are "" if
+`llava_vqav2_mscoco_test2015.jsonl` is in the folder, also beside Parquet files.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from sq_llava.evaluation import short_answers
+from sq_llava.evaluation.metrics import normalize_m4c, short_form, vqa_accuracy_official
+from sq_llava.evaluation.reading import Data, StoredImage, check_fields, read_json, read_jsonl, unique_by
+from sq_llava.evaluation.short_answers import INSTRUCTION, human_answers, write_upload
+from sq_llava.evaluation.task import Example, Record, Score, Task
+
+
+ALL_TEST_QUESTIONS = "llava_vqav2_mscoco_test2015.jsonl"
+TEST_QUESTIONS = {"testdev": "llava_vqav2_mscoco_test-dev2015.jsonl", "test": ALL_TEST_QUESTIONS}
+VALIDATION_QUESTIONS = "v2_OpenEnded_mscoco_val2014_questions.json"
+VALIDATION_ANSWERS = "v2_mscoco_val2014_annotations.json"
+
+
+def read(data: Data) -> list[Example]:
+    if data.is_table:
+        return _read_table(data)
+    if data.split == "validation":
+        return _read_validation(data)
+    split = data.split or "testdev"
+    if split not in TEST_QUESTIONS:
+        raise ValueError(f"--split {split}: VQA v2 has validation, {', '.join(TEST_QUESTIONS)}.")
+    file = data.file(TEST_QUESTIONS[split])
+    return [
+        Example(
+            id=str(row["question_id"]),
+            prompt=row["text"],  # LLaVA's file has the instruction in it
+            images=[data.image(file.parent / "test2015", row["image"])],
+            reference=None,
+            details=_details(data, None),
+        )
+        for row in read_jsonl(file, ["question_id", "image", "text"])
+    ]
+
+
+def _read_table(data: Data) -> list[Example]:
+    table = data.table(["question_id", "question", "image", "answers"], default_split="testdev")
+    examples = []
+    for number, row in enumerate(data.rows(table)):
+        reference = human_answers([entry["answer"] for entry in row["answers"] or []])
+        examples.append(
+            Example(
+                id=str(row["question_id"]),
+                prompt=row["question"] + INSTRUCTION,
+                images=[StoredImage(table, number, "image")],
+                reference=reference,
+                details=_details(data, reference),
+            )
+        )
+    return examples
+
+
+def _read_validation(data: Data) -> list[Example]:
+    file, answer_file = data.file(VALIDATION_QUESTIONS), data.file(VALIDATION_ANSWERS)
+    annotations = _rows(answer_file, "annotations", ["question_id", "answers"])
+    answers = unique_by(annotations, "question_id", str(answer_file))
+    examples = []
+    for row in _rows(file, "questions", ["question_id", "question", "image_id"]):
+        if row["question_id"] not in answers:
+            raise ValueError(f"{answer_file}: has no answers to question {row['question_id']} of {file}.")
+        name = f"COCO_val2014_{row['image_id']:012d}.jpg"
+        examples.append(
+            Example(
+                id=str(row["question_id"]),
+                prompt=row["question"] + INSTRUCTION,
+                images=[data.image(file.parent / "val2014", name)],
+                reference=[entry["answer"] for entry in answers[row["question_id"]]["answers"]],
+            )
+        )
+    return examples
+
+
+def _rows(file: Path, name: str, fields: Sequence[str]) -> list[dict[str, Any]]:
+    rows = check_fields(read_json(file), [name], str(file))[name]
+    return [check_fields(row, fields, f"{file}, {name} {number}") for number, row in enumerate(rows)]
+
+
+def _details(data: Data, reference: list[str] | None) -> dict[str, Any]:
+    """Where the ids of all test questions are listed, for the upload."""
+    all_questions = data.find(ALL_TEST_QUESTIONS) if data.folder is not None and reference is None else None
+    return {"all_questions": str(all_questions)} if all_questions is not None else {}
+
+
+def score(example: Example, answer: str) -> Score:
+    common = short_answers.score(example, answer)
+    if example.reference is None:
+        return common
+    values = {
+        **common.values,
+        "official/accuracy": vqa_accuracy_official(answer, example.reference),
+        "official/accuracy_short": vqa_accuracy_official(answer, example.reference, short_form),
+        "lmms_eval/accuracy": vqa_accuracy_official(normalize_m4c(answer), example.reference),
+    }
+    return replace(common, values=values)
+
+
+def write_submission(records: Sequence[Record], folder: Path) -> Path | None:
+    """`[{question_id, answer}, ...]`, answers normalised; `None` for a split that is scored here."""
+    first = records[0].example
+    if first.reference is not None:
+        return None
+    answers = {int(record.example.id): normalize_m4c(record.answer) for record in records}
+    if "all_questions" in first.details:
+        file = Path(first.details["all_questions"])
+        ids = unique_by(read_jsonl(file, ["question_id"]), "question_id", str(file))
+        answers = {**dict.fromkeys(ids, ""), **answers}
+    return write_upload(folder / "vqav2.json", answers, "question_id")
+
+
+TASK = Task(
+    name="vqav2",
+    title="VQA v2",
+    hub_id="lmms-lab-encoder/VQAv2",
+    read=read,
+    score=score,
+    main_metric="m4c/accuracy",
+    write_submission=write_submission,
+)

@@ -1,0 +1,98 @@
+"""A chat completions server on this machine that answers, and fails, as a test says."""
+
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+
+@dataclass
+class Reply:
+    """What the server does with a request: an answer, another body, a refusal, or nothing at all."""
+
+    text: str = ""
+    body: str | None = None
+    status: int = 200
+    headers: dict[str, str] = field(default_factory=dict)
+    seconds: float = 0.0
+    closes: bool = False
+
+
+@dataclass
+class ChatServer:
+    """`requests` are the bodies that came in; `most_at_once` is how many were under way at a time."""
+
+    url: str
+    requests: list[dict] = field(default_factory=list)
+    authorizations: list[str] = field(default_factory=list)
+    times: list[float] = field(default_factory=list)
+    most_at_once: int = 0
+
+
+def completion(text: str | None, prompt_tokens: int = 100, completion_tokens: int = 10) -> str:
+    usage = {"prompt_tokens": prompt_tokens, "completion_tokens": completion_tokens}
+    choices = [{"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": text}}]
+    return json.dumps(
+        {"id": "1", "object": "chat.completion", "model": "judge-2026", "choices": choices, "usage": usage}
+    )
+
+
+@contextmanager
+def chat_server(reply: Callable[[dict, int], Reply | str]) -> Iterator[ChatServer]:
+    """
+    Args:
+        reply (`Callable`): (body of the request, how often the same body came before) -> what to do.
+    """
+    lock = threading.Lock()
+    under_way = 0
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_POST(self):
+            nonlocal under_way
+            request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            with lock:
+                number = server_state.requests.count(request)
+                server_state.requests.append(request)
+                server_state.authorizations.append(self.headers["Authorization"])
+                server_state.times.append(time.monotonic())
+                under_way += 1
+                server_state.most_at_once = max(server_state.most_at_once, under_way)
+            try:
+                said = reply(request, number)
+                self.send(Reply(text=said) if isinstance(said, str) else said)
+            finally:
+                with lock:
+                    under_way -= 1
+
+        def send(self, said: Reply):
+            time.sleep(said.seconds)
+            if said.closes:
+                self.close_connection = True
+                return
+            body = (completion(said.text) if said.body is None else said.body).encode()
+            self.send_response(said.status)
+            for name, value in {"Content-Type": "application/json", **said.headers}.items():
+                self.send_header(name, value)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *args):
+            pass  # nothing on the tests' standard error
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.daemon_threads = True
+    server_state = ChatServer(f"http://127.0.0.1:{server.server_port}/v1")
+    thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
+    thread.start()
+    try:
+        yield server_state
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()

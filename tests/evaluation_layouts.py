@@ -1,0 +1,76 @@
+"""Tiny data sets in the layouts of benchmarks, and scores of answers to them without a model."""
+
+import io
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import datasets
+
+from sq_llava.evaluation.judge import Judge
+from sq_llava.evaluation.results import TaskResult
+from sq_llava.evaluation.run import Evaluation, assess, find_task, read_examples
+from sq_llava.evaluation.task import Example, Record
+from tests import tiny
+
+
+def png(seed: int = 0) -> bytes:
+    buffer = io.BytesIO()
+    tiny.picture(seed, 8, 8).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def write_parquet(path: Path, rows: list[dict[str, Any]]) -> None:
+    """A table as the Hub has it: images are bytes in it, of the feature `Image`."""
+    table = datasets.Dataset.from_list(rows)
+    if "image" in table.column_names:
+        table = table.cast_column("image", datasets.Image())
+    path.parent.mkdir(parents=True, exist_ok=True)
+    table.to_parquet(str(path))
+
+
+def stored(seed: int = 0) -> dict[str, Any]:
+    return {"bytes": png(seed), "path": f"{seed}.png"}
+
+
+def write_json(path: Path, value: Any) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(value), encoding="utf-8")
+
+
+def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def examples_of(task: str, data: Path | str, split: str | None = None) -> list[Example]:
+    return read_examples(find_task(task), Evaluation("no model", [task], str(data), Path("-"), split=split))
+
+
+def assess_answers(
+    task: str,
+    data: Path,
+    answers: Mapping[str, str | None] | Callable[[Example], str],
+    out: Path,
+    split: str | None = None,
+    judge: Judge | None = None,
+) -> TaskResult:
+    """
+    What an evaluation makes of answers: a text for each id, or a function of an example; `None` is one that failed.
+    """
+    evaluation = Evaluation("no model", [task], str(data), out, split=split)
+    records = []
+    for example in read_examples(find_task(task), evaluation):
+        answer = answers(example) if callable(answers) else answers[example.id]
+        records.append(Record(example, example.prompt, answer or "", "it broke" if answer is None else None))
+    (out / task).mkdir(parents=True, exist_ok=True)
+    return assess(find_task(task), records, evaluation, {"data_hashes": {task: "-"}}, judge)
+
+
+def figures(result: TaskResult) -> dict[str, float]:
+    return {metric.name: metric.value for metric in result.metrics}
+
+
+def image_bytes(example: Example) -> list[bytes]:
+    return [image.read_bytes() if isinstance(image, Path) else image.read()["bytes"] for image in example.images]

@@ -1,0 +1,230 @@
+"""The frame of an evaluation: answers in batches, over processes, after a kill; what is written and refused."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
+
+from sq_llava.evaluation.run import Evaluation, evaluate
+from tests import tiny
+
+
+NUM_QUESTIONS = 24
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> str:
+    folder = tmp_path_factory.mktemp("model")
+    processor = tiny.tiny_processor()
+    tiny.tiny_model_for(processor).save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    """Questions of very different lengths about four pictures, with answers that are right now and then."""
+    folder = tmp_path_factory.mktemp("data")
+    (folder / "images").mkdir()
+    for number in range(4):
+        tiny.picture(number).save(folder / "images" / f"{number}.png")
+    rows = []
+    for number in range(NUM_QUESTIONS):
+        question = "<image>\n" + "is the shape a red circle? " * (number % 5 + 1)
+        turns = [{"from": "human", "value": question}, {"from": "gpt", "value": "yes"}]
+        row = {"id": f"q{number}", "image": f"{number % 4}.png", "kind": "shape", "conversations": turns}
+        rows.append(row)
+    (folder / "test.json").write_text(json.dumps(rows))
+    return folder
+
+
+@pytest.fixture
+def evaluation(model, data, tmp_path) -> Evaluation:
+    return Evaluation(model, ["easy_vqa"], str(data), tmp_path / "out", device="cpu", dtype="float32")
+
+
+def examples_of(out: Path) -> list[dict]:
+    return [json.loads(line) for line in (out / "easy_vqa" / "examples.jsonl").read_text().splitlines()]
+
+
+def command_of(evaluation: Evaluation, *more: str) -> list[str]:
+    return [
+        "-m", "sq_llava.cli", "evaluate", "--model", evaluation.model, "--tasks", "easy_vqa", "--data",
+        evaluation.data, "--out", str(evaluation.out), "--device", "cpu", *more,
+    ]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def one_by_one(model, data, tmp_path_factory) -> list[dict]:
+    out = tmp_path_factory.mktemp("single") / "out"
+    evaluate(Evaluation(model, ["easy_vqa"], str(data), out, device="cpu", dtype="float32", batch_size=1))
+    return examples_of(out)
+
+
+def test_batches_answer_as_single_prompts_do(evaluation, one_by_one):
+    evaluate(replace(evaluation, batch_size=7))
+    assert examples_of(evaluation.out) == one_by_one
+    assert len({example["answer"] for example in one_by_one}) > 4  # the model does not say the same to all
+
+
+def test_examples_stand_in_the_order_of_the_data_with_prompt_and_reference(one_by_one):
+    assert [example["id"] for example in one_by_one] == [f"q{number}" for number in range(NUM_QUESTIONS)]
+    assert one_by_one[0]["prompt"].endswith("USER: <image>\nis the shape a red circle?  ASSISTANT:")
+    assert one_by_one[0]["reference"] == "yes"
+
+
+@pytest.mark.slow
+def test_two_processes_write_what_one_writes(evaluation, one_by_one):
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    run = subprocess.run([*launch, *command_of(evaluation)], capture_output=True, text=True, timeout=120)
+    assert run.returncode == 0, run.stderr[-3000:]
+    assert examples_of(evaluation.out) == one_by_one
+    shares = [(evaluation.out / "easy_vqa" / f"answers-{rank}.jsonl").read_text().count("\n") for rank in (0, 1)]
+    assert sum(shares) == NUM_QUESTIONS
+    assert min(shares) > 0
+
+
+@pytest.mark.slow
+def test_killed_run_goes_on_without_asking_again(evaluation, one_by_one):
+    process = subprocess.Popen([sys.executable, *command_of(evaluation, "--batch-size", "1")], stderr=subprocess.PIPE)
+    answers = evaluation.out / "easy_vqa" / "answers-0.jsonl"
+    while not (answers.is_file() and answers.read_bytes().count(b"\n") >= 2):
+        assert process.poll() is None, process.stderr.read().decode()[-3000:]
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGKILL)
+    process.communicate()
+    kept = answers.read_bytes()
+    assert kept.count(b"\n") < NUM_QUESTIONS
+    evaluate(replace(evaluation, dtype="auto"))
+    assert examples_of(evaluation.out) == one_by_one
+    lines = answers.read_bytes().splitlines()
+    assert len(lines) == NUM_QUESTIONS
+    assert lines[:2] == kept.splitlines()[:2]
+
+
+def test_line_that_a_kill_has_cut_off_is_asked_again(evaluation, one_by_one):
+    evaluate(evaluation)
+    answers = evaluation.out / "easy_vqa" / "answers-0.jsonl"
+    answers.write_bytes(answers.read_bytes()[:-9])
+    evaluate(evaluation)
+    assert examples_of(evaluation.out) == one_by_one
+    assert len(answers.read_bytes().splitlines()) == NUM_QUESTIONS
+
+
+def test_example_that_fails_is_recorded_counted_and_tried_again(evaluation, data, tmp_path, one_by_one):
+    broken = tmp_path / "data"
+    (broken / "images").mkdir(parents=True)
+    for file in data.glob("images/*"):
+        (broken / "images" / file.name).write_bytes(file.read_bytes())
+    (broken / "test.json").write_text((data / "test.json").read_text())
+    whole = (broken / "images" / "2.png").read_bytes()
+    (broken / "images" / "2.png").write_bytes(whole[:100])
+    [result] = evaluate(replace(evaluation, data=str(broken)))
+    examples = examples_of(evaluation.out)
+    failed = [example for example in examples if example["error"] is not None]
+    assert {example["images"][0] for example in failed} == {str(broken / "images" / "2.png")}
+    assert "cannot be read as an image" in failed[0]["error"]
+    assert result.num_failed == len(failed) == NUM_QUESTIONS // 4
+    accuracy = result.metrics[0]
+    assert accuracy.num == NUM_QUESTIONS  # a failure counts as wrong, it is not left out
+    others = [example for example in one_by_one if example["images"][0].endswith("2.png") is False]
+    assert [example["answer"] for example in examples if example["error"] is None] == [o["answer"] for o in others]
+
+
+def test_folder_with_answers_of_another_run_is_refused(evaluation):
+    evaluate(replace(evaluation, limit=4))
+    with pytest.raises(ValueError, match="holds answers of a run with system_message None"):
+        evaluate(replace(evaluation, limit=4, system_message="You see."))
+    with pytest.raises(ValueError, match="data_hashes"):
+        evaluate(replace(evaluation, limit=5))
+
+
+def test_limit_takes_examples_from_all_over_the_data(evaluation):
+    evaluate(replace(evaluation, limit=3))
+    assert [example["id"] for example in examples_of(evaluation.out)] == ["q0", "q8", "q16"]
+
+
+def test_system_message_stands_in_the_prompt(evaluation):
+    evaluate(replace(evaluation, limit=1, system_message="Be brief."))
+    assert "Be brief. USER:" in examples_of(evaluation.out)[0]["prompt"]
+
+
+def test_results_say_what_was_run_and_on_what(evaluation, model):
+    evaluate(replace(evaluation, limit=8))
+    results = json.loads((evaluation.out / "results.json").read_text())
+    assert results["model"] == model
+    assert results["packages"].keys() >= {"torch", "transformers"}
+    assert all(len(results[name]) == 64 for name in ("model_hash", "code_hash"))
+    [overall] = [entry for entry in results["results"] if entry["metric"] == "accuracy"]
+    assert overall["num"] == 8
+    assert overall["value"] == sum(e["scores"]["accuracy"] for e in examples_of(evaluation.out)) / 8
+
+
+def test_hash_of_the_data_sees_a_changed_picture(evaluation, data, tmp_path):
+    evaluate(replace(evaluation, limit=4))
+    before = json.loads((evaluation.out / "results.json").read_text())["data_hashes"]
+    picture = data / "images" / "0.png"
+    kept = picture.read_bytes()
+    tiny.picture(99).save(picture)
+    try:
+        with pytest.raises(ValueError, match=before["easy_vqa"]):
+            evaluate(replace(evaluation, limit=4))
+    finally:
+        picture.write_bytes(kept)
+
+
+def test_unknown_task_and_missing_data_are_named(evaluation, tmp_path):
+    with pytest.raises(ValueError, match=r"--tasks pop: no such task. There are: .*pope"):
+        evaluate(replace(evaluation, tasks=["pop"]))
+    with pytest.raises(ValueError, match="no such folder, and not the id of a data set"):
+        evaluate(replace(evaluation, data=str(tmp_path / "nowhere")))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match=r"has neither Parquet files nor test.json. It holds: \."):
+        evaluate(replace(evaluation, data=str(tmp_path / "empty")))
+
+
+def test_id_that_is_there_twice_is_refused(evaluation, data, tmp_path):
+    rows = json.loads((data / "test.json").read_text())
+    (tmp_path / "test.json").write_text(json.dumps([*rows, rows[3]]))
+    (tmp_path / "images").mkdir()
+    with pytest.raises(ValueError, match="the id 'q3' is there twice"):
+        evaluate(replace(evaluation, data=str(tmp_path)))
+
+
+def test_picture_outside_of_the_folder_is_refused(evaluation, data, tmp_path):
+    rows = json.loads((data / "test.json").read_text())
+    rows[0]["image"] = "../secret.png"
+    (tmp_path / "test.json").write_text(json.dumps(rows))
+    (tmp_path / "images").mkdir()
+    with pytest.raises(ValueError, match=r"'\.\./secret.png' lies outside of"):
+        evaluate(replace(evaluation, data=str(tmp_path)))
+
+
+def test_other_models_of_transformers_are_scored(evaluation, tmp_path):
+    processor = tiny.tiny_processor()
+    config = LlavaConfig(
+        vision_config=CLIPVisionConfig(**tiny.TINY_VISION),
+        text_config=LlamaConfig(**{**tiny.TINY_LLAMA, "pad_token_id": processor.tokenizer.pad_token_id}),
+        image_token_index=processor.image_token_id,
+        image_seq_length=9,
+    )
+    folder = tmp_path / "llava"
+    LlavaForConditionalGeneration(config).save_pretrained(folder)
+    template = (
+        "{% for m in messages %}{{ m.role }}: {% for p in m.content %}{{ '<image>' if p.type == 'image' else p.text }}"
+        "{% endfor %}\n{% endfor %}assistant:"
+    )
+    LlavaProcessor(
+        tiny.tiny_image_processor(), processor.tokenizer, patch_size=14, vision_feature_select_strategy="default",
+        num_additional_image_tokens=1, chat_template=template,
+    ).save_pretrained(folder)  # fmt: skip
+    [result] = evaluate(replace(evaluation, model=str(folder), limit=4))
+    assert result.num_failed == 0, examples_of(evaluation.out)[0]["error"]
+    assert examples_of(evaluation.out)[0]["prompt"].startswith("user: <image>is the shape")

@@ -1,0 +1,183 @@
+"""Two runs beside each other: pairs by id, intervals that hold what they say, flipped examples."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from sq_llava.cli import app
+from sq_llava.evaluation.comparison import compare, compare_task, mean_interval
+from sq_llava.evaluation.run import find_task
+from sq_llava.evaluation.task import Example, Record, Score, Task
+from tests import tiny
+from tests.evaluation_layouts import assess_answers, png, stored, write_json, write_jsonl, write_parquet
+
+
+def write_run(folder, task, scores, **changes):
+    """`examples.jsonl` with these `{id: value}` of accuracy."""
+    lines = [
+        {
+            "id": id, "prompt": f"USER: {id}?", "images": [], "answer": f"said {value}", "prediction": value,
+            "reference": "yes", "scores": {"accuracy": value}, "parsed": True, "judge_error": None, "error": None,
+            "details": {"kind": "shape"}, **changes,
+        }
+        for id, value in scores.items()
+    ]  # fmt: skip
+    write_jsonl(folder / task / "examples.jsonl", lines)
+
+
+def test_difference_is_that_of_the_same_examples(tmp_path):
+    first = {f"q{number}": float(number % 2) for number in range(40)}
+    second = dict.fromkeys(reversed(first), 1.0)
+    write_run(tmp_path / "a", "easy_vqa", first)
+    write_run(tmp_path / "b", "easy_vqa", second)
+    [difference] = compare(tmp_path / "a", tmp_path / "b")
+    assert (difference.first, difference.second, difference.difference, difference.num) == (0.5, 1.0, 0.5, 40)
+    # Half of the differences are 1: the mean of 40 has a standard error of 0.079.
+    assert difference.low == pytest.approx(0.5 - 1.96 * 0.079, abs=0.03)
+    assert difference.high == pytest.approx(0.5 + 1.96 * 0.079, abs=0.03)
+    assert compare(tmp_path / "a", tmp_path / "b") == [difference]
+    [same] = compare(tmp_path / "a", tmp_path / "a", tmp_path / "out")
+    assert (same.low, same.difference, same.high, same.is_clear) == (0, 0, 0, False)
+
+
+def test_pairs_make_the_interval_narrower_than_two_errors_would(tmp_path):
+    first = {f"q{number}": float(number % 2) for number in range(100)}
+    write_run(tmp_path / "a", "easy_vqa", first)
+    write_run(tmp_path / "b", "easy_vqa", {**first, "q0": 1.0, "q2": 1.0, "q4": 1.0, "q6": 1.0, "q8": 1.0})
+    [difference] = compare(tmp_path / "a", tmp_path / "b")
+    assert difference.is_clear  # 5% better; one run alone is known to 5%
+
+
+def test_flipped_examples_are_listed(tmp_path):
+    write_run(tmp_path / "a", "easy_vqa", {"q1": 1.0, "q2": 0.0, "q3": 1.0})
+    write_run(tmp_path / "b", "easy_vqa", {"q3": 0.5, "q1": 1.0, "q2": 1.0})
+    compare(tmp_path / "a", tmp_path / "b", tmp_path / "out")
+    lines = [json.loads(line) for line in (tmp_path / "out" / "easy_vqa.flipped.jsonl").read_text().splitlines()]
+    assert [(line["id"], line["change"], line["first"], line["second"]) for line in lines] == [
+        ("q2", 1.0, "said 0.0", "said 1.0"),
+        ("q3", -0.5, "said 1.0", "said 0.5"),
+    ]
+    report = (tmp_path / "out" / "comparison.md").read_text()
+    assert "easy_vqa: 1 examples better, 1 worse" in report
+    assert "| easy_vqa | accuracy | 0.6667 | 0.8333 | +0.1667 |" in report
+
+
+@pytest.mark.parametrize(
+    "task, second, changes, message",
+    [
+        ("easy_vqa", {"q1": 1.0, "q3": 1.0}, {}, "has no example 'q3', which"),
+        ("easy_vqa", {"q1": 1.0}, {}, "has no example 'q2', which"),
+        ("easy_vqa", {"q1": 1.0, "q2": 1.0}, {"reference": "no"}, "'q1' has another reference"),
+        ("pope", {"q1": 1.0, "q2": 1.0}, {}, "share no task"),
+    ],
+)
+def test_runs_on_other_examples_are_refused(tmp_path, task, second, changes, message):
+    write_run(tmp_path / "a", "easy_vqa", {"q1": 1.0, "q2": 0.0})
+    write_run(tmp_path / "b", task, second, **changes)
+    with pytest.raises(ValueError, match=message):
+        compare(tmp_path / "a", tmp_path / "b")
+
+
+def test_figures_of_the_corpus_are_computed_anew(tmp_path):
+    same = {"question": "Is it?", "image": stored()}
+    rows = [
+        {**same, "question_id": str(number), "answer": "yes" if number % 2 else "no", "category": category}
+        for category in ("random", "popular")
+        for number in range(20)
+    ]
+    write_parquet(tmp_path / "data" / "test-00000-of-00001.parquet", rows)
+    right = {f"{row['category']}/{row['question_id']}": row["answer"] for row in rows}
+    for name, answers in (("a", dict.fromkeys(right, "yes")), ("b", right)):
+        assess_answers("pope", tmp_path / "data", answers, tmp_path / name)
+    found = {each.metric: each for each in compare(tmp_path / "a", tmp_path / "b", num_corpus_resamples=100)}
+    assert found["llava/f1"].first == pytest.approx(2 / 3)
+    assert found["llava/f1"].second == found["llava/mean_f1"].second == 1
+    # All say yes: F1 is 2 p / (p + 1) for a share p of yes among the labels, which has a standard error of 0.079.
+    assert found["llava/f1"].low == pytest.approx(1 - 2 * 0.655 / 1.655, abs=0.04)
+    assert found["llava/f1"].high == pytest.approx(1 - 2 * 0.345 / 1.345, abs=0.04)
+
+
+def test_rows_of_one_question_are_drawn_together():
+    task = find_task("mmbench")
+    pairs = []
+    for question in range(30):
+        for rotation in range(2):
+            example = Example(str(question + rotation * 1_000_000), "", [], "A", {"num_rows": 2, "category": "c"})
+            first = Score({}, prediction="A" if rotation == 0 or question % 3 else "B")
+            pairs.append(
+                (Record(example, "", "", score=first), Record(example, "", "", score=Score({}, prediction="A")))
+            )
+    [difference] = compare_task(task, pairs, 100, 200, 0)
+    assert (difference.metric, difference.second) == ("circular/accuracy", 1)
+    assert difference.first == pytest.approx(2 / 3)
+    # Of 30 questions a third differ: a standard error of 0.086.
+    assert difference.high - difference.low == pytest.approx(2 * 1.96 * 0.086, rel=0.3)
+
+
+def test_command_compares_with_a_folder_or_with_another_model(tmp_path):
+    processor = tiny.tiny_processor()
+    for name in ("one", "other"):
+        tiny.tiny_model_for(processor).save_pretrained(tmp_path / name)
+        processor.save_pretrained(tmp_path / name)
+    turns = [{"value": "is it?"}, {"value": "yes"}]
+    same = {"image": "0.png", "kind": "shape", "conversations": turns}
+    write_json(tmp_path / "data" / "test.json", [{**same, "id": f"q{number}"} for number in range(4)])
+    (tmp_path / "data" / "images").mkdir()
+    (tmp_path / "data" / "images" / "0.png").write_bytes(png())
+
+    def run(model, out, against):
+        options = {"--model": model, "--out": out, "--against": against, "--data": tmp_path / "data"}
+        given = [str(part) for option in options.items() for part in option]
+        return CliRunner().invoke(app, ["evaluate", "--tasks", "easy_vqa", "--device", "cpu", *given])
+
+    done = run(tmp_path / "one", tmp_path / "a", tmp_path / "other")
+    assert done.exit_code == 0, done.output
+    assert (tmp_path / "a" / "against" / "results.json").is_file()
+    content = json.loads((tmp_path / "a" / "comparison" / "comparison.json").read_text())
+    assert (content["first"], content["second"]) == (str(tmp_path / "a" / "against"), str(tmp_path / "a"))
+    assert "the other" in done.output
+    done = run(tmp_path / "other", tmp_path / "b", tmp_path / "a")
+    assert done.exit_code == 0, done.output
+    assert (tmp_path / "b" / "comparison" / "comparison.md").is_file()
+    assert not (tmp_path / "b" / "against").exists()
+
+
+def coverage(num_sets: int, interval_of) -> float:
+    return sum(low <= truth <= high for low, high, truth in map(interval_of, range(num_sets))) / num_sets
+
+
+def test_interval_of_a_mean_holds_the_truth_in_95_of_100_data_sets():
+    def interval_of(seed):
+        draw = np.random.default_rng(1000 + seed)
+        skill = draw.random(150)  # both runs find the same questions hard
+        first, second = (draw.random(150) < skill), (draw.random(150) < np.minimum(1, skill + 0.1))
+        return *mean_interval(second.astype(float) - first, 400, seed), 0.1 - 0.1**2 / 2
+
+    assert 0.92 <= coverage(300, interval_of) <= 0.98
+
+
+@pytest.mark.slow
+def test_interval_of_a_ratio_holds_the_truth_in_95_of_100_data_sets():
+    def ratio(records):
+        return {
+            "ratio": math.fsum(r.score.prediction[0] for r in records)
+            / math.fsum(r.score.prediction[1] for r in records)
+        }
+
+    task = Task("ratio", "", None, None, None, "ratio", corpus_metrics=ratio)
+
+    def interval_of(seed):
+        draw = np.random.default_rng(seed)
+        pairs = []
+        for number in range(80):
+            example = Example(str(number), "", [], None)
+            size = draw.exponential() + 0.2
+            parts = [(size * draw.random() * scale, size) for scale in (1.0, 1.4)]
+            pairs.append(tuple(Record(example, "", "", score=Score({}, prediction=part)) for part in parts))
+        [difference] = compare_task(task, pairs, 1, 200, seed)
+        return difference.low, difference.high, 0.2
+
+    assert 0.89 <= coverage(200, interval_of) <= 0.98

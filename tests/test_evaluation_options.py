@@ -1,0 +1,365 @@
+"""Benchmarks with lettered options, ScienceQA and MMBench: prompts, parsers, rotations, ensembles, uploads."""
+
+import base64
+import csv
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from openpyxl import load_workbook
+
+from sq_llava.evaluation.judge import Judge, JudgeSettings
+from sq_llava.evaluation.mmbench import check_upload
+from sq_llava.evaluation.mmbench import option_of as mmbench_option_of
+from sq_llava.evaluation.scienceqa import concluded_option, option_of, option_of_lmms_eval
+from sq_llava.evaluation.scienceqa_ensemble import complement, disagreements, judged
+from tests.chat_server import Reply, chat_server
+from tests.evaluation_layouts import (
+    assess_answers,
+    examples_of,
+    figures,
+    image_bytes,
+    png,
+    stored,
+    write_json,
+    write_parquet,
+)
+
+
+L = "\nAnswer with the option's letter from the given choices directly."
+
+
+@pytest.fixture(params=["parquet", "folder"])
+def layout(request):
+    return request.param
+
+
+SCIENCEQA = [  # id, question, choices, answer, hint, whether it has a picture
+    ("5", "Which is  red?", ["the sky", "a rose"], 1, "Look  at it.", True),
+    ("11", "Which is an animal?", ["dog", "oak", "rock"], 0, "", False),
+    ("20", "Where is it?", ["north", "south"], 0, "", True),
+]
+
+
+def write_scienceqa(folder, layout):
+    if layout == "parquet":
+        rows = [
+            {"image": stored(n) if has_image else None, "question": question, "choices": choices, "answer": answer,
+             "hint": hint}
+            for n, (_, question, choices, answer, hint, has_image) in enumerate(SCIENCEQA)
+        ]  # fmt: skip
+        write_parquet(folder / "ScienceQA-FULL" / "test-00000-of-00001.parquet", rows)
+        write_parquet(folder / "ScienceQA-IMG" / "test-00000-of-00001.parquet", [row for row in rows if row["image"]])
+        return
+    problems, asked = {}, []
+    for n, (id, question, choices, answer, hint, has_image) in enumerate(SCIENCEQA):
+        problems[id] = {"question": question, "choices": choices, "answer": answer, "hint": hint,
+                        "image": "image.png" if has_image else None}  # fmt: skip
+        letters = "\n".join(f"{letter}. {choice}" for letter, choice in zip("ABC", choices, strict=False))
+        value = (f"Context: {hint}\n" if hint else "") + f"{question}\n{letters}"
+        row = {"id": id, "conversations": [{"from": "human", "value": value}, {"from": "gpt", "value": "-"}]}
+        if has_image:
+            row["image"] = f"{id}/image.png"
+            row["conversations"][0]["value"] = f"<image>\n{value}"
+            (folder / "images" / "test" / id).mkdir(parents=True)
+            (folder / "images" / "test" / id / "image.png").write_bytes(png(n))
+        asked.append(row)
+    write_json(folder / "problems.json", dict(reversed(problems.items())))
+    write_json(folder / "pid_splits.json", {"test": [row[0] for row in SCIENCEQA], "val": []})
+    write_json(folder / "llava_test_CQM-A.json", asked[::-1])
+
+
+def by_question(answers):
+    """Answers to the three questions: the Hub's table has other ids than LLaVA's folder."""
+    return lambda example: next(answer for row, answer in zip(SCIENCEQA, answers) if row[1][:9] in example.prompt)
+
+
+def test_scienceqa_asks_questions_with_a_picture(tmp_path, layout):
+    write_scienceqa(tmp_path / "scienceqa", layout)
+    examples = {example.prompt: example for example in examples_of("scienceqa", tmp_path)}
+    assert set(examples) == {
+        "Context: Look  at it.\nWhich is  red?\nA. the sky\nB. a rose" + L,
+        "Where is it?\nA. north\nB. south" + L,
+    }
+    assert [image_bytes(example) for example in sorted(examples.values(), key=lambda each: each.prompt)] == [
+        [png(0)],
+        [png(2)],
+    ]
+    result = assess_answers("scienceqa", tmp_path, by_question(["B.", None, "A"]), tmp_path / "out")
+    assert figures(result) == {"llava/accuracy": 0.5, "lmms_eval/accuracy": 1.0}
+    assert result.parsed_share == 0.5
+
+
+def test_scienceqa_asks_all_questions_if_wanted(tmp_path, layout):
+    write_scienceqa(tmp_path / "scienceqa", layout)
+    result = assess_answers("scienceqa_all", tmp_path, by_question(["B", "B. oak", "A. north"]), tmp_path / "out")
+    values = figures(result)
+    assert values["llava/accuracy"] == pytest.approx(2 / 3)
+    assert (values["image/llava/accuracy"], values["text/llava/accuracy"]) == (1, 0)
+
+
+def test_scienceqa_with_reasoning_is_asked_as_the_first_llava_does(tmp_path, layout):
+    write_scienceqa(tmp_path / "scienceqa", layout)
+    examples = examples_of("scienceqa_reasoning", tmp_path)
+    assert [example.prompt for example in examples] == [
+        "Which is red?\nContext: Look at it.\nOptions: (A) the sky (B) a rose",
+        "Which is an animal?\nContext: N/A\nOptions: (A) dog (B) oak (C) rock",
+        "Where is it?\nContext: N/A\nOptions: (A) north (B) south",
+    ]
+    assert [image_bytes(example) for example in examples] == [[png(0)], [], [png(2)]]
+    answers = iter(["Roses are red. The answer is B.", "A", "The answer is A. Or: The answer is B."])
+    result = assess_answers("scienceqa_reasoning", tmp_path, lambda _: next(answers), tmp_path / "out")
+    assert figures(result)["llava/accuracy"] == pytest.approx(1 / 3)
+    assert result.parsed_share == pytest.approx(1 / 3)
+
+
+def test_scienceqa_file_with_other_ids_than_the_split_is_refused(tmp_path):
+    write_scienceqa(tmp_path, "folder")
+    write_json(tmp_path / "pid_splits.json", {"test": ["5", "11"]})
+    with pytest.raises(ValueError, match=r"do not have the same ids: '20' is in one of them"):
+        examples_of("scienceqa", tmp_path)
+
+
+def test_scienceqa_split_that_is_not_there_is_refused(tmp_path):
+    write_scienceqa(tmp_path, "folder")
+    with pytest.raises(ValueError, match=r"pid_splits\.json: has no minitest\. It has: test, val"):
+        examples_of("scienceqa_reasoning", tmp_path, "minitest")
+
+
+@pytest.mark.parametrize(
+    "answer, llava, lmms_eval",
+    [
+        ("B", "B", "B"),
+        (" B\n", "B", "B"),
+        ("b", None, "B"),
+        ("B.", None, "B"),
+        ("B. a rose", "B", "B"),
+        ("B.a rose", None, "B"),
+        ("B: a rose", None, None),
+        ("The answer is B.", "B", None),
+        ("The answer is B", None, None),
+        ("The answer is B. No: the answer is A. The answer is A.", None, None),
+        ("D", None, "D"),  # of three options
+        ("The answer is D.", None, None),
+        ("", None, None),
+    ],
+)
+def test_scienceqa_answers_are_read_as_llava_and_lmms_eval_do(answer, llava, lmms_eval):
+    assert option_of(answer, 3) == llava
+    read = option_of_lmms_eval(answer)
+    assert (read if read in list("ABCDE") else None) == lmms_eval
+
+
+@given(st.text(alphabet="ABCDE. Theanswri\n", max_size=40), st.integers(2, 5))
+def test_scienceqa_option_is_one_of_those_given(text, num_choices):
+    assert option_of(text, num_choices) in {None, *"ABCDE"[:num_choices]}
+
+
+@given(st.sampled_from("ABC"), st.text(alphabet="abc ,\n", max_size=30))
+def test_conclusion_is_read_behind_any_reasoning(letter, reasoning):
+    assert concluded_option(f"{reasoning} The answer is {letter}.", 3) == letter
+
+
+OPTIONS = st.dictionaries(st.sampled_from("123456"), st.sampled_from(["A", "B", None]))
+
+
+@given(OPTIONS, OPTIONS, OPTIONS)
+def test_ensembles_take_the_own_option_only_where_the_other_model_has_none(own, llm, decisions):
+    for id, option in complement(own, llm).items():
+        assert option == (own[id] if llm.get(id) is None else llm[id])
+    assert all(own[id] != llm[id] for id in disagreements(own, llm))
+    assert judged(own, llm, {}) == complement(own, llm)
+    assert complement(own, {}) == own
+
+
+def ensemble(tmp_path, monkeypatch, reply):
+    monkeypatch.setenv("OPENAI_API_KEY", "key")
+    write_scienceqa(tmp_path / "scienceqa", "parquet")
+    answers = iter(["The answer is B.", "No idea.", "The answer is A."])
+    with chat_server(lambda request, number: reply(request["messages"][-1]["content"])) as server:
+        judge = Judge(JudgeSettings("chat", base_url=server.url, concurrency=1, retries=0), tmp_path / "out")
+        return assess_answers(
+            "scienceqa_reasoning", tmp_path, lambda _: next(answers), tmp_path / "out", judge=judge
+        ), server
+
+
+def test_language_model_complements_and_decides(tmp_path, monkeypatch):
+    def reply(text):
+        if "First answer: The answer is A." in text and "Second answer: The answer is B." in text:
+            return "North is up. The answer is A."
+        if "Which is red?" in text:
+            return "I cannot see it."
+        return "The answer is A." if "animal" in text else "The answer is B."
+
+    result, server = ensemble(tmp_path, monkeypatch, reply)
+    assert {name: value for name, value in figures(result).items() if name.count("/") == 1} == pytest.approx(
+        {"llava/accuracy": 2 / 3, "llm/accuracy": 1 / 3, "complement/accuracy": 2 / 3, "judge/accuracy": 1}
+    )
+    assert len(server.requests) == 4  # each question, and the one that is disputed
+
+
+def test_question_that_the_language_model_was_not_asked_is_in_no_ensemble(tmp_path, monkeypatch):
+    result, _ = ensemble(
+        tmp_path, monkeypatch, lambda text: Reply(status=500) if "animal" in text else "The answer is A."
+    )
+    values = {metric.name: metric for metric in result.metrics}
+    assert values["llava/accuracy"].num == 3
+    assert values["complement/accuracy"].num == values["judge/accuracy"].num == 2
+
+
+MMBENCH = [  # index, question, hint, options, answer, category
+    (7, "=Which is red?", "A picture of a garden.", ["sky", "rose", "None", ""], "B", "colour"),
+    (1_000_007, "=Which is red?", "A picture of a garden.", ["rose", "None", "sky", ""], "A", "colour"),
+    (2_000_007, "=Which is red?", "A picture of a garden.", ["None", "sky", "rose", ""], "C", "colour"),
+    (9, "Where\tis\nit?", "", ["left", "right", "", "never"], "A", "place"),
+    (1_000_009, "Where\tis\nit?", "", ["right", "left", "", "never"], "B", "place"),
+]
+COLUMNS = ["index", "question", "hint", "A", "B", "C", "D", "answer", "category", "image", "source", "split"]
+
+
+def mmbench_rows(rows, split="dev"):
+    return [
+        [index, question, hint, *options, answer, category, None, "s", split]
+        for index, question, hint, options, answer, category in rows
+    ]
+
+
+def write_mmbench(folder, layout, rows=MMBENCH, language="en", split="dev"):
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = [dict(zip(COLUMNS, row)) for row in mmbench_rows(rows, split)]
+    if layout == "parquet":
+        for row in rows:
+            row["image"] = stored(row["index"] % 10)
+            # The Hub's table was made with empty fields as "nan".
+            row.update({name: row[name] or "nan" for name in ("hint", "C", "D", "answer")})
+        write_parquet(folder / language / f"{split}-00000-of-00001.parquet", rows)
+        return
+    name = {"en": f"mmbench_{split}_20230712.tsv", "cn": f"mmbench_{split}_cn_20231003.tsv"}[language]
+    with (folder / name).open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file, delimiter="\t")
+        writer.writerow(COLUMNS)
+        for row in rows:
+            image = base64.b64encode(png(row["index"] % 10)).decode()
+            # Some tables have the picture once, and then the index of its row.
+            row["image"] = image if row["index"] < 2_000_000 else str(row["index"] % 1_000_000)
+            writer.writerow([row[column] for column in COLUMNS])
+
+
+def test_mmbench_prompt_has_hint_and_options_up_to_the_first_empty_one(tmp_path, layout):
+    write_mmbench(tmp_path / "mmbench", layout)
+    examples = {example.id: example for example in examples_of("mmbench", tmp_path)}
+    assert examples["7"].prompt == "A picture of a garden.\n=Which is red?\nA. sky\nB. rose\nC. None" + L
+    assert examples["9"].prompt == "Where\tis\nit?\nA. left\nB. right" + L
+    assert image_bytes(examples["2000007"]) == image_bytes(examples["7"]) == [png(7)]
+
+
+def test_mmbench_in_chinese_asks_in_the_words_of_llava_and_of_lmms_eval(tmp_path, layout):
+    # Both languages lie in one folder.
+    write_mmbench(tmp_path / "mmbench", layout)
+    write_mmbench(tmp_path / "mmbench", layout, [(7, "哪个是红色的？", "", ["天空", "玫瑰", "", ""], "B", "c")], "cn")
+    [llava], [lmms_eval] = (examples_of(name, tmp_path) for name in ("mmbench_cn", "mmbench_cn_lmms_eval"))
+    assert llava.prompt == "哪个是红色的？\nA. 天空\nB. 玫瑰\n请直接回答选项字母。"
+    assert lmms_eval.prompt == (
+        "哪个是红色的？ 有如下几个选项：\nA. 天空\nB. 玫瑰\n\n请直接使用所提供的选项字母作为答案回答。"
+    )
+
+
+def test_mmbench_counts_a_question_as_right_if_all_its_rotations_are(tmp_path, layout):
+    write_mmbench(tmp_path / "mmbench", layout)
+    answers = {"7": "B", "1000007": "A. rose", "2000007": "the rose", "9": "A", "1000009": "A"}
+    result = assess_answers("mmbench", tmp_path, answers, tmp_path / "out")
+    assert figures(result) == {
+        "letter/accuracy": 1.0,
+        "circular/accuracy": 0.5,
+        "colour/letter/accuracy": 1.0,
+        "colour/circular/accuracy": 1.0,
+        "place/letter/accuracy": 1.0,
+        "place/circular/accuracy": 0.0,
+    }
+    assert next(metric.num for metric in result.metrics if metric.name == "letter/accuracy") == 2
+    failed = assess_answers("mmbench", tmp_path, {**answers, "2000007": None}, tmp_path / "out2")
+    assert figures(failed)["circular/accuracy"] == 0
+    assert failed.num_failed == 1
+
+
+def test_mmbench_without_rotations_has_no_circular_figure(tmp_path, layout):
+    write_mmbench(tmp_path / "mmbench", layout, [row for row in MMBENCH if row[0] < 1_000_000])
+    result = assess_answers("mmbench", tmp_path, {"7": "B", "9": "left?"}, tmp_path / "out")
+    assert figures(result) == {
+        "letter/accuracy": 1.0,
+        "colour/letter/accuracy": 1.0,
+        "place/letter/accuracy": 1.0,
+    }
+
+
+def test_mmbench_upload_of_the_test_split_has_a_row_for_each_question(tmp_path, layout):
+    rows = [(*row[:4], "", row[5]) for row in MMBENCH]
+    write_mmbench(tmp_path / "mmbench", layout, rows, split="test")
+    answers = {"7": "=B", "1000007": "A\x07", "2000007": None, "9": "A", "1000009": "A"}
+    result = assess_answers("mmbench", tmp_path, answers, tmp_path / "out", split="test")
+    file = tmp_path / "out" / "mmbench" / "mmbench.xlsx"
+    assert result.metrics == []
+    assert result.missing == f"scored by a server: send it {file}"
+    header, *written = load_workbook(file, data_only=True).active.iter_rows(values_only=True)
+    assert header == ("index", "question", "A", "B", "C", "D", "prediction", "answer", "split")
+    assert written[0] == (7, "=Which is red?", "sky", "rose", "None", None, "=B", None, "test")
+    assert [row[6] for row in written[1:]] == ["A", None, "A", "A"]
+
+
+def test_mmbench_upload_without_a_question_is_refused(tmp_path):
+    write_mmbench(tmp_path / "mmbench", "folder", MMBENCH[:1])
+    assess_answers("mmbench", tmp_path, {"7": "B"}, tmp_path / "out")
+    with pytest.raises(ValueError, match="has not one row for each of the 2 questions"):
+        check_upload(tmp_path / "out" / "mmbench" / "mmbench.xlsx", [7, 9])
+
+
+def test_mmbench_table_with_a_broken_row_is_refused(tmp_path):
+    write_mmbench(tmp_path, "folder", MMBENCH[:1])
+    file = tmp_path / "mmbench_dev_20230712.tsv"
+    file.write_text(file.read_text() + "8\tWhat?\n")
+    with pytest.raises(ValueError, match=r"dev_20230712\.tsv, row 1: has not as many fields as there are columns"):
+        examples_of("mmbench", tmp_path)
+
+
+def test_mmbench_index_that_is_there_twice_is_refused(tmp_path, layout):
+    write_mmbench(tmp_path, layout, [*MMBENCH, MMBENCH[3]])
+    with pytest.raises(ValueError, match="the id '9' is there twice"):
+        examples_of("mmbench", tmp_path)
+
+
+def test_mmbench_picture_that_is_not_base64_is_an_error_of_its_example(tmp_path):
+    write_mmbench(tmp_path, "folder", MMBENCH[:1])
+    file = tmp_path / "mmbench_dev_20230712.tsv"
+    file.write_text(file.read_text().replace(base64.b64encode(png(7)).decode(), "???"))
+    [example] = examples_of("mmbench", tmp_path)
+    with pytest.raises(ValueError, match=r"mmbench_dev_20230712\.tsv, index 7: is not base64"):
+        example.images[0].read()
+
+
+CHOICES = {"A": "cat", "B": "dog", "C": "catfish"}
+
+
+@pytest.mark.parametrize(
+    "answer, option",
+    [
+        ("B", "B"),
+        ("B.", "B"),
+        ("(B)", "B"),
+        ("(B).", "B"),
+        ("B: dog", "B"),
+        ("B. A dog runs here", "B"),
+        ("A dog runs here", "B"),  # an article, and the option's text
+        ("A. A dog runs here", "A"),
+        ("A dog", "A"),  # of up to three words a bare A is a letter
+        ("A or B", None),
+        ("D, or rather B", "B"),  # a bare letter goes before one with a mark
+        ("dog", "B"),
+        ("The DOG.", "B"),
+        ("a catfish", None),  # "cat" is in it as well
+        ("bird", None),
+        ("D", "D"),  # not an option: wrong
+        ("", None),
+    ],
+)
+def test_mmbench_option_is_read_by_its_letter_or_its_text(answer, option):
+    assert mmbench_option_of(answer, CHOICES) == option

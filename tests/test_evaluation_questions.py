@@ -1,0 +1,189 @@
+"""Questions that a model asks: the figures, by hand and by law, and the command on a tiny model."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import CLIPProcessor
+
+from sq_llava.evaluation.question_metrics import distinct_n, question_type, self_bleu, type_shares
+from sq_llava.evaluation.question_run import AskSettings, QuestionEvaluation, evaluate_questions
+from sq_llava.evaluation.questions import ClipScorer, Picture, easy_vqa_figures, figures_of, read_pictures
+from tests import tiny
+
+
+TEXTS = st.lists(st.text(alphabet="abc ", min_size=1, max_size=12), min_size=2, max_size=6)
+
+
+@pytest.mark.parametrize(
+    ("question", "kind"),
+    [
+        ("What color is it?", "what"),
+        ("How many dogs are there?", "how many"),
+        ("How does it move?", "how"),
+        ("Is it a cat or a dog?", "choice"),
+        ("Is there a cat?", "yes/no"),
+        ("Why is he running?", "why"),
+        ("In which city was this taken?", "which"),
+        ("Describe the scene.", "request"),
+        ("Can you describe the scene?", "request"),
+        ("And the dog?", "other"),
+        ("Somewhat blue?", "other"),  # "what" inside of a word
+    ],
+)
+def test_types_of_questions(question, kind):
+    assert question_type(question) == kind
+
+
+def test_shares_of_types_add_up_to_one():
+    shares = type_shares(["What?", "What is it?", "Why?", "Is it?"])
+    assert shares == {"what": 0.5, "why": 0.25, "yes/no": 0.25}
+
+
+def test_distinct_n_by_hand():
+    assert distinct_n(["is it red", "is it blue"], 1) == 4 / 6
+    assert distinct_n(["is it red", "is it blue"], 2) == 3 / 4
+    assert distinct_n(["red"], 2) == 0
+
+
+def test_self_bleu_of_copies_is_whole_and_of_strangers_low():
+    assert self_bleu(["is there a red shape here?"] * 3) == pytest.approx(100)
+    assert self_bleu(["is there a dog?", "what colour does her big hat have?"]) < 15
+    assert self_bleu(["alone"]) is None
+
+
+@given(TEXTS, st.randoms(use_true_random=False))
+def test_order_of_questions_does_not_matter(texts, draw):
+    shuffled = list(texts)
+    draw.shuffle(shuffled)
+    assert distinct_n(shuffled, 2) == distinct_n(texts, 2)
+    assert self_bleu(shuffled) == pytest.approx(self_bleu(texts))
+
+
+@given(TEXTS)
+def test_figures_stay_in_their_bounds(texts):
+    assert 0 <= distinct_n(texts, 1) <= 1
+    assert -1e-9 <= self_bleu(texts) <= 100 + 1e-9
+
+
+def line(*turns: tuple[str, str, str], error=None) -> dict:
+    questions, answers, blank = ([turn[number] for turn in turns] for number in range(3))
+    return {"id": "0", "first": "", "questions": questions, "answers": answers, "blank_answers": blank, "error": error}
+
+
+def test_share_of_answers_that_change_without_the_image_and_failures():
+    asked = [line(("What?", "red", "red"), ("Why?", "so", "no")), line(error="ValueError: broken")]
+    figures = figures_of(asked)
+    assert figures["answer_changes_without_the_image"] == 0.5
+    assert (figures["num_images"], figures["num_failed"], figures["num_questions"]) == (2, 1, 2)
+
+
+def test_truth_of_premises_on_easy_vqa():
+    pairs = (("what color is the shape?", "red"), ("what shape is present?", "circle"))
+    known = {question for question, _ in pairs} | {"what is the blue shape?", "is there a square?"}
+    asked = line(
+        ("what color is the shape?", "red", ""),  # true premise, right answer
+        ("what is the blue shape?", "circle", ""),  # presumes a blue shape
+        ("what is the the?", "?", ""),  # no known form
+    )
+    figures = easy_vqa_figures([asked], [Picture("0", None, pairs)], known)
+    assert figures["premise_is_true"] == pytest.approx(1 / 3)
+    assert (figures["presumed_is_true"], figures["num_presuming"]) == (0.0, 1)
+    assert (figures["own_answer_is_right"], figures["num_own_answers"]) == (1.0, 1)
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory) -> Path:
+    """A model, a CLIP with its processor, a folder of images, and a data set about them."""
+    root = tmp_path_factory.mktemp("parts")
+    processor = tiny.tiny_processor()
+    tiny.tiny_model_for(processor).save_pretrained(root / "model")
+    processor.save_pretrained(root / "model")
+    tiny.save_towers(root)
+    (root / "images").mkdir()
+    for number in range(3):
+        tiny.picture(number).save(root / "images" / f"{number}.png")
+    rows = []
+    for number in range(3):
+        for question, answer in (("What?", "A dog."), ("Where?", "There.")):
+            turns = [{"from": "human", "value": f"<image>\n{question}"}, {"from": "gpt", "value": answer}]
+            rows.append({"id": len(rows), "image": f"{number}.png", "conversations": turns})
+    (root / "rows.json").write_text(json.dumps(rows))
+    tokenizer = tiny.llama_tokenizer()
+    tokenizer.pad_token = tokenizer.eos_token
+    CLIPProcessor(tiny.tiny_image_processor(), tokenizer).save_pretrained(root / "clip")
+    return root
+
+
+@pytest.fixture
+def evaluation(parts, tmp_path) -> QuestionEvaluation:
+    settings = AskSettings(num_questions=3, after="What is it?", max_new_tokens=8)
+    return QuestionEvaluation(str(parts / "model"), str(parts / "images"), tmp_path / "out", settings, device="cpu")
+
+
+def test_rows_about_one_file_are_one_picture(parts):
+    pictures = read_pictures(str(parts / "rows.json"), str(parts / "images"))
+    assert [Path(picture.id).name for picture in pictures] == ["0.png", "1.png", "2.png"]
+    assert pictures[1].pairs == (("What?", "A dog."), ("Where?", "There."))
+
+
+def test_folder_without_images_is_named(tmp_path):
+    with pytest.raises(ValueError, match="holds neither images"):
+        read_pictures(str(tmp_path))
+
+
+def test_evaluation_writes_figures_report_and_pictures(evaluation, parts):
+    figures = evaluate_questions(replace(evaluation, clip=str(parts / "clip")))
+    assert (figures["num_images"], figures["num_questions"]) == (3, 9)
+    assert -1 <= figures["clip"]["questions"] <= 1
+    results = json.loads((evaluation.out / "results.json").read_text())
+    assert results["figures"] == figures
+    report = (evaluation.out / "report.md").read_text()
+    for picture in ("types.png", "clip.png", "pictures.png"):
+        assert f"]({picture})" in report
+        assert (evaluation.out / picture).stat().st_size > 5000
+    assert f"| questions | {figures['clip']['questions']:.3f} |" in report
+
+
+def test_run_that_stopped_asks_only_what_is_left(evaluation):
+    evaluate_questions(evaluation)
+    file = evaluation.out / "asked-0.jsonl"
+    whole = file.read_bytes()
+    file.write_bytes(b"".join(whole.splitlines(keepends=True)[:1]) + b'{"id": "cut')
+    evaluate_questions(evaluation)
+    assert file.read_bytes() == whole  # the seed belongs to the picture: the same questions again
+
+
+def test_other_settings_in_the_same_folder_are_refused(evaluation):
+    evaluate_questions(evaluation)
+    with pytest.raises(ValueError, match="holds answers of a run with settings"):
+        evaluate_questions(replace(evaluation, settings=replace(evaluation.settings, temperature=0.7)))
+
+
+def test_broken_image_is_recorded_and_counted(evaluation, parts, tmp_path):
+    folder = tmp_path / "images"
+    folder.mkdir()
+    tiny.picture().save(folder / "a.png")
+    (folder / "b.png").write_bytes((folder / "a.png").read_bytes()[:80])
+    figures = evaluate_questions(replace(evaluation, images=str(folder)))
+    assert (figures["num_images"], figures["num_failed"]) == (2, 1)
+    lines = [json.loads(text) for text in (evaluation.out / "asked-0.jsonl").read_text().splitlines()]
+    assert "cannot be read as an image" in lines[1]["error"]
+
+
+def test_cosines_are_those_of_the_clip(parts):
+    scorer = ClipScorer(str(parts / "clip"), "cpu")
+    images = [tiny.picture(0), tiny.picture(1)]
+    inputs = scorer.processor(text=["red circle"], images=images, return_tensors="pt")
+    with torch.inference_mode():
+        expected = scorer.model(**inputs).logits_per_text / scorer.model.logit_scale.exp()
+    torch.testing.assert_close(scorer.cosines(images, ["red circle"]), expected, rtol=0, atol=1e-5)
+
+
+def test_half_a_clip_is_refused(parts):
+    with pytest.raises(ValueError, match="is no whole CLIP"):
+        ClipScorer(str(parts / "llama"), "cpu")

@@ -1,0 +1,131 @@
+"""The report of a run: what was run, every figure, the paper's apart, examples with pictures, the Hub's entries."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import yaml
+from huggingface_hub import parse_eval_result_entries
+from PIL import Image
+
+from sq_llava.evaluation.report import choose, save_pictures, write_report
+from sq_llava.evaluation.results import write_results
+from sq_llava.evaluation.run import TASKS, Evaluation, describe
+from sq_llava.evaluation.task import Example, Record, Score
+from tests.evaluation_layouts import assess_answers, examples_of, stored, write_parquet
+
+
+ANSWERS = {"popular/1": "Yes.", "popular/2": "no | <b>\n# bold", "random/1": "no", "random/2": None}
+
+
+@pytest.fixture
+def run(tmp_path):
+    """POPE with one right answer in each category, one wrong and one that failed."""
+    rows = [
+        {
+            "question_id": str(number),
+            "question": "Is it?",
+            "answer": "yes",
+            "category": category,
+            "image": stored(number),
+        }
+        for category in ("popular", "random")
+        for number in (1, 2)
+    ]
+    write_parquet(tmp_path / "data" / "test-00000-of-00001.parquet", rows)
+
+    def write(**changes):
+        out = tmp_path / "out"
+        result = assess_answers("pope", tmp_path / "data", ANSWERS, out)
+        evaluation = replace(Evaluation("org/model", ["pope"], str(tmp_path / "data"), out), **changes)
+        write_results([replace(result, **{"data_hash": "d" * 64})], out, describe(evaluation, {"pope": "d" * 64}))
+        save_pictures(TASKS["pope"], examples_of("pope", tmp_path / "data"), out / "pope")
+        return write_report(out, TASKS)
+
+    return write
+
+
+def test_report_says_what_was_run(run):
+    text = run(system_message="Be *brief*.").read_text()
+    for expected in (
+        "| model | org/model",
+        "torch 2",
+        "| data | pope dddddddddddd |",
+        "| examples | all |",
+        "auto, 8, 0",
+    ):
+        assert expected in text
+    assert "| system message | Be \\*brief\\*. |" in text
+
+
+def test_every_figure_stands_in_the_report(run):
+    path = run(limit=4)
+    text = path.read_text()
+    results = json.loads((path.parent / "results.json").read_text())["results"]
+    assert len(results) > 10
+    for each in results:
+        assert f"| pope | {each['metric'].replace('_', chr(92) + '_')} | {each['value']:.4f} |" in text
+    assert "| 4 | 75.0% | 1 |" not in text  # two of four can be read: one is odd, one failed
+    assert "| 4 | 50.0% | 1 | 0 |" in text
+    assert "**only 4 of each task**" in text
+
+
+def test_figures_of_the_paper_are_labelled(run):
+    text = run().read_text()
+    assert "| **this run** | 33.3 |" in text  # F1: 2/3 of popular, 0 of random
+    assert "| SQ-LLaVA-7B, LLaVA data (the paper's) | 87.7 |" in text
+    assert all("(the paper's)" in line for line in text.splitlines() if "SQ-LLaVA-7B" in line)
+    assert "not measured here" in text
+
+
+def test_examples_stand_in_the_report_with_their_pictures(run):
+    path = run()
+    text = path.read_text()
+    right, wrong = text.split("### Right, or best (score 1)")[1].split("### Wrong, or worst (score 0)")
+    assert "`popular/1`" in right
+    assert all(f"`{id}`" in wrong for id in ("popular/2", "random/1", "random/2"))
+
+
+def test_what_a_model_said_is_shown_as_text(run):
+    assert "no \\| \\<b\\> \\# bold" in run().read_text()
+    assert "it broke" in run().read_text()
+
+
+def test_charts_and_pictures_are_images(run):
+    path = run()
+    names = ["figures.png", "pope/breakdown.png", "pope/pictures/0.jpg"]
+    assert all(Image.open(path.parent / name).size[0] >= 8 for name in names)
+    assert all(f"]({name})" in path.read_text() for name in names)
+    assert not (path.parent / "pope/pictures/3.jpg").exists()  # the one that failed
+
+
+def test_best_and_worst_are_chosen_by_the_main_metric():
+    task = replace(TASKS["easy_vqa"], main_metric="main")
+    scores = [{"other": 1 - value, "main": value} for value in (0.3, 1.0, 0.0, 1.0, 0.0, 1.0, 1.0)]
+    records = [Record(Example("", "", [], None), "", "", score=Score(each)) for each in scores]
+    without = Record(Example("", "", [], None), "", "")
+    assert choose(task, [without, *records]) == {
+        "Right, or best (score 1)": [2, 4, 6],
+        "Wrong, or worst (score 0)": [3, 5],
+    }
+    assert choose(task, [without] * 3) == {"Examples": [0, 1, 2]}
+    assert choose(task, [records[1]] * 2) == {"All score 1": [0, 1]}
+
+
+def test_entry_for_the_hub_can_be_read_by_its_library(run):
+    path = run().parent / ".eval_results" / "pope.yaml"
+    [entry] = parse_eval_result_entries(yaml.safe_load(path.read_text()))
+    assert (entry.dataset_id, entry.task_id, entry.value) == ("lmms-lab-encoder/POPE", "pope", 33.3333)
+    assert entry.notes == "llava/mean_f1, 4 examples, 1 failed, sq-llava evaluate"
+
+
+def test_part_of_a_benchmark_is_no_entry_for_the_hub(run):
+    assert not (run(limit=4).parent / ".eval_results").exists()
+
+
+def test_task_without_a_figure_says_what_it_takes(tmp_path, run):
+    out = run().parent
+    content = json.loads((out / "results.json").read_text())
+    content |= {"results": [], "missing": {"pope": "graded by a judge: give --judge-model"}}
+    (out / "results.json").write_text(json.dumps(content))
+    assert "**No figure**: graded by a judge" in write_report(out, TASKS).read_text()

@@ -1,0 +1,54 @@
+"""The modules for the library `evaluate`: they load without a network and give the figures of the pure functions."""
+
+from pathlib import Path
+
+import evaluate
+import pytest
+
+
+FOLDER = Path(__file__).parent.parent / "metrics_hub"
+
+
+@pytest.fixture(scope="module")
+def load(tmp_path_factory):
+    """`evaluate` copies what it loads into its cache: that of these tests is their own."""
+    cache = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluate.config, "HF_MODULES_CACHE", str(cache / "modules"))
+        yield lambda name: evaluate.load(str(FOLDER / f"{name}.py"), cache_dir=str(cache))
+
+
+def test_vqa_accuracy_names_its_normaliser(load):
+    metric = load("vqa_accuracy")
+    said = {"predictions": ["Red.", "two"], "references": [["red"] * 3 + ["blue"] * 7, ["2"] * 10]}
+    assert metric.compute(**said) == {"m4c/accuracy": pytest.approx(0.95)}
+    said = {"predictions": ["Yes."], "references": [["yes"] * 10]}
+    assert metric.compute(**said) == {"m4c/accuracy": 1}
+    assert metric.compute(**said, normalizer="official") == {"official/accuracy": 0}
+    with pytest.raises(ValueError, match="normalizer 'vqa': give one of m4c, official"):
+        metric.compute(**said, normalizer="vqa")
+
+
+def test_vqa_accuracy_is_of_all_batches(load):
+    metric = load("vqa_accuracy")
+    metric.add_batch(predictions=["a dog"], references=[["dog"] * 10])
+    metric.add_batch(predictions=["cat", "cat"], references=[["dog"] * 10, ["dog"] * 10])
+    assert metric.compute() == {"m4c/accuracy": pytest.approx(1 / 3)}
+
+
+def test_pope_reads_answers_as_its_authors_do(load):
+    metric = load("pope")
+    figures = metric.compute(
+        predictions=["Yes, there is.", "There is not. Yes", "maybe", "no"], references=["yes", "yes", "no", "no"]
+    )
+    assert figures == {"accuracy": 0.5, "precision": 0.5, "recall": 0.5, "f1": 0.5, "yes_ratio": 0.5}
+    with pytest.raises(ValueError, match="'Yes' is neither yes nor no"):
+        metric.compute(predictions=["yes"], references=["Yes"])
+
+
+def test_captions_are_scored_over_the_corpus(load):
+    figures = load("captions").compute(
+        predictions=["A dog runs fast!", "zebra"], references=[["a dog, runs fast"], ["Two red cats sleep."]]
+    )
+    assert figures["plain/CIDEr-D"] == pytest.approx(5)
+    assert figures["plain/BLEU-1"] == pytest.approx(4 / 5 * 2.718281828 ** (1 - 8 / 5))
