@@ -40,8 +40,14 @@ def hub():
 
 def process(arguments: list, hub: LocalHub, home: Path, token: str | None = "writer") -> subprocess.Popen:
     """A fresh process for which the small Hub is the Hub."""
-    kept = {name: value for name, value in os.environ.items() if name in ("PATH", "HOME", "TMPDIR", "LD_LIBRARY_PATH")}
-    variables = {"HF_HOME": str(home / "hf_home"), "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+    kept = {name: value for name, value in os.environ.items() if name in ("PATH", "HOME", "LD_LIBRARY_PATH")}
+    # What a killed process leaves behind lies among the test's own files.
+    variables = {
+        "HF_HOME": str(home / "hf_home"),
+        "TMPDIR": str(home),
+        "OMP_NUM_THREADS": "1",
+        "OMP_WAIT_POLICY": "PASSIVE",
+    }
     return subprocess.Popen(
         [sys.executable, *map(str, arguments)],
         cwd=home,
