@@ -58,6 +58,9 @@ def render_card(
     config = _read_json(folder / "config.json")
     processor = _read_json(folder / "processor_config.json")
     provenance = read_provenance(folder)
+    has_extractor = (
+        "prototype_extractor" in adapter["modules_to_save"] if adapter else config["prototype_variant"] != "none"
+    )
     base_models = [adapter["base_model_name_or_path"]] if adapter else _base_models(config, provenance)
     datasets = [source["path"] for stage in provenance.get("stages", []) for source in stage["data"]]
     card_data = ModelCardData(
@@ -77,11 +80,13 @@ def render_card(
         model_name=repo_id.partition("/")[2],
         repo_id=repo_id,
         revision=revision,
-        pin=f', revision="{revision}"' if revision else "",
+        pin=f',\n    revision="{revision}"' if revision else "",
         adapter=adapter,
         config=config,
         towers={name: _tower_name(config.get(f"{name}_config", {})) for name in ("vision", "text")},
         vusr_marker=processor["vusr_marker"],
+        has_extractor=has_extractor,
+        asks=_is_trained_to_ask(provenance, has_extractor),
         parameters=count_saved_parameters(folder),
         code={name: _sha256(folder / name) for name in CODE_FILES if (folder / name).is_file()},
         provenance=provenance,
@@ -147,6 +152,14 @@ def eval_result_files(results: dict[str, Any]) -> dict[str, list[dict]]:
             )
             files.setdefault(entry["task"], []).append(result)
     return {f".eval_results/{task}.yaml": eval_result_entries_to_yaml(entries) for task, entries in files.items()}
+
+
+def _is_trained_to_ask(provenance: dict, has_extractor: bool) -> bool:
+    """Not if it is known to be a LLaVA, or to have done its first stage only."""
+    if not provenance:
+        return True
+    is_released_sq_llava = "converted_from" in provenance and has_extractor and "new_extractor" not in provenance
+    return is_released_sq_llava or any(stage["stage"] == "instruct" for stage in provenance.get("stages", []))
 
 
 def _base_models(config: dict, provenance: dict) -> list[str]:

@@ -32,8 +32,8 @@ from typing import Any
 
 import numpy as np
 import yaml
-from huggingface_hub import CommitOperationAdd, HfApi, hf_hub_download, snapshot_download
-from huggingface_hub.errors import HTTPError, RepositoryNotFoundError  # of the client in use
+from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, hf_hub_download, snapshot_download
+from huggingface_hub.errors import EntryNotFoundError, HTTPError, RepositoryNotFoundError
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 from PIL import Image, ImageDraw
 from rich.console import Console
@@ -97,7 +97,7 @@ def check_rights(api: HfApi, repo_id: str, private: bool) -> None:
     Raises:
         ValueError: if there is no token, or it may not write to `repo_id`, or that is public and should be private.
     """
-    with hub_errors("You are not logged in to the Hub: run `hf auth login`, or set HF_TOKEN"):
+    with hub_errors("The Hub does not know who you are; `hf auth login` or the variable HF_TOKEN tells it"):
         user = api.whoami()
     name = repo_id.partition("/")[0]
     owners = {user["name"], *(org["name"] for org in user.get("orgs", []) if org.get("roleInOrg") != "read")}
@@ -327,15 +327,27 @@ def upload(
             commit_message=message or f"Upload {repo_id.partition('/')[2]}",
             delete_patterns=stale or None,
         ).oid
-        if commit == before and "README.md" in there:
-            card = hf_hub_download(
-                repo_id, "README.md", revision=commit, cache_dir=publication.workspace / "card",
+    if commit == before:
+        card = _present_card(api, publication, commit)
+        commits = PINNED.findall(card.content) if card else []
+        if commits:
+            return commits[-1]
+    return commit
+
+
+def _present_card(api: HfApi, publication: Publication, revision: str | None) -> ModelCard | None:
+    """The card that a repository has."""
+    try:
+        with hub_errors(f"The card of {publication.repo_id} could not be read; run the command again"):
+            file = hf_hub_download(
+                publication.repo_id, "README.md", revision=revision, cache_dir=publication.workspace / "card",
                 endpoint=api.endpoint, token=api.token,
             )  # fmt: skip
-            commits = PINNED.findall(Path(card).read_text())
-            if commits:
-                return commits[-1]
-    return commit
+    except ValueError as error:
+        if isinstance(error.__cause__, EntryNotFoundError):
+            return None
+        raise
+    return ModelCard(Path(file).read_text(), ignore_metadata_errors=True)
 
 
 def check_published(api: HfApi, publication: Publication, commit: str) -> None:
@@ -380,10 +392,16 @@ def publish_card(
     license: str | None = None,
     languages: Sequence[str] = (),
 ) -> str:
-    """Uploads the card that names a commit, and an evaluation's results; returns the URL of the repository."""
+    """
+    Uploads the card that names a commit, and an evaluation's results; returns the URL of the repository. The license
+    and the languages of the present card are kept, unless others are given.
+    """
     repo_id = publication.repo_id
     url = f"{api.endpoint}/{repo_id}"
     example_url = f"{url}/resolve/{commit}/{EXAMPLE_IMAGE}"
+    present = _present_card(api, publication, branch)
+    if present is not None:
+        license, languages = license or present.data.license, languages or present.data.language or ()
     card = render_card(publication.folder, repo_id, commit, results, license, languages, example_url)
     files = {"README.md": str(card)}
     for name, entries in eval_result_files(results or {"results": []}).items():

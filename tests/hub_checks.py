@@ -1,0 +1,141 @@
+"""What a stranger does with what was pushed: run by `test_publishing.py` in a fresh process, without the sources.
+
+    python -P tests/hub_checks.py FOLDER
+
+HF_ENDPOINT is a small Hub. FOLDER, the working directory, holds `image.png`, the cards as `model.md` and `lora.md`,
+and `expected.pt`; it gets `results.json`: for each check of `CHECKS` its traceback, or "" if it passed.
+"""
+
+import json
+import re
+import sys
+import traceback
+from pathlib import Path
+
+
+SOURCES = {"configuration_sq_llava", "modeling_sq_llava", "processing_sq_llava", "sq_llava", "tests"}
+
+
+class SourcesOutOfReach:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in SOURCES:
+            raise ModuleNotFoundError(f"{name} is out of reach", name=name)
+
+
+def snippets(card):
+    return re.findall(r"^```python\n(.*?)^```$", Path(card).read_text(), flags=re.MULTILINE | re.DOTALL)
+
+
+def assert_code_is_pinned(card):
+    """No code was run but that of commits which the card's snippets name."""
+    named = set(re.findall(r'revision="([0-9a-f]{40})"', Path(card).read_text()))
+    modules = [name.split(".") for name in sys.modules if name.startswith("transformers_modules.org.")]
+    run = {part for module in modules for part in module if re.fullmatch("[0-9a-f]{40}", part)}
+    assert run and run <= named, (run, named)
+
+
+def logits_of(model, expected):
+    import torch
+
+    with torch.no_grad():
+        return model(**expected["inputs"]).logits
+
+
+def snippets_of_the_card_run_as_they_stand(expected):
+    import torch
+
+    namespace = {}
+    first, ask, pipeline, four_bits, vllm = snippets("model.md")
+    assert "ask=True" in ask and "load_in_4bit=True" in four_bits and "vllm" in vllm
+    for snippet in (first, ask, pipeline):
+        exec(snippet, namespace)
+    assert_code_is_pinned("model.md")
+    assert torch.equal(logits_of(namespace["model"], expected), expected["second"])
+    exec(four_bits, namespace)
+    linears = {name: type(module).__name__ for name, module in namespace["model"].named_modules()}
+    assert linears["model.language_model.layers.0.self_attn.q_proj"] == "Linear4bit"
+    assert "Linear4bit" not in {kind for name, kind in linears.items() if "language_model" not in name}
+    compile(vllm, "vllm", "exec")  # vLLM needs an environment of its own
+
+
+def snippets_of_an_adapters_card_run_as_they_stand(expected):
+    import torch
+
+    namespace = {}
+    for snippet in snippets("lora.md"):
+        exec(snippet, namespace)
+    assert torch.equal(logits_of(namespace["model"], expected), expected["adapted"])
+
+
+def automodel_for_peft_finds_the_base_by_itself(expected):
+    import torch
+    from peft import AutoPeftModel
+
+    model = AutoPeftModel.from_pretrained("org/lora", trust_remote_code=True).eval()
+    assert torch.equal(logits_of(model, expected), expected["adapted"])
+
+
+def newest_and_pinned_revisions_load_their_own_weights(expected):
+    import torch
+    from transformers import AutoModel
+
+    for revision in ("first", "second"):
+        model = AutoModel.from_pretrained("org/model", revision=expected["commits"][revision], trust_remote_code=True)
+        assert torch.equal(logits_of(model, expected), expected[revision]), revision
+    model = AutoModel.from_pretrained("org/model", trust_remote_code=True)
+    assert torch.equal(logits_of(model, expected), expected["second"])
+    model = AutoModel.from_pretrained("org/model", revision="candidate", trust_remote_code=True)
+    assert torch.equal(logits_of(model, expected), expected["first"])
+
+
+def private_repository_is_refused_without_a_token(expected):
+    from transformers import AutoModel
+
+    try:
+        AutoModel.from_pretrained("org/secret", trust_remote_code=True)
+    except OSError as error:
+        assert "private repository" in str(error), error
+    else:
+        raise AssertionError("org/secret was loaded")
+
+
+def nothing_runs_without_trust(expected):
+    from transformers import AutoModel, AutoProcessor
+
+    for auto_class in (AutoModel, AutoProcessor):
+        try:
+            auto_class.from_pretrained("org/model")
+        except ValueError as error:
+            assert "trust_remote_code=True" in str(error), error
+        else:
+            raise AssertionError(f"{auto_class.__name__} loaded without trust_remote_code")
+
+
+CHECKS = [
+    nothing_runs_without_trust,
+    snippets_of_the_card_run_as_they_stand,  # before anything unpinned is loaded
+    newest_and_pinned_revisions_load_their_own_weights,
+    snippets_of_an_adapters_card_run_as_they_stand,
+    automodel_for_peft_finds_the_base_by_itself,
+    private_repository_is_refused_without_a_token,
+]
+
+
+def main():
+    sys.meta_path.insert(0, SourcesOutOfReach())
+    import torch
+
+    torch.set_num_threads(1)
+    expected = torch.load("expected.pt", weights_only=False)
+    results = {}
+    for check in CHECKS:
+        try:
+            check(expected)
+            results[check.__name__] = ""
+        except Exception:
+            results[check.__name__] = traceback.format_exc()
+    Path("results.json").write_text(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main()
