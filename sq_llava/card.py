@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
 from huggingface_hub import (
     EvalResultEntry,
     ModelCard,
@@ -125,7 +126,12 @@ def read_results(file: str | Path) -> dict[str, Any]:
         for name, kind in (("task", str), ("metric", str), ("value", (int, float)), ("num", int)):
             if not isinstance(entry.get(name), kind):
                 raise ValueError(f"{file}, results, entry {number}: {name} is {entry.get(name)!r}: evaluate again.")
-    return content
+    # What `sq-llava evaluate` wrote beside it.
+    beside = sorted((Path(file).parent / ".eval_results").glob("*.yaml"))
+    return {
+        **content,
+        "eval_results": {f".eval_results/{path.name}": yaml.safe_load(path.read_text()) for path in beside},
+    }
 
 
 def _demo_results(content: dict[str, Any]):
@@ -137,7 +143,8 @@ def _demo_results(content: dict[str, Any]):
 def eval_result_files(results: dict[str, Any]) -> dict[str, list[dict]]:
     """
     `.eval_results/*.yaml` as the Hub reads them, https://huggingface.co/docs/hub/eval-results: a file for each task.
-    The Hub can place only entries that name their benchmark there, as `dataset_id`; the card has all of them.
+    Those that an evaluation wrote beside its JSON, and entries of the JSON that name their benchmark there, as
+    `dataset_id`: the Hub can place no others. The card has all of them.
     """
     files: dict[str, list[EvalResultEntry]] = {}
     for entry in results["results"]:
@@ -151,7 +158,8 @@ def eval_result_files(results: dict[str, Any]) -> dict[str, list[dict]]:
                 notes=f"{entry['metric']}, {entry['num']} examples",
             )
             files.setdefault(entry["task"], []).append(result)
-    return {f".eval_results/{task}.yaml": eval_result_entries_to_yaml(entries) for task, entries in files.items()}
+    named = {f".eval_results/{task}.yaml": eval_result_entries_to_yaml(entries) for task, entries in files.items()}
+    return {**results.get("eval_results", {}), **named}
 
 
 def _is_trained_to_ask(provenance: dict, has_extractor: bool) -> bool:

@@ -110,6 +110,16 @@ def test_scores_are_those_of_the_evaluation_and_nothing_else(checkpoint, tmp_pat
     }
 
 
+def test_entries_that_an_evaluation_wrote_beside_its_results_go_up(tmp_path):
+    entries = [{"task": "pope", "metric": "llava/mean_f1", "value": 0.5, "num": 9000}]
+    (tmp_path / "results.json").write_text(json.dumps({"results": entries}))
+    (tmp_path / ".eval_results").mkdir()
+    (tmp_path / ".eval_results" / "pope.yaml").write_text("- dataset: {id: org/POPE, task_id: pope}\n  value: 50.0\n")
+    assert eval_result_files(read_results(tmp_path / "results.json")) == {
+        ".eval_results/pope.yaml": [{"dataset": {"id": "org/POPE", "task_id": "pope"}, "value": 50.0}]
+    }
+
+
 def test_results_of_the_demo_are_read(tmp_path):
     numbers = {"num_test_questions": 9, "test_accuracy": 0.75, "num_blank_questions": 3, "blank_image_accuracy": 0.5}
     (tmp_path / "evaluation.json").write_text(json.dumps(numbers))
