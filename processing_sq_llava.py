@@ -59,7 +59,8 @@ TEMPLATE_BODY = r"""
                         (" flagged self_question" if message['self_question'] else "") ~
                         ": what the model says cannot hold images. Put it into a user turn.") -}}
                 {%- endif -%}
-                {%- set ns.text = ns.text ~ image_token ~ ('' if ns.typed or images_only else text_prefix ~ '\n') -%}
+                {%- set behind = '' if images_only else text_prefix ~ ('' if ns.typed else '\n') -%}
+                {%- set ns.text = ns.text ~ image_token ~ behind -%}
             {%- elif part['type'] == 'text' -%}
                 {%- set ns.typed = ns.typed ~ part['text'] -%}
                 {%- if not images_only -%}
@@ -86,7 +87,7 @@ TEMPLATE_BODY = r"""
     {%- for message in messages -%}
         {%- if message['role'] == 'assistant' -%}
             {%- set text = text_of(message) -%}
-            {%- generation -%}{{- text ~ '\n' -}}{%- endgeneration -%}
+            {%- generation -%}{{- text_prefix ~ text ~ '\n' -}}{%- endgeneration -%}
         {%- else -%}
             {{- text_of(message, images_only=true) -}}
         {%- endif -%}

@@ -31,9 +31,12 @@ EXAMPLE_QUESTION = "What is in this picture?"
 
 
 def write_card(folder: str | Path) -> None:
-    """Writes `README.md` into a folder with a checkpoint, as it is before it is published."""
+    """
+    Writes `README.md` into a folder with a checkpoint, as it is before it is published: its snippets load the folder
+    that they are run in, as a made-up id could be somebody's on the Hub.
+    """
     folder = Path(folder)
-    render_card(folder, f"org/{folder.resolve().name}").save(folder / "README.md")
+    render_card(folder, ".").save(folder / "README.md")
 
 
 def render_card(
@@ -48,7 +51,7 @@ def render_card(
     """
     Args:
         folder: A plain checkpoint, or an adapter whose base is named by its Hub id.
-        repo_id (`str`): Where the card's snippets load from.
+        repo_id (`str`): Where the card's snippets load from: an id of the Hub, or a folder.
         revision (`str`, *optional*): The commit that they load.
         results (`dict`, *optional*): As [`read_results`] gives them.
         license, languages: Metadata, if the owner says them.
@@ -78,7 +81,7 @@ def render_card(
     return ModelCard.from_template(
         card_data,
         template_path=str(TEMPLATE),
-        model_name=repo_id.partition("/")[2],
+        model_name=repo_id.partition("/")[2] or folder.resolve().name,
         repo_id=repo_id,
         revision=revision,
         pin=f',\n    revision="{revision}"' if revision else "",

@@ -9,7 +9,7 @@ from huggingface_hub import ModelCard
 
 import train_sft
 from sq_llava.adapter import count_parameters
-from sq_llava.card import count_saved_parameters, eval_result_files, read_results, render_card
+from sq_llava.card import count_saved_parameters, eval_result_files, read_results, render_card, write_card
 from sq_llava.checkpoint import merge_adapter
 from sq_llava.provenance import public_name, read_provenance, write_provenance
 from tests import tiny
@@ -48,6 +48,15 @@ def test_every_snippet_that_loads_names_the_commit(checkpoint):
     assert len(calls) == 5
     assert all(re.search(rf'"org/name",\n +revision="{COMMIT}"', call) for call in calls)
     assert "revision=" not in re.sub("pin `revision=` to", "", str(card_of(checkpoint)))
+
+
+def test_card_of_a_folder_loads_that_folder_and_no_id_of_the_hub(checkpoint):
+    write_card(checkpoint)
+    text = (checkpoint / "README.md").read_text()
+    assert f"# {checkpoint.name}" in text
+    assert text.count('"."') >= 5 and "snapshot_download" not in text
+    for snippet in re.findall(r"```python\n(.*?)```", text, re.S):
+        compile(snippet, "snippet", "exec")
 
 
 def test_metadata_names_what_is_on_the_hub(checkpoint):

@@ -256,6 +256,9 @@ def test_text_prefix_of_the_released_checkpoints_stands_behind_the_beginning_and
     processor = tiny_processor(llama_tokenizer(), system_message="SYSTEM", text_prefix=" ")
     prompt = processor.apply_chat_template([user(IMAGE, IMAGE, "What?")], add_generation_prompt=True)
     assert prompt == "<s> SYSTEM USER: <image> \n<image> \nWhat? ASSISTANT:"
+    prompt = processor.apply_chat_template([user("Look at", IMAGE, "and say.")], add_generation_prompt=True)
+    assert prompt == "<s> SYSTEM USER: Look at<image> and say. ASSISTANT:"
+    assert processor.apply_chat_template([user(IMAGE), assistant("A dog.")], plain=True) == "<s><image> A dog.\n"
 
 
 def test_plain_layout_is_image_caption_line_break_with_the_caption_in_the_loss(any_tokenizer):
