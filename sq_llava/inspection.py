@@ -21,7 +21,7 @@ from rich.table import Table
 
 from configuration_sq_llava import SQLlavaConfig
 from modeling_sq_llava import SQLlavaForConditionalGeneration
-from sq_llava.layouts import NAMES, Layout, open_safetensors, read_pickle, recognise
+from sq_llava.layouts import NAMES, Layout, open_safetensors, read_pickle, read_weight_map, recognise
 from sq_llava.recovery import checkpoint_faults, step_of
 
 
@@ -119,7 +119,7 @@ def inspect(path: str | Path) -> Inspection:
     _describe_settings(configs, inspection)
     _compare_code(folder, inspection)
     _look_for_checkpoints(folder, inspection)
-    _check_weights(headers, configs, inspection)
+    _check_weights(folder, headers, configs, inspection)
     _list_missing(configs, inspection)
     return inspection
 
@@ -140,9 +140,14 @@ def _read_configs(folder: Path, inspection: Inspection) -> dict[str, dict]:
     for file in sorted([*folder.glob("*.json"), *folder.glob("Vit-lora/*.json")]):
         name = str(file.relative_to(folder))
         try:
-            configs[name] = json.loads(file.read_bytes())
+            fields = json.loads(file.read_bytes())
         except ValueError:
             inspection.faults.append(f"{name} is no JSON: it is cut off or damaged")
+            continue
+        if isinstance(fields, dict):
+            configs[name] = fields
+        elif file.name.endswith(("config.json", "index.json")) or name == "tokenizer.json":
+            inspection.faults.append(f"{name} holds {str(fields)[:40]!r}, not the fields of an object")
     return configs
 
 
@@ -207,7 +212,8 @@ def _describe_settings(configs: dict[str, dict], inspection: Inspection) -> None
     config, processor = configs.get("config.json", {}), configs.get("processor_config.json", {})
     if "prototype_variant" in config:
         names = ("prototype_variant", "num_prototypes", "num_prototype_iterations", "projector_type")
-        inspection.prototypes = {name: config[name] for name in names}
+        inspection.prototypes = {name: config[name] for name in names if name in config}
+        inspection.missing += [f"{name} in config.json: the default counts" for name in names if name not in config]
     elif config.get("mm_projector_type") == "cluster":
         inspection.prototypes = {"prototype_variant": "released", "num_prototypes": config.get("num_latents", 256)}
     inspection.markers = {name: processor[name] for name in MARKERS if name in processor}
@@ -246,11 +252,17 @@ def _look_for_checkpoints(folder: Path, inspection: Inspection) -> None:
         inspection.checkpoints[checkpoint.name] = "; ".join(checkpoint_faults(checkpoint)) or "complete"
 
 
-def _check_weights(headers: dict[str, list[Tensor]], configs: dict[str, dict], inspection: Inspection) -> None:
+def _check_weights(
+    folder: Path, headers: dict[str, list[Tensor]], configs: dict[str, dict], inspection: Inspection
+) -> None:
     if not headers and not inspection.checkpoints:
         inspection.faults.append("there is no file with weights that could be read")
     for index in (name for name in configs if name.endswith(".index.json")):
-        places = configs[index]["weight_map"]
+        try:
+            places = read_weight_map(folder / index)
+        except ValueError as error:
+            inspection.faults += [str(error)] if str(error) not in inspection.faults else []
+            continue
         absent = sorted(set(places.values()) - inspection.files.keys())
         if absent:
             inspection.faults.append(f"{index} names {len(absent)} files that are not here: {', '.join(absent)}")

@@ -17,6 +17,7 @@ from typing import Literal
 
 import torch
 from huggingface_hub import HfApi, snapshot_download, try_to_load_from_cache
+from huggingface_hub.errors import HTTPError
 from safetensors import SafetensorError, safe_open
 
 from sq_llava.checkpoint import is_missing_folder
@@ -126,11 +127,26 @@ def find_weight_files(folder: Path) -> tuple[Path, ...]:
     """The files of a whole model, whether or not all that its index names are there; safetensors before pickles."""
     for index, single in zip(INDEXES, SINGLE_FILES):
         if (folder / index).is_file():
-            weight_map = read_json(folder / index)["weight_map"]
-            return tuple(folder / name for name in sorted(set(weight_map.values())))
+            return tuple(folder / name for name in sorted(set(read_weight_map(folder / index).values())))
         if (folder / single).is_file():
             return (folder / single,)
     return ()
+
+
+def read_weight_map(index: Path) -> dict[str, str]:
+    """
+    The files that an index names, by tensor.
+
+    Raises:
+        ValueError: if it has none, or names one that is not beside it, which would be read from anywhere.
+    """
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise ValueError(f"{index}: weight_map is {weight_map!r}, not the file of each tensor: fetch it anew.")
+    for name in weight_map.values():
+        if not isinstance(name, str) or name in ("", "..") or Path(name).name != name:
+            raise ValueError(f"{index}: weight_map holds {name!r}, which is no file beside it: fetch it anew.")
+    return weight_map
 
 
 def read_pickle(file: Path) -> dict[str, torch.Tensor]:
@@ -176,9 +192,12 @@ def open_safetensors(file: Path):
 
 def read_json(file: Path) -> dict:
     try:
-        return json.loads(file.read_text())
+        fields = json.loads(file.read_text())
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{file} is no JSON ({error}): fetch it anew.") from error
+    if not isinstance(fields, dict):
+        raise ValueError(f"{file} holds {str(fields)[:40]!r}, not the fields of an object: fetch it anew.")
+    return fields
 
 
 def _read_if_there(file: Path) -> dict | None:
@@ -290,7 +309,7 @@ def _find(name: str, option: str, download: bool) -> Path:
         twice = any(fnmatch(file, "model*.safetensors") for file in files)
         ignored = ["pytorch_model*.bin"] if twice else None
         return Path(snapshot_download(name, allow_patterns=list(WANTED_FILES), ignore_patterns=ignored))
-    except OSError as error:
+    except (HTTPError, OSError, RuntimeError) as error:  # hf_xet raises RuntimeError
         raise ValueError(f"{name} ({option}): not in the cache, and not to be had from the Hub: {error}") from error
 
 

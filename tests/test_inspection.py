@@ -71,6 +71,26 @@ def test_changed_code_is_told_from_this_library(copy):
 
 
 @pytest.mark.parametrize(
+    ("name", "value", "fault"),
+    [
+        ("config.json", [], "config.json holds '[]', not the fields of an object"),
+        ("model.safetensors.index.json", {}, "index.json: weight_map is None"),
+        ("model.safetensors.index.json", {"weight_map": {"a": "../a.safetensors"}}, "which is no file beside it"),
+    ],
+)
+def test_json_of_another_form_is_a_fault(copy, name, value, fault):
+    (copy / name).write_text(json.dumps(value))
+    assert [fault in line for line in inspect(copy).faults] == [True]
+
+
+def test_configuration_without_a_field_of_the_extractor_is_read_and_the_lack_said(copy):
+    config = json.loads((copy / "config.json").read_text())
+    del config["num_prototypes"]
+    (copy / "config.json").write_text(json.dumps(config))
+    assert "num_prototypes in config.json: the default counts" in inspect(copy).missing
+
+
+@pytest.mark.parametrize(
     "name", ["processor_config.json", "tokenizer.json", "generation_config.json", "modeling_sq_llava.py"]
 )
 def test_what_a_checkpoint_lacks_is_said_and_is_no_fault(copy, name):

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from huggingface_hub import constants
+from huggingface_hub.errors import HTTPError
 
 from sq_llava.adapter import LoraSize, add_adapter
 from sq_llava.layouts import find_weight_files, read_pickle, recognise
@@ -143,6 +144,42 @@ def test_safetensors_go_before_pickles(tmp_path):
     assert names(find_weight_files(tmp_path)) == ["pytorch_model.bin"]
     (tmp_path / "model.safetensors").touch()
     assert names(find_weight_files(tmp_path)) == ["model.safetensors"]
+
+
+@pytest.mark.parametrize("name", ["../secret.safetensors", "/secret.safetensors", "..", "", 3])
+def test_index_that_names_a_file_elsewhere_is_refused(tmp_path, name):
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"model.norm.weight": name}}))
+    with pytest.raises(ValueError, match=r"index.json: weight_map holds .* which is no file beside it"):
+        find_weight_files(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("config.json", [], "config.json holds '\\[\\]', not the fields of an object"),
+        (
+            "model.safetensors.index.json",
+            {"metadata": {}},
+            "index.json: weight_map is None, not the file of each tensor",
+        ),
+    ],
+)
+def test_json_of_another_form_is_named(tmp_path, name, value, message):
+    shutil.copy(released.write_llava(tmp_path / "source") / "config.json", tmp_path)
+    (tmp_path / name).write_text(json.dumps(value))
+    with pytest.raises(ValueError, match=message):
+        recognise(tmp_path)
+
+
+def test_fault_of_the_network_is_said_in_one_line(tmp_path, monkeypatch):
+    def fail(*arguments, **settings):
+        raise HTTPError("connection reset")
+
+    monkeypatch.setattr("sq_llava.layouts.HfApi.list_repo_files", fail)
+    source = released.write_llava(tmp_path / "source")
+    with pytest.raises(ValueError, match=r"org/none \(--vision\): .* not to be had from the Hub: connection reset"):
+        recognise(source, vision="org/none", download=True)
 
 
 class _Bomb:
