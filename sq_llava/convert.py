@@ -114,7 +114,7 @@ def plan(
     torch_dtype = _dtype(str(embeddings.dtype).removeprefix("torch.") if dtype == "auto" else dtype)
 
     text_config, vision_config = _text_config(layout), _vision_config(layout)
-    notes = []
+    notes = list(_notes_on_tower(layout))
     architecture = _architecture(layout, prototypes, notes)
     config = SQLlavaConfig(vision_config=vision_config, text_config=text_config, **architecture)
     processor = _processor(layout, config, prototypes is not None)
@@ -208,6 +208,17 @@ def _vision_config(layout: Layout) -> PreTrainedConfig:
     config = getattr(config, "vision_config", config)
     config.name_or_path = public_name(layout.vision_name) if layout.vision_name else ""
     return config
+
+
+def _notes_on_tower(layout: Layout) -> Iterator[str]:
+    """Another tower than source or base name: features of one that they were not trained on."""
+    if layout.vision is None:
+        return
+    for role, folder in (("source", layout.path), ("base", layout.base)):
+        file = folder / "config.json" if folder else None
+        named = read_json(file).get("mm_vision_tower") if file and file.is_file() else None
+        if isinstance(named, str) and Path(named).name != Path(layout.vision_name).name:
+            yield f"The {role} names the vision tower {named} (mm_vision_tower), but {layout.vision_name} is given."
 
 
 def _architecture(layout: Layout, prototypes: str | None, notes: list[str]) -> dict:
@@ -372,7 +383,7 @@ def describe(conversion: Conversion) -> Iterator[str]:
     yield from sources.notes
     yield from conversion.notes
     for what, count in sources.replaced.items():
-        yield f"Not used ({count}): {what}; the source has its own."
+        yield f"Not used ({count}): {what}."
     for kind, count in sources.unused.items():
         yield f"Not used ({count}): {kind}."
     yield (

@@ -203,8 +203,8 @@ def _original_tower(layout: Layout, precision: Precision) -> nn.Module:
             f"{layout.path} stands on the vision tower {layout.vision_name}: give its folder by --vision."
         )
     config = CLIPVisionConfig.from_pretrained(layout.vision)
-    inside = read_weights(layout.weight_files, "vision_tower.vision_tower.vision_model.")
-    inside = {name: tensor for name, tensor in inside.items() if ".lora_" not in name}
+    # As with the projector, a tower in a base comes before one of its own.
+    inside = _inside_tower(layout.weight_files) or _inside_tower(layout.base_files)
     if inside:
         tower = CLIPVisionModel(config)
         inside.pop("embeddings.position_ids", None)
@@ -220,6 +220,11 @@ def _original_tower(layout: Layout, precision: Precision) -> nn.Module:
         adapter_files = tuple(folder.glob("adapter_model.*"))
         lora = read_weights(adapter_files, "vision_tower.")
     return precision.apply(_with_lora(tower, folder, lora, "encoder.layers."))
+
+
+def _inside_tower(files: tuple[Path, ...]) -> dict[str, torch.Tensor]:
+    weights = read_weights(files, "vision_tower.vision_tower.vision_model.")
+    return {name: tensor for name, tensor in weights.items() if ".lora_" not in name}
 
 
 def _with_lora(model: PreTrainedModel, folder: Path, weights: dict[str, torch.Tensor], root: str) -> nn.Module:
@@ -313,9 +318,9 @@ def _run_language_model(
 def _original_language_model(layout: Layout, precision: Precision) -> nn.Module:
     folder = layout.base or layout.path
     fields = json.loads((folder / "config.json").read_text())
-    if fields["model_type"].startswith("llava"):
+    if fields.get("model_type", "llava").startswith("llava"):
         # LLaVA's configuration is Llama's with more fields, under a name that means another class in transformers.
-        del fields["model_type"]
+        fields.pop("model_type", None)
         config = LlamaConfig(**{name: value for name, value in fields.items() if not name.startswith("mm_")})
     else:
         config = AutoConfig.from_pretrained(folder)

@@ -176,7 +176,8 @@ def read_sources(layout: Layout) -> Sources:
     """
     sources = Sources()
     adapters, owners = {}, {}
-    for owner, files in enumerate((layout.weight_files, layout.base_files, layout.vision_files)):
+    places = {"source": layout.weight_files, "base": layout.base_files, "vision tower": layout.vision_files}
+    for owner, files in places.items():
         for file in files:
             reader = Reader(file)
             for tensor in reader.headers():
@@ -191,14 +192,15 @@ def read_sources(layout: Layout) -> Sources:
     return sources
 
 
-def _add(sources: Sources, owners: dict[str, int], owner: int, tensor: Tensor) -> None:
+def _add(sources: Sources, owners: dict[str, str], owner: str, tensor: Tensor) -> None:
     try:
         target = weight_name(tensor.name)
     except ValueError:
         sources.unknown.append(f"{tensor.name} in {tensor.file}")
         return
     if owners.setdefault(part_of(target), owner) != owner:
-        sources.replaced[f"{part_of(target)} of {tensor.file.parent}"] += 1
+        part = part_of(target)
+        sources.replaced[f"{part} of {tensor.file.parent}; the {owners[part]} has its own"] += 1
         return
     if target in sources.recipes:
         other = sources.recipes[target].source

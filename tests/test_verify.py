@@ -302,6 +302,26 @@ def test_command_converts_and_compares(write, options, parts, tmp_path):
     assert json.loads((out / "verification.json").read_text())["passed"]
 
 
+@pytest.mark.parametrize("write", [released.write_sq_llava_lora, released.write_projector])
+def test_tower_in_the_base_comes_before_the_given_one_in_source_and_result(write, parts, tmp_path):
+    base = released.write_llava(tmp_path / "base", vision=parts[1])
+    config = json.loads((base / "config.json").read_text())
+    del config["model_type"]  # as a folder of the original code may lack it
+    (base / "config.json").write_text(json.dumps(config))
+    source = write(tmp_path / "source", base=base, vision="org/another-tower")
+    arguments = ["--base", str(base), "--vision", str(parts[1]), "--out", str(tmp_path / "out"), "--verify"]
+    result = CliRunner().invoke(app, ["convert", str(source), *arguments], env={"COLUMNS": "500"})
+    tower = load_file(tmp_path / "out" / "model.safetensors")["model.vision_tower.embeddings.class_embedding"]
+    inside = "model.vision_tower.vision_tower.vision_model.embeddings.class_embedding"
+    assert any(
+        torch.equal(tower, torch.load(file)[inside]) for file in base.glob("*.bin") if inside in torch.load(file)
+    )
+    assert result.exit_code == 0, result.output
+    assert f"vision tower of {parts[1]}; the base has its own." in result.stderr
+    assert f"The source names the vision tower org/another-tower (mm_vision_tower), but {parts[1]}" in result.stderr
+    assert "The base names" not in result.stderr
+
+
 def test_command_ends_with_code_1_where_the_result_differs(parts, tmp_path, monkeypatch):
     monkeypatch.setitem(TOLERANCES, torch.float32, 0.0)
     source, out = released.write_sq_llava_lora(tmp_path / "source"), tmp_path / "out"
