@@ -283,21 +283,32 @@ def convert(
             logging.set_verbosity_error()
             layout = recognise(source, base, vision, download=True)
             planned = conversion.plan(layout, out, dtype, prototypes, max_shard_size)
+            if verify:
+                from sq_llava import verify as verification
+
+                verification.require_memory(out, planned.size // planned.model.dtype.itemsize, verify_dtype)
+                unequal = verification.unequal_name(out)
         for line in conversion.describe(planned):
             messages_console.print(line, markup=False, soft_wrap=True)
         with Progress(console=messages_console, transient=True) as progress:
             conversion.write(planned, progress)
         messages_console.print(f"Wrote {out}", markup=False, soft_wrap=True)
         if verify:
-            with messages_console.status("Comparing with the source"):
-                from sq_llava import verify as verification
+            _verify_conversion(layout, planned.out, unequal, verify_dtype, verification_file)
 
-                result = verification.verify(layout, out, verify_dtype)
-            verification.print_verification(result, console)
-            if verification_file:
-                (Path(out) / "verification.json").write_text(json.dumps(result.to_json(), indent=2) + "\n")
-            if not result.passed:
-                raise typer.Exit(1)
+
+def _verify_conversion(layout, out: Path, unequal: Path, dtype: str, keep_report: bool) -> None:
+    from sq_llava import verify as verification
+
+    with messages_console.status("Comparing with the source"):
+        result = verification.verify(layout, out, dtype)
+    verification.print_verification(result, console)
+    if keep_report:
+        (out / "verification.json").write_text(json.dumps(result.to_json(), indent=2) + "\n")
+    if not result.passed:
+        out.rename(unequal)
+        messages_console.print(f"Moved to {unequal}", markup=False, soft_wrap=True)
+        raise typer.Exit(1)
 
 
 @app.command(
@@ -396,6 +407,9 @@ def push(
     license: Annotated[str | None, typer.Option(help="For the card, such as apache-2.0.")] = None,
     language: Annotated[list[str] | None, typer.Option(help="For the card, such as en; can be repeated.")] = None,
     message: Annotated[str | None, typer.Option(help="Of the commit.")] = None,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run code of the folder that is not this library's.")
+    ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check and show all, send nothing.")] = False,
 ) -> None:
     """Publish a model on the Hub, with a card, and prove that others can load it."""
@@ -406,10 +420,11 @@ def push(
         from sq_llava.card import read_results
 
         results = read_results(eval_results) if eval_results else None
+        _check_results_are_of(folder, eval_results, results or {})
         api = None if dry_run else HfApi()
         if api is not None:
             publishing.check_rights(api, repo_id, private)
-        with publishing.prepare(folder, repo_id, adapter_only, base_model, api) as publication:
+        with publishing.prepare(folder, repo_id, adapter_only, base_model, api, trust_remote_code) as publication:
             publishing.print_publication(publication, messages_console)
             with messages_console.status("Loading it in a fresh process"):
                 publishing.check_loading(publication)
@@ -421,6 +436,21 @@ def push(
             publishing.check_published(api, publication, commit)
             url = publishing.publish_card(api, publication, commit, revision, results, license, language or [])
         messages_console.print(f"Published, equal to the last bit: {url}", markup=False, soft_wrap=True)
+
+
+def _check_results_are_of(folder: Path, file: Path | None, results: dict) -> None:
+    """Of an adapter, others may have been evaluated than the one that goes up: it, or what it is merged to."""
+    recorded = results.get("model_hash")
+    if recorded is None or not (folder / "config.json").is_file() or (folder / "adapter_config.json").is_file():
+        return
+    from sq_llava.evaluation.results import hash_of_model
+
+    found = hash_of_model(str(folder))
+    if found != recorded:
+        raise ValueError(
+            f"{file}: model_hash is {recorded}, but {folder} has {found}: the results are of other weights, or a JSON "
+            "file in that folder has changed since: evaluate it, or leave --eval-results out."
+        )
 
 
 app.command(

@@ -12,6 +12,7 @@ module does not do: compare the result with the source (`sq_llava/verify.py`).
 """
 
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -430,7 +431,16 @@ def write(conversion: Conversion, progress) -> None:
     conversion.processor.save_pretrained(folder)
     write_provenance(folder, _provenance(conversion))
     write_card(folder)
+    _sync(folder)
     if out.is_dir():
         out.rmdir()
     folder.rename(out)
     beside.rmdir()
+
+
+def _sync(folder: Path) -> None:
+    """Puts all files of a folder on the disk: after a loss of power, a name must not stand for files that are empty."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())

@@ -11,8 +11,8 @@ its snippets name the first one, whose hash cannot stand inside itself. If nothi
 does.
 
 A push that was interrupted is gone on with by the same command: what has arrived is not sent again. The code in the
-folder is run, as everyone will run it who loads it. What it does not do: publish a folder's `README.md`, which is
-written anew.
+folder is run, as everyone will run it who loads it: if it is not this library's, only with `--trust-remote-code`. What
+it does not do: publish a folder's `README.md`, which is written anew.
 """
 
 import filecmp
@@ -32,8 +32,16 @@ from typing import Any
 
 import numpy as np
 import yaml
-from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, hf_hub_download, snapshot_download
-from huggingface_hub.errors import EntryNotFoundError, HTTPError, RepositoryNotFoundError
+from huggingface_hub import (
+    CommitOperationAdd,
+    CommitOperationDelete,
+    HfApi,
+    ModelCard,
+    hf_hub_download,
+    snapshot_download,
+)
+from huggingface_hub.errors import EntryNotFoundError, HTTPError, RepositoryNotFoundError, RevisionNotFoundError
+from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 from PIL import Image, ImageDraw
 from rich.console import Console
@@ -54,6 +62,8 @@ ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 # Of the model that was here before: beside the new one, they would be loaded in its place.
 STALE_FILES = (*CHECKPOINT_FILES, *ADAPTER_FILES, "pytorch_model*", "adapter_model.bin")
 MACHINE_PATH = re.compile(r"(?:/|~|[A-Za-z]:\\)[^\s/\\]+[/\\]\S*")
+TOKENS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
+LIBRARY = Path(__file__).parent.parent
 PINNED = re.compile(r'revision="([0-9a-f]{40})"')
 
 
@@ -66,7 +76,7 @@ class Publication:
         folder (`Path`): Exactly this, in files or links to them.
         files (`dict[str, int]`): Their sizes.
         left_out (`list[str]`): What of the source is not published.
-        base (`str`, *optional*): Of an adapter, where its base is found here.
+        base (`str`, *optional*): Of an adapter, where its base is found here, and by which revision.
     """
 
     repo_id: str
@@ -76,6 +86,7 @@ class Publication:
     left_out: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     base: str | None = None
+    base_revision: str | None = None
 
     @property
     def size(self) -> int:
@@ -125,6 +136,7 @@ def prepare(
     adapter_only: bool = False,
     base_model: str | None = None,
     api: HfApi | None = None,
+    trust_remote_code: bool = False,
 ) -> Iterator[Publication]:
     """
     Lays out what is to go up, in a temporary folder that is gone behind the `with`.
@@ -134,6 +146,7 @@ def prepare(
         adapter_only (`bool`): The adapter as it is, for PEFT; else it is merged first.
         base_model (`str`, *optional*): The Hub id that others find an adapter's base by.
         api (`HfApi`, *optional*): To ask for the commit of that; without it, the Hub is asked nothing.
+        trust_remote_code (`bool`): Publish, and so run, code that is not this library's.
     """
     source = Path(source).expanduser()
     _check_request(source, repo_id, adapter_only, base_model)
@@ -151,9 +164,11 @@ def prepare(
         if adapter_only:
             _name_base(publication, source, base_model, api)
         _refuse_machine_paths(publication)
+        if not trust_remote_code:
+            _refuse_other_code(publication, source)
         publication.files = {file.name: file.stat().st_size for file in sorted(publication.folder.iterdir())}
         free = shutil.disk_usage(workspace).free
-        if free < publication.size:
+        if api is not None and free < publication.size:
             raise ValueError(
                 f"{workspace.parent} has {free / 1e9:.1f} GB left, but {publication.size / 1e9:.1f} GB are fetched "
                 "to be compared: make room, or let the variable TMPDIR name a folder with more."
@@ -225,12 +240,22 @@ def _name_base(publication: Publication, source: Path, base_model: str | None, a
         )
     file = publication.folder / "adapter_config.json"
     config = json.loads(file.read_text())
-    config["base_model_name_or_path"] = base_model or publication.base
+    name = base_model or publication.base
+    config["base_model_name_or_path"] = name
+    trained_on = config.get("revision")
+    if is_hub_id(publication.base):
+        publication.base_revision = trained_on
+        trained_on = trained_on if name == publication.base else None  # it is no commit of another repository
     # The stage wrote the class of this library; AutoPeftModel imports what is named here.
     config["auto_mapping"] = {"base_model_class": "AutoModel", "parent_library": "transformers"}
     if api is not None:
-        with hub_errors(f"The base {config['base_model_name_or_path']} is not to be had from the Hub"):
-            config["revision"] = api.model_info(config["base_model_name_or_path"]).sha
+        with hub_errors(f"The base {name} is not to be had from the Hub"):
+            newest = api.model_info(name).sha
+            config["revision"] = api.model_info(name, revision=trained_on).sha if trained_on else newest
+        if config["revision"] != newest:
+            publication.notes.append(f"The base is {name} as of {config['revision']}; the newest commit is {newest}.")
+        if name == publication.base:
+            publication.base_revision = config["revision"]
     file.unlink()  # a link to the source
     file.write_text(json.dumps(config, indent=2) + "\n")
 
@@ -246,6 +271,19 @@ def _refuse_machine_paths(publication: Publication) -> None:
         for place, text in _texts(content, file.name):
             if MACHINE_PATH.fullmatch(text):
                 raise ValueError(f"{place} is {text}, a path of this machine: write a name there, or take it out.")
+
+
+def _refuse_other_code(publication: Publication, source: Path) -> None:
+    """Loading runs the code of the folder, and of the folder of an adapter's base."""
+    base = Path(publication.base) if publication.base is not None else None
+    for folder in (source, base):
+        for name in CODE_FILES:
+            file = folder / name if folder is not None else None
+            if file is not None and file.is_file() and not filecmp.cmp(file, LIBRARY / name, shallow=False):
+                raise ValueError(
+                    f"{file} is other code than this library's, and would be run: merge or convert the model anew, "
+                    "or give --trust-remote-code if you trust it."
+                )
 
 
 def _texts(content: Any, place: str) -> Iterator[tuple[str, str]]:
@@ -278,15 +316,25 @@ def check_loading(publication: Publication) -> None:
     Raises:
         ValueError: if a process without this library cannot load and run what is to go up.
     """
-    request = {"model": str(publication.folder), "base": publication.base}
+    request = {
+        "model": str(publication.folder),
+        "base": publication.base,
+        "base_revision": publication.base_revision,
+    }
     offline = publication.base is None or not is_hub_id(publication.base)
-    environment = {"HF_HUB_OFFLINE": "1"} if offline else {}
+    environment = {"HF_HUB_OFFLINE": "1", **dict.fromkeys(TOKENS)} if offline else {}
     _load_fresh(publication, "local", request, environment, f"{publication.repo_id} does not load, before any upload")
 
 
-def _load_fresh(publication: Publication, name: str, request: dict, environment: dict[str, str], failed: str) -> None:
-    """Runs `fresh_load.py`, in a folder of its own; its output is `name` in the workspace."""
+def _load_fresh(
+    publication: Publication, name: str, request: dict, environment: dict[str, str | None], failed: str
+) -> None:
+    """
+    Runs `fresh_load.py`, in a folder of its own; its output is `name` in the workspace. A variable that is `None` in
+    `environment` is unset.
+    """
     away = publication.workspace / f"{name}_away"
+    environment = {**os.environ, "HF_MODULES_CACHE": str(away / "modules"), **environment}
     away.mkdir()
     request |= {
         "output": str(publication.workspace / name),
@@ -296,7 +344,7 @@ def _load_fresh(publication: Publication, name: str, request: dict, environment:
     process = subprocess.run(
         [sys.executable, "-P", str(Path(__file__).with_name("fresh_load.py")), json.dumps(request)],
         cwd=away,
-        env={**os.environ, "HF_MODULES_CACHE": str(away / "modules"), **environment},
+        env={name: value for name, value in environment.items() if value is not None},
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
@@ -318,8 +366,7 @@ def upload(
     with hub_errors("The upload was interrupted; run the command again, what has arrived is not sent again"):
         before = api.model_info(repo_id, revision=branch).sha
         there = api.list_repo_files(repo_id, revision=branch)
-        stale = [name for name in there if any(fnmatch(name, pattern) for pattern in STALE_FILES)]
-        stale = [name for name in stale if name not in publication.files and "/" not in name]
+        stale = [name for name in there if _is_stale(name) and name not in publication.files]
         commit = api.upload_folder(
             repo_id=repo_id,
             folder_path=publication.folder,
@@ -329,10 +376,30 @@ def upload(
         ).oid
     if commit == before:
         card = _present_card(api, publication, commit)
-        commits = PINNED.findall(card.content) if card else []
-        if commits:
-            return commits[-1]
+        pinned = PINNED.findall(card.content)[-1:] if card else []
+        # An upload whose card did not follow is newer than what the card names.
+        if pinned and _model_files(api, publication, pinned[0]) == _model_files(api, publication, commit):
+            return pinned[0]
     return commit
+
+
+def _model_files(api: HfApi, publication: Publication, commit: str) -> dict[str, str] | None:
+    """What a commit holds of a model, by Git's hashes; `None` if there is no such commit."""
+    repo_id = publication.repo_id
+    try:
+        with hub_errors(f"{repo_id}, commit {commit}, could not be listed; run the command again"):
+            entries = list(api.list_repo_tree(repo_id, revision=commit))
+    except ValueError as error:
+        if isinstance(error.__cause__, RevisionNotFoundError):
+            return None
+        raise
+    blobs = {entry.path: entry.blob_id for entry in entries if isinstance(entry, RepoFile)}
+    return {name: blob for name, blob in blobs.items() if name in publication.files or _is_stale(name)}
+
+
+def _is_stale(name: str) -> bool:
+    """Whether a file that is not published anew belongs to the model before."""
+    return "/" not in name and any(fnmatch(name, pattern) for pattern in STALE_FILES)
 
 
 def _present_card(api: HfApi, publication: Publication, revision: str | None) -> ModelCard | None:
@@ -394,7 +461,8 @@ def publish_card(
 ) -> str:
     """
     Uploads the card that names a commit, and an evaluation's results; returns the URL of the repository. The license
-    and the languages of the present card are kept, unless others are given.
+    and the languages of the present card are kept, unless others are given; results that the Hub reads are deleted,
+    unless they are of the same model and no others are given.
     """
     repo_id = publication.repo_id
     url = f"{api.endpoint}/{repo_id}"
@@ -406,10 +474,16 @@ def publish_card(
     files = {"README.md": str(card)}
     for name, entries in eval_result_files(results or {"results": []}).items():
         files[name] = yaml.safe_dump(entries, sort_keys=False)
+    is_new = present is None or commit not in PINNED.findall(present.content)
     with hub_errors("The model is on the Hub, but not its card; run the command again"):
+        there = api.list_repo_files(repo_id, revision=branch) if is_new or results is not None else []
+        outdated = [name for name in there if fnmatch(name, ".eval_results/*.yaml") and name not in files]
         api.create_commit(
             repo_id,
-            [CommitOperationAdd(name, content.encode()) for name, content in files.items()],
+            [
+                *(CommitOperationAdd(name, content.encode()) for name, content in files.items()),
+                *(CommitOperationDelete(name) for name in outdated),
+            ],
             commit_message=f"Card of {commit[:8]}",
             revision=branch,
         )

@@ -96,10 +96,9 @@ def verify(layout: Layout, folder: str | Path, dtype: str = "float32") -> Verifi
         ValueError: if the memory does not suffice, or the source is not complete.
     """
     folder = Path(folder)
-    compute_dtype = getattr(torch, dtype)
-    _require_memory(folder, compute_dtype)
+    require_memory(folder, _count_parameters(folder), dtype)
     with _quiet():
-        return _verify(layout, folder, compute_dtype)
+        return _verify(layout, folder, getattr(torch, dtype))
 
 
 @contextmanager
@@ -135,19 +134,46 @@ def _verify(layout: Layout, folder: Path, dtype: torch.dtype) -> Verification:
     return verification
 
 
-def _require_memory(folder: Path, dtype: torch.dtype) -> None:
+def _count_parameters(folder: Path) -> int:
     num_parameters = 0
     for file in find_weight_files(folder):
         with open_safetensors(file) as opened:
             shapes = [opened.get_slice(name).get_shape() for name in opened.keys()]  # noqa: SIM118
         num_parameters += sum(torch.Size(shape).numel() for shape in shapes)
-    needed = num_parameters * dtype.itemsize
+    return num_parameters
+
+
+def require_memory(folder: str | Path, num_parameters: int, dtype: str) -> None:
+    """
+    Before anything is read, and before a result is written that is to be verified.
+
+    Raises:
+        ValueError: if models of that size cannot be run in `dtype` on this machine.
+    """
+    known = [str(known).removeprefix("torch.") for known in TOLERANCES]
+    if dtype not in known:
+        raise ValueError(f"--verify-dtype is {dtype!r}: choose one of {', '.join(known)}.")
+    needed = num_parameters * getattr(torch, dtype).itemsize
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if needed > 0.9 * memory:
         raise ValueError(
             f"{folder}: {num_parameters:,} parameters take {needed / 2**30:.0f} GiB in {dtype}, and this machine has "
             f"{memory / 2**30:.0f} GiB: verify in bfloat16, or on a larger machine."
         )
+
+
+def unequal_name(folder: str | Path) -> Path:
+    """
+    Where a result goes that is not equal to its source, so that nobody takes it for one that is.
+
+    Raises:
+        ValueError: if there is one of an earlier conversion.
+    """
+    folder = Path(folder).expanduser().absolute()
+    unequal = folder.with_name(f"{folder.name}.not-equal")
+    if unequal.exists():
+        raise ValueError(f"{unequal} is there from an earlier conversion: move it away.")
+    return unequal
 
 
 def draw_picture(width: int, height: int) -> Image.Image:

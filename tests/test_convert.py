@@ -574,6 +574,21 @@ def test_projector_without_configuration_takes_the_released_settings_and_says_so
     assert "no config.json beside the projector" in text and "256 are taken" in text
 
 
+def test_all_files_are_on_the_disk_before_the_folder_has_its_name(parts, tmp_path, monkeypatch):
+    synced, fsync = set(), os.fsync
+
+    def record(descriptor: int) -> None:
+        assert not (tmp_path / "result").exists()
+        synced.add(os.fstat(descriptor).st_ino)
+        fsync(descriptor)
+
+    monkeypatch.setattr("os.fsync", record)
+    source = released.write_llava(tmp_path / "source", vision=parts / "clip")
+    convert_folder(source, tmp_path / "result", max_shard_size="100KB")
+    result = tmp_path / "result"
+    assert {path.stat().st_ino for path in result.iterdir()} <= synced
+
+
 @pytest.mark.parametrize("step", ["write_file", "custom_object_save", "write_card"])
 def test_conversion_that_ends_early_leaves_no_folder_and_begins_anew(parts, tmp_path, monkeypatch, step):
     source = released.write_llava(tmp_path / "source", vision=parts / "clip")

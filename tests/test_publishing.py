@@ -3,11 +3,13 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,6 +19,7 @@ from sq_llava import publishing
 from sq_llava.adapter import LoraSize, add_adapter
 from sq_llava.card import CODE_FILES
 from sq_llava.checkpoint import load_checkpoint
+from sq_llava.evaluation.results import hash_of_model
 from sq_llava.inference import load
 from sq_llava.provenance import write_provenance
 from tests import tiny
@@ -240,6 +243,57 @@ def test_push_of_what_is_there_already_changes_nothing(hub, pushed):
     assert commit in hub.repositories["org/secret"].commits
 
 
+def test_second_push_that_was_stopped_before_its_card_is_finished(hub, pushed):
+    with online(hub) as api:
+        publish(api, pushed["home"] / "first", "org/stopped")
+        with publishing.prepare(pushed["home"] / "second", "org/stopped", api=api) as publication:
+            uploaded = publishing.upload(api, publication)
+        commit = publish(api, pushed["home"] / "second", "org/stopped")
+        card = hub.files("org/stopped")["README.md"].decode()
+        assert commit == uploaded
+        assert set(publishing.PINNED.findall(card)) == {commit}
+        assert publish(api, pushed["home"] / "second", "org/stopped") == commit
+
+
+def test_commit_that_a_card_names_need_not_be_there(hub, pushed):
+    with online(hub) as api:
+        publish(api, pushed["home"] / "first", "org/rewritten")
+        card = hub.files("org/rewritten")["README.md"]
+        (named,) = set(publishing.PINNED.findall(card.decode()))
+        elsewhere = card.replace(named.encode(), b"0" * 40)
+        api.upload_file(path_or_fileobj=elsewhere, path_in_repo="README.md", repo_id="org/rewritten")
+        head = hub.repositories["org/rewritten"].branches["main"]
+        assert publish(api, pushed["home"] / "first", "org/rewritten") == head
+
+
+def test_results_of_the_model_before_do_not_stay(hub, pushed):
+    entry = {"metric": "f1", "value": 0.5, "num": 9, "dataset_id": "org/POPE"}
+    results = {"results": [{"task": "pope", **entry}, {"task": "gqa", **entry}]}
+
+    def published(model, results):
+        with publishing.prepare(pushed["home"] / model, "org/scores", api=api) as publication:
+            publishing.publish_card(api, publication, publishing.upload(api, publication), results=results)
+        return {name for name in hub.files("org/scores") if name.startswith(".eval_results/")}
+
+    with online(hub) as api:
+        both = {".eval_results/pope.yaml", ".eval_results/gqa.yaml"}
+        assert published("first", results) == both
+        assert published("first", None) == both
+        assert published("first", {"results": results["results"][:1]}) == {".eval_results/pope.yaml"}
+        assert published("second", None) == set()
+
+
+def test_results_of_other_weights_are_refused(hub, pushed):
+    home = pushed["home"]
+    scores = [{"task": "pope", "metric": "f1", "value": 0.8125, "num": 9}]
+    results = home / "of_first.json"
+    results.write_text(json.dumps({"model_hash": hash_of_model(str(home / "first")), "results": scores}))
+    output = command(["push", home / "second", "org/new", "--dry-run", "--eval-results", results], hub, home)
+    assert re.match(r"1: .*of_first.json: model_hash is \w{64}, but .*second has \w{64}: the results are of", output)
+    output = command(["push", home / "first", "org/new", "--dry-run", "--eval-results", results], hub, home)
+    assert "It loads, and answers." in output
+
+
 def test_file_that_was_changed_on_the_hub_is_found(hub, pushed):
     with online(hub) as api, publishing.prepare(pushed["home"] / "second", "org/secret") as publication:
         commit = publishing.upload(api, publication)
@@ -264,6 +318,70 @@ def test_adapter_is_compared_on_the_base_that_the_hub_has(hub, pushed):
     assert re.match(r"1: .*the logits differ from those here by up to \S+: is the base on the Hub another", output)
     assert "README.md" not in hub.files("org/lora-again")
     assert "Published, equal to the last bit" in command([*push, "org/model"], hub, home)
+
+
+def test_adapter_names_the_commit_of_its_base_that_it_was_trained_on(hub, pushed, tmp_path, monkeypatch):
+    shutil.copytree(pushed["home"] / "lora", tmp_path / "lora")
+    file = tmp_path / "lora" / "adapter_config.json"
+    trained_on = pushed["expected"]["commits"]["first"]
+    config = {**json.loads(file.read_text()), "base_model_name_or_path": "org/model", "revision": trained_on}
+    file.write_text(json.dumps(config))
+    requests = []
+    monkeypatch.setattr(publishing, "_load_fresh", lambda publication, name, request, *_: requests.append(request))
+    monkeypatch.setattr(publishing, "load_file", lambda file: {})
+    with (
+        online(hub) as api,
+        publishing.prepare(tmp_path / "lora", "org/pinned-lora", adapter_only=True, api=api) as publication,
+    ):
+        publishing.check_loading(publication)
+        publishing.check_published(api, publication, publishing.upload(api, publication))
+        newest = hub.repositories["org/model"].branches["main"]
+    assert json.loads(hub.files("org/pinned-lora")["adapter_config.json"])["revision"] == trained_on
+    assert [(request["base"], request["base_revision"]) for request in requests] == [("org/model", trained_on)] * 2
+    assert f"The base is org/model as of {trained_on}; the newest commit is {newest}." in publication.notes
+
+
+def test_only_what_is_fetched_needs_room(hub, pushed, monkeypatch):
+    monkeypatch.setattr(publishing.shutil, "disk_usage", lambda folder: SimpleNamespace(free=1000))
+    with publishing.prepare(pushed["home"] / "first", "org/new") as publication:
+        assert publication.size > 1000
+    with (
+        online(hub) as api,
+        pytest.raises(ValueError, match="make room, or let the variable TMPDIR"),
+        publishing.prepare(pushed["home"] / "first", "org/new", api=api),
+    ):
+        pass
+
+
+@pytest.mark.parametrize("is_base", [False, True], ids=["model", "base of an adapter"])
+def test_other_code_than_this_librarys_is_refused(is_base, pushed, tmp_path):
+    shutil.copytree(pushed["home"] / "second", tmp_path / "model")
+    with (tmp_path / "model" / "modeling_sq_llava.py").open("a") as file:
+        file.write("# mine")
+    source, settings = tmp_path / "model", {}
+    if is_base:
+        source, settings = tmp_path / "lora", {"adapter_only": True, "base_model": "org/model"}
+        shutil.copytree(pushed["home"] / "lora", source)
+        config = json.loads((source / "adapter_config.json").read_text())
+        config["base_model_name_or_path"] = str(tmp_path / "model")
+        (source / "adapter_config.json").write_text(json.dumps(config))
+    match = r"model/modeling_sq_llava.py is other code than this library's.* give --trust-remote-code"
+    with pytest.raises(ValueError, match=match), publishing.prepare(source, "org/new", **settings):
+        pass
+    with publishing.prepare(source, "org/new", **settings, trust_remote_code=True) as publication:
+        assert publication.files
+
+
+def test_code_that_is_loaded_before_the_upload_gets_no_token(pushed, tmp_path, monkeypatch):
+    shutil.copytree(pushed["home"] / "first", tmp_path / "model")
+    with (tmp_path / "model" / "modeling_sq_llava.py").open("a") as file:
+        file.write(
+            "\nimport os\nassert not [name for name in os.environ if name.endswith(('HF_TOKEN', 'HUB_TOKEN'))]\n"
+        )
+    monkeypatch.setenv("HF_TOKEN", "secret")
+    monkeypatch.setenv("HUGGING_FACE_HUB_TOKEN", "secret")
+    with publishing.prepare(tmp_path / "model", "org/new", trust_remote_code=True) as publication:
+        publishing.check_loading(publication)
 
 
 def test_dry_run_loads_the_model_and_sends_nothing(hub, pushed):

@@ -329,4 +329,22 @@ def test_command_ends_with_code_1_where_the_result_differs(parts, tmp_path, monk
     result = CliRunner().invoke(app, ["convert", str(source), "--out", str(out), *arguments])
     assert result.exit_code == 1
     assert "NOT equal" in result.output
-    assert not (out / "verification.json").exists()
+    assert not out.exists()
+    assert f"Moved to {tmp_path / 'out.not-equal'}" in result.stderr.replace("\n", "")
+    assert not (tmp_path / "out.not-equal" / "verification.json").exists()
+    again = CliRunner().invoke(app, ["convert", str(source), "--out", str(out), *arguments])
+    assert again.exit_code == 1
+    assert "is there from an earlier conversion" in " ".join(again.stderr.split())
+
+
+@pytest.mark.parametrize(
+    ("verify_dtype", "message"), [("float32", "verify in bfloat16"), ("int8", "--verify-dtype is 'int8': choose one")]
+)
+def test_command_writes_nothing_that_it_cannot_verify(parts, tmp_path, monkeypatch, verify_dtype, message):
+    monkeypatch.setattr("os.sysconf", lambda name: 100)
+    source = released.write_llava(tmp_path / "source", vision=parts[1])
+    arguments = ["--out", str(tmp_path / "out"), "--verify", "--verify-dtype", verify_dtype]
+    result = CliRunner().invoke(app, ["convert", str(source), *arguments])
+    assert result.exit_code == 1
+    assert message in " ".join(result.stderr.split())
+    assert {file.name for file in tmp_path.iterdir()} == {"source"}
