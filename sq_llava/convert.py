@@ -439,7 +439,7 @@ def write(conversion: Conversion, progress) -> None:
 
 
 def _sync(folder: Path) -> None:
-    """Puts all files of a folder on the disk: after a loss of power, a name must not stand for files that are empty."""
+    """Puts a folder's files on the disk: after a loss of power, its name must not stand for empty ones."""
     for path in folder.rglob("*"):
         if path.is_file():
             with open(path, "rb") as file:
