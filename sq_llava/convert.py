@@ -23,6 +23,7 @@ import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from transformers import CONFIG_MAPPING, AutoConfig, AutoImageProcessor, AutoTokenizer, PreTrainedConfig
 from transformers.dynamic_module_utils import custom_object_save
+from transformers.utils.chat_template_utils import render_jinja_template
 
 from configuration_sq_llava import SQLlavaConfig
 from modeling_sq_llava import PROTOTYPE_EXTRACTORS, SQLlavaForConditionalGeneration
@@ -108,6 +109,7 @@ def plan(
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} is there already: give a new folder.")
     _require_parts(layout, prototypes)
+    _require_vicuna_prompts(layout)
     sources = read_sources(layout)
     if EMBEDDINGS not in sources.recipes:
         raise ValueError(f"{layout.base or layout.path} holds no embeddings of a language model: is it complete?")
@@ -115,7 +117,7 @@ def plan(
     torch_dtype = _dtype(str(embeddings.dtype).removeprefix("torch.") if dtype == "auto" else dtype)
 
     text_config, vision_config = _text_config(layout), _vision_config(layout)
-    notes = list(_notes_on_tower(layout))
+    notes = [*_notes_on_tower(layout), *_notes_on_inputs(layout)]
     architecture = _architecture(layout, prototypes, notes)
     config = SQLlavaConfig(vision_config=vision_config, text_config=text_config, **architecture)
     processor = _processor(layout, config, prototypes is not None)
@@ -164,6 +166,40 @@ def _require_parts(layout: Layout, prototypes: str | None) -> None:
         raise ValueError(f"--prototypes is {prototypes!r}: choose one of {', '.join(PROTOTYPE_EXTRACTORS)}.")
     if prototypes is not None and layout.projector_type == "cluster":
         raise ValueError(f"{path} has a trained prototype extractor: leave --prototypes out.")
+
+
+def _chat_template(folder: Path) -> tuple[Path, str] | None:
+    """The template of a folder and its file: the processor's before the tokenizer's, as transformers takes them."""
+    if (folder / "chat_template.jinja").is_file():
+        return folder / "chat_template.jinja", (folder / "chat_template.jinja").read_text()
+    for name in ("chat_template.json", "processor_config.json", "tokenizer_config.json"):
+        template = read_json(folder / name).get("chat_template") if (folder / name).is_file() else None
+        if isinstance(template, list):  # of several, each with a name
+            template = {part["name"]: part["template"] for part in template}
+        if isinstance(template, dict):
+            template = template.get("default")
+        if template:
+            return folder / name, template
+    return None
+
+
+def _require_vicuna_prompts(layout: Layout) -> None:
+    found = _chat_template(layout.path)
+    if found is None:
+        return
+    file, template = found
+    for content in ([{"type": "text", "text": "Hi"}], "Hi"):
+        try:
+            # Jinja in a sandbox; llava-hf's template makes "USER:" of the role.
+            rendered, _ = render_jinja_template([[{"role": "user", "content": content}]], chat_template=template)
+        except Exception:  # what a template raises has no common class
+            continue
+        if "USER:" in rendered[0]:
+            return
+    raise ValueError(
+        f"{file}: chat_template is {template[:60]!r}..., whose prompts have no USER:, but this model's are Vicuna's. "
+        "Convert a LLaVA with those; if it was trained with them in spite of that, take the template out."
+    )
 
 
 def _named(name: str | None) -> str:
@@ -220,6 +256,18 @@ def _notes_on_tower(layout: Layout) -> Iterator[str]:
         named = read_json(file).get("mm_vision_tower") if file and file.is_file() else None
         if isinstance(named, str) and Path(named).name != Path(layout.vision_name).name:
             yield f"The {role} names the vision tower {named} (mm_vision_tower), but {layout.vision_name} is given."
+
+
+def _notes_on_inputs(layout: Layout) -> Iterator[str]:
+    """What transformers would do otherwise with texts and images of the source."""
+    if layout.kind != "llava_hf":
+        return
+    if found := _chat_template(layout.path):
+        yield f"Prompts are Vicuna's, with its system message, in place of those by {found[0]}."
+    file = layout.path / "preprocessor_config.json"
+    settings = read_json(file) if file.is_file() else {}
+    if settings.get("do_center_crop", True) and not settings.get("do_pad"):
+        yield "Images are padded to a square, as LLaVA-1.5 was trained; the source's processor crops them."
 
 
 def _architecture(layout: Layout, prototypes: str | None, notes: list[str]) -> dict:

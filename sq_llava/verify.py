@@ -208,6 +208,10 @@ def _make_prompts(layout: Layout, processor: SQLlavaProcessor) -> tuple[list[Pro
     if processor.vusr_token_id is not None:
         del conversations["self-question"]
         notes.append("the prompt in which the model asks is left out: its marker [vusr] is new, the source has none")
+    if layout.kind == "llava_hf":
+        notes.append(
+            "both are given Vicuna's prompts and images padded to a square, not those of the source's processor"
+        )
     prompts, pixel_difference = [], 0.0
     for name, (messages, images, ask) in conversations.items():
         inputs = processor.apply_chat_template(

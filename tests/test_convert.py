@@ -553,6 +553,46 @@ def test_parts_that_a_source_has_itself_are_refused(parts, tmp_path):
         convert.plan(recognise(merged), tmp_path / "result", prototypes="paper")
 
 
+LLAVA_HF_TEMPLATE = (
+    "{% for message in messages %}{{ message['role'].upper() + ': ' }}{% for part in message['content'] | "
+    "selectattr('type', 'equalto', 'text') %}{% generation %}{{ part['text'] }}{% endgeneration %}{% endfor %}"
+    "{% endfor %}"
+)
+CHATML_TEMPLATE = "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>{% endfor %}"
+VICUNA_TEMPLATE = "{% for m in messages %}{{ 'USER: ' + m['content'] }}{% endfor %}"
+
+
+def write_template(folder: Path, file: str, template: str) -> None:
+    if file.endswith(".jinja"):
+        (folder / file).write_text(template)
+        return
+    fields = json.loads((folder / file).read_text()) if (folder / file).is_file() else {}
+    value = [{"name": "default", "template": template}] if file == "tokenizer_config.json" else template
+    (folder / file).write_text(json.dumps({**fields, "chat_template": value}))
+
+
+@pytest.mark.parametrize(
+    "file", ["chat_template.jinja", "chat_template.json", "processor_config.json", "tokenizer_config.json"]
+)
+def test_source_with_other_prompts_than_vicuna_s_is_refused(tmp_path, file):
+    source = released.write_llava_hf(tmp_path / "source")
+    write_template(source, file, CHATML_TEMPLATE)
+    with pytest.raises(ValueError, match=rf"source/{file}: chat_template is .* have no USER:.* take the template out"):
+        convert.plan(recognise(source), tmp_path / "result")
+    for template in (LLAVA_HF_TEMPLATE, VICUNA_TEMPLATE):
+        write_template(source, file, template)
+        lines = list(convert.describe(convert.plan(recognise(source), tmp_path / "result")))
+        assert f"Prompts are Vicuna's, with its system message, in place of those by {source / file}." in lines
+
+
+def test_padding_in_place_of_the_source_s_crop_is_said(tmp_path):
+    source = released.write_llava_hf(tmp_path / "source")
+    line = "Images are padded to a square, as LLaVA-1.5 was trained; the source's processor crops them."
+    assert line in list(convert.describe(convert.plan(recognise(source), tmp_path / "result")))
+    edit_config(source, "preprocessor_config.json", do_pad=True)
+    assert line not in list(convert.describe(convert.plan(recognise(source), tmp_path / "result")))
+
+
 def test_own_checkpoint_and_filled_folder_are_refused(parts, tmp_path):
     source = released.write_llava_hf(tmp_path / "source")
     convert_folder(source, tmp_path / "result")
