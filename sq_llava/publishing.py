@@ -275,11 +275,10 @@ def _refuse_machine_paths(publication: Publication) -> None:
 
 def _refuse_other_code(publication: Publication, source: Path) -> None:
     """Loading runs the code of the folder, and of the folder of an adapter's base."""
-    base = Path(publication.base) if publication.base is not None else None
-    for folder in (source, base):
+    for folder in (source, *([Path(publication.base)] if publication.base else [])):
         for name in CODE_FILES:
-            file = folder / name if folder is not None else None
-            if file is not None and file.is_file() and not filecmp.cmp(file, LIBRARY / name, shallow=False):
+            file = folder / name
+            if file.is_file() and not filecmp.cmp(file, LIBRARY / name, shallow=False):
                 raise ValueError(
                     f"{file} is other code than this library's, and would be run: merge or convert the model anew, "
                     "or give --trust-remote-code if you trust it."
