@@ -431,6 +431,20 @@ def test_command_says_who_judges_and_what_is_missing(model, tmp_path, monkeypatc
     assert "3 of 3 answers have no grade" in unread.output
 
 
+def test_cap_holds_for_both_models_of_a_comparison(model, tmp_path, monkeypatch):
+    monkeypatch.setitem(run.TASKS, "mmvet", replace(mmvet.TASK, max_new_tokens=4))
+    options = {"--model": model, "--against": model, "--data": mmvet_folder(tmp_path), "--out": tmp_path / "out"}
+    options |= {"--tasks": "mmvet", "--device": "cpu", "--judge-model": "judge", "--judge-concurrency": 1}
+    command = ["evaluate", *(str(part) for option in options.items() for part in option)]
+    with chat_server(lambda request, number: "1") as server:
+        capped = CliRunner().invoke(app, [*command, "--judge-base-url", server.url, "--judge-max-requests", "2"])
+        assert capped.exit_code == 1
+        assert len(server.requests) == 2
+        done = CliRunner().invoke(app, [*command, "--judge-base-url", server.url, "--judge-max-requests", "6"])
+        assert done.exit_code == 0, done.output
+    assert len(server.requests) == 3  # the same model said the same
+
+
 @pytest.mark.slow
 def test_only_one_of_two_processes_asks_the_judge(model, tmp_path):
     script = (

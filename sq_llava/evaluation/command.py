@@ -113,7 +113,8 @@ def evaluate(
         other = None if against is None else Path(against)
         if other is not None and not (other / "results.json").is_file():
             other = evaluation.out / "against"
-            run(replace(evaluation, model=against, out=other))
+            # One cap holds for both, and what both ask the judge is asked once.
+            run(replace(evaluation, model=against, out=other, judge_folder=evaluation.out))
         results = run(evaluation)
         differences = compare(other, evaluation.out) if results and other is not None else []
     if results:

@@ -87,6 +87,8 @@ class Evaluation:
         limit (`int`, *optional*): Only so many examples of each task, spread evenly.
         system_message (`str`, *optional*): In place of the model's own.
         judge (`JudgeSettings`, *optional*): Who grades the tasks that need a judge.
+        judge_folder (`Path`, *optional*): For the judge's answers, whose number and price the caps are about; default:
+            `out`.
     """
 
     model: str
@@ -102,6 +104,7 @@ class Evaluation:
     trust_remote_code: bool = False
     seed: int = 0
     judge: JudgeSettings | None = None
+    judge_folder: Path | None = None
 
 
 def evaluate(evaluation: Evaluation) -> list[TaskResult]:
@@ -117,7 +120,9 @@ def evaluate(evaluation: Evaluation) -> list[TaskResult]:
     if state.num_processes != int(os.environ.get("WORLD_SIZE", 1)):
         raise ValueError(f"{state.num_processes} process of {os.environ['WORLD_SIZE']} were joined: use torchrun.")
     examples = {task.name: read_examples(task, evaluation) for task in tasks}
-    judge = Judge(evaluation.judge, evaluation.out) if evaluation.judge and state.is_main_process else None
+    judge = None
+    if evaluation.judge is not None and state.is_main_process:
+        judge = Judge(evaluation.judge, evaluation.judge_folder or evaluation.out)
     about = describe(evaluation, {name: hash_of_data(each) for name, each in examples.items()})
     claim_folder(evaluation.out, about, IDENTITY)
     set_seed(evaluation.seed)
