@@ -15,8 +15,14 @@ from tests import tiny
 from tests.evaluation_layouts import assess_answers, png, stored, write_json, write_jsonl, write_parquet
 
 
+def write_results(folder, **changes):
+    about = {"model": "org/model", "model_hash": None, "code_hash": "c" * 64, "seed": 0, "date": "2026-01-01"}
+    write_json(folder / "results.json", {**about, "command": "sq-llava evaluate", "results": [], **changes})
+
+
 def write_run(folder, task, scores, **changes):
-    """`examples.jsonl` with these `{id: value}` of accuracy."""
+    """`results.json`, and `examples.jsonl` with these `{id: value}` of accuracy."""
+    write_results(folder)
     lines = [
         {
             "id": id, "prompt": f"USER: {id}?", "images": [], "answer": f"said {value}", "prediction": value,
@@ -92,6 +98,7 @@ def test_figures_of_the_corpus_are_computed_anew(tmp_path):
     right = {f"{row['category']}/{row['question_id']}": row["answer"] for row in rows}
     for name, answers in (("a", dict.fromkeys(right, "yes")), ("b", right)):
         assess_answers("pope", tmp_path / "data", answers, tmp_path / name)
+        write_results(tmp_path / name)
     found = {each.metric: each for each in compare(tmp_path / "a", tmp_path / "b", num_corpus_resamples=100)}
     assert found["llava/f1"].first == pytest.approx(2 / 3)
     assert found["llava/f1"].second == found["llava/mean_f1"].second == 1
@@ -115,6 +122,52 @@ def test_rows_of_one_question_are_drawn_together():
     assert difference.first == pytest.approx(2 / 3)
     # Of 30 questions a third differ: a standard error of 0.086.
     assert difference.high - difference.low == pytest.approx(2 * 1.96 * 0.086, rel=0.3)
+
+
+def test_grades_of_different_judges_are_not_compared(tmp_path):
+    for name, judge in (("a", "gpt"), ("b", "llama")):
+        write_run(tmp_path / name, "mmvet", {"q1": 1.0})
+        write_results(tmp_path / name, results=[{"task": "mmvet", "judge": {"model": judge}}])
+    with pytest.raises(ValueError, match="mmvet was graded by gpt, here it is llama"):
+        compare(tmp_path / "a", tmp_path / "b")
+
+
+def test_comparison_says_how_to_repeat_both_and_what_has_no_figure(tmp_path):
+    for name in ("a", "b"):
+        write_run(tmp_path / name, "easy_vqa", {"q1": 1.0})
+        write_run(tmp_path / name, "mmvet", {"q1": 1.0}, judge_error="no grade")
+        write_results(tmp_path / name, model_hash=name * 64, command=f"sq-llava evaluate {name}")
+    compare(tmp_path / "a", tmp_path / "b", tmp_path / "out")
+    content = json.loads((tmp_path / "out" / "comparison.json").read_text())
+    assert [run["model_hash"] for run in content["runs"]] == ["a" * 64, "b" * 64]
+    report = (tmp_path / "out" / "comparison.md").read_text()
+    assert f"(SHA-256: {'a' * 64}), code cccccccccccc, seed 0, 2026-01-01: `sq-llava evaluate a`" in report
+    assert "## mmvet: nothing to compare" in report
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"--limit": 2}, "has no example 'q1', which"),
+        ({"--tasks": "easy_vqa,pope"}, "was not evaluated on pope: leave it out"),
+        ({"--out": "."}, "is the folder that this run writes to"),
+        ({"--judge-model": "other"}, "easy_vqa was graded by judge, here it is other"),
+    ],
+)
+def test_run_that_could_not_be_compared_does_not_begin(tmp_path, monkeypatch, options, message):
+    turns = [{"value": "is it?"}, {"value": "yes"}]
+    same = {"image": "0.png", "kind": "shape", "conversations": turns}
+    write_json(tmp_path / "data" / "test.json", [{**same, "id": f"q{number}"} for number in range(4)])
+    (tmp_path / "data" / "images").mkdir()
+    write_run(tmp_path / "a", "easy_vqa", {f"q{number}": 1.0 for number in range(4)})
+    write_results(tmp_path / "a", results=[{"task": "easy_vqa", "judge": {"model": "judge"}}])
+    monkeypatch.chdir(tmp_path / "a")
+    defaults = {"--model": "/no/model", "--data": tmp_path / "data", "--tasks": "easy_vqa", "--out": "b"}
+    given = [str(part) for option in {**defaults, **options}.items() for part in option]
+    done = CliRunner().invoke(app, ["evaluate", "--against", str(tmp_path / "a"), *given])
+    assert done.exit_code == 1
+    assert message in done.output
+    assert sorted(path.name for path in (tmp_path / "a").iterdir()) == ["easy_vqa", "results.json"]
 
 
 def test_command_compares_with_a_folder_or_with_another_model(tmp_path):

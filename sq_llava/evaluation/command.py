@@ -67,7 +67,7 @@ def evaluate(
             from transformers.utils import logging
 
             from sq_llava.convert import VICUNA_SYSTEM_MESSAGE
-            from sq_llava.evaluation.comparison import compare
+            from sq_llava.evaluation.comparison import check_comparable, compare
             from sq_llava.evaluation.judge import JudgeSettings
             from sq_llava.evaluation.run import TASKS, Evaluation
             from sq_llava.evaluation.run import evaluate as run
@@ -111,7 +111,9 @@ def evaluate(
             judge=judge or None,
         )
         other = None if against is None else Path(against)
-        if other is not None and not (other / "results.json").is_file():
+        if other is not None and (other / "results.json").is_file():
+            check_comparable(other, evaluation)
+        elif other is not None:
             other = evaluation.out / "against"
             # One cap holds for both, and what both ask the judge is asked once.
             run(replace(evaluation, model=against, out=other, judge_folder=evaluation.out))

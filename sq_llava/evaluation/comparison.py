@@ -11,7 +11,7 @@ not that of training again. Written to OUT:
 """
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -19,9 +19,10 @@ from typing import Any
 
 import numpy as np
 
+from sq_llava.evaluation.reading import read_json
 from sq_llava.evaluation.report import as_text
 from sq_llava.evaluation.results import read_records
-from sq_llava.evaluation.run import TASKS
+from sq_llava.evaluation.run import TASKS, Evaluation, find_task, read_examples
 from sq_llava.evaluation.task import Record, Task, main_score
 
 
@@ -49,6 +50,66 @@ class Difference:
         return self.low > 0 or self.high < 0
 
 
+def check_comparable(other: Path, evaluation: Evaluation) -> None:
+    """
+    Before a run that will be compared with the folder `other`.
+
+    Raises:
+        ValueError: if that is the run's own folder, lacks a task, or has other examples or another judge.
+    """
+    if other.resolve() == evaluation.out.resolve():
+        raise ValueError(f"--against {other}: is the folder that this run writes to: give another --out.")
+    judges = _judges(read_json(other / "results.json"))
+    for name in evaluation.tasks:
+        path = other / name / "examples.jsonl"
+        if not path.is_file():
+            raise ValueError(f"--against {other}: was not evaluated on {name}: leave it out of --tasks.")
+        theirs = {record.example.id: record.example.reference for record in read_records(path)}
+        ours = {example.id: example.reference for example in read_examples(find_task(name), evaluation)}
+        # As they will be read from its file: a tuple becomes a list there.
+        check_same_examples(theirs, json.loads(json.dumps(ours)), str(path), evaluation.data)
+        if evaluation.judge is not None:
+            _check_same_judge(name, judges.get(name), evaluation.judge.model, other)
+
+
+def _judges(run: Mapping[str, Any]) -> dict[str, str]:
+    """The model that graded each task of a `results.json` that has grades."""
+    return {each["task"]: each["judge"]["model"] for each in run["results"] if each["judge"] is not None}
+
+
+def _check_same_judge(task: str, first: str | None, second: str | None, place: Path) -> None:
+    if first is not None and second is not None and first != second:
+        raise ValueError(
+            f"{place}: {task} was graded by {first}, here it is {second}: figures of different judges cannot be "
+            "compared."
+        )
+
+
+def check_same_examples(
+    first: Mapping[str, Any], second: Mapping[str, Any], first_place: str, second_place: str
+) -> None:
+    """
+    Args:
+        first, second (`Mapping[str, Any]`): id of an example -> its reference.
+
+    Raises:
+        ValueError: if one has an example that the other has not, or one with another reference.
+    """
+    for place, lacking, other, whole in (
+        (first_place, first, second_place, second),
+        (second_place, second, first_place, first),
+    ):
+        missing = [id for id in whole if id not in lacking]
+        if missing:
+            raise ValueError(
+                f"{place}: has no example {missing[0]!r}, which {other} has, nor {len(missing) - 1:,} more of it: "
+                "give the same data, --split and --limit."
+            )
+    for id, reference in second.items():
+        if first[id] != reference:
+            raise ValueError(f"{first_place}: example {id!r} has another reference than in {second_place}.")
+
+
 def compare(
     first: Path,
     second: Path,
@@ -66,7 +127,7 @@ def compare(
         num_corpus_resamples (`int`): For figures of the whole corpus, which are computed anew for each.
 
     Raises:
-        ValueError: if they share no task, or answered other examples.
+        ValueError: if they share no task, or answered other examples or had other judges in one that they share.
     """
     names = [path.parent.name for path in sorted(second.glob("*/examples.jsonl"))]
     names = [name for name in names if name in TASKS and (first / name / "examples.jsonl").is_file()]
@@ -76,16 +137,21 @@ def compare(
     out.mkdir(parents=True, exist_ok=True)
     differences = []
     flipped = {}
+    runs = [read_json(folder / "results.json") for folder in (first, second)]
+    judges = [_judges(run) for run in runs]
     for name in names:
+        _check_same_judge(name, judges[0].get(name), judges[1].get(name), first)
         pairs = match(first / name / "examples.jsonl", second / name / "examples.jsonl")
         flipped[name] = flips(TASKS[name], pairs)
         lines = [json.dumps(line, ensure_ascii=False) + "\n" for line in flipped[name]]
         (out / f"{name}.flipped.jsonl").write_text("".join(lines), encoding="utf-8")
         differences += compare_task(TASKS[name], pairs, num_resamples, num_corpus_resamples, seed)
     about = {"first": str(first), "second": str(second), "seed": seed, "num_resamples": num_resamples}
-    content = {**about, "num_corpus_resamples": num_corpus_resamples, "differences": [asdict(d) for d in differences]}
-    (out / "comparison.json").write_text(json.dumps(content, indent=2) + "\n")
-    (out / "comparison.md").write_text(to_markdown(first, second, differences, flipped), encoding="utf-8")
+    about |= {"num_corpus_resamples": num_corpus_resamples, "differences": [asdict(each) for each in differences]}
+    # Of each, all that it takes to repeat it; the figures are in `differences`.
+    about["runs"] = [{name: value for name, value in run.items() if name != "results"} for run in runs]
+    (out / "comparison.json").write_text(json.dumps(about, indent=2) + "\n")
+    (out / "comparison.md").write_text(to_markdown(first, second, runs, differences, flipped), encoding="utf-8")
     return differences
 
 
@@ -93,24 +159,12 @@ Pair = tuple[Record, Record]
 
 
 def match(first: Path, second: Path) -> list[Pair]:
-    """
-    The records of two `examples.jsonl` by their id, in the second's order.
-
-    Raises:
-        ValueError: if one has an example that the other has not, or one with another reference.
-    """
+    """The records of two `examples.jsonl` by their id, in the second's order; they must be of the same examples."""
     theirs = {record.example.id: record for record in read_records(first)}
-    pairs = []
-    for record in read_records(second):
-        if record.example.id not in theirs:
-            raise ValueError(f"{first}: has no example {record.example.id!r}, which {second} has: give the same data.")
-        other = theirs.pop(record.example.id)
-        if other.example.reference != record.example.reference:
-            raise ValueError(f"{first}: example {record.example.id!r} has another reference than in {second}.")
-        pairs.append((other, record))
-    if theirs:
-        raise ValueError(f"{second}: has no example {next(iter(theirs))!r}, which {first} has: give the same data.")
-    return pairs
+    ours = {record.example.id: record for record in read_records(second)}
+    references = [{id: record.example.reference for id, record in each.items()} for each in (theirs, ours)]
+    check_same_examples(*references, str(first), str(second))
+    return [(theirs[id], record) for id, record in ours.items()]
 
 
 def compare_task(
@@ -195,20 +249,32 @@ def flips(task: Task, pairs: Sequence[Pair]) -> list[dict[str, Any]]:
 
 
 def to_markdown(
-    first: Path, second: Path, differences: Sequence[Difference], flipped: dict[str, list[dict[str, Any]]]
+    first: Path,
+    second: Path,
+    runs: Sequence[Mapping[str, Any]],
+    differences: Sequence[Difference],
+    flipped: dict[str, list[dict[str, Any]]],
 ) -> str:
     names = (first.name, second.name) if first.name != second.name else (str(first), str(second))
+    about = "\n".join(
+        f"- {as_text(name)}: {as_text(run['model'])} (SHA-256: {run['model_hash'] or 'not a folder'}), code "
+        f"{run['code_hash'][:12]}, seed {run['seed']}, {run['date']}: `{run['command']}`"
+        for name, run in zip(names, runs, strict=True)
+    )
     rows = "\n".join(
         f"| {each.task} | {as_text(each.metric)} | {each.first:.4f} | {each.second:.4f} | {each.difference:+.4f} | "
         f"{each.low:+.4f} to {each.high:+.4f} | {'yes' if each.is_clear else 'no'} | {each.num:,} |"
         for each in differences
     )
     parts = [
-        f"# {second} beside {first}\n\nDifferences in pairs, with 95% of a bootstrap over examples.\n",
+        f"# {second} beside {first}\n\n{about}\n\nDifferences in pairs, with 95% of a bootstrap over examples.\n",
         f"| task | metric | {as_text(names[0])} | {as_text(names[1])} | difference | 95% | clear | examples |\n"
         f"|---|---|---|---|---|---|---|---|\n{rows}\n",
     ]
     for task, lines in flipped.items():
+        if not any(each.task == task for each in differences):
+            parts.append(f"## {task}: nothing to compare\n\nNo example of it has a score in both.\n")
+            continue
         gained = sum(line["change"] > 0 for line in lines)
         parts.append(f"## {task}: {gained} examples better, {len(lines) - gained} worse\n")
         for line in lines[:NUM_SHOWN]:
