@@ -160,6 +160,20 @@ def test_server_that_refuses_us_stops_the_judge(refusal, tmp_path):
     assert KEY not in str(stop.value)
 
 
+@pytest.mark.parametrize("failure", [Reply(closes=True), Reply(status=503, body="{}")], ids=["closed", "503"])
+def test_server_that_is_gone_stops_the_judge(failure, tmp_path):
+    def reply(request, number):
+        return "1" if int(request["messages"][0]["content"]) in (0, 4) else failure
+
+    with chat_server(reply) as server:
+        judge = Judge(settings_of(server, retries=0, concurrency=1), tmp_path)
+        with pytest.raises(JudgeStopped, match="left 10 requests in a row without an answer, each sent 1 times: "):
+            ask(judge, *map(str, range(40)))
+        assert 15 <= len(server.requests) <= 17  # what is under way is not called back
+        verdicts = ask(Judge(settings_of(server, retries=0, concurrency=1), tmp_path), *map(str, range(10)))
+    assert [id for id, verdict in verdicts.items() if verdict.value == 1.0] == ["0", "4"]
+
+
 def test_key_is_sent_and_written_nowhere(tmp_path, capfd):
     def reply(request, number):
         return "1" if request["messages"][0]["content"] == "a" else Reply(body=f"who is {KEY}?")

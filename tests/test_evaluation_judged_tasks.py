@@ -429,6 +429,7 @@ def test_command_says_who_judges_and_what_is_missing(model, tmp_path, monkeypatc
         assert len(server.requests) == 6
     assert unread.exit_code == 1
     assert "3 of 3 answers have no grade" in unread.output
+    assert "mmvet: the judge gave no grade at all, first: not readable in 2 attempts: no number" in unread.output
 
 
 def test_cap_holds_for_both_models_of_a_comparison(model, tmp_path, monkeypatch):

@@ -9,8 +9,9 @@ does not pay twice. An answer that cannot be read is asked for again, up to `att
 is listed and counted and enters no mean. The key comes from the environment alone and is written nowhere.
 
 The client of `openai` sends a request again after 408, 409, 429, 5xx, time-outs and lost connections: after the
-seconds of `Retry-After` (up to 120), else after 0.5, 1, 2, 4, ... 8 seconds, a little less by chance. What this module
-does not do: know prices, which are the user's to give.
+seconds of `Retry-After` (up to 120), else after 0.5, 1, 2, 4, ... 8 seconds, a little less by chance. If
+`NUM_UNANSWERED` requests in a row stay without an answer all the same, nothing more is asked. What this module does
+not do: know prices, which are the user's to give.
 """
 
 import hashlib
@@ -35,10 +36,12 @@ Messages = Sequence[Mapping[str, str]]
 # The server refuses whatever is sent: a wrong key, no right to the model, no such model, no money left.
 FINAL_ERRORS = (openai.AuthenticationError, openai.PermissionDeniedError, openai.NotFoundError)
 NO_MONEY = "insufficient_quota"
+# So many requests in a row, each sent several times, show that the server is gone, not that one of them is odd.
+NUM_UNANSWERED = 10
 
 
 class JudgeStopped(RuntimeError):
-    """Nothing more can be asked in this run: a cap is reached, or the server refuses us. What is done is kept."""
+    """Nothing more can be asked in this run: a cap, a server that refuses us or is gone. What is done is kept."""
 
 
 class JudgeFailure(RuntimeError):
@@ -119,6 +122,7 @@ class Judge:
         self._answers = _Answers(folder / "judge.jsonl")
         self._budget = _Budget(settings, self._answers)
         self._used: list[dict[str, Any]] = []
+        self._num_unanswered = 0
 
     def complete(self, messages: Messages, attempt: int = 0) -> str:
         """
@@ -210,6 +214,7 @@ class Judge:
         cost = 0.0  # of a request that the server refused
         try:
             response = self._client.chat.completions.with_raw_response.create(**request).http_response
+            self._num_unanswered = 0
             cost = highest
             line = _read(response.text, most_tokens)
             cost = self._budget.price(line["prompt_tokens"], line["completion_tokens"])
@@ -219,12 +224,25 @@ class Judge:
         except openai.APIStatusError as error:
             if isinstance(error, FINAL_ERRORS) or error.code == NO_MONEY:
                 raise JudgeStopped(f"the judge's server refused: {self._say(error)}") from None
-            raise JudgeFailure(self._say(error)) from None
+            # What is wrong with a single request is told by another status, at once.
+            is_busy = error.status_code in (408, 409, 429) or error.status_code >= 500
+            raise self._failure(self._say(error), is_answer=not is_busy) from None
         except openai.APIConnectionError as error:
             cost = highest  # it may have been answered, and the answer lost
-            raise JudgeFailure(f"{self._say(error)} ({type(error.__cause__).__name__})") from None
+            reason = f"{self._say(error)} ({type(error.__cause__).__name__})"
+            raise self._failure(reason, is_answer=False) from None
         finally:
             self._budget.settle(highest, cost)
+
+    def _failure(self, reason: str, is_answer: bool) -> JudgeFailure | JudgeStopped:
+        """Of one request, or of all that follow. Threads may miscount by a few, which does no harm."""
+        self._num_unanswered = 0 if is_answer else self._num_unanswered + 1
+        if self._num_unanswered < NUM_UNANSWERED:
+            return JudgeFailure(reason)
+        return JudgeStopped(
+            f"the judge's server left {self._num_unanswered} requests in a row without an answer, each sent "
+            f"{self.settings.retries + 1} times: {reason} Run again when it is there: what was answered is kept."
+        )
 
     def _say(self, error: Exception) -> str:
         """Servers put the key that they were sent into their errors."""

@@ -163,7 +163,9 @@ def assess(
     if not metrics and missing is None:
         missing = f"scored by a server: send it {submission}"
         if task.judge is not None:
-            missing = "graded by a judge: give --judge-model" if judge is None else "the judge gave no grade at all"
+            missing = "graded by a judge: give --judge-model"
+            if judge is not None:
+                missing = f"the judge gave no grade at all, first: {records[0].score.judge_error}"
     write_examples(records, folder)
     scores = [record.score for record in records if record.score is not None]
     return TaskResult(
