@@ -1,7 +1,11 @@
 """The ablation: its statistics by hand, its report from runs, and a quick one that is stopped and gone on with."""
 
 import json
+import shlex
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -65,6 +69,18 @@ def test_run_of_other_settings_is_refused(tmp_path):
     other = replace(run, scale=ablation.Scale("base", stage1_steps=9))
     with pytest.raises(ValueError, match=r"60-paper\.json: stage1_steps is 150, but now 9: give another --work"):
         ablation.read_note(other)
+
+
+@pytest.mark.slow
+def test_command_that_the_report_names_runs_where_only_the_packages_are_installed(tmp_path, monkeypatch):
+    monkeypatch.delenv("PYTHONPATH", raising=False)
+    command = [sys.executable, *shlex.split(ablation.COMMAND)[1:], "--plan", "--seeds", "7", "--settings", "baseline"]
+    root = Path(ablation.__file__).parents[1]
+    done = subprocess.run([*command, "--work", str(tmp_path)], cwd=root, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "seed-7/240-baseline: about" in done.stdout
+    report = (ablation.RESULTS / "ablation.md").read_text()
+    assert f"Made by `{ablation.COMMAND}`" in report
 
 
 def test_missing_base_models_are_named(tmp_path):
