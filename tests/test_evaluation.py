@@ -14,6 +14,7 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForCon
 
 from sq_llava.evaluation.run import Evaluation, evaluate
 from tests import tiny
+from tests.evaluation_layouts import stored, write_parquet
 
 
 NUM_QUESTIONS = 24
@@ -136,6 +137,27 @@ def test_example_that_fails_is_recorded_counted_and_tried_again(evaluation, data
     assert accuracy.num == NUM_QUESTIONS  # a failure counts as wrong, it is not left out
     others = [example for example in one_by_one if example["images"][0].endswith("2.png") is False]
     assert [example["answer"] for example in examples if example["error"] is None] == [o["answer"] for o in others]
+
+
+def test_image_in_a_table_that_cannot_be_read_fails_its_own_example_alone(evaluation, tmp_path):
+    secret = tmp_path / "secret.png"
+    tiny.picture(5).save(secret)
+    images = [stored(), None, {"bytes": b"no image", "path": "a.png"}, {"bytes": None, "path": str(secret)}]
+    rows = [
+        {"question_id": str(n), "question": "Is it red?", "answer": "no", "category": "random", "image": image}
+        for n, image in enumerate(images)
+    ]
+    write_parquet(tmp_path / "pope" / "test.parquet", rows)
+    [result] = evaluate(replace(evaluation, tasks=["pope"], data=str(tmp_path)))
+    lines = (evaluation.out / "pope" / "examples.jsonl").read_text().splitlines()
+    whole, *errors = [json.loads(line)["error"] for line in lines]
+    assert whole is None
+    assert [error is not None and error.split("(")[0] for error in errors] == [
+        "ValueError: row 1: image holds no bytes of an image.",
+        "ValueError: a.png: cannot be read as an image ",
+        "ValueError: row 3: image holds no bytes of an image.",  # its path is not followed
+    ]
+    assert (result.num, result.num_failed) == (4, 3)
 
 
 def test_folder_with_answers_of_another_run_is_refused(evaluation):

@@ -28,10 +28,15 @@ class StoredImage:
     column: str
 
     def read(self) -> dict[str, Any]:
-        """Returns `{"bytes": ..., "path": ...}`, as `sq_llava.images.open_image` takes it."""
+        """
+        Returns `{"bytes": ..., "path": ...}`, as `sq_llava.images.open_image` takes it.
+
+        Raises:
+            ValueError: if there is none. A path alone is not followed: it would lead anywhere on this machine.
+        """
         value = self.table.select_columns(self.column)[self.row : self.row + 1].to_pylist()[0][self.column]
-        if value is None:
-            raise ValueError(f"row {self.row}: {self.column} is empty.")
+        if value is None or value["bytes"] is None:
+            raise ValueError(f"row {self.row}: {self.column} holds no bytes of an image.")
         return value
 
     def __str__(self) -> str:

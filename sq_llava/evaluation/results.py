@@ -82,12 +82,11 @@ def hash_of_data(examples: Sequence[Example]) -> str:
 
 
 def _digest_of_image(image: TaskImage) -> bytes:
-    if not isinstance(image, Path):
-        stored = image.read()
-        return hashlib.sha256(stored["bytes"] or b"").digest()
-    if not image.is_file():
+    try:
+        content = image.read_bytes() if isinstance(image, Path) else image.read()["bytes"]
+    except (OSError, ValueError):
         return b"missing"  # the example will be recorded as failed
-    return hashlib.sha256(image.read_bytes()).digest()
+    return hashlib.sha256(content).digest()
 
 
 def record_line(record: Record) -> dict[str, Any]:
