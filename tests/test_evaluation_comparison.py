@@ -2,15 +2,18 @@
 
 import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
 from typer.testing import CliRunner
 
 from sq_llava.cli import app
-from sq_llava.evaluation.comparison import compare, compare_task, mean_interval
+from sq_llava.evaluation import command
+from sq_llava.evaluation.comparison import Difference, compare, compare_task, mean_interval
+from sq_llava.evaluation.results import TaskResult
 from sq_llava.evaluation.run import find_task
-from sq_llava.evaluation.task import Example, Record, Score, Task
+from sq_llava.evaluation.task import Example, Metric, Record, Score, Task
 from tests import tiny
 from tests.evaluation_layouts import assess_answers, png, stored, write_json, write_jsonl, write_parquet
 
@@ -170,6 +173,21 @@ def test_run_that_could_not_be_compared_does_not_begin(tmp_path, monkeypatch, op
     assert sorted(path.name for path in (tmp_path / "a").iterdir()) == ["easy_vqa", "results.json"]
 
 
+def test_figures_are_whole_on_a_narrow_terminal(capsys, monkeypatch):
+    monkeypatch.setattr(command.console, "width", 80)
+    name = "complex/both_orders/relative_score"
+    metric = Metric(name, 104.16666, 12345, 0.12345)
+    command.show([TaskResult("llava_bench", "data", "", 12345, 2, 0.998, [metric])])
+    difference = Difference("llava_bench", name, 104.1667, 133.3333, 29.1667, -10.1234, 110.4321, 12345)
+    command.show_differences([difference], Path("out"))
+    shown = capsys.readouterr().out
+    for figure in ("104.1667", "0.1235", "12,345", "133.3333", "+29.1667", "-10.1234 to +110.4321", "99.8% parsed"):
+        assert figure in shown
+    assert max(map(len, shown.splitlines())) <= 80
+    folded = shown.partition("beside the other")[2].splitlines()
+    assert name in "".join(line[1:16].strip() for line in folded)
+
+
 def test_command_compares_with_a_folder_or_with_another_model(tmp_path):
     processor = tiny.tiny_processor()
     for name in ("one", "other"):
@@ -191,7 +209,7 @@ def test_command_compares_with_a_folder_or_with_another_model(tmp_path):
     assert (tmp_path / "a" / "against" / "results.json").is_file()
     content = json.loads((tmp_path / "a" / "comparison" / "comparison.json").read_text())
     assert (content["first"], content["second"]) == (str(tmp_path / "a" / "against"), str(tmp_path / "a"))
-    assert "the other" in done.output
+    assert "easy_vqa, beside the other" in done.output
     done = run(tmp_path / "other", tmp_path / "b", tmp_path / "a")
     assert done.exit_code == 0, done.output
     assert (tmp_path / "b" / "comparison" / "comparison.md").is_file()

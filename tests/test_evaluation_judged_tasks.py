@@ -441,6 +441,9 @@ def test_cap_holds_for_both_models_of_a_comparison(model, tmp_path, monkeypatch)
         capped = CliRunner().invoke(app, [*command, "--judge-base-url", server.url, "--judge-max-requests", "2"])
         assert capped.exit_code == 1
         assert len(server.requests) == 2
+        for out in (tmp_path / "out", tmp_path / "out" / "against"):
+            assert f"{out}, mmvet: stopped by --judge-max-requests 2" in capped.output
+        assert f"Nothing to compare: see {tmp_path / 'out' / 'comparison'}" in capped.output
         done = CliRunner().invoke(app, [*command, "--judge-base-url", server.url, "--judge-max-requests", "6"])
         assert done.exit_code == 0, done.output
     assert len(server.requests) == 3  # the same model said the same

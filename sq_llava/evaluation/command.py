@@ -5,13 +5,35 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.box import SIMPLE
 from rich.markup import escape
 from rich.table import Table
 
 from sq_llava.console import console, errors_in_one_line, messages_console
 
 
+Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
+Device = Annotated[str | None, typer.Option(help="cuda, mps or cpu; default: the first of these there is.")]
+
 JUDGE = {"rich_help_panel": "Judge"}
+JudgeModel = Annotated[
+    str | None, typer.Option(help="Grades mmvet, llava_bench, ...; its key is in OPENAI_API_KEY.", **JUDGE)
+]
+JudgeBaseUrl = Annotated[
+    str | None, typer.Option(help="Of its OpenAI-compatible server, up to /v1; default: OpenAI's.", **JUDGE)
+]
+JudgeTemperature = Annotated[float, typer.Option(min=0, help="1 for models that take no other.", **JUDGE)]
+JudgeMaxTokens = Annotated[int, typer.Option(min=1, help="Of an answer, thoughts included.", **JUDGE)]
+JudgeConcurrency = Annotated[int, typer.Option(min=1, help="Requests at a time.", **JUDGE)]
+JudgeAttempts = Annotated[int, typer.Option(min=1, help="Until an answer can be read.", **JUDGE)]
+JudgeMaxRequests = Annotated[int | None, typer.Option(min=0, help="Of all runs into --out.", **JUDGE)]
+JudgeMaxCost = Annotated[
+    float | None, typer.Option(min=0, help="Of all runs into --out, in the unit of the prices.", **JUDGE)
+]
+JudgePrice = Annotated[float | None, typer.Option(min=0, help="Of a million tokens.", **JUDGE)]
+JudgeSwap = Annotated[
+    bool, typer.Option("--judge-swap", help="Compare answers in both orders: twice the requests.", **JUDGE)
+]
 
 
 def evaluate(
@@ -35,31 +57,23 @@ def evaluate(
     against: Annotated[
         str | None, typer.Option(help="Another model, or the folder of an evaluation: compare with it, in pairs.")
     ] = None,
-    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
-    device: Annotated[str | None, typer.Option(help="cuda, mps or cpu; default: the first of these there is.")] = None,
+    dtype: Dtype = "auto",
+    device: Device = None,
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Run the code in another model's folder.")
     ] = False,
     seed: Annotated[int, typer.Option(help="Of all that is drawn.")] = 0,
-    judge_model: Annotated[
-        str | None, typer.Option(help="Grades mmvet, llava_bench, ...; its key is in OPENAI_API_KEY.", **JUDGE)
-    ] = None,
-    judge_base_url: Annotated[
-        str | None, typer.Option(help="Of its OpenAI-compatible server, up to /v1; default: OpenAI's.", **JUDGE)
-    ] = None,
-    judge_temperature: Annotated[float, typer.Option(min=0, help="1 for models that take no other.", **JUDGE)] = 0.0,
-    judge_max_tokens: Annotated[int, typer.Option(min=1, help="Of an answer, thoughts included.", **JUDGE)] = 1024,
-    judge_concurrency: Annotated[int, typer.Option(min=1, help="Requests at a time.", **JUDGE)] = 8,
-    judge_attempts: Annotated[int, typer.Option(min=1, help="Until an answer can be read.", **JUDGE)] = 3,
-    judge_max_requests: Annotated[int | None, typer.Option(min=0, help="Of all runs into --out.", **JUDGE)] = None,
-    judge_max_cost: Annotated[
-        float | None, typer.Option(min=0, help="Of all runs into --out, in the unit of the prices.", **JUDGE)
-    ] = None,
-    judge_input_price: Annotated[float | None, typer.Option(min=0, help="Of a million tokens.", **JUDGE)] = None,
-    judge_output_price: Annotated[float | None, typer.Option(min=0, help="Of a million tokens.", **JUDGE)] = None,
-    judge_swap: Annotated[
-        bool, typer.Option("--judge-swap", help="Compare answers in both orders: twice the requests.", **JUDGE)
-    ] = False,
+    judge_model: JudgeModel = None,
+    judge_base_url: JudgeBaseUrl = None,
+    judge_temperature: JudgeTemperature = 0.0,
+    judge_max_tokens: JudgeMaxTokens = 1024,
+    judge_concurrency: JudgeConcurrency = 8,
+    judge_attempts: JudgeAttempts = 3,
+    judge_max_requests: JudgeMaxRequests = None,
+    judge_max_cost: JudgeMaxCost = None,
+    judge_input_price: JudgePrice = None,
+    judge_output_price: JudgePrice = None,
+    judge_swap: JudgeSwap = False,
 ) -> None:
     """Score a model on benchmarks. On several GPUs: torchrun --nproc_per_node 8 -m sq_llava.cli evaluate ..."""
     with errors_in_one_line():
@@ -67,10 +81,7 @@ def evaluate(
             from transformers.utils import logging
 
             from sq_llava.convert import VICUNA_SYSTEM_MESSAGE
-            from sq_llava.evaluation.comparison import check_comparable, compare
-            from sq_llava.evaluation.judge import JudgeSettings
             from sq_llava.evaluation.run import TASKS, Evaluation
-            from sq_llava.evaluation.run import evaluate as run
 
             logging.set_verbosity_error()
             logging.disable_progress_bar()
@@ -80,10 +91,8 @@ def evaluate(
             return
         if data is None:
             raise ValueError("--data is missing: a folder, a Hub id, or hub for the data sets of the tasks.")
-        if judge_model is None and judge_base_url is not None:
-            raise ValueError("--judge-base-url needs --judge-model, as its server names the model.")
-        judge = judge_model and JudgeSettings(
-            model=judge_model,
+        judge = _judge_settings(
+            judge_model,
             base_url=judge_base_url,
             temperature=judge_temperature,
             max_tokens=judge_max_tokens,
@@ -108,47 +117,100 @@ def evaluate(
             device=device,
             trust_remote_code=trust_remote_code,
             seed=seed,
-            judge=judge or None,
+            judge=judge,
         )
-        other = None if against is None else Path(against)
-        if other is not None and (other / "results.json").is_file():
-            check_comparable(other, evaluation)
-        elif other is not None:
-            other = evaluation.out / "against"
-            # One cap holds for both, and what both ask the judge is asked once.
-            run(replace(evaluation, model=against, out=other, judge_folder=evaluation.out))
-        results = run(evaluation)
-        differences = compare(other, evaluation.out) if results and other is not None else []
-    if results:
-        show(results)
-    if differences:
-        show_differences(differences)
-    if results:
-        messages_console.print(f"Wrote {evaluation.out}", soft_wrap=True)
-    for result in results:
-        if result.missing is not None:
-            messages_console.print(f"{result.task}: {escape(result.missing)}", soft_wrap=True)
-        if result.num_unjudged:
-            messages_console.print(
-                f"[red]{result.task}: {result.num_unjudged} of {result.num} answers have no grade[/red] and are in no "
-                "figure: see judge_error in examples.jsonl.",
-                soft_wrap=True,
-            )
-    num_failed = sum(result.num_failed for result in results)
-    if num_failed:
-        messages_console.print(f"[red]{num_failed} examples failed[/red]: see error in examples.jsonl.")
-    if num_failed or any(result.judge and (result.missing or result.num_unjudged) for result in results):
+        is_whole = _run_and_show(evaluation, against)
+    if not is_whole:
         raise typer.Exit(1)
 
 
-def show_differences(differences) -> None:
+def _judge_settings(model: str | None, base_url: str | None, **settings):
+    from sq_llava.evaluation.judge import JudgeSettings
+
+    if model is not None:
+        return JudgeSettings(model, base_url, **settings)
+    if base_url is not None:
+        raise ValueError("--judge-base-url needs --judge-model, as its server names the model.")
+    return None
+
+
+def _run_and_show(evaluation, against: str | None) -> bool:
+    """Whether every example has an answer, and a grade where a judge was named, in this run and in the other."""
+    from sq_llava.evaluation.comparison import check_comparable, compare
+    from sq_llava.evaluation.run import evaluate as run
+
+    other, others_results = None if against is None else Path(against), []
+    if other is not None and (other / "results.json").is_file():
+        check_comparable(other, evaluation)
+    elif other is not None:
+        other = evaluation.out / "against"
+        # One cap holds for both, and what both ask the judge is asked once.
+        others_results = run(replace(evaluation, model=against, out=other, judge_folder=evaluation.out))
+    results = run(evaluation)
+    if not results:  # a process other than the first
+        return True
+    show(results)
+    if other is not None:
+        show_differences(compare(other, evaluation.out), evaluation.out / "comparison")
+    messages_console.print(f"Wrote {evaluation.out}", markup=False, soft_wrap=True)
+    is_whole = _show_what_is_missing(results, evaluation.out)
+    return _show_what_is_missing(others_results, other) and is_whole
+
+
+def show(results) -> None:
+    """Prints the figures of all tasks."""
+    for result in results:
+        if not result.metrics:
+            continue
+        counts = f"{result.num:,} examples, {result.parsed_share:.1%} parsed, {result.num_failed} failed"
+        table = _table(f"{result.task}: {counts}", "value", "standard error", "examples")
+        for metric in result.metrics:
+            error = "" if metric.standard_error is None else f"{metric.standard_error:.4f}"
+            table.add_row(metric.name, f"{metric.value:.4f}", error, f"{metric.num:,}")
+        console.print(table)
+
+
+def show_differences(differences, out: Path) -> None:
     """Prints how far the run is from the one it was compared with."""
-    table = Table("task", "metric", "the other", "this run", "difference", "95%", "examples")
-    for each in differences:
-        interval = f"{each.low:+.4f} to {each.high:+.4f}"
-        values = (f"{each.first:.4f}", f"{each.second:.4f}", f"{each.difference:+.4f}", interval)
-        table.add_row(each.task, each.metric, *values, str(each.num))
-    console.print(table)
+    for task in dict.fromkeys(each.task for each in differences):
+        table = _table(f"{task}, beside the other", "other", "this run", "difference", "95%", "num")
+        for each in differences:
+            if each.task == task:
+                values = (f"{each.first:.4f}", f"{each.second:.4f}", f"{each.difference:+.4f}")
+                table.add_row(each.metric, *values, f"{each.low:+.4f} to {each.high:+.4f}", f"{each.num:,}")
+        console.print(table)
+    if not differences:
+        console.print(f"Nothing to compare: see {out / 'comparison.md'}", markup=False, soft_wrap=True)
+
+
+def _table(title: str, *names: str) -> Table:
+    """Of metrics, whose names take as many lines as they need: figures are never cut off."""
+    table = Table(title=title, title_justify="left", box=SIMPLE, pad_edge=False, padding=(0, 0, 0, 1))
+    table.add_column("metric", overflow="fold")
+    for name in names:
+        table.add_column(name, justify="right", no_wrap=True)
+    return table
+
+
+def _show_what_is_missing(results, out: Path | None) -> bool:
+    """Whether there is nothing to tell but what nobody asked for, as a grade without a judge."""
+    is_whole = True
+    for result in results:
+        if result.missing is not None:
+            messages_console.print(f"{out}, {result.task}: {result.missing}", markup=False, soft_wrap=True)
+        if result.num_unjudged:
+            messages_console.print(
+                f"[red]{result.task}: {result.num_unjudged} of {result.num} answers have no grade[/red] and are in no "
+                f"figure: see judge_error in {escape(str(out / result.task / 'examples.jsonl'))}.",
+                soft_wrap=True,
+            )
+        if result.num_failed:
+            place = escape(str(out / result.task / "examples.jsonl"))
+            messages_console.print(
+                f"[red]{result.task}: {result.num_failed} examples failed[/red]: see error in {place}.", soft_wrap=True
+            )
+        is_whole &= not (result.num_failed or (result.judge and (result.missing or result.num_unjudged)))
+    return is_whole
 
 
 def evaluate_questions(
@@ -168,8 +230,8 @@ def evaluate_questions(
     top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="Of the questions' sampling.")] = 0.95,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Of a question, and of an answer.")] = 64,
     seed: Annotated[int, typer.Option(help="For the same questions again.")] = 0,
-    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
-    device: Annotated[str | None, typer.Option(help="cuda, mps or cpu; default: the first of these there is.")] = None,
+    dtype: Dtype = "auto",
+    device: Device = None,
 ) -> None:
     """Measure the questions that a model asks: variety, types, whether they need the image and fit it."""
     with errors_in_one_line():
@@ -190,15 +252,3 @@ def evaluate_questions(
         if figures["num_failed"]:
             messages_console.print(f"[red]{figures['num_failed']} images failed[/red]: see error in asked-*.jsonl.")
             raise typer.Exit(1)
-
-
-def show(results) -> None:
-    """Prints the figures of all tasks."""
-    table = Table("task", "metric", "value", "standard error", "examples", "parsed", "failed")
-    for result in results:
-        for number, metric in enumerate(result.metrics):
-            error = "" if metric.standard_error is None else f"{metric.standard_error:.4f}"
-            shared = (f"{result.parsed_share:.1%}", str(result.num_failed)) if number == 0 else ("", "")
-            name = result.task if number == 0 else ""
-            table.add_row(name, metric.name, f"{metric.value:.4f}", error, str(metric.num), *shared)
-    console.print(table)

@@ -19,7 +19,6 @@ from typing import Any
 
 import numpy as np
 
-from sq_llava.evaluation.reading import read_json
 from sq_llava.evaluation.report import as_text
 from sq_llava.evaluation.results import read_records
 from sq_llava.evaluation.run import TASKS, Evaluation, find_task, read_examples
@@ -59,7 +58,7 @@ def check_comparable(other: Path, evaluation: Evaluation) -> None:
     """
     if other.resolve() == evaluation.out.resolve():
         raise ValueError(f"--against {other}: is the folder that this run writes to: give another --out.")
-    judges = _judges(read_json(other / "results.json"))
+    judges = _judges(json.loads((other / "results.json").read_text()))
     for name in evaluation.tasks:
         path = other / name / "examples.jsonl"
         if not path.is_file():
@@ -137,7 +136,7 @@ def compare(
     out.mkdir(parents=True, exist_ok=True)
     differences = []
     flipped = {}
-    runs = [read_json(folder / "results.json") for folder in (first, second)]
+    runs = [json.loads((folder / "results.json").read_text()) for folder in (first, second)]
     judges = [_judges(run) for run in runs]
     for name in names:
         _check_same_judge(name, judges[0].get(name), judges[1].get(name), first)

@@ -17,7 +17,6 @@ from matplotlib.figure import Figure
 
 from sq_llava.evaluation.answering import open_task_image
 from sq_llava.evaluation.paper import figures_of
-from sq_llava.evaluation.reading import read_json
 from sq_llava.evaluation.results import read_records
 from sq_llava.evaluation.task import Example, Record, Task, main_score
 
@@ -34,7 +33,7 @@ def write_report(out: Path, tasks: Mapping[str, Task]) -> Path:
     Args:
         tasks: Those that the run may have, by name.
     """
-    run = read_json(out / "results.json")
+    run = json.loads((out / "results.json").read_text())
     names = list(run["data_hashes"])
     records = {name: read_records(out / name / "examples.jsonl") for name in names}
     parts = [_heading(run), _draw_figures(run, tasks, out), _beside_the_paper(run, tasks), _all_figures(run)]
