@@ -1,6 +1,7 @@
 """Benchmarks with short answers: prompts, scores by hand, both layouts, the files for servers, what is refused."""
 
 import json
+import re
 
 import datasets
 import pytest
@@ -121,9 +122,9 @@ def test_vqav2_upload_has_every_question_of_the_test_set(tmp_path, layout):
 @pytest.mark.parametrize(
     "entries, message",
     [
-        ({"1": "a"}, "is dict, not a list"),
-        ([{"question_id": 1, "answer": None}], "entry 0: answer is None, not a text"),
-        ([{"question_id": 1, "text": "a"}], "entry 0: has no answer. It has: question_id, text"),
+        ({"1": "a"}, "is dict, not list"),
+        ([{"question_id": 1, "answer": None}], "row 0: answer is None: expected int or str"),
+        ([{"question_id": 1, "text": "a"}], "row 0: has no answer. It has: question_id, text"),
         ([{"question_id": 1, "answer": "a"}] * 2, "question_id 1 is there twice"),
         ([{"question_id": 1, "answer": "a"}], "has no answer for 1 ids, such as 2"),
         ([{"question_id": id, "answer": "a"} for id in (1, 2, 3)], "answers 3, which is not asked"),
@@ -373,6 +374,88 @@ def test_pope_label_of_another_kind_is_refused(tmp_path):
     write_jsonl(tmp_path / "coco" / "coco_pope_random.json", [{"label": "yes"}, {"label": "maybe"}])
     with pytest.raises(ValueError, match="the label is 'maybe': expected 'yes' or 'no'"):
         examples_of("pope", tmp_path)
+
+
+VQA_ROW = {"question_id": 1, "question": "Is it?", "answers": ["yes"], "ocr_tokens": ["a"]}
+ROWS = {  # a good row of each table
+    "pope": {"question_id": "1", "question": "Is it?", "answer": "yes", "category": "random"},
+    "textvqa": VQA_ROW,
+    "vizwiz": VQA_ROW,
+    "vqav2": VQA_ROW,
+    "scienceqa": {"question": "Which?", "choices": ["a", "b"], "answer": 1, "hint": ""},
+    "mmbench": {"index": 1, "question": "Which?", "hint": "", "A": "a", "B": "b", "C": "", "D": "", "answer": "A"},
+    "flickr30k": {"img_id": "1", "caption": ["a cat"]},
+    "conceptual_captions": {"caption": "a cat"},
+    "llava_bench": {"question": "What?", "caption": "a cat", "gpt_answer": "A cat.", "category": "conv"},
+}
+
+
+@pytest.mark.parametrize(
+    "task, column, value, message",
+    [
+        ("pope", "question", 3, "question is 3: expected str"),
+        ("pope", "question", None, "question is None: expected str"),
+        ("pope", "category", None, "category is None: expected str"),
+        # As lists of their letters, they would be scored.
+        ("vizwiz", "answers", "yes", "answers is 'yes': expected list or NoneType"),
+        ("textvqa", "ocr_tokens", "abc", "ocr_tokens is 'abc': expected list"),
+        ("scienceqa", "choices", "ab", "choices is 'ab': expected list"),
+        ("vqav2", "answers", ["yes", None], "answers has None in it: expected texts or objects"),
+        ("vqav2", "answers", [{"text": "yes"}], "answers: has no answer. It has: text"),
+        ("scienceqa", "answer", 2, "answer is 2 of 2 choices"),
+        ("scienceqa", "answer", -1, "answer is -1 of 2 choices"),
+        ("scienceqa", "answer", "B", "answer is 'B' of 2 choices"),
+        ("mmbench", "index", "first", "index is 'first': expected a number"),
+        ("mmbench", "answer", "C", "answer is 'C', and its options are A, B"),
+        ("conceptual_captions", "caption", None, "caption is None: expected str or list"),
+        ("llava_bench", "gpt_answer", None, "gpt_answer is None: expected str"),
+    ],
+)
+def test_value_of_another_type_is_named_with_its_row(tmp_path, task, column, value, message):
+    good = {**ROWS[task], "image": stored()}
+    write_parquet(tmp_path / "good" / "test.parquet", [good])
+    assert len(examples_of(task, tmp_path / "good")) == 1
+    write_parquet(tmp_path / "bad" / "test.parquet", [{**good, column: value}])
+    with pytest.raises(ValueError, match=f"bad, row 0[:,] {re.escape(message)}"):
+        examples_of(task, tmp_path / "bad")
+
+
+def test_column_of_images_that_holds_only_their_names_is_refused(tmp_path):
+    datasets.Dataset.from_list([{**ROWS["pope"], "image": "1.png"}]).to_parquet(str(tmp_path / "test.parquet"))
+    with pytest.raises(ValueError, match="the column image is of type string: expected images"):
+        examples_of("pope", tmp_path)
+
+
+@pytest.mark.parametrize("content", [b"", b"PAR1 and no more"])
+def test_broken_parquet_file_is_named(tmp_path, content):
+    (tmp_path / "test.parquet").write_bytes(content)
+    with pytest.raises(ValueError, match=r"test_broken_parquet_file_.*, test\.parquet: "):
+        examples_of("pope", tmp_path)
+
+
+def test_split_with_references_for_some_of_its_questions_is_refused(tmp_path):
+    rows = [
+        {**VQA_ROW, "question_id": n, "answers": answers, "image": stored()} for n, answers in ((1, ["a"]), (2, None))
+    ]
+    write_parquet(tmp_path / "val.parquet", rows)
+    with pytest.raises(ValueError, match="1 of 2 examples have no reference, such as '2'"):
+        examples_of("vizwiz", tmp_path, "val")
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ("null", "is NoneType, not list"),
+        ('{"image": "a.jpg"}', "is dict, not list"),
+        ('[{"image": "a.jpg", "question": "What?"}]', "row 0: has no answers"),
+        ('[{"image": 3, "question": "What?", "answers": []}]', "row 0: image is 3: expected str"),
+        ("[", "not JSON"),
+    ],
+)
+def test_file_of_another_form_is_named_with_its_row(tmp_path, content, message):
+    (tmp_path / "val.json").write_text(content)
+    with pytest.raises(ValueError, match=rf"val\.json[:,] {message}"):
+        examples_of("vizwiz", tmp_path, "val")
 
 
 @pytest.mark.parametrize("task", ["gqa", "mmbench", "pope", "scienceqa", "textvqa", "vizwiz", "vqav2"])

@@ -40,7 +40,7 @@ import numpy as np
 
 from sq_llava.evaluation.caption_metrics import bleu, cider_d, has_java, meteor, ptb_words, words
 from sq_llava.evaluation.caption_statistics import CaptionStatistics
-from sq_llava.evaluation.reading import Data, StoredImage, TaskImage, check_fields, read_json
+from sq_llava.evaluation.reading import Data, TaskImage, check_fields, read_json
 from sq_llava.evaluation.short_answers import write_upload
 from sq_llava.evaluation.task import Example, Record, Score, Task
 
@@ -55,14 +55,15 @@ METEOR, are there only if the run had a Java runtime. SPICE is not computed: it 
 NOCAPS_CAPTIONS = "nocaps_val_4500_captions.json"
 
 
-def _example(number: Any, image: TaskImage, captions: Sequence[str] | None, **details: str) -> Example:
-    return Example(
-        id=str(int(number)),  # scorers and servers take numbers
-        prompt=PROMPT,
-        images=[image],
-        reference=list(captions) if captions else None,
-        details=details,
-    )
+def _example(number: Any, image: TaskImage, captions: Any, **details: str) -> Example:
+    """`captions`: a text, a list of texts or of objects with `raw`, or none where only a server has them."""
+    if not str(number).isdecimal():
+        raise ValueError(f"the id of an image is {number!r}: expected a number, as scorers and servers take it.")
+    texts = [captions] if isinstance(captions, str) else captions or []
+    reference = [
+        each if isinstance(each, str) else check_fields(each, ["raw"], f"image {number}")["raw"] for each in texts
+    ]
+    return Example(id=str(int(number)), prompt=PROMPT, images=[image], reference=reference or None, details=details)
 
 
 def _karpathy_reader(file_name: str, folder: str | None) -> Callable[[Data], list[Example]]:
@@ -76,8 +77,7 @@ def _karpathy_reader(file_name: str, folder: str | None) -> Callable[[Data], lis
             check_fields(row, ["split", "filename", "imgid", "sentences"], f"{file}, image {number}")
             if row["split"] == (data.split or "test"):
                 image = data.image(file.parent / (folder or row["filepath"]), row["filename"])
-                captions = [sentence["raw"] for sentence in row["sentences"]]
-                examples.append(_example(row.get("cocoid", row["imgid"]), image, captions))
+                examples.append(_example(row.get("cocoid", row["imgid"]), image, row["sentences"]))
         return examples
 
     return read
@@ -86,27 +86,21 @@ def _karpathy_reader(file_name: str, folder: str | None) -> Callable[[Data], lis
 def read_coco(data: Data) -> list[Example]:
     if not data.is_table:
         return _karpathy_reader("dataset_coco.json", None)(data)
-    table = data.table(["cocoid", "sentences"], default_split="test")
-    if "image" not in table.column_names and (data.folder is None or "filepath" not in table.column_names):
-        raise ValueError(f"{data}: has no column image, nor filepath and filename of pictures in a folder beside it.")
     examples = []
-    for number, row in enumerate(data.rows(table)):
-        if "image" in table.column_names:
-            image: TaskImage = StoredImage(table, number, "image")
-        else:
-            image = data.image(data.folder, f"{row['filepath']}/{row['filename']}")
-        captions = [text if isinstance(text, str) else text["raw"] for text in row["sentences"]]
-        examples.append(_example(row["cocoid"], image, captions))
+    for row in data.rows(["cocoid", "sentences"], default_split="test"):
+        if "image" not in row and (data.folder is None or not {"filepath", "filename"} <= row.keys()):
+            raise ValueError(f"{data}: has no column image, nor filepath and filename of pictures beside it.")
+        image = row["image"] if "image" in row else data.image(data.folder, f"{row['filepath']}/{row['filename']}")
+        examples.append(_example(row["cocoid"], image, row["sentences"]))
     return examples
 
 
 def read_flickr30k(data: Data) -> list[Example]:
     if not data.is_table:
         return _karpathy_reader("dataset_flickr30k.json", "flickr30k-images")(data)
-    table = data.table(["img_id", "image", "caption"], default_split="test")
     return [
-        _example(row["img_id"], StoredImage(table, number, "image"), row["caption"])
-        for number, row in enumerate(data.rows(table))
+        _example(row["img_id"], row["image"], row["caption"])
+        for row in data.rows(["img_id", "image", "caption"], default_split="test")
         if row.get("split", "test") == "test"
     ]
 
@@ -114,17 +108,17 @@ def read_flickr30k(data: Data) -> list[Example]:
 def read_nocaps(data: Data) -> list[Example]:
     if not data.is_table:
         return _read_nocaps_files(data)
-    table = data.table(["image_id", "image", "annotations_captions"], default_split="validation")
+    rows = data.rows(["image_id", "image", "annotations_captions"], default_split="validation")
     file = data.find(NOCAPS_CAPTIONS) if data.folder is not None else None
     domains = {} if file is None else {row["id"]: row["domain"] for row in read_json(file)["images"]}
     return [
         _example(
             row["image_id"],
-            StoredImage(table, number, "image"),
+            row["image"],
             row["annotations_captions"],
             **({"domain": domains[row["image_id"]]} if row["image_id"] in domains else {}),
         )
-        for number, row in enumerate(data.rows(table))
+        for row in rows
     ]
 
 
@@ -149,11 +143,8 @@ def _read_nocaps_files(data: Data) -> list[Example]:
 
 def read_conceptual_captions(data: Data) -> list[Example]:
     if data.is_table:
-        table = data.table(["image", "caption"], default_split="validation")
-        return [
-            _example(number, StoredImage(table, number, "image"), [row["caption"]])
-            for number, row in enumerate(data.rows(table))
-        ]
+        rows = data.rows(["image", "caption"], default_split="validation")
+        return [_example(number, row["image"], row["caption"]) for number, row in enumerate(rows)]
     file = data.file("Validation_GCC-1.1.0-Validation.tsv", "*.tsv")
     examples = []
     with file.open(encoding="utf-8", newline="") as lines:

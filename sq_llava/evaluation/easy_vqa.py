@@ -16,7 +16,7 @@ from itertools import product
 from pathlib import Path
 
 from sq_llava.evaluation.metrics import exact_match
-from sq_llava.evaluation.reading import Data, check_fields, read_json
+from sq_llava.evaluation.reading import Data, check_fields, read_json_rows
 from sq_llava.evaluation.task import Example, Score, Task
 
 
@@ -99,9 +99,11 @@ def read(data: Data) -> list[Example]:
     file = data.file(f"{data.split or 'test'}.json")
     root = _image_root(file)
     examples = []
-    for number, row in enumerate(read_json(file)):
-        check_fields(row, ["id", "image", "kind", "conversations"], f"{file}, row {number}")
-        question, answer = (turn["value"] for turn in row["conversations"])
+    for number, row in enumerate(read_json_rows(file, ["id", "image", "kind", "conversations"])):
+        turns = row["conversations"]
+        if len(turns) != 2:
+            raise ValueError(f"{file}, row {number}: has {len(turns)} turns: expected a question and its answer.")
+        question, answer = (check_fields(turn, ["value"], f"{file}, row {number}")["value"] for turn in turns)
         examples.append(
             Example(
                 id=row["id"],

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from sq_llava.evaluation.metrics import exact_match
-from sq_llava.evaluation.reading import Data, StoredImage, check_fields, read_json, read_jsonl
+from sq_llava.evaluation.reading import Data, check_fields, read_json, read_jsonl, unique_by
 from sq_llava.evaluation.short_answers import INSTRUCTION, write_upload
 from sq_llava.evaluation.task import Example, Record, Score, Task
 
@@ -27,23 +27,19 @@ WITHOUT_PUNCTUATION = str.maketrans("", "", string.punctuation)
 def read(data: Data) -> list[Example]:
     if not data.is_table:
         return _read_folder(data)
-    table = data.table(["id", "imageId", "question", "answer"], "testdev", "testdev_balanced_instructions")
-    image_table = data.table(["id", "image"], "testdev", "testdev_balanced_images")
-    images = {}
-    for number, row in enumerate(data.rows(image_table)):
-        if row["id"] in images:
-            raise ValueError(f"{data}, testdev_balanced_images, row {number}: the id {row['id']!r} is there twice.")
-        images[row["id"]] = StoredImage(image_table, number, "image")
+    rows = list(data.rows(["id", "imageId", "question", "answer"], "testdev", "testdev_balanced_instructions"))
+    image_rows = list(data.rows(["id", "image"], "testdev", "testdev_balanced_images"))
+    images = unique_by(image_rows, "id", f"{data}, testdev_balanced_images")
     examples = []
-    for number, row in enumerate(data.rows(table)):
+    for number, row in enumerate(rows):
         if row["imageId"] not in images:
             raise ValueError(f"{data}, row {number}: testdev_balanced_images has no image {row['imageId']!r}.")
         examples.append(
             Example(
                 id=str(row["id"]),
                 prompt=row["question"] + INSTRUCTION,
-                images=[images[row["imageId"]]],
-                reference=row["answer"],
+                images=[images[row["imageId"]]["image"]],
+                reference=str(row["answer"]),
             )
         )
     return examples
@@ -63,7 +59,7 @@ def _read_folder(data: Data) -> list[Example]:
                 id=id,
                 prompt=row["text"],  # LLaVA's file has the instruction in it
                 images=[data.image(answer_file.parent / "images", row["image"])],
-                reference=check_fields(answers[id], ["answer"], f"{answer_file}, {id}")["answer"],
+                reference=str(check_fields(answers[id], ["answer"], f"{answer_file}, {id}")["answer"]),
             )
         )
     return examples

@@ -29,7 +29,7 @@ from typing import Any
 
 from sq_llava.evaluation.judge import Judge, Messages, Verdict
 from sq_llava.evaluation.metrics import relative_score
-from sq_llava.evaluation.reading import Data, StoredImage, read_jsonl, unique_by
+from sq_llava.evaluation.reading import Data, TaskImage, read_jsonl, unique_by
 from sq_llava.evaluation.task import Example, Record, Score, Task
 
 
@@ -49,7 +49,7 @@ BOXES = "; a box is given as `label: [left, top, right, bottom]`, in shares of t
 def read(data: Data, read_folder: Callable[[Data], list[Example]]) -> list[Example]:
     if not data.is_table:
         return read_folder(data)
-    table = data.table(["question", "image", "caption", "gpt_answer", "category"], default_split="train")
+    rows = data.rows(["question", "image", "caption", "gpt_answer", "category"], default_split="train")
     return [
         _example(
             {
@@ -58,11 +58,11 @@ def read(data: Data, read_folder: Callable[[Data], list[Example]]) -> list[Examp
                 "category": row["category"],
                 "reference": row["gpt_answer"],
             },
-            StoredImage(table, number, "image"),
+            row["image"],
             _lines(row["caption"]),
             f"{data}, row {number}",
         )
-        for number, row in enumerate(data.rows(table))
+        for number, row in enumerate(rows)
     ]
 
 
@@ -114,7 +114,7 @@ def _join(questions: Path, contexts: Path, answers: Path, fields: Sequence[str])
         yield joined, context_of[row["image"]], f"{questions}, question_id {id!r}"
 
 
-def _example(row: dict[str, Any], image: Path | StoredImage, context: str, place: str) -> Example:
+def _example(row: dict[str, Any], image: TaskImage, context: str, place: str) -> Example:
     if row["category"] not in CATEGORIES:
         raise ValueError(f"{place}: the category is {row['category']!r}: expected one of {', '.join(CATEGORIES)}.")
     return Example(

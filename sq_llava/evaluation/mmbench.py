@@ -28,7 +28,7 @@ from openpyxl.cell.cell import ILLEGAL_CHARACTERS_RE
 
 from sq_llava.evaluation import options
 from sq_llava.evaluation.options import lettered
-from sq_llava.evaluation.reading import Data, EncodedImage, StoredImage, TaskImage, read_tsv
+from sq_llava.evaluation.reading import Data, EncodedImage, TaskImage, read_tsv
 from sq_llava.evaluation.task import Example, Record, Score, Task
 
 
@@ -59,15 +59,18 @@ def prompt_of_lmms_eval(hint: str, question: str, choices: Sequence[str]) -> str
 def read(data: Data, language: str, prompt_of: Callable[[str, str, Sequence[str]], str]) -> list[Example]:
     rows = _read_table(data, language) if data.is_table else _read_tsv(data, language)
     num_rows: dict[int, int] = {}
-    for row, _ in rows:
+    for line, (row, _) in enumerate(rows):
+        if not str(row["index"]).isdecimal():
+            raise ValueError(f"{data}, row {line}: index is {row['index']!r}: expected a number.")
         number = int(row["index"]) % FIRST_ROTATION
         num_rows[number] = num_rows.get(number, 0) + 1
-    return [_example(row, image, prompt_of, num_rows) for row, image in rows]
+    return [
+        _example(row, image, prompt_of, num_rows, f"{data}, row {number}") for number, (row, image) in enumerate(rows)
+    ]
 
 
 def _read_table(data: Data, language: str) -> list[tuple[dict[str, Any], TaskImage]]:
-    table = data.table(FIELDS, default_split="dev", config=language)
-    return [(row, StoredImage(table, number, "image")) for number, row in enumerate(data.rows(table))]
+    return [(row, row["image"]) for row in data.rows(FIELDS, default_split="dev", config=language)]
 
 
 def _read_tsv(data: Data, language: str) -> list[tuple[dict[str, Any], TaskImage]]:
@@ -84,18 +87,21 @@ def _read_tsv(data: Data, language: str) -> list[tuple[dict[str, Any], TaskImage
     return found
 
 
-def _example(row: dict[str, Any], image: TaskImage, prompt_of, num_rows: Mapping[int, int]) -> Example:
+def _example(row: dict[str, Any], image: TaskImage, prompt_of, num_rows: Mapping[int, int], place: str) -> Example:
     index = int(row["index"])
     choices = {}
     for letter in LETTERS:
         if not _text(row, letter):
             break
         choices[letter] = _text(row, letter)
+    answer = _text(row, "answer") or None
+    if answer is not None and answer not in choices:
+        raise ValueError(f"{place}: answer is {answer!r}, and its options are {', '.join(choices) or 'none'}.")
     return Example(
         id=str(index),
         prompt=prompt_of(_text(row, "hint"), row["question"], list(choices.values())),
         images=[image],
-        reference=_text(row, "answer") or None,
+        reference=answer,
         details={
             "question": row["question"],
             "choices": choices,

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from sq_llava.evaluation.judge import Judge, Messages, Verdict
-from sq_llava.evaluation.reading import Data, StoredImage, check_fields, read_json, read_jsonl, unique_by
+from sq_llava.evaluation.reading import Data, TaskImage, check_fields, read_json, read_jsonl, unique_by
 from sq_llava.evaluation.task import Example, Record, Score, Task
 
 
@@ -54,12 +54,11 @@ It tells dogs not to read, which they cannot do anyway. | 0.7
 def read(data: Data) -> list[Example]:
     if not data.is_table:
         return _read_folder(data)
-    table = data.table(["question", "answer", "image", "capability"], default_split="test")
-    examples = []
-    for number, row in enumerate(data.rows(table)):
-        image = StoredImage(table, number, "image")
-        examples.append(_example(row.get("question_id", number), image, row, f"{data}, row {number}"))
-    return examples
+    rows = data.rows(["question", "answer", "image", "capability"], default_split="test")
+    return [
+        _example(row.get("question_id", number), row["image"], row, f"{data}, row {number}")
+        for number, row in enumerate(rows)
+    ]
 
 
 def _read_folder(data: Data) -> list[Example]:
@@ -82,7 +81,7 @@ def _read_folder(data: Data) -> list[Example]:
     return [_example(id, data.image(root, row["imagename"]), row, f"{file}, {id}") for id, row in rows.items()]
 
 
-def _example(id: Any, image: Path | StoredImage, row: dict[str, Any], place: str) -> Example:
+def _example(id: Any, image: TaskImage, row: dict[str, Any], place: str) -> Example:
     capability = row["capability"]
     capabilities = capability.split(",") if isinstance(capability, str) else list(capability)
     if not re.fullmatch(r"v1_\d+", _id(id)):
@@ -91,7 +90,7 @@ def _example(id: Any, image: Path | StoredImage, row: dict[str, Any], place: str
         id=_id(id),
         prompt=row["question"],
         images=[image],
-        reference=row["answer"],
+        reference=str(row["answer"]),
         details={"question": row["question"], "capabilities": [name.strip() for name in capabilities]},
     )
 

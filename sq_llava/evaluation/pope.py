@@ -14,7 +14,7 @@ label, in the order of the questions of their category), and the pictures in `va
 from collections.abc import Sequence
 
 from sq_llava.evaluation.metrics import binary_scores
-from sq_llava.evaluation.reading import Data, StoredImage, read_jsonl
+from sq_llava.evaluation.reading import Data, read_jsonl
 from sq_llava.evaluation.short_answers import INSTRUCTION
 from sq_llava.evaluation.task import Example, Record, Score, Task
 
@@ -25,19 +25,17 @@ CATEGORIES = ("adversarial", "popular", "random")
 def read(data: Data) -> list[Example]:
     if not data.is_table:
         return _read_folder(data)
-    table = data.table(["question_id", "question", "answer", "image", "category"], default_split="test")
-    examples = []
-    for number, row in enumerate(data.rows(table)):
-        examples.append(
-            Example(
-                id=f"{row['category']}/{row['question_id']}",
-                prompt=row["question"] + INSTRUCTION,
-                images=[StoredImage(table, number, "image")],
-                reference=_checked_label(row["answer"], f"{data}, row {number}"),
-                details={"category": row["category"]},
-            )
+    rows = data.rows(["question_id", "question", "answer", "image", "category"], default_split="test")
+    return [
+        Example(
+            id=f"{row['category']}/{row['question_id']}",
+            prompt=row["question"] + INSTRUCTION,
+            images=[row["image"]],
+            reference=_checked_label(row["answer"], f"{data}, row {number}"),
+            details={"category": row["category"]},
         )
-    return examples
+        for number, row in enumerate(rows)
+    ]
 
 
 def _read_folder(data: Data) -> list[Example]:

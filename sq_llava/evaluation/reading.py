@@ -17,6 +17,42 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import pyarrow as pa
+
+
+# What fields hold, by their names, which mean the same in all layouts; with `NoneType` they may be empty. What is not
+# here is checked by its task, or not used.
+NUMBER_OR_TEXT = (int, str)
+FIELD_TYPES: dict[str, tuple[type, ...]] = {
+    "question_id": NUMBER_OR_TEXT,
+    "id": NUMBER_OR_TEXT,
+    "image_id": NUMBER_OR_TEXT,
+    "index": NUMBER_OR_TEXT,
+    "question": (str,),
+    "text": (str,),
+    "value": (str,),
+    "raw": (str,),
+    "category": (str,),
+    "answer": NUMBER_OR_TEXT,
+    "gpt_answer": (str,),
+    "caption": (str, list),
+    "capability": (str, list),
+    "choices": (list,),
+    "ocr_tokens": (list,),
+    "sentences": (list,),
+    "conversations": (list,),
+    "imagename": (str,),
+    "filename": (str,),
+    "file_name": (str,),
+    "images": (list,),
+    "annotations": (list,),
+    "questions": (list,),
+    "data": (list,),
+    "image": (str, type(None)),
+    "hint": (str, type(None)),
+    "answers": (list, type(None)),
+    "annotations_captions": (list, type(None)),
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,6 +74,11 @@ class StoredImage:
         if value is None or value["bytes"] is None:
             raise ValueError(f"row {self.row}: {self.column} holds no bytes of an image.")
         return value
+
+    def is_there(self) -> bool:
+        """Whether the table has it, looked up without reading it."""
+        value = self.table.data.column(self.column)[self.row]
+        return value.is_valid and value["bytes"].is_valid
 
     def __str__(self) -> str:
         return f"row {self.row}, column {self.column}"
@@ -159,7 +200,10 @@ class Data:
                 if split not in names:
                     raise ValueError(f"{self.folder}: has the splits {', '.join(names)}, not {split}: give --split.")
                 files = [file for file in files if file.name.split("-")[0].removesuffix(".parquet") == split]
-            table = datasets.load_dataset("parquet", data_files=[str(file) for file in files], split="train")
+            try:
+                table = datasets.load_dataset("parquet", data_files=[str(file) for file in files], split="train")
+            except (ValueError, datasets.exceptions.DatasetGenerationError) as error:
+                raise ValueError(f"{self.folder}, {', '.join(file.name for file in files)}: {error}") from error
         if isinstance(table, datasets.DatasetDict):
             raise ValueError(f"{self}: has the splits {', '.join(table)}: give --split.")
         missing = [name for name in columns if name not in table.column_names]
@@ -167,13 +211,33 @@ class Data:
             raise ValueError(
                 f"{self}: has no column {', '.join(missing)}. Its columns are {', '.join(table.column_names)}."
             )
+        if "image" in table.column_names:
+            kind = table.data.schema.field("image").type
+            if not pa.types.is_struct(kind) or kind.get_field_index("bytes") < 0:
+                raise ValueError(f"{self}: the column image is of type {kind}: expected images (bytes and path).")
         return table.with_format("arrow")  # undecoded
 
-    def rows(self, table: datasets.Dataset, *, without: Sequence[str] = ("image",)) -> Iterator[dict[str, Any]]:
-        """The rows of a table without its images, which stay in their file."""
-        names = [name for name in table.column_names if name not in without]
+    def rows(
+        self, columns: Sequence[str], default_split: str | None = None, config: str | None = None
+    ) -> Iterator[dict[str, Any]]:
+        """
+        The rows of a table; of their `image` only its place, as it stays in its file.
+
+        Args: as of [`Data.table`].
+
+        Raises:
+            ValueError: if a value is of another type than its column has, as well.
+        """
+        table = self.table(columns, default_split, config)
+        names = [name for name in table.column_names if name != "image"]
+        needed = [name for name in columns if name != "image"]
+        has_image = "image" in table.column_names
+        number = 0
         for batch in table.select_columns(names).iter(1000):
-            yield from batch.to_pylist()
+            for row in batch.to_pylist():
+                check_fields(row, needed, f"{self}, row {number}")
+                yield {**row, "image": StoredImage(table, number, "image")} if has_image else row
+                number += 1
 
     def file(self, *names: str) -> Path:
         """
@@ -220,23 +284,32 @@ def read_jsonl(path: Path, fields: Sequence[str]) -> list[dict[str, Any]]:
         ValueError: with file, line and field, if a line is no JSON object or lacks a field.
     """
     rows = []
-    with path.open(encoding="utf-8") as lines:
+    with path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             if not line.strip():
                 continue
             try:
-                row = json.loads(line)
+                row = json.loads(line.decode())
             except ValueError as error:
                 raise ValueError(f"{path}, line {number}: not JSON ({error}).") from error
             rows.append(check_fields(row, fields, f"{path}, line {number}"))
     return rows
 
 
-def read_json(path: Path) -> Any:
+def read_json(path: Path, kind: type = dict) -> Any:
+    """Raises a `ValueError` if the file is not JSON, or another `kind` of it: `list` or `dict`."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path}: not JSON ({error}).") from error
+    if not isinstance(content, kind):
+        raise ValueError(f"{path}: is {type(content).__name__}, not {kind.__name__}.")
+    return content
+
+
+def read_json_rows(path: Path, fields: Sequence[str]) -> list[dict[str, Any]]:
+    """The objects of a JSON list. Raises a `ValueError` with row and field, if one is wrong."""
+    return [check_fields(row, fields, f"{path}, row {number}") for number, row in enumerate(read_json(path, list))]
 
 
 def read_tsv(path: Path, fields: Sequence[str]) -> list[dict[str, str]]:
@@ -249,7 +322,7 @@ def read_tsv(path: Path, fields: Sequence[str]) -> list[dict[str, str]]:
     csv.field_size_limit(2**31 - 1)  # images are in fields
     with path.open(encoding="utf-8", newline="") as lines:
         reader = csv.DictReader(lines, delimiter="\t")
-        check_fields(dict.fromkeys(reader.fieldnames or ()), fields, f"{path}, header")
+        check_fields(dict.fromkeys(reader.fieldnames or (), ""), fields, f"{path}, header")
         rows = []
         for number, row in enumerate(reader):
             if None in row or None in row.values():
@@ -259,12 +332,21 @@ def read_tsv(path: Path, fields: Sequence[str]) -> list[dict[str, str]]:
 
 
 def check_fields(row: Any, fields: Sequence[str], place: str) -> dict[str, Any]:
-    """Returns the row. Raises a `ValueError` with its place, if it is no object or lacks a field."""
+    """Returns the row. Raises a `ValueError` with its place, if it is no object or lacks a field, or one is wrong."""
     if not isinstance(row, dict):
         raise ValueError(f"{place}: is {type(row).__name__}, not an object with {', '.join(fields)}.")
     missing = [name for name in fields if name not in row]
     if missing:
         raise ValueError(f"{place}: has no {', '.join(missing)}. It has: {', '.join(row)}.")
+    for name in fields:
+        types = FIELD_TYPES.get(name, (object,))
+        value = row[name]
+        if not isinstance(value, types):
+            expected = " or ".join(each.__name__ for each in types)
+            raise ValueError(f"{place}: {name} is {value!r}: expected {expected}.")
+        if isinstance(value, list) and not all(isinstance(item, (str, dict)) for item in value):
+            wrong = next(item for item in value if not isinstance(item, (str, dict)))
+            raise ValueError(f"{place}: {name} has {wrong!r} in it: expected texts or objects.")
     return row
 
 

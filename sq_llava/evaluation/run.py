@@ -6,6 +6,7 @@ sq-llava evaluate --model runs/demo/model --tasks easy_vqa --data runs/demo/data
 import os
 import shlex
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -189,14 +190,25 @@ def find_task(name: str) -> Task:
 
 
 def read_examples(task: Task, evaluation: Evaluation) -> list[Example]:
-    """The examples of a task, `limit` of them spread evenly. Raises a `ValueError` if an id is there twice."""
+    """
+    The examples of a task, `limit` of them spread evenly.
+
+    Raises:
+        ValueError: if there are none, an id is there twice, or only some have a reference.
+    """
     examples = task.read(Data.locate(evaluation.data, task.name, task.hub_id, evaluation.split, task.folder))
-    ids = [example.id for example in examples]
-    if len(set(ids)) < len(ids):
-        twice = next(one for one in ids if ids.count(one) > 1)
-        raise ValueError(f"{task.name}, {evaluation.data}: the id {twice!r} is there twice.")
+    place = f"{task.name}, {evaluation.data}"
     if not examples:
-        raise ValueError(f"{task.name}, {evaluation.data}: holds no example.")
+        raise ValueError(f"{place}: holds no example.")
+    [(id, count)] = Counter(example.id for example in examples).most_common(1)
+    if count > 1:
+        raise ValueError(f"{place}: the id {id!r} is there twice.")
+    unanswered = [example.id for example in examples if example.reference is None]
+    if 0 < len(unanswered) < len(examples):
+        raise ValueError(
+            f"{place}: {len(unanswered)} of {len(examples)} examples have no reference, such as {unanswered[0]!r}: a "
+            "split has one for all of them, or for none (which a server scores)."
+        )
     if evaluation.limit is None or evaluation.limit >= len(examples):
         return examples
     return [examples[number * len(examples) // evaluation.limit] for number in range(evaluation.limit)]

@@ -23,11 +23,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import pyarrow.compute as pc
-
 from sq_llava.evaluation import scienceqa_ensemble
 from sq_llava.evaluation.options import INSTRUCTION, LETTERS, lettered
-from sq_llava.evaluation.reading import Data, StoredImage, check_fields, read_json, unique_by
+from sq_llava.evaluation.reading import Data, TaskImage, check_fields, read_json, read_json_rows, unique_by
 from sq_llava.evaluation.task import Example, Score, Task
 
 
@@ -42,7 +40,7 @@ def prompt_for_letter(row: dict[str, Any]) -> str:
 def prompt_for_reasoning(row: dict[str, Any]) -> str:
     """As LLaVA's `QCM` format has it, which drops the word "Question: "."""
     options = " ".join(f"({letter}) {choice}" for letter, choice in zip(LETTERS, row["choices"], strict=False))
-    prompt = f"{row['question']}\nContext: {row['hint'].strip() or 'N/A'}\nOptions: {options}"
+    prompt = f"{row['question']}\nContext: {(row['hint'] or '').strip() or 'N/A'}\nOptions: {options}"
     return prompt.replace("  ", " ").strip()
 
 
@@ -61,35 +59,33 @@ def read_reasoning(data: Data) -> list[Example]:
         return _read_table(data, "ScienceQA-FULL", prompt_for_reasoning)
     problems = _problems(data)
     return [
-        _example(id, row, prompt_for_reasoning(row), _images(data, row["image"] and f"{id}/{row['image']}"))
+        _example(id, row, prompt_for_reasoning(row), _images(data, row["image"] and f"{id}/{row['image']}"), id)
         for id, row in problems.items()
     ]
 
 
 def _read_table(data: Data, config: str, prompt_of) -> list[Example]:
-    table = data.table([*FIELDS, "image"], default_split="test", config=config)
-    has_image = pc.is_valid(pc.struct_field(table.data.column("image"), "bytes")).to_pylist()
+    rows = data.rows([*FIELDS, "image"], default_split="test", config=config)
     return [
-        _example(str(number), row, prompt_of(row), [StoredImage(table, number, "image")] * has_image[number])
-        for number, row in enumerate(data.rows(table))
+        _example(str(number), row, prompt_of(row), [row["image"]] * row["image"].is_there(), f"{data}, row {number}")
+        for number, row in enumerate(rows)
     ]
 
 
 def _read_folder(data: Data) -> list[Example]:
     file = data.file(f"llava_{data.split or 'test'}_CQM-A.json")
     problems = _problems(data)
-    rows = [check_fields(row, ["id", "conversations"], f"{file}, row {n}") for n, row in enumerate(read_json(file))]
-    rows_of = unique_by(rows, "id", str(file))
+    rows_of = unique_by(read_json_rows(file, ["id", "conversations"]), "id", str(file))
     if rows_of.keys() != problems.keys():
         id = min(rows_of.keys() ^ problems.keys())
         raise ValueError(f"{file} and pid_splits.json beside it do not have the same ids: {id!r} is in one of them.")
     examples = []
     for id, row in rows_of.items():
-        text = row["conversations"][0]["value"].replace("<image>", "").strip()
+        turn = next(iter(row["conversations"]), None)
+        text = check_fields(turn, ["value"], f"{file}, {id}, first turn")["value"].replace("<image>", "").strip()
         # LLaVA's script adds the instruction when it asks.
-        examples.append(
-            _example(id, problems[id], text.removesuffix(INSTRUCTION) + INSTRUCTION, _images(data, row.get("image")))
-        )
+        prompt = text.removesuffix(INSTRUCTION) + INSTRUCTION
+        examples.append(_example(id, problems[id], prompt, _images(data, row.get("image")), id))
     return examples
 
 
@@ -109,13 +105,16 @@ def _images(data: Data, name: str | None) -> list[Path]:
     return [data.image(data.folder / "images" / (data.split or "test"), name)] if name else []
 
 
-def _example(id: str, row: dict[str, Any], prompt: str, images: Sequence[Path | StoredImage]) -> Example:
+def _example(id: str, row: dict[str, Any], prompt: str, images: Sequence[TaskImage], place: str) -> Example:
+    num_choices = len(row["choices"])
+    if row["answer"] not in range(num_choices) or num_choices > len(LETTERS):
+        raise ValueError(f"{place}: answer is {row['answer']!r} of {num_choices} choices: expected a number from 0.")
     return Example(
         id=id,
         prompt=prompt,
         images=images,
         reference=LETTERS[row["answer"]],
-        details={"num_choices": len(row["choices"]), "kind": "image" if images else "text"},
+        details={"num_choices": num_choices, "kind": "image" if images else "text"},
     )
 
 

@@ -6,16 +6,23 @@ from pathlib import Path
 from typing import Any
 
 from sq_llava.evaluation.metrics import normalize_m4c, short_form, vqa_accuracy
-from sq_llava.evaluation.reading import check_fields, read_json, unique_by
+from sq_llava.evaluation.reading import check_fields, read_json_rows, unique_by
 from sq_llava.evaluation.task import Example, Score
 
 
 INSTRUCTION = "\nAnswer the question using a single word or phrase."
 
 
-def human_answers(answers: Sequence[str] | None) -> list[str] | None:
-    """The answers of people, or `None` for a question whose answers only the server has (null, none or empty ones)."""
-    return list(answers) if answers and any(answers) else None
+def human_answers(row: dict[str, Any], place: str) -> list[str] | None:
+    """
+    The answers of people, which are texts or objects with `answer`; `None` for a question whose answers only the
+    server has (null, none or empty ones).
+    """
+    answers = [
+        each if isinstance(each, str) else str(check_fields(each, ["answer"], f"{place}, answers")["answer"])
+        for each in row["answers"] or []
+    ]
+    return answers if any(answers) else None
 
 
 def score(example: Example, answer: str) -> Score:
@@ -46,13 +53,10 @@ def check_upload(path: Path, ids: Sequence[Any], id_field: str, answer_field: st
     Raises:
         ValueError: if the file is not a JSON list with one text for each id.
     """
-    entries = read_json(path)
-    if not isinstance(entries, list):
-        raise ValueError(f"{path}: is {type(entries).__name__}, not a list.")
+    entries = read_json_rows(path, [id_field, answer_field])
     for number, entry in enumerate(entries):
-        check_fields(entry, [id_field, answer_field], f"{path}, entry {number}")
         if not isinstance(entry[answer_field], str):
-            raise ValueError(f"{path}, entry {number}: {answer_field} is {entry[answer_field]!r}, not a text.")
+            raise ValueError(f"{path}, row {number}: {answer_field} is {entry[answer_field]!r}, not a text.")
     there = unique_by(entries, id_field, str(path))
     missing = [id for id in ids if id not in there]
     if missing:

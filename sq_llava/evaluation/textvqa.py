@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from sq_llava.evaluation.metrics import normalize_m4c
-from sq_llava.evaluation.reading import Data, StoredImage, check_fields, read_json, read_jsonl
+from sq_llava.evaluation.reading import Data, check_fields, read_json, read_jsonl
 from sq_llava.evaluation.short_answers import INSTRUCTION, human_answers, score, write_upload
 from sq_llava.evaluation.task import Example, Record, Task
 
@@ -28,15 +28,15 @@ OCR = "\nReference OCR token: "
 def read(data: Data) -> list[Example]:
     if not data.is_table:
         return _read_folder(data)
-    table = data.table(["question_id", "question", "image", "answers", "ocr_tokens"], default_split="validation")
+    rows = data.rows(["question_id", "question", "image", "answers", "ocr_tokens"], default_split="validation")
     return [
         Example(
             id=str(row["question_id"]),
             prompt=row["question"].capitalize() + OCR + ", ".join(row["ocr_tokens"]) + INSTRUCTION,
-            images=[StoredImage(table, number, "image")],
-            reference=human_answers(row["answers"]),
+            images=[row["image"]],
+            reference=human_answers(row, f"{data}, row {number}"),
         )
-        for number, row in enumerate(data.rows(table))
+        for number, row in enumerate(rows)
     ]
 
 
@@ -56,7 +56,7 @@ def _read_folder(data: Data) -> list[Example]:
                 id=str(annotation["question_id"]),
                 prompt=row["text"],  # LLaVA's file has the OCR tokens and the instruction in it
                 images=[data.image(file.parent / "train_images", row["image"])],
-                reference=human_answers(annotation["answers"]),
+                reference=human_answers(annotation, f"{answer_file}, {key}"),
             )
         )
     left = [key for key, annotations in waiting.items() if annotations]

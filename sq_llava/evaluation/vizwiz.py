@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from sq_llava.evaluation.metrics import normalize_m4c
-from sq_llava.evaluation.reading import Data, StoredImage, check_fields, read_json, read_jsonl
+from sq_llava.evaluation.reading import Data, read_json_rows, read_jsonl
 from sq_llava.evaluation.short_answers import INSTRUCTION, human_answers, score, write_upload
 from sq_llava.evaluation.task import Example, Record, Task
 
@@ -25,15 +25,15 @@ SUFFIX = "\nWhen the provided information is insufficient, respond with 'Unanswe
 
 def read(data: Data) -> list[Example]:
     if data.is_table:
-        table = data.table(["question_id", "question", "image", "answers"], default_split="test")
+        rows = data.rows(["question_id", "question", "image", "answers"], default_split="test")
         return [
             Example(
-                id=_id(row["question_id"]),
+                id=_id(str(row["question_id"])),
                 prompt=row["question"].capitalize() + SUFFIX,
-                images=[StoredImage(table, number, "image")],
-                reference=human_answers(row["answers"]),
+                images=[row["image"]],
+                reference=human_answers(row, f"{data}, row {number}"),
             )
-            for number, row in enumerate(data.rows(table))
+            for number, row in enumerate(rows)
         ]
     split = data.split or "test"
     if split == "val":
@@ -43,7 +43,7 @@ def read(data: Data) -> list[Example]:
     file = data.file("llava_test.jsonl")
     return [
         Example(
-            id=_id(row["question_id"]),
+            id=_id(str(row["question_id"])),
             prompt=row["text"],  # LLaVA's file has the instruction in it
             images=[data.image(file.parent / "test", row["image"])],
             reference=None,
@@ -54,18 +54,15 @@ def read(data: Data) -> list[Example]:
 
 def _read_val(data: Data) -> list[Example]:
     file = data.file("val.json", "Annotations/val.json")
-    examples = []
-    for number, row in enumerate(read_json(file)):
-        check_fields(row, ["image", "question", "answers"], f"{file}, row {number}")
-        examples.append(
-            Example(
-                id=_id(row["image"]),
-                prompt=row["question"].capitalize() + SUFFIX,
-                images=[data.image(data.folder / "val", row["image"])],
-                reference=[entry["answer"] for entry in row["answers"]],
-            )
+    return [
+        Example(
+            id=_id(row["image"]),
+            prompt=row["question"].capitalize() + SUFFIX,
+            images=[data.image(data.folder / "val", row["image"])],
+            reference=human_answers(row, f"{file}, row {number}"),
         )
-    return examples
+        for number, row in enumerate(read_json_rows(file, ["image", "question", "answers"]))
+    ]
 
 
 def _id(name: str) -> str:

@@ -22,7 +22,7 @@ from typing import Any
 
 from sq_llava.evaluation import short_answers
 from sq_llava.evaluation.metrics import normalize_m4c, short_form, vqa_accuracy_official
-from sq_llava.evaluation.reading import Data, StoredImage, check_fields, read_json, read_jsonl, unique_by
+from sq_llava.evaluation.reading import Data, check_fields, read_json, read_jsonl, unique_by
 from sq_llava.evaluation.short_answers import INSTRUCTION, human_answers, write_upload
 from sq_llava.evaluation.task import Example, Record, Score, Task
 
@@ -55,15 +55,15 @@ def read(data: Data) -> list[Example]:
 
 
 def _read_table(data: Data) -> list[Example]:
-    table = data.table(["question_id", "question", "image", "answers"], default_split="testdev")
+    rows = data.rows(["question_id", "question", "image", "answers"], default_split="testdev")
     examples = []
-    for number, row in enumerate(data.rows(table)):
-        reference = human_answers([entry["answer"] for entry in row["answers"] or []])
+    for number, row in enumerate(rows):
+        reference = human_answers(row, f"{data}, row {number}")
         examples.append(
             Example(
                 id=str(row["question_id"]),
                 prompt=row["question"] + INSTRUCTION,
-                images=[StoredImage(table, number, "image")],
+                images=[row["image"]],
                 reference=reference,
                 details=_details(data, reference),
             )
@@ -85,7 +85,7 @@ def _read_validation(data: Data) -> list[Example]:
                 id=str(row["question_id"]),
                 prompt=row["question"] + INSTRUCTION,
                 images=[data.image(file.parent / "val2014", name)],
-                reference=[entry["answer"] for entry in answers[row["question_id"]]["answers"]],
+                reference=human_answers(answers[row["question_id"]], f"{answer_file}, question {row['question_id']}"),
             )
         )
     return examples
