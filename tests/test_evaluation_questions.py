@@ -1,6 +1,7 @@
 """Questions that a model asks: the figures, by hand and by law, and the command on a tiny model."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from transformers import CLIPProcessor
 
 from sq_llava.evaluation.question_metrics import distinct_n, question_type, self_bleu, type_shares
 from sq_llava.evaluation.question_run import AskSettings, QuestionEvaluation, evaluate_questions
-from sq_llava.evaluation.questions import ClipScorer, Picture, easy_vqa_figures, figures_of, read_pictures
+from sq_llava.evaluation.questions import ClipScorer, Picture, captions_of, easy_vqa_figures, figures_of, read_pictures
 from tests import tiny
 
 
@@ -90,7 +91,9 @@ def test_truth_of_premises_on_easy_vqa():
         ("what is the blue shape?", "circle", ""),  # presumes a blue shape
         ("what is the the?", "?", ""),  # no known form
     )
-    figures = easy_vqa_figures([asked], [Picture("0", None, pairs)], known)
+    captions = captions_of([Picture("0", None, pairs), Picture("1", None, ())])
+    assert captions == ["a red circle", None]
+    figures = easy_vqa_figures([asked, asked], captions, known)
     assert figures["premise_is_true"] == pytest.approx(1 / 3)
     assert (figures["presumed_is_true"], figures["num_presuming"]) == (0.0, 1)
     assert (figures["own_answer_is_right"], figures["num_own_answers"]) == (1.0, 1)
@@ -146,6 +149,9 @@ def test_evaluation_writes_figures_report_and_pictures(evaluation, parts):
     for picture in ("types.png", "clip.png", "pictures.png"):
         assert f"]({picture})" in report
         assert (evaluation.out / picture).stat().st_size > 5000
+    for name in ("model_hash", "code_hash", "data_hash"):
+        assert results[name] in report
+    assert "seed 0; Python 3" in report and "transformers " in report
     assert f"| questions | {figures['clip']['questions']:.3f} |" in report
 
 
@@ -162,6 +168,21 @@ def test_other_settings_in_the_same_folder_are_refused(evaluation):
     evaluate_questions(evaluation)
     with pytest.raises(ValueError, match="holds answers of a run with settings"):
         evaluate_questions(replace(evaluation, settings=replace(evaluation.settings, temperature=0.7)))
+
+
+def test_other_pictures_under_the_same_names_are_refused(evaluation, parts, tmp_path):
+    images = tmp_path / "images"
+    shutil.copytree(parts / "images", images)
+    evaluation = replace(evaluation, images=str(images), limit=1)
+    evaluate_questions(evaluation)
+    tiny.picture(7).save(images / "0.png")
+    with pytest.raises(ValueError, match="holds answers of a run with data_hash"):
+        evaluate_questions(evaluation)
+
+
+def test_unknown_truth_is_told_before_the_model_is_loaded(evaluation):
+    with pytest.raises(ValueError, match="no picture comes with the questions and answers of easy-VQA"):
+        evaluate_questions(replace(evaluation, model="/no/model", truth="easy_vqa"))
 
 
 def test_broken_image_is_recorded_and_counted(evaluation, parts, tmp_path):

@@ -24,9 +24,11 @@ from sq_llava.evaluation.questions import (
     ClipScorer,
     Picture,
     ask_about,
+    captions_of,
     clip_figures,
     easy_vqa_figures,
     figures_of,
+    hash_of_pictures,
     read_pictures,
 )
 from sq_llava.evaluation.results import claim_folder, environment, hash_of_code, hash_of_model
@@ -35,7 +37,7 @@ from sq_llava.inference import best_device
 
 
 NUM_SHOWN = 12
-IDENTITY = ("model", "model_hash", "images", "limit", "settings", "dtype")
+IDENTITY = ("model", "model_hash", "images", "data_hash", "limit", "settings", "dtype")
 LABELS = {
     "num_images": "images",
     "num_failed": "images that failed",
@@ -73,7 +75,8 @@ def evaluate_questions(evaluation: QuestionEvaluation) -> dict[str, Any]:
         The figures.
 
     Raises:
-        ValueError: before the model is loaded, if there are no images or the folder holds another run.
+        ValueError: before the model is loaded, if there are no images, or none whose truth is known where that is
+            wanted, or the folder holds another run.
     """
     if evaluation.truth not in (None, "easy_vqa"):
         raise ValueError(f"--truth {evaluation.truth}: the one data set whose truth is known here is easy_vqa.")
@@ -83,7 +86,8 @@ def evaluate_questions(evaluation: QuestionEvaluation) -> dict[str, Any]:
     pictures = everything
     if evaluation.limit is not None and evaluation.limit < len(everything):
         pictures = [everything[number * len(everything) // evaluation.limit] for number in range(evaluation.limit)]
-    about = describe(evaluation)
+    captions = captions_of(pictures) if evaluation.truth is not None else []
+    about = describe(evaluation, hash_of_pictures(pictures))
     claim_folder(evaluation.out, about, IDENTITY)
     device = str(state.device) if state.num_processes > 1 else device
     scorer = ClipScorer(evaluation.clip, device) if evaluation.clip is not None else None
@@ -94,7 +98,7 @@ def evaluate_questions(evaluation: QuestionEvaluation) -> dict[str, Any]:
     figures = figures_of(asked)
     if evaluation.truth is not None:
         known = {question for picture in everything for question, _ in picture.pairs}
-        figures["easy_vqa"] = easy_vqa_figures(asked, pictures, known)
+        figures["easy_vqa"] = easy_vqa_figures(asked, captions, known)
     cosines: dict[str, list[float]] = {}
     if scorer is not None:
         figures["clip"], cosines = clip_figures(scorer, asked, pictures)
@@ -103,13 +107,15 @@ def evaluate_questions(evaluation: QuestionEvaluation) -> dict[str, Any]:
     return figures
 
 
-def describe(evaluation: QuestionEvaluation) -> dict[str, Any]:
+def describe(evaluation: QuestionEvaluation, data_hash: str) -> dict[str, Any]:
     """What it takes to repeat the run."""
     return {
         "model": evaluation.model,
         "model_hash": hash_of_model(evaluation.model) if Path(evaluation.model).is_dir() else None,
         "code_hash": hash_of_code(),
         "images": evaluation.images,
+        "data_hash": data_hash,
+        "truth": evaluation.truth,
         "limit": evaluation.limit,
         "settings": asdict(evaluation.settings),
         "clip": evaluation.clip,
@@ -130,7 +136,9 @@ def write_report(
 ) -> None:
     """Writes `report.md` and its pictures."""
     lines = [f"# Questions of {about['model']}", "", f"    {about['command']}", ""]
-    lines += [f"Date {about['date']}, model {about['model_hash']}, code {about['code_hash']}.", ""]
+    packages = ", ".join(f"{name} {version}" for name, version in about["packages"].items())
+    lines += [f"Date {about['date']}, model {about['model_hash']}, code {about['code_hash']}, pictures "]
+    lines += [f"{about['data_hash']}, seed {about['settings']['seed']}; Python {about['python']}, {packages}.", ""]
     lines += ["| what | measured |", "|---|--:|"]
     lines += [f"| {label} | {_shown(figures[name])} |" for name, label in LABELS.items()]
     if "easy_vqa" in figures:

@@ -8,6 +8,8 @@ With a CLIP, its cosine of picture and text is given for questions and for answe
 with another picture, which is what a text unrelated to the picture gets.
 """
 
+import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -182,21 +184,49 @@ def figures_of(asked: Sequence[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def easy_vqa_figures(asked: Sequence[dict[str, Any]], pictures: Sequence[Picture], known: set[str]) -> dict[str, Any]:
+def hash_of_pictures(pictures: Sequence[Picture]) -> str:
+    """SHA-256 over the ids, questions, answers and image files of all pictures."""
+    digest = hashlib.sha256()
+    for picture in pictures:
+        digest.update(json.dumps([picture.id, picture.pairs]).encode())
+        digest.update(_content_of(picture.image))
+    return digest.hexdigest()
+
+
+def _content_of(image: Any) -> bytes:
+    if isinstance(image, dict) and image.get("bytes"):
+        return image["bytes"]
+    path = Path(image["path"] if isinstance(image, dict) else image)
+    return path.read_bytes() if path.is_file() else b"missing"  # the picture will be recorded as failed
+
+
+def captions_of(pictures: Sequence[Picture]) -> list[str | None]:
+    """
+    What each picture of easy-VQA holds, such as "a red circle"; `None` where its questions and answers do not tell.
+
+    Raises:
+        ValueError: if they tell it of no picture, or contradict each other.
+    """
+    captions = [derive_caption(list(picture.pairs)) if picture.pairs else None for picture in pictures]
+    if not any(captions):
+        raise ValueError("--truth easy_vqa: no picture comes with the questions and answers of easy-VQA.")
+    return captions
+
+
+def easy_vqa_figures(
+    asked: Sequence[dict[str, Any]], captions: Sequence[str | None], known: set[str]
+) -> dict[str, Any]:
     """
     Where the truth is known: the share of questions whose premise is true, which are questions of easy-VQA's forms
     that presume no shape or colour that the picture does not hold; the same among those that presume one at all, as
     "what is the red shape?" does; and how many of the model's answers to its questions are right.
 
     Args:
+        captions: As of [`captions_of`]; pictures without one have no part in the figures.
         known (`set[str]`): All questions of the data set, whose forms are understood.
-
-    Raises:
-        ValueError: if none of the pictures has questions and answers that tell what it holds.
     """
     premises, presumed, right = [], [], []
-    for line, picture in zip(asked, pictures, strict=True):
-        caption = derive_caption(list(picture.pairs)) if picture.pairs else None
+    for line, caption in zip(asked, captions, strict=True):
         if line["error"] is not None or caption is None:
             continue
         _, colour, shape = caption.split()
@@ -207,10 +237,8 @@ def easy_vqa_figures(asked: Sequence[dict[str, Any]], pictures: Sequence[Picture
                 presumed.append(truth is not None)
             if truth is not None:
                 right.append(truth == answer)
-    if not premises:
-        raise ValueError("--truth easy_vqa: no picture comes with the questions and answers of easy-VQA.")
     return {
-        "premise_is_true": sum(premises) / len(premises),
+        "premise_is_true": sum(premises) / len(premises) if premises else None,
         "num_premises": len(premises),
         "presumed_is_true": sum(presumed) / len(presumed) if presumed else None,
         "num_presuming": len(presumed),
@@ -279,7 +307,7 @@ def clip_figures(
             cosines.setdefault(kind, []).append(own)
             others.setdefault(kind, []).append(another)
             cut.append(scorer.is_cut(text))
-    figures: dict[str, Any] = {"texts_cut": sum(cut) / len(cut)}
+    figures: dict[str, Any] = {"texts_cut": sum(cut) / max(1, len(cut))}
     for kind, values in cosines.items():
         figures[kind] = sum(values) / len(values)
         figures[f"{kind}_with_another_image"] = sum(others[kind]) / len(others[kind])
