@@ -116,7 +116,21 @@ def test_entry_for_the_hub_can_be_read_by_its_library(run):
     path = run().parent / ".eval_results" / "pope.yaml"
     [entry] = parse_eval_result_entries(yaml.safe_load(path.read_text()))
     assert (entry.dataset_id, entry.task_id, entry.value) == ("lmms-lab-encoder/POPE", "pope", 33.3333)
-    assert entry.notes == "llava/mean_f1, 4 examples, 1 failed, sq-llava evaluate"
+    assert entry.notes.startswith("llava/mean_f1; 4 examples, 1 failed; SHA-256 code ")
+
+
+def test_entry_for_the_hub_says_how_to_repeat_it_and_who_judged(run):
+    out = run(split="validation", seed=5).parent
+    content = json.loads((out / "results.json").read_text())
+    content |= {"model_hash": "m" * 64, "command": "sq-llava evaluate --tasks pope"}
+    for each in content["results"]:
+        each["judge"] = {"answered_by": ["gpt-2026"], "dates": ["2026-01-01"]}
+    (out / "results.json").write_text(json.dumps(content))
+    write_report(out, TASKS)
+    [entry] = parse_eval_result_entries(yaml.safe_load((out / ".eval_results" / "pope.yaml").read_text()))
+    assert "; split validation; judged by gpt-2026; SHA-256 model mmm" in entry.notes
+    assert f"code {content['code_hash']}, data {'d' * 64}; Python {content['python']}, torch " in entry.notes
+    assert entry.notes.endswith("seed 5; sq-llava evaluate --tasks pope")
 
 
 def test_part_of_a_benchmark_is_no_entry_for_the_hub(run):

@@ -222,16 +222,29 @@ def write_eval_results(run: dict[str, Any], tasks: Mapping[str, Task], out: Path
         entry = _main_figure(run, tasks[name])
         if entry is None or tasks[name].hub_id is None or run["limit"] is not None or entry["num_unjudged"]:
             continue
-        notes = f"{entry['metric']}, {entry['num']} examples, {entry['num_failed']} failed, sq-llava evaluate"
         result = EvalResultEntry(
             dataset_id=tasks[name].hub_id,
             task_id=name,
             value=round(entry["value"] * tasks[name].scale, 4),
             date=run["date"],
-            notes=notes if run["split"] is None else f"{notes}, split {run['split']}",
+            notes=_notes(run, entry),
         )
         path = out / ".eval_results" / f"{name}.yaml"
         path.parent.mkdir(exist_ok=True)
         path.write_text(yaml.safe_dump(eval_result_entries_to_yaml([result]), sort_keys=False), encoding="utf-8")
         paths.append(path)
     return paths
+
+
+def _notes(run: dict[str, Any], entry: dict[str, Any]) -> str:
+    """How a figure was made, in the one field of the format that is free."""
+    parts = [entry["metric"], f"{entry['num']} examples, {entry['num_failed']} failed"]
+    if run["split"] is not None:
+        parts.append(f"split {run['split']}")
+    if entry["judge"] is not None:
+        parts.append(f"judged by {', '.join(entry['judge']['answered_by'])}")
+    hashes = {"model": run["model_hash"], "code": run["code_hash"], "data": entry["data_hash"]}
+    parts.append("SHA-256 " + ", ".join(f"{name} {digest}" for name, digest in hashes.items() if digest is not None))
+    versions = ", ".join(f"{name} {version}" for name, version in run["packages"].items())
+    parts.append(f"Python {run['python']}, {versions}, seed {run['seed']}")
+    return "; ".join([*parts, run["command"]])
