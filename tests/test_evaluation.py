@@ -173,6 +173,10 @@ def test_limit_takes_examples_from_all_over_the_data(evaluation):
     assert [example["id"] for example in examples_of(evaluation.out)] == ["q0", "q8", "q16"]
 
 
+def test_task_that_is_named_twice_is_scored_once(evaluation):
+    assert len(evaluate(replace(evaluation, tasks=["easy_vqa", "easy_vqa"], limit=1))) == 1
+
+
 def test_system_message_stands_in_the_prompt(evaluation):
     evaluate(replace(evaluation, limit=1, system_message="Be brief."))
     assert "Be brief. USER:" in examples_of(evaluation.out)[0]["prompt"]

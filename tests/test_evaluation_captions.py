@@ -14,6 +14,8 @@ from sq_llava.evaluation import captions
 from sq_llava.evaluation.caption_metrics import bleu, cider_d, has_java, meteor, ptb_words, words
 from sq_llava.evaluation.caption_statistics import CaptionStatistics
 from sq_llava.evaluation.comparison import compare
+from sq_llava.evaluation.results import write_results
+from sq_llava.evaluation.run import Evaluation, describe
 from tests.evaluation_layouts import assess_answers, examples_of, figures, png, stored, write_json, write_parquet
 
 
@@ -142,8 +144,9 @@ def test_weighted_figures_are_those_of_pycocoevalcap_on_repeated_images(data):
 @pytest.mark.parametrize("task", ["nocaps", "coco_captions"])
 def test_two_runs_are_compared_by_resampling_images(task, tmp_path, without_java):
     WRITERS[task](tmp_path / "data", "folder")
-    assess_answers(task, tmp_path / "data", ANSWERS, tmp_path / "a")
-    assess_answers(task, tmp_path / "data", {"11": "A dog runs fast.", "12": "zebra"}, tmp_path / "b")
+    for run, answers in {"a": ANSWERS, "b": {"11": "A dog runs fast.", "12": "zebra"}}.items():
+        result = assess_answers(task, tmp_path / "data", answers, tmp_path / run)
+        write_results([result], tmp_path / run, describe(Evaluation("-", [task], "-", tmp_path / run), {}))
     found = {each.metric: each for each in compare(tmp_path / "a", tmp_path / "b", num_corpus_resamples=50)}
     cider = found["plain/CIDEr-D"]
     assert cider.second == pytest.approx(5)

@@ -322,8 +322,12 @@ def write_pope(folder, layout):
     ]
     write_jsonl(folder / "llava_pope_test.jsonl", rows)
     for category in ("random", "popular", "adversarial"):
-        labels = [{"question_id": 1, "label": label} for name, label, _ in POPE if name == category]
-        write_jsonl(folder / "coco" / f"coco_pope_{category}.json", labels)
+        labels = [
+            {"question_id": 1, "image": f"{n}.jpg", "label": row[1]}
+            for n, row in enumerate(POPE)
+            if row[0] == category
+        ]
+        write_jsonl(folder / "coco" / f"coco_pope_{category}.json", labels[::-1])
     for n in range(len(POPE)):
         write_image(folder / "val2014" / f"{n}.jpg", n)
 
@@ -364,15 +368,22 @@ def test_pope_question_that_failed_counts_as_wrong(tmp_path, failed):
 
 def test_pope_with_fewer_labels_than_questions_is_refused(tmp_path):
     write_pope(tmp_path, "folder")
-    write_jsonl(tmp_path / "coco" / "coco_pope_popular.json", [{"label": "yes"}])
+    write_jsonl(tmp_path / "coco" / "coco_pope_popular.json", [{"image": "2.jpg", "label": "yes"}])
     with pytest.raises(ValueError, match=r"coco_pope_popular\.json: has 1 labels for 2 questions of"):
+        examples_of("pope", tmp_path)
+
+
+def test_pope_label_of_another_image_is_refused(tmp_path):
+    write_pope(tmp_path, "folder")
+    write_jsonl(tmp_path / "coco" / "coco_pope_popular.json", [{"image": "2.jpg", "label": "yes"}] * 2)
+    with pytest.raises(ValueError, match=r"popular\.json: has no label \(left\) for 3\.jpg, question 3"):
         examples_of("pope", tmp_path)
 
 
 def test_pope_label_of_another_kind_is_refused(tmp_path):
     write_pope(tmp_path, "folder")
-    write_jsonl(tmp_path / "coco" / "coco_pope_random.json", [{"label": "yes"}, {"label": "maybe"}])
-    with pytest.raises(ValueError, match="the label is 'maybe': expected 'yes' or 'no'"):
+    write_jsonl(tmp_path / "coco" / "coco_pope_random.json", [{"image": "0.jpg", "label": "maybe"}] * 2)
+    with pytest.raises(ValueError, match=r"random\.json, row 1: the label is 'maybe': expected 'yes' or 'no'"):
         examples_of("pope", tmp_path)
 
 

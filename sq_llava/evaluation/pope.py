@@ -8,7 +8,8 @@ three F1 scores. `lmms_eval/` is what lmms-eval gives: the answer must be "yes" 
 the labels.
 
 LLaVA's folder: `llava_pope_test.jsonl` (question_id, image, text, category), `coco/coco_pope_*.json` (JSON lines with
-label, in the order of the questions of their category), and the pictures in `val2014`.
+image and label, those of an image in the order of its questions: their texts differ in places), and the pictures in
+`val2014`.
 """
 
 from collections.abc import Sequence
@@ -45,16 +46,25 @@ def _read_folder(data: Data) -> list[Example]:
     for category in CATEGORIES:
         asked = [row for row in questions if row["category"] == category]
         label_file = data.file(f"coco/coco_pope_{category}.json", f"coco_pope_{category}.json")
-        labels = read_jsonl(label_file, ["label"])
+        labels = read_jsonl(label_file, ["image", "label"])
         if len(labels) != len(asked):
             raise ValueError(f"{label_file}: has {len(labels)} labels for {len(asked)} questions of {file}.")
-        for row, label in zip(asked, labels):
+        waiting: dict[str, list[str]] = {}
+        for number, label in enumerate(labels, start=1):
+            waiting.setdefault(label["image"], []).append(
+                _checked_label(label["label"], f"{label_file}, row {number}")
+            )
+        for row in asked:
+            if not waiting.get(row["image"]):
+                raise ValueError(
+                    f"{label_file}: has no label (left) for {row['image']}, question {row['question_id']}."
+                )
             examples.append(
                 Example(
                     id=f"{category}/{row['question_id']}",
                     prompt=row["text"],  # LLaVA's file has the suffix in it
                     images=[data.image(data.folder / "val2014", row["image"])],
-                    reference=_checked_label(label["label"], f"{label_file}, {category}"),
+                    reference=waiting[row["image"]].pop(0),
                     details={"category": category},
                 )
             )

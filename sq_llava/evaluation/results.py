@@ -186,5 +186,8 @@ def claim_folder(out: Path, about: dict[str, Any], identity: Sequence[str]) -> N
     PartialState().wait_for_everyone()
     if PartialState().is_main_process:
         out.mkdir(parents=True, exist_ok=True)
-        note.write_text(json.dumps(about, indent=2) + "\n")
+        # In one step: a note that a kill has cut off would keep the run from going on.
+        whole = note.with_suffix(".new")
+        whole.write_text(json.dumps(about, indent=2) + "\n")
+        whole.replace(note)
     PartialState().wait_for_everyone()

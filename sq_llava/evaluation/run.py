@@ -115,7 +115,7 @@ def evaluate(evaluation: Evaluation) -> list[TaskResult]:
     Raises:
         ValueError: before the model is loaded, if a task's data is missing or wrong, or `out` holds other answers.
     """
-    tasks = [find_task(name) for name in evaluation.tasks]
+    tasks = [find_task(name) for name in dict.fromkeys(evaluation.tasks)]
     device = evaluation.device or best_device()
     state = PartialState(cpu=device == "cpu")
     if state.num_processes != int(os.environ.get("WORLD_SIZE", 1)):
