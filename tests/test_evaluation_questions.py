@@ -5,6 +5,7 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import pytest
 import torch
 from hypothesis import given
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from transformers import CLIPProcessor
 
 from sq_llava.evaluation.question_metrics import distinct_n, question_type, self_bleu, type_shares
-from sq_llava.evaluation.question_run import AskSettings, QuestionEvaluation, evaluate_questions
+from sq_llava.evaluation.question_run import AskSettings, QuestionEvaluation, _draw_pictures, evaluate_questions
 from sq_llava.evaluation.questions import ClipScorer, Picture, captions_of, easy_vqa_figures, figures_of, read_pictures
 from tests import tiny
 
@@ -203,6 +204,19 @@ def test_cosines_are_those_of_the_clip(parts):
     with torch.inference_mode():
         expected = scorer.model(**inputs).logits_per_text / scorer.model.logit_scale.exp()
     torch.testing.assert_close(scorer.cosines(images, ["red circle"]), expected, rtol=0, atol=1e-5)
+
+
+def test_long_texts_stay_beside_their_picture():
+    turn = ("What is the animal in the foreground of this picture doing there? " * 3, "It is standing. " * 20, "")
+    figure = _draw_pictures([line(*[turn] * 4)] * 4, [Picture(str(n), tiny.picture(n)) for n in range(4)])
+    figure.tight_layout()
+    renderer = figure.canvas.get_renderer()
+    for number in (1, 3):  # beside the first two of the first row
+        [text] = figure.axes[number].texts
+        box, following = (each.get_window_extent(renderer) for each in (text, figure.axes[number + 1]))
+        below = figure.axes[number + 6].get_window_extent(renderer)
+        assert box.x1 <= following.x0 and box.y0 >= below.y1
+    plt.close(figure)
 
 
 def test_half_a_clip_is_refused(parts):

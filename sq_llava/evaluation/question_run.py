@@ -8,6 +8,7 @@ OUT/report.md         the figures, with types.png, clip.png and pictures.png
 import json
 import shlex
 import sys
+import textwrap
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
+import numpy as np
 from accelerate import PartialState
 from matplotlib.figure import Figure
 
@@ -37,6 +39,9 @@ from sq_llava.inference import best_device
 
 
 NUM_SHOWN = 12
+# Of the text beside a picture, which has the room of another picture.
+LINE_LETTERS = 40
+NUM_LINES = 20
 IDENTITY = ("model", "model_hash", "images", "data_hash", "limit", "settings", "dtype")
 LABELS = {
     "num_images": "images",
@@ -188,8 +193,9 @@ def _draw_types(types: dict[str, float]) -> Figure:
 
 def _draw_cosines(cosines: dict[str, list[float]]) -> Figure:
     figure, axis = plt.subplots(figsize=(7, 3.5))
+    bins = np.histogram_bin_edges([value for values in cosines.values() for value in values], bins=40)
     for name, values in cosines.items():
-        axis.hist(values, bins=40, density=True, histtype="step", label=name.replace("_", " "))
+        axis.hist(values, bins=bins, density=True, histtype="step", label=name.replace("_", " "))
     axis.set(xlabel="cosine of text and image", ylabel="density")
     axis.legend()
     return figure
@@ -207,13 +213,20 @@ def _draw_pictures(asked: Sequence[dict[str, Any]], pictures: Sequence[Picture])
         image, text = axes[number // 3, 2 * (number % 3) : 2 * (number % 3) + 2]
         image.imshow(open_image(picture.image))
         pairs = zip(line["questions"], line["answers"])
-        turns = [f"{_one_line(question)}\n   {_one_line(answer)}" for question, answer in pairs]
-        text.text(0, 1, "\n".join(turns), va="top", fontsize=8, wrap=True, transform=text.transAxes, parse_math=False)
+        turns = [f"{_folded(question, '')}\n{_folded(answer, '   ')}" for question, answer in pairs]
+        text.text(0, 1, _cut("\n".join(turns)), va="top", fontsize=8, transform=text.transAxes, parse_math=False)
     return figure
 
 
-def _one_line(text: str) -> str:
-    return " ".join("".join(letter if letter.isprintable() else " " for letter in text).split())
+def _folded(text: str, indent: str) -> str:
+    """Matplotlib would wrap at the edge of the whole figure, over the next picture."""
+    printable = "".join(letter if letter.isprintable() else " " for letter in text)
+    return textwrap.fill(printable, LINE_LETTERS, initial_indent=indent, subsequent_indent=indent)
+
+
+def _cut(text: str) -> str:
+    lines = text.splitlines()
+    return text if len(lines) <= NUM_LINES else "\n".join([*lines[: NUM_LINES - 1], "..."])
 
 
 def _save(figure: Figure, path: Path) -> None:
