@@ -1,0 +1,139 @@
+"""Data of benchmarks that is not as it should be: what is missing or of another type is named with its place."""
+
+import re
+
+import datasets
+import pytest
+
+from sq_llava.evaluation import reading
+from tests.evaluation_layouts import examples_of, stored, write_parquet
+
+
+VQA_ROW = {"question_id": 1, "question": "Is it?", "answers": ["yes"], "ocr_tokens": ["a"]}
+ROWS = {  # a good row of each table
+    "pope": {"question_id": "1", "question": "Is it?", "answer": "yes", "category": "random"},
+    "textvqa": VQA_ROW,
+    "vizwiz": VQA_ROW,
+    "vqav2": VQA_ROW,
+    "scienceqa": {"question": "Which?", "choices": ["a", "b"], "answer": 1, "hint": ""},
+    "mmbench": {"index": 1, "question": "Which?", "hint": "", "A": "a", "B": "b", "C": "", "D": "", "answer": "A"},
+    "flickr30k": {"img_id": "1", "caption": ["a cat"]},
+    "conceptual_captions": {"caption": "a cat"},
+    "llava_bench": {"question": "What?", "caption": "a cat", "gpt_answer": "A cat.", "category": "conv"},
+}
+
+
+@pytest.mark.parametrize(
+    "task, column, value, message",
+    [
+        ("pope", "question", 3, "question is 3: expected str"),
+        ("pope", "question", None, "question is None: expected str"),
+        ("pope", "category", None, "category is None: expected str"),
+        # As lists of their letters, they would be scored.
+        ("vizwiz", "answers", "yes", "answers is 'yes': expected list or NoneType"),
+        ("textvqa", "ocr_tokens", "abc", "ocr_tokens is 'abc': expected list"),
+        ("scienceqa", "choices", "ab", "choices is 'ab': expected list"),
+        ("vqav2", "answers", ["yes", None], "answers has None in it: expected texts or objects"),
+        ("vqav2", "answers", [{"text": "yes"}], "answers: has no answer. It has: text"),
+        ("scienceqa", "answer", 2, "answer is 2 of 2 choices"),
+        ("scienceqa", "answer", -1, "answer is -1 of 2 choices"),
+        ("scienceqa", "answer", "B", "answer is 'B' of 2 choices"),
+        ("mmbench", "index", "first", "index is 'first': expected a number"),
+        ("mmbench", "answer", "C", "answer is 'C', and its options are A, B"),
+        ("conceptual_captions", "caption", None, "caption is None: expected str or list"),
+        ("llava_bench", "gpt_answer", None, "gpt_answer is None: expected str"),
+    ],
+)
+def test_value_of_another_type_is_named_with_its_row(tmp_path, task, column, value, message):
+    good = {**ROWS[task], "image": stored()}
+    write_parquet(tmp_path / "good" / "test.parquet", [good])
+    assert len(examples_of(task, tmp_path / "good")) == 1
+    write_parquet(tmp_path / "bad" / "test.parquet", [{**good, column: value}])
+    with pytest.raises(ValueError, match=f"bad, row 0[:,] {re.escape(message)}"):
+        examples_of(task, tmp_path / "bad")
+
+
+def test_column_of_images_that_holds_only_their_names_is_refused(tmp_path):
+    datasets.Dataset.from_list([{**ROWS["pope"], "image": "1.png"}]).to_parquet(str(tmp_path / "test.parquet"))
+    with pytest.raises(ValueError, match="the column image is of type string: expected images"):
+        examples_of("pope", tmp_path)
+
+
+@pytest.mark.parametrize("content", [b"", b"PAR1 and no more"])
+def test_broken_parquet_file_is_named(tmp_path, content):
+    (tmp_path / "test.parquet").write_bytes(content)
+    with pytest.raises(ValueError, match=r"test_broken_parquet_file_.*, test\.parquet: "):
+        examples_of("pope", tmp_path)
+
+
+def test_split_with_references_for_some_of_its_questions_is_refused(tmp_path):
+    rows = [
+        {**VQA_ROW, "question_id": n, "answers": answers, "image": stored()} for n, answers in ((1, ["a"]), (2, None))
+    ]
+    write_parquet(tmp_path / "val.parquet", rows)
+    with pytest.raises(ValueError, match="1 of 2 examples have no reference, such as '2'"):
+        examples_of("vizwiz", tmp_path, "val")
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ("null", "is NoneType, not list"),
+        ('{"image": "a.jpg"}', "is dict, not list"),
+        ('[{"image": "a.jpg", "question": "What?"}]', "row 0: has no answers"),
+        ('[{"image": 3, "question": "What?", "answers": []}]', "row 0: image is 3: expected str"),
+        ("[", "not JSON"),
+    ],
+)
+def test_file_of_another_form_is_named_with_its_row(tmp_path, content, message):
+    (tmp_path / "val.json").write_text(content)
+    with pytest.raises(ValueError, match=rf"val\.json[:,] {message}"):
+        examples_of("vizwiz", tmp_path, "val")
+
+
+@pytest.mark.parametrize("task", ["gqa", "mmbench", "pope", "scienceqa", "textvqa", "vizwiz", "vqav2"])
+def test_missing_column_is_named_with_those_that_are_there(tmp_path, task):
+    write_parquet(tmp_path / "test.parquet", [{"text": "What?", "image": stored()}])
+    with pytest.raises(ValueError, match=r"has no column .*question.*\. Its columns are text, image\."):
+        examples_of(task, tmp_path)
+
+
+@pytest.mark.parametrize("task", ["gqa", "mmbench_cn", "pope", "scienceqa", "textvqa_no_ocr", "vizwiz", "vqav2"])
+def test_missing_file_is_named_with_those_that_are_there(tmp_path, task):
+    (tmp_path / "notes.txt").write_text("")
+    with pytest.raises(ValueError, match=r"has neither Parquet files nor .*\.(jsonl|json|tsv).* It holds: notes\.txt"):
+        examples_of(task, tmp_path)
+
+
+@pytest.mark.parametrize("task, split", [("vqav2", "testdev"), ("textvqa", "test"), ("mmbench", "test")])
+def test_split_that_is_not_there_is_refused(tmp_path, task, split):
+    write_parquet(tmp_path / "validation.parquet", [{"question": "What?"}])
+    with pytest.raises(ValueError, match=f"has the splits validation, not {split}: give --split"):
+        examples_of(task, tmp_path, split)
+
+
+@pytest.mark.parametrize(
+    "task, asked",
+    [
+        ("gqa", ("lmms-lab-encoder/GQA", "testdev_balanced_instructions", "testdev")),
+        ("mmbench", ("lmms-lab-encoder/MMBench", "en", "dev")),
+        ("mmbench_cn_lmms_eval", ("lmms-lab-encoder/MMBench", "cn", "dev")),
+        ("pope", ("lmms-lab-encoder/POPE", None, "test")),
+        ("scienceqa", ("lmms-lab-encoder/ScienceQA", "ScienceQA-IMG", "test")),
+        ("scienceqa_reasoning", ("lmms-lab-encoder/ScienceQA", "ScienceQA-FULL", "test")),
+        ("textvqa_no_ocr", ("lmms-lab-encoder/textvqa", None, "validation")),
+        ("vizwiz", ("lmms-lab-encoder/VizWiz-VQA", None, "test")),
+        ("vqav2", ("lmms-lab-encoder/VQAv2", None, "testdev")),
+    ],
+)
+def test_hub_is_asked_for_the_part_that_the_paper_scores(monkeypatch, task, asked):
+    calls = []
+
+    def load_dataset(hub_id, config, split):
+        calls.append((hub_id, config, split))
+        return datasets.Dataset.from_dict({"text": ["What?"]})
+
+    monkeypatch.setattr(reading.datasets, "load_dataset", load_dataset)
+    with pytest.raises(ValueError, match=f"{asked[0]}: has no column .* Its columns are text"):
+        examples_of(task, "hub")
+    assert calls == [asked]
