@@ -9,9 +9,11 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
 
+from sq_llava.evaluation.results import hash_of_model
 from sq_llava.evaluation.run import Evaluation, evaluate
 from tests import tiny
 from tests.evaluation_layouts import stored, write_parquet
@@ -164,8 +166,42 @@ def test_folder_with_answers_of_another_run_is_refused(evaluation):
     evaluate(replace(evaluation, limit=4))
     with pytest.raises(ValueError, match="holds answers of a run with system_message None"):
         evaluate(replace(evaluation, limit=4, system_message="You see."))
-    with pytest.raises(ValueError, match="data_hashes"):
+    with pytest.raises(ValueError, match="data_hashes of easy_vqa"):
         evaluate(replace(evaluation, limit=5))
+
+
+def test_tasks_of_several_runs_share_a_folder(evaluation, tmp_path):
+    evaluate(replace(evaluation, limit=4))
+    row = {"question_id": "1", "category": "random", "question": "Is there a dog?", "answer": "no"}
+    write_parquet(tmp_path / "pope" / "test.parquet", [row | {"image_source": "a", "image": stored(1)}])
+    evaluate(replace(evaluation, tasks=["pope"], data=str(tmp_path)))
+    with pytest.raises(ValueError, match="data_hashes of easy_vqa"):
+        evaluate(replace(evaluation, limit=5))
+
+
+def test_hash_of_an_adapter_sees_another_base(tmp_path):
+    (tmp_path / "base").mkdir()
+    (tmp_path / "adapter").mkdir()
+    adapter_config = {"base_model_name_or_path": str(tmp_path / "base")}
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(adapter_config))
+    hashes = set()
+    for weights in (b"one", b"two"):
+        (tmp_path / "base" / "model.safetensors").write_bytes(weights)
+        hashes.add(hash_of_model(str(tmp_path / "adapter")))
+    assert len(hashes) == 2
+
+
+def test_model_on_the_hub_is_known_by_its_commit(tmp_path, monkeypatch):
+    commit = "a" * 40
+    repository = tmp_path / "models--org--model"
+    (repository / "snapshots" / commit).mkdir(parents=True)
+    (repository / "snapshots" / commit / "config.json").write_text("{}")
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(commit)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", tmp_path)
+    assert hash_of_model("org/model") == commit
+    with pytest.raises(ValueError, match="org/other: no folder, not in the cache"):
+        hash_of_model("org/other")
 
 
 def test_limit_takes_examples_from_all_over_the_data(evaluation):

@@ -144,7 +144,7 @@ def test_comparison_says_how_to_repeat_both_and_what_has_no_figure(tmp_path):
     content = json.loads((tmp_path / "out" / "comparison.json").read_text())
     assert [run["model_hash"] for run in content["runs"]] == ["a" * 64, "b" * 64]
     report = (tmp_path / "out" / "comparison.md").read_text()
-    assert f"(SHA-256: {'a' * 64}), code cccccccccccc, seed 0, 2026-01-01: `sq-llava evaluate a`" in report
+    assert f"(hash {'a' * 64}), code cccccccccccc, seed 0, 2026-01-01: `sq-llava evaluate a`" in report
     assert "## mmvet: nothing to compare" in report
 
 

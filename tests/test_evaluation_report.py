@@ -19,7 +19,7 @@ ANSWERS = {"popular/1": "Yes.", "popular/2": "no | <b>\n# bold", "random/1": "no
 
 
 @pytest.fixture
-def run(tmp_path):
+def run(tmp_path, monkeypatch):
     """POPE with one right answer in each category, one wrong and one that failed."""
     rows = [
         {
@@ -33,6 +33,8 @@ def run(tmp_path):
         for number in (1, 2)
     ]
     write_parquet(tmp_path / "data" / "test-00000-of-00001.parquet", rows)
+
+    monkeypatch.setattr("sq_llava.evaluation.run.hash_of_model", lambda model: "0" * 40)  # nothing is on the Hub here
 
     def write(**changes):
         out = tmp_path / "out"
@@ -116,7 +118,7 @@ def test_entry_for_the_hub_can_be_read_by_its_library(run):
     path = run().parent / ".eval_results" / "pope.yaml"
     [entry] = parse_eval_result_entries(yaml.safe_load(path.read_text()))
     assert (entry.dataset_id, entry.task_id, entry.value) == ("lmms-lab-encoder/POPE", "pope", 33.3333)
-    assert entry.notes.startswith("llava/mean_f1; 4 examples, 1 failed; SHA-256 code ")
+    assert entry.notes.startswith("llava/mean_f1; 4 examples, 1 failed; hashes: model 0000")
 
 
 def test_entry_for_the_hub_says_how_to_repeat_it_and_who_judged(run):
@@ -128,7 +130,7 @@ def test_entry_for_the_hub_says_how_to_repeat_it_and_who_judged(run):
     (out / "results.json").write_text(json.dumps(content))
     write_report(out, TASKS)
     [entry] = parse_eval_result_entries(yaml.safe_load((out / ".eval_results" / "pope.yaml").read_text()))
-    assert "; split validation; judged by gpt-2026; SHA-256 model mmm" in entry.notes
+    assert "; split validation; judged by gpt-2026; hashes: model mmm" in entry.notes
     assert f"code {content['code_hash']}, data {'d' * 64}; Python {content['python']}, torch " in entry.notes
     assert entry.notes.endswith("seed 5; sq-llava evaluate --tasks pope")
 

@@ -256,7 +256,7 @@ def to_markdown(
 ) -> str:
     names = (first.name, second.name) if first.name != second.name else (str(first), str(second))
     about = "\n".join(
-        f"- {as_text(name)}: {as_text(run['model'])} (SHA-256: {run['model_hash'] or 'not a folder'}), code "
+        f"- {as_text(name)}: {as_text(run['model'])} (hash {run['model_hash']}), code "
         f"{run['code_hash'][:12]}, seed {run['seed']}, {run['date']}: `{run['command']}`"
         for name, run in zip(names, runs, strict=True)
     )

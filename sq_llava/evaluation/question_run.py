@@ -116,7 +116,7 @@ def describe(evaluation: QuestionEvaluation, data_hash: str) -> dict[str, Any]:
     """What it takes to repeat the run."""
     return {
         "model": evaluation.model,
-        "model_hash": hash_of_model(evaluation.model) if Path(evaluation.model).is_dir() else None,
+        "model_hash": hash_of_model(evaluation.model),
         "code_hash": hash_of_code(),
         "images": evaluation.images,
         "data_hash": data_hash,

@@ -78,7 +78,7 @@ def _heading(run: dict[str, Any]) -> str:
     packages = ", ".join(f"{name} {version}" for name, version in run["packages"].items())
     data = "; ".join(f"{name} {digest[:12]}" for name, digest in run["data_hashes"].items())
     rows = {
-        "model": f"{run['model']} (SHA-256: {run['model_hash'] or 'not a folder'})",
+        "model": f"{run['model']} (hash {run['model_hash']})",
         "command": f"`{run['command']}`",
         "date": run["date"],
         "examples": "all" if run["limit"] is None else f"**only {run['limit']} of each task**",
@@ -244,7 +244,7 @@ def _notes(run: dict[str, Any], entry: dict[str, Any]) -> str:
     if entry["judge"] is not None:
         parts.append(f"judged by {', '.join(entry['judge']['answered_by'])}")
     hashes = {"model": run["model_hash"], "code": run["code_hash"], "data": entry["data_hash"]}
-    parts.append("SHA-256 " + ", ".join(f"{name} {digest}" for name, digest in hashes.items() if digest is not None))
+    parts.append("hashes: " + ", ".join(f"{name} {digest}" for name, digest in hashes.items()))
     versions = ", ".join(f"{name} {version}" for name, version in run["packages"].items())
     parts.append(f"Python {run['python']}, {versions}, seed {run['seed']}")
     return "; ".join([*parts, run["command"]])

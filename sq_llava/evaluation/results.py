@@ -17,7 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
+from huggingface_hub import hf_hub_download
 
+from sq_llava.checkpoint import base_of_adapter, is_adapter
 from sq_llava.evaluation.reading import StoredImage, TaskImage, read_jsonl
 from sq_llava.evaluation.task import Example, Metric, Record, Score
 
@@ -47,10 +49,21 @@ class TaskResult:
     num_unjudged: int = 0
 
 
-def hash_of_model(folder: str) -> str:
-    """SHA-256 over names and contents of a folder's weights and JSON files."""
+def hash_of_model(model: str) -> str:
+    """
+    SHA-256 over names and contents of a folder's weights and JSON files, and over an adapter's base; of a model on the
+    Hub its commit.
+    """
+    folder = Path(model)
+    if not folder.is_dir():
+        try:
+            return Path(hf_hub_download(model, "config.json")).parent.name  # .../snapshots/<commit>/config.json
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{model}: no folder, not in the cache, not to be had from the Hub: {error}") from error
     digest = hashlib.sha256()
-    for path in sorted(Path(folder).iterdir()):
+    if is_adapter(folder):
+        digest.update(hash_of_model(base_of_adapter(folder)).encode())
+    for path in sorted(folder.iterdir()):
         if path.suffix in (".safetensors", ".json", ".jinja", ".bin"):
             digest.update(path.name.encode())
             with path.open("rb") as file:
@@ -178,10 +191,16 @@ def claim_folder(out: Path, about: dict[str, Any], identity: Sequence[str]) -> N
     if note.is_file():
         before = json.loads(note.read_text())
         for name in identity:
-            if before.get(name) != about[name]:
+            was, now = before.get(name), about[name]
+            if isinstance(now, dict):  # by task: those of one run only are in nobody's way
+                differing = [task for task in was.keys() & now.keys() if was[task] != now[task]]
+                about = {**about, name: was | now}
+                name = f"{name} of {', '.join(sorted(differing))}"
+                was, now = [was[task] for task in differing], [now[task] for task in differing]
+            if was != now:
                 raise ValueError(
-                    f"{out} holds answers of a run with {name} {before.get(name)!r}, now it is {about[name]!r}: give "
-                    "another --out, or remove the folder."
+                    f"{out} holds answers of a run with {name} {was!r}, now it is {now!r}: give another --out, or "
+                    "remove the folder."
                 )
     PartialState().wait_for_everyone()
     if PartialState().is_main_process:

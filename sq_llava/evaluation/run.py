@@ -223,10 +223,9 @@ def score(task: Task, record: Record) -> Score:
 
 def describe(evaluation: Evaluation, data_hashes: dict[str, str]) -> dict[str, Any]:
     """What it takes to repeat the run."""
-    is_folder = Path(evaluation.model).is_dir()
     return {
         "model": evaluation.model,
-        "model_hash": hash_of_model(evaluation.model) if is_folder else None,
+        "model_hash": hash_of_model(evaluation.model),
         "code_hash": hash_of_code(),
         "data_hashes": data_hashes,
         "split": evaluation.split,
