@@ -308,22 +308,27 @@ class SQLlavaModel(SQLlavaPreTrainedModel):
 
     @can_return_tuple
     def get_image_features(
-        self, pixel_values: torch.Tensor | None, **kwargs
+        self, pixel_values: torch.Tensor | None, vision_features: torch.Tensor | None = None, **kwargs
     ) -> tuple | BaseModelOutputWithPooling | None:
         """
         Args:
             pixel_values (`torch.Tensor` of shape `(num_images, channels, height, width)`): Processed images.
+            vision_features (`torch.Tensor` of shape `(num_images, N, D)`, *optional*):
+                Instead: what [`get_vision_features`] gave for them before.
 
         Returns:
             `BaseModelOutputWithPooling`: `last_hidden_state` `(num_images, N, D)`, the vision features;
             `pooler_output` `(num_images, N, H)`, the image tokens that take the place of the placeholders.
             `None` for `None`, with which `generate(pixel_values=None)` asks.
         """
-        if pixel_values is None:
-            return None
-        features = self.get_vision_features(pixel_values)
-        image_tokens = self.multi_modal_projector(self.prototype_extractor(features))
-        return BaseModelOutputWithPooling(last_hidden_state=features, pooler_output=image_tokens)
+        if vision_features is None:
+            if pixel_values is None:
+                return None
+            vision_features = self.get_vision_features(pixel_values)
+        elif pixel_values is not None:
+            raise ValueError("Give pixel_values or vision_features, not both.")
+        image_tokens = self.multi_modal_projector(self.prototype_extractor(vision_features))
+        return BaseModelOutputWithPooling(last_hidden_state=vision_features, pooler_output=image_tokens)
 
     @can_return_tuple
     def forward(
@@ -335,6 +340,8 @@ class SQLlavaModel(SQLlavaPreTrainedModel):
         past_key_values: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
+        vision_features: torch.FloatTensor | None = None,
+        positions_to_keep: torch.BoolTensor | None = None,
         **kwargs,
     ) -> tuple | SQLlavaModelOutputWithPast:
         """
@@ -345,6 +352,12 @@ class SQLlavaModel(SQLlavaPreTrainedModel):
                 All images of the batch, in the order of their placeholders.
             mm_encoder_outputs (`dict`, *optional*):
                 `{"image": output of get_image_features}`, instead of `pixel_values`: images that were encoded before.
+            vision_features (`torch.FloatTensor` of shape `(num_images, N, D)`, *optional*):
+                What the vision tower gave before, instead of `pixel_values`; of no images for a batch without any.
+                The tower is not run then.
+            positions_to_keep (`torch.BoolTensor` of shape `(batch_size, sequence_length)`, *optional*):
+                The positions whose hidden states are wanted, such as those with a label: `last_hidden_state` is
+                `(num_kept, hidden_size)` then, row by row, and a head on it costs no more than they do.
             The rest as in the language model.
 
         Raises:
@@ -353,10 +366,10 @@ class SQLlavaModel(SQLlavaPreTrainedModel):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give exactly one of input_ids and inputs_embeds.")
         image_outputs = (mm_encoder_outputs or {}).get("image")
-        if pixel_values is not None:
+        if pixel_values is not None or vision_features is not None:
             if image_outputs is not None:
                 raise ValueError("Give pixel_values or mm_encoder_outputs, not both.")
-            image_outputs = self.get_image_features(pixel_values, return_dict=True)
+            image_outputs = self.get_image_features(pixel_values, vision_features, return_dict=True)
 
         placeholders = self._find_placeholders(input_ids, inputs_embeds, needed=image_outputs is not None)
         if inputs_embeds is None:
@@ -387,8 +400,9 @@ class SQLlavaModel(SQLlavaPreTrainedModel):
             inputs_embeds=inputs_embeds,
             **kwargs,
         )
+        hidden_states = outputs.last_hidden_state
         return SQLlavaModelOutputWithPast(
-            last_hidden_state=outputs.last_hidden_state,
+            last_hidden_state=hidden_states if positions_to_keep is None else hidden_states[positions_to_keep],
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.utils.other import TrainableTokensWrapper
 from safetensors.torch import load_file
 from torch import nn
 
@@ -73,6 +74,10 @@ def add_adapter(
     for name, module in peft_model.named_modules():
         if "vision_tower" in name and hasattr(module, "lora_dropout"):
             module.lora_dropout[ADAPTER] = nn.Dropout(vision_lora.dropout) if vision_lora.dropout else nn.Identity()
+    # A head that is tied to the embeddings is wrapped too, and TRL's loss reads its bias, which the wrapper lacks.
+    head = model.get_output_embeddings()
+    if isinstance(head, TrainableTokensWrapper):
+        head.bias = head.original_module.bias
     # PEFT makes LoRA float32, but leaves what is trained whole in the precision of the base.
     for parameter in peft_model.parameters():
         if parameter.requires_grad:

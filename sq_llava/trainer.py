@@ -19,13 +19,14 @@ import torch
 from accelerate import FullyShardedDataParallelPlugin
 from safetensors import SafetensorError
 from torch.distributed.tensor import DTensor
+from torch.nn import functional as F
 from trl import SFTTrainer
 
 from sq_llava.adapter import trained_parameters
 from sq_llava.batching import ModalityLengthSampler
 from sq_llava.monitoring import GenerationCheck
 from sq_llava.recovery import RUN_FILE, STATE_FILE, CheckpointError, StepWatch, checkpoint_faults, file_sizes
-from sq_llava.self_questioning import ANSWER, QUESTION
+from sq_llava.self_questioning import ANSWER, IGNORE_INDEX, QUESTION
 
 
 def keep_wrap_policy(plugin: FullyShardedDataParallelPlugin) -> None:
@@ -133,9 +134,16 @@ class SQLlavaTrainer(SFTTrainer):
         weights = self._loss_weights(inputs)
         kinds, row_ids = inputs.pop("turn_kinds"), inputs.pop("row_ids")
         inputs["use_cache"] = False
-        # The forward of TRL's fused LM head, which scores the labelled positions only.
-        outputs = model(**inputs, fused_lm_head=True)
-        token_losses = -outputs.log_probs  # 0 where there is no label
+        labels = inputs.pop("labels")[:, 1:]
+        labelled = labels != IGNORE_INDEX
+        # TRL's fused LM head goes in tiles that bound its memory, and never holds all logits. Where Triton runs (CUDA,
+        # XPU) it picks the labelled positions itself, elsewhere (CPU, MPS) it scores every position that it is given
+        # (trl/trainer/utils.py, add_fused_lm_head): so it is given the labelled ones alone, everywhere.
+        outputs = model(
+            **inputs, positions_to_keep=F.pad(labelled, (0, 1)), shift_labels=labels[labelled], fused_lm_head=True
+        )
+        # 0 where there is no label. Without any, still connected to the model, whose backward other processes await.
+        token_losses = outputs.log_probs.new_zeros(labels.shape).masked_scatter(labelled, -outputs.log_probs)
         # Without a number, as in evaluation, the mean is over this batch.
         total_weight = weights.sum() if num_items_in_batch is None else num_items_in_batch
         weighted_loss = (weights * token_losses).sum()
