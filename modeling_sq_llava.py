@@ -341,6 +341,7 @@ class SQLlavaModel(SQLlavaPreTrainedModel):
         inputs_embeds: torch.FloatTensor | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         vision_features: torch.FloatTensor | None = None,
+        image_indices: torch.LongTensor | None = None,
         positions_to_keep: torch.BoolTensor | None = None,
         **kwargs,
     ) -> tuple | SQLlavaModelOutputWithPast:
@@ -355,6 +356,9 @@ class SQLlavaModel(SQLlavaPreTrainedModel):
             vision_features (`torch.FloatTensor` of shape `(num_images, N, D)`, *optional*):
                 What the vision tower gave before, instead of `pixel_values`; of no images for a batch without any.
                 The tower is not run then.
+            image_indices (`torch.LongTensor` of shape `(num_images,)`, *optional*):
+                For each image of the text, its index in `pixel_values` or `vision_features`: what is shown several
+                times is encoded once. For a forward pass; `generate` does not take it.
             positions_to_keep (`torch.BoolTensor` of shape `(batch_size, sequence_length)`, *optional*):
                 The positions whose hidden states are wanted, such as those with a label: `last_hidden_state` is
                 `(num_kept, hidden_size)` then, row by row, and a head on it costs no more than they do.
@@ -380,6 +384,8 @@ class SQLlavaModel(SQLlavaPreTrainedModel):
         image_tokens = None
         if image_outputs is not None:
             image_tokens = self._as_one_tensor(image_outputs.pooler_output).to(inputs_embeds)
+            if image_indices is not None:
+                image_tokens = image_tokens[image_indices]
             num_placeholders, num_features = placeholders.sum(), image_tokens.shape[:-1].numel()
             torch_compilable_check(
                 num_placeholders == num_features,

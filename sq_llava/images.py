@@ -13,7 +13,7 @@ transparency is dropped, as transformers' image processors do. Floating-point pi
 import io
 import struct
 import warnings
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -80,6 +80,36 @@ def image_name(image: str | Path | dict[str, Any] | Image.Image) -> str:
     if isinstance(image, dict):
         return image.get("path") or "embedded image"
     return "image" if isinstance(image, Image.Image) else str(image)
+
+
+def image_key(image: str | Path | dict[str, Any] | Image.Image) -> Hashable:
+    """Equal for two images of a batch if they are the same: the same path, bytes or object."""
+    if isinstance(image, dict):
+        return image.get("path"), image.get("bytes")
+    return id(image) if isinstance(image, Image.Image) else str(image)
+
+
+class OnceEach:
+    """
+    An image processor that stands before another one: images that repeat in a batch, as one object, are processed
+    once. Then it gives `image_indices`, for each image of the text its place in the output, as the model takes it.
+    """
+
+    def __init__(self, image_processor):
+        self.image_processor = image_processor
+        self.model_input_names = [*image_processor.model_input_names, "image_indices"]
+
+    def fetch_images(self, images: list[list]) -> list[list]:
+        return images
+
+    def __call__(self, images: list[list], **kwargs) -> dict[str, Any]:
+        images = [image for of_row in images for image in of_row]
+        unique = {id(image): image for image in images}
+        batch = dict(self.image_processor([list(unique.values())], **kwargs))
+        if len(unique) < len(images):
+            places = {identity: place for place, identity in enumerate(unique)}
+            batch["image_indices"] = [places[id(image)] for image in images]
+        return batch
 
 
 def image_stream(image: str | Path | dict[str, Any]) -> Path | io.BytesIO:
