@@ -1,8 +1,8 @@
 """What prototypes and self-questioning are worth on easy-VQA: LLaVA beside SQ-LLaVA's parts, at equal budgets.
 
-    python benchmarks/ablation.py --plan      # what is done, what is left and how long it takes
-    python benchmarks/ablation.py --report    # of what is done, while it runs
-    python benchmarks/ablation.py --jobs 2    # writes benchmarks/results/ablation.{json,md,png}
+    python -m benchmarks.ablation --plan      # what is done, what is left and how long it takes
+    python -m benchmarks.ablation --report    # of what is done, while it runs
+    python -m benchmarks.ablation --jobs 2    # writes benchmarks/results/ablation.{json,md,png}
 
 Every run begins with the base models of `make demo` and takes both stages of recipes/easy-vqa; only what `SETTINGS`
 says and the steps of stage 2, the budget, are changed. A seed draws the order of the turns and of the rows, the new
@@ -65,7 +65,7 @@ SETTINGS = {
         "prototypes (paper), self-questions 0.5, weight 0.2", "paper", 0.5, 0.2, ("baseline", "paper")
     ),
 }
-COMMAND = "python benchmarks/ablation.py"
+COMMAND = "python -m benchmarks.ablation"
 RESULTS = Path(__file__).parent / "results"
 RECIPES = Path(__file__).parent.parent / "recipes" / "easy-vqa"
 # Quantiles of Student's t for two-sided 95% intervals, by degrees of freedom from 1.
