@@ -18,7 +18,9 @@ ORDER = [
     "sq_llava.self_questioning",
     "sq_llava.sources",
     "sq_llava.data",
+    "sq_llava.lengths",
     "sq_llava.batching",
+    "sq_llava.packing",
     "sq_llava.adapter",
     "sq_llava.provenance",
     "sq_llava.fresh_load",
@@ -76,6 +78,7 @@ ORDER = [
     "sq_llava.evaluation.questions",
     "sq_llava.evaluation.question_run",
     "sq_llava.evaluation.command",
+    "sq_llava.feature_command",
     "train_sft",
     "sq_llava.cli",
 ]
