@@ -101,9 +101,7 @@ def assert_close(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor], 
         torch.testing.assert_close(left[name], right[name], rtol=rtol, atol=atol, msg=lambda m, n=name: f"{n}: {m}")
 
 
-@pytest.mark.parametrize(
-    ("kind", "tied"), [("llama", False), ("llama", True), ("gemma2", True), ("phi", False)]
-)
+@pytest.mark.parametrize(("kind", "tied"), [("llama", False), ("llama", True), ("gemma2", True), ("phi", False)])
 def test_loss_gradients_and_metrics_are_those_of_all_logits(kind, tied, rows, tmp_path):
     trainer, batch = make_trainer(rows, tmp_path, TEXT_CONFIGS[kind], tied)
     loss, found = loss_and_gradients(trainer, batch)
