@@ -19,6 +19,7 @@ import modeling_sq_llava
 import train_sft
 from sq_llava import feature_building, feature_cache, self_questioning
 from sq_llava.adapter import LoraSize, add_adapter
+from sq_llava.checkpoint import load_checkpoint, merge_adapter
 from sq_llava.feature_building import Encoder, parse_size
 from sq_llava.feature_cache import FeatureCache
 from sq_llava.settings import parse_settings
@@ -130,6 +131,21 @@ def test_training_with_the_cache_equals_training_without_it(stage, parts, cache,
     begun = without.model.get_base_model().model.multi_modal_projector.original_module.linear_1.weight
     trained = next(weight for name, weight in weights[0].items() if "linear_1.weight" in name)
     assert (trained - begun).abs().max() > 1e-3
+
+
+def test_stage_without_lora_is_gone_on_from_with_the_same_cache_and_merged(parts, cache, tmp_path):
+    train_sft.main(recipe(parts, tmp_path, feature_cache=cache, max_steps=1))
+    two = recipe(parts, tmp_path / "two", stage="instruct", feature_cache=cache, max_steps=1)
+    cut = two.index("--vision_model_name_or_path")
+    two[cut : cut + 4] = ["--model_name_or_path", str(tmp_path / "run")]
+    # The base beside the first stage has the same tower.
+    assert "10 are in" in build(two, cache)
+    trained = train_sft.main(two).model
+    merge_adapter(str(tmp_path / "two/run"), str(tmp_path / "merged"))
+    merged, processor = load_checkpoint(str(tmp_path / "merged"))
+    inputs = tiny.tiny_inputs(merged.config)
+    torch.testing.assert_close(merged.eval()(**inputs).logits, trained.eval()(**inputs).logits, rtol=0, atol=1e-4)
+    assert not {"feature_cache", "vision_features"} & {*merged.config.to_dict(), *processor.model_input_names}
 
 
 @pytest.mark.parametrize("variant", ["paper", "released", "none"])
