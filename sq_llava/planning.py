@@ -368,7 +368,8 @@ def resident_peak() -> int:
 
 def try_one_step(trainer: SFTTrainer, resident_before: int) -> int:
     """
-    Trains one step on the longest rows, or fullest packs, prints the estimate of its memory and what it took, and returns the latter.
+    Trains one step on the longest rows, or fullest packs, prints the estimate of its memory and what it took, and
+    returns the latter.
 
     Args:
         trainer ([`SFTTrainer`]): Not yet prepared, with settings from [`leave_one_step`].
