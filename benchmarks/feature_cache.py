@@ -182,7 +182,7 @@ def to_markdown(report: dict) -> str:
 def main():
     arguments = common.parse_arguments(__doc__)
     vision, text = (SMALL_VISION, SMALL_TEXT) if arguments.quick else (LARGE_VISION, LARGE_TEXT)
-    num_images, batch_size, rounds = (12, 2, 2) if arguments.quick else (48, 4, 7)
+    num_images, batch_size, rounds = (12, 2, 2) if arguments.quick else (32, 2, 5)
     with tempfile.TemporaryDirectory() as folder:
         write_parts(Path(folder), vision, text, num_images)
         report = measure(Path(folder), num_images, batch_size, rounds)

@@ -52,8 +52,9 @@ from sq_llava.feature_cache import (
     tower_key,
     write_whole,
 )
-from sq_llava.images import image_faults, image_name, open_image
+from sq_llava.images import Fault, image_faults, image_name, open_image
 from sq_llava.settings import SQLlavaArguments, composed_processor, require_frozen_tower, starting_point
+from sq_llava.sources import DataSource
 
 
 # A kill costs each process at most what it has of one shard.
@@ -94,17 +95,24 @@ class ImagePlace(NamedTuple):
 
 @dataclass
 class Images:
-    """The images of several data sets of [`load_rows`]."""
+    """
+    The images of several data sets.
+
+    Args:
+        rows (`list[datasets.Dataset]`): Each as of [`load_rows`].
+        sources (`list[list[DataSource]]`): What each was made of.
+    """
 
     rows: list[datasets.Dataset]
+    sources: list[list[DataSource]]
 
     def read(self, image: ImagePlace) -> str | dict[str, Any]:
         """The path of an image, or what stands in its row."""
         return self.rows[image.rows][image.row]["images"][image.position]
 
     def place(self, image: ImagePlace) -> str:
-        row = self.rows[image.rows][image.row]
-        return f"Row {row['row_id']} (id {row['id']!r})"
+        row, unread = (rows[image.row] for rows in (self.rows[image.rows], self.rows[image.rows].with_format(None)))
+        return f"{self.sources[image.rows][unread['source']].path}, row {unread['index']} (id {row['id']!r})"
 
     def of_process(self, process: int, num_processes: int) -> Iterator[list[tuple[ImagePlace, str | dict[str, Any]]]]:
         """The images of a process's share of the rows, some rows at a time."""
@@ -141,8 +149,9 @@ def look_at(image: str | dict[str, Any], known: FileIndex) -> LookedAt:
             digest, faults = digest_of(data), list(image_faults({"bytes": data, "path": image_name(image)}))
         else:
             faults = []  # it was looked at before
-    except OSError:
-        digest, faults = b"", list(image_faults(image))
+    except OSError as error:
+        again = Fault("image_unreadable", f"image {image_name(image)!r} could not be read: {error}.", "Try it again.")
+        digest, faults = b"", list(image_faults(image)) or [again]
     wrong = next((f"{fault.message} {fault.fix}" for fault in faults if fault.level == "error"), None)
     if wrong or status is None:
         return LookedAt(digest, fault=wrong)
@@ -241,7 +250,7 @@ class PixelReader(Dataset):
             data = image_bytes(image)
             if digest_of(data) != digest:
                 raise ValueError(f"{image_name(image)} has changed since the start: run the same once more.")
-            pixels = open_image({"bytes": data, "path": image_name(image)})
+            square = squared(open_image({"bytes": data, "path": image_name(image)}), self.processor.image_processor)
         except (OSError, ValueError) as error:
             return ValueError(f"{self.images.place(place)}: {error}")
         return self.processor.image_processor([pixels], return_tensors="pt")["pixel_values"][0]
@@ -390,7 +399,7 @@ def build(
     require_frozen_tower(arguments, model_config)
     processor = composed_processor(arguments, model_config)
     sources = [each for each in (arguments.datasets, arguments.eval_datasets) if each]
-    images = Images([load_rows(each, training_args.seed, processor.image_seq_length) for each in sources])
+    images = Images([load_rows(each, training_args.seed, processor.image_seq_length) for each in sources], sources)
     with only_build(folder), progress_of_main_process(console) as progress:
         model = load_tower(arguments, model_config)
         model.vision_tower.to(training_args.device)
