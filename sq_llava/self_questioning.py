@@ -17,11 +17,12 @@ from typing import Any
 
 import torch
 from jinja2 import TemplateError
+from PIL import Image
 from transformers import TrainerCallback
 
 from processing_sq_llava import SQLlavaProcessor
 from sq_llava.feature_cache import CachedFeatures, FeatureCache
-from sq_llava.images import OnceEach, image_key, open_image
+from sq_llava.images import OnceEach, image_key, open_image, squared
 
 
 IGNORE_INDEX = -100
@@ -134,10 +135,9 @@ class SelfQuestioningCollator:
                 messages, self.self_question_ratio, self.seed, int(self.epoch), row["row_id"]
             )
         try:
-            open_or_read = open_image if self.feature_cache is None else self.feature_cache.features
             for image in row["images"]:
                 if image_key(image) not in opened:
-                    opened[image_key(image)] = open_or_read(image)
+                    opened[image_key(image)] = self._open(image)
         except ValueError as error:
             raise ValueError(f"Row {row['row_id']} (id {row.get('id')!r}): {error}") from error
         images = iter([opened[image_key(image)] for image in row["images"]])
@@ -151,6 +151,11 @@ class SelfQuestioningCollator:
             }
             for message in messages
         ]
+
+    def _open(self, image: str | dict[str, Any] | Image.Image) -> Any:
+        if self.feature_cache is not None:
+            return self.feature_cache.features(image)
+        return squared(open_image(image), self.processor.image_processor)
 
     def _tokenize(self, conversations: list[list[dict]]) -> dict[str, torch.Tensor]:
         batch = self.batch_processor.apply_chat_template(
