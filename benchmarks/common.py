@@ -33,7 +33,7 @@ def parse_arguments(doc: str, **numbers: int) -> argparse.Namespace:
     """
     Args:
         doc: the benchmark's docstring, which is its help.
-        numbers: further options with their defaults: `rows=1000` is the option `--rows`.
+        numbers: further options with their defaults: `rows=1000` is the option `--rows`, `tiny=False` a switch.
 
     Returns:
         `quick`, `output_dir`, the further options, and `machine`, which is `machine()` before any work.
@@ -42,7 +42,8 @@ def parse_arguments(doc: str, **numbers: int) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="small, under a minute: print, write nothing")
     parser.add_argument("--output-dir", type=Path, default=RESULTS, help="default: benchmarks/results")
     for name, default in numbers.items():
-        parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=default, help="default: %(default)s")
+        kind = {"action": "store_true"} if default is False else {"type": int, "default": default}
+        parser.add_argument(f"--{name.replace('_', '-')}", **kind, help="default: %(default)s")
     arguments = parser.parse_args()
     arguments.machine = machine()
     return arguments

@@ -15,11 +15,9 @@ resident set, with the matrix library's buffers and what malloc keeps (read from
 It runs on the CPU alone, and measures neither the projector nor half precision.
 """
 
-import json
 import os
 import re
 import statistics
-import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -167,13 +165,10 @@ def resident_bytes(field: str) -> int:
 def allocated_peak(function: Callable[[], object]) -> int:
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         function()
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "trace.json"
-        profiler.export_chrome_trace(str(path))
-        events = json.loads(path.read_text())["traceEvents"]
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
     current = peak = 0
-    for event in sorted((event for event in events if event["name"] == "[memory]"), key=lambda event: event["ts"]):
-        current += event["args"]["Bytes"]
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        current += event.nbytes()
         peak = max(peak, current)
     return peak
 

@@ -38,10 +38,10 @@ SMALL_TEXT = {
 def make_model(
     vision: dict, text: dict, device: str = "cpu", dtype: torch.dtype = torch.float32, **fields
 ) -> SQLlavaForConditionalGeneration:
-    """The last two words of the vocabulary are `<image>` and `[vusr]`; `fields` are others of `SQLlavaConfig`."""
+    """`<image>` and `[vusr]` are the last two words, unless `fields`, others of `SQLlavaConfig`, say otherwise."""
     torch.manual_seed(0)
-    tokens = {"image_token_id": text["vocab_size"] - 2, "vusr_token_id": text["vocab_size"] - 1}
-    config = SQLlavaConfig(vision_config=dict(vision), text_config=dict(text), **tokens, **fields)
+    fields = {"image_token_id": text["vocab_size"] - 2, "vusr_token_id": text["vocab_size"] - 1, **fields}
+    config = SQLlavaConfig(vision_config=dict(vision), text_config=dict(text), **fields)
     with torch.device(device):
         return SQLlavaForConditionalGeneration._from_config(config, dtype=dtype)
 
@@ -49,7 +49,7 @@ def make_model(
 def with_adapter(
     model: SQLlavaForConditionalGeneration, vision_lora: LoraSize, text_lora: LoraSize, checkpointing: bool = False
 ) -> PeftModel:
-    """The model as the trainer holds it: TRL's fused head on it, what is trained in float32, gradient checkpointing."""
+    """The model as the trainer holds it: with TRL's fused head, and what is trained in float32."""
     add_fused_lm_head(model, outputs=("log_probs", "entropy", "is_top1"))
     model = add_adapter(model, vision_lora, text_lora, train_vusr=text_lora.rank > 0).train()
     if checkpointing:
@@ -79,7 +79,5 @@ def loss_of(model: PeftModel, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
     labels = torch.nn.functional.pad(batch["labels"][:, 1:], (0, 1), value=-100)
     kept = labels != -100
-    outputs = model(
-        **inputs, positions_to_keep=kept, shift_labels=labels[kept], fused_lm_head=True, use_cache=False
-    )
+    outputs = model(**inputs, positions_to_keep=kept, shift_labels=labels[kept], fused_lm_head=True, use_cache=False)
     return -outputs.log_probs.mean()
