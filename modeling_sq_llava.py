@@ -13,7 +13,14 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 from torch.nn import functional as F
-from transformers import AutoModel, Cache, GenerationMixin, PreTrainedModel
+from transformers import (
+    AutoModel,
+    Cache,
+    GenerationMixin,
+    LogitsProcessorList,
+    PreTrainedModel,
+    SuppressTokensLogitsProcessor,
+)
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, ModelOutput
@@ -450,6 +457,18 @@ class SQLlavaModel(SQLlavaPreTrainedModel):
         return self.get_image_features(blank_image, return_dict=True).pooler_output.mean() * 0.0
 
 
+class SQLlavaSuppressTokens(SuppressTokensLogitsProcessor):
+    """As its parent, which looks for the tokens in the whole vocabulary at each step, where this one does it once."""
+
+    is_suppressed: torch.BoolTensor | None = None
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        if self.is_suppressed is None:
+            vocabulary = torch.arange(scores.shape[-1], device=scores.device)
+            self.is_suppressed = torch.isin(vocabulary, self.suppress_tokens.to(scores.device))
+        return scores.masked_fill(self.is_suppressed, -torch.inf)
+
+
 class SQLlavaForConditionalGeneration(SQLlavaPreTrainedModel, GenerationMixin):
     """The whole model: answers and asks, by `generate`."""
 
@@ -486,11 +505,19 @@ class SQLlavaForConditionalGeneration(SQLlavaPreTrainedModel, GenerationMixin):
 
     def prepare_inputs_for_generation(self, input_ids: torch.LongTensor, is_first_iteration: bool = False, **kwargs):
         inputs = super().prepare_inputs_for_generation(input_ids, is_first_iteration=is_first_iteration, **kwargs)
-        if not is_first_iteration and not {"mm_encoder_outputs", "pixel_values"} & inputs.keys():
+        is_draft = not is_first_iteration and inputs["input_ids"].shape[1] > 1
+        if is_draft and not {"mm_encoder_outputs", "pixel_values"} & inputs.keys():
             # An assistant model drafts without seeing: transformers hands the images to the first pass of the main
             # model alone. What the draft reads in their place does not change the result.
             inputs["input_ids"] = inputs["input_ids"].masked_fill(inputs["input_ids"] == self.config.image_token_id, 0)
         return inputs
+
+    def _get_logits_processor(self, *args, **kwargs) -> LogitsProcessorList:
+        processors = super()._get_logits_processor(*args, **kwargs)
+        for index, processor in enumerate(processors):
+            if type(processor) is SuppressTokensLogitsProcessor:
+                processors[index] = SQLlavaSuppressTokens(processor.suppress_tokens.tolist())
+        return processors
 
     @can_return_tuple
     def forward(
