@@ -49,6 +49,15 @@ def pack_rows(rows: list[int], lengths: list[int], max_length: int) -> list[list
     return packs
 
 
+def pack_in_windows(order: np.ndarray, lengths: list[int], max_length: int) -> list[list[int]]:
+    """The rows of `order`, packed by [`pack_rows`] a window at a time."""
+    window = min(LARGEST_WINDOW, max(SMALLEST_WINDOW, len(order) // 4))
+    packs = []
+    for begin in range(0, len(order), window):
+        packs += pack_rows(order[begin : begin + window].tolist(), lengths, max_length)
+    return packs
+
+
 def split_packs(packs: list[list[int]], count: int) -> list[list[int]]:
     """Halves of the packs with the most rows, until there are `count`."""
     packs = list(packs)
@@ -130,11 +139,7 @@ class PackSampler(Sampler[list[list[int]]]):
 
     def _pack(self, epoch: int, attempt: int) -> list[list[int]]:
         order = np.random.default_rng([self.seed, epoch, attempt]).permutation(len(self.lengths))
-        window = min(LARGEST_WINDOW, max(SMALLEST_WINDOW, len(order) // 4))
-        packs = []
-        for begin in range(0, len(order), window):
-            packs += pack_rows(order[begin : begin + window].tolist(), self.lengths, self.max_length)
-        return packs
+        return pack_in_windows(order, self.lengths, self.max_length)
 
     def keep_fullest(self) -> None:
         """Leaves of each epoch one step, with the packs of the most tokens: to try what a step takes."""

@@ -265,6 +265,7 @@ def data_check(
         plain=arguments.stage == "align",
         max_length=training_args.max_length,
         self_question_ratio=arguments.self_question_ratio,
+        packing=arguments.packing,
         eval_sources=[*arguments.eval_datasets, *arguments.generation_datasets],
         **looked_at,
     )

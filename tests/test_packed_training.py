@@ -6,12 +6,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
+from rich.progress import Progress
 from safetensors.torch import load_file
 from torch.nn import functional as F
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import flash_attention_mask
 
+from sq_llava.doctor import examine
+from sq_llava.doctor_report import print_report
 from sq_llava.packing import PackingCollator
+from sq_llava.settings import data_check, parse_settings
 from sq_llava.trainer import SQLlavaTrainer
 from tests.runs import arguments, assert_equal_runs, die, in_step, losses, make_parts, note_rows, run, train
 
@@ -165,3 +170,28 @@ def assert_close(left: Path, right: Path) -> None:
     one, two = (load_file(folder / "adapter_model.safetensors") for folder in (left, right))
     for name in one:
         torch.testing.assert_close(two[name], one[name], rtol=0, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_plan_and_trial_step_count_packs(parts, tmp_path, capsys):
+    train(parts, tmp_path / "meta", **PACKED | {"dry_run": "meta", "global_batch_size": 2, "num_gpus": 2})
+    plan = " ".join(capsys.readouterr().out.split())
+    assert "1 rows of 130 tokens" in plan and " packs, 2 a step (2 processes x 1 packs x 1 accumulated)" in plan
+    assert "The number of packs is one of rough lengths" in plan
+    trainer = train(parts, tmp_path / "real", **PACKED | {"dry_run": "real", "global_batch_size": 2})
+    output = " ".join(capsys.readouterr().out.split())
+    assert "Packing: 16 rows in 8 packs of at most 130 tokens, 2.00 rows each, about 2 a step" in output
+    assert "Steps: 8 packs, 2 a step (1 processes x 1 packs x 2 accumulated), 4 steps an epoch." in output
+    assert "Measured in one step on the fullest packs" in output
+    fullest = max(sum(trainer.packs.lengths[row] for row in pack) for pack in trainer.packs.packs(1))
+    assert trainer.state.global_step == 1 and f"1 rows of {fullest} tokens" in output
+
+
+def test_doctor_says_how_full_the_packs_are(parts, tmp_path):
+    console = Console(record=True, width=200)
+    with Progress(disable=True) as progress:
+        report = examine(data_check(*parse_settings(arguments(parts, tmp_path, **PACKED))), progress)
+    print_report(report, console)
+    tokens = report.summary["tokens"]
+    assert tokens["packing"] == {"packs": 8, "fill": round(tokens["total"] / (8 * 130), 3)}
+    expected = f"Packed: about 2.0 of these rows in a pack of 130 tokens, fill {tokens['packing']['fill']:.2f}"
+    assert expected in console.export_text()
