@@ -1,6 +1,7 @@
 """The trainer's loss: the language model's head sees labelled positions alone, and nothing else changes."""
 
 import json
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -132,7 +133,10 @@ def test_head_is_given_labelled_positions_alone(rows, tmp_path, monkeypatch):
 @pytest.mark.parametrize("settings", [{"bf16": True}, {"gradient_checkpointing": True}], ids=["bf16", "checkpointing"])
 def test_autocast_and_gradient_checkpointing_leave_the_loss_as_it_is(settings, rows, tmp_path):
     trainer, batch = make_trainer(rows, tmp_path, **settings)
+    if "gradient_checkpointing" in settings:
+        trainer.model.gradient_checkpointing_enable({"use_reentrant": False})
     loss, found = loss_and_gradients(trainer, batch)
+    trainer.model.gradient_checkpointing_disable()
     dtype, tolerance = (torch.bfloat16, 0.02) if "bf16" in settings else (torch.float32, 1e-5)
     expected = reference(trainer, batch, dtype)
     torch.testing.assert_close(loss, expected["loss"], rtol=tolerance, atol=0)
@@ -155,3 +159,22 @@ def test_evaluation_gives_the_mean_over_its_batches(rows, tmp_path):
     assert metrics["eval_loss"] == pytest.approx(expected["loss"].item(), rel=1e-6)
     for name in ("loss_answers", "loss_questions", "mean_token_accuracy"):
         assert metrics[f"eval_{name}"] == pytest.approx(expected[name], rel=1e-6), name
+
+
+def test_gradient_checkpointing_computes_the_layers_of_both_towers_again(rows, tmp_path):
+    calls = []
+    for checkpointing in (False, True):
+        trainer, _ = make_trainer(
+            rows, tmp_path, gradient_checkpointing=checkpointing, max_steps=1, per_device_train_batch_size=4,
+            save_strategy="no",
+        )  # fmt: skip
+        base = trainer.model.get_base_model().model
+        for layer in (base.vision_tower.encoder.layers[0], base.language_model.layers[0]):
+            # Before it: the second time, it is left as soon as all is there that the backward pass needs.
+            layer.mlp.register_forward_pre_hook(
+                lambda module, *_, c=checkpointing: calls.append((type(module).__name__, c))
+            )
+        trainer.train()
+    assert Counter(calls) == {
+        ("CLIPMLP", False): 1, ("LlamaMLP", False): 1, ("CLIPMLP", True): 2, ("LlamaMLP", True): 2,
+    }  # fmt: skip
