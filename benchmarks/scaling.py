@@ -4,7 +4,7 @@
     python -m benchmarks.scaling --quick    # two sizes of each, writes nothing
 
 Forward and backward on the CPU, float32, in a small random model (vision width 256, 4 layers, a language model of
-width 256 with 6 layers), with the adapter of stage 2. Against N tokens, K prototypes and the number of images it is
+width 256 with 4 layers), with the adapter of stage 2. Against N tokens, K prototypes and the number of images it is
 the vision side alone, tower, extractor and projector, in the three `prototype_variant`s; against the number of rows,
 each with one image, the whole step up to the gradients. The exponent is that of the power law through the first and
 the last point: 1 is a cost in proportion. What it does not measure: a GPU, the optimizer, data loading.
@@ -20,6 +20,7 @@ import torch
 matplotlib.use("Agg")
 
 from matplotlib import pyplot as plt
+from matplotlib.ticker import LogLocator
 
 from benchmarks import common
 from benchmarks.random_models import SMALL_TEXT, SMALL_VISION, loss_of, make_batch, make_model, with_adapter
@@ -33,7 +34,6 @@ SIDES = (112, 168, 252, 336, 448)
 PROTOTYPES = (16, 64, 256, 1024)
 IMAGES = (1, 2, 4, 8)
 ROWS = (1, 2, 4, 8)
-WORDS = 100
 
 
 def vision_side(variant: str, side: int, prototypes: int, images: int):
@@ -51,8 +51,9 @@ def vision_side(variant: str, side: int, prototypes: int, images: int):
 
 
 def whole_step(variant: str, rows: int):
-    model = with_adapter(make_model(SMALL_VISION, SMALL_TEXT, prototype_variant=variant), LORA, LORA)
-    batch = make_batch(model.config, rows, WORDS, share_labelled=0.3)
+    text = SMALL_TEXT | {"num_hidden_layers": 4}
+    model = with_adapter(make_model(SMALL_VISION, text, prototype_variant=variant), LORA, LORA)
+    batch = make_batch(model.config, rows, 100, share_labelled=0.3)
 
     def run():
         model.zero_grad()
@@ -85,6 +86,8 @@ def draw(panels: list[dict], path: Path) -> None:
         axis.set(xscale="log", yscale="log", xlabel=panel["size"], ylabel="seconds", title=panel["what"])
         axis.set_xticks(panel["sizes"], [f"{size:,}" for size in panel["sizes"]])
         axis.minorticks_off()
+        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.yaxis.set_major_formatter("{x:g}")
         axis.grid(alpha=0.3)
     axes[0, 0].legend(title="prototype_variant")
     figure.suptitle("Forward and backward, CPU: medians, lowest and highest of the rounds")
@@ -113,13 +116,13 @@ def main():
     tokens = [(side // SMALL_VISION["patch_size"]) ** 2 for side in sides]
     panels = []
     for what, size, labels, make, values in (
-        ("vision side, 2 images, K = 64", "N, tokens of an image", tokens,
-         lambda variant, side: vision_side(variant, side, 64, 2), sides),
+        ("vision side, 1 image, K = 64", "N, tokens of an image", tokens,
+         lambda variant, side: vision_side(variant, side, 64, 1), sides),
         ("vision side, 2 images, N = 144", "K, prototypes", prototypes,
          lambda variant, number: vision_side(variant, 168, number, 2), prototypes),
         ("vision side, N = 144, K = 64", "images", images,
          lambda variant, number: vision_side(variant, 168, 64, number), images),
-        (f"whole step, N = 144, K = 256, {WORDS} words a row", "rows", rows, whole_step, rows),
+        ("whole step, N = 144, K = 256", "rows, of an image and 100 words", rows, whole_step, rows),
     ):  # fmt: skip
         print(f"{what}, against {size}", flush=True)
         panels.append({"what": what, "size": size, "sizes": list(labels), "seconds": measure(make, values, rounds)})
