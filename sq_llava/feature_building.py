@@ -52,7 +52,7 @@ from sq_llava.feature_cache import (
     tower_key,
     write_whole,
 )
-from sq_llava.images import Fault, image_faults, image_name, open_image
+from sq_llava.images import Fault, image_faults, image_name, open_image, squared
 from sq_llava.settings import SQLlavaArguments, composed_processor, require_frozen_tower, starting_point
 from sq_llava.sources import DataSource
 
@@ -253,7 +253,7 @@ class PixelReader(Dataset):
             square = squared(open_image({"bytes": data, "path": image_name(image)}), self.processor.image_processor)
         except (OSError, ValueError) as error:
             return ValueError(f"{self.images.place(place)}: {error}")
-        return self.processor.image_processor([pixels], return_tensors="pt")["pixel_values"][0]
+        return self.processor.image_processor([square], return_tensors="pt")["pixel_values"][0]
 
 
 @dataclass
