@@ -131,7 +131,7 @@ def to_markdown(report: dict) -> str:
 
 def main():
     arguments = common.parse_arguments(__doc__)
-    num_rows, rounds, timed = (5_000, 1, 128) if arguments.quick else (100_000, 3, 192)
+    num_rows, rounds, timed = (5_000, 1, 64) if arguments.quick else (100_000, 2, 128)
     lengths, num_images = simulated_mix(num_rows)
     report = {"rows": num_rows, "padding": []}
     for batch, processes in ((4, 8), (16, 8), (16, 1)):

@@ -98,6 +98,16 @@ def in_fresh_process(function: Callable, *arguments):
         return pool.submit(function, *arguments).result()
 
 
+def resident_bytes(field: str) -> int:
+    """`VmRSS`, this process's resident memory, or `VmHWM`, its peak since the start or `begin_peak`. Linux only."""
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(status.partition(f"{field}:")[2].split()[0])
+
+
+def begin_peak() -> None:
+    Path("/proc/self/clear_refs").write_text("5")
+
+
 def machine() -> dict[str, str | int | float]:
     """Hardware, versions, and the load: the processes that wanted a core in the minute before."""
     facts = {

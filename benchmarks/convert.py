@@ -1,7 +1,7 @@
-"""The memory of a conversion: a LoRA release of SQ-LLaVA on a base of 1.3 GB, a file of weights at a time.
+"""The memory of a conversion: a LoRA release of SQ-LLaVA on a base of 0.8 GB, a file of weights at a time.
 
-    python -m benchmarks.convert            # writes benchmarks/results/convert.{json,md}; 5 GB of disk
-    python -m benchmarks.convert --quick    # a base of 290 MB, writes nothing
+    python -m benchmarks.convert            # a minute; writes benchmarks/results/convert.{json,md}; 3 GB of disk
+    python -m benchmarks.convert --quick    # a base of 390 MB, writes nothing
 
 The base is a Llama in float16, in `.bin` files as Vicuna's; the LoRA has rank 128 on all of its matrices. The peak of
 the resident memory counts, the mapped pages of the source's files included, less what the libraries take before.
@@ -9,10 +9,9 @@ Beside it, in a process of its own: the usual way, which loads the base, puts PE
 """
 
 import json
-import resource
 import tempfile
-import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -35,8 +34,8 @@ from sq_llava.convert import plan, write
 from sq_llava.layouts import recognise
 
 
-LARGE = {"hidden_size": 2048, "intermediate_size": 5504, "num_hidden_layers": 10, "vocab_size": 32_000}
-SMALL = {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 10, "vocab_size": 8_000}
+LARGE = {"hidden_size": 2048, "intermediate_size": 5504, "num_hidden_layers": 5, "vocab_size": 32_000}
+SMALL = {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 14, "vocab_size": 8_000}
 TOWER = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 3, "num_attention_heads": 4}
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 RANK = 128
@@ -98,11 +97,6 @@ def write_source(folder: Path, sizes: dict, num_shards: int) -> None:
     torch.save(projector, release / "non_lora_trainables.bin")
 
 
-def resident_memory() -> int:
-    status = Path("/proc/self/status").read_text()
-    return 1024 * int(status.partition("VmRSS:")[2].split()[0])
-
-
 def convert(folder: Path, shard_size: int) -> None:
     layout = recognise(str(folder / "release"), vision=str(folder / "clip"))
     write(plan(layout, folder / "result", max_shard_size=shard_size), Progress(disable=True))
@@ -116,12 +110,10 @@ def merge_with_peft(folder: Path, shard_size: int) -> None:
 
 def measure(way: Callable[[Path, int], None], folder: Path, shard_size: int) -> dict:
     """Call it in a fresh process: the peak of its memory counts."""
-    before = resident_memory()
-    start = time.perf_counter()
-    way(folder, shard_size)
-    seconds = time.perf_counter() - start
-    peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return {"seconds": seconds, "peak_bytes": peak - before, "before_bytes": before}
+    common.begin_peak()
+    before = common.resident_bytes("VmRSS")
+    seconds = common.seconds_of(partial(way, folder, shard_size))
+    return {"seconds": seconds, "peak_bytes": common.resident_bytes("VmHWM") - before, "before_bytes": before}
 
 
 def largest(folder: Path, pattern: str) -> int:

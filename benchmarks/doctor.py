@@ -1,6 +1,6 @@
 """The data check and the opening of a large JSON file: rows, tokens and image headers a second, and memory.
 
-    python -m benchmarks.doctor                   # two minutes; writes benchmarks/results/doctor.{json,md}
+    python -m benchmarks.doctor                   # a minute; writes benchmarks/results/doctor.{json,md}
     python -m benchmarks.doctor --rows 665000     # as many as in llava_v1_5_mix665k; ten minutes, 2 GB of disk
     python -m benchmarks.doctor --quick           # few rows, writes nothing
 
@@ -13,7 +13,6 @@ images decoded as a whole, and a file read by `json.loads`.
 import json
 import multiprocessing
 import random
-import resource
 import tempfile
 import time
 from collections.abc import Iterator
@@ -140,12 +139,12 @@ def _decode(path: str) -> tuple[int, int]:
 
 def measure_opening(path: str, form: str) -> dict:
     """Call it in a fresh process: the peak of its memory counts."""
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = common.resident_bytes("VmRSS")
     start = time.perf_counter()
     number = len(load_rows([DataSource(path)]) if form == "load_rows" else json.loads(Path(path).read_text()))
     seconds = time.perf_counter() - start
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return {"rows": number, "seconds": seconds, "peak_mib": peak / 1024, "before_mib": before / 1024}
+    peak = common.resident_bytes("VmHWM")
+    return {"rows": number, "seconds": seconds, "peak_mib": peak / 2**20, "before_mib": before / 2**20}
 
 
 def time_opening(source: DataSource, rounds: int) -> dict:
@@ -194,7 +193,7 @@ def to_markdown(report: dict) -> str:
 
 
 def main():
-    arguments = common.parse_arguments(__doc__, rows=60_000, rounds=2, processes=2)
+    arguments = common.parse_arguments(__doc__, rows=40_000, rounds=2, processes=2)
     num_rows, rounds, num_proc = arguments.rows, arguments.rounds, arguments.processes
     if arguments.quick:
         num_rows, rounds, num_proc = 5_000, 1, 1

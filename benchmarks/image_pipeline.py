@@ -178,7 +178,7 @@ def to_markdown(report: dict) -> str:
 
 def main():
     arguments = common.parse_arguments(__doc__)
-    rounds, steps = (3, 1) if arguments.quick else (25, 5)
+    rounds, steps = (3, 1) if arguments.quick else (15, 3)
     torch.set_num_threads(1)
     processor = make_processor()
     collator = SelfQuestioningCollator(processor)

@@ -16,12 +16,10 @@ It runs on the CPU alone, and measures neither the projector nor half precision.
 """
 
 import os
-import re
 import statistics
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
-from pathlib import Path
 
 import torch
 from torch import nn
@@ -40,7 +38,7 @@ RELATIVE_TOLERANCE, ABSOLUTE_TOLERANCE = 1e-8, 1e-11
 
 @dataclass(frozen=True)
 class Sizes:
-    batch: int = 2
+    batch: int = 1
     tokens: int = 576
     width: int = 1024
     prototypes: int = 256
@@ -158,10 +156,6 @@ def time_case(variant: str, which: str, sizes: Sizes, repeats: int) -> dict[str,
     }
 
 
-def resident_bytes(field: str) -> int:
-    return int(re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
-
-
 def allocated_peak(function: Callable[[], object]) -> int:
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         function()
@@ -183,10 +177,10 @@ def memory_of_case(variant: str, form: str, which: str, sizes: Sizes, threads: i
     features, upstream = torch.randn(2, sizes.batch, sizes.tokens, sizes.width)
     function = make_function(variant, form, large)
 
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
-    start = resident_bytes("VmRSS")
+    common.begin_peak()
+    start = common.resident_bytes("VmRSS")
     run_pass(function, large, which, features, upstream)
-    resident = resident_bytes("VmHWM") - start
+    resident = common.resident_bytes("VmHWM") - start
     large.zero_grad()
     allocated = allocated_peak(lambda: run_pass(function, large, which, features, upstream))
     return {"allocated": allocated / MEBIBYTE, "resident": resident / MEBIBYTE}
