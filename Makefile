@@ -52,8 +52,10 @@ lint: setup  ## Check style and formatting
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-bench: setup  ## Run the benchmarks
-	$(BIN)/python benchmarks/prototype_extractor.py
-	$(BIN)/python benchmarks/batching.py
-	$(BIN)/python benchmarks/doctor.py
-	$(BIN)/python benchmarks/convert.py
+# Of benchmarks/, those that need no GPU and take minutes.
+BENCHMARKS := train_step lm_head batching feature_cache memory ask generate prototype_extractor scaling image_pipeline \
+	doctor convert startup
+
+bench: setup  ## Run the benchmarks that need no GPU: under a quarter of an hour on two cores
+	set -e; for name in $(BENCHMARKS); do $(BIN)/python -m benchmarks.$$name; done
+	$(BIN)/python -m benchmarks.readme

@@ -13,7 +13,14 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 from torch.nn import functional as F
-from transformers import AutoModel, Cache, GenerationMixin, PreTrainedModel
+from transformers import (
+    AutoModel,
+    Cache,
+    GenerationMixin,
+    LogitsProcessorList,
+    PreTrainedModel,
+    SuppressTokensLogitsProcessor,
+)
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, ModelOutput
@@ -308,22 +315,27 @@ class SQLlavaModel(SQLlavaPreTrainedModel):
 
     @can_return_tuple
     def get_image_features(
-        self, pixel_values: torch.Tensor | None, **kwargs
+        self, pixel_values: torch.Tensor | None, vision_features: torch.Tensor | None = None, **kwargs
     ) -> tuple | BaseModelOutputWithPooling | None:
         """
         Args:
             pixel_values (`torch.Tensor` of shape `(num_images, channels, height, width)`): Processed images.
+            vision_features (`torch.Tensor` of shape `(num_images, N, D)`, *optional*):
+                Instead: what [`get_vision_features`] gave for them before.
 
         Returns:
             `BaseModelOutputWithPooling`: `last_hidden_state` `(num_images, N, D)`, the vision features;
             `pooler_output` `(num_images, N, H)`, the image tokens that take the place of the placeholders.
             `None` for `None`, with which `generate(pixel_values=None)` asks.
         """
-        if pixel_values is None:
-            return None
-        features = self.get_vision_features(pixel_values)
-        image_tokens = self.multi_modal_projector(self.prototype_extractor(features))
-        return BaseModelOutputWithPooling(last_hidden_state=features, pooler_output=image_tokens)
+        if vision_features is None:
+            if pixel_values is None:
+                return None
+            vision_features = self.get_vision_features(pixel_values)
+        elif pixel_values is not None:
+            raise ValueError("Give pixel_values or vision_features, not both.")
+        image_tokens = self.multi_modal_projector(self.prototype_extractor(vision_features))
+        return BaseModelOutputWithPooling(last_hidden_state=vision_features, pooler_output=image_tokens)
 
     @can_return_tuple
     def forward(
@@ -335,6 +347,9 @@ class SQLlavaModel(SQLlavaPreTrainedModel):
         past_key_values: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
+        vision_features: torch.FloatTensor | None = None,
+        image_indices: torch.LongTensor | None = None,
+        positions_to_keep: torch.BoolTensor | None = None,
         **kwargs,
     ) -> tuple | SQLlavaModelOutputWithPast:
         """
@@ -345,6 +360,15 @@ class SQLlavaModel(SQLlavaPreTrainedModel):
                 All images of the batch, in the order of their placeholders.
             mm_encoder_outputs (`dict`, *optional*):
                 `{"image": output of get_image_features}`, instead of `pixel_values`: images that were encoded before.
+            vision_features (`torch.FloatTensor` of shape `(num_images, N, D)`, *optional*):
+                What the vision tower gave before, instead of `pixel_values`; of no images for a batch without any.
+                The tower is not run then.
+            image_indices (`torch.LongTensor` of shape `(num_images,)`, *optional*):
+                For each image of the text, its index in `pixel_values` or `vision_features`: what is shown several
+                times is encoded once. For a forward pass; `generate` does not take it.
+            positions_to_keep (`torch.BoolTensor` of shape `(batch_size, sequence_length)`, *optional*):
+                The positions whose hidden states are wanted, such as those with a label: `last_hidden_state` is
+                `(num_kept, hidden_size)` then, row by row, and a head on it costs no more than they do.
             The rest as in the language model.
 
         Raises:
@@ -353,10 +377,10 @@ class SQLlavaModel(SQLlavaPreTrainedModel):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give exactly one of input_ids and inputs_embeds.")
         image_outputs = (mm_encoder_outputs or {}).get("image")
-        if pixel_values is not None:
+        if pixel_values is not None or vision_features is not None:
             if image_outputs is not None:
                 raise ValueError("Give pixel_values or mm_encoder_outputs, not both.")
-            image_outputs = self.get_image_features(pixel_values, return_dict=True)
+            image_outputs = self.get_image_features(pixel_values, vision_features, return_dict=True)
 
         placeholders = self._find_placeholders(input_ids, inputs_embeds, needed=image_outputs is not None)
         if inputs_embeds is None:
@@ -367,6 +391,8 @@ class SQLlavaModel(SQLlavaPreTrainedModel):
         image_tokens = None
         if image_outputs is not None:
             image_tokens = self._as_one_tensor(image_outputs.pooler_output).to(inputs_embeds)
+            if image_indices is not None:
+                image_tokens = image_tokens[image_indices]
             num_placeholders, num_features = placeholders.sum(), image_tokens.shape[:-1].numel()
             torch_compilable_check(
                 num_placeholders == num_features,
@@ -387,8 +413,9 @@ class SQLlavaModel(SQLlavaPreTrainedModel):
             inputs_embeds=inputs_embeds,
             **kwargs,
         )
+        hidden_states = outputs.last_hidden_state
         return SQLlavaModelOutputWithPast(
-            last_hidden_state=outputs.last_hidden_state,
+            last_hidden_state=hidden_states if positions_to_keep is None else hidden_states[positions_to_keep],
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
@@ -430,6 +457,18 @@ class SQLlavaModel(SQLlavaPreTrainedModel):
         return self.get_image_features(blank_image, return_dict=True).pooler_output.mean() * 0.0
 
 
+class SQLlavaSuppressTokens(SuppressTokensLogitsProcessor):
+    """As its parent, which looks for the tokens in the whole vocabulary at each step, where this one does it once."""
+
+    is_suppressed: torch.BoolTensor | None = None
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        if self.is_suppressed is None:
+            vocabulary = torch.arange(scores.shape[-1], device=scores.device)
+            self.is_suppressed = torch.isin(vocabulary, self.suppress_tokens.to(scores.device))
+        return scores.masked_fill(self.is_suppressed, -torch.inf)
+
+
 class SQLlavaForConditionalGeneration(SQLlavaPreTrainedModel, GenerationMixin):
     """The whole model: answers and asks, by `generate`."""
 
@@ -466,11 +505,19 @@ class SQLlavaForConditionalGeneration(SQLlavaPreTrainedModel, GenerationMixin):
 
     def prepare_inputs_for_generation(self, input_ids: torch.LongTensor, is_first_iteration: bool = False, **kwargs):
         inputs = super().prepare_inputs_for_generation(input_ids, is_first_iteration=is_first_iteration, **kwargs)
-        if not is_first_iteration and not {"mm_encoder_outputs", "pixel_values"} & inputs.keys():
+        is_draft = not is_first_iteration and inputs["input_ids"].shape[1] > 1
+        if is_draft and not {"mm_encoder_outputs", "pixel_values"} & inputs.keys():
             # An assistant model drafts without seeing: transformers hands the images to the first pass of the main
             # model alone. What the draft reads in their place does not change the result.
             inputs["input_ids"] = inputs["input_ids"].masked_fill(inputs["input_ids"] == self.config.image_token_id, 0)
         return inputs
+
+    def _get_logits_processor(self, *args, **kwargs) -> LogitsProcessorList:
+        processors = super()._get_logits_processor(*args, **kwargs)
+        for index, processor in enumerate(processors):
+            if type(processor) is SuppressTokensLogitsProcessor:
+                processors[index] = SQLlavaSuppressTokens(processor.suppress_tokens.tolist())
+        return processors
 
     @can_return_tuple
     def forward(

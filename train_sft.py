@@ -20,6 +20,7 @@ does not do: train the towers' own weights; convert released checkpoints.
 
 import shlex
 import sys
+from pathlib import Path
 
 from accelerate import PartialState
 from transformers import set_seed
@@ -29,7 +30,11 @@ from sq_llava.adapter import load_adapter_weights
 from sq_llava.base import add_stage_adapter, load_base
 from sq_llava.data import hold_out, load_rows
 from sq_llava.doctor_report import SAMPLE_ROWS, check_before_training
+from sq_llava.feature_building import check_cache
+from sq_llava.feature_cache import FeatureCache
+from sq_llava.lengths import LengthBound, with_sure_lengths
 from sq_llava.monitoring import GenerationCheck
+from sq_llava.packing import pack_sampler
 from sq_llava.planning import (
     describe_steps,
     leave_one_step,
@@ -62,12 +67,17 @@ def main(args: list[str] | None = None) -> SQLlavaTrainer:
         set_global_batch(training_args, arguments.global_batch_size, num_processes)
     if arguments.dry_run == "meta":
         return plan_from_configs(arguments, training_args, model_config, num_processes)
+    command_line = sys.argv[1:] if args is None else args
+    feature_cache = None
+    if arguments.feature_cache is not None:
+        make_it = shlex.join(["sq-llava", "cache-features", *command_line])
+        feature_cache = FeatureCache(Path(arguments.feature_cache), make_it)
     resident_before = resident_peak()
     set_seed(training_args.seed)
     with PartialState().main_process_first():
         checkpoint = find_checkpoint(training_args.output_dir, arguments.resume, training_args.resume_from_checkpoint)
         if arguments.doctor != "off" and PartialState().is_main_process:
-            command = shlex.join(["sq-llava", "doctor", *(sys.argv[1:] if args is None else args)])
+            command = shlex.join(["sq-llava", "doctor", *command_line])
             check = data_check(arguments, training_args, model_config)
             check_before_training(check, SAMPLE_ROWS if arguments.doctor == "sample" else None, command)
 
@@ -83,6 +93,7 @@ def main(args: list[str] | None = None) -> SQLlavaTrainer:
         self_question_ratio=arguments.self_question_ratio,
         seed=training_args.seed,
         max_length=training_args.max_length,
+        feature_cache=feature_cache,
     )
     eval_rows = generation_check = None
     if arguments.eval_datasets:
@@ -91,8 +102,16 @@ def main(args: list[str] | None = None) -> SQLlavaTrainer:
         rows, eval_rows = hold_out(rows, arguments.num_eval_rows, training_args.seed)
     if arguments.generation_datasets:
         generation_check = GenerationCheck(load_rows(arguments.generation_datasets, training_args.seed), processor)
+    if feature_cache is not None and PartialState().is_main_process:
+        sample = {"sample": SAMPLE_ROWS, "full": None, "off": 0}[arguments.doctor]
+        check_cache(feature_cache, model, processor, training_args, [rows, eval_rows], sample)
+    if arguments.packing:
+        bound = LengthBound(processor, training_args.max_length, not instruct, arguments.self_question_ratio)
+        with PartialState().local_main_process_first():
+            rows = with_sure_lengths(rows, bound)
     if arguments.dry_run == "real":
-        steps = describe_steps(len(rows), training_args, training_args.world_size)
+        packs = pack_sampler(rows, training_args, training_args.world_size) if arguments.packing else None
+        steps = describe_steps(len(rows), training_args, training_args.world_size, packs)
         leave_one_step(training_args)
     trainer = SQLlavaTrainer(
         model=model,
@@ -106,9 +125,12 @@ def main(args: list[str] | None = None) -> SQLlavaTrainer:
         part_learning_rates=arguments.part_learning_rates,
         max_loss=arguments.max_loss,
         generation_check=generation_check,
+        packing=arguments.packing,
     )
     if trainer.accelerator.is_main_process:
         print_parameters(model, arguments.part_learning_rates, training_args.learning_rate)
+        if trainer.packs is not None:
+            print(trainer.packs.describe())
         if checkpoint is not None:
             warn_of_changes(checkpoint, trainer.run)
     if arguments.dry_run == "real":

@@ -1,7 +1,7 @@
 """Batches grouped by modality and length beside random ones: padding, and time of the same rows.
 
-    python benchmarks/batching.py            # writes benchmarks/results/batching.{json,md}
-    python benchmarks/batching.py --quick    # fewer rows, writes nothing
+    python -m benchmarks.batching            # writes benchmarks/results/batching.{json,md}
+    python -m benchmarks.batching --quick    # fewer rows, writes nothing
 
 Padding is counted on a simulated mix as of llava_v1_5_mix665k: 6% text-only rows, 576 tokens an image, texts of gamma
 distributed length (mean 846 tokens a row, 95% below 1,302), global batches of 128 rows. Time is that of forward and
@@ -9,15 +9,12 @@ backward passes of a small random SQ-LLaVA over rows an eighth as long, on the C
 its model. Both orders run in turn. Memory, data loading and the optimizer are not measured.
 """
 
-import argparse
-import json
-import statistics
-import time
-from pathlib import Path
+from functools import partial
 
 import numpy as np
 import torch
 
+from benchmarks import common
 from configuration_sq_llava import SQLlavaConfig
 from modeling_sq_llava import SQLlavaForConditionalGeneration
 from sq_llava.batching import ModalityLengthSampler
@@ -60,7 +57,7 @@ def small_model() -> SQLlavaForConditionalGeneration:
     vision = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
     vision |= {"model_type": "clip_vision_model", "image_size": 48, "patch_size": 6, "num_channels": 3}
     text = {"model_type": "llama", "vocab_size": VOCABULARY, "hidden_size": 256, "intermediate_size": 512}
-    text |= {"num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 4}
+    text |= {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 4}
     config = SQLlavaConfig(vision_config=vision, text_config=text, image_token_id=IMAGE_ID, vusr_token_id=VUSR_ID)
     return SQLlavaForConditionalGeneration(config).train()
 
@@ -83,22 +80,35 @@ def make_batch(rows: np.ndarray, lengths: np.ndarray, num_images: np.ndarray, mo
     return batch
 
 
-def time_order(model, order: np.ndarray, lengths: np.ndarray, num_images: np.ndarray, batch: int) -> float:
-    tokens = model.config.image_seq_length
-    batches = [make_batch(rows, lengths, num_images, tokens) for rows in order.reshape(-1, batch)]
-    start = time.perf_counter()
+def train(model, batches: list[dict]) -> None:
     for inputs in batches:
         model(**inputs).loss.backward()
         model.zero_grad()
-    return time.perf_counter() - start
+
+
+def time_orders(lengths: np.ndarray, num_images: np.ndarray, rows: int, rounds: int) -> dict:
+    model, batch = small_model(), 8
+    lengths = np.maximum(lengths // SCALE, 8 + model.config.image_seq_length * num_images)
+    functions = {}
+    for name, order in orders(lengths[:rows], num_images[:rows], 64).items():
+        image_tokens = model.config.image_seq_length
+        batches = [make_batch(chosen, lengths, num_images, image_tokens) for chosen in order.reshape(-1, batch)]
+        functions[name] = partial(train, model, batches)
+    times = common.interleave(functions, rounds)
+    return {
+        "rows": rows,
+        "batch": batch,
+        "rounds": rounds,
+        "seconds": {name: common.summary(seconds) for name, seconds in times.items()},
+        "times_faster": common.ratio(times, "random", "grouped"),
+    }
 
 
 def to_markdown(report: dict) -> str:
     lines = [
         "# Batches grouped by modality and length beside random ones",
         "",
-        f"Made by `{report['command']}` on {report['rows']:,} simulated rows; {report['threads']} CPU threads, torch "
-        f"{torch.__version__}.",
+        f"{report['rows']:,} simulated rows:",
         "",
         "| rows a batch | processes | padding, random | grouped | slowest process, random | grouped |",
         "|--:|--:|--:|--:|--:|--:|",
@@ -109,47 +119,29 @@ def to_markdown(report: dict) -> str:
         cells += [f"+{row[f'{name}_imbalance']:.1%}" for name in ("random", "grouped")]
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     timing = report["time"]
+    random, grouped = (timing["seconds"][name]["median"] for name in ("random", "grouped"))
     lines += [
         "",
         f"Forward and backward over the same {timing['rows']} rows, batches of {timing['batch']}, median of "
-        f"{timing['rounds']} rounds: {timing['random_seconds']:.1f} s random, {timing['grouped_seconds']:.1f} s "
-        f"grouped: **{timing['times_faster']:.2f} times faster**.",
+        f"{timing['rounds']} rounds: {random:.1f} s random, {grouped:.1f} s grouped: "
+        f"**{common.with_spread(timing['times_faster'])} times faster**.",
     ]
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines)
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="fewer rows, one round; print, write nothing")
-    parser.add_argument("--output-dir", type=Path, default=Path(__file__).parent / "results")
-    arguments = parser.parse_args()
-    num_rows, rounds, timed = (5_000, 1, 128) if arguments.quick else (100_000, 3, 384)
-
+    arguments = common.parse_arguments(__doc__)
+    num_rows, rounds, timed = (5_000, 1, 64) if arguments.quick else (100_000, 2, 128)
     lengths, num_images = simulated_mix(num_rows)
-    report = {"command": "python benchmarks/batching.py", "rows": num_rows, "threads": torch.get_num_threads()}
-    report["padding"] = []
+    report = {"rows": num_rows, "padding": []}
     for batch, processes in ((4, 8), (16, 8), (16, 1)):
         row = {"batch": batch, "processes": processes}
         for name, order in orders(lengths, num_images, 128).items():
             row[name] = padding(order, lengths, batch)["padding_share"]
             row[f"{name}_imbalance"] = imbalance(order, lengths, batch, processes)
         report["padding"].append(row)
-
-    model, batch = small_model(), 8
-    lengths = np.maximum(lengths // SCALE, 8 + model.config.image_seq_length * num_images)
-    times = {"grouped": [], "random": []}
-    for _ in range(rounds):
-        for name, order in orders(lengths[:timed], num_images[:timed], 64).items():
-            times[name].append(time_order(model, order, lengths, num_images, batch))
-    report["time"] = {"rows": timed, "batch": batch, "rounds": rounds}
-    report["time"] |= {f"{name}_seconds": statistics.median(seconds) for name, seconds in times.items()}
-    report["time"]["times_faster"] = statistics.median(r / g for r, g in zip(times["random"], times["grouped"]))
-
-    print(to_markdown(report))
-    if not arguments.quick:
-        arguments.output_dir.mkdir(parents=True, exist_ok=True)
-        (arguments.output_dir / "batching.json").write_text(json.dumps(report, indent=2) + "\n")
-        (arguments.output_dir / "batching.md").write_text(to_markdown(report))
+    report["time"] = time_orders(lengths, num_images, timed, rounds)
+    common.save("batching", report, to_markdown(report), arguments)
 
 
 if __name__ == "__main__":

@@ -1,28 +1,20 @@
-"""The memory of a conversion: a LoRA release of SQ-LLaVA on a base of 2 GB, a file of weights at a time.
+"""The memory of a conversion: a LoRA release of SQ-LLaVA on a base of 0.8 GB, a file of weights at a time.
 
-    python benchmarks/convert.py            # writes benchmarks/results/convert.{json,md}; 7 GB of disk
-    python benchmarks/convert.py --quick    # a base of 290 MB, writes nothing
+    python -m benchmarks.convert            # a minute; writes benchmarks/results/convert.{json,md}; 3 GB of disk
+    python -m benchmarks.convert --quick    # a base of 390 MB, writes nothing
 
 The base is a Llama in float16, in `.bin` files as Vicuna's; the LoRA has rank 128 on all of its matrices. The peak of
 the resident memory counts, the mapped pages of the source's files included, less what the libraries take before.
 Beside it, in a process of its own: the usual way, which loads the base, puts PEFT's LoRA on it, merges and saves.
 """
 
-import argparse
 import json
-import multiprocessing
-import platform
-import resource
-import sys
 import tempfile
-import time
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 
-import peft
 import torch
-import transformers
 from peft import PeftModel
 from rich.progress import Progress
 from tokenizers import ByteLevelBPETokenizer
@@ -36,13 +28,14 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from benchmarks import common
 from processing_sq_llava import SYSTEM_MESSAGE
 from sq_llava.convert import plan, write
 from sq_llava.layouts import recognise
 
 
-LARGE = {"hidden_size": 2048, "intermediate_size": 5504, "num_hidden_layers": 17, "vocab_size": 32_000}
-SMALL = {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 10, "vocab_size": 8_000}
+LARGE = {"hidden_size": 2048, "intermediate_size": 5504, "num_hidden_layers": 5, "vocab_size": 32_000}
+SMALL = {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 14, "vocab_size": 8_000}
 TOWER = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 3, "num_attention_heads": 4}
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 RANK = 128
@@ -104,11 +97,6 @@ def write_source(folder: Path, sizes: dict, num_shards: int) -> None:
     torch.save(projector, release / "non_lora_trainables.bin")
 
 
-def resident_memory() -> int:
-    status = Path("/proc/self/status").read_text()
-    return 1024 * int(status.partition("VmRSS:")[2].split()[0])
-
-
 def convert(folder: Path, shard_size: int) -> None:
     layout = recognise(str(folder / "release"), vision=str(folder / "clip"))
     write(plan(layout, folder / "result", max_shard_size=shard_size), Progress(disable=True))
@@ -122,12 +110,10 @@ def merge_with_peft(folder: Path, shard_size: int) -> None:
 
 def measure(way: Callable[[Path, int], None], folder: Path, shard_size: int) -> dict:
     """Call it in a fresh process: the peak of its memory counts."""
-    before = resident_memory()
-    start = time.perf_counter()
-    way(folder, shard_size)
-    seconds = time.perf_counter() - start
-    peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return {"seconds": seconds, "peak_bytes": peak - before, "before_bytes": before}
+    common.begin_peak()
+    before = common.resident_bytes("VmRSS")
+    seconds = common.seconds_of(partial(way, folder, shard_size))
+    return {"seconds": seconds, "peak_bytes": common.resident_bytes("VmHWM") - before, "before_bytes": before}
 
 
 def largest(folder: Path, pattern: str) -> int:
@@ -142,8 +128,7 @@ def run(sizes: dict, num_shards: int, with_peer: bool) -> dict:
         shard_size = largest(folder / "base", "*.bin")
         report = {}
         for name, way in {"convert": convert, **({"peft": merge_with_peft} if with_peer else {})}.items():
-            with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-                report[name] = pool.submit(measure, way, folder, shard_size).result()
+            report[name] = common.in_fresh_process(measure, way, folder, shard_size)
         result_files = list((folder / "result").glob("*.safetensors"))
         report |= {
             "base_bytes": sum(file.stat().st_size for file in files),
@@ -162,12 +147,8 @@ def to_markdown(report: dict) -> str:
     def mib(name: str) -> str:
         return f"{report[name] / 2**20:,.0f} MiB"
 
-    host = report["machine"]
     lines = [
         "# The memory of a conversion",
-        "",
-        f"Made by `{report['command']}` on {host['processor']}, torch {host['torch']}, transformers "
-        f"{host['transformers']}, PEFT {host['peft']}, Python {host['python']}.",
         "",
         f"A base of {mib('base_bytes')} in {report['base_files']} files (the largest {mib('largest_source_bytes')}) "
         f"and a LoRA of {mib('lora_bytes')}, to {mib('result_bytes')} in {report['result_files']} files (the largest "
@@ -183,35 +164,14 @@ def to_markdown(report: dict) -> str:
                 f"| {title} | **{peak / 2**20:,.0f} MiB** | {peak / report['bound_bytes']:.0%} | {seconds:.0f} s |"
             )
     lines += ["", "The peak counts mapped pages of the source's files, which the system can take back at any time."]
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines)
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="a small base; print, write nothing")
-    parser.add_argument(
-        "--output-dir", type=Path, default=Path(__file__).parent / "results", help="default: benchmarks/results"
-    )
-    arguments = parser.parse_args()
-    report = {
-        "command": " ".join(["python", "benchmarks/convert.py", *sys.argv[1:]]),
-        "machine": {
-            "processor": f"{multiprocessing.cpu_count()} CPU cores ({platform.machine()})",
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "peft": peft.__version__,
-            "python": platform.python_version(),
-        },
-    }
+    arguments = common.parse_arguments(__doc__)
     sizes, num_shards = (SMALL, 4) if arguments.quick else (LARGE, 4)
-    report |= run(sizes, num_shards, with_peer=not arguments.quick)
-    print(to_markdown(report))
-    if not arguments.quick:
-        arguments.output_dir.mkdir(parents=True, exist_ok=True)
-        path = arguments.output_dir / "convert.json"
-        path.write_text(json.dumps(report, indent=2) + "\n")
-        path.with_suffix(".md").write_text(to_markdown(report))
-        print(f"Written to {path} and .md")
+    report = run(sizes, num_shards, with_peer=not arguments.quick)
+    common.save("convert", report, to_markdown(report), arguments)
     if report["convert"]["peak_bytes"] > report["bound_bytes"]:
         raise SystemExit("The peak is above the bound.")
 

@@ -1,7 +1,8 @@
 """The data check and the opening of a large JSON file: rows, tokens and image headers a second, and memory.
 
-    python benchmarks/doctor.py            # writes benchmarks/results/doctor.{json,md}; ten minutes, 2 GB of disk
-    python benchmarks/doctor.py --quick    # fewer rows, writes nothing
+    python -m benchmarks.doctor                   # a minute; writes benchmarks/results/doctor.{json,md}
+    python -m benchmarks.doctor --rows 665000     # as many as in llava_v1_5_mix665k; ten minutes, 2 GB of disk
+    python -m benchmarks.doctor --quick           # few rows, writes nothing
 
 Rows are made to be like those of llava_v1_5_mix665k: five exchanges, about 1.5 KB. Files lie in the page cache, so
 that no disk is measured. The best of several rounds counts, as other work on the machine only adds time. The check
@@ -9,27 +10,22 @@ runs in processes that have started already: the seconds that this takes stand a
 images decoded as a whole, and a file read by `json.loads`.
 """
 
-import argparse
 import json
 import multiprocessing
-import platform
 import random
-import resource
-import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
-import torch
-import transformers
 from PIL import Image
 from rich.progress import Progress
 from tokenizers import ByteLevelBPETokenizer
 from transformers import CLIPImageProcessorPil, PreTrainedTokenizerFast
 
+from benchmarks import common
 from processing_sq_llava import SYSTEM_MESSAGE, SQLlavaProcessor
 from sq_llava.data import load_rows
 from sq_llava.doctor import IMAGES_AT_A_TIME, DataCheck, choose_rows, go_through, in_processes
@@ -86,21 +82,15 @@ def make_processor() -> SQLlavaProcessor:
     return SQLlavaProcessor(CLIPImageProcessorPil(), tokenizer)
 
 
-def seconds_of(function: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    function()
-    return time.perf_counter() - start
-
-
 def time_rows(source: DataSource, processor: SQLlavaProcessor, num_proc: int, rounds: int, with_tokens: bool) -> dict:
     """Rows a second: of the JSON opened and every row checked, without images."""
     settings = {"read_images": False, "measure_lengths": with_tokens, "max_length": 2048}
-    opening = min(seconds_of(lambda: DataCheck([source], processor, **settings)) for _ in range(rounds))
+    opening = min(common.seconds_of(lambda: DataCheck([source], processor, **settings)) for _ in range(rounds))
     check = DataCheck([source], processor, **settings)
     all_rows, quiet = choose_rows(check, None), Progress(disable=True)
     with in_processes(check, num_proc) as map_in_order:
         first, *others = (
-            seconds_of(lambda: go_through(check, all_rows, map_in_order, quiet)) for _ in range(1 + rounds)
+            common.seconds_of(lambda: go_through(check, all_rows, map_in_order, quiet)) for _ in range(1 + rounds)
         )
     checking = min(others)
     number = len(check.opened[0])
@@ -122,8 +112,12 @@ def time_images(source: DataSource, processor: SQLlavaProcessor, num_proc: int, 
     with in_processes(check, num_proc) as map_in_order, in_processes(without, num_proc) as map_rows:
         go_through(check, all_rows, map_in_order, quiet)
         go_through(without, all_rows, map_rows, quiet)
-        seconds = min(seconds_of(lambda: go_through(check, all_rows, map_in_order, quiet)) for _ in range(rounds))
-        seconds -= min(seconds_of(lambda: go_through(without, all_rows, map_rows, quiet)) for _ in range(rounds))
+        seconds = min(
+            common.seconds_of(lambda: go_through(check, all_rows, map_in_order, quiet)) for _ in range(rounds)
+        )
+        seconds -= min(
+            common.seconds_of(lambda: go_through(without, all_rows, map_rows, quiet)) for _ in range(rounds)
+        )
     paths = [str(Path(source.path).parent / row["image"]) for row in json.loads(Path(source.path).read_text())]
     with ProcessPoolExecutor(num_proc, multiprocessing.get_context("spawn")) as pool:
 
@@ -131,7 +125,7 @@ def time_images(source: DataSource, processor: SQLlavaProcessor, num_proc: int, 
             list(pool.map(_decode, paths, chunksize=IMAGES_AT_A_TIME))
 
         decode()
-        decoding = min(seconds_of(decode) for _ in range(rounds))
+        decoding = min(common.seconds_of(decode) for _ in range(rounds))
     return {
         "images": len(paths),
         "headers_per_second": len(paths) / seconds,
@@ -145,37 +139,30 @@ def _decode(path: str) -> tuple[int, int]:
 
 def measure_opening(path: str, form: str) -> dict:
     """Call it in a fresh process: the peak of its memory counts."""
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = common.resident_bytes("VmRSS")
     start = time.perf_counter()
     number = len(load_rows([DataSource(path)]) if form == "load_rows" else json.loads(Path(path).read_text()))
     seconds = time.perf_counter() - start
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return {"rows": number, "seconds": seconds, "peak_mib": peak / 1024, "before_mib": before / 1024}
-
-
-def in_fresh_process(function: Callable, *arguments):
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(function, *arguments).result()
+    peak = common.resident_bytes("VmHWM")
+    return {"rows": number, "seconds": seconds, "peak_mib": peak / 2**20, "before_mib": before / 2**20}
 
 
 def time_opening(source: DataSource, rounds: int) -> dict:
     result = {"bytes": Path(source.path).stat().st_size}
     for form in ("load_rows", "json"):
-        runs = [in_fresh_process(measure_opening, source.path, form) for _ in range(rounds)]
+        runs = [common.in_fresh_process(measure_opening, source.path, form) for _ in range(rounds)]
         result[form] = min(runs, key=lambda run: run["seconds"])
         result[form]["peak_mib"] = max(run["peak_mib"] for run in runs)
     return result
 
 
 def to_markdown(report: dict) -> str:
-    checks, images, opening, host = (report[name] for name in ("rows", "images", "opening", "machine"))
+    checks, images, opening = (report[name] for name in ("rows", "images", "opening"))
     plain, tokens = checks["without_tokens"], checks["with_tokens"]
     lines = [
         "# The data check, and the opening of a large JSON file",
         "",
-        f"Made by `{report['command']}`: the best of {report['rounds']} rounds, in {report['processes']} processes. "
-        f"Other work ran too; the load was {report['load_before']:.1f} before and {report['load_after']:.1f} after.",
-        f"{host['processor']}, Pillow {host['pillow']}, transformers {host['transformers']}, Python {host['python']}.",
+        f"The best of {report['rounds']} rounds, in {report['processes']} processes.",
         "",
         "| what | number | rate |",
         "|---|--:|--:|",
@@ -202,49 +189,23 @@ def to_markdown(report: dict) -> str:
         lines.append(
             f"| {name} | {run['seconds']:.1f} s | {run['peak_mib']:,.0f} MiB | {run['before_mib']:,.0f} MiB |"
         )
-    return "\n".join(lines) + "\n"
-
-
-def load_average() -> float:
-    return float(Path("/proc/loadavg").read_text().split()[0])
+    return "\n".join(lines)
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="few rows, one round; print, write nothing")
-    parser.add_argument("--rounds", type=int, default=3, help="default: %(default)s")
-    parser.add_argument("--processes", type=int, default=2, help="default: %(default)s")
-    parser.add_argument(
-        "--output-dir", type=Path, default=Path(__file__).parent / "results", help="default: benchmarks/results"
-    )
-    arguments = parser.parse_args()
-    num_rows, num_tokenized, num_images, num_opened = (200_000, 50_000, 4_000, 665_000)
+    arguments = common.parse_arguments(__doc__, rows=40_000, rounds=2, processes=2)
+    num_rows, rounds, num_proc = arguments.rows, arguments.rounds, arguments.processes
     if arguments.quick:
-        num_rows, num_tokenized, num_images, num_opened = (5_000, 1_000, 200, 5_000)
-    rounds, num_proc = (1 if arguments.quick else arguments.rounds), arguments.processes
-    report = {
-        "command": " ".join(["python", "benchmarks/doctor.py", *sys.argv[1:]]),
-        "machine": {
-            "processor": f"{multiprocessing.cpu_count()} CPU cores ({platform.machine()})",
-            "pillow": Image.__version__,
-            "transformers": transformers.__version__,
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-        },
-        "processes": num_proc,
-        "rounds": rounds,
-        "load_before": load_average(),
-    }
+        num_rows, rounds, num_proc = 5_000, 1, 1
+    num_images = min(4_000, num_rows // 50)
+    report = {"processes": num_proc, "rounds": rounds}
     with tempfile.TemporaryDirectory() as temporary:
         folder, processor = Path(temporary), make_processor()
         print("making files", flush=True)
         names = write_images(folder, num_images)
-        many, some = (
-            write_rows(folder / "many.json", num_rows, names),
-            write_rows(folder / "some.json", num_tokenized, names),
-        )
+        many = write_rows(folder / "many.json", num_rows, names)
+        some = write_rows(folder / "some.json", num_rows // 10, names)
         illustrated = write_rows(folder / "images.json", num_images, names)
-        large = write_rows(folder / "large.json", num_opened, names)
         print("rows", flush=True)
         report["rows"] = {
             "without_tokens": time_rows(many, processor, num_proc, rounds, with_tokens=False),
@@ -253,15 +214,8 @@ def main():
         print("images", flush=True)
         report["images"] = time_images(illustrated, processor, num_proc, rounds)
         print("opening", flush=True)
-        report["opening"] = time_opening(large, rounds)
-    report["load_after"] = load_average()
-    print("\n" + to_markdown(report))
-    if not arguments.quick:
-        arguments.output_dir.mkdir(parents=True, exist_ok=True)
-        path = arguments.output_dir / "doctor.json"
-        path.write_text(json.dumps(report, indent=2) + "\n")
-        path.with_suffix(".md").write_text(to_markdown(report))
-        print(f"Written to {path} and .md")
+        report["opening"] = time_opening(many, rounds)
+    common.save("doctor", report, to_markdown(report), arguments)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Time and memory of the prototype extractors beside a literal form that builds [B, K, N, D] tensors.
 
-    python benchmarks/prototype_extractor.py            # writes benchmarks/results/prototype_extractor.{json,md}
-    python benchmarks/prototype_extractor.py --quick    # small sizes, under a minute, writes nothing
+    python -m benchmarks.prototype_extractor            # writes benchmarks/results/prototype_extractor.{json,md}
+    python -m benchmarks.prototype_extractor --quick    # small sizes, under a minute, writes nothing
 
 The literal form multiplies elementwise and sums where a token or a prototype gathers from many others, as the authors'
 code does: in the "released" variant for the aggregation and the spread (its iterations are matrix products there too),
@@ -15,26 +15,18 @@ resident set, with the matrix library's buffers and what malloc keeps (read from
 It runs on the CPU alone, and measures neither the projector nor half precision.
 """
 
-import argparse
-import json
-import multiprocessing
 import os
-import platform
-import re
 import statistics
-import sys
-import tempfile
-import time
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
-from pathlib import Path
+from functools import partial
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
 
+from benchmarks import common
 from configuration_sq_llava import CLIP_VIT_L_14_336, SQLlavaConfig
 from modeling_sq_llava import SQLlavaModel, SQLlavaPaperPrototypeExtractor, SQLlavaReleasedPrototypeExtractor
 
@@ -46,7 +38,7 @@ RELATIVE_TOLERANCE, ABSOLUTE_TOLERANCE = 1e-8, 1e-11
 
 @dataclass(frozen=True)
 class Sizes:
-    batch: int = 4
+    batch: int = 1
     tokens: int = 576
     width: int = 1024
     prototypes: int = 256
@@ -147,9 +139,8 @@ def time_case(variant: str, which: str, sizes: Sizes, repeats: int) -> dict[str,
     features, upstream = torch.randn(2, sizes.batch, sizes.tokens, sizes.width)
 
     def seconds(form):
-        start = time.perf_counter()
-        run_pass(make_function(variant, form, extractor), extractor, which, features, upstream)
-        return time.perf_counter() - start
+        function = make_function(variant, form, extractor)
+        return common.seconds_of(lambda: run_pass(function, extractor, which, features, upstream))
 
     seconds("project")  # warm-up
     rounds = []
@@ -165,20 +156,13 @@ def time_case(variant: str, which: str, sizes: Sizes, repeats: int) -> dict[str,
     }
 
 
-def resident_bytes(field: str) -> int:
-    return int(re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
-
-
 def allocated_peak(function: Callable[[], object]) -> int:
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         function()
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "trace.json"
-        profiler.export_chrome_trace(str(path))
-        events = json.loads(path.read_text())["traceEvents"]
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
     current = peak = 0
-    for event in sorted((event for event in events if event["name"] == "[memory]"), key=lambda event: event["ts"]):
-        current += event["args"]["Bytes"]
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        current += event.nbytes()
         peak = max(peak, current)
     return peak
 
@@ -193,24 +177,19 @@ def memory_of_case(variant: str, form: str, which: str, sizes: Sizes, threads: i
     features, upstream = torch.randn(2, sizes.batch, sizes.tokens, sizes.width)
     function = make_function(variant, form, large)
 
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
-    start = resident_bytes("VmRSS")
+    common.begin_peak()
+    start = common.resident_bytes("VmRSS")
     run_pass(function, large, which, features, upstream)
-    resident = resident_bytes("VmHWM") - start
+    resident = common.resident_bytes("VmHWM") - start
     large.zero_grad()
     allocated = allocated_peak(lambda: run_pass(function, large, which, features, upstream))
     return {"allocated": allocated / MEBIBYTE, "resident": resident / MEBIBYTE}
 
 
-def in_fresh_process(function: Callable, *arguments):
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(function, *arguments).result()
-
-
 def measure_memory(variant: str, which: str, sizes: Sizes) -> dict[str, float]:
     row = {}
     for form in ("project", "literal"):
-        measured = in_fresh_process(memory_of_case, variant, form, which, sizes, torch.get_num_threads())
+        measured = common.in_fresh_process(memory_of_case, variant, form, which, sizes, torch.get_num_threads())
         row |= {f"{form}_{kind}_mib": mebibytes for kind, mebibytes in measured.items()}
     for kind in ("allocated", "resident"):
         row[f"times_less_{kind}"] = row[f"literal_{kind}_mib"] / row[f"project_{kind}_mib"]
@@ -227,46 +206,27 @@ def time_beside_vision(batch: int, repeats: int) -> dict[str, float]:
     model = SQLlavaModel(config).eval()
     extractors = {variant: make_extractor(variant, Sizes()) for variant in EXTRACTORS}
     pixel_values = torch.randn(batch, 3, 336, 336)
-    times = {name: [] for name in ("vision", *extractors)}
     with torch.no_grad():
         features = model.get_vision_features(pixel_values)
-        for _ in range(repeats):
-            start = time.perf_counter()
-            model.get_vision_features(pixel_values)
-            times["vision"].append(time.perf_counter() - start)
-            for variant, extractor in extractors.items():
-                start = time.perf_counter()
-                extractor(features)
-                times[variant].append(time.perf_counter() - start)
+        functions = {variant: partial(extractor, features) for variant, extractor in extractors.items()}
+        times = common.interleave({"vision": partial(model.get_vision_features, pixel_values), **functions}, repeats)
     row = {"batch": batch, "vision_layers": config.num_vision_layers_used}
     row["vision_seconds"] = statistics.median(times["vision"])
     for variant in extractors:
         row[f"{variant}_seconds"] = statistics.median(times[variant])
-        shares = [one / whole for one, whole in zip(times[variant], times["vision"])]
-        row[f"{variant}_share"] = statistics.median(shares)
+        row[f"{variant}_share"] = common.ratio(times, variant, "vision")["median"]
     return row
 
 
-def machine() -> dict[str, str | int]:
-    return {
-        "processor": f"{multiprocessing.cpu_count()} CPU cores ({platform.machine()})",
-        "vector_instructions": torch.backends.cpu.get_cpu_capability(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-    }
-
-
 def to_markdown(report: dict) -> str:
-    sizes, host, vision = report["sizes"], report["machine"], report["vision"]
+    sizes, vision = report["sizes"], report["vision"]
     lines = [
         "# Prototype extractor: the project's form beside the literal one",
         "",
-        f"Made by `{report['command']}`: medians of {report['repeats']} rounds in which both forms run in turn.",
+        f"Medians of {report['repeats']} rounds in which both forms run in turn.",
         f"B={sizes['batch']}, N={sizes['tokens']}, D={sizes['width']}, K={sizes['prototypes']}, "
         f"T={sizes['iterations']}, float32, without the projector; memory beyond the start of the pass.",
-        f"{host['processor']}, {host['vector_instructions']}, {host['threads']} threads, torch {host['torch']}, "
-        f"Python {host['python']}. If the machine has other work to do, the ratios say more than the seconds.",
+        "If the machine has other work to do, the ratios say more than the seconds.",
         "",
         "| variant | pass | time, literal | time, project | faster | allocated, literal | project | less "
         "| resident, literal | project | less |",
@@ -297,29 +257,14 @@ def to_markdown(report: dict) -> str:
     ]
     for variant in EXTRACTORS:
         lines.append(f"| {variant} | {vision[f'{variant}_seconds']:.3f} s | {vision[f'{variant}_share']:.1%} |")
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines)
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="small sizes, three rounds; print, write nothing")
-    parser.add_argument("--repeats", type=int, default=7, help="rounds of the timings (default: %(default)s)")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="default: %(default)s")
-    parser.add_argument(
-        "--output-dir", type=Path, default=Path(__file__).parent / "results", help="default: benchmarks/results"
-    )
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
+    arguments = common.parse_arguments(__doc__, repeats=3)
     os.environ["KINETO_LOG_LEVEL"] = "6"  # the profiler of the processes to come would print its start and stop
     sizes, repeats = (QUICK_SIZES, 3) if arguments.quick else (Sizes(), arguments.repeats)
-
-    report = {
-        "command": " ".join(["python", "benchmarks/prototype_extractor.py", *sys.argv[1:]]),
-        "machine": machine(),
-        "sizes": asdict(sizes),
-        "repeats": repeats,
-        "rows": [],
-    }
+    report = {"sizes": asdict(sizes), "repeats": repeats, "rows": []}
     for variant in EXTRACTORS:
         print(f"{variant}: do both forms agree?", flush=True)
         check_agreement(variant, sizes)
@@ -329,14 +274,7 @@ def main():
             report["rows"].append(row | measure_memory(variant, which, sizes))
     print("beside the vision tower", flush=True)
     report["vision"] = time_beside_vision(1 if arguments.quick else sizes.batch, repeats)
-
-    print("\n" + to_markdown(report))
-    if not arguments.quick:
-        arguments.output_dir.mkdir(parents=True, exist_ok=True)
-        path = arguments.output_dir / "prototype_extractor.json"
-        path.write_text(json.dumps(report, indent=2) + "\n")
-        path.with_suffix(".md").write_text(to_markdown(report))
-        print(f"Written to {path} and .md")
+    common.save("prototype_extractor", report, to_markdown(report), arguments)
 
 
 if __name__ == "__main__":

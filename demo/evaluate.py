@@ -112,7 +112,7 @@ def is_valid(question: str, known: set[str], caption: str) -> bool:
     return question in known and answer_question(question, colour, shape) is not None
 
 
-def measure_questions(assistant, num_images: int, questions_per_image: int, seed: int) -> dict:
+def measure_questions(assistant, num_images: int, questions_per_image: int, seed: int, batch_size: int = 25) -> dict:
     """Samples questions about the first test images whose content is known for sure, and judges them."""
     test = read_questions("test")
     known = {
@@ -120,18 +120,23 @@ def measure_questions(assistant, num_images: int, questions_per_image: int, seed
     }
     captions = {image: caption for image, pairs in test.items() if (caption := derive_caption(pairs)) is not None}
     asked, valid, sheet = [], [], []
-    for image in tqdm(list(captions)[:num_images], desc="Asking", unit=" images"):
-        path = image_root() / f"test/images/{image}.png"
-        first = assistant.answer(path, FIRST_QUESTION, max_new_tokens=8)
-        history = [{"role": "user", "content": FIRST_QUESTION}, {"role": "assistant", "content": first}]
-        questions = assistant.ask(
-            path, history=history, num_questions=questions_per_image, max_new_tokens=20, seed=seed + image
-        )
-        asked += questions
-        valid += [is_valid(question, known, captions[image]) for question in questions]
-        if len(sheet) < NUM_SHEET_IMAGES:
-            own = [(question, assistant.answer(path, question, max_new_tokens=8)) for question in questions[:2]]
-            sheet.append({"image": str(path), "turns": [(FIRST_QUESTION, first)], "own_turns": own})
+    images = list(captions)[:num_images]
+    for start in tqdm(range(0, len(images), batch_size), desc="Asking", unit=" batches"):
+        batch = images[start : start + batch_size]
+        paths = [image_root() / f"test/images/{image}.png" for image in batch]
+        firsts = assistant.answer_batch([(path, FIRST_QUESTION) for path in paths], max_new_tokens=8)
+        histories = [
+            [{"role": "user", "content": FIRST_QUESTION}, {"role": "assistant", "content": first}] for first in firsts
+        ]
+        seeds = [seed + image for image in batch]
+        together = assistant.ask_batch(paths, histories, questions_per_image, max_new_tokens=20, seeds=seeds)
+        for image, path, first, questions in zip(batch, paths, firsts, together):
+            asked += questions
+            valid += [is_valid(question, known, captions[image]) for question in questions]
+            if len(sheet) < NUM_SHEET_IMAGES:
+                answers = assistant.answer_batch([(path, question) for question in questions[:2]], max_new_tokens=8)
+                own = list(zip(questions[:2], answers))
+                sheet.append({"image": str(path), "turns": [(FIRST_QUESTION, first)], "own_turns": own})
     return {
         "questions_asked": len(asked),
         "questions_distinct": len(set(asked)),

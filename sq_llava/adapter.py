@@ -9,6 +9,8 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.utils.constants import DUMMY_TARGET_MODULES
+from peft.utils.other import TrainableTokensWrapper
 from safetensors.torch import load_file
 from torch import nn
 
@@ -60,7 +62,8 @@ def add_adapter(
         r=text_lora.rank or vision_lora.rank or 1,
         lora_alpha=text_lora.alpha if text_lora.rank else vision_lora.alpha,
         lora_dropout=text_lora.dropout,
-        target_modules="|".join(patterns) if patterns else [],
+        # PEFT wants a target, if only this one, which is none.
+        target_modules="|".join(patterns) if patterns else DUMMY_TARGET_MODULES,
         rank_pattern={".*vision_tower.*": vision_lora.rank} if vision_lora.rank else {},
         alpha_pattern={".*vision_tower.*": vision_lora.alpha} if vision_lora.rank else {},
         modules_to_save=modules_to_save,
@@ -73,6 +76,10 @@ def add_adapter(
     for name, module in peft_model.named_modules():
         if "vision_tower" in name and hasattr(module, "lora_dropout"):
             module.lora_dropout[ADAPTER] = nn.Dropout(vision_lora.dropout) if vision_lora.dropout else nn.Identity()
+    # A head that is tied to the embeddings is wrapped too, and TRL's loss reads its bias, which the wrapper lacks.
+    head = model.get_output_embeddings()
+    if isinstance(head, TrainableTokensWrapper):
+        head.bias = head.original_module.bias
     # PEFT makes LoRA float32, but leaves what is trained whole in the precision of the base.
     for parameter in peft_model.parameters():
         if parameter.requires_grad:

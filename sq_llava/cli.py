@@ -6,6 +6,7 @@
     sq-llava merge runs/demo/stage2 --out runs/demo/model
     sq-llava convert llava-hf/llava-1.5-7b-hf --out llava-7b
     sq-llava doctor --config recipes/sq-llava-7b/stage2.yaml
+    sq-llava cache-features --config recipes/sq-llava-7b/stage1.yaml --vision_lora_r 0 --output features
     sq-llava inspect runs/demo/model
     sq-llava push runs/demo/model org/name --dry-run
     sq-llava evaluate --model runs/demo/model --tasks easy_vqa --data runs/demo/data
@@ -26,6 +27,7 @@ from rich.progress import Progress, track
 from sq_llava import __version__
 from sq_llava.console import console, errors_in_one_line, examples, messages_console
 from sq_llava.evaluation.command import evaluate, evaluate_questions
+from sq_llava.feature_command import cache_features
 from sq_llava.images import IMAGE_SUFFIXES
 
 
@@ -359,6 +361,16 @@ def doctor(
                 messages_console.print(f"  - {json.dumps(entry)}", markup=False, soft_wrap=True)
     if report.num_errors:
         raise typer.Exit(1)
+
+
+app.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+    epilog=examples(
+        "sq-llava cache-features --config recipes/sq-llava-7b/stage1.yaml --vision_lora_r 0 --output features",
+        "sq-llava cache-features --config recipe.yaml --output features --max-size 200GB --use_cpu true",
+        "torchrun --nproc_per_node 8 -m sq_llava.cli cache-features --config recipe.yaml --output features",
+    ),
+)(cache_features)
 
 
 @app.command(

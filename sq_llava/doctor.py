@@ -27,6 +27,8 @@ from rich.progress import Progress
 from processing_sq_llava import SQLlavaProcessor
 from sq_llava.data import IMAGE_PART, images_of, is_embedded, path_of, read_row, rows_per_epoch
 from sq_llava.images import Fault, image_faults
+from sq_llava.lengths import token_counts
+from sq_llava.packing import pack_in_windows
 from sq_llava.self_questioning import first_exchange
 from sq_llava.sources import DataSource, JsonFile, Table, image_root_of, open_source
 
@@ -84,6 +86,7 @@ class DataCheck:
         plain (`bool`): The caption layout of stage 1.
         max_length (`int`, *optional*): Of a row, in tokens.
         self_question_ratio (`float`): Probability that a turn after the first is asked by the model.
+        packing (`bool`): Whether rows will be packed: how full the packs are is told then.
         eval_sources (`list[DataSource]`): Checked too, behind the others.
         read_images, measure_lengths (`bool`): Whether image files are opened, and rows are tokenized.
 
@@ -96,6 +99,7 @@ class DataCheck:
     plain: bool = False
     max_length: int | None = None
     self_question_ratio: float = 0.5
+    packing: bool = False
     eval_sources: list[DataSource] = field(default_factory=list)
     read_images: bool = True
     measure_lengths: bool = True
@@ -176,18 +180,8 @@ class DataCheck:
         return sum(not holds_image[index] for index in user_turns[1:])
 
     def lengths(self, conversations: list[list[dict]]) -> list[int]:
-        """
-        Tokens of conversations, as the collator will find them while no turn is a self-question. The template writes
-        one token for each image, in whose place the processor puts `image_seq_length`.
-        """
-        if not conversations:
-            return []
-        texts = self.processor.apply_chat_template(conversations, plain=self.plain)
-        input_ids = self.processor.tokenizer(texts, add_special_tokens=False).input_ids
-        num_images = [sum(m["content"].count(IMAGE_PART) for m in messages) for messages in conversations]
-        return [
-            len(ids) + number * (self.processor.image_seq_length - 1) for ids, number in zip(input_ids, num_images)
-        ]
+        """Tokens of conversations, as the collator will find them while no turn is a self-question."""
+        return token_counts(self.processor, conversations, self.plain)
 
     def _with_length(self, row: CheckedRow, messages: list[dict], length: int) -> CheckedRow:
         if self.max_length is None or length <= self.max_length:
@@ -428,6 +422,13 @@ class Tally:
         digit = 10 ** (len(str(width)) - 1)
         width = -(-width // digit) * digit  # a round number
         counts = np.bincount(lengths // width)
+        packing = None
+        if self.check.packing:
+            kept = lengths - num_cut
+            fitting = kept[kept <= self.check.max_length]
+            packs = pack_in_windows(np.arange(len(fitting)), fitting.tolist(), self.check.max_length)
+            fill = float(fitting.sum() / max(1, len(packs) * self.check.max_length))
+            packing = {"packs": len(packs), "fill": round(fill, 3)}
         return {
             "rows": len(lengths),
             "total": int(lengths.sum()),
@@ -438,6 +439,7 @@ class Tally:
             "max_length": self.check.max_length,
             "rows_cut": int((num_cut > 0).sum()),
             "tokens_cut": int(num_cut.sum()),
+            "packing": packing,
             "histogram": [
                 {"from": bar * width, "to": (bar + 1) * width - 1, "rows": int(count)}
                 for bar, count in enumerate(counts)

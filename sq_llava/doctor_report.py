@@ -87,6 +87,13 @@ def _print_tokens(tokens: dict, console: Console) -> None:
         highlight=False,
         soft_wrap=True,
     )
+    if tokens["packing"]:
+        console.print(
+            f"Packed: about {tokens['rows'] / tokens['packing']['packs']:.1f} of these rows in a pack of "
+            f"{tokens['max_length']} tokens, fill {tokens['packing']['fill']:.2f}",
+            highlight=False,
+            soft_wrap=True,
+        )
     most = max(bar["rows"] for bar in tokens["histogram"])
     width = len(f"{tokens['histogram'][-1]['to']:,}")
     for bar in tokens["histogram"]:

@@ -13,7 +13,7 @@ transparency is dropped, as transformers' image processors do. Floating-point pi
 import io
 import struct
 import warnings
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -75,11 +75,60 @@ def open_image(image: str | Path | dict[str, Any] | Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
+def squared(image: Image.Image, image_processor) -> Image.Image:
+    """
+    The padded and resized square that `LlavaImageProcessorPil` begins with, pixel for pixel, but without its way
+    through NumPy arrays, in which it spends more than half of its time. It takes the square as it is. What another
+    image processor gets, such as that of torchvision, or one that crops, is the image itself.
+    """
+    if type(image_processor).__name__ != "LlavaImageProcessorPil":
+        return image
+    if not (image_processor.do_pad and image_processor.do_resize and "shortest_edge" in image_processor.size):
+        return image
+    longest = max(image.size)
+    if image.width != image.height:
+        square = Image.new("RGB", (longest, longest), tuple(int(level * 255) for level in image_processor.image_mean))
+        square.paste(image, ((longest - image.width) // 2, (longest - image.height) // 2))
+        image = square
+    side = image_processor.size["shortest_edge"]
+    return image.resize((side, side), image_processor.resample)
+
+
 def image_name(image: str | Path | dict[str, Any] | Image.Image) -> str:
     """What an error calls the image."""
     if isinstance(image, dict):
         return image.get("path") or "embedded image"
     return "image" if isinstance(image, Image.Image) else str(image)
+
+
+def image_key(image: str | Path | dict[str, Any] | Image.Image) -> Hashable:
+    """Equal for two images of a batch if they are the same: the same path, bytes or object."""
+    if isinstance(image, dict):
+        return image.get("path"), image.get("bytes")
+    return id(image) if isinstance(image, Image.Image) else str(image)
+
+
+class OnceEach:
+    """
+    An image processor that stands before another one: images that repeat in a batch, as one object, are processed
+    once. Then it gives `image_indices`, for each image of the text its place in the output, as the model takes it.
+    """
+
+    def __init__(self, image_processor):
+        self.image_processor = image_processor
+        self.model_input_names = [*image_processor.model_input_names, "image_indices"]
+
+    def fetch_images(self, images: list[list]) -> list[list]:
+        return images
+
+    def __call__(self, images: list[list], **kwargs) -> dict[str, Any]:
+        images = [image for of_row in images for image in of_row]
+        unique = {id(image): image for image in images}
+        batch = dict(self.image_processor([list(unique.values())], **kwargs))
+        if len(unique) < len(images):
+            places = {identity: place for place, identity in enumerate(unique)}
+            batch["image_indices"] = [places[id(image)] for image in images]
+        return batch
 
 
 def image_stream(image: str | Path | dict[str, Any]) -> Path | io.BytesIO:

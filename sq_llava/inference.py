@@ -10,21 +10,24 @@
 checkpoint's folder; the library's own classes are used.
 """
 
-import copy
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import torch
 from huggingface_hub import hf_hub_download
 from jinja2 import TemplateError
-from transformers import BitsAndBytesConfig, DynamicCache
+from PIL import Image
+from transformers import BitsAndBytesConfig, LogitsProcessorList
+from transformers.image_utils import load_image
 from transformers.utils import is_bitsandbytes_available
 
 from modeling_sq_llava import SQLlavaForConditionalGeneration
 from processing_sq_llava import SQLlavaProcessor
 from sq_llava.checkpoint import is_adapter, is_missing_folder, load_checkpoint
 from sq_llava.images import open_image
+from sq_llava.prefix_cache import PrefixCache, allows_gaps, common_length, pad_left
+from sq_llava.sampling import SeededDraw
 
 
 # The authors' code lets the model describe the image first: in training, no conversation begins with a self-question.
@@ -40,7 +43,8 @@ class Assistant:
 
     def answer(self, images, messages, max_new_tokens: int = 512, **generate_kwargs) -> str:
         """
-        Answers, greedily unless `generate_kwargs` say otherwise.
+        Answers, greedily unless `generate_kwargs` say otherwise. With `cache_implementation="static"` transformers
+        compiles the decoding on a GPU, anew for each length (read in its source, not run on one).
 
         Args:
             images: One image or a list (paths or PIL images), or `None`. They take the places of the image parts of
@@ -54,12 +58,41 @@ class Assistant:
 
     @torch.inference_mode()
     def answer_batch(self, requests: list[tuple], max_new_tokens: int = 512, **generate_kwargs) -> list[str]:
-        """Answers several `(images, messages)` in one left-padded batch: the same answers as one by one."""
-        conversations = [place_images(images, messages) for images, messages in requests]
-        inputs = _encode(self, conversations)
+        """
+        Answers several `(images, messages)` in one left-padded batch: the same answers as one by one. What requests
+        about the same images (equal paths, or the same PIL objects) begin with goes through the model once.
+        """
+        conversations = place_images_of_all(requests)
         settings = {"do_sample": False, **generate_kwargs, "max_new_tokens": max_new_tokens}
+        if self.model.config.model_type != "sq_llava":
+            inputs = _encode(self, conversations)
+            output = self.model.generate(**inputs, **settings)
+            return _decode(self, output[:, inputs["input_ids"].shape[1] :])
+        prompts = _token_ids(self, conversations)
+        images = [_images_of(conversation) for conversation in conversations]
+        groups = _groups_with_one_prefix(prompts, images, self.processor.image_token_id)
+        if len(groups) < len(requests) and _can_share(self.model, prompts, settings):
+            inputs = self._read_prefixes(prompts, images, groups)
+        else:
+            input_ids, attention_mask = pad_left(prompts, self.processor.tokenizer.pad_token_id)
+            inputs = {
+                "input_ids": input_ids.to(self.model.device),
+                "attention_mask": attention_mask.to(self.model.device),
+                **_pixels(self, list(chain.from_iterable(images))),
+            }
         output = self.model.generate(**inputs, **settings)
         return _decode(self, output[:, inputs["input_ids"].shape[1] :])
+
+    def _read_prefixes(self, prompts: list[list[int]], images: list[list], groups: list[list[int]]) -> dict:
+        """The inputs of `generate`, with the cache of what the prompts of each group have in common."""
+        cache = PrefixCache(self.model, len(groups))
+        lengths = [_common_length_of_all([prompts[number] for number in group]) for group in groups]
+        # `read` leaves the last token out.
+        prefixes = [prompts[group[0]][: length + 1] for group, length in zip(groups, lengths)]
+        cache.read(prefixes, **_pixels(self, list(chain.from_iterable(images[group[0]] for group in groups))))
+        row_of_prompt = {number: row for row, group in enumerate(groups) for number in group}
+        cache = cache.select([row_of_prompt[number] for number in range(len(prompts))])
+        return {**cache.continue_with(prompts), "past_key_values": cache.states}
 
     def ask(
         self,
@@ -86,10 +119,34 @@ class Assistant:
         Returns:
             The questions, stripped.
         """
-        talk = _Talk.start(self, image, history, max_new_tokens)
-        sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "max_new_tokens": max_new_tokens}
-        with _seeded(seed):
-            return talk.ask(num_questions, **sampling)
+        histories, seeds = None if history is None else [history], None if seed is None else [seed]
+        return self.ask_batch([image], histories, num_questions, temperature, top_k, top_p, max_new_tokens, seeds)[0]
+
+    def ask_batch(
+        self,
+        images: list,
+        histories: list[list[dict]] | None = None,
+        num_questions: int = 1,
+        temperature: float = 1.2,
+        top_k: int = 300,
+        top_p: float = 0.95,
+        max_new_tokens: int = 300,
+        seeds: list[int] | None = None,
+    ) -> list[list[str]]:
+        """
+        Samples questions about several images together; the other arguments as in [`Assistant.ask`].
+
+        Args:
+            images: For each conversation what `ask` takes.
+            histories (`list[list[dict]]`, *optional*): One for each of `images`.
+            seeds (`list[int]`, *optional*): One for each of `images`, whose questions are then those of `ask` with
+                that seed, whatever else is in the batch.
+
+        Returns:
+            `num_questions` questions about each of `images`.
+        """
+        talks = Talks.start(self, images, histories, max_new_tokens, seeds)
+        return talks.ask(num_questions, temperature, top_k, top_p, max_new_tokens)
 
     def converse(
         self,
@@ -109,14 +166,13 @@ class Assistant:
             `history` (default: a description of the image), followed by `num_turns` turns of the roles `vusr` and
             `assistant`, contents as text.
         """
-        talk = _Talk.start(self, image, history, max_new_tokens)
-        sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "max_new_tokens": max_new_tokens}
-        with _seeded(seed):
-            for _ in range(num_turns):
-                question = talk.ask(1, **sampling)[0]
-                talk.messages.append({"role": "vusr", "content": question})
-                talk.answer(max_new_tokens)
-        return talk.messages
+        histories, seeds = None if history is None else [history], None if seed is None else [seed]
+        talks = Talks.start(self, [image], histories, max_new_tokens, seeds)
+        for _ in range(num_turns):
+            question = talks.ask(1, temperature, top_k, top_p, max_new_tokens)[0][0]
+            talks.messages[0].append({"role": "vusr", "content": question})
+            talks.answer(max_new_tokens)
+        return talks.messages[0]
 
 
 def load(
@@ -177,96 +233,115 @@ def best_device() -> str:
     return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
-@dataclass
-class _Talk:
-    """A conversation with the model's cache for it: what was seen once is not computed again."""
+class Talks:
+    """
+    Conversations side by side, with the model's cache for them: what was seen once is not computed again.
 
-    assistant: Assistant
-    messages: list[dict]
-    cache: DynamicCache = field(default_factory=DynamicCache)
-    cached_ids: list[int] = field(default_factory=list)
+    Args:
+        assistant ([`Assistant`]): Of a SQ-LLaVA.
+        messages (`list[list[dict]]`): Of each conversation, with its images in their places; they grow.
+        seeds (`list[int]`, *optional*): Of each conversation's samples.
+    """
+
+    def __init__(self, assistant: Assistant, messages: list[list[dict]], seeds: list[int] | None = None):
+        self.assistant = assistant
+        self.messages = messages
+        self.images = [image for conversation in messages for image in _images_of(conversation)]
+        self.cache = PrefixCache(assistant.model, len(messages))
+        self.generators = [None]
+        if seeds is not None:
+            device = assistant.model.device
+            self.generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
 
     @classmethod
-    def start(cls, assistant: Assistant, image, history: list[dict] | None, max_new_tokens: int) -> "_Talk":
-        if history:
+    def start(
+        cls,
+        assistant: Assistant,
+        images: list,
+        histories: list[list[dict]] | None,
+        max_new_tokens: int,
+        seeds: list[int] | None = None,
+    ) -> "Talks":
+        """Conversations that end with an answer, as those that the model asks in must; without, with a description."""
+        for history in histories or []:
             if history[-1]["role"] != "assistant":
                 raise ValueError(
                     f"history ends with a turn of role {history[-1]['role']!r}: it must end with an answer."
                 )
-            return cls(assistant, place_images(image, history))
-        talk = cls(assistant, place_images(image, DESCRIBE))
-        talk.answer(max_new_tokens)
-        return talk
+        if histories:
+            return cls(assistant, place_images_of_all(list(zip(images, histories, strict=True))), seeds)
+        talks = cls(assistant, place_images_of_all([(image, DESCRIBE) for image in images]), seeds)
+        talks.answer(max_new_tokens)
+        return talks
 
     @torch.inference_mode()
-    def answer(self, max_new_tokens: int) -> None:
-        """Answers the last turn greedily, and appends the answer."""
-        inputs = self._uncached_inputs(ask=False)
+    def answer(self, max_new_tokens: int) -> list[str]:
+        """Answers the last turns greedily, and appends the answers."""
+        prompts = self._prompts(ask=False, num_new_tokens=max_new_tokens)
+        images = self._unseen_pixels()
+        inputs = self.cache.continue_with(prompts)
         output = self.assistant.model.generate(
-            **inputs, past_key_values=self.cache, do_sample=False, max_new_tokens=max_new_tokens
+            **inputs, **images, past_key_values=self.cache.states, do_sample=False, max_new_tokens=max_new_tokens
         )
-        # The cache holds all but the last token, which was never fed.
-        self.cached_ids = output[0, :-1].tolist()
-        prompt_length = inputs["input_ids"].shape[1]
-        text = _decode(self.assistant, output[:, prompt_length:])[0]
-        self.messages.append({"role": "assistant", "content": text})
+        new_tokens = output[:, inputs["input_ids"].shape[1] :]
+        # The cache holds all but the last token, which was never fed. What stands behind the end of a shorter answer
+        # is in no prompt, and so dropped by the next turn.
+        mask = torch.cat([inputs["attention_mask"], torch.ones_like(new_tokens)], dim=1)
+        self.cache.remember(output[:, :-1], mask[:, :-1])
+        texts = _decode(self.assistant, new_tokens)
+        for conversation, text in zip(self.messages, texts):
+            conversation.append({"role": "assistant", "content": text})
+        return texts
 
     @torch.inference_mode()
-    def ask(self, num_questions: int, **sampling) -> list[str]:
-        """Samples questions; the conversation stays as it is."""
-        inputs = self._uncached_inputs(ask=True)
-        ids = inputs.pop("input_ids")
-        mask = inputs.pop("attention_mask")
-        # One pass over all but the last token, which `generate` begins with.
-        uncached_ids = ids[:, len(self.cached_ids) : -1]
-        if uncached_ids.shape[1]:
-            self.assistant.model(
-                input_ids=uncached_ids,
-                attention_mask=mask[:, :-1],
-                past_key_values=self.cache,
-                logits_to_keep=1,
-                **inputs,
-            )
-            self.cached_ids = ids[0, :-1].tolist()
-        cache = copy.deepcopy(self.cache)
-        cache.batch_repeat_interleave(num_questions)
+    def ask(
+        self, num_questions: int, temperature: float, top_k: int, top_p: float, max_new_tokens: int
+    ) -> list[list[str]]:
+        """Samples questions in each conversation; they stay as they are."""
+        prompts = self._prompts(ask=True, num_new_tokens=max_new_tokens)
+        inputs = self.cache.read(prompts, **self._unseen_pixels())
+        rows = [row for row in range(len(prompts)) for _ in range(num_questions)]
+        draw = SeededDraw(temperature, top_k, top_p, self.generators)
         output = self.assistant.model.generate(
-            input_ids=ids.repeat(num_questions, 1),
-            attention_mask=mask.repeat(num_questions, 1),
-            past_key_values=cache,
-            do_sample=True,
-            **sampling,
+            input_ids=inputs["input_ids"][rows],
+            attention_mask=inputs["attention_mask"][rows],
+            past_key_values=self.cache.select(rows).states,
+            do_sample=False,
+            logits_processor=LogitsProcessorList([draw]),
+            max_new_tokens=max_new_tokens,
         )
-        return _decode(self.assistant, output[:, ids.shape[1] :])
+        texts = _decode(self.assistant, output[:, inputs["input_ids"].shape[1] :])
+        return [texts[start : start + num_questions] for start in range(0, len(texts), num_questions)]
 
-    def _uncached_inputs(self, ask: bool) -> dict[str, torch.Tensor]:
-        """The inputs for the next turn; without the pixels once the cache holds the images."""
-        inputs = _encode(self.assistant, [self.messages], ask=ask)
-        ids = inputs["input_ids"][0].tolist()
-        common = 0
-        while common < min(len(ids) - 1, len(self.cached_ids)) and ids[common] == self.cached_ids[common]:
-            common += 1
-        if common < len(self.cached_ids):
-            # Text is not always split into the tokens that it was generated as.
-            self.cache.crop(common - len(self.cached_ids))
-            self.cached_ids = self.cached_ids[:common]
-        if self.cached_ids:
-            inputs.pop("pixel_values", None)
-        return inputs
+    def _prompts(self, ask: bool, num_new_tokens: int) -> list[list[int]]:
+        prompts = _token_ids(self.assistant, self.messages, ask)
+        text_config = self.assistant.model.config.get_text_config()
+        length = self.cache.tokens.shape[1] + max(map(len, prompts)) + num_new_tokens
+        if len(prompts) > 1 and not allows_gaps(text_config, length):
+            self.cache = PrefixCache(self.assistant.model, len(prompts))
+        return prompts
+
+    def _unseen_pixels(self) -> dict[str, torch.Tensor]:
+        """The images, if the cache does not hold them yet."""
+        return _pixels(self.assistant, self.images) if self.cache.is_empty else {}
 
 
-def place_images(images, messages: str | list[dict]) -> list[dict]:
+def place_images(images, messages: str | list[dict], opened: dict[str | int, Image.Image] | None = None) -> list[dict]:
     """
     Messages in which every image part holds its image; see [`Assistant.answer`] for the arguments.
+
+    Args:
+        opened (`dict`, *optional*): Images that were opened before, by path or by `id`; it is added to.
 
     Raises:
         ValueError: if there are more images than places for them, or fewer.
     """
     images = [] if images is None else list(images) if isinstance(images, (list, tuple)) else [images]
-    images = [open_image(image) for image in images]
+    opened = {} if opened is None else opened
+    images = [_open_once(image, opened) for image in images]
     if isinstance(messages, str):
         messages = [{"role": "user", "content": messages}]
-    messages = [{**message, "content": _as_parts(message["content"])} for message in messages]
+    messages = [{**message, "content": _as_parts(message["content"], opened)} for message in messages]
     empty = [part for message in messages for part in message["content"] if part.keys() == {"type"}]
     if images and not empty and not any(part["type"] == "image" for m in messages for part in m["content"]):
         first_user_turn = next((message for message in messages if message["role"] == "user"), None)
@@ -281,8 +356,40 @@ def place_images(images, messages: str | list[dict]) -> list[dict]:
     return messages
 
 
-def _as_parts(content: str | list[dict]) -> list[dict]:
-    return [{"type": "text", "text": content}] if isinstance(content, str) else [dict(part) for part in content]
+def _as_parts(content: str | list[dict], opened: dict[str | int, Image.Image]) -> list[dict]:
+    parts = [{"type": "text", "text": content}] if isinstance(content, str) else [dict(part) for part in content]
+    for part in parts:
+        # The places that transformers' chat templates know.
+        for key in part.keys() & {"image", "path", "url", "base64"}:
+            source = part.pop(key)
+            part["image"] = _open_once(load_image(source) if key in ("url", "base64") else source, opened)
+    return parts
+
+
+def _open_once(image, opened: dict[str | int, Image.Image]) -> Image.Image:
+    key = str(image) if isinstance(image, (str, Path)) else id(image)
+    if key not in opened:
+        opened[key] = open_image(image)
+        # Its own place, too: a message that is placed again.
+        opened[id(opened[key])] = opened[key]
+    return opened[key]
+
+
+def place_images_of_all(requests: list[tuple]) -> list[list[dict]]:
+    """`place_images` of several `(images, messages)`, with one opened image for all places of one path or object."""
+    opened: dict[str | int, Image.Image] = {}
+    return [place_images(images, messages, opened) for images, messages in requests]
+
+
+def _images_of(conversation: list[dict]) -> list[Image.Image]:
+    return [part["image"] for message in conversation for part in message["content"] if part["type"] == "image"]
+
+
+def _pixels(assistant: Assistant, images: list[Image.Image]) -> dict[str, torch.Tensor]:
+    if not images:
+        return {}
+    pixel_values = assistant.processor.image_processor(images, return_tensors="pt")["pixel_values"]
+    return {"pixel_values": pixel_values.to(assistant.model.device)}
 
 
 def _encode(assistant: Assistant, conversations: list[list[dict]], ask: bool = False) -> dict[str, torch.Tensor]:
@@ -301,16 +408,46 @@ def _encode(assistant: Assistant, conversations: list[list[dict]], ask: bool = F
     return dict(inputs.to(assistant.model.device))
 
 
+def _token_ids(assistant: Assistant, conversations: list[list[dict]], ask: bool = False) -> list[list[int]]:
+    """The prompts, with the placeholders of their images; no image is processed for it."""
+    processor = assistant.processor
+    try:
+        texts = processor.apply_chat_template(conversations, add_generation_prompt=True, ask=ask, tokenize=False)
+    except TemplateError as error:
+        raise ValueError(str(error)) from error
+    placeholders = processor.image_token * processor.image_seq_length
+    texts = [text.replace(processor.image_token, placeholders) for text in texts]
+    return processor.tokenizer(texts, add_special_tokens=False)["input_ids"]
+
+
+def _groups_with_one_prefix(
+    prompts: list[list[int]], images: list[list[Image.Image]], image_token_id: int
+) -> list[list[int]]:
+    """Numbers of prompts whose images are the same and all in what the prompts have in common."""
+    groups: dict[tuple[int, ...], list[int]] = {}
+    for number, of_prompt in enumerate(images):
+        groups.setdefault(tuple(map(id, of_prompt)), []).append(number)
+    apart = []
+    for group in groups.values():
+        length = _common_length_of_all([prompts[number] for number in group])
+        holds_images = image_token_id not in prompts[group[0]][length:]
+        apart += [group] if holds_images else [[number] for number in group]
+    return apart
+
+
+def _common_length_of_all(prompts: list[list[int]]) -> int:
+    """How many tokens the prompts begin with alike; at least the last of each is left out."""
+    common = min(common_length(prompts[0], prompt) for prompt in prompts)
+    return min(common, min(map(len, prompts)) - 1)
+
+
+def _can_share(model: SQLlavaForConditionalGeneration, prompts: list[list[int]], settings: dict) -> bool:
+    """Whether the settings leave the cache and its rows to the caller, and padding may stand inside of them."""
+    known = {"do_sample", "temperature", "top_k", "top_p", "num_beams", "max_new_tokens"}
+    length = 2 * max(map(len, prompts)) + settings["max_new_tokens"]
+    is_plain = settings.keys() <= known and settings.get("num_beams", 1) == 1
+    return is_plain and allows_gaps(model.config.get_text_config(), length)
+
+
 def _decode(assistant: Assistant, token_ids: torch.Tensor) -> list[str]:
     return [text.strip() for text in assistant.processor.batch_decode(token_ids, skip_special_tokens=True)]
-
-
-@contextmanager
-def _seeded(seed: int | None):
-    """Seeds the sampling inside of a `with`, and puts the generators back; without a seed, does nothing."""
-    if seed is None:
-        yield
-        return
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        yield

@@ -32,6 +32,7 @@ from sq_llava.adapter import count_parameters
 from sq_llava.base import add_stage_adapter
 from sq_llava.checkpoint import base_of_adapter, compose_config, is_adapter
 from sq_llava.data import load_rows
+from sq_llava.packing import PackSampler, pack_sampler
 from sq_llava.settings import SQLlavaArguments, quantization_config, starting_point
 
 
@@ -267,8 +268,12 @@ def _features(module: nn.Module) -> int:
     return sum(linear.in_features + linear.out_features for linear in linears)
 
 
-def describe_steps(num_rows: int, training_args: SFTConfig, num_processes: int) -> str:
-    """Rows, global batch, epochs, optimizer steps and warm-up of a run, in a line."""
+def describe_steps(
+    num_rows: int, training_args: SFTConfig, num_processes: int, packs: PackSampler | None = None
+) -> str:
+    """Rows (or packs), global batch, epochs, optimizer steps and warm-up of a run, in a line."""
+    unit, what = ("rows", f"{num_rows:,} rows") if packs is None else ("packs", f"{packs.num_packs:,} packs")
+    num_rows = num_rows if packs is None else packs.num_packs
     at_once = training_args.per_device_train_batch_size * num_processes
     accumulation = training_args.gradient_accumulation_steps
     batches = math.ceil(num_rows / at_once)
@@ -281,19 +286,28 @@ def describe_steps(num_rows: int, training_args: SFTConfig, num_processes: int) 
     warmup = training_args.get_warmup_steps(steps)
     rows = training_args.per_device_train_batch_size
     return (
-        f"Steps: {num_rows:,} rows, {at_once * accumulation} a step ({num_processes} processes x {rows} rows x "
+        f"Steps: {what}, {at_once * accumulation} a step ({num_processes} processes x {rows} {unit} x "
         f"{accumulation} accumulated), {per_epoch:,} steps an epoch. "
         f"{steps:,} steps are {epochs:.2f} epochs; {warmup:,} of them are warm-up."
     )
 
 
 def print_plan(
-    model: nn.Module, training_args: SFTConfig, num_gpus: int, quantization: BitsAndBytesConfig | None
+    model: nn.Module,
+    training_args: SFTConfig,
+    num_gpus: int,
+    quantization: BitsAndBytesConfig | None,
+    packing: bool = False,
 ) -> None:
-    """Prints the memory of a model without weights, on rows of the greatest length, with an image each."""
+    """
+    Prints the memory of a model without weights, on rows of the greatest length, with an image each, or, packed, as
+    many as fit.
+    """
     text_config = model.config.get_text_config()
     rows = training_args.per_device_train_batch_size
-    batch = Batch(rows, training_args.max_length or text_config.max_position_embeddings, rows)
+    tokens = training_args.max_length or text_config.max_position_embeddings
+    images = max(1, tokens // model.config.image_seq_length) if packing else 1
+    batch = Batch(rows, tokens, rows * images)
     shardings = SHARDINGS if num_gpus > 1 and quantization is None else SHARDINGS[:1]
     estimates = {
         sharding: estimate_memory(model, batch, training_args, num_gpus, sharding, quantization)
@@ -354,7 +368,8 @@ def resident_peak() -> int:
 
 def try_one_step(trainer: SFTTrainer, resident_before: int) -> int:
     """
-    Trains one step on the longest rows, prints the estimate of its memory and what it took, and returns the latter.
+    Trains one step on the longest rows, or fullest packs, prints the estimate of its memory and what it took, and
+    returns the latter.
 
     Args:
         trainer ([`SFTTrainer`]): Not yet prepared, with settings from [`leave_one_step`].
@@ -362,13 +377,17 @@ def try_one_step(trainer: SFTTrainer, resident_before: int) -> int:
     """
     args, world_size = trainer.args, trainer.args.world_size
     on_gpu = args.device.type == "cuda"
-    rows = longest_rows(trainer.train_dataset, args.per_device_train_batch_size * world_size)
-    own = range(args.process_index, len(rows), world_size)
-    inputs = trainer.data_collator([rows[index] for index in own])
-    batch = Batch(*inputs["input_ids"].shape, len(inputs.get("pixel_values", [])))
+    if trainer.packs is None:
+        rows = longest_rows(trainer.train_dataset, args.per_device_train_batch_size * world_size)
+        own = range(args.process_index, len(rows), world_size)
+        inputs = trainer.data_collator([rows[index] for index in own])
+        trainer.train_dataset = rows
+    else:
+        trainer.packs.keep_fullest()
+        inputs = next(iter(trainer.get_train_dataloader()))
+    batch = Batch(*inputs["input_ids"].shape, len(inputs.get("pixel_values", inputs.get("vision_features", []))))
     sharding = sharding_of(trainer.accelerator)
     estimate = estimate_memory(trainer.model, batch, args, world_size, sharding, on_gpu=on_gpu)
-    trainer.train_dataset = rows
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
     trainer.train()
@@ -376,7 +395,8 @@ def try_one_step(trainer: SFTTrainer, resident_before: int) -> int:
     if trainer.accelerator.is_main_process:
         print_memory({sharding: estimate}, batch, world_size)
         what = "torch.cuda.max_memory_allocated" if on_gpu else "growth of the resident set since the start"
-        print(f"Measured in one step on the longest rows: {size(peak)} ({what}).")
+        which = "longest rows" if trainer.packs is None else "fullest packs"
+        print(f"Measured in one step on the {which}: {size(peak)} ({what}).")
     return peak
 
 
@@ -418,11 +438,13 @@ def plan_from_configs(
         )
         model = add_stage_adapter(model, arguments, model_config)
     print_parameters(model, arguments.part_learning_rates, training_args.learning_rate)
-    print_plan(model, training_args, num_gpus, quantization_config(model_config))
+    print_plan(model, training_args, num_gpus, quantization_config(model_config), arguments.packing)
     try:
-        num_rows = len(load_rows(arguments.datasets, training_args.seed, config.image_seq_length))
-        num_rows -= arguments.num_eval_rows
+        rows = load_rows(arguments.datasets, training_args.seed, config.image_seq_length)
+        packs = pack_sampler(rows, training_args, num_gpus) if arguments.packing else None
     except ValueError as error:
         print(f"Steps: not known without the data. {error}")
     else:
-        print(describe_steps(num_rows, training_args, num_gpus))
+        print(describe_steps(len(rows) - arguments.num_eval_rows, training_args, num_gpus, packs))
+        if packs is not None:
+            print("The number of packs is one of rough lengths, as the text was not tokenized; --dry_run real counts.")

@@ -146,7 +146,7 @@ def warn_of_changes(checkpoint: str, run: dict[str, int]) -> None:
     """Says what differs from the run that wrote the checkpoint, if losses will differ by that."""
     before = json.loads((Path(checkpoint) / RUN_FILE).read_text())
     for name, now in run.items():
-        if before[name] != now:
+        if before.get(name, now) != now:
             print(
                 f"{checkpoint}: {name} was {before[name]} and is {now} now: from here on, the losses are not those of "
                 "the uninterrupted run."

@@ -9,16 +9,20 @@ The first turn always belongs to the user. Each later one becomes a `[vusr]` tur
 `self_question_ratio` (the paper's 1 - delta), drawn anew in each epoch; only samples with an image take part.
 """
 
+import copy
 import hashlib
+from collections.abc import Hashable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from jinja2 import TemplateError
+from PIL import Image
 from transformers import TrainerCallback
 
 from processing_sq_llava import SQLlavaProcessor
-from sq_llava.images import open_image
+from sq_llava.feature_cache import CachedFeatures, FeatureCache
+from sq_llava.images import OnceEach, image_key, open_image, squared
 
 
 IGNORE_INDEX = -100
@@ -70,6 +74,8 @@ class SelfQuestioningCollator:
     """
     Rows -> a padded batch: `input_ids`, `attention_mask`, `pixel_values`, `labels`, `turn_kinds` (`torch.uint8` of the
     shape of `labels`: 1 on answers, 2 on self-questions, 0 elsewhere), and `row_ids` (`torch.int64`, one per row).
+    An image that several rows show is opened and processed once: `pixel_values` holds it once, and `image_indices`
+    (`torch.int64`, one per image of the text) says which is which.
 
     A row has `row_id` (int), `messages` and `images` (paths or PIL images, in the order of the image parts). Labels
     come from the chat template's own mask: nothing is tokenised twice, so nothing can disagree.
@@ -81,6 +87,8 @@ class SelfQuestioningCollator:
         seed (`int`): Of the draw.
         max_length (`int`, *optional*): In tokens. A longer row loses its last turns, whole ones; a row of which not
             even the first turn fits is an error.
+        feature_cache ([`FeatureCache`], *optional*): Gives `vision_features`, of no images in a batch of text, instead
+            of `pixel_values`; no image is opened then.
     """
 
     processor: SQLlavaProcessor
@@ -88,11 +96,18 @@ class SelfQuestioningCollator:
     self_question_ratio: float = 0.5
     seed: int = 0
     max_length: int | None = None
+    feature_cache: FeatureCache | None = None
     # In shared memory: data loader workers that live on see the next epoch too.
     epoch: torch.Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.int64).share_memory_())
 
+    def __post_init__(self):
+        image_processor = self.processor.image_processor if self.feature_cache is None else CachedFeatures()
+        self.batch_processor = copy.copy(self.processor)
+        self.batch_processor.image_processor = OnceEach(image_processor)
+
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        conversations = [self._conversation(row) for row in rows]
+        images = {}  # rows of one batch may share them
+        conversations = [self._conversation(row, images) for row in rows]
         try:
             batch = self._tokenize(conversations)
         except TemplateError as error:
@@ -108,19 +123,24 @@ class SelfQuestioningCollator:
         else:
             kinds = [_turn_kinds(mask, messages, row) for mask, messages, row in zip(spoken, conversations, rows)]
             batch["turn_kinds"] = torch.stack(kinds)
+        if self.feature_cache is not None and "vision_features" not in batch:
+            batch["vision_features"] = torch.empty(0, *self.feature_cache.shape, dtype=self.feature_cache.dtype)
         batch["row_ids"] = torch.tensor([row["row_id"] for row in rows])
         return dict(batch)
 
-    def _conversation(self, row: dict[str, Any]) -> list[dict]:
+    def _conversation(self, row: dict[str, Any], opened: dict[Hashable, Any]) -> list[dict]:
         messages = row["messages"]
         if not self.plain:
             messages = draw_self_questions(
                 messages, self.self_question_ratio, self.seed, int(self.epoch), row["row_id"]
             )
         try:
-            images = iter([open_image(image) for image in row["images"]])
+            for image in row["images"]:
+                if image_key(image) not in opened:
+                    opened[image_key(image)] = self._open(image)
         except ValueError as error:
             raise ValueError(f"Row {row['row_id']} (id {row.get('id')!r}): {error}") from error
+        images = iter([opened[image_key(image)] for image in row["images"]])
         return [
             {
                 **message,
@@ -132,8 +152,13 @@ class SelfQuestioningCollator:
             for message in messages
         ]
 
+    def _open(self, image: str | dict[str, Any] | Image.Image) -> Any:
+        if self.feature_cache is not None:
+            return self.feature_cache.features(image)
+        return squared(open_image(image), self.processor.image_processor)
+
     def _tokenize(self, conversations: list[list[dict]]) -> dict[str, torch.Tensor]:
-        batch = self.processor.apply_chat_template(
+        batch = self.batch_processor.apply_chat_template(
             conversations,
             tokenize=True,
             return_dict=True,

@@ -82,7 +82,10 @@ class SQLlavaArguments:
     )
     global_batch_size: int | None = field(
         default=None,
-        metadata={"help": "Rows of an optimizer step, over all processes; instead of gradient_accumulation_steps."},
+        metadata={
+            "help": "Rows of an optimizer step, over all processes; instead of gradient_accumulation_steps. With "
+            "packing it counts packs, as per_device_train_batch_size does: the run says how many rows these hold."
+        },
     )
     dry_run: Literal["off", "meta", "real"] = field(
         default="off",
@@ -98,6 +101,12 @@ class SQLlavaArguments:
         default="sample",
         metadata={"help": "Rows and images to look at before the model is loaded; `sq-llava doctor` tells more."},
     )
+    feature_cache: str | None = field(
+        default=None,
+        metadata={"help": "Folder of `sq-llava cache-features`, read instead of images; with vision_lora_r 0."},
+    )
+    # TRL's own setting, which it refuses for images: `parse_settings` moves it here.
+    packing: bool = field(init=False, default=False)
     max_loss: float | None = field(
         default=None, metadata={"help": "Stop at a step with a higher loss; default: 2 ln(vocabulary size)."}
     )
@@ -149,7 +158,54 @@ def parse_settings(
             f"{len(arguments.generation_datasets)} entries: to evaluate, give eval_strategy (steps or epoch) and one "
             "of eval_datasets and num_eval_rows; generation_datasets goes with them."
         )
+    if arguments.feature_cache is not None:
+        require_frozen_tower(arguments, model_config)
+    take_over_packing(arguments, training_args)
     return arguments, training_args, model_config
+
+
+def take_over_packing(arguments: SQLlavaArguments, training_args: SFTConfig) -> None:
+    """
+    Moves TRL's `packing` to `arguments`: TRL refuses it for images, `sq_llava/packing.py` does it.
+
+    Raises:
+        ValueError: for what does not go with it, or is not done here.
+    """
+    if training_args.padding_free or training_args.eval_packing:
+        raise ValueError(
+            f"padding_free is {training_args.padding_free}, eval_packing {training_args.eval_packing}: neither is "
+            "done for images. Leave them out; packing: true leaves hardly any padding, and evaluation stays padded."
+        )
+    if not training_args.packing:
+        return
+    refused = {"packing_strategy": "bfd", "train_sampling_strategy": "random", "auto_find_batch_size": False}
+    for name, only in refused.items():
+        if (value := getattr(training_args, name)) != only:
+            raise ValueError(
+                f"packing is true and {name} is {str(value)!r}: packing keeps rows whole and has an order and size of "
+                f"its own. Give {name} {only!r}, or leave packing out."
+            )
+    if training_args.max_length is None:
+        raise ValueError("packing is true and max_length is not given: give it, it is the size of a packed row.")
+    arguments.packing, training_args.packing = True, False
+
+
+def require_frozen_tower(arguments: SQLlavaArguments, model_config: ModelConfig) -> None:
+    """
+    Raises:
+        ValueError: if training would change the vision tower, so that features made before would not be its own.
+    """
+    if arguments.vision_lora_r:
+        raise ValueError(
+            f"vision_lora_r is {arguments.vision_lora_r}: ViT-LoRA changes the vision tower in each step, and "
+            "features made before would not be its own. Give vision_lora_r 0, which freezes it (the paper trains it), "
+            "or leave feature_cache out."
+        )
+    if model_config.load_in_4bit or model_config.load_in_8bit:
+        raise ValueError(
+            "load_in_4bit or load_in_8bit is set: the features of a quantized vision tower are not cached. Leave it "
+            "out, or feature_cache."
+        )
 
 
 # What stays as it is in a quantized model: what is trained in full, and the head, which TRL's loss multiplies by. The
@@ -189,23 +245,27 @@ def processor_settings(arguments: SQLlavaArguments) -> dict[str, str]:
     return {name: value for name, value in settings.items() if value is not None}
 
 
+def composed_processor(arguments: SQLlavaArguments, model_config: ModelConfig) -> SQLlavaProcessor:
+    """The processor of a recipe, without any weights."""
+    parts = (arguments.vision_model_name_or_path, arguments.text_model_name_or_path)
+    settings = processor_settings(arguments)
+    if None not in parts:  # also in place of a stage that is not there yet
+        return compose_processor(*parts, **settings)
+    start, _ = starting_point(arguments, model_config)
+    return SQLlavaProcessor.from_pretrained(start, **settings)
+
+
 def data_check(
     arguments: SQLlavaArguments, training_args: SFTConfig, model_config: ModelConfig, **looked_at: bool
 ) -> DataCheck:
     """What the doctor needs of a recipe: the data and the processor, but no weights."""
-    parts = (arguments.vision_model_name_or_path, arguments.text_model_name_or_path)
-    settings = processor_settings(arguments)
-    if None not in parts:  # also in place of a stage that is not there yet
-        processor = compose_processor(*parts, **settings)
-    else:
-        start, _ = starting_point(arguments, model_config)
-        processor = SQLlavaProcessor.from_pretrained(start, **settings)
     return DataCheck(
         arguments.datasets,
-        processor,
+        composed_processor(arguments, model_config),
         plain=arguments.stage == "align",
         max_length=training_args.max_length,
         self_question_ratio=arguments.self_question_ratio,
+        packing=arguments.packing,
         eval_sources=[*arguments.eval_datasets, *arguments.generation_datasets],
         **looked_at,
     )

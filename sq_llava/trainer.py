@@ -4,7 +4,8 @@ The loss of an optimizer step is the weighted mean over all its labelled tokens,
 processes: a token of an answer weighs 1, one of a self-question `question_loss_weight` (1 in the paper).
 
 Logged beside the loss: `loss_answers`, `loss_questions` (means over their own tokens, unweighted),
-`mean_token_accuracy`, `self_question_share` (of all the turns that the model speaks) and the learning rates.
+`mean_token_accuracy`, `self_question_share` (of all the turns that the model speaks), with packing `packing_fill`
+(tokens that are there, of those that packs have room for), and the learning rates.
 
 Each step is looked at before it is applied, and work is not lost: see `sq_llava/recovery.py`.
 """
@@ -19,13 +20,15 @@ import torch
 from accelerate import FullyShardedDataParallelPlugin
 from safetensors import SafetensorError
 from torch.distributed.tensor import DTensor
+from torch.nn import functional as F
 from trl import SFTTrainer
 
 from sq_llava.adapter import trained_parameters
 from sq_llava.batching import ModalityLengthSampler
 from sq_llava.monitoring import GenerationCheck
+from sq_llava.packing import PackedRows, PackingCollator, pack_sampler
 from sq_llava.recovery import RUN_FILE, STATE_FILE, CheckpointError, StepWatch, checkpoint_faults, file_sizes
-from sq_llava.self_questioning import ANSWER, QUESTION
+from sq_llava.self_questioning import ANSWER, IGNORE_INDEX, QUESTION
 
 
 def keep_wrap_policy(plugin: FullyShardedDataParallelPlugin) -> None:
@@ -46,6 +49,7 @@ class SQLlavaTrainer(SFTTrainer):
         max_loss (`float`, *optional*): Above it, training diverges and is stopped. Default: 2 ln(vocabulary size),
             twice the loss of a uniform guess.
         generation_check (`GenerationCheck`, *optional*): Runs with each evaluation.
+        packing (`bool`): Whether rows are packed for training; their `length` is that of `with_sure_lengths` then.
         The rest as for [`~trl.SFTTrainer`]; the data collator is a [`SelfQuestioningCollator`].
     """
 
@@ -58,6 +62,7 @@ class SQLlavaTrainer(SFTTrainer):
         part_learning_rates: dict[str, float],
         max_loss: float | None = None,
         generation_check: GenerationCheck | None = None,
+        packing: bool = False,
         **kwargs,
     ):
         self.question_loss_weight = question_loss_weight
@@ -74,6 +79,13 @@ class SQLlavaTrainer(SFTTrainer):
         vocab_size = self.model.config.get_text_config().vocab_size
         self.watch = StepWatch(self.accelerator, 2 * math.log(vocab_size) if max_loss is None else max_loss)
         self.add_callback(self.watch)
+        # Tokens of packs, and what they have room for, since the last line of the log.
+        self._packed = torch.zeros(2)
+        self.packs = None
+        if packing:
+            self.packs = pack_sampler(
+                self.train_dataset, self.args, self.args.world_size, epoch=self.data_collator.epoch
+            )
         if self.is_fsdp_enabled:
             keep_wrap_policy(self.accelerator.state.fsdp_plugin)
 
@@ -104,6 +116,24 @@ class SQLlavaTrainer(SFTTrainer):
             rows["length"], rows["num_images"], batch_size, self.args.seed, self.data_collator.epoch
         )
 
+    def get_train_dataloader(self) -> torch.utils.data.DataLoader:
+        if self.packs is None:
+            return super().get_train_dataloader()
+        args = self.args
+        # All of its kinds in transformers have it in their name.
+        flat = "flash" in self.model.config.get_text_config()._attn_implementation
+        loader = torch.utils.data.DataLoader(
+            PackedRows(self.train_dataset),
+            batch_sampler=self.packs,
+            collate_fn=PackingCollator(self.data_collator, flat),
+            num_workers=args.dataloader_num_workers,
+            pin_memory=args.dataloader_pin_memory,
+            persistent_workers=args.dataloader_persistent_workers,
+            multiprocessing_context=args.dataloader_multiprocessing_context,
+            prefetch_factor=args.dataloader_prefetch_factor,
+        )
+        return self.accelerator.prepare(loader)
+
     def get_eval_dataloader(self, eval_dataset=None) -> torch.utils.data.DataLoader:
         """With the self-questions of the first epoch, whatever the epoch: evaluations are to be compared."""
         collator = self.data_collator
@@ -133,9 +163,16 @@ class SQLlavaTrainer(SFTTrainer):
         weights = self._loss_weights(inputs)
         kinds, row_ids = inputs.pop("turn_kinds"), inputs.pop("row_ids")
         inputs["use_cache"] = False
-        # The forward of TRL's fused LM head, which scores the labelled positions only.
-        outputs = model(**inputs, fused_lm_head=True)
-        token_losses = -outputs.log_probs  # 0 where there is no label
+        labels = inputs.pop("labels")[:, 1:]
+        labelled = labels != IGNORE_INDEX
+        # TRL's fused LM head goes in tiles that bound its memory, and never holds all logits. Where Triton runs (CUDA,
+        # XPU) it picks the labelled positions itself, elsewhere (CPU, MPS) it scores every position that it is given
+        # (trl/trainer/utils.py, add_fused_lm_head): so it is given the labelled ones alone, everywhere.
+        outputs = model(
+            **inputs, positions_to_keep=F.pad(labelled, (0, 1)), shift_labels=labels[labelled], fused_lm_head=True
+        )
+        # 0 where there is no label. Without any, still connected to the model, whose backward other processes await.
+        token_losses = outputs.log_probs.new_zeros(labels.shape).masked_scatter(labelled, -outputs.log_probs)
         # Without a number, as in evaluation, the mean is over this batch.
         total_weight = weights.sum() if num_items_in_batch is None else num_items_in_batch
         weighted_loss = (weights * token_losses).sum()
@@ -144,6 +181,7 @@ class SQLlavaTrainer(SFTTrainer):
             loss = loss * self.accelerator.num_processes  # DDP takes the mean over the processes
         self._count(token_losses.detach(), outputs.is_top1, kinds)
         if self.model.training:
+            self._count_packed(inputs, row_ids)
             self.watch.micro_batches.append((row_ids, torch.stack([weighted_loss.detach(), weights.sum()]).float()))
         return (loss, outputs) if return_outputs else loss
 
@@ -157,6 +195,12 @@ class SQLlavaTrainer(SFTTrainer):
         mode = "train" if self.model.training else "eval"
         # They stay on the device: reading them here would make it wait in every batch.
         self._sums[mode] = self._sums.get(mode, 0) + torch.stack([s.float() for s in sums])
+
+    def _count_packed(self, inputs: dict[str, torch.Tensor], row_ids: torch.Tensor) -> None:
+        if self.packs is not None:
+            tokens = (inputs["position_ids"] > 0).sum() + len(row_ids)  # one of each conversation is at 0
+            room = torch.full_like(tokens, self.packs.packs_per_batch * self.packs.max_length)
+            self._packed = self._packed.to(tokens.device) + torch.stack([tokens, room])
 
     def _get_grad_norm(self, model, grad_norm=None):
         norm = super()._get_grad_norm(model, grad_norm)
@@ -172,6 +216,8 @@ class SQLlavaTrainer(SFTTrainer):
             "rows_per_step": self._train_batch_size * args.gradient_accumulation_steps * args.world_size,
             "num_rows": len(self.train_dataset),
             "seed": args.seed,
+            # With packing, what is above counts packs.
+            "packing": self.packs is not None,
         }
 
     def train(self, *args, **kwargs):
@@ -252,6 +298,11 @@ class SQLlavaTrainer(SFTTrainer):
                 metrics["loss_questions"] = question_loss / question_tokens
             prefix = "eval_" if mode == "eval" else ""
             logs.update({prefix + name: value for name, value in metrics.items()})
+        if mode == "train" and self.packs is not None and "loss" in logs:
+            packed = self._packed.to(self.accelerator.device, torch.float32)
+            tokens, room = self.accelerator.reduce(packed, reduction="sum").tolist()
+            logs["packing_fill"] = tokens / max(room, 1)
+            self._packed = torch.zeros(2)
         if "learning_rate" in logs and self.optimizer is not None:
             logs.update({f"learning_rate_{g['part']}": g["lr"] for g in self.optimizer.param_groups})
         super().log(logs, start_time)

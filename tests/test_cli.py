@@ -93,6 +93,13 @@ def test_help_has_examples(command):
     assert f"sq-llava {command} " in result.output.partition("Examples:")[2]
 
 
-def test_help_does_not_import_torch():
-    code = "import sys; from sq_llava.cli import app; assert 'torch' not in sys.modules"
-    subprocess.run([sys.executable, "-c", code], check=True)
+@pytest.mark.parametrize("command", [[], *([name] for name in ("ask", "convert", "doctor", "evaluate", "push"))])
+def test_help_answers_before_any_large_library_is_imported(command):
+    code = (
+        "import sys\n"
+        "from sq_llava.cli import app\n"
+        "app([*sys.argv[1:], '--help'], standalone_mode=False)\n"
+        "print([name for name in ('torch', 'transformers', 'datasets', 'numpy') if name in sys.modules])\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, *command], capture_output=True, text=True, check=False)
+    assert "Usage:" in done.stdout and done.stdout.splitlines()[-1] == "[]", done.stdout + done.stderr

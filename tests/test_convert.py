@@ -672,7 +672,7 @@ def test_killed_conversion_leaves_no_folder_and_begins_anew(parts, tmp_path):
 @pytest.mark.slow
 def test_memory_is_that_of_the_largest_files_not_of_the_checkpoint():
     done = subprocess.run(
-        [sys.executable, "benchmarks/convert.py", "--quick"],
+        [sys.executable, "-m", "benchmarks.convert", "--quick"],
         cwd=ROOT,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         capture_output=True,

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.nn import functional as F
+from trl.trainer.utils import add_fused_lm_head
 
 from sq_llava.adapter import LoraSize, add_adapter
 from tests import tiny
@@ -61,8 +61,11 @@ def prompts_of(config) -> tuple[list[dict], list[dict]]:
 def summed_loss(model, prompts: list[dict]) -> torch.Tensor:
     """Sum of the losses of the eight words at each prompt's end."""
     inputs = tiny.left_padded(prompts)
-    logits = model(**inputs).logits[:, -9:-1]
-    return F.cross_entropy(logits.flatten(0, 1).float(), inputs["input_ids"][:, -8:].flatten(), reduction="sum")
+    positions = torch.zeros_like(inputs["input_ids"], dtype=torch.bool)
+    positions[:, -9:-1] = True
+    labels = inputs["input_ids"][:, -8:].flatten()
+    # As in the trainer, whose accelerate does not shard on a CPU.
+    return -model(**inputs, positions_to_keep=positions, shift_labels=labels, fused_lm_head=True).log_probs.sum()
 
 
 def descend(model, prompts: list[dict], processes: int) -> list[float]:
@@ -85,7 +88,9 @@ def descend(model, prompts: list[dict], processes: int) -> list[float]:
 
 
 def adapted_model():
-    return add_adapter(tiny.tiny_model(), SIZE, SIZE, train_vusr=True).train()
+    model = tiny.tiny_model()
+    add_fused_lm_head(model)
+    return add_adapter(model, SIZE, SIZE, train_vusr=True).train()
 
 
 def descend_sharded(environment: dict[str, str], file: str) -> None:

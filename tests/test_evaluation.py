@@ -13,8 +13,10 @@ import huggingface_hub
 import pytest
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
 
+from sq_llava.evaluation.answering import by_images
 from sq_llava.evaluation.results import hash_of_model
 from sq_llava.evaluation.run import Evaluation, evaluate
+from sq_llava.evaluation.task import Example
 from tests import tiny
 from tests.evaluation_layouts import stored, write_parquet
 
@@ -75,6 +77,13 @@ def test_batches_answer_as_single_prompts_do(evaluation, one_by_one):
     evaluate(replace(evaluation, batch_size=7))
     assert examples_of(evaluation.out) == one_by_one
     assert len({example["answer"] for example in one_by_one}) > 4  # the model does not say the same to all
+
+
+def test_questions_about_one_image_stand_together_the_longest_first():
+    prompts = {"a": "xxx", "b": "x", "c": "xxxxx", "d": "xx", "e": "x" * 9}
+    images = {"a": [Path("1")], "b": [Path("2")], "c": [Path("2")], "d": [Path("1")], "e": []}
+    examples = [Example(name, "", images[name], None) for name in prompts]
+    assert [example.id for example in by_images(examples, prompts)] == ["c", "b", "a", "d", "e"]
 
 
 def test_examples_stand_in_the_order_of_the_data_with_prompt_and_reference(one_by_one):

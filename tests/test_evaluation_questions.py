@@ -165,6 +165,15 @@ def test_run_that_stopped_asks_only_what_is_left(evaluation):
     assert file.read_bytes() == whole  # the seed belongs to the picture: the same questions again
 
 
+def test_pictures_together_are_asked_and_answered_as_one_by_one(evaluation, tmp_path):
+    asked = []
+    for batch_size in (1, 3):
+        out = tmp_path / str(batch_size)
+        evaluate_questions(replace(evaluation, out=out, batch_size=batch_size))
+        asked.append((out / "asked-0.jsonl").read_bytes())
+    assert asked[0] == asked[1]
+
+
 def test_other_settings_in_the_same_folder_are_refused(evaluation):
     evaluate_questions(evaluation)
     with pytest.raises(ValueError, match="holds answers of a run with settings"):

@@ -6,6 +6,7 @@ wrote, whatever their number was, and goes on with the rest; examples that faile
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -68,12 +69,7 @@ def answer_examples(
     state = PartialState()
     done = read_lines(folder, "answers", [example.id for example in examples])
     prompts = {example.id: render(assistant, example, settings.system_message) for example in examples}
-    # The longest first: if memory does not suffice, that is known at once. Text alone goes apart from images.
-    rest = sorted(
-        (example for example in examples if example.id not in done),
-        key=lambda example: (len(example.images), len(prompts[example.id])),
-        reverse=True,
-    )
+    rest = by_images([example for example in examples if example.id not in done], prompts)
     batches = _batches(rest, settings.batch_size)[state.process_index :: state.num_processes]
     fresh = []
     with (
@@ -94,6 +90,23 @@ def answer_examples(
         Record(example, prompts[example.id], done[example.id]["answer"], done[example.id]["error"])
         for example in examples
     ]
+
+
+def by_images(examples: Sequence[Example], prompts: dict[str, str]) -> list[Example]:
+    """
+    Examples about the same images one after another, as they share a pass of the model; among them, and of all such
+    groups, the longest first: if memory does not suffice, that is known at once. Text alone goes apart from images.
+    """
+    groups: dict[tuple[TaskImage, ...], list[Example]] = {}
+    for example in examples:
+        groups.setdefault(tuple(example.images), []).append(example)
+
+    def length(example: Example) -> tuple[int, int]:
+        return len(example.images), len(prompts[example.id])
+
+    in_order = [sorted(group, key=length, reverse=True) for group in groups.values()]
+    in_order.sort(key=lambda group: length(group[0]), reverse=True)
+    return list(chain.from_iterable(in_order))
 
 
 def conversation(example: Example, system_message: str | None) -> list[dict[str, Any]]:
@@ -136,11 +149,9 @@ def _answer(
 ) -> Iterator[tuple[str, str | None]]:
     """An answer and an error for each example. If a batch fails, its examples are asked one by one."""
     try:
+        images = {image: open_task_image(image) for example in batch for image in example.images}
         requests = [
-            (
-                [open_task_image(image) for image in example.images] or None,
-                conversation(example, settings.system_message),
-            )
+            ([images[image] for image in example.images] or None, conversation(example, settings.system_message))
             for example in batch
         ]
         for answer in assistant.answer_batch(requests, settings.max_new_tokens):

@@ -230,6 +230,7 @@ def evaluate_questions(
     top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="Of the questions' sampling.")] = 0.95,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Of a question, and of an answer.")] = 64,
     seed: Annotated[int, typer.Option(help="For the same questions again.")] = 0,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images asked about together.")] = 4,
     dtype: Dtype = "auto",
     device: Device = None,
 ) -> None:
@@ -245,7 +246,9 @@ def evaluate_questions(
             logging.disable_progress_bar()
         settings = AskSettings(num_questions, after, temperature, top_k, top_p, max_new_tokens, seed)
         out = out or Path("runs/questions") / Path(model).name
-        figures = run(QuestionEvaluation(model, images, out, settings, image_root, limit, clip, truth, dtype, device))
+        figures = run(
+            QuestionEvaluation(model, images, out, settings, image_root, limit, clip, truth, dtype, device, batch_size)
+        )
     if figures:
         console.print_json(data=figures)
         messages_console.print(f"Wrote {out}", soft_wrap=True)

@@ -70,6 +70,7 @@ class QuestionEvaluation:
     truth: str | None = None
     dtype: str = "auto"
     device: str | None = None
+    batch_size: int = 4
 
 
 def evaluate_questions(evaluation: QuestionEvaluation) -> dict[str, Any]:
@@ -97,7 +98,7 @@ def evaluate_questions(evaluation: QuestionEvaluation) -> dict[str, Any]:
     device = str(state.device) if state.num_processes > 1 else device
     scorer = ClipScorer(evaluation.clip, device) if evaluation.clip is not None else None
     assistant = load_any(evaluation.model, evaluation.dtype, device)
-    asked = ask_about(assistant, pictures, evaluation.out, evaluation.settings)
+    asked = ask_about(assistant, pictures, evaluation.out, evaluation.settings, evaluation.batch_size)
     if not state.is_main_process:
         return {}
     figures = figures_of(asked)

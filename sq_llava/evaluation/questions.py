@@ -28,7 +28,7 @@ from sq_llava.evaluation.easy_vqa import answer_question, derive_caption, presum
 from sq_llava.evaluation.progress import open_lines, read_lines, write_line
 from sq_llava.evaluation.question_metrics import distinct_n, self_bleu, type_shares, words_of
 from sq_llava.images import IMAGE_SUFFIXES, open_image
-from sq_llava.inference import Assistant
+from sq_llava.inference import DESCRIBE, Assistant, Talks, place_images
 from sq_llava.sources import DataSource
 
 
@@ -101,10 +101,13 @@ def _pictures_of_rows(place: str, image_root: str | None) -> list[Picture]:
 
 
 def ask_about(
-    assistant: Assistant, pictures: Sequence[Picture], folder: Path, settings: AskSettings
+    assistant: Assistant, pictures: Sequence[Picture], folder: Path, settings: AskSettings, batch_size: int = 4
 ) -> list[dict[str, Any]]:
     """
     Asks about every picture, over processes, going on from what `folder` holds.
+
+    Args:
+        batch_size (`int`): Pictures asked about together, each with `settings.num_questions` rows.
 
     Returns:
         For each picture, in order: `id`, `first` (what was said first), `questions`, `answers`, `blank_answers`,
@@ -114,44 +117,59 @@ def ask_about(
     done = read_lines(folder, "asked", [picture.id for picture in pictures])
     rest = [(number, picture) for number, picture in enumerate(pictures) if picture.id not in done]
     rest = rest[state.process_index :: state.num_processes]
+    batches = [rest[start : start + batch_size] for start in range(0, len(rest), batch_size)]
     fresh = []
     with (
         open_lines(folder, "asked") as file,
         Progress(console=Console(stderr=True), transient=True, disable=not state.is_main_process) as progress,
     ):
-        for number, picture in progress.track(rest, description="Asking"):
-            # The seed belongs to the picture: the same questions on one process and on many.
-            line = {"id": picture.id, **_ask(assistant, picture, settings, settings.seed + number)}
-            fresh.append(line)
-            write_line(file, line)
+        bar = progress.add_task("Asking", total=len(rest))
+        for batch in batches:
+            for (_, picture), asked in zip(batch, _ask(assistant, batch, settings), strict=True):
+                line = {"id": picture.id, **asked}
+                fresh.append(line)
+                write_line(file, line)
             file.flush()
+            progress.advance(bar, len(batch))
     done |= {line["id"]: line for line in gather_object(fresh)}
     return [done[picture.id] for picture in pictures]
 
 
-def _ask(assistant: Assistant, picture: Picture, settings: AskSettings, seed: int) -> dict[str, Any]:
-    empty = {"first": "", "questions": [], "answers": [], "blank_answers": []}
+def _ask(assistant: Assistant, batch: Sequence[tuple[int, Picture]], settings: AskSettings) -> list[dict[str, Any]]:
+    """What is asked and answered about each numbered picture. If a batch fails, its pictures are asked about alone."""
     try:
-        image = open_image(picture.image)
-        request = settings.after or "Can you describe the image in detail?"
-        first = assistant.answer(image, request, settings.max_new_tokens)
-        history = [{"role": "user", "content": request}, {"role": "assistant", "content": first}]
-        questions = assistant.ask(
-            image,
-            history,
-            settings.num_questions,
-            settings.temperature,
-            settings.top_k,
-            settings.top_p,
-            settings.max_new_tokens,
-            seed,
-        )
-        blank = blank_like(assistant, image)
-        answers = assistant.answer_batch([(image, question) for question in questions], settings.max_new_tokens)
-        without = assistant.answer_batch([(blank, question) for question in questions], settings.max_new_tokens)
+        return _ask_together(assistant, batch, settings)
     except (ValueError, RuntimeError) as error:
-        return {**empty, "error": f"{type(error).__name__}: {error}"}
-    return {"first": first, "questions": questions, "answers": answers, "blank_answers": without, "error": None}
+        if len(batch) > 1:
+            return [line for each in batch for line in _ask(assistant, [each], settings)]
+        empty = {"first": "", "questions": [], "answers": [], "blank_answers": []}
+        return [{**empty, "error": f"{type(error).__name__}: {error}"}]
+
+
+def _ask_together(
+    assistant: Assistant, batch: Sequence[tuple[int, Picture]], settings: AskSettings
+) -> list[dict[str, Any]]:
+    images = [open_image(picture.image) for _, picture in batch]
+    # The seed belongs to the picture: the same questions in any batch, on one process and on many.
+    seeds = [settings.seed + number for number, _ in batch]
+    talks = Talks(assistant, [place_images(image, settings.after or DESCRIBE) for image in images], seeds)
+    firsts = talks.answer(settings.max_new_tokens)
+    questions = talks.ask(
+        settings.num_questions, settings.temperature, settings.top_k, settings.top_p, settings.max_new_tokens
+    )
+    blanks = {image.size: blank_like(assistant, image) for image in images}
+    answers, without = (
+        assistant.answer_batch(
+            [(image, question) for image, each in zip(shown, questions) for question in each], settings.max_new_tokens
+        )
+        for shown in (images, [blanks[image.size] for image in images])
+    )
+    lines = []
+    for number, (first, each) in enumerate(zip(firsts, questions)):
+        own = slice(number * settings.num_questions, (number + 1) * settings.num_questions)
+        line = {"first": first, "questions": each, "answers": answers[own], "blank_answers": without[own]}
+        lines.append({**line, "error": None})
+    return lines
 
 
 def blank_like(assistant: Assistant, image: Image.Image) -> Image.Image:

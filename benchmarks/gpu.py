@@ -1,0 +1,408 @@
+"""Training, asking and generating of a 7B model on one NVIDIA GPU. It was never run on a GPU yet: read its figures so.
+
+    python -m benchmarks.gpu           # writes benchmarks/results/gpu.{json,md}, planned for under 8 minutes on 80 GB
+    python -m benchmarks.gpu --tiny    # the same code with tiny sizes on a CPU: its figures mean nothing
+
+Random weights in bfloat16, built on the device; CLIP ViT-L/14-336, Vicuna-7B's sizes, K = 256, LoRA as in
+recipes/sq-llava-7b/stage{1,2}.yaml. A step is forward, backward, clipping and AdamW over 16 rows of a simulated mix
+(of `benchmarks.batching`), half of their text labelled: ours packed, with and without gradient checkpointing; the
+stock one, transformers' LlavaForConditionalGeneration under TRL's fused head, padded, with checkpointing. Both with
+FlashAttention 2 where that is installed, else SDPA.
+
+Model FLOPs utilisation counts what the model needs and not what is computed again: for each token, 4 operations a
+frozen weight (2 forward, 2 backward to the inputs: frozen weights have no gradient) and 6 a trained one, for the head
+only tokens with a label; attention 2 forward and 4 backward a pair of positions and width, twice (scores and values),
+half of it in the language model (causal), within each row alone; the extractor's products of K, N and D. The peak is
+TRL's figure for the device, or `--peak-tflops`.
+
+What it does not do: load images, several GPUs, a model with meaning.
+"""
+
+import gc
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+import yaml
+from peft import LoraConfig, PeftModel, get_peft_model
+from PIL import Image
+from torch.nn.utils.rnn import pad_sequence
+from transformers import CLIPImageProcessorPil, LlavaConfig, LlavaForConditionalGeneration
+from transformers.utils import is_flash_attn_2_available
+from trl.trainer.utils import add_fused_lm_head, get_peak_flops
+
+from benchmarks import common
+from benchmarks.batching import simulated_mix
+from benchmarks.random_models import loss_of, make_model, with_adapter
+from configuration_sq_llava import CLIP_VIT_L_14_336, VICUNA_7B
+from modeling_sq_llava import SQLlavaForConditionalGeneration
+from processing_sq_llava import SQLlavaProcessor
+from sq_llava.adapter import LoraSize
+from sq_llava.inference import Assistant
+from sq_llava.packing import pack_rows
+from tests.tiny import llama_tokenizer
+
+
+RECIPES = Path(__file__).parent.parent / "recipes" / "sq-llava-7b"
+TINY_VISION = CLIP_VIT_L_14_336 | {
+    "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 2, "image_size": 56,
+    "projection_dim": 32,
+}  # fmt: skip
+TINY_TEXT = VICUNA_7B | {
+    "vocab_size": 512, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Sizes:
+    vision: dict
+    text: dict
+    prototypes: int
+    rows: int
+    shorter: int  # rows of text are divided by this
+    max_length: int
+    rounds: int
+    new_tokens: int
+
+
+FULL = Sizes(CLIP_VIT_L_14_336, VICUNA_7B, 256, rows=16, shorter=1, max_length=2048, rounds=3, new_tokens=64)
+TINY = Sizes(TINY_VISION, TINY_TEXT, 8, rows=4, shorter=16, max_length=128, rounds=1, new_tokens=4)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What all parts run with."""
+
+    sizes: Sizes
+    device: str
+    attention: str
+    processor: SQLlavaProcessor
+    peak_flops: float | None
+
+    def model(self, variant: str = "paper") -> SQLlavaForConditionalGeneration:
+        sizes, processor = self.sizes, self.processor
+        return make_model(
+            sizes.vision, sizes.text, self.device, torch.bfloat16, prototype_variant=variant,
+            num_prototypes=sizes.prototypes, image_token_id=processor.image_token_id,
+            vusr_token_id=processor.vusr_token_id, attn_implementation=self.attention,
+        )  # fmt: skip
+
+    def reset_peak(self) -> None:
+        gc.collect()  # TRL's head makes a model refer to itself
+        if self.device == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+
+    def peak_gib(self) -> float | None:
+        return torch.cuda.max_memory_allocated() / 2**30 if self.device == "cuda" else None
+
+
+def lora_of(stage: str) -> dict[str, LoraSize]:
+    recipe = yaml.safe_load((RECIPES / f"{stage}.yaml").read_text())
+    vision = LoraSize(recipe["vision_lora_r"], recipe["vision_lora_alpha"], recipe["vision_lora_dropout"])
+    text = LoraSize(recipe["lora_r"], recipe["lora_alpha"], recipe["lora_dropout"]) if "lora_r" in recipe else None
+    return {"vision_lora": vision, "text_lora": text or LoraSize(0, 1, 0.0)}
+
+
+def make_rows(setting: Setting, image_seq_length: int, captions: bool) -> list[dict[str, torch.Tensor]]:
+    """Rows of token ids and labels: with captions of 30 words, or as in a mix of conversations, text-only ones too."""
+    generator = torch.Generator().manual_seed(0)
+    lengths, num_images = simulated_mix(setting.sizes.rows)
+    rows = []
+    for length, images in zip(lengths.tolist(), num_images.tolist()):
+        images = 1 if captions else images
+        words = 30 if captions else max(4, (length - 576 * images) // setting.sizes.shorter)
+        text = torch.randint(3, setting.processor.image_token_id, (words,), generator=generator)
+        placeholders = torch.full((images * image_seq_length,), setting.processor.image_token_id)
+        ids = torch.cat([text[:1], placeholders, text[1:]])
+        labels = torch.full_like(ids, -100)
+        labels[-(words // 2) :] = ids[-(words // 2) :]
+        rows.append({"input_ids": ids, "labels": labels, "images": images})
+    return rows
+
+
+def pixels_for(rows: list[dict], setting: Setting) -> dict[str, torch.Tensor]:
+    number, side = sum(row["images"] for row in rows), setting.sizes.vision["image_size"]
+    return {"pixel_values": torch.randn(number, 3, side, side, device=setting.device, dtype=torch.bfloat16)}
+
+
+def packed(rows: list[dict], setting: Setting) -> dict[str, torch.Tensor | int]:
+    """As `PackingCollator` lays rows out: packs as rows, or all flat for FlashAttention."""
+    flat = "flash" in setting.attention
+    lengths = [len(row["input_ids"]) for row in rows]
+    packs = pack_rows(list(range(len(rows))), lengths, setting.sizes.max_length)
+    order = [number for pack in packs for number in pack]
+    packs = [order] if flat else packs
+    batch = {}
+    for name, fill in (("input_ids", 0), ("labels", -100)):
+        members = [torch.cat([rows[number][name] for number in pack]) for pack in packs]
+        batch[name] = pad_sequence(members, batch_first=True, padding_value=fill)
+    positions = [torch.cat([torch.arange(lengths[number]) for number in pack]) for pack in packs]
+    batch["position_ids"] = pad_sequence(positions, batch_first=True)
+    batch = {name: tensor.to(setting.device) for name, tensor in batch.items()}
+    if flat:
+        in_order = torch.tensor([0] + [lengths[number] for number in order], device=setting.device)
+        borders = in_order.cumsum(0).int()
+        batch |= {"cu_seq_lens_q": borders, "cu_seq_lens_k": borders}
+        batch |= {"max_length_q": max(lengths), "max_length_k": max(lengths)}
+    return batch | pixels_for(rows, setting)
+
+
+def padded(rows: list[dict], setting: Setting) -> dict[str, torch.Tensor]:
+    batch = {
+        name: pad_sequence([row[name] for row in rows], batch_first=True, padding_value=fill).to(setting.device)
+        for name, fill in (("input_ids", 0), ("labels", -100))
+    }
+    lengths = torch.tensor([len(row["input_ids"]) for row in rows], device=setting.device)
+    batch["attention_mask"] = (torch.arange(int(lengths.max()), device=setting.device) < lengths[:, None]).long()
+    return batch | pixels_for(rows, setting)
+
+
+def model_flops(model: PeftModel, rows: list[dict]) -> float:
+    """Of forward and backward over all rows, counted as the module's docstring says."""
+    config = model.config
+    vision, text = config.vision_config, config.text_config
+    lengths = [len(row["input_ids"]) for row in rows]
+    images, patches = sum(row["images"] for row in rows), config.image_seq_length
+    used = tuple(f".layers.{number}." for number in range(config.num_vision_layers_used))
+    total = 0.0
+    for name, weight in model.named_parameters():
+        if ".original_module." in name or weight.ndim != 2 or "embed" in name:
+            continue
+        if ".language_model." in name:
+            tokens = sum(lengths)
+        elif "lm_head" in name:
+            tokens = sum(int((row["labels"] != -100).sum()) for row in rows)
+        elif ".vision_tower." in name:
+            tokens = images * (patches + 1) if any(layer in name for layer in used) else 0
+        else:
+            tokens = images * patches  # nearly: of the extractor, q runs on prototypes
+        total += (6 if weight.requires_grad else 4) * weight.numel() * tokens
+    total += 6 * text.num_hidden_layers * text.hidden_size * sum(length**2 for length in lengths)
+    total += 12 * len(used) * vision.hidden_size * images * (patches + 1) ** 2
+    products = 4 * (config.num_prototype_iterations + 1) * config.num_prototypes * patches * vision.hidden_size
+    return total + 3 * products * images
+
+
+def stock_loss(model: PeftModel, batch: dict) -> torch.Tensor:
+    return model(**batch, fused_lm_head=True).loss
+
+
+def time_steps(model: PeftModel, batch: dict, loss: Callable, setting: Setting) -> dict | None:
+    """Seconds and peak memory of training steps; `None` if they do not fit."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-5)
+
+    def step():
+        with torch.autocast(setting.device, dtype=torch.bfloat16):
+            value = loss(model, batch)
+        value.backward()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    setting.reset_peak()
+    try:
+        times = common.interleave({"step": step}, setting.sizes.rounds)["step"]
+    except torch.OutOfMemoryError:
+        return None
+    return {"seconds": common.summary(times), "peak_gib": setting.peak_gib()}
+
+
+def train_ours(setting: Setting, stage: str, checkpointing: bool) -> dict | None:
+    model = with_adapter(setting.model(), **lora_of(stage), checkpointing=checkpointing)
+    rows = make_rows(setting, model.config.image_seq_length, captions=stage == "stage1")
+    batch = packed(rows, setting)
+    result = time_steps(model, batch, loss_of, setting)
+    if result is not None:
+        seconds = result["seconds"]["median"]
+        flops = model_flops(model, rows)
+        result["label_tokens_per_second"] = sum(int((row["labels"] != -100).sum()) for row in rows) / seconds
+        result["tflops"] = flops / seconds / 1e12
+        result["utilisation"] = None if setting.peak_flops is None else flops / seconds / setting.peak_flops
+    return result
+
+
+def stock_model(setting: Setting) -> LlavaForConditionalGeneration:
+    sizes = setting.sizes
+    config = LlavaConfig(
+        vision_config=dict(sizes.vision), text_config=dict(sizes.text),
+        image_token_index=setting.processor.image_token_id, tie_word_embeddings=False,
+    )  # fmt: skip
+    with torch.device(setting.device):
+        return LlavaForConditionalGeneration._from_config(
+            config, dtype=torch.bfloat16, attn_implementation=setting.attention
+        )
+
+
+def train_stock(setting: Setting) -> dict | None:
+    """The rows of stage 2, padded, with as much LoRA, under TRL's fused head."""
+    model = stock_model(setting)
+    add_fused_lm_head(model, outputs=("log_probs", "entropy", "is_top1"))
+    lora = lora_of("stage2")
+    names = "q_proj|k_proj|v_proj|o_proj|out_proj|fc1|fc2|gate_proj|up_proj|down_proj"
+    model = get_peft_model(
+        model,
+        LoraConfig(
+            r=lora["text_lora"].rank, lora_alpha=lora["text_lora"].alpha, lora_dropout=lora["text_lora"].dropout,
+            target_modules=rf".*\.layers\..*\b({names})", modules_to_save=["multi_modal_projector"],
+            rank_pattern={".*vision_tower.*": lora["vision_lora"].rank},
+            alpha_pattern={".*vision_tower.*": lora["vision_lora"].alpha},
+        ),
+    ).train()  # fmt: skip
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    patches = (setting.sizes.vision["image_size"] // setting.sizes.vision["patch_size"]) ** 2
+    rows = make_rows(setting, patches, captions=False)
+    result = time_steps(model, padded(rows, setting), stock_loss, setting)
+    if result is not None:
+        labels = sum(int((row["labels"] != -100).sum()) for row in rows)
+        result["label_tokens_per_second"] = labels / result["seconds"]["median"]
+    return result
+
+
+@torch.inference_mode()
+def extractor_share(setting: Setting) -> dict:
+    model = setting.model().model.eval()
+    pixel_values = pixels_for([{"images": setting.sizes.rows}], setting)["pixel_values"]
+    features = model.get_vision_features(pixel_values)
+    functions = {
+        "tower": partial(model.get_vision_features, pixel_values),
+        "extractor": partial(model.prototype_extractor, features),
+    }
+    times = common.interleave(functions, 3 * setting.sizes.rounds)
+    return {name: common.summary(times[name]) for name in functions} | {
+        "share": common.ratio(times, "extractor", "tower")
+    }
+
+
+def never_ending(model: torch.nn.Module, setting: Setting) -> torch.nn.Module:
+    """Random weights may say at any place that a text ends."""
+    model.generation_config.eos_token_id = None
+    model.generation_config.pad_token_id = setting.processor.tokenizer.pad_token_id
+    return model.eval()
+
+
+def ask(setting: Setting) -> list[dict]:
+    """n questions about one image at once, and in n calls."""
+    assistant = Assistant(never_ending(setting.model(), setting), setting.processor)
+    image = Image.new("RGB", (640, 480), (120, 80, 40))
+    history = [{"role": "user", "content": "What is this?"}, {"role": "assistant", "content": "A dog in the grass."}]
+    once = partial(assistant.ask, image, history, max_new_tokens=setting.sizes.new_tokens, seed=0)
+    results = []
+    for number in (1, 4, 16):
+        together, apart = partial(once, number), lambda number=number: [once(1) for _ in range(number)]
+        times = common.interleave({"together": together, "apart": apart}, 1)
+        seconds = {name: common.summary(values) for name, values in times.items()}
+        results.append({"questions": number, "times_faster": common.ratio(times, "apart", "together"), **seconds})
+    return results
+
+
+def generate(setting: Setting) -> dict:
+    """Tokens per second of one answer, beside transformers' own LLaVA of the same sizes."""
+    models = {"ours": setting.model(), "without extractor": setting.model("none"), "stock": stock_model(setting)}
+    image_tokens = models["ours"].config.image_seq_length
+    ids = torch.randint(3, setting.processor.image_token_id, (1, 32))
+    placeholders = torch.full((1, image_tokens), setting.processor.image_token_id)
+    input_ids = torch.cat([ids[:, :1], placeholders, ids[:, 1:]], dim=1).to(setting.device)
+    inputs = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
+    inputs |= pixels_for([{"images": 1}], setting)
+    new_tokens = 2 * setting.sizes.new_tokens
+    functions = {
+        name: partial(never_ending(model, setting).generate, **inputs, do_sample=False, max_new_tokens=new_tokens)
+        for name, model in models.items()
+    }
+    times = common.interleave(functions, setting.sizes.rounds)
+    result = {name: common.summary([new_tokens / value for value in seconds]) for name, seconds in times.items()}
+    return {"tokens_per_second": result, "slower": common.ratio(times, "ours", "stock")}
+
+
+def make_setting(tiny: bool, peak_tflops: int) -> Setting:
+    sizes = TINY if tiny else FULL
+    device = "cpu" if tiny else "cuda"
+    side = sizes.vision["image_size"]
+    image_processor = CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
+    tokens = (side // sizes.vision["patch_size"]) ** 2
+    processor = SQLlavaProcessor(image_processor, llama_tokenizer(), image_seq_length=tokens)
+    attention = "flash_attention_2" if device == "cuda" and is_flash_attn_2_available() else "sdpa"
+    peak = peak_tflops * 1e12 or None
+    if peak is None and device == "cuda":
+        peak = get_peak_flops(torch.cuda.get_device_name(), "bfloat16")
+    return Setting(sizes, device, attention, processor, peak)
+
+
+PARTS = {
+    "stage 2, ours, checkpointing": partial(train_ours, stage="stage2", checkpointing=True),
+    "stage 2, ours": partial(train_ours, stage="stage2", checkpointing=False),
+    "stage 2, stock, checkpointing": train_stock,
+    "stage 1, ours, checkpointing": partial(train_ours, stage="stage1", checkpointing=True),
+    "stage 1, ours": partial(train_ours, stage="stage1", checkpointing=False),
+    "extractor": extractor_share,
+    "ask": ask,
+    "generate": generate,
+}
+
+
+def or_dash(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
+
+
+def to_markdown(report: dict) -> str:
+    parts = report["parts"]
+    tflops = or_dash(report["peak_tflops"], ".0f")
+    lines = [
+        "# One GPU: training, asking and generating",
+        "",
+        f"Attention: {report['attention']}; peak {tflops} TFLOPS in bfloat16. All took {report['seconds']:.0f} s.",
+        "",
+        "| step | seconds | label tokens / s | peak memory, GiB | TFLOPS | model FLOPs utilisation |",
+        "|---|--:|--:|--:|--:|--:|",
+    ]
+    for name, result in parts.items():
+        if not name.startswith("stage"):
+            continue
+        if result is None:
+            lines.append(f"| {name} | does not fit | | | | |")
+            continue
+        cells = [common.with_spread(result["seconds"]), f"{result['label_tokens_per_second']:,.0f}"]
+        cells += [or_dash(result["peak_gib"], ".1f"), or_dash(result.get("tflops"), ".1f")]
+        lines.append("| " + " | ".join([name, *cells, or_dash(result.get("utilisation"), ".1%")]) + " |")
+    share = common.with_spread(parts["extractor"]["share"], ".2%")
+    lines += ["", f"The extractor takes {share} of the vision tower's time.", ""]
+    lines += ["| questions about an image | together | in calls of their own | faster |", "|--:|--:|--:|--:|"]
+    for row in parts["ask"]:
+        cells = [f"{row[name]['median']:.2f} s" for name in ("together", "apart")]
+        lines.append(f"| {row['questions']} | {cells[0]} | {cells[1]} | {row['times_faster']['median']:.1f}x |")
+    lines += ["", "| generating, one row | tokens / s |", "|---|--:|"]
+    for name, rate in parts["generate"]["tokens_per_second"].items():
+        lines.append(f"| {name} | {common.with_spread(rate)} |")
+    return "\n".join([*lines, "", f"Ours takes {common.with_spread(parts['generate']['slower'])} of the stock time."])
+
+
+def measure(setting: Setting) -> dict:
+    begin, parts = time.perf_counter(), {}
+    for name, part in PARTS.items():
+        print(name, flush=True)
+        setting.reset_peak()
+        parts[name] = part(setting)
+    return {
+        "parts": parts,
+        "attention": setting.attention,
+        "peak_tflops": setting.peak_flops and setting.peak_flops / 1e12,
+        "seconds": time.perf_counter() - begin,
+    }
+
+
+def main():
+    arguments = common.parse_arguments(__doc__, tiny=False, peak_tflops=0)
+    arguments.quick = arguments.quick or arguments.tiny
+    if not arguments.quick and not torch.cuda.is_available():
+        raise SystemExit("No NVIDIA GPU is seen: run it on one, or with --tiny, which tries the same code on a CPU.")
+    report = measure(make_setting(arguments.quick, arguments.peak_tflops))
+    common.save("gpu", report, to_markdown(report), arguments)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,194 @@
+"""From the bytes of a photo to the pixels of a vision tower: what each step costs, and how many cores a GPU needs.
+
+    python -m benchmarks.image_pipeline            # a minute; writes benchmarks/results/image_pipeline.{json,md}
+    python -m benchmarks.image_pipeline --quick    # fewer rounds, writes nothing
+
+Photos are JPEG files of 640 x 480 pixels, the size of COCO's, and of 2000 x 1500, mosaics of one real photo, for a
+tower of 336 x 336. The steps run in turn on one core. Beside them stand two short cuts that are not exact, with their
+largest and mean difference in 8-bit levels at 336 x 336: the image padded after it is resized, and JPEG's draft mode,
+which decodes at half the size where that is still twice the tower's. Neither is used in training.
+
+Then the collator makes whole rows, text included, and a loop that does nothing but wait as long as a step of a GPU
+takes its batches from workers: what it waits beyond that is what a GPU would. The step is assumed, not measured: 6.7e9
+parameters, 843 tokens a row, three passes of two operations a parameter and token (forward, recomputed, backward; LoRA
+asks for no gradients of the large matrices), at half of the 989e12 operations a second of an H100. Disks are not
+measured: the files' bytes are in memory.
+"""
+
+import io
+import time
+from functools import partial
+
+import numpy as np
+import torch
+from matplotlib.cbook import get_sample_data
+from PIL import Image
+from tokenizers import ByteLevelBPETokenizer
+from torch.utils.data import DataLoader
+from transformers import CLIPImageProcessorPil, PreTrainedTokenizerFast
+
+from benchmarks import common
+from processing_sq_llava import SYSTEM_MESSAGE, SQLlavaProcessor
+from sq_llava.images import open_image, squared
+from sq_llava.self_questioning import SelfQuestioningCollator
+
+
+SIDE = 336
+SIZES = ((640, 480), (2000, 1500))
+PARAMETERS, TOKENS, PASSES, OPERATIONS_PER_SECOND = 6.7e9, 843, 3, 0.5 * 989e12
+SECONDS_PER_ROW = PARAMETERS * TOKENS * PASSES * 2 / OPERATIONS_PER_SECOND
+BATCH = 16
+STEPS = {
+    "decode": "decoded, turned, RGB",
+    "stock": "padded, resized, normalised by transformers' processor alone",
+    "project": "the same as training does it, equal to the last bit",
+    "stock_whole": "**all, transformers' processor alone**",
+    "project_whole": "**all, as training does it**",
+    "padded_after": "all, resized before it is padded (not exact)",
+    "draft": "all, JPEG's draft mode (not exact)",
+}
+
+
+def make_processor() -> SQLlavaProcessor:
+    trained = ByteLevelBPETokenizer()
+    trained.train_from_iterator([SYSTEM_MESSAGE], special_tokens=["</s>"], show_progress=False)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=trained._tokenizer, eos_token="</s>")
+    image_processor = CLIPImageProcessorPil(size={"shortest_edge": SIDE}, crop_size={"height": SIDE, "width": SIDE})
+    return SQLlavaProcessor(image_processor, tokenizer)
+
+
+def make_photo(width: int, height: int) -> dict[str, bytes]:
+    tile = Image.open(get_sample_data("grace_hopper.jpg", asfileobj=True)).convert("RGB")
+    photo = Image.new("RGB", (width, height))
+    for left in range(0, width, tile.width):
+        for top in range(0, height, tile.height):
+            photo.paste(tile, (left, top))
+    stream = io.BytesIO()
+    photo.save(stream, "JPEG", quality=90)
+    return {"bytes": stream.getvalue()}
+
+
+def padded_after(image: Image.Image, image_processor) -> Image.Image:
+    scale = SIDE / max(image.size)
+    small = image.resize((round(image.width * scale), round(image.height * scale)), image_processor.resample)
+    return squared(small, image_processor)
+
+
+def opened_as_draft(photo: dict[str, bytes]) -> Image.Image:
+    with Image.open(io.BytesIO(photo["bytes"])) as file:
+        file.draft("RGB", (2 * SIDE, 2 * SIDE * file.height // file.width))
+        return file.convert("RGB")
+
+
+def time_steps(photo: dict[str, bytes], image_processor, rounds: int) -> dict:
+    image = open_image(photo)
+
+    def pixels(image: Image.Image) -> torch.Tensor:
+        return image_processor(image, return_tensors="pt")["pixel_values"]
+
+    if not torch.equal(pixels(image), pixels(squared(image, image_processor))):
+        raise AssertionError("The square differs from that of the image processor.")
+    functions = {
+        "decode": partial(open_image, photo),
+        "stock": partial(pixels, image),
+        "project": lambda: pixels(squared(image, image_processor)),
+        "stock_whole": lambda: pixels(open_image(photo)),
+        "project_whole": lambda: pixels(squared(open_image(photo), image_processor)),
+        "padded_after": lambda: pixels(padded_after(open_image(photo), image_processor)),
+        "draft": lambda: pixels(squared(opened_as_draft(photo), image_processor)),
+    }
+    times = common.interleave(functions, rounds)
+    return {
+        "milliseconds": {name: common.summary([1000 * value for value in times[name]]) for name in functions},
+        "times_faster": common.ratio(times, "stock_whole", "project_whole"),
+        "differences": {
+            "padded_after": difference(image, padded_after(image, image_processor), image_processor),
+            "draft": difference(image, opened_as_draft(photo), image_processor),
+        },
+    }
+
+
+def difference(image: Image.Image, other: Image.Image, image_processor) -> dict[str, float]:
+    """Of the squares of two images, in levels of 0 to 255."""
+    exact, found = (np.asarray(squared(each, image_processor), dtype=int) for each in (image, other))
+    levels = np.abs(exact - found)
+    return {"largest": int(levels.max()), "mean": float(levels.mean())}
+
+
+def make_row(index: int, photo: dict[str, bytes]) -> dict:
+    content = [{"type": "image"}, {"type": "text", "text": f"What stands at the place {index} of the picture?"}]
+    answer = {"role": "assistant", "content": [{"type": "text", "text": "There is a person before a flag. " * 20}]}
+    # Bytes of its own: the collator opens equal images of a batch once.
+    image = {"bytes": photo["bytes"] + index.to_bytes(4, "little")}
+    return {"row_id": index, "messages": [{"role": "user", "content": content}, answer], "images": [image]}
+
+
+def time_loading(photo: dict[str, bytes], collator: SelfQuestioningCollator, steps: int) -> dict:
+    """Rows a second of the collator on one core, and the share of the time that a loop of steps waits for batches."""
+    rows = [make_row(index, photo) for index in range(BATCH * (steps + 1))]
+    collator(rows[:BATCH])
+    seconds = min(common.seconds_of(lambda: collator(rows[:BATCH])) for _ in range(3))
+    result = {"rows_per_second": BATCH / seconds, "waiting_share": {}}
+    for workers in (0, 1):
+        loader = iter(DataLoader(rows, BATCH, collate_fn=collator, num_workers=workers))
+        next(loader)  # the workers start
+        waited = 0.0
+        for _ in range(steps):
+            time.sleep(BATCH * SECONDS_PER_ROW)
+            waited += common.seconds_of(partial(next, loader))
+        result["waiting_share"][workers] = waited / (waited + steps * BATCH * SECONDS_PER_ROW)
+    return result
+
+
+def to_markdown(report: dict) -> str:
+    sizes = report["sizes"]
+    lines = [
+        "# Images on their way to the vision tower",
+        "",
+        f"One core; medians of {report['rounds']} rounds in which the steps run in turn, with the lowest and highest.",
+        "",
+        "| milliseconds a photo | " + " | ".join(sizes) + " |",
+        "|---|" + "--:|" * len(sizes),
+    ]
+    for step, title in STEPS.items():
+        cells = [common.with_spread(size["milliseconds"][step]) for size in sizes.values()]
+        lines.append(f"| {title} | " + " | ".join(cells) + " |")
+    faster = [f"**{common.with_spread(size['times_faster'])}**" for size in sizes.values()]
+    lines.append("| times faster than transformers' processor alone | " + " | ".join(faster) + " |")
+    for step, title in (("padded_after", "padding after resizing"), ("draft", "draft mode")):
+        found = [size["differences"][step] for size in sizes.values()]
+        cells = [f"{each['largest']}, {each['mean']:.2f}" for each in found]
+        lines.append(f"| difference by {title} of 255 levels: largest, mean | " + " | ".join(cells) + " |")
+    lines += [
+        "",
+        f"Whole rows, by the collator, beside an assumed step of a 7B model: {1 / SECONDS_PER_ROW:.1f} rows a second "
+        f"on one GPU ({PARAMETERS:.1e} parameters, {TOKENS} tokens a row, {PASSES} passes, "
+        f"{OPERATIONS_PER_SECOND / 1e12:.0f}e12 operations a second). Recipes of 7B and 13B have four workers a GPU.",
+        "",
+        "| photos | rows/s of a core | workers that a GPU needs | it waits, no worker | one worker |",
+        "|---|--:|--:|--:|--:|",
+    ]
+    for name, size in sizes.items():
+        loading = size["loading"]
+        needed = 1 / SECONDS_PER_ROW / loading["rows_per_second"]
+        shares = [f"{share:.1%}" for share in loading["waiting_share"].values()]
+        lines.append(f"| {name} | {loading['rows_per_second']:.0f} | {needed:.2f} | " + " | ".join(shares) + " |")
+    return "\n".join(lines)
+
+
+def main():
+    arguments = common.parse_arguments(__doc__)
+    rounds, steps = (3, 1) if arguments.quick else (15, 3)
+    torch.set_num_threads(1)
+    processor = make_processor()
+    collator = SelfQuestioningCollator(processor)
+    report = {"rounds": rounds, "seconds_per_row_of_a_gpu": SECONDS_PER_ROW, "sizes": {}}
+    for width, height in SIZES:
+        photo = make_photo(width, height)
+        result = time_steps(photo, processor.image_processor, rounds)
+        report["sizes"][f"{width} x {height}"] = result | {"loading": time_loading(photo, collator, steps)}
+    common.save("image_pipeline", report, to_markdown(report), arguments)
+
+
+if __name__ == "__main__":
+    main()

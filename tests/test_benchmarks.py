@@ -1,0 +1,64 @@
+"""What the benchmarks share, and the page of their results. None of them is run here."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks import common, readme
+
+
+FOLDER = Path(readme.__file__).parent
+SHARED = {"common", "readme", "random_models"}
+
+
+def parse(monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", ["benchmark", *map(str, arguments)])
+    return common.parse_arguments("What it does.", rows=7)
+
+
+def test_functions_run_in_turn_after_a_warm_up_of_each():
+    calls = []
+    times = common.interleave({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, rounds=2)
+    assert calls == ["a", "b"] * 3 and [len(seconds) for seconds in times.values()] == [2, 2]
+
+
+def test_ratio_is_taken_within_each_round():
+    found = common.ratio({"peer": [2.0, 60.0, 8.0], "project": [1.0, 20.0, 2.0]}, "peer", "project")
+    assert found == {"median": 3.0, "low": 2.0, "high": 4.0}
+    assert common.with_spread(found) == "3 (2 to 4)"
+
+
+def test_quick_run_prints_and_writes_nothing(monkeypatch, tmp_path, capsys):
+    arguments = parse(monkeypatch, "--quick", "--output-dir", tmp_path)
+    common.save("speed", {"figure": 1}, "# Speed\n\n| a |", arguments)
+    assert "| a |" in capsys.readouterr().out and not list(tmp_path.iterdir())
+
+
+def test_result_names_its_command_and_machine(monkeypatch, tmp_path):
+    arguments = parse(monkeypatch, "--rows", 9, "--output-dir", tmp_path)
+    assert arguments.rows == 9
+    common.save("speed", {"figure": 1}, "# Speed\n\n| a |", arguments)
+    report = json.loads((tmp_path / "speed.json").read_text())
+    assert report["figure"] == 1 and report["machine"]["torch"] == common.machine()["torch"]
+    assert report["command"] == f"python -m benchmarks.speed --rows 9 --output-dir {tmp_path}"
+    title, line, table = (tmp_path / "speed.md").read_text().strip().split("\n\n")
+    assert (title, table) == ("# Speed", "| a |") and f"`{report['command']}`" in line and "cores of" in line
+
+
+def test_page_has_each_benchmark_and_make_runs_no_other():
+    assert set(readme.ORDER) | SHARED == {file.stem for file in FOLDER.glob("*.py")}
+    makefile = (FOLDER.parent / "Makefile").read_text()
+    run = makefile.partition("BENCHMARKS := ")[2].partition("\n\n")[0].replace("\\", "").split()
+    assert set(run) == set(readme.ORDER) - {"gpu", "ablation"}
+
+
+@pytest.mark.parametrize("name", readme.ORDER)
+def test_section_holds_the_result_or_says_that_there_is_none(name, monkeypatch, tmp_path):
+    monkeypatch.setattr(common, "RESULTS", tmp_path)
+    assert f"Not measured yet: `python -m benchmarks.{name}`" in readme.section(name)
+    (tmp_path / f"{name}.md").write_text("# Title\n\n## Part\n\n![plot](plot.png) [other](https://x.org/b.png)\n")
+    section = readme.section(name)
+    assert section.startswith(f"## Title (`{name}`)\n\n### Part\n")
+    assert section.endswith("![plot](results/plot.png) [other](https://x.org/b.png)")

@@ -1,0 +1,55 @@
+"""The GPU benchmark: its code with tiny sizes on a CPU, and its count of operations."""
+
+import sys
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks import gpu
+from benchmarks.random_models import loss_of, with_adapter
+
+
+@pytest.fixture(scope="module")
+def setting() -> gpu.Setting:
+    return gpu.make_setting(tiny=True, peak_tflops=1)
+
+
+def test_every_part_runs_and_is_reported(setting):
+    report = gpu.measure(setting)
+    for name, result in report["parts"].items():
+        assert result is not None, name
+        if name.startswith("stage"):
+            assert result["label_tokens_per_second"] > 0
+    table = gpu.to_markdown(report)
+    assert "| stage 2, stock, checkpointing |" in table and "| 16 |" in table and "| without extractor |" in table
+    utilisation = report["parts"]["stage 2, ours"]["utilisation"]
+    assert utilisation == pytest.approx(report["parts"]["stage 2, ours"]["tflops"])  # of a peak of 1 TFLOPS
+
+
+def test_count_of_operations_is_near_those_that_are_run(setting):
+    model = with_adapter(setting.model().float(), **gpu.lora_of("stage2"))
+    model.config.text_config._attn_implementation = "eager"  # all of whose products are counted
+    rows = gpu.make_rows(setting, model.config.image_seq_length, captions=False)
+    batch = {name: tensor.float() if tensor.is_floating_point() else tensor
+             for name, tensor in gpu.packed(rows, setting).items()}  # fmt: skip
+    with FlopCounterMode(display=False) as counter:
+        loss_of(model, batch).backward()
+    # The counter sees the head's products three times, attention between all tokens of a pack and no padding left out.
+    assert gpu.model_flops(model, rows) == pytest.approx(counter.get_total_flops(), rel=0.25)
+
+
+def test_packed_rows_hold_the_tokens_of_the_rows(setting):
+    rows = gpu.make_rows(setting, 16, captions=False)
+    batch = gpu.packed(rows, setting)
+    assert (batch["labels"] != -100).sum() == sum((row["labels"] != -100).sum() for row in rows)
+    num_tokens = (batch["position_ids"] > 0).sum() + len(rows)
+    assert num_tokens == sum(len(row["input_ids"]) for row in rows)
+    assert len(batch["pixel_values"]) == sum(row["images"] for row in rows)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_it_ends_with_a_message(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["gpu.py"])
+    with pytest.raises(SystemExit, match="No NVIDIA GPU is seen"):
+        gpu.main()

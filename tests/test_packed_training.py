@@ -1,0 +1,197 @@
+"""Training on packs by `train_sft.py`: the losses of padded batches; nothing lost by a kill or a second process."""
+
+import json
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+from rich.progress import Progress
+from safetensors.torch import load_file
+from torch.nn import functional as F
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import flash_attention_mask
+
+from sq_llava.doctor import examine
+from sq_llava.doctor_report import print_report
+from sq_llava.packing import PackingCollator
+from sq_llava.settings import data_check, parse_settings
+from sq_llava.trainer import SQLlavaTrainer
+from tests.runs import arguments, assert_equal_runs, die, in_step, losses, make_parts, note_rows, run, train
+
+
+# Two or three of the 16 rows in a pack, eight packs an epoch.
+PACKED = {"packing": True, "max_length": 130, "per_device_train_batch_size": 1}
+NO_DROPOUT = {"vision_lora_dropout": 0.0, "lora_dropout": 0.0}
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory) -> Path:
+    return make_parts(tmp_path_factory.mktemp("parts"))
+
+
+@pytest.fixture(scope="module")
+def trainer(parts, tmp_path_factory) -> SQLlavaTrainer:
+    settings = {"question_loss_weight": 0.3, "per_device_train_batch_size": 2, "max_steps": 4, "save_strategy": "no"}
+    return train(parts, tmp_path_factory.mktemp("run"), **PACKED | NO_DROPOUT | settings)
+
+
+def loss_and_gradients(trainer: SQLlavaTrainer, batch: dict) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    trainer.model.train().zero_grad()
+    loss = trainer.compute_loss(trainer.model, batch)
+    loss.backward()
+    return loss.detach(), {name: p.grad.clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
+
+
+def assert_same_step(trainer: SQLlavaTrainer, packs: list, flat: bool = False, implementation: str = "sdpa") -> None:
+    padded = trainer.data_collator([row for pack in packs for row in pack])
+    sampler, trainer.packs = trainer.packs, None
+    expected_loss, expected = loss_and_gradients(trainer, padded)
+    trainer.packs = sampler
+    trainer.model.get_base_model().set_attn_implementation(implementation)
+    try:
+        loss, found = loss_and_gradients(trainer, PackingCollator(trainer.data_collator, flat)(packs))
+    finally:
+        trainer.model.get_base_model().set_attn_implementation("sdpa")
+    torch.testing.assert_close(loss, expected_loss, rtol=1e-5, atol=1e-6)
+    for name in expected:
+        torch.testing.assert_close(
+            found[name], expected[name], rtol=1e-5, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}"
+        )
+
+
+def packs_of(trainer: SQLlavaTrainer, batch: int) -> list[list[dict]]:
+    return [[trainer.train_dataset[row] for row in pack] for pack in list(trainer.packs)[batch]]
+
+
+@pytest.mark.parametrize("batch", [0, 3])
+def test_packed_step_has_the_loss_and_gradients_of_the_padded_one(trainer, batch):
+    assert_same_step(trainer, packs_of(trainer, batch))
+
+
+def varlen_attention(module, query, key, value, attention_mask, scaling=None, cu_seq_lens_q=None, **kwargs):
+    """What FlashAttention does where it is told the borders; without them, it attends to all that comes before."""
+    assert attention_mask is None
+    key, value = (heads.repeat_interleave(query.shape[1] // heads.shape[1], dim=1) for heads in (key, value))
+    causal = getattr(module, "is_causal", False)
+    if not causal:  # the vision tower
+        assert cu_seq_lens_q is None
+        return F.scaled_dot_product_attention(query, key, value, scale=scaling).transpose(1, 2), None
+    assert query.shape[0] == 1 and kwargs["max_length_q"] == kwargs["max_length_k"] == int(cu_seq_lens_q.diff().max())
+    assert torch.equal(cu_seq_lens_q, kwargs["cu_seq_lens_k"]) and cu_seq_lens_q[-1] == query.shape[2]
+    pieces = zip(*(heads.split(cu_seq_lens_q.diff().tolist(), dim=2) for heads in (query, key, value)))
+    outputs = [F.scaled_dot_product_attention(*piece, is_causal=True, scale=scaling) for piece in pieces]
+    return torch.cat(outputs, dim=2).transpose(1, 2), None
+
+
+def test_attention_by_borders_alone_gives_the_padded_step(trainer):
+    """As FlashAttention-2 has it, which needs a GPU: one flat row, no mask, borders for the language model only."""
+    AttentionInterface.register("by_borders", varlen_attention)
+    AttentionMaskInterface.register("by_borders", flash_attention_mask)
+    assert_same_step(trainer, packs_of(trainer, 1), flat=True, implementation="by_borders")
+
+
+def test_run_with_flash_attention_has_flat_batches(trainer, monkeypatch):
+    assert "cu_seq_lens_q" not in next(iter(trainer.get_train_dataloader()))
+    monkeypatch.setattr(trainer.model.config.get_text_config(), "_attn_implementation_internal", "flash_attention_2")
+    batch = next(iter(trainer.get_train_dataloader()))
+    assert batch["input_ids"].shape[0] == 1 and len(batch["cu_seq_lens_q"]) == len(batch["row_ids"]) + 1
+
+
+def test_fill_is_logged_and_epochs_have_whole_steps(trainer):
+    fills = [entry["packing_fill"] for entry in trainer.state.log_history if "loss" in entry]
+    rows = 16
+    assert len(fills) == 4 == len(trainer.packs)
+    tokens = sum(
+        int(trainer.data_collator([trainer.train_dataset[row]])["attention_mask"].sum()) for row in range(rows)
+    )
+    assert sum(fills) / 4 == pytest.approx(tokens / (8 * 130), rel=1e-6)
+
+
+def test_trained_weights_change_and_a_micro_batch_without_an_image_gives_all_a_gradient(trainer):
+    text_only = [row for row in trainer.train_dataset if not row["images"]][:2]
+    _, gradients = loss_and_gradients(trainer, PackingCollator(trainer.data_collator)([text_only]))
+    assert all(gradient is not None for gradient in gradients.values())
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            {"packing_strategy": "wrapped"},
+            "packing is true and packing_strategy is 'wrapped': packing keeps rows whole",
+        ),
+        ({"packing_strategy": "bfd_split"}, "packing_strategy is 'bfd_split'"),
+        ({"train_sampling_strategy": "group_by_length"}, "train_sampling_strategy is 'group_by_length'"),
+        ({"padding_free": True}, "padding_free is True, eval_packing None: neither is done for images"),
+        ({"eval_packing": True}, "eval_packing True: neither"),
+        ({"auto_find_batch_size": True}, "auto_find_batch_size is 'True'"),
+        ({"global_batch_size": 32}, "16 rows make 8 packs of max_length 130, and a step has 32: there are too few"),
+    ],
+)
+def test_what_packing_does_not_do_is_refused(parts, tmp_path, settings, message):
+    with pytest.raises(ValueError, match=message):
+        train(parts, tmp_path, **PACKED | settings)
+
+
+@pytest.mark.slow
+def test_killed_run_and_two_processes_equal_the_uninterrupted_one(parts, tmp_path):
+    settings = PACKED | {"gradient_accumulation_steps": 2, "max_steps": 8, "save_steps": 3}
+    whole, killed, log = tmp_path / "whole", tmp_path / "killed", tmp_path / "log"
+    assert run(arguments(parts, whole, **settings), log) == [0], log.read_text()[-3000:]
+    resumed = arguments(parts, killed, resume=True, **settings)
+    # In the midst of the first epoch of four steps, then of the second.
+    for step in (4, 8):
+        assert run(resumed, log, (in_step, step, die)) == [-signal.SIGKILL]
+    assert run(resumed, log) == [0], log.read_text()[-3000:]
+    assert_equal_runs(whole, killed)
+
+    # Plain gradient descent: a difference of gradients is a difference of weights, where Adam divides it away.
+    settings |= NO_DROPOUT | {"optim": "sgd", "learning_rate": 0.1}
+    assert run(arguments(parts, tmp_path / "one", **settings), log) == [0]
+    settings |= {"gradient_accumulation_steps": 1}
+    two = tmp_path / "two"
+    assert run(arguments(parts, two, **settings), log, (note_rows, tmp_path), processes=2) == [0, 0]
+    assert_close(tmp_path / "one", two)
+    steps = [list(map(json.loads, (tmp_path / f"rows{rank}").read_text().splitlines())) for rank in (0, 1)]
+    for epoch in (0, 4):
+        seen = [row for rank in steps for batch in rank[epoch : epoch + 4] for row in batch]
+        assert sorted(seen) == list(range(16))
+    resumed = arguments(parts, tmp_path / "two_killed", resume=True, **settings)
+    assert -signal.SIGKILL in run(resumed, log, (in_step, 8, die), processes=2)
+    assert run(resumed, log, processes=2) == [0, 0], log.read_text()[-3000:]
+    assert_equal_runs(two, tmp_path / "two_killed")
+
+
+def assert_close(left: Path, right: Path) -> None:
+    for ours, theirs in zip(losses(left), losses(right), strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-5)
+    one, two = (load_file(folder / "adapter_model.safetensors") for folder in (left, right))
+    for name in one:
+        torch.testing.assert_close(two[name], one[name], rtol=0, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_plan_and_trial_step_count_packs(parts, tmp_path, capsys):
+    train(parts, tmp_path / "meta", **PACKED | {"dry_run": "meta", "global_batch_size": 2, "num_gpus": 2})
+    plan = " ".join(capsys.readouterr().out.split())
+    assert "1 rows of 130 tokens" in plan and " packs, 2 a step (2 processes x 1 packs x 1 accumulated)" in plan
+    assert "The number of packs is one of rough lengths" in plan
+    trainer = train(parts, tmp_path / "real", **PACKED | {"dry_run": "real", "global_batch_size": 2})
+    output = " ".join(capsys.readouterr().out.split())
+    assert "Packing: 16 rows in 8 packs of at most 130 tokens, 2.00 rows each, about 2 a step" in output
+    assert "Steps: 8 packs, 2 a step (1 processes x 1 packs x 2 accumulated), 4 steps an epoch." in output
+    assert "Measured in one step on the fullest packs" in output
+    fullest = max(sum(trainer.packs.lengths[row] for row in pack) for pack in trainer.packs.packs(1))
+    assert trainer.state.global_step == 1 and f"1 rows of {fullest} tokens" in output
+
+
+def test_doctor_says_how_full_the_packs_are(parts, tmp_path):
+    console = Console(record=True, width=200)
+    with Progress(disable=True) as progress:
+        report = examine(data_check(*parse_settings(arguments(parts, tmp_path, **PACKED))), progress)
+    print_report(report, console)
+    tokens = report.summary["tokens"]
+    assert tokens["packing"] == {"packs": 8, "fill": round(tokens["total"] / (8 * 130), 3)}
+    expected = f"Packed: about 2.0 of these rows in a pack of 130 tokens, fill {tokens['packing']['fill']:.2f}"
+    assert expected in console.export_text()
