@@ -32,8 +32,9 @@ import torch
 
 import train_sft
 from demo.data import blind_guess, image_root, write_data
-from demo.evaluate import accuracy_by_kind, answer_all, encode_images, measure_questions, question_of
-from sq_llava.images import open_image
+from demo.evaluate import measure_answers, measure_questions
+from sq_llava.evaluation import easy_vqa
+from sq_llava.evaluation.run import Evaluation, read_examples
 from sq_llava.inference import Assistant
 
 
@@ -201,14 +202,13 @@ def train(stage: str, seed: int, steps: int, **settings):
 
 def score(assistant: Assistant, data: Path, scale: Scale) -> dict:
     """Accuracies on every `test_stride`-th test question, asked alone, and the quality of its own questions."""
-    rows = json.loads((data / "test.json").read_text())[:: scale.test_stride]
-    index_of_path = {path: index for index, path in enumerate(sorted({row["image"] for row in rows}))}
-    image_tokens = encode_images(assistant, [open_image(image_root() / path) for path in index_of_path])
-    index = torch.tensor([index_of_path[row["image"]] for row in rows], device=image_tokens.device)
-    accuracy = accuracy_by_kind(rows, answer_all(assistant, [question_of(row) for row in rows], image_tokens[index]))
+    evaluation = Evaluation("", ["easy_vqa"], str(data), data)
+    examples = read_examples(easy_vqa.TASK, evaluation)[:: scale.test_stride]
+    with tempfile.TemporaryDirectory() as folder:
+        accuracy = measure_answers(assistant, examples, Path(folder))
     questions = measure_questions(assistant, scale.num_images, questions_per_image=4, seed=0)
     del questions["contact_sheet"]
-    return {"test_questions": len(rows), "accuracy": accuracy.pop("all"), "accuracy_by_kind": accuracy} | questions
+    return {"test_questions": len(examples), "accuracy": accuracy.pop("all"), "accuracy_by_kind": accuracy} | questions
 
 
 def list_tasks(

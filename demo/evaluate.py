@@ -2,108 +2,57 @@
 
     python -m demo.evaluate --model runs/demo/model --data runs/demo/data
 
-Every test question is asked alone, in a prompt of its own, and decoded greedily. Questions are sampled with the
-release's settings after one answered turn: training never puts a self-question first.
+Answers are those of `sq-llava evaluate --tasks easy_vqa`, whose report stands in `evaluation/` beside the model: every
+test question is asked alone, in a prompt of its own, and decoded greedily. Questions are sampled with the release's
+settings after one answered turn: training never puts a self-question first.
 """
 
 import argparse
 import json
-from collections import defaultdict
+from dataclasses import replace
 from pathlib import Path
 
-import torch
 from PIL import Image
 from tqdm import tqdm
-from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from demo.data import blind_guess, image_root, read_questions
+from sq_llava.evaluation import easy_vqa
+from sq_llava.evaluation.answering import AnswerSettings, answer_examples
 from sq_llava.evaluation.easy_vqa import KINDS, answer_question, derive_caption
+from sq_llava.evaluation.run import Evaluation, read_examples, score
+from sq_llava.evaluation.run import evaluate as run_evaluation
+from sq_llava.evaluation.task import Example, Metric, summarize
 from sq_llava.inference import load
 
 
 FIRST_QUESTION = "what color is the shape?"
 NUM_SHEET_IMAGES = 12
+BATCH_SIZE = 128
+BLANK_SHARE = 4  # every fourth question is asked about a blank image too
 
 
-@torch.inference_mode()
-def encode_images(assistant, images: list[Image.Image], batch_size: int = 64) -> torch.Tensor:
-    """Image tokens `(num_images, image_seq_length, hidden_size)`: each image is encoded once for all its questions."""
-    tokens = []
-    for start in range(0, len(images), batch_size):
-        pixel_values = assistant.processor.image_processor(images[start : start + batch_size], return_tensors="pt")
-        pixel_values = pixel_values["pixel_values"].to(assistant.model.device)
-        tokens.append(assistant.model.get_image_features(pixel_values, return_dict=True).pooler_output)
-    return torch.cat(tokens)
+def accuracy_by_kind(metrics: list[Metric]) -> dict[str, float]:
+    """Accuracy over all questions (`"all"`) and over each kind."""
+    values = {metric.name: metric.value for metric in metrics}
+    return {"all": values["accuracy"], **{kind: values[f"{kind}/accuracy"] for kind in KINDS}}
 
 
-@torch.inference_mode()
-def answer_all(assistant, questions: list[str], image_tokens: torch.Tensor, batch_size: int = 128) -> list[str]:
-    """
-    Answers each question about its image, greedily.
-
-    Args:
-        questions: One for each prompt.
-        image_tokens: `(num_questions, image_seq_length, hidden_size)`, the image of each question.
-    """
-    processor = assistant.processor
-    image_text = processor.image_token * processor.image_seq_length
-    answers = []
-    for start in tqdm(range(0, len(questions), batch_size), desc="Answering", unit=" batches"):
-        prompts = [
-            processor.apply_chat_template(
-                [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}],
-                add_generation_prompt=True,
-            ).replace(processor.image_token, image_text)
-            for question in questions[start : start + batch_size]
-        ]
-        inputs = processor.tokenizer(prompts, padding=True, add_special_tokens=False, return_tensors="pt")
-        image = BaseModelOutputWithPooling(pooler_output=image_tokens[start : start + batch_size])
-        output = assistant.model.generate(
-            **inputs.to(assistant.model.device), mm_encoder_outputs={"image": image}, max_new_tokens=4, do_sample=False
-        )
-        texts = processor.batch_decode(output[:, inputs.input_ids.shape[1] :], skip_special_tokens=True)
-        answers += [text.strip() for text in texts]
-    return answers
-
-
-def accuracy_by_kind(rows: list[dict], answers: list[str]) -> dict[str, float]:
-    """Accuracy over all rows (`"all"`) and over each kind of question."""
-    hits = defaultdict(list)
-    for row, given in zip(rows, answers, strict=True):
-        for name in ("all", row["kind"]):
-            hits[name].append(given == row["conversations"][1]["value"])
-    return {name: sum(hits[name]) / len(hits[name]) for name in ("all", *KINDS)}
-
-
-def question_of(row: dict) -> str:
-    return row["conversations"][0]["value"].removeprefix("<image>\n")
-
-
-def measure_answers(assistant, rows: list[dict], train_rows: list[dict], blank_share: int = 4) -> dict:
-    """Accuracies on the images, on a blank one (every `blank_share`-th question) and of the best blind guess."""
-    paths = sorted({row["image"] for row in rows})
-    index_of_path = {path: index for index, path in enumerate(paths)}
-    image_tokens = encode_images(assistant, [Image.open(image_root() / path).convert("RGB") for path in paths])
-    index = torch.tensor([index_of_path[row["image"]] for row in rows], device=image_tokens.device)
-    answers = answer_all(assistant, [question_of(row) for row in rows], image_tokens[index])
-    by_kind = accuracy_by_kind(rows, answers)
-
-    mean_colour = tuple(int(255 * mean) for mean in assistant.processor.image_processor.image_mean)
-    blank_tokens = encode_images(assistant, [Image.new("RGB", (64, 64), mean_colour)])
-    blank_rows = rows[::blank_share]
-    blank_answers = answer_all(
-        assistant, [question_of(row) for row in blank_rows], blank_tokens.expand(len(blank_rows), -1, -1)
+def measure_answers(assistant, examples: list[Example], folder: Path) -> dict[str, float]:
+    """Accuracies of a model that is loaded, as `sq-llava evaluate` takes them; answers are kept in `folder`."""
+    settings = AnswerSettings(easy_vqa.TASK.max_new_tokens, BATCH_SIZE)
+    records = answer_examples(assistant, examples, folder, settings, "Answering")
+    return accuracy_by_kind(
+        summarize(easy_vqa.TASK, [replace(record, score=score(easy_vqa.TASK, record)) for record in records])
     )
-    blind = blind_guess(train_rows, rows)
-    return {
-        "num_test_questions": len(rows),
-        "num_blank_questions": len(blank_rows),
-        "test_accuracy": by_kind.pop("all"),
-        "blank_image_accuracy": accuracy_by_kind(blank_rows, blank_answers)["all"],
-        "blind_guess_accuracy": blind.pop("all"),
-        "accuracy_by_kind": by_kind,
-        "blind_guess_by_kind": blind,
-    }
+
+
+def measure_blank(assistant, examples: list[Example], folder: Path) -> float:
+    """Accuracy with the same questions about a blank image."""
+    folder.mkdir(exist_ok=True)
+    mean_colour = tuple(int(255 * mean) for mean in assistant.processor.image_processor.image_mean)
+    Image.new("RGB", (64, 64), mean_colour).save(folder / "blank.png")
+    blanks = [replace(example, images=[folder / "blank.png"]) for example in examples]
+    return measure_answers(assistant, blanks, folder)["all"]
 
 
 def is_valid(question: str, known: set[str], caption: str) -> bool:
@@ -159,13 +108,37 @@ def evaluate(
 
     Args:
         split: `"test"`, or `"holdout"`, without questions: to choose settings on.
-        max_rows: Of the split's questions, the first so many; default all.
+        max_rows: Of the split's questions, so many, spread evenly; default all.
         num_images: How many images to ask questions about, four each.
     """
+    folder = output.parent / "evaluation"
+    evaluation = Evaluation(
+        str(model_dir),
+        ["easy_vqa"],
+        str(data_dir),
+        folder,
+        split=split,
+        limit=max_rows,
+        batch_size=BATCH_SIZE,
+        seed=seed,
+    )
+    [answered] = run_evaluation(evaluation)
+    by_kind = accuracy_by_kind(answered.metrics)
+    examples = read_examples(easy_vqa.TASK, evaluation)
+    blank_examples = examples[::BLANK_SHARE]
     assistant = load(str(model_dir))
-    rows = json.loads((data_dir / f"{split}.json").read_text())[:max_rows]
+    rows = {row["id"]: row for row in json.loads((data_dir / f"{split}.json").read_text())}
     train_rows = json.loads((data_dir / "stage2_train.json").read_text())
-    result = measure_answers(assistant, rows, train_rows)
+    blind = blind_guess(train_rows, [rows[example.id] for example in examples])
+    result = {
+        "num_test_questions": len(examples),
+        "num_blank_questions": len(blank_examples),
+        "test_accuracy": by_kind.pop("all"),
+        "blank_image_accuracy": measure_blank(assistant, blank_examples, folder / "blank"),
+        "blind_guess_accuracy": blind.pop("all"),
+        "accuracy_by_kind": by_kind,
+        "blind_guess_by_kind": blind,
+    }
     if split == "test":
         result |= measure_questions(assistant, num_images=num_images, questions_per_image=4, seed=seed)
     output.write_text(json.dumps(result, indent=2) + "\n")
@@ -179,7 +152,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="default: evaluation.json beside the model")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--split", choices=("test", "holdout"), default="test", help="holdout: to choose settings on")
-    parser.add_argument("--limit", type=int, help="of the split's questions, the first so many; default all")
+    parser.add_argument("--limit", type=int, help="of the split's questions, so many, spread evenly; default all")
     args = parser.parse_args()
     output = args.output or args.model.parent / "evaluation.json"
     result = evaluate(args.model, args.data, output, args.seed, args.split, args.limit)

@@ -104,7 +104,7 @@ Trained in both stages from a tiny CLIP and a tiny Llama, which were pretrained 
 ## Answers to questions about images it never saw
 
 One question per prompt, greedy, exact match; {result["num_test_questions"]:,} test questions. The best blind guess is
-each question's most frequent answer in training.
+each question's most frequent answer in training. [More](evaluation/report.md), with every answer.
 
 | kind of question | accuracy | best blind guess |
 |---|---|---|

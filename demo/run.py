@@ -83,7 +83,7 @@ STEPS = {
     "base models": (make_base_models, ["data", "clip", "llama"]),
     "stage 1": (partial(train_stage, stage="stage1"), ["stage1"]),
     "stage 2": (partial(train_stage, stage="stage2"), ["stage2"]),
-    "evaluation": (merge_and_evaluate, ["model", "evaluation.json"]),
+    "evaluation": (merge_and_evaluate, ["model", "evaluation", "evaluation.json"]),
 }
 
 

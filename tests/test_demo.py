@@ -6,7 +6,7 @@ import pytest
 
 from demo import data, report, run
 from demo.base_models import build_tokenizer
-from demo.evaluate import accuracy_by_kind, is_valid
+from demo.evaluate import is_valid
 from sq_llava.evaluation import easy_vqa
 
 
@@ -92,21 +92,6 @@ def test_tokenizer_gives_its_text_back_and_keeps_clip_out_of_its_trap():
     assert ids[-1] == tokenizer.eos_token_id != 2
 
 
-def test_accuracy_is_counted_by_kind():
-    rows = [
-        {"kind": kind, "conversations": [{}, {"value": value}]}
-        for kind, value in [
-            ("shape", "circle"),
-            ("shape", "circle"),
-            ("colour", "red"),
-            *[(k, "yes") for k in easy_vqa.KINDS],
-        ]
-    ]
-    result = accuracy_by_kind(rows, ["circle", "triangle", "red", "no", "yes", "yes", "yes"])
-    assert result["shape"] == pytest.approx(2 / 3) and result["colour"] == 1 and result["yes/no shape"] == 0
-    assert result["all"] == pytest.approx(5 / 7)
-
-
 def test_question_is_valid_if_known_and_true_to_the_image():
     known = {"what is the red shape?", "is there a teal shape?"}
     assert is_valid("what is the red shape?", known, "a red circle")
@@ -133,7 +118,8 @@ def test_quick_demo_writes_its_report_and_is_reused(tmp_path, capfd):
     } <= result.keys()  # fmt: skip
     assert result["questions_asked"] == 48
     assert set(result["accuracy_by_kind"]) == set(result["blind_guess_by_kind"]) == set(easy_vqa.KINDS)
-    for name in ("report.md", "losses.png", "contact_sheet.png", "model/model.safetensors", "model/README.md"):
+    names = ("losses.png", "contact_sheet.png", "model/model.safetensors", "model/README.md", "evaluation/report.md")
+    for name in ("report.md", *names):
         assert (folder / name).stat().st_size > 0
     assert "| yes/no shape |" in report.to_markdown(result)
     capfd.readouterr()
