@@ -1,0 +1,376 @@
+"""Training on one mix of rows: TRL's stock SFTTrainer, this project's batches of like length, and its packs.
+
+    python -m benchmarks.train_step            # writes benchmarks/results/train_step.{json,md,png}, under 5 minutes
+    python -m benchmarks.train_step --quick    # few rows, one round, writes nothing
+
+Tokens with loss in a second, over whole epochs of the same rows by `trainer.train()`: data loading, forward, backward
+and optimizer, on the CPU in float32.
+
+    stock     TRL's SFTTrainer and vision collator, transformers' LlavaForConditionalGeneration, rows in random order
+    padded    SQLlavaTrainer with train_sampling_strategy group_by_length, and prototypes
+    packed    SQLlavaTrainer with packing, and prototypes
+
+The rows are a simulated mix as of llava_v1_5_mix665k at a ninth of its lengths: 6% text-only, 64 tokens an image, one
+to three exchanges, no row above 228 tokens, packs of 228. Towers, LoRA, optimizer, rows and labels (no self-questions)
+are the same; the extractor is this project's own. A step has 8 rows, or the packs that hold about as many. The head
+is a tenth of the language model's multiplications (Vicuna-7B: 2%, Qwen3-0.6B: 26%). What it does not measure: a GPU.
+"""
+
+import json
+import os
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import datasets
+import matplotlib
+import numpy as np
+import torch
+
+
+matplotlib.use("Agg")
+
+from matplotlib import pyplot as plt
+from peft import LoraConfig, get_peft_model
+from PIL import Image
+from tokenizers import Tokenizer, models, pre_tokenizers
+from torch.profiler import ProfilerActivity, profile
+from transformers import (
+    CLIPImageProcessorPil,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    PreTrainedTokenizerFast,
+    PrinterCallback,
+    Trainer,
+    logging,
+)
+from trl import SFTConfig, SFTTrainer
+
+from benchmarks import common
+from benchmarks.random_models import make_model
+from processing_sq_llava import SQLlavaProcessor
+from sq_llava.adapter import LoraSize, add_adapter
+from sq_llava.data import load_rows
+from sq_llava.lengths import LengthBound, with_sure_lengths
+from sq_llava.packing import pack_in_windows
+from sq_llava.self_questioning import SelfQuestioningCollator
+from sq_llava.sources import DataSource
+from sq_llava.trainer import SQLlavaTrainer
+
+
+SIDE, MAX_LENGTH, NUM_WORDS = 112, 228, 1000
+VISION = {
+    "model_type": "clip_vision_model",
+    "hidden_size": 96,
+    "intermediate_size": 384,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 4,
+    "image_size": SIDE,
+    "patch_size": 14,
+}
+TEXT = {
+    "model_type": "llama",
+    "hidden_size": 192,
+    "intermediate_size": 512,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 1024,
+}
+LORA = LoraSize(8, 16, 0.0)
+PATHS = ("stock", "padded", "packed")
+PROTOTYPES = 32
+TOP_OPERATORS = 10
+# Mean and shape of the gamma distribution of a row's words: all rows alike, the mix, and a few very long rows.
+MIXES = {"even": (28, 200.0), "as of LLaVA": (31, 1.6), "long tail": (31, 0.5)}
+
+
+@dataclass
+class Data:
+    """Rows on disk, their processor, and how many tokens of them have a loss."""
+
+    path: Path
+    processor: SQLlavaProcessor
+    rows: datasets.Dataset
+    num_labels: int
+    num_tokens: int
+
+
+def word_processor() -> SQLlavaProcessor:
+    """A token for each word: lengths are as drawn."""
+    words = [f"w{number}" for number in range(NUM_WORDS)] + ["USER:", "ASSISTANT:", "<unk>", "</s>"]
+    tokenizer = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", unk_token="<unk>")
+    images = CLIPImageProcessorPil(size={"shortest_edge": SIDE}, crop_size={"height": SIDE, "width": SIDE})
+    return SQLlavaProcessor(images, tokenizer, image_seq_length=64, system_message="")
+
+
+def make_data(folder: Path, num_rows: int, mix: str = "as of LLaVA") -> Data:
+    generator = np.random.default_rng(0)
+    mean, shape = MIXES[mix]
+    raw = []
+    for number in range(num_rows):
+        num_words = min(3 + int(generator.gamma(shape, mean / shape)), MAX_LENGTH - 64 - 3 * 4)
+        words = [f"w{word}" for word in generator.integers(NUM_WORDS, size=num_words)]
+        # Of each exchange, a third is asked and the rest answered.
+        turns = []
+        for piece in np.array_split(words, min(generator.integers(1, 4), max(1, num_words // 3))):
+            asked = max(1, len(piece) // 3)
+            turns += [("human", " ".join(piece[:asked])), ("gpt", " ".join(piece[asked:]) or "w0")]
+        row = {"id": str(number), "conversations": [{"from": role, "value": text} for role, text in turns]}
+        if generator.random() >= 0.06:
+            row["image"] = f"{number}.jpg"
+            pixels = generator.integers(0, 256, (12, 16, 3), dtype=np.uint8)
+            Image.fromarray(pixels).resize((160, 120), Image.Resampling.BICUBIC).save(folder / row["image"])
+            row["conversations"][0]["value"] = "<image>\n" + row["conversations"][0]["value"]
+        raw.append(row)
+    path = folder / "rows.json"
+    path.write_text(json.dumps(raw))
+    processor = word_processor()
+    rows = load_rows([DataSource(str(path))], image_seq_length=64)
+    rows = with_sure_lengths(rows, LengthBound(processor, MAX_LENGTH, self_question_ratio=0.0))
+    batch = SelfQuestioningCollator(processor, self_question_ratio=0.0)([rows[index] for index in range(num_rows)])
+    return Data(path, processor, rows, int((batch["labels"] != -100).sum()), int(batch["attention_mask"].sum()))
+
+
+def settings(folder: Path, batch_size: int, **more) -> SFTConfig:
+    return SFTConfig(
+        output_dir=str(folder),
+        per_device_train_batch_size=batch_size,
+        num_train_epochs=1,
+        learning_rate=1e-5,
+        use_cpu=True,
+        bf16=False,
+        gradient_checkpointing=False,
+        max_length=MAX_LENGTH,
+        logging_strategy="no",
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        **more,
+    )
+
+
+def stock_trainer(data: Data, folder: Path, rows_per_step: int) -> Trainer:
+    processor = data.processor
+    text = TEXT | {"vocab_size": len(processor.tokenizer)}
+    torch.manual_seed(0)
+    config = LlavaConfig(
+        vision_config=dict(VISION), text_config=text, image_token_index=processor.image_token_id, image_seq_length=64
+    )
+    model = LlavaForConditionalGeneration(config)
+    lora = LoraConfig(
+        r=LORA.rank,
+        lora_alpha=LORA.alpha,
+        target_modules=r".*(vision_tower\.encoder\.layers\.[0-4]\..*|language_model\..*)\b(q_proj|k_proj|v_proj|out_proj"
+        r"|o_proj|fc1|fc2|gate_proj|up_proj|down_proj)",
+        modules_to_save=["multi_modal_projector"],
+    )
+    rows = datasets.Dataset.from_list(
+        [{"messages": stock_messages(row["messages"]), "images": row["images"]} for row in data.rows]
+    ).cast_column("images", datasets.List(datasets.Image()))
+    return SFTTrainer(
+        model=get_peft_model(model, lora),
+        args=settings(folder, rows_per_step, assistant_only_loss=True),
+        train_dataset=rows,
+        processing_class=processor,
+    )
+
+
+def stock_messages(messages: list[dict]) -> list[dict]:
+    """TRL writes the images in front of the first user turn by itself."""
+    return [{"role": m["role"], "content": "".join(part.get("text", "") for part in m["content"])} for m in messages]
+
+
+def own_trainer(data: Data, folder: Path, rows_per_step: int, packing: bool, prototypes: int) -> Trainer:
+    processor = data.processor
+    fields = {"num_prototypes": prototypes} if prototypes else {"prototype_variant": "none"}
+    text = TEXT | {"vocab_size": len(processor.tokenizer)}
+    model = make_model(
+        VISION, text, image_token_id=processor.image_token_id, vusr_token_id=processor.vusr_token_id, **fields
+    )
+    if packing:
+        packs = pack_in_windows(np.arange(len(data.rows)), data.rows["length"][:], MAX_LENGTH)
+        size = max(1, round(rows_per_step * len(packs) / len(data.rows)))
+        args = settings(folder, size)
+    else:
+        args = settings(folder, rows_per_step, train_sampling_strategy="group_by_length")
+    return SQLlavaTrainer(
+        model=add_adapter(model, LORA, LORA, train_vusr=True),
+        args=args,
+        train_dataset=data.rows,
+        data_collator=SelfQuestioningCollator(processor, self_question_ratio=0.0, max_length=MAX_LENGTH),
+        processing_class=processor,
+        question_loss_weight=1.0,
+        part_learning_rates={},
+        packing=packing,
+    )
+
+
+def make_trainers(data: Data, folder: Path, rows_per_step: int, prototypes: int = PROTOTYPES) -> dict[str, Trainer]:
+    trainers = {
+        "stock": stock_trainer(data, folder, rows_per_step),
+        "padded": own_trainer(data, folder, rows_per_step, packing=False, prototypes=prototypes),
+        "packed": own_trainer(data, folder, rows_per_step, packing=True, prototypes=prototypes),
+    }
+    for trainer in trainers.values():
+        trainer.remove_callback(PrinterCallback)
+    return trainers
+
+
+def check_labels(data: Data, trainers: dict[str, Trainer]) -> dict[str, float]:
+    """All paths train on the same labels; returns the share of what they compute that is no padding."""
+    shares = {}
+    for name, trainer in trainers.items():
+        labels = positions = 0
+        for batch in trainer.get_train_dataloader():
+            labels += int((batch["labels"] != -100).sum())
+            positions += batch["input_ids"].numel()
+        assert labels == data.num_labels, f"{name} has {labels} labels of {data.num_labels}"
+        shares[name] = data.num_tokens / positions
+    return shares
+
+
+def measure(data: Data, trainers: dict[str, Trainer], rounds: int) -> dict:
+    times = common.interleave({name: trainer.train for name, trainer in trainers.items()}, rounds)
+    return {
+        "rows": len(data.rows),
+        "tokens_with_loss": data.num_labels,
+        "seconds": times,
+        "per_second": {name: common.summary([data.num_labels / s for s in times[name]]) for name in times},
+        "times_faster": {name: common.ratio(times, "stock", name) for name in times if "stock" in times},
+    }
+
+
+def operators(data: Data, trainer: Trainer) -> dict[str, float]:
+    """Milliseconds of the processor in each operator itself, per thousand tokens with loss."""
+    trainer.train()
+    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+        trainer.train()
+    return {
+        event.key: event.self_cpu_time_total / data.num_labels
+        for event in profiler.key_averages()
+        if not event.key.startswith(("ProfilerStep", "enumerate(", "Optimizer."))
+    }
+
+
+def scale(root: Path, num_rows: int, quick: bool) -> dict[str, dict]:
+    """Against the rows of a step, the mix of lengths, and the number of prototypes (0 for no extractor)."""
+    found = {"as above": scale_case(root, num_rows)}
+    for rows_per_step in () if quick else (2, 16):
+        found[f"{rows_per_step} rows a step"] = scale_case(root, num_rows, rows_per_step=rows_per_step)
+    for mix in ("long tail",) if quick else ("even", "long tail"):
+        found[f"lengths: {mix}"] = scale_case(root, num_rows, mix=mix)
+    for prototypes in () if quick else (0, 128):
+        found[f"{prototypes} prototypes"] = scale_case(root, num_rows, prototypes=prototypes)
+    return found
+
+
+def scale_case(
+    root: Path, num_rows: int, rows_per_step: int = 8, mix: str = "as of LLaVA", prototypes: int = PROTOTYPES
+) -> dict:
+    print(f"scaling: {rows_per_step} rows a step, lengths {mix}, {prototypes} prototypes", flush=True)
+    folder = root / f"{mix}-{num_rows}"
+    folder.mkdir(exist_ok=True)
+    data = make_data(folder, num_rows, mix)
+    return measure(data, make_trainers(data, folder, rows_per_step, prototypes), rounds=1)
+
+
+def to_markdown(report: dict) -> str:
+    main = report["main"]
+    lines = [
+        "# Training on one mix of rows: stock, padded by length, packed",
+        "",
+        f"{main['rows']} rows with {main['tokens_with_loss']:,} tokens with loss, whole epochs, median of "
+        f"{report['rounds']} rounds in turn (lowest to highest); at the right, the share of the positions that the "
+        "language model computes which is no padding:",
+        "",
+        "| path | tokens with loss a second | times faster than stock | no padding |",
+        "|---|--:|--:|--:|",
+    ]
+    for path in PATHS:
+        faster = common.with_spread(main["times_faster"][path])
+        lines.append(
+            f"| {path} | {common.with_spread(main['per_second'][path])} | **{faster}** "
+            f"| {report['not_padding'][path]:.0%} |"
+        )
+    lines += [
+        "",
+        f"Of {report['scaling_rows']} rows, one round each; above, a step has 8 rows and the extractor {PROTOTYPES} "
+        "prototypes, where stock has none:",
+        "",
+        "| | stock, tokens a second | padded / stock | packed / stock |",
+        "|---|--:|--:|--:|",
+    ]
+    for name, found in report["scaling"].items():
+        cells = [f"{found['per_second']['stock']['median']:,.0f}"]
+        cells += [f"{found['times_faster'][path]['median']:.2f}" for path in ("padded", "packed")]
+        lines.append("| " + " | ".join([name, *cells]) + " |")
+    lines += [
+        "",
+        f"Where the processor's time goes, milliseconds of each operator itself per thousand tokens with loss, under "
+        f"the profiler, on {report['profiled_rows']} rows:",
+        "",
+        "| operator | stock | padded | packed |",
+        "|---|--:|--:|--:|",
+    ]
+    for name, milliseconds in report["profile"].items():
+        lines.append("| " + " | ".join([f"`{name}`", *(f"{milliseconds[path]:,.0f}" for path in PATHS)]) + " |")
+    return "\n".join(lines)
+
+
+def draw(report: dict, path: Path) -> None:
+    names = list(report["scaling"])
+    figure, axes = plt.subplots(figsize=(8, 0.45 * len(names) + 1.2), layout="constrained")
+    for offset, which in ((-0.2, "padded"), (0.2, "packed")):
+        values = [report["scaling"][name]["times_faster"][which]["median"] for name in names]
+        axes.barh(np.arange(len(names)) + offset, values, height=0.38, label=which)
+    axes.axvline(1, color="black", linewidth=1)
+    axes.set_yticks(np.arange(len(names)), names)
+    axes.invert_yaxis()
+    axes.set_xlabel("tokens with loss a second, beside TRL's stock trainer on the same rows")
+    axes.legend()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def profile_paths(data: Data, trainers: dict[str, Trainer]) -> dict[str, dict[str, float]]:
+    """The operators that take the most in any path, and all others together."""
+    found = {name: operators(data, trainer) for name, trainer in trainers.items()}
+    every = {operator for of_path in found.values() for operator in of_path}
+    most = sorted(every, key=lambda operator: -max(of_path.get(operator, 0) for of_path in found.values()))
+    table = {name: {path: found[path].get(name, 0.0) for path in found} for name in most[:TOP_OPERATORS]}
+    table["all others"] = {path: sum(found[path].get(name, 0.0) for name in most[TOP_OPERATORS:]) for path in found}
+    table["all"] = {path: sum(found[path].values()) for path in found}
+    return table
+
+
+def main():
+    arguments = common.parse_arguments(__doc__)
+    quick = arguments.quick
+    num_rows, scaling_rows, profiled_rows, rounds = (16, 8, 8, 1) if quick else (128, 32, 32, 2)
+    logging.set_verbosity_error()
+    os.environ["KINETO_LOG_LEVEL"] = "6"  # the profiler would print its start and stop
+    datasets.disable_progress_bars()
+    with tempfile.TemporaryDirectory() as name:
+        root = Path(name)
+        data = make_data(root, num_rows)
+        trainers = make_trainers(data, root, 8)
+        report = {"rounds": rounds, "not_padding": check_labels(data, trainers)}
+        print("main comparison", flush=True)
+        report["main"] = measure(data, trainers, rounds)
+        report["scaling_rows"], report["profiled_rows"] = scaling_rows, profiled_rows
+        report["scaling"] = scale(root, scaling_rows, quick)
+        print("profile", flush=True)
+        (root / "profile").mkdir()
+        data = make_data(root / "profile", profiled_rows)
+        report["profile"] = profile_paths(data, make_trainers(data, root, 8))
+    if not quick:
+        arguments.output_dir.mkdir(parents=True, exist_ok=True)
+        draw(report, arguments.output_dir / "train_step.png")
+    common.save("train_step", report, to_markdown(report), arguments)
+
+
+if __name__ == "__main__":
+    main()
