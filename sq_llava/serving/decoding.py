@@ -52,7 +52,8 @@ class Sampling:
 class RowText:
     """
     The text of tokens that come one by one, without a character that may still change. Each piece is decoded with the
-    one before it, as a token's text can depend on the token before.
+    one before it, as a token's text can depend on the token before. Only bytes that are no UTF-8 may read otherwise
+    than in a text that is decoded as a whole.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, stop: tuple[str, ...]):
