@@ -183,7 +183,8 @@ class Gate:
             message = await receive()
             num_bytes += len(message.get("body", b""))
             if num_bytes > most:
-                await _drain(receive)
+                if message.get("more_body", False):
+                    await _drain(receive)
                 raise ApiError(413, f"The request has more than {most:,} bytes.", "request_too_large")
             return message
 
@@ -239,9 +240,10 @@ async def _validation_error(request: Request, error: RequestValidationError) -> 
     if found["type"] == "json_invalid":
         message = f"The body is no valid JSON: {found['ctx']['error']}."
         return JSONResponse(error_body(400, message, "invalid_json"), 400)
-    # Names of fields may be megabytes long, or no valid Unicode. Values are not repeated.
-    place = ".".join(str(step) for step in found["loc"][1:])[:200].encode("ascii", "backslashreplace").decode()
-    message = f"{place}: {found['msg']}." if place else f"{found['msg']}: send a JSON object as application/json."
+    # Pydantic's names of the kinds of a union, and fields that are megabytes long or no Unicode, tell nobody anything.
+    steps = [str(step) for step in found["loc"][1:] if isinstance(step, int) or step[:100].isidentifier()]
+    place = ".".join(steps)[:200]
+    message = f"{place}: {found['msg']}." if place else f"{found['msg']}. Send a JSON object as application/json."
     return JSONResponse(error_body(400, message, "invalid_request", place or None), 400)
 
 

@@ -10,8 +10,18 @@ is not done is refused, never ignored: a field that is not here, or another valu
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from starlette.exceptions import HTTPException
+
+
+def _check_unicode(text: str) -> str:
+    # JSON can write half of a surrogate pair, which no tokenizer takes and no reply could repeat.
+    if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
+        raise ValueError("not valid Unicode")
+    return text
+
+
+Text = Annotated[str, AfterValidator(_check_unicode)]
 
 
 class Strict(BaseModel):
@@ -20,11 +30,11 @@ class Strict(BaseModel):
 
 class TextPart(Strict):
     type: Literal["text"]
-    text: str
+    text: Text
 
 
 class ImageUrl(Strict):
-    url: str
+    url: Text
     detail: Literal["auto", "low", "high"] | None = Field(None, description="Every image is seen in one resolution.")
 
 
@@ -35,7 +45,7 @@ class ImagePart(Strict):
 
 class Message(Strict):
     role: Literal["system", "developer", "user", "assistant", "vusr"]
-    content: str | list[Annotated[TextPart | ImagePart, Field(discriminator="type")]]
+    content: Text | list[Annotated[TextPart | ImagePart, Field(discriminator="type")]]
     name: str | None = Field(None, description="Not read.")
 
 
@@ -47,11 +57,11 @@ class ResponseFormat(Strict):
     type: Literal["text"]
 
 
-StopString = Annotated[str, Field(min_length=1, max_length=1000)]
+StopString = Annotated[str, Field(min_length=1, max_length=1000), AfterValidator(_check_unicode)]
 
 
 class ChatCompletionRequest(Strict):
-    model: str
+    model: Text
     messages: Annotated[list[Message], Field(min_length=1, max_length=10_000)]
     self_question: bool = Field(False, description="Ask a question instead of answering one.")
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
