@@ -80,12 +80,26 @@ def get(url: str, max_bytes: int = 1000) -> bytes:
     return asyncio.run(fetch(url, max_bytes))
 
 
-@pytest.mark.parametrize(
-    "address",
-    """0.0.0.0 10.1.2.3 100.64.0.1 127.0.0.1 127.9.9.9 169.254.169.254 172.16.0.1 192.0.2.1 192.168.1.1 198.18.0.1
+NOT_PUBLIC = """
+    0.0.0.0 10.1.2.3 100.64.0.1 127.0.0.1 127.9.9.9 169.254.169.254 172.16.0.1 192.0.2.1 192.168.1.1 198.18.0.1
     224.0.0.1 239.1.1.1 240.0.0.1 255.255.255.255 :: ::1 ::ffff:127.0.0.1 ::ffff:8.8.8.8 ::127.0.0.1 64:ff9b::7f00:1
-    64:ff9b:1::1 fc00::1 fd12::1 fe80::1 fe80::1%eth0 fec0::1 ff02::1 2001::1 2001:db8::1 2002:7f00:1::1""".split(),
-)
+    64:ff9b:1::1 fc00::1 fd12::1 fe80::1 fe80::1%eth0 fec0::1 ff02::1 2001::1 2001:db8::1 2002:7f00:1::1
+"""
+THIS_MACHINE = """
+    127.0.0.1 127.1 2130706433 0x7f000001 0x7f.1 0177.0.0.1 017700000001 localhost localhost. [::1]
+    [::ffff:127.0.0.1] [::ffff:7f00:1] [64:ff9b::7f00:1] 0 0.0.0.0 １２７.0.0.1 127。0。0。1 ①②⑦.⓪.⓪.①
+"""
+REDIRECTS = [
+    "http://127.0.0.1:{port}/x",
+    "http://2130706433:{port}/x",
+    "http://inner.test:{port}/x",
+    "//localhost:{port}/x",
+    "gopher://127.0.0.1/x",
+    "file:///etc/passwd",
+]
+
+
+@pytest.mark.parametrize("address", NOT_PUBLIC.split())
 def test_address_of_no_public_host_is_told(address):
     assert not is_public(address)
 
@@ -95,13 +109,9 @@ def test_address_of_a_public_host_is_told(address):
     assert is_public(address)
 
 
-@pytest.mark.parametrize(
-    "host",
-    """127.0.0.1 127.1 2130706433 0x7f000001 0x7f.1 0177.0.0.1 017700000001 localhost localhost. [::1]
-    [::ffff:127.0.0.1] [::ffff:7f00:1] [64:ff9b::7f00:1] 0 0.0.0.0 １２７.0.0.1 127。0。0。1 ①②⑦.⓪.⓪.①""".split(),
-)
+@pytest.mark.parametrize("host", THIS_MACHINE.split())
 def test_no_spelling_of_this_machine_is_reached(host):
-    with image_server("127.0.0.1") as (port, asked), pytest.raises(ValueError, match="no host of the public|fetched"):
+    with image_server("127.0.0.1") as (port, asked), pytest.raises(ValueError, match=r"no host of the public|fetched"):
         get(f"http://{host}:{port}/image")
     assert asked == []
 
@@ -140,20 +150,22 @@ def test_name_is_resolved_once_and_that_address_connected_to(resolver, monkeypat
     assert (times, asked, private) == (["rebind.test"], ["/image"], [])
 
 
-@pytest.mark.parametrize("target", ["http://127.0.0.1:{port}/x", "http://2130706433:{port}/x", "file:///etc/passwd",
-                                    "http://inner.test:{port}/x", "//localhost:{port}/x", "gopher://127.0.0.1/x"])  # fmt: skip
+@pytest.mark.parametrize("target", REDIRECTS)
 def test_redirect_to_this_machine_is_not_followed(resolver, target):
     resolver.update({"photos.test": [PUBLIC], "inner.test": ["127.0.0.1"]})
-    with image_server("127.0.0.1") as (inner, private), image_server() as (port, asked):
-        with pytest.raises(ValueError, match="no host of the public internet|no http"):
-            get(f"http://photos.test:{port}/redirect/{target.format(port=inner)}")
+    with (
+        image_server("127.0.0.1") as (inner, private),
+        image_server() as (port, asked),
+        pytest.raises(ValueError, match=r"no host of the public internet|no http"),
+    ):
+        get(f"http://photos.test:{port}/redirect/{target.format(port=inner)}")
     assert len(asked) == 1 and private == []
 
 
 def test_large_slow_missing_and_circling_images_are_given_up(resolver, monkeypatch):
     resolver["photos.test"] = [PUBLIC]
     monkeypatch.setattr(images, "DOWNLOAD_SECONDS", 0.3)
-    with image_server() as (port, asked):
+    with image_server() as (port, _):
         for path, problem in (
             ("large", "more than 1,000 bytes"),
             ("slow", "within 0.3 seconds"),
@@ -162,7 +174,7 @@ def test_large_slow_missing_and_circling_images_are_given_up(resolver, monkeypat
         ):
             with pytest.raises(ValueError, match=problem):
                 get(f"http://photos.test:{port}/{path}")
-    with pytest.raises(ValueError, match="could not be fetched$"):
+    with pytest.raises(ValueError, match=r"could not be fetched$"):
         get(f"http://photos.test:{port}/closed")
     with pytest.raises(ValueError, match="a user name or a password"):
         get(f"http://me:secret@photos.test:{port}/image")
