@@ -16,8 +16,11 @@ import httpx2
 import openai
 import pytest
 import uvicorn
+from fastapi.testclient import TestClient
 from openai import OpenAI
+from typer.testing import CliRunner
 
+from sq_llava import cli
 from sq_llava.inference import Assistant
 from sq_llava.serving.app import create_app
 from sq_llava.serving.chat import Limits
@@ -220,3 +223,23 @@ def test_late_request_joins_the_batch_of_an_earlier_one():
         ask_for(client_of(port), user("Hello."), max_tokens=3)
         assert not long.done()
         assert long.result().usage.completion_tokens == 150
+
+
+def test_command_serves_the_folder_by_its_name_with_the_limits_given(folder, monkeypatch):
+    served = []
+    monkeypatch.setattr(uvicorn, "run", lambda app, **settings: served.append((app, settings)))
+    monkeypatch.setenv("SECRET", "s3cret")
+    options = ["--port", "9", "--max-body-mb", "0.001", "--api-key-env", "SECRET", "--device", "cpu"]
+    result = CliRunner().invoke(cli.app, ["serve", str(folder), *options])
+    assert result.exit_code == 0, result.output
+    ((app, settings),) = served
+    assert settings["port"] == 9 and settings["host"] == "127.0.0.1"
+    with TestClient(app, headers={"Authorization": "Bearer s3cret"}) as http:
+        assert http.get("/v1/models").json()["data"][0]["id"] == "tiny"
+        assert http.post("/v1/chat/completions", json={"model": "x" * 2000}).status_code == 413
+
+
+def test_key_that_is_not_set_is_said_before_a_model_is_loaded(monkeypatch):
+    monkeypatch.delenv("SECRET", raising=False)
+    result = CliRunner().invoke(cli.app, ["serve", "none", "--api-key-env", "SECRET"])
+    assert result.exit_code == 1 and "variable SECRET is not set" in " ".join(result.output.split())

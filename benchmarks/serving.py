@@ -1,0 +1,160 @@
+"""Throughput of `sq-llava serve` with 1, 4 and 16 clients at a time, beside the same requests one after another.
+
+    python -m benchmarks.serving --model runs/demo/model    # writes benchmarks/results/serving.{json,md}
+    python -m benchmarks.serving --model runs/demo/model --quick
+
+One server process, in which everything is measured, in rounds that take turns; the best round counts, as other work on
+the machine only adds time. Each request has its own picture. Two kinds: the answer as short as it is, and a text of 64
+tokens (as many are made by stating no end). Answers are compared too: greedy ones must not depend on who else asks.
+What this does not do: compare with vLLM, whose place is production.
+"""
+
+import argparse
+import base64
+import io
+import json
+import os
+import platform
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import openai
+import torch
+import transformers
+from PIL import Image
+
+from sq_llava.inference import load
+
+
+RESULTS = Path(__file__).parent / "results"
+CLIENTS = (1, 4, 16)
+NEW_TOKENS = 64
+
+
+def pictures(number: int) -> list[str]:
+    generator = np.random.default_rng(0)
+    urls = []
+    for _ in range(number):
+        pixels = np.kron(generator.integers(0, 256, (8, 8, 3), dtype=np.uint8), np.ones((28, 28, 1), dtype=np.uint8))
+        stream = io.BytesIO()
+        Image.fromarray(pixels).save(stream, "PNG")
+        urls.append("data:image/png;base64," + base64.b64encode(stream.getvalue()).decode())
+    return urls
+
+
+def save_endless(model: str, folder: Path) -> None:
+    """The same model without an end of its texts: each has as many tokens as it may."""
+    assistant = load(model, device="cpu")
+    assistant.model.generation_config.eos_token_id = None
+    assistant.model.save_pretrained(folder)
+    assistant.processor.save_pretrained(folder)
+
+
+def start_server(model: str) -> tuple[subprocess.Popen, str]:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+    command = [sys.executable, "-m", "sq_llava.cli", "serve", model, "--port", str(port), "--model-name", "model"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    url = f"http://127.0.0.1:{port}"
+    for _ in range(600):
+        try:
+            urllib.request.urlopen(f"{url}/health").close()
+            return process, f"{url}/v1"
+        except OSError:
+            time.sleep(0.5)
+    raise TimeoutError(f"The server of {model} does not answer.")
+
+
+def measure(url: str, images: list[str], num_clients: int) -> tuple[float, int, list[str]]:
+    """Seconds for all images, tokens generated, and the texts."""
+    client = openai.OpenAI(base_url=url, api_key="none", max_retries=0)
+
+    def ask(image: str):
+        content = [
+            {"type": "image_url", "image_url": {"url": image}},
+            {"type": "text", "text": "what color is the shape?"},
+        ]
+        messages = [{"role": "user", "content": content}]
+        return client.chat.completions.create(model="model", messages=messages, temperature=0, max_tokens=NEW_TOKENS)
+
+    with ThreadPoolExecutor(num_clients) as pool:
+        began = time.perf_counter()
+        replies = list(pool.map(ask, images))
+        seconds = time.perf_counter() - began
+    texts = [reply.choices[0].message.content for reply in replies]
+    return seconds, sum(reply.usage.completion_tokens for reply in replies), texts
+
+
+def compare(model: str, images: list[str], rounds: int) -> dict:
+    process, url = start_server(model)
+    best, texts, tokens = dict.fromkeys(CLIENTS, float("inf")), {}, 0
+    try:
+        measure(url, images[:4], 4)
+        for _ in range(rounds):
+            for num_clients in CLIENTS:
+                seconds, tokens, texts[num_clients] = measure(url, images, num_clients)
+                best[num_clients] = min(best[num_clients], seconds)
+    finally:
+        process.terminate()
+        process.wait()
+    return {
+        "requests": len(images),
+        "tokens": tokens,
+        "seconds": best,
+        "equal_answers": all(found == texts[1] for found in texts.values()),
+    }
+
+
+def table(results: dict) -> str:
+    lines = [
+        "| texts | clients at a time | requests/s | tokens/s | beside one at a time | answers equal |",
+        "|---|---|---|---|---|---|",
+    ]
+    for kind, result in results["kinds"].items():
+        for num_clients, seconds in result["seconds"].items():
+            lines.append(
+                f"| {kind} | {num_clients} | {result['requests'] / seconds:.1f} | {result['tokens'] / seconds:.0f} | "
+                f"{result['seconds'][1] / seconds:.2f} | {'yes' if result['equal_answers'] else '**no**'} |"
+            )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default="runs/demo/model")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--quick", action="store_true", help="16 requests, one round, nothing written")
+    arguments = parser.parse_args()
+    images = pictures(16 if arguments.quick else 64)
+    rounds = 1 if arguments.quick else arguments.rounds
+    with tempfile.TemporaryDirectory() as folder:
+        save_endless(arguments.model, Path(folder))
+        kinds = {
+            "short answers": compare(arguments.model, images, rounds),
+            f"{NEW_TOKENS} tokens": compare(folder, images, rounds),
+        }
+    versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
+    results = {
+        "command": "python -m benchmarks.serving",
+        "machine": f"{platform.machine()}, {os.cpu_count()} CPU cores, {versions}",
+        "kinds": kinds,
+    }
+    text = table(results)
+    print(text)
+    if not arguments.quick:
+        RESULTS.mkdir(exist_ok=True)
+        (RESULTS / "serving.json").write_text(json.dumps(results, indent=2) + "\n")
+        about = f"`{results['command']}` on {results['machine']}; the demo's model, one picture in each request."
+        (RESULTS / "serving.md").write_text(f"# Serving\n\n{about}\n\n{text}\n")
+
+
+if __name__ == "__main__":
+    main()
