@@ -80,8 +80,13 @@ ORDER = [
     "sq_llava.serving.chat",
     "sq_llava.serving.app",
     "sq_llava.serving.command",
+    "sq_llava.prototypes",
+    "sq_llava.page.dialogue",
+    "sq_llava.page.layout",
+    "sq_llava.page.command",
     "train_sft",
     "sq_llava.cli",
+    "app",
 ]
 
 
