@@ -130,10 +130,10 @@ def table(results: dict) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="runs/demo/model")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--quick", action="store_true", help="16 requests, one round, nothing written")
     arguments = parser.parse_args()
-    images = pictures(16 if arguments.quick else 64)
+    images = pictures(16 if arguments.quick else 32)
     rounds = 1 if arguments.quick else arguments.rounds
     with tempfile.TemporaryDirectory() as folder:
         save_endless(arguments.model, Path(folder))
