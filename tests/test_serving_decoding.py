@@ -145,7 +145,7 @@ def pieces_of(tokenizer, ids: list[int], stop: tuple[str, ...] = ()) -> tuple[st
     return "".join(pieces), pieces
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(name=st.sampled_from(sorted(TOKENIZERS)), numbers=st.lists(st.integers(0, 10_000), max_size=30))
 def test_pieces_of_any_tokens_are_the_whole_text(name, numbers):
     tokenizer = TOKENIZERS[name]

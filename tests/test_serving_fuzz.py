@@ -46,7 +46,7 @@ def test_requests_from_the_schema_are_answered(http, mode):
     operation = schema["/v1/chat/completions"]["POST"]
     seen = Counter()
 
-    @settings(max_examples=50, **SETTINGS)
+    @settings(max_examples=30, **SETTINGS)
     @given(case=operation.as_strategy(generation_mode=mode))
     def send(case):
         body = case.body
@@ -57,7 +57,7 @@ def test_requests_from_the_schema_are_answered(http, mode):
         check(http.request(case.method, case.formatted_path, content=content, headers=headers), seen)
 
     send()
-    assert sum(seen.values()) >= 20 and (mode.is_negative or seen[200])
+    assert sum(seen.values()) >= 10 and (mode.is_negative or seen[200])
 
 
 def broken_image(draw) -> str:

@@ -64,6 +64,9 @@ class Engine:
     Args:
         assistant (`Assistant`): Used by no other thread while the engine runs, but for its processor.
         max_batch_size (`int`): Rows that are generated side by side.
+
+    Raises:
+        ValueError: if the model or its generation_config.json has what a [`Batch`] does not do.
     """
 
     def __init__(self, assistant: Assistant, max_batch_size: int):
@@ -77,6 +80,11 @@ class Engine:
         self.is_closed = False
         self.changed = threading.Condition()
         self.thread = threading.Thread(target=self._run, name="generation", daemon=True)
+        # A model that cannot be batched fails here, not with the first client.
+        row = Row.begin(Sampling(max_new_tokens=2), 0, self.tokenizer, self.device)
+        self.batch.join([Prompt([self.tokenizer.eos_token_id])], [[row]])
+        self.batch.step()
+        self.batch.keep([])
 
     def __enter__(self) -> "Engine":
         self.thread.start()
