@@ -21,22 +21,20 @@ from sq_llava.inference import Assistant
 
 # Neighbouring ranks are far apart on the circle of hues, and no two are alike.
 GOLDEN_RATIO = 0.618034
-OPACITY = 150
-SHADE = (0, 0, 0, 170)
+OPACITY = 130
+SHADE = (0, 0, 0, 180)
 
 
 @dataclass(frozen=True)
 class Sight:
     """
     best (`np.ndarray` of shape `(rows, columns)`): The prototype that each token belongs to most.
-    left, top, side (`int`): The square that the tokens cover, in pixels of the picture; it may be larger or smaller.
-    shares (`dict[int, float]`): Share of the picture that each prototype has, the largest first; together one.
+    is_padded (`bool`): Whether the tokens' square holds the whole picture and padding; else it is cut from its centre.
+    shares (`dict[int, float]`): Share that each prototype has of the picture's part in the square, the largest first.
     """
 
     best: np.ndarray
-    left: int
-    top: int
-    side: int
+    is_padded: bool
     shares: dict[int, float]
 
 
@@ -56,14 +54,23 @@ def look(assistant: Assistant, image: Image.Image) -> Sight:
     # A class token stands first, if it is among the features.
     best = assignment.argmax(dim=0)[-(num_rows**2) :].view(num_rows, num_rows).cpu().numpy()
 
-    width, height = image.size
-    side = max(width, height) if assistant.processor.image_aspect_ratio == "pad" else min(width, height)
-    left, top = (width - side) // 2, (height - side) // 2
-    area = np.outer(_overlap(num_rows, top, side, height), _overlap(num_rows, left, side, width))
+    is_padded = assistant.processor.image_aspect_ratio == "pad"
+    return Sight(best, is_padded, shares_of(best, is_padded, image.size))
+
+
+def shares_of(best: np.ndarray, is_padded: bool, size: tuple[int, int]) -> dict[int, float]:
+    """As [`Sight`] has them, for a picture of this width and height."""
+    (num_rows, num_columns), (left, top, side) = best.shape, square_in(size, is_padded)
+    area = np.outer(_overlap(num_rows, top, side, size[1]), _overlap(num_columns, left, side, size[0]))
     area_of = np.bincount(best.ravel(), weights=area.ravel())
     largest_first = np.argsort(-area_of, kind="stable")
-    shares = {int(index): float(area_of[index] / area.sum()) for index in largest_first if area_of[index] > 0}
-    return Sight(best, left, top, side, shares)
+    return {int(index): float(area_of[index] / area.sum()) for index in largest_first if area_of[index] > 0}
+
+
+def square_in(size: tuple[int, int], is_padded: bool) -> tuple[int, int, int]:
+    """Left, top and side of the tokens' square in a picture of this width and height, in pixels."""
+    side = max(size) if is_padded else min(size)
+    return (size[0] - side) // 2, (size[1] - side) // 2, side
 
 
 def _overlap(num_cells: int, begin: int, side: int, length: int) -> np.ndarray:
@@ -72,18 +79,16 @@ def _overlap(num_cells: int, begin: int, side: int, length: int) -> np.ndarray:
     return np.diff(borders)
 
 
-def colours(sight: Sight) -> dict[int, tuple[int, int, int]]:
-    """The colour of each prototype in the picture."""
-    return {
-        prototype: tuple(round(255 * level) for level in colorsys.hsv_to_rgb(rank * GOLDEN_RATIO % 1, 0.85, 1.0))
-        for rank, prototype in enumerate(sight.shares)
-    }
+def colour_of_rank(rank: int) -> tuple[int, int, int]:
+    """The colour of the prototype with the `rank`-th largest share, from 0: red, green and blue up to 255."""
+    red, green, blue = colorsys.hsv_to_rgb(rank * GOLDEN_RATIO % 1, 0.85, 1.0)
+    return round(255 * red), round(255 * green), round(255 * blue)
 
 
 def paint(image: Image.Image, sight: Sight, chosen: list[int] | None = None) -> Image.Image:
     """
     Args:
-        image: The picture, in the size that it was looked at.
+        image: The picture that was looked at, in any size.
         chosen (`list[int]`, *optional*): Prototypes to show; the others are left in the dark. Default: all.
 
     Returns:
@@ -91,10 +96,11 @@ def paint(image: Image.Image, sight: Sight, chosen: list[int] | None = None) -> 
     """
     layer_of_tokens = np.zeros((*sight.best.shape, 4), dtype=np.uint8)
     layer_of_tokens[:] = SHADE
-    for prototype, colour in colours(sight).items():
+    for rank, prototype in enumerate(sight.shares):
         if chosen is None or prototype in chosen:
-            layer_of_tokens[sight.best == prototype] = (*colour, OPACITY)
-    square = Image.fromarray(layer_of_tokens).resize((sight.side, sight.side), Image.Resampling.NEAREST)
+            layer_of_tokens[sight.best == prototype] = (*colour_of_rank(rank), OPACITY)
+    left, top, side = square_in(image.size, sight.is_padded)
+    square = Image.fromarray(layer_of_tokens).resize((side, side), Image.Resampling.NEAREST)
     layer = Image.new("RGBA", image.size)
-    layer.paste(square, (sight.left, sight.top))
+    layer.paste(square, (left, top))
     return Image.alpha_composite(image.convert("RGBA"), layer).convert("RGB")

@@ -57,14 +57,13 @@ def prototypes(
 
         picture = open_image(image)
         assistant = _load(model, device, dtype)
-        from sq_llava.prototypes import colours, look, paint
+        from sq_llava.prototypes import colour_of_rank, look, paint
 
         sight = look(assistant, picture)
         chosen = [*sight.shares][:top]
         paint(picture, sight, chosen).save(out)
-        colour_of = colours(sight)
-        for prototype in chosen:
-            red, green, blue = colour_of[prototype]
+        for rank, prototype in enumerate(chosen):
+            red, green, blue = colour_of_rank(rank)
             console.print(f"[rgb({red},{green},{blue})]■[/] prototype {prototype}: {sight.shares[prototype]:.1%}")
     messages_console.print(f"Wrote {out}", markup=False, soft_wrap=True)
 

@@ -13,12 +13,12 @@ from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
 
-from PIL import Image
+from PIL import Image, ImageOps
 
 from sq_llava.images import open_image
 from sq_llava.inference import Assistant
 from sq_llava.page.dialogue import Settings, Turn, complete, converse, opening, speak
-from sq_llava.prototypes import look, paint
+from sq_llava.prototypes import colour_of_rank, look, paint
 
 
 # Read when Gradio is imported.
@@ -38,7 +38,7 @@ EXAMPLES = {
 }
 NUM_CHOICES = 8
 # Of the picture under the colours, in the browser.
-LARGEST_SIDE = 1024
+LARGEST_SIDE = 768
 SYSTEM_FONT = gr.themes.Font("system-ui"), gr.themes.Font("sans-serif")
 # Gradio's own scripts and styles stand in the page, and its workers and previews are blobs.
 CONTENT_SECURITY_POLICY = (
@@ -48,9 +48,18 @@ CONTENT_SECURITY_POLICY = (
 )
 STYLE = """
 .gradio-container {max-width: 1200px !important; margin: auto}
-footer {display: none !important}
-#buttons button {min-width: 8rem}
+#chat .message img {max-height: 12rem; width: auto}
+#chat button[title="Share"], #chat button[aria-label="Share"] {display: none}
+#examples .gallery {display: grid; grid-template-columns: 1fr 1fr}
+#examples .container {flex-direction: column-reverse; gap: 0.3rem; --local-text-width: 100%}
+#examples p {font-size: var(--text-sm); margin: 0}
+#examples img {height: 4rem; width: auto}
+#chosen label {border-left: 1rem solid}
 """
+STYLE += "".join(
+    f"#chosen label:nth-of-type({rank + 1}) {{border-left-color: rgb{colour_of_rank(rank)}}}\n"
+    for rank in range(NUM_CHOICES)
+)
 
 
 class ContentSecurityPolicy:
@@ -72,6 +81,7 @@ class ContentSecurityPolicy:
 LAUNCH = {
     "theme": gr.themes.Default(font=SYSTEM_FONT, font_mono=[gr.themes.Font("monospace")]),
     "css": STYLE,
+    "footer_links": ["settings"],
     "ssr_mode": False,
     "share": False,
     "max_file_size": "20mb",
@@ -136,29 +146,31 @@ class Page:
 
     def _guarded(self, box: dict, turns: list[Turn], steps: Iterator[tuple]) -> Iterator[tuple]:
         """Wrong input becomes a message, and everything stays as it was."""
-        new_box = {"text": "", "files": []}
+        emptied = False
         try:
             for values in steps:
-                yield (new_box, *values)
-                new_box = gr.skip()  # emptied once: what is typed meanwhile stays
+                # Once: what is typed meanwhile stays.
+                yield (gr.skip() if emptied else {"text": "", "files": []}, *values)
+                emptied = True
         except ValueError as error:
             message = str(error)
             for file in box["files"]:
                 message = message.replace(file, Path(file).name)
             gr.Warning(html.escape(message), title="That did not work")
-            yield (box, *shown(complete(turns)))
+            yield (box if emptied else gr.skip(), *shown(complete(turns)))
 
     def look(self, picture: str | None) -> tuple:
         """Values of: what the prototypes see, the picture under the colours, the choice of prototypes."""
         if picture is None:
-            return None, None, gr.CheckboxGroup([], visible=False)
-        image = _thumbnail(picture)
-        sight = look(self.assistant, image)
+            return None, gr.Image(None, visible=False), gr.CheckboxGroup([], visible=False)
+        sight = look(self.assistant, open_image(picture))
         choices = [(f"{prototype}: {share:.0%}", prototype) for prototype, share in sight.shares.items()]
-        return sight, paint(image, sight), gr.CheckboxGroup(choices[:NUM_CHOICES], value=[], visible=True)
+        overlay = gr.Image(self.paint(picture, sight, []), visible=True)
+        return sight, overlay, gr.CheckboxGroup(choices[:NUM_CHOICES], value=[], visible=True)
 
     def paint(self, picture: str, sight, chosen: list[int]) -> Image.Image:
-        return paint(_thumbnail(picture), sight, chosen or None)
+        image = ImageOps.contain(open_image(picture), (LARGEST_SIDE, LARGEST_SIDE))
+        return paint(image, sight, chosen or None)
 
 
 def shown(turns: list[Turn], questions: list[str] = ()) -> tuple:
@@ -184,12 +196,6 @@ def _check_pictures(turns: list[Turn]) -> None:
         open_image(file)
 
 
-def _thumbnail(picture: str) -> Image.Image:
-    image = open_image(picture)
-    image.thumbnail((LARGEST_SIDE, LARGEST_SIDE))
-    return image
-
-
 def create_page(assistant: Assistant) -> gr.Blocks:
     """The page of one model. Its `launch` wants the settings in `LAUNCH`."""
     page = Page(assistant)
@@ -200,24 +206,22 @@ def create_page(assistant: Assistant) -> gr.Blocks:
             with gr.Column(scale=3, min_width=300):
                 chat = gr.Chatbot(
                     label="Conversation", render_markdown=False, latex_delimiters=[], allow_tags=False, height="55vh",
-                    buttons=["copy"], layout="bubble",
+                    buttons=["copy"], layout="bubble", elem_id="chat",
                 )  # fmt: skip
                 box = gr.MultimodalTextbox(
                     file_types=["image"], file_count="multiple", show_label=False, placeholder="Ask about a picture",
                     autofocus=False, elem_id="box",
                 )  # fmt: skip
-                with gr.Row(elem_id="buttons"):
-                    ask = gr.Button("Ask me something", variant="primary")
-                    talk = gr.Button("Let it talk to itself")
-                    stop = gr.Button("Stop", variant="stop")
-                    new = gr.Button("New conversation")
+                with gr.Row():
+                    ask = gr.Button("Ask me something", variant="primary", min_width=120)
+                    talk = gr.Button("Let it talk to itself", min_width=120)
+                    stop = gr.Button("Stop", variant="stop", min_width=80)
                 sliders = _sliders()
-                gr.Examples(
-                    [[{"text": text, "files": [str(PHOTOS / name)]}] for name, text in EXAMPLES.items()], box,
-                    label="Examples",
-                )  # fmt: skip
-            if assistant.model.config.prototype_variant != "none":
-                _prototype_panel(page, picture)
+            with gr.Column(scale=2, min_width=300):
+                examples = [[{"text": text, "files": [str(PHOTOS / name)]}] for name, text in EXAMPLES.items()]
+                gr.Examples(examples, box, elem_id="examples")
+                if assistant.model.config.prototype_variant != "none":
+                    _prototype_panel(page, picture)
 
         outputs = [box, turns, chat, picture]
         # One generation at a time, whoever wants it.
@@ -229,7 +233,7 @@ def create_page(assistant: Assistant) -> gr.Blocks:
             talk.click(page.converse, [box, turns, *sliders], **shared),
         ]
         stop.click(None, cancels=running)
-        new.click(lambda: shown([]), None, outputs[1:], cancels=running)
+        chat.clear(lambda: shown([]), None, outputs[1:], cancels=running)
     return blocks
 
 
@@ -253,14 +257,13 @@ def _sliders() -> list[gr.Slider]:
 
 def _prototype_panel(page: Page, picture: gr.State) -> None:
     sight = gr.State(None)
-    with gr.Column(scale=2, min_width=300, elem_id="prototypes"):
-        overlay = gr.Image(
-            label="What the prototypes see", interactive=False, format="png", buttons=["download", "fullscreen"],
-            elem_id="overlay",
-        )  # fmt: skip
-        chosen = gr.CheckboxGroup(
-            [], label="Show only these prototypes", info="Number and share of the picture; none chosen: all",
-            visible=False, elem_id="chosen",
-        )  # fmt: skip
-    picture.change(page.look, picture, [sight, overlay, chosen], concurrency_id="model", show_progress="hidden")
+    overlay = gr.Image(
+        label="What the prototypes see", interactive=False, format="png", buttons=["download", "fullscreen"],
+        visible=False, elem_id="overlay",
+    )  # fmt: skip
+    chosen = gr.CheckboxGroup(
+        [], label="Show only these prototypes", info="Number and share of the picture; none chosen: all",
+        visible=False, elem_id="chosen",
+    )  # fmt: skip
+    picture.change(page.look, picture, [sight, overlay, chosen], show_progress="hidden")
     chosen.input(page.paint, [picture, sight, chosen], overlay, show_progress="hidden")
