@@ -4,9 +4,10 @@
     python -m benchmarks.serving --model runs/demo/model --quick
 
 One server process, in which everything is measured, in rounds that take turns; the best round counts, as other work on
-the machine only adds time. Each request has its own picture. Two kinds: the answer as short as it is, and a text of 64
-tokens (as many are made by stating no end). Answers are compared too: greedy ones must not depend on who else asks.
-What this does not do: compare with vLLM, whose place is production.
+the machine only adds time. As it can add much, the server's own CPU seconds stand beside, and the ratio is that of them.
+Each request has its own picture. Two kinds: the answer as short as it is, and a text of 64 tokens (of the same model
+without an end of its texts). Answers are compared too: greedy ones must not depend on who else asks. What this does not
+do: compare with vLLM, whose place is production.
 """
 
 import argparse
@@ -26,6 +27,7 @@ from pathlib import Path
 
 import numpy as np
 import openai
+import psutil
 import torch
 import transformers
 from PIL import Image
@@ -95,13 +97,17 @@ def measure(url: str, images: list[str], num_clients: int) -> tuple[float, int, 
 
 def compare(model: str, images: list[str], rounds: int) -> dict:
     process, url = start_server(model)
-    best, texts, tokens = dict.fromkeys(CLIENTS, float("inf")), {}, 0
+    server = psutil.Process(process.pid)
+    best, best_cpu, texts, tokens = {}, {}, {}, 0
     try:
         measure(url, images[:4], 4)
         for _ in range(rounds):
             for num_clients in CLIENTS:
+                before = sum(server.cpu_times()[:2])
                 seconds, tokens, texts[num_clients] = measure(url, images, num_clients)
-                best[num_clients] = min(best[num_clients], seconds)
+                cpu_seconds = sum(server.cpu_times()[:2]) - before
+                best[num_clients] = min(best.get(num_clients, seconds), seconds)
+                best_cpu[num_clients] = min(best_cpu.get(num_clients, cpu_seconds), cpu_seconds)
     finally:
         process.terminate()
         process.wait()
@@ -109,22 +115,37 @@ def compare(model: str, images: list[str], rounds: int) -> dict:
         "requests": len(images),
         "tokens": tokens,
         "seconds": best,
+        "cpu_seconds": best_cpu,
         "equal_answers": all(found == texts[1] for found in texts.values()),
     }
 
 
 def table(results: dict) -> str:
-    lines = [
-        "| texts | clients at a time | requests/s | tokens/s | beside one at a time | answers equal |",
-        "|---|---|---|---|---|---|",
-    ]
+    columns = (
+        "texts",
+        "clients",
+        "requests/s",
+        "tokens/s",
+        "requests per CPU second",
+        "to one client",
+        "equal answers",
+    )
+    rows = [columns, ["---"] * len(columns)]
     for kind, result in results["kinds"].items():
         for num_clients, seconds in result["seconds"].items():
-            lines.append(
-                f"| {kind} | {num_clients} | {result['requests'] / seconds:.1f} | {result['tokens'] / seconds:.0f} | "
-                f"{result['seconds'][1] / seconds:.2f} | {'yes' if result['equal_answers'] else '**no**'} |"
+            cpu_seconds = result["cpu_seconds"][num_clients]
+            rows.append(
+                (
+                    kind,
+                    num_clients,
+                    f"{result['requests'] / seconds:.1f}",
+                    f"{result['tokens'] / seconds:.0f}",
+                    f"{result['requests'] / cpu_seconds:.1f}",
+                    f"{next(iter(result['cpu_seconds'].values())) / cpu_seconds:.2f}",
+                    "yes" if result["equal_answers"] else "**no**",
+                )
             )
-    return "\n".join(lines)
+    return "\n".join(f"| {' | '.join(map(str, row))} |" for row in rows)
 
 
 def main() -> None:
@@ -152,7 +173,8 @@ def main() -> None:
     if not arguments.quick:
         RESULTS.mkdir(exist_ok=True)
         (RESULTS / "serving.json").write_text(json.dumps(results, indent=2) + "\n")
-        about = f"`{results['command']}` on {results['machine']}; the demo's model, one picture in each request."
+        about_load = f"other work on the machine at the end: load {os.getloadavg()[1]:.0f}"
+        about = f"`{results['command']}` on {results['machine']}; the demo's model, one picture in each request; {about_load}."
         (RESULTS / "serving.md").write_text(f"# Serving\n\n{about}\n\n{text}\n")
 
 
