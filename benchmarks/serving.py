@@ -4,10 +4,10 @@
     python -m benchmarks.serving --model runs/demo/model --quick
 
 One server process, in which everything is measured, in rounds that take turns; the best round counts, as other work on
-the machine only adds time. As it can add much, the server's own CPU seconds stand beside, and the ratio is that of them.
+the machine only adds time. As it can add much, the server's own CPU seconds stand beside, and the ratio is of them.
 Each request has its own picture. Two kinds: the answer as short as it is, and a text of 64 tokens (of the same model
-without an end of its texts). Answers are compared too: greedy ones must not depend on who else asks. What this does not
-do: compare with vLLM, whose place is production.
+without an end of its texts). Answers are compared too: greedy ones must not depend on who else asks. What this does
+not do: compare with vLLM, whose place is production.
 """
 
 import argparse
@@ -173,8 +173,10 @@ def main() -> None:
     if not arguments.quick:
         RESULTS.mkdir(exist_ok=True)
         (RESULTS / "serving.json").write_text(json.dumps(results, indent=2) + "\n")
-        about_load = f"other work on the machine at the end: load {os.getloadavg()[1]:.0f}"
-        about = f"`{results['command']}` on {results['machine']}; the demo's model, one picture in each request; {about_load}."
+        about = (
+            f"`{results['command']}` on {results['machine']}; the demo's model, one picture in each request; other work "
+            f"on the machine at the end: load {os.getloadavg()[1]:.0f}."
+        )
         (RESULTS / "serving.md").write_text(f"# Serving\n\n{about}\n\n{text}\n")
 
 
