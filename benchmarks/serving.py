@@ -174,8 +174,8 @@ def main() -> None:
         RESULTS.mkdir(exist_ok=True)
         (RESULTS / "serving.json").write_text(json.dumps(results, indent=2) + "\n")
         about = (
-            f"`{results['command']}` on {results['machine']}; the demo's model, one picture in each request; other work "
-            f"on the machine at the end: load {os.getloadavg()[1]:.0f}."
+            f"`{results['command']}` on {results['machine']}; the demo's model, one picture in each request; "
+            f"other work on the machine at the end: load {os.getloadavg()[1]:.0f}."
         )
         (RESULTS / "serving.md").write_text(f"# Serving\n\n{about}\n\n{text}\n")
 
