@@ -2,8 +2,13 @@
 
     MODEL=runs/demo/model python app.py
 
-A Space needs this file, `sq_llava/`, the three files of the Hub trio, `requirements.txt` and the README of `space/`;
-its variable MODEL names the checkpoint. What this file does not do: take options; `sq-llava demo` does.
+As a Space, whose variable MODEL names the checkpoint (its own folder `model`, or an id on the Hub):
+
+    mkdir -p runs/space
+    cp -r app.py sq_llava *_sq_llava.py model_card.md space/* runs/space
+    hf upload org/space runs/space --repo-type space --exclude "**/__pycache__/*"
+
+What this file does not do: take options; `sq-llava demo` does.
 """
 
 import os

@@ -51,8 +51,8 @@ STYLE = """
 #chat .message img {max-height: 12rem; width: auto}
 #chat button[title="Share"], #chat button[aria-label="Share"] {display: none}
 #examples .gallery {display: grid; grid-template-columns: 1fr 1fr}
-#examples .container {display: flex; flex-direction: column-reverse; align-items: center; gap: 0.3rem}
-#examples p {font-size: var(--text-sm); margin: 0}
+#examples .container {display: flex; flex-direction: column-reverse; align-items: center; gap: 0.3rem; min-width: 0}
+#examples p {font-size: var(--text-sm); margin: 0; width: 100%; text-align: center; white-space: normal}
 #examples img {height: 4rem; width: auto}
 #chosen label {border-left: 1rem solid}
 """
