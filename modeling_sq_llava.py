@@ -123,16 +123,34 @@ class SQLlavaPaperPrototypeExtractor(nn.Module):
         """
         with torch.autocast(features.device.type, enabled=False):
             tokens_BND = _at_least_float32(features)
-            keys_BND, values_BND = self.k(tokens_BND), self.v(tokens_BND)
-            prototypes = self.prototypes.to(tokens_BND.dtype)  # [K, D], from the first iteration on [B, K, D]
-            for _ in range(self.num_iterations):
-                queries = self.q(prototypes) * tokens_BND.shape[-1] ** -0.5
-                assignment_BKN = (queries @ keys_BND.mT).softmax(dim=1)
-                mass_BK1 = assignment_BKN.sum(dim=-1, keepdim=True)
-                tiny = torch.finfo(mass_BK1.dtype).tiny
-                prototypes = (assignment_BKN @ values_BND) / mass_BK1.clamp_min(tiny)
-            context_BND = _cosine(prototypes, tokens_BND).mT @ (prototypes / prototypes.shape[1])
+            prototypes_BKD, _ = self._cluster(tokens_BND)
+            context_BND = _cosine(prototypes_BKD, tokens_BND).mT @ (prototypes_BKD / prototypes_BKD.shape[1])
             return (tokens_BND + self.z(context_BND)).to(features.dtype)
+
+    def assignment(self, features: torch.Tensor) -> torch.Tensor:
+        """
+        What each prototype sees: the last E-step, whose weights the prototype's final value is the mean by. (The
+        cosine of the spread is no share: it can be negative, and gives each token something of every prototype.)
+
+        Args:
+            features (`torch.Tensor` of shape `(B, N, D)`): Vision features, any floating dtype.
+
+        Returns:
+            `torch.Tensor` of shape `(B, K, N)`, float32 or better: the share of each token that each prototype has.
+        """
+        with torch.autocast(features.device.type, enabled=False):
+            return self._cluster(_at_least_float32(features))[1]
+
+    def _cluster(self, tokens_BND: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        keys_BND, values_BND = self.k(tokens_BND), self.v(tokens_BND)
+        prototypes = self.prototypes.to(tokens_BND.dtype)  # [K, D], from the first iteration on [B, K, D]
+        for _ in range(self.num_iterations):
+            queries = self.q(prototypes) * tokens_BND.shape[-1] ** -0.5
+            assignment_BKN = (queries @ keys_BND.mT).softmax(dim=1)
+            mass_BK1 = assignment_BKN.sum(dim=-1, keepdim=True)
+            tiny = torch.finfo(mass_BK1.dtype).tiny
+            prototypes = (assignment_BKN @ values_BND) / mass_BK1.clamp_min(tiny)
+        return prototypes, assignment_BKN
 
 
 class SQLlavaReleasedPrototypeExtractor(nn.Module):
@@ -182,6 +200,22 @@ class SQLlavaReleasedPrototypeExtractor(nn.Module):
             members = torch.zeros_like(aggregate[:, 0]).index_add(0, row, torch.ones_like(weight_BN1).flatten())
             aggregate = aggregate / (members + 1).unsqueeze(1)
             return (tokens_BND + weight_BN1 * aggregate.index_select(0, row).view_as(tokens_BND)).to(features.dtype)
+
+    def assignment(self, features: torch.Tensor) -> torch.Tensor:
+        """
+        What each prototype sees: the members that it is aggregated from and added to, with their weights.
+
+        Args:
+            features (`torch.Tensor` of shape `(B, N, D)`): Vision features, any floating dtype.
+
+        Returns:
+            `torch.Tensor` of shape `(B, K, N)`, float32 or better: `w` for the best prototype of each token, else 0.
+        """
+        with torch.autocast(features.device.type, enabled=False):
+            tokens_BND = _at_least_float32(features)
+            weight_BN1, best_BN = self._assign(tokens_BND, self._cluster(tokens_BND, self.f(tokens_BND)))
+            assignment_BNK = weight_BN1.new_zeros(*best_BN.shape, self.num_prototypes)
+            return assignment_BNK.scatter(2, best_BN.unsqueeze(-1), weight_BN1).mT
 
     def _cluster(self, tokens_BND: torch.Tensor, feature_BND: torch.Tensor) -> torch.Tensor:
         value_BND = self.v(tokens_BND)

@@ -29,11 +29,11 @@ RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("torch", "transformers", "trl", "peft", "datasets", "pillow")
 
 
-def parse_arguments(doc: str, **numbers: int) -> argparse.Namespace:
+def parse_arguments(doc: str, **options: int | str) -> argparse.Namespace:
     """
     Args:
         doc: the benchmark's docstring, which is its help.
-        numbers: further options with their defaults: `rows=1000` is the option `--rows`, `tiny=False` a switch.
+        options: further ones with their defaults: `rows=1000` is the option `--rows`, `tiny=False` a switch.
 
     Returns:
         `quick`, `output_dir`, the further options, and `machine`, which is `machine()` before any work.
@@ -41,8 +41,8 @@ def parse_arguments(doc: str, **numbers: int) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="small, under a minute: print, write nothing")
     parser.add_argument("--output-dir", type=Path, default=RESULTS, help="default: benchmarks/results")
-    for name, default in numbers.items():
-        kind = {"action": "store_true"} if default is False else {"type": int, "default": default}
+    for name, default in options.items():
+        kind = {"action": "store_true"} if default is False else {"type": type(default), "default": default}
         parser.add_argument(f"--{name.replace('_', '-')}", **kind, help="default: %(default)s")
     arguments = parser.parse_args()
     arguments.machine = machine()

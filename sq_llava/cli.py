@@ -10,6 +10,8 @@
     sq-llava inspect runs/demo/model
     sq-llava push runs/demo/model org/name --dry-run
     sq-llava evaluate --model runs/demo/model --tasks easy_vqa --data runs/demo/data
+    sq-llava serve runs/demo/model
+    sq-llava demo runs/demo/model
 
 Results go to standard output, progress and errors to standard error. Exit codes: 0 fine, 1 wrong input or no
 such model (of the doctor: errors in the data; of inspect: a broken folder), 2 wrong usage.
@@ -29,6 +31,8 @@ from sq_llava.console import console, errors_in_one_line, examples, messages_con
 from sq_llava.evaluation.command import evaluate, evaluate_questions
 from sq_llava.feature_command import cache_features
 from sq_llava.images import IMAGE_SUFFIXES
+from sq_llava.page.command import app as page_commands
+from sq_llava.serving.command import serve
 
 
 # torch and transformers are imported inside the commands: `--help` answers at once.
@@ -479,6 +483,13 @@ app.command(
         '--image-root IMAGES --after "what color is the shape?"',
     )
 )(evaluate_questions)
+app.command(
+    epilog=examples(
+        "sq-llava serve runs/demo/model",
+        "SECRET=... sq-llava serve org/sq-llava-7b --host 0.0.0.0 --api-key-env SECRET",
+    )
+)(serve)
+app.add_typer(page_commands)
 
 
 def _track(files: list[Path], description: str):

@@ -47,12 +47,15 @@ class Fault:
     level: str = "error"
 
 
-def open_image(image: str | Path | dict[str, Any] | Image.Image) -> Image.Image:
+def open_image(
+    image: str | Path | dict[str, Any] | Image.Image, formats: tuple[str, ...] | None = None
+) -> Image.Image:
     """
     Opens an image in RGB.
 
     Args:
         image: A path; the `{"bytes": ..., "path": ...}` of an undecoded `datasets.Image`; or a `PIL.Image.Image`.
+        formats (`tuple[str, ...]`, *optional*): The only ones to be read, by Pillow's names; default: all.
 
     Raises:
         ValueError: if the file is missing, broken, truncated, or large enough to be an attack.
@@ -60,7 +63,7 @@ def open_image(image: str | Path | dict[str, Any] | Image.Image) -> Image.Image:
     name = image_name(image)
     if not isinstance(image, Image.Image):
         try:
-            with Image.open(image_stream(image)) as file:
+            with Image.open(image_stream(image), formats=formats) as file:
                 check_size(file)
                 file.load()
                 image = ImageOps.exif_transpose(file)

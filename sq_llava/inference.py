@@ -10,15 +10,24 @@
 checkpoint's folder; the library's own classes are used.
 """
 
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
+from threading import Event
 
 import torch
 from huggingface_hub import hf_hub_download
 from jinja2 import TemplateError
 from PIL import Image
-from transformers import BitsAndBytesConfig, LogitsProcessorList
+from transformers import (
+    BitsAndBytesConfig,
+    LogitsProcessorList,
+    StoppingCriteria,
+    StoppingCriteriaList,
+    TextIteratorStreamer,
+)
 from transformers.image_utils import load_image
 from transformers.utils import is_bitsandbytes_available
 
@@ -93,6 +102,49 @@ class Assistant:
         row_of_prompt = {number: row for row, group in enumerate(groups) for number in group}
         cache = cache.select([row_of_prompt[number] for number in range(len(prompts))])
         return {**cache.continue_with(prompts), "past_key_values": cache.states}
+
+    def stream(
+        self, images, messages, max_new_tokens: int = 512, ask: bool = False, **generate_kwargs
+    ) -> Iterator[str]:
+        """
+        Answers, or asks, piece by piece; arguments as in [`Assistant.answer`]. Closing the iterator ends the
+        generation at its next token.
+
+        Args:
+            max_new_tokens (`int`): At most; fewer where the model's context ends before.
+            ask (`bool`): Generate a question instead of an answer.
+
+        Yields:
+            The pieces of the text, which together are not stripped.
+
+        Raises:
+            ValueError: if the conversation fills the model's context.
+        """
+        inputs = _encode(self, [place_images(images, messages)], ask=ask)
+        length, limit = inputs["input_ids"].shape[1], self.model.config.text_config.max_position_embeddings
+        if length >= limit:
+            raise ValueError(
+                f"The conversation has {length} tokens, of {limit} that this model reads: begin a new one."
+            )
+        max_new_tokens = min(max_new_tokens, limit - length)
+        streamer = TextIteratorStreamer(self.processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
+        is_closed = _IsClosed()
+        settings = {"do_sample": False, **generate_kwargs, "max_new_tokens": max_new_tokens}
+        with ThreadPoolExecutor(max_workers=1) as executor:
+            generation = executor.submit(
+                self.model.generate,
+                **inputs,
+                **settings,
+                streamer=streamer,
+                stopping_criteria=StoppingCriteriaList([is_closed]),
+            )
+            # The streamer itself would wait forever for a generation that failed.
+            generation.add_done_callback(lambda _: streamer.end())
+            try:
+                yield from streamer
+            finally:
+                is_closed.event.set()
+            generation.result()
 
     def ask(
         self,
@@ -231,6 +283,16 @@ def best_device() -> str:
     if torch.cuda.is_available():
         return "cuda"
     return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+class _IsClosed(StoppingCriteria):
+    """Ends a generation that nobody reads any more."""
+
+    def __init__(self):
+        self.event = Event()
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs) -> torch.BoolTensor:
+        return torch.full((input_ids.shape[0],), self.event.is_set(), device=input_ids.device)
 
 
 class Talks:

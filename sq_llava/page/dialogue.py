@@ -1,0 +1,75 @@
+"""The conversation behind the page: whose turn it is, and what is said, piece by piece.
+
+    >>> for turns in speak(assistant, [Turn("user", "What is it?", ("dog.png",))], "assistant", Settings()):
+    ...     print(turns[-1].text)
+
+What this module does not do: know of the browser.
+"""
+
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import dataclass
+
+from sq_llava.inference import DESCRIBE, Assistant
+
+
+@dataclass(frozen=True)
+class Turn:
+    """What a person (`user`), the model that asks (`vusr`) or the model that answers (`assistant`) said."""
+
+    role: str
+    text: str
+    files: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Settings:
+    """`temperature` 0 is greedy. The questions' defaults are those of [`Assistant.ask`]."""
+
+    max_new_tokens: int = 256
+    temperature: float = 0.0
+    question_temperature: float = 1.2
+    question_top_p: float = 0.95
+    num_questions: int = 3
+    num_turns: int = 3
+
+
+def complete(turns: list[Turn]) -> list[Turn]:
+    """The conversation up to its last answer: a question whose answer was stopped is taken back."""
+    while turns and turns[-1].role != "assistant":
+        turns = turns[:-1]
+    return turns
+
+
+def speak(assistant: Assistant, turns: list[Turn], role: str, settings: Settings) -> Iterator[list[Turn]]:
+    """Lets the model answer (`role` "assistant") or ask ("vusr"). Yields the conversation as the new turn grows."""
+    sampling = {"temperature": settings.temperature, "top_p": 1.0, "do_sample": True}
+    if role == "vusr":
+        sampling |= {"temperature": settings.question_temperature, "top_p": settings.question_top_p, "top_k": 300}
+    if sampling["temperature"] == 0:
+        sampling = {}
+    images = [file for turn in turns for file in turn.files]
+    messages = [{"role": turn.role, "content": _parts(turn)} for turn in turns]
+    text = ""
+    pieces = assistant.stream(images, messages, settings.max_new_tokens, ask=role == "vusr", **sampling)
+    with closing(pieces):
+        for piece in pieces:
+            text += piece
+            yield [*turns, Turn(role, text.strip())]
+
+
+def converse(assistant: Assistant, turns: list[Turn], settings: Settings) -> Iterator[list[Turn]]:
+    """The model asks itself and answers, turn after turn."""
+    for _ in range(settings.num_turns):
+        for role in ("vusr", "assistant"):
+            for turns in speak(assistant, turns, role, settings):  # noqa: B020
+                yield turns
+
+
+def opening(text: str, files: list[str]) -> Turn:
+    """A person's turn. A picture alone is to be described, which is also what the model's questions begin from."""
+    return Turn("user", text.strip() or DESCRIBE, tuple(files))
+
+
+def _parts(turn: Turn) -> list[dict]:
+    return [*({"type": "image"} for _ in turn.files), {"type": "text", "text": turn.text}]

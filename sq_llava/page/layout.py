@@ -1,0 +1,269 @@
+"""The page: chat with pictures, the model's own questions, what its prototypes see.
+
+    >>> create_page(load("runs/demo/model")).launch(**LAUNCH)
+
+Made with Gradio 6. What a person or the model says is shown as plain text, the fonts are the system's, and a
+Content-Security-Policy keeps the browser from fetching anything from elsewhere. What this module does not do: keep
+users apart in time; one text is generated after another.
+"""
+
+import html
+import os
+from collections.abc import Iterator
+from dataclasses import fields
+from pathlib import Path
+
+from PIL import Image, ImageOps
+
+from sq_llava.images import open_image
+from sq_llava.inference import Assistant
+from sq_llava.page.dialogue import Settings, Turn, complete, converse, opening, speak
+from sq_llava.prototypes import colour_of_rank, look, paint
+
+
+# Read when Gradio is imported.
+os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "0")
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+
+import gradio as gr
+from starlette.middleware import Middleware
+
+
+PHOTOS = Path(__file__).parent / "photos"
+EXAMPLES = {
+    "shape.png": "what color is the shape?",
+    "cat.jpg": "What is the cat looking at?",
+    "coffee.jpg": "What stands on the table?",
+    "rocket.jpg": "What is happening here?",
+}
+NUM_CHOICES = 8
+# Of the picture under the colours, in the browser.
+LARGEST_SIDE = 768
+SYSTEM_FONT = gr.themes.Font("system-ui"), gr.themes.Font("sans-serif")
+# Gradio's own scripts and styles stand in the page, and its workers and previews are blobs.
+CONTENT_SECURITY_POLICY = (
+    "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval' blob:; style-src 'self' 'unsafe-inline'; "
+    "img-src 'self' blob: data:; media-src 'self' blob: data:; font-src 'self' data:; worker-src 'self' blob:; "
+    "connect-src 'self'; object-src 'none'; base-uri 'self'; form-action 'self'"
+)
+STYLE = """
+.gradio-container {max-width: 1200px !important; margin: auto}
+#chat .message img {max-height: 12rem; width: auto}
+#chat button[title="Share"], #chat button[aria-label="Share"] {display: none}
+#examples .gallery {display: grid; grid-template-columns: 1fr 1fr}
+#examples .container {display: flex; flex-direction: column-reverse; align-items: center; gap: 0.3rem; min-width: 0}
+#examples p {font-size: var(--text-sm); margin: 0; width: 100%; text-align: center; white-space: normal}
+#examples img {height: 4rem; width: auto}
+#chosen label {border-left: 1rem solid}
+"""
+STYLE += "".join(
+    f"#chosen label:nth-of-type({rank + 1}) {{border-left-color: rgb{colour_of_rank(rank)}}}\n"
+    for rank in range(NUM_CHOICES)
+)
+
+
+class ContentSecurityPolicy:
+    """Adds the header to each response."""
+
+    def __init__(self, app):
+        self.app = app
+
+    async def __call__(self, scope, receive, send):
+        async def send_with_policy(message):
+            if message["type"] == "http.response.start":
+                header = (b"content-security-policy", CONTENT_SECURITY_POLICY.encode())
+                message = {**message, "headers": [*message["headers"], header]}
+            await send(message)
+
+        await self.app(scope, receive, send_with_policy)
+
+
+LAUNCH = {
+    "theme": gr.themes.Default(font=SYSTEM_FONT, font_mono=[gr.themes.Font("monospace")]),
+    "css": STYLE,
+    "footer_links": ["settings"],
+    "ssr_mode": False,
+    "share": False,
+    "max_file_size": "20mb",
+    "app_kwargs": {"middleware": [Middleware(ContentSecurityPolicy)]},
+}
+
+
+class Page:
+    """What happens on a click. Each handler yields the values of `outputs`: box, conversation, chat, picture."""
+
+    def __init__(self, assistant: Assistant):
+        self.assistant = assistant
+
+    def reply(self, box: dict, turns: list[Turn], *settings) -> Iterator[tuple]:
+        """Answers what was typed."""
+        yield from self._guarded(box, turns, self._answer(box, turns, Settings(*settings)))
+
+    def choose(self, event: gr.SelectData, turns: list[Turn], *settings) -> Iterator[tuple]:
+        """Answers a question of the model's own that was clicked."""
+        yield from self.reply({"text": event.value, "files": []}, turns, *settings)
+
+    def ask(self, box: dict, turns: list[Turn], *settings) -> Iterator[tuple]:
+        """Lets the model ask; its questions are buttons under its last answer."""
+        yield from self._guarded(box, turns, self._suggest(box, turns, Settings(*settings)))
+
+    def converse(self, box: dict, turns: list[Turn], *settings) -> Iterator[tuple]:
+        """Lets the model ask itself, and answer."""
+        yield from self._guarded(box, turns, self._converse(box, turns, Settings(*settings)))
+
+    def _answer(self, box: dict, turns: list[Turn], settings: Settings) -> Iterator[tuple]:
+        turns = [*complete(turns), opening(box["text"], box["files"])]
+        _check_pictures(turns)
+        yield shown(turns)
+        for turns in speak(self.assistant, turns, "assistant", settings):  # noqa: B020
+            yield shown(turns)
+
+    def _suggest(self, box: dict, turns: list[Turn], settings: Settings) -> Iterator[tuple]:
+        questions = []
+        for values in self._begin(box, turns, settings):
+            turns = values[0]
+            yield values
+        for _ in range(settings.num_questions):
+            for asked in speak(self.assistant, turns, "vusr", settings):
+                yield shown(turns, [*questions, asked[-1].text])
+            questions = list(dict.fromkeys([*questions, asked[-1].text]))
+        yield shown(turns, questions)
+
+    def _converse(self, box: dict, turns: list[Turn], settings: Settings) -> Iterator[tuple]:
+        for values in self._begin(box, turns, settings):
+            turns = values[0]
+            yield values
+        for turns in converse(self.assistant, turns, settings):  # noqa: B020
+            yield shown(turns)
+
+    def _begin(self, box: dict, turns: list[Turn], settings: Settings) -> Iterator[tuple]:
+        """What the model asks about: what was typed or dropped, answered; else the conversation as it is."""
+        turns = complete(turns)
+        if box["text"].strip() or box["files"] or not turns:
+            yield from self._answer(box, turns, settings)
+        else:
+            yield shown(turns)
+
+    def _guarded(self, box: dict, turns: list[Turn], steps: Iterator[tuple]) -> Iterator[tuple]:
+        """Wrong input becomes a message, and everything stays as it was."""
+        emptied = False
+        try:
+            for values in steps:
+                # Once: what is typed meanwhile stays.
+                yield (gr.skip() if emptied else {"text": "", "files": []}, *values)
+                emptied = True
+        except ValueError as error:
+            message = str(error)
+            for file in box["files"]:
+                message = message.replace(file, Path(file).name)
+            gr.Warning(html.escape(message), title="That did not work")
+            yield (box if emptied else gr.skip(), *shown(complete(turns)))
+
+    def look(self, picture: str | None) -> tuple:
+        """Values of: what the prototypes see, the picture under the colours, the choice of prototypes."""
+        if picture is None:
+            return None, gr.Image(None, visible=False), gr.CheckboxGroup([], visible=False)
+        sight = look(self.assistant, open_image(picture))
+        choices = [(f"{prototype}: {share:.0%}", prototype) for prototype, share in sight.shares.items()]
+        overlay = gr.Image(self.paint(picture, sight, []), visible=True)
+        return sight, overlay, gr.CheckboxGroup(choices[:NUM_CHOICES], value=[], visible=True)
+
+    def paint(self, picture: str, sight, chosen: list[int]) -> Image.Image:
+        image = ImageOps.contain(open_image(picture), (LARGEST_SIDE, LARGEST_SIDE))
+        return paint(image, sight, chosen or None)
+
+
+def shown(turns: list[Turn], questions: list[str] = ()) -> tuple:
+    """The values of conversation, chat and picture, with questions to choose from."""
+    messages = []
+    for turn in turns:
+        text = html.escape(turn.text, quote=False)
+        files = [{"path": file} for file in turn.files]
+        text = f"The model asks: {text}" if turn.role == "vusr" else text
+        role = "assistant" if turn.role == "assistant" else "user"
+        messages.append({"role": role, "content": [*files, text]})
+    if messages and questions:
+        messages[-1]["options"] = [{"value": question} for question in questions]
+    pictures = [file for turn in turns for file in turn.files]
+    return turns, messages, pictures[-1] if pictures else None
+
+
+def _check_pictures(turns: list[Turn]) -> None:
+    files = [file for turn in turns for file in turn.files]
+    if not files:
+        raise ValueError("There is no picture yet: drop one into the box, or choose an example.")
+    for file in files:
+        open_image(file)
+
+
+def create_page(assistant: Assistant) -> gr.Blocks:
+    """The page of one model. Its `launch` wants the settings in `LAUNCH`."""
+    page = Page(assistant)
+    with gr.Blocks(title="SQ-LLaVA", analytics_enabled=False, delete_cache=(3600, 24 * 3600)) as blocks:
+        turns, picture = gr.State([]), gr.State(None)
+        gr.Markdown("# SQ-LLaVA\nDrop a picture, chat about it, and let the model ask.")
+        with gr.Row():
+            with gr.Column(scale=3, min_width=300):
+                chat = gr.Chatbot(
+                    label="Conversation", render_markdown=False, latex_delimiters=[], allow_tags=False, height="55vh",
+                    buttons=["copy"], layout="bubble", elem_id="chat",
+                )  # fmt: skip
+                box = gr.MultimodalTextbox(
+                    file_types=["image"], file_count="multiple", show_label=False, placeholder="Ask about a picture",
+                    autofocus=False, elem_id="box",
+                )  # fmt: skip
+                with gr.Row():
+                    ask = gr.Button("Ask me something", variant="primary", min_width=120)
+                    talk = gr.Button("Let it talk to itself", min_width=120)
+                    stop = gr.Button("Stop", variant="stop", min_width=80)
+                sliders = _sliders()
+            with gr.Column(scale=2, min_width=300):
+                examples = [[{"text": text, "files": [str(PHOTOS / name)]}] for name, text in EXAMPLES.items()]
+                gr.Examples(examples, box, elem_id="examples")
+                if assistant.model.config.prototype_variant != "none":
+                    _prototype_panel(page, picture)
+
+        outputs = [box, turns, chat, picture]
+        # One generation at a time, whoever wants it.
+        shared = {"outputs": outputs, "concurrency_id": "model", "concurrency_limit": 1, "show_progress": "minimal"}
+        running = [
+            box.submit(page.reply, [box, turns, *sliders], **shared),
+            chat.option_select(page.choose, [turns, *sliders], **shared),
+            ask.click(page.ask, [box, turns, *sliders], **shared),
+            talk.click(page.converse, [box, turns, *sliders], **shared),
+        ]
+        stop.click(None, cancels=running)
+        chat.clear(lambda: shown([]), None, outputs[1:], cancels=running)
+    return blocks
+
+
+def _sliders() -> list[gr.Slider]:
+    """One for each field of `Settings`, in their order."""
+    ranges = {
+        "max_new_tokens": (1, 1024, 1, "Longest answer or question, in tokens"),
+        "temperature": (0, 2, 0.1, "Temperature of answers; 0 is greedy"),
+        "question_temperature": (0.1, 2, 0.1, "Temperature of questions"),
+        "question_top_p": (0.05, 1, 0.05, "Top p of questions"),
+        "num_questions": (1, 8, 1, "Questions to choose from"),
+        "num_turns": (1, 10, 1, "Turns of talking to itself"),
+    }
+    with gr.Accordion("Settings", open=False):
+        return [
+            gr.Slider(low, high, value=setting.default, step=step, label=label)
+            for setting in fields(Settings)
+            for low, high, step, label in [ranges[setting.name]]
+        ]
+
+
+def _prototype_panel(page: Page, picture: gr.State) -> None:
+    sight = gr.State(None)
+    overlay = gr.Image(
+        label="What the prototypes see", interactive=False, format="png", buttons=["download", "fullscreen"],
+        visible=False, elem_id="overlay",
+    )  # fmt: skip
+    chosen = gr.CheckboxGroup(
+        [], label="Show only these prototypes", info="Number and share of the picture; none chosen: all",
+        visible=False, elem_id="chosen",
+    )  # fmt: skip
+    picture.change(page.look, picture, [sight, overlay, chosen], show_progress="hidden")
+    chosen.input(page.paint, [picture, sight, chosen], overlay, show_progress="hidden")

@@ -1,0 +1,251 @@
+"""The web application: /v1/chat/completions, /v1/models, /health, /metrics.
+
+    >>> app = create_app(load("runs/demo/model"), "demo", Limits(), max_batch_size=16)
+
+Run by uvicorn (`sq-llava serve`), or in a test by `fastapi.testclient.TestClient` without a port.
+"""
+
+import asyncio
+import hmac
+import time
+from collections.abc import AsyncIterator, Awaitable
+from contextlib import asynccontextmanager
+
+from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, StreamingResponse
+from prometheus_client import CONTENT_TYPE_LATEST
+from starlette.datastructures import Headers
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from sq_llava.inference import Assistant
+from sq_llava.serving.chat import ChatService, Limits, timeout_event
+from sq_llava.serving.engine import Engine
+from sq_llava.serving.metrics import Metrics
+from sq_llava.serving.schema import ApiError, ChatCompletion, ChatCompletionRequest, ErrorResponse, error_body
+
+
+CHAT_PATH = "/v1/chat/completions"
+# So long may a client that is refused go on sending, or one whose time is over not read.
+SECONDS_FOR_LAST_WORDS = 2.0
+
+
+def create_app(
+    assistant: Assistant, model_name: str, limits: Limits, max_batch_size: int, api_key: str | None = None
+) -> FastAPI:
+    """
+    Args:
+        api_key (`str`, *optional*): What clients must send as `Authorization: Bearer ...` to all of /v1.
+    """
+    engine = Engine(assistant, max_batch_size)
+    metrics = Metrics(engine)
+    chat_service = ChatService(assistant, engine, model_name, limits, metrics)
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        with engine:
+            yield
+
+    # FastAPI's documentation pages load their scripts from elsewhere.
+    app = FastAPI(title="SQ-LLaVA", lifespan=lifespan, docs_url=None, redoc_url=None)
+    app.add_middleware(Gate, limits=limits, max_requests=max_batch_size + limits.max_waiting, metrics=metrics)
+    app.add_middleware(ApiKey, api_key=api_key)
+    app.add_exception_handler(HTTPException, _http_error)
+    app.add_exception_handler(RequestValidationError, _validation_error)
+    app.add_exception_handler(Exception, _unexpected_error)
+    _add_routes(app, chat_service, metrics)
+    return app
+
+
+def _add_routes(app: FastAPI, chat_service: ChatService, metrics: Metrics) -> None:
+    model = {
+        "id": chat_service.model_name,
+        "object": "model",
+        "created": chat_service.created,
+        "owned_by": "sq-llava",
+        "max_model_len": chat_service.context_length,
+    }
+    errors = {status: {"model": ErrorResponse} for status in (400, 401, 404, 413, 429, 500, 504)}
+    answers = {200: {"model": ChatCompletion, "content": {"text/event-stream": {}}}, **errors}
+
+    @app.post(CHAT_PATH, responses=answers)
+    async def create_chat_completion(chat: ChatCompletionRequest, request: Request) -> Response:
+        ready = await _unless_gone(request, chat_service.prepare(chat))
+        if chat.stream:
+            headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+            return StreamingResponse(chat_service.stream(ready), media_type="text/event-stream", headers=headers)
+        return JSONResponse(await _unless_gone(request, chat_service.complete(ready)))
+
+    @app.get("/v1/models")
+    async def list_models() -> dict:
+        return {"object": "list", "data": [model]}
+
+    @app.get("/v1/models/{name:path}", responses={404: {"model": ErrorResponse}})
+    async def retrieve_model(name: str) -> dict:
+        if name != chat_service.model_name:
+            raise ApiError(404, f"The model {name!r} does not exist.", "model_not_found", "model")
+        return model
+
+    @app.get("/health", responses={503: {"model": ErrorResponse}})
+    async def health() -> dict:
+        if not chat_service.engine.thread.is_alive():
+            raise ApiError(503, "The engine does not run.")
+        return {"status": "ok"}
+
+    @app.get("/metrics")
+    async def prometheus_metrics() -> Response:
+        return Response(metrics.text(), media_type=CONTENT_TYPE_LATEST)
+
+
+async def _unless_gone(request: Request, work: Awaitable):
+    """What `work` returns; cancels it if the client goes away before."""
+
+    async def gone() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+
+    tasks = [asyncio.ensure_future(work), asyncio.ensure_future(gone())]
+    try:
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        if not tasks[0].done():
+            raise ApiError(499, "The client has closed the connection.")  # nobody reads it
+        return tasks[0].result()
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+class ApiKey:
+    """Lets requests to /v1 pass that bring the key, if there is one."""
+
+    def __init__(self, app: ASGIApp, api_key: str | None):
+        self.app = app
+        self.expected = None if api_key is None else f"Bearer {api_key}".encode()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and self.expected is not None and scope["path"].startswith("/v1"):
+            given = Headers(scope=scope).get("authorization", "").encode("latin-1")
+            if not hmac.compare_digest(given, self.expected):
+                message = "The API key is missing or wrong: send it as Authorization: Bearer KEY."
+                headers = {"WWW-Authenticate": "Bearer"}
+                response = JSONResponse(error_body(401, message, "invalid_api_key"), 401, headers)
+                await response(scope, receive, send)
+                return
+        await self.app(scope, receive, send)
+
+
+class Gate:
+    """
+    Holds chat completions to what a request may cost: how many there are, how large the body is, how long it takes,
+    from its first byte to the last one of the reply.
+    """
+
+    def __init__(self, app: ASGIApp, limits: Limits, max_requests: int, metrics: Metrics):
+        self.app = app
+        self.limits = limits
+        self.max_requests = max_requests
+        self.metrics = metrics
+        self.num_requests = 0
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["path"] != CHAT_PATH:
+            await self.app(scope, receive, send)
+            return
+        if self.num_requests >= self.max_requests:
+            self.metrics.requests.labels(429).inc()
+            await _drain(receive)
+            message = f"{self.num_requests} requests are under way, as many as this server takes: try again."
+            response = JSONResponse(error_body(429, message, "queue_full"), 429, {"Retry-After": "1"})
+            await response(scope, receive, send)
+            return
+        self.num_requests += 1
+        self.metrics.under_way.inc()
+        began = time.monotonic()
+        reply = _Reply(send)
+        try:
+            async with asyncio.timeout(self.limits.request_seconds):
+                await self.app(scope, self._counting(receive), reply.send)
+        except TimeoutError:
+            await self._say_timeout(scope, receive, reply)
+        finally:
+            self.num_requests -= 1
+            self.metrics.under_way.dec()
+            self.metrics.requests.labels(reply.status or 499).inc()
+            self.metrics.seconds.observe(time.monotonic() - began)
+
+    def _counting(self, receive: Receive) -> Receive:
+        most, num_bytes = self.limits.max_body_bytes, 0
+
+        async def counted() -> Message:
+            nonlocal num_bytes
+            message = await receive()
+            num_bytes += len(message.get("body", b""))
+            if num_bytes > most:
+                if message.get("more_body", False):
+                    await _drain(receive)
+                raise ApiError(413, f"The request has more than {most:,} bytes.", "request_too_large")
+            return message
+
+        return counted
+
+    async def _say_timeout(self, scope: Scope, receive: Receive, reply: "_Reply") -> None:
+        seconds = self.limits.request_seconds
+        try:
+            async with asyncio.timeout(SECONDS_FOR_LAST_WORDS):
+                if reply.status is None:
+                    # OpenAI's client would ask again otherwise, and wait as long.
+                    headers = {"x-should-retry": "false"}
+                    body = error_body(504, f"The request took more than {seconds:g} seconds.", "timeout")
+                    await JSONResponse(body, 504, headers)(scope, receive, reply.send)
+                else:
+                    await reply.send({"type": "http.response.body", "body": timeout_event(seconds)})
+        except TimeoutError:
+            return  # uvicorn cuts the connection
+
+
+async def _drain(receive: Receive) -> None:
+    """Reads what is left of a body, for a while: many clients read no reply before they have sent all of theirs."""
+    try:
+        async with asyncio.timeout(SECONDS_FOR_LAST_WORDS):
+            message = await receive()
+            while message["type"] == "http.request" and message.get("more_body", False):
+                message = await receive()
+    except TimeoutError:
+        return
+
+
+class _Reply:
+    """Passes on what is sent, and knows how it began."""
+
+    def __init__(self, send: Send):
+        self.send_on = send
+        self.status: int | None = None
+
+    async def send(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            self.status = message["status"]
+        await self.send_on(message)
+
+
+async def _http_error(request: Request, error: HTTPException) -> JSONResponse:
+    body = error.body() if isinstance(error, ApiError) else error_body(error.status_code, error.detail)
+    return JSONResponse(body, error.status_code, error.headers)
+
+
+async def _validation_error(request: Request, error: RequestValidationError) -> JSONResponse:
+    # Of a union each kind has its own errors: those that lie deepest are of the kind that was meant.
+    found = max(error.errors(), key=lambda entry: len(entry["loc"]))
+    if found["type"] == "json_invalid":
+        message = f"The body is no valid JSON: {found['ctx']['error']}."
+        return JSONResponse(error_body(400, message, "invalid_json"), 400)
+    # Pydantic's names of the kinds of a union, and fields that are megabytes long or no Unicode, tell nobody anything.
+    steps = [str(step) for step in found["loc"][1:] if isinstance(step, int) or step[:100].isidentifier()]
+    place = ".".join(steps)[:200]
+    message = f"{place}: {found['msg']}." if place else f"{found['msg']}. Send a JSON object as application/json."
+    return JSONResponse(error_body(400, message, "invalid_request", place or None), 400)
+
+
+async def _unexpected_error(request: Request, error: Exception) -> JSONResponse:
+    return JSONResponse(error_body(500, "The server failed on this request."), 500)

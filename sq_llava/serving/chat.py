@@ -1,0 +1,332 @@
+"""Requests -> prompts -> the engine -> completions, whole or as a stream of server-sent events."""
+
+import asyncio
+import json
+import threading
+import time
+import uuid
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, replace
+
+from jinja2 import TemplateError
+from PIL import Image
+
+from sq_llava.inference import DESCRIBE, Assistant
+from sq_llava.serving.decoding import Prompt, Sampling
+from sq_llava.serving.engine import Engine, Failure, Generation, Piece
+from sq_llava.serving.images import decode_data_url, decode_image, fetch, num_pixels
+from sq_llava.serving.metrics import Metrics
+from sq_llava.serving.schema import ApiError, ChatCompletionRequest, ImagePart, error_body
+
+
+# As `sq-llava ask` and the authors' code ask by default.
+QUESTION_SAMPLING = {"temperature": 1.2, "top_p": 0.95, "top_k": 300}
+DEFAULT_NEW_TOKENS = 512
+# Images are decoded, and prompts encoded, by so many threads.
+PREPARING_THREADS = 2
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a request may cost. `max_pixels` are those of all its images; `max_waiting` are requests, beside the rows
+    of a full batch; `request_seconds` go from its first byte to the last one of the reply."""
+
+    max_body_bytes: int = 20_000_000
+    max_images: int = 8
+    max_pixels: int = 64_000_000
+    max_prompt_tokens: int | None = None
+    max_waiting: int = 64
+    request_seconds: float = 120.0
+    allow_remote_images: bool = False
+
+
+@dataclass(frozen=True)
+class Ready:
+    """A request whose prompt is encoded. `extra_tokens` were generated on the way to it."""
+
+    chat: ChatCompletionRequest
+    prompt: Prompt
+    sampling: Sampling
+    first_answer: str | None = None
+    extra_tokens: int = 0
+
+
+class ChatService:
+    """
+    Args:
+        model_name (`str`): What clients call the model.
+    """
+
+    def __init__(self, assistant: Assistant, engine: Engine, model_name: str, limits: Limits, metrics: Metrics):
+        self.processor = assistant.processor
+        self.engine = engine
+        self.model_name = model_name
+        self.limits = limits
+        self.metrics = metrics
+        self.created = int(time.time())
+        self.context_length = assistant.model.config.text_config.max_position_embeddings
+        self.longest_token = max(map(len, self.processor.tokenizer.get_vocab()))
+        self.encoding = threading.Lock()
+        self.preparing = asyncio.Semaphore(PREPARING_THREADS)
+
+    async def prepare(self, chat: ChatCompletionRequest) -> Ready:
+        """
+        Raises:
+            ApiError: if the request is wrong, too large, or not one of this model.
+        """
+        if chat.model != self.model_name:
+            message = f"The model {chat.model!r} does not exist: this server has {self.model_name!r}."
+            raise ApiError(404, message, "model_not_found", "model")
+        if (chat.n or 1) > self.engine.max_batch_size:
+            message = f"n is {chat.n}: this server generates at most {self.engine.max_batch_size} texts at a time."
+            raise ApiError(400, message, param="n")
+        data = await self._read_images(chat)
+        answers_first = chat.self_question and chat.messages[-1].role != "assistant"
+        async with self.preparing:
+            messages = await asyncio.to_thread(self._place_images, chat, data)
+            if answers_first:
+                _describe_unless_asked(messages)
+            prompt = await asyncio.to_thread(self._encode, messages, chat.self_question and not answers_first)
+        sampling = self._sampling(chat, len(prompt.input_ids))
+        if not answers_first:
+            return Ready(chat, prompt, sampling)
+        # Only behind an answer has the model learned to ask.
+        greedy = replace(sampling, temperature=0.0, stop=())
+        answer = await self._generate_one(prompt, greedy)
+        messages.append({"role": "assistant", "content": answer.content})
+        async with self.preparing:
+            prompt = await asyncio.to_thread(self._encode, messages, True)
+        sampling = self._sampling(chat, len(prompt.input_ids))
+        return Ready(chat, prompt, sampling, answer.content, answer.num_tokens)
+
+    async def _read_images(self, chat: ChatCompletionRequest) -> list[bytes]:
+        places = [
+            (f"messages[{index}].content[{part_index}].image_url.url", part.image_url.url)
+            for index, message in enumerate(chat.messages)
+            if not isinstance(message.content, str)
+            for part_index, part in enumerate(message.content)
+            if isinstance(part, ImagePart)
+        ]
+        if len(places) > self.limits.max_images:
+            message = f"The request has {len(places)} images: at most {self.limits.max_images} are allowed."
+            raise ApiError(400, message, "too_many_images", "messages")
+        found, pixels = [], 0
+        for place, url in places:
+            try:
+                if url.startswith("data:"):
+                    data = decode_data_url(url)
+                elif url.startswith(("http://", "https://")) and self.limits.allow_remote_images:
+                    data = await fetch(url, self.limits.max_body_bytes)
+                elif url.startswith(("http://", "https://")):
+                    raise ValueError("is a remote image, which this server does not fetch: send it as a data: URL")
+                else:
+                    raise ValueError("is no data: URL")
+                pixels += num_pixels(data)
+            except ValueError as error:
+                raise ApiError(400, f"{place} {error}.", "invalid_image", place) from error
+            if pixels > self.limits.max_pixels:
+                message = f"{place}: the images have more than {self.limits.max_pixels:,} pixels. Send smaller ones."
+                raise ApiError(400, message, "image_too_large", place)
+            found.append(data)
+        return found
+
+    def _place_images(self, chat: ChatCompletionRequest, data: list[bytes]) -> list[dict]:
+        """Messages for the chat template, with decoded images: nothing in them is a path or a URL."""
+        data = iter(data)
+        messages = []
+        for index, message in enumerate(chat.messages):
+            role = "system" if message.role == "developer" else message.role
+            if isinstance(message.content, str):
+                parts = [{"type": "text", "text": message.content}]
+            else:
+                parts = []
+                for part_index, part in enumerate(message.content):
+                    if isinstance(part, ImagePart):
+                        place = f"messages[{index}].content[{part_index}].image_url.url"
+                        parts.append({"type": "image", "image": _decode_at(place, next(data))})
+                    else:
+                        parts.append({"type": "text", "text": part.text})
+            messages.append({"role": role, "content": parts})
+        return messages
+
+    def _encode(self, messages: list[dict], ask: bool) -> Prompt:
+        most = self.limits.max_prompt_tokens or self.context_length - 1
+        parts = [part for message in messages for part in message["content"] if isinstance(part, dict)]
+        images = sum(part["type"] == "image" for part in parts)
+        # What is too long for certain is not tokenized, which takes time.
+        characters = sum(len(part["text"]) for part in parts if part["type"] == "text")
+        at_least = images * self.processor.image_seq_length + characters // self.longest_token
+        if at_least <= most:
+            prompt = self._tokenize(messages, ask)
+            at_least = len(prompt.input_ids)
+        if at_least > most:
+            message = f"The prompt has {at_least} tokens or more: at most {most} are allowed."
+            raise ApiError(400, message, "context_length_exceeded", "messages")
+        return prompt
+
+    def _tokenize(self, messages: list[dict], ask: bool) -> Prompt:
+        settings = {"tokenize": True, "return_dict": True, "return_tensors": "pt"}
+        try:
+            # A fast tokenizer is not to be used by two threads at a time.
+            with self.encoding:
+                inputs = self.processor.apply_chat_template(
+                    messages,
+                    add_generation_prompt=True,
+                    ask=ask,
+                    processor_kwargs={"add_special_tokens": False},
+                    **settings,
+                )
+        except TemplateError as error:
+            raise ApiError(400, str(error), "invalid_messages", "messages") from error
+        return Prompt(inputs["input_ids"][0].tolist(), inputs.get("pixel_values"))
+
+    def _sampling(self, chat: ChatCompletionRequest, num_prompt_tokens: int) -> Sampling:
+        room = self.context_length - num_prompt_tokens
+        wanted = chat.max_completion_tokens or chat.max_tokens
+        if (wanted or 1) > room:
+            message = (
+                f"This model reads {self.context_length} tokens: {num_prompt_tokens} of the prompt and {wanted or 1} "
+                "to be generated are more."
+            )
+            raise ApiError(400, message, "context_length_exceeded", "messages")
+        stop = (chat.stop,) if isinstance(chat.stop, str) else tuple(chat.stop or ())
+        defaults = QUESTION_SAMPLING if chat.self_question else {"temperature": 1.0, "top_p": 1.0, "top_k": None}
+        given = {name: getattr(chat, name) for name in defaults if getattr(chat, name) is not None}
+        return Sampling(wanted or min(DEFAULT_NEW_TOKENS, room), seed=chat.seed, stop=stop, **{**defaults, **given})
+
+    async def pieces(self, prompt: Prompt, sampling: Sampling, num_rows: int) -> AsyncIterator[Piece]:
+        """
+        Generates; ends the generation when nobody takes the pieces any more.
+
+        Raises:
+            ApiError: if generation fails.
+        """
+        loop, queue = asyncio.get_running_loop(), asyncio.Queue()
+
+        def deliver(event: Piece | Failure) -> None:
+            try:
+                loop.call_soon_threadsafe(queue.put_nowait, event)
+            except RuntimeError:  # the loop has ended, and with it whoever waited
+                generation.cancel()
+
+        generation = Generation(prompt, sampling, num_rows, deliver)
+        unfinished = set(range(num_rows))
+        started = time.monotonic()
+        try:
+            self.engine.submit(generation)
+            while unfinished:
+                event = await queue.get()
+                if isinstance(event, Failure):
+                    raise ApiError(500, event.message, "generation_failed")
+                self.metrics.count_piece(event, started)
+                if event.finish_reason is not None:
+                    unfinished.discard(event.index)
+                yield event
+        finally:
+            generation.cancel()
+
+    async def _generate_one(self, prompt: Prompt, sampling: Sampling) -> "_Text":
+        text = _Text()
+        async for piece in self.pieces(prompt, sampling, 1):
+            text.add(piece)
+        return text
+
+    async def complete(self, ready: Ready) -> dict:
+        """The whole `chat.completion`."""
+        num_rows = ready.chat.n or 1
+        texts = [_Text() for _ in range(num_rows)]
+        async for piece in self.pieces(ready.prompt, ready.sampling, num_rows):
+            texts[piece.index].add(piece)
+        choices = [
+            {
+                "index": index,
+                "message": {"role": "assistant", "content": text.content},
+                "logprobs": None,
+                "finish_reason": text.finish_reason,
+            }
+            for index, text in enumerate(texts)
+        ]
+        body = {**self._head("chat.completion"), "choices": choices, "usage": _usage(ready, texts)}
+        return body if ready.first_answer is None else {**body, "first_answer": ready.first_answer}
+
+    async def stream(self, ready: Ready) -> AsyncIterator[str]:
+        """The `chat.completion.chunk`s as server-sent events, with `[DONE]` at the end."""
+        num_rows = ready.chat.n or 1
+        options = ready.chat.stream_options
+        with_usage = options is not None and options.include_usage
+        head = {**self._head("chat.completion.chunk"), **({"usage": None} if with_usage else {})}
+        first = {} if ready.first_answer is None else {"first_answer": ready.first_answer}
+        for index in range(num_rows):
+            yield _event({**head, **first, "choices": [_delta(index, {"role": "assistant", "content": ""})]})
+        texts = [_Text() for _ in range(num_rows)]
+        try:
+            async for piece in self.pieces(ready.prompt, ready.sampling, num_rows):
+                texts[piece.index].add(piece)
+                if piece.text:
+                    yield _event({**head, "choices": [_delta(piece.index, {"content": piece.text})]})
+                if piece.finish_reason is not None:
+                    yield _event({**head, "choices": [_delta(piece.index, {}, piece.finish_reason)]})
+        except ApiError as error:
+            yield _event(error.body())
+            return
+        if with_usage:
+            yield _event({**head, "choices": [], "usage": _usage(ready, texts)})
+        yield "data: [DONE]\n\n"
+
+    def _head(self, kind: str) -> dict:
+        return {
+            "id": f"chatcmpl-{uuid.uuid4().hex}",
+            "object": kind,
+            "created": int(time.time()),
+            "model": self.model_name,
+        }
+
+
+@dataclass
+class _Text:
+    """What was generated of one row."""
+
+    content: str = ""
+    num_tokens: int = 0
+    finish_reason: str | None = None
+
+    def add(self, piece: Piece) -> None:
+        self.content += piece.text
+        self.num_tokens = piece.num_tokens
+        self.finish_reason = piece.finish_reason
+
+
+def _decode_at(place: str, data: bytes) -> Image.Image:
+    try:
+        return decode_image(data)
+    except ValueError as error:
+        raise ApiError(400, f"{place} {error}.", "invalid_image", place) from error
+
+
+def _describe_unless_asked(messages: list[dict]) -> None:
+    """Lets the last turn ask for a description, where it says nothing."""
+    last = messages[-1]
+    if not any(part["type"] == "text" and part["text"].strip() for part in last["content"]):
+        last["content"] = [*last["content"], {"type": "text", "text": DESCRIBE}]
+
+
+def _usage(ready: Ready, texts: list[_Text]) -> dict:
+    prompt_tokens = len(ready.prompt.input_ids)
+    completion_tokens = ready.extra_tokens + sum(text.num_tokens for text in texts)
+    return {
+        "prompt_tokens": prompt_tokens,
+        "completion_tokens": completion_tokens,
+        "total_tokens": prompt_tokens + completion_tokens,
+    }
+
+
+def _delta(index: int, delta: dict, finish_reason: str | None = None) -> dict:
+    return {"index": index, "delta": delta, "logprobs": None, "finish_reason": finish_reason}
+
+
+def _event(body: dict) -> str:
+    return f"data: {json.dumps(body, ensure_ascii=False)}\n\n"
+
+
+def timeout_event(seconds: float) -> bytes:
+    return _event(error_body(504, f"The request took more than {seconds:g} seconds.", "timeout")).encode()

@@ -1,0 +1,287 @@
+"""A batch of rows that generate side by side: each has its own settings, and any may join or leave between two tokens.
+
+`transformers`' own continuous batching (5.23) takes token ids alone, so no images; `generate` has one setting for all
+rows and returns when the last is done. Here the prompts of one pass are padded on the left and run together; their
+keys and values join those of the rows that are under way, padded on the left to one length. A row that is done leaves,
+and columns that are padding for all that are left are cut off. Greedy rows have the tokens that each has alone.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch.nn import functional as F
+from transformers import (
+    Cache,
+    DynamicCache,
+    DynamicLayer,
+    GenerationConfig,
+    LogitsProcessorList,
+    PreTrainedTokenizerFast,
+    SuppressTokensLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from modeling_sq_llava import SQLlavaForConditionalGeneration
+
+
+# Below it, the likeliest token has all the probability; and scores divided by less overflow.
+MIN_TEMPERATURE = 0.01
+
+# What `generate` would do and the batch does not.
+UNSUPPORTED_SETTINGS = (
+    "bad_words_ids", "encoder_repetition_penalty", "exponential_decay_length_penalty", "forced_bos_token_id",
+    "forced_eos_token_id", "min_length", "min_new_tokens", "no_repeat_ngram_size", "repetition_penalty",
+    "sequence_bias", "begin_suppress_tokens",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a row chooses its tokens, and when it ends. A temperature below 0.01 is greedy."""
+
+    max_new_tokens: int
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int | None = None
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+
+
+class RowText:
+    """
+    The text of tokens that come one by one, without a character that may still change. Each piece is decoded with the
+    one before it, as a token's text can depend on the token before. Only bytes that are no UTF-8 may read otherwise
+    than in a text that is decoded as a whole.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, stop: tuple[str, ...]):
+        self.tokenizer = tokenizer
+        self.stop = stop
+        self.ids: list[int] = []
+        self.begin = self.end = 0  # of the piece that was decoded last
+        self.text = ""
+        self.num_taken = 0
+        self.is_stopped = False
+
+    def push(self, token_id: int, is_last: bool) -> None:
+        self.ids.append(token_id)
+        before, now = self._decode(self.ids[self.begin : self.end]), self._decode(self.ids[self.begin :])
+        # A character of several tokens is no character before the last of them.
+        if now.endswith("\N{REPLACEMENT CHARACTER}") and not is_last:
+            return
+        searched_from = max(0, len(self.text) - max(map(len, self.stop), default=0))
+        self.text += now[len(before) :]
+        self.begin, self.end = self.end, len(self.ids)
+        found = [place for stop in self.stop if (place := self.text.find(stop, searched_from)) >= 0]
+        if found:
+            self.text = self.text[: min(found)]
+            self.is_stopped = True
+
+    def take(self, is_last: bool) -> str:
+        """What can be said for certain and was not taken before; all pieces together are the text, stripped."""
+        certain = len(self.text.rstrip())
+        if not is_last:
+            for stop in self.stop:
+                begins = (size for size in range(min(len(stop), len(self.text)), 0, -1))
+                size = next((size for size in begins if self.text.endswith(stop[:size])), 0)
+                certain = min(certain, len(self.text[: len(self.text) - size].rstrip()))
+        begin = max(self.num_taken, len(self.text) - len(self.text.lstrip()))
+        if certain <= begin:
+            return ""
+        self.num_taken = certain
+        return self.text[begin:certain]
+
+    def _decode(self, ids: list[int]) -> str:
+        return self.tokenizer.decode(ids, skip_special_tokens=True)
+
+
+@dataclass(eq=False)
+class Row:
+    """One text that is being generated. `processors` are empty for a greedy row."""
+
+    sampling: Sampling
+    text: RowText
+    generator: torch.Generator | None
+    processors: LogitsProcessorList
+    num_tokens: int = 0
+    finish_reason: str | None = None
+
+    @classmethod
+    def begin(cls, sampling: Sampling, index: int, tokenizer: PreTrainedTokenizerFast, device: torch.device) -> "Row":
+        """
+        Args:
+            index (`int`): Of the row among those of its request, whose seeds follow one another.
+        """
+        text = RowText(tokenizer, sampling.stop)
+        if sampling.temperature < MIN_TEMPERATURE:
+            return cls(sampling, text, None, LogitsProcessorList())
+        generator = torch.Generator(device=device)
+        if sampling.seed is None:
+            generator.seed()
+        else:
+            generator.manual_seed((sampling.seed + index) % 2**63)
+        processors = LogitsProcessorList([TemperatureLogitsWarper(sampling.temperature)])
+        if sampling.top_k is not None:
+            processors.append(TopKLogitsWarper(sampling.top_k))
+        if sampling.top_p < 1:
+            processors.append(TopPLogitsWarper(sampling.top_p))
+        return cls(sampling, text, generator, processors)
+
+    def push(self, token_id: int, is_end: bool) -> None:
+        self.num_tokens += 1
+        is_last = is_end or self.num_tokens == self.sampling.max_new_tokens
+        self.text.push(token_id, is_last)
+        if is_end or self.text.is_stopped:
+            self.finish_reason = "stop"
+        elif is_last:
+            self.finish_reason = "length"
+
+
+@dataclass
+class Prompt:
+    """An encoded conversation: ids without padding, and the pixels `(num_images, channels, height, width)`."""
+
+    input_ids: list[int]
+    pixel_values: torch.Tensor | None = None
+
+
+@dataclass
+class Batch:
+    """
+    The rows that are under way. All tensors have a row for each: `mask` `(B, L)` says which of the `L` tokens in
+    `cache` are its own, `logits` `(B, vocab_size)` are those of its next token.
+    """
+
+    model: SQLlavaForConditionalGeneration
+    rows: list[Row] = field(default_factory=list)
+    cache: Cache | None = None
+    mask: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
+
+    def __post_init__(self):
+        settings = self.model.generation_config
+        check_settings(settings)
+        end = settings.eos_token_id
+        self.end_ids = {end} if isinstance(end, int) else set(end or ())
+        suppressed = settings.suppress_tokens
+        self.suppress = SuppressTokensLogitsProcessor(suppressed, self.model.device) if suppressed else None
+
+    @torch.inference_mode()
+    def join(self, prompts: list[Prompt], rows: list[list[Row]]) -> None:
+        """Runs the prompts in one pass, and adds the rows of each."""
+        if not prompts:
+            return
+        length = max(len(prompt.input_ids) for prompt in prompts)
+        spare = torch.tensor([length - len(prompt.input_ids) for prompt in prompts])
+        mask = (torch.arange(length) >= spare.unsqueeze(1)).long().to(self.model.device)
+        # What stands in the padding is not seen, but must be no image's placeholder: no prompt ends with one.
+        padded = [prompt.input_ids[-1:] * (length - len(prompt.input_ids)) + prompt.input_ids for prompt in prompts]
+        pixel_values = [prompt.pixel_values for prompt in prompts if prompt.pixel_values is not None]
+        outputs = self.model(
+            input_ids=torch.tensor(padded, device=self.model.device),
+            pixel_values=torch.cat(pixel_values).to(self.model.device) if pixel_values else None,
+            attention_mask=mask,
+            position_ids=(mask.cumsum(dim=1) - 1).clamp_min(0),
+            past_key_values=DynamicCache(),
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        each = torch.tensor([index for index, own in enumerate(rows) for _ in own], device=self.model.device)
+        cache = outputs.past_key_values
+        _check_cache(cache)
+        cache.batch_select_indices(each)
+        mask, logits = mask[each], outputs.logits[each, -1].float()
+        if self.rows:
+            cache, mask = _join_caches(self.cache, self.mask, cache, mask)
+            logits = torch.cat([self.logits, logits])
+        self.cache, self.mask, self.logits = cache, mask, logits
+        self.rows = self.rows + [row for own in rows for row in own]
+
+    @torch.inference_mode()
+    def step(self) -> list[Row]:
+        """One token for each row. Returns the rows that it was for; those that are done have left."""
+        rows, tokens = self.rows, self._choose()
+        for row, token in zip(rows, tokens):
+            row.push(token, token in self.end_ids)
+        staying = [index for index, row in enumerate(rows) if row.finish_reason is None]
+        self.keep(staying)
+        if staying:
+            self._advance([tokens[index] for index in staying])
+        return rows
+
+    @torch.inference_mode()
+    def keep(self, indices: list[int]) -> None:
+        """Lets the other rows leave."""
+        if len(indices) == len(self.rows):
+            return
+        self.rows = [self.rows[index] for index in indices]
+        if not indices:
+            self.cache = self.mask = self.logits = None
+            return
+        kept = torch.tensor(indices, device=self.model.device)
+        self.cache.batch_select_indices(kept)
+        self.mask, self.logits = self.mask[kept], self.logits[kept]
+        spare = int(self.mask.any(dim=0).int().argmax())
+        if spare:
+            self.mask = self.mask[:, spare:]
+            for layer in self.cache.layers:
+                layer.keys, layer.values = layer.keys[:, :, spare:], layer.values[:, :, spare:]
+
+    def _choose(self) -> list[int]:
+        logits = self.logits
+        if self.suppress is not None:
+            logits = self.suppress(None, logits)
+        tokens = logits.argmax(dim=-1)
+        for index, row in enumerate(self.rows):
+            if row.generator is not None:
+                probabilities = row.processors(None, logits[index : index + 1]).softmax(dim=-1)
+                tokens[index] = torch.multinomial(probabilities, 1, generator=row.generator)[0, 0]
+        return tokens.tolist()
+
+    def _advance(self, tokens: list[int]) -> None:
+        position_ids = self.mask.sum(dim=1, keepdim=True)
+        self.mask = F.pad(self.mask, (0, 1), value=1)
+        outputs = self.model(
+            input_ids=torch.tensor(tokens, device=self.model.device).unsqueeze(1),
+            attention_mask=self.mask,
+            position_ids=position_ids,
+            past_key_values=self.cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        self.logits = outputs.logits[:, -1].float()
+
+
+def _check_cache(cache: Cache) -> None:
+    if any(type(layer) is not DynamicLayer for layer in cache.layers):
+        kinds = sorted({type(layer).__name__ for layer in cache.layers})
+        raise ValueError(f"This language model keeps {', '.join(kinds)}: only keys and values can be batched here.")
+
+
+def _join_caches(
+    first: Cache, first_mask: torch.Tensor, second: Cache, second_mask: torch.Tensor
+) -> tuple[Cache, torch.Tensor]:
+    length = max(first_mask.shape[1], second_mask.shape[1])
+    before = (length - first_mask.shape[1], length - second_mask.shape[1])
+    for layer, other in zip(first.layers, second.layers):
+        for name in ("keys", "values"):
+            states = (getattr(layer, name), getattr(other, name))
+            padded = [F.pad(state, (0, 0, spare, 0)) for state, spare in zip(states, before)]
+            setattr(layer, name, torch.cat(padded))
+    masks = [F.pad(mask, (spare, 0)) for mask, spare in zip((first_mask, second_mask), before)]
+    return first, torch.cat(masks)
+
+
+def check_settings(settings: GenerationConfig) -> None:
+    """
+    Raises:
+        ValueError: if generation_config.json has a setting that changes what is generated and is not done here.
+    """
+    for name in UNSUPPORTED_SETTINGS:
+        value = getattr(settings, name, None)
+        if value not in (None, 0, 1.0, []):
+            raise ValueError(
+                f"generation_config.json: {name} is {value!r}, which the server does not do: take it out, or use vLLM."
+            )

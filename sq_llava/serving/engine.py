@@ -1,0 +1,161 @@
+"""The one thread that generates: takes requests as they come, and tells each what it gets, token by token.
+
+    >>> with Engine(assistant, max_batch_size=16) as engine:
+    ...     engine.submit(Generation(prompt, sampling, num_rows=1, deliver=print))
+
+Between two tokens the rows of waiting requests join the batch, in the order in which they came, as far as there is
+room; requests that nobody waits for any more leave it.
+"""
+
+import copy
+import logging
+import threading
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from sq_llava.inference import Assistant
+from sq_llava.serving.decoding import Batch, Prompt, Row, Sampling
+
+
+logger = logging.getLogger("uvicorn.error")
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What is new of a row: text, how many tokens it has by now, and why it ended, if it did."""
+
+    index: int
+    text: str
+    num_tokens: int
+    finish_reason: str | None
+
+
+@dataclass(frozen=True)
+class Failure:
+    """The end of a request whose generation failed."""
+
+    message: str
+
+
+@dataclass(eq=False)
+class Generation:
+    """
+    A prompt and the rows that are to be generated for it.
+
+    Args:
+        deliver (`Callable`): Called in the engine's thread with each [`Piece`] or a [`Failure`]; must return at once.
+    """
+
+    prompt: Prompt
+    sampling: Sampling
+    num_rows: int
+    deliver: Callable[[Piece | Failure], None]
+    is_cancelled: bool = False
+    rows: list[Row] = field(default_factory=list)
+
+    def cancel(self) -> None:
+        """Ends it before its next token, from any thread."""
+        self.is_cancelled = True
+
+
+class Engine:
+    """
+    Args:
+        assistant (`Assistant`): Used by no other thread while the engine runs, but for its processor.
+        max_batch_size (`int`): Rows that are generated side by side.
+
+    Raises:
+        ValueError: if the model or its generation_config.json has what a [`Batch`] does not do.
+    """
+
+    def __init__(self, assistant: Assistant, max_batch_size: int):
+        self.max_batch_size = max_batch_size
+        self.device = assistant.model.device
+        # A fast tokenizer cannot decode in one thread while it encodes in another.
+        self.tokenizer = copy.deepcopy(assistant.processor.tokenizer)
+        self.batch = Batch(assistant.model)
+        self.waiting: deque[Generation] = deque()
+        self.running: list[Generation] = []
+        self.is_closed = False
+        self.changed = threading.Condition()
+        self.thread = threading.Thread(target=self._run, name="generation", daemon=True)
+        # A model that cannot be batched fails here, not with the first client.
+        row = Row.begin(Sampling(max_new_tokens=2), 0, self.tokenizer, self.device)
+        self.batch.join([Prompt([self.tokenizer.eos_token_id])], [[row]])
+        self.batch.step()
+        self.batch.keep([])
+
+    def __enter__(self) -> "Engine":
+        self.thread.start()
+        return self
+
+    def __exit__(self, *exception) -> None:
+        """Finishes what was submitted, and ends the thread."""
+        with self.changed:
+            self.is_closed = True
+            self.changed.notify()
+        self.thread.join()
+
+    @property
+    def num_running(self) -> int:
+        return len(self.batch.rows)
+
+    def submit(self, generation: Generation) -> None:
+        """
+        Raises:
+            ValueError: if it has more rows than fit into a batch.
+        """
+        if generation.num_rows > self.max_batch_size:
+            raise ValueError(f"n is {generation.num_rows}: this server generates at most {self.max_batch_size} texts.")
+        with self.changed:
+            self.waiting.append(generation)
+            self.changed.notify()
+
+    def _run(self) -> None:
+        while True:
+            with self.changed:
+                self.changed.wait_for(lambda: self.waiting or self.running or self.is_closed)
+                if self.is_closed and not self.waiting and not self.running:
+                    return
+                joining = self._take_waiting()
+            try:
+                self._advance(joining)
+            # Whatever goes wrong with a batch (out of memory, say), the next ones are to be served.
+            except Exception:
+                logger.exception("Generation failed; its %d requests are told so.", len(self.running))
+                for generation in self.running:
+                    generation.deliver(Failure("The model failed on this request."))
+                self.running = []
+                self.batch = Batch(self.batch.model)
+
+    def _take_waiting(self) -> list[Generation]:
+        joining, room = [], self.max_batch_size - len(self.batch.rows)
+        while self.waiting and self.waiting[0].num_rows <= room:
+            generation = self.waiting.popleft()
+            if not generation.is_cancelled:
+                joining.append(generation)
+                room -= generation.num_rows
+        return joining
+
+    def _advance(self, joining: list[Generation]) -> None:
+        for generation in joining:
+            generation.rows = [
+                Row.begin(generation.sampling, index, self.tokenizer, self.device)
+                for index in range(generation.num_rows)
+            ]
+        self.running += joining
+        self.batch.join([generation.prompt for generation in joining], [generation.rows for generation in joining])
+        self.running = [generation for generation in self.running if not generation.is_cancelled]
+        wanted = {row for generation in self.running for row in generation.rows}
+        self.batch.keep([index for index, row in enumerate(self.batch.rows) if row in wanted])
+        if self.batch.rows:
+            stepped = set(self.batch.step())
+            for generation in self.running:
+                for index, row in enumerate(generation.rows):
+                    if row in stepped:
+                        text = row.text.take(row.finish_reason is not None)
+                        generation.deliver(Piece(index, text, row.num_tokens, row.finish_reason))
+            self.running = [
+                generation for generation in self.running if any(row.finish_reason is None for row in generation.rows)
+            ]

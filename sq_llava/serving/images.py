@@ -1,0 +1,158 @@
+"""The images of a request: from data: URLs, and, where that is allowed, from public http(s) servers.
+
+A client must reach neither a file of this machine nor a server that only this machine reaches. So no other kind of URL
+is read; Pillow opens the four formats of the web and nothing that starts a program; and of a remote image, every host
+on the way is resolved once, all its addresses must be public, and it is such an address that is connected to.
+"""
+
+import asyncio
+import base64
+import binascii
+import ipaddress
+import re
+import socket
+from io import BytesIO
+from urllib.parse import urljoin
+
+import aiohttp
+from aiohttp.abc import AbstractResolver
+from aiohttp.resolver import ThreadedResolver
+from PIL import Image, UnidentifiedImageError
+from yarl import URL
+
+from sq_llava.images import BROKEN_IMAGE_ERRORS, open_image
+
+
+# Pillow would hand an EPS file to Ghostscript, which is a programming language.
+FORMATS = ("GIF", "JPEG", "PNG", "WEBP")
+DATA_URL = re.compile(r"data:image/[a-zA-Z0-9.+-]+;base64,", re.ASCII)
+MAX_REDIRECTS = 3
+DOWNLOAD_SECONDS = 10.0
+
+# Of IPv6, what is routed: outside of it lie loopback, link-local, private and multicast addresses, and IPv4 addresses
+# that are written as IPv6 (::ffff:127.0.0.1, 64:ff9b::7f00:1). Inside are two tunnels that end at an IPv4 address.
+ROUTED_IPV6 = ipaddress.IPv6Network("2000::/3")
+TUNNELS = (ipaddress.IPv6Network("2001::/32"), ipaddress.IPv6Network("2002::/16"))
+
+
+def decode_data_url(url: str) -> bytes:
+    """
+    Raises:
+        ValueError: if it is not `data:image/...;base64,...`.
+    """
+    match = DATA_URL.match(url)
+    if match is None:
+        raise ValueError("is not of the form data:image/png;base64,...")
+    try:
+        return base64.b64decode(url[match.end() :], validate=True)
+    except binascii.Error as error:
+        raise ValueError(f"is not valid base64 ({error})") from error
+
+
+def num_pixels(data: bytes) -> int:
+    """By the header alone.
+
+    Raises:
+        ValueError: if the bytes are no image of the four formats.
+    """
+    try:
+        with Image.open(BytesIO(data), formats=FORMATS) as image:
+            return image.width * image.height
+    except UnidentifiedImageError as error:
+        raise ValueError(f"is no image of the formats {', '.join(FORMATS)}") from error
+    except BROKEN_IMAGE_ERRORS as error:
+        raise ValueError(f"is a broken image ({error})") from error
+
+
+def decode_image(data: bytes) -> Image.Image:
+    """
+    Raises:
+        ValueError: if the bytes cannot be read as an image.
+    """
+    try:
+        return open_image({"bytes": data, "path": None}, FORMATS)
+    except ValueError as error:
+        raise ValueError(f"is a broken image ({error.__cause__ or error})") from error
+
+
+def is_public(address: str) -> bool:
+    """Whether an IP address is one of the public internet."""
+    ip = ipaddress.ip_address(address)
+    if ip.version == 6:
+        return ip in ROUTED_IPV6 and ip.is_global and not any(ip in tunnel for tunnel in TUNNELS)
+    return ip.is_global and not ip.is_multicast and not ip.is_reserved
+
+
+class PublicResolver(AbstractResolver):
+    """What it returns is what is connected to: a name that changes its address between two questions gains nothing."""
+
+    def __init__(self):
+        self.resolver = ThreadedResolver()
+
+    async def resolve(self, host: str, port: int = 0, family: int = socket.AF_UNSPEC) -> list:
+        found = await self.resolver.resolve(host, port, family)
+        for entry in found:
+            if not is_public(entry["host"]):
+                raise ValueError(f"is at {host}, which is no host of the public internet")
+        return found
+
+    async def close(self) -> None:
+        await self.resolver.close()
+
+
+async def fetch(url: str, max_bytes: int) -> bytes:
+    """
+    Downloads an image of a public server.
+
+    Raises:
+        ValueError: if the address is not public, the answer no success, too large or too slow.
+    """
+    connector = aiohttp.TCPConnector(resolver=PublicResolver(), family=socket.AF_UNSPEC)
+    headers = {"Accept": "image/*", "Accept-Encoding": "identity", "User-Agent": "sq-llava"}
+    session = aiohttp.ClientSession(
+        connector=connector, headers=headers, auto_decompress=False, cookie_jar=aiohttp.DummyCookieJar()
+    )
+    try:
+        async with asyncio.timeout(DOWNLOAD_SECONDS), session:
+            for _ in range(MAX_REDIRECTS + 1):
+                async with session.get(_checked(url), allow_redirects=False) as response:
+                    if response.status in (301, 302, 303, 307, 308) and "Location" in response.headers:
+                        url = urljoin(url, response.headers["Location"])
+                    elif response.status == 200:
+                        return await _read(response, max_bytes)
+                    else:
+                        raise ValueError(f"could not be fetched: the server said {response.status}")
+            raise ValueError(f"could not be fetched: it was moved more than {MAX_REDIRECTS} times")
+    except TimeoutError as error:
+        raise ValueError(f"could not be fetched within {DOWNLOAD_SECONDS:g} seconds") from error
+    except (aiohttp.ClientError, OSError) as error:
+        # What the error says may tell of this machine's network.
+        raise ValueError("could not be fetched") from error
+
+
+def _checked(url: str) -> URL:
+    parsed = URL(url)
+    if parsed.scheme not in ("http", "https") or not parsed.host:
+        raise ValueError("leads to something that is no http or https server")
+    if parsed.user is not None or parsed.password is not None:
+        raise ValueError("holds a user name or a password")
+    # An address is connected to as it stands, a name by way of the resolver, which checks what it finds. Digits and
+    # points that are no whole address (2130706433, 127.1) would be taken for one by the operating system.
+    host = parsed.raw_host
+    is_address = ":" in host or host.replace(".", "").isdigit()
+    try:
+        is_allowed = not is_address or is_public(host)
+    except ValueError:
+        is_allowed = False
+    if not is_allowed:
+        raise ValueError(f"is at {host}, which is no host of the public internet")
+    return parsed
+
+
+async def _read(response: aiohttp.ClientResponse, max_bytes: int) -> bytes:
+    data = bytearray()
+    async for chunk in response.content.iter_chunked(65536):
+        data += chunk
+        if len(data) > max_bytes:
+            raise ValueError(f"has more than {max_bytes:,} bytes")
+    return bytes(data)

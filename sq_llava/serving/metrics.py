@@ -1,0 +1,32 @@
+"""What /metrics tells Prometheus: requests, tokens, seconds, and what is under way."""
+
+import time
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+from sq_llava.serving.engine import Engine, Piece
+
+
+class Metrics:
+    """Of one server. No label's value comes from a client."""
+
+    def __init__(self, engine: Engine):
+        self.registry = CollectorRegistry()
+        settings = {"registry": self.registry}
+        self.requests = Counter("sq_llava_requests", "Chat completions by HTTP status.", ["status"], **settings)
+        self.seconds = Histogram("sq_llava_request_seconds", "From a request's begin to its end.", **settings)
+        self.first_seconds = Histogram("sq_llava_first_token_seconds", "From the queue to a first token.", **settings)
+        self.tokens = Counter("sq_llava_generated_tokens", "Tokens that were generated.", **settings)
+        self.under_way = Gauge("sq_llava_requests_under_way", "Requests that are not done.", **settings)
+        running = Gauge("sq_llava_rows_running", "Texts that are generated side by side.", **settings)
+        running.set_function(lambda: engine.num_running)
+        waiting = Gauge("sq_llava_requests_waiting", "Requests that wait for room in the batch.", **settings)
+        waiting.set_function(lambda: len(engine.waiting))
+
+    def count_piece(self, piece: Piece, started: float) -> None:
+        self.tokens.inc()
+        if piece.num_tokens == 1:
+            self.first_seconds.observe(time.monotonic() - started)
+
+    def text(self) -> bytes:
+        return generate_latest(self.registry)

@@ -1,0 +1,147 @@
+"""What a client may send to /v1/chat/completions, and what it gets: the part of OpenAI's schema that the server does.
+
+    {"model": "sq-llava-7b", "messages": [{"role": "user", "content": [
+        {"type": "image_url", "image_url": {"url": "data:image/png;base64,..."}},
+        {"type": "text", "text": "What is it?"}]}]}
+
+`self_question` and `top_k` are extensions, and so is the role `vusr`, of questions that the model asked before. What
+is not done is refused, never ignored: a field that is not here, or another value than the one that changes nothing.
+"""
+
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from starlette.exceptions import HTTPException
+
+
+def _check_unicode(text: str) -> str:
+    # JSON can write half of a surrogate pair, which no tokenizer takes and no reply could repeat.
+    if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
+        raise ValueError("not valid Unicode")
+    return text
+
+
+Text = Annotated[str, AfterValidator(_check_unicode)]
+
+
+class Strict(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+
+
+class TextPart(Strict):
+    type: Literal["text"]
+    text: Text
+
+
+class ImageUrl(Strict):
+    url: Text
+    detail: Literal["auto", "low", "high"] | None = Field(None, description="Every image is seen in one resolution.")
+
+
+class ImagePart(Strict):
+    type: Literal["image_url"]
+    image_url: ImageUrl
+
+
+class Message(Strict):
+    role: Literal["system", "developer", "user", "assistant", "vusr"]
+    content: Text | list[Annotated[TextPart | ImagePart, Field(discriminator="type")]]
+    name: str | None = Field(None, description="Not read.")
+
+
+class StreamOptions(Strict):
+    include_usage: bool = False
+
+
+class ResponseFormat(Strict):
+    type: Literal["text"]
+
+
+StopString = Annotated[str, Field(min_length=1, max_length=1000), AfterValidator(_check_unicode)]
+
+
+class ChatCompletionRequest(Strict):
+    model: Text
+    messages: Annotated[list[Message], Field(min_length=1, max_length=10_000)]
+    self_question: bool = Field(False, description="Ask a question instead of answering one.")
+    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    max_tokens: Annotated[int, Field(ge=1)] | None = None
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = Field(
+        None, description="1, or 1.2 with self_question, unless given. 0: the likeliest token each time."
+    )
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    top_k: Annotated[int, Field(ge=1)] | None = None
+    n: Annotated[int, Field(ge=1)] | None = None
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
+    stop: StopString | Annotated[list[StopString], Field(max_length=4)] | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    user: str | None = Field(None, description="Not read.")
+    frequency_penalty: Literal[0] | None = None
+    presence_penalty: Literal[0] | None = None
+    logprobs: Literal[False] | None = None
+    response_format: ResponseFormat | None = None
+
+
+class Usage(BaseModel):
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+
+
+class AssistantMessage(BaseModel):
+    role: Literal["assistant"] = "assistant"
+    content: str
+
+
+class Choice(BaseModel):
+    index: int
+    message: AssistantMessage
+    finish_reason: Literal["stop", "length"]
+    logprobs: None = None
+
+
+class ChatCompletion(BaseModel):
+    id: str
+    object: Literal["chat.completion"] = "chat.completion"
+    created: int
+    model: str
+    choices: list[Choice]
+    usage: Usage
+    first_answer: str | None = Field(None, description="Of self_question: what the model answered before it asked.")
+
+
+class ErrorDetail(BaseModel):
+    message: str
+    type: str
+    param: str | None = None
+    code: str | None = None
+
+
+class ErrorResponse(BaseModel):
+    error: ErrorDetail
+
+
+class ApiError(HTTPException):
+    """An error that a client is told, in OpenAI's form."""
+
+    def __init__(
+        self,
+        status_code: int,
+        message: str,
+        code: str | None = None,
+        param: str | None = None,
+        headers: dict[str, str] | None = None,
+    ):
+        super().__init__(status_code, message, headers)
+        self.code = code
+        self.param = param
+
+    def body(self) -> dict:
+        return error_body(self.status_code, self.detail, self.code, self.param)
+
+
+def error_body(status_code: int, message: str, code: str | None = None, param: str | None = None) -> dict:
+    kinds = {401: "authentication_error", 429: "rate_limit_error"}
+    kind = kinds.get(status_code, "server_error" if status_code >= 500 else "invalid_request_error")
+    return ErrorResponse(error=ErrorDetail(message=message, type=kind, param=param, code=code)).model_dump()

@@ -1,0 +1,327 @@
+"""The server as OpenAI's own client sees it, without a port."""
+
+import base64
+import io
+
+import openai
+import pytest
+from fastapi.testclient import TestClient
+from openai import OpenAI
+from PIL import Image
+
+from sq_llava.inference import DESCRIBE, Assistant
+from sq_llava.serving.app import create_app
+from sq_llava.serving.chat import Limits
+from tests import tiny
+
+
+LIMITS = Limits(max_body_bytes=200_000, max_images=2, max_pixels=100_000, request_seconds=30)
+
+
+@pytest.fixture(scope="module")
+def assistant() -> Assistant:
+    processor = tiny.tiny_processor(system_message="Be kind.")
+    return Assistant(tiny.tiny_model_for(processor), processor)
+
+
+@pytest.fixture(scope="module")
+def http(assistant):
+    with TestClient(create_app(assistant, "tiny", LIMITS, max_batch_size=4)) as client:
+        yield client
+
+
+@pytest.fixture
+def client(http) -> OpenAI:
+    return OpenAI(http_client=http, base_url="http://testserver/v1", api_key="none", max_retries=0)
+
+
+def data_url(image) -> str:
+    stream = io.BytesIO()
+    image.save(stream, "PNG")
+    return "data:image/png;base64," + base64.b64encode(stream.getvalue()).decode()
+
+
+def image_part(image) -> dict:
+    return {"type": "image_url", "image_url": {"url": data_url(image)}}
+
+
+def user(text: str, *images) -> dict:
+    return {"role": "user", "content": [*map(image_part, images), {"type": "text", "text": text}]}
+
+
+def ask_for(client: OpenAI, *messages: dict, **settings):
+    settings = {"temperature": 0, "max_tokens": 8, **settings}
+    return client.chat.completions.create(model="tiny", messages=list(messages), **settings)
+
+
+def test_answer_to_an_image_is_that_of_the_library(client, assistant):
+    reply = ask_for(client, user("What is it?", tiny.picture()))
+    assert reply.choices[0].message.content == assistant.answer(tiny.picture(), "What is it?", 8)
+    assert reply.choices[0].message.role == "assistant"
+    assert reply.model == "tiny"
+
+
+def test_usage_counts_image_tokens_and_generated_ones(client, assistant):
+    text = ask_for(client, user("What is it?")).usage
+    image = ask_for(client, user("What is it?", tiny.picture()))
+    line_break = len(assistant.processor.tokenizer("\n", add_special_tokens=False).input_ids)
+    assert 9 < image.usage.prompt_tokens - text.prompt_tokens <= 9 + line_break + 1
+    assert image.choices[0].finish_reason == "length"
+    assert image.usage.completion_tokens == 8
+    assert image.usage.total_tokens == image.usage.prompt_tokens + 8
+
+
+def test_stream_gives_the_same_text_in_pieces(client):
+    message = user("What is it?", tiny.picture())
+    whole = ask_for(client, message, max_tokens=12)
+    chunks = list(ask_for(client, message, max_tokens=12, stream=True, stream_options={"include_usage": True}))
+    pieces = [chunk.choices[0].delta.content for chunk in chunks if chunk.choices and chunk.choices[0].delta.content]
+    assert "".join(pieces) == whole.choices[0].message.content
+    assert len(pieces) > 2
+    assert [chunk.choices[0].finish_reason for chunk in chunks[:-1]] == [None] * (len(chunks) - 2) + ["length"]
+    assert chunks[-1].usage == whole.usage
+    assert chunks[-1].choices == []
+
+
+def test_rows_of_a_request_differ_and_come_again_with_the_seed(client):
+    message = user("What is it?", tiny.picture())
+    settings = {"n": 3, "temperature": 1, "seed": 4}
+    first, again = (ask_for(client, message, **settings) for _ in range(2))
+    texts = [choice.message.content for choice in first.choices]
+    assert [choice.index for choice in first.choices] == [0, 1, 2]
+    assert len(set(texts)) == 3
+    assert texts == [choice.message.content for choice in again.choices]
+    assert first.usage.completion_tokens == 24
+    assert ask_for(client, message, temperature=1, seed=5).choices[0].message.content == texts[1]
+    streamed = ["", "", ""]
+    for chunk in ask_for(client, message, stream=True, **settings):
+        streamed[chunk.choices[0].index] += chunk.choices[0].delta.content or ""
+    assert streamed == texts
+
+
+def test_top_p_and_temperature_of_almost_nothing_are_greedy(client):
+    message = user("What is it?", tiny.picture())
+    greedy = ask_for(client, message).choices[0].message.content
+    assert ask_for(client, message, temperature=1, top_p=1e-6).choices[0].message.content == greedy
+    assert ask_for(client, message, temperature=1e-300).choices[0].message.content == greedy
+    assert ask_for(client, message, temperature=2, extra_body={"top_k": 1}).choices[0].message.content == greedy
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_stop_string_ends_the_text_before_it(client, stream):
+    message = user("What is it?", tiny.picture())
+    whole = ask_for(client, message, max_tokens=20).choices[0].message.content
+    stop = whole[5:8]
+    reply = ask_for(client, message, max_tokens=20, stop=[stop, "not in it"], stream=stream)
+    if stream:
+        choices = [chunk.choices[0] for chunk in reply]
+        text, reason = "".join(choice.delta.content or "" for choice in choices), choices[-1].finish_reason
+    else:
+        text, reason = reply.choices[0].message.content, reply.choices[0].finish_reason
+        assert reply.usage.completion_tokens < 20
+    assert text == whole[: whole.index(stop)].strip()
+    assert reason == "stop"
+
+
+def test_conversation_with_a_question_of_the_model_goes_on(client, assistant):
+    history = [
+        user("What is it?", tiny.picture()),
+        {"role": "assistant", "content": "A dog."},
+        {"role": "vusr", "content": "What colour is it?"},
+    ]
+    answer = assistant.answer(tiny.picture(), [{**history[0], "content": "What is it?"}, *history[1:]], 8)
+    assert ask_for(client, *history).choices[0].message.content == answer
+
+
+def test_self_question_behind_an_answer_is_that_of_the_library(client, assistant):
+    history = [user("What is it?", tiny.picture()), {"role": "assistant", "content": "A dog."}]
+    expected = assistant.ask(
+        tiny.picture(), [{"role": "user", "content": "What is it?"}, history[1]], max_new_tokens=8, seed=3
+    )
+    reply = ask_for(client, *history, temperature=None, seed=3, extra_body={"self_question": True})
+    assert [reply.choices[0].message.content] == expected
+    plain = ask_for(client, *history, temperature=0)
+    assert ask_for(client, *history, extra_body={"self_question": True}).choices[0] != plain.choices[0]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_self_question_about_a_picture_alone_has_it_described_first(client, assistant, stream):
+    message = {"role": "user", "content": [image_part(tiny.picture())]}
+    reply = ask_for(client, message, seed=6, temperature=None, extra_body={"self_question": True}, stream=stream)
+    description = assistant.answer(tiny.picture(), DESCRIBE, 8)
+    expected = assistant.ask(tiny.picture(), max_new_tokens=8, seed=6)
+    if stream:
+        chunks = list(reply)
+        assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == expected[0]
+        assert chunks[0].first_answer == description
+    else:
+        assert reply.choices[0].message.content == expected[0]
+        assert reply.first_answer == description
+        assert reply.usage.completion_tokens == 16
+
+
+def test_models_and_health(client, http):
+    assert [model.id for model in client.models.list()] == ["tiny"]
+    assert client.models.retrieve("tiny").id == "tiny"
+    with pytest.raises(openai.NotFoundError, match="other"):
+        client.models.retrieve("org/other")
+    assert http.get("/health").json() == {"status": "ok"}
+
+
+def test_metrics_count_requests_and_tokens(client, http):
+    def read(name: str) -> float:
+        lines = [line for line in http.get("/metrics").text.splitlines() if line.startswith(f"{name} ")]
+        return float(lines[0].split()[1]) if lines else 0.0
+
+    names = ['sq_llava_requests_total{status="200"}', "sq_llava_generated_tokens_total"]
+    before = [read(name) for name in names]
+    ask_for(client, user("Hello."), max_tokens=3)
+    assert [read(name) - old for name, old in zip(names, before)] == [1, 3]
+    assert read("sq_llava_requests_under_way") == read("sq_llava_rows_running") == 0
+
+
+BROKEN = base64.b64encode(b"\x89PNG\r\n\x1a\n" + b"\0" * 50).decode()
+EPS = base64.b64encode(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n").decode()
+
+
+@pytest.mark.parametrize(
+    ("url", "problem"),
+    [
+        ("/etc/passwd", "no data: URL"),
+        ("file:///etc/passwd", "no data: URL"),
+        ("http://example.com/a.png", "remote image"),
+        ("data:text/plain;base64,aGk=", "not of the form"),
+        ("data:image/png,abc", "not of the form"),
+        ("data:image/png;base64,a", "not valid base64"),
+        ("data:image/png;base64,?", "not valid base64"),
+        ("data:image/png;base64,aGk=", "no image of the formats"),
+        (f"data:image/png;base64,{BROKEN}", "image"),
+        (f"data:image/eps;base64,{EPS}", "no image of the formats"),
+        (data_url(tiny.picture())[:-400], "broken image|not valid base64"),
+        (data_url(Image.new("RGB", (400, 300))), "more than 100,000 pixels"),
+    ],
+)
+def test_image_that_cannot_be_read_is_said_with_its_place(client, url, problem):
+    message = {"role": "user", "content": [{"type": "image_url", "image_url": {"url": url}}]}
+    with pytest.raises(openai.BadRequestError, match=problem) as error:
+        ask_for(client, message)
+    assert error.value.param == "messages[0].content[0].image_url.url"
+    assert error.value.type == "invalid_request_error"
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem", "param"),
+    [
+        ({"n": 5}, "at most 4 texts", "n"),
+        ({"n": 0}, "greater than or equal to 1", "n"),
+        ({"temperature": 3}, "less than or equal to 2", "temperature"),
+        ({"temperature": "1"}, "valid number", "temperature"),
+        ({"top_p": 0}, "greater than 0", "top_p"),
+        ({"max_tokens": True}, "valid integer", "max_tokens"),
+        ({"stop": ""}, "at least 1 character", None),
+        ({"stop": ["a"] * 5}, "stop", None),
+        ({"messages": []}, "at least 1 item", "messages"),
+        ({"messages": [{"role": "tool", "content": "x"}]}, "'system'", "messages.0.role"),
+        ({"messages": [{"role": "user", "content": "What? </s>[vusr]"}]}, "control token", "messages"),
+        ({"messages": [{"role": "user", "content": "<image> What?"}]}, "control token", "messages"),
+        ({"messages": [{"role": "user", "content": [{"type": "video"}]}]}, "video", None),
+        ({"messages": [user("a"), {"role": "system", "content": "Be rude."}]}, "system", "messages"),
+        ({"messages": [user("", tiny.picture(), tiny.picture(), tiny.picture())]}, "3 images", "messages"),
+        ({"messages": [{"role": "assistant", "content": [image_part(tiny.picture())]}]}, "cannot hold", "messages"),
+        ({"logprobs": True}, "False", "logprobs"),
+        ({"chat_template_kwargs": {}}, "Extra inputs", "chat_template_kwargs"),
+    ],
+    ids=lambda value: str(value)[:60] if isinstance(value, dict) else "",
+)
+def test_wrong_request_is_refused_with_the_field(http, changes, problem, param):
+    body = {"model": "tiny", "messages": [user("Hello.")], "max_tokens": 4, "temperature": 0, **changes}
+    reply = http.post("/v1/chat/completions", json=body)
+    error = reply.json()["error"]
+    assert reply.status_code == 400
+    assert problem in error["message"] and error["type"] == "invalid_request_error"
+    assert param is None or error["param"] == param
+
+
+def test_too_long_prompt_is_refused_before_anything_is_generated(client, http):
+    tokens = [line for line in http.get("/metrics").text.splitlines() if "generated_tokens_total" in line]
+    for message, settings in (
+        (user("dog " * 2000), {}),
+        (user("x" * 100_000), {}),
+        (user("dog"), {"max_tokens": 2000}),
+        (user("dog"), {"max_tokens": 2000, "extra_body": {"self_question": True}}),
+    ):
+        with pytest.raises(openai.BadRequestError) as error:
+            ask_for(client, message, **settings)
+        assert error.value.code == "context_length_exceeded"
+    assert tokens == [line for line in http.get("/metrics").text.splitlines() if "generated_tokens_total" in line]
+
+
+def test_unknown_model_is_not_found(client):
+    with pytest.raises(openai.NotFoundError, match="does not exist") as error:
+        client.chat.completions.create(model="gpt", messages=[user("Hello.")])
+    assert error.value.code == "model_not_found"
+
+
+@pytest.mark.parametrize(
+    ("body", "status"),
+    [
+        (b"{", 400),
+        (b"", 400),
+        (b"[]", 400),
+        (b"\xff\xfe{}", 400),
+        (b'{"\\ud800": 1}', 400),
+        (b'{"model": "\\ud800", "messages": [{"role": "user", "content": "a"}]}', 400),
+        (b'{"model": "tiny", "messages": [{"role": "user", "content": "\\ud800"}]}', 400),
+        (b'{"model": "tiny", "stop": "\\udfff", "messages": [{"role": "user", "content": "a"}]}', 400),
+        (b"[" * 100_000, 400),
+        (b'{"model": "tiny", "temperature": NaN, "messages": [{"role": "user", "content": "a"}]}', 400),
+        (b'{"model": "tiny", "seed": ' + b"9" * 5000 + b', "messages": [{"role": "user", "content": "a"}]}', 400),
+        (b" " * 300_000, 413),
+    ],
+    ids=lambda value: repr(value)[:40],
+)
+def test_body_that_is_no_request_gets_an_error_of_openais_form(http, body, status):
+    reply = http.post("/v1/chat/completions", content=body, headers={"Content-Type": "application/json"})
+    assert reply.status_code == status
+    assert set(reply.json()["error"]) == {"message", "type", "param", "code"}
+
+
+def test_form_of_a_web_page_is_no_request(http):
+    # A browser sends it to any server without asking that one first.
+    body = '{"model": "tiny", "messages": [{"role": "user", "content": "a"}]}'
+    assert http.post("/v1/chat/completions", content=body, headers={"Content-Type": "text/plain"}).status_code == 400
+
+
+def test_unknown_path_and_method_have_openais_form(http):
+    assert http.get("/v2").json()["error"]["type"] == "invalid_request_error"
+    reply = http.get("/v1/chat/completions")
+    assert reply.status_code == 405 and reply.headers["Allow"] == "POST"
+
+
+def test_api_key_is_asked_for_where_there_is_one(assistant):
+    with TestClient(create_app(assistant, "tiny", LIMITS, 1, api_key="secret")) as http:
+        for key in ("wrong", "secre", "sécret"):
+            reply = http.get("/v1/models", headers={"Authorization": f"Bearer {key}".encode()})
+            assert reply.status_code == 401 and reply.json()["error"]["code"] == "invalid_api_key"
+        assert http.post("/v1/chat/completions").status_code == 401
+        client = OpenAI(http_client=http, base_url="http://testserver/v1", api_key="secret")
+        assert ask_for(client, user("Hello.")).usage.completion_tokens == 8
+        assert http.get("/health").status_code == 200
+
+
+def test_failing_model_fails_its_requests_alone(assistant, monkeypatch):
+    with TestClient(create_app(assistant, "tiny", LIMITS, 2)) as http:
+        client = OpenAI(http_client=http, base_url="http://testserver/v1", api_key="none", max_retries=0)
+        expected = ask_for(client, user("Hello.")).choices[0].message.content
+
+        def fail(**inputs):
+            raise RuntimeError("out of memory")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(assistant.model, "forward", fail)
+            with pytest.raises(openai.InternalServerError, match="failed") as error:
+                ask_for(client, user("Hello."))
+            assert "memory" not in str(error.value)
+            with pytest.raises(openai.APIError, match="failed"):
+                list(ask_for(client, user("Hello."), stream=True))
+        assert ask_for(client, user("Hello.")).choices[0].message.content == expected

@@ -1,0 +1,185 @@
+"""Rows that generate side by side, beside `generate()`; and text that comes in pieces, beside text that is whole."""
+
+import pytest
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from transformers import LlamaConfig
+
+from sq_llava.inference import Assistant, place_images
+from sq_llava.serving.decoding import Batch, Prompt, Row, RowText, Sampling
+from tests import tiny
+
+
+TOKENIZERS = {name: make() for name, make in tiny.TOKENIZERS.items()}
+REQUESTS = [
+    (tiny.picture(0), "What is it?"),
+    ([tiny.picture(1), tiny.picture(2)], "Do these two differ, and how? Tell me all about it."),
+    (None, "Hello."),
+    (tiny.picture(3), "Is there a red circle in the picture?"),
+]
+
+
+@pytest.fixture(scope="module")
+def assistant() -> Assistant:
+    processor = tiny.tiny_processor(system_message="Be kind.")
+    return Assistant(tiny.tiny_model_for(processor), processor)
+
+
+def encode(assistant: Assistant, images, text: str):
+    return assistant.processor.apply_chat_template(
+        place_images(images, text), add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+    )
+
+
+def prompt_of(inputs) -> Prompt:
+    return Prompt(inputs["input_ids"][0].tolist(), inputs.get("pixel_values"))
+
+
+def row(assistant: Assistant, index: int = 0, **sampling) -> Row:
+    return Row.begin(Sampling(**sampling), index, assistant.processor.tokenizer, assistant.model.device)
+
+
+def run(batch: Batch) -> None:
+    while batch.rows:
+        batch.step()
+
+
+def generated(assistant: Assistant, inputs, seed: int | None = None, **settings) -> list[int]:
+    if seed is not None:
+        torch.manual_seed(seed)
+    output = assistant.model.generate(**inputs, **settings)
+    return output[0, inputs["input_ids"].shape[1] :].tolist()
+
+
+def test_greedy_rows_that_join_one_after_another_are_those_of_generate(assistant):
+    batch = Batch(assistant.model)
+    rows = []
+    for number, request in enumerate(REQUESTS):
+        rows.append(row(assistant, max_new_tokens=5 + 3 * number))
+        batch.join([prompt_of(encode(assistant, *request))], [rows[-1:]])
+        batch.step()
+        batch.step()
+    run(batch)
+    for number, request in enumerate(REQUESTS):
+        expected = generated(assistant, encode(assistant, *request), do_sample=False, max_new_tokens=5 + 3 * number)
+        assert rows[number].text.ids == expected
+
+
+def test_prompts_of_one_pass_are_those_of_generate(assistant):
+    batch = Batch(assistant.model)
+    rows = [row(assistant, max_new_tokens=9) for _ in REQUESTS]
+    batch.join([prompt_of(encode(assistant, *request)) for request in REQUESTS], [[one] for one in rows])
+    run(batch)
+    for one, request in zip(rows, REQUESTS):
+        expected = generated(assistant, encode(assistant, *request), do_sample=False, max_new_tokens=9)
+        assert one.text.ids == expected
+
+
+@pytest.mark.parametrize(
+    "sampling", [{"temperature": 0.7}, {"temperature": 1.3, "top_p": 0.8}, {"temperature": 1.0, "top_k": 7}], ids=str
+)
+def test_sampled_row_among_others_is_that_of_generate_with_its_seed(assistant, sampling):
+    inputs = encode(assistant, *REQUESTS[0])
+    expected = generated(assistant, inputs, 5, do_sample=True, max_new_tokens=12, **{"top_k": 0, **sampling})
+    batch = Batch(assistant.model)
+    mine = row(assistant, index=2, max_new_tokens=12, seed=3, **sampling)  # rows of a request have seeds in a row
+    other = row(assistant, max_new_tokens=20, temperature=1.0, seed=9)
+    batch.join([prompt_of(encode(assistant, *REQUESTS[1])), prompt_of(inputs)], [[other], [mine]])
+    run(batch)
+    assert mine.text.ids == expected
+    assert len(other.text.ids) == 20
+
+
+def test_markers_are_never_generated(assistant):
+    batch = Batch(assistant.model)
+    batch.join([prompt_of(encode(assistant, *REQUESTS[0]))], [[row(assistant, max_new_tokens=1)]])
+    markers = [assistant.model.config.image_token_id, assistant.model.config.vusr_token_id]
+    batch.logits = batch.logits.index_fill(1, torch.tensor(markers), 1e4)
+    (only,) = batch.step()
+    assert not set(only.text.ids) & set(markers)
+
+
+def test_row_that_leaves_takes_its_padding_along(assistant):
+    batch = Batch(assistant.model)
+    short, long = (prompt_of(encode(assistant, *REQUESTS[index])) for index in (2, 1))
+    batch.join([long, short], [[row(assistant, max_new_tokens=1)], [row(assistant, max_new_tokens=3)]])
+    batch.step()
+    assert batch.mask.shape == (1, len(short.input_ids) + 1)
+    assert batch.cache.get_seq_length() == len(short.input_ids) + 1
+
+
+def test_sliding_window_of_a_language_model_is_kept(assistant):
+    text_config = {**tiny.TINY_LLAMA, "model_type": "mistral", "sliding_window": 8}
+    model = tiny.tiny_model_for(assistant.processor, text_config=text_config)
+    sliding = Assistant(model, assistant.processor)
+    batch = Batch(model)
+    rows = [row(sliding, max_new_tokens=9) for _ in REQUESTS]
+    batch.join([prompt_of(encode(sliding, *request)) for request in REQUESTS], [[one] for one in rows])
+    run(batch)
+    for one, request in zip(rows, REQUESTS):
+        assert one.text.ids == generated(sliding, encode(sliding, *request), do_sample=False, max_new_tokens=9)
+    config = LlamaConfig(**{**text_config, "model_type": "llama"})
+    wide = tiny.tiny_model_for(assistant.processor, text_config=config.to_dict())
+    wide.load_state_dict(model.state_dict())
+    assert generated(Assistant(wide, assistant.processor), encode(sliding, *REQUESTS[1]), max_new_tokens=9) != (
+        rows[1].text.ids
+    )
+
+
+def test_setting_that_is_not_done_is_refused(assistant):
+    model = tiny.tiny_model_for(assistant.processor)
+    model.generation_config.repetition_penalty = 1.2
+    with pytest.raises(ValueError, match=r"repetition_penalty is 1\.2"):
+        Batch(model)
+
+
+def pieces_of(tokenizer, ids: list[int], stop: tuple[str, ...] = ()) -> tuple[str, list[str]]:
+    text, pieces = RowText(tokenizer, stop), []
+    for number, token_id in enumerate(ids, 1):
+        text.push(token_id, number == len(ids))
+        is_last = number == len(ids) or text.is_stopped
+        pieces.append(text.take(is_last))
+        if is_last:
+            break
+    return "".join(pieces), pieces
+
+
+@settings(max_examples=100, deadline=None)
+@given(name=st.sampled_from(sorted(TOKENIZERS)), numbers=st.lists(st.integers(0, 10_000), max_size=30))
+def test_pieces_of_any_tokens_are_the_whole_text(name, numbers):
+    tokenizer = TOKENIZERS[name]
+    ids = [number % len(tokenizer) for number in numbers]
+    whole = tokenizer.decode(ids, skip_special_tokens=True)
+    assume("\ufffd" not in whole)
+    assert pieces_of(tokenizer, ids)[0] == whole.strip()
+
+
+@settings(max_examples=100, deadline=None)
+@given(name=st.sampled_from(sorted(TOKENIZERS)), text=st.text(max_size=20))
+def test_pieces_of_any_text_are_that_text(name, text):
+    ids = TOKENIZERS[name](text, add_special_tokens=False).input_ids
+    assert pieces_of(TOKENIZERS[name], ids)[0] == TOKENIZERS[name].decode(ids, skip_special_tokens=True).strip()
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    name=st.sampled_from(sorted(TOKENIZERS)),
+    text=st.text("aé日 \n😀b", max_size=20),
+    stop=st.lists(st.text("aé日 \n😀b", min_size=1, max_size=3), min_size=1, max_size=3),
+)
+def test_text_ends_before_the_first_stop_string(name, text, stop):
+    tokenizer = TOKENIZERS[name]
+    ids = tokenizer(text, add_special_tokens=False).input_ids
+    whole = tokenizer.decode(ids, skip_special_tokens=True)
+    places = [whole.find(string) for string in stop if string in whole]
+    expected = whole[: min(places)] if places else whole
+    assert pieces_of(tokenizer, ids, tuple(stop))[0] == expected.strip()
+
+
+def test_character_of_several_tokens_comes_whole():
+    tokenizer = TOKENIZERS["llama"]
+    ids = tokenizer("a 😀 b", add_special_tokens=False).input_ids
+    text, pieces = pieces_of(tokenizer, ids)
+    assert text == "a 😀 b"
+    assert len([piece for piece in pieces if piece]) < len(ids) and "\ufffd" not in "".join(pieces)

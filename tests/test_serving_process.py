@@ -1,0 +1,245 @@
+"""The server behind a port: clients at the same time, clients that go away, too many of them, and the end."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx2
+import openai
+import pytest
+import uvicorn
+from fastapi.testclient import TestClient
+from openai import OpenAI
+from typer.testing import CliRunner
+
+from sq_llava import cli
+from sq_llava.inference import Assistant
+from sq_llava.serving.app import create_app
+from sq_llava.serving.chat import Limits
+from tests import tiny
+from tests.test_serving import ask_for, user
+
+
+def client_of(port: int, **settings) -> OpenAI:
+    return OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0, timeout=60, **settings)
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def until(condition, seconds: float = 20.0) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.02)
+
+
+def answers(port: int) -> bool:
+    try:
+        return httpx2.get(f"http://127.0.0.1:{port}/health").status_code == 200
+    except httpx2.TransportError:
+        return False
+
+
+@contextmanager
+def slow_server(max_batch_size: int = 2, seconds_per_token: float = 0.01, **limits):
+    """In a thread of this process; yields its port and a function that reads one of its metrics."""
+    processor = tiny.tiny_processor(system_message="Be kind.")
+    assistant = Assistant(tiny.tiny_model_for(processor), processor)
+    forward = assistant.model.forward
+
+    def slow_forward(**inputs):
+        time.sleep(seconds_per_token)
+        return forward(**inputs)
+
+    assistant.model.forward = slow_forward
+    app = create_app(assistant, "tiny", Limits(**{"request_seconds": 30, **limits}), max_batch_size)
+    port = free_port()
+    server = uvicorn.Server(uvicorn.Config(app, port=port, log_level="error"))
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+
+    def metric(name: str) -> float:
+        lines = httpx2.get(f"http://127.0.0.1:{port}/metrics").text.splitlines()
+        return sum(float(line.split()[-1]) for line in lines if line.startswith(f"sq_llava_{name}"))
+
+    until(lambda: server.started)
+    try:
+        yield port, metric
+    finally:
+        server.should_exit = True
+        thread.join(30)
+        assert not thread.is_alive()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("model") / "tiny"
+    processor = tiny.tiny_processor(system_message="Be kind.")
+    model = tiny.tiny_model_for(processor)
+    model.generation_config.eos_token_id = None  # so that every text is as long as it may be
+    model.save_pretrained(path)
+    processor.save_pretrained(path)
+    return path
+
+
+@contextmanager
+def server_process(folder: Path, *options: str):
+    """`sq-llava serve` as people start it; yields its port and the process."""
+    port = free_port()
+    command = [sys.executable, "-m", "sq_llava.cli", "serve", str(folder), "--port", str(port), *options]
+    root = Path(__file__).parent.parent
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)}
+    process = subprocess.Popen(command, cwd=folder, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        until(lambda: answers(port) or process.poll() is not None, 180)
+        assert process.poll() is None, process.communicate()[1][-2000:]
+        yield port, process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+@pytest.mark.slow
+def test_eight_clients_at_once_get_what_each_gets_alone_and_the_end_waits_for_them(folder):
+    requests = [
+        (
+            user(f"What is it? {'And what else? ' * (number % 3)}", *map(tiny.picture, range(number % 3))),
+            10 + 5 * number,
+        )
+        for number in range(8)
+    ]
+
+    def ask(port: int, number: int) -> str:
+        message, length = requests[number]
+        reply = ask_for(client_of(port), message, max_tokens=length, stream=number % 2 == 1)
+        if number % 2:
+            return "".join(chunk.choices[0].delta.content or "" for chunk in reply)
+        return reply.choices[0].message.content
+
+    with server_process(folder) as (port, process):
+        alone = [ask(port, number) for number in range(8)]
+        with ThreadPoolExecutor(8) as pool:
+            together = list(pool.map(lambda number: ask(port, number), range(8)))
+        assert together == alone and len(set(alone)) > 4
+
+        stream = iter(ask_for(client_of(port), user("What is it?", tiny.picture()), max_tokens=800, stream=True))
+        next(stream)
+        process.send_signal(signal.SIGTERM)
+        until(lambda: not answers(port))
+        chunks = list(stream)
+        assert chunks[-1].choices[0].finish_reason == "length"
+        output = process.communicate(timeout=30)
+        assert "Finished server process" in output[1]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_client_that_goes_away_stops_its_generation(stream):
+    with slow_server() as (port, metric):
+        body = {"model": "tiny", "messages": [user("What is it?")], "temperature": 0, "max_tokens": 900}
+        with (
+            pytest.raises(httpx2.ReadTimeout),
+            httpx2.stream(
+                "POST", f"http://127.0.0.1:{port}/v1/chat/completions", json={**body, "stream": stream}, timeout=0.5
+            ) as reply,
+        ):
+            for _ in reply.iter_lines():
+                if metric("generated_tokens_total") > 5:
+                    raise httpx2.ReadTimeout("enough")
+        until(lambda: metric("rows_running") == 0 and metric("requests_under_way") == 0, 2)
+        assert 5 < metric("generated_tokens_total") < 300
+
+
+def test_one_request_too_many_is_told_to_come_again():
+    with slow_server(max_batch_size=1, max_waiting=1, seconds_per_token=0.02) as (port, metric):
+        client = client_of(port)
+        with ThreadPoolExecutor(2) as pool:
+            replies = [pool.submit(ask_for, client, user("Hello."), max_tokens=60) for _ in range(2)]
+            until(lambda: metric("requests_under_way") == 2)
+            with pytest.raises(openai.RateLimitError, match="try again") as error:
+                ask_for(client, user("Hello.", *[tiny.picture(0, 400, 400)]))
+            assert error.value.response.headers["Retry-After"] == "1"
+            assert [reply.result().choices[0].finish_reason for reply in replies] == ["length"] * 2
+        assert ask_for(OpenAI(base_url=client.base_url, api_key="x"), user("Hello.")).usage.completion_tokens == 8
+
+
+def test_request_that_takes_too_long_is_ended():
+    with slow_server(request_seconds=0.6) as (port, metric):
+        with pytest.raises(openai.InternalServerError, match=r"more than 0\.6 seconds") as error:
+            ask_for(client_of(port), user("Hello."), max_tokens=900)
+        assert error.value.status_code == 504 and error.value.code == "timeout"
+        texts = []
+        with pytest.raises(openai.APIError, match=r"more than 0\.6 seconds"):
+            for chunk in ask_for(client_of(port), user("Hello."), max_tokens=900, stream=True):
+                texts.append(chunk.choices[0].delta.content)
+        assert len(texts) > 5
+        with socket.create_connection(("127.0.0.1", port)) as half:  # a body that never comes
+            half.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{")
+            assert half.recv(1000).startswith(b"HTTP/1.1 504")
+        until(lambda: metric("rows_running") == 0 and metric("requests_under_way") == 0, 2)
+
+
+def test_client_that_does_not_read_is_cut_off(monkeypatch):
+    monkeypatch.setattr("sq_llava.serving.app.SECONDS_FOR_LAST_WORDS", 0.2)
+    with slow_server(request_seconds=1.0, seconds_per_token=0) as (port, metric):
+        body = json.dumps(
+            {"model": "tiny", "messages": [user("a")], "n": 2, "max_tokens": 900, "stream": True, "temperature": 1}
+        ).encode()
+        with socket.socket() as deaf:
+            deaf.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1024)
+            deaf.connect(("127.0.0.1", port))
+            deaf.sendall(
+                b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+                b"Content-Length: %d\r\n\r\n" % len(body) + body
+            )
+            until(lambda: metric("requests_under_way") == 1, 2)
+            until(lambda: metric("requests_under_way") == 0, 5)
+
+
+def test_large_body_is_refused_in_words():
+    with (
+        slow_server(max_body_bytes=100_000) as (port, _),
+        pytest.raises(openai.APIStatusError, match="more than") as e,
+    ):
+        ask_for(client_of(port), user("x" * 3_000_000))
+    assert e.value.status_code == 413
+
+
+def test_late_request_joins_the_batch_of_an_earlier_one():
+    with slow_server(seconds_per_token=0.01) as (port, metric), ThreadPoolExecutor(1) as pool:
+        long = pool.submit(ask_for, client_of(port), user("Hello."), max_tokens=150)
+        until(lambda: metric("rows_running") == 1)
+        ask_for(client_of(port), user("Hello."), max_tokens=3)
+        assert not long.done()
+        assert long.result().usage.completion_tokens == 150
+
+
+def test_command_serves_the_folder_by_its_name_with_the_limits_given(folder, monkeypatch):
+    served = []
+    monkeypatch.setattr(uvicorn, "run", lambda app, **settings: served.append((app, settings)))
+    monkeypatch.setenv("SECRET", "s3cret")
+    options = ["--port", "9", "--max-body-mb", "0.001", "--api-key-env", "SECRET", "--device", "cpu"]
+    result = CliRunner().invoke(cli.app, ["serve", str(folder), *options])
+    assert result.exit_code == 0, result.output
+    ((app, settings),) = served
+    assert settings["port"] == 9 and settings["host"] == "127.0.0.1"
+    with TestClient(app, headers={"Authorization": "Bearer s3cret"}) as http:
+        assert http.get("/v1/models").json()["data"][0]["id"] == "tiny"
+        assert http.post("/v1/chat/completions", json={"model": "x" * 2000}).status_code == 413
+
+
+def test_key_that_is_not_set_is_said_before_a_model_is_loaded(monkeypatch):
+    monkeypatch.delenv("SECRET", raising=False)
+    result = CliRunner().invoke(cli.app, ["serve", "none", "--api-key-env", "SECRET"])
+    assert result.exit_code == 1 and "variable SECRET is not set" in " ".join(result.output.split())
