@@ -124,7 +124,7 @@ def main():
             print(f"time: vocabulary {vocabulary:,}, {share:.0%} labelled", flush=True)
             report["times"].append(time_case(vocabulary, width, positions, share, rounds))
     print("memory", flush=True)
-    sizes = (312, 250) if arguments.quick else (2500, 2000)
+    sizes = (312, 250) if arguments.quick else (1250, 1000)
     os.environ["KINETO_LOG_LEVEL"] = "6"  # the profiler of the process to come would print its start and stop
     report["memory"] = common.in_fresh_process(memory_of_cases, vocabularies, 64, *sizes)
     common.save("lm_head", report, to_markdown(report), arguments)

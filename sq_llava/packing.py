@@ -4,8 +4,9 @@
 
 In a packed row the positions begin anew with each conversation, so that none attends to another: without an attention
 mask and a cache, transformers makes a block-diagonal mask of the positions (SDPA, eager and flex attention);
-FlashAttention is given where each begins. Images stand in their order, labels and draws are those of the collator, and
-the first token of each conversation has no label: it would be predicted from another one.
+FlashAttention is given where each begins, by the source of transformers: no GPU was at hand to run it. Images stand in
+their order, labels and draws are those of the collator, and the first token of each conversation has no label: it
+would be predicted from another one.
 
 Rows are packed by the most tokens that each can have (`sq_llava/lengths.py`), best-fit decreasing, within windows of a
 permutation of all rows: whole, each once an epoch. The packs are a function of the seed and the epoch alone, the same

@@ -262,11 +262,11 @@ def break_row(row_id: int) -> None:
     """A row that turns out to be wrong when it is fetched for the second time."""
     original, seen = SelfQuestioningCollator._conversation, []
 
-    def conversation(self, row):
+    def conversation(self, row, opened):
         if row["row_id"] == row_id:
             seen.append(row_id)
             if len(seen) == 2:
                 raise ValueError(f"train.json, row {row_id}: the image is broken.")
-        return original(self, row)
+        return original(self, row, opened)
 
     SelfQuestioningCollator._conversation = conversation
