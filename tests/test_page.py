@@ -174,7 +174,7 @@ def test_model_talks_to_itself_until_it_is_stopped(visitor, photo, assistant):
 
 
 @in_browser
-def test_it_talks_for_the_turns_that_were_set(visitor, photo):
+def test_it_talks_to_itself_for_three_turns_at_first(visitor, photo):
     visitor.upload(photo)
     visitor.press("Let it talk to itself")
     visitor.sees("The model asks: What is number 2?")

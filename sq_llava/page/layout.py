@@ -224,8 +224,11 @@ def create_page(assistant: Assistant) -> gr.Blocks:
                     _prototype_panel(page, picture)
 
         outputs = [box, turns, chat, picture]
-        # One generation at a time, whoever wants it.
-        shared = {"outputs": outputs, "concurrency_id": "model", "concurrency_limit": 1, "show_progress": "minimal"}
+        # One generation at a time, whoever wants it. For programs there is `sq-llava serve`.
+        shared = {
+            "outputs": outputs, "concurrency_id": "model", "concurrency_limit": 1, "show_progress": "minimal",
+            "api_visibility": "private",
+        }  # fmt: skip
         running = [
             box.submit(page.reply, [box, turns, *sliders], **shared),
             chat.option_select(page.choose, [turns, *sliders], **shared),
@@ -233,7 +236,7 @@ def create_page(assistant: Assistant) -> gr.Blocks:
             talk.click(page.converse, [box, turns, *sliders], **shared),
         ]
         stop.click(None, cancels=running)
-        chat.clear(lambda: shown([]), None, outputs[1:], cancels=running)
+        chat.clear(lambda: shown([]), None, outputs[1:], cancels=running, api_visibility="private")
     return blocks
 
 
@@ -265,5 +268,5 @@ def _prototype_panel(page: Page, picture: gr.State) -> None:
         [], label="Show only these prototypes", info="Number and share of the picture; none chosen: all",
         visible=False, elem_id="chosen",
     )  # fmt: skip
-    picture.change(page.look, picture, [sight, overlay, chosen], show_progress="hidden")
-    chosen.input(page.paint, [picture, sight, chosen], overlay, show_progress="hidden")
+    picture.change(page.look, picture, [sight, overlay, chosen], show_progress="hidden", api_visibility="private")
+    chosen.input(page.paint, [picture, sight, chosen], overlay, show_progress="hidden", api_visibility="private")
