@@ -422,12 +422,11 @@ class Tally:
         digit = 10 ** (len(str(width)) - 1)
         width = -(-width // digit) * digit  # a round number
         counts = np.bincount(lengths // width)
-        packing = None
-        if self.check.packing:
-            kept = lengths - num_cut
+        packing, kept = None, lengths - num_cut
+        if self.check.packing and (kept <= self.check.max_length).any():
             fitting = kept[kept <= self.check.max_length]
             packs = pack_in_windows(np.arange(len(fitting)), fitting.tolist(), self.check.max_length)
-            fill = float(fitting.sum() / max(1, len(packs) * self.check.max_length))
+            fill = float(fitting.sum() / (len(packs) * self.check.max_length))
             packing = {"packs": len(packs), "fill": round(fill, 3)}
         return {
             "rows": len(lengths),

@@ -195,3 +195,14 @@ def test_doctor_says_how_full_the_packs_are(parts, tmp_path):
     assert tokens["packing"] == {"packs": 8, "fill": round(tokens["total"] / (8 * 130), 3)}
     expected = f"Packed: about 2.0 of these rows in a pack of 130 tokens, fill {tokens['packing']['fill']:.2f}"
     assert expected in console.export_text()
+
+
+def test_doctor_goes_on_where_no_row_fits_into_a_pack(parts, tmp_path):
+    console = Console(record=True, width=200)
+    with Progress(disable=True) as progress:
+        report = examine(
+            data_check(*parse_settings(arguments(parts, tmp_path, **PACKED | {"max_length": 5}))), progress
+        )
+    print_report(report, console)
+    assert report.summary["codes"]["too_long"] == 16 and report.summary["tokens"]["packing"] is None
+    assert "Packed" not in console.export_text()
