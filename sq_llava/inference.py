@@ -325,11 +325,12 @@ class Talks:
         seeds: list[int] | None = None,
     ) -> "Talks":
         """Conversations that end with an answer, as those that the model asks in must; without, with a description."""
+        if seeds is not None and len(seeds) != len(images):
+            raise ValueError(f"There are {len(seeds)} seeds for {len(images)} conversations: give one for each.")
         for history in histories or []:
-            if history[-1]["role"] != "assistant":
-                raise ValueError(
-                    f"history ends with a turn of role {history[-1]['role']!r}: it must end with an answer."
-                )
+            role = history[-1]["role"] if history else None
+            if role != "assistant":
+                raise ValueError(f"history ends with a turn of role {role!r}: it must end with an answer.")
         if histories:
             return cls(assistant, place_images_of_all(list(zip(images, histories, strict=True))), seeds)
         talks = cls(assistant, place_images_of_all([(image, DESCRIBE) for image in images]), seeds)

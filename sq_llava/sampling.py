@@ -22,11 +22,24 @@ class SeededDraw(LogitsProcessor):
             alone, where transformers sorts the whole vocabulary.
         generators (`Sequence[torch.Generator | None]`): Of equal shares of the rows, one after another; `None`: the
             default generator.
+
+    Raises:
+        ValueError: for a setting with which there is nothing to draw from.
     """
 
     def __init__(
         self, temperature: float, top_k: int, top_p: float, generators: Sequence[torch.Generator | None]
     ) -> None:
+        for name, value, is_right in (
+            ("temperature", temperature, temperature > 0),
+            ("top_k", top_k, top_k >= 1),
+            ("top_p", top_p, 0 <= top_p <= 1),
+        ):
+            if not is_right:
+                raise ValueError(
+                    f"{name} is {value}: to sample, give a temperature above 0, a top_k of at least 1 and a top_p "
+                    "from 0 to 1."
+                )
         self.temperature = temperature
         self.top_k = top_k
         self.top_p = top_p

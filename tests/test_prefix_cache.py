@@ -169,6 +169,19 @@ def test_a_seeded_draw_is_that_of_transformers(assistant, sampling):
         assert not torch.equal(drawn[:4], drawn[4:])
 
 
+@pytest.mark.parametrize(("name", "value"), [("temperature", 0.0), ("top_k", 0), ("top_p", 1.5)])
+def test_sampling_with_nothing_to_draw_from_is_refused(assistant, name, value):
+    with pytest.raises(ValueError, match=f"{name} is {value}"):
+        assistant.ask(tiny.picture(), HISTORIES[0], max_new_tokens=1, **{name: value})
+
+
+def test_seeds_and_histories_that_do_not_fit_are_refused(assistant):
+    with pytest.raises(ValueError, match="There are 1 seeds for 2 conversations"):
+        assistant.ask_batch([tiny.picture(), tiny.picture(1)], HISTORIES[:2], 2, seeds=[0])
+    with pytest.raises(ValueError, match="history ends with a turn of role None"):
+        assistant.ask(tiny.picture(), [])
+
+
 def test_draws_have_the_probabilities_of_the_warped_softmax():
     scores = torch.tensor([[2.0, 1.0, 0.5, 0.0, -1.0, -2.0]]).expand(40_000, -1)
     draw = SeededDraw(temperature=1.5, top_k=4, top_p=0.8, generators=[torch.Generator().manual_seed(0)])
