@@ -31,7 +31,7 @@ from modeling_sq_llava import SQLlavaForConditionalGeneration, UpcastLinear
 from sq_llava.adapter import count_parameters
 from sq_llava.base import add_stage_adapter
 from sq_llava.checkpoint import base_of_adapter, compose_config, is_adapter
-from sq_llava.data import load_rows
+from sq_llava.data import hold_out, load_rows
 from sq_llava.packing import PackSampler, pack_sampler
 from sq_llava.settings import SQLlavaArguments, quantization_config, starting_point
 
@@ -441,10 +441,12 @@ def plan_from_configs(
     print_plan(model, training_args, num_gpus, quantization_config(model_config), arguments.packing)
     try:
         rows = load_rows(arguments.datasets, training_args.seed, config.image_seq_length)
+        if arguments.num_eval_rows:
+            rows, _ = hold_out(rows, arguments.num_eval_rows, training_args.seed)
         packs = pack_sampler(rows, training_args, num_gpus) if arguments.packing else None
     except ValueError as error:
         print(f"Steps: not known without the data. {error}")
     else:
-        print(describe_steps(len(rows) - arguments.num_eval_rows, training_args, num_gpus, packs))
+        print(describe_steps(len(rows), training_args, num_gpus, packs))
         if packs is not None:
             print("The number of packs is one of rough lengths, as the text was not tokenized; --dry_run real counts.")
