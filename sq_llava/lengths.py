@@ -18,6 +18,7 @@ from pathlib import Path
 
 import datasets
 import numpy as np
+from jinja2 import TemplateError
 
 from processing_sq_llava import SQLlavaProcessor
 from sq_llava.data import RowReader
@@ -122,7 +123,15 @@ class CountTokens:
 
     def __call__(self, batch: dict[str, list[int]]) -> dict[str, list[int]]:
         conversations = [self.reader.read(*place)["messages"] for place in zip(batch["source"], batch["index"])]
-        return {"length": self.bound.of_rows(conversations, batch["row_id"])}
+        try:
+            return {"length": self.bound.of_rows(conversations, batch["row_id"])}
+        except TemplateError as error:
+            for row_id, messages in zip(batch["row_id"], conversations):
+                try:
+                    token_ids(self.bound.processor, [messages], self.bound.plain)
+                except TemplateError as error_of_row:
+                    raise ValueError(f"Row {row_id}: {error_of_row}") from error_of_row
+            raise error
 
 
 def with_sure_lengths(rows: datasets.Dataset, bound: LengthBound, num_proc: int | None = None) -> datasets.Dataset:

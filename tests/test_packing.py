@@ -231,6 +231,13 @@ def test_row_whose_first_exchange_is_too_long_is_named_before_training(rows, pro
         with_sure_lengths(rows, LengthBound(processor, 50))
 
 
+def test_row_that_the_chat_template_refuses_is_named_before_training(tmp_path, processor):
+    raw = [conversation(2, 1, number) for number in range(3)]
+    raw[1]["conversations"][3]["value"] = "A [vusr] dog."
+    with pytest.raises(ValueError, match=r"Row 1: .*\[vusr\]"):
+        with_sure_lengths(write_rows(tmp_path, raw), LengthBound(processor, 300))
+
+
 def test_lengths_are_counted_once_until_something_is_another(tmp_path, processor, monkeypatch):
     raw = [conversation(2, 1, number) for number in range(6)]
     rows = write_rows(tmp_path, raw)
