@@ -11,9 +11,10 @@ and optimizer, on the CPU in float32.
     packed    SQLlavaTrainer with packing, and prototypes
 
 The rows are a simulated mix as of llava_v1_5_mix665k at a ninth of its lengths: 6% text-only, 64 tokens an image, one
-to three exchanges, no row above 228 tokens, packs of 228. Towers, LoRA, optimizer, rows and labels (no self-questions)
-are the same; the extractor is this project's own. A step has 8 rows, or the packs that hold about as many. The head
-is a tenth of the language model's multiplications (Vicuna-7B: 2%, Qwen3-0.6B: 26%). What it does not measure: a GPU.
+to three exchanges, no row above 228 tokens, packs of 228. The towers' sizes (not their random weights), LoRA,
+optimizer, rows and labels (no self-questions) are the same; the extractor is this project's own. A step has 8 rows, or
+the packs that hold about as many. The head is a tenth of the language model's multiplications (Vicuna-7B: 2%,
+Qwen3-0.6B: 26%). What it does not measure: a GPU.
 """
 
 import json
