@@ -163,7 +163,8 @@ def to_markdown(report: dict) -> str:
         "",
         "Whole rows, by the collator (the best of three times), beside an assumed step of a 7B model: "
         f"{1 / SECONDS_PER_ROW:.1f} rows a second on one GPU ({PARAMETERS:.1e} parameters, {TOKENS} tokens a row, "
-        f"{PASSES} passes, {OPERATIONS_PER_SECOND / 1e12:.0f}e12 operations a second). Recipes of 7B and 13B have four workers a GPU.",
+        f"{PASSES} passes, {OPERATIONS_PER_SECOND / 1e12:.0f}e12 operations a second). Recipes of 7B and 13B have "
+        "four workers a GPU.",
         "",
         "| photos | rows/s of a core | workers that a GPU needs | it waits, no worker | one worker |",
         "|---|--:|--:|--:|--:|",
