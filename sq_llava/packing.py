@@ -6,7 +6,8 @@ In a packed row the positions begin anew with each conversation, so that none at
 mask and a cache, transformers makes a block-diagonal mask of the positions (SDPA, eager and flex attention);
 FlashAttention is given where each begins, by the source of transformers: no GPU was at hand to run it. Images stand in
 their order, labels and draws are those of the collator, and the first token of each conversation has no label: it
-would be predicted from another one.
+would be predicted from another one. Language models that read across all the same, such as recurrent ones, are refused
+where that can be tried (`require_separation`): not under FlashAttention, nor with weights that ZeRO-3 holds in pieces.
 
 Rows are packed by the most tokens that each can have (`sq_llava/lengths.py`), best-fit decreasing, within windows of a
 permutation of all rows: whole, each once an epoch. The packs are a function of the seed and the epoch alone, the same
@@ -24,6 +25,7 @@ import numpy as np
 import torch
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset, Sampler
+from transformers import PreTrainedModel
 from trl import SFTConfig
 
 from sq_llava.self_questioning import IGNORE_INDEX, NOT_SPOKEN, SelfQuestioningCollator
@@ -169,6 +171,35 @@ def pack_sampler(
     size = args.per_device_train_batch_size
     steps = size * args.gradient_accumulation_steps * num_processes
     return PackSampler(lengths, args.max_length, size, steps, args.seed, torch.zeros(()) if epoch is None else epoch)
+
+
+@torch.no_grad()
+def require_separation(language_model: PreTrainedModel) -> None:
+    """
+    Tries whether the language model keeps the conversations of a packed row apart by their positions.
+
+    Raises:
+        ValueError: if what it makes of one conversation depends on the one before: recurrent layers and convolutions
+            read across the border, and some older models make their attention mask without positions.
+    """
+    config = language_model.config
+    generator = torch.Generator().manual_seed(0)
+    one, other, second = torch.randn(3, 1, 4, config.hidden_size, generator=generator)
+    positions = torch.arange(4).repeat(2).unsqueeze(0).to(language_model.device)
+    training = language_model.training
+    language_model.eval()  # without dropout
+    states = []
+    for first in (one, other):
+        embeddings = torch.cat([first, second], dim=1).to(language_model.device, language_model.dtype)
+        outputs = language_model(inputs_embeds=embeddings, position_ids=positions, use_cache=False)
+        states.append(outputs.last_hidden_state[:, 4:].float())
+    language_model.train(training)
+    # Not to the last bit: the scales of 8-bit weights are of the whole batch.
+    if (states[0] - states[1]).norm() > 0.02 * states[0].norm():
+        raise ValueError(
+            f"packing is true, but a language model of the type {config.model_type!r} does not keep the conversations "
+            "of a packed row apart. Leave packing out, and give train_sampling_strategy group_by_length."
+        )
 
 
 class PackedRows(Dataset):

@@ -21,12 +21,13 @@ from accelerate import FullyShardedDataParallelPlugin
 from safetensors import SafetensorError
 from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
+from transformers.integrations import is_deepspeed_zero3_enabled
 from trl import SFTTrainer
 
 from sq_llava.adapter import trained_parameters
 from sq_llava.batching import ModalityLengthSampler
 from sq_llava.monitoring import GenerationCheck
-from sq_llava.packing import PackedRows, PackingCollator, pack_sampler
+from sq_llava.packing import PackedRows, PackingCollator, pack_sampler, require_separation
 from sq_llava.recovery import RUN_FILE, STATE_FILE, CheckpointError, StepWatch, checkpoint_faults, file_sizes
 from sq_llava.self_questioning import ANSWER, IGNORE_INDEX, QUESTION
 
@@ -83,6 +84,8 @@ class SQLlavaTrainer(SFTTrainer):
         self._packed = torch.zeros(2)
         self.packs = None
         if packing:
+            if not (self._is_flat or is_deepspeed_zero3_enabled()):
+                require_separation(self.model.get_base_model().model.language_model)
             self.packs = pack_sampler(
                 self.train_dataset, self.args, self.args.world_size, epoch=self.data_collator.epoch
             )
@@ -116,16 +119,19 @@ class SQLlavaTrainer(SFTTrainer):
             rows["length"], rows["num_images"], batch_size, self.args.seed, self.data_collator.epoch
         )
 
+    @property
+    def _is_flat(self) -> bool:
+        # All kinds of FlashAttention in transformers have it in their name.
+        return "flash" in self.model.config.get_text_config()._attn_implementation
+
     def get_train_dataloader(self) -> torch.utils.data.DataLoader:
         if self.packs is None:
             return super().get_train_dataloader()
         args = self.args
-        # All of its kinds in transformers have it in their name.
-        flat = "flash" in self.model.config.get_text_config()._attn_implementation
         loader = torch.utils.data.DataLoader(
             PackedRows(self.train_dataset),
             batch_sampler=self.packs,
-            collate_fn=PackingCollator(self.data_collator, flat),
+            collate_fn=PackingCollator(self.data_collator, self._is_flat),
             num_workers=args.dataloader_num_workers,
             pin_memory=args.dataloader_pin_memory,
             persistent_workers=args.dataloader_persistent_workers,

@@ -11,11 +11,12 @@ from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
+from transformers import AutoConfig, AutoModel
 
 from sq_llava.adapter import LoraSize, add_adapter
 from sq_llava.data import load_rows
 from sq_llava.lengths import LengthBound, with_sure_lengths
-from sq_llava.packing import PackingCollator, PackSampler
+from sq_llava.packing import PackingCollator, PackSampler, require_separation
 from sq_llava.self_questioning import SelfQuestioningCollator
 from sq_llava.sources import DataSource
 from tests import tiny
@@ -254,6 +255,32 @@ def test_lengths_are_counted_once_until_something_is_another(tmp_path, processor
     changed = write_rows(tmp_path, [*raw[:5], conversation(4, 1, 5)])
     assert with_sure_lengths(changed, LengthBound(processor, 300))["length"][5] > before
     assert len(counted) == 4
+
+
+FOREIGN = {
+    "lfm2": {**tiny.TINY_LLAMA, "model_type": "lfm2", "layer_types": ["conv", "full_attention"]},
+    "opt": {"model_type": "opt", "vocab_size": 512, "hidden_size": 64, "word_embed_proj_dim": 64, "ffn_dim": 96,
+            "num_hidden_layers": 2, "num_attention_heads": 4, "init_std": 0.2},
+}  # fmt: skip
+
+
+def language_model(fields: dict):
+    torch.manual_seed(0)
+    return AutoModel.from_config(AutoConfig.for_model(**fields))
+
+
+@pytest.mark.parametrize("family", FOREIGN)
+def test_language_model_that_reads_across_conversations_is_refused(family):
+    with pytest.raises(ValueError, match=f"type '{family}' does not keep the conversations of a packed row apart"):
+        require_separation(language_model(FOREIGN[family]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt_neox"])
+def test_language_model_that_keeps_conversations_apart_is_taken(family, dtype):
+    model = language_model({**tiny.TINY_LLAMA, "model_type": family}).to(dtype).train()
+    require_separation(model)
+    assert model.training
 
 
 # Packs.
