@@ -586,7 +586,7 @@ class SQLlavaForConditionalGeneration(SQLlavaPreTrainedModel, GenerationMixin):
             **kwargs,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(outputs.last_hidden_state[:, kept, :])
+        logits = self.lm_head(outputs.last_hidden_state[..., kept, :])
         softcapping = getattr(self.config.text_config, "final_logit_softcapping", None)  # Gemma 2 and 3
         if softcapping is not None:
             logits = softcapping * torch.tanh(logits / softcapping)

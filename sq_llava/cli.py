@@ -205,7 +205,7 @@ def chat(
 
 def _reply(assistant, image: Path, history: list[dict], line: str, max_new_tokens: int, sampling: dict) -> list[dict]:
     """The history after the model has asked and answered (`/ask`), or has answered `line`; prints what is new."""
-    from sq_llava import inference
+    from sq_llava.messages import place_images
 
     images = None if history else image  # it stands in the first turn
     if line == "/ask":
@@ -216,7 +216,7 @@ def _reply(assistant, image: Path, history: list[dict], line: str, max_new_token
                 console.print(f"{message['role']}: {message['content']}", style=style, markup=False)
         return talk
     history = [*history, {"role": "user", "content": line}]
-    messages = inference.place_images(images, history)
+    messages = place_images(images, history)
     text = assistant.answer(None, messages, max_new_tokens)
     console.print(text, markup=False)
     return [*messages, {"role": "assistant", "content": text}]

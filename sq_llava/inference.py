@@ -28,13 +28,12 @@ from transformers import (
     StoppingCriteriaList,
     TextIteratorStreamer,
 )
-from transformers.image_utils import load_image
 from transformers.utils import is_bitsandbytes_available
 
 from modeling_sq_llava import SQLlavaForConditionalGeneration
 from processing_sq_llava import SQLlavaProcessor
 from sq_llava.checkpoint import is_adapter, is_missing_folder, load_checkpoint
-from sq_llava.images import open_image
+from sq_llava.messages import images_of, place_images, place_images_of_all
 from sq_llava.prefix_cache import PrefixCache, allows_gaps, common_length, pad_left
 from sq_llava.sampling import SeededDraw
 
@@ -78,7 +77,7 @@ class Assistant:
             output = self.model.generate(**inputs, **settings)
             return _decode(self, output[:, inputs["input_ids"].shape[1] :])
         prompts = _token_ids(self, conversations)
-        images = [_images_of(conversation) for conversation in conversations]
+        images = [images_of(conversation) for conversation in conversations]
         groups = _groups_with_one_prefix(prompts, images, self.processor.image_token_id)
         if len(groups) < len(requests) and _can_share(self.model, prompts, settings):
             inputs = self._read_prefixes(prompts, images, groups)
@@ -98,7 +97,7 @@ class Assistant:
         lengths = [_common_length_of_all([prompts[number] for number in group]) for group in groups]
         # `read` leaves the last token out.
         prefixes = [prompts[group[0]][: length + 1] for group, length in zip(groups, lengths)]
-        cache.read(prefixes, **_pixels(self, list(chain.from_iterable(images[group[0]] for group in groups))))
+        cache.read(prefixes, _pixels(self, list(chain.from_iterable(images[group[0]] for group in groups))))
         row_of_prompt = {number: row for row, group in enumerate(groups) for number in group}
         cache = cache.select([row_of_prompt[number] for number in range(len(prompts))])
         return {**cache.continue_with(prompts), "past_key_values": cache.states}
@@ -308,7 +307,7 @@ class Talks:
     def __init__(self, assistant: Assistant, messages: list[list[dict]], seeds: list[int] | None = None):
         self.assistant = assistant
         self.messages = messages
-        self.images = [image for conversation in messages for image in _images_of(conversation)]
+        self.images = [images_of(conversation) for conversation in messages]
         self.cache = PrefixCache(assistant.model, len(messages))
         self.generators = [None]
         if seeds is not None:
@@ -362,12 +361,16 @@ class Talks:
     ) -> list[list[str]]:
         """Samples questions in each conversation; they stay as they are."""
         prompts = self._prompts(ask=True, num_new_tokens=max_new_tokens)
-        inputs = self.cache.read(prompts, **self._unseen_pixels())
+        inputs = self.cache.read(prompts, self._unseen_pixels())
         rows = [row for row in range(len(prompts)) for _ in range(num_questions)]
+        images = {}
+        if self.cache.states is None:  # every row sees its images anew
+            images = _pixels(self.assistant, [image for row in rows for image in self.images[row]])
         draw = SeededDraw(temperature, top_k, top_p, self.generators)
         output = self.assistant.model.generate(
             input_ids=inputs["input_ids"][rows],
             attention_mask=inputs["attention_mask"][rows],
+            **images,
             past_key_values=self.cache.select(rows).states,
             do_sample=False,
             logits_processor=LogitsProcessorList([draw]),
@@ -378,74 +381,14 @@ class Talks:
 
     def _prompts(self, ask: bool, num_new_tokens: int) -> list[list[int]]:
         prompts = _token_ids(self.assistant, self.messages, ask)
-        text_config = self.assistant.model.config.get_text_config()
         length = self.cache.tokens.shape[1] + max(map(len, prompts)) + num_new_tokens
-        if len(prompts) > 1 and not allows_gaps(text_config, length):
+        if len(prompts) > 1 and not allows_gaps(self.assistant.model, length):
             self.cache = PrefixCache(self.assistant.model, len(prompts))
         return prompts
 
     def _unseen_pixels(self) -> dict[str, torch.Tensor]:
         """The images, if the cache does not hold them yet."""
-        return _pixels(self.assistant, self.images) if self.cache.is_empty else {}
-
-
-def place_images(images, messages: str | list[dict], opened: dict[str | int, Image.Image] | None = None) -> list[dict]:
-    """
-    Messages in which every image part holds its image; see [`Assistant.answer`] for the arguments.
-
-    Args:
-        opened (`dict`, *optional*): Images that were opened before, by path or by `id`; it is added to.
-
-    Raises:
-        ValueError: if there are more images than places for them, or fewer.
-    """
-    images = [] if images is None else list(images) if isinstance(images, (list, tuple)) else [images]
-    opened = {} if opened is None else opened
-    images = [_open_once(image, opened) for image in images]
-    if isinstance(messages, str):
-        messages = [{"role": "user", "content": messages}]
-    messages = [{**message, "content": _as_parts(message["content"], opened)} for message in messages]
-    empty = [part for message in messages for part in message["content"] if part.keys() == {"type"}]
-    if images and not empty and not any(part["type"] == "image" for m in messages for part in m["content"]):
-        first_user_turn = next((message for message in messages if message["role"] == "user"), None)
-        if first_user_turn is None:
-            raise ValueError("There are images, but no user turn to put them into.")
-        empty = [{"type": "image"} for _ in images]
-        first_user_turn["content"] = [*empty, *first_user_turn["content"]]
-    if len(empty) != len(images):
-        raise ValueError(f"The messages have {len(empty)} places for images, but {len(images)} images were given.")
-    for part, image in zip(empty, images):
-        part["image"] = image
-    return messages
-
-
-def _as_parts(content: str | list[dict], opened: dict[str | int, Image.Image]) -> list[dict]:
-    parts = [{"type": "text", "text": content}] if isinstance(content, str) else [dict(part) for part in content]
-    for part in parts:
-        # The places that transformers' chat templates know.
-        for key in part.keys() & {"image", "path", "url", "base64"}:
-            source = part.pop(key)
-            part["image"] = _open_once(load_image(source) if key in ("url", "base64") else source, opened)
-    return parts
-
-
-def _open_once(image, opened: dict[str | int, Image.Image]) -> Image.Image:
-    key = str(image) if isinstance(image, (str, Path)) else id(image)
-    if key not in opened:
-        opened[key] = open_image(image)
-        # Its own place, too: a message that is placed again.
-        opened[id(opened[key])] = opened[key]
-    return opened[key]
-
-
-def place_images_of_all(requests: list[tuple]) -> list[list[dict]]:
-    """`place_images` of several `(images, messages)`, with one opened image for all places of one path or object."""
-    opened: dict[str | int, Image.Image] = {}
-    return [place_images(images, messages, opened) for images, messages in requests]
-
-
-def _images_of(conversation: list[dict]) -> list[Image.Image]:
-    return [part["image"] for message in conversation for part in message["content"] if part["type"] == "image"]
+        return _pixels(self.assistant, list(chain.from_iterable(self.images))) if self.cache.is_empty else {}
 
 
 def _pixels(assistant: Assistant, images: list[Image.Image]) -> dict[str, torch.Tensor]:
@@ -508,8 +451,9 @@ def _can_share(model: SQLlavaForConditionalGeneration, prompts: list[list[int]],
     """Whether the settings leave the cache and its rows to the caller, and padding may stand inside of them."""
     known = {"do_sample", "temperature", "top_k", "top_p", "num_beams", "max_new_tokens"}
     length = 2 * max(map(len, prompts)) + settings["max_new_tokens"]
-    is_plain = settings.keys() <= known and settings.get("num_beams", 1) == 1
-    return is_plain and allows_gaps(model.config.get_text_config(), length)
+    saved = model.generation_config
+    is_plain = settings.keys() <= known and (settings.get("num_beams", saved.num_beams) or 1) == 1
+    return is_plain and saved.cache_implementation is None and allows_gaps(model, length)
 
 
 def _decode(assistant: Assistant, token_ids: torch.Tensor) -> list[str]:

@@ -1,21 +1,21 @@
 """What several prompts have in common goes through the model once: an image's tokens for all questions about it.
 
     cache = PrefixCache(model, num_rows=1)
-    cache.read([prompt], pixel_values=pixels)     # all tokens but the last
+    cache.read([prompt], {"pixel_values": pixels})     # all tokens but the last
     shared = cache.select([0, 0, 0])              # three rows, without another pass
     inputs = shared.continue_with([prompt + a, prompt + b, prompt + c])
     model.generate(**inputs, past_key_values=shared.states)
 
 New tokens stand behind the cached ones, padded on the left: so padding may stand between the two. It is masked, and
 positions are counted without it, so each row gives what its prompt gives alone. What this module does not do: cache
-layers other than attention (`allows_gaps` says for which models rows of different lengths may be batched).
+the states of recurrent layers, which cannot be cut or shared; a cache of such a model stays empty.
 """
 
 import copy
 from collections.abc import Sequence
 
 import torch
-from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 
 
 class PrefixCache:
@@ -25,11 +25,13 @@ class PrefixCache:
     Args:
         model (`PreTrainedModel`): Whose states they are.
         num_rows (`int`): Rows of the batch, all of them empty.
+
+    `states` is `None` where nothing can be kept (`is_recurrent`).
     """
 
     def __init__(self, model: PreTrainedModel, num_rows: int):
         self.model = model
-        self.states = DynamicCache()
+        self.states = None if is_recurrent(model) else DynamicCache()
         # [num_rows, width], on the CPU: rows are compared with prompts there.
         self.tokens = torch.zeros(num_rows, 0, dtype=torch.long)
         self.mask = torch.zeros_like(self.tokens)
@@ -55,7 +57,7 @@ class PrefixCache:
         used = self.mask.any(dim=0).nonzero()
         width = int(used[-1]) + 1 if len(used) else 0
         if width == 0:
-            self.states = DynamicCache()
+            self.states = None if self.states is None else DynamicCache()
         elif width < self.tokens.shape[1]:
             self.states.crop(width - self.tokens.shape[1])
         self.tokens, self.mask = self.tokens[:, :width], self.mask[:, :width]
@@ -65,11 +67,11 @@ class PrefixCache:
             "attention_mask": torch.cat([self.mask, new_mask], dim=1).to(self.model.device),
         }
 
-    def read(self, prompts: Sequence[list[int]], **images) -> dict[str, torch.Tensor]:
+    def read(self, prompts: Sequence[list[int]], images: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Runs the model over all but the last token of each prompt. Returns inputs as `continue_with`."""
         inputs = self.continue_with(prompts)
         width = self.tokens.shape[1]
-        if inputs["input_ids"].shape[1] > width + 1:
+        if self.states is not None and inputs["input_ids"].shape[1] > width + 1:
             mask = inputs["attention_mask"][:, :-1]
             position_ids = (mask.cumsum(dim=1) - 1).clamp_min(0)
             self.model(
@@ -85,12 +87,15 @@ class PrefixCache:
 
     def remember(self, tokens: torch.Tensor, mask: torch.Tensor) -> None:
         """Says of which tokens the states are, after the model has added to them."""
-        self.tokens, self.mask = tokens.cpu(), mask.cpu()
+        if self.states is not None:
+            self.tokens, self.mask = tokens.cpu(), mask.cpu()
 
     def select(self, rows: Sequence[int]) -> "PrefixCache":
         """Copies of rows, also several of one, as a cache of their own."""
         selected = PrefixCache(self.model, len(rows))
         selected.tokens, selected.mask = self.tokens[rows], self.mask[rows]
+        if self.states is None:
+            return selected
         selected.states = copy.copy(self.states)
         selected.states.layers = [copy.copy(layer) for layer in self.states.layers]
         selected.states.batch_select_indices(torch.tensor(rows, device=self.model.device))
@@ -111,11 +116,20 @@ def pad_left(rows: Sequence[list[int]], pad_token_id: int) -> tuple[torch.Tensor
     return tokens, mask
 
 
-def allows_gaps(text_config: PreTrainedConfig, length: int) -> bool:
+def is_recurrent(model: PreTrainedModel) -> bool:
+    """Whether a layer of the language model keeps anything else than keys and values of each token."""
+    layer_types = set(getattr(model.config.get_text_config(), "layer_types", None) or [])
+    attention = {"full_attention", "sliding_attention", "chunked_attention"}
+    return model.model.language_model._is_stateful or not layer_types <= attention
+
+
+def allows_gaps(model: PreTrainedModel, length: int) -> bool:
     """
     Whether padding between the tokens of a row changes nothing in `length` columns: not in layers that are recurrent,
     nor where a window of attention, which is counted in columns, is shorter.
     """
-    layer_types = set(getattr(text_config, "layer_types", None) or ["full_attention"])
+    text_config = model.config.get_text_config()
+    layer_types = set(getattr(text_config, "layer_types", None) or [])
     window = getattr(text_config, "sliding_window", None)
-    return layer_types <= {"full_attention", "sliding_attention"} and (window is None or length <= window)
+    is_whole = "chunked_attention" not in layer_types and (window is None or length <= window)
+    return not is_recurrent(model) and is_whole

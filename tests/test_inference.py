@@ -9,7 +9,8 @@ import torch
 
 from sq_llava import inference
 from sq_llava.images import open_image
-from sq_llava.inference import Assistant, load, place_images
+from sq_llava.inference import Assistant, load
+from sq_llava.messages import place_images
 from tests import tiny
 
 

@@ -14,6 +14,7 @@ ORDER = [
     *TRIO,
     "sq_llava.console",
     "sq_llava.images",
+    "sq_llava.messages",
     "sq_llava.feature_cache",
     "sq_llava.self_questioning",
     "sq_llava.sources",

@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import LogitsProcessorList
 
-from sq_llava.inference import Assistant, Talks, place_images
+from sq_llava.inference import Assistant, Talks
+from sq_llava.messages import place_images
 from sq_llava.prefix_cache import PrefixCache, allows_gaps, common_length, pad_left
 from sq_llava.sampling import SeededDraw
 from tests import tiny
@@ -20,6 +21,8 @@ HISTORIES = [
 QUESTIONS = ["What animal is this?", "What animal is running in the green grass?", "Why?", "What colour is the shape?"]
 # Families with positions, normalisation, head sharing and windows of their own; the window holds a prompt and more.
 WINDOWED = {**tiny.TINY_LLAMA, "model_type": "mistral", "sliding_window": 512}
+# Two layers of LFM2, the first a convolution over the tokens.
+CONVOLUTIONS = {**tiny.TINY_LLAMA, "model_type": "lfm2", "layer_types": ["conv", "full_attention"]}
 FAMILIES = {
     "llama": {},
     "siglip": {"vision_config": dict(tiny.TINY_SIGLIP)},
@@ -202,7 +205,7 @@ def test_a_continued_cache_gives_the_logits_of_whole_prompts(pairs, data):
     model = TEXT_MODEL
     cache = PrefixCache(model, len(pairs))
     with torch.inference_mode():
-        cache.read([first for first, _ in pairs])
+        cache.read([first for first, _ in pairs], {})
         rows = data.draw(st.lists(st.integers(0, len(pairs) - 1), min_size=1, max_size=5))
         kept = [data.draw(st.integers(0, len(pairs[row][0]))) for row in rows]
         prompts = [pairs[row][0][:length] + pairs[row][1] for row, length in zip(rows, kept)]
@@ -239,10 +242,19 @@ def test_left_padding():
 
 
 def test_layers_without_keys_and_short_windows_allow_no_gaps(assistant):
-    config = assistant.model.config.text_config
-    assert allows_gaps(config, 10_000)
-    windowed = make_assistant(text_config=WINDOWED).model.config.text_config
+    assert allows_gaps(assistant.model, 10_000)
+    windowed = make_assistant(text_config=WINDOWED).model
     assert allows_gaps(windowed, 512) and not allows_gaps(windowed, 513)
-    config = tiny.tiny_config().text_config
-    config.layer_types = ["linear_attention", "full_attention"]
-    assert not allows_gaps(config, 10)
+    assert not allows_gaps(make_assistant(text_config=CONVOLUTIONS).model, 10)
+
+
+def test_model_with_layers_without_keys_asks_and_answers_without_a_cache():
+    assistant = make_assistant(text_config=CONVOLUTIONS)
+    images, seeds = [tiny.picture(0), tiny.picture(1)], [3, 4]
+    together = assistant.ask_batch(images, HISTORIES[:2], num_questions=2, max_new_tokens=6, seeds=seeds)
+    alone = zip(images, HISTORIES, seeds)
+    assert together == [
+        assistant.ask(image, history, num_questions=2, max_new_tokens=6, seed=seed) for image, history, seed in alone
+    ]
+    turns = assistant.converse(images[0], num_turns=2, max_new_tokens=6, seed=0)
+    assert [turn["role"] for turn in turns] == ["user", "assistant", *["vusr", "assistant"] * 2]

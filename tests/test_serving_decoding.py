@@ -6,7 +6,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from transformers import LlamaConfig
 
-from sq_llava.inference import Assistant, place_images
+from sq_llava.inference import Assistant
+from sq_llava.messages import place_images
 from sq_llava.serving.decoding import Batch, Prompt, Row, RowText, Sampling
 from tests import tiny
 

@@ -28,7 +28,8 @@ from sq_llava.evaluation.easy_vqa import answer_question, derive_caption, presum
 from sq_llava.evaluation.progress import open_lines, read_lines, write_line
 from sq_llava.evaluation.question_metrics import distinct_n, self_bleu, type_shares, words_of
 from sq_llava.images import IMAGE_SUFFIXES, open_image
-from sq_llava.inference import DESCRIBE, Assistant, Talks, place_images
+from sq_llava.inference import DESCRIBE, Assistant, Talks
+from sq_llava.messages import place_images
 from sq_llava.sources import DataSource
 
 
