@@ -193,7 +193,7 @@ def to_markdown(report: dict) -> str:
 
 
 def main():
-    arguments = common.parse_arguments(__doc__, rows=40_000, rounds=2, processes=2)
+    arguments = common.parse_arguments(__doc__, rows=20_000, rounds=2, processes=2)
     num_rows, rounds, num_proc = arguments.rows, arguments.rounds, arguments.processes
     if arguments.quick:
         num_rows, rounds, num_proc = 5_000, 1, 1

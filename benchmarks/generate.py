@@ -81,7 +81,7 @@ def to_markdown(report: dict) -> str:
 @torch.inference_mode()
 def main() -> None:
     arguments = common.parse_arguments(__doc__)
-    new_tokens, rounds = (12, 2) if arguments.quick else (64, 7)
+    new_tokens, rounds = (12, 2) if arguments.quick else (64, 5)
     parts = configs(2, 2) if arguments.quick else configs(vision_layers=6, text_layers=12)
     llava = make_llava(parts)
     models = {"llava": llava} | {variant: make_sq_llava(parts, variant, llava) for variant in ("none", "paper")}

@@ -350,7 +350,7 @@ def profile_paths(data: Data, trainers: dict[str, Trainer]) -> dict[str, dict[st
 def main():
     arguments = common.parse_arguments(__doc__)
     quick = arguments.quick
-    num_rows, scaling_rows, profiled_rows, rounds = (16, 8, 8, 1) if quick else (128, 32, 32, 2)
+    num_rows, scaling_rows, profiled_rows, rounds = (16, 8, 8, 1) if quick else (128, 24, 16, 2)
     logging.set_verbosity_error()
     os.environ["KINETO_LOG_LEVEL"] = "6"  # the profiler would print its start and stop
     datasets.disable_progress_bars()
