@@ -298,8 +298,8 @@ def to_markdown(report: dict) -> str:
         )
     lines += [
         "",
-        f"Of {report['scaling_rows']} rows, median of two rounds in turn; above, a step has 8 rows and the extractor {PROTOTYPES} "
-        "prototypes, where stock has none:",
+        f"Of {report['scaling_rows']} rows, median of two rounds in turn; above, a step has 8 rows and the extractor "
+        f"{PROTOTYPES} prototypes, where stock has none:",
         "",
         "| | stock, tokens a second | padded / stock | packed / stock |",
         "|---|--:|--:|--:|",
