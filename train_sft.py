@@ -158,3 +158,5 @@ def main(args: list[str] | None = None) -> SQLlavaTrainer:
 
 if __name__ == "__main__":
     main()
+    # A thread of gloo that lives longer than the interpreter aborts the process.
+    PartialState().destroy_process_group()

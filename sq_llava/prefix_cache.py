@@ -120,7 +120,8 @@ def is_recurrent(model: PreTrainedModel) -> bool:
     """Whether a layer of the language model keeps anything else than keys and values of each token."""
     layer_types = set(getattr(model.config.get_text_config(), "layer_types", None) or [])
     attention = {"full_attention", "sliding_attention", "chunked_attention"}
-    return model.model.language_model._is_stateful or not layer_types <= attention
+    parts = (module for module in model.modules() if isinstance(module, PreTrainedModel))
+    return not layer_types <= attention or any(part._is_stateful for part in parts)
 
 
 def allows_gaps(model: PreTrainedModel, length: int) -> bool:

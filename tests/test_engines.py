@@ -24,8 +24,8 @@ from tests.tiny import picture, tiny_config, tiny_inputs, tiny_model, tiny_proce
 IN_TRANSFORMERS_5_16 = {
     "transformers": {
         "AddedToken", "AutoConfig", "AutoModel", "CONFIG_MAPPING", "Cache", "GenerationMixin", "LlamaTokenizer",
-        "LlavaImageProcessor", "LlavaImageProcessorPil", "PreTrainedConfig", "PreTrainedModel", "ProcessorMixin",
-        "initialization",
+        "LlavaImageProcessor", "LlavaImageProcessorPil", "LogitsProcessorList", "PreTrainedConfig", "PreTrainedModel",
+        "ProcessorMixin", "SuppressTokensLogitsProcessor", "initialization",
     },
     "transformers.activations": {"ACT2FN"},
     "transformers.modeling_outputs": {"BaseModelOutputWithPast", "BaseModelOutputWithPooling", "ModelOutput"},

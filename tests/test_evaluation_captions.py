@@ -146,7 +146,7 @@ def test_two_runs_are_compared_by_resampling_images(task, tmp_path, without_java
     WRITERS[task](tmp_path / "data", "folder")
     for run, answers in {"a": ANSWERS, "b": {"11": "A dog runs fast.", "12": "zebra"}}.items():
         result = assess_answers(task, tmp_path / "data", answers, tmp_path / run)
-        write_results([result], tmp_path / run, describe(Evaluation("-", [task], "-", tmp_path / run), {}))
+        write_results([result], tmp_path / run, describe(Evaluation(str(tmp_path), [task], "-", tmp_path / run), {}))
     found = {each.metric: each for each in compare(tmp_path / "a", tmp_path / "b", num_corpus_resamples=50)}
     cider = found["plain/CIDEr-D"]
     assert cider.second == pytest.approx(5)

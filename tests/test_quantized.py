@@ -110,7 +110,9 @@ def test_result_merges_onto_the_base_in_full_precision(both_stages, tmp_path):
     inputs = tiny.tiny_inputs(merged.config)
     with torch.no_grad():
         expected = peft_model.eval()(**inputs).logits
-        torch.testing.assert_close(merged.eval()(**inputs).logits, expected, rtol=1e-5, atol=1e-5)
+        # The sums have another order, so small logits differ by what large ones are rounded to.
+        atol = 1e-5 * float(expected.abs().max())
+        torch.testing.assert_close(merged.eval()(**inputs).logits, expected, rtol=1e-5, atol=atol)
         quantized = stage2.model.eval()(**inputs).logits
     # The quantized model that was trained is near the one that is published, but not the same.
     assert 0 < (quantized - expected).norm() < 0.5 * expected.norm()
