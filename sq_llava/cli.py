@@ -31,6 +31,7 @@ from sq_llava.console import console, errors_in_one_line, examples, messages_con
 from sq_llava.evaluation.command import evaluate, evaluate_questions
 from sq_llava.feature_command import cache_features
 from sq_llava.images import IMAGE_SUFFIXES
+from sq_llava.model_options import Device, Dtype, LoadIn4Bit, LoadIn8Bit, Model, load_model
 from sq_llava.page.command import app as page_commands
 from sq_llava.serving.command import serve
 
@@ -45,30 +46,12 @@ app = typer.Typer(
 )
 
 Images = Annotated[list[Path], typer.Argument(help="Image files, or folders of them.", show_default=False)]
-Model = Annotated[
-    str, typer.Option("--model", "-m", help="Checkpoint or adapter folder, or a Hub id.", show_default=False)
-]
-Device = Annotated[str | None, typer.Option(help="cuda, mps or cpu; default: the first of these there is.")]
-Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
-LoadIn4Bit = Annotated[bool, typer.Option("--load-in-4bit", help="Hold the towers in 4 bits, by bitsandbytes.")]
-LoadIn8Bit = Annotated[bool, typer.Option("--load-in-8bit", help="Hold the towers in 8 bits, by bitsandbytes.")]
 MaxNewTokens = Annotated[int, typer.Option(min=1, help="Longest text to generate, in tokens.")]
 Temperature = Annotated[float, typer.Option(min=0.01, help="Of the questions' sampling.")]
 TopK = Annotated[int, typer.Option(min=1, help="Of the questions' sampling.")]
 TopP = Annotated[float, typer.Option(min=0.0, max=1.0, help="Of the questions' sampling.")]
 Seed = Annotated[int | None, typer.Option(help="For the same questions again.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
-
-
-def _load(model: str, device: str | None, dtype: str, load_in_4bit: bool, load_in_8bit: bool):
-    with messages_console.status("Loading the model"):
-        from transformers.utils import logging
-
-        from sq_llava.inference import load
-
-        logging.set_verbosity_error()
-        logging.disable_progress_bar()
-        return load(model, device=device, dtype=dtype, load_in_4bit=load_in_4bit, load_in_8bit=load_in_8bit)
 
 
 def find_images(paths: list[Path]) -> list[Path]:
@@ -126,7 +109,7 @@ def ask(
     """Let the model ask questions about each image."""
     with errors_in_one_line():
         files = find_images(images)
-        assistant = _load(model, device, dtype, load_in_4bit, load_in_8bit)
+        assistant = load_model(model, device, dtype, load_in_4bit, load_in_8bit)
 
         results = []
         for file in _track(files, "Asking"):
@@ -159,7 +142,7 @@ def answer(
     """Answer a question about each image, greedily."""
     with errors_in_one_line():
         files = find_images(images)
-        assistant = _load(model, device, dtype, load_in_4bit, load_in_8bit)
+        assistant = load_model(model, device, dtype, load_in_4bit, load_in_8bit)
 
         results = [
             {"image": str(file), "answer": assistant.answer(file, question, max_new_tokens)}
@@ -186,7 +169,7 @@ def chat(
     with errors_in_one_line():
         if not image.is_file():
             raise ValueError(f"{image}: no such image.")
-        assistant = _load(model, device, dtype, load_in_4bit, load_in_8bit)
+        assistant = load_model(model, device, dtype, load_in_4bit, load_in_8bit)
         from sq_llava.images import open_image
 
         open_image(image)

@@ -6,20 +6,20 @@
 An image that several messages or requests name is opened once.
 """
 
-from pathlib import Path
+from collections.abc import Hashable
 
 from PIL import Image
 from transformers.image_utils import load_image
 
-from sq_llava.images import open_image
+from sq_llava.images import image_key, open_image
 
 
-def place_images(images, messages: str | list[dict], opened: dict[str | int, Image.Image] | None = None) -> list[dict]:
+def place_images(images, messages: str | list[dict], opened: dict[Hashable, Image.Image] | None = None) -> list[dict]:
     """
     Messages in which every image part holds its image; see [`Assistant.answer`] for the arguments.
 
     Args:
-        opened (`dict`, *optional*): Images that were opened before, by path or by `id`; it is added to.
+        opened (`dict`, *optional*): Images that were opened before, by [`image_key`]; it is added to.
 
     Raises:
         ValueError: if there are more images than places for them, or fewer.
@@ -44,7 +44,7 @@ def place_images(images, messages: str | list[dict], opened: dict[str | int, Ima
     return messages
 
 
-def _as_parts(content: str | list[dict], opened: dict[str | int, Image.Image]) -> list[dict]:
+def _as_parts(content: str | list[dict], opened: dict[Hashable, Image.Image]) -> list[dict]:
     parts = [{"type": "text", "text": content}] if isinstance(content, str) else [dict(part) for part in content]
     for part in parts:
         # The places that transformers' chat templates know.
@@ -54,18 +54,18 @@ def _as_parts(content: str | list[dict], opened: dict[str | int, Image.Image]) -
     return parts
 
 
-def _open_once(image, opened: dict[str | int, Image.Image]) -> Image.Image:
-    key = str(image) if isinstance(image, (str, Path)) else id(image)
+def _open_once(image, opened: dict[Hashable, Image.Image]) -> Image.Image:
+    key = image_key(image)
     if key not in opened:
         opened[key] = open_image(image)
         # Its own place, too: a message that is placed again.
-        opened[id(opened[key])] = opened[key]
+        opened[image_key(opened[key])] = opened[key]
     return opened[key]
 
 
 def place_images_of_all(requests: list[tuple]) -> list[list[dict]]:
     """`place_images` of several `(images, messages)`, with one opened image for all places of one path or object."""
-    opened: dict[str | int, Image.Image] = {}
+    opened: dict[Hashable, Image.Image] = {}
     return [place_images(images, messages, opened) for images, messages in requests]
 
 

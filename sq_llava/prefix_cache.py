@@ -92,7 +92,7 @@ class PrefixCache:
 
     def select(self, rows: Sequence[int]) -> "PrefixCache":
         """Copies of rows, also several of one, as a cache of their own."""
-        selected = PrefixCache(self.model, len(rows))
+        selected = copy.copy(self)
         selected.tokens, selected.mask = self.tokens[rows], self.mask[rows]
         if self.states is None:
             return selected

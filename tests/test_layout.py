@@ -36,6 +36,7 @@ ORDER = [
     "sq_llava.prefix_cache",
     "sq_llava.sampling",
     "sq_llava.inference",
+    "sq_llava.model_options",
     "sq_llava.monitoring",
     "sq_llava.recovery",
     "sq_llava.inspection",

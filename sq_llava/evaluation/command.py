@@ -10,10 +10,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from sq_llava.console import console, errors_in_one_line, messages_console
+from sq_llava.model_options import Device, Dtype, quiet_libraries
 
-
-Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
-Device = Annotated[str | None, typer.Option(help="cuda, mps or cpu; default: the first of these there is.")]
 
 JUDGE = {"rich_help_panel": "Judge"}
 JudgeModel = Annotated[
@@ -78,13 +76,10 @@ def evaluate(
     """Score a model on benchmarks. On several GPUs: torchrun --nproc_per_node 8 -m sq_llava.cli evaluate ..."""
     with errors_in_one_line():
         with messages_console.status("Loading libraries"):
-            from transformers.utils import logging
-
             from sq_llava.convert import VICUNA_SYSTEM_MESSAGE
             from sq_llava.evaluation.run import TASKS, Evaluation
 
-            logging.set_verbosity_error()
-            logging.disable_progress_bar()
+            quiet_libraries()
         if tasks == "help":
             for name, task in sorted(TASKS.items()):
                 console.print(f"{name:24}{task.title}", markup=False, highlight=False)
@@ -237,13 +232,10 @@ def evaluate_questions(
     """Measure the questions that a model asks: variety, types, whether they need the image and fit it."""
     with errors_in_one_line():
         with messages_console.status("Loading libraries"):
-            from transformers.utils import logging
-
             from sq_llava.evaluation.question_run import AskSettings, QuestionEvaluation
             from sq_llava.evaluation.question_run import evaluate_questions as run
 
-            logging.set_verbosity_error()
-            logging.disable_progress_bar()
+            quiet_libraries()
         settings = AskSettings(num_questions, after, temperature, top_k, top_p, max_new_tokens, seed)
         out = out or Path("runs/questions") / Path(model).name
         figures = run(

@@ -6,23 +6,21 @@ from typing import Annotated
 import typer
 
 from sq_llava.console import console, errors_in_one_line, examples, messages_console
+from sq_llava.model_options import Device, Dtype, LoadIn4Bit, LoadIn8Bit, Model, ModelArgument, load_model
 
 
 app = typer.Typer()
 
-Device = Annotated[str | None, typer.Option(help="cuda, mps or cpu; default: the first of these there is.")]
-Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
-
 
 @app.command(epilog=examples("sq-llava demo runs/demo/model", "sq-llava demo org/sq-llava-7b --load-in-4bit"))
 def demo(
-    model: Annotated[str, typer.Argument(help="Checkpoint or adapter folder, or a Hub id.", show_default=False)],
+    model: ModelArgument,
     host: Annotated[str, typer.Option(help="0.0.0.0 to be reached from other machines.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535)] = 7860,
     device: Device = None,
     dtype: Dtype = "auto",
-    load_in_4bit: Annotated[bool, typer.Option("--load-in-4bit", help="Hold the towers in 4 bits.")] = False,
-    load_in_8bit: Annotated[bool, typer.Option("--load-in-8bit", help="Hold the towers in 8 bits.")] = False,
+    load_in_4bit: LoadIn4Bit = False,
+    load_in_8bit: LoadIn8Bit = False,
 ) -> None:
     """Open a page on which people chat about pictures, and the model asks: http://HOST:PORT."""
     with errors_in_one_line():
@@ -30,7 +28,7 @@ def demo(
             from sq_llava.page.layout import LAUNCH, create_page
         except ModuleNotFoundError as error:
             raise ValueError(f"{error.name} is not installed: pip install 'sq-llava[serve]'.") from error
-        assistant = _load(model, device, dtype, load_in_4bit, load_in_8bit)
+        assistant = load_model(model, device, dtype, load_in_4bit, load_in_8bit)
         create_page(assistant).launch(server_name=host, server_port=port, **LAUNCH)
 
 
@@ -41,9 +39,7 @@ def demo(
 )
 def prototypes(
     image: Annotated[Path, typer.Argument(help="Image file.", show_default=False)],
-    model: Annotated[
-        str, typer.Option("--model", "-m", help="Checkpoint or adapter folder, or a Hub id.", show_default=False)
-    ],
+    model: Model,
     out: Annotated[Path, typer.Option(help="PNG to write.", show_default=False)],
     top: Annotated[int | None, typer.Option(min=1, help="Show the largest; the others in the dark.")] = None,
     device: Device = None,
@@ -56,7 +52,7 @@ def prototypes(
         from sq_llava.images import open_image
 
         picture = open_image(image)
-        assistant = _load(model, device, dtype)
+        assistant = load_model(model, device, dtype)
         from sq_llava.prototypes import colour_of_rank, look, paint
 
         sight = look(assistant, picture)
@@ -66,14 +62,3 @@ def prototypes(
             red, green, blue = colour_of_rank(rank)
             console.print(f"[rgb({red},{green},{blue})]■[/] prototype {prototype}: {sight.shares[prototype]:.1%}")
     messages_console.print(f"Wrote {out}", markup=False, soft_wrap=True)
-
-
-def _load(model: str, device: str | None, dtype: str, load_in_4bit: bool = False, load_in_8bit: bool = False):
-    with messages_console.status("Loading the model"):
-        from transformers.utils import logging
-
-        from sq_llava.inference import load
-
-        logging.set_verbosity_error()
-        logging.disable_progress_bar()
-        return load(model, device, dtype, load_in_4bit, load_in_8bit)

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from sq_llava.console import errors_in_one_line, messages_console
+from sq_llava.model_options import Device, Dtype, LoadIn4Bit, LoadIn8Bit, ModelArgument, load_model
 
 
 LIMITS = {"rich_help_panel": "Limits"}
@@ -14,7 +15,7 @@ LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
 def serve(
-    model: Annotated[str, typer.Argument(help="Checkpoint or adapter folder, or a Hub id.", show_default=False)],
+    model: ModelArgument,
     host: Annotated[str, typer.Option(help="0.0.0.0 to be reached from other machines.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535)] = 8000,
     model_name: Annotated[str | None, typer.Option(help="What clients call it; default: the folder's name.")] = None,
@@ -35,10 +36,10 @@ def serve(
     allow_remote_images: Annotated[
         bool, typer.Option("--allow-remote-images", help="Fetch http(s) images, of public addresses only.", **LIMITS)
     ] = False,
-    device: Annotated[str | None, typer.Option(help="cuda, mps or cpu; default: the first of these there is.")] = None,
-    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
-    load_in_4bit: Annotated[bool, typer.Option("--load-in-4bit", help="Hold the towers in 4 bits.")] = False,
-    load_in_8bit: Annotated[bool, typer.Option("--load-in-8bit", help="Hold the towers in 8 bits.")] = False,
+    device: Device = None,
+    dtype: Dtype = "auto",
+    load_in_4bit: LoadIn4Bit = False,
+    load_in_8bit: LoadIn8Bit = False,
 ) -> None:
     """Serve a model to OpenAI clients, with images: http://HOST:PORT/v1."""
     with errors_in_one_line():
@@ -49,15 +50,9 @@ def serve(
             from sq_llava.serving.app import create_app
         except ModuleNotFoundError as error:
             raise ValueError(f"{error.name} is not installed: pip install 'sq-llava[serve]'.") from error
-        with messages_console.status("Loading the model"):
-            from transformers.utils import logging
+        assistant = load_model(model, device, dtype, load_in_4bit, load_in_8bit)
+        from sq_llava.serving.chat import Limits
 
-            from sq_llava.inference import load
-            from sq_llava.serving.chat import Limits
-
-            logging.set_verbosity_error()
-            logging.disable_progress_bar()
-            assistant = load(model, device, dtype, load_in_4bit, load_in_8bit)
         limits = Limits(
             max_body_bytes=int(max_body_mb * 1e6),
             max_images=max_images,

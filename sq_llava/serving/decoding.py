@@ -24,6 +24,7 @@ from transformers import (
 )
 
 from modeling_sq_llava import SQLlavaForConditionalGeneration
+from sq_llava.prefix_cache import pad_left
 
 
 # Below it, the likeliest token has all the probability; and scores divided by less overflow.
@@ -173,14 +174,12 @@ class Batch:
         """Runs the prompts in one pass, and adds the rows of each."""
         if not prompts:
             return
-        length = max(len(prompt.input_ids) for prompt in prompts)
-        spare = torch.tensor([length - len(prompt.input_ids) for prompt in prompts])
-        mask = (torch.arange(length) >= spare.unsqueeze(1)).long().to(self.model.device)
         # What stands in the padding is not seen, but must be no image's placeholder: no prompt ends with one.
-        padded = [prompt.input_ids[-1:] * (length - len(prompt.input_ids)) + prompt.input_ids for prompt in prompts]
+        input_ids, mask = pad_left([prompt.input_ids for prompt in prompts], prompts[0].input_ids[-1])
+        mask = mask.to(self.model.device)
         pixel_values = [prompt.pixel_values for prompt in prompts if prompt.pixel_values is not None]
         outputs = self.model(
-            input_ids=torch.tensor(padded, device=self.model.device),
+            input_ids=input_ids.to(self.model.device),
             pixel_values=torch.cat(pixel_values).to(self.model.device) if pixel_values else None,
             attention_mask=mask,
             position_ids=(mask.cumsum(dim=1) - 1).clamp_min(0),
