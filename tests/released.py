@@ -438,3 +438,14 @@ def write_llava_hf(
     processor |= {"num_additional_image_tokens": 1, "vision_feature_select_strategy": "default"}
     _write_json(folder / "processor_config.json", processor)
     return folder
+
+
+# What writes a checkpoint of each layout.
+WRITERS = {
+    "sq_llava_lora": write_sq_llava_lora,
+    "sq_llava": write_sq_llava_merged,
+    "projector": write_projector,
+    "llava": write_llava,
+    "llava_lora": write_llava_lora,
+    "llava_hf": write_llava_hf,
+}

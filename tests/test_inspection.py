@@ -178,19 +178,9 @@ def test_lora_release_has_its_ranks_and_alphas_by_tower(tmp_path):
     ]
 
 
-WRITERS = {
-    "sq_llava_lora": released.write_sq_llava_lora,
-    "sq_llava": released.write_sq_llava_merged,
-    "projector": released.write_projector,
-    "llava": released.write_llava,
-    "llava_lora": released.write_llava_lora,
-    "llava_hf": released.write_llava_hf,
-}
-
-
-@pytest.mark.parametrize("kind", WRITERS)
+@pytest.mark.parametrize("kind", released.WRITERS)
 def test_each_released_layout_is_known_and_each_weight_has_a_part(tmp_path, kind):
-    inspection = inspect(WRITERS[kind](tmp_path / "folder"))
+    inspection = inspect(released.WRITERS[kind](tmp_path / "folder"))
     assert inspection.sound
     assert inspection.kind == kind
     assert "other" not in inspection.parts

@@ -78,26 +78,16 @@ def parts(tmp_path_factory) -> tuple[Path, Path]:
     return released.write_language_model(root / "base"), released.write_clip(root / "clip")
 
 
-WRITERS = {
-    "sq_llava_lora": released.write_sq_llava_lora,
-    "sq_llava": released.write_sq_llava_merged,
-    "projector": released.write_projector,
-    "llava": released.write_llava,
-    "llava_lora": released.write_llava_lora,
-    "llava_hf": released.write_llava_hf,
-}
-
-
 def write_source(kind: str, folder: Path, parts: tuple[Path, Path], **options) -> tuple[Layout, Reference, Path]:
     """A released checkpoint as it is recognised, its reference, and where its tokenizer is."""
     base, vision = parts
     if kind == "llava_hf":
-        folder = WRITERS[kind](folder, **options)
+        folder = released.WRITERS[kind](folder, **options)
         return recognise(str(folder)), read_reference(folder), folder
     if kind in ("sq_llava", "llava"):
-        folder = WRITERS[kind](folder, vision=vision, **options)
+        folder = released.WRITERS[kind](folder, vision=vision, **options)
         return recognise(str(folder)), read_reference(folder, vision=vision), folder
-    folder = WRITERS[kind](folder, base=base, vision=vision, **options)
+    folder = released.WRITERS[kind](folder, base=base, vision=vision, **options)
     return recognise(str(folder)), read_reference(folder, base, vision), base
 
 
@@ -122,7 +112,7 @@ def change(folder: Path, name: str, by: float = 0.05) -> None:
     save_file(weights, file, metadata={"format": "pt"})
 
 
-@pytest.mark.parametrize("kind", WRITERS)
+@pytest.mark.parametrize("kind", released.WRITERS)
 def test_each_layout_passes(kind, parts, tmp_path):
     layout, reference, tokenizer = write_source(kind, tmp_path / "source", parts)
     assert layout.kind == kind
