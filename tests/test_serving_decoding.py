@@ -156,6 +156,13 @@ def test_pieces_of_any_tokens_are_the_whole_text(name, numbers):
     assert pieces_of(tokenizer, ids)[0] == whole.strip()
 
 
+def test_space_after_a_special_token_is_kept():
+    tokenizer = TOKENIZERS["llama"]
+    word = tokenizer("p", add_special_tokens=False).input_ids
+    ids = word + [tokenizer.unk_token_id] + word
+    assert pieces_of(tokenizer, ids)[0] == tokenizer.decode(ids, skip_special_tokens=True) == "p p"
+
+
 @settings(max_examples=100, deadline=None)
 @given(name=st.sampled_from(sorted(TOKENIZERS)), text=st.text(max_size=20))
 def test_pieces_of_any_text_are_that_text(name, text):

@@ -73,8 +73,12 @@ class RowText:
         if now.endswith("\N{REPLACEMENT CHARACTER}") and not is_last:
             return
         searched_from = max(0, len(self.text) - max(map(len, self.stop), default=0))
-        self.text += now[len(before) :]
-        self.begin, self.end = self.end, len(self.ids)
+        piece = now[len(before) :]
+        self.text += piece
+        # A token without text, such as a special one, tells the next nothing: both are decoded with the one before.
+        if piece:
+            self.begin = self.end
+        self.end = len(self.ids)
         found = [place for stop in self.stop if (place := self.text.find(stop, searched_from)) >= 0]
         if found:
             self.text = self.text[: min(found)]
