@@ -159,7 +159,7 @@ def test_pieces_of_any_tokens_are_the_whole_text(name, numbers):
 def test_space_after_a_special_token_is_kept():
     tokenizer = TOKENIZERS["llama"]
     word = tokenizer("p", add_special_tokens=False).input_ids
-    ids = word + [tokenizer.unk_token_id] + word
+    ids = [*word, tokenizer.unk_token_id, *word]
     assert pieces_of(tokenizer, ids)[0] == tokenizer.decode(ids, skip_special_tokens=True) == "p p"
 
 

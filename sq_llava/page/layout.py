@@ -252,7 +252,7 @@ def _sliders() -> list[gr.Slider]:
     }
     with gr.Accordion("Settings", open=False):
         return [
-            gr.Slider(low, high, value=setting.default, step=step, label=label)
+            gr.Slider(low, high, value=setting.default, step=step, label=label, precision=0 if step == 1 else None)
             for setting in fields(Settings)
             for low, high, step, label in [ranges[setting.name]]
         ]
