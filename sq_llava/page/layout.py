@@ -124,10 +124,10 @@ class Page:
             turns = values[0]
             yield values
         for _ in range(settings.num_questions):
+            before = questions
             for asked in speak(self.assistant, turns, "vusr", settings):
-                yield shown(turns, [*questions, asked[-1].text])
-            questions = list(dict.fromkeys([*questions, asked[-1].text]))
-        yield shown(turns, questions)
+                questions = list(dict.fromkeys([*before, asked[-1].text]))
+                yield shown(turns, questions)
 
     def _converse(self, box: dict, turns: list[Turn], settings: Settings) -> Iterator[tuple]:
         for values in self._begin(box, turns, settings):
