@@ -185,12 +185,16 @@ def test_it_talks_to_itself_for_three_turns_at_first(visitor, photo):
 def test_sliders_that_are_moved_are_heeded(visitor, photo, assistant):
     visitor.upload(photo)
     visitor.press("Settings ▼")
-    for label, key in (
-        ("Turns of talking to itself", "Home"),
-        ("Longest answer or question, in tokens", "End"),
-        ("Temperature of answers; 0 is greedy", "End"),
+    for label, key, value in (
+        ("Turns of talking to itself", "Home", "1"),
+        ("Longest answer or question, in tokens", "End", "1024"),
+        ("Temperature of answers; 0 is greedy", "End", "2"),
     ):
         visitor.page.get_by_role("slider", name=label).press(key)
+        visitor.page.wait_for_function(
+            "([label, value]) => document.querySelector(`[aria-label='number input for ${label}']`).value == value",
+            arg=[label, value],
+        )
     visitor.press("Let it talk to itself")
     visitor.page.wait_for_function("document.querySelectorAll('[data-testid=bot]').length == 2")
     assert visitor.page.get_by_text("What is number 1?").count() == 0
