@@ -31,7 +31,13 @@ class Asked:
     stopped: str | None = None
 
 
-def ask_all(client: ChatClient, items: Mapping[str, Item], work: Callable[[Item], Any], description: str) -> Asked:
+def ask_all(
+    client: ChatClient,
+    items: Mapping[str, Item],
+    work: Callable[[Item], Any],
+    description: str,
+    batch: bool = False,
+) -> Asked:
     """
     Args:
         work (`Callable`): Asks about one item, in threads. Whatever it gives must follow from the item and the
