@@ -10,6 +10,7 @@ taken; CMYK, palette and grey images are converted; 16-bit grey levels are scale
 transparency is dropped, as transformers' image processors do. Floating-point pixels have no agreed range: refused.
 """
 
+import base64
 import io
 import struct
 import warnings
@@ -95,6 +96,15 @@ def squared(image: Image.Image, image_processor) -> Image.Image:
         image = square
     side = image_processor.size["shortest_edge"]
     return image.resize((side, side), image_processor.resample)
+
+
+def jpeg_data_url(image: Image.Image, longest_side: int, quality: int) -> str:
+    """An RGB image as `data:image/jpeg;base64,...`, made smaller where it is larger than that."""
+    image = image.copy()
+    image.thumbnail((longest_side, longest_side))
+    file = io.BytesIO()
+    image.save(file, "JPEG", quality=quality)
+    return f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
 def image_name(image: str | Path | dict[str, Any] | Image.Image) -> str:
