@@ -59,12 +59,16 @@ class Shard:
 
 @dataclass(frozen=True)
 class Rejected:
-    """What was made and left out: at which step, by which rule (a short name, which is counted), and its text."""
+    """
+    What was made and left out: at which step, by which rule (a short name, which is counted), its text, and its scores
+    if it has any.
+    """
 
     id: str
     step: str
     reason: str
     text: str
+    scores: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -74,7 +78,7 @@ class Card:
         title (`str`): Of the data set.
         summary (`str`): What it was made of, and how.
         settings (`dict`): What it takes to make it again; the command, models and hashes.
-        shares (`Sequence[str]`): Keys of the rows whose values are counted.
+        shares (`Sequence[str]`): Keys of the rows whose values are counted; a list has one for each turn.
         not_checked (`Sequence[str]`): What a reader may take for granted, but should not.
     """
 
@@ -133,7 +137,7 @@ def write_output(
         llava.write("[]\n" if separator == "[\n" else "\n]\n")
     with _new(out, shard.name("rejected.jsonl"), shard) as file:
         file.writelines(
-            _json({"id": each.id, "step": each.step, "reason": each.reason, "text": each.text}) + "\n"
+            _json({"id": each.id, "step": each.step, "reason": each.reason, "text": each.text, **each.scores}) + "\n"
             for each in rejected
         )
     with _new(out, shard.name("failures.jsonl"), shard) as file:
@@ -176,7 +180,7 @@ def _card(out: Path, shard: Shard, card: Card) -> str:
         num_turns += len(row["messages"]) // 2
         images.update(row["images"])
         for name, counts in shares.items():
-            counts[row[name]] += 1
+            counts.update(row[name] if isinstance(row[name], list) else [row[name]])
     reasons = Counter(f"{each['step']}: {each['reason']}" for each in read_lines(_files(out, "rejected.jsonl", shard)))
     num_failures = sum(1 for _ in read_lines(_files(out, "failures.jsonl", shard)))
     lines = [
@@ -189,8 +193,8 @@ def _card(out: Path, shard: Shard, card: Card) -> str:
     if shard.count > 1:
         lines.append(f"{len(data)} of {shard.count} shards are there.")
     for name, counts in shares.items():
-        lines += ["", f"| {name} | rows | share |", "|---|---|---|"]
-        lines += [f"| {value} | {count:,} | {count / num_rows:.1%} |" for value, count in counts.most_common()]
+        lines += ["", f"| {name} | number | share |", "|---|---|---|"]
+        lines += [f"| {value} | {count:,} | {count / counts.total():.1%} |" for value, count in counts.most_common()]
     lines += ["", f"Left out: {sum(reasons.values()):,} by the rules below; {num_failures:,} could not be made."]
     if reasons:
         lines += ["", "| step: reason | number |", "|---|---|"]
