@@ -213,7 +213,7 @@ class ChatClient:
         Raises:
             ChatStopped: once the requests under way have been answered and kept; likewise what else `work` raises.
         """
-        with ThreadPoolExecutor(self.settings.concurrency) as pool, self._bar() as progress:
+        with ThreadPoolExecutor(self.settings.concurrency) as pool, self.bar() as progress:
             bar = progress.add_task(description, total=len(items), spent=self.budget.describe())
             futures = {pool.submit(work, item): id for id, item in items.items()}
             try:
@@ -259,7 +259,8 @@ class ChatClient:
         """Servers put the key that they were sent into their errors."""
         return str(error).replace(self.api.api_key, "[OPENAI_API_KEY]")[:500]
 
-    def _bar(self) -> Progress:
+    def bar(self) -> Progress:
+        """A progress bar whose tasks have a field `spent`."""
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         return Progress(*columns, TextColumn("{task.fields[spent]}"), console=Console(stderr=True), transient=True)
 
@@ -410,10 +411,18 @@ class Budget:
                     f"stopped by {self._settings.option_prefix}max-requests {max_requests}. Raise it and run again: "
                     "what was answered is kept."
                 )
-            self.num_requests += 1
-            self._reserved_tokens += tokens
-            self._reserved_cost += cost
-            self._num_under_way += 1
+            self._hold(tokens, cost)
+
+    def hold(self, prompt_tokens: int, completion_tokens: int) -> None:
+        """Sets aside what a request can take that is under way already."""
+        with self._changed:
+            self._hold(prompt_tokens + completion_tokens, self._settings.price(prompt_tokens, completion_tokens))
+
+    def _hold(self, tokens: int, cost: float) -> None:
+        self.num_requests += 1
+        self._reserved_tokens += tokens
+        self._reserved_cost += cost
+        self._num_under_way += 1
 
     def settle(self, most: tuple[int, int], used: tuple[int, int]) -> None:
         with self._changed:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from sq_llava.chat_batches import ask_in_batches
 from sq_llava.chat_client import ChatClient, ChatFailure, ChatRequest, ChatStopped, NotAsked
 
 
@@ -53,13 +54,15 @@ def ask_all(
             failures[id] = str(error)
 
     try:
-        for _ in client.work_on({id: id for id in items}, attempt, description):
-            pass
+        if batch:
+            _fill_by_batches(client, items, work, description, failures)
+        else:
+            for _ in client.work_on({id: id for id in items}, attempt, description):
+                pass
     except ChatStopped as stop:
         stopped = str(stop)
     except KeyboardInterrupt:
         stopped = "stopped by Ctrl-C. Run again: what was answered is kept."
-    client.reads_only = True
     results, missing = read_all(client, items, work)
     failures = {id: failures[id] for id in missing if id in failures}
     return Asked(results, failures, len(missing) - len(failures), stopped)
@@ -70,9 +73,30 @@ def read_all(
 ) -> tuple[dict[str, Any], dict[str, ChatRequest]]:
     """Results on the journal alone; and of items that lack an answer, the first request that has none."""
     results, missing = {}, {}
-    for id, item in items.items():
-        try:
-            results[id] = work(item)
-        except NotAsked as error:
-            missing[id] = error.request
+    before, client.reads_only = client.reads_only, True
+    try:
+        for id, item in items.items():
+            try:
+                results[id] = work(item)
+            except NotAsked as error:
+                missing[id] = error.request
+    finally:
+        client.reads_only = before
     return results, missing
+
+
+def _fill_by_batches(
+    client: ChatClient,
+    items: Mapping[str, Item],
+    work: Callable[[Item], Any],
+    description: str,
+    failures: dict[str, str],
+) -> None:
+    """The requests that stand next for all items go up together, until there are none; adds to `failures`."""
+    while True:
+        missing = read_all(client, items, work)[1]
+        requests = {request.key: request for id, request in missing.items() if id not in failures}
+        if not requests:
+            return
+        errors = ask_in_batches(client, requests, description)
+        failures |= {id: errors[request.key] for id, request in missing.items() if request.key in errors}

@@ -46,4 +46,5 @@ def print_estimate(estimate) -> None:
         f"{estimate.num_requests:,} requests, about {estimate.prompt_tokens:,} tokens of prompts and at most "
         f"{estimate.completion_tokens:,} of answers{cost}. Nothing was asked.",
         highlight=False,
+        soft_wrap=True,
     )
