@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sq_llava.chat_client import ChatClient, ChatRequest, Messages
-from sq_llava.generation.asking import Asked, ask_all
+from sq_llava.generation.asking import Asked, ask_all, read_all
 from sq_llava.images import jpeg_data_url, open_image
 
 
@@ -44,7 +44,10 @@ def read_prompt(folder: Path) -> str:
 
 
 def judge_turns(client: ChatClient, prompt: str, exhibits: Mapping[str, Exhibit]) -> Asked:
-    """Whether each turn is accepted, by its id; `None` if the judge's answer could not be read in `ATTEMPTS`."""
+    """
+    Whether each turn is accepted, by its id; `None` if the judge's answer could not be read in `ATTEMPTS`. A client
+    that only reads asks nothing.
+    """
 
     def judge(exhibit: Exhibit) -> bool | None:
         messages = as_messages(prompt, exhibit)
@@ -54,6 +57,9 @@ def judge_turns(client: ChatClient, prompt: str, exhibits: Mapping[str, Exhibit]
                 return WORDS[word]
         return None
 
+    if client.reads_only:
+        results, missing = read_all(client, exhibits, judge)
+        return Asked(results, {}, len(missing))
     return ask_all(client, exhibits, judge, "Judging")
 
 

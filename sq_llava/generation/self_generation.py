@@ -122,6 +122,7 @@ def generate(run: SelfGeneration) -> Made | None:
     lines, failures, num_open = read_work(run, pictures)
     outcomes = filter_turns(as_turns(run, lines), run.filters)
     if client is not None:
+        client.reads_only = stopped is not None
         outcomes, asked = judge(run, client, outcomes)
         failures |= asked.failures
         num_open, stopped = num_open + asked.num_open, stopped or asked.stopped
@@ -323,7 +324,7 @@ def estimate(run: SelfGeneration) -> tuple[int, int, Estimate | None]:
     as far as they are known, else of all that can be asked.
     """
     pictures = read_images(run)
-    lines, _, _ = read_work(run, pictures)
+    lines = read_work(run, pictures)[0] if run.progress.is_dir() else {}
     if run.judge is None:
         return len(pictures), len(pictures) - len(lines), None
     client = ChatClient(run.judge, run.out / run.shard.name("answers.jsonl"), reads_only=True)
