@@ -260,7 +260,7 @@ class PhraseJournal:
     def append(self, found: Iterator[tuple[int, Sequence[str]]]) -> Iterator[int]:
         """Writes down the phrases of one row after another, and yields the row."""
         self._drop_cut_line()
-        with self.own.open("ab", buffering=2**16) as file:
+        with self.own.open("ab", buffering=0) as file:
             for row, phrases in found:
                 file.write((json.dumps([row, phrases], ensure_ascii=False) + "\n").encode())
                 yield row

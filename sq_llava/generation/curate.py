@@ -170,7 +170,6 @@ def repair_all(repairer: Repairer | None, described: Asked) -> Asked:
         return Asked(texts, {}, 0)
     if described.stopped is None:
         return ask_all(repairer.client, texts, repairer.repair, "Repairing", repairer.batch)
-    repairer.client.reads_only = True
     results, missing = read_all(repairer.client, texts, repairer.repair)
     return Asked(results, {}, len(missing))
 

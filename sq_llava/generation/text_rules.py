@@ -30,7 +30,7 @@ REFUSAL = re.compile(
     r"|\bi( am|['\u2019]m) (an? (ai|artificial|language)|unable|not able|not allowed)\b"
     r"|\bi (cannot|can ?not|can['\u2019]t|could not|couldn['\u2019]t|won['\u2019]t|will not|do not|don['\u2019]t) "
     r"(actually |directly |really )?"
-    r"(see|view|access|open|process|describe|identify|assist|help|comment|have|provide)\b"
+    r"(see|view|access|open|process|describe|identify|assist|help (you|with)|comment|provide)\b"
     r"|\bno image (was|is|has been|can be) (given|provided|attached|uploaded|seen)\b",
     re.IGNORECASE,
 )
