@@ -166,9 +166,10 @@ def test_text_that_breaks_a_rule_is_left_out_with_its_reason(kind, text, reason,
     "text",
     [
         "**Question 1:** What is it?\n**Answer:** A boat.",
-        "1. Question: What is it?\nAnswer: A boat.".removeprefix("1. "),
+        "Question 1. What is it?\nAnswer 1. A boat.",
         "question: What is it?\n\nANSWER : A boat.\n",
         "- Question: What is it?\n- Answer: A boat.",
+        "Sure! Here is one:\n\n---\nQuestion: What is it?\nAnswer: A boat.",
         "### Question: What is it?\n### Answer: A boat.",
     ],
 )

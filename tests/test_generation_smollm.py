@@ -62,7 +62,9 @@ def test_small_model_writes_rows_and_every_text_is_kept_or_left_out_with_a_reaso
     source = tmp_path / "scenes.jsonl"
     source.write_text("".join(json.dumps(scene) + "\n" for scene in scenes))
     out = tmp_path / "out"
-    arguments = ["generate-data", "llava", str(source), "--model", "smollm2", "--out", str(out), "--max-tokens", "96"]
+    arguments = ["generate-data", "llava", str(source), "--model", "smollm2", "--out", str(out), "--max-tokens", "64"]
+    # One at a time, as the server answers, and with time enough on a slow machine: none is asked for again.
+    arguments += ["--concurrency", "1", "--timeout", "600"]
     with chat_server(answer_with(*smollm)) as server:
         result = CliRunner().invoke(app, [*arguments, "--base-url", server.url])
         assert result.exit_code == 0, result.output

@@ -32,6 +32,7 @@ from sq_llava.generation.options import (
     Seed,
     ShardOption,
     Temperature,
+    Timeout,
     print_estimate,
 )
 from sq_llava.generation.self_command import generate_self
@@ -45,8 +46,10 @@ app = typer.Typer(
 )
 
 
-def print_outcome(asked, out: Path) -> None:
+def print_outcome(made, out: Path) -> None:
     """How a run ended. Exit code 1: there is more to be asked, or some of it failed."""
+    asked = made.asked
+    console.print(f"{made.num_rows:,} rows of {len(asked.results):,} texts", highlight=False)
     messages_console.print(f"Wrote {out}", markup=False, soft_wrap=True)
     if asked.failures:
         messages_console.print(
@@ -91,6 +94,7 @@ def llava(
     temperature: Temperature = 0.7,
     max_tokens: MaxTokens = 1024,
     concurrency: Concurrency = 8,
+    timeout: Timeout = 120.0,
     max_requests: MaxRequests = None,
     max_total_tokens: MaxTotalTokens = None,
     max_cost: MaxCost = None,
@@ -110,6 +114,7 @@ def llava(
             temperature=temperature,
             max_tokens=max_tokens,
             concurrency=concurrency,
+            timeout=timeout,
             max_requests=max_requests,
             max_total_tokens=max_total_tokens,
             max_cost=max_cost,
@@ -132,8 +137,8 @@ def llava(
         if dry_run:
             print_estimate(making.estimate(settings))
             return
-        asked = making.generate(settings, shlex.join(["sq-llava", *sys.argv[1:]]))
-    print_outcome(asked, out)
+        made = making.generate(settings, shlex.join(["sq-llava", *sys.argv[1:]]))
+    print_outcome(made, out)
 
 
 @app.command(epilog=examples("sq-llava generate-data prompts llava my-prompts"))

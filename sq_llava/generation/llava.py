@@ -207,8 +207,9 @@ def read_answer(task: Task, text: str) -> tuple[dict[str, Any] | None, list[Reje
     The row that the model's text makes, if it makes one, and what of it was left out. A conversation ends before the
     first turn that breaks a rule: what follows may refer to it.
     """
+    text = text.rpartition("</think>")[2].strip()  # what a server does not take out by itself
     if task.kind == "detail":
-        turns = [(task.question, text.strip())]
+        turns = [(task.question, text)]
     else:
         try:
             turns = parse_turns(text)
@@ -248,7 +249,15 @@ def estimate(settings: LlavaSettings) -> Estimate:
     return client.estimate(request for request in requests if client.journal.get(request.key) is None)
 
 
-def generate(settings: LlavaSettings, command: str) -> Asked:
+@dataclass(frozen=True)
+class Made:
+    """What a run came to: what was asked, and how many rows all texts that are there make."""
+
+    asked: Asked
+    num_rows: int
+
+
+def generate(settings: LlavaSettings, command: str) -> Made:
     """
     Asks for each row and writes the folder, as far as it comes.
 
@@ -266,25 +275,12 @@ def generate(settings: LlavaSettings, command: str) -> Asked:
     asked = ask_all(
         client, tasks, lambda task: client.complete(messages_of(task, prompts)), "Asking", batch=settings.batch
     )
-    rejected: list[Rejected] = []
-    write_output(
-        settings.out,
-        settings.shard,
-        _rows(tasks, asked.results, rejected),
-        rejected,
-        asked.failures,
-        _card(about | {"answered by": ", ".join(client.report()["answered_by"])}),
-    )
-    return asked
-
-
-def _rows(tasks: Mapping[str, Task], texts: Mapping[str, str], rejected: list[Rejected]) -> Iterator[dict[str, Any]]:
-    """The rows of all texts; adds to `rejected` what is left out."""
-    for id, text in texts.items():
-        row, left_out = read_answer(tasks[id], text)
-        rejected += left_out
-        if row is not None:
-            yield row
+    read = [read_answer(tasks[id], text) for id, text in asked.results.items()]
+    rows = [row for row, _ in read if row is not None]
+    rejected = [each for _, left_out in read for each in left_out]
+    card = _card(about | {"answered by": ", ".join(client.report()["answered_by"])})
+    write_output(settings.out, settings.shard, rows, rejected, asked.failures, card)
+    return Made(asked, len(rows))
 
 
 def describe_run(settings: LlavaSettings, prompts: Prompts, command: str) -> dict[str, Any]:

@@ -28,6 +28,7 @@ BaseUrl = Annotated[
 Temperature = Annotated[float, typer.Option(min=0, help="1 for models that take no other.", **SERVER)]
 MaxTokens = Annotated[int, typer.Option(min=1, help="Of an answer, thoughts included.", **SERVER)]
 Concurrency = Annotated[int, typer.Option(min=1, help="Requests at a time.", **SERVER)]
+Timeout = Annotated[float, typer.Option(min=1, help="Seconds for one answer; then it is asked again.", **SERVER)]
 MaxRequests = Annotated[int | None, typer.Option(min=0, help="Of all runs of a shard into --out.", **SERVER)]
 MaxTotalTokens = Annotated[
     int | None, typer.Option(min=0, help="Of all runs of a shard into --out, prompts and answers.", **SERVER)

@@ -16,6 +16,8 @@ Turn = tuple[str, str]
 
 # A line may begin so; models like to number and to print bold.
 _LABEL = re.compile(r"^[ \t]*[*#>\-]*[ \t]*(question|answer)[ \t]*\d*[ \t]*\**[ \t]*[:.][ \t]*\**", re.I | re.M)
+# Such as "Here is the conversation:".
+_PREAMBLE = re.compile(r"\s*(?:[^\n]*:\W*)?|\W*")
 # Each of these speaks of what the model read in place of the image, and whoever sees the image knows nothing of.
 _SOURCES = re.compile(
     r"\bcaptions?\b|\bbounding[ -]?box|\bcoordinates?\b|\bannotations?\b|\[\s*[01]?\.\d+|"
@@ -42,7 +44,7 @@ def parse_turns(text: str) -> list[Turn]:
         ValueError: with the rule that the text breaks: `unparsable` or `no alternation`.
     """
     found = list(_LABEL.finditer(text))
-    if not found or text[: found[0].start()].strip(" \t\r\n*#-=`"):
+    if not found or not _PREAMBLE.fullmatch(text[: found[0].start()]):
         raise ValueError("unparsable")
     labels = [each[1].lower() for each in found]
     if labels != ["question", "answer"] * (len(labels) // 2):
