@@ -355,7 +355,14 @@ class Journal:
             whole = content[: content.rfind(b"\n") + 1]
             if len(whole) < len(content):  # a kill has cut the last line off
                 path.write_bytes(whole)
-            self._lines = {line["key"]: line for line in map(json.loads, whole.splitlines())}
+            for number, line in enumerate(whole.splitlines(), 1):
+                try:
+                    line = json.loads(line)
+                except ValueError as error:
+                    raise ValueError(
+                        f"{path}, line {number}: cannot be read as JSON: {error}. Remove the line: it is asked again."
+                    ) from error
+                self._lines[line["key"]] = line
 
     def get(self, key: str) -> dict[str, Any] | None:
         return self._lines.get(key)

@@ -66,6 +66,12 @@ def test_stream_that_is_cut_off_is_asked_for_again(tmp_path):
     assert len(server.requests) == 2
 
 
+def test_broken_journal_is_told_by_its_line(tmp_path):
+    (tmp_path / "answers.jsonl").write_text('{"key": "a", "prompt_tokens": 1, "completion_tokens": 1}\n\0\0\n')
+    with pytest.raises(ValueError, match=r"answers.jsonl, line 2: cannot be read as JSON: .* Remove the line"):
+        ChatClient(ChatSettings("writer"), tmp_path / "answers.jsonl")
+
+
 def test_results_are_in_the_order_of_the_items_whatever_came_first(tmp_path):
     def reply(request, number):
         text = request["messages"][-1]["content"]

@@ -116,6 +116,14 @@ def test_own_examples_pass_their_own_rules(kind):
             assert [fault_of(turn, kind, turns[:place]) for place, turn in enumerate(turns)] == [None] * len(turns)
 
 
+def test_conversation_that_is_cut_off_keeps_its_whole_turns(tmp_path):
+    with chat_server(lambda request, number: CONVERSATION + "\n\nQuestion: How many") as server:
+        run(tmp_path, server, "--shares", "conversation=1", num=1)
+    [row] = lines_of(tmp_path / "out" / "data.jsonl")
+    [line] = lines_of(tmp_path / "out" / "rejected.jsonl")
+    assert len(row["messages"]) == 4 and line["reason"] == "question or answer missing"
+
+
 def test_conversation_ends_before_a_turn_that_breaks_a_rule(tmp_path):
     bad = CONVERSATION + "\nQuestion: Who owns it?\nAnswer: That cannot be determined.\nQuestion: Why?\nAnswer: So."
     with chat_server(lambda request, number: bad) as server:
@@ -134,9 +142,9 @@ def test_conversation_ends_before_a_turn_that_breaks_a_rule(tmp_path):
         ("conversation", "It is a boat.", "unparsable"),
         ("conversation", "Sure! Here it is.\nQuestion: What?\nAnswer: A boat.", "unparsable"),
         ("conversation", "Question: What?\nQuestion: Where?\nAnswer: Here.", "no alternation"),
-        ("conversation", "Question: What?\nAnswer: A boat.\nQuestion: Where?", "no alternation"),
         ("conversation", "Answer: A boat.\nQuestion: What?", "no alternation"),
-        ("conversation", "Question: What?\nAnswer:", "too short"),
+        ("conversation", "Question: What?\nAnswer:", "question or answer missing"),
+        ("conversation", "Question: What?\nAnswer: It is a boat that", "unfinished"),
         ("conversation", "Question: What?\nAnswer: The caption says a boat.", "mentions its sources"),
         ("conversation", "Question: Which bounding box?\nAnswer: The left one.", "mentions its sources"),
         ("conversation", "Question: Where?\nAnswer: At [0.1, 0.2, 0.3, 0.4].", "mentions its sources"),
@@ -270,6 +278,13 @@ def test_edited_copy_of_the_prompts_is_used(tmp_path):
         read_prompts(copy)
 
 
+@pytest.mark.parametrize("command", ["llava", "captions", "curate", "self", "prompts"])
+def test_help_has_examples(command):
+    result = CliRunner().invoke(app, ["generate-data", command, "--help"], env={"COLUMNS": "119"})
+    assert result.exit_code == 0
+    assert f"sq-llava generate-data {command} " in result.output.partition("Examples:")[2]
+
+
 def test_dry_run_asks_and_writes_nothing_and_needs_no_key(tmp_path, monkeypatch):
     monkeypatch.delenv("OPENAI_API_KEY")
     prices = ["--input-price", 2.5, "--output-price", 10]
@@ -343,6 +358,32 @@ def test_failures_and_caps_are_told_and_mended_by_the_same_command(tmp_path):
     assert len(server.requests) == 13
     assert len(lines_of(tmp_path / "out" / "data.jsonl")) == 12
     assert (tmp_path / "out" / "failures.jsonl").read_text() == ""
+
+
+def test_server_that_fails_in_all_ways_gives_the_same_files_in_the_end(tmp_path):
+    failures = [
+        Reply(status=429, headers={"Retry-After": "0.1"}, body="{}"),
+        Reply(status=500, body="oops"),
+        Reply("late", seconds=1.5),
+        Reply(closes=True),
+        Reply("cut off", cuts=True),
+        Reply(body='{"choices": [{"mess'),  # an answer that was paid, and that nobody can read
+    ]
+
+    def flaky(request, number):
+        place = int(request["messages"][-1]["content"].partition("number ")[2].partition(".")[0])
+        return failures[place % 6] if number == 0 else write(request, number)
+
+    (tmp_path / "whole").mkdir()
+    with chat_server(write) as server:
+        run(tmp_path / "whole", server)
+    with chat_server(flaky) as server:
+        result = run(tmp_path, server, "--timeout", 1)
+        assert result.exit_code == 1 and "2 failed" in result.stderr
+        assert run(tmp_path, server).exit_code == 0
+        assert len(server.requests) == 24
+    for name in ("data.jsonl", "llava.json", "rejected.jsonl", "failures.jsonl"):
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / "out" / name).read_bytes()
 
 
 def test_batches_make_the_same_files(tmp_path):

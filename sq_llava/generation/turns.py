@@ -8,6 +8,7 @@ A rule has a short name, which is counted; rules know English alone.
 
 import re
 from collections.abc import Sequence
+from itertools import zip_longest
 
 from sq_llava.generation.text_rules import REFUSAL, is_unfinished
 
@@ -35,11 +36,15 @@ _UNSURE = re.compile(
 )
 # What a tokenizer may read as control.
 _CONTROL = re.compile(r"<image>|\[vusr\]|</?s>|<\|", re.I)
+# Of an answer that need not be a sentence.
+LONGEST_PHRASE = 3
 FEWEST_WORDS = {"conversation": 1, "detail": 30, "reasoning": 15}
 
 
 def parse_turns(text: str) -> list[Turn]:
     """
+    The turns of a text. A question that it ends with, as where it was cut off, has an empty answer.
+
     Raises:
         ValueError: with the rule that the text breaks: `unparsable` or `no alternation`.
     """
@@ -47,11 +52,11 @@ def parse_turns(text: str) -> list[Turn]:
     if not found or not _PREAMBLE.fullmatch(text[: found[0].start()]):
         raise ValueError("unparsable")
     labels = [each[1].lower() for each in found]
-    if labels != ["question", "answer"] * (len(labels) // 2):
+    if labels != (["question", "answer"] * len(labels))[: len(labels)]:
         raise ValueError("no alternation")
     ends = [*(each.start() for each in found[1:]), len(text)]
     pieces = [text[each.end() : end].strip(" \t\r\n*=`") for each, end in zip(found, ends)]
-    return list(zip(pieces[::2], pieces[1::2]))
+    return list(zip_longest(pieces[::2], pieces[1::2], fillvalue=""))
 
 
 def fault_of(turn: Turn, kind: str, earlier: Sequence[Turn] = ()) -> str | None:
@@ -59,7 +64,10 @@ def fault_of(turn: Turn, kind: str, earlier: Sequence[Turn] = ()) -> str | None:
     question, answer = turn
     # The requests for a description are the user's own.
     written = answer if kind == "detail" else f"{question}\n{answer}"
-    if not question or not answer or len(answer.split()) < FEWEST_WORDS[kind]:
+    if not question or not answer:
+        return "question or answer missing"
+    num_words = len(answer.split())
+    if num_words < FEWEST_WORDS[kind]:
         return "too short"
     if _CONTROL.search(written):
         return "control token"
@@ -69,7 +77,7 @@ def fault_of(turn: Turn, kind: str, earlier: Sequence[Turn] = ()) -> str | None:
         return "unsure"
     if REFUSAL.search(answer):
         return "refusal"
-    if kind != "conversation" and is_unfinished(answer):
+    if num_words > LONGEST_PHRASE and is_unfinished(answer):
         return "unfinished"
     if _normal(question) in {_normal(each) for each, _ in earlier}:
         return "asked twice"
