@@ -43,7 +43,7 @@ def read_prompt(folder: Path) -> str:
     return text
 
 
-def judge_turns(client: ChatClient, prompt: str, exhibits: Mapping[str, Exhibit]) -> Asked:
+def judge_turns(client: ChatClient, prompt: str, exhibits: Mapping[str, Exhibit], batch: bool = False) -> Asked:
     """
     Whether each turn is accepted, by its id; `None` if the judge's answer could not be read in `ATTEMPTS`. A client
     that only reads asks nothing.
@@ -60,7 +60,7 @@ def judge_turns(client: ChatClient, prompt: str, exhibits: Mapping[str, Exhibit]
     if client.reads_only:
         results, missing = read_all(client, exhibits, judge)
         return Asked(results, {}, len(missing))
-    return ask_all(client, exhibits, judge, "Judging")
+    return ask_all(client, exhibits, judge, "Judging", batch)
 
 
 def first_requests(client: ChatClient, prompt: str, exhibits: Mapping[str, Exhibit]) -> list[ChatRequest]:

@@ -23,6 +23,14 @@ from sq_llava.model_options import Device, Dtype, quiet_libraries
 FILTERS = {"rich_help_panel": "Filters: with others, the same command makes the set anew without a model"}
 
 
+JudgeMaxTotalTokens = Annotated[
+    int | None, typer.Option(min=0, help="Of all runs into --out, prompts and answers.", **JUDGE)
+]
+JudgeBatch = Annotated[
+    bool, typer.Option("--judge-batch", help="By the server's Batch API: slower, often cheaper.", **JUDGE)
+]
+
+
 def generate_self(
     images: Annotated[
         str,
@@ -73,9 +81,11 @@ def generate_self(
     judge_max_tokens: JudgeMaxTokens = 256,
     judge_concurrency: JudgeConcurrency = 8,
     judge_max_requests: JudgeMaxRequests = None,
+    judge_max_total_tokens: JudgeMaxTotalTokens = None,
     judge_max_cost: JudgeMaxCost = None,
     judge_input_price: JudgePrice = None,
     judge_output_price: JudgePrice = None,
+    judge_batch: JudgeBatch = False,
 ) -> None:
     """Images alone: a SQ-LLaVA asks about them, answers, and what passes the filters is kept."""
     with errors_in_one_line():
@@ -96,6 +106,7 @@ def generate_self(
                 max_tokens=judge_max_tokens,
                 concurrency=judge_concurrency,
                 max_requests=judge_max_requests,
+                max_total_tokens=judge_max_total_tokens,
                 max_cost=judge_max_cost,
                 input_price=judge_input_price,
                 output_price=judge_output_price,
@@ -122,6 +133,7 @@ def generate_self(
             shard=Shard.parse(shard),
             clip=clip,
             judge=judge,
+            judge_in_batches=judge_batch,
             prompts=prompts or self_generation.PROMPTS,
             dtype=dtype,
             device=device,

@@ -9,7 +9,8 @@ of an image is a conversation, with the scores of each turn. Beside the files of
     OUT/asked-*.jsonl, scored-*.jsonl, clip-*.jsonl    what the models gave for each image, as it came
 
 These and the judge's answers are all the state there is: a run that was killed goes on from them, and with other
-filters the same command makes the set anew without a model. What it does not do: know whether an answer is right.
+filters the same command makes the set anew without a model. Of `--shard i/n`, each shard is a set of its own to the
+filters that look at a whole set. What it does not do: know whether an answer is right.
 """
 
 import hashlib
@@ -18,7 +19,7 @@ import sys
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,7 @@ class SelfGeneration:
     shard: Shard = field(default_factory=Shard)
     clip: str | None = None
     judge: ChatSettings | None = None
+    judge_in_batches: bool = False
     prompts: Path = PROMPTS
     dtype: str = "auto"
     device: str | None = None
@@ -117,9 +119,9 @@ def generate(run: SelfGeneration) -> Made | None:
         if state.num_processes > 1:
             raise
         stopped = INTERRUPTED
+    lines, failures, num_open = read_work(run, pictures)
     if not state.is_main_process:
         return None
-    lines, failures, num_open = read_work(run, pictures)
     outcomes = filter_turns(as_turns(run, lines), run.filters)
     if client is not None:
         client.reads_only = stopped is not None
@@ -142,9 +144,9 @@ def read_images(run: SelfGeneration) -> list[Picture]:
     for picture in run.shard.take(read_pictures(run.images, run.image_root)[: run.limit]):
         if isinstance(picture.image, dict):
             raise ValueError(f"{run.images}, {picture.id}: the image stands in the table: save it as a file.")
-        # Of a data set, the path stands in the resolved root already.
-        path = Path(run.images).resolve() / Path(picture.image).name if Path(run.images).is_dir() else picture.image
-        path = Path(path)
+        path = Path(picture.image)
+        if isinstance(picture.image, Path):  # of a folder; in a data set's row, it stands in the resolved root
+            path = Path(run.images).resolve() / path.name
         if not path.is_relative_to(root) or not path.resolve().is_relative_to(root):
             raise ValueError(f"{run.images}: {path} leaves the image root {root}: copy it there.")
         content = path.read_bytes() if path.is_file() else b""  # it will be recorded as failed
@@ -190,7 +192,9 @@ def claim(run: SelfGeneration, state: PartialState) -> dict[str, Any]:
     return about
 
 
+@cache
 def clip_stem(run: SelfGeneration) -> str:
+    """Of the lines with the scores of this CLIP; one with other weights has its own."""
     return f"clip-{hash_of_model(run.clip)[:DIGEST_LETTERS]}"
 
 
@@ -260,7 +264,7 @@ def exhibits_of(run: SelfGeneration, outcomes: Sequence[Outcome]) -> dict[str, E
 
 def judge(run: SelfGeneration, client: ChatClient, outcomes: Sequence[Outcome]) -> tuple[list[Outcome], Asked]:
     """What the judge leaves of the outcomes; turns that it did not come to are in none of them."""
-    asked = judge_turns(client, read_prompt(run.prompts), exhibits_of(run, outcomes))
+    asked = judge_turns(client, read_prompt(run.prompts), exhibits_of(run, outcomes), run.judge_in_batches)
     judged = []
     for outcome in outcomes:
         if not outcome.is_kept:
