@@ -51,6 +51,7 @@ CHROMIUM = Path("/usr/bin/chromium")
         ("a phrase is repeated in a row", "A very very very small dog."),
         ("a sentence stands there twice", "A dog runs fast. It rains. a dog runs fast!"),
         ("its last sentence is unfinished", "A dog runs. Behind it"),
+        ("it ends in a question", "A dog runs. Do you want to know more?"),
     ],
 )
 def test_text_is_left_out_for_the_reason_that_it_has(reason, text):
@@ -270,6 +271,23 @@ def test_dry_run_asks_nothing_and_counts_what_is_left_at_most(photos, tmp_path):
         assert run(*options, "--limit", 4).exit_code == 0
         result = run(*options, "--dry-run")
     assert "2 requests" in result.stdout and "1 requests" in result.stdout
+
+
+def test_batches_make_the_same_set(photos, tmp_path):
+    (photos / "broken.png").unlink()
+    with chat_server(Painter(photos, {"1.png": SOUND})) as server:
+        for name, *more in (("singly",), ("batches", "--batch")):
+            options = with_server(server, photos, tmp_path / name, "--repair-model", "editor", *more)
+            assert run(*options).exit_code == 0
+    assert len(server.batches) == 3  # to describe, to go on, to repair
+    assert contents(tmp_path / "singly") == contents(tmp_path / "batches")
+
+
+def test_thoughts_that_a_server_leaves_in_are_taken_out(photos, tmp_path):
+    (photos / "broken.png").unlink()
+    with chat_server(Painter(photos, {"1.png": f"<think>What is it? Ah.</think>\n\n{LONG}"})) as server:
+        assert run(*with_server(server, photos, tmp_path / "out", "--limit", 2)).exit_code == 0
+    assert texts_of(tmp_path / "out")["1.png"] == LONG
 
 
 def test_shards_describe_each_image_once(photos, tmp_path):

@@ -398,10 +398,10 @@ def describe(settings: CaptionSettings, command: str) -> dict[str, Any]:
     return {
         "kind": "captions",
         "command": command,
-        "captions": str(settings.captions),
+        "captions": settings.captions.name,
         "captions_hash": captions_hash,
         "limit": settings.limit,
-        "spacy_model": settings.spacy_model,
+        "spacy_model": Path(settings.spacy_model).name,
         "seed": settings.seed,
         "instructions_hash": hashlib.sha256((settings.prompts / "instructions.txt").read_bytes()).hexdigest(),
     }
@@ -413,8 +413,8 @@ def card_of(about: dict[str, Any], choice: Choice) -> Card:
         summary=(
             f"Of {len(choice.taken):,} captions {choice.taken.sum():,}, so that no concept is too frequent. They have "
             f"{choice.num_phrases:,} different noun phrases, by spaCy; {choice.num_rare:,} of these are in fewer than "
-            f"{MIN_FREQUENCY} captions and chose none, {choice.num_capped:,} are in more than {MAX_CAPTIONS}, which "
-            "were drawn. Each caption answers an instruction that was drawn from a list."
+            f"{MIN_FREQUENCY} captions and chose none; of each of the {choice.num_capped:,} that are in more than "
+            f"{MAX_CAPTIONS}, so many captions were drawn. Each answers an instruction that was drawn from a list."
         ),
         settings=about,
         not_checked=("Whether a caption is true of its image, and whether the image can be opened.",),

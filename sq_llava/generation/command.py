@@ -258,6 +258,7 @@ def curate(
     temperature: Temperature = 0.0,
     max_tokens: MaxTokens = 1024,
     concurrency: Concurrency = 8,
+    timeout: Timeout = 120.0,
     max_requests: MaxRequests = None,
     max_total_tokens: MaxTotalTokens = None,
     max_cost: MaxCost = None,
@@ -285,7 +286,7 @@ def curate(
             quiet_libraries()
         part = Shard.parse(shard)
         texts = describing.Prompts.read(prompts or describing.PROMPTS)
-        common = {"temperature": temperature, "max_tokens": max_tokens, "concurrency": concurrency}
+        common = {"temperature": temperature, "max_tokens": max_tokens, "concurrency": concurrency, "timeout": timeout}
         if describer is not None:
             local = describing.DescribeSettings(short, max_new_tokens, batch_size, device, dtype)
             looks = describing.LocalDescriber(describer, local, texts, out / part.name("descriptions.jsonl"))

@@ -109,10 +109,10 @@ class ServerDescriber:
 
     def _describe(self, image: Path) -> Description:
         messages = self._messages(image)
-        first = self.client.complete(messages)
+        first = _answer(self.client, messages)
         if len(words_of(first)) * 4 > self.short * 3:
             return Description(first)
-        return Description(first, self.client.complete(_told_to_go_on(messages, first, self.prompts)))
+        return Description(first, _answer(self.client, _told_to_go_on(messages, first, self.prompts)))
 
     def _messages(self, image: Path) -> Messages:
         picture = {"type": "image_url", "image_url": {"url": jpeg_data_url(open_image(image), LONGEST_SIDE, QUALITY)}}
@@ -216,7 +216,7 @@ class Repairer:
 
     def repair(self, text: str) -> str:
         """Of an empty text nothing is asked."""
-        return self.client.complete(self._messages(text)).strip() if text else ""
+        return _answer(self.client, self._messages(text)) if text else ""
 
     def requests_left(self, text: str) -> Iterator[ChatRequest]:
         """What is still to be asked about a text, by a client that only reads."""
@@ -227,6 +227,11 @@ class Repairer:
 
     def _messages(self, text: str) -> Messages:
         return [{"role": "system", "content": self.prompts.repair}, {"role": "user", "content": text}]
+
+
+def _answer(client: ChatClient, messages: Messages) -> str:
+    """Without the thoughts that some servers leave in."""
+    return client.complete(messages).rpartition("</think>")[2].strip()
 
 
 def _told_to_go_on(messages: Messages, first: str, prompts: Prompts) -> list[dict[str, Any]]:

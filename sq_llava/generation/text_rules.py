@@ -90,6 +90,7 @@ RULES: dict[str, Callable[[str], object]] = {
     "a phrase is repeated in a row": repeats_phrase,
     "a sentence stands there twice": repeats_sentence,
     "its last sentence is unfinished": is_unfinished,
+    "it ends in a question": lambda text: text.rstrip("'\")]\u2019\u201d \n").endswith("?"),
 }
 
 
