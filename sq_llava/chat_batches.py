@@ -207,7 +207,7 @@ def _read(
     client: ChatClient, journal: BatchJournal, batch: PlannedBatch, state: Batch | None, errors: dict[str, str]
 ) -> None:
     """Keeps the answers of a batch that is done, settles what was set aside for it, and forgets it."""
-    used = dict.fromkeys(batch.most, (0, 0))
+    used: dict[str, tuple[int, int] | None] = dict.fromkeys(batch.most)
     said = {}
     if state is not None:  # else it was never created
         said = dict.fromkeys(batch.most, f"the batch is {state.status}, without an answer")
@@ -227,7 +227,7 @@ def _take(
     client: ChatClient,
     line: Mapping[str, Any],
     batch: PlannedBatch,
-    used: dict[str, tuple[int, int]],
+    used: dict[str, tuple[int, int] | None],
     said: dict[str, str],
 ) -> None:
     """One line of a batch's files: an answer goes into the client's journal, an error into `said`."""

@@ -6,20 +6,24 @@
 Every answer is kept in a journal of JSON lines under a hash of all that it depends on: a run that was killed takes it
 from there. The key comes from `OPENAI_API_KEY` alone and is written nowhere.
 
-The client of `openai` sends a request again after 408, 409, 429, 5xx, time-outs and lost connections: after the
-seconds of `Retry-After` (up to 120), else after 0.5, 1, 2, 4, ... 8 seconds, a little less by chance. If
-`NUM_UNANSWERED` requests in a row stay without an answer all the same, nothing more is asked. What this module does
-not do: know prices, which are the user's to give.
+A request is sent again after 408, 409, 429, 5xx, time-outs and lost connections: after the seconds of `Retry-After`
+(up to 120), else after 0.5, 1, 2, 4, ... 8 seconds, a little less by chance. Of time-outs and lost connections nobody
+knows whether they are paid: they count in full. If `NUM_UNANSWERED` requests in a row stay without an answer all the
+same, nothing more is asked. What this module does not do: know prices, which are the user's to give.
 """
 
 import hashlib
 import json
 import os
+import random
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
+from itertools import count
 from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
@@ -38,6 +42,8 @@ FINAL_ERRORS = (openai.AuthenticationError, openai.PermissionDeniedError, openai
 NO_MONEY = "insufficient_quota"
 # So many requests in a row, each sent several times, show that the server is gone, not that one of them is odd.
 NUM_UNANSWERED = 10
+# Seconds before a request is sent again: by itself, and as the server says.
+LONGEST_BACKOFF, LONGEST_WAIT = 8.0, 120.0
 # For an estimate: of English text, with its JSON.
 BYTES_PER_TOKEN = 4
 
@@ -162,6 +168,8 @@ class ChatClient:
             max_retries=settings.retries,
             timeout=settings.timeout,
         )
+        # Sent again within the client, a request would pass the caps.
+        self._once = self.api.with_options(max_retries=0)
         self.base_url = str(self.api.base_url)
         self.journal = Journal(journal_path)
         self.budget = Budget(settings, self.journal)
@@ -265,12 +273,33 @@ class ChatClient:
         return Progress(*columns, TextColumn("{task.fields[spent]}"), console=Console(stderr=True), transient=True)
 
     def _ask(self, body: dict[str, Any]) -> dict[str, Any]:
-        """Sends a request and pays for it."""
+        """Sends a request, again where the server is busy or lost, and pays for it."""
+        for attempt in count():
+            try:
+                return self._send(body)
+            except _Unanswered as error:
+                if attempt == self.settings.retries:
+                    raise self._given_up(error) from None
+                wait = random.uniform(0.75, 1.0) * min(0.5 * 2**attempt, LONGEST_BACKOFF)
+                time.sleep(wait if error.seconds is None else error.seconds)
+
+    def _given_up(self, error: Exception) -> ChatFailure | ChatStopped:
+        """Of one request, or of all that follow. Threads may miscount by a few, which does no harm."""
+        self._num_unanswered += 1
+        if self._num_unanswered < NUM_UNANSWERED:
+            return ChatFailure(str(error))
+        return ChatStopped(
+            f"{self.settings.model}: the server left {self._num_unanswered} requests in a row without an answer, each "
+            f"sent {self.settings.retries + 1} times: {error} Run again when it is there: what was answered is kept."
+        )
+
+    def _send(self, body: dict[str, Any]) -> dict[str, Any]:
+        """Sends a request once. What was lost on the way counts as paid, in full; what was refused does not count."""
         most = self.most_tokens(body)
         self.budget.reserve(*most)
-        used = (0, 0)  # by a request that the server refused
+        used = None
         try:
-            response = self.api.chat.completions.with_raw_response.create(**body).http_response
+            response = self._once.chat.completions.with_raw_response.create(**body).http_response
             self._num_unanswered = 0
             used = most
             line = read_completion(response.text, most)
@@ -281,25 +310,38 @@ class ChatClient:
         except openai.APIStatusError as error:
             if isinstance(error, FINAL_ERRORS) or error.code == NO_MONEY:
                 raise ChatStopped(f"{self.settings.model}: the server refused: {self.say(error)}") from None
-            # What is wrong with a single request is told by another status, at once.
-            is_busy = error.status_code in (408, 409, 429) or error.status_code >= 500
-            raise self._failure(self.say(error), is_answer=not is_busy) from None
+            # What is wrong with a single request is told by another status.
+            if error.status_code not in (408, 409, 429) and error.status_code < 500:
+                self._num_unanswered = 0
+                raise ChatFailure(self.say(error)) from None
+            raise _Unanswered(self.say(error), _retry_after(error.response.headers.get("Retry-After"))) from None
         except openai.APIConnectionError as error:
             used = most  # it may have been answered, and the answer lost
-            reason = f"{self.say(error)} ({type(error.__cause__).__name__})"
-            raise self._failure(reason, is_answer=False) from None
+            raise _Unanswered(f"{self.say(error)} ({type(error.__cause__).__name__})") from None
         finally:
             self.budget.settle(most, used)
 
-    def _failure(self, reason: str, is_answer: bool) -> ChatFailure | ChatStopped:
-        """Of one request, or of all that follow. Threads may miscount by a few, which does no harm."""
-        self._num_unanswered = 0 if is_answer else self._num_unanswered + 1
-        if self._num_unanswered < NUM_UNANSWERED:
-            return ChatFailure(reason)
-        return ChatStopped(
-            f"{self.settings.model}: the server left {self._num_unanswered} requests in a row without an answer, each "
-            f"sent {self.settings.retries + 1} times: {reason} Run again when it is there: what was answered is kept."
-        )
+
+class _Unanswered(Exception):
+    """The server is busy, for so many seconds if it says so; or lost."""
+
+    def __init__(self, reason: str, seconds: float | None = None):
+        super().__init__(reason)
+        self.seconds = seconds
+
+
+def _retry_after(header: str | None) -> float | None:
+    """Seconds, of a number or a date; `None` where there is neither."""
+    if header is None:
+        return None
+    try:
+        seconds = float(header)
+    except ValueError:
+        try:
+            seconds = (parsedate_to_datetime(header) - datetime.now(UTC)).total_seconds()
+        except ValueError:
+            return None
+    return min(max(seconds, 0.0), LONGEST_WAIT)
 
 
 def measure(messages: Messages) -> tuple[int, int]:
@@ -381,7 +423,7 @@ class Journal:
 class Budget:
     """
     What may still be asked. Before a request is sent, the most that it can take is set aside, so that no cap is passed
-    however many are under way; a request that was not answered counts as well.
+    however many are under way.
     """
 
     def __init__(self, settings: ChatSettings, journal: Journal):
@@ -401,23 +443,17 @@ class Budget:
 
     def reserve(self, prompt_tokens: int, completion_tokens: int, may_wait: bool = True) -> None:
         """
-        Waits for requests under way if they may turn out cheaper.
+        Waits for requests under way: they may turn out cheaper, or be refused.
 
         Raises:
             ChatStopped: at a cap.
         """
-        max_requests = self._settings.max_requests
         tokens, cost = prompt_tokens + completion_tokens, self._settings.price(prompt_tokens, completion_tokens)
         with self._changed:
             while (reason := self._too_much(tokens, cost)) is not None:
                 if not may_wait or not self._num_under_way:
                     raise ChatStopped(f"stopped by {reason} Raise it and run again: what was answered is kept.")
                 self._changed.wait()
-            if max_requests is not None and self.num_requests >= max_requests:
-                raise ChatStopped(
-                    f"stopped by {self._settings.option_prefix}max-requests {max_requests}. Raise it and run again: "
-                    "what was answered is kept."
-                )
             self._hold(tokens, cost)
 
     def hold(self, prompt_tokens: int, completion_tokens: int) -> None:
@@ -431,18 +467,24 @@ class Budget:
         self._reserved_cost += cost
         self._num_under_way += 1
 
-    def settle(self, most: tuple[int, int], used: tuple[int, int]) -> None:
+    def settle(self, most: tuple[int, int], used: tuple[int, int] | None) -> None:
+        """Puts what was used in place of what was set aside; nothing, of a request that the server refused."""
         with self._changed:
             self._reserved_tokens -= sum(most)
             self._reserved_cost -= self._settings.price(*most)
             self._num_under_way -= 1
-            self.tokens += sum(used)
-            self.cost += self._settings.price(*used)
+            if used is None:
+                self.num_requests -= 1
+            else:
+                self.tokens += sum(used)
+                self.cost += self._settings.price(*used)
             self._changed.notify_all()
 
     def _too_much(self, tokens: int, cost: float) -> str | None:
         max_tokens, max_cost = self._settings.max_total_tokens, self._settings.max_cost
-        prefix = self._settings.option_prefix
+        max_requests, prefix = self._settings.max_requests, self._settings.option_prefix
+        if max_requests is not None and self.num_requests >= max_requests:
+            return f"{prefix}max-requests {max_requests}."
         if max_cost is not None and self.cost + self._reserved_cost + cost > max_cost:
             spent = f"{self.cost:g} is spent, and the next request can cost {cost:g}"
             return f"{prefix}max-cost {max_cost:g}: {spent}."

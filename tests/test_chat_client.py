@@ -1,6 +1,8 @@
 """A client of a server of this machine that also refuses, fails and dawdles: what is kept, asked again and paid."""
 
 import json
+from datetime import UTC, datetime, timedelta
+from email.utils import format_datetime
 from pathlib import Path
 
 import pytest
@@ -8,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sq_llava.chat_batches import NAME
-from sq_llava.chat_client import ChatClient, ChatFailure, ChatSettings, NotAsked, UnusableAnswer, measure
+from sq_llava.chat_client import ChatClient, ChatFailure, ChatSettings, ChatStopped, NotAsked, UnusableAnswer, measure
 from sq_llava.generation.asking import ask_all
 from tests.chat_server import Reply, chat_server, completion
 
@@ -89,11 +91,35 @@ def test_failures_are_told_from_what_is_open_and_tried_again(tmp_path):
 
     with chat_server(reply) as server:
         asked = ask(client_of(server, tmp_path, max_requests=4, concurrency=1), *"abcdefg")
-        assert (list(asked.results), list(asked.failures), asked.num_open) == (["a", "c", "d"], ["b"], 3)
+        assert (list(asked.results), list(asked.failures), asked.num_open) == (["a", "c", "d", "e"], ["b"], 2)
         assert "odd" in asked.failures["b"] and "--max-requests 4" in asked.stopped
         again = ask(client_of(server, tmp_path), *"abcdefg")
         assert list(again.results) == list("abcdefg") and not again.failures and again.stopped is None
     assert len(server.requests) == 8
+
+
+@pytest.mark.parametrize("failure", [Reply(closes=True), Reply("late", seconds=1.5)], ids=["closed", "slow"])
+def test_request_that_is_sent_again_is_paid_again_as_far_as_anybody_knows(failure, tmp_path):
+    # 34 bytes + 100 tokens are lost, twice; a third time does not fit, though the request may be sent four times.
+    with chat_server(lambda request, number: failure) as server:
+        client = client_of(server, tmp_path, retries=3, max_tokens=100, max_total_tokens=300, timeout=1.0)
+        with pytest.raises(ChatStopped, match="268 are used, and the next request can use 134"):
+            client.complete(say("a"))
+    assert len(server.requests) == 2
+
+
+def test_refused_request_takes_nothing_of_the_caps(tmp_path):
+    with chat_server(lambda request, number: Reply(status=503, body="{}") if number < 2 else "1") as server:
+        asked = ask(client_of(server, tmp_path, max_requests=3, concurrency=3), *"abc")
+        assert len(asked.results) == 3 and len(server.requests) == 9
+
+
+def test_date_of_retry_after_is_waited_for(tmp_path):
+    later = format_datetime(datetime.now(UTC) + timedelta(seconds=2.5), usegmt=True)  # whole seconds: 1.5 or more
+    refusal = Reply(status=429, headers={"Retry-After": later}, body="{}")
+    with chat_server(lambda request, number: refusal if number == 0 else "1") as server:
+        assert client_of(server, tmp_path).complete(say("a")) == "1"
+    assert server.times[1] - server.times[0] > 1.0
 
 
 def test_answer_without_text_is_a_failure_of_one_request(tmp_path):

@@ -350,10 +350,10 @@ def test_failures_and_caps_are_told_and_mended_by_the_same_command(tmp_path):
 
     with chat_server(reply) as server:
         result = run(tmp_path, server, "--max-requests", 8, "--concurrency", 1)
-        assert result.exit_code == 1 and "1 failed" in result.stderr and "4 are open: stopped by" in result.stderr
+        assert result.exit_code == 1 and "1 failed" in result.stderr and "3 are open: stopped by" in result.stderr
         [failure] = lines_of(tmp_path / "out" / "failures.jsonl")
         assert failure["id"].startswith("3-") and "filtered" in failure["error"]
-        assert len(lines_of(tmp_path / "out" / "data.jsonl")) == 7
+        assert len(lines_of(tmp_path / "out" / "data.jsonl")) == 8
         assert run(tmp_path, server).exit_code == 0
     assert len(server.requests) == 13
     assert len(lines_of(tmp_path / "out" / "data.jsonl")) == 12
