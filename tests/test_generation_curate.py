@@ -331,6 +331,26 @@ def test_own_model_describes_in_batches_as_one_by_one_and_never_twice(model, pho
     assert several.kept(images["0.png"]) is None and several.kept(images["1.png"]) is not None
 
 
+def test_image_that_the_model_fails_on_takes_no_other_with_it(model, photos, tmp_path, monkeypatch):
+    (photos / "broken.png").unlink()
+    odd = open_image(photos / "1.png").tobytes()
+    answer_batch = describing.Assistant.answer_batch
+
+    def fail_on_one(self, requests, *arguments):
+        if any(image.tobytes() == odd for image, _ in requests):
+            raise RuntimeError("out of memory")
+        return answer_batch(self, requests, *arguments)
+
+    monkeypatch.setattr(describing.Assistant, "answer_batch", fail_on_one)
+    options = [photos, "--describer", model, "--out", tmp_path / "out", "--max-new-tokens", 4]
+    assert run(*options).exit_code == 1
+    (failure,) = lines_of(tmp_path / "out" / "failures.jsonl")
+    assert failure == {"id": "1.png", "error": "RuntimeError: out of memory"}
+    monkeypatch.undo()
+    assert run(*options).exit_code == 0
+    assert [line["id"] for line in lines_of(tmp_path / "out" / "descriptions.jsonl")][-1] == "1.png"
+
+
 def test_command_runs_with_an_own_model(model, photos, tmp_path):
     (photos / "broken.png").unlink()
     options = [photos, "--describer", model, "--out", tmp_path / "out", "--max-new-tokens", 4, "--batch-size", 2]

@@ -157,14 +157,15 @@ class LocalDescriber:
     def describe_all(self, images: Mapping[str, Path]) -> Asked:
         """As `ask_all` for a server. Images that cannot be opened are for the caller to sort out."""
         rest = {id: path for id, path in images.items() if self.kept(path) is None}
+        failures: dict[str, str] = {}
         stopped = None
         if rest:
             try:
-                self._describe(rest)
+                self._describe(rest, failures)
             except KeyboardInterrupt:
                 stopped = INTERRUPTED
         results = {id: said for id, path in images.items() if (said := self.kept(path)) is not None}
-        return Asked(results, {}, len(images) - len(results), stopped)
+        return Asked(results, failures, len(images) - len(results) - len(failures), stopped)
 
     def kept(self, image: Path) -> Description | None:
         """What was said before."""
@@ -175,16 +176,27 @@ class LocalDescriber:
         """None: nothing is paid for."""
         return iter(())
 
-    def _describe(self, images: Mapping[str, Path]) -> None:
+    def _describe(self, images: Mapping[str, Path], failures: dict[str, str]) -> None:
         assistant = load(self.model, self.settings.device, self.settings.dtype)
         ids = list(images)
         with Progress(console=messages_console, transient=True) as progress:
             bar = progress.add_task("Describing", total=len(ids))
             for start in range(0, len(ids), self.settings.batch_size):
-                batch = ids[start : start + self.settings.batch_size]
-                for id, said in zip(batch, self._describe_batch(assistant, [images[id] for id in batch])):
-                    self.journal.add({"key": self._key(images[id]), "id": id, **asdict(said)})
+                batch = {id: images[id] for id in ids[start : start + self.settings.batch_size]}
+                self._describe_and_keep(assistant, batch, failures)
                 progress.advance(bar, len(batch))
+
+    def _describe_and_keep(self, assistant: Assistant, batch: Mapping[str, Path], failures: dict[str, str]) -> None:
+        """If a batch fails, its images are described alone, so that one alone is lost."""
+        try:
+            for id, said in zip(batch, self._describe_batch(assistant, list(batch.values()))):
+                self.journal.add({"key": self._key(batch[id]), "id": id, **asdict(said)})
+        except (ValueError, RuntimeError) as error:
+            if len(batch) == 1:
+                failures |= dict.fromkeys(batch, f"{type(error).__name__}: {error}")
+                return
+            for id, path in batch.items():
+                self._describe_and_keep(assistant, {id: path}, failures)
 
     def _describe_batch(self, assistant: Assistant, paths: Sequence[Path]) -> list[Description]:
         opened = [open_image(path) for path in paths]
