@@ -28,8 +28,12 @@ from tests.chat_server import ChatServer, Reply, chat_server
 
 ROOT = Path(__file__).parent.parent
 PROMPTS = read_prompts()
-DETAIL = "A red boat lies at the shore. " * 6
-REASONING = "Question: Why is it at the shore?\nAnswer: " + "It is small, and the water is calm, so it stays. " * 2
+PARTS = ("boat lies at the shore", "oar leans against it", "rope holds it", "bucket stands in it", "gull sits on it")
+DETAIL = " ".join(f"One small red {part}, a little to the left." for part in PARTS)
+REASONING = (
+    "Question: Why is it at the shore?\nAnswer: "
+    + "It is small, and the water is calm, so it stays where it is. It waits."
+)
 CONVERSATION = "Question: What is it?\nAnswer: A boat.\n\nQuestion: What color is it?\nAnswer: It is red."
 
 
@@ -132,7 +136,7 @@ def test_conversation_ends_before_a_turn_that_breaks_a_rule(tmp_path):
     assert len(row["messages"]) == 4
     assert [(line["id"], line["step"], line["reason"]) for line in lines_of(tmp_path / "out" / "rejected.jsonl")] == [
         ("0-conversation", "conversation", "unsure"),
-        ("0-conversation", "conversation", "after such"),
+        ("0-conversation", "conversation", "after a turn left out"),
     ]
 
 
@@ -157,7 +161,8 @@ def test_conversation_ends_before_a_turn_that_breaks_a_rule(tmp_path):
         ("reasoning", "Question: Why?\nAnswer: So.", "too short"),
         ("reasoning", REASONING.rstrip()[:-1], "unfinished"),
         ("detail", "A boat.", "too short"),
-        ("detail", DETAIL + "The given descriptions say so.", "mentions its sources"),
+        ("detail", DETAIL + " " + DETAIL, "repeats itself"),
+        ("detail", DETAIL + " The given descriptions say so.", "mentions its sources"),
     ],
 )
 def test_text_that_breaks_a_rule_is_left_out_with_its_reason(kind, text, reason, tmp_path):
@@ -410,7 +415,7 @@ def start(folder: Path, server: ChatServer, *options: str) -> subprocess.Popen:
 @pytest.mark.parametrize("way", ["singly", "batch"])
 def test_run_killed_at_random_moments_ends_as_one_that_was_not(way, tmp_path):
     """Of what was paid, a kill loses no more than what was under way, and of a batch nothing."""
-    num, concurrency, num_kills = 40, 4, 3
+    num, concurrency, num_kills = 40, 4, 3 if way == "singly" else 2
     options = ["--batch"] if way == "batch" else ["--concurrency", str(concurrency)]
     write_scenes(tmp_path, num)
     draw = random.Random(7)

@@ -217,12 +217,15 @@ def read_answer(task: Task, text: str) -> tuple[dict[str, Any] | None, list[Reje
             return None, [Rejected(task.id, task.kind, str(error), text)]
         if task.kind == "reasoning" and len(turns) > 1:
             return None, [Rejected(task.id, task.kind, "several questions", text)]
-    kept, rejected = [], []
+    kept: list[Turn] = []
+    rejected: list[Rejected] = []
     for place, turn in enumerate(turns):
         reason = fault_of(turn, task.kind, kept)
         if reason is not None:
-            rejected.append(Rejected(task.id, task.kind, reason, _write_turns([turn])))
-            rejected += [Rejected(task.id, task.kind, "after such", _write_turns([t])) for t in turns[place + 1 :]]
+            reasons = [reason, *["after a turn left out"] * (len(turns) - place - 1)]
+            rejected = [
+                Rejected(task.id, task.kind, why, _write_turns([each])) for why, each in zip(reasons, turns[place:])
+            ]
             break
         kept.append(turn)
     row = make_row(task.id, [task.scene.image], kept, kind=task.kind) if kept else None

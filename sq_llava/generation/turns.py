@@ -10,7 +10,7 @@ import re
 from collections.abc import Sequence
 from itertools import zip_longest
 
-from sq_llava.generation.text_rules import REFUSAL, is_unfinished
+from sq_llava.generation.text_rules import REFUSAL, is_unfinished, repeats_phrase, repeats_sentence
 
 
 Turn = tuple[str, str]
@@ -79,6 +79,8 @@ def fault_of(turn: Turn, kind: str, earlier: Sequence[Turn] = ()) -> str | None:
         return "refusal"
     if num_words > LONGEST_PHRASE and is_unfinished(answer):
         return "unfinished"
+    if repeats_sentence(answer) or repeats_phrase(answer):
+        return "repeats itself"
     if _normal(question) in {_normal(each) for each, _ in earlier}:
         return "asked twice"
     return None
