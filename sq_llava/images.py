@@ -11,6 +11,7 @@ transparency is dropped, as transformers' image processors do. Floating-point pi
 so are EPS files, which are programs, and strips of more than 200 times their width.
 """
 
+import base64
 import io
 import math
 import warnings
@@ -132,6 +133,15 @@ def squared(image: Image.Image, image_processor) -> Image.Image:
         image = square
     side = image_processor.size["shortest_edge"]
     return image.resize((side, side), image_processor.resample)
+
+
+def jpeg_data_url(image: Image.Image, longest_side: int, quality: int) -> str:
+    """An RGB image as `data:image/jpeg;base64,...`, made smaller where it is larger than that."""
+    image = image.copy()
+    image.thumbnail((longest_side, longest_side))
+    file = io.BytesIO()
+    image.save(file, "JPEG", quality=quality)
+    return f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
 def image_name(image: str | Path | dict[str, Any] | io.BytesIO | Image.Image) -> str:
