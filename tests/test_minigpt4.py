@@ -3,12 +3,16 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from transformers import Blip2ForConditionalGeneration
 
+import train_sft
 from configuration_sq_llava import SQLlavaConfig
+from demo.data import caption_rows, image_root, read_questions
 from modeling_sq_llava import SQLlavaAutoModel, SQLlavaForConditionalGeneration
 from processing_sq_llava import PROMPT_LAYOUTS, SQLlavaProcessor
 from sq_llava.checkpoint import compose, compose_config, load_checkpoint
@@ -221,6 +225,64 @@ def test_loss_is_on_the_answers_alone():
     spoken = processor.tokenizer.decode(ids[labels != -100])
     assert spoken == " A dog.</s> In the grass.</s>" or spoken == "A dog.</s> In the grass.</s>"
     assert set(batch["turn_kinds"][0][labels != -100].tolist()) == {ANSWER}
+
+
+# Training.
+
+
+@pytest.fixture(scope="module")
+def stage1(parts, tmp_path_factory):
+    """Stage 1 on captions of easy-VQA's own images."""
+    rows = caption_rows(read_questions("train"))[:16]
+    (parts / "captions.json").write_text(json.dumps(rows))
+    towers = {"vision_model_name_or_path": parts / "blip2", "qformer_model_name_or_path": parts / "blip2"}
+    return train(
+        parts, tmp_path_factory.mktemp("stage1"), stage="align", text_model_name_or_path=parts / "llama",
+        prompt_layout="minigpt4", dataset_path=parts / "captions.json", **towers,
+    )  # fmt: skip
+
+
+def train(parts, output_dir, **settings):
+    settings = {
+        "output_dir": output_dir, "image_root": image_root(), "prototype_variant": "none", "projector_type": "linear",
+        "vision_lora_r": 0, "learning_rate": 3e-2, "per_device_train_batch_size": 8, "max_steps": 40, "doctor": "off",
+        "gradient_checkpointing": False, "bf16": False, "use_cpu": True, "logging_steps": 1, "save_strategy": "no",
+        "report_to": "none", "max_length": 128, "disable_tqdm": True, **settings,
+    }  # fmt: skip
+    return train_sft.main([text for name, value in settings.items() for text in (f"--{name}", str(value))])
+
+
+def losses(trainer) -> list[float]:
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+def assert_only_the_projector_is_trained(trainer, base: str):
+    trained = {name for name, parameter in trainer.model.named_parameters() if parameter.requires_grad}
+    assert trained and all(".multi_modal_projector." in name for name in trained)
+    begun = SQLlavaForConditionalGeneration.from_pretrained(base).state_dict()
+    merged = load_checkpoint(trainer.args.output_dir)[0].merge_and_unload().state_dict()
+    assert begun.keys() == merged.keys()
+    for name, weight in merged.items():
+        assert torch.equal(weight, begun[name]) != name.startswith("model.multi_modal_projector."), name
+
+
+def test_stage_one_trains_the_projector_alone_and_learns(stage1):
+    assert_only_the_projector_is_trained(stage1, f"{stage1.args.output_dir}/base")
+    assert sum(losses(stage1)[-5:]) < 0.75 * sum(losses(stage1)[:5])
+
+
+def test_stage_two_trains_the_projector_alone_on_answers_to_the_four_instructions(parts, stage1, tmp_path):
+    recipe = yaml.safe_load((Path(train_sft.__file__).parent / "recipes/tiny/minigpt4-7b/stage2.yaml").read_text())
+    recipe["datasets"][0] |= {"path": str(parts / "captions.json"), "image_root": str(image_root())}
+    recipe |= {"model_name_or_path": stage1.args.output_dir, "output_dir": str(tmp_path / "run"), "use_cpu": True}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    trainer = train_sft.main(["--config", str(tmp_path / "recipe.yaml")])
+    assert_only_the_projector_is_trained(trainer, f"{stage1.args.output_dir}/base")
+    batch = trainer.data_collator([trainer.train_dataset[index] for index in range(16)])
+    tokenizer = trainer.processing_class.tokenizer
+    prompts = [tokenizer.decode(ids[labels == -100]) for ids, labels in zip(batch["input_ids"], batch["labels"])]
+    asked = {prompt.partition("</Img>")[2].partition(" ###Assistant:")[0] for prompt in prompts}
+    assert asked == set(recipe["datasets"][0]["instructions"])
 
 
 def test_assistant_answers_about_an_image(composed):
