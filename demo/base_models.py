@@ -247,8 +247,8 @@ def pretrain_blip2(
 ) -> float:
     """Trains BLIP-2's tower and Q-Former on images and their captions and saves them with their image processor.
 
-    Of BLIP-2's losses, the contrastive one, with an embedding for each of the captions; the closeness of an image is
-    the mean of its queries', where BLIP-2 takes that of the closest: so all of them learn.
+    Of BLIP-2's losses, the contrastive one, with an embedding for each of the captions. An image is the mean of its
+    queries, where BLIP-2 takes the closest of them: so all of them learn.
 
     Args, returns: As `pretrain_clip`.
     """
@@ -256,6 +256,7 @@ def pretrain_blip2(
     image_processor = BlipImageProcessor(size={"height": IMAGE_SIZE, "width": IMAGE_SIZE})
     captions = [f"a {colour} {shape}" for colour in COLOURS for shape in SHAPES]
     texts = nn.Embedding(len(captions), 64)
+    texts.register_parameter("logit_scale", nn.Parameter(torch.tensor(2.66)))  # CLIP's, 1 / 0.07
     model = nn.ModuleDict({"images": build_blip2(), "texts": texts}).to(device)
     pixel_values = load_images(image_processor, train_rows).to(device)
     caption_of_image = torch.tensor(
@@ -264,14 +265,14 @@ def pretrain_blip2(
 
     def compare(images: torch.Tensor) -> torch.Tensor:
         embedded = model["images"](pixel_values=images).image_embeds  # [num_images, num_queries, 64]
-        return (embedded @ F.normalize(texts.weight, dim=-1).T).mean(dim=1)
+        return F.normalize(embedded.mean(dim=1), dim=-1) @ F.normalize(texts.weight, dim=-1).T
 
     def compute_loss() -> torch.Tensor:
         batch = torch.randint(len(pixel_values), (batch_size,), device=device)
         images = pixel_values[batch]
         is_mirrored = torch.rand(batch_size, 1, 1, 1, device=device) < 0.5
         images = torch.where(is_mirrored, images.flip(-1), images)
-        return contrastive_loss(10 * compare(images), caption_of_image[batch])
+        return contrastive_loss(texts.logit_scale.exp() * compare(images), caption_of_image[batch])
 
     train(model, compute_loss, num_steps, learning_rate, betas=(0.9, 0.98), description="BLIP-2")
     with torch.no_grad():
