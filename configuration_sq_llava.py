@@ -1,8 +1,8 @@
-"""Configuration of SQ-LLaVA: a CLIP or SigLIP vision tower, a prototype extractor, a projector and a causal LM.
+"""Configuration of SQ-LLaVA: a vision tower, a prototype extractor or a Q-Former, a projector and a causal LM.
 
 SQ-LLaVA: *Self-Questioning for Large Vision-Language Assistant* (ECCV 2024, https://arxiv.org/abs/2403.11299).
-One class covers three systems: `prototype_variant="none"` with `projector_type="mlp2x"` is LLaVA-1.5, with
-`projector_type="linear"` it is LLaVA.
+One class covers its relatives too: `prototype_variant="none"` with `projector_type="mlp2x"` is LLaVA-1.5, with
+`projector_type="linear"` it is LLaVA, and with `resampler="qformer"` and the tower of BLIP-2 besides, MiniGPT-4.
 
     >>> from transformers import AutoConfig
     >>> config = AutoConfig.from_pretrained("org/sq-llava-7b", trust_remote_code=True)
@@ -17,6 +17,7 @@ from transformers.activations import ACT2FN
 PrototypeVariant = Literal["paper", "released", "none"]
 ProjectorType = Literal["mlp2x", "linear"]
 SelectStrategy = Literal["default", "full"]
+Resampler = Literal["qformer"]
 
 # CLIP ViT-L/14-336 and Vicuna-7B v1.5, whose vocabulary of 32,000 is followed by `<image>`, `[vusr]` and `<pad>` and
 # padded to a multiple of 64.
@@ -33,7 +34,7 @@ CLIP_VIT_L_14_336 = {
 VICUNA_7B = {"model_type": "llama", "vocab_size": 32064, "max_position_embeddings": 4096, "rms_norm_eps": 1e-5}
 # Factors by which some families (Cohere, Granite, ...) multiply or divide their logits; the head here does neither.
 LOGIT_SCALES = ("logit_scale", "logits_scaling", "lm_head_multiplier", "output_multiplier")
-VISION_MODEL_TYPES = ("clip_vision_model", "siglip_vision_model")
+VISION_MODEL_TYPES = ("clip_vision_model", "siglip_vision_model", "blip_2_vision_model")
 
 # The code travels with every saved checkpoint, so the entries never name another repository. `AutoModel` gives a model
 # that can generate (see `SQLlavaAutoModel`).
@@ -49,7 +50,7 @@ class SQLlavaConfig(PreTrainedConfig):
     r"""
     Args:
         vision_config (`dict` or `PreTrainedConfig`, *optional*):
-            A `clip_vision_model` or `siglip_vision_model` configuration. Default: CLIP ViT-L/14-336.
+            A configuration of one of `VISION_MODEL_TYPES`. Default: CLIP ViT-L/14-336.
         text_config (`dict` or `PreTrainedConfig`, *optional*):
             Any causal language model of transformers. Default: Vicuna-7B v1.5.
         prototype_variant (`str`, defaults to `"paper"`):
@@ -59,23 +60,30 @@ class SQLlavaConfig(PreTrainedConfig):
             K, the number of prototypes (cluster centres).
         num_prototype_iterations (`int`, defaults to 2):
             T, the number of EM iterations.
+        resampler (`str`, *optional*):
+            `"qformer"`: BLIP-2's Q-Former makes `num_query_tokens` tokens of the vision features, as in MiniGPT-4. It
+            is a frozen part, never in training mode. Default: none.
+        qformer_config (`dict` or `PreTrainedConfig`, *optional*):
+            A `blip_2_qformer` configuration, for that. Default: that of BLIP-2.
+        num_query_tokens (`int`, defaults to 32):
+            Number of its queries.
         projector_type (`str`, defaults to `"mlp2x"`):
             `"mlp2x"`: two linear layers with an activation between. `"linear"`: one linear layer.
         projector_hidden_act (`str`, *optional*):
             Activation of the MLP. Default: `"quick_gelu"` for the `"released"` variant, else `"gelu"`.
-        vision_feature_layer (`int`, defaults to -2):
+        vision_feature_layer (`int`, *optional*):
             Index into the vision tower's hidden states (0 is the embeddings' output, -1 the last layer's). The layers
-            above it are never run.
+            above it are never run. Default: -2; for a BLIP-2 tower -1, which is all that it takes.
         vision_feature_select_strategy (`str`, *optional*):
             `"default"` drops the CLS token, `"full"` keeps every token. Default: `"default"` for CLIP, `"full"` for
-            SigLIP, which has no CLS token.
+            SigLIP, which has no CLS token, and for BLIP-2, whose Q-Former reads it.
         image_token_id (`int`, defaults to 32000):
             Id of the `<image>` placeholder.
         vusr_token_id (`int`, *optional*, defaults to 32001):
             Id of `[vusr]`, the marker of a turn in which the model asks; `None` where the marker is plain text, as
             in the released checkpoints.
         image_seq_length (`int`, *optional*):
-            Number of tokens of one image. It follows from the vision configuration, and is checked if given.
+            Number of tokens of one image. It follows from the other fields, and is checked if given.
         tie_word_embeddings (`bool`, *optional*):
             Whether the LM head shares the input embeddings. Default: as `text_config` says.
         initializer_range (`float`, defaults to 0.02):
@@ -83,16 +91,19 @@ class SQLlavaConfig(PreTrainedConfig):
     """
 
     model_type = "sq_llava"
-    sub_configs = {"vision_config": AutoConfig, "text_config": AutoConfig}
+    sub_configs = {"vision_config": AutoConfig, "text_config": AutoConfig, "qformer_config": AutoConfig}
 
     vision_config: dict | PreTrainedConfig | None = None
     text_config: dict | PreTrainedConfig | None = None
     prototype_variant: PrototypeVariant = "paper"
     num_prototypes: int = 256
     num_prototype_iterations: int = 2
+    resampler: Resampler | None = None
+    qformer_config: dict | PreTrainedConfig | None = None
+    num_query_tokens: int = 32
     projector_type: ProjectorType = "mlp2x"
     projector_hidden_act: str | None = None
-    vision_feature_layer: int = -2
+    vision_feature_layer: int | None = None
     vision_feature_select_strategy: SelectStrategy | None = None
     image_token_id: int = 32000
     vusr_token_id: int | None = 32001
@@ -106,7 +117,7 @@ class SQLlavaConfig(PreTrainedConfig):
         if self.vision_config.model_type not in VISION_MODEL_TYPES:
             raise ValueError(
                 f"vision_config.model_type is {self.vision_config.model_type!r}: SQ-LLaVA takes "
-                f"{' or '.join(VISION_MODEL_TYPES)}. Pass the vision part of a CLIP or SigLIP configuration."
+                f"{' or '.join(VISION_MODEL_TYPES)}. Pass the vision part of a CLIP, SigLIP or BLIP-2 configuration."
             )
         for name in LOGIT_SCALES:
             scale = getattr(self.text_config, name, None)
@@ -130,6 +141,8 @@ class SQLlavaConfig(PreTrainedConfig):
                 "transformers, such as 'gelu' or 'quick_gelu'."
             )
         self._check_vision_features()
+        self._check_resampler()
+        self._check_image_seq_length()
         if self.tie_word_embeddings is None:
             self.tie_word_embeddings = bool(self.text_config.tie_word_embeddings)
         if type(self.tie_word_embeddings) is not bool:
@@ -140,31 +153,70 @@ class SQLlavaConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
 
     def _check_vision_features(self):
-        num_layers = self.vision_config.num_hidden_layers
+        num_layers, model_type = self.vision_config.num_hidden_layers, self.vision_config.model_type
+        if self.vision_feature_layer is None:
+            self.vision_feature_layer = -1 if model_type == "blip_2_vision_model" else -2
         layer = self.vision_feature_layer
         if type(layer) is not int or not -num_layers - 1 <= layer <= num_layers:
             raise ValueError(
                 f"vision_feature_layer is {layer!r}: the vision tower has {num_layers} layers, so it is an int from "
                 f"{-num_layers - 1} to {num_layers}."
             )
-        has_cls = self.vision_config.model_type == "clip_vision_model"
+        if model_type == "blip_2_vision_model" and self.num_vision_layers_used != num_layers:
+            raise ValueError(
+                f"vision_feature_layer is {layer}, but a BLIP-2 vision tower is read behind its last layer: use -1."
+            )
         if self.vision_feature_select_strategy is None:
-            self.vision_feature_select_strategy = "default" if has_cls else "full"
+            self.vision_feature_select_strategy = "default" if model_type == "clip_vision_model" else "full"
         _check_choice("vision_feature_select_strategy", self.vision_feature_select_strategy, SelectStrategy)
-        if self.vision_feature_select_strategy == "default" and not has_cls:
+        if self.vision_feature_select_strategy == "default" and not self._has_cls_token:
             raise ValueError(
                 "vision_feature_select_strategy is 'default', which drops the CLS token, but a SigLIP vision tower "
                 "has none: use 'full'."
             )
-        image_seq_length = (self.vision_config.image_size // self.vision_config.patch_size) ** 2
-        image_seq_length += int(has_cls and self.vision_feature_select_strategy == "full")
-        if self.image_seq_length is None:
-            self.image_seq_length = image_seq_length
-        elif type(self.image_seq_length) is not int or self.image_seq_length != image_seq_length:
+
+    def _check_resampler(self):
+        _check_positive_int("num_query_tokens", self.num_query_tokens)
+        if self.resampler is None:
+            if self.qformer_config is not None:
+                raise ValueError("qformer_config is given, but resampler is None: set resampler 'qformer'.")
+            return
+        _check_choice("resampler", self.resampler, Resampler)
+        if self.prototype_variant != "none":
             raise ValueError(
-                f"image_seq_length is {self.image_seq_length!r}, but the vision tower gives {image_seq_length} tokens "
-                "an image: leave it out, it follows from vision_config and vision_feature_select_strategy."
+                f"prototype_variant is {self.prototype_variant!r} and resampler {self.resampler!r}: a frozen Q-Former "
+                "reads the tower's own features. Set prototype_variant 'none'."
             )
+        width = self.vision_config.hidden_size
+        default = {"model_type": "blip_2_qformer", "encoder_hidden_size": width}
+        self.qformer_config = _sub_config("qformer_config", self.qformer_config, default)
+        if self.qformer_config.encoder_hidden_size != width:
+            raise ValueError(
+                f"qformer_config.encoder_hidden_size is {self.qformer_config.encoder_hidden_size}, but the vision "
+                f"tower's features have {width} channels: take the Q-Former that was trained with this tower."
+            )
+
+    def _check_image_seq_length(self):
+        source, number = ("vision tower", self.num_vision_tokens)
+        if self.resampler is not None:
+            source, number = ("Q-Former", self.num_query_tokens)
+        if self.image_seq_length is None:
+            self.image_seq_length = number
+        elif type(self.image_seq_length) is not int or self.image_seq_length != number:
+            raise ValueError(
+                f"image_seq_length is {self.image_seq_length!r}, but the {source} gives {number} tokens an image: "
+                "leave it out, it follows from vision_config, vision_feature_select_strategy and num_query_tokens."
+            )
+
+    @property
+    def _has_cls_token(self) -> bool:
+        return self.vision_config.model_type != "siglip_vision_model"
+
+    @property
+    def num_vision_tokens(self) -> int:
+        """Number of the vision features of one image, before a resampler."""
+        patches = (self.vision_config.image_size // self.vision_config.patch_size) ** 2
+        return patches + int(self._has_cls_token and self.vision_feature_select_strategy == "full")
 
     @property
     def num_vision_layers_used(self) -> int:

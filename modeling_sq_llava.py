@@ -1,11 +1,11 @@
-"""SQ-LLaVA: vision tower -> prototype extractor -> projector -> causal language model.
+"""SQ-LLaVA: vision tower -> prototype extractor or Q-Former -> projector -> causal language model.
 
 *SQ-LLaVA: Self-Questioning for Large Vision-Language Assistant*, ECCV 2024, https://arxiv.org/abs/2403.11299.
 
     >>> from transformers import AutoModel
     >>> model = AutoModel.from_pretrained("org/sq-llava-7b", trust_remote_code=True)
 
-Shape suffixes: B images, N image tokens, D vision width, K prototypes, H language model width.
+Shape suffixes: B images, N vision tokens, D vision width, K prototypes, H language model width.
 """
 
 from dataclasses import dataclass
@@ -15,6 +15,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import (
     AutoModel,
+    Blip2VisionModel,
     Cache,
     GenerationMixin,
     LogitsProcessorList,
@@ -249,13 +250,42 @@ PROTOTYPE_EXTRACTORS = {
 }
 
 
+class SQLlavaQFormer(nn.Module):
+    """
+    BLIP-2's Q-Former with its queries, which read the vision features by cross-attention. Names as in BLIP-2's own
+    checkpoints: `query_tokens` and `qformer`.
+    """
+
+    def __init__(self, config: SQLlavaConfig):
+        super().__init__()
+        width = config.qformer_config.hidden_size
+        self.query_tokens = nn.Parameter(torch.empty(1, config.num_query_tokens, width))
+        # It has no FlashAttention, which the towers may be given.
+        self.qformer = AutoModel.from_config(config.qformer_config, attn_implementation="sdpa")
+
+    def train(self, mode: bool = True):
+        # It is a frozen part, as in MiniGPT-4: dropout in it would only blur what the projector learns from.
+        return super().train(False)
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        """
+        Args:
+            features (`torch.Tensor` of shape `(B, N, D)`): Vision features, any floating dtype.
+
+        Returns:
+            `torch.Tensor` of shape `(B, num_query_tokens, width of the Q-Former)`.
+        """
+        queries = self.query_tokens.expand(features.shape[0], -1, -1)
+        return self.qformer(query_embeds=queries, encoder_hidden_states=features, return_dict=True).last_hidden_state
+
+
 class SQLlavaMultiModalProjector(nn.Module):
-    """Maps vision features `(B, N, D)` to image tokens `(B, N, H)`: two linear layers, or one (`"linear"`)."""
+    """Maps each feature `(B, N, D)` to an image token `(B, N, H)`: two linear layers, or one (`"linear"`)."""
 
     def __init__(self, config: SQLlavaConfig):
         super().__init__()
         width = config.text_config.hidden_size
-        self.linear_1 = nn.Linear(config.vision_config.hidden_size, width)
+        self.linear_1 = nn.Linear((config.qformer_config or config.vision_config).hidden_size, width)
         if config.projector_type == "mlp2x":
             self.act = ACT2FN[config.projector_hidden_act]
             self.linear_2 = nn.Linear(width, width)
@@ -278,11 +308,12 @@ class SQLlavaPreTrainedModel(PreTrainedModel):
     _no_split_modules = [
         "SQLlavaPaperPrototypeExtractor",
         "SQLlavaReleasedPrototypeExtractor",
+        "SQLlavaQFormer",
         "SQLlavaMultiModalProjector",
     ]
     # Quantizers leave this as it is (transformers adds it to what they skip): its error would be in every image token.
     # Both names, for the model with a head and without one. In float16, it is float32 then.
-    _keep_in_fp32_modules = ["model.multi_modal_projector", "multi_modal_projector"]
+    _keep_in_fp32_modules = ["model.multi_modal_projector", "multi_modal_projector", "model.resampler", "resampler"]
     _keys_to_ignore_on_load_unexpected = [r"prototype_extractor\.ln_1\."]
 
     _supports_flash_attn = True
@@ -299,6 +330,8 @@ class SQLlavaPreTrainedModel(PreTrainedModel):
             init.zeros_(module.bias)
         elif isinstance(module, SQLlavaPaperPrototypeExtractor):
             init.normal_(module.prototypes, mean=0.0, std=1.0)
+        elif isinstance(module, SQLlavaQFormer):
+            init.normal_(module.query_tokens, mean=0.0, std=self.config.initializer_range)
         elif isinstance(module, SQLlavaReleasedPrototypeExtractor):
             init.ones_(module.sim_alpha)
             init.zeros_(module.sim_beta)
@@ -309,11 +342,15 @@ class SQLlavaModel(SQLlavaPreTrainedModel):
 
     def __init__(self, config: SQLlavaConfig):
         super().__init__(config)
-        self.vision_tower = AutoModel.from_config(config.vision_config)
+        if config.vision_config.model_type == "blip_2_vision_model":  # the one that AutoModel does not know
+            self.vision_tower = Blip2VisionModel._from_config(config.vision_config)
+        else:
+            self.vision_tower = AutoModel.from_config(config.vision_config)
         if config.prototype_variant == "none":
             self.prototype_extractor = nn.Identity()
         else:
             self.prototype_extractor = PROTOTYPE_EXTRACTORS[config.prototype_variant](config)
+        self.resampler = nn.Identity() if config.resampler is None else SQLlavaQFormer(config)
         self.multi_modal_projector = SQLlavaMultiModalProjector(config)
         self.language_model = AutoModel.from_config(config.text_config)
         self.post_init()
@@ -338,7 +375,11 @@ class SQLlavaModel(SQLlavaPreTrainedModel):
         patch_weight = tower.embeddings.patch_embedding.weight
         # Weights that are offloaded stand on the meta device; their hooks move the inputs.
         device = pixel_values.device if patch_weight.device.type == "meta" else patch_weight.device
-        hidden_states = tower.embeddings(pixel_values.to(device=device, dtype=patch_weight.dtype))
+        pixel_values = pixel_values.to(device=device, dtype=patch_weight.dtype)
+        if self.config.vision_config.model_type == "blip_2_vision_model":
+            # All layers, the norm behind them, and the CLS token.
+            return tower(pixel_values, return_dict=True).last_hidden_state
+        hidden_states = tower.embeddings(pixel_values)
         if self.config.vision_config.model_type == "clip_vision_model":
             hidden_states = tower.pre_layrnorm(hidden_states)
         for layer in tower.encoder.layers[: self.config.num_vision_layers_used]:
@@ -359,7 +400,8 @@ class SQLlavaModel(SQLlavaPreTrainedModel):
 
         Returns:
             `BaseModelOutputWithPooling`: `last_hidden_state` `(num_images, N, D)`, the vision features;
-            `pooler_output` `(num_images, N, H)`, the image tokens that take the place of the placeholders.
+            `pooler_output` `(num_images, image_seq_length, H)`, the image tokens that take the place of the
+            placeholders.
             `None` for `None`, with which `generate(pixel_values=None)` asks.
         """
         if vision_features is None:
@@ -368,7 +410,7 @@ class SQLlavaModel(SQLlavaPreTrainedModel):
             vision_features = self.get_vision_features(pixel_values)
         elif pixel_values is not None:
             raise ValueError("Give pixel_values or vision_features, not both.")
-        image_tokens = self.multi_modal_projector(self.prototype_extractor(vision_features))
+        image_tokens = self.multi_modal_projector(self.resampler(self.prototype_extractor(vision_features)))
         return BaseModelOutputWithPooling(last_hidden_state=vision_features, pooler_output=image_tokens)
 
     @can_return_tuple
@@ -487,7 +529,8 @@ class SQLlavaModel(SQLlavaPreTrainedModel):
         # A process whose micro-batch is text-only must still give every trained weight a gradient, else the others
         # wait for it forever (DDP, FSDP, ZeRO): https://github.com/deepspeedai/DeepSpeed/issues/7170.
         vision = self.config.vision_config
-        blank_image = torch.zeros(1, vision.num_channels, vision.image_size, vision.image_size, device=self.device)
+        channels = self.vision_tower.embeddings.patch_embedding.in_channels
+        blank_image = torch.zeros(1, channels, vision.image_size, vision.image_size, device=self.device)
         return self.get_image_features(blank_image, return_dict=True).pooler_output.mean() * 0.0
 
 

@@ -15,6 +15,10 @@
 
 In the loss are the answers, the questions of `vusr` turns, and the delimiter after each; so says
 `apply_chat_template(..., return_assistant_tokens_mask=True)`.
+
+The layout of MiniGPT-4 (https://arxiv.org/abs/2304.10592), `SQLlavaProcessor(..., **PROMPT_LAYOUTS["minigpt4"])`:
+
+    <s>###Human: <Img><image></Img>What is it? ###Assistant: A dog.</s>
 """
 
 import json
@@ -35,6 +39,18 @@ SYSTEM_MESSAGE = (
     "The assistant gives helpful, detailed, and polite answers to the user's questions. Also, the assistant is a "
     "curious virtual user can ask complex questions that are relevant to the content in the image."
 )
+
+# Settings of the processor by the name of a layout. An answer ends in the end-of-sequence token, at which generation
+# stops, where MiniGPT-4 looked for the `###` of the next turn.
+PROMPT_LAYOUTS = {
+    "minigpt4": {
+        "system_message": "",
+        "user_marker": "###Human:",
+        "assistant_marker": "###Assistant:",
+        "image_begin": "<Img>",
+        "image_end": "</Img>",
+    }
+}
 
 TEMPLATE_HEADER = "{#- SQ-LLaVA: written by SQLlavaProcessor from its settings -#}\n"
 # `{% generation %}` marks what is in the loss. A user turn flagged `self_question` is a vusr turn. `plain=True` gives
@@ -59,8 +75,12 @@ TEMPLATE_BODY = r"""
                         (" flagged self_question" if message['self_question'] else "") ~
                         ": what the model says cannot hold images. Put it into a user turn.") -}}
                 {%- endif -%}
-                {%- set behind = '' if images_only else text_prefix ~ ('' if ns.typed else '\n') -%}
-                {%- set ns.text = ns.text ~ image_token ~ behind -%}
+                {%- if images_only -%}
+                    {%- set ns.text = ns.text ~ image_token -%}
+                {%- else -%}
+                    {%- set closing = image_end if image_begin or not ns.typed else '' -%}
+                    {%- set ns.text = ns.text ~ image_begin ~ image_token ~ text_prefix ~ closing -%}
+                {%- endif -%}
             {%- elif part['type'] == 'text' -%}
                 {%- set ns.typed = ns.typed ~ part['text'] -%}
                 {%- if not images_only -%}
@@ -131,7 +151,7 @@ class SQLlavaProcessor(ProcessorMixin):
     has no padding token, `<pad>`; pads on the left, so that a batch generates what each prompt generates alone.
 
     Args:
-        image_processor: The vision tower's image processor (CLIP or SigLIP), or the one of a saved SQ-LLaVA.
+        image_processor: The vision tower's image processor (CLIP, SigLIP or BLIP-2), or that of a saved SQ-LLaVA.
         tokenizer: A fast tokenizer with an end-of-sequence token, the delimiter.
         image_seq_length (`int`, defaults to 576): Number of tokens of one image, as in the model's configuration.
         image_aspect_ratio (`str`, defaults to `"pad"`):
@@ -139,6 +159,8 @@ class SQLlavaProcessor(ProcessorMixin):
         text_prefix (`str`, defaults to `""`):
             What text begins with that follows the beginning of the sequence or an image. The authors' code tokenizes
             such text apart, so that Llama's tokenizer puts a space before it: `" "` for checkpoints trained by it.
+        image_begin, image_end (`str`, default to `""` and a line break):
+            What stands around an image of a conversation. A line break alone is left out behind text.
         system_message (`str`): Stands before the conversation, unless that begins with a system turn.
         user_marker, assistant_marker (`str`): What a turn begins with; defaults as in Vicuna v1.
         vusr_marker (`str`, defaults to `"[vusr]"`):
@@ -156,6 +178,8 @@ class SQLlavaProcessor(ProcessorMixin):
         image_seq_length: int = 576,
         image_aspect_ratio: ImageAspectRatio = "pad",
         text_prefix: str = "",
+        image_begin: str = "",
+        image_end: str = "\n",
         system_message: str = SYSTEM_MESSAGE,
         user_marker: str = "USER:",
         vusr_marker: str = VUSR_TOKEN,
@@ -175,6 +199,8 @@ class SQLlavaProcessor(ProcessorMixin):
         self.image_seq_length = image_seq_length
         self.image_aspect_ratio = image_aspect_ratio
         self.text_prefix = text_prefix
+        self.image_begin = image_begin
+        self.image_end = image_end
         self.system_message = system_message
         self.user_marker = user_marker
         self.vusr_marker = vusr_marker
@@ -216,6 +242,8 @@ class SQLlavaProcessor(ProcessorMixin):
             "vusr_marker": self.vusr_marker,
             "assistant_marker": self.assistant_marker,
             "image_token": IMAGE_TOKEN,
+            "image_begin": self.image_begin,
+            "image_end": self.image_end,
             "text_prefix": self.text_prefix,
             "control_tokens": self.control_tokens,
         }
@@ -237,7 +265,7 @@ class SQLlavaProcessor(ProcessorMixin):
 
 
 def _square_image_processor(image_processor, image_aspect_ratio: ImageAspectRatio):
-    """LLaVA's image processor with the size, mean and interpolation of a CLIP or SigLIP one."""
+    """LLaVA's image processor with the size, mean and interpolation of a CLIP, SigLIP or BLIP-2 one."""
     if not type(image_processor).__name__.startswith("LlavaImageProcessor"):
         size = image_processor.crop_size if image_processor.do_center_crop else image_processor.size
         side = size["height"] if "height" in size else size["shortest_edge"]

@@ -14,8 +14,9 @@ The data is checked first, by a sample of its rows: see `sq-llava doctor` and th
 
 `--dry_run real` trains one step on the longest rows and says what it takes; `--dry_run meta` says it without weights.
 
-It writes a PEFT adapter with the processor to `output_dir`; `sq-llava merge` makes a plain checkpoint of it. What it
-does not do: train the towers' own weights; convert released checkpoints.
+It writes a PEFT adapter with the processor to `output_dir`; `sq-llava merge` makes a plain checkpoint of it. With
+`full_finetuning`, which trains the language model's own weights as LLaVA does, it writes a plain checkpoint itself.
+What it does not do: train the vision tower's own weights; convert released checkpoints.
 """
 
 import shlex
@@ -26,8 +27,8 @@ from accelerate import PartialState
 from transformers import set_seed
 from transformers.utils.versions import require_version
 
-from sq_llava.adapter import load_adapter_weights
-from sq_llava.base import add_stage_adapter, load_base
+from sq_llava.base import load_base, prepare_stage
+from sq_llava.card import write_card
 from sq_llava.data import hold_out, load_rows
 from sq_llava.doctor_report import SAMPLE_ROWS, check_before_training
 from sq_llava.feature_building import check_cache
@@ -83,9 +84,7 @@ def main(args: list[str] | None = None) -> SQLlavaTrainer:
 
     model, processor, previous_stage = load_base(arguments, training_args, model_config, checkpoint)
     rows = load_rows(arguments.datasets, training_args.seed, processor.image_seq_length)
-    model = add_stage_adapter(model, arguments, model_config)
-    if previous_stage is not None:
-        load_adapter_weights(model, previous_stage)
+    model = prepare_stage(model, previous_stage, arguments, model_config)
 
     collator = SelfQuestioningCollator(
         processor,
@@ -153,6 +152,8 @@ def main(args: list[str] | None = None) -> SQLlavaTrainer:
     trainer.save_state()
     if trainer.accelerator.is_main_process:
         record_stage(arguments, training_args, model_config, trainer.run, trainer.state.global_step)
+        if arguments.full_finetuning:
+            write_card(training_args.output_dir)
     return trainer
 
 

@@ -5,6 +5,8 @@ Called by `python -m demo.run`, it writes what a real run has from the Hub:
     clip/     CLIPModel, image processor and tokenizer, as `openai/clip-vit-large-patch14-336` has
     llama/    LlamaForCausalLM and tokenizer, as `lmsys/vicuna-7b-v1.5` has
 
+(`python -m benchmarks.three_systems` makes a third: `pretrain_blip2`.)
+
 Neither knows of SQ-LLaVA: `<image>` and `[vusr]` are not in the vocabulary, and the LLM has never seen an image. Like
 a real LLM it has learned from text alone to answer questions about what the text before them tells: see `draw_text`.
 """
@@ -20,6 +22,9 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, proce
 from torch import nn
 from tqdm import tqdm
 from transformers import (
+    Blip2Config,
+    Blip2VisionModelWithProjection,
+    BlipImageProcessor,
     CLIPConfig,
     CLIPImageProcessor,
     CLIPModel,
@@ -211,6 +216,72 @@ def pretrain_clip(
     ]
     for part in (model, image_processor, tokenizer):
         part.save_pretrained(output_dir)
+    return sum(hits) / len(hits)
+
+
+def build_blip2() -> Blip2VisionModelWithProjection:
+    """A tower of the size of `build_clip`'s and a Q-Former of 32 queries."""
+    towers = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "initializer_range": 0.02}
+    config = Blip2Config(
+        vision_config={**towers, "num_hidden_layers": 3, "image_size": IMAGE_SIZE, "patch_size": PATCH_SIZE},
+        qformer_config={
+            **towers, "num_hidden_layers": 2, "encoder_hidden_size": 64, "cross_attention_frequency": 1,
+            "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0,
+        },
+        image_text_hidden_size=64,
+    )  # fmt: skip
+    model = Blip2VisionModelWithProjection(config)
+    nn.init.normal_(model.query_tokens)  # they are zero before, and all alike would stay so
+    return model
+
+
+def pretrain_blip2(
+    train_rows: list[dict],
+    holdout_rows: list[dict],
+    output_dir: str | Path,
+    seed: int = 0,
+    num_steps: int = 900,
+    batch_size: int = 64,
+    learning_rate: float = 2e-3,
+    device: str = "cpu",
+) -> float:
+    """Trains BLIP-2's tower and Q-Former on images and their captions and saves them with their image processor.
+
+    Of BLIP-2's losses, the contrastive one, with an embedding for each of the captions. An image is the mean of its
+    queries, where BLIP-2 takes the closest of them: so all of them learn.
+
+    Args, returns: As `pretrain_clip`.
+    """
+    set_seed(seed)
+    image_processor = BlipImageProcessor(size={"height": IMAGE_SIZE, "width": IMAGE_SIZE})
+    captions = [f"a {colour} {shape}" for colour in COLOURS for shape in SHAPES]
+    texts = nn.Embedding(len(captions), 64)
+    texts.register_parameter("logit_scale", nn.Parameter(torch.tensor(2.66)))  # CLIP's, 1 / 0.07
+    model = nn.ModuleDict({"images": build_blip2(), "texts": texts}).to(device)
+    pixel_values = load_images(image_processor, train_rows).to(device)
+    caption_of_image = torch.tensor(
+        [captions.index(row["conversations"][1]["value"]) for row in train_rows], device=device
+    )
+
+    def compare(images: torch.Tensor) -> torch.Tensor:
+        embedded = model["images"](pixel_values=images).image_embeds  # [num_images, num_queries, 64]
+        return F.normalize(embedded.mean(dim=1), dim=-1) @ F.normalize(texts.weight, dim=-1).T
+
+    def compute_loss() -> torch.Tensor:
+        batch = torch.randint(len(pixel_values), (batch_size,), device=device)
+        images = pixel_values[batch]
+        is_mirrored = torch.rand(batch_size, 1, 1, 1, device=device) < 0.5
+        images = torch.where(is_mirrored, images.flip(-1), images)
+        return contrastive_loss(texts.logit_scale.exp() * compare(images), caption_of_image[batch])
+
+    train(model, compute_loss, num_steps, learning_rate, betas=(0.9, 0.98), description="BLIP-2")
+    with torch.no_grad():
+        guesses = compare(load_images(image_processor, holdout_rows).to(device)).argmax(dim=-1).tolist()
+    hits = [
+        captions[guess] == row["conversations"][1]["value"] for guess, row in zip(guesses, holdout_rows, strict=True)
+    ]
+    model["images"].save_pretrained(output_dir)
+    image_processor.save_pretrained(output_dir)
     return sum(hits) / len(hits)
 
 

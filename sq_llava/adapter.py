@@ -115,11 +115,26 @@ def load_adapter_weights(model: PeftModel, folder: str) -> None:
     set_peft_model_state_dict(model, {**own, **weights})
 
 
+def train_in_full(model: SQLlavaForConditionalGeneration, trained_dtype: torch.dtype = torch.float32) -> None:
+    """Unfreezes language model, extractor and projector, as LLaVA's stage 2 does; the vision side is frozen."""
+    model.requires_grad_(False)
+    base = model.model
+    for part in (base.prototype_extractor, base.multi_modal_projector, base.language_model, model.lm_head):
+        for parameter in part.parameters():  # not part.to(), which would cast the buffers of rotary embeddings too
+            parameter.requires_grad = True
+            parameter.data = parameter.data.to(trained_dtype)
+
+
+def without_adapter(model: PeftModel | SQLlavaForConditionalGeneration) -> SQLlavaForConditionalGeneration:
+    """The model under an adapter; itself, if it is trained in full."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
 def group_of(parameter_name: str) -> str:
     """The part of the model that a parameter belongs to: `"vision"`, `"connector"` or `"text"`."""
     if ".vision_tower." in parameter_name:
         return "vision"
-    if ".multi_modal_projector." in parameter_name or ".prototype_extractor." in parameter_name:
+    if any(f".{part}." in parameter_name for part in ("multi_modal_projector", "prototype_extractor", "resampler")):
         return "connector"
     return "text"
 

@@ -1,4 +1,4 @@
-"""The base of a run, frozen, and the adapter that its stage trains.
+"""The base of a run, frozen, and what its stage trains: an adapter on it, or language model and projector in full.
 
 A base is a SQ-LLaVA, the one that a stage before stood on, or made of two parts; the last is saved to
 `output_dir/base`, because an adapter is loaded on a base that it names. What it does not do: train.
@@ -9,14 +9,21 @@ from pathlib import Path
 
 import torch
 from accelerate import PartialState
+from peft import PeftModel
 from transformers.integrations import is_deepspeed_zero3_enabled
 from trl import ModelConfig, SFTConfig
 
 from modeling_sq_llava import SQLlavaForConditionalGeneration
 from processing_sq_llava import SQLlavaProcessor
-from sq_llava.adapter import LoraSize, add_adapter
+from sq_llava.adapter import LoraSize, add_adapter, load_adapter_weights, train_in_full
 from sq_llava.checkpoint import base_of_adapter, compose, is_adapter
-from sq_llava.settings import SQLlavaArguments, processor_settings, quantization_config, starting_point
+from sq_llava.settings import (
+    SQLlavaArguments,
+    architecture,
+    processor_settings,
+    quantization_config,
+    starting_point,
+)
 
 
 def load_base(
@@ -43,12 +50,10 @@ def load_base(
         return *read_base(checkpoint, arguments, quantized_loading, processing), None
     model, processor = compose(
         *parts,
+        arguments.qformer_model_name_or_path,
         **loading,
         processor_kwargs=processing,
-        prototype_variant=arguments.prototype_variant,
-        num_prototypes=arguments.num_prototypes,
-        num_prototype_iterations=arguments.num_prototype_iterations,
-        projector_type=arguments.projector_type,
+        **architecture(arguments),
     )
     if arguments.dry_run == "real" and quantization is None:
         return model, processor, None
@@ -74,25 +79,48 @@ def read_base(checkpoint: str, arguments: SQLlavaArguments, loading: dict, proce
     if not base.is_dir():
         raise ValueError(f"{checkpoint}: the base that it stands on is not in {base}. Bring that folder back.")
     model = SQLlavaForConditionalGeneration.from_pretrained(base, **loading)
-    for name in ("prototype_variant", "num_prototypes", "num_prototype_iterations", "projector_type"):
-        if getattr(model.config, name) != getattr(arguments, name):
+    for name, value in architecture(arguments).items():
+        if getattr(model.config, name) != value:
             raise ValueError(
-                f"{name} is {getattr(arguments, name)!r}, but {checkpoint} was trained with "
+                f"{name} is {value!r}, but {checkpoint} was trained with "
                 f"{getattr(model.config, name)!r}: give that, or another output_dir to start anew."
             )
     return model, SQLlavaProcessor.from_pretrained(base, **processing)
 
 
+def prepare_stage(model, previous_stage: str | None, arguments: SQLlavaArguments, model_config: ModelConfig):
+    """Makes of a frozen base what the stage trains, with the weights of the stage before it, if there is one."""
+    if not arguments.full_finetuning:
+        model = add_stage_adapter(model, arguments, model_config)
+        if previous_stage is not None:
+            load_adapter_weights(model, previous_stage)
+        return model
+    train_in_full(model, trained_dtype(model))
+    if previous_stage is None:
+        return model
+    if is_deepspeed_zero3_enabled():
+        raise ValueError(
+            f"model_name_or_path is {previous_stage!r}, an adapter: under ZeRO-3, it cannot be merged into a model "
+            f"in pieces. Run `sq-llava merge {previous_stage} --out FOLDER` first, and give that folder."
+        )
+    model = PeftModel.from_pretrained(model, previous_stage).merge_and_unload()
+    train_in_full(model, trained_dtype(model))
+    return model
+
+
+def trained_dtype(model) -> torch.dtype:
+    # ZeRO-3 fails on weights of two precisions (https://github.com/huggingface/trl/issues/6089), and its optimizer has
+    # float32 copies by itself.
+    return model.dtype if is_deepspeed_zero3_enabled() else torch.float32
+
+
 def add_stage_adapter(model, arguments: SQLlavaArguments, model_config: ModelConfig):
     """Puts on a base what its stage trains."""
     instruct = arguments.stage == "instruct"
-    # ZeRO-3 fails on weights of two precisions (https://github.com/huggingface/trl/issues/6089), and its optimizer has
-    # float32 copies by itself.
-    trained_dtype = model.dtype if is_deepspeed_zero3_enabled() else torch.float32
     return add_adapter(
         model,
         LoraSize(arguments.vision_lora_r, arguments.vision_lora_alpha, arguments.vision_lora_dropout),
         LoraSize(model_config.lora_r if instruct else 0, model_config.lora_alpha, model_config.lora_dropout),
-        train_vusr=instruct,
-        trained_dtype=trained_dtype,
+        train_vusr=instruct and arguments.self_question_ratio > 0,
+        trained_dtype=trained_dtype(model),
     )

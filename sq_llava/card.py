@@ -24,7 +24,7 @@ from sq_llava.provenance import is_hub_id, public_name, read_provenance
 
 TEMPLATE = Path(__file__).parent.parent / "model_card.md"
 CODE_FILES = ("configuration_sq_llava.py", "modeling_sq_llava.py", "processing_sq_llava.py")
-PARTS = {"vision": ("vision_tower.",), "connector": ("multi_modal_projector.", "prototype_extractor.")}
+PARTS = {"vision": ("vision_tower.",), "connector": ("multi_modal_projector.", "prototype_extractor.", "resampler.")}
 # The picture that the published example asks about, in the repository itself.
 EXAMPLE_IMAGE = "image.png"
 EXAMPLE_QUESTION = "What is in this picture?"
@@ -170,7 +170,10 @@ def _is_trained_to_ask(provenance: dict, has_extractor: bool) -> bool:
     if not provenance:
         return True
     is_released_sq_llava = "converted_from" in provenance and has_extractor and "new_extractor" not in provenance
-    return is_released_sq_llava or any(stage["stage"] == "instruct" for stage in provenance.get("stages", []))
+    return is_released_sq_llava or any(
+        stage["stage"] == "instruct" and stage["settings"].get("self_question_ratio") != 0
+        for stage in provenance.get("stages", [])
+    )
 
 
 def _base_models(config: dict, provenance: dict) -> list[str]:

@@ -1,6 +1,7 @@
 """Models from parts, and adapters merged into plain checkpoints.
 
     >>> model, processor = compose("openai/clip-vit-large-patch14-336", "lmsys/vicuna-7b-v1.5")
+    >>> model, processor = compose(blip2, "lmsys/vicuna-7b-v1.5", blip2, prototype_variant="none")  # MiniGPT-4's parts
     >>> merge_adapter("runs/sq-llava-7b/stage2", "runs/sq-llava-7b/merged")
 
 A folder is either a plain checkpoint (`config.json`, weights, processor, code) or a PEFT adapter
@@ -22,6 +23,7 @@ from transformers import (
     AutoModelForImageTextToText,
     AutoProcessor,
     AutoTokenizer,
+    Blip2VisionModelWithProjection,
     PreTrainedConfig,
 )
 
@@ -73,7 +75,41 @@ def _vision_config(vision_model: str) -> PreTrainedConfig:
     return config
 
 
-def compose_config(vision_model: str, text_model: str, **config_kwargs) -> SQLlavaConfig:
+def _qformer_fields(qformer_model: str | None) -> dict:
+    """What the configuration says of the Q-Former of a BLIP-2 model."""
+    if qformer_model is None:
+        return {}
+    config = AutoConfig.from_pretrained(qformer_model)
+    if config.model_type != "blip-2":
+        raise ValueError(
+            f"qformer_model_name_or_path is {str(qformer_model)!r}, a {config.model_type}: give a BLIP-2 model of "
+            "transformers, such as Salesforce/blip2-flan-t5-xxl."
+        )
+    return {
+        "resampler": "qformer",
+        "qformer_config": config.qformer_config,
+        "num_query_tokens": config.num_query_tokens,
+    }
+
+
+class _Blip2ImageSide(Blip2VisionModelWithProjection):
+    """Tower, queries and Q-Former of a BLIP-2 of any kind; its language model, which may be large, stays on disk."""
+
+    _keys_to_ignore_on_load_unexpected = [r"^(language_|text_|embeddings|itm_head)"]
+    _keys_to_ignore_on_load_missing = [r"^vision_projection"]
+
+
+def load_vision_tower(vision_model: str, **kwargs) -> torch.nn.Module:
+    """The vision tower of a vision model, with pretrained weights."""
+    if AutoConfig.from_pretrained(vision_model).model_type == "blip-2":
+        return _Blip2ImageSide.from_pretrained(vision_model, **kwargs).vision_model
+    model = AutoModel.from_pretrained(vision_model, **kwargs)
+    return getattr(model, "vision_model", model)
+
+
+def compose_config(
+    vision_model: str, text_model: str, qformer_model: str | None = None, **config_kwargs
+) -> SQLlavaConfig:
     """
     The configuration that [`compose`] would give, without tokenizer and weights: for planning. The vocabulary has room
     for the new tokens, whether or not the model's own has.
@@ -87,14 +123,20 @@ def compose_config(vision_model: str, text_model: str, **config_kwargs) -> SQLla
         text_config=text_config,
         image_token_id=image_token_id,
         vusr_token_id=image_token_id + 1,
+        **_qformer_fields(qformer_model),
         **config_kwargs,
     )
 
 
-def compose_processor(vision_model: str, text_model: str, **processor_kwargs) -> SQLlavaProcessor:
+def compose_processor(
+    vision_model: str, text_model: str, qformer_model: str | None = None, **processor_kwargs
+) -> SQLlavaProcessor:
     """The processor that [`compose`] would give, without any weights."""
     config = SQLlavaConfig(
-        vision_config=_vision_config(vision_model), text_config=AutoConfig.from_pretrained(text_model)
+        vision_config=_vision_config(vision_model),
+        text_config=AutoConfig.from_pretrained(text_model),
+        prototype_variant="none",  # it makes no difference to what is asked here
+        **_qformer_fields(qformer_model),
     )
     return SQLlavaProcessor(
         AutoImageProcessor.from_pretrained(vision_model),
@@ -107,6 +149,7 @@ def compose_processor(vision_model: str, text_model: str, **processor_kwargs) ->
 def compose(
     vision_model: str,
     text_model: str,
+    qformer_model: str | None = None,
     dtype: torch.dtype | str = "auto",
     attn_implementation: str | None = None,
     processor_kwargs: dict | None = None,
@@ -116,8 +159,9 @@ def compose(
     Builds a SQ-LLaVA from a vision model and a causal language model; the extractor and the projector are new.
 
     Args:
-        vision_model (`str`): Path or Hub id of a CLIP or SigLIP model, whole or its vision part.
+        vision_model (`str`): Path or Hub id of a CLIP or SigLIP model, whole or its vision part, or of a BLIP-2 model.
         text_model (`str`): Path or Hub id of any causal language model of transformers.
+        qformer_model (`str`, *optional*): Path or Hub id of a BLIP-2 model, for its Q-Former.
         dtype, attn_implementation: As for `from_pretrained`.
         processor_kwargs (`dict`, *optional*): Settings of [`SQLlavaProcessor`]: `image_aspect_ratio`, ...
         config_kwargs: Fields of [`SQLlavaConfig`]: `prototype_variant`, `num_prototypes`, ...
@@ -126,10 +170,11 @@ def compose(
         The model, on the CPU, and its processor.
     """
     vision_config = _vision_config(vision_model)
-    processor = compose_processor(vision_model, text_model, **(processor_kwargs or {}))
+    processor = compose_processor(vision_model, text_model, qformer_model, **(processor_kwargs or {}))
     tokenizer = processor.tokenizer
     text_model = AutoModelForCausalLM.from_pretrained(text_model, dtype=dtype, attn_implementation=attn_implementation)
     text_model.config.name_or_path = public_name(text_model.config.name_or_path)
+    config_kwargs |= _qformer_fields(qformer_model)
     config = SQLlavaConfig(vision_config=vision_config, text_config=text_model.config, **config_kwargs)
     if len(tokenizer) > text_model.config.vocab_size:
         text_model.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=VOCABULARY_MULTIPLE)
@@ -140,8 +185,11 @@ def compose(
     model = SQLlavaForConditionalGeneration._from_config(
         config, dtype=text_model.dtype, attn_implementation=attn_implementation
     )
-    vision_tower = AutoModel.from_pretrained(vision_model, dtype=text_model.dtype)
-    model.model.vision_tower.load_state_dict(getattr(vision_tower, "vision_model", vision_tower).state_dict())
+    vision_tower = load_vision_tower(vision_model, dtype=text_model.dtype)
+    model.model.vision_tower.load_state_dict(vision_tower.state_dict())
+    if qformer_model is not None:
+        weights = _Blip2ImageSide.from_pretrained(qformer_model, dtype=text_model.dtype).state_dict()
+        model.model.resampler.load_state_dict({name: weights[name] for name in model.model.resampler.state_dict()})
     model.model.language_model.load_state_dict(text_model.base_model.state_dict())
     model.lm_head.load_state_dict(text_model.get_output_embeddings().state_dict())
     model.tie_weights()
@@ -177,7 +225,10 @@ def merge_adapter(adapter: str, output_dir: str) -> None:
         output_dir (`str`): Folder for the checkpoint. It must not be the adapter's own.
     """
     if not is_adapter(adapter):
-        raise ValueError(f"{adapter} holds no adapter_config.json: give the output_dir of a training stage.")
+        raise ValueError(
+            f"{adapter} holds no adapter_config.json: give the output_dir of a training stage. (A stage with "
+            "full_finetuning needs no merge: its output_dir is a plain checkpoint.)"
+        )
     if Path(output_dir).resolve() == Path(adapter).resolve():
         raise ValueError(f"{output_dir} is the adapter's own folder: give another one for the merged checkpoint.")
     model, processor = load_checkpoint(adapter)

@@ -21,6 +21,7 @@ data set of the Hub; there images may also stand as bytes in the table. A recipe
       - {path: mix665k.json, image_root: images}
       - {path: documents.jsonl, weight: 2.0}                # each row twice an epoch
       - {path: org/charts, split: train, num_rows: 10000}   # this many an epoch
+      - {path: captions.json, instructions: [Describe it., What is it?]}   # where "<image>" is all of the question
 
 Nothing is held decoded: of a JSON file only the place of each row is kept in memory, tables are mapped from disk, and
 images are opened when a batch is made. What it does not do: check image files and lengths (`sq_llava/doctor.py`).
@@ -30,6 +31,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +88,8 @@ def load_rows(sources: list[DataSource], seed: int = 0, image_seq_length: int = 
         columns["length"].append(length)
     columns["row_id"] = [np.arange(sum(map(len, columns["index"])))]
     mix = datasets.Dataset.from_dict({name: np.concatenate(parts) for name, parts in columns.items()})
-    return mix.with_transform(RowReader(opened, [image_root_of(source) for source in sources]))
+    instructions = [source.instructions for source in sources]
+    return mix.with_transform(RowReader(opened, [image_root_of(source) for source in sources], instructions))
 
 
 def rows_per_epoch(source: DataSource, available: int) -> int:
@@ -125,6 +128,7 @@ class RowReader:
 
     sources: list[JsonFile | Table]
     image_roots: list[Path]
+    instructions: list[list[str]]
 
     def __call__(self, batch: dict[str, list[int]]) -> dict[str, list]:
         read = [self.read(source, index) for source, index in zip(batch["source"], batch["index"])]
@@ -137,7 +141,19 @@ class RowReader:
             raw = self.sources[source][index]
         except ValueError as error:
             raise ValueError(f"{place}: cannot be read as JSON: {error}") from error
-        return parse_row(raw, place, self.image_roots[source])
+        row = parse_row(raw, place, self.image_roots[source])
+        return row | {"messages": with_instruction(row["messages"], self.instructions[source], index)}
+
+
+def with_instruction(messages: list[dict], instructions: list[str], index: int) -> list[dict]:
+    """The messages of row `index`, whose first question is one of `instructions` if it is images alone."""
+    first = next((number for number, message in enumerate(messages) if message["role"] == "user"), None)
+    if not instructions or first is None or any(part["type"] == "text" for part in messages[first]["content"]):
+        return messages
+    digest = blake2b(str(index).encode(), digest_size=8).digest()
+    drawn = instructions[int.from_bytes(digest, "big") % len(instructions)]
+    asked = {**messages[first], "content": [*messages[first]["content"], _part("text", drawn)]}
+    return [*messages[:first], asked, *messages[first + 1 :]]
 
 
 def parse_row(raw: Any, place: str, image_root: Path) -> dict:

@@ -25,7 +25,7 @@ import numpy as np
 from rich.progress import Progress
 
 from processing_sq_llava import SQLlavaProcessor
-from sq_llava.data import IMAGE_PART, images_of, is_embedded, path_of, read_row, rows_per_epoch
+from sq_llava.data import IMAGE_PART, images_of, is_embedded, path_of, read_row, rows_per_epoch, with_instruction
 from sq_llava.images import Fault, image_faults
 from sq_llava.lengths import token_counts
 from sq_llava.packing import pack_in_windows
@@ -118,10 +118,10 @@ class DataCheck:
     def check_rows(self, source: int, indices: Sequence[int]) -> list[CheckedRow]:
         """The rows of these places in a source, in their order."""
         checked, to_measure = [], {}
-        for raw in self.opened[source].rows(indices):
+        for index, raw in zip(indices, self.opened[source].rows(indices)):
             row, messages = self._check_row(raw, source)
             if self.measure_lengths and messages is not None:
-                to_measure[len(checked)] = messages
+                to_measure[len(checked)] = with_instruction(messages, self.sources[source].instructions, index)
             checked.append(row)
         for (index, messages), length in zip(to_measure.items(), self.lengths(list(to_measure.values()))):
             checked[index] = self._with_length(checked[index], messages, length)

@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.text import Text
 
-from sq_llava.data import parse_row
+from sq_llava.data import parse_row, with_instruction
 from sq_llava.doctor import DataCheck, Finding, Report, examine
 from sq_llava.self_questioning import ANSWER, QUESTION, SelfQuestioningCollator
 from sq_llava.sources import Table
@@ -115,6 +115,7 @@ def print_preview(check: DataCheck, report: Report, seed: int, console: Console)
         first_row = sum(map(len, check.opened[:source]))
         path = check.opened[source].path
         row = parse_row(check.opened[source][index], f"{path}, row {index}", check.image_roots[source])
+        row["messages"] = with_instruction(row["messages"], check.sources[source].instructions, index)
         batch = collator([{**row, "row_id": first_row + index}])
         console.print(Text(f"{path}, row {index}", "bold"), soft_wrap=True)
         ids, kinds = batch["input_ids"][0].tolist(), batch["turn_kinds"][0].tolist()

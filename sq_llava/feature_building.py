@@ -31,13 +31,14 @@ from peft import PeftModel
 from rich.console import Console
 from rich.progress import Progress, TextColumn
 from torch.utils.data import DataLoader, Dataset
-from transformers import AutoConfig, AutoModel
+from transformers import AutoConfig
 from transformers.integrations import is_deepspeed_zero3_enabled
 from trl import ModelConfig, SFTConfig
 
 from modeling_sq_llava import SQLlavaForConditionalGeneration, SQLlavaModel
 from processing_sq_llava import SQLlavaProcessor
-from sq_llava.checkpoint import base_of_adapter, compose_config, is_adapter
+from sq_llava.adapter import without_adapter
+from sq_llava.checkpoint import base_of_adapter, compose_config, is_adapter, load_vision_tower
 from sq_llava.data import load_rows
 from sq_llava.feature_cache import (
     DIGEST,
@@ -227,8 +228,7 @@ def load_tower(arguments: SQLlavaArguments, model_config: ModelConfig) -> SQLlav
             raise ValueError(f"dtype is 'auto', but the configuration of {parts[1]} names none: give dtype.")
     with torch.device("meta"):
         model = SQLlavaModel._from_config(compose_config(*parts), **loading)
-    tower = AutoModel.from_pretrained(parts[0], dtype=dtype, **loading)
-    model.vision_tower = getattr(tower, "vision_model", tower)
+    model.vision_tower = load_vision_tower(parts[0], dtype=dtype, **loading)
     return model.eval()
 
 
@@ -467,7 +467,7 @@ def progress_of_main_process(console: Console) -> Progress:
 
 def check_cache(
     cache: FeatureCache,
-    model: PeftModel,
+    model: PeftModel | SQLlavaForConditionalGeneration,
     processor: SQLlavaProcessor,
     training_args: SFTConfig,
     rows: list[datasets.Dataset | None],
@@ -484,7 +484,7 @@ def check_cache(
             f"feature_cache is {cache.folder}: under ZeRO-3 a process has no whole vision tower, and cannot tell "
             "whether the features are its own. Launch with ZeRO-2, DDP or FSDP."
         )
-    tower = tower_key(model.get_base_model().model, autocast_dtype(training_args))
+    tower = tower_key(without_adapter(model).model, autocast_dtype(training_args))
     cache.require(tower, processor_key(processor))
     for each in rows:
         if each is not None:

@@ -70,6 +70,8 @@ def tower_key(model: SQLlavaModel, autocast: torch.dtype | None) -> dict[str, An
     run = [tower.embeddings, *tower.encoder.layers[: config.num_vision_layers_used]]
     if config.vision_config.model_type == "clip_vision_model":
         run.insert(1, tower.pre_layrnorm)
+    elif config.vision_config.model_type == "blip_2_vision_model":
+        run.append(tower.post_layernorm)
     for module in run:
         for name, weight in module.named_parameters():
             hashed.update(f"{name}{tuple(weight.shape)}".encode())

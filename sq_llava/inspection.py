@@ -39,6 +39,7 @@ WEIGHT_FILES = (
 PARTS = {
     "vision": ("vision_tower.", "vision_model."),
     "extractor": ("prototype_extractor.", *(f"mm_projector.{name}" for name in ("sim_", "c.", "v.", "f.", "ln_1."))),
+    "Q-Former": ("resampler.",),
     "projector": ("multi_modal_projector.", "mm_projector."),
     "head": ("lm_head.",),
     "language model": ("language_model.", "model.layers.", "model.embed_tokens.", "model.norm."),

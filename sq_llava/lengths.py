@@ -172,6 +172,7 @@ def with_sure_lengths(rows: datasets.Dataset, bound: LengthBound, num_proc: int 
 def _fingerprint(places: datasets.Dataset, reader: RowReader, bound: LengthBound) -> str:
     tokenizer = bound.processor.tokenizer
     settings = [bound.max_length, bound.plain, bound.self_question_ratio > 0, bound.processor.image_seq_length]
+    settings += [reader.instructions]
     texts = [tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template, *map(_identity, reader.sources)]
     digest = hashlib.blake2b(json.dumps([settings, texts]).encode(), digest_size=16)
     for name in ("row_id", "source", "index"):

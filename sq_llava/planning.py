@@ -28,12 +28,12 @@ from trl import ModelConfig, SFTConfig, SFTTrainer
 
 from configuration_sq_llava import SQLlavaConfig
 from modeling_sq_llava import SQLlavaForConditionalGeneration, UpcastLinear
-from sq_llava.adapter import count_parameters
-from sq_llava.base import add_stage_adapter
+from sq_llava.adapter import count_parameters, without_adapter
+from sq_llava.base import prepare_stage
 from sq_llava.checkpoint import base_of_adapter, compose_config, is_adapter
 from sq_llava.data import hold_out, load_rows
 from sq_llava.packing import PackSampler, pack_sampler
-from sq_llava.settings import SQLlavaArguments, quantization_config, starting_point
+from sq_llava.settings import SQLlavaArguments, architecture, quantization_config, starting_point
 
 
 UNITS = {"GiB": 2**30, "MiB": 2**20}
@@ -123,7 +123,7 @@ def estimate_memory(
     Adds up the memory of one GPU.
 
     Args:
-        model (`PeftModel`): With its adapter; its weights may be on the meta device.
+        model: With its adapter, or trained in full; its weights may be on the meta device.
         batch ([`Batch`]): Of one device.
         training_args (`SFTConfig`): Of which `optim`, `gradient_checkpointing` and `bf16` count.
         num_gpus (`int`): Among which `sharding` divides.
@@ -206,7 +206,7 @@ def quantized_bytes(linear: nn.Linear, quantization: BitsAndBytesConfig) -> floa
 
 def activation_terms(model: nn.Module, batch: Batch, training_args: SFTConfig, on_gpu: bool = True) -> list[Term]:
     """What the forward pass keeps for the backward pass, and the largest workspace of both, from above."""
-    base = model.get_base_model()
+    base = without_adapter(model)
     config, text_config = base.config, base.config.get_text_config()
     held = base.get_input_embeddings().weight.itemsize
     # Of each feature that goes into or out of a linear layer (LoRA's too) in one position. Measured: the bytes of its
@@ -214,13 +214,13 @@ def activation_terms(model: nn.Module, batch: Batch, training_args: SFTConfig, o
     feature_bytes = held + 2
     tokens = batch.rows * batch.tokens
     # A text-only batch runs the vision side on one blank image.
-    patches = max(batch.images, 1) * (config.image_seq_length + 1)
+    patches = max(batch.images, 1) * (config.num_vision_tokens + 1)
     towers = {
         "text": (_layers(_text_tower(model)), tokens, batch.tokens, text_config),
         "vision": (
             _layers(base.model.vision_tower)[: config.num_vision_layers_used],
             patches,
-            config.image_seq_length + 1,
+            config.num_vision_tokens + 1,
             config.vision_config,
         ),
     }
@@ -259,7 +259,7 @@ def _head_bytes(text_config, tokens: int, held: int, training_args: SFTConfig, o
 
 
 def _text_tower(model: nn.Module) -> nn.Module:
-    return model.get_base_model().model.language_model
+    return without_adapter(model).model.language_model
 
 
 def _layers(tower: nn.Module) -> nn.ModuleList:
@@ -418,13 +418,7 @@ def plan_from_configs(
     """Prints the parameters, the memory and the steps of a run, from the configurations of its models alone."""
     parts = (arguments.vision_model_name_or_path, arguments.text_model_name_or_path)
     if None not in parts:  # also in place of a stage that is not there yet
-        config = compose_config(
-            *parts,
-            prototype_variant=arguments.prototype_variant,
-            num_prototypes=arguments.num_prototypes,
-            num_prototype_iterations=arguments.num_prototype_iterations,
-            projector_type=arguments.projector_type,
-        )
+        config = compose_config(*parts, arguments.qformer_model_name_or_path, **architecture(arguments))
     else:
         start, _ = starting_point(arguments, model_config)
         try:
@@ -439,7 +433,7 @@ def plan_from_configs(
         model = SQLlavaForConditionalGeneration._from_config(
             config, dtype=dtype, attn_implementation=model_config.attn_implementation
         )
-        model = add_stage_adapter(model, arguments, model_config)
+        model = prepare_stage(model, None, arguments, model_config)
     print_parameters(model, arguments.part_learning_rates, training_args.learning_rate)
     print_plan(model, training_args, num_gpus, quantization_config(model_config), arguments.packing)
     try:

@@ -26,7 +26,10 @@ PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate")
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 CACHED = re.compile(r"/(?:models|datasets)--([^/]+)/snapshots/[0-9a-f]{40}/?$")
 
-STAGE_SETTINGS = ("vision_lora_r", "vision_lora_alpha", "vision_lora_dropout", "vision_lr", "connector_lr", "packing")
+STAGE_SETTINGS = (
+    "full_finetuning", "vision_lora_r", "vision_lora_alpha", "vision_lora_dropout", "vision_lr", "connector_lr",
+    "packing",
+)  # fmt: skip
 TRAINING_SETTINGS = (
     "learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "max_grad_norm", "optim",
     "num_train_epochs", "max_steps", "max_length", "train_sampling_strategy", "seed", "bf16", "fp16",

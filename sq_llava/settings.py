@@ -12,7 +12,7 @@ from typing import Literal
 from transformers import BitsAndBytesConfig
 from trl import ModelConfig, SFTConfig, TrlParser, get_quantization_config
 
-from processing_sq_llava import SQLlavaProcessor
+from processing_sq_llava import PROMPT_LAYOUTS, SQLlavaProcessor
 from sq_llava.checkpoint import compose_processor, is_missing_folder
 from sq_llava.doctor import DataCheck
 from sq_llava.sources import DataSource
@@ -49,6 +49,10 @@ class SQLlavaArguments:
     text_model_name_or_path: str | None = field(
         default=None, metadata={"help": "Causal LM to start from; instead: model_name_or_path, a SQ-LLaVA or a stage."}
     )
+    qformer_model_name_or_path: str | None = field(
+        default=None,
+        metadata={"help": "BLIP-2 whose Q-Former stands, frozen, before the projector of a model made from parts."},
+    )
     prototype_variant: Literal["paper", "released", "none"] = field(
         default="paper", metadata={"help": "Prototype extractor of a model made from parts."}
     )
@@ -60,6 +64,9 @@ class SQLlavaArguments:
     image_aspect_ratio: Literal["pad", "crop"] | None = field(
         default=None,
         metadata={"help": "'pad' to a square with the mean colour, or 'crop' the centre; default: as before, or pad."},
+    )
+    prompt_layout: Literal["minigpt4"] | None = field(
+        default=None, metadata={"help": "Markers of turns and images; default: as before, or those of Vicuna v1."}
     )
     system_message: str | None = field(
         default=None, metadata={"help": "Stands before each conversation; default: as before, or the paper's."}
@@ -77,6 +84,13 @@ class SQLlavaArguments:
     vision_lora_r: int = field(default=32, metadata={"help": "Rank of ViT-LoRA; 0 for none."})
     vision_lora_alpha: int = field(default=64, metadata={"help": "Alpha of ViT-LoRA."})
     vision_lora_dropout: float = field(default=0.2, metadata={"help": "Dropout of ViT-LoRA."})
+    full_finetuning: bool = field(
+        default=False,
+        metadata={
+            "help": "Train all weights of language model, extractor and projector, and no adapter (lora_r and "
+            "vision_lora_r 0), as LLaVA's stage 2: output_dir holds a plain checkpoint then."
+        },
+    )
     resume: bool = field(
         default=False, metadata={"help": "Go on from the newest complete checkpoint of output_dir, if there is one."}
     )
@@ -160,6 +174,8 @@ def parse_settings(
         )
     if arguments.feature_cache is not None:
         require_frozen_tower(arguments, model_config)
+    if arguments.full_finetuning:
+        require_no_adapter(arguments, model_config)
     take_over_packing(arguments, training_args)
     return arguments, training_args, model_config
 
@@ -190,6 +206,21 @@ def take_over_packing(arguments: SQLlavaArguments, training_args: SFTConfig) -> 
     arguments.packing, training_args.packing = True, False
 
 
+def require_no_adapter(arguments: SQLlavaArguments, model_config: ModelConfig) -> None:
+    """
+    Raises:
+        ValueError: if what is trained in full were to have an adapter, or to be held in few bits.
+    """
+    refused = {"lora_r": model_config.lora_r, "vision_lora_r": arguments.vision_lora_r}
+    refused |= {name: getattr(model_config, name) for name in ("load_in_4bit", "load_in_8bit")}
+    given = ", ".join(f"{name} {value}" for name, value in refused.items() if value)
+    if given:
+        raise ValueError(
+            f"full_finetuning is true, with {given}: it trains the language model's own weights and freezes the "
+            "vision tower. Give lora_r 0 and vision_lora_r 0, and leave load_in_4bit and load_in_8bit out."
+        )
+
+
 def require_frozen_tower(arguments: SQLlavaArguments, model_config: ModelConfig) -> None:
     """
     Raises:
@@ -210,7 +241,7 @@ def require_frozen_tower(arguments: SQLlavaArguments, model_config: ModelConfig)
 
 # What stays as it is in a quantized model: what is trained in full, and the head, which TRL's loss multiplies by. The
 # paths are whole ones, as transformers compares them.
-NOT_QUANTIZED = ["model.multi_modal_projector", "model.prototype_extractor", "lm_head"]
+NOT_QUANTIZED = ["model.multi_modal_projector", "model.prototype_extractor", "model.resampler", "lm_head"]
 
 
 def quantization_config(model_config: ModelConfig) -> BitsAndBytesConfig | None:
@@ -223,6 +254,9 @@ def quantization_config(model_config: ModelConfig) -> BitsAndBytesConfig | None:
     return config
 
 
+ARCHITECTURE = ("prototype_variant", "num_prototypes", "num_prototype_iterations", "projector_type")
+
+
 def starting_point(arguments: SQLlavaArguments, model_config: ModelConfig) -> tuple[str | None, tuple]:
     """Where a model comes from: a folder or Hub id, or its two parts; and the other is `None`."""
     start = model_config.model_name_or_path
@@ -232,6 +266,11 @@ def starting_point(arguments: SQLlavaArguments, model_config: ModelConfig) -> tu
             f"model_name_or_path is {start!r}, vision_model_name_or_path {parts[0]!r}, text_model_name_or_path "
             f"{parts[1]!r}: give the first (a SQ-LLaVA, or the output_dir of a stage), or both of the others."
         )
+    if start is not None and arguments.qformer_model_name_or_path is not None:
+        raise ValueError(
+            f"qformer_model_name_or_path is {arguments.qformer_model_name_or_path!r} and model_name_or_path "
+            f"{start!r}, which has its own parts: leave one of them out."
+        )
     if start is not None and is_missing_folder(start):
         raise ValueError(
             f"model_name_or_path is {start!r}: no such folder. Train that stage first; to check the data or to plan "
@@ -240,9 +279,15 @@ def starting_point(arguments: SQLlavaArguments, model_config: ModelConfig) -> tu
     return start, parts
 
 
+def architecture(arguments: SQLlavaArguments) -> dict:
+    """The fields of the configuration of a model made from parts that a recipe may set."""
+    return {name: getattr(arguments, name) for name in ARCHITECTURE}
+
+
 def processor_settings(arguments: SQLlavaArguments) -> dict[str, str]:
     settings = {name: getattr(arguments, name) for name in ("image_aspect_ratio", "system_message")}
-    return {name: value for name, value in settings.items() if value is not None}
+    layout = {} if arguments.prompt_layout is None else PROMPT_LAYOUTS[arguments.prompt_layout]
+    return layout | {name: value for name, value in settings.items() if value is not None}
 
 
 def composed_processor(arguments: SQLlavaArguments, model_config: ModelConfig) -> SQLlavaProcessor:
@@ -250,7 +295,7 @@ def composed_processor(arguments: SQLlavaArguments, model_config: ModelConfig) -
     parts = (arguments.vision_model_name_or_path, arguments.text_model_name_or_path)
     settings = processor_settings(arguments)
     if None not in parts:  # also in place of a stage that is not there yet
-        return compose_processor(*parts, **settings)
+        return compose_processor(*parts, arguments.qformer_model_name_or_path, **settings)
     start, _ = starting_point(arguments, model_config)
     return SQLlavaProcessor.from_pretrained(start, **settings)
 

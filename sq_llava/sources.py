@@ -7,7 +7,7 @@ stands in a row is the matter of `sq_llava/data.py`.
 import json
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,7 @@ class DataSource:
         split (`str`, *optional*): Of a data set that has several, as for `datasets.load_dataset`.
         weight (`float`): How often each row is seen in an epoch; 0.5 takes half of the rows, drawn once by the seed.
         num_rows (`int`, *optional*): Instead of `weight`: the number of rows in an epoch.
+        instructions (`list[str]`): What rows are asked whose question is an image alone: one of them, drawn for each.
     """
 
     path: str
@@ -45,6 +46,7 @@ class DataSource:
     split: str | None = None
     weight: float | None = None
     num_rows: int | None = None
+    instructions: list[str] = field(default_factory=list)
 
     def __post_init__(self):
         if self.weight is not None and self.num_rows is not None:

@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from transformers.integrations import is_deepspeed_zero3_enabled
 from trl import SFTTrainer
 
-from sq_llava.adapter import trained_parameters
+from sq_llava.adapter import trained_parameters, without_adapter
 from sq_llava.batching import ModalityLengthSampler
 from sq_llava.monitoring import GenerationCheck
 from sq_llava.packing import PackedRows, PackingCollator, pack_sampler, require_separation
@@ -85,7 +85,7 @@ class SQLlavaTrainer(SFTTrainer):
         self.packs = None
         if packing:
             if not is_deepspeed_zero3_enabled():
-                require_separation(self.model.get_base_model().model.language_model)
+                require_separation(without_adapter(self.model).model.language_model)
             self.packs = pack_sampler(
                 self.train_dataset, self.args, self.args.world_size, epoch=self.data_collator.epoch
             )

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import common, readme
+from benchmarks import common, readme, three_systems
+from sq_llava.evaluation import easy_vqa
 
 
 FOLDER = Path(readme.__file__).parent
@@ -51,7 +52,24 @@ def test_page_has_each_benchmark_and_make_runs_no_other():
     assert set(readme.ORDER) | SHARED == {file.stem for file in FOLDER.glob("*.py")}
     makefile = (FOLDER.parent / "Makefile").read_text()
     run = makefile.partition("BENCHMARKS := ")[2].partition("\n\n")[0].replace("\\", "").split()
-    assert set(run) == set(readme.ORDER) - {"gpu", "serving", "ablation", "self_training"}
+    assert set(run) == set(readme.ORDER) - {"gpu", "serving", "ablation", "self_training", "three_systems"}
+
+
+def test_table_of_three_systems_has_a_row_of_means_for_each():
+    def run(accuracy):
+        kinds = dict.fromkeys(easy_vqa.KINDS, 0.5)
+        return {
+            "trained_parameters": [1000, 2000], "image_tokens": 32, "accuracy": {"all": accuracy, **kinds},
+            "blank_image_accuracy": 0.25, "training_seconds": 8.0,
+        }  # fmt: skip
+
+    lowest = {name: 0.5 + number / 10 for number, name in enumerate(three_systems.SYSTEMS)}
+    runs = {name: [run(accuracy), run(accuracy + 0.2)] for name, accuracy in lowest.items()}
+    report = {"stage1_steps": 3, "steps": 4, "seeds": [0, 1], "num_questions": 5, "blind_guess": 0.6, "runs": runs}
+    rows = [line for line in three_systems.to_markdown(report).splitlines() if line.startswith("| **")]
+    assert [row.split("**")[1] for row in rows] == ["LLaVA", "MiniGPT-4", "SQ-LLaVA"]
+    for row, accuracy in zip(rows, ("**60.0%** (50.0% to 70.0%)", "**70.0%**", "**80.0%** (70.0% to 90.0%)")):
+        assert accuracy in row and "1,000; 2,000 | 32 |" in row and row.endswith("| 25.0% | 8 |")
 
 
 @pytest.mark.parametrize("name", readme.ORDER)

@@ -175,6 +175,19 @@ def test_sources_are_mixed_by_weight_and_row_count(folder):
     assert ids != load_rows([DataSource(first, weight=0.5), DataSource(second, num_rows=6)], seed=4)[:]["id"]
 
 
+def test_a_question_that_is_an_image_alone_is_one_of_the_instructions_the_same_each_time(folder):
+    instructions = ["Describe it.", "What is it?"]
+    path = write(folder, *[row("<image>")] * 20, row("<image>\nIs it a dog?"), row("Hi.", image=None))
+    source = DataSource(path, str(folder / "images"), instructions=instructions)
+    rows = load_rows([source])
+    asked = [content(rows, index) for index in range(20)]
+    assert {tuple(parts) for parts in asked} == {(None, instruction) for instruction in instructions}
+    assert content(rows, 20) == [None, "Is it a dog?"] and content(rows, 21) == ["Hi."]
+    shuffled = load_rows([source], seed=5)
+    assert [content(shuffled, index) for index in range(20)] == asked
+    assert content(load(folder, row("<image>"))) == [None]
+
+
 def test_held_out_rows_are_not_trained_on_in_any_copy(folder):
     path = write(folder, *(row("Hi.", image=None, id=f"a{i}") for i in range(10)))
     rows = load_rows([DataSource(path, weight=2.5)])

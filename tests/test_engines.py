@@ -23,9 +23,9 @@ from tests.tiny import picture, tiny_config, tiny_inputs, tiny_model, tiny_proce
 # runs a checkpoint with each version: run it before this list grows.
 IN_TRANSFORMERS_5_16 = {
     "transformers": {
-        "AddedToken", "AutoConfig", "AutoModel", "CONFIG_MAPPING", "Cache", "GenerationMixin", "LlamaTokenizer",
-        "LlavaImageProcessor", "LlavaImageProcessorPil", "LogitsProcessorList", "PreTrainedConfig", "PreTrainedModel",
-        "ProcessorMixin", "SuppressTokensLogitsProcessor", "initialization",
+        "AddedToken", "AutoConfig", "AutoModel", "Blip2VisionModel", "CONFIG_MAPPING", "Cache", "GenerationMixin",
+        "LlamaTokenizer", "LlavaImageProcessor", "LlavaImageProcessorPil", "LogitsProcessorList", "PreTrainedConfig",
+        "PreTrainedModel", "ProcessorMixin", "SuppressTokensLogitsProcessor", "initialization",
     },
     "transformers.activations": {"ACT2FN"},
     "transformers.modeling_outputs": {"BaseModelOutputWithPast", "BaseModelOutputWithPooling", "ModelOutput"},

@@ -15,7 +15,8 @@ from accelerate.commands.launch import _validate_launch_command, launch_command_
 from accelerate.utils import DeepSpeedPlugin
 from accelerate.utils.fsdp_utils import fsdp2_prepare_auto_wrap_policy
 from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
-from transformers import CLIPVisionConfig, LlamaConfig
+from safetensors.torch import load_file
+from transformers import Blip2Config, CLIPVisionConfig, LlamaConfig
 from transformers.distributed.fsdp import update_fsdp_plugin_peft
 from trl import ModelConfig, SFTConfig, TrlParser
 
@@ -24,12 +25,13 @@ from configuration_sq_llava import CLIP_VIT_L_14_336, VICUNA_7B
 from sq_llava import base
 from sq_llava.adapter import LoraSize, add_adapter
 from sq_llava.settings import SQLlavaArguments
+from sq_llava.sources import DataSource
 from sq_llava.trainer import keep_wrap_policy
 from tests import tiny
 
 
 RECIPES = Path(train_sft.__file__).parent / "recipes"
-ORIGINALS = sorted(file.relative_to(RECIPES) for size in ("7b", "13b") for file in RECIPES.glob(f"sq-llava-{size}/*"))
+ORIGINALS = sorted(file.relative_to(RECIPES) for file in RECIPES.glob("*b/*.yaml"))  # of 7b and 13b models
 LAUNCHES = sorted((RECIPES / "accelerate").glob("*.yaml"))
 
 
@@ -42,6 +44,7 @@ def parts(tmp_path_factory) -> Path:
     """A CLIP, a Llama, captions and conversations with pictures."""
     root = tmp_path_factory.mktemp("parts")
     tiny.save_towers(root)
+    tiny.save_blip2(root / "blip2")
     tiny.picture().save(root / "a.png")
     turns = [("human", "<image>\nWhat?"), ("gpt", "A dog."), ("human", "Where?"), ("gpt", "In the grass.")]
     row = {"image": "a.png", "conversations": [{"from": role, "value": text} for role, text in turns]}
@@ -50,26 +53,17 @@ def parts(tmp_path_factory) -> Path:
 
 
 def run_twin(recipe: Path, parts: Path, runs: Path) -> None:
-    settings = {"dataset_path": parts / "rows.json", "image_root": parts, "output_dir": runs / recipe.with_suffix("")}
-    given = yaml.safe_load((RECIPES / "tiny" / recipe).read_text())
-    if "text_model_name_or_path" in given:
-        settings |= {"vision_model_name_or_path": parts / "clip", "text_model_name_or_path": parts / "llama"}
-    else:
-        settings["model_name_or_path"] = runs / recipe.parent / Path(given["model_name_or_path"]).name
-    arguments = [text for name, value in settings.items() for text in (f"--{name}", str(value))]
-    train_sft.main(
-        [
-            "--config",
-            str(RECIPES / "tiny" / recipe),
-            *arguments,
-            "--use_cpu",
-            "true",
-            "--max_steps",
-            "1",
-            "--resume",
-            "0",
-        ]
-    )
+    settings = yaml.safe_load((RECIPES / "tiny" / recipe).read_text())
+    for source in settings.get("datasets", [settings]):
+        source |= {"path" if "path" in source else "dataset_path": str(parts / "rows.json"), "image_root": str(parts)}
+    for name in ("vision", "text", "qformer"):
+        if path := settings.get(f"{name}_model_name_or_path"):
+            settings[f"{name}_model_name_or_path"] = str(parts / Path(path).name)
+    if "model_name_or_path" in settings:
+        settings["model_name_or_path"] = str(runs / recipe.parent / Path(settings["model_name_or_path"]).name)
+    settings |= {"output_dir": str(runs / recipe.with_suffix("")), "max_steps": 1, "use_cpu": True}
+    (runs / "recipe.yaml").write_text(yaml.safe_dump(settings))
+    train_sft.main(["--config", str(runs / "recipe.yaml"), "--resume", "0"])
 
 
 @pytest.mark.parametrize("recipe", ORIGINALS, ids=str)
@@ -90,6 +84,8 @@ def test_recipe_has_no_unknown_setting(recipe):
     )
     for name, value in yaml.safe_load((RECIPES / recipe).read_text()).items():
         holder = next(part for part in (arguments, training_args, model_config) if name in vars(part))
+        if name == "datasets":
+            value = [DataSource(**source) for source in value]
         # An enumeration or a list is made of some of the strings.
         assert getattr(holder, name) == value or str(value) in str(getattr(holder, name)) or value == "none", name
 
@@ -108,11 +104,30 @@ def test_tiny_twins_train_one_after_another(size, parts, tmp_path):
         assert (tmp_path / recipe.with_suffix("") / "adapter_model.safetensors").is_file(), name
 
 
+@pytest.mark.parametrize("system", ["llava-7b", "llava-1.5-7b", "minigpt4-7b"])
+def test_tiny_twins_of_the_other_systems_train_what_they_say(system, parts, tmp_path):
+    run_twin(Path(f"{system}/stage1.yaml"), parts, tmp_path)
+    adapter = load_file(tmp_path / system / "stage1" / "adapter_model.safetensors")
+    assert all("multi_modal_projector" in name for name in adapter)
+    later = [file.relative_to(RECIPES) for file in RECIPES.glob(f"{system}/*.yaml") if file.stem != "stage1"]
+    assert later
+    for recipe in later:
+        run_twin(recipe, parts, tmp_path)
+        folder = tmp_path / recipe.with_suffix("")
+        if system == "minigpt4-7b":
+            adapter = load_file(folder / "adapter_model.safetensors")
+            assert all("multi_modal_projector" in name for name in adapter)
+        else:
+            assert (folder / "model.safetensors").is_file() and not (folder / "adapter_config.json").exists()
+
+
 @pytest.fixture(scope="module")
 def big_configs(tmp_path_factory) -> Path:
-    """The configurations, without weights, of CLIP ViT-L/14-336 and of both sizes of Vicuna."""
+    """The configurations, without weights, of the towers, and of both sizes of Vicuna."""
     root = tmp_path_factory.mktemp("configs")
-    CLIPVisionConfig(**CLIP_VIT_L_14_336).save_pretrained(root / "clip")
+    CLIPVisionConfig(**CLIP_VIT_L_14_336).save_pretrained(root / "clip-vit-large-patch14-336")
+    CLIPVisionConfig(**{**CLIP_VIT_L_14_336, "image_size": 224}).save_pretrained(root / "clip-vit-large-patch14")
+    Blip2Config().save_pretrained(root / "blip2-flan-t5-xxl")
     vicuna = {**VICUNA_7B, "vocab_size": 32000}
     LlamaConfig(**vicuna).save_pretrained(root / "7b")
     LlamaConfig(
@@ -126,11 +141,17 @@ def test_recipe_states_the_memory_that_the_dry_run_estimates(recipe, big_configs
     monkeypatch.setenv("COLUMNS", "200")
     header = (RECIPES / recipe).read_text().split("\nstage:")[0]
     assert "estimated, not measured" in header and "Not run by this project" in header
-    num_gpus = 1 if "qlora" in recipe.name else 8
+    num_gpus = 8 if "8 GPUs" in header else 1
+    first = yaml.safe_load((RECIPES / recipe).with_name("stage1.yaml").read_text())
+    parts = {
+        name: str(big_configs / Path(first[name]).name)
+        for name in ("vision_model_name_or_path", "qformer_model_name_or_path")
+        if name in first
+    }
+    parts["text_model_name_or_path"] = str(big_configs / recipe.parent.name.rpartition("-")[2])
     train_sft.main([
         "--config", str(RECIPES / recipe), "--dry_run", "meta", "--num_gpus", str(num_gpus), "--use_cpu", "true",
-        "--vision_model_name_or_path", str(big_configs / "clip"),
-        "--text_model_name_or_path", str(big_configs / recipe.parent.name.removeprefix("sq-llava-")),
+        *(text for item in parts.items() for text in (f"--{item[0]}", item[1])),
     ])  # fmt: skip
     total = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("│ all "))
     sizes = re.compile(r"\d+\.\d GiB")

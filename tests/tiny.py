@@ -9,6 +9,9 @@ from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch.nn import functional as F
 from transformers import (
+    Blip2Config,
+    Blip2ForConditionalGeneration,
+    BlipImageProcessorPil,
     CLIPConfig,
     CLIPImageProcessorPil,
     CLIPModel,
@@ -35,6 +38,16 @@ TINY_VISION = {
 }
 TINY_CLIP = {"model_type": "clip_vision_model", "projection_dim": 32, **TINY_VISION}
 TINY_SIGLIP = {"model_type": "siglip_vision_model", **TINY_VISION}
+TINY_BLIP2 = {"model_type": "blip_2_vision_model", **TINY_VISION}
+TINY_QFORMER = {
+    "model_type": "blip_2_qformer",
+    "hidden_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 48,
+    "encoder_hidden_size": 32,
+    "initializer_range": 0.2,
+}
 TINY_VOCAB_SIZE = 512
 # Weights ten times larger than usual: a tiny model whose logits depend on every token and on the image.
 TINY_LLAMA = {
@@ -68,6 +81,19 @@ def tiny_config(**overrides) -> SQLlavaConfig:
         "initializer_range": 0.2,
     }
     return SQLlavaConfig(**{**fields, **overrides})
+
+
+def tiny_minigpt4_config(**overrides) -> SQLlavaConfig:
+    """MiniGPT-4 with 4 queries."""
+    fields = {
+        "vision_config": dict(TINY_BLIP2),
+        "resampler": "qformer",
+        "qformer_config": dict(TINY_QFORMER),
+        "num_query_tokens": 4,
+        "prototype_variant": "none",
+        "projector_type": "linear",
+    }
+    return tiny_config(**{**fields, **overrides})
 
 
 def tiny_model(config: SQLlavaConfig | None = None, seed: int = 0) -> SQLlavaForConditionalGeneration:
@@ -185,3 +211,23 @@ def save_towers(root: Path) -> None:
     tiny_image_processor().save_pretrained(root / "clip")
     LlamaForCausalLM(LlamaConfig(**{**TINY_LLAMA, "vocab_size": len(tokenizer)})).save_pretrained(root / "llama")
     tokenizer.save_pretrained(root / "llama")
+
+
+def save_blip2(folder: Path) -> Blip2ForConditionalGeneration:
+    """Writes a BLIP-2 as transformers has it, its own language model included, and its image processor."""
+    set_seed(1)
+    opt = {"model_type": "opt", "vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 1, "ffn_dim": 16}
+    opt |= {"num_attention_heads": 2, "word_embed_proj_dim": 16, "max_position_embeddings": 32}
+    config = Blip2Config(
+        vision_config=TINY_BLIP2,
+        qformer_config=TINY_QFORMER,
+        text_config=opt,
+        num_query_tokens=4,
+        image_token_index=39,
+    )
+    model = Blip2ForConditionalGeneration(config).eval()
+    torch.nn.init.normal_(model.query_tokens)  # zero before training, so that all queries would be one
+    model.save_pretrained(folder)
+    side = TINY_VISION["image_size"]
+    BlipImageProcessorPil(size={"height": side, "width": side}).save_pretrained(folder)
+    return model

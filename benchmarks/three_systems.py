@@ -1,0 +1,181 @@
+"""LLaVA, MiniGPT-4 and SQ-LLaVA side by side on easy-VQA: tiny ones, trained on the same rows in as many steps.
+
+    python -m benchmarks.three_systems            # after `make demo`; about half an hour on two cores
+    python -m benchmarks.three_systems --quick    # only to see that it runs
+
+All begin with the Llama of `make demo`; LLaVA and SQ-LLaVA with its CLIP, MiniGPT-4 with a BLIP-2 that has seen the
+same captions, two thirds as often. Each takes both stages of recipes/easy-vqa with what `SYSTEMS` says in the place
+of the recipe's. Its learning rates were chosen for SQ-LLaVA and stay, but for a language model that is trained in
+full, which has half of LoRA's; nothing was chosen on test questions. The prompt is the Llama's for all, which has no
+words for MiniGPT-4's markers.
+
+A finished run is a file in `--work`; started again, the command does what is missing. What this does not do: say which
+system is better at size, where towers, data and budgets are others.
+"""
+
+import json
+import statistics
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import train_sft
+from benchmarks import common
+from demo.base_models import pretrain_blip2
+from demo.data import blind_guess, caption_rows, image_root, read_questions, write_data
+from demo.evaluate import BLANK_SHARE, measure_answers, measure_blank
+from sq_llava.adapter import count_parameters
+from sq_llava.evaluation import easy_vqa
+from sq_llava.evaluation.easy_vqa import KINDS
+from sq_llava.evaluation.run import Evaluation, read_examples
+from sq_llava.inference import load
+
+
+RECIPES = Path(__file__).parent.parent / "recipes" / "easy-vqa"
+
+
+@dataclass(frozen=True)
+class System:
+    """What a system has in place of the demo's recipe, in both stages and in the second."""
+
+    trains: str
+    blip2: bool = False
+    stage1: dict = field(default_factory=dict)
+    stage2: dict = field(default_factory=dict)
+
+
+PLAIN = {"prototype_variant": "none", "projector_type": "linear", "vision_lora_r": 0}
+SYSTEMS = {
+    "LLaVA": System(
+        "projector; then projector and language model in full",
+        stage1=PLAIN,
+        stage2=PLAIN | {"full_finetuning": True, "lora_r": 0, "self_question_ratio": 0.0, "learning_rate": 1e-3},
+    ),
+    "MiniGPT-4": System(
+        "projector, in both stages",
+        blip2=True,
+        stage1=PLAIN,
+        stage2=PLAIN | {"lora_r": 0, "self_question_ratio": 0.0},
+    ),
+    "SQ-LLaVA": System("ViT-LoRA, prototype extractor and projector; then LLM-LoRA and [vusr] too"),
+}
+
+
+def make_blip2(base: Path, work: Path, num_steps: int) -> Path:
+    """The towers of MiniGPT-4, trained on the captions that the demo's CLIP was trained on."""
+    folder = work / "blip2"
+    if not (folder / "preprocessor_config.json").is_file():
+        captions = json.loads((base / "data" / "stage1_train.json").read_text())
+        held_out = {row["image"] for row in json.loads((base / "data" / "holdout.json").read_text())}
+        holdout = [row for row in caption_rows(read_questions("train")) if row["image"] in held_out]
+        accuracy = pretrain_blip2(captions, holdout, folder, num_steps=num_steps)
+        print(f"BLIP-2: {accuracy:.1%} of held-out images are closest to their own caption, of 24")
+    return folder
+
+
+def train(stage: str, seed: int, steps: int, **settings):
+    settings |= {"config": RECIPES / f"{stage}.yaml", "seed": seed, "max_steps": steps, "image_root": image_root()}
+    settings |= {"doctor": "off", "disable_tqdm": True}
+    return train_sft.main([text for name, value in settings.items() for text in (f"--{name}", str(value))])
+
+
+def run(name: str, seed: int, arguments) -> dict:
+    """Both stages of a system, and its accuracy on the test questions."""
+    system, folder = SYSTEMS[name], arguments.work / f"seed-{seed}"
+    note = folder / f"{name}-{arguments.stage1_steps}-{arguments.steps}.json"
+    if note.is_file():
+        return json.loads(note.read_text())
+    data = folder / "data"
+    write_data(data, seed=seed)
+    vision = arguments.work / "blip2" if system.blip2 else arguments.base / "clip"
+    parts = {"vision_model_name_or_path": vision, "text_model_name_or_path": arguments.base / "llama"}
+    if system.blip2:
+        parts["qformer_model_name_or_path"] = vision
+    stage1, stage2 = (folder / f"{name}-{stage}" for stage in ("stage1", "stage2"))
+    begin = time.time()
+    first = train(
+        "stage1", seed, arguments.stage1_steps, output_dir=stage1, dataset_path=data / "stage1_train.json",
+        **parts, **system.stage1,
+    )  # fmt: skip
+    trainer = train(
+        "stage2", seed, arguments.steps, output_dir=stage2, dataset_path=data / "stage2_train.json",
+        model_name_or_path=stage1, **system.stage2,
+    )  # fmt: skip
+    seconds = time.time() - begin
+    trained = [sum(trained for trained, _ in count_parameters(t.model).values()) for t in (first, trainer)]
+    assistant = load(str(stage2))
+    examples = read_examples(easy_vqa.TASK, Evaluation("", ["easy_vqa"], str(data), data))
+    examples = examples[:: arguments.test_stride]
+    result = {
+        "seed": seed,
+        "trained_parameters": trained,
+        "image_tokens": assistant.processor.image_seq_length,
+        "training_seconds": seconds,
+        "num_questions": len(examples),
+        "accuracy": measure_answers(assistant, examples, folder / f"{name}-answers"),
+        "blank_image_accuracy": measure_blank(assistant, examples[::BLANK_SHARE], folder / f"{name}-blank"),
+    }
+    note.write_text(json.dumps(result, indent=1) + "\n")
+    return result
+
+
+def to_markdown(report: dict) -> str:
+    seeds, runs = report["seeds"], report["runs"]
+    lines = [
+        "# Three systems on easy-VQA, tiny, at one budget",
+        "",
+        f"{report['stage1_steps']} steps of 64 captions, then {report['steps']} of 16 conversations; seeds "
+        f"{', '.join(map(str, seeds))}, mean (lowest to highest); {report['num_questions']:,} test questions, asked "
+        f"alone. The best guess without an image has {report['blind_guess']:.1%}.",
+        "",
+        f"| | trained | trained parameters, stage 1; 2 | tokens an image | accuracy | {' | '.join(KINDS)} "
+        "| image blanked | seconds of training |",
+        "|---|---|--:|--:|--:" + "|--:" * (len(KINDS) + 2) + "|",
+    ]
+    for name, system in SYSTEMS.items():
+        own = runs[name]
+        accuracies = [run["accuracy"]["all"] for run in own]
+        cells = [f"**{name}**", system.trains, "; ".join(f"{number:,}" for number in own[0]["trained_parameters"])]
+        cells += [str(own[0]["image_tokens"])]
+        cells += [f"**{statistics.fmean(accuracies):.1%}** ({min(accuracies):.1%} to {max(accuracies):.1%})"]
+        cells += [f"{statistics.fmean(run['accuracy'][kind] for run in own):.1%}" for kind in KINDS]
+        cells += [f"{statistics.fmean(run['blank_image_accuracy'] for run in own):.1%}"]
+        cells += [f"{statistics.fmean(run['training_seconds'] for run in own):.0f}"]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    arguments = common.parse_arguments(
+        __doc__, base="runs/demo", work="runs/three_systems", num_seeds=3, steps=120, stage1_steps=100,
+        blip2_steps=600, test_stride=4,
+    )  # fmt: skip
+    if arguments.quick:
+        arguments.work, arguments.num_seeds, arguments.test_stride = "runs/three_systems_quick", 1, 200
+        arguments.steps = arguments.stage1_steps = arguments.blip2_steps = 2
+    arguments.base, arguments.work = Path(arguments.base), Path(arguments.work)
+    for part in ("clip", "llama", "data"):
+        if not (arguments.base / part).is_dir():
+            raise ValueError(f"{arguments.base / part} is not there: run `make demo` first, or give --base.")
+    make_blip2(arguments.base, arguments.work, arguments.blip2_steps)
+    seeds = list(range(arguments.num_seeds))
+    runs = {name: [] for name in SYSTEMS}
+    for seed in seeds:
+        for name in SYSTEMS:
+            runs[name].append(run(name, seed, arguments))
+            print(f"{name}, seed {seed}: {runs[name][-1]['accuracy']['all']:.1%}", flush=True)
+    data = arguments.work / "seed-0" / "data"
+    asked = json.loads((data / "test.json").read_text())[:: arguments.test_stride]
+    report = {
+        "seeds": seeds,
+        "stage1_steps": arguments.stage1_steps,
+        "steps": arguments.steps,
+        "num_questions": len(asked),
+        "blind_guess": blind_guess(json.loads((data / "stage2_train.json").read_text()), asked)["all"],
+        "runs": runs,
+    }
+    common.save("three_systems", report, to_markdown(report), arguments)
+
+
+if __name__ == "__main__":
+    main()

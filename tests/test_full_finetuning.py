@@ -1,0 +1,141 @@
+"""LLaVA's stage 2: language model and projector trained in full, without an adapter."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import train_sft
+from sq_llava.adapter import count_parameters
+from sq_llava.checkpoint import is_adapter, load_checkpoint, merge_adapter
+from sq_llava.provenance import read_provenance
+from tests import tiny
+
+
+COMMON = {
+    "learning_rate": 1e-3,
+    "lr_scheduler_type": "constant",
+    "prototype_variant": "none",
+    "projector_type": "linear",
+    "per_device_train_batch_size": 4,
+    "gradient_checkpointing": False,
+    "bf16": False,
+    "use_cpu": True,
+    "logging_steps": 1,
+    "report_to": "none",
+    "max_length": 256,
+    "doctor": "off",
+    "disable_tqdm": True,
+}
+FULL = {"stage": "instruct", "full_finetuning": True, "lora_r": 0, "vision_lora_r": 0, "self_question_ratio": 0.0}
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory) -> Path:
+    """A CLIP, a Llama, and rows with a picture, every third of them text-only."""
+    root = tmp_path_factory.mktemp("parts")
+    tiny.save_towers(root)
+    rows = []
+    for index in range(12):
+        turns = [("human", "What is it?"), ("gpt", f"A dog {index}."), ("human", "Where?"), ("gpt", "In the grass.")]
+        rows.append({"conversations": [{"from": role, "value": text} for role, text in turns]})
+        if index % 3:
+            tiny.picture(index).save(root / f"{index}.png")
+            rows[-1]["image"] = f"{index}.png"
+            rows[-1]["conversations"][0]["value"] = "<image>\nWhat is it?"
+    (root / "train.json").write_text(json.dumps(rows))
+    return root
+
+
+def train(parts: Path, output_dir: Path, **settings):
+    settings = {**COMMON, "dataset_path": parts / "train.json", "output_dir": output_dir, **settings}
+    return train_sft.main([text for name, value in settings.items() for text in (f"--{name}", str(value))])
+
+
+@pytest.fixture(scope="module", params=[0, 4], ids=["projector", "projector and ViT-LoRA"])
+def stage1(request, parts, tmp_path_factory) -> Path:
+    output_dir = tmp_path_factory.mktemp("stage1") / "run"
+    towers = {"vision_model_name_or_path": parts / "clip", "text_model_name_or_path": parts / "llama"}
+    train(parts, output_dir, stage="align", max_steps=2, save_strategy="no", vision_lora_r=request.param, **towers)
+    return output_dir
+
+
+def test_all_of_language_model_and_projector_is_trained_and_nothing_of_the_tower(parts, stage1, tmp_path):
+    begun = load_checkpoint(str(stage1))[0].merge_and_unload().state_dict()
+    trainer = train(parts, tmp_path / "run", model_name_or_path=stage1, max_steps=2, save_strategy="no", **FULL)
+    counts = count_parameters(trainer.model)
+    assert counts["vision"][0] == counts["connector"][1] == counts["text"][1] == 0
+    unused = trainer.processing_class.vusr_token_id
+    for name, now in trainer.model.state_dict().items():
+        if "vision_tower" in name:
+            assert torch.equal(now, begun[name]), f"{name} is frozen, but changed"
+        else:
+            assert not torch.equal(now, begun[name]), f"{name} was not trained"
+    embeddings = "model.language_model.embed_tokens.weight"
+    assert torch.equal(trainer.model.state_dict()[embeddings][unused], begun[embeddings][unused])
+
+
+def test_output_is_a_plain_checkpoint_that_the_next_stage_goes_on_from(parts, stage1, tmp_path):
+    trainer = train(parts, tmp_path / "one", model_name_or_path=stage1, max_steps=2, save_strategy="no", **FULL)
+    assert not is_adapter(tmp_path / "one")
+    model, _ = load_checkpoint(str(tmp_path / "one"))
+    inputs = tiny.tiny_inputs(model.config)
+    with torch.no_grad():
+        expected = trainer.model.eval()(**inputs).logits
+        assert torch.equal(model.eval()(**inputs).logits, expected)
+    for name in ("configuration_sq_llava.py", "modeling_sq_llava.py", "processing_sq_llava.py", "README.md"):
+        assert (tmp_path / "one" / name).is_file()
+    assert "not trained to ask" in (tmp_path / "one" / "README.md").read_text()
+    stages = read_provenance(tmp_path / "one")["stages"]
+    assert [stage["stage"] for stage in stages] == ["align", "instruct"]
+    assert stages[1]["settings"]["full_finetuning"] is True
+    with pytest.raises(ValueError, match="A stage with full_finetuning needs no merge"):
+        merge_adapter(str(tmp_path / "one"), str(tmp_path / "merged"))
+    again = train(
+        parts, tmp_path / "two", model_name_or_path=tmp_path / "one", max_steps=1, save_strategy="no",
+        **FULL | {"learning_rate": 0.0},
+    )  # fmt: skip
+    with torch.no_grad():
+        assert torch.equal(again.model.eval()(**inputs).logits, expected)
+
+
+def test_resumed_run_equals_uninterrupted_run(parts, stage1, tmp_path):
+    settings = {"model_name_or_path": stage1, "max_steps": 6, "save_strategy": "steps", "save_steps": 4, **FULL}
+    train(parts, tmp_path / "whole", **settings)
+    train(parts, tmp_path / "resumed", **settings, resume_from_checkpoint=tmp_path / "whole" / "checkpoint-4")
+    whole, resumed = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "resumed"))
+    assert whole.keys() == resumed.keys()
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+def test_half_precision_base_is_trained_in_full_precision(parts, stage1, tmp_path):
+    settings = FULL | {"max_steps": 1, "save_strategy": "no", "dtype": "bfloat16", "bf16": True}
+    trainer = train(parts, tmp_path / "run", model_name_or_path=stage1, **settings)
+    for name, parameter in trainer.model.named_parameters():
+        assert parameter.dtype == (torch.bfloat16 if "vision_tower" in name else torch.float32), name
+
+
+@pytest.mark.parametrize(
+    ("settings", "error"),
+    [
+        ({"lora_r": 8}, "full_finetuning is true, with lora_r 8"),
+        ({"vision_lora_r": 4}, "full_finetuning is true, with vision_lora_r 4"),
+        ({"load_in_4bit": True, "dtype": "float32"}, "full_finetuning is true, with load_in_4bit True"),
+    ],
+)
+def test_an_adapter_beside_it_is_refused(settings, error, parts, tmp_path):
+    with pytest.raises(ValueError, match=error):
+        train(parts, tmp_path / "run", model_name_or_path=parts, **FULL | settings)
+
+
+def test_plan_counts_the_weights_gradients_and_optimizer_of_the_language_model(parts, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    towers = {"vision_model_name_or_path": parts / "clip", "text_model_name_or_path": parts / "llama"}
+    train(parts, tmp_path, dry_run="meta", **FULL, **towers)
+    planned = capsys.readouterr().out
+    assert "Steps:" in planned
+    text = next(line for line in planned.splitlines() if line.startswith("│ text"))
+    trained, frozen = (int(cell.strip().replace(",", "")) for cell in text.split("│")[2:4])
+    assert trained > 60_000 and frozen == 0

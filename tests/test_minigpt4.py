@@ -1,0 +1,290 @@
+"""MiniGPT-4 as a configuration: BLIP-2's vision tower and Q-Former, a linear layer, and a prompt of its own."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from transformers import Blip2ForConditionalGeneration
+
+import train_sft
+from configuration_sq_llava import SQLlavaConfig
+from demo.data import caption_rows, image_root, read_questions
+from modeling_sq_llava import SQLlavaAutoModel, SQLlavaForConditionalGeneration
+from processing_sq_llava import PROMPT_LAYOUTS, SQLlavaProcessor
+from sq_llava.checkpoint import compose, compose_config, load_checkpoint
+from sq_llava.inference import Assistant
+from sq_llava.self_questioning import ANSWER, SelfQuestioningCollator
+from tests import tiny
+
+
+LAYOUT = PROMPT_LAYOUTS["minigpt4"]
+IMAGE = {"type": "image"}
+
+
+def text(words: str) -> dict:
+    return {"type": "text", "text": words}
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory):
+    root = tmp_path_factory.mktemp("parts")
+    tiny.save_towers(root)
+    tiny.save_blip2(root / "blip2")
+    return root
+
+
+@pytest.fixture(scope="module")
+def composed(parts) -> tuple[SQLlavaForConditionalGeneration, SQLlavaProcessor]:
+    blip2, llama = str(parts / "blip2"), str(parts / "llama")
+    model, processor = compose(
+        blip2, llama, blip2, processor_kwargs=LAYOUT, prototype_variant="none", projector_type="linear"
+    )
+    return model.eval(), processor
+
+
+# The configuration.
+
+
+def test_fields_follow_from_a_blip_2_tower_and_its_qformer():
+    config = tiny.tiny_minigpt4_config(num_query_tokens=7)
+    assert (config.vision_feature_layer, config.vision_feature_select_strategy) == (-1, "full")
+    assert (config.num_vision_tokens, config.image_seq_length) == (10, 7)
+    config = SQLlavaConfig(
+        vision_config={"model_type": "blip_2_vision_model"}, resampler="qformer", prototype_variant="none"
+    )
+    assert (config.num_vision_tokens, config.image_seq_length) == (257, 32)
+    assert (config.qformer_config.hidden_size, config.qformer_config.encoder_hidden_size) == (768, 1408)
+
+
+@pytest.mark.parametrize(
+    ("fields", "error"),
+    [
+        ({"resampler": "perceiver"}, "resampler is 'perceiver': choose one of 'qformer'"),
+        ({"resampler": None}, "qformer_config is given, but resampler is None: set resampler 'qformer'"),
+        ({"prototype_variant": "paper"}, "prototype_variant is 'paper' and resampler 'qformer'.* Set .* 'none'"),
+        ({"num_query_tokens": 0}, "num_query_tokens is 0: give an int of at least 1"),
+        ({"image_seq_length": 10}, "image_seq_length is 10, but the Q-Former gives 4 tokens an image: leave it out"),
+        ({"vision_feature_layer": -2}, "vision_feature_layer is -2, but a BLIP-2 vision tower .* use -1"),
+        (
+            {"qformer_config": {**tiny.TINY_QFORMER, "encoder_hidden_size": 1408}},
+            "encoder_hidden_size is 1408, but the vision tower's features have 32 channels: take the Q-Former",
+        ),
+    ],
+)
+def test_a_wrong_field_is_named_with_its_value_and_the_mend(fields, error):
+    with pytest.raises(ValueError, match=error):
+        tiny.tiny_minigpt4_config(**fields)
+
+
+def test_a_configuration_that_knows_no_resampler_is_what_it_was(tmp_path):
+    tiny.tiny_config().save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "config.json").read_text())
+    for name in ("resampler", "qformer_config", "num_query_tokens"):
+        del saved[name]
+    (tmp_path / "config.json").write_text(json.dumps(saved))
+    config = SQLlavaConfig.from_pretrained(tmp_path)
+    assert {**config.to_dict(), "_name_or_path": ""} == {**tiny.tiny_config().to_dict(), "_name_or_path": ""}
+    assert config.resampler is config.qformer_config is None
+    names = {name.split(".")[1] for name in tiny.tiny_model(config).state_dict() if name.startswith("model.")}
+    assert names == {"vision_tower", "prototype_extractor", "multi_modal_projector", "language_model"}
+
+
+# The model.
+
+
+@torch.no_grad()
+def test_parts_of_a_blip_2_give_what_it_gives_itself(parts, composed):
+    model, _ = composed
+    blip2 = Blip2ForConditionalGeneration.from_pretrained(parts / "blip2").eval()
+    pixel_values = tiny.tiny_inputs(model.config, num_images=2)["pixel_values"]
+    theirs = blip2.get_image_features(pixel_values, return_dict=True)
+    features = model.model.get_vision_features(pixel_values)
+    torch.testing.assert_close(features, theirs.last_hidden_state)
+    queried = model.model.resampler(features)
+    torch.testing.assert_close(queried, theirs.qformer_outputs.last_hidden_state)
+    image_tokens = model.get_image_features(pixel_values, return_dict=True).pooler_output
+    torch.testing.assert_close(image_tokens, model.model.multi_modal_projector(queried))
+    assert image_tokens.shape == (2, 4, model.config.text_config.hidden_size)
+
+
+def test_qformer_stays_without_dropout_while_the_model_is_in_training():
+    model = tiny.tiny_model(tiny.tiny_minigpt4_config()).train()
+    assert model.model.multi_modal_projector.training
+    assert not any(module.training for module in model.model.resampler.modules())
+    pixel_values = tiny.tiny_inputs(model.config)["pixel_values"]
+    outputs = [model.get_image_features(pixel_values, return_dict=True).pooler_output for _ in range(2)]
+    assert torch.equal(*outputs)
+
+
+@torch.no_grad()
+def test_a_batch_generates_what_each_prompt_generates_alone():
+    model = tiny.tiny_model(tiny.tiny_minigpt4_config())
+    model.generation_config.eos_token_id = None
+    prompts = [
+        tiny.tiny_inputs(model.config, num_images=number, num_words=6 + 3 * number, seed=number) for number in (1, 2)
+    ]
+    together = model.generate(**tiny.left_padded(prompts), max_new_tokens=6, do_sample=False)
+    for prompt, row in zip(prompts, together):
+        alone = model.generate(**prompt, max_new_tokens=6, do_sample=False)
+        assert alone[0, -6:].tolist() == row[-6:].tolist()
+
+
+@torch.no_grad()
+def test_a_saved_model_is_loaded_by_others_as_it_was(composed, tmp_path):
+    model, processor = composed
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    again, same_processor = load_checkpoint(str(tmp_path))
+    inputs = tiny.tiny_inputs(model.config)
+    expected = model(**inputs).logits
+    assert torch.equal(again.eval()(**inputs).logits, expected)
+    assert same_processor.chat_template == processor.chat_template
+    torch.save((inputs, expected), tmp_path / "expected.pt")
+    code = (
+        "import sys, torch; from transformers import AutoModel, AutoProcessor; folder = sys.argv[1]; "
+        "model = AutoModel.from_pretrained(folder, trust_remote_code=True).eval(); "
+        "processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True); "
+        "inputs, expected = torch.load(folder + '/expected.pt'); torch.manual_seed(0); "
+        "assert torch.equal(model(**inputs).logits, expected); "
+        "assert processor.image_seq_length == 4 and processor.image_end == '</Img>'; "
+        "assert model.generate(**inputs, max_new_tokens=3).shape[1] > inputs['input_ids'].shape[1]"
+    )
+    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True, cwd=tmp_path)
+
+
+@torch.no_grad()
+def test_an_engine_builds_the_base_without_a_head(composed):
+    model, _ = composed
+    base = SQLlavaAutoModel._from_config(model.config)
+    base.load_state_dict(model.model.state_dict())
+    pixel_values = tiny.tiny_inputs(model.config)["pixel_values"]
+    ours, theirs = (each.get_image_features(pixel_values, return_dict=True) for each in (model, base.eval()))
+    assert torch.equal(ours.pooler_output, theirs.pooler_output)
+
+
+def test_a_plan_has_the_sizes_of_the_composed_model(parts, composed):
+    config = compose_config(
+        str(parts / "blip2"), str(parts / "llama"), str(parts / "blip2"),
+        prototype_variant="none", projector_type="linear",
+    )  # fmt: skip
+    planned = SQLlavaForConditionalGeneration(config)
+    ours = {name: weight.shape for name, weight in composed[0].state_dict().items()}
+    assert {name: weight.shape for name, weight in planned.state_dict().items()} == ours
+
+
+def test_a_qformer_of_another_kind_of_model_is_refused(parts):
+    with pytest.raises(ValueError, match="llama', a llama: give a BLIP-2 model"):
+        compose_config(str(parts / "blip2"), str(parts / "llama"), str(parts / "llama"), prototype_variant="none")
+
+
+# The prompt.
+
+
+def conversation() -> list[dict]:
+    return [
+        {"role": "user", "content": [IMAGE, text("What is it?")]},
+        {"role": "assistant", "content": [text("A dog.")]},
+        {"role": "user", "content": [text("Where?")]},
+        {"role": "assistant", "content": [text("In the grass.")]},
+    ]
+
+
+def test_prompt_is_minigpt_4s_to_the_character():
+    processor = tiny.tiny_processor(image_seq_length=4, **LAYOUT)
+    assert processor.apply_chat_template(conversation()) == (
+        "<s>###Human: <Img><image></Img>What is it? ###Assistant: A dog.</s>"
+        "###Human: Where? ###Assistant: In the grass.</s>"
+    )
+    question = [{"role": "user", "content": [text("Compare"), IMAGE, text("with"), IMAGE]}]
+    assert processor.apply_chat_template(question, add_generation_prompt=True) == (
+        "<s>###Human: Compare<Img><image></Img>with<Img><image></Img> ###Assistant:"
+    )
+    # Stage 1 has captions behind images, and nothing else.
+    caption = [{"role": "user", "content": [IMAGE]}, {"role": "assistant", "content": [text("A dog.")]}]
+    assert processor.apply_chat_template(caption, plain=True) == "<s><image>A dog.\n"
+
+
+def test_layout_is_saved_with_the_processor(tmp_path):
+    processor = tiny.tiny_processor(image_seq_length=4, **LAYOUT)
+    processor.save_pretrained(tmp_path)
+    again = SQLlavaProcessor.from_pretrained(tmp_path)
+    assert again.apply_chat_template(conversation()) == processor.apply_chat_template(conversation())
+    assert "<Img>" in again.apply_chat_template(conversation())
+
+
+def test_loss_is_on_the_answers_alone():
+    processor = tiny.tiny_processor(image_seq_length=4, **LAYOUT)
+    collator = SelfQuestioningCollator(processor, self_question_ratio=0.0)
+    batch = collator([{"row_id": 0, "messages": conversation(), "images": [tiny.picture()]}])
+    labels, ids = batch["labels"][0], batch["input_ids"][0]
+    assert (ids == processor.image_token_id).sum() == 4
+    spoken = processor.tokenizer.decode(ids[labels != -100])
+    assert spoken == " A dog.</s> In the grass.</s>" or spoken == "A dog.</s> In the grass.</s>"
+    assert set(batch["turn_kinds"][0][labels != -100].tolist()) == {ANSWER}
+
+
+# Training.
+
+
+@pytest.fixture(scope="module")
+def stage1(parts, tmp_path_factory):
+    """Stage 1 on captions of easy-VQA's own images."""
+    rows = caption_rows(read_questions("train"))[:16]
+    (parts / "captions.json").write_text(json.dumps(rows))
+    towers = {"vision_model_name_or_path": parts / "blip2", "qformer_model_name_or_path": parts / "blip2"}
+    return train(
+        parts, tmp_path_factory.mktemp("stage1"), stage="align", text_model_name_or_path=parts / "llama",
+        prompt_layout="minigpt4", dataset_path=parts / "captions.json", **towers,
+    )  # fmt: skip
+
+
+def train(parts, output_dir, **settings):
+    settings = {
+        "output_dir": output_dir, "image_root": image_root(), "prototype_variant": "none", "projector_type": "linear",
+        "vision_lora_r": 0, "learning_rate": 3e-2, "per_device_train_batch_size": 8, "max_steps": 40, "doctor": "off",
+        "gradient_checkpointing": False, "bf16": False, "use_cpu": True, "logging_steps": 1, "save_strategy": "no",
+        "report_to": "none", "max_length": 128, "disable_tqdm": True, **settings,
+    }  # fmt: skip
+    return train_sft.main([text for name, value in settings.items() for text in (f"--{name}", str(value))])
+
+
+def losses(trainer) -> list[float]:
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+def assert_only_the_projector_is_trained(trainer, base: str):
+    trained = {name for name, parameter in trainer.model.named_parameters() if parameter.requires_grad}
+    assert trained and all(".multi_modal_projector." in name for name in trained)
+    begun = SQLlavaForConditionalGeneration.from_pretrained(base).state_dict()
+    merged = load_checkpoint(trainer.args.output_dir)[0].merge_and_unload().state_dict()
+    assert begun.keys() == merged.keys()
+    for name, weight in merged.items():
+        assert torch.equal(weight, begun[name]) != name.startswith("model.multi_modal_projector."), name
+
+
+def test_stage_one_trains_the_projector_alone_and_learns(stage1):
+    assert_only_the_projector_is_trained(stage1, f"{stage1.args.output_dir}/base")
+    assert sum(losses(stage1)[-5:]) < 0.75 * sum(losses(stage1)[:5])
+
+
+def test_stage_two_trains_the_projector_alone_on_answers_to_the_four_instructions(parts, stage1, tmp_path):
+    recipe = yaml.safe_load((Path(train_sft.__file__).parent / "recipes/tiny/minigpt4-7b/stage2.yaml").read_text())
+    recipe["datasets"][0] |= {"path": str(parts / "captions.json"), "image_root": str(image_root())}
+    recipe |= {"model_name_or_path": stage1.args.output_dir, "output_dir": str(tmp_path / "run"), "use_cpu": True}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    trainer = train_sft.main(["--config", str(tmp_path / "recipe.yaml")])
+    assert_only_the_projector_is_trained(trainer, f"{stage1.args.output_dir}/base")
+    batch = trainer.data_collator([trainer.train_dataset[index] for index in range(16)])
+    tokenizer = trainer.processing_class.tokenizer
+    prompts = [tokenizer.decode(ids[labels == -100]) for ids, labels in zip(batch["input_ids"], batch["labels"])]
+    asked = {prompt.partition("</Img>")[2].partition(" ###Assistant:")[0] for prompt in prompts}
+    assert asked == set(recipe["datasets"][0]["instructions"])
+
+
+def test_assistant_answers_about_an_image(composed):
+    answers = Assistant(*composed).answer_batch([(tiny.picture(), "What is it?")] * 2, max_new_tokens=4)
+    assert len(answers) == 2 and answers[0] == answers[1]
