@@ -129,8 +129,8 @@ def to_markdown(report: dict) -> str:
         f"alone. The best guess without an image has {report['blind_guess']:.1%}.",
         "",
         f"| | trained | trained parameters, stage 1; 2 | tokens an image | accuracy | {' | '.join(KINDS)} "
-        "| image blanked | seconds of training |",
-        "|---|---|--:|--:|--:" + "|--:" * (len(KINDS) + 2) + "|",
+        "| image blanked |",
+        "|---|---|--:|--:|--:" + "|--:" * (len(KINDS) + 1) + "|",
     ]
     for name, system in SYSTEMS.items():
         own = runs[name]
@@ -140,7 +140,6 @@ def to_markdown(report: dict) -> str:
         cells += [f"**{statistics.fmean(accuracies):.1%}** ({min(accuracies):.1%} to {max(accuracies):.1%})"]
         cells += [f"{statistics.fmean(run['accuracy'][kind] for run in own):.1%}" for kind in KINDS]
         cells += [f"{statistics.fmean(run['blank_image_accuracy'] for run in own):.1%}"]
-        cells += [f"{statistics.fmean(run['training_seconds'] for run in own):.0f}"]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
