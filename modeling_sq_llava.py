@@ -528,9 +528,9 @@ class SQLlavaModel(SQLlavaPreTrainedModel):
     def _vision_side_weighted_by_zero(self) -> torch.Tensor:
         # A process whose micro-batch is text-only must still give every trained weight a gradient, else the others
         # wait for it forever (DDP, FSDP, ZeRO): https://github.com/deepspeedai/DeepSpeed/issues/7170.
-        vision = self.config.vision_config
+        side = self.config.vision_config.image_size
         channels = self.vision_tower.embeddings.patch_embedding.in_channels
-        blank_image = torch.zeros(1, channels, vision.image_size, vision.image_size, device=self.device)
+        blank_image = torch.zeros(1, channels, side, side, device=self.device)
         return self.get_image_features(blank_image, return_dict=True).pooler_output.mean() * 0.0
 
 

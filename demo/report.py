@@ -110,7 +110,8 @@ each question's most frequent answer in training. [More](evaluation/report.md), 
 |---|---|---|
 {accuracy}
 
-With the image blanked: {blank} (every fourth question, {result["num_blank_questions"]:,}).
+With the image blanked: {blank} (every fourth question, {result["num_blank_questions"]:,}). What a LLaVA and a
+MiniGPT-4 of such parts reach beside it at one smaller budget stands in benchmarks/results/three_systems.md.
 
 ## Questions it asks itself
 

@@ -277,8 +277,9 @@ class Encoder:
     def __post_init__(self):
         self.tower = tower_key(self.model, self.autocast)
         self.preprocessing = processor_key(self.processor)
-        vision = self.model.config.vision_config
-        blank = self.features(torch.zeros(1, vision.num_channels, vision.image_size, vision.image_size))
+        side = self.model.config.vision_config.image_size
+        channels = self.model.vision_tower.embeddings.patch_embedding.in_channels
+        blank = self.features(torch.zeros(1, channels, side, side))
         self.blank = blank[0]
         self.bytes_of_image = self.blank.nbytes
         batches = SHARD_BYTES // self.bytes_of_image // self.batch_size

@@ -136,6 +136,23 @@ def test_training_with_the_cache_equals_training_without_it(stage, parts, cache,
     assert (trained - begun).abs().max() > 1e-3
 
 
+def test_minigpt_4_is_trained_from_the_features_of_its_tower(parts, tmp_path, monkeypatch):
+    blip2 = parts / "blip2"
+    tiny.save_blip2(blip2)
+    settings = {"vision_model_name_or_path": blip2, "qformer_model_name_or_path": blip2, "prototype_variant": "none"}
+    build(recipe(parts, tmp_path, **settings), tmp_path / "features")
+    train_sft.main(recipe(parts, tmp_path / "without", **settings))
+    forbid_vision(monkeypatch)
+    train_sft.main(recipe(parts, tmp_path / "with", **settings, feature_cache=tmp_path / "features"))
+    ours, theirs = (load_file(tmp_path / name / "run/adapter_model.safetensors") for name in ("with", "without"))
+    for name in theirs:
+        torch.testing.assert_close(ours[name], theirs[name], rtol=0, atol=1e-6)
+    tower = load_checkpoint(str(tmp_path / "with/run"))[0].get_base_model().model
+    key = feature_cache.tower_key(tower, None)
+    torch.nn.init.ones_(tower.vision_tower.post_layernorm.bias)
+    assert feature_cache.tower_key(tower, None) != key
+
+
 def test_stage_without_lora_is_gone_on_from_with_the_same_cache_and_merged(parts, cache, tmp_path):
     train_sft.main(recipe(parts, tmp_path, feature_cache=cache, max_steps=1))
     two = recipe(parts, tmp_path / "two", stage="instruct", feature_cache=cache, max_steps=1)
