@@ -17,7 +17,6 @@ import json
 import os
 import random
 import threading
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
@@ -176,6 +175,7 @@ class ChatClient:
         self._server_matters = server_matters
         self._used: dict[str, dict[str, Any]] = {}
         self._num_unanswered = 0
+        self._stopping = threading.Event()
 
     def complete(self, messages: Messages, attempt: int = 0) -> str:
         """
@@ -230,7 +230,9 @@ class ChatClient:
                     progress.update(bar, advance=1, spent=self.budget.describe())
                     yield futures[future], result
             finally:
+                self._stopping.set()  # nothing is sent again
                 pool.shutdown(cancel_futures=True)
+                self._stopping.clear()
 
     def report(self) -> dict[str, Any]:
         """Who answered and when, for a result; of what was asked since the last report."""
@@ -278,10 +280,10 @@ class ChatClient:
             try:
                 return self._send(body)
             except _Unanswered as error:
-                if attempt == self.settings.retries:
-                    raise self._given_up(error) from None
                 wait = random.uniform(0.75, 1.0) * min(0.5 * 2**attempt, LONGEST_BACKOFF)
-                time.sleep(wait if error.seconds is None else error.seconds)
+                is_last = attempt == self.settings.retries
+                if is_last or self._stopping.wait(wait if error.seconds is None else error.seconds):
+                    raise self._given_up(error) from None
 
     def _given_up(self, error: Exception) -> ChatFailure | ChatStopped:
         """Of one request, or of all that follow. Threads may miscount by a few, which does no harm."""

@@ -162,6 +162,14 @@ def test_cap_on_tokens_is_never_passed(concurrency, tmp_path):
     assert len(server.requests) == 4
 
 
+def test_running_total_is_told(tmp_path):
+    with chat_server(lambda request, number: "1") as server:
+        client = client_of(server, tmp_path, input_price=100.0, output_price=1000.0)
+        ask(client, *"abc")
+        assert client.budget.describe() == "3 requests, 330 tokens, 0.06 spent"
+        assert client_of(server, tmp_path).budget.describe() == "3 requests, 330 tokens"
+
+
 def test_image_counts_as_tokens_and_not_by_its_bytes(tmp_path):
     messages = [{"role": "user", "content": [{"type": "text", "text": "What is it?"}, PIXEL, PIXEL]}]
     with chat_server(lambda request, number: "A dog.") as server:
