@@ -170,7 +170,7 @@ class ChatClient:
         # Sent again within the client, a request would pass the caps.
         self._once = self.api.with_options(max_retries=0)
         self.base_url = str(self.api.base_url)
-        self.journal = Journal(journal_path)
+        self.journal = Journal(journal_path, reads_only)
         self.budget = Budget(settings, self.journal)
         self._server_matters = server_matters
         self._used: dict[str, dict[str, Any]] = {}
@@ -390,14 +390,15 @@ def read_completion(body: str, most_tokens: tuple[int, int]) -> dict[str, Any]:
 class Journal:
     """Answers on disk: one JSON line each, appended as they come."""
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, reads_only: bool = False):
         self.path = path
         self._lock = threading.Lock()
         self._lines: dict[str, dict[str, Any]] = {}
         if path.is_file():
             content = path.read_bytes()
             whole = content[: content.rfind(b"\n") + 1]
-            if len(whole) < len(content):  # a kill has cut the last line off
+            # A kill has cut the last line off; or, to one that only reads, another process is writing it.
+            if len(whole) < len(content) and not reads_only:
                 path.write_bytes(whole)
             for number, line in enumerate(whole.splitlines(), 1):
                 try:

@@ -74,6 +74,16 @@ def test_broken_journal_is_told_by_its_line(tmp_path):
         ChatClient(ChatSettings("writer"), tmp_path / "answers.jsonl")
 
 
+def test_client_that_only_reads_leaves_the_line_that_another_process_is_writing(tmp_path):
+    with chat_server(echo) as server:
+        client_of(server, tmp_path).complete(say("a"))
+    journal = tmp_path / "answers.jsonl"
+    content = journal.read_bytes() + b'{"key": "b", "ans'
+    journal.write_bytes(content)
+    reader = ChatClient(ChatSettings("writer", server.url), journal, reads_only=True)
+    assert reader.complete(say("a")) == "heard a" and journal.read_bytes() == content
+
+
 def test_results_are_in_the_order_of_the_items_whatever_came_first(tmp_path):
     def reply(request, number):
         text = request["messages"][-1]["content"]

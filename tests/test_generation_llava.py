@@ -296,7 +296,9 @@ def test_dry_run_asks_and_writes_nothing_and_needs_no_key(tmp_path, monkeypatch)
     with chat_server(write) as server:
         result = run(tmp_path, server, "--dry-run", *prices)
         assert result.exit_code == 0, result.output
-        assert "12 requests" in result.stdout and "at most 12,288 of answers: 0.15 if all are that long." in result.stdout
+        assert (
+            "12 requests" in result.stdout and "at most 12,288 of answers: 0.15 if all are that long." in result.stdout
+        )
         assert not server.requests and not (tmp_path / "out").exists()
         monkeypatch.setenv("OPENAI_API_KEY", "x")
         run(tmp_path, server, "--max-requests", 5)
