@@ -246,16 +246,17 @@ def test_batch_whose_creation_was_not_confirmed_is_not_created_twice(tmp_path):
     assert len(server.batches) == 1 and len(server.requests) == 4
 
 
+@pytest.mark.parametrize("batch", [True, False])
 @pytest.mark.parametrize("num_lines", [1, 2])
-def test_batch_that_a_kill_has_left_is_read_and_not_paid_again(num_lines, tmp_path):
-    """Killed after it was created, once before and once after its id was noted."""
+def test_batch_that_a_kill_has_left_is_read_and_not_paid_again(num_lines, batch, tmp_path):
+    """Killed after it was created, once before and once after its id was noted; whatever the next run asks by."""
     with chat_server(echo) as server:
         done = ask(client_of(server, tmp_path), *"abcd", batch=True)
         journal = tmp_path / "answers.batches.jsonl"
         journal.write_text("".join(journal.read_text().splitlines(keepends=True)[:num_lines]) + '{"event": "cre')
         (tmp_path / "answers.jsonl").write_text((tmp_path / "answers.jsonl").read_text().splitlines()[0] + "\n")
         client = client_of(server, tmp_path)
-        assert ask(client, *"abcd", batch=True).results == done.results
+        assert ask(client, *"abcd", batch=batch).results == done.results
         assert client.budget.num_requests == 4 and client.budget.tokens == 440
     assert len(server.batches) == 1 and len(server.requests) == 4
 
