@@ -258,7 +258,8 @@ def write_report(tasks: list[Task], output_dir: Path | None) -> None:
     print(markdown)
     if output_dir is not None:
         output_dir.mkdir(parents=True, exist_ok=True)
-        report = {"command": COMMAND, "torch": torch.__version__, "runs": notes}
+        runs = {name: {key: value for key, value in note.items() if key != "base"} for name, note in notes.items()}
+        report = {"command": COMMAND, "torch": torch.__version__, "runs": runs}
         (output_dir / "self_training.json").write_text(json.dumps(report, indent=1) + "\n")
         (output_dir / "self_training.md").write_text(markdown + "\n")
 

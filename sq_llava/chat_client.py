@@ -17,7 +17,6 @@ import json
 import os
 import random
 import threading
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
@@ -171,11 +170,12 @@ class ChatClient:
         # Sent again within the client, a request would pass the caps.
         self._once = self.api.with_options(max_retries=0)
         self.base_url = str(self.api.base_url)
-        self.journal = Journal(journal_path)
+        self.journal = Journal(journal_path, reads_only)
         self.budget = Budget(settings, self.journal)
         self._server_matters = server_matters
         self._used: dict[str, dict[str, Any]] = {}
         self._num_unanswered = 0
+        self._stopping = threading.Event()
 
     def complete(self, messages: Messages, attempt: int = 0) -> str:
         """
@@ -230,7 +230,9 @@ class ChatClient:
                     progress.update(bar, advance=1, spent=self.budget.describe())
                     yield futures[future], result
             finally:
+                self._stopping.set()  # nothing is sent again
                 pool.shutdown(cancel_futures=True)
+                self._stopping.clear()
 
     def report(self) -> dict[str, Any]:
         """Who answered and when, for a result; of what was asked since the last report."""
@@ -278,10 +280,10 @@ class ChatClient:
             try:
                 return self._send(body)
             except _Unanswered as error:
-                if attempt == self.settings.retries:
-                    raise self._given_up(error) from None
                 wait = random.uniform(0.75, 1.0) * min(0.5 * 2**attempt, LONGEST_BACKOFF)
-                time.sleep(wait if error.seconds is None else error.seconds)
+                is_last = attempt == self.settings.retries
+                if is_last or self._stopping.wait(wait if error.seconds is None else error.seconds):
+                    raise self._given_up(error) from None
 
     def _given_up(self, error: Exception) -> ChatFailure | ChatStopped:
         """Of one request, or of all that follow. Threads may miscount by a few, which does no harm."""
@@ -388,14 +390,15 @@ def read_completion(body: str, most_tokens: tuple[int, int]) -> dict[str, Any]:
 class Journal:
     """Answers on disk: one JSON line each, appended as they come."""
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, reads_only: bool = False):
         self.path = path
         self._lock = threading.Lock()
         self._lines: dict[str, dict[str, Any]] = {}
         if path.is_file():
             content = path.read_bytes()
             whole = content[: content.rfind(b"\n") + 1]
-            if len(whole) < len(content):  # a kill has cut the last line off
+            # A kill has cut the last line off; or, to one that only reads, another process is writing it.
+            if len(whole) < len(content) and not reads_only:
                 path.write_bytes(whole)
             for number, line in enumerate(whole.splitlines(), 1):
                 try:

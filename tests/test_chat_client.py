@@ -74,6 +74,16 @@ def test_broken_journal_is_told_by_its_line(tmp_path):
         ChatClient(ChatSettings("writer"), tmp_path / "answers.jsonl")
 
 
+def test_client_that_only_reads_leaves_the_line_that_another_process_is_writing(tmp_path):
+    with chat_server(echo) as server:
+        client_of(server, tmp_path).complete(say("a"))
+    journal = tmp_path / "answers.jsonl"
+    content = journal.read_bytes() + b'{"key": "b", "ans'
+    journal.write_bytes(content)
+    reader = ChatClient(ChatSettings("writer", server.url), journal, reads_only=True)
+    assert reader.complete(say("a")) == "heard a" and journal.read_bytes() == content
+
+
 def test_results_are_in_the_order_of_the_items_whatever_came_first(tmp_path):
     def reply(request, number):
         text = request["messages"][-1]["content"]
@@ -162,6 +172,14 @@ def test_cap_on_tokens_is_never_passed(concurrency, tmp_path):
     assert len(server.requests) == 4
 
 
+def test_running_total_is_told(tmp_path):
+    with chat_server(lambda request, number: "1") as server:
+        client = client_of(server, tmp_path, input_price=100.0, output_price=1000.0)
+        ask(client, *"abc")
+        assert client.budget.describe() == "3 requests, 330 tokens, 0.06 spent"
+        assert client_of(server, tmp_path).budget.describe() == "3 requests, 330 tokens"
+
+
 def test_image_counts_as_tokens_and_not_by_its_bytes(tmp_path):
     messages = [{"role": "user", "content": [{"type": "text", "text": "What is it?"}, PIXEL, PIXEL]}]
     with chat_server(lambda request, number: "A dog.") as server:
@@ -228,16 +246,17 @@ def test_batch_whose_creation_was_not_confirmed_is_not_created_twice(tmp_path):
     assert len(server.batches) == 1 and len(server.requests) == 4
 
 
+@pytest.mark.parametrize("batch", [True, False])
 @pytest.mark.parametrize("num_lines", [1, 2])
-def test_batch_that_a_kill_has_left_is_read_and_not_paid_again(num_lines, tmp_path):
-    """Killed after it was created, once before and once after its id was noted."""
+def test_batch_that_a_kill_has_left_is_read_and_not_paid_again(num_lines, batch, tmp_path):
+    """Killed after it was created, once before and once after its id was noted; whatever the next run asks by."""
     with chat_server(echo) as server:
         done = ask(client_of(server, tmp_path), *"abcd", batch=True)
         journal = tmp_path / "answers.batches.jsonl"
         journal.write_text("".join(journal.read_text().splitlines(keepends=True)[:num_lines]) + '{"event": "cre')
         (tmp_path / "answers.jsonl").write_text((tmp_path / "answers.jsonl").read_text().splitlines()[0] + "\n")
         client = client_of(server, tmp_path)
-        assert ask(client, *"abcd", batch=True).results == done.results
+        assert ask(client, *"abcd", batch=batch).results == done.results
         assert client.budget.num_requests == 4 and client.budget.tokens == 440
     assert len(server.batches) == 1 and len(server.requests) == 4
 

@@ -174,6 +174,7 @@ def test_texts_are_repaired_and_rewritten_or_faulty_ones_left_out(photos, tmp_pa
         "0.png": f"{LONG} {LONG}",
         "1.png": f"{LONG} I am sorry.",
         "2.png": f"{LONG} Behind",
+        "3.png": LONG,
     }
     repairs = {f"{LONG} {LONG}": LONG, f"{LONG} Behind": "Nothing is wrong with what you have given me, dear user."}
     with chat_server(Painter(photos, says, repairs)) as server:
@@ -184,10 +185,11 @@ def test_texts_are_repaired_and_rewritten_or_faulty_ones_left_out(photos, tmp_pa
     assert rejected == {
         "1.png": ("rules", "it apologises"),
         "2.png": ("repair", "it is not the text that was to be repaired"),
+        "3.png": ("rules", "an earlier image of the shard has the same text"),
     }
     rows = {row["id"]: row for row in lines_of(tmp_path / "out" / "data.jsonl")}
     assert texts_of(tmp_path / "out")["0.png"] == LONG
-    assert {id: row["repaired"] for id, row in rows.items()} == {"0.png": True, "3.png": False, "more/4.png": False}
+    assert {id: row["repaired"] for id, row in rows.items()} == {"0.png": True, "more/4.png": False}
     editor = next(request for request in server.requests if request["model"] == "editor")
     assert "image_url" not in json.dumps(editor)
 

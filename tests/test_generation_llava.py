@@ -296,7 +296,9 @@ def test_dry_run_asks_and_writes_nothing_and_needs_no_key(tmp_path, monkeypatch)
     with chat_server(write) as server:
         result = run(tmp_path, server, "--dry-run", *prices)
         assert result.exit_code == 0, result.output
-        assert "12 requests" in result.stdout and "at most 12,288 of answers, at most 0.15" in result.stdout
+        assert (
+            "12 requests" in result.stdout and "at most 12,288 of answers: 0.15 if all are that long." in result.stdout
+        )
         assert not server.requests and not (tmp_path / "out").exists()
         monkeypatch.setenv("OPENAI_API_KEY", "x")
         run(tmp_path, server, "--max-requests", 5)
@@ -412,7 +414,7 @@ def start(folder: Path, server: ChatServer, *options: str) -> subprocess.Popen:
     )
 
 
-@pytest.mark.parametrize("way", ["singly", "batch"])
+@pytest.mark.parametrize("way", ["singly", pytest.param("batch", marks=pytest.mark.slow)])
 def test_run_killed_at_random_moments_ends_as_one_that_was_not(way, tmp_path):
     """Of what was paid, a kill loses no more than what was under way, and of a batch nothing."""
     num, concurrency, num_kills = 40, 4, 3 if way == "singly" else 2
@@ -446,16 +448,21 @@ def test_run_killed_at_random_moments_ends_as_one_that_was_not(way, tmp_path):
         assert len(lines_of(tmp_path / folder / "out" / "answers.jsonl")) == num
 
 
-def test_ctrl_c_writes_what_is_there(tmp_path):
+def test_ctrl_c_writes_what_is_there_and_waits_for_no_busy_server(tmp_path):
+    def reply(request, number):
+        if "number 2." in request["messages"][-1]["content"]:
+            return Reply(status=429, headers={"Retry-After": "100"}, body="{}")
+        return Reply(write(request, number), seconds=0.05)
+
     write_scenes(tmp_path, 40)
     (tmp_path / "run").mkdir()
-    with chat_server(lambda request, number: Reply(write(request, number), seconds=0.05)) as server:
-        process = start(tmp_path / "run", server, "--concurrency", "2")
-        while len(server.requests) < 6:
+    with chat_server(reply) as server:
+        process = start(tmp_path / "run", server, "--concurrency", "4")
+        while len(server.requests) < 8:
             assert process.poll() is None
             time.sleep(0.01)
         process.send_signal(signal.SIGINT)
         _, said = process.communicate(timeout=30)
     assert process.returncode == 1 and "stopped by Ctrl-C" in said
     num_rows = len(lines_of(tmp_path / "run" / "out" / "data.jsonl"))
-    assert 4 <= num_rows == len(lines_of(tmp_path / "run" / "out" / "answers.jsonl")) < 40
+    assert 3 <= num_rows == len(lines_of(tmp_path / "run" / "out" / "answers.jsonl")) < 40

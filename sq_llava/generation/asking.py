@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from sq_llava.chat_batches import ask_in_batches
+from sq_llava.chat_batches import BatchJournal, ask_in_batches
 from sq_llava.chat_client import ChatClient, ChatFailure, ChatRequest, ChatStopped, NotAsked
 
 
@@ -57,6 +57,8 @@ def ask_all(
         if batch:
             _fill_by_batches(client, items, work, description, failures)
         else:
+            if BatchJournal(client).open:  # of a run with batches that was killed: they are paid
+                ask_in_batches(client, {}, description)
             for _ in client.work_on({id: id for id in items}, attempt, description):
                 pass
     except ChatStopped as stop:

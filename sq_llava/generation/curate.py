@@ -43,6 +43,8 @@ IDENTITY = ("kind", "describer", "describer_hash", "repairer", "prompts_hash")
 MAX_NEW_WORDS = 0.3
 REWRITTEN = "it is not the text that was to be repaired"
 DROPPED = "a person dropped it"
+# What a describer says that did not look.
+SAID_BEFORE = "an earlier image of the shard has the same text"
 
 Describer = LocalDescriber | ServerDescriber
 
@@ -178,14 +180,17 @@ def apply_rules(
     described: Mapping[str, Description], texts: Mapping[str, str]
 ) -> tuple[dict[str, str], list[Rejected]]:
     """The texts that pass, and those that do not. `texts` are what the repairer made of those `described`."""
-    passed, rejected = {}, []
+    passed, rejected, known = {}, [], set()
     for id, text in texts.items():
         if share_of_new_words(text, described[id].text) > MAX_NEW_WORDS:
             rejected.append(Rejected(id, "repair", REWRITTEN, text))
         elif reason := first_fault(text):
             rejected.append(Rejected(id, "rules", reason, text))
+        elif text in known:
+            rejected.append(Rejected(id, "rules", SAID_BEFORE, text))
         else:
             passed[id] = text
+            known.add(text)
     return passed, rejected
 
 

@@ -42,7 +42,7 @@ Batch = Annotated[bool, typer.Option("--batch", help="By the server's Batch API:
 
 def print_estimate(estimate) -> None:
     """What a dry run says of what is still to be asked."""
-    cost = f", at most {estimate.cost:,.2f}" if estimate.cost else ""
+    cost = f": {estimate.cost:,.2f} if all are that long" if estimate.cost else ""
     console.print(
         f"{estimate.num_requests:,} requests, about {estimate.prompt_tokens:,} tokens of prompts and at most "
         f"{estimate.completion_tokens:,} of answers{cost}. Nothing was asked.",

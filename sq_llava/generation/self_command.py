@@ -155,12 +155,14 @@ def generate_self(
 def show_made(made, out: Path) -> None:
     """Prints what was made of images; exit code 1 where something is missing."""
     counts = f"{made.num_turns:,} turns about {made.num_images:,} images, {made.num_kept:,} kept"
-    console.print(f"{counts} in {made.num_rows:,} rows. Left out:", highlight=False)
+    console.print(f"{counts} in {made.num_rows:,} rows; left out:", highlight=False)
     for reason, count in sorted(made.left_out.items()):
         console.print(f"  {count:>7,}  {reason}", highlight=False)
     messages_console.print(f"Wrote {out}", markup=False, soft_wrap=True)
     if made.num_failed:
-        messages_console.print(f"[red]{made.num_failed} failed[/red]: see failures.jsonl.")
+        messages_console.print(
+            f"[red]{made.num_failed} failed[/red]: see failures*.jsonl. The same command tries them again."
+        )
     if made.stopped is not None:
         messages_console.print(f"{made.num_open} are open: {made.stopped}", markup=False, soft_wrap=True)
     if made.num_failed or made.num_open:
