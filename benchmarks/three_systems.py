@@ -141,6 +141,11 @@ def to_markdown(report: dict) -> str:
         cells += [f"{statistics.fmean(run['accuracy'][kind] for run in own):.1%}" for kind in KINDS]
         cells += [f"{statistics.fmean(run['blank_image_accuracy'] for run in own):.1%}"]
         lines.append("| " + " | ".join(cells) + " |")
+    lines += [
+        "",
+        "SQ-LLaVA trains its vision tower too, the others do not: the table compares recipes. What its prototypes and "
+        "questions are worth by themselves is in `ablation`.",
+    ]
     return "\n".join(lines)
 
 

@@ -2,6 +2,7 @@
 
 Stage 1 ("align") trains ViT-LoRA, extractor and projector; stage 2 ("instruct") adds LLM-LoRA and the embedding of
 `[vusr]`, and begins from the stage-1 weights, copied: LoRA's B matrices begin at zero, so the logits are equal.
+LLaVA's stage 2, which trains all of language model and projector, needs no adapter: [`train_in_full`].
 """
 
 from dataclasses import dataclass

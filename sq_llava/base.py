@@ -103,6 +103,7 @@ def prepare_stage(model, previous_stage: str | None, arguments: SQLlavaArguments
             f"model_name_or_path is {previous_stage!r}, an adapter: under ZeRO-3, it cannot be merged into a model "
             f"in pieces. Run `sq-llava merge {previous_stage} --out FOLDER` first, and give that folder."
         )
+    # Merged into weights of full precision: what the stage before learned is not rounded. PEFT freezes them, though.
     model = PeftModel.from_pretrained(model, previous_stage).merge_and_unload()
     train_in_full(model, trained_dtype(model))
     return model
