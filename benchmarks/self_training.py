@@ -237,6 +237,8 @@ def _cells_of_set(notes: dict[str, dict], seeds: list[int], generator: str, data
     for name in ("premise_is_true", "own_answer_is_right", "yes_of_yes_no"):
         values = [each[name] for each in sets if each[name] is not None]  # of no valid question, no answer is right
         cells.append(f"{statistics.fmean(values):.1%}" if values else "")
+        if name == "yes_of_yes_no":
+            cells[-1] += f" ({100 * min(values):.0f} to {100 * max(values):.0f})"
     return cells
 
 
@@ -269,7 +271,7 @@ def main(args: list[str] | None = None) -> None:
     parser.add_argument("--base", type=Path, default=Path("runs/demo"), help="folder with model and stage1")
     parser.add_argument("--work", type=Path, default=Path("runs/self_training"), help="folder of the finished runs")
     parser.add_argument("--output-dir", type=Path, default=RESULTS, help="folder of the report")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1], help="at most 20")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="at most 20")
     parser.add_argument("--budget", type=int, default=60, help="steps of stage 2")
     parser.add_argument("--weak-steps", type=int, default=40, help="of the stage 2 that the weak model had")
     parser.add_argument("--num-questions", type=int, default=10, help="for each image")

@@ -63,7 +63,8 @@ class FilterSettings:
     Args:
         blank_test (`str`): `"turn"`: its answer must change when the image is blanked. `"question"`: that of its
             question must, about one image of the set at least: else "no" to "is there a dog?" is lost where there is
-            none, as a blank image gets the same answer, and a set of "yes" is left. `"off"`: no test.
+            none, as a blank image gets the same answer. What is left then may say "yes" to everything, and cost more
+            than all false answers do (benchmarks/results/self_training.md). `"off"`: no test.
         min_drop (`float`): Nats a token that a blank image must cost the answer, in the same test.
         min_log_probability (`float`): Mean of the answer's tokens.
         min_clip_score (`float`): For images of which a CLIP was asked.
