@@ -42,6 +42,7 @@ COMMAND = "python -m benchmarks.self_training"
 FILTERS = {
     "unfiltered": FilterSettings("off", 0.0, None, None, None, None, None),
     "filtered": FilterSettings(),
+    "filtered, balanced": FilterSettings(balance_yes_no=True),
     "filtered, sure": FilterSettings(min_log_probability=math.log(0.95)),
     "filtered, blank test of each turn": FilterSettings("turn"),
 }
@@ -245,7 +246,7 @@ def _cells_of_set(notes: dict[str, dict], seeds: list[int], generator: str, data
 def _left_out(notes: dict[str, dict], seeds: list[int]) -> list[str]:
     lines = ["What each filter left out, of all seeds:", "", "| model | filters | rule | turns |", "|---|---|---|--:|"]
     for generator in GENERATORS:
-        for data in ("filtered", "filtered, sure", "filtered, blank test of each turn"):
+        for data in list(FILTERS)[1:]:
             counts: dict[str, int] = {}
             for seed in seeds:
                 for rule, count in notes[f"seed-{seed}/{generator}"]["sets"][data]["left_out"].items():
