@@ -85,17 +85,28 @@ class Task:
 
 
 @dataclass(frozen=True)
+class WeakModel(Task):
+    """A short stage 2 on the demo's data."""
+
+    def run(self) -> dict:
+        data = seed_data(self) / "stage2_train.json"
+        return train_and_score(self, data, self.weak_steps, self.work / self.name)
+
+
+@dataclass(frozen=True)
 class Generation(Task):
     """A model makes data, once; each of the `FILTERS` makes a set of it."""
 
+    @property
+    def weak_model(self) -> WeakModel:
+        return WeakModel(**asdict(self) | {"data": "model"})
+
+    def is_ready(self) -> bool:
+        return self.generator == "demo" or self.weak_model.note.is_file()
+
     def run(self) -> dict:
         folder = self.work / f"{self.name}-data"
-        weak = {}
-        model = f"{self.base}/model"
-        if self.generator == "weak":
-            model = str(folder / "model")
-            data = seed_data(self) / "stage2_train.json"
-            weak = train_and_score(self, data, self.weak_steps, Path(model))
+        model = f"{self.base}/model" if self.generator == "demo" else str(self.work / self.weak_model.name)
         holdout = str(seed_data(self) / "holdout.json")
         run = SelfGeneration(
             model=model,
@@ -113,7 +124,7 @@ class Generation(Task):
             path = data_of(self, name)
             shutil.copyfile(run.out / "data.jsonl", path)
             sets[name] = asdict(made) | quality(path, holdout)
-        return {"sets": sets, "own_accuracy": weak.get("accuracy"), "generation_seconds": time.time() - start}
+        return {"sets": sets, "generation_seconds": time.time() - start}
 
 
 @dataclass(frozen=True)
@@ -182,6 +193,7 @@ def list_tasks(arguments: argparse.Namespace) -> list[Task]:
     shared |= {"test_stride": arguments.test_stride}
     tasks: list[Task] = []
     for seed in arguments.seeds:
+        tasks += [WeakModel(**shared, seed=seed, generator="weak", data="model")]
         tasks += [Generation(**shared, seed=seed, generator=generator) for generator in GENERATORS]
         tasks += [Training(**shared, seed=seed, data="real questions")]
         tasks += [
@@ -226,7 +238,7 @@ def to_markdown(tasks: list[Task], notes: dict[str, dict]) -> str:
             differences = [own - beside for own, beside in zip(values, accuracies.get(other, values))]
             cells.append(points(interval(differences)) if is_other else "")
         lines.append("| " + " | ".join(cells) + " |")
-    weak = [notes[f"seed-{seed}/weak"]["own_accuracy"] for seed in seeds]
+    weak = [notes[f"seed-{seed}/weak-model"]["accuracy"] for seed in seeds]
     lines += ["", f"The weak model had {first.weak_steps} steps; its own accuracy is {statistics.fmean(weak):.1%}."]
     return "\n".join([*lines, "", *_left_out(notes, seeds)])
 
