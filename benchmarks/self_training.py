@@ -42,6 +42,7 @@ COMMAND = "python -m benchmarks.self_training"
 FILTERS = {
     "unfiltered": FilterSettings("off", 0.0, None, None, None, None, None),
     "filtered": FilterSettings(),
+    "filtered, balanced": FilterSettings(balance_yes_no=True),
     "filtered, sure": FilterSettings(min_log_probability=math.log(0.95)),
     "filtered, blank test of each turn": FilterSettings("turn"),
 }
@@ -84,17 +85,28 @@ class Task:
 
 
 @dataclass(frozen=True)
+class WeakModel(Task):
+    """A short stage 2 on the demo's data."""
+
+    def run(self) -> dict:
+        data = seed_data(self) / "stage2_train.json"
+        return train_and_score(self, data, self.weak_steps, self.work / self.name)
+
+
+@dataclass(frozen=True)
 class Generation(Task):
     """A model makes data, once; each of the `FILTERS` makes a set of it."""
 
+    @property
+    def weak_model(self) -> WeakModel:
+        return WeakModel(**asdict(self) | {"data": "model"})
+
+    def is_ready(self) -> bool:
+        return self.generator == "demo" or self.weak_model.note.is_file()
+
     def run(self) -> dict:
         folder = self.work / f"{self.name}-data"
-        weak = {}
-        model = f"{self.base}/model"
-        if self.generator == "weak":
-            model = str(folder / "model")
-            data = seed_data(self) / "stage2_train.json"
-            weak = train_and_score(self, data, self.weak_steps, Path(model))
+        model = f"{self.base}/model" if self.generator == "demo" else str(self.work / self.weak_model.name)
         holdout = str(seed_data(self) / "holdout.json")
         run = SelfGeneration(
             model=model,
@@ -112,7 +124,7 @@ class Generation(Task):
             path = data_of(self, name)
             shutil.copyfile(run.out / "data.jsonl", path)
             sets[name] = asdict(made) | quality(path, holdout)
-        return {"sets": sets, "own_accuracy": weak.get("accuracy"), "generation_seconds": time.time() - start}
+        return {"sets": sets, "generation_seconds": time.time() - start}
 
 
 @dataclass(frozen=True)
@@ -181,6 +193,7 @@ def list_tasks(arguments: argparse.Namespace) -> list[Task]:
     shared |= {"test_stride": arguments.test_stride}
     tasks: list[Task] = []
     for seed in arguments.seeds:
+        tasks += [WeakModel(**shared, seed=seed, generator="weak", data="model")]
         tasks += [Generation(**shared, seed=seed, generator=generator) for generator in GENERATORS]
         tasks += [Training(**shared, seed=seed, data="real questions")]
         tasks += [
@@ -225,7 +238,7 @@ def to_markdown(tasks: list[Task], notes: dict[str, dict]) -> str:
             differences = [own - beside for own, beside in zip(values, accuracies.get(other, values))]
             cells.append(points(interval(differences)) if is_other else "")
         lines.append("| " + " | ".join(cells) + " |")
-    weak = [notes[f"seed-{seed}/weak"]["own_accuracy"] for seed in seeds]
+    weak = [notes[f"seed-{seed}/weak-model"]["accuracy"] for seed in seeds]
     lines += ["", f"The weak model had {first.weak_steps} steps; its own accuracy is {statistics.fmean(weak):.1%}."]
     return "\n".join([*lines, "", *_left_out(notes, seeds)])
 
@@ -237,13 +250,15 @@ def _cells_of_set(notes: dict[str, dict], seeds: list[int], generator: str, data
     for name in ("premise_is_true", "own_answer_is_right", "yes_of_yes_no"):
         values = [each[name] for each in sets if each[name] is not None]  # of no valid question, no answer is right
         cells.append(f"{statistics.fmean(values):.1%}" if values else "")
+        if name == "yes_of_yes_no":
+            cells[-1] += f" ({100 * min(values):.0f} to {100 * max(values):.0f})"
     return cells
 
 
 def _left_out(notes: dict[str, dict], seeds: list[int]) -> list[str]:
     lines = ["What each filter left out, of all seeds:", "", "| model | filters | rule | turns |", "|---|---|---|--:|"]
     for generator in GENERATORS:
-        for data in ("filtered", "filtered, sure", "filtered, blank test of each turn"):
+        for data in list(FILTERS)[1:]:
             counts: dict[str, int] = {}
             for seed in seeds:
                 for rule, count in notes[f"seed-{seed}/{generator}"]["sets"][data]["left_out"].items():
@@ -269,7 +284,7 @@ def main(args: list[str] | None = None) -> None:
     parser.add_argument("--base", type=Path, default=Path("runs/demo"), help="folder with model and stage1")
     parser.add_argument("--work", type=Path, default=Path("runs/self_training"), help="folder of the finished runs")
     parser.add_argument("--output-dir", type=Path, default=RESULTS, help="folder of the report")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1], help="at most 20")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="at most 20")
     parser.add_argument("--budget", type=int, default=60, help="steps of stage 2")
     parser.add_argument("--weak-steps", type=int, default=40, help="of the stage 2 that the weak model had")
     parser.add_argument("--num-questions", type=int, default=10, help="for each image")

@@ -15,7 +15,8 @@ from typer.testing import CliRunner
 from sq_llava.cli import app
 from sq_llava.data import load_rows
 from sq_llava.generation import describing
-from sq_llava.generation.describing import DescribeSettings, LocalDescriber, Prompts
+from sq_llava.generation.curate import apply_rules
+from sq_llava.generation.describing import DescribeSettings, Description, LocalDescriber, Prompts
 from sq_llava.generation.review_sheet import Entry, check_decisions, hash_of_text, read_decisions, write_sheet
 from sq_llava.generation.text_rules import first_fault, share_of_new_words
 from sq_llava.images import jpeg_data_url, open_image
@@ -192,6 +193,12 @@ def test_texts_are_repaired_and_rewritten_or_faulty_ones_left_out(photos, tmp_pa
     assert {id: row["repaired"] for id, row in rows.items()} == {"0.png": True, "more/4.png": False}
     editor = next(request for request in server.requests if request["model"] == "editor")
     assert "image_url" not in json.dumps(editor)
+
+
+def test_short_text_may_be_true_of_two_images_and_a_long_one_not():
+    said = {id: Description(text) for id, text in {"a": LONG, "b": SOUND, "c": SOUND, "d": LONG}.items()}
+    passed, rejected = apply_rules(said, {id: each.text for id, each in said.items()})
+    assert list(passed) == ["a", "b", "c"] and [each.id for each in rejected] == ["d"]
 
 
 def test_caps_end_a_run_that_goes_on_without_paying_twice(photos, tmp_path):

@@ -102,6 +102,14 @@ def test_types_are_balanced_by_the_seed():
     assert kept[0].count(("balance", "too many of its type")) == 15 and kept[0][-1] is None
 
 
+def test_the_answer_that_there_is_more_of_is_thinned_out():
+    turns = [turn(answer="Yes, it is.", number=number) for number in range(6)]
+    turns += [turn(answer="no", number=6), turn("What is it?", "A dog.", number=7), turn(answer="No.", number=8)]
+    kept = [rules(turns, replace(OFF, balance_yes_no=True, seed=seed)) for seed in (0, 0, 1)]
+    assert kept[0] == kept[1] != kept[2]
+    assert kept[0][:6].count(("balance", "too many of its answer")) == 4 and kept[0][6:] == [None] * 3
+
+
 def test_unknown_blank_test_is_named():
     with pytest.raises(ValueError, match=r"--blank-test is 'both': choose one of turn, question, off\."):
         FilterSettings("both")
@@ -133,6 +141,7 @@ SETTINGS = st.builds(
     max_set_overlap=st.none() | st.floats(min_value=0, max_value=1),
     max_repeats=st.none() | st.integers(1, 3),
     max_per_type=st.none() | st.integers(1, 3),
+    balance_yes_no=st.booleans(),
     seed=st.integers(0, 3),
 )
 
@@ -156,6 +165,9 @@ def test_each_turn_has_one_outcome_in_order_and_what_is_kept_keeps_the_rules(tur
     if settings.max_per_type is not None:
         types = Counter(outcome.scores["type"] for outcome in outcomes if outcome.is_kept)
         assert all(count <= settings.max_per_type for count in types.values())
+    if settings.balance_yes_no:
+        answers = [each.answer for each in kept]
+        assert answers.count("yes") == answers.count("no")
 
 
 @given(TURNS, SETTINGS)
@@ -169,6 +181,7 @@ def test_what_is_kept_stays_when_it_is_filtered_again(turns, settings):
 @given(TURNS, SETTINGS)
 def test_test_by_question_keeps_at_least_what_the_test_by_turn_keeps(turns, settings):
     settings = replace(settings, max_overlap=None, max_set_overlap=None, max_repeats=None, max_per_type=None)
+    settings = replace(settings, balance_yes_no=False)
     by_turn, by_question, without = (
         {outcome.turn for outcome in filter_turns(turns, replace(settings, blank_test=test)) if outcome.is_kept}
         for test in ("turn", "question", "off")

@@ -331,12 +331,13 @@ def curate(
 def show_curated(made, out: Path) -> None:
     """Prints what was made of the images; exit code 1 where something is missing."""
     counts = f"{made.num_images:,} images, {made.num_continued:,} described in two steps, {made.num_kept:,} kept"
-    console.print(f"{counts}, {made.num_checked:,} of these checked by a person. Left out:", highlight=False)
+    left_out = "Left out:" if made.reasons else "None was left out."
+    console.print(f"{counts}, {made.num_checked:,} of these checked by a person. {left_out}", highlight=False)
     for reason, count in made.reasons.items():
         console.print(f"  {count:>7,}  {reason}", highlight=False)
     messages_console.print(f"Wrote {out}", markup=False, soft_wrap=True)
     if made.num_failed:
-        messages_console.print(f"[red]{made.num_failed:,} failed[/red]: see failures.jsonl.")
+        messages_console.print(f"[red]{made.num_failed:,} failed[/red]: see failures*.jsonl.")
     if made.stopped is not None:
         messages_console.print(f"{made.num_open:,} are open: {made.stopped}", markup=False, soft_wrap=True)
     if made.num_failed or made.stopped is not None:

@@ -32,7 +32,7 @@ from sq_llava.generation.captions import draw
 from sq_llava.generation.describing import Description, LocalDescriber, Repairer, ServerDescriber
 from sq_llava.generation.review_sheet import Entry, check_decisions, read_decisions, write_sheet
 from sq_llava.generation.rows import Card, Rejected, Shard, make_row, write_output
-from sq_llava.generation.text_rules import first_fault, share_of_new_words
+from sq_llava.generation.text_rules import first_fault, share_of_new_words, words_of
 from sq_llava.images import IMAGE_SUFFIXES, open_image
 from sq_llava.provenance import public_name
 from sq_llava.run_note import check_note, write_note
@@ -43,8 +43,9 @@ IDENTITY = ("kind", "describer", "describer_hash", "repairer", "prompts_hash")
 MAX_NEW_WORDS = 0.3
 REWRITTEN = "it is not the text that was to be repaired"
 DROPPED = "a person dropped it"
-# What a describer says that did not look.
+# What a describer says that does not look. Texts of fewer words may well be true of several images.
 SAID_BEFORE = "an earlier image of the shard has the same text"
+MIN_WORDS_OF_ITS_OWN = 30
 
 Describer = LocalDescriber | ServerDescriber
 
@@ -186,7 +187,7 @@ def apply_rules(
             rejected.append(Rejected(id, "repair", REWRITTEN, text))
         elif reason := first_fault(text):
             rejected.append(Rejected(id, "rules", reason, text))
-        elif text in known:
+        elif text in known and len(words_of(text)) >= MIN_WORDS_OF_ITS_OWN:
             rejected.append(Rejected(id, "rules", SAID_BEFORE, text))
         else:
             passed[id] = text

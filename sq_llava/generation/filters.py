@@ -11,7 +11,7 @@ scores are measured in `sq_llava/generation/scoring.py`.
 
 import hashlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
@@ -63,7 +63,8 @@ class FilterSettings:
     Args:
         blank_test (`str`): `"turn"`: its answer must change when the image is blanked. `"question"`: that of its
             question must, about one image of the set at least: else "no" to "is there a dog?" is lost where there is
-            none, as a blank image gets the same answer, and a set of "yes" is left. `"off"`: no test.
+            none, as a blank image gets the same answer. What is left then may say "yes" to everything, and cost more
+            than all false answers do (benchmarks/results/self_training.md). `"off"`: no test.
         min_drop (`float`): Nats a token that a blank image must cost the answer, in the same test.
         min_log_probability (`float`): Mean of the answer's tokens.
         min_clip_score (`float`): For images of which a CLIP was asked.
@@ -72,6 +73,7 @@ class FilterSettings:
         max_set_overlap (`float`): Share of a question's pairs of words that kept questions about other images hold.
         max_repeats (`int`): Kept turns with the same question, in the whole set; LLaVA has such a cap for phrases.
         max_per_type (`int`): Kept turns of one type of question, drawn by `seed`.
+        balance_yes_no (`bool`): As many answers that begin with "yes" are kept as with "no", drawn by `seed`.
     """
 
     blank_test: str = "question"
@@ -82,6 +84,7 @@ class FilterSettings:
     max_set_overlap: float | None = None
     max_repeats: int | None = 100
     max_per_type: int | None = None
+    balance_yes_no: bool = False
     seed: int = 0
 
     def __post_init__(self):
@@ -124,7 +127,14 @@ def filter_turns(turns: Sequence[Turn], settings: FilterSettings) -> list[Outcom
         if fault is None:
             earlier.add(turn)
         outcomes.append(Outcome(turn, scores, *(fault or (None, None))))
-    return outcomes if settings.max_per_type is None else _cap_types(outcomes, settings)
+    if settings.max_per_type is not None:
+        places = _places_by(outcomes, lambda outcome: outcome.scores["type"])
+        outcomes = _thin_out(outcomes, places.values(), settings.max_per_type, settings.seed, "too many of its type")
+    if settings.balance_yes_no:
+        places = _places_by(outcomes, lambda outcome: words_of(outcome.turn.answer)[0])
+        places = [places.get(answer, []) for answer in ("yes", "no")]
+        outcomes = _thin_out(outcomes, places, min(map(len, places)), settings.seed, "too many of its answer")
+    return outcomes
 
 
 def normalised(text: str) -> str:
@@ -209,18 +219,24 @@ class _Earlier:
         self._counts[normalised(turn.question)] += 1
 
 
-def _cap_types(outcomes: Sequence[Outcome], settings: FilterSettings) -> list[Outcome]:
-    """Keeps of each type so many turns as are allowed: those of the lowest draw, which is a turn's own."""
-    of_type: dict[str, list[int]] = {}
+def _places_by(outcomes: Sequence[Outcome], key: Callable[[Outcome], str]) -> dict[str, list[int]]:
+    """The places of what is kept, by a property of it."""
+    places: dict[str, list[int]] = {}
     for place, outcome in enumerate(outcomes):
         if outcome.is_kept:
-            of_type.setdefault(outcome.scores["type"], []).append(place)
+            places.setdefault(key(outcome), []).append(place)
+    return places
+
+
+def _thin_out(
+    outcomes: Sequence[Outcome], groups: Iterable[list[int]], limit: int, seed: int, reason: str
+) -> list[Outcome]:
+    """Keeps of each group of places so many: those of the lowest draw, which is a turn's own."""
     dropped = set()
-    for places in of_type.values():
-        places.sort(key=lambda place: _draw(outcomes[place].turn, settings.seed))
-        dropped |= set(places[settings.max_per_type :])
+    for places in groups:
+        dropped |= set(sorted(places, key=lambda place: _draw(outcomes[place].turn, seed))[limit:])
     return [
-        replace(outcome, step="balance", reason="too many of its type") if place in dropped else outcome
+        replace(outcome, step="balance", reason=reason) if place in dropped else outcome
         for place, outcome in enumerate(outcomes)
     ]
 

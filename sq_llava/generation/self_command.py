@@ -72,6 +72,9 @@ def generate_self(
     max_per_type: Annotated[
         int | None, typer.Option(min=1, help="Turns of one type of question, in the set.", **FILTERS)
     ] = None,
+    balance_yes_no: Annotated[
+        bool, typer.Option("--balance-yes-no", help='As many "yes" as "no", in the set.', **FILTERS)
+    ] = False,
     clip: Annotated[str | None, typer.Option(help="A whole CLIP, for CLIPScore.", **FILTERS)] = None,
     min_clip_score: Annotated[float | None, typer.Option(help="Needs --clip.", **FILTERS)] = None,
     judge_model: Annotated[str | None, typer.Option(help="Accepts or rejects what passed.", **JUDGE)] = None,
@@ -126,6 +129,7 @@ def generate_self(
                 max_set_overlap=max_set_overlap,
                 max_repeats=max_repeats,
                 max_per_type=max_per_type,
+                balance_yes_no=balance_yes_no,
                 seed=seed,
             ),
             image_root=image_root,
