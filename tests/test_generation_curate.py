@@ -171,12 +171,7 @@ def test_short_descriptions_are_continued_once_and_broken_images_reported(photos
 
 def test_texts_are_repaired_and_rewritten_or_faulty_ones_left_out(photos, tmp_path):
     (photos / "broken.png").unlink()
-    says = {
-        "0.png": f"{LONG} {LONG}",
-        "1.png": f"{LONG} I am sorry.",
-        "2.png": f"{LONG} Behind",
-        "3.png": LONG,
-    }
+    says = {"0.png": f"{LONG} {LONG}", "1.png": f"{LONG} I am sorry.", "2.png": f"{LONG} Behind", "3.png": LONG}
     repairs = {f"{LONG} {LONG}": LONG, f"{LONG} Behind": "Nothing is wrong with what you have given me, dear user."}
     with chat_server(Painter(photos, says, repairs)) as server:
         result = run(*with_server(server, photos, tmp_path / "out", "--repair-model", "editor"))
