@@ -196,6 +196,17 @@ def test_short_text_may_be_true_of_two_images_and_a_long_one_not():
     assert list(passed) == ["a", "b", "c"] and [each.id for each in rejected] == ["d"]
 
 
+@pytest.mark.parametrize("remark", ["Here is the repaired text:\n\n", "The text is unchanged. ", "Sure! Of course. "])
+def test_remark_of_a_repairer_is_no_description(remark):
+    passed, rejected = apply_rules({"a": Description(LONG)}, {"a": f"{remark}{LONG}"})
+    assert not passed and rejected[0].reason == "it begins with words that are not in the text that was to be repaired"
+
+
+def test_first_word_may_be_mended():
+    said = {"a": Description(f"Teh {LONG}")}
+    assert apply_rules(said, {"a": f"The {LONG}"})[1] == []
+
+
 def test_caps_end_a_run_that_goes_on_without_paying_twice(photos, tmp_path):
     (photos / "broken.png").unlink()
     with chat_server(Painter(photos, {"1.png": SOUND})) as server:
@@ -303,6 +314,17 @@ def test_shards_describe_each_image_once(photos, tmp_path):
     rows = [row["id"] for path in (tmp_path / "out").glob("data-*-of-00002.jsonl") for row in lines_of(path)]
     assert sorted(rows) == ["0.png", "1.png", "2.png", "3.png", "more/4.png"]
     assert "5 rows" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_other_number_of_shards_is_refused_and_another_repairer_takes_the_descriptions_over(photos, tmp_path):
+    (photos / "broken.png").unlink()
+    with chat_server(Painter(photos)) as server:
+        assert run(*with_server(server, photos, tmp_path / "out")).exit_code == 0
+        described = len(server.requests)
+        result = run(*with_server(server, photos, tmp_path / "out", "--shard", "1/2"))
+        assert result.exit_code == 1 and "num_shards" in result.stderr
+        assert run(*with_server(server, photos, tmp_path / "out", "--repair-model", "editor")).exit_code == 0
+    assert {request["model"] for request in server.requests[described:]} == {"editor"}
 
 
 @pytest.fixture
