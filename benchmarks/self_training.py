@@ -219,8 +219,8 @@ def to_markdown(tasks: list[Task], notes: dict[str, dict]) -> str:
         f"of stage 2 from the demo's stage 1, on batches of 16 conversations. Accuracy: every {first.test_stride}th "
         f"test question ({none['test_questions']:,}), asked alone, greedy, exact match; without a stage 2 it is "
         f"{none['accuracy']:.1%}. Differences are within a seed, in points, with 95% intervals by Student's t; bold "
-        "where 0 is outside. Balanced, which was added when the others had been measured, is as many yes as no; sure is "
-        "a mean log-probability of log(0.95) and more.",
+        "where 0 is outside. Balanced, which was added when the others had been measured, is as many yes as no; sure "
+        "is a mean log-probability of log(0.95) and more.",
         "",
         "| trained on | turns | questions valid | answers right | yes, of yes/no | accuracy | beside real | beside "
         "unfiltered |",

@@ -66,7 +66,8 @@ class FilterSettings:
             none, as a blank image gets the same answer. What is left then may say "yes" to everything, and cost more
             than all false answers do (benchmarks/results/self_training.md). `"off"`: no test.
         min_drop (`float`): Nats a token that a blank image must cost the answer, in the same test.
-        min_log_probability (`float`): Mean of the answer's tokens.
+        min_log_probability (`float`): Mean of the answer's tokens. A high one leaves true answers, but can leave "no"
+            alone of a weak model's: look at the shares.
         min_clip_score (`float`): For images of which a CLIP was asked.
         max_overlap (`float`): With a kept question about the same image: of words and pairs of words, the share that
             the two have in common.
