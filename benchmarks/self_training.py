@@ -9,9 +9,9 @@ stage 1 trains on what came out, unfiltered and filtered, or on the real questio
 number of steps; its accuracy is taken on test images. Two models make data: the demo's, and a weak one, whose stage 2
 was short and whose answers are often wrong.
 
-A finished run is a JSON file in `--work`; started again, the command does what is missing. What this does not do:
-choose anything on the test questions. "Sure" is 95% a token, chosen by the answers of the demo's model to its own
-questions, before anything was trained on them.
+A finished run is a JSON file in `--work`; started again, the command does what is missing. "Sure" is 95% a token,
+chosen by the answers of the demo's model to its own questions, before anything was trained on them. The balanced sets
+were added when the others had been measured.
 """
 
 import argparse
@@ -44,6 +44,7 @@ FILTERS = {
     "filtered": FilterSettings(),
     "filtered, balanced": FilterSettings(balance_yes_no=True),
     "filtered, sure": FilterSettings(min_log_probability=math.log(0.95)),
+    "filtered, sure, balanced": FilterSettings(min_log_probability=math.log(0.95), balance_yes_no=True),
     "filtered, blank test of each turn": FilterSettings("turn"),
 }
 # Of the data that a model made, what is trained on.
@@ -218,7 +219,8 @@ def to_markdown(tasks: list[Task], notes: dict[str, dict]) -> str:
         f"of stage 2 from the demo's stage 1, on batches of 16 conversations. Accuracy: every {first.test_stride}th "
         f"test question ({none['test_questions']:,}), asked alone, greedy, exact match; without a stage 2 it is "
         f"{none['accuracy']:.1%}. Differences are within a seed, in points, with 95% intervals by Student's t; bold "
-        "where 0 is outside.",
+        "where 0 is outside. Balanced, which was added when the others had been measured, is as many yes as no; sure "
+        "is a mean log-probability of log(0.95) and more.",
         "",
         "| trained on | turns | questions valid | answers right | yes, of yes/no | accuracy | beside real | beside "
         "unfiltered |",

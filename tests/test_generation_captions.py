@@ -129,6 +129,12 @@ def test_captions_are_read_alike_from_each_kind_of_file(tmp_path, name):
     assert len(list(CaptionFile(captions.path, limit=1))) == 1
 
 
+def test_quotation_mark_that_does_not_end_hides_no_row_of_a_tsv(tmp_path):
+    rows = [{"image": "0.png", "caption": '"a dog'}, {"image": "1.png", "caption": "the sea"}]
+    captions = CaptionFile(write_captions(tmp_path, rows, "c.tsv"))
+    assert [each.text for each in captions] == ['"a dog', "the sea"]
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
@@ -295,8 +301,9 @@ def test_another_seed_reads_nothing_anew_and_other_captions_are_refused(
     assert contents(out) != contents(whole)
     assert run(*options(captions, pipeline, out)).exit_code == 0
     assert contents(out) == contents(whole)
-    result = run(*options(captions, pipeline, out), "--limit", 100)
-    assert result.exit_code == 1 and "limit" in result.stderr
+    for more in ((), ("--dry-run",)):
+        result = run(*options(captions, pipeline, out), "--limit", 100, *more)
+        assert result.exit_code == 1 and "limit" in result.stderr
 
 
 @pytest.mark.parametrize("cut", [0, 40, -1])

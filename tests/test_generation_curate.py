@@ -171,12 +171,7 @@ def test_short_descriptions_are_continued_once_and_broken_images_reported(photos
 
 def test_texts_are_repaired_and_rewritten_or_faulty_ones_left_out(photos, tmp_path):
     (photos / "broken.png").unlink()
-    says = {
-        "0.png": f"{LONG} {LONG}",
-        "1.png": f"{LONG} I am sorry.",
-        "2.png": f"{LONG} Behind",
-        "3.png": LONG,
-    }
+    says = {"0.png": f"{LONG} {LONG}", "1.png": f"{LONG} I am sorry.", "2.png": f"{LONG} Behind", "3.png": LONG}
     repairs = {f"{LONG} {LONG}": LONG, f"{LONG} Behind": "Nothing is wrong with what you have given me, dear user."}
     with chat_server(Painter(photos, says, repairs)) as server:
         result = run(*with_server(server, photos, tmp_path / "out", "--repair-model", "editor"))
@@ -199,6 +194,17 @@ def test_short_text_may_be_true_of_two_images_and_a_long_one_not():
     said = {id: Description(text) for id, text in {"a": LONG, "b": SOUND, "c": SOUND, "d": LONG}.items()}
     passed, rejected = apply_rules(said, {id: each.text for id, each in said.items()})
     assert list(passed) == ["a", "b", "c"] and [each.id for each in rejected] == ["d"]
+
+
+@pytest.mark.parametrize("remark", ["Here is the repaired text:\n\n", "The text is unchanged. ", "Sure! Of course. "])
+def test_remark_of_a_repairer_is_no_description(remark):
+    passed, rejected = apply_rules({"a": Description(LONG)}, {"a": f"{remark}{LONG}"})
+    assert not passed and rejected[0].reason == "it begins with words that are not in the text that was to be repaired"
+
+
+def test_first_word_may_be_mended():
+    said = {"a": Description(f"Teh {LONG}")}
+    assert apply_rules(said, {"a": f"The {LONG}"})[1] == []
 
 
 def test_caps_end_a_run_that_goes_on_without_paying_twice(photos, tmp_path):
@@ -308,6 +314,17 @@ def test_shards_describe_each_image_once(photos, tmp_path):
     rows = [row["id"] for path in (tmp_path / "out").glob("data-*-of-00002.jsonl") for row in lines_of(path)]
     assert sorted(rows) == ["0.png", "1.png", "2.png", "3.png", "more/4.png"]
     assert "5 rows" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_other_number_of_shards_is_refused_and_another_repairer_takes_the_descriptions_over(photos, tmp_path):
+    (photos / "broken.png").unlink()
+    with chat_server(Painter(photos)) as server:
+        assert run(*with_server(server, photos, tmp_path / "out")).exit_code == 0
+        described = len(server.requests)
+        result = run(*with_server(server, photos, tmp_path / "out", "--shard", "1/2"))
+        assert result.exit_code == 1 and "num_shards" in result.stderr
+        assert run(*with_server(server, photos, tmp_path / "out", "--repair-model", "editor")).exit_code == 0
+    assert {request["model"] for request in server.requests[described:]} == {"editor"}
 
 
 @pytest.fixture

@@ -32,6 +32,7 @@ def rules(turns, settings=OFF) -> list[tuple[str, str] | None]:
         (turn(answer=" ."), ("text", "no words")),
         (turn(question="Is there a dog and"), ("text", "unfinished question")),
         (turn(is_cut=True), ("text", "answer cut off")),
+        (turn(question="Is the <image> red?"), ("text", "marker of an image or a turn")),
     ],
 )
 def test_text_that_teaches_nothing_is_left_out(turn, rule):
@@ -53,6 +54,11 @@ def test_no_is_kept_where_the_question_needs_an_image_elsewhere():
     settings = replace(OFF, blank_test="question")
     assert rules(turns, settings) == [None, None, ("text", "unfinished question"), unneeded]
     assert rules(turns, replace(OFF, blank_test="turn"))[1] == ("image", "same answer to a blank image")
+
+
+def test_score_that_is_no_number_does_not_pass():
+    settings = replace(OFF, min_log_probability=-99.0)
+    assert rules([turn(log_probability=float("nan"))], settings) == [("confidence", "low log-probability")]
 
 
 def test_thresholds_take_in_their_own_value():

@@ -214,6 +214,11 @@ def test_other_filters_make_the_set_anew_without_a_model(run, whole, monkeypatch
     assert files_of(run.out) == files_of(whole)
 
 
+def test_other_number_of_shards_is_refused_in_the_same_folder(run, whole):
+    with pytest.raises(ValueError, match="num_shards 1, now it is 2"):
+        generate(replace(finished(run, whole), shard=Shard(0, 2)))
+
+
 def test_shards_make_together_what_one_run_makes(run, whole):
     for index in range(2):
         generate(replace(run, shard=Shard(index, 2)))
@@ -325,7 +330,9 @@ def by_a_judge(run: SelfGeneration, server, **settings) -> SelfGeneration:
 def test_judge_sees_image_question_and_answer_and_is_paid_once(judged, whole):
     def reply(request, number):
         text = request["messages"][1]["content"][1]["text"]
-        return {first: "Accept: it is right.", second: "reject\nNo.", third: "Hm."}.get(text, "accept")
+        return {first: "Accept: it is right.", second: "reject\nNo.", third: "Hm."}.get(
+            text, "<think>reject?</think>\naccept"
+        )
 
     asked = lines_of(whole / "asked-0.jsonl")[0]
     pairs = zip(asked["questions"], asked["answers"], strict=True)

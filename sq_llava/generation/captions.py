@@ -113,7 +113,9 @@ class CaptionFile:
 
     def _table(self) -> Iterator[dict[str, Any]]:
         with self.path.open(encoding="utf-8-sig", newline="") as lines:
-            reader = csv.DictReader(lines, delimiter="\t" if self.path.suffix == ".tsv" else ",")
+            # In .tsv a quotation mark is one: a caption may begin with it, and not end.
+            tab = {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
+            reader = csv.DictReader(lines, **(tab if self.path.suffix == ".tsv" else {}))
             missing = {"image", "caption"} - set(reader.fieldnames or ())
             if missing:
                 raise ValueError(
@@ -356,7 +358,7 @@ def generate(settings: CaptionSettings, command: str, progress: Progress) -> Cho
 
 def count(settings: CaptionSettings) -> tuple[int, int]:
     """Of this shard: the captions with an image, and those that spaCy has not read yet."""
-    read_instructions(settings.prompts / "instructions.txt")
+    check_note(settings.out, describe(settings, ""), IDENTITY)
     known = look_at(CaptionFile(settings.captions, settings.limit), settings.image_root)
     ours = settings.shard.take(known.has_image)
     is_read = PhraseJournal(settings.out, "phrases.jsonl", len(known.ids)).read()[2]

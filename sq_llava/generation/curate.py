@@ -38,10 +38,14 @@ from sq_llava.provenance import public_name
 from sq_llava.run_note import check_note, write_note
 
 
-IDENTITY = ("kind", "describer", "describer_hash", "repairer", "prompts_hash")
+# Repairs are kept by what was sent: with another repairer, the descriptions stay.
+IDENTITY = ("kind", "describer", "describer_hash", "prompts_hash", "num_shards")
 # A repairer that does not see the image may take away and mend, but not tell more.
 MAX_NEW_WORDS = 0.3
 REWRITTEN = "it is not the text that was to be repaired"
+# Nor say that it has: of the first words, so many are its own then.
+NUM_FIRST_WORDS, MAX_NEW_FIRST_WORDS = 4, 1
+REMARK = "it begins with words that are not in the text that was to be repaired"
 DROPPED = "a person dropped it"
 # What a describer says that does not look. Texts of fewer words may well be true of several images.
 SAID_BEFORE = "an earlier image of the shard has the same text"
@@ -183,8 +187,11 @@ def apply_rules(
     """The texts that pass, and those that do not. `texts` are what the repairer made of those `described`."""
     passed, rejected, known = {}, [], set()
     for id, text in texts.items():
+        first_words = " ".join(words_of(text)[:NUM_FIRST_WORDS])
         if share_of_new_words(text, described[id].text) > MAX_NEW_WORDS:
             rejected.append(Rejected(id, "repair", REWRITTEN, text))
+        elif NUM_FIRST_WORDS * share_of_new_words(first_words, described[id].text) > MAX_NEW_FIRST_WORDS:
+            rejected.append(Rejected(id, "repair", REMARK, text))
         elif reason := first_fault(text):
             rejected.append(Rejected(id, "rules", reason, text))
         elif text in known and len(words_of(text)) >= MIN_WORDS_OF_ITS_OWN:
@@ -222,7 +229,7 @@ def describe_run(
 ) -> dict[str, Any]:
     """What it takes to make the set again."""
     prompts = describer.prompts
-    texts = [prompts.describe, prompts.go_on, prompts.repair, *prompts.instructions]
+    texts = [prompts.describe, prompts.go_on]
     return {
         "kind": "curate",
         "command": command,
@@ -230,6 +237,7 @@ def describe_run(
         "describer_hash": describer.hash,
         "repairer": repairer and repairer.client.settings.model,
         "prompts_hash": hashlib.sha256("\0".join(texts).encode()).hexdigest(),
+        "num_shards": settings.shard.count,
         "seed": settings.seed,
         "decisions": settings.decisions and settings.decisions.name,
     }

@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
+from processing_sq_llava import IMAGE_TOKEN, VUSR_TOKEN
 from sq_llava.evaluation.question_metrics import question_type, words_of
 
 
@@ -66,7 +67,8 @@ class FilterSettings:
             none, as a blank image gets the same answer. What is left then may say "yes" to everything, and cost more
             than all false answers do (benchmarks/results/self_training.md). `"off"`: no test.
         min_drop (`float`): Nats a token that a blank image must cost the answer, in the same test.
-        min_log_probability (`float`): Mean of the answer's tokens.
+        min_log_probability (`float`): Mean of the answer's tokens. A high one leaves true answers, but can leave "no"
+            alone of a weak model's: look at the shares.
         min_clip_score (`float`): For images of which a CLIP was asked.
         max_overlap (`float`): With a kept question about the same image: of words and pairs of words, the share that
             the two have in common.
@@ -173,13 +175,16 @@ def _own_fault(turn: Turn, settings: FilterSettings, about_images: set[str]) -> 
         return "text", "no words"
     if not turn.question.endswith(SENTENCE_ENDS):
         return "text", "unfinished question"
+    if any(token in f"{turn.question} {turn.answer}" for token in (IMAGE_TOKEN, VUSR_TOKEN)):
+        return "text", "marker of an image or a turn"
     if turn.is_cut:
         return "text", "answer cut off"
     if settings.blank_test == "turn" and not _needs_image(turn, settings):
         return "image", "same answer to a blank image"
     if settings.blank_test == "question" and normalised(turn.question) not in about_images:
         return "image", "question with the same answer to any image and a blank one"
-    if settings.min_log_probability is not None and turn.log_probability < settings.min_log_probability:
+    # So put, a score that is no number does not pass.
+    if settings.min_log_probability is not None and not turn.log_probability >= settings.min_log_probability:
         return "confidence", "low log-probability"
     if None not in (settings.min_clip_score, turn.clip_score) and turn.clip_score < settings.min_clip_score:
         return "clip", "low CLIPScore"

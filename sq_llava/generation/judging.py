@@ -52,7 +52,8 @@ def judge_turns(client: ChatClient, prompt: str, exhibits: Mapping[str, Exhibit]
     def judge(exhibit: Exhibit) -> bool | None:
         messages = as_messages(prompt, exhibit)
         for attempt in range(ATTEMPTS):
-            word = client.complete(messages, attempt).split(maxsplit=1)[0].strip("\"'.,:;*#").lower()
+            said = client.complete(messages, attempt).rpartition("</think>")[2].split(maxsplit=1)
+            word = said[0].strip("\"'.,:;*#").lower() if said else ""
             if word in WORDS:
                 return WORDS[word]
         return None

@@ -40,7 +40,7 @@ from sq_llava.run_note import check_note, write_note
 
 
 # What must be the same for what the models gave to be taken over.
-IDENTITY = ("model_hash", "ask", "dtype")
+IDENTITY = ("model_hash", "ask", "dtype", "num_shards")
 # Of an image's content, in its id and for its own draws.
 DIGEST_LETTERS = 12
 INTERRUPTED = "stopped by Ctrl-C. Run again: what was done is kept."
@@ -170,6 +170,7 @@ def describe(run: SelfGeneration) -> dict[str, Any]:
     """What it takes to repeat the run."""
     return {
         "kind": "self",
+        "num_shards": run.shard.count,
         "model": public_name(run.model),
         "model_hash": hash_of_model(run.model),
         "ask": asdict(run.ask),
