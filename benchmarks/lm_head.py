@@ -116,7 +116,7 @@ def to_markdown(report: dict) -> str:
 
 def main():
     arguments = common.parse_arguments(__doc__)
-    width, positions, rounds = (64, 128, 1) if arguments.quick else (256, 192, 2)
+    width, positions, rounds = (64, 96, 1) if arguments.quick else (256, 128, 2)
     vocabularies = (8_000, 32_064) if arguments.quick else (32_064, 151_936)
     report = {"rounds": rounds, "times": []}
     for vocabulary in vocabularies:

@@ -109,7 +109,7 @@ def to_markdown(report: dict) -> str:
 
 def main():
     arguments = common.parse_arguments(__doc__)
-    rounds = 1 if arguments.quick else 3
+    rounds = 1 if arguments.quick else 2
     sides, prototypes, images, rows = (
         (sizes[0], sizes[2]) if arguments.quick else sizes for sizes in (SIDES, PROTOTYPES, IMAGES, ROWS)
     )
