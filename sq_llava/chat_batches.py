@@ -1,6 +1,6 @@
 """Asks by the Batch API of a chat server: many requests in a file, answered within a day, often at half the price.
 
-    errors = ask_in_batches(client, {request.key: request for request in requests})
+    ask_in_batches(client, lambda: requests, errors := {}, "Asking")
 
 What a batch costs is paid when it is created, so a kill must not make it be created again. Beside the client's journal
 stands another one, `<its name>.batches.jsonl`: that a batch is planned, under a name of its own, is written before it
@@ -11,14 +11,15 @@ metadata. What this module does not do: cancel a batch.
 import json
 import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import openai
 from openai.types import Batch
 
-from sq_llava.chat_client import ChatClient, ChatRequest, ChatStopped, read_completion
+from sq_llava.chat_client import ChatClient, ChatRequest, ChatStopped
+from sq_llava.chat_replies import read_completion
 
 
 ENDPOINT = "/v1/chat/completions"
@@ -78,48 +79,58 @@ class BatchJournal:
             file.write((json.dumps(line) + "\n").encode())
 
 
-def ask_in_batches(client: ChatClient, requests: Mapping[str, ChatRequest], description: str) -> dict[str, str]:
+def ask_in_batches(
+    client: ChatClient, requests: Callable[[], Iterable[ChatRequest]], errors: dict[str, str], description: str
+) -> None:
     """
-    Puts the answers to `requests` into the client's journal; first those of batches that a killed run has left.
+    Puts answers into the client's journal; first those of batches that a killed run has left.
 
-    Returns:
-        `dict`: Key of a request that got no answer -> why.
+    Args:
+        requests (`Callable`): Gives what is to be asked now; called until nothing is left. No more of it is held than
+            one batch takes.
+        errors (`dict`): Gets key of a request that got no answer -> why; those in it are not asked.
 
     Raises:
+        ValueError: if another process adds to the journal.
         ChatStopped: at a cap, once what fits has been answered; or if the server is gone, refuses or has no Batch API.
     """
+    client.claim()
     journal = BatchJournal(client)
-    errors: dict[str, str] = {}
     try:
         for batch in list(journal.open.values()):
             # A kill may have come while its answers were being kept.
-            batch.most = {key: most for key, most in batch.most.items() if client.journal.get(key) is None}
+            batch.most = {
+                key: most
+                for key, most in batch.most.items()
+                if client.journal.get(key) is None and client.journal.get(_lost(key, batch)) is None
+            }
             for most in batch.most.values():
                 client.budget.hold(*most)
             if batch.id is None and (id := _find(client, batch)) is not None:
                 journal.created(batch, id)
         _read_open(client, journal, errors, description)
-        while open_requests := {
-            key: each for key, each in requests.items() if client.journal.get(key) is None and key not in errors
-        }:
-            stop = _create_all(client, journal, open_requests)
+        while _create_all(client, journal, requests(), errors):
             _read_open(client, journal, errors, description)
-            if stop is not None:
-                raise stop
     except openai.NotFoundError as error:
         raise ChatStopped(
             f"{client.base_url} has no Batch API, or not this batch or model (leave --batch out?): {client.say(error)}"
         ) from None
     except openai.OpenAIError as error:
         raise ChatStopped(f"{client.say(error)} Run again: a batch that was created goes on at the server.") from None
-    return errors
 
 
-def _create_all(client: ChatClient, journal: BatchJournal, requests: Mapping[str, ChatRequest]) -> ChatStopped | None:
-    """Creates as many batches as the requests take, within the caps. Gives what stops it if nothing fits any more."""
+def _create_all(
+    client: ChatClient, journal: BatchJournal, requests: Iterable[ChatRequest], errors: Mapping[str, str]
+) -> int:
+    """
+    Creates as many batches as the requests take, within the caps, and gives their number.
+
+    Raises:
+        ChatStopped: if nothing fits any more. Answers are cheaper than what was set aside: then more may fit.
+    """
     stop = None
     num_created = 0
-    for lines, most in _packed(client, requests):
+    for lines, most in _packed(client, requests, errors):
         fitting = {}
         for key, tokens in most.items():
             try:
@@ -133,18 +144,24 @@ def _create_all(client: ChatClient, journal: BatchJournal, requests: Mapping[str
             num_created += 1
         if stop is not None:
             break
-    # Answers are cheaper than what was set aside: then more may fit.
-    return None if num_created else stop
+    if stop is not None and not num_created:
+        raise stop
+    return num_created
 
 
 def _packed(
-    client: ChatClient, requests: Mapping[str, ChatRequest]
+    client: ChatClient, requests: Iterable[ChatRequest], errors: Mapping[str, str]
 ) -> Iterator[tuple[list[bytes], dict[str, tuple[int, int]]]]:
     """Lines of a file with the most tokens of each, as many as a batch takes."""
     lines: list[bytes] = []
     most: dict[str, tuple[int, int]] = {}
     num_bytes = 0
-    for key, request in requests.items():
+    seen = set(errors)
+    for request in requests:
+        key = request.key
+        if key in seen:
+            continue
+        seen.add(key)
         line = json.dumps({"custom_id": key, "method": "POST", "url": ENDPOINT, "body": request.body}).encode() + b"\n"
         if lines and (len(lines) == MAX_REQUESTS or num_bytes + len(line) > MAX_BYTES):
             yield lines, most
@@ -152,7 +169,8 @@ def _packed(
         lines.append(line)
         most[key] = client.most_tokens(request.body)
         num_bytes += len(line)
-    yield lines, most
+    if lines:
+        yield lines, most
 
 
 def _create(client: ChatClient, journal: BatchJournal, batch: PlannedBatch, content: bytes) -> None:
@@ -240,10 +258,16 @@ def _take(
         answer = read_completion(json.dumps(response["body"]), batch.most[key])
     except ValueError as error:
         said[key] = client.say(error)
+        client.note_lost(_lost(key, batch), batch.most[key], said[key])
         return
     used[key] = answer["prompt_tokens"], answer["completion_tokens"]
     del said[key]
     client.journal.add({"key": key, **answer})
+
+
+def _lost(key: str, batch: PlannedBatch) -> str:
+    """Under which the client's journal has what was paid for a request of a batch that got no usable answer."""
+    return f"{key} lost {batch.name}"
 
 
 def _lines(client: ChatClient, state: Batch) -> list[dict[str, Any]]:
@@ -251,7 +275,9 @@ def _lines(client: ChatClient, state: Batch) -> list[dict[str, Any]]:
     lines = []
     for file_id in filter(None, (state.output_file_id, state.error_file_id)):
         try:
-            lines += map(json.loads, client.api.files.content(file_id).text.splitlines())
+            # `str.splitlines` would also split at U+2028 and the like, which JSON leaves as they are.
+            content = client.api.files.content(file_id).content
+            lines += [json.loads(line) for line in content.split(b"\n") if line.strip()]
         except ValueError as error:
             raise ChatStopped(
                 f"the file {file_id} of the batch {state.id} cannot be read as JSON lines: {error}. Run again: "

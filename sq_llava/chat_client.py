@@ -3,13 +3,15 @@
     client = ChatClient(ChatSettings("gpt-4o", max_cost=5, input_price=2.5, output_price=10), Path("answers.jsonl"))
     text = client.complete([{"role": "user", "content": "Hello"}])
 
-Every answer is kept in a journal of JSON lines under a hash of all that it depends on: a run that was killed takes it
-from there. The key comes from `OPENAI_API_KEY` alone and is written nowhere.
+Every answer is kept in a journal of JSON lines (`sq_llava/chat_journal.py`) under a hash of all that it depends on: a
+run that was killed takes it from there. One process at a time may add to it. The key comes from `OPENAI_API_KEY` alone
+and is written nowhere.
 
 A request is sent again after 408, 409, 429, 5xx, time-outs and lost connections: after the seconds of `Retry-After`
 (up to 120), else after 0.5, 1, 2, 4, ... 8 seconds, a little less by chance. Of time-outs and lost connections nobody
-knows whether they are paid: they count in full. If `NUM_UNANSWERED` requests in a row stay without an answer all the
-same, nothing more is asked. What this module does not do: know prices, which are the user's to give.
+knows whether they are paid: they count in full, in all runs, as do answers that hold no text. If `NUM_UNANSWERED`
+requests in a row stay without an answer all the same, nothing more is asked. What this module does not do: know
+prices, which are the user's to give; count what was under way when a run was killed.
 """
 
 import hashlib
@@ -17,11 +19,11 @@ import json
 import os
 import random
 import threading
+import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from email.utils import parsedate_to_datetime
 from itertools import count
 from pathlib import Path
 from typing import Any, TypeVar
@@ -31,6 +33,9 @@ import openai
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from sq_llava.chat_journal import Journal, lock
+from sq_llava.chat_replies import mend, read_completion, retry_after
+
 
 Messages = Sequence[Mapping[str, Any]]
 Item = TypeVar("Item")
@@ -39,10 +44,11 @@ Result = TypeVar("Result")
 # The server refuses whatever is sent: a wrong key, no right to the model, no such model, no money left.
 FINAL_ERRORS = (openai.AuthenticationError, openai.PermissionDeniedError, openai.NotFoundError)
 NO_MONEY = "insufficient_quota"
+# Nothing was sent. By their names: openai's releases stand on different HTTP libraries, which share these.
+NOT_CONNECTED = ("ConnectError", "ConnectTimeout", "PoolTimeout")
 # So many requests in a row, each sent several times, show that the server is gone, not that one of them is odd.
 NUM_UNANSWERED = 10
-# Seconds before a request is sent again: by itself, and as the server says.
-LONGEST_BACKOFF, LONGEST_WAIT = 8.0, 120.0
+LONGEST_BACKOFF = 8.0  # seconds before a request is sent again, if the server says nothing
 # For an estimate: of English text, with its JSON.
 BYTES_PER_TOKEN = 4
 
@@ -82,7 +88,7 @@ class ChatSettings:
         max_total_tokens (`int`, *optional*): Likewise; of prompts and answers.
         max_cost (`float`, *optional*): Likewise; in the unit of the prices.
         input_price, output_price (`float`, *optional*): Of a million tokens.
-        image_tokens (`int`): The most tokens that an image is counted as; the caps set so many aside.
+        image_tokens (`int`): What an image is counted as; a server that counts more can pass the caps by it.
         option_prefix (`str`): What the options are called by, in errors.
     """
 
@@ -170,12 +176,29 @@ class ChatClient:
         # Sent again within the client, a request would pass the caps.
         self._once = self.api.with_options(max_retries=0)
         self.base_url = str(self.api.base_url)
-        self.journal = Journal(journal_path, reads_only)
+        self.journal = Journal(journal_path, reads_only=True)
         self.budget = Budget(settings, self.journal)
         self._server_matters = server_matters
         self._used: dict[str, dict[str, Any]] = {}
+        self._lock = None
+        self._claiming = threading.Lock()
+        self._asking: dict[str, threading.Lock] = {}
         self._num_unanswered = 0
         self._stopping = threading.Event()
+
+    def claim(self) -> None:
+        """
+        Lets no other process add to the journal as long as this client lives; done before anything is asked.
+
+        Raises:
+            ValueError: if another process does already.
+        """
+        with self._claiming:
+            if self._lock is None:
+                self._lock = lock(self.journal.path)
+                # Another process may have added to it.
+                self.journal = Journal(self.journal.path)
+                self.budget = Budget(self.settings, self.journal)
 
     def complete(self, messages: Messages, attempt: int = 0) -> str:
         """
@@ -186,6 +209,7 @@ class ChatClient:
             attempt (`int`): Another number asks anew.
 
         Raises:
+            ValueError: if another process adds to the journal.
             UnusableAnswer: if the server's answer holds no text.
             ChatFailure: if there is no answer to this request.
             ChatStopped: if there will be none to any.
@@ -195,8 +219,13 @@ class ChatClient:
         if line is None:
             if self.reads_only:
                 raise NotAsked(request)
-            line = {"key": request.key, **self._ask(request.body)}
-            self.journal.add(line)
+            self.claim()
+            # The same request from two threads is paid once.
+            with self._asking.setdefault(request.key, threading.Lock()):
+                line = self.journal.get(request.key)
+                if line is None:
+                    line = {"key": request.key, **self._ask(request)}
+                    self.journal.add(line)
         self._used[request.key] = line
         return line["answer"]
 
@@ -219,8 +248,10 @@ class ChatClient:
         spent. Gives the id and the result of each as it is done.
 
         Raises:
+            ValueError: if another process adds to the journal.
             ChatStopped: once the requests under way have been answered and kept; likewise what else `work` raises.
         """
+        self.claim()
         with ThreadPoolExecutor(self.settings.concurrency) as pool, self.bar() as progress:
             bar = progress.add_task(description, total=len(items), spent=self.budget.describe())
             futures = {pool.submit(work, item): id for id, item in items.items()}
@@ -267,18 +298,29 @@ class ChatClient:
 
     def say(self, error: Exception) -> str:
         """Servers put the key that they were sent into their errors."""
-        return str(error).replace(self.api.api_key, "[OPENAI_API_KEY]")[:500]
+        return mend(str(error)).replace(self.api.api_key, "[OPENAI_API_KEY]")[:500]
 
     def bar(self) -> Progress:
         """A progress bar whose tasks have a field `spent`."""
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         return Progress(*columns, TextColumn("{task.fields[spent]}"), console=Console(stderr=True), transient=True)
 
-    def _ask(self, body: dict[str, Any]) -> dict[str, Any]:
+    def note_lost(self, key: str, most: tuple[int, int], reason: str) -> None:
+        """
+        Puts into the journal what was paid, as far as anybody knows, for no answer.
+
+        Args:
+            key: One that no request has, as this is not its answer.
+        """
+        date = datetime.now(UTC).date().isoformat()
+        tokens = {"prompt_tokens": most[0], "completion_tokens": most[1]}
+        self.journal.add({"key": key, "lost": reason, "date": date, **tokens})
+
+    def _ask(self, request: ChatRequest) -> dict[str, Any]:
         """Sends a request, again where the server is busy or lost, and pays for it."""
         for attempt in count():
             try:
-                return self._send(body)
+                return self._send(request)
             except _Unanswered as error:
                 wait = random.uniform(0.75, 1.0) * min(0.5 * 2**attempt, LONGEST_BACKOFF)
                 is_last = attempt == self.settings.retries
@@ -295,20 +337,21 @@ class ChatClient:
             f"sent {self.settings.retries + 1} times: {error} Run again when it is there: what was answered is kept."
         )
 
-    def _send(self, body: dict[str, Any]) -> dict[str, Any]:
+    def _send(self, request: ChatRequest) -> dict[str, Any]:
         """Sends a request once. What was lost on the way counts as paid, in full; what was refused does not count."""
-        most = self.most_tokens(body)
+        most = self.most_tokens(request.body)
         self.budget.reserve(*most)
-        used = None
+        used = lost = None
         try:
-            response = self._once.chat.completions.with_raw_response.create(**body).http_response
+            response = self._once.chat.completions.with_raw_response.create(**request.body).http_response
             self._num_unanswered = 0
             used = most
             line = read_completion(response.text, most)
             used = line["prompt_tokens"], line["completion_tokens"]
             return line
         except ValueError as error:
-            raise UnusableAnswer(self.say(error)) from None
+            lost = self.say(error)
+            raise UnusableAnswer(lost) from None
         except openai.APIStatusError as error:
             if isinstance(error, FINAL_ERRORS) or error.code == NO_MONEY:
                 raise ChatStopped(f"{self.settings.model}: the server refused: {self.say(error)}") from None
@@ -316,12 +359,17 @@ class ChatClient:
             if error.status_code not in (408, 409, 429) and error.status_code < 500:
                 self._num_unanswered = 0
                 raise ChatFailure(self.say(error)) from None
-            raise _Unanswered(self.say(error), _retry_after(error.response.headers.get("Retry-After"))) from None
+            raise _Unanswered(self.say(error), retry_after(error.response.headers.get("Retry-After"))) from None
         except openai.APIConnectionError as error:
-            used = most  # it may have been answered, and the answer lost
-            raise _Unanswered(f"{self.say(error)} ({type(error.__cause__).__name__})") from None
+            name = type(error.__cause__).__name__
+            reason = f"{self.say(error)} ({name})"
+            if name not in NOT_CONNECTED:
+                used, lost = most, reason  # it may have been answered, and the answer lost
+            raise _Unanswered(reason) from None
         finally:
             self.budget.settle(most, used)
+            if lost is not None:
+                self.note_lost(f"{request.key} lost {uuid.uuid4().hex}", most, lost)
 
 
 class _Unanswered(Exception):
@@ -330,20 +378,6 @@ class _Unanswered(Exception):
     def __init__(self, reason: str, seconds: float | None = None):
         super().__init__(reason)
         self.seconds = seconds
-
-
-def _retry_after(header: str | None) -> float | None:
-    """Seconds, of a number or a date; `None` where there is neither."""
-    if header is None:
-        return None
-    try:
-        seconds = float(header)
-    except ValueError:
-        try:
-            seconds = (parsedate_to_datetime(header) - datetime.now(UTC)).total_seconds()
-        except ValueError:
-            return None
-    return min(max(seconds, 0.0), LONGEST_WAIT)
 
 
 def measure(messages: Messages) -> tuple[int, int]:
@@ -360,67 +394,6 @@ def measure(messages: Messages) -> tuple[int, int]:
 
 def _hash(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
-
-
-def read_completion(body: str, most_tokens: tuple[int, int]) -> dict[str, Any]:
-    """
-    Text, model and tokens of a chat completion; `most_tokens` where the server does not count them.
-
-    Raises:
-        ValueError: if the body has another form, or no text in it.
-    """
-    try:
-        completion = json.loads(body)
-        answer = completion["choices"][0]["message"]["content"]
-        usage = completion.get("usage") or dict(zip(("prompt_tokens", "completion_tokens"), most_tokens))
-        line = {
-            "answer": answer,
-            "model": completion["model"],
-            "date": datetime.now(UTC).date().isoformat(),
-            "prompt_tokens": int(usage["prompt_tokens"]),
-            "completion_tokens": int(usage["completion_tokens"]),
-        }
-    except (ValueError, KeyError, IndexError, TypeError) as error:
-        raise ValueError(f"the server's answer is no chat completion ({error!r}): {body[:200]!r}") from error
-    if not isinstance(answer, str) or not answer.strip():
-        raise ValueError(f"the server's answer holds no text: {body[:200]!r}")
-    return line
-
-
-class Journal:
-    """Answers on disk: one JSON line each, appended as they come."""
-
-    def __init__(self, path: Path, reads_only: bool = False):
-        self.path = path
-        self._lock = threading.Lock()
-        self._lines: dict[str, dict[str, Any]] = {}
-        if path.is_file():
-            content = path.read_bytes()
-            whole = content[: content.rfind(b"\n") + 1]
-            # A kill has cut the last line off; or, to one that only reads, another process is writing it.
-            if len(whole) < len(content) and not reads_only:
-                path.write_bytes(whole)
-            for number, line in enumerate(whole.splitlines(), 1):
-                try:
-                    line = json.loads(line)
-                except ValueError as error:
-                    raise ValueError(
-                        f"{path}, line {number}: cannot be read as JSON: {error}. Remove the line: it is asked again."
-                    ) from error
-                self._lines[line["key"]] = line
-
-    def get(self, key: str) -> dict[str, Any] | None:
-        return self._lines.get(key)
-
-    def all(self) -> list[dict[str, Any]]:
-        return list(self._lines.values())
-
-    def add(self, line: dict[str, Any]) -> None:
-        with self._lock:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with self.path.open("ab") as file:
-                file.write((json.dumps(line, ensure_ascii=False) + "\n").encode())
-            self._lines[line["key"]] = line
 
 
 class Budget:

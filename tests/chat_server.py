@@ -47,9 +47,13 @@ class ChatServer:
 def completion(text: str | None, prompt_tokens: int = 100, completion_tokens: int = 10) -> str:
     usage = {"prompt_tokens": prompt_tokens, "completion_tokens": completion_tokens}
     choices = [{"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": text}}]
-    return json.dumps(
-        {"id": "1", "object": "chat.completion", "model": "judge-2026", "choices": choices, "usage": usage}
-    )
+    body = {"id": "1", "object": "chat.completion", "model": "judge-2026", "choices": choices, "usage": usage}
+    return json.dumps(body, ensure_ascii=False)
+
+
+def encoded(body: str) -> bytes:
+    """With characters as they are; half a surrogate pair as JSON's escape."""
+    return body.encode("utf-8", "backslashreplace")
 
 
 @contextmanager
@@ -105,7 +109,7 @@ def chat_server(reply: Callable[[dict, int], Reply | str]) -> Iterator[ChatServe
                 body = json.loads(completion(said.text) if said.body is None else said.body)
                 response = {"status_code": said.status, "request_id": "1", "body": body}
                 line = {"id": "1", "custom_id": line["custom_id"], "response": response, "error": None}
-                lines[said.status == 200].append(json.dumps(line) + "\n")
+                lines[said.status == 200].append(json.dumps(line, ensure_ascii=False) + "\n")
             batch = {
                 "id": f"batch_{len(server_state.batches)}",
                 "object": "batch",
@@ -113,8 +117,8 @@ def chat_server(reply: Callable[[dict, int], Reply | str]) -> Iterator[ChatServe
                 **wanted,
                 "status": "in_progress",
                 "looks": 0,
-                "output_file_id": add_file("".join(lines[True]).encode())["id"] if lines[True] else None,
-                "error_file_id": add_file("".join(lines[False]).encode())["id"] if lines[False] else None,
+                "output_file_id": add_file(encoded("".join(lines[True])))["id"] if lines[True] else None,
+                "error_file_id": add_file(encoded("".join(lines[False])))["id"] if lines[False] else None,
             }
             server_state.batches[batch["id"]] = batch
             return Reply(closes=True) if len(server_state.batches) <= server_state.num_lost else as_reply(batch)
@@ -141,7 +145,7 @@ def chat_server(reply: Callable[[dict, int], Reply | str]) -> Iterator[ChatServe
             if said.closes:
                 self.close_connection = True
                 return
-            body = (completion(said.text) if said.body is None else said.body).encode()
+            body = encoded(completion(said.text) if said.body is None else said.body)
             self.send_response(said.status)
             for name, value in {"Content-Type": "application/json", **said.headers}.items():
                 self.send_header(name, value)

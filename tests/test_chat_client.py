@@ -1,6 +1,8 @@
 """A client of a server of this machine that also refuses, fails and dawdles: what is kept, asked again and paid."""
 
 import json
+import subprocess
+import sys
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 from pathlib import Path
@@ -11,6 +13,7 @@ from hypothesis import strategies as st
 
 from sq_llava.chat_batches import NAME
 from sq_llava.chat_client import ChatClient, ChatFailure, ChatSettings, ChatStopped, NotAsked, UnusableAnswer, measure
+from sq_llava.chat_replies import read_completion, retry_after
 from sq_llava.generation.asking import ask_all
 from tests.chat_server import Reply, chat_server, completion
 
@@ -122,6 +125,131 @@ def test_refused_request_takes_nothing_of_the_caps(tmp_path):
     with chat_server(lambda request, number: Reply(status=503, body="{}") if number < 2 else "1") as server:
         asked = ask(client_of(server, tmp_path, max_requests=3, concurrency=3), *"abc")
         assert len(asked.results) == 3 and len(server.requests) == 9
+
+
+def test_caps_are_of_all_runs_whatever_came_of_the_requests(tmp_path):
+    failures = {"a": Reply(body=completion(None)), "b": Reply(closes=True), "c": Reply("late", seconds=1.5)}
+    with chat_server(lambda request, number: failures.get(request["messages"][-1]["content"], "1")) as server:
+        for _ in range(2):
+            client = client_of(server, tmp_path, max_requests=4, retries=0, timeout=1.0, concurrency=1)
+            asked = ask(client, *"abcde")
+            assert "--max-requests 4" in asked.stopped and list(asked.results) == ["d"]
+        # 34 bytes + 1024 tokens for each that was lost.
+        assert client_of(server, tmp_path).budget.describe() == f"4 requests, {3 * 1058 + 110:,} tokens"
+    assert len(server.requests) == 4
+
+
+def test_batch_whose_answer_holds_no_text_counts_in_later_runs_too(tmp_path):
+    with chat_server(lambda request, number: Reply(body=completion(None))) as server:
+        client = client_of(server, tmp_path)
+        assert "holds no text" in ask(client, "a", batch=True).failures["a"]
+        told = client.budget.describe()
+        assert told == "1 requests, 1,058 tokens" == client_of(server, tmp_path).budget.describe()
+        # Killed before it was noted that the batch was read: it is not counted twice.
+        journal = tmp_path / "answers.batches.jsonl"
+        journal.write_text("".join(journal.read_text().splitlines(keepends=True)[:2]))
+        assert "--max-requests 1" in ask(client_of(server, tmp_path, max_requests=1), "a", batch=True).stopped
+        assert client_of(server, tmp_path).budget.describe() == told
+    assert len(server.requests) == 1
+
+
+def test_server_that_is_not_there_takes_nothing_of_the_caps(tmp_path):
+    with chat_server(echo) as server:
+        pass
+    client = client_of(server, tmp_path, retries=1, max_requests=1)
+    for text in "ab":
+        with pytest.raises(ChatFailure, match="ConnectError"):
+            client.complete(say(text))
+    assert client_of(server, tmp_path).budget.num_requests == 0
+
+
+@pytest.mark.parametrize("batch", [False, True])
+def test_equal_requests_are_paid_once(batch, tmp_path):
+    with chat_server(lambda request, number: Reply("1", seconds=0.1)) as server:
+        client = client_of(server, tmp_path)
+        asked = ask_all(client, dict.fromkeys("abcd", "x"), lambda text: client.complete(say(text)), "asks", batch)
+        assert asked.results == dict.fromkeys("abcd", "1")
+    assert len(server.requests) == len(lines_of(tmp_path / "answers.jsonl")) == 1
+
+
+def test_every_line_of_a_journal_counts(tmp_path):
+    line = json.dumps({"key": "a", "answer": "1", "prompt_tokens": 100, "completion_tokens": 10})
+    (tmp_path / "answers.jsonl").write_text(f"{line}\n{line}\n")
+    client = ChatClient(ChatSettings("writer"), tmp_path / "answers.jsonl", reads_only=True)
+    assert client.budget.describe() == "2 requests, 220 tokens"
+
+
+def test_second_process_is_kept_out_of_a_journal_and_a_reader_is_not(tmp_path):
+    script = (
+        "import sys; from pathlib import Path; from sq_llava.chat_client import ChatClient, ChatSettings\n"
+        "client = ChatClient(ChatSettings('writer', sys.argv[1]), Path(sys.argv[2]) / 'answers.jsonl')\n"
+        "print(client.complete([{'role': 'user', 'content': 'a'}]), flush=True)\n"
+        "sys.stdin.read()"
+    )
+    with chat_server(echo) as server:
+        command = [sys.executable, "-c", script, server.url, str(tmp_path)]
+        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as first:
+            early = client_of(server, tmp_path)
+            assert first.stdout.readline() == "heard a\n"
+            for batch in (False, True):
+                with pytest.raises(ValueError, match=r"answers.jsonl: another run writes into this folder"):
+                    ask(client_of(server, tmp_path), "a", "b", batch=batch)
+            with pytest.raises(ValueError, match="another run writes"):
+                client_of(server, tmp_path).complete(say("b"))
+            reader = ChatClient(ChatSettings("writer", server.url), tmp_path / "answers.jsonl", reads_only=True)
+            assert reader.complete(say("a")) == "heard a"
+        # What the other one has added since it was looked at is not asked again.
+        assert len(ask(early, "a", "b").results) == 2
+    assert len(server.requests) == 2 and early.budget.num_requests == 2
+
+
+def test_journal_is_free_once_its_client_is_gone(tmp_path):
+    with chat_server(echo) as server:
+        client = client_of(server, tmp_path)
+        client.complete(say("a"))
+        script = (
+            "import sys; from pathlib import Path; from sq_llava.chat_journal import lock; lock(Path(sys.argv[1]))"
+        )
+        command = [sys.executable, "-c", script, str(tmp_path / "answers.jsonl")]
+        assert b"another run writes" in subprocess.run(command, capture_output=True).stderr
+        del client
+        assert subprocess.run(command).returncode == 0
+
+
+@pytest.mark.parametrize("batch", [False, True])
+def test_odd_characters_of_an_answer_are_kept(batch, tmp_path):
+    text = "a\u2028b\u2029c\u0085d"
+
+    said = {"a": text, "b": "half \ud83d of one"}
+    with chat_server(lambda request, number: said[request["messages"][-1]["content"]]) as server:
+        asked = ask(client_of(server, tmp_path), "a", "b", batch=batch)
+        assert asked.results == {"a": text, "b": "half \ufffd of one"}
+        assert ask(client_of(server, tmp_path), "a", "b").results == asked.results
+    assert len(server.requests) == 2
+
+
+@given(text=st.text(st.characters(exclude_categories=()), min_size=1).filter(str.strip))
+@settings(max_examples=200, deadline=None)
+def test_any_text_of_json_can_be_written(text):
+    answer = read_completion(completion(text), (1, 1))["answer"]
+    answer.encode()
+    whole = json.loads(json.dumps(text))  # halves that stand together become one
+    assert len(answer) == len(whole)
+    for ours, theirs in zip(answer, whole):
+        assert ours == theirs or (ours == "\ufffd" and "\ud800" <= theirs <= "\udfff")
+
+
+@pytest.mark.parametrize("zone", ["", " -0000", " GMT", " +0000"])
+def test_date_of_retry_after_is_read_whatever_its_zone_is_called(zone):
+    later = datetime.now(UTC) + timedelta(seconds=60)
+    assert 55 < retry_after(f"{later:%a, %d %b %Y %H:%M:%S}{zone}") <= 60
+
+
+@pytest.mark.parametrize(
+    ("header", "seconds"), [("soon", None), ("-3", 0.0), ("nan", 0.0), ("inf", 120.0), ("7", 7.0)]
+)
+def test_odd_numbers_of_retry_after_are_no_odd_waits(header, seconds):
+    assert retry_after(header) == seconds
 
 
 def test_date_of_retry_after_is_waited_for(tmp_path):

@@ -228,7 +228,7 @@ def test_answer_that_was_lost_costs_the_most_it_can_and_a_refused_one_nothing(tm
     ):
         ask(Judge(settings_of(server, retries=0, **prices), tmp_path), "a", "b")
     with chat_server(lambda request, number: Reply(status=500, body="oops")) as server:
-        verdicts = ask(Judge(settings_of(server, retries=0, **prices), tmp_path), "a", "b")
+        verdicts = ask(Judge(settings_of(server, retries=0, **prices), tmp_path / "refused"), "a", "b")
     assert all("500" in verdict.error for verdict in verdicts.values())
 
 

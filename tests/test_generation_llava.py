@@ -184,6 +184,8 @@ def test_text_that_breaks_a_rule_is_left_out_with_its_reason(kind, text, reason,
         "- Question: What is it?\n- Answer: A boat.",
         "Sure! Here is one:\n\n---\nQuestion: What is it?\nAnswer: A boat.",
         "### Question: What is it?\n### Answer: A boat.",
+        "Question: What is it?\n\n***\n\nAnswer: A boat.\n\n---",
+        "###\nQuestion: What is it?\nAnswer: A boat.\n___\n\n- - -\n",
     ],
 )
 def test_usual_ways_to_write_turns_are_read(text):
@@ -198,6 +200,16 @@ WORDS = st.lists(st.sampled_from(["boat", "the", "red", "isn't", "3"]), min_size
 def test_written_turns_are_read_back(turns):
     text = "\n\n".join(f"Question: {question}\nAnswer: {answer}" for question, answer in turns)
     assert parse_turns(text) == turns
+
+
+def test_rulers_between_turns_and_after_a_description_are_no_text(tmp_path):
+    text = CONVERSATION.replace("\n\n", "\n\n---\n\n") + "\n\n---"
+    assert parse_turns(text) == parse_turns(CONVERSATION)
+    assert parse_turns("Question: Why?\nAnswer: One - two.\n\n***\n\nThree.") == [("Why?", "One - two.\n\nThree.")]
+    with chat_server(lambda request, number: f"{DETAIL}\n\n---\n") as server:
+        run(tmp_path, server, "--shares", "detail=1", num=1)
+    [row] = lines_of(tmp_path / "out" / "data.jsonl")
+    assert row["messages"][1]["content"][0]["text"] == DETAIL
 
 
 @pytest.mark.parametrize(
@@ -256,6 +268,12 @@ def test_coco_files_become_scenes(tmp_path):
         ('{"image": "a.png", "captions": ["A."], "boxes": [{"label": "b", "box": [0.5, 0, 0.1, 1]}]}', "x1 <= x2"),
         ('{"image": "a.png", "captions": ["A."], "boxes": [{"label": "b", "box": [0, 0, 64, 64]}]}', "from 0 to 1"),
         ('{"image": "0.png", "captions": ["A."]}', "the image id '0' is there twice"),
+        (
+            '{"image": "caf\\udce9.png", "captions": ["A."]}',
+            r"line 2: image is 'caf\\udce9.png': expected a path in UTF-8",
+        ),
+        ('{"image": "a.png", "captions": ["\\ud83d"]}', "line 2: captions is .* texts in UTF-8"),
+        ('{"image": "a.png", "id": "\\ud83d", "captions": ["A."]}', r"image id '\\ud83d' is empty or no UTF-8"),
         ('{"image"', "line 2: cannot be read as JSON"),
     ],
 )
@@ -264,6 +282,46 @@ def test_wrong_input_is_refused_before_anything_is_asked(line, message, tmp_path
     path.write_text(path.read_text() + line + "\n")
     with pytest.raises(ValueError, match=message):
         read_scenes(path)
+
+
+CATEGORY = {"id": 3, "name": "dog"}
+DRAWN = {"image_id": 7, "bbox": [20, 10, 100, 90.4], "category_id": 3}
+
+
+@pytest.mark.parametrize(
+    ("category", "drawn", "message"),
+    [
+        ({"id": 3}, DRAWN, r"instances.json, categories\[0\]: is {'id': 3}: expected id and name"),
+        ("dog", DRAWN, r"categories\[0\]: is 'dog'"),
+        (CATEGORY, {"bbox": [1, 2, 3, 4], "category_id": 3}, r"annotations\[0\]: is {.*: expected image_id, bbox and"),
+        (CATEGORY, DRAWN | {"image_id": [7]}, r"annotations\[0\]: is .*: expected image_id"),
+        (CATEGORY, DRAWN | {"category_id": 4}, r"annotations\[0\]: is .* a category_id that categories has"),
+        (
+            CATEGORY,
+            DRAWN | {"bbox": ["a", 2, 3, 4]},
+            r"annotations\[0\]: bbox is \['a', 2, 3, 4\]: expected left, top, w",
+        ),
+        (CATEGORY, DRAWN | {"bbox": [1, 2, -3, 4]}, r"bbox is \[1, 2, -3, 4\]"),
+        (CATEGORY, DRAWN | {"bbox": [1, 2, float("nan"), 4]}, r"bbox is \[1, 2, nan, 4\]"),
+        (CATEGORY, DRAWN | {"bbox": [1, 2, 3]}, r"bbox is \[1, 2, 3\]"),
+    ],
+)
+def test_wrong_boxes_of_coco_are_told_by_their_entry(category, drawn, message, tmp_path):
+    image = {"id": 7, "file_name": "7.jpg", "width": 200, "height": 100}
+    captions = {"images": [image], "annotations": [{"image_id": 7, "caption": "A dog."}]}
+    (tmp_path / "captions.json").write_text(json.dumps(captions))
+    (tmp_path / "instances.json").write_text(json.dumps({"annotations": [drawn], "categories": [category]}))
+    with pytest.raises(ValueError, match=message):
+        read_scenes(tmp_path / "captions.json", tmp_path / "instances.json")
+
+
+@pytest.mark.parametrize("field", ["images", "annotations"])
+def test_wrong_ids_of_coco_are_told_by_their_entry(field, tmp_path):
+    content = {"images": [{"id": 7, "file_name": "7.jpg"}], "annotations": [{"image_id": 7, "caption": "A dog."}]}
+    content[field][0] |= {"id": [7], "image_id": [7]}
+    (tmp_path / "captions.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=rf"captions.json, {field}\[0\]: is .*: expected (image_)?id and"):
+        read_scenes(tmp_path / "captions.json")
 
 
 def test_edited_copy_of_the_prompts_is_used(tmp_path):

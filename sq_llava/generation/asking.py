@@ -5,7 +5,8 @@ journal holds all answers that it needs; then once more, in order, on the journa
 however often the run was interrupted.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -43,7 +44,11 @@ def ask_all(
     Args:
         work (`Callable`): Asks about one item, in threads. Whatever it gives must follow from the item and the
             answers. It is to let `ChatFailure` pass.
+
+    Raises:
+        ValueError: if another process adds to the journal.
     """
+    client.claim()
     failures: dict[str, str] = {}
     stopped = None
 
@@ -58,7 +63,7 @@ def ask_all(
             _fill_by_batches(client, items, work, description, failures)
         else:
             if BatchJournal(client).open:  # of a run with batches that was killed: they are paid
-                ask_in_batches(client, {}, description)
+                ask_in_batches(client, tuple, {}, description)
             for _ in client.work_on({id: id for id in items}, attempt, description):
                 pass
     except ChatStopped as stop:
@@ -72,18 +77,15 @@ def ask_all(
 
 def read_all(
     client: ChatClient, items: Mapping[str, Item], work: Callable[[Item], Any]
-) -> tuple[dict[str, Any], dict[str, ChatRequest]]:
-    """Results on the journal alone; and of items that lack an answer, the first request that has none."""
-    results, missing = {}, {}
-    before, client.reads_only = client.reads_only, True
-    try:
+) -> tuple[dict[str, Any], list[str]]:
+    """Results on the journal alone; and the items that lack an answer."""
+    results, missing = {}, []
+    with _reading_only(client):
         for id, item in items.items():
             try:
                 results[id] = work(item)
-            except NotAsked as error:
-                missing[id] = error.request
-    finally:
-        client.reads_only = before
+            except NotAsked:
+                missing.append(id)
     return results, missing
 
 
@@ -95,10 +97,34 @@ def _fill_by_batches(
     failures: dict[str, str],
 ) -> None:
     """The requests that stand next for all items go up together, until there are none; adds to `failures`."""
-    while True:
-        missing = read_all(client, items, work)[1]
-        requests = {request.key: request for id, request in missing.items() if id not in failures}
-        if not requests:
-            return
-        errors = ask_in_batches(client, requests, description)
-        failures |= {id: errors[request.key] for id, request in missing.items() if request.key in errors}
+    keys: dict[str, str] = {}
+    errors: dict[str, str] = {}
+    try:
+        ask_in_batches(client, lambda: _next_requests(client, items, work, keys), errors, description)
+    finally:
+        failures |= {id: errors[key] for id, key in keys.items() if key in errors}
+
+
+def _next_requests(
+    client: ChatClient, items: Mapping[str, Item], work: Callable[[Item], Any], keys: dict[str, str]
+) -> Iterator[ChatRequest]:
+    """
+    The first request of each item that has no answer, made when it is taken: with their images, all of them would not
+    fit into memory. `keys` gets item -> key of it.
+    """
+    for id, item in items.items():
+        try:
+            with _reading_only(client):
+                work(item)
+        except NotAsked as missing:
+            keys[id] = missing.request.key
+            yield missing.request
+
+
+@contextmanager
+def _reading_only(client: ChatClient) -> Iterator[None]:
+    before, client.reads_only = client.reads_only, True
+    try:
+        yield
+    finally:
+        client.reads_only = before

@@ -22,7 +22,7 @@ from sq_llava.chat_client import ChatClient, ChatSettings, Estimate, Messages
 from sq_llava.generation.asking import Asked, ask_all
 from sq_llava.generation.rows import Card, Rejected, Shard, make_row, write_output
 from sq_llava.generation.scenes import Box, Scene, read_scenes
-from sq_llava.generation.turns import Turn, fault_of, parse_turns
+from sq_llava.generation.turns import Turn, fault_of, parse_turns, without_rulers
 from sq_llava.run_note import check_note, write_note
 
 
@@ -209,7 +209,7 @@ def read_answer(task: Task, text: str) -> tuple[dict[str, Any] | None, list[Reje
     """
     text = text.rpartition("</think>")[2].strip()  # what a server does not take out by itself
     if task.kind == "detail":
-        turns = [(task.question, text)]
+        turns = [(task.question, without_rulers(text))]
     else:
         try:
             turns = parse_turns(text)
@@ -268,12 +268,13 @@ def generate(settings: LlavaSettings, command: str) -> Made:
         command (`str`): For the data card.
 
     Raises:
-        ValueError: before anything is asked, if the input is wrong or the folder holds another run.
+        ValueError: before anything is asked, if the input is wrong, the folder holds another run, or one is under way.
     """
     prompts = read_prompts(settings.prompts)
     tasks = read_tasks(settings, prompts)
     client = ChatClient(settings.chat, settings.out / settings.shard.name(JOURNAL))
     about = check_note(settings.out, describe_run(settings, prompts, command), IDENTITY)
+    client.claim()
     write_note(settings.out, about, f"-{settings.shard.index}")
     asked = ask_all(
         client, tasks, lambda task: client.complete(messages_of(task, prompts)), "Asking", batch=settings.batch

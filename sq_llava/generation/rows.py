@@ -13,7 +13,9 @@ All but the answers is made anew at the end of each run, each file in one step. 
 """
 
 import json
+import os
 import re
+import socket
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -128,21 +130,21 @@ def write_output(
 ) -> None:
     """Makes all files of a shard anew, and the card."""
     out.mkdir(parents=True, exist_ok=True)
-    with _new(out, shard.name("data.jsonl"), shard) as data, _new(out, shard.name("llava.json"), shard) as llava:
+    with _new(out, shard.name("data.jsonl")) as data, _new(out, shard.name("llava.json")) as llava:
         separator = "[\n"
         for row in rows:
             data.write(_json(row) + "\n")
             llava.write(separator + _json(to_llava(row)))
             separator = ",\n"
         llava.write("[]\n" if separator == "[\n" else "\n]\n")
-    with _new(out, shard.name("rejected.jsonl"), shard) as file:
+    with _new(out, shard.name("rejected.jsonl")) as file:
         file.writelines(
             _json({"id": each.id, "step": each.step, "reason": each.reason, "text": each.text, **each.scores}) + "\n"
             for each in rejected
         )
-    with _new(out, shard.name("failures.jsonl"), shard) as file:
+    with _new(out, shard.name("failures.jsonl")) as file:
         file.writelines(_json({"id": id, "error": error}) + "\n" for id, error in failures.items())
-    with _new(out, "README.md", shard) as file:
+    with _new(out, "README.md") as file:
         file.write(_card(out, shard, card))
 
 
@@ -153,12 +155,15 @@ def read_lines(paths: Iterable[Path]) -> Iterator[dict[str, Any]]:
 
 
 @contextmanager
-def _new(out: Path, name: str, shard: Shard) -> Iterator[TextIO]:
-    """A file that has its name once it is whole; shards write the same one at the same time."""
-    path = out / f"{name}.{shard.index}.new"
-    with path.open("w", encoding="utf-8", newline="\n") as file:
-        yield file
-    path.replace(out / name)
+def _new(out: Path, name: str) -> Iterator[TextIO]:
+    """A file that has its name once it is whole; several machines write the same one at the same time."""
+    path = out / f"{name}.{socket.gethostname()}.{os.getpid()}.new"
+    try:
+        with path.open("w", encoding="utf-8", newline="\n") as file:
+            yield file
+        path.replace(out / name)
+    finally:
+        path.unlink(missing_ok=True)
 
 
 def _json(value: Any) -> str:

@@ -8,10 +8,16 @@ where `boxes` may be left out, and a box is x1, y1, x2, y2 from 0 to 1. No image
 """
 
 import json
+import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
+
+
+# Of a surrogate pair.
+_HALF = re.compile("[\ud800-\udfff]")
 
 
 @dataclass(frozen=True)
@@ -51,6 +57,8 @@ def read_scenes(captions: Path, instances: Path | None = None) -> list[Scene]:
         raise ValueError(f"{captions}: holds no image with captions.")
     seen = set()
     for scene in scenes:
+        if not _is_text(scene.id):
+            raise ValueError(f"{captions}: the image id {scene.id!r} is empty or no UTF-8: change it.")
         if scene.id in seen:
             raise ValueError(f"{captions}: the image id {scene.id!r} is there twice: give each row its own.")
         seen.add(scene.id)
@@ -73,7 +81,7 @@ def _read_lines(path: Path) -> list[Scene]:
             image = _image(row.get("image"), place, "image")
             captions = row.get("captions")
             if not isinstance(captions, list) or not captions or not all(map(_is_text, captions)):
-                raise ValueError(f"{place}: captions is {captions!r:.100}: expected a list of texts.")
+                raise ValueError(f"{place}: captions is {captions!r:.100}: expected a list of texts in UTF-8.")
             boxes = row.get("boxes", [])
             if not isinstance(boxes, list):
                 raise ValueError(f"{place}: boxes is {boxes!r:.100}: expected a list.")
@@ -105,7 +113,7 @@ def _read_coco(captions: Path, instances: Path | None) -> list[Scene]:
     with_captions = _load(captions, ("images", "annotations"))
     texts: dict[Any, list[str]] = {}
     for number, each in enumerate(with_captions["annotations"]):
-        if not isinstance(each, dict) or "image_id" not in each or not _is_text(each.get("caption")):
+        if not isinstance(each, dict) or not _is_id(each.get("image_id")) or not _is_text(each.get("caption")):
             raise ValueError(
                 f"{captions}, annotations[{number}]: is {each!r:.150}: expected image_id and caption, as in COCO's "
                 "captions_*.json."
@@ -115,7 +123,7 @@ def _read_coco(captions: Path, instances: Path | None) -> list[Scene]:
     scenes = []
     for number, image in enumerate(with_captions["images"]):
         place = f"{captions}, images[{number}]"
-        if not isinstance(image, dict) or "id" not in image:
+        if not isinstance(image, dict) or not _is_id(image.get("id")):
             raise ValueError(f"{place}: is {image!r:.150}: expected id and file_name.")
         if image["id"] not in texts:
             continue
@@ -135,15 +143,25 @@ def _read_coco(captions: Path, instances: Path | None) -> list[Scene]:
 def _coco_boxes(path: Path) -> dict[Any, list[tuple[str, list[float]]]]:
     """Labels and boxes in pixels (left, top, width, height) of each image."""
     content = _load(path, ("annotations", "categories"))
-    label_of = {each["id"]: each["name"] for each in content["categories"]}
+    label_of = {}
+    for number, each in enumerate(content["categories"]):
+        if not isinstance(each, dict) or not _is_id(each.get("id")) or not _is_text(each.get("name")):
+            raise ValueError(
+                f"{path}, categories[{number}]: is {each!r:.150}: expected id and name, as in COCO's instances_*.json."
+            )
+        label_of[each["id"]] = each["name"]
     boxes: dict[Any, list] = {}
     for number, each in enumerate(content["annotations"]):
-        box = each.get("bbox") if isinstance(each, dict) else None
-        if not isinstance(box, list) or len(box) != 4 or each.get("category_id") not in label_of:
+        place = f"{path}, annotations[{number}]"
+        ids = [each.get(name) for name in ("image_id", "category_id")] if isinstance(each, dict) else [None]
+        if not all(map(_is_id, ids)) or ids[1] not in label_of:
             raise ValueError(
-                f"{path}, annotations[{number}]: is {each!r:.150}: expected image_id, bbox and a category_id that "
-                "categories has, as in COCO's instances_*.json."
+                f"{place}: is {each!r:.150}: expected image_id, bbox and a category_id that categories has, as in "
+                "COCO's instances_*.json."
             )
+        box = each.get("bbox")
+        if not isinstance(box, list) or len(box) != 4 or not all(map(_is_number, box)) or min(box[2:]) < 0:
+            raise ValueError(f"{place}: bbox is {box!r:.100}: expected left, top, width and height in pixels.")
         boxes.setdefault(each["image_id"], []).append((label_of[each["category_id"]], box))
     return boxes
 
@@ -169,9 +187,20 @@ def _load(path: Path, fields: tuple[str, ...]) -> Mapping[str, Any]:
 def _image(name: Any, place: str, field: str) -> str:
     path = PurePosixPath(name) if _is_text(name) else None
     if path is None or path.is_absolute() or ".." in path.parts or "\\" in name or "://" in name:
-        raise ValueError(f"{place}: {field} is {name!r:.150}: expected a path that stays inside of the image root.")
+        raise ValueError(
+            f"{place}: {field} is {name!r:.150}: expected a path in UTF-8 that stays inside of the image root."
+        )
     return name
 
 
 def _is_text(value: Any) -> bool:
-    return isinstance(value, str) and bool(value.strip())
+    """Not so a text with half a surrogate pair, as of a file name that is no UTF-8: it could not be written."""
+    return isinstance(value, str) and bool(value.strip()) and not _HALF.search(value)
+
+
+def _is_id(value: Any) -> bool:
+    return isinstance(value, int | str)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)

@@ -19,6 +19,8 @@ Turn = tuple[str, str]
 _LABEL = re.compile(r"^[ \t]*[*#>\-]*[ \t]*(question|answer)[ \t]*\d*[ \t]*\**[ \t]*[:.][ \t]*\**", re.I | re.M)
 # Such as "Here is the conversation:".
 _PREAMBLE = re.compile(r"\s*(?:[^\n]*:\W*)?|\W*")
+# Markdown's lines between turns.
+_RULER = re.compile(r"^[ \t]*[-_#*][-_#* \t]*$\s*", re.M)
 # Each of these speaks of what the model read in place of the image, and whoever sees the image knows nothing of.
 _SOURCES = re.compile(
     r"\bcaptions?\b|\bbounding[ -]?box|\bcoordinates?\b|\bannotations?\b|\[\s*[01]?\.\d+|"
@@ -41,6 +43,10 @@ LONGEST_PHRASE = 3
 FEWEST_WORDS = {"conversation": 1, "detail": 30, "reasoning": 15}
 
 
+def without_rulers(text: str) -> str:
+    return _RULER.sub("", text).strip()
+
+
 def parse_turns(text: str) -> list[Turn]:
     """
     The turns of a text. A question that it ends with, as where it was cut off, has an empty answer.
@@ -48,6 +54,7 @@ def parse_turns(text: str) -> list[Turn]:
     Raises:
         ValueError: with the rule that the text breaks: `unparsable` or `no alternation`.
     """
+    text = without_rulers(text)
     found = list(_LABEL.finditer(text))
     if not found or not _PREAMBLE.fullmatch(text[: found[0].start()]):
         raise ValueError("unparsable")
