@@ -21,7 +21,7 @@ data set of the Hub; there images may also stand as bytes in the table. A recipe
       - {path: mix665k.json, image_root: images}
       - {path: documents.jsonl, weight: 2.0}                # each row twice an epoch
       - {path: org/charts, split: train, num_rows: 10000}   # this many an epoch
-      - {path: captions.json, instructions: [Describe it., What is it?]}   # where "<image>" is all of the question
+      - {path: captions.json, instructions: ["Describe it.", "What is it?"]}   # where a question is "<image>" alone
 
 Nothing is held decoded: of a JSON file only the place of each row is kept in memory, tables are mapped from disk, and
 images are opened when a batch is made. What it does not do: check image files and lengths (`sq_llava/doctor.py`).
