@@ -98,7 +98,7 @@ def main() -> None:
         def together(shown=shown, histories=histories, num_questions=num_questions):
             assistant.ask_batch(shown, histories, num_questions, **SAMPLING, max_new_tokens=new_tokens)
 
-        times = common.interleave({"separate": separate, "together": together}, rounds)
+        times = common.interleave({"separate": separate, "together": together}, rounds, warm_up=not rows)
         times_faster = common.ratio(times, "separate", "together")
         rows.append({"images": num_images, "questions": num_questions, **times, "times_faster": times_faster})
     prompt_tokens = ask_separately(assistant, images[:1], 1, 1)

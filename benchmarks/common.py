@@ -49,12 +49,14 @@ def parse_arguments(doc: str, **options: int | str) -> argparse.Namespace:
     return arguments
 
 
-def interleave(functions: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+def interleave(
+    functions: dict[str, Callable[[], object]], rounds: int, warm_up: bool = True
+) -> dict[str, list[float]]:
     """
-    Seconds of each function in each round, after a warm-up of each: what else the machine does meets all of them, so
-    ratios within a round hold where seconds do not.
+    Seconds of each function in each round, after a warm-up of each (unless the like has run before): what else the
+    machine does meets all of them, so ratios within a round hold where seconds do not.
     """
-    for function in functions.values():
+    for function in functions.values() if warm_up else ():
         function()
     times = {name: [] for name in functions}
     for _ in range(rounds):

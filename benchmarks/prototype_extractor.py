@@ -261,7 +261,7 @@ def to_markdown(report: dict) -> str:
 
 
 def main():
-    arguments = common.parse_arguments(__doc__, repeats=3)
+    arguments = common.parse_arguments(__doc__, repeats=2)
     os.environ["KINETO_LOG_LEVEL"] = "6"  # the profiler of the processes to come would print its start and stop
     sizes, repeats = (QUICK_SIZES, 1) if arguments.quick else (Sizes(), arguments.repeats)
     report = {"sizes": asdict(sizes), "repeats": repeats, "rows": []}

@@ -10,6 +10,7 @@
     sq-llava inspect runs/demo/model
     sq-llava push runs/demo/model org/name --dry-run
     sq-llava evaluate --model runs/demo/model --tasks easy_vqa --data runs/demo/data
+    sq-llava generate-data llava captions.json --model gpt-4o --out runs/coco
     sq-llava serve runs/demo/model
     sq-llava demo runs/demo/model
 
@@ -30,6 +31,7 @@ from sq_llava import __version__
 from sq_llava.console import console, errors_in_one_line, examples, messages_console
 from sq_llava.evaluation.command import evaluate, evaluate_questions
 from sq_llava.feature_command import cache_features
+from sq_llava.generation.command import app as generate_data
 from sq_llava.images import IMAGE_SUFFIXES
 from sq_llava.model_options import Device, Dtype, LoadIn4Bit, LoadIn8Bit, Model, load_model
 from sq_llava.page.command import app as page_commands
@@ -473,6 +475,7 @@ app.command(
     )
 )(serve)
 app.add_typer(page_commands)
+app.add_typer(generate_data)
 
 
 def _track(files: list[Path], description: str):

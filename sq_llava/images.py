@@ -7,28 +7,44 @@
 
 What is not plain 8-bit RGB becomes it: photos are turned as their EXIF data says; of an animation the first frame is
 taken; CMYK, palette and grey images are converted; 16-bit grey levels are scaled to 8 bits (Pillow would clip them);
-transparency is dropped, as transformers' image processors do. Floating-point pixels have no agreed range: refused.
+transparency is dropped, as transformers' image processors do. Floating-point pixels have no agreed range: refused, and
+so are EPS files, which are programs, and strips of more than 200 times their width.
 """
 
+import base64
 import io
-import struct
+import math
 import warnings
 from collections.abc import Hashable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
-from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 
 # Pillow's own limit: about 9,460 x 9,460 pixels. A file of a few kilobytes can claim more than memory holds.
 MAX_IMAGE_PIXELS = 89_478_485
+# A longer side is made so long first: padded to a square, the image would have more pixels than that.
+MAX_IMAGE_SIDE = math.isqrt(MAX_IMAGE_PIXELS)
+# Of the longer side to the shorter one, which preprocessing may resize to the height of the model's image.
+MAX_ASPECT_RATIO = 200
 
 # Of the files that a folder of images is taken to hold.
 IMAGE_SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
 
-# What Pillow raises for a broken file: its parsers, zlib and struct each have their own.
-BROKEN_IMAGE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
+# How an image of each EXIF orientation is turned upright. Pillow's own `exif_transpose` also writes the EXIF data
+# anew, which fails on some.
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 # The last bytes of a whole file. GIF's own is a single one: here with the end of the block before it.
 END_MARKERS = {"JPEG": b"\xff\xd9", "MPO": b"\xff\xd9", "PNG": b"\0\0\0\0IEND\xaeB`\x82", "GIF": b"\0;"}
@@ -48,34 +64,56 @@ class Fault:
 
 
 def open_image(
-    image: str | Path | dict[str, Any] | Image.Image, formats: tuple[str, ...] | None = None
+    image: str | Path | dict[str, Any] | io.BytesIO | Image.Image, formats: tuple[str, ...] | None = None
 ) -> Image.Image:
     """
-    Opens an image in RGB.
+    Opens an image in RGB; one with a side of more than `MAX_IMAGE_SIDE` is made smaller.
 
     Args:
-        image: A path; the `{"bytes": ..., "path": ...}` of an undecoded `datasets.Image`; or a `PIL.Image.Image`.
-        formats (`tuple[str, ...]`, *optional*): The only ones to be read, by Pillow's names; default: all.
+        image: A path; the `{"bytes": ..., "path": ...}` of an undecoded `datasets.Image`; the bytes as a stream; or a
+            `PIL.Image.Image`.
+        formats (`tuple[str, ...]`, *optional*): The only ones to be read, by Pillow's names; default: all but EPS.
 
     Raises:
         ValueError: if the file is missing, broken, truncated, or large enough to be an attack.
     """
     name = image_name(image)
-    if not isinstance(image, Image.Image):
-        try:
-            with Image.open(image_stream(image), formats=formats) as file:
+    try:
+        if isinstance(image, Image.Image):
+            converted = _in_rgb(image)
+        else:
+            with Image.open(image_stream(image), formats=formats or safe_formats()) as file:
                 check_size(file)
                 file.load()
-                image = ImageOps.exif_transpose(file)
-        except FileNotFoundError as error:
-            raise ValueError(f"{name}: no such image file.") from error
-        except BROKEN_IMAGE_ERRORS as error:
-            raise ValueError(f"{name}: cannot be read as an image ({error}). Save it anew as PNG or JPEG.") from error
-    if image.mode.startswith("I"):
-        return image.convert("I").point(lambda level: level / 256).convert("L").convert("RGB")
-    if image.mode == "F":
+                turn = TURNS.get(file.getexif().get(ExifTags.Base.Orientation))
+                converted = _in_rgb(file if turn is None else file.transpose(turn))
+    except FileNotFoundError as error:
+        raise ValueError(f"{name}: no such image file.") from error
+    # Of a broken file, Pillow's parsers and converters raise whatever comes, TypeError and MemoryError among it.
+    except Exception as error:
+        raise ValueError(f"{name}: cannot be read as an image ({error}). Save it anew as PNG or JPEG.") from error
+    if converted is None:
         raise ValueError(f"{name}: has floating-point pixels, whose range is unknown. Save it anew with 8 bits.")
-    return image.convert("RGB")
+    return converted
+
+
+def _in_rgb(image: Image.Image) -> Image.Image | None:
+    """`None` for floating-point pixels."""
+    if image.mode == "F":
+        return None
+    if image.mode.startswith("I"):
+        image = image.convert("I").point(lambda level: level / 256).convert("L")
+    image = image.convert("RGB")
+    if max(image.size) > MAX_IMAGE_SIDE:
+        image.thumbnail((MAX_IMAGE_SIDE, MAX_IMAGE_SIDE))
+    return image
+
+
+@cache
+def safe_formats() -> tuple[str, ...]:
+    """All formats that Pillow reads but EPS, which it hands to Ghostscript: that runs what is in the file."""
+    Image.init()
+    return tuple(sorted(Image.OPEN.keys() - {"EPS"}))
 
 
 def squared(image: Image.Image, image_processor) -> Image.Image:
@@ -97,10 +135,21 @@ def squared(image: Image.Image, image_processor) -> Image.Image:
     return image.resize((side, side), image_processor.resample)
 
 
-def image_name(image: str | Path | dict[str, Any] | Image.Image) -> str:
+def jpeg_data_url(image: Image.Image, longest_side: int, quality: int) -> str:
+    """An RGB image as `data:image/jpeg;base64,...`, made smaller where it is larger than that."""
+    image = image.copy()
+    image.thumbnail((longest_side, longest_side))
+    file = io.BytesIO()
+    image.save(file, "JPEG", quality=quality)
+    return f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}"
+
+
+def image_name(image: str | Path | dict[str, Any] | io.BytesIO | Image.Image) -> str:
     """What an error calls the image."""
     if isinstance(image, dict):
         return image.get("path") or "embedded image"
+    if isinstance(image, io.BytesIO):
+        return "embedded image"
     return "image" if isinstance(image, Image.Image) else str(image)
 
 
@@ -134,8 +183,10 @@ class OnceEach:
         return batch
 
 
-def image_stream(image: str | Path | dict[str, Any]) -> Path | io.BytesIO:
+def image_stream(image: str | Path | dict[str, Any] | io.BytesIO) -> Path | io.BytesIO:
     """What `PIL.Image.open` takes."""
+    if isinstance(image, io.BytesIO):
+        return image
     if isinstance(image, dict) and image.get("bytes") is not None:
         return io.BytesIO(image["bytes"])
     return Path(image["path"] if isinstance(image, dict) else image)
@@ -145,8 +196,13 @@ def check_size(image: Image.Image) -> None:
     """
     Raises:
         PIL.Image.DecompressionBombError: before any pixel is decoded, if there are more than `MAX_IMAGE_PIXELS`.
+        ValueError: if it is a strip, or has no pixels.
     """
     width, height = image.size
+    if max(width, height) > MAX_ASPECT_RATIO * min(width, height):
+        raise ValueError(
+            f"{width} x {height} pixels: a side is more than {MAX_ASPECT_RATIO} times the other, cut it into pieces"
+        )
     if width * height > MAX_IMAGE_PIXELS:
         raise Image.DecompressionBombError(
             f"{width} x {height} pixels are more than the {MAX_IMAGE_PIXELS:,} that are allowed"
@@ -156,7 +212,7 @@ def check_size(image: Image.Image) -> None:
 def image_faults(image: str | Path | dict[str, Any]) -> Iterator[Fault]:
     """
     What is wrong with an image, or unusual, by its header and its end. All of it is decoded only where these do not
-    settle it: without the usual end, in other formats than JPEG, PNG, GIF and WebP, or if EXIF turns it.
+    settle it: without the usual end, or in other formats than JPEG, PNG, GIF and WebP.
 
     Args:
         image: A path, or the `{"bytes": ..., "path": ...}` of an undecoded `datasets.Image`.
@@ -174,7 +230,7 @@ def image_faults(image: str | Path | dict[str, Any]) -> Iterator[Fault]:
     except UnidentifiedImageError:
         yield Fault("image_unreadable", f"{name} is of no known format, or its header is broken.", anew)
         return
-    except BROKEN_IMAGE_ERRORS as error:
+    except Exception as error:  # see open_image
         yield Fault("image_unreadable", f"{name} cannot be read: {error}.", anew)
         return
     if not is_settled and all(fault.level != "error" for fault in unusual):
@@ -202,15 +258,14 @@ def _look_at(image: str | Path | dict[str, Any], name: str) -> tuple[list[Fault]
             return [Fault("image_truncated", f"{name} has {num_bytes} bytes of {claimed}.", "Bring it back.")], True
         stream.seek(-min(num_bytes, 12), io.SEEK_END)
         end = stream.read()
-        with Image.open(stream) as file:
+        with Image.open(stream, formats=safe_formats()) as file:
             check_size(file)
             # Not file.getexif(): of a PNG, it would decode all pixels first.
             orientation = Image.Image.getexif(file).get(ExifTags.Base.Orientation, 1)
             unusual = list(_unusual(file, orientation, name))
             marker = END_MARKERS.get(file.format)
             is_whole = file.format == "WEBP" or (marker is not None and end.endswith(marker))
-            # To turn an image, Pillow writes its EXIF data anew, which fails on some.
-            return unusual, is_whole and orientation == 1
+            return unusual, is_whole
 
 
 def _unusual(file: Image.Image, orientation: int, name: str) -> Iterator[Fault]:

@@ -33,6 +33,7 @@ from transformers.utils import is_bitsandbytes_available
 from modeling_sq_llava import SQLlavaForConditionalGeneration
 from processing_sq_llava import SQLlavaProcessor
 from sq_llava.checkpoint import is_adapter, is_missing_folder, load_checkpoint
+from sq_llava.images import squared
 from sq_llava.messages import images_of, place_images, place_images_of_all
 from sq_llava.prefix_cache import PrefixCache, allows_gaps, common_length, pad_left
 from sq_llava.sampling import SeededDraw
@@ -394,7 +395,9 @@ class Talks:
 def _pixels(assistant: Assistant, images: list[Image.Image]) -> dict[str, torch.Tensor]:
     if not images:
         return {}
-    pixel_values = assistant.processor.image_processor(images, return_tensors="pt")["pixel_values"]
+    image_processor = assistant.processor.image_processor
+    pixel_values = image_processor([squared(image, image_processor) for image in images], return_tensors="pt")
+    pixel_values = pixel_values["pixel_values"]
     return {"pixel_values": pixel_values.to(assistant.model.device)}
 
 

@@ -7,7 +7,7 @@ mask and a cache, transformers makes a block-diagonal mask of the positions (SDP
 FlashAttention is given where each begins, by the source of transformers: no GPU was at hand to run it. Images stand in
 their order, labels and draws are those of the collator, and the first token of each conversation has no label: it
 would be predicted from another one. Language models that read across all the same, such as recurrent ones, are refused
-where that can be tried (`require_separation`): not under FlashAttention, nor with weights that ZeRO-3 holds in pieces.
+where that can be tried (`require_separation`): not with weights that ZeRO-3 holds in pieces.
 
 Rows are packed by the most tokens that each can have (`sq_llava/lengths.py`), best-fit decreasing, within windows of a
 permutation of all rows: whole, each once an epoch. The packs are a function of the seed and the epoch alone, the same
@@ -176,7 +176,8 @@ def pack_sampler(
 @torch.no_grad()
 def require_separation(language_model: PreTrainedModel) -> None:
     """
-    Tries whether the language model keeps the conversations of a packed row apart by their positions.
+    Tries whether the language model keeps the conversations of a packed row apart by their positions. One with
+    FlashAttention, which needs a GPU, is tried without: what reads across in other layers is seen all the same.
 
     Raises:
         ValueError: if what it makes of one conversation depends on the one before: recurrent layers and convolutions
@@ -186,14 +187,17 @@ def require_separation(language_model: PreTrainedModel) -> None:
     generator = torch.Generator().manual_seed(0)
     one, other, second = torch.randn(3, 1, 4, config.hidden_size, generator=generator)
     positions = torch.arange(4).repeat(2).unsqueeze(0).to(language_model.device)
-    training = language_model.training
+    training, attention = language_model.training, config._attn_implementation
     language_model.eval()  # without dropout
+    if "flash" in attention:
+        config._attn_implementation = "eager"
     states = []
     for first in (one, other):
         embeddings = torch.cat([first, second], dim=1).to(language_model.device, language_model.dtype)
         outputs = language_model(inputs_embeds=embeddings, position_ids=positions, use_cache=False)
         states.append(outputs.last_hidden_state[:, 4:].float())
     language_model.train(training)
+    config._attn_implementation = attention
     # Not to the last bit: the scales of 8-bit weights are of the whole batch.
     if (states[0] - states[1]).norm() > 0.02 * states[0].norm():
         raise ValueError(

@@ -241,7 +241,10 @@ def activation_terms(model: nn.Module, batch: Batch, training_args: SFTConfig, o
     connector += 16 * config.num_prototypes * (config.num_prototype_iterations + 1)
     formula = f"{patches:,} image tokens x {connector:,} bytes: prototypes and projections"
     terms.append(Term("activations, connector", patches * connector, formula))
-    terms.append(Term("attention mask", tokens * batch.tokens * held, f"{tokens:,} x {batch.tokens:,} x {held} bytes"))
+    # FlashAttention is told lengths, not a mask.
+    mask = 0 if "flash" in config._attn_implementation else tokens * batch.tokens * held
+    formula = f"{tokens:,} x {batch.tokens:,} x {held} bytes" if mask else "none: FlashAttention"
+    terms.append(Term("attention mask", mask, formula))
     largest = max(workspaces, key=workspaces.get)
     return [*terms, Term("workspace", workspaces[largest], f"of the largest piece, {largest}")]
 

@@ -84,7 +84,7 @@ class SQLlavaTrainer(SFTTrainer):
         self._packed = torch.zeros(2)
         self.packs = None
         if packing:
-            if not (self._is_flat or is_deepspeed_zero3_enabled()):
+            if not is_deepspeed_zero3_enabled():
                 require_separation(without_adapter(self.model).model.language_model)
             self.packs = pack_sampler(
                 self.train_dataset, self.args, self.args.world_size, epoch=self.data_collator.epoch

@@ -93,7 +93,9 @@ def test_help_has_examples(command):
     assert f"sq-llava {command} " in result.output.partition("Examples:")[2]
 
 
-@pytest.mark.parametrize("command", [[], *([name] for name in ("ask", "convert", "doctor", "evaluate", "push"))])
+@pytest.mark.parametrize(
+    "command", [[], ["generate-data", "llava"], *([name] for name in ("ask", "convert", "doctor", "evaluate", "push"))]
+)
 def test_help_answers_before_any_large_library_is_imported(command):
     code = (
         "import sys\n"

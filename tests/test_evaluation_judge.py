@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from sq_llava.evaluation.judge import Judge, JudgeSettings, JudgeStopped
+from sq_llava.chat_client import ChatStopped
+from sq_llava.evaluation.judge import Judge, JudgeSettings
 from sq_llava.evaluation.metrics import bootstrap_errors
 from tests.chat_server import Reply, chat_server, completion
 
@@ -154,7 +155,7 @@ def test_garbage_is_no_answer(garbage, tmp_path):
 )
 def test_server_that_refuses_us_stops_the_judge(refusal, tmp_path):
     with chat_server(lambda request, number: refusal) as server:
-        with pytest.raises(JudgeStopped, match=r"the judge's server refused: .*(API key|no model|pay)") as stop:
+        with pytest.raises(ChatStopped, match=r"judge: the server refused: .*(API key|no model|pay)") as stop:
             ask(Judge(settings_of(server, retries=0, concurrency=1), tmp_path), *"abcdefgh")
         assert len(server.requests) <= 2
     assert KEY not in str(stop.value)
@@ -167,7 +168,7 @@ def test_server_that_is_gone_stops_the_judge(failure, tmp_path):
 
     with chat_server(reply) as server:
         judge = Judge(settings_of(server, retries=0, concurrency=1), tmp_path)
-        with pytest.raises(JudgeStopped, match="left 10 requests in a row without an answer, each sent 1 times: "):
+        with pytest.raises(ChatStopped, match="left 10 requests in a row without an answer, each sent 1 times: "):
             ask(judge, *map(str, range(40)))
         assert 15 <= len(server.requests) <= 17  # what is under way is not called back
         verdicts = ask(Judge(settings_of(server, retries=0, concurrency=1), tmp_path), *map(str, range(10)))
@@ -191,10 +192,10 @@ def test_key_is_sent_and_written_nowhere(tmp_path, capfd):
 
 def test_cap_on_requests_keeps_what_is_done(tmp_path):
     with chat_server(lambda request, number: "1") as server:
-        with pytest.raises(JudgeStopped, match=r"--judge-max-requests 5\. Raise it and run again"):
+        with pytest.raises(ChatStopped, match=r"--judge-max-requests 5\. Raise it and run again"):
             ask(Judge(settings_of(server, max_requests=5), tmp_path), *"abcdefgh")
         assert len(server.requests) == 5
-        with pytest.raises(JudgeStopped, match="--judge-max-requests 5"):
+        with pytest.raises(ChatStopped, match="--judge-max-requests 5"):
             ask(Judge(settings_of(server, max_requests=5), tmp_path), *"abcdefgh")  # over all runs
         assert len(server.requests) == 5
         assert len(ask(Judge(settings_of(server, max_requests=8), tmp_path), *"abcdefgh")) == 8
@@ -208,10 +209,10 @@ def test_cap_on_money_is_never_passed(concurrency, tmp_path):
     prices = {"max_cost": 0.02, "input_price": 10.0, "output_price": 100.0, "max_tokens": 100}
     with chat_server(lambda request, number: Reply("1", seconds=0.02)) as server:
         judge = Judge(settings_of(server, concurrency=concurrency, **prices), tmp_path)
-        with pytest.raises(JudgeStopped, match=r"--judge-max-cost 0.02: 0.01 is spent, and the next request can cost"):
+        with pytest.raises(ChatStopped, match=r"--judge-max-cost 0.02: 0.01 is spent, and the next request can cost"):
             ask(judge, *"abcdefghijkl")
         assert len(server.requests) == 5
-        with pytest.raises(JudgeStopped, match="--judge-max-cost"):
+        with pytest.raises(ChatStopped, match="--judge-max-cost"):
             ask(Judge(settings_of(server, **prices), tmp_path), *"abcdefghijkl")
         assert len(server.requests) == 5
         assert len(ask(Judge(settings_of(server, **{**prices, "max_cost": 1.0}), tmp_path), *"abcdefghijkl")) == 12
@@ -223,7 +224,7 @@ def test_answer_that_was_lost_costs_the_most_it_can_and_a_refused_one_nothing(tm
     prices = {"max_cost": 0.015, "input_price": 10.0, "output_price": 100.0, "max_tokens": 100, "concurrency": 1}
     with (
         chat_server(lambda request, number: Reply(closes=True)) as server,
-        pytest.raises(JudgeStopped, match=r"0\.01034 is spent"),
+        pytest.raises(ChatStopped, match=r"0\.01034 is spent"),
     ):
         ask(Judge(settings_of(server, retries=0, **prices), tmp_path), "a", "b")
     with chat_server(lambda request, number: Reply(status=500, body="oops")) as server:

@@ -1,14 +1,17 @@
 """Image files as pixels: a faster way to the square, by the law that no pixel differs."""
 
+import io
+
 import numpy as np
+import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import EpsImagePlugin, ExifTags, Image, ImageOps, PngImagePlugin
 from transformers import CLIPImageProcessorPil, SiglipImageProcessorPil
 
 from processing_sq_llava import SQLlavaProcessor
-from sq_llava.images import squared
+from sq_llava.images import MAX_IMAGE_SIDE, image_faults, open_image, squared
 from tests import tiny
 
 
@@ -40,3 +43,65 @@ def test_squared_image_has_the_pixels_of_the_image_processor_to_the_last_bit(wid
 def test_image_processor_that_crops_gets_the_image_itself():
     image = tiny.picture().resize((60, 30))
     assert squared(image, image_processor("clip", "crop")) is image
+
+
+def encoded(image: Image.Image, form: str, **settings) -> dict:
+    stream = io.BytesIO()
+    image.save(stream, form, **settings)
+    return {"bytes": stream.getvalue(), "path": f"a.{form.lower()}"}
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_photo_is_turned_as_its_exif_data_says(orientation):
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    photo = encoded(tiny.picture().resize((30, 20)), "PNG", exif=exif)
+    expected = ImageOps.exif_transpose(Image.open(io.BytesIO(photo["bytes"]))).convert("RGB")
+    assert open_image(photo).tobytes() == expected.tobytes()
+
+
+def test_program_is_no_image(monkeypatch):
+    eps = encoded(tiny.picture(), "EPS")
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *args, **kwargs: pytest.fail("Ghostscript was called"))
+    with pytest.raises(ValueError, match=r"a\.eps: cannot be read as an image"):
+        open_image(eps)
+    assert [fault.code for fault in image_faults(eps)] == ["image_unreadable"]
+
+
+def test_strip_is_refused_and_a_long_picture_made_smaller():
+    strip = encoded(Image.new("L", (1, 201)), "PNG")
+    with pytest.raises(ValueError, match="1 x 201 pixels: a side is more than 200 times the other"):
+        open_image(strip)
+    assert [fault.code for fault in image_faults(strip)] == ["image_unreadable"]
+    assert open_image(encoded(Image.new("L", (1, 200)), "PNG")).size == (1, 200)
+    assert open_image(encoded(Image.new("L", (100, 2 * MAX_IMAGE_SIDE)), "PNG")).size == (50, MAX_IMAGE_SIDE)
+
+
+@pytest.mark.parametrize("key", ["exif", "xmp", "transparency"])
+def test_text_in_the_place_of_metadata_is_an_error_in_words_or_no_matter(key):
+    texts = PngImagePlugin.PngInfo()
+    texts.add_text(key, "7", zip=True)
+    try:
+        assert open_image(encoded(tiny.picture().convert("L"), "PNG", pnginfo=texts)).mode == "RGB"
+    except ValueError as error:
+        assert "cannot be read as an image" in str(error)
+
+
+@settings(deadline=None, max_examples=150, suppress_health_check=[HealthCheck.too_slow])
+@given(
+    form=st.sampled_from(["GIF", "JPEG", "PNG", "TIFF", "WEBP"]),
+    changes=st.lists(st.tuples(st.integers(0, 500), st.integers(0, 255)), min_size=1, max_size=8),
+    orientation=st.integers(0, 9),
+)
+def test_broken_file_is_an_error_in_words(form, changes, orientation):
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    settings = {} if form == "GIF" else {"exif": exif}
+    data = bytearray(encoded(tiny.picture().resize((20, 12)), form, **settings)["bytes"])
+    for place, value in changes:
+        data[place % len(data)] = value
+    try:
+        assert open_image({"bytes": bytes(data), "path": None}).mode == "RGB"
+    except ValueError as error:
+        assert "cannot be read as an image" in str(error) or "floating-point" in str(error)
+    list(image_faults({"bytes": bytes(data), "path": None}))

@@ -13,6 +13,9 @@ TRIO = ["configuration_sq_llava", "processing_sq_llava", "modeling_sq_llava"]
 ORDER = [
     *TRIO,
     "sq_llava.console",
+    "sq_llava.chat_client",
+    "sq_llava.chat_batches",
+    "sq_llava.run_note",
     "sq_llava.images",
     "sq_llava.messages",
     "sq_llava.feature_cache",
@@ -80,6 +83,23 @@ ORDER = [
     "sq_llava.evaluation.questions",
     "sq_llava.evaluation.question_run",
     "sq_llava.evaluation.command",
+    "sq_llava.generation.rows",
+    "sq_llava.generation.asking",
+    "sq_llava.generation.scenes",
+    "sq_llava.generation.text_rules",
+    "sq_llava.generation.turns",
+    "sq_llava.generation.llava",
+    "sq_llava.generation.judging",
+    "sq_llava.generation.filters",
+    "sq_llava.generation.scoring",
+    "sq_llava.generation.self_generation",
+    "sq_llava.generation.captions",
+    "sq_llava.generation.review_sheet",
+    "sq_llava.generation.describing",
+    "sq_llava.generation.curate",
+    "sq_llava.generation.options",
+    "sq_llava.generation.self_command",
+    "sq_llava.generation.command",
     "sq_llava.feature_command",
     "sq_llava.serving.schema",
     "sq_llava.serving.images",
@@ -126,7 +146,7 @@ def test_every_module_has_its_place_in_the_order():
 def test_module_imports_only_from_earlier_ones(module):
     earlier = ORDER[: ORDER.index(module)]
     ours = {name for name in imports(module) if name.split(".")[0] in {"sq_llava", "train_sft", "demo", *TRIO}}
-    assert ours - {"sq_llava", "sq_llava.evaluation", "sq_llava.serving", *earlier} == set()
+    assert ours - {"sq_llava", "sq_llava.evaluation", "sq_llava.generation", "sq_llava.serving", *earlier} == set()
 
 
 @pytest.mark.parametrize("module", TRIO)

@@ -269,18 +269,22 @@ def language_model(fields: dict):
     return AutoModel.from_config(AutoConfig.for_model(**fields))
 
 
+@pytest.mark.parametrize("attention", ["sdpa", "flash_attention_2"])
 @pytest.mark.parametrize("family", FOREIGN)
-def test_language_model_that_reads_across_conversations_is_refused(family):
+def test_language_model_that_reads_across_conversations_is_refused(family, attention):
+    model = language_model(FOREIGN[family])
+    model.config._attn_implementation = attention
     with pytest.raises(ValueError, match=f"type '{family}' does not keep the conversations of a packed row apart"):
-        require_separation(language_model(FOREIGN[family]))
+        require_separation(model)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gpt_neox"])
 def test_language_model_that_keeps_conversations_apart_is_taken(family, dtype):
     model = language_model({**tiny.TINY_LLAMA, "model_type": family}).to(dtype).train()
+    model.config._attn_implementation = "flash_attention_2"
     require_separation(model)
-    assert model.training
+    assert model.training and model.config._attn_implementation == "flash_attention_2"
 
 
 # Packs.

@@ -28,10 +28,10 @@ class Scripted(Assistant):
     answer_text = "A dog."
     seconds = 0.0
     num_closed = 0
-    seen = None
+    seen = sampling = None
 
     def stream(self, images, messages, max_new_tokens=512, ask=False, **generate_kwargs) -> Iterator[str]:
-        self.seen = messages
+        self.seen, self.sampling = messages, {"max_new_tokens": max_new_tokens, **generate_kwargs}
         if "</s>" in messages[-1]["content"][-1]["text"]:
             raise ValueError("contains '</s>', which is a control token of this model: remove it.")
         num_asked = sum(message["role"] == "vusr" for message in messages)
@@ -182,6 +182,27 @@ def test_it_talks_to_itself_for_three_turns_at_first(visitor, photo):
 
 
 @in_browser
+def test_sliders_that_are_moved_are_heeded(visitor, photo, assistant):
+    visitor.upload(photo)
+    visitor.press("Settings ▼")
+    for label, key, value in (
+        ("Turns of talking to itself", "Home", "1"),
+        ("Longest answer or question, in tokens", "End", "1024"),
+        ("Temperature of answers; 0 is greedy", "End", "2"),
+    ):
+        visitor.page.get_by_role("slider", name=label).press(key)
+        visitor.page.wait_for_function(
+            "([label, value]) => document.querySelector(`[aria-label='number input for ${label}']`).value == value",
+            arg=[label, value],
+        )
+    visitor.press("Let it talk to itself")
+    visitor.page.wait_for_function("document.querySelectorAll('[data-testid=bot]').length == 2")
+    assert visitor.page.get_by_text("What is number 1?").count() == 0
+    assert assistant.sampling["max_new_tokens"] == 1024
+    assert assistant.sampling["temperature"] == 2 and assistant.sampling["do_sample"]
+
+
+@in_browser
 def test_wrong_input_is_a_message_and_what_was_typed_comes_back(visitor, photo, tmp_path):
     visitor.say("Hello?")
     visitor.page.get_by_text("There is no picture yet").wait_for()
@@ -258,6 +279,14 @@ def test_answers_are_greedy_unless_a_temperature_is_set_and_questions_are_sample
     assert calls[0] == {"ask": False}
     assert calls[1] == {"ask": False, "do_sample": True, "temperature": 0.5, "top_p": 1.0}
     assert calls[2] == {"ask": True, "do_sample": True, "temperature": 1.2, "top_p": 0.95, "top_k": 300}
+
+
+@pytest.mark.parametrize("role", ["assistant", "vusr"])
+def test_whole_number_is_a_temperature(assistant, role):
+    real = Assistant(assistant.model, assistant.processor)
+    talk = [Turn("user", "What is it?")] + ([Turn("assistant", "A dog.")] if role == "vusr" else [])
+    settings = Settings(max_new_tokens=2, temperature=2, question_temperature=2, question_top_p=1)
+    assert list(speak(real, talk, role, settings))[-1][-1].role == role
 
 
 def test_question_whose_answer_was_stopped_is_taken_back():

@@ -165,6 +165,17 @@ def test_activations_are_estimated_from_above(text, vision, batch, checkpointing
     assert measured <= estimated < 2.5 * measured
 
 
+def test_flash_attention_needs_no_mask(tmp_path):
+    model = add_adapter(tiny.tiny_model(), LoraSize(8, 16, 0.0), LoraSize(8, 16, 0.0), train_vusr=True)
+    args = SFTConfig(output_dir=str(tmp_path), bf16=False, use_cpu=True)
+    masks = {}
+    for implementation in ("sdpa", "flash_attention_2"):
+        model.get_base_model().config._attn_implementation_internal = implementation
+        terms = {term.name: term.num_bytes for term in activation_terms(model, Batch(2, 100, 2), args)}
+        masks[implementation] = terms["attention mask"]
+    assert masks == {"sdpa": 2 * 100 * 100 * 4, "flash_attention_2": 0}
+
+
 def test_plan_from_configurations_is_that_of_the_loaded_model(parts, tmp_path, capsys):
     run(parts, tmp_path, dry_run="meta")
     table = capsys.readouterr().out

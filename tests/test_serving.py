@@ -11,7 +11,7 @@ from PIL import Image
 
 from sq_llava.inference import DESCRIBE, Assistant
 from sq_llava.serving.app import create_app
-from sq_llava.serving.chat import Limits
+from sq_llava.serving.chat import ChatService, Limits
 from tests import tiny
 
 
@@ -230,6 +230,10 @@ def test_image_that_cannot_be_read_is_said_with_its_place(client, url, problem):
         ({"messages": [{"role": "assistant", "content": [image_part(tiny.picture())]}]}, "cannot hold", "messages"),
         ({"logprobs": True}, "False", "logprobs"),
         ({"chat_template_kwargs": {}}, "Extra inputs", "chat_template_kwargs"),
+        ({f"field{number}": 0 for number in range(100)}, "104 fields", None),
+        ({"messages": [{"role": "user", "content": [0] * 1000}]}, "valid dictionary", None),
+        ({"messages": [{"role": "user", "content": [{"type": "text", "text": ""}] * 1001}]}, "1001 parts", None),
+        ({"stream_options": {"include_usage": True}}, "only for stream", None),
     ],
     ids=lambda value: str(value)[:60] if isinstance(value, dict) else "",
 )
@@ -307,6 +311,52 @@ def test_api_key_is_asked_for_where_there_is_one(assistant):
         client = OpenAI(http_client=http, base_url="http://testserver/v1", api_key="secret")
         assert ask_for(client, user("Hello.")).usage.completion_tokens == 8
         assert http.get("/health").status_code == 200
+
+
+def test_reply_of_the_client_goes_back_as_it_came(client):
+    first = ask_for(client, user("Hello.")).choices[0].message
+    reply = ask_for(client, user("Hello."), first.model_dump(), user("And?"))
+    assert reply.usage.completion_tokens == 8
+
+
+def gif_with_comments(number: int) -> str:
+    stream = io.BytesIO()
+    tiny.picture().save(stream, "GIF")
+    data = stream.getvalue()
+    place = 13 + (3 << (data[10] & 7) + 1)  # behind the palette
+    data = data[:place] + b"!\xfe\x01a\0" * number + data[place:]
+    return "data:image/gif;base64," + base64.b64encode(data).decode()
+
+
+@pytest.mark.parametrize(
+    ("url", "problem"),
+    [
+        (gif_with_comments(20_000), "too many blocks"),
+        (data_url(Image.new("L", (2, 320))), "more than 100,000 pixels"),
+        (data_url(Image.new("L", (1, 300))), "200 times"),
+    ],
+    ids=["comments", "long", "strip"],
+)
+def test_image_that_is_made_to_take_long_is_refused(client, url, problem):
+    message = {"role": "user", "content": [{"type": "image_url", "image_url": {"url": url}}]}
+    with pytest.raises(openai.BadRequestError, match=problem):
+        ask_for(client, message)
+
+
+def test_picture_with_some_comments_is_read(client):
+    message = {"role": "user", "content": [{"type": "image_url", "image_url": {"url": gif_with_comments(100)}}]}
+    assert ask_for(client, message).usage.completion_tokens == 8
+
+
+def test_failure_of_the_server_itself_is_counted_as_one(assistant, monkeypatch):
+    def fail(self, chat):
+        raise RuntimeError("a mistake of ours")
+
+    monkeypatch.setattr(ChatService, "prepare", fail)
+    with TestClient(create_app(assistant, "tiny", LIMITS, 1), raise_server_exceptions=False) as http:
+        reply = http.post("/v1/chat/completions", json={"model": "tiny", "messages": [user("Hello.")]})
+        assert reply.status_code == 500 and "mistake" not in reply.text
+        assert 'sq_llava_requests_total{status="500"} 1.0' in http.get("/metrics").text
 
 
 def test_failing_model_fails_its_requests_alone(assistant, monkeypatch):

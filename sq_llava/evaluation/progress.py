@@ -11,10 +11,15 @@ from typing import Any, BinaryIO
 from accelerate import PartialState
 
 
-def read_lines(folder: Path, stem: str, known_ids: Sequence[str]) -> dict[str, dict[str, Any]]:
+def read_lines(
+    folder: Path, stem: str, known_ids: Sequence[str], with_failed: bool = False
+) -> dict[str, dict[str, Any]]:
     """
-    What was written before, by its `id`, without what failed (an `error` that is not `None`). A line that a kill has
-    cut off is dropped from its file. All processes read before any may write.
+    What was written before, by its `id`. A line that a kill has cut off is dropped from its file. All processes read
+    before any may write.
+
+    Args:
+        with_failed (`bool`): Also what failed (an `error` that is not `None`), if it did not succeed another time.
 
     Raises:
         ValueError: if a line's id is none of `known_ids`.
@@ -34,6 +39,8 @@ def read_lines(folder: Path, stem: str, known_ids: Sequence[str]) -> dict[str, d
                 )
             if line["error"] is None:
                 done[line["id"]] = line
+            elif with_failed:
+                done.setdefault(line["id"], line)
     PartialState().wait_for_everyone()
     return done
 

@@ -42,11 +42,13 @@ class Picture:
         id (`str`): Its path, or its row.
         image: As `sq_llava.images.open_image` takes it.
         pairs (`Sequence[tuple[str, str]]`): Questions and answers of the data set.
+        number (`int`): Its own, added to the seed of what is drawn for it.
     """
 
     id: str
     image: Any
     pairs: Sequence[tuple[str, str]] = ()
+    number: int = 0
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,7 @@ def read_pictures(place: str, image_root: str | None = None) -> list[Picture]:
     folder = Path(place)
     files = sorted(file for file in folder.glob("*") if file.suffix.lower() in IMAGE_SUFFIXES)
     if files:
-        return [Picture(str(file), file) for file in files]
+        return [Picture(str(file), file, number=number) for number, file in enumerate(files)]
     if folder.is_dir() and not any(folder.glob("*.parquet")) and not any(folder.glob("dataset_*.json")):
         raise ValueError(
             f"--images {place}: holds neither images ({', '.join(sorted(IMAGE_SUFFIXES))}) nor a data set."
@@ -98,7 +100,9 @@ def _pictures_of_rows(place: str, image_root: str | None) -> list[Picture]:
                 pairs.setdefault(name, []).append((texts[index - 1], texts[index]))
     if not images:
         raise ValueError(f"--images {place}: none of its rows has an image.")
-    return [Picture(name, image, tuple(pairs.get(name, ()))) for name, image in images.items()]
+    return [
+        Picture(name, image, tuple(pairs.get(name, ())), number) for number, (name, image) in enumerate(images.items())
+    ]
 
 
 def ask_about(
@@ -116,7 +120,7 @@ def ask_about(
     """
     state = PartialState()
     done = read_lines(folder, "asked", [picture.id for picture in pictures])
-    rest = [(number, picture) for number, picture in enumerate(pictures) if picture.id not in done]
+    rest = [picture for picture in pictures if picture.id not in done]
     rest = rest[state.process_index :: state.num_processes]
     batches = [rest[start : start + batch_size] for start in range(0, len(rest), batch_size)]
     fresh = []
@@ -126,7 +130,7 @@ def ask_about(
     ):
         bar = progress.add_task("Asking", total=len(rest))
         for batch in batches:
-            for (_, picture), asked in zip(batch, _ask(assistant, batch, settings), strict=True):
+            for picture, asked in zip(batch, _ask(assistant, batch, settings), strict=True):
                 line = {"id": picture.id, **asked}
                 fresh.append(line)
                 write_line(file, line)
@@ -136,8 +140,8 @@ def ask_about(
     return [done[picture.id] for picture in pictures]
 
 
-def _ask(assistant: Assistant, batch: Sequence[tuple[int, Picture]], settings: AskSettings) -> list[dict[str, Any]]:
-    """What is asked and answered about each numbered picture. If a batch fails, its pictures are asked about alone."""
+def _ask(assistant: Assistant, batch: Sequence[Picture], settings: AskSettings) -> list[dict[str, Any]]:
+    """What is asked and answered about each picture. If a batch fails, its pictures are asked about alone."""
     try:
         return _ask_together(assistant, batch, settings)
     except (ValueError, RuntimeError) as error:
@@ -147,12 +151,10 @@ def _ask(assistant: Assistant, batch: Sequence[tuple[int, Picture]], settings: A
         return [{**empty, "error": f"{type(error).__name__}: {error}"}]
 
 
-def _ask_together(
-    assistant: Assistant, batch: Sequence[tuple[int, Picture]], settings: AskSettings
-) -> list[dict[str, Any]]:
-    images = [open_image(picture.image) for _, picture in batch]
+def _ask_together(assistant: Assistant, batch: Sequence[Picture], settings: AskSettings) -> list[dict[str, Any]]:
+    images = [open_image(picture.image) for picture in batch]
     # The seed belongs to the picture: the same questions in any batch, on one process and on many.
-    seeds = [settings.seed + number for number, _ in batch]
+    seeds = [settings.seed + picture.number for picture in batch]
     talks = Talks(assistant, [place_images(image, settings.after or DESCRIBE) for image in images], seeds)
     firsts = talks.answer(settings.max_new_tokens)
     questions = talks.ask(

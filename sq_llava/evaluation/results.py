@@ -22,6 +22,7 @@ from huggingface_hub import hf_hub_download
 from sq_llava.checkpoint import base_of_adapter, is_adapter
 from sq_llava.evaluation.reading import StoredImage, TaskImage, read_jsonl
 from sq_llava.evaluation.task import Example, Metric, Record, Score
+from sq_llava.run_note import check_note, write_note
 
 
 # The fields of a line of `examples.jsonl`.
@@ -187,26 +188,8 @@ def claim_folder(out: Path, about: dict[str, Any], identity: Sequence[str]) -> N
     Raises:
         ValueError: if the folder holds the work of a run that differs in one of these.
     """
-    note = out / "run.json"
-    if note.is_file():
-        before = json.loads(note.read_text())
-        for name in identity:
-            was, now = before.get(name), about[name]
-            if isinstance(now, dict):  # by task: those of one run only are in nobody's way
-                differing = [task for task in was.keys() & now.keys() if was[task] != now[task]]
-                about = {**about, name: was | now}
-                name = f"{name} of {', '.join(sorted(differing))}"
-                was, now = [was[task] for task in differing], [now[task] for task in differing]
-            if was != now:
-                raise ValueError(
-                    f"{out} holds answers of a run with {name} {was!r}, now it is {now!r}: give another --out, or "
-                    "remove the folder."
-                )
+    about = check_note(out, about, identity)
     PartialState().wait_for_everyone()
     if PartialState().is_main_process:
-        out.mkdir(parents=True, exist_ok=True)
-        # In one step: a note that a kill has cut off would keep the run from going on.
-        whole = note.with_suffix(".new")
-        whole.write_text(json.dumps(about, indent=2) + "\n")
-        whole.replace(note)
+        write_note(out, about)
     PartialState().wait_for_everyone()

@@ -16,6 +16,7 @@ from typing import Any
 from accelerate import PartialState
 from transformers import set_seed
 
+from sq_llava.chat_client import ChatStopped
 from sq_llava.evaluation import (
     captions,
     easy_vqa,
@@ -30,7 +31,7 @@ from sq_llava.evaluation import (
     vqav2,
 )
 from sq_llava.evaluation.answering import AnswerSettings, answer_examples, load_any
-from sq_llava.evaluation.judge import Judge, JudgeSettings, JudgeStopped
+from sq_llava.evaluation.judge import Judge, JudgeSettings
 from sq_llava.evaluation.reading import Data
 from sq_llava.evaluation.report import save_pictures, write_report
 from sq_llava.evaluation.results import (
@@ -158,7 +159,7 @@ def assess(
         try:
             scores = task.judge(records, judge, folder)
             records = [replace(record, score=each) for record, each in zip(records, scores)]
-        except JudgeStopped as stop:
+        except ChatStopped as stop:
             missing = str(stop)
     metrics = summarize(task, records)
     if not metrics and missing is None:

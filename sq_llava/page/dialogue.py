@@ -43,9 +43,11 @@ def complete(turns: list[Turn]) -> list[Turn]:
 
 def speak(assistant: Assistant, turns: list[Turn], role: str, settings: Settings) -> Iterator[list[Turn]]:
     """Lets the model answer (`role` "assistant") or ask ("vusr"). Yields the conversation as the new turn grows."""
-    sampling = {"temperature": settings.temperature, "top_p": 1.0, "do_sample": True}
+    # A slider at 1 or 2 gives an int, which transformers refuses.
+    sampling = {"temperature": float(settings.temperature), "top_p": 1.0, "do_sample": True}
     if role == "vusr":
-        sampling |= {"temperature": settings.question_temperature, "top_p": settings.question_top_p, "top_k": 300}
+        temperature, top_p = float(settings.question_temperature), float(settings.question_top_p)
+        sampling |= {"temperature": temperature, "top_p": top_p, "top_k": 300}
     if sampling["temperature"] == 0:
         sampling = {}
     images = [file for turn in turns for file in turn.files]

@@ -37,6 +37,8 @@ EXAMPLES = {
     "rocket.jpg": "What is happening here?",
 }
 NUM_CHOICES = 8
+# Clicks of all visitors that wait for the model.
+MAX_WAITING = 32
 # Of the picture under the colours, in the browser.
 LARGEST_SIDE = 768
 SYSTEM_FONT = gr.themes.Font("system-ui"), gr.themes.Font("sans-serif")
@@ -100,8 +102,10 @@ class Page:
         yield from self._guarded(box, turns, self._answer(box, turns, Settings(*settings)))
 
     def choose(self, event: gr.SelectData, turns: list[Turn], *settings) -> Iterator[tuple]:
-        """Answers a question of the model's own that was clicked."""
-        yield from self.reply({"text": event.value, "files": []}, turns, *settings)
+        """Answers a question of the model's own that was clicked; what is being typed stays."""
+        question = {"text": event.value, "files": []}
+        for _, *values in self._guarded(question, turns, self._answer(question, turns, Settings(*settings))):
+            yield gr.skip(), *values
 
     def ask(self, box: dict, turns: list[Turn], *settings) -> Iterator[tuple]:
         """Lets the model ask; its questions are buttons under its last answer."""
@@ -124,10 +128,10 @@ class Page:
             turns = values[0]
             yield values
         for _ in range(settings.num_questions):
+            before = questions
             for asked in speak(self.assistant, turns, "vusr", settings):
-                yield shown(turns, [*questions, asked[-1].text])
-            questions = list(dict.fromkeys([*questions, asked[-1].text]))
-        yield shown(turns, questions)
+                questions = list(dict.fromkeys([*before, asked[-1].text]))
+                yield shown(turns, questions)
 
     def _converse(self, box: dict, turns: list[Turn], settings: Settings) -> Iterator[tuple]:
         for values in self._begin(box, turns, settings):
@@ -206,7 +210,7 @@ def create_page(assistant: Assistant) -> gr.Blocks:
             with gr.Column(scale=3, min_width=300):
                 chat = gr.Chatbot(
                     label="Conversation", render_markdown=False, latex_delimiters=[], allow_tags=False, height="55vh",
-                    buttons=["copy"], layout="bubble", elem_id="chat",
+                    buttons=[], layout="bubble", elem_id="chat",
                 )  # fmt: skip
                 box = gr.MultimodalTextbox(
                     file_types=["image"], file_count="multiple", show_label=False, placeholder="Ask about a picture",
@@ -235,6 +239,7 @@ def create_page(assistant: Assistant) -> gr.Blocks:
             ask.click(page.ask, [box, turns, *sliders], **shared),
             talk.click(page.converse, [box, turns, *sliders], **shared),
         ]
+        blocks.queue(max_size=MAX_WAITING)
         stop.click(None, cancels=running)
         chat.clear(lambda: shown([]), None, outputs[1:], cancels=running, api_visibility="private")
     return blocks
@@ -252,7 +257,7 @@ def _sliders() -> list[gr.Slider]:
     }
     with gr.Accordion("Settings", open=False):
         return [
-            gr.Slider(low, high, value=setting.default, step=step, label=label)
+            gr.Slider(low, high, value=setting.default, step=step, label=label, precision=0 if step == 1 else None)
             for setting in fields(Settings)
             for low, high, step, label in [ranges[setting.name]]
         ]

@@ -46,6 +46,7 @@ def create_app(
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         with engine:
             yield
+        chat_service.preparing.shutdown(wait=False, cancel_futures=True)
 
     # FastAPI's documentation pages load their scripts from elsewhere.
     app = FastAPI(title="SQ-LLaVA", lifespan=lifespan, docs_url=None, redoc_url=None)
@@ -169,6 +170,9 @@ class Gate:
                 await self.app(scope, self._counting(receive), reply.send)
         except TimeoutError:
             await self._say_timeout(scope, receive, reply)
+        except Exception:
+            reply.status = 500  # which Starlette sends, outside of here
+            raise
         finally:
             self.num_requests -= 1
             self.metrics.under_way.dec()

@@ -5,12 +5,14 @@ import json
 import threading
 import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 from jinja2 import TemplateError
 from PIL import Image
 
+from sq_llava.images import squared
 from sq_llava.inference import DESCRIBE, Assistant
 from sq_llava.serving.decoding import Prompt, Sampling
 from sq_llava.serving.engine import Engine, Failure, Generation, Piece
@@ -28,8 +30,10 @@ PREPARING_THREADS = 2
 
 @dataclass(frozen=True)
 class Limits:
-    """What a request may cost. `max_pixels` are those of all its images; `max_waiting` are requests, beside the rows
-    of a full batch; `request_seconds` go from its first byte to the last one of the reply."""
+    """
+    What a request may cost. `max_pixels` are those of all its images, padded to squares; `max_waiting` are requests,
+    beside the rows of a full batch; `request_seconds` go from its first byte to the last one of the reply.
+    """
 
     max_body_bytes: int = 20_000_000
     max_images: int = 8
@@ -67,7 +71,11 @@ class ChatService:
         self.context_length = assistant.model.config.text_config.max_position_embeddings
         self.longest_token = max(map(len, self.processor.tokenizer.get_vocab()))
         self.encoding = threading.Lock()
-        self.preparing = asyncio.Semaphore(PREPARING_THREADS)
+        # Of its own: what a thread has begun goes on when its request is gone, and must not be more than so many.
+        self.preparing = ThreadPoolExecutor(PREPARING_THREADS, "preparing")
+
+    async def _in_thread(self, function: Callable, *arguments):
+        return await asyncio.get_running_loop().run_in_executor(self.preparing, function, *arguments)
 
     async def prepare(self, chat: ChatCompletionRequest) -> Ready:
         """
@@ -82,11 +90,10 @@ class ChatService:
             raise ApiError(400, message, param="n")
         data = await self._read_images(chat)
         answers_first = chat.self_question and chat.messages[-1].role != "assistant"
-        async with self.preparing:
-            messages = await asyncio.to_thread(self._place_images, chat, data)
-            if answers_first:
-                _describe_unless_asked(messages)
-            prompt = await asyncio.to_thread(self._encode, messages, chat.self_question and not answers_first)
+        messages = await self._in_thread(self._place_images, chat, data)
+        if answers_first:
+            _describe_unless_asked(messages)
+        prompt = await self._in_thread(self._encode, messages, chat.self_question and not answers_first)
         sampling = self._sampling(chat, len(prompt.input_ids))
         if not answers_first:
             return Ready(chat, prompt, sampling)
@@ -94,8 +101,7 @@ class ChatService:
         greedy = replace(sampling, temperature=0.0, stop=())
         answer = await self._generate_one(prompt, greedy)
         messages.append({"role": "assistant", "content": answer.content})
-        async with self.preparing:
-            prompt = await asyncio.to_thread(self._encode, messages, True)
+        prompt = await self._in_thread(self._encode, messages, True)
         sampling = self._sampling(chat, len(prompt.input_ids))
         return Ready(chat, prompt, sampling, answer.content, answer.num_tokens)
 
@@ -121,11 +127,14 @@ class ChatService:
                     raise ValueError("is a remote image, which this server does not fetch: send it as a data: URL")
                 else:
                     raise ValueError("is no data: URL")
-                pixels += num_pixels(data)
+                pixels += await self._in_thread(num_pixels, data)
             except ValueError as error:
                 raise ApiError(400, f"{place} {error}.", "invalid_image", place) from error
             if pixels > self.limits.max_pixels:
-                message = f"{place}: the images have more than {self.limits.max_pixels:,} pixels. Send smaller ones."
+                message = (
+                    f"{place}: padded to squares, the images have more than {self.limits.max_pixels:,} pixels. Send "
+                    "smaller ones."
+                )
                 raise ApiError(400, message, "image_too_large", place)
             found.append(data)
         return found
@@ -143,7 +152,8 @@ class ChatService:
                 for part_index, part in enumerate(message.content):
                     if isinstance(part, ImagePart):
                         place = f"messages[{index}].content[{part_index}].image_url.url"
-                        parts.append({"type": "image", "image": _decode_at(place, next(data))})
+                        image = squared(_decode_at(place, next(data)), self.processor.image_processor)
+                        parts.append({"type": "image", "image": image})
                     else:
                         parts.append({"type": "text", "text": part.text})
             messages.append({"role": role, "content": parts})

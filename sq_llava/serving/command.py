@@ -28,7 +28,9 @@ def serve(
     ] = 64,
     max_body_mb: Annotated[float, typer.Option(min=0.001, help="Megabytes of a request.", **LIMITS)] = 20.0,
     max_images: Annotated[int, typer.Option(min=0, help="Of a request.", **LIMITS)] = 8,
-    max_megapixels: Annotated[float, typer.Option(min=0.001, help="Of all images of a request.", **LIMITS)] = 64.0,
+    max_megapixels: Annotated[
+        float, typer.Option(min=0.001, help="Of all images, padded to squares.", **LIMITS)
+    ] = 64.0,
     max_prompt_tokens: Annotated[
         int | None, typer.Option(min=1, help="Image tokens included; default: what the model reads.", **LIMITS)
     ] = None,

@@ -130,12 +130,12 @@ class Engine:
                 self.batch = Batch(self.batch.model)
 
     def _take_waiting(self) -> list[Generation]:
+        self.waiting = deque(generation for generation in self.waiting if not generation.is_cancelled)
         joining, room = [], self.max_batch_size - len(self.batch.rows)
         while self.waiting and self.waiting[0].num_rows <= room:
             generation = self.waiting.popleft()
-            if not generation.is_cancelled:
-                joining.append(generation)
-                room -= generation.num_rows
+            joining.append(generation)
+            room -= generation.num_rows
         return joining
 
     def _advance(self, joining: list[Generation]) -> None:

@@ -8,10 +8,14 @@
 is not done is refused, never ignored: a field that is not here, or another value than the one that changes nothing.
 """
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 from starlette.exceptions import HTTPException
+
+
+# Of all messages together. The checks of a request run before anything else can, and in one go.
+MAX_PARTS = 1000
 
 
 def _check_unicode(text: str) -> str:
@@ -26,6 +30,14 @@ Text = Annotated[str, AfterValidator(_check_unicode)]
 
 class Strict(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _check_number_of_fields(cls, value: Any) -> Any:
+        # Else each of a million unknown fields would get an error of its own.
+        if isinstance(value, dict) and len(value) > len(cls.model_fields):
+            raise ValueError(f"has {len(value)} fields: there are {len(cls.model_fields)}")
+        return value
 
 
 class TextPart(Strict):
@@ -47,6 +59,12 @@ class Message(Strict):
     role: Literal["system", "developer", "user", "assistant", "vusr"]
     content: Text | list[Annotated[TextPart | ImagePart, Field(discriminator="type")]]
     name: str | None = Field(None, description="Not read.")
+    # What stands in a message of OpenAI's client that is sent back; none of it can hold anything here.
+    refusal: None = None
+    annotations: Annotated[list, Field(max_length=0)] | None = None
+    audio: None = None
+    tool_calls: Annotated[list, Field(max_length=0)] | None = None
+    function_call: None = None
 
 
 class StreamOptions(Strict):
@@ -62,7 +80,7 @@ StopString = Annotated[str, Field(min_length=1, max_length=1000), AfterValidator
 
 class ChatCompletionRequest(Strict):
     model: Text
-    messages: Annotated[list[Message], Field(min_length=1, max_length=10_000)]
+    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_PARTS)]
     self_question: bool = Field(False, description="Ask a question instead of answering one.")
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     max_tokens: Annotated[int, Field(ge=1)] | None = None
@@ -81,6 +99,23 @@ class ChatCompletionRequest(Strict):
     presence_penalty: Literal[0] | None = None
     logprobs: Literal[False] | None = None
     response_format: ResponseFormat | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _check_number_of_parts(cls, value: Any) -> Any:
+        messages = value.get("messages") if isinstance(value, dict) else None
+        messages = messages if isinstance(messages, list) else []
+        contents = [message.get("content") for message in messages if isinstance(message, dict)]
+        num_parts = sum(len(content) for content in contents if isinstance(content, list))
+        if num_parts > MAX_PARTS:
+            raise ValueError(f"messages have {num_parts} parts: at most {MAX_PARTS} are allowed")
+        return value
+
+    @model_validator(mode="after")
+    def _check_stream_options(self) -> "ChatCompletionRequest":
+        if self.stream_options is not None and not self.stream:
+            raise ValueError("stream_options is only for stream: true")
+        return self
 
 
 class Usage(BaseModel):

@@ -1,0 +1,1 @@
+"""Makes instruction data: one module for each way, and what they share."""

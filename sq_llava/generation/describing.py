@@ -1,0 +1,250 @@
+"""Detailed descriptions of images, by a model of this library or by one behind a server; and their repair.
+
+    prompts = Prompts.read(PROMPTS)
+    describer = LocalDescriber("runs/demo/model", DescribeSettings(), prompts, Path("descriptions.jsonl"))
+    describer.describe_all({"17.png": Path("images/17.png")}).results["17.png"].text
+
+A short description is continued: the model is told to go on, once, and the two are joined. How long one is, is counted
+in the describer's own tokens; behind a server, which may count a model's thoughts among them, it is estimated from the
+text: 4 tokens for 3 words of English.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from rich.progress import Progress
+
+from sq_llava.chat_client import ChatClient, ChatRequest, Journal, Messages, NotAsked
+from sq_llava.console import messages_console
+from sq_llava.evaluation.results import hash_of_model
+from sq_llava.generation.asking import Asked, ask_all
+from sq_llava.generation.captions import read_instructions
+from sq_llava.generation.text_rules import words_of
+from sq_llava.images import jpeg_data_url, open_image
+from sq_llava.inference import Assistant, load
+
+
+PROMPTS = Path(__file__).parent / "prompts" / "curate"
+# Of an image as a server gets it: what most scale larger ones to.
+LONGEST_SIDE, QUALITY = 1024, 90
+INTERRUPTED = "stopped by Ctrl-C. Run again: what was described is kept."
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """The texts of the files `describe.txt`, `continue.txt`, `repair.txt` and `instructions.txt` (one a line)."""
+
+    describe: str
+    go_on: str
+    repair: str
+    instructions: Sequence[str]
+
+    @classmethod
+    def read(cls, folder: Path) -> "Prompts":
+        """
+        Raises:
+            ValueError: for a file that is missing or empty.
+        """
+        texts = []
+        for name in ("describe.txt", "continue.txt", "repair.txt"):
+            path = folder / name
+            text = path.read_text(encoding="utf-8").strip() if path.is_file() else ""
+            if not text:
+                raise ValueError(f"{path}: is missing or empty: write the prompt into it.")
+            texts.append(text)
+        return cls(*texts, read_instructions(folder / "instructions.txt"))
+
+
+@dataclass(frozen=True)
+class Description:
+    """What the describer said, and what it said when it was told to go on."""
+
+    first: str
+    more: str | None = None
+
+    @property
+    def text(self) -> str:
+        return " ".join(part.strip() for part in (self.first, self.more or "") if part.strip())
+
+
+class ServerDescriber:
+    """
+    Args:
+        short (`int`): A description of so many tokens or fewer is continued.
+        batch (`bool`): By the server's Batch API.
+    """
+
+    def __init__(self, client: ChatClient, prompts: Prompts, short: int, batch: bool = False):
+        self.client = client
+        self.prompts = prompts
+        self.short = short
+        self.batch = batch
+        self.name, self.hash = client.settings.model, None
+        self.longest = 2 * client.settings.max_tokens
+
+    def describe_all(self, images: Mapping[str, Path]) -> Asked:
+        """Images that cannot be opened are for the caller to sort out."""
+        return ask_all(self.client, images, self._describe, "Describing", self.batch)
+
+    def kept(self, image: Path) -> Description | None:
+        """What was said before, if all of it was."""
+        try:
+            return self._describe(image)
+        except NotAsked:
+            return None
+
+    def requests_left(self, image: Path) -> Iterator[ChatRequest]:
+        """What is still to be asked about an image, at most, by a client that only reads."""
+        try:
+            self._describe(image)
+        except NotAsked as missing:
+            yield missing.request
+            messages = self._messages(image)
+            if self.client.journal.get(self.client.request(messages).key) is None:
+                yield self.client.request(_told_to_go_on(messages, "text" * self.short, self.prompts))
+
+    def _describe(self, image: Path) -> Description:
+        messages = self._messages(image)
+        first = _answer(self.client, messages)
+        if len(words_of(first)) * 4 > self.short * 3:
+            return Description(first)
+        return Description(first, _answer(self.client, _told_to_go_on(messages, first, self.prompts)))
+
+    def _messages(self, image: Path) -> Messages:
+        picture = {"type": "image_url", "image_url": {"url": jpeg_data_url(open_image(image), LONGEST_SIDE, QUALITY)}}
+        return [{"role": "user", "content": [picture, {"type": "text", "text": self.prompts.describe}]}]
+
+
+@dataclass(frozen=True)
+class DescribeSettings:
+    """
+    Args:
+        short (`int`): A description of so many tokens or fewer is continued.
+        max_new_tokens (`int`): Of the description, and of what continues it.
+        batch_size (`int`): Images at a time.
+    """
+
+    short: int = 80
+    max_new_tokens: int = 512
+    batch_size: int = 8
+    device: str | None = None
+    dtype: str = "auto"
+
+
+class LocalDescriber:
+    """
+    A model of this library, loaded when an image was not described before. What it says is kept under a hash of the
+    image's content, the model's weights, the prompts and the settings.
+
+    Args:
+        model (`str`): Folder or Hub id.
+        journal_path (`Path`): Where to keep it.
+    """
+
+    def __init__(self, model: str, settings: DescribeSettings, prompts: Prompts, journal_path: Path):
+        self.model = model
+        self.settings = settings
+        self.prompts = prompts
+        self.journal = Journal(journal_path)
+        self.name, self.hash = model, hash_of_model(model)
+        self.longest = 2 * settings.max_new_tokens
+        self._depends_on = [self.hash, prompts.describe, prompts.go_on, settings.short, settings.max_new_tokens]
+
+    def describe_all(self, images: Mapping[str, Path]) -> Asked:
+        """As `ask_all` for a server. Images that cannot be opened are for the caller to sort out."""
+        rest = {id: path for id, path in images.items() if self.kept(path) is None}
+        failures: dict[str, str] = {}
+        stopped = None
+        if rest:
+            try:
+                self._describe(rest, failures)
+            except KeyboardInterrupt:
+                stopped = INTERRUPTED
+        results = {id: said for id, path in images.items() if (said := self.kept(path)) is not None}
+        return Asked(results, failures, len(images) - len(results) - len(failures), stopped)
+
+    def kept(self, image: Path) -> Description | None:
+        """What was said before."""
+        line = self.journal.get(self._key(image))
+        return None if line is None else Description(line["first"], line["more"])
+
+    def requests_left(self, image: Path) -> Iterator[ChatRequest]:
+        """None: nothing is paid for."""
+        return iter(())
+
+    def _describe(self, images: Mapping[str, Path], failures: dict[str, str]) -> None:
+        assistant = load(self.model, self.settings.device, self.settings.dtype)
+        ids = list(images)
+        with Progress(console=messages_console, transient=True) as progress:
+            bar = progress.add_task("Describing", total=len(ids))
+            for start in range(0, len(ids), self.settings.batch_size):
+                batch = {id: images[id] for id in ids[start : start + self.settings.batch_size]}
+                self._describe_and_keep(assistant, batch, failures)
+                progress.advance(bar, len(batch))
+
+    def _describe_and_keep(self, assistant: Assistant, batch: Mapping[str, Path], failures: dict[str, str]) -> None:
+        """If a batch fails, its images are described alone, so that one alone is lost."""
+        try:
+            for id, said in zip(batch, self._describe_batch(assistant, list(batch.values()))):
+                self.journal.add({"key": self._key(batch[id]), "id": id, **asdict(said)})
+        except (ValueError, RuntimeError) as error:
+            if len(batch) == 1:
+                failures |= dict.fromkeys(batch, f"{type(error).__name__}: {error}")
+                return
+            for id, path in batch.items():
+                self._describe_and_keep(assistant, {id: path}, failures)
+
+    def _describe_batch(self, assistant: Assistant, paths: Sequence[Path]) -> list[Description]:
+        opened = [open_image(path) for path in paths]
+        prompt, limit = self.prompts.describe, self.settings.max_new_tokens
+        said = [Description(text) for text in assistant.answer_batch([(each, prompt) for each in opened], limit)]
+        tokenizer = assistant.processor.tokenizer
+        lengths = [len(tokenizer(each.first, add_special_tokens=False).input_ids) for each in said]
+        short = [place for place, length in enumerate(lengths) if length <= self.settings.short]
+        if not short:
+            return said
+        first = [{"role": "user", "content": prompt}]
+        talks = [(opened[place], _told_to_go_on(first, said[place].first, self.prompts)) for place in short]
+        for place, more in zip(short, assistant.answer_batch(talks, limit)):
+            said[place] = replace(said[place], more=more)
+        return said
+
+    def _key(self, image: Path) -> str:
+        content = hashlib.sha256(image.read_bytes()).hexdigest()
+        return hashlib.sha256(json.dumps([content, *self._depends_on]).encode()).hexdigest()
+
+
+class Repairer:
+    """A language model behind a server that mends texts, without seeing the images."""
+
+    def __init__(self, client: ChatClient, prompts: Prompts, batch: bool = False):
+        self.client = client
+        self.prompts = prompts
+        self.batch = batch
+
+    def repair(self, text: str) -> str:
+        """Of an empty text nothing is asked."""
+        return _answer(self.client, self._messages(text)) if text else ""
+
+    def requests_left(self, text: str) -> Iterator[ChatRequest]:
+        """What is still to be asked about a text, by a client that only reads."""
+        try:
+            self.repair(text)
+        except NotAsked as missing:
+            yield missing.request
+
+    def _messages(self, text: str) -> Messages:
+        return [{"role": "system", "content": self.prompts.repair}, {"role": "user", "content": text}]
+
+
+def _answer(client: ChatClient, messages: Messages) -> str:
+    """Without the thoughts that some servers leave in."""
+    return client.complete(messages).rpartition("</think>")[2].strip()
+
+
+def _told_to_go_on(messages: Messages, first: str, prompts: Prompts) -> list[dict[str, Any]]:
+    return [*messages, {"role": "assistant", "content": first}, {"role": "user", "content": prompts.go_on}]

@@ -1,0 +1,245 @@
+"""Which of the turns that a model made of images are kept, and why the others are not: pure functions.
+
+    outcomes = filter_turns(turns, FilterSettings(min_log_probability=-0.5))
+    kept = [outcome.turn for outcome in outcomes if outcome.is_kept]
+
+A turn is judged by itself first: its text, whether it needs the image, how sure the model was, whether image and text
+are close. Of those that are left, in their order, one that is like another of its image is dropped, then one that the
+whole set has often, then what a type of question has too much of. What this module does not do: run a model; the
+scores are measured in `sq_llava/generation/scoring.py`.
+"""
+
+import hashlib
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import Any
+
+from sq_llava.evaluation.question_metrics import question_type, words_of
+
+
+# What "needs the image" is asked of: of this very turn, of its question about any image of the set, of nothing.
+BLANK_TESTS = ("turn", "question", "off")
+SENTENCE_ENDS = ("?", ".", "!", "\uff1f", "\u3002", "\uff01")  # the last three of Chinese and Japanese
+
+
+@dataclass(frozen=True)
+class Turn:
+    """
+    A question about an image and its answer, with what was measured of them.
+
+    Args:
+        picture (`str`): The image's id.
+        number (`int`): Of the question, among those about the image.
+        blank_answer (`str`): To the same question with a blank image.
+        log_probability (`float`): Mean of the answer's tokens, the end of the turn included.
+        blank_log_probability (`float`): The same of the same answer, with a blank image.
+        is_cut (`bool`): The answer came to the limit of its length.
+        clip_score (`float`, *optional*): CLIPScore of the image and the turn.
+    """
+
+    picture: str
+    number: int
+    question: str
+    answer: str
+    blank_answer: str
+    log_probability: float
+    blank_log_probability: float
+    is_cut: bool = False
+    clip_score: float | None = None
+
+    @property
+    def drop(self) -> float:
+        """How much likelier the image makes the answer, in nats a token."""
+        return self.log_probability - self.blank_log_probability
+
+
+@dataclass(frozen=True)
+class FilterSettings:
+    """
+    What a turn must be to be kept; `None` switches a filter off.
+
+    Args:
+        blank_test (`str`): `"turn"`: its answer must change when the image is blanked. `"question"`: that of its
+            question must, about one image of the set at least: else "no" to "is there a dog?" is lost where there is
+            none, as a blank image gets the same answer. What is left then may say "yes" to everything, and cost more
+            than all false answers do (benchmarks/results/self_training.md). `"off"`: no test.
+        min_drop (`float`): Nats a token that a blank image must cost the answer, in the same test.
+        min_log_probability (`float`): Mean of the answer's tokens.
+        min_clip_score (`float`): For images of which a CLIP was asked.
+        max_overlap (`float`): With a kept question about the same image: of words and pairs of words, the share that
+            the two have in common.
+        max_set_overlap (`float`): Share of a question's pairs of words that kept questions about other images hold.
+        max_repeats (`int`): Kept turns with the same question, in the whole set; LLaVA has such a cap for phrases.
+        max_per_type (`int`): Kept turns of one type of question, drawn by `seed`.
+        balance_yes_no (`bool`): As many answers that begin with "yes" are kept as with "no", drawn by `seed`.
+    """
+
+    blank_test: str = "question"
+    min_drop: float = 0.0
+    min_log_probability: float | None = -1.0
+    min_clip_score: float | None = None
+    max_overlap: float | None = 0.7
+    max_set_overlap: float | None = None
+    max_repeats: int | None = 100
+    max_per_type: int | None = None
+    balance_yes_no: bool = False
+    seed: int = 0
+
+    def __post_init__(self):
+        if self.blank_test not in BLANK_TESTS:
+            raise ValueError(f"--blank-test is {self.blank_test!r}: choose one of {', '.join(BLANK_TESTS)}.")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """
+    What became of a turn: its scores, and the filter that it did not pass with the rule; `None` if it is kept.
+    """
+
+    turn: Turn
+    scores: dict[str, Any]
+    step: str | None = None
+    reason: str | None = None
+
+    @property
+    def is_kept(self) -> bool:
+        return self.step is None
+
+
+def filter_turns(turns: Sequence[Turn], settings: FilterSettings) -> list[Outcome]:
+    """
+    An outcome for each turn.
+
+    Args:
+        turns: Those of an image one after another. The order decides between two that are alike: the first stays.
+    """
+    about_images = {normalised(turn.question) for turn in turns if _needs_image(turn, settings)}
+    earlier = _Earlier()
+    outcomes = []
+    for turn in turns:
+        scores = _scores(turn)
+        fault = _own_fault(turn, settings, about_images)
+        if fault is None:
+            scores |= earlier.overlaps(turn)
+            fault = earlier.fault(turn, scores, settings)
+        if fault is None:
+            earlier.add(turn)
+        outcomes.append(Outcome(turn, scores, *(fault or (None, None))))
+    if settings.max_per_type is not None:
+        places = _places_by(outcomes, lambda outcome: outcome.scores["type"])
+        outcomes = _thin_out(outcomes, places.values(), settings.max_per_type, settings.seed, "too many of its type")
+    if settings.balance_yes_no:
+        places = _places_by(outcomes, lambda outcome: words_of(outcome.turn.answer)[0])
+        places = [places.get(answer, []) for answer in ("yes", "no")]
+        outcomes = _thin_out(outcomes, places, min(map(len, places)), settings.seed, "too many of its answer")
+    return outcomes
+
+
+def normalised(text: str) -> str:
+    """The words alone: case, spaces and punctuation make no difference."""
+    return " ".join(words_of(text))
+
+
+def overlap(one: str, other: str) -> float:
+    """Jaccard index of the words and pairs of words of two texts: 1 for the same words in the same order."""
+    left, right = (set(words_of(text)) | _pairs(text) for text in (one, other))
+    return len(left & right) / len(left | right) if left | right else 1.0
+
+
+def _pairs(text: str) -> set[tuple[str, str]]:
+    words = words_of(text)
+    return set(pairwise(words))
+
+
+def _scores(turn: Turn) -> dict[str, Any]:
+    scores = {
+        "type": question_type(turn.question),
+        "log_probability": turn.log_probability,
+        "blank_log_probability": turn.blank_log_probability,
+        "blank_answer": turn.blank_answer,
+    }
+    return scores if turn.clip_score is None else {**scores, "clip_score": turn.clip_score}
+
+
+def _needs_image(turn: Turn, settings: FilterSettings) -> bool:
+    return normalised(turn.answer) != normalised(turn.blank_answer) and turn.drop >= settings.min_drop
+
+
+def _own_fault(turn: Turn, settings: FilterSettings, about_images: set[str]) -> tuple[str, str] | None:
+    """The filter and the reason, by what is known of the turn alone and of its question about other images."""
+    if not words_of(turn.question) or not words_of(turn.answer):
+        return "text", "no words"
+    if not turn.question.endswith(SENTENCE_ENDS):
+        return "text", "unfinished question"
+    if turn.is_cut:
+        return "text", "answer cut off"
+    if settings.blank_test == "turn" and not _needs_image(turn, settings):
+        return "image", "same answer to a blank image"
+    if settings.blank_test == "question" and normalised(turn.question) not in about_images:
+        return "image", "question with the same answer to any image and a blank one"
+    if settings.min_log_probability is not None and turn.log_probability < settings.min_log_probability:
+        return "confidence", "low log-probability"
+    if None not in (settings.min_clip_score, turn.clip_score) and turn.clip_score < settings.min_clip_score:
+        return "clip", "low CLIPScore"
+    return None
+
+
+class _Earlier:
+    """The questions that were kept so far: about the image in hand, and about those before it."""
+
+    def __init__(self):
+        self._picture: str | None = None
+        self._of_picture: list[str] = []
+        self._pairs_before: set[tuple[str, str]] = set()
+        self._counts: Counter[str] = Counter()
+
+    def overlaps(self, turn: Turn) -> dict[str, float]:
+        """With the most alike question about the same image, and with all about those before."""
+        if turn.picture != self._picture:
+            self._pairs_before.update(*map(_pairs, self._of_picture))
+            self._picture, self._of_picture = turn.picture, []
+        own = max((overlap(turn.question, each) for each in self._of_picture), default=0.0)
+        pairs = _pairs(turn.question)
+        known = len(pairs & self._pairs_before) / len(pairs) if pairs else 0.0
+        return {"overlap": round(own, 4), "set_overlap": round(known, 4)}
+
+    def fault(self, turn: Turn, scores: dict[str, Any], settings: FilterSettings) -> tuple[str, str] | None:
+        if settings.max_overlap is not None and scores["overlap"] > settings.max_overlap:
+            return "duplicate", "like another of the image"
+        if settings.max_repeats is not None and self._counts[normalised(turn.question)] >= settings.max_repeats:
+            return "duplicate", "too often in the set"
+        if settings.max_set_overlap is not None and scores["set_overlap"] > settings.max_set_overlap:
+            return "duplicate", "words of earlier questions"
+        return None
+
+    def add(self, turn: Turn) -> None:
+        self._of_picture.append(turn.question)
+        self._counts[normalised(turn.question)] += 1
+
+
+def _places_by(outcomes: Sequence[Outcome], key: Callable[[Outcome], str]) -> dict[str, list[int]]:
+    """The places of what is kept, by a property of it."""
+    places: dict[str, list[int]] = {}
+    for place, outcome in enumerate(outcomes):
+        if outcome.is_kept:
+            places.setdefault(key(outcome), []).append(place)
+    return places
+
+
+def _thin_out(
+    outcomes: Sequence[Outcome], groups: Iterable[list[int]], limit: int, seed: int, reason: str
+) -> list[Outcome]:
+    """Keeps of each group of places so many: those of the lowest draw, which is a turn's own."""
+    dropped = set()
+    for places in groups:
+        dropped |= set(sorted(places, key=lambda place: _draw(outcomes[place].turn, seed))[limit:])
+    return [
+        replace(outcome, step="balance", reason=reason) if place in dropped else outcome
+        for place, outcome in enumerate(outcomes)
+    ]
+
+
+def _draw(turn: Turn, seed: int) -> bytes:
+    return hashlib.blake2b(f"{seed}:{turn.number}:{turn.picture}".encode(), digest_size=8).digest()

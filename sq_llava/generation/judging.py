@@ -1,0 +1,78 @@
+"""A judge of turns that a model made of images: another vision-language model behind an OpenAI-compatible server.
+
+It sees the image, the question and the answer, and accepts them or not. What it is told is a file that can be copied
+and edited (`sq-llava generate-data prompts self FOLDER`). What this module does not do: let it mend an answer.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from sq_llava.chat_client import ChatClient, ChatRequest, Messages
+from sq_llava.generation.asking import Asked, ask_all, read_all
+from sq_llava.images import jpeg_data_url, open_image
+
+
+PROMPTS = Path(__file__).parent / "prompts" / "self"
+ATTEMPTS = 3
+WORDS = {"accept": True, "reject": False}
+# Of an image as a server gets it: what most scale larger ones to.
+LONGEST_SIDE, QUALITY = 1024, 90
+
+
+@dataclass(frozen=True)
+class Exhibit:
+    """What the judge sees of a turn."""
+
+    image: Path
+    question: str
+    answer: str
+
+
+def read_prompt(folder: Path) -> str:
+    """
+    What the judge is told, from `judge.txt`.
+
+    Raises:
+        ValueError: if the file is missing or empty.
+    """
+    path = folder / "judge.txt"
+    text = path.read_text(encoding="utf-8").strip() if path.is_file() else ""
+    if not text:
+        raise ValueError(f"{path}: missing or empty. Start from a copy: sq-llava generate-data prompts self {folder}")
+    return text
+
+
+def judge_turns(client: ChatClient, prompt: str, exhibits: Mapping[str, Exhibit], batch: bool = False) -> Asked:
+    """
+    Whether each turn is accepted, by its id; `None` if the judge's answer could not be read in `ATTEMPTS`. A client
+    that only reads asks nothing.
+    """
+
+    def judge(exhibit: Exhibit) -> bool | None:
+        messages = as_messages(prompt, exhibit)
+        for attempt in range(ATTEMPTS):
+            word = client.complete(messages, attempt).split(maxsplit=1)[0].strip("\"'.,:;*#").lower()
+            if word in WORDS:
+                return WORDS[word]
+        return None
+
+    if client.reads_only:
+        results, missing = read_all(client, exhibits, judge)
+        return Asked(results, {}, len(missing))
+    return ask_all(client, exhibits, judge, "Judging", batch)
+
+
+def first_requests(client: ChatClient, prompt: str, exhibits: Mapping[str, Exhibit]) -> list[ChatRequest]:
+    """What is asked about each turn at least, for an estimate."""
+    return [client.request(as_messages(prompt, exhibit)) for exhibit in exhibits.values()]
+
+
+def as_messages(prompt: str, exhibit: Exhibit) -> Messages:
+    image = open_image(exhibit.image)
+    text = f"Question: {exhibit.question}\nAnswer: {exhibit.answer}"
+    parts = [
+        {"type": "image_url", "image_url": {"url": jpeg_data_url(image, LONGEST_SIDE, QUALITY)}},
+        {"type": "text", "text": text},
+    ]
+    return [{"role": "system", "content": prompt}, {"role": "user", "content": parts}]

@@ -1,0 +1,328 @@
+"""Captions and boxes -> conversations, descriptions and reasoning, written by a text-only language model.
+
+    export OPENAI_API_KEY=...
+    sq-llava generate-data llava captions_train2017.json --instances instances_train2017.json \
+        --model gpt-4o --max-cost 20 --input-price 2.5 --output-price 10 --out runs/coco
+
+As LLaVA's data was made (https://arxiv.org/abs/2304.08485, section 3): the model reads the captions and boxes of an
+image in place of its pixels; for each kind of row there is a system message, a few examples, then the image at hand.
+Wording and examples are this project's, in `sq_llava/generation/prompts/llava`, which can be copied and edited. Kinds
+are drawn by seed and image, by default in LLaVA's shares, 58 : 23 : 77. What is not done: look at the image. What the
+captions get wrong stays wrong.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from sq_llava.chat_client import ChatClient, ChatSettings, Estimate, Messages
+from sq_llava.generation.asking import Asked, ask_all
+from sq_llava.generation.rows import Card, Rejected, Shard, make_row, write_output
+from sq_llava.generation.scenes import Box, Scene, read_scenes
+from sq_llava.generation.turns import Turn, fault_of, parse_turns
+from sq_llava.run_note import check_note, write_note
+
+
+PROMPTS = Path(__file__).parent / "prompts" / "llava"
+KINDS = ("conversation", "detail", "reasoning")
+# Thousands of rows in LLaVA's set.
+SHARES = "conversation=58,detail=23,reasoning=77"
+# What must be the same for the answers in a folder to make one set.
+IDENTITY = (
+    *("kind", "captions_hash", "instances_hash", "prompts_hash", "model", "temperature", "max_tokens", "shares"),
+    *("kinds_per_image", "seed", "num_shards"),
+)
+JOURNAL = "answers.jsonl"
+
+
+@dataclass(frozen=True)
+class LlavaSettings:
+    """
+    Args:
+        captions, instances (`Path`): As of [`read_scenes`].
+        out (`Path`): Folder to write.
+        chat (`ChatSettings`): Whom to ask.
+        prompts (`Path`): Folder of [`read_prompts`].
+        shares (`str`): Of the kinds, as of [`parse_shares`].
+        kinds_per_image (`int`): Rows to be made of each image, of different kinds.
+        limit (`int`, *optional*): The first so many images.
+        seed (`int`): Of what is drawn.
+        shard (`Shard`): The part of the images.
+        batch (`bool`): By the server's Batch API.
+    """
+
+    captions: Path
+    instances: Path | None
+    out: Path
+    chat: ChatSettings
+    prompts: Path = PROMPTS
+    shares: str = SHARES
+    kinds_per_image: int = 1
+    limit: int | None = None
+    seed: int = 0
+    shard: Shard = field(default_factory=Shard)
+    batch: bool = False
+
+
+@dataclass(frozen=True)
+class Task:
+    """One row to be made: of which image, of which kind; of a detailed description, what is asked."""
+
+    id: str
+    scene: Scene
+    kind: str
+    question: str | None
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """
+    Args:
+        systems (`dict`): Kind -> system message.
+        examples (`dict`): Kind -> messages of the worked examples.
+        questions (`tuple[str, ...]`): Requests for a detailed description.
+        sha256 (`str`): Of all files.
+    """
+
+    systems: Mapping[str, str]
+    examples: Mapping[str, Messages]
+    questions: tuple[str, ...]
+    sha256: str
+
+
+def read_prompts(folder: Path = PROMPTS) -> Prompts:
+    """
+    Reads `<kind>.md`, `detail_questions.txt` and `examples.json` of a folder.
+
+    Raises:
+        ValueError: with file, entry and mend, if one is missing or of another form.
+    """
+    contents = {}
+    for name in (*(f"{kind}.md" for kind in KINDS), "detail_questions.txt", "examples.json"):
+        path = folder / name
+        if not path.is_file():
+            raise ValueError(f"{path}: no such file. Start from a copy: sq-llava generate-data prompts llava {folder}")
+        contents[name] = path.read_text(encoding="utf-8")
+        if not contents[name].strip():
+            raise ValueError(f"{path}: is empty.")
+    questions = tuple(filter(None, map(str.strip, contents["detail_questions.txt"].splitlines())))
+    return Prompts(
+        {kind: contents[f"{kind}.md"].strip() for kind in KINDS},
+        _read_examples(contents["examples.json"], folder / "examples.json", questions),
+        questions,
+        hashlib.sha256(json.dumps(contents, sort_keys=True).encode()).hexdigest(),
+    )
+
+
+def _read_examples(content: str, path: Path, questions: tuple[str, ...]) -> dict[str, Messages]:
+    examples = {kind: [] for kind in KINDS}
+    try:
+        for number, each in enumerate(json.loads(content)):
+            boxes = tuple(Box(box["label"], tuple(box["box"])) for box in each.get("boxes", []))
+            scene = Scene("", "", tuple(each["captions"]), boxes)
+            for kind in KINDS:
+                question = questions[number % len(questions)] if kind == "detail" else None
+                said = each[kind] if kind == "detail" else _write_turns(each[kind])
+                examples[kind] += [
+                    {"role": "user", "content": describe(scene, question)},
+                    {"role": "assistant", "content": said},
+                ]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{path}: {error!r}: expected a list of objects with captions (texts), boxes (label and box), "
+            "conversation and reasoning (lists of [question, answer]), and detail (a text)."
+        ) from error
+    return examples
+
+
+def _write_turns(turns: Iterable[Turn]) -> str:
+    return "\n\n".join(f"Question: {question}\nAnswer: {answer}" for question, answer in turns)
+
+
+def describe(scene: Scene, question: str | None = None) -> str:
+    """What the model reads in place of an image."""
+    lines = ["Sentences:", *(f"- {caption}" for caption in scene.captions)]
+    if scene.boxes:
+        lines += ["", "Objects:"]
+        lines += [f"- {box.label}: [{', '.join(f'{edge:.3f}' for edge in box.corners)}]" for box in scene.boxes]
+    if question is not None:
+        lines += ["", f"Request: {question}"]
+    return "\n".join(lines)
+
+
+def parse_shares(text: str) -> dict[str, float]:
+    """
+    Of `conversation=58,detail=23,reasoning=77`; a kind that is left out is not made.
+
+    Raises:
+        ValueError: if it is something else.
+    """
+    shares = dict.fromkeys(KINDS, 0.0)
+    for part in text.split(","):
+        kind, _, share = part.strip().partition("=")
+        try:
+            shares[kind], is_known = float(share), kind in KINDS
+        except ValueError:
+            is_known = False
+        if not is_known or not 0 <= shares[kind] < float("inf"):
+            raise ValueError(f"--shares {text}: give such as conversation=58,detail=23,reasoning=77.")
+    if not any(shares.values()):
+        raise ValueError(f"--shares {text}: one of them must be above 0.")
+    return shares
+
+
+def draw_tasks(
+    scenes: Iterable[Scene], shares: Mapping[str, float], kinds_per_image: int, prompts: Prompts, seed: int
+) -> Iterator[Task]:
+    """The rows to be made: of each image, so many different kinds, drawn by seed and image alone."""
+    for scene in scenes:
+        # The largest of u ** (1 / share) is a draw in these shares, and the next ones go on without replacement:
+        # Efraimidis and Spirakis, https://doi.org/10.1016/j.ipl.2005.11.003.
+        drawn = {kind: uniform(seed, scene.id, kind) ** (1 / share) for kind, share in shares.items() if share}
+        for kind in sorted(drawn, key=drawn.get, reverse=True)[:kinds_per_image]:
+            place = int(uniform(seed, scene.id, "question") * len(prompts.questions))
+            question = prompts.questions[place] if kind == "detail" else None
+            yield Task(f"{scene.id}-{kind}", scene, kind, question)
+
+
+def uniform(seed: int, *names: str) -> float:
+    """A number from 0 to 1 that depends on its arguments alone."""
+    digest = hashlib.sha256(json.dumps([seed, *names]).encode()).digest()
+    return int.from_bytes(digest[:8], "big") / 2**64
+
+
+def messages_of(task: Task, prompts: Prompts) -> Messages:
+    return [
+        {"role": "system", "content": prompts.systems[task.kind]},
+        *prompts.examples[task.kind],
+        {"role": "user", "content": describe(task.scene, task.question)},
+    ]
+
+
+def read_answer(task: Task, text: str) -> tuple[dict[str, Any] | None, list[Rejected]]:
+    """
+    The row that the model's text makes, if it makes one, and what of it was left out. A conversation ends before the
+    first turn that breaks a rule: what follows may refer to it.
+    """
+    text = text.rpartition("</think>")[2].strip()  # what a server does not take out by itself
+    if task.kind == "detail":
+        turns = [(task.question, text)]
+    else:
+        try:
+            turns = parse_turns(text)
+        except ValueError as error:
+            return None, [Rejected(task.id, task.kind, str(error), text)]
+        if task.kind == "reasoning" and len(turns) > 1:
+            return None, [Rejected(task.id, task.kind, "several questions", text)]
+    kept: list[Turn] = []
+    rejected: list[Rejected] = []
+    for place, turn in enumerate(turns):
+        reason = fault_of(turn, task.kind, kept)
+        if reason is not None:
+            reasons = [reason, *["after a turn left out"] * (len(turns) - place - 1)]
+            rejected = [
+                Rejected(task.id, task.kind, why, _write_turns([each])) for why, each in zip(reasons, turns[place:])
+            ]
+            break
+        kept.append(turn)
+    row = make_row(task.id, [task.scene.image], kept, kind=task.kind) if kept else None
+    return row, rejected
+
+
+def read_tasks(settings: LlavaSettings, prompts: Prompts) -> dict[str, Task]:
+    """
+    The rows to be made, by their id.
+
+    Raises:
+        ValueError: if captions, boxes or shares are wrong.
+    """
+    shares = parse_shares(settings.shares)
+    scenes = settings.shard.take(read_scenes(settings.captions, settings.instances)[: settings.limit])
+    return {task.id: task for task in draw_tasks(scenes, shares, settings.kinds_per_image, prompts, settings.seed)}
+
+
+def estimate(settings: LlavaSettings) -> Estimate:
+    """What it will take to make what is not there yet; nothing is asked or written."""
+    prompts = read_prompts(settings.prompts)
+    client = ChatClient(settings.chat, settings.out / settings.shard.name(JOURNAL), reads_only=True)
+    requests = (client.request(messages_of(task, prompts)) for task in read_tasks(settings, prompts).values())
+    return client.estimate(request for request in requests if client.journal.get(request.key) is None)
+
+
+@dataclass(frozen=True)
+class Made:
+    """What a run came to: what was asked, and how many rows all texts that are there make."""
+
+    asked: Asked
+    num_rows: int
+
+
+def generate(settings: LlavaSettings, command: str) -> Made:
+    """
+    Asks for each row and writes the folder, as far as it comes.
+
+    Args:
+        command (`str`): For the data card.
+
+    Raises:
+        ValueError: before anything is asked, if the input is wrong or the folder holds another run.
+    """
+    prompts = read_prompts(settings.prompts)
+    tasks = read_tasks(settings, prompts)
+    client = ChatClient(settings.chat, settings.out / settings.shard.name(JOURNAL))
+    about = check_note(settings.out, describe_run(settings, prompts, command), IDENTITY)
+    write_note(settings.out, about, f"-{settings.shard.index}")
+    asked = ask_all(
+        client, tasks, lambda task: client.complete(messages_of(task, prompts)), "Asking", batch=settings.batch
+    )
+    read = [read_answer(tasks[id], text) for id, text in asked.results.items()]
+    rows = [row for row, _ in read if row is not None]
+    rejected = [each for _, left_out in read for each in left_out]
+    card = _card(about | {"answered by": ", ".join(client.report()["answered_by"])})
+    write_output(settings.out, settings.shard, rows, rejected, asked.failures, card)
+    return Made(asked, len(rows))
+
+
+def describe_run(settings: LlavaSettings, prompts: Prompts, command: str) -> dict[str, Any]:
+    """What it takes to make the set again."""
+    return {
+        "kind": "llava",
+        "command": command,
+        "captions": settings.captions.name,
+        "captions_hash": _hash_of_file(settings.captions),
+        "instances_hash": _hash_of_file(settings.instances) if settings.instances is not None else None,
+        "prompts_hash": prompts.sha256,
+        "model": settings.chat.model,
+        "temperature": settings.chat.temperature,
+        "max_tokens": settings.chat.max_tokens,
+        "shares": settings.shares,
+        "kinds_per_image": settings.kinds_per_image,
+        "limit": settings.limit,
+        "seed": settings.seed,
+        "num_shards": settings.shard.count,
+    }
+
+
+def _hash_of_file(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _card(about: Mapping[str, Any]) -> Card:
+    return Card(
+        title="Instructions from captions and boxes",
+        summary=(
+            "Conversations, detailed descriptions and reasoning about images, written by a language model that read "
+            "captions and boxes in place of the pixels, as for LLaVA (https://arxiv.org/abs/2304.08485)."
+        ),
+        settings=about,
+        shares=("kind",),
+        not_checked=(
+            "Whether a text is true of its image: nobody and no model looked at one.",
+            "Whether the captions and boxes are right.",
+            "Texts for what they offend or stereotype. The rules know English alone.",
+        ),
+    )

@@ -1,0 +1,113 @@
+"""A sheet for a person's check: one HTML file with image, text, and keep or drop; and the decisions read back.
+
+    write_sheet(out / "review.html", entries, title)
+    read_decisions(Path("decisions.json"))
+
+The file needs no network and no server: images are in it, small; texts are escaped; a Content-Security-Policy lets the
+one script run and nothing be fetched. What is decided is kept in the browser until "Save decisions" writes a JSON
+file. A decision is about a text: for another text of the same row it does not count.
+"""
+
+import base64
+import hashlib
+import html
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from sq_llava.images import jpeg_data_url
+
+
+# Of the pictures in the sheet: 5,000 of them make about 100 MB.
+THUMBNAIL_SIDE = 384
+THUMBNAIL_QUALITY = 80
+DECISIONS = ("keep", "drop")
+TEMPLATE = Path(__file__).parent / "review_sheet.html"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A row to be looked at, its image opened, and what was decided about it before."""
+
+    id: str
+    image: Image.Image
+    text: str
+    decision: str | None = None
+
+
+def hash_of_text(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def write_sheet(path: Path, entries: Iterable[Entry], title: str) -> None:
+    """Writes the sheet, in one step. Entries are asked for one by one."""
+    page = TEMPLATE.read_text(encoding="utf-8")
+    script = page.partition("<script>")[2].partition("</script>")[0]
+    page = page.replace("SCRIPT_HASH", base64.b64encode(hashlib.sha256(script.encode()).digest()).decode())
+    head, _, foot = page.partition("ENTRIES")
+    new = path.with_suffix(".new")
+    with new.open("w", encoding="utf-8") as file:
+        file.write(head.replace("TITLE", html.escape(title)))
+        for entry in entries:
+            file.write(_entry_html(entry))
+        file.write(foot)
+    new.replace(path)
+
+
+def _entry_html(entry: Entry) -> str:
+    decision = f' data-decision="{entry.decision}"' if entry.decision else ""
+    return (
+        f'<article tabindex="-1" data-id="{html.escape(entry.id)}" data-hash="{hash_of_text(entry.text)}"{decision}>'
+        f'<img src="{jpeg_data_url(entry.image, THUMBNAIL_SIDE, THUMBNAIL_QUALITY)}" alt="">'
+        f"<div><p>{html.escape(entry.text)}</p><footer><code>{html.escape(entry.id)}</code>"
+        '<button type="button" data-decide="keep">Keep</button>'
+        '<button type="button" data-decide="drop">Drop</button></footer></div></article>\n'
+    )
+
+
+def read_decisions(path: Path) -> dict[tuple[str, str], str]:
+    """
+    What the sheet saved: (id, hash of the text) -> "keep" or "drop".
+
+    Raises:
+        ValueError: if the file is no such JSON: with entry, field and value.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ValueError(f"--decisions {path}: no such file.") from error
+    except ValueError as error:
+        raise ValueError(f"--decisions {path}: not JSON ({error}): save it from the sheet anew.") from error
+    if not isinstance(content, list):
+        raise ValueError(f"--decisions {path}: is {type(content).__name__}: expected the list that the sheet saves.")
+    return dict(_decision(entry, f"--decisions {path}, entry {number}") for number, entry in enumerate(content))
+
+
+def _decision(entry: Any, place: str) -> tuple[tuple[str, str], str]:
+    if not isinstance(entry, Mapping):
+        raise ValueError(f"{place}: is {entry!r:.100}: expected an object with id, text_hash and decision.")
+    for name in ("id", "text_hash", "decision"):
+        if not isinstance(entry.get(name), str):
+            raise ValueError(f"{place}: {name} is {entry.get(name)!r:.100}: expected a text, as the sheet saves it.")
+    if entry["decision"] not in DECISIONS:
+        raise ValueError(f"{place}: decision is {entry['decision']!r:.100}: expected {' or '.join(DECISIONS)}.")
+    return (entry["id"], entry["text_hash"]), entry["decision"]
+
+
+def check_decisions(decisions: Iterable[tuple[str, str]], texts: Mapping[str, str], path: Path) -> None:
+    """
+    Raises:
+        ValueError: for a decision about a row that is not in the sheet, or about another text of it.
+    """
+    for id, text_hash in decisions:
+        if id not in texts:
+            raise ValueError(f"--decisions {path}: {id!r} is no row of this sheet: save it from this folder's sheet.")
+        if hash_of_text(texts[id]) != text_hash:
+            raise ValueError(
+                f"--decisions {path}: the text of {id!r} has changed since it was decided about: look at review.html "
+                "anew, and save again."
+            )

@@ -1,0 +1,125 @@
+"""Scores of what a model asked and answered itself: how sure it was, what a blank image changes, what a CLIP says.
+
+Each picture's turns go through the model in one batch of their own, with the picture and with a blank one, so that
+the scores are the same to the last bit however the work was cut into runs. They stand beside what was asked:
+
+    FOLDER/scored-*.jsonl         log-probabilities of the answers, and their lengths
+    FOLDER/clip-<hash>-*.jsonl    CLIPScores by the CLIP of that hash
+"""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from jinja2 import TemplateError
+from PIL import Image
+from rich.console import Console
+from rich.progress import Progress
+from torch.nn import functional as F
+
+from sq_llava.evaluation.progress import open_lines, read_lines, write_line
+from sq_llava.evaluation.questions import ClipScorer, Picture, blank_like
+from sq_llava.images import open_image
+from sq_llava.inference import Assistant
+from sq_llava.self_questioning import IGNORE_INDEX, SelfQuestioningCollator
+
+
+# Of CLIPScore (Hessel et al. 2021, https://arxiv.org/abs/2104.08718): 2.5 * max(cosine, 0).
+CLIP_SCORE_WEIGHT = 2.5
+NUM_DIGITS = 4
+
+
+def score_each(
+    folder: Path,
+    stem: str,
+    pictures: Sequence[Picture],
+    asked: Sequence[dict[str, Any]],
+    score: Callable[[Picture, dict[str, Any]], dict[str, Any]],
+) -> list[dict[str, Any]]:
+    """
+    Scores what was asked about each picture, over processes, going on from what `folder` holds.
+
+    Args:
+        asked: For each picture, as of `ask_about`; what failed there is not scored.
+        score (`Callable`): Gives the scores of a picture; a `ValueError` or `RuntimeError` becomes its `error`.
+
+    Returns:
+        For each picture, in order: `id`, the scores, `error`.
+    """
+    state = PartialState()
+    done = read_lines(folder, stem, [picture.id for picture in pictures])
+    pairs = list(zip(pictures, asked, strict=True))
+    rest = [(picture, line) for picture, line in pairs if line["error"] is None and picture.id not in done]
+    rest = rest[state.process_index :: state.num_processes]
+    fresh = []
+    with (
+        open_lines(folder, stem) as file,
+        Progress(console=Console(stderr=True), transient=True, disable=not state.is_main_process) as progress,
+    ):
+        for picture, line in progress.track(rest, description="Scoring"):
+            try:
+                scored = {"id": picture.id, **score(picture, line), "error": None}
+            except (ValueError, RuntimeError, TemplateError) as error:
+                scored = {"id": picture.id, "error": f"{type(error).__name__}: {error}"}
+            fresh.append(scored)
+            write_line(file, scored)
+            file.flush()
+    done |= {line["id"]: line for line in gather_object(fresh)}
+    return [done.get(picture.id, {"id": picture.id, "error": line["error"]}) for picture, line in pairs]
+
+
+def score_answers(assistant: Assistant, picture: Picture, asked: dict[str, Any]) -> dict[str, list]:
+    """
+    Of each answer: `log_probability`, the mean of its tokens; `blank_log_probability`, with a blank image; and
+    `num_tokens`. The end of the turn is one of the tokens.
+    """
+    image = open_image(picture.image)
+    turns = list(zip(asked["questions"], asked["answers"], strict=True))
+    shown = [(image, *turn) for turn in turns] + [(blank_like(assistant, image), *turn) for turn in turns]
+    log_probabilities, num_tokens = mean_log_probabilities(assistant, shown)
+    return {
+        "log_probability": log_probabilities[: len(turns)],
+        "blank_log_probability": log_probabilities[len(turns) :],
+        "num_tokens": num_tokens[: len(turns)],
+    }
+
+
+@torch.inference_mode()
+def mean_log_probabilities(
+    assistant: Assistant, turns: Sequence[tuple[Image.Image, str, str]]
+) -> tuple[list[float], list[int]]:
+    """
+    The mean log-probability of each answer's tokens, its end included, and how many these are.
+
+    Args:
+        turns: Image, question and answer. An image that stands in several goes through the tower once.
+    """
+    collator = SelfQuestioningCollator(assistant.processor, self_question_ratio=0.0)
+    batch = collator([_row(number, *turn) for number, turn in enumerate(turns)])
+    inputs = {name: value for name, value in batch.items() if name not in ("labels", "turn_kinds", "row_ids")}
+    inputs = {name: torch.as_tensor(value).to(assistant.model.device) for name, value in inputs.items()}
+    labels = batch["labels"][:, 1:].to(assistant.model.device)
+    spoken = labels != IGNORE_INDEX
+    # Of a large vocabulary, the logits of all positions would need more memory than all else.
+    logits = assistant.model(**inputs, positions_to_keep=F.pad(spoken, (0, 1)), use_cache=False).logits.float()
+    losses = F.cross_entropy(logits, labels[spoken], reduction="none")
+    num_tokens = spoken.sum(dim=1).tolist()
+    means = [-float(of_answer.mean()) for of_answer in losses.split(num_tokens)]
+    return [round(mean, NUM_DIGITS) for mean in means], num_tokens
+
+
+def _row(number: int, image: Image.Image, question: str, answer: str) -> dict[str, Any]:
+    content = [{"type": "image"}, {"type": "text", "text": question}]
+    messages = [{"role": "user", "content": content}]
+    messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
+    return {"row_id": number, "messages": messages, "images": [image]}
+
+
+def score_with_clip(scorer: ClipScorer, picture: Picture, asked: dict[str, Any]) -> dict[str, list[float]]:
+    """`clip_score` of each turn: CLIPScore of the picture and its question and answer."""
+    texts = [f"{question} {answer}" for question, answer in zip(asked["questions"], asked["answers"], strict=True)]
+    cosines = scorer.cosines([open_image(picture.image)], texts).squeeze(1).tolist()
+    return {"clip_score": [round(CLIP_SCORE_WEIGHT * max(cosine, 0.0), NUM_DIGITS) for cosine in cosines]}

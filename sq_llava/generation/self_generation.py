@@ -1,0 +1,345 @@
+"""`sq-llava generate-data self`: a model asks about images without labels, answers, and what passes filters is data.
+
+    sq-llava generate-data self photos --model runs/demo/model -n 8 --out runs/self
+
+The model asks n questions about each image and answers them, with the image and with a blank one; its answers are
+scored (`scoring.py`), turns are filtered (`filters.py`), and judged if a judge is named (`judging.py`). What is left
+of an image is a conversation, with the scores of each turn. Beside the files of every way of making data:
+
+    OUT/asked-*.jsonl, scored-*.jsonl, clip-*.jsonl    what the models gave for each image, as it came
+
+These and the judge's answers are all the state there is: a run that was killed goes on from them, and with other
+filters the same command makes the set anew without a model. Of `--shard i/n`, each shard is a set of its own to the
+filters that look at a whole set. What it does not do: know whether an answer is right.
+"""
+
+import hashlib
+import shlex
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+from accelerate import PartialState
+
+from sq_llava.chat_client import BYTES_PER_TOKEN, ChatClient, ChatSettings, Estimate
+from sq_llava.evaluation.progress import read_lines
+from sq_llava.evaluation.questions import AskSettings, ClipScorer, Picture, ask_about, read_pictures
+from sq_llava.evaluation.results import hash_of_model
+from sq_llava.generation.asking import Asked
+from sq_llava.generation.filters import FilterSettings, Outcome, Turn, filter_turns
+from sq_llava.generation.judging import PROMPTS, Exhibit, first_requests, judge_turns, read_prompt
+from sq_llava.generation.rows import Card, Rejected, Shard, make_row, write_output
+from sq_llava.generation.scoring import score_answers, score_each, score_with_clip
+from sq_llava.inference import best_device, load
+from sq_llava.provenance import public_name
+from sq_llava.run_note import check_note, write_note
+
+
+# What must be the same for what the models gave to be taken over.
+IDENTITY = ("model_hash", "ask", "dtype")
+# Of an image's content, in its id and for its own draws.
+DIGEST_LETTERS = 12
+INTERRUPTED = "stopped by Ctrl-C. Run again: what was done is kept."
+NOT_CHECKED = (
+    "Whether the answers are right: they are the model's own; a confident mistake passes the filters.",
+    "Whether what the model asks about is what matters in an image.",
+)
+
+
+@dataclass(frozen=True)
+class SelfGeneration:
+    """What is asked for; `images`, `image_root` as of `read_pictures`, `clip` as of [`ClipScorer`]."""
+
+    model: str
+    images: str
+    out: Path
+    ask: AskSettings = field(default_factory=AskSettings)
+    filters: FilterSettings = field(default_factory=FilterSettings)
+    image_root: str | None = None
+    limit: int | None = None
+    shard: Shard = field(default_factory=Shard)
+    clip: str | None = None
+    judge: ChatSettings | None = None
+    judge_in_batches: bool = False
+    prompts: Path = PROMPTS
+    dtype: str = "auto"
+    device: str | None = None
+    batch_size: int = 4
+
+    def __post_init__(self):
+        if self.filters.min_clip_score is not None and self.clip is None:
+            raise ValueError("--min-clip-score needs --clip: a folder or Hub id of a whole CLIP.")
+
+    @property
+    def progress(self) -> Path:
+        """Where the lines of the models stand; each shard's own."""
+        shard = self.shard
+        return self.out if shard.count == 1 else self.out / f"shard-{shard.index:05}-of-{shard.count:05}"
+
+
+@dataclass(frozen=True)
+class Made:
+    """
+    What a run made; `left_out` counts turns by the filter, `num_open` images or turns that were not come to before
+    the run was stopped.
+    """
+
+    num_images: int
+    num_turns: int
+    num_rows: int
+    num_kept: int
+    left_out: dict[str, int]
+    num_failed: int
+    num_open: int = 0
+    stopped: str | None = None
+
+
+def generate(run: SelfGeneration) -> Made | None:
+    """
+    Asks, scores, filters and judges; writes `run.out`. On several processes (torchrun) the first one returns what was
+    made, the others `None`.
+
+    Raises:
+        ValueError: before a model is loaded, if there are no images, one stands in a table or outside of the root,
+            or the folder holds another run.
+    """
+    device = run.device or best_device()
+    state = PartialState(cpu=device == "cpu")
+    pictures = read_images(run)
+    client = None if run.judge is None else ChatClient(run.judge, run.out / run.shard.name("answers.jsonl"))
+    about = claim(run, state)
+    stopped = None
+    try:
+        ask_and_score(run, pictures, str(state.device) if state.num_processes > 1 else device)
+    except KeyboardInterrupt:
+        if state.num_processes > 1:
+            raise
+        stopped = INTERRUPTED
+    lines, failures, num_open = read_work(run, pictures)
+    if not state.is_main_process:
+        return None
+    outcomes = filter_turns(as_turns(run, lines), run.filters)
+    if client is not None:
+        client.reads_only = stopped is not None
+        outcomes, asked = judge(run, client, outcomes)
+        failures |= asked.failures
+        num_open, stopped = num_open + asked.num_open, stopped or asked.stopped
+    return replace(write(run, pictures, outcomes, failures, about), num_open=num_open, stopped=stopped)
+
+
+def read_images(run: SelfGeneration) -> list[Picture]:
+    """
+    The images of this shard. An image's id is its path in the image root with a hash of its content: what was asked
+    about another image is not taken over. Its draws follow from its content alone, in any order and shard.
+
+    Raises:
+        ValueError: if there are none, or one stands in a table or leaves the image root.
+    """
+    root = root_of(run)
+    pictures = []
+    for picture in run.shard.take(read_pictures(run.images, run.image_root)[: run.limit]):
+        if isinstance(picture.image, dict):
+            raise ValueError(f"{run.images}, {picture.id}: the image stands in the table: save it as a file.")
+        path = Path(picture.image)
+        if isinstance(picture.image, Path):  # of a folder; in a data set's row, it stands in the resolved root
+            path = Path(run.images).resolve() / path.name
+        if not path.is_relative_to(root) or not path.resolve().is_relative_to(root):
+            raise ValueError(f"{run.images}: {path} leaves the image root {root}: copy it there.")
+        content = path.read_bytes() if path.is_file() else b""  # it will be recorded as failed
+        digest = hashlib.sha256(content).hexdigest()[:DIGEST_LETTERS]
+        id = f"{path.relative_to(root).as_posix()}@{digest}"
+        pictures.append(replace(picture, id=id, image=path, number=int(digest, 16)))
+    return pictures
+
+
+def root_of(run: SelfGeneration) -> Path:
+    place = Path(run.images)
+    return Path(run.image_root or (place if place.is_dir() else place.parent)).resolve()
+
+
+def path_of(picture_id: str) -> str:
+    """The path in the image root."""
+    return picture_id.rpartition("@")[0]
+
+
+def describe(run: SelfGeneration) -> dict[str, Any]:
+    """What it takes to repeat the run."""
+    return {
+        "kind": "self",
+        "model": public_name(run.model),
+        "model_hash": hash_of_model(run.model),
+        "ask": asdict(run.ask),
+        "dtype": run.dtype,
+        "filters": asdict(run.filters),
+        "clip": run.clip and public_name(run.clip),
+        "judge": run.judge and run.judge.model,
+        "prompts_hash": run.judge and hashlib.sha256(read_prompt(run.prompts).encode()).hexdigest(),
+        "command": shlex.join(["sq-llava", *sys.argv[1:]]),
+    }
+
+
+def claim(run: SelfGeneration, state: PartialState) -> dict[str, Any]:
+    """Notes in the folder what the run is, if it holds no other one."""
+    about = check_note(run.out, describe(run), IDENTITY)
+    state.wait_for_everyone()
+    if state.is_main_process:
+        write_note(run.out, about, f"-{run.shard.index}")
+    state.wait_for_everyone()
+    return about
+
+
+@cache
+def clip_stem(run: SelfGeneration) -> str:
+    """Of the lines with the scores of this CLIP; one with other weights has its own."""
+    return f"clip-{hash_of_model(run.clip)[:DIGEST_LETTERS]}"
+
+
+def ask_and_score(run: SelfGeneration, pictures: Sequence[Picture], device: str) -> None:
+    """Adds to the lines in the folder what is missing. A model of which nothing is missing is not loaded."""
+    ids = [picture.id for picture in pictures]
+    asked, scored = (read_lines(run.progress, stem, ids) for stem in ("asked", "scored"))
+    if len(asked) < len(ids) or len(scored) < len(ids):
+        assistant = load(run.model, device=device, dtype=run.dtype)
+        asked = {line["id"]: line for line in ask_about(assistant, pictures, run.progress, run.ask, run.batch_size)}
+        lines = [asked[id] for id in ids]
+        score_each(run.progress, "scored", pictures, lines, partial(score_answers, assistant))
+    if run.clip is not None and len(read_lines(run.progress, clip_stem(run), ids)) < len(ids):
+        scorer = ClipScorer(run.clip, device)
+        lines = [asked[id] for id in ids]
+        score_each(run.progress, clip_stem(run), pictures, lines, partial(score_with_clip, scorer))
+
+
+def read_work(
+    run: SelfGeneration, pictures: Sequence[Picture]
+) -> tuple[dict[str, list[dict[str, Any]]], dict[str, str], int]:
+    """By their ids the images' lines, what was asked and its scores; the errors of others; how many have neither."""
+    ids = [picture.id for picture in pictures]
+    stems = ["asked", "scored", *([] if run.clip is None else [clip_stem(run)])]
+    found = [read_lines(run.progress, stem, ids, with_failed=True) for stem in stems]
+    lines, failures = {}, {}
+    for id in ids:
+        of_image = [each[id] for each in found if id in each]
+        error = next((line["error"] for line in of_image if line["error"] is not None), None)
+        if error is not None:
+            failures[path_of(id)] = error
+        elif len(of_image) == len(stems):
+            lines[id] = of_image
+    return lines, failures, len(ids) - len(lines) - len(failures)
+
+
+def as_turns(run: SelfGeneration, lines: dict[str, list[dict[str, Any]]]) -> list[Turn]:
+    turns = []
+    for id, (asked, scored, *clip) in lines.items():
+        for number, (question, answer) in enumerate(zip(asked["questions"], asked["answers"], strict=True)):
+            turns.append(
+                Turn(
+                    picture=path_of(id),
+                    number=number,
+                    question=question,
+                    answer=answer,
+                    blank_answer=asked["blank_answers"][number],
+                    log_probability=scored["log_probability"][number],
+                    blank_log_probability=scored["blank_log_probability"][number],
+                    # The end of the turn, which is not generated then, is one token more.
+                    is_cut=scored["num_tokens"][number] > run.ask.max_new_tokens,
+                    clip_score=clip[0]["clip_score"][number] if clip else None,
+                )
+            )
+    return turns
+
+
+def turn_id(turn: Turn) -> str:
+    return f"{turn.picture}#{turn.number}"
+
+
+def exhibits_of(run: SelfGeneration, outcomes: Sequence[Outcome]) -> dict[str, Exhibit]:
+    root = root_of(run)
+    turns = [outcome.turn for outcome in outcomes if outcome.is_kept]
+    return {turn_id(turn): Exhibit(root / turn.picture, turn.question, turn.answer) for turn in turns}
+
+
+def judge(run: SelfGeneration, client: ChatClient, outcomes: Sequence[Outcome]) -> tuple[list[Outcome], Asked]:
+    """What the judge leaves of the outcomes; turns that it did not come to are in none of them."""
+    asked = judge_turns(client, read_prompt(run.prompts), exhibits_of(run, outcomes), run.judge_in_batches)
+    judged = []
+    for outcome in outcomes:
+        if not outcome.is_kept:
+            judged.append(outcome)
+        elif turn_id(outcome.turn) in asked.results:
+            accepted = asked.results[turn_id(outcome.turn)]
+            reason = "not readable" if accepted is None else "rejected"
+            judged.append(outcome if accepted else replace(outcome, step="judge", reason=reason))
+    return judged, asked
+
+
+def write(
+    run: SelfGeneration,
+    pictures: Sequence[Picture],
+    outcomes: Sequence[Outcome],
+    failures: dict[str, str],
+    about: dict[str, Any],
+) -> Made:
+    """Writes the rows, what was left out and why, and the card."""
+    of_picture: dict[str, list[Outcome]] = {}
+    rejected = []
+    for outcome in outcomes:
+        if outcome.is_kept:
+            of_picture.setdefault(outcome.turn.picture, []).append(outcome)
+        else:
+            text = f"{outcome.turn.question}\n{outcome.turn.answer}"
+            rejected.append(Rejected(turn_id(outcome.turn), outcome.step, outcome.reason, text, outcome.scores))
+    write_output(run.out, run.shard, map(as_row, of_picture.values()), rejected, failures, as_card(about))
+    return Made(
+        num_images=len(pictures),
+        num_turns=len(outcomes),
+        num_rows=len(of_picture),
+        num_kept=len(outcomes) - len(rejected),
+        left_out=dict(Counter(f"{each.step}: {each.reason}" for each in rejected)),
+        num_failed=len(failures),
+    )
+
+
+def as_row(outcomes: Sequence[Outcome]) -> dict[str, Any]:
+    """The conversation about an image."""
+    picture = outcomes[0].turn.picture
+    turns = [(outcome.turn.question, outcome.turn.answer) for outcome in outcomes]
+    scores = [outcome.scores for outcome in outcomes]
+    return make_row(picture, [picture], turns, kind="self", types=[each["type"] for each in scores], scores=scores)
+
+
+def as_card(about: dict[str, Any]) -> Card:
+    summary = (
+        f"Questions and answers about images without labels, all by {about['model']}: it asked, it answered, and what "
+        "passed the filters below is here, with the scores of each turn."
+    )
+    settings = {name: value for name, value in about.items() if name not in ("kind", "filters", "ask")}
+    settings |= {f"ask, {name}": value for name, value in about["ask"].items()}
+    settings |= {f"filter, {name}": value for name, value in about["filters"].items()}
+    return Card("Images that a model asked itself about", summary, settings, ["types"], NOT_CHECKED)
+
+
+def estimate(run: SelfGeneration) -> tuple[int, int, Estimate | None]:
+    """
+    Images, those that are still to be asked about, and what a judge would cost: of the turns that the filters leave,
+    as far as they are known, else of all that can be asked.
+    """
+    pictures = read_images(run)
+    lines = read_work(run, pictures)[0] if run.progress.is_dir() else {}
+    if run.judge is None:
+        return len(pictures), len(pictures) - len(lines), None
+    client = ChatClient(run.judge, run.out / run.shard.name("answers.jsonl"), reads_only=True)
+    prompt = read_prompt(run.prompts)
+    known = exhibits_of(run, filter_turns(as_turns(run, lines), run.filters))
+    requests = [
+        request for request in first_requests(client, prompt, known) if client.journal.get(request.key) is None
+    ]
+    left = [picture for picture in pictures if picture.id not in lines]
+    if left:  # what will be asked is not known, but how long it can be
+        longest = "x" * BYTES_PER_TOKEN * run.ask.max_new_tokens
+        [request] = first_requests(client, prompt, {"": Exhibit(left[0].image, longest, longest)})
+        requests += [request] * (len(left) * run.ask.num_questions)
+    return len(pictures), len(left), client.estimate(requests)

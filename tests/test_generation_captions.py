@@ -1,0 +1,338 @@
+"""Captions chosen by their noun phrases: the filter by itself, and the command with a spaCy pipeline made here."""
+
+import json
+import random
+import shutil
+import signal
+import subprocess
+import sys
+from collections import Counter, defaultdict
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from typer.testing import CliRunner
+
+from sq_llava.cli import app
+from sq_llava.data import load_rows
+from sq_llava.generation import captions as choosing
+from sq_llava.generation.captions import CaptionFile, choose, draw, hash_of, phrases_of, read_instructions
+from sq_llava.sources import DataSource
+
+
+NOUNS = ("dog", "cat", "house", "tree", "boat", "horse")
+# Words in their parts of speech, and to which word each belongs, by what: enough for a parser to learn by heart.
+PATTERNS = {
+    "a {} stands near the {}": (["DET", "NOUN", "VERB", "ADP", "DET", "NOUN"], [1, 2, 2, 2, 5, 3]),
+    "the red {} and a big {}": (["DET", "ADJ", "NOUN", "CCONJ", "DET", "ADJ", "NOUN"], [2, 2, 2, 2, 6, 6, 2]),
+    "it has the {}": (["PRON", "VERB", "DET", "NOUN"], [1, 1, 3, 1]),
+}
+LABELS = {
+    "a {} stands near the {}": ["det", "nsubj", "ROOT", "prep", "det", "pobj"],
+    "the red {} and a big {}": ["det", "amod", "ROOT", "cc", "det", "amod", "conj"],
+    "it has the {}": ["nsubj", "ROOT", "det", "dobj"],
+}
+
+
+def chosen(captions: dict[str, list[str]], seed: int = 0) -> set[str]:
+    """Ids of the captions that are taken, of their phrases by id."""
+    pairs = [(row, hash_of(phrase)) for row, phrases in enumerate(captions.values()) for phrase in phrases]
+    rows, phrases = np.array(pairs, dtype=object).reshape(-1, 2).T
+    ids = np.array([hash_of(id) for id in captions], dtype=np.uint64)
+    choice = choose(rows.astype(np.int64), phrases.astype(np.uint64), ids, seed)
+    return {id for id, is_taken in zip(captions, choice.taken) if is_taken}
+
+
+def of_the_paper(captions: dict[str, list[str]], rank) -> set[str]:
+    """The paper's own words, one phrase after another, from the rarest up."""
+    of_phrase = defaultdict(list)
+    for id, phrases in captions.items():
+        for phrase in phrases:
+            of_phrase[phrase].append(id)
+    pool = set()
+    for phrase in sorted(of_phrase, key=lambda phrase: len(of_phrase[phrase])):
+        if len(of_phrase[phrase]) >= 3:
+            pool |= set(sorted(of_phrase[phrase], key=lambda id: rank(phrase, id))[:100])
+    return pool
+
+
+some_captions = st.lists(st.sets(st.sampled_from("abcdefgh"), max_size=3), min_size=1, max_size=40).map(
+    lambda all_phrases: {str(number): sorted(phrases) for number, phrases in enumerate(all_phrases)}
+)
+
+
+@given(some_captions)
+def test_filter_takes_what_the_paper_takes_where_nothing_is_drawn(captions):
+    assert chosen(captions) == of_the_paper(captions, rank=lambda phrase, id: id)
+
+
+@settings(max_examples=20)
+@given(st.integers(min_value=0), st.integers(0, 2**32), st.lists(st.integers(1, 260), min_size=1, max_size=4))
+def test_each_phrase_keeps_what_it_may_whatever_the_order_of_the_rows(seed, shuffle, sizes):
+    captions = {
+        f"{phrase} {number}": [f"phrase {phrase}", *(["shared"] * (number == 0))]
+        for phrase, size in enumerate(sizes)
+        for number in range(size)
+    }
+    taken = chosen(captions, seed)
+    counts = Counter(phrase for id in taken for phrase in captions[id] if phrase != "shared")
+    for phrase, size in enumerate(sizes):
+        count = counts[f"phrase {phrase}"]
+        # One more, if the caption that shares a phrase with others is not among the 100.
+        assert count in (100, 101) if size > 100 else count == size if size >= 3 else count <= 1
+    shuffled = list(captions.items())
+    random.Random(shuffle).shuffle(shuffled)
+    assert chosen(dict(shuffled), seed) == taken
+
+
+def test_seed_draws_other_captions_and_as_many():
+    captions = {str(number): ["a dog"] for number in range(400)}
+    first, second = chosen(captions, 0), chosen(captions, 1)
+    assert len(first) == len(second) == 100
+    assert 10 <= len(first & second) <= 45  # 25 to be expected
+
+
+def test_draws_of_two_phrases_are_independent():
+    captions = {str(number): ["a dog", "the sea"] for number in range(400)}
+    assert 160 <= len(chosen(captions)) <= 190  # 175 to be expected; 100 if both were drawn alike
+
+
+def test_caption_without_phrases_is_not_taken():
+    assert chosen({"0": [], "1": ["a"], "2": ["a"], "3": ["a"]}) == {"1", "2", "3"}
+
+
+def write_captions(folder: Path, rows: list[dict], name: str = "captions.jsonl") -> Path:
+    (folder / "images").mkdir()
+    for row in rows:
+        (folder / "images" / row["image"]).write_bytes(b"not looked at")
+    file = folder / name
+    if file.suffix == ".json":
+        file.write_text(json.dumps(rows))
+    elif file.suffix == ".jsonl":
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    else:
+        separator = "\t" if file.suffix == ".tsv" else ","
+        lines = [separator.join(rows[0]), *(separator.join(row.values()) for row in rows)]
+        file.write_text("\n".join(lines) + "\n")
+    return file
+
+
+@pytest.mark.parametrize("name", ["c.json", "c.jsonl", "c.csv", "c.tsv"])
+def test_captions_are_read_alike_from_each_kind_of_file(tmp_path, name):
+    rows = [{"image": "0.png", "caption": "a  dog "}, {"image": "1.png", "caption": "the sea"}]
+    captions = CaptionFile(write_captions(tmp_path, rows, name))
+    expected = [("0", "0.png", "a dog"), ("1", "1.png", "the sea")]
+    assert [(each.id, each.image, each.text) for each in captions] == expected
+    assert len(list(captions)) == 2  # a second time
+    assert len(list(CaptionFile(captions.path, limit=1))) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("c.txt", "", "give captions as"),
+        ("c.tsv", "a dog\thttp://host/1.jpg\n", "c.tsv, line 1: has no caption and no image among"),
+        ("c.json", '{"image": 1}', "cannot be read as JSON"),
+        ("c.jsonl", "{]\n", "c.jsonl, row 0: cannot be read as JSON"),
+        ("c.jsonl", "[]\n", "expected an object with image and caption"),
+        ("c.jsonl", '{"image": "a.png", "caption": " "}\n', "row 0: caption is ' '"),
+        ("c.jsonl", '{"image": 3, "caption": "a"}\n', "row 0: image is 3"),
+        ("c.jsonl", '{"image": "../a.png", "caption": "a"}\n', "row 0 .*leaves the image root"),
+        ("c.jsonl", '{"image": "http://host/a.png", "caption": "a"}\n', "row 0 .*is an address"),
+        ("c.jsonl", '{"id": 1, "image": "a.png", "caption": "a"}\n' * 2, "row 1: its id stands in an earlier row"),
+        ("c.jsonl", "", "no rows"),
+    ],
+)
+def test_wrong_captions_are_refused_with_their_row(tmp_path, name, content, message):
+    file = tmp_path / name
+    file.write_text(content)
+    with pytest.raises(ValueError, match=message):
+        choosing.look_at(CaptionFile(file), tmp_path)
+
+
+def test_instruction_is_drawn_by_seed_and_id(tmp_path):
+    file = tmp_path / "instructions.txt"
+    file.write_text("# not this\nSay it.\n\nShow it.\n")
+    instructions = read_instructions(file)
+    assert instructions == ["Say it.", "Show it."]
+    drawn = [[draw(instructions, seed, str(id)) for id in range(200)] for seed in (0, 0, 1)]
+    assert drawn[0] == drawn[1] != drawn[2]
+    assert 70 <= drawn[0].count("Say it.") <= 130
+    file.write_text("# nothing\n")
+    with pytest.raises(ValueError, match="holds no instruction"):
+        read_instructions(file)
+
+
+def test_missing_pipeline_is_an_error_with_the_command_that_installs_it(monkeypatch):
+    pytest.importorskip("spacy")
+    with pytest.raises(ValueError, match="python -m spacy download en_core_web_sm"):
+        choosing.load_pipeline("en_core_web_sm")
+    monkeypatch.setitem(sys.modules, "spacy", None)
+    with pytest.raises(ValueError, match="pip install spacy"):
+        choosing.load_pipeline("en_core_web_sm")
+
+
+@pytest.fixture(scope="module")
+def pipeline(tmp_path_factory) -> Path:
+    """A spaCy pipeline that has learned a few sentences by heart: parts of speech, and the trees."""
+    spacy = pytest.importorskip("spacy")
+    from spacy.tokens import Doc
+    from spacy.training import Example
+    from spacy.util import fix_random_seed
+
+    fix_random_seed(0)
+    language = spacy.blank("en")
+    embed = {"@architectures": "spacy.HashEmbedCNN.v2", "pretrained_vectors": None, "width": 32, "depth": 1}
+    embed |= {"embed_size": 200, "window_size": 1, "maxout_pieces": 2, "subword_features": False}
+    tagger = {"@architectures": "spacy.Tagger.v2", "tok2vec": embed}
+    parser = {"@architectures": "spacy.TransitionBasedParser.v2", "state_type": "parser", "tok2vec": embed}
+    parser |= {"extra_state_tokens": False, "hidden_width": 32, "maxout_pieces": 2, "use_upper": True}
+    language.add_pipe("morphologizer", config={"model": tagger})
+    # Otherwise labels that are seen less than 30 times are one.
+    language.add_pipe("parser", config={"model": parser, "min_action_freq": 1})
+    examples = []
+    for pattern, (parts, heads) in PATTERNS.items():
+        for place, noun in enumerate(NOUNS):
+            words = pattern.format(noun, NOUNS[place - 1]).split()
+            truth = Doc(language.vocab, words=words, pos=parts, heads=heads, deps=LABELS[pattern])
+            examples.append(Example(language.make_doc(" ".join(words)), truth))
+    optimizer = language.initialize(lambda: examples)
+    for _ in range(60):
+        language.update(examples, sgd=optimizer)
+    folder = tmp_path_factory.mktemp("pipeline")
+    language.to_disk(folder)
+    return folder
+
+
+def test_noun_phrases_are_compared_without_case_articles_and_pronouns(pipeline):
+    language = choosing.load_pipeline(str(pipeline))
+    assert phrases_of(language("a boat stands near the tree")) == ["boat", "tree"]
+    assert phrases_of(language("the red horse and a big boat")) == ["big boat", "red horse"]
+    assert phrases_of(language("it has the cat")) == ["cat"]
+
+
+def test_pipeline_without_a_parser_is_refused(tmp_path):
+    pytest.importorskip("spacy").blank("en").to_disk(tmp_path / "blank")
+    with pytest.raises(ValueError, match="noun phrases need a parser"):
+        choosing.load_pipeline(str(tmp_path / "blank"))
+
+
+@pytest.fixture(scope="module")
+def captions(tmp_path_factory) -> Path:
+    """A horse in 2 captions, a cat in 4, a dog in 130, of which one has no image."""
+    texts = ["it has the horse"] * 2 + ["it has the cat"] * 4 + ["it has the dog"] * 130
+    rows = [{"image": f"{number}.png", "caption": text} for number, text in enumerate(texts)]
+    file = write_captions(tmp_path_factory.mktemp("captions"), rows)
+    (file.parent / "images" / "6.png").unlink()
+    return file
+
+
+def run(*arguments) -> "CliRunner.Result":
+    return CliRunner().invoke(app, ["generate-data", "captions", *map(str, arguments)])
+
+
+def options(file: Path, pipeline: Path, out: Path) -> list:
+    return [file, "--image-root", file.parent / "images", "--spacy-model", pipeline, "--out", out]
+
+
+def contents(out: Path) -> dict[str, bytes]:
+    """All that a run leaves, but for the order in which spaCy's findings came, and its own command."""
+    files = {path.name: path.read_bytes() for path in out.iterdir() if not path.name.startswith("phrases")}
+    return {name: content for name, content in files.items() if name not in ("run.json", "README.md")}
+
+
+def lines_of(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def whole(captions, pipeline, tmp_path_factory) -> Path:
+    """What one run makes of these captions, undisturbed."""
+    out = tmp_path_factory.mktemp("whole") / "out"
+    result = run(*options(captions, pipeline, out))
+    assert result.exit_code == 0, result.output
+    assert "104 of 136 captions" in result.stdout
+    return out
+
+
+def test_command_writes_a_set_that_training_reads(captions, whole):
+    rows = load_rows([DataSource(str(whole / "data.jsonl"), str(captions.parent / "images"))])
+    assert len(rows) == 104
+    instructions = read_instructions(choosing.PROMPTS / "instructions.txt")
+    for row in rows:
+        (question, answer) = row["messages"]
+        assert question["content"][0] == {"type": "image"}
+        assert question["content"][1]["text"] in instructions
+        assert answer["content"][0]["text"] in ("it has the cat", "it has the dog")
+    reasons = Counter(line["reason"] for line in lines_of(whole / "rejected.jsonl"))
+    assert sorted(reasons.values()) == [1, 2, 29]
+    assert reasons["there is no such image"] == 1
+    card = (whole / "README.md").read_text()
+    assert "3 different noun phrases" in card and "104 rows" in card
+
+
+def test_shards_choose_together_what_one_run_chooses(captions, pipeline, whole, tmp_path):
+    command = options(captions, pipeline, tmp_path / "out")
+    for shard in ("2/3", "1/3"):
+        result = run(*command, "--shard", shard)
+        assert result.exit_code == 0 and "nothing is chosen" in " ".join(result.stderr.split())
+        assert not (tmp_path / "out" / "data.jsonl").exists()
+    result = run(*command, "--shard", "3/3", "--dry-run")
+    assert "45 captions with an image, 45 still to be read" in result.stdout
+    assert run(*command, "--shard", "3/3").exit_code == 0
+    assert contents(tmp_path / "out") == contents(whole)
+
+
+def test_another_seed_reads_nothing_anew_and_other_captions_are_refused(
+    captions, pipeline, whole, tmp_path, monkeypatch
+):
+    out = tmp_path / "out"
+    shutil.copytree(whole, out)
+    monkeypatch.setattr(choosing, "load_pipeline", lambda model: pytest.fail("spaCy is loaded"))
+    assert run(*options(captions, pipeline, out), "--seed", 1).exit_code == 0
+    assert contents(out) != contents(whole)
+    assert run(*options(captions, pipeline, out)).exit_code == 0
+    assert contents(out) == contents(whole)
+    result = run(*options(captions, pipeline, out), "--limit", 100)
+    assert result.exit_code == 1 and "limit" in result.stderr
+
+
+@pytest.mark.parametrize("cut", [0, 40, -1])
+def test_run_cut_off_anywhere_goes_on_and_gives_the_same(captions, pipeline, whole, tmp_path, cut):
+    out = tmp_path / "out"
+    out.mkdir()
+    journal = (whole / "phrases.jsonl").read_bytes()
+    (out / "run.json").write_bytes((whole / "run.json").read_bytes())
+    (out / "phrases.jsonl").write_bytes(journal[:cut])
+    assert run(*options(captions, pipeline, out)).exit_code == 0
+    assert contents(out) == contents(whole)
+    assert (out / "phrases.jsonl").read_bytes() == journal  # no row was read twice
+
+
+KILLED = """
+import os, signal, sys
+from sq_llava.cli import app
+from sq_llava.generation.captions import PhraseJournal
+append = PhraseJournal.append
+def killed(self, found):
+    for number, row in enumerate(append(self, found)):
+        yield row
+        if number == 50:
+            os.kill(os.getpid(), signal.SIGKILL)
+PhraseJournal.append = killed
+app(sys.argv[1:])
+"""
+
+
+@pytest.mark.slow
+def test_killed_run_goes_on_and_gives_the_same(captions, pipeline, whole, tmp_path):
+    command = ["generate-data", "captions", *map(str, options(captions, pipeline, tmp_path / "out"))]
+    journal = tmp_path / "out" / "phrases.jsonl"
+    killed = subprocess.run([sys.executable, "-c", KILLED, *command], check=False)
+    assert killed.returncode == -signal.SIGKILL
+    assert len(journal.read_text().splitlines()) == 51
+    assert run(*command[2:]).exit_code == 0
+    assert len(journal.read_text().splitlines()) == 135
+    assert contents(tmp_path / "out") == contents(whole)
