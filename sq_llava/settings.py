@@ -88,7 +88,7 @@ class SQLlavaArguments:
         default=False,
         metadata={
             "help": "Train all weights of language model, extractor and projector, and no adapter (lora_r and "
-            "vision_lora_r 0), as LLaVA's stage 2: output_dir holds a plain checkpoint then."
+            "vision_lora_r 0), as LLaVA's stage 2, in float32: output_dir holds a plain checkpoint in the model's dtype."
         },
     )
     resume: bool = field(
