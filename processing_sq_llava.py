@@ -41,7 +41,8 @@ SYSTEM_MESSAGE = (
 )
 
 # Settings of the processor by the name of a layout. An answer ends in the end-of-sequence token, at which generation
-# stops, where MiniGPT-4 looked for the `###` of the next turn.
+# stops, where MiniGPT-4 looked for the `###` of the next turn. Before `###Assistant:` stands a space, as in the prompt
+# by which the paper curates its data; the paper's template of stage 2 has none.
 PROMPT_LAYOUTS = {
     "minigpt4": {
         "system_message": "",

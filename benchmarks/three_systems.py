@@ -155,7 +155,7 @@ def main() -> None:
         blip2_steps=900, test_stride=4,
     )  # fmt: skip
     if arguments.quick:
-        arguments.work, arguments.num_seeds, arguments.test_stride = "runs/three_systems_quick", 1, 200
+        arguments.work, arguments.num_seeds, arguments.test_stride = "runs/three_systems_quick", 1, 40
         arguments.steps = arguments.stage1_steps = arguments.blip2_steps = 2
     arguments.base, arguments.work = Path(arguments.base), Path(arguments.work)
     for part in ("clip", "llama", "data"):

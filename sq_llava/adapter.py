@@ -109,8 +109,8 @@ def load_adapter_weights(model: PeftModel, folder: str) -> None:
         if name not in own or own[name].shape != weight.shape:
             place = f"has the shape {tuple(own[name].shape)}" if name in own else "has no place"
             raise ValueError(
-                f"{file}: {name} of shape {tuple(weight.shape)} {place} in this stage. Give the same vision_lora_r "
-                "and prototype settings as for the stage that wrote it."
+                f"{file}: {name} of shape {tuple(weight.shape)} {place} in this stage. Give the same vision_lora_r, "
+                "lora_r, prototype settings and, with lora_r 0, self_question_ratio as for the stage that wrote it."
             )
     # PEFT expects every weight of the adapter, the new ones too.
     set_peft_model_state_dict(model, {**own, **weights})

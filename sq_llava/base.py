@@ -118,10 +118,13 @@ def trained_dtype(model) -> torch.dtype:
 def add_stage_adapter(model, arguments: SQLlavaArguments, model_config: ModelConfig):
     """Puts on a base what its stage trains."""
     instruct = arguments.stage == "instruct"
+    text_lora = LoraSize(model_config.lora_r if instruct else 0, model_config.lora_alpha, model_config.lora_dropout)
     return add_adapter(
         model,
         LoraSize(arguments.vision_lora_r, arguments.vision_lora_alpha, arguments.vision_lora_dropout),
-        LoraSize(model_config.lora_r if instruct else 0, model_config.lora_alpha, model_config.lora_dropout),
-        train_vusr=instruct and arguments.self_question_ratio > 0,
+        text_lora,
+        # With LLM-LoRA also where nothing is asked: the weights of a stage that asked have their place then. MiniGPT-4
+        # trains neither.
+        train_vusr=instruct and (arguments.self_question_ratio > 0 or text_lora.rank > 0),
         trained_dtype=trained_dtype(model),
     )

@@ -99,11 +99,15 @@ class _Blip2ImageSide(Blip2VisionModelWithProjection):
     _keys_to_ignore_on_load_missing = [r"^vision_projection"]
 
 
-def load_vision_tower(vision_model: str, **kwargs) -> torch.nn.Module:
+def load_vision_tower(vision_model: str, attn_implementation: str | None = None, **kwargs) -> torch.nn.Module:
     """The vision tower of a vision model, with pretrained weights."""
     if AutoConfig.from_pretrained(vision_model).model_type == "blip-2":
-        return _Blip2ImageSide.from_pretrained(vision_model, **kwargs).vision_model
-    model = AutoModel.from_pretrained(vision_model, **kwargs)
+        tower = _Blip2ImageSide.from_pretrained(vision_model, **kwargs).vision_model
+        # To the tower alone: the Q-Former, loaded with it, has no FlashAttention.
+        if attn_implementation is not None:
+            tower.set_attn_implementation(attn_implementation)
+        return tower
+    model = AutoModel.from_pretrained(vision_model, attn_implementation=attn_implementation, **kwargs)
     return getattr(model, "vision_model", model)
 
 

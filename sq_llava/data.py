@@ -21,7 +21,7 @@ data set of the Hub; there images may also stand as bytes in the table. A recipe
       - {path: mix665k.json, image_root: images}
       - {path: documents.jsonl, weight: 2.0}                # each row twice an epoch
       - {path: org/charts, split: train, num_rows: 10000}   # this many an epoch
-      - {path: captions.json, instructions: [Describe it., What is it?]}   # where "<image>" is all of the question
+      - {path: captions.json, instructions: ["Describe it.", "What is it?"]}   # where a question is "<image>" alone
 
 Nothing is held decoded: of a JSON file only the place of each row is kept in memory, tables are mapped from disk, and
 images are opened when a batch is made. What it does not do: check image files and lengths (`sq_llava/doctor.py`).
@@ -148,11 +148,15 @@ class RowReader:
 def with_instruction(messages: list[dict], instructions: list[str], index: int) -> list[dict]:
     """The messages of row `index`, whose first question is one of `instructions` if it is images alone."""
     first = next((number for number, message in enumerate(messages) if message["role"] == "user"), None)
-    if not instructions or first is None or any(part["type"] == "text" for part in messages[first]["content"]):
+    if not instructions or first is None:
+        return messages
+    images = [part for part in messages[first]["content"] if part["type"] == "image"]
+    texts = [part["text"] for part in messages[first]["content"] if part["type"] == "text"]
+    if "".join(texts).strip():
         return messages
     digest = blake2b(str(index).encode(), digest_size=8).digest()
     drawn = instructions[int.from_bytes(digest, "big") % len(instructions)]
-    asked = {**messages[first], "content": [*messages[first]["content"], _part("text", drawn)]}
+    asked = {**messages[first], "content": [*images, _part("text", drawn)]}
     return [*messages[:first], asked, *messages[first + 1 :]]
 
 

@@ -86,7 +86,7 @@ def record_stage(arguments, training_args, model_config, run: dict[str, int], st
     stage = {
         "stage": arguments.stage,
         "data": [
-            {"path": public_name(source.path), **_settings(source, ("split", "weight", "num_rows"))}
+            {"path": public_name(source.path), **_settings(source, ("split", "weight", "num_rows", "instructions"))}
             for source in arguments.datasets
         ],
         "rows": run["num_rows"],
@@ -100,7 +100,7 @@ def record_stage(arguments, training_args, model_config, run: dict[str, int], st
 
 
 def _settings(source, names: tuple[str, ...]) -> dict:
-    """The settings that are given; an enumeration as its value."""
+    """The settings that are given, no empty list; an enumeration as its value."""
     values = {name: getattr(source, name) for name in names}
     values = {name: getattr(value, "value", value) for name, value in values.items()}
-    return {name: value for name, value in values.items() if value is not None and value is not False}
+    return {name: value for name, value in values.items() if value not in (None, []) and value is not False}

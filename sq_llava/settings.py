@@ -87,8 +87,8 @@ class SQLlavaArguments:
     full_finetuning: bool = field(
         default=False,
         metadata={
-            "help": "Train all weights of language model, extractor and projector, and no adapter (lora_r and "
-            "vision_lora_r 0), as LLaVA's stage 2: output_dir holds a plain checkpoint then."
+            "help": "Train all weights of language model, extractor and projector in float32, and no adapter (lora_r "
+            "and vision_lora_r 0), as LLaVA's stage 2: output_dir holds a plain checkpoint then, in the model's dtype."
         },
     )
     resume: bool = field(

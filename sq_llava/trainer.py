@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 from accelerate import FullyShardedDataParallelPlugin
+from peft import PeftModel
 from safetensors import SafetensorError
 from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
@@ -40,6 +41,15 @@ def keep_wrap_policy(plugin: FullyShardedDataParallelPlugin) -> None:
     policy = plugin.auto_wrap_policy
     if plugin.fsdp_version == 2:
         plugin.set_auto_wrap_policy = lambda model: setattr(plugin, "auto_wrap_policy", policy)
+
+
+def in_precision(state_dict: dict[str, torch.Tensor], dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """The floating weights in another precision; those that share their memory, as a tied head, still do."""
+    cast: dict[int, torch.Tensor] = {}
+    for weight in state_dict.values():
+        if weight.data_ptr() not in cast:
+            cast[weight.data_ptr()] = weight.to(dtype) if weight.is_floating_point() else weight
+    return {name: cast[weight.data_ptr()] for name, weight in state_dict.items()}
 
 
 class SQLlavaTrainer(SFTTrainer):
@@ -277,6 +287,15 @@ class SQLlavaTrainer(SFTTrainer):
                 f"{folder} could not be written, with {free} MiB free: {error}. It was removed; {rest}. Free disk "
                 "space, then go on with --resume."
             ) from error
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
+        # A model trained in full is trained, and resumed, in float32; what it leaves has the precision that its
+        # config.json names, that of the frozen tower.
+        is_final = output_dir is None or Path(output_dir) == Path(self.args.output_dir)
+        if is_final and not isinstance(self.model, PeftModel):
+            state_dict = self.model.state_dict() if state_dict is None else state_dict
+            state_dict = in_precision(state_dict, self.model.dtype)
+        super()._save(output_dir, state_dict)
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)

@@ -5,7 +5,9 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 from huggingface_hub import ModelCard
+from safetensors.torch import load_file
 
 import train_sft
 from sq_llava.adapter import count_parameters
@@ -57,6 +59,17 @@ def test_card_of_a_folder_loads_that_folder_and_no_id_of_the_hub(checkpoint):
     assert text.count('"."') >= 5 and "snapshot_download" not in text
     for snippet in re.findall(r"```python\n(.*?)```", text, re.S):
         compile(snippet, "snippet", "exec")
+
+
+def test_a_stage_begins_with_the_weights_of_one_that_asked_and_does_not_ask_itself(tmp_path):
+    parts = make_parts(tmp_path / "parts")
+    asks = {"num_prototypes": 5, "self_question_ratio": 1.0, **towers(parts)}
+    run_stage(parts, tmp_path / "asks", "instruct", asks)
+    answers = {"model_name_or_path": tmp_path / "asks", "self_question_ratio": 0.0, "learning_rate": 0.0}
+    run_stage(parts, tmp_path / "answers", "instruct", answers)
+    before, after = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("asks", "answers"))
+    assert any("embed_tokens" in name for name in before) and before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
 
 
 def test_metadata_names_what_is_on_the_hub(checkpoint):

@@ -188,6 +188,14 @@ def test_a_question_that_is_an_image_alone_is_one_of_the_instructions_the_same_e
     assert content(load(folder, row("<image>"))) == [None]
 
 
+def test_a_question_of_blank_text_beside_its_image_is_an_image_alone(folder):
+    blank = [{"type": "text", "text": ""}, {"type": "image"}, {"type": "text", "text": " "}]
+    messages = [{"role": "user", "content": blank}, {"role": "assistant", "content": "A dog."}]
+    path = write(folder, {"messages": messages, "images": ["a.png"]})
+    rows = load_rows([DataSource(path, str(folder / "images"), instructions=["Describe it."])])
+    assert content(rows) == [None, "Describe it."]
+
+
 def test_held_out_rows_are_not_trained_on_in_any_copy(folder):
     path = write(folder, *(row("Hi.", image=None, id=f"a{i}") for i in range(10)))
     rows = load_rows([DataSource(path, weight=2.5)])

@@ -132,6 +132,24 @@ def test_half_precision_base_is_trained_in_full_precision(parts, stage1, tmp_pat
         assert parameter.dtype == (torch.bfloat16 if "vision_tower" in name else torch.float32), name
 
 
+def test_half_precision_base_gives_half_precision_files_and_checkpoints_of_full_precision(parts, stage1, tmp_path):
+    settings = FULL | {"max_steps": 2, "save_steps": 1, "dtype": "bfloat16", "bf16": True}
+    trainer = train(parts, tmp_path / "run", model_name_or_path=stage1, **settings)
+    trained = trainer.model.state_dict()
+    to_resume = load_file(tmp_path / "run/checkpoint-2/model.safetensors")
+    assert all(torch.equal(weight, trained[name]) for name, weight in to_resume.items())
+    final = load_file(tmp_path / "run/model.safetensors")
+    assert final.keys() == to_resume.keys()
+    assert all(torch.equal(weight, trained[name].bfloat16()) for name, weight in final.items())
+    assert json.loads((tmp_path / "run/config.json").read_text())["dtype"] == "bfloat16"
+    model, _ = load_checkpoint(str(tmp_path / "run"))
+    inputs = tiny.tiny_inputs(model.config)
+    for parameter in trainer.model.parameters():  # not .bfloat16(), which would cast the buffers of rotary embeddings
+        parameter.data = parameter.data.bfloat16()
+    with torch.no_grad():
+        assert torch.equal(model.eval()(**inputs).logits, trainer.model.eval()(**inputs).logits)
+
+
 @pytest.mark.parametrize(
     ("settings", "error"),
     [

@@ -8,15 +8,16 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from transformers import Blip2ForConditionalGeneration
+from transformers import Blip2ForConditionalGeneration, Blip2VisionModel
 
 import train_sft
 from configuration_sq_llava import SQLlavaConfig
 from demo.data import caption_rows, image_root, read_questions
 from modeling_sq_llava import SQLlavaAutoModel, SQLlavaForConditionalGeneration
 from processing_sq_llava import PROMPT_LAYOUTS, SQLlavaProcessor
-from sq_llava.checkpoint import compose, compose_config, load_checkpoint
+from sq_llava.checkpoint import compose, compose_config, load_checkpoint, load_vision_tower
 from sq_llava.inference import Assistant
+from sq_llava.provenance import read_provenance
 from sq_llava.self_questioning import ANSWER, SelfQuestioningCollator
 from tests import tiny
 
@@ -176,6 +177,15 @@ def test_a_plan_has_the_sizes_of_the_composed_model(parts, composed):
     assert {name: weight.shape for name, weight in planned.state_dict().items()} == ours
 
 
+@pytest.mark.parametrize("attention", ["eager", "flash_attention_2"])
+def test_the_attention_that_is_asked_for_is_the_towers(attention, parts, monkeypatch):
+    # As if the package were here; a Q-Former has none of it all the same.
+    monkeypatch.setattr("transformers.modeling_utils.lazy_import_flash_attention", lambda *_, **__: None)
+    monkeypatch.setattr(Blip2VisionModel, "_flash_attn_can_dispatch", lambda *_, **__: True)
+    tower = load_vision_tower(str(parts / "blip2"), attn_implementation=attention)
+    assert tower.config._attn_implementation == attention
+
+
 def test_a_qformer_of_another_kind_of_model_is_refused(parts):
     with pytest.raises(ValueError, match="llama', a llama: give a BLIP-2 model"):
         compose_config(str(parts / "blip2"), str(parts / "llama"), str(parts / "llama"), prototype_variant="none")
@@ -283,6 +293,9 @@ def test_stage_two_trains_the_projector_alone_on_answers_to_the_four_instruction
     prompts = [tokenizer.decode(ids[labels == -100]) for ids, labels in zip(batch["input_ids"], batch["labels"])]
     asked = {prompt.partition("</Img>")[2].partition(" ###Assistant:")[0] for prompt in prompts}
     assert asked == set(recipe["datasets"][0]["instructions"])
+    stages = read_provenance(tmp_path / "run")["stages"]
+    assert stages[1]["data"][0]["instructions"] == recipe["datasets"][0]["instructions"]
+    assert "instructions" not in stages[0]["data"][0]
 
 
 def test_assistant_answers_about_an_image(composed):
