@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 from sq_llava.cli import app
 from sq_llava.data import load_rows
 from sq_llava.generation.llava import KINDS, SHARES, describe, draw_tasks, parse_shares, read_prompts
-from sq_llava.generation.rows import Shard, make_row, to_llava
+from sq_llava.generation.rows import Card, Shard, make_row, to_llava, write_output
 from sq_llava.generation.scenes import Box, Scene, read_scenes
 from sq_llava.generation.turns import fault_of, parse_turns
 from sq_llava.sources import DataSource
@@ -405,6 +405,23 @@ def test_row_of_several_images_in_both_layouts():
     llava = to_llava(row)
     assert llava["image"] == ["a.png", "b.png"] and llava["kind"] == "k"
     assert [turn["value"] for turn in llava["conversations"][:2]] == ["<image>\n<image>\nWhich?", "The left."]
+
+
+def test_folder_that_two_processes_write_at_once_holds_whole_files(tmp_path):
+    script = (
+        "import pathlib, sys; from sq_llava.generation.rows import *\n"
+        "row = make_row('2', ['2.png'], [('Why?', 'So.')])\n"
+        "write_output(pathlib.Path(sys.argv[1]), Shard(), [row], [], {}, Card('t', 's', {}))"
+    )
+
+    def rows():
+        yield make_row("1", ["1.png"], [("Why?", "So.")])
+        subprocess.run([sys.executable, "-c", script, str(tmp_path)], cwd=ROOT, check=True)
+
+    write_output(tmp_path, Shard(), rows(), [], {}, Card("t", "s", {}))
+    assert [row["id"] for row in lines_of(tmp_path / "data.jsonl")] == ["1"]
+    assert [row["id"] for row in json.loads((tmp_path / "llava.json").read_text())] == ["1"]
+    assert not list(tmp_path.glob("*.new"))
 
 
 def test_failures_and_caps_are_told_and_mended_by_the_same_command(tmp_path):
