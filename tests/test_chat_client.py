@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import weakref
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 from pathlib import Path
@@ -12,9 +13,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sq_llava.chat_batches import NAME
-from sq_llava.chat_client import ChatClient, ChatFailure, ChatSettings, ChatStopped, NotAsked, UnusableAnswer, measure
+from sq_llava.chat_client import (
+    ChatClient,
+    ChatFailure,
+    ChatRequest,
+    ChatSettings,
+    ChatStopped,
+    NotAsked,
+    UnusableAnswer,
+    measure,
+)
 from sq_llava.chat_replies import read_completion, retry_after
-from sq_llava.generation.asking import ask_all
+from sq_llava.generation.asking import ask_all, read_all
 from tests.chat_server import Reply, chat_server, completion
 
 
@@ -398,6 +408,32 @@ def test_planned_batch_that_was_never_created_is_forgotten(tmp_path):
         client = client_of(server, tmp_path)
         assert ask(client, *"ab", batch=True).results == {"a": "heard a", "b": "heard b"}
     assert len(server.batches) == 1 and len(server.requests) == 2
+
+
+def test_few_requests_are_held_at_a_time(tmp_path, monkeypatch):
+    """With their images they would not fit into memory."""
+    held, most_held = weakref.WeakSet(), 0
+
+    class Counted(ChatRequest):
+        def __init__(self, *values):
+            nonlocal most_held
+            super().__init__(*values)
+            held.add(self)
+            most_held = max(most_held, len(held))
+
+        __hash__ = object.__hash__
+
+    monkeypatch.setattr("sq_llava.chat_client.ChatRequest", Counted)
+    monkeypatch.setattr("sq_llava.chat_batches.MAX_REQUESTS", 10)
+    items = [f"{n}" for n in range(40)]
+    with chat_server(echo) as server:
+        asked = ask(client_of(server, tmp_path, max_requests=15), *items, batch=True)
+        assert asked.num_open == 25 and len(server.batches) == 2
+        client = client_of(server, tmp_path)
+        missing = read_all(client, {each: each for each in items}, lambda text: client.complete(say(text)))[1]
+        assert missing == items[15:]
+        assert len(ask(client, *items, batch=True).results) == 40
+    assert most_held < 5 and len(server.requests) == 40 and len(server.batches) == 5
 
 
 def test_file_of_a_batch_that_is_cut_off_is_read_again(tmp_path):

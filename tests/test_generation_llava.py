@@ -17,9 +17,9 @@ from typer.testing import CliRunner
 
 from sq_llava.cli import app
 from sq_llava.data import load_rows
-from sq_llava.generation.llava import KINDS, SHARES, describe, draw_tasks, parse_shares, read_prompts
-from sq_llava.generation.rows import Shard, make_row, to_llava
-from sq_llava.generation.scenes import Box, Scene, read_scenes
+from sq_llava.generation.llava import KINDS, SHARES, draw_tasks, parse_shares, read_prompts
+from sq_llava.generation.rows import Card, Shard, make_row, to_llava, write_output
+from sq_llava.generation.scenes import Scene
 from sq_llava.generation.turns import fault_of, parse_turns
 from sq_llava.sources import DataSource
 from tests import tiny
@@ -239,91 +239,6 @@ def test_kinds_come_in_the_shares_and_stay_when_images_are_added():
     assert Counter(task.kind for task in several) == {"detail": 50, "reasoning": 50}
 
 
-def test_coco_files_become_scenes(tmp_path):
-    captions = {
-        "images": [{"id": 7, "file_name": "7.jpg", "width": 200, "height": 100}, {"id": 8, "file_name": "8.jpg"}],
-        "annotations": [{"image_id": 7, "caption": "A dog.\n"}, {"image_id": 7, "caption": "It sits."}],
-    }
-    instances = {
-        "annotations": [{"image_id": 7, "bbox": [20, 10, 100, 90.4], "category_id": 3}],
-        "categories": [{"id": 3, "name": "dog"}],
-    }
-    for name, content in (("captions.json", captions), ("instances.json", instances)):
-        (tmp_path / name).write_text(json.dumps(content))
-    scenes = read_scenes(tmp_path / "captions.json", tmp_path / "instances.json")
-    assert scenes == [Scene("7", "7.jpg", ("A dog.", "It sits."), (Box("dog", (0.1, 0.1, 0.6, 1.0)),))]
-    assert describe(scenes[0]) == "Sentences:\n- A dog.\n- It sits.\n\nObjects:\n- dog: [0.100, 0.100, 0.600, 1.000]"
-
-
-@pytest.mark.parametrize(
-    ("line", "message"),
-    [
-        ('{"image": "a.png", "captions": []}', r"line 2: captions is \[\]: expected a list of texts"),
-        (
-            '{"image": "../a.png", "captions": ["A."]}',
-            "line 2: image is '../a.png': expected a path",
-        ),
-        ('{"image": "/a.png", "captions": ["A."]}', "stays inside of the image root"),
-        ('{"image": "a.png", "captions": ["A."], "boxes": [{"label": "b", "box": [0, 1]}]}', "line 2: a box is"),
-        ('{"image": "a.png", "captions": ["A."], "boxes": [{"label": "b", "box": [0.5, 0, 0.1, 1]}]}', "x1 <= x2"),
-        ('{"image": "a.png", "captions": ["A."], "boxes": [{"label": "b", "box": [0, 0, 64, 64]}]}', "from 0 to 1"),
-        ('{"image": "0.png", "captions": ["A."]}', "the image id '0' is there twice"),
-        (
-            '{"image": "caf\\udce9.png", "captions": ["A."]}',
-            r"line 2: image is 'caf\\udce9.png': expected a path in UTF-8",
-        ),
-        ('{"image": "a.png", "captions": ["\\ud83d"]}', "line 2: captions is .* texts in UTF-8"),
-        ('{"image": "a.png", "id": "\\ud83d", "captions": ["A."]}', r"image id '\\ud83d' is empty or no UTF-8"),
-        ('{"image"', "line 2: cannot be read as JSON"),
-    ],
-)
-def test_wrong_input_is_refused_before_anything_is_asked(line, message, tmp_path):
-    path = write_scenes(tmp_path, 1)
-    path.write_text(path.read_text() + line + "\n")
-    with pytest.raises(ValueError, match=message):
-        read_scenes(path)
-
-
-CATEGORY = {"id": 3, "name": "dog"}
-DRAWN = {"image_id": 7, "bbox": [20, 10, 100, 90.4], "category_id": 3}
-
-
-@pytest.mark.parametrize(
-    ("category", "drawn", "message"),
-    [
-        ({"id": 3}, DRAWN, r"instances.json, categories\[0\]: is {'id': 3}: expected id and name"),
-        ("dog", DRAWN, r"categories\[0\]: is 'dog'"),
-        (CATEGORY, {"bbox": [1, 2, 3, 4], "category_id": 3}, r"annotations\[0\]: is {.*: expected image_id, bbox and"),
-        (CATEGORY, DRAWN | {"image_id": [7]}, r"annotations\[0\]: is .*: expected image_id"),
-        (CATEGORY, DRAWN | {"category_id": 4}, r"annotations\[0\]: is .* a category_id that categories has"),
-        (
-            CATEGORY,
-            DRAWN | {"bbox": ["a", 2, 3, 4]},
-            r"annotations\[0\]: bbox is \['a', 2, 3, 4\]: expected left, top, w",
-        ),
-        (CATEGORY, DRAWN | {"bbox": [1, 2, -3, 4]}, r"bbox is \[1, 2, -3, 4\]"),
-        (CATEGORY, DRAWN | {"bbox": [1, 2, float("nan"), 4]}, r"bbox is \[1, 2, nan, 4\]"),
-        (CATEGORY, DRAWN | {"bbox": [1, 2, 3]}, r"bbox is \[1, 2, 3\]"),
-    ],
-)
-def test_wrong_boxes_of_coco_are_told_by_their_entry(category, drawn, message, tmp_path):
-    image = {"id": 7, "file_name": "7.jpg", "width": 200, "height": 100}
-    captions = {"images": [image], "annotations": [{"image_id": 7, "caption": "A dog."}]}
-    (tmp_path / "captions.json").write_text(json.dumps(captions))
-    (tmp_path / "instances.json").write_text(json.dumps({"annotations": [drawn], "categories": [category]}))
-    with pytest.raises(ValueError, match=message):
-        read_scenes(tmp_path / "captions.json", tmp_path / "instances.json")
-
-
-@pytest.mark.parametrize("field", ["images", "annotations"])
-def test_wrong_ids_of_coco_are_told_by_their_entry(field, tmp_path):
-    content = {"images": [{"id": 7, "file_name": "7.jpg"}], "annotations": [{"image_id": 7, "caption": "A dog."}]}
-    content[field][0] |= {"id": [7], "image_id": [7]}
-    (tmp_path / "captions.json").write_text(json.dumps(content))
-    with pytest.raises(ValueError, match=rf"captions.json, {field}\[0\]: is .*: expected (image_)?id and"):
-        read_scenes(tmp_path / "captions.json")
-
-
 def test_edited_copy_of_the_prompts_is_used(tmp_path):
     copy = tmp_path / "prompts"
     assert CliRunner().invoke(app, ["generate-data", "prompts", "llava", str(copy)]).exit_code == 0
@@ -405,6 +320,23 @@ def test_row_of_several_images_in_both_layouts():
     llava = to_llava(row)
     assert llava["image"] == ["a.png", "b.png"] and llava["kind"] == "k"
     assert [turn["value"] for turn in llava["conversations"][:2]] == ["<image>\n<image>\nWhich?", "The left."]
+
+
+def test_folder_that_two_processes_write_at_once_holds_whole_files(tmp_path):
+    script = (
+        "import pathlib, sys; from sq_llava.generation.rows import *\n"
+        "row = make_row('2', ['2.png'], [('Why?', 'So.')])\n"
+        "write_output(pathlib.Path(sys.argv[1]), Shard(), [row], [], {}, Card('t', 's', {}))"
+    )
+
+    def rows():
+        yield make_row("1", ["1.png"], [("Why?", "So.")])
+        subprocess.run([sys.executable, "-c", script, str(tmp_path)], cwd=ROOT, check=True)
+
+    write_output(tmp_path, Shard(), rows(), [], {}, Card("t", "s", {}))
+    assert [row["id"] for row in lines_of(tmp_path / "data.jsonl")] == ["1"]
+    assert [row["id"] for row in json.loads((tmp_path / "llava.json").read_text())] == ["1"]
+    assert not list(tmp_path.glob("*.new"))
 
 
 def test_failures_and_caps_are_told_and_mended_by_the_same_command(tmp_path):
