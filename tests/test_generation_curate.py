@@ -3,6 +3,7 @@
 import html
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -405,6 +406,12 @@ def test_wrong_use_is_an_error_before_anything_is_asked(photos, tmp_path, argume
     result = run(photos, "--out", tmp_path / "out", *arguments)
     assert result.exit_code != 0 and message in result.stderr
     assert not (tmp_path / "out").exists()
+
+
+def test_name_that_is_no_utf8_is_refused_before_anything_is_asked(photos, tmp_path):
+    shutil.copy(photos / "0.png", os.fsencode(photos) + b"/caf\xe9.png")
+    result = run(photos, "--model", "m", "--base-url", "http://127.0.0.1:1/v1", "--out", tmp_path / "out")
+    assert result.exit_code == 1 and "the name is no UTF-8" in result.stderr
 
 
 def test_image_that_leads_out_of_the_folder_is_refused(photos, tmp_path):

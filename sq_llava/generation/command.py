@@ -22,6 +22,7 @@ from sq_llava.generation.options import (
     ChatModel,
     Concurrency,
     DryRun,
+    ImageTokens,
     Limit,
     MaxCost,
     MaxRequests,
@@ -262,6 +263,7 @@ def curate(
     max_requests: MaxRequests = None,
     max_total_tokens: MaxTotalTokens = None,
     max_cost: MaxCost = None,
+    image_tokens: ImageTokens = 4096,
     input_price: Price = None,
     output_price: Price = None,
     batch: Batch = False,
@@ -299,6 +301,7 @@ def curate(
                 max_cost=max_cost,
                 input_price=input_price,
                 output_price=output_price,
+                image_tokens=image_tokens,
                 **common,
             )
             client = ChatClient(chat, out / part.name("answers.jsonl"), reads_only=dry_run)

@@ -31,7 +31,7 @@ from sq_llava.generation.asking import Asked, ask_all, read_all
 from sq_llava.generation.captions import draw
 from sq_llava.generation.describing import Description, LocalDescriber, Repairer, ServerDescriber
 from sq_llava.generation.review_sheet import Entry, check_decisions, read_decisions, write_sheet
-from sq_llava.generation.rows import Card, Rejected, Shard, make_row, write_output
+from sq_llava.generation.rows import Card, Rejected, Shard, make_row, require_utf8, write_output
 from sq_llava.generation.text_rules import first_fault, share_of_new_words, words_of
 from sq_llava.images import IMAGE_SUFFIXES, open_image
 from sq_llava.provenance import public_name
@@ -144,7 +144,7 @@ def find_images(settings: CurateSettings) -> dict[str, Path]:
     The images of a shard by their paths in the folder, which are their ids.
 
     Raises:
-        ValueError: if there are none, or one leads out of the folder.
+        ValueError: if there are none, or one leads out of the folder or has a name that no JSON can hold.
     """
     root = settings.images
     if not root.is_dir():
@@ -153,6 +153,7 @@ def find_images(settings: CurateSettings) -> dict[str, Path]:
     if not files:
         raise ValueError(f"{root}: holds no images ({', '.join(sorted(IMAGE_SUFFIXES))}).")
     for file in files:
+        require_utf8(file)
         if not file.resolve().is_relative_to(root.resolve()):
             raise ValueError(f"{file}: leads out of {root}, which training would refuse: copy the image there.")
     return {file.relative_to(root).as_posix(): file for file in settings.shard.take(files[: settings.limit])}

@@ -108,6 +108,17 @@ def make_row(id: str, images: Sequence[str], turns: Iterable[tuple[str, str]], *
     return {"id": id, "messages": messages, "images": list(images), **details}
 
 
+def require_utf8(path: Path) -> None:
+    """
+    Raises:
+        ValueError: if the name of a file is no UTF-8: no row could hold it.
+    """
+    try:
+        str(path).encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{str(path)!a}: the name is no UTF-8: rename the file.") from error
+
+
 def to_llava(row: Mapping[str, Any]) -> dict[str, Any]:
     """A row of [`make_row`] in LLaVA's layout."""
     turns = []

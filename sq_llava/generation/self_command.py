@@ -16,7 +16,7 @@ from sq_llava.evaluation.command import (
     JudgePrice,
     JudgeTemperature,
 )
-from sq_llava.generation.options import DryRun, Limit, Out, Seed, ShardOption, print_estimate
+from sq_llava.generation.options import IMAGE_TOKENS, DryRun, Limit, Out, Seed, ShardOption, print_estimate
 from sq_llava.model_options import Device, Dtype, quiet_libraries
 
 
@@ -26,6 +26,7 @@ FILTERS = {"rich_help_panel": "Filters: with others, the same command makes the 
 JudgeMaxTotalTokens = Annotated[
     int | None, typer.Option(min=0, help="Of all runs into --out, prompts and answers.", **JUDGE)
 ]
+JudgeImageTokens = Annotated[int, typer.Option(min=1, help=IMAGE_TOKENS, **JUDGE)]
 JudgeBatch = Annotated[
     bool, typer.Option("--judge-batch", help="By the server's Batch API: slower, often cheaper.", **JUDGE)
 ]
@@ -82,6 +83,7 @@ def generate_self(
     judge_base_url: JudgeBaseUrl = None,
     judge_temperature: JudgeTemperature = 0.0,
     judge_max_tokens: JudgeMaxTokens = 256,
+    judge_image_tokens: JudgeImageTokens = 4096,
     judge_concurrency: JudgeConcurrency = 8,
     judge_max_requests: JudgeMaxRequests = None,
     judge_max_total_tokens: JudgeMaxTotalTokens = None,
@@ -113,6 +115,7 @@ def generate_self(
                 max_cost=judge_max_cost,
                 input_price=judge_input_price,
                 output_price=judge_output_price,
+                image_tokens=judge_image_tokens,
                 option_prefix="--judge-",
             )
         run = self_generation.SelfGeneration(

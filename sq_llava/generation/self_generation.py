@@ -32,7 +32,7 @@ from sq_llava.evaluation.results import hash_of_model
 from sq_llava.generation.asking import Asked
 from sq_llava.generation.filters import FilterSettings, Outcome, Turn, filter_turns
 from sq_llava.generation.judging import PROMPTS, Exhibit, first_requests, judge_turns, read_prompt
-from sq_llava.generation.rows import Card, Rejected, Shard, make_row, write_output
+from sq_llava.generation.rows import Card, Rejected, Shard, make_row, require_utf8, write_output
 from sq_llava.generation.scoring import score_answers, score_each, score_with_clip
 from sq_llava.inference import best_device, load
 from sq_llava.provenance import public_name
@@ -147,6 +147,7 @@ def read_images(run: SelfGeneration) -> list[Picture]:
         path = Path(picture.image)
         if isinstance(picture.image, Path):  # of a folder; in a data set's row, it stands in the resolved root
             path = Path(run.images).resolve() / path.name
+        require_utf8(path)
         if not path.is_relative_to(root) or not path.resolve().is_relative_to(root):
             raise ValueError(f"{run.images}: {path} leaves the image root {root}: copy it there.")
         content = path.read_bytes() if path.is_file() else b""  # it will be recorded as failed
