@@ -61,6 +61,14 @@ def test_card_of_a_folder_loads_that_folder_and_no_id_of_the_hub(checkpoint):
         compile(snippet, "snippet", "exec")
 
 
+def test_prose_names_the_q_former_where_there_is_one(checkpoint, tmp_path):
+    tiny.tiny_model(tiny.tiny_minigpt4_config()).save_pretrained(tmp_path)
+    tiny.tiny_processor(image_seq_length=4).save_pretrained(tmp_path)
+    said = "It has a vision encoder, a Q-Former whose 4 queries read the image, a projector and a causal"
+    assert said in " ".join(card_of(tmp_path).text.split())
+    assert "Q-Former" not in card_of(checkpoint).text
+
+
 def test_a_stage_begins_with_the_weights_of_one_that_asked_and_does_not_ask_itself(tmp_path):
     parts = make_parts(tmp_path / "parts")
     asks = {"num_prototypes": 5, "self_question_ratio": 1.0, **towers(parts)}

@@ -12,7 +12,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from trl.trainer.utils import add_fused_lm_head
 
-from sq_llava.adapter import LoraSize, add_adapter
+from sq_llava.adapter import LoraSize, add_adapter, train_in_full, without_adapter
 from tests import tiny
 from tests.runs import PROCESSES, arguments, ended, environments_of, losses, make_parts, run
 
@@ -87,19 +87,22 @@ def descend(model, prompts: list[dict], processes: int) -> list[float]:
     return curve
 
 
-def adapted_model():
+def trained_model(full: bool):
     model = tiny.tiny_model()
     add_fused_lm_head(model)
+    if full:
+        train_in_full(model)
+        return model.train()
     return add_adapter(model, SIZE, SIZE, train_vusr=True).train()
 
 
-def descend_sharded(environment: dict[str, str], file: str) -> None:
+def descend_sharded(environment: dict[str, str], file: str, full: bool) -> None:
     """Body of one of two processes: the first sees the prompts with images only, the second those without."""
     os.environ.update(environment)
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
-    model = adapted_model()
-    base = model.get_base_model().model
+    model = trained_model(full)
+    base = without_adapter(model).model
     mesh = init_device_mesh("cpu", (2,))
     for layer in (*base.language_model.layers, *base.vision_tower.encoder.layers):
         fully_shard(layer, mesh=mesh)
@@ -111,14 +114,16 @@ def descend_sharded(environment: dict[str, str], file: str) -> None:
     dist.destroy_process_group()
 
 
-def test_fully_sharded_processes_equal_one_where_one_sees_text_only(tmp_path):
+@pytest.mark.parametrize("full", [False, True], ids=["adapter", "full"])
+def test_fully_sharded_processes_equal_one_where_one_sees_text_only(full, tmp_path):
     file = tmp_path / "curve.json"
     children = [
-        PROCESSES.Process(target=descend_sharded, args=(environment, str(file))) for environment in environments_of(2)
+        PROCESSES.Process(target=descend_sharded, args=(environment, str(file), full))
+        for environment in environments_of(2)
     ]
     for child in children:
         child.start()
-    model = adapted_model()
+    model = trained_model(full)
     pictured, text_only = prompts_of(model.config)
     expected = descend(model, pictured + text_only, processes=1)
     assert ended(children) == [0, 0]

@@ -113,13 +113,23 @@ def test_resumed_run_equals_uninterrupted_run(parts, stage1, tmp_path):
 
 @pytest.mark.slow
 def test_two_processes_equal_one(parts, tmp_path):
-    # Every third row is text-only: in some step, a process has no image.
-    settings = {"stage": "instruct", "optim": "sgd", "learning_rate": 0.1, "max_steps": 3, "save_strategy": "no"}
+    # In this order, the second process has text-only rows: it never has an image.
+    rows = json.loads((parts / "train.json").read_text())
+    with_image, text_only = ([row for row in rows if ("image" in row) == kind] for kind in (True, False))
+    batches = [with_image[:2] + text_only[:2], with_image[2:4] + text_only[2:4], with_image[4:6] + text_only[:2]]
+    (parts / "ordered.json").write_text(json.dumps([row for batch in batches for row in batch]))
+    settings = {
+        "stage": "instruct", "dataset_path": parts / "ordered.json", "train_sampling_strategy": "sequential",
+        "optim": "sgd", "learning_rate": 0.1, "max_steps": 3, "save_strategy": "no",
+    }  # fmt: skip
     settings = COMMON | FULL | settings
     for processes in (1, 2):
         settings["per_device_train_batch_size"] = 4 // processes
         args = runs.arguments(parts, tmp_path / str(processes), **settings)
-        assert runs.run(args, tmp_path / f"{processes}.log", processes=processes) == [0] * processes
+        (tmp_path / str(processes)).mkdir()
+        prepare = (runs.note_rows, tmp_path / str(processes)) if processes == 2 else None
+        assert runs.run(args, tmp_path / f"{processes}.log", prepare, processes) == [0] * processes
+    assert (tmp_path / "2/rows1").read_text() == "[2, 3]\n[6, 7]\n[10, 11]\n"
     one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("1", "2"))
     for name in one:
         torch.testing.assert_close(one[name], two[name], rtol=0, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
