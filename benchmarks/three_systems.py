@@ -24,6 +24,7 @@ from benchmarks import common
 from demo.base_models import pretrain_blip2
 from demo.data import blind_guess, caption_rows, image_root, read_questions, write_data
 from demo.evaluate import BLANK_SHARE, measure_answers, measure_blank
+from demo.run import LLAVA, PLAIN
 from sq_llava.adapter import count_parameters
 from sq_llava.evaluation import easy_vqa
 from sq_llava.evaluation.easy_vqa import KINDS
@@ -44,12 +45,11 @@ class System:
     stage2: dict = field(default_factory=dict)
 
 
-PLAIN = {"prototype_variant": "none", "projector_type": "linear", "vision_lora_r": 0}
 SYSTEMS = {
     "LLaVA": System(
         "projector; then projector and language model in full",
-        stage1=PLAIN,
-        stage2=PLAIN | {"full_finetuning": True, "lora_r": 0, "self_question_ratio": 0.0, "learning_rate": 1e-3},
+        stage1=LLAVA["stage1"],
+        stage2=LLAVA["stage2"],
     ),
     "MiniGPT-4": System(
         "projector, in both stages",

@@ -94,6 +94,12 @@ def measure_questions(assistant, num_images: int, questions_per_image: int, seed
     }
 
 
+def evaluate_answers(model_dir: Path, data_dir: Path, folder: Path, max_rows: int | None = None) -> dict[str, float]:
+    """Accuracies of a checkpoint on the test questions; answers are kept in `folder`."""
+    evaluation = Evaluation("", ["easy_vqa"], str(data_dir), folder, limit=max_rows)
+    return measure_answers(load(str(model_dir)), read_examples(easy_vqa.TASK, evaluation), folder)
+
+
 def evaluate(
     model_dir: Path,
     data_dir: Path,

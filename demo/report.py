@@ -20,6 +20,11 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 
+BUDGET_OF_LLAVA = "LLaVA has the same parts, rows and steps; a linear projector, and then its language model in full."
+OTHER_SYSTEMS = (
+    "`make demo BASELINE=1` trains a LLaVA beside it; benchmarks/results/three_systems.md has one and a MiniGPT-4, at "
+    "a smaller budget."
+)
 STAGES = {"stage1": "Stage 1: alignment on captions", "stage2": "Stage 2: conversations with self-questions"}
 
 
@@ -66,6 +71,8 @@ def write_report(run: Path, steps: dict[str, dict], seed: int) -> None:
     result = json.loads((run / "evaluation.json").read_text())
     draw_losses(run)
     draw_contact_sheet(run, result.pop("contact_sheet"))
+    if "baseline" in steps:
+        result["llava_accuracy"] = json.loads((run / "llava" / "evaluation.json").read_text())
     result |= {
         "seed": seed,
         "steps": steps,
@@ -90,7 +97,13 @@ def to_markdown(result: dict) -> str:
         ("all", result["test_accuracy"], result["blind_guess_accuracy"]),
         *((kind, result["accuracy_by_kind"][kind], result["blind_guess_by_kind"][kind]) for kind in KINDS),
     ]
-    accuracy = "\n".join(f"| {kind} | {percent(value)} | {percent(blind)} |" for kind, value, blind in rows)
+    llava = result.get("llava_accuracy")
+    head, rule = ("", "") if llava is None else (" LLaVA |", "---|")
+    beside = BUDGET_OF_LLAVA if llava is not None else OTHER_SYSTEMS
+    accuracy = "\n".join(
+        f"| {kind} | {percent(value)} |{'' if llava is None else f' {percent(llava[kind])} |'} {percent(blind)} |"
+        for kind, value, blind in rows
+    )
     steps = "\n".join(
         f"| {name} | {step['seconds']:.0f} s | {step['peak_memory_mib']:,.0f} MiB |"
         for name, step in result["steps"].items()
@@ -106,12 +119,12 @@ Trained in both stages from a tiny CLIP and a tiny Llama, which were pretrained 
 One question per prompt, greedy, exact match; {result["num_test_questions"]:,} test questions. The best blind guess is
 each question's most frequent answer in training. [More](evaluation/report.md), with every answer.
 
-| kind of question | accuracy | best blind guess |
-|---|---|---|
+| kind of question | accuracy |{head} best blind guess |
+|---|---|{rule}---|
 {accuracy}
 
-With the image blanked: {blank} (every fourth question, {result["num_blank_questions"]:,}). What a LLaVA and a
-MiniGPT-4 of such parts reach beside it at one smaller budget stands in benchmarks/results/three_systems.md.
+With the image blanked: {blank} (every fourth question, {result["num_blank_questions"]:,}).
+{beside}
 
 ## Questions it asks itself
 

@@ -110,7 +110,7 @@ def test_run_with_other_settings_is_not_gone_on_with(tmp_path):
 @pytest.mark.slow
 def test_quick_demo_writes_its_report_and_is_reused(tmp_path, capfd):
     folder = tmp_path / "quick"
-    run.main(["--quick", "--output-dir", str(folder)])
+    run.main(["--quick", "--baseline", "--output-dir", str(folder)])
     result = json.loads((folder / "report.json").read_text())
     assert {
         "test_accuracy", "blank_image_accuracy", "blind_guess_accuracy", "accuracy_by_kind", "blind_guess_by_kind",
@@ -121,7 +121,11 @@ def test_quick_demo_writes_its_report_and_is_reused(tmp_path, capfd):
     names = ("losses.png", "contact_sheet.png", "model/model.safetensors", "model/README.md", "evaluation/report.md")
     for name in ("report.md", *names):
         assert (folder / name).stat().st_size > 0
-    assert "| yes/no shape |" in report.to_markdown(result)
+    assert set(result["llava_accuracy"]) == {"all", *easy_vqa.KINDS}
+    text = (folder / "report.md").read_text()
+    assert "| yes/no shape |" in text and "| accuracy | LLaVA | best blind guess |" in text
+    del result["llava_accuracy"]
+    assert "| accuracy | best blind guess |" in report.to_markdown(result)
     capfd.readouterr()
-    run.main(["--quick", "--output-dir", str(folder)])
+    run.main(["--quick", "--baseline", "--output-dir", str(folder)])
     assert capfd.readouterr().out.count("done before") == len(run.STEPS)
