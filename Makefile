@@ -31,7 +31,7 @@ demo-clean:  ## Remove what the demo made
 	rm -rf $(RUN)
 
 test: setup  ## Run the tests
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 test-versions: setup  ## Load and run checkpoints with transformers 5.16 to 5.19
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.transformers_versions
