@@ -39,6 +39,11 @@ def read_completion(body: str, most_tokens: tuple[int, int]) -> dict[str, Any]:
     return line
 
 
+def without_thoughts(text: str) -> str:
+    """An answer without what a reasoning model thinks before it, which some servers leave in."""
+    return text.rpartition("</think>")[2].strip()
+
+
 def mend(text: str) -> str:
     """Half of a surrogate pair, which JSON can hold and no UTF-8, becomes U+FFFD."""
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")

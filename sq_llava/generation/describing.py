@@ -19,6 +19,7 @@ from typing import Any
 from rich.progress import Progress
 
 from sq_llava.chat_client import ChatClient, ChatRequest, Journal, Messages, NotAsked
+from sq_llava.chat_replies import without_thoughts
 from sq_llava.console import messages_console
 from sq_llava.evaluation.results import hash_of_model
 from sq_llava.generation.asking import Asked, ask_all
@@ -242,8 +243,7 @@ class Repairer:
 
 
 def _answer(client: ChatClient, messages: Messages) -> str:
-    """Without the thoughts that some servers leave in."""
-    return client.complete(messages).rpartition("</think>")[2].strip()
+    return without_thoughts(client.complete(messages))
 
 
 def _told_to_go_on(messages: Messages, first: str, prompts: Prompts) -> list[dict[str, Any]]:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sq_llava.chat_client import ChatClient, ChatRequest, Messages
+from sq_llava.chat_replies import without_thoughts
 from sq_llava.generation.asking import Asked, ask_all, read_all
 from sq_llava.images import jpeg_data_url, open_image
 
@@ -52,7 +53,7 @@ def judge_turns(client: ChatClient, prompt: str, exhibits: Mapping[str, Exhibit]
     def judge(exhibit: Exhibit) -> bool | None:
         messages = as_messages(prompt, exhibit)
         for attempt in range(ATTEMPTS):
-            said = client.complete(messages, attempt).rpartition("</think>")[2].split(maxsplit=1)
+            said = without_thoughts(client.complete(messages, attempt)).split(maxsplit=1)
             word = said[0].strip("\"'.,:;*#").lower() if said else ""
             if word in WORDS:
                 return WORDS[word]

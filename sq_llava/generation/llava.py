@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from sq_llava.chat_client import ChatClient, ChatSettings, Estimate, Messages
+from sq_llava.chat_replies import without_thoughts
 from sq_llava.generation.asking import Asked, ask_all
 from sq_llava.generation.rows import Card, Rejected, Shard, make_row, write_output
 from sq_llava.generation.scenes import Box, Scene, read_scenes
@@ -207,7 +208,7 @@ def read_answer(task: Task, text: str) -> tuple[dict[str, Any] | None, list[Reje
     The row that the model's text makes, if it makes one, and what of it was left out. A conversation ends before the
     first turn that breaks a rule: what follows may refer to it.
     """
-    text = text.rpartition("</think>")[2].strip()  # what a server does not take out by itself
+    text = without_thoughts(text)
     if task.kind == "detail":
         turns = [(task.question, without_rulers(text))]
     else:
