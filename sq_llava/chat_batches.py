@@ -18,6 +18,7 @@ from typing import Any
 import openai
 from openai.types import Batch
 
+from sq_llava.appended_lines import whole_lines
 from sq_llava.chat_client import ChatClient, ChatRequest, ChatStopped
 from sq_llava.chat_replies import read_completion
 
@@ -46,11 +47,7 @@ class BatchJournal:
     def __init__(self, client: ChatClient):
         self._path = client.journal.path.with_suffix(".batches.jsonl")
         self.open: dict[str, PlannedBatch] = {}
-        content = self._path.read_bytes() if self._path.is_file() else b""
-        whole = content[: content.rfind(b"\n") + 1]
-        if len(whole) < len(content):  # a kill has cut the last line off
-            self._path.write_bytes(whole)
-        for line in map(json.loads, whole.splitlines()):
+        for line in map(json.loads, whole_lines(self._path)):
             if line["event"] == "planned":
                 most = {key: tuple(most) for key, most in line["most"].items()}
                 self.open[line["name"]] = PlannedBatch(line["name"], most)

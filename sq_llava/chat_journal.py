@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Any
 from weakref import WeakValueDictionary, finalize
 
+from sq_llava.appended_lines import whole_lines
+
 
 try:
     import fcntl
@@ -31,20 +33,14 @@ class Journal:
         self._lock = threading.Lock()
         self._lines: list[dict[str, Any]] = []
         self._line_of: dict[str, dict[str, Any]] = {}
-        if path.is_file():
-            content = path.read_bytes()
-            whole = content[: content.rfind(b"\n") + 1]
-            # A kill has cut the last line off; or, to one that only reads, another process is writing it.
-            if len(whole) < len(content) and not reads_only:
-                path.write_bytes(whole)
-            for number, line in enumerate(whole.splitlines(), 1):
-                try:
-                    line = json.loads(line)
-                except ValueError as error:
-                    raise ValueError(
-                        f"{path}, line {number}: cannot be read as JSON: {error}. Remove the line: it is asked again."
-                    ) from error
-                self._keep(line)
+        for number, line in enumerate(whole_lines(path, mends=not reads_only), 1):
+            try:
+                line = json.loads(line)
+            except ValueError as error:
+                raise ValueError(
+                    f"{path}, line {number}: cannot be read as JSON: {error}. Remove the line: it is asked again."
+                ) from error
+            self._keep(line)
 
     def get(self, key: str) -> dict[str, Any] | None:
         return self._line_of.get(key)

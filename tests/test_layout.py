@@ -13,6 +13,7 @@ TRIO = ["configuration_sq_llava", "processing_sq_llava", "modeling_sq_llava"]
 ORDER = [
     *TRIO,
     "sq_llava.console",
+    "sq_llava.appended_lines",
     "sq_llava.chat_journal",
     "sq_llava.chat_replies",
     "sq_llava.chat_client",

@@ -10,6 +10,8 @@ from typing import Any, BinaryIO
 
 from accelerate import PartialState
 
+from sq_llava.appended_lines import whole_lines
+
 
 def read_lines(
     folder: Path, stem: str, known_ids: Sequence[str], with_failed: bool = False
@@ -28,11 +30,7 @@ def read_lines(
     known = set(known_ids)
     done = {}
     for path in sorted(folder.glob(f"{stem}-*.jsonl")):
-        content = path.read_bytes()
-        whole = content[: content.rfind(b"\n") + 1]
-        if len(whole) < len(content) and PartialState().is_main_process:
-            path.write_bytes(whole)
-        for line in map(json.loads, whole.splitlines()):
+        for line in map(json.loads, whole_lines(path, mends=PartialState().is_main_process)):
             if line["id"] not in known:
                 raise ValueError(
                     f"{path}: has a line for {line['id']!r}, which is not asked about: give another --out."
