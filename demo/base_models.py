@@ -42,6 +42,7 @@ from sq_llava.evaluation.easy_vqa import COLOURS, SHAPES, answer_question, quest
 UNKNOWN, PADDING, BEGIN, END = "<unk>", "<pad>", "<s>", "</s>"
 IMAGE_SIZE, PATCH_SIZE = 64, 8
 WORDS_PER_LIST, TURNS_PER_CONVERSATION = 16, 6
+CAPTIONS = [f"a {colour} {shape}" for colour in COLOURS for shape in SHAPES]
 
 
 def build_tokenizer(texts: list[str], adds_end: bool) -> PreTrainedTokenizerFast:
@@ -135,6 +136,19 @@ def embed_images(model: CLIPModel, pixel_values: torch.Tensor) -> torch.Tensor:
     return F.normalize(model.get_image_features(pixel_values=pixel_values).pooler_output, dim=-1)
 
 
+def caption_numbers(rows: list[dict]) -> torch.Tensor:
+    """[num_rows], each row's caption as its place in `CAPTIONS`."""
+    return torch.tensor([CAPTIONS.index(row["conversations"][1]["value"]) for row in rows])
+
+
+def draw_images(pixel_values: torch.Tensor, batch_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """A batch's places and its images. Mirrored ones keep their captions, and double the few that there are."""
+    batch = torch.randint(len(pixel_values), (batch_size,), device=pixel_values.device)
+    images = pixel_values[batch]
+    is_mirrored = torch.rand(batch_size, 1, 1, 1, device=pixel_values.device) < 0.5
+    return batch, torch.where(is_mirrored, images.flip(-1), images)
+
+
 def load_images(image_processor: CLIPImageProcessor, rows: list[dict]) -> torch.Tensor:
     images = [Image.open(image_root() / row["image"]) for row in rows]
     return image_processor(images=images, return_tensors="pt").pixel_values
@@ -187,19 +201,12 @@ def pretrain_clip(
         size={"shortest_edge": IMAGE_SIZE}, crop_size={"height": IMAGE_SIZE, "width": IMAGE_SIZE}
     )
     model = build_clip(tokenizer).to(device)
-    captions = [f"a {colour} {shape}" for colour in COLOURS for shape in SHAPES]
-    caption_inputs = tokenizer(captions, return_tensors="pt", return_token_type_ids=False).to(device)
+    caption_inputs = tokenizer(CAPTIONS, return_tensors="pt", return_token_type_ids=False).to(device)
     pixel_values = load_images(image_processor, train_rows).to(device)
-    caption_of_image = torch.tensor(
-        [captions.index(row["conversations"][1]["value"]) for row in train_rows], device=device
-    )
+    caption_of_image = caption_numbers(train_rows).to(device)
 
     def compute_loss() -> torch.Tensor:
-        batch = torch.randint(len(pixel_values), (batch_size,), device=device)
-        images = pixel_values[batch]
-        # Mirrored images keep their captions, and double the few that there are.
-        is_mirrored = torch.rand(batch_size, 1, 1, 1, device=device) < 0.5
-        images = torch.where(is_mirrored, images.flip(-1), images)
+        batch, images = draw_images(pixel_values, batch_size)
         similarities = embed_images(model, images) @ embed_captions(model, caption_inputs).T
         return contrastive_loss(model.logit_scale.exp() * similarities, caption_of_image[batch])
 
@@ -208,15 +215,12 @@ def pretrain_clip(
     with torch.no_grad():
         text_embeddings = embed_captions(model, caption_inputs)
         image_embeddings = embed_images(model, load_images(image_processor, holdout_rows).to(device))
-    distances = torch.cdist(text_embeddings, text_embeddings) + torch.eye(len(captions), device=device)
+    distances = torch.cdist(text_embeddings, text_embeddings) + torch.eye(len(CAPTIONS), device=device)
     assert distances.min() > 1e-3, "two captions have one text embedding"
-    guesses = (image_embeddings @ text_embeddings.T).argmax(dim=-1).tolist()
-    hits = [
-        captions[guess] == row["conversations"][1]["value"] for guess, row in zip(guesses, holdout_rows, strict=True)
-    ]
+    guesses = (image_embeddings @ text_embeddings.T).argmax(dim=-1)
     for part in (model, image_processor, tokenizer):
         part.save_pretrained(output_dir)
-    return sum(hits) / len(hits)
+    return (guesses.cpu() == caption_numbers(holdout_rows)).double().mean().item()
 
 
 def build_blip2() -> Blip2VisionModelWithProjection:
@@ -254,35 +258,26 @@ def pretrain_blip2(
     """
     set_seed(seed)
     image_processor = BlipImageProcessor(size={"height": IMAGE_SIZE, "width": IMAGE_SIZE})
-    captions = [f"a {colour} {shape}" for colour in COLOURS for shape in SHAPES]
-    texts = nn.Embedding(len(captions), 64)
+    texts = nn.Embedding(len(CAPTIONS), 64)
     texts.register_parameter("logit_scale", nn.Parameter(torch.tensor(2.66)))  # CLIP's, 1 / 0.07
     model = nn.ModuleDict({"images": build_blip2(), "texts": texts}).to(device)
     pixel_values = load_images(image_processor, train_rows).to(device)
-    caption_of_image = torch.tensor(
-        [captions.index(row["conversations"][1]["value"]) for row in train_rows], device=device
-    )
+    caption_of_image = caption_numbers(train_rows).to(device)
 
     def compare(images: torch.Tensor) -> torch.Tensor:
         embedded = model["images"](pixel_values=images).image_embeds  # [num_images, num_queries, 64]
         return F.normalize(embedded.mean(dim=1), dim=-1) @ F.normalize(texts.weight, dim=-1).T
 
     def compute_loss() -> torch.Tensor:
-        batch = torch.randint(len(pixel_values), (batch_size,), device=device)
-        images = pixel_values[batch]
-        is_mirrored = torch.rand(batch_size, 1, 1, 1, device=device) < 0.5
-        images = torch.where(is_mirrored, images.flip(-1), images)
+        batch, images = draw_images(pixel_values, batch_size)
         return contrastive_loss(texts.logit_scale.exp() * compare(images), caption_of_image[batch])
 
     train(model, compute_loss, num_steps, learning_rate, betas=(0.9, 0.98), description="BLIP-2")
     with torch.no_grad():
-        guesses = compare(load_images(image_processor, holdout_rows).to(device)).argmax(dim=-1).tolist()
-    hits = [
-        captions[guess] == row["conversations"][1]["value"] for guess, row in zip(guesses, holdout_rows, strict=True)
-    ]
+        guesses = compare(load_images(image_processor, holdout_rows).to(device)).argmax(dim=-1)
     model["images"].save_pretrained(output_dir)
     image_processor.save_pretrained(output_dir)
-    return sum(hits) / len(hits)
+    return (guesses.cpu() == caption_numbers(holdout_rows)).double().mean().item()
 
 
 def draw_scene(colour: str, shape: str, draw: random.Random) -> str:
