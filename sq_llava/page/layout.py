@@ -224,8 +224,8 @@ def create_page(assistant: Assistant) -> gr.Blocks:
             with gr.Column(scale=2, min_width=300):
                 examples = [[{"text": text, "files": [str(PHOTOS / name)]}] for name, text in EXAMPLES.items()]
                 gr.Examples(examples, box, elem_id="examples")
-                if assistant.model.config.prototype_variant != "none":
-                    _prototype_panel(page, picture)
+                has_prototypes = assistant.model.config.prototype_variant != "none"
+                panel = _prototype_panel(page, picture) if has_prototypes else []
 
         outputs = [box, turns, chat, picture]
         # One generation at a time, whoever wants it. For programs there is `sq-llava serve`.
@@ -241,7 +241,14 @@ def create_page(assistant: Assistant) -> gr.Blocks:
         ]
         blocks.queue(max_size=MAX_WAITING)
         stop.click(None, cancels=running)
-        chat.clear(lambda: shown([]), None, outputs[1:], cancels=running, api_visibility="private")
+        # In this order: Gradio cancels after the function that `cancels` stands with, so the next question would be
+        # cancelled with what was running. Past the queue, so that this is done before that question is read; but
+        # then a change of `picture` is not told, and the panel is emptied here.
+        chat.clear(None, cancels=running)
+        chat.clear(
+            lambda: shown([]) + (page.look(None) if panel else ()), None, [*outputs[1:], *panel], queue=False,
+            api_visibility="private",
+        )  # fmt: skip
     return blocks
 
 
@@ -263,7 +270,8 @@ def _sliders() -> list[gr.Slider]:
         ]
 
 
-def _prototype_panel(page: Page, picture: gr.State) -> None:
+def _prototype_panel(page: Page, picture: gr.State) -> list[gr.components.Component]:
+    """The outputs of `Page.look`."""
     sight = gr.State(None)
     overlay = gr.Image(
         label="What the prototypes see", interactive=False, format="png", buttons=["download", "fullscreen"],
@@ -275,3 +283,4 @@ def _prototype_panel(page: Page, picture: gr.State) -> None:
     )  # fmt: skip
     picture.change(page.look, picture, [sight, overlay, chosen], show_progress="hidden", api_visibility="private")
     chosen.input(page.paint, [picture, sight, chosen], overlay, show_progress="hidden", api_visibility="private")
+    return [sight, overlay, chosen]
