@@ -12,9 +12,9 @@ after the last complete step.
 
 import argparse
 import json
-import os
+import multiprocessing
+import resource
 import shutil
-import subprocess
 import sys
 import time
 from functools import partial
@@ -24,6 +24,9 @@ from demo.data import caption_rows, image_root, questions_and_answers, read_ques
 
 
 RECIPES = Path("recipes/easy-vqa")
+# Forked from a server that has imported the libraries, which takes longer than many a step of `--quick`.
+PROCESSES = multiprocessing.get_context("forkserver")
+PROCESSES.set_forkserver_preload(["train_sft", "demo.evaluate"])
 # What LLaVA has in place of the recipes' settings. The learning rates were chosen for SQ-LLaVA and stay, but for a
 # language model that is trained in full, which has half of LoRA's.
 PLAIN = {"prototype_variant": "none", "projector_type": "linear", "vision_lora_r": 0}
@@ -114,25 +117,35 @@ STEPS = {
 }
 
 
-def run_step(name: str, run: Path, settings: list[str]) -> dict:
+def note_of(run: Path, name: str) -> Path:
+    return run / "steps" / f"{name.replace(' ', '-')}.json"
+
+
+def work(name: str, run: Path, seed: int, quick: bool) -> None:
+    """Body of a step's process."""
+    start = time.time()
+    STEPS[name][0](run, seed, quick)
+    unit = 2**20 if sys.platform == "darwin" else 2**10  # macOS counts bytes, Linux KiB
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    note_of(run, name).parent.mkdir(parents=True, exist_ok=True)
+    note_of(run, name).write_text(json.dumps({"seconds": time.time() - start, "peak_memory_mib": peak / unit}) + "\n")
+
+
+def run_step(name: str, run: Path, seed: int, quick: bool) -> dict:
     """Runs a step in a child process, unless its note says that it is complete; returns the note."""
-    note = run / "steps" / f"{name.replace(' ', '-')}.json"
+    note = note_of(run, name)
     if note.is_file():
         print(f"=== {name}: done before")
         return json.loads(note.read_text())
     for output in STEPS[name][1]:
         shutil.rmtree(run / output, ignore_errors=True)
     print(f"=== {name}", flush=True)
-    start = time.time()
-    command = [sys.executable, "-m", "demo.run", "--step", name, "--output-dir", str(run), *settings]
-    _, status, usage = os.wait4(subprocess.Popen(command).pid, 0)
-    if status != 0:
+    process = PROCESSES.Process(target=work, args=(name, run, seed, quick))
+    process.start()
+    process.join()
+    if process.exitcode != 0:
         raise SystemExit(f"The step '{name}' failed, see above. Run the demo again to go on from there.")
-    unit = 2**20 if sys.platform == "darwin" else 2**10  # macOS counts bytes, Linux KiB
-    facts = {"seconds": time.time() - start, "peak_memory_mib": usage.ru_maxrss / unit}
-    note.parent.mkdir(parents=True, exist_ok=True)
-    note.write_text(json.dumps(facts) + "\n")
-    return facts
+    return json.loads(note.read_text())
 
 
 def check_settings(run: Path, settings: list[str]) -> None:
@@ -153,16 +166,12 @@ def main(args: list[str] | None = None) -> None:
     parser.add_argument("--output-dir", type=Path, default=Path("runs/demo"))
     parser.add_argument("--quick", action="store_true", help="a few training steps: only to see that it runs")
     parser.add_argument("--baseline", action="store_true", help="a LLaVA of the same budget too: four minutes more")
-    parser.add_argument("--step", choices=STEPS, help=argparse.SUPPRESS)
     args = parser.parse_args(args)
     run = args.output_dir
-    if args.step:
-        STEPS[args.step][0](run, args.seed, args.quick)
-        return
     settings = ["--seed", str(args.seed)] + ["--quick"] * args.quick
     check_settings(run, settings)
     wanted = [name for name in STEPS if args.baseline or name != "baseline"]
-    steps = {name: run_step(name, run, settings) for name in wanted}
+    steps = {name: run_step(name, run, args.seed, args.quick) for name in wanted}
 
     from demo.report import write_report
 

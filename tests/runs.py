@@ -1,7 +1,4 @@
-"""Runs of `train_sft.py` with tiny models, in processes of their own, and what can be done to such a process.
-
-A child is forked from a server that has imported everything and run nothing: it starts at once, and a kill is real.
-"""
+"""Runs of `train_sft.py` with tiny models, in processes of their own, and what can be done to such a process."""
 
 import json
 import math
@@ -9,7 +6,6 @@ import multiprocessing
 import os
 import resource
 import signal
-import socket
 from pathlib import Path
 
 import torch
@@ -23,6 +19,7 @@ from sq_llava.recovery import step_of
 from sq_llava.self_questioning import SelfQuestioningCollator
 from sq_llava.trainer import SQLlavaTrainer
 from tests import tiny
+from tests.processes import ended, fork
 
 
 # Four optimizer steps an epoch; dropout in both towers, so that the random states matter.
@@ -49,8 +46,6 @@ SETTINGS = {
     "report_to": "none",
     "disable_tqdm": True,
 }
-PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["tests.runs"])
 
 
 def make_parts(root: Path) -> Path:
@@ -80,52 +75,13 @@ def arguments(parts: Path, output_dir: Path, **overrides) -> list[str]:
     return [text for name, value in (settings | overrides).items() for text in (f"--{name}", str(value))]
 
 
-def run_child(args: list[str], log: str, environment: dict[str, str], prepare) -> None:
-    """Body of a child process: `prepare` is a function, or one with its arguments, that is called first."""
-    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(descriptor, 1)
-    os.dup2(descriptor, 2)
-    os.environ.update(environment)
-    torch.set_num_threads(1)
-    if prepare is not None:
-        function, *rest = prepare
-        function(*rest)
-    train_sft.main(args)
-
-
-def environments_of(processes: int) -> list[dict[str, str]]:
-    """What torchrun gives each of several processes; nothing for one."""
-    if processes == 1:
-        return [{}]
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
-    shared |= {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
-    return [{"RANK": str(rank), "LOCAL_RANK": str(rank), **shared} for rank in range(processes)]
-
-
 def start(args: list[str], log: Path, prepare=None, processes: int = 1) -> list[multiprocessing.Process]:
-    children = [
-        PROCESSES.Process(target=run_child, args=(args, str(log), environment, prepare))
-        for environment in environments_of(processes)
-    ]
-    for child in children:
-        child.start()
-    return children
+    return fork(train_sft.main, (args,), log, prepare, processes)
 
 
 def run(args: list[str], log: Path, prepare=None, processes: int = 1) -> list[int]:
     """Exit codes of the processes; a negative one is the number of the signal that ended it."""
     return ended(start(args, log, prepare, processes))
-
-
-def ended(children: list[multiprocessing.Process]) -> list[int]:
-    for child in children:
-        child.join(60)
-        if child.is_alive():
-            child.kill()
-            child.join()
-    return [child.exitcode for child in children]
 
 
 def history(output_dir: Path) -> list[dict]:

@@ -1,7 +1,6 @@
 """Two processes, of which one never sees an image, equal one process: with DDP in `train_sft.py`, and with FSDP2."""
 
 import json
-import os
 from pathlib import Path
 
 import pytest
@@ -14,7 +13,8 @@ from trl.trainer.utils import add_fused_lm_head
 
 from sq_llava.adapter import LoraSize, add_adapter, train_in_full, without_adapter
 from tests import tiny
-from tests.runs import PROCESSES, arguments, ended, environments_of, losses, make_parts, run
+from tests.processes import ended, fork
+from tests.runs import arguments, losses, make_parts, run
 
 
 SIZE = LoraSize(4, 8, 0.0)
@@ -96,10 +96,8 @@ def trained_model(full: bool):
     return add_adapter(model, SIZE, SIZE, train_vusr=True).train()
 
 
-def descend_sharded(environment: dict[str, str], file: str, full: bool) -> None:
+def descend_sharded(file: Path, full: bool) -> None:
     """Body of one of two processes: the first sees the prompts with images only, the second those without."""
-    os.environ.update(environment)
-    torch.set_num_threads(1)
     dist.init_process_group("gloo")
     model = trained_model(full)
     base = without_adapter(model).model
@@ -110,19 +108,14 @@ def descend_sharded(environment: dict[str, str], file: str, full: bool) -> None:
     rank = dist.get_rank()
     curve = descend(model, prompts_of(model.config)[rank], processes=2)
     if rank == 0:
-        Path(file).write_text(json.dumps(curve))
+        file.write_text(json.dumps(curve))
     dist.destroy_process_group()
 
 
 @pytest.mark.parametrize("full", [False, True], ids=["adapter", "full"])
 def test_fully_sharded_processes_equal_one_where_one_sees_text_only(full, tmp_path):
     file = tmp_path / "curve.json"
-    children = [
-        PROCESSES.Process(target=descend_sharded, args=(environment, str(file), full))
-        for environment in environments_of(2)
-    ]
-    for child in children:
-        child.start()
+    children = fork(descend_sharded, (file, full), tmp_path / "log", processes=2)
     model = trained_model(full)
     pictured, text_only = prompts_of(model.config)
     expected = descend(model, pictured + text_only, processes=1)

@@ -1,10 +1,7 @@
 """The frame of an evaluation: answers in batches, over processes, after a kill; what is written and refused."""
 
 import json
-import os
 import signal
-import subprocess
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +16,7 @@ from sq_llava.evaluation.run import Evaluation, evaluate
 from sq_llava.evaluation.task import Example
 from tests import tiny
 from tests.evaluation_layouts import stored, write_parquet
+from tests.processes import ended, fork, sq_llava
 
 
 NUM_QUESTIONS = 24
@@ -61,7 +59,7 @@ def examples_of(out: Path) -> list[dict]:
 
 def command_of(evaluation: Evaluation, *more: str) -> list[str]:
     return [
-        "-m", "sq_llava.cli", "evaluate", "--model", evaluation.model, "--tasks", "easy_vqa", "--data",
+        "evaluate", "--model", evaluation.model, "--tasks", "easy_vqa", "--data",
         evaluation.data, "--out", str(evaluation.out), "--device", "cpu", *more,
     ]  # fmt: skip
 
@@ -93,10 +91,9 @@ def test_examples_stand_in_the_order_of_the_data_with_prompt_and_reference(one_b
 
 
 @pytest.mark.slow
-def test_two_processes_write_what_one_writes(evaluation, one_by_one):
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    run = subprocess.run([*launch, *command_of(evaluation)], capture_output=True, text=True, timeout=120)
-    assert run.returncode == 0, run.stderr[-3000:]
+def test_two_processes_write_what_one_writes(evaluation, one_by_one, tmp_path):
+    log = tmp_path / "log"
+    assert ended(fork(sq_llava, command_of(evaluation), log, processes=2)) == [0, 0], log.read_text()[-3000:]
     assert examples_of(evaluation.out) == one_by_one
     shares = [(evaluation.out / "easy_vqa" / f"answers-{rank}.jsonl").read_text().count("\n") for rank in (0, 1)]
     assert sum(shares) == NUM_QUESTIONS
@@ -104,14 +101,15 @@ def test_two_processes_write_what_one_writes(evaluation, one_by_one):
 
 
 @pytest.mark.slow
-def test_killed_run_goes_on_without_asking_again(evaluation, one_by_one):
-    process = subprocess.Popen([sys.executable, *command_of(evaluation, "--batch-size", "1")], stderr=subprocess.PIPE)
+def test_killed_run_goes_on_without_asking_again(evaluation, one_by_one, tmp_path):
+    log = tmp_path / "log"
+    (child,) = fork(sq_llava, command_of(evaluation, "--batch-size", "1"), log)
     answers = evaluation.out / "easy_vqa" / "answers-0.jsonl"
     while not (answers.is_file() and answers.read_bytes().count(b"\n") >= 2):
-        assert process.poll() is None, process.stderr.read().decode()[-3000:]
+        assert child.is_alive(), log.read_text()[-3000:]
         time.sleep(0.01)
-    os.kill(process.pid, signal.SIGKILL)
-    process.communicate()
+    child.kill()
+    assert ended([child]) == [-signal.SIGKILL]
     kept = answers.read_bytes()
     assert kept.count(b"\n") < NUM_QUESTIONS
     evaluate(replace(evaluation, dtype="auto"))

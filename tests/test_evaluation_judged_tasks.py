@@ -2,8 +2,6 @@
 
 import json
 import re
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,6 +17,7 @@ from sq_llava.evaluation.run import Evaluation, assess, evaluate
 from sq_llava.evaluation.task import Record
 from tests import tiny
 from tests.chat_server import chat_server
+from tests.processes import ended, fork
 
 
 KEY = "sk-secret-0123456789"
@@ -449,23 +448,20 @@ def test_cap_holds_for_both_models_of_a_comparison(model, tmp_path, monkeypatch)
     assert len(server.requests) == 3  # the same model said the same
 
 
+def evaluate_briefly(evaluation: run.Evaluation) -> None:
+    run.TASKS["mmvet"] = replace(mmvet.TASK, max_new_tokens=4)
+    run.evaluate(evaluation)
+
+
 @pytest.mark.slow
 def test_only_one_of_two_processes_asks_the_judge(model, tmp_path):
-    script = (
-        "import sys; from dataclasses import replace; from pathlib import Path\n"
-        "from sq_llava.evaluation import run; from sq_llava.evaluation.judge import JudgeSettings\n"
-        "run.TASKS['mmvet'] = replace(run.TASKS['mmvet'], max_new_tokens=4)\n"
-        "judge = JudgeSettings('judge', base_url=sys.argv[4])\n"
-        "evaluation = run.Evaluation(\n"
-        "    sys.argv[1], ['mmvet'], sys.argv[2], Path(sys.argv[3]), device='cpu', batch_size=1, judge=judge)\n"
-        "run.evaluate(evaluation)"
-    )
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--no-python"]
-    out = tmp_path / "out"
+    out, log = tmp_path / "out", tmp_path / "log"
+    data = str(mmvet_folder(tmp_path))
     with chat_server(lambda request, number: "1") as server:
-        command = [*launch, sys.executable, "-c", script, model, str(mmvet_folder(tmp_path)), str(out), server.url]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr[-3000:]
+        judge = JudgeSettings("judge", base_url=server.url)
+        evaluation = run.Evaluation(model, ["mmvet"], data, out, device="cpu", batch_size=1, judge=judge)
+        children = fork(evaluate_briefly, (evaluation,), log, processes=2)
+        assert ended(children) == [0, 0], log.read_text()[-3000:]
     assert all((out / "mmvet" / f"answers-{rank}.jsonl").read_text() for rank in (0, 1))
     assert len(server.requests) == 3
     assert json.loads((out / "results.json").read_text())["results"][0]["value"] == 1.0

@@ -24,7 +24,8 @@ from sq_llava.feature_building import Encoder, parse_size
 from sq_llava.feature_cache import FeatureCache
 from sq_llava.settings import parse_settings
 from tests import tiny
-from tests.runs import PROCESSES, arguments, die, ended, environments_of, history, make_parts, run
+from tests.processes import ended, fork
+from tests.runs import arguments, die, history, make_parts, run
 
 
 SETTINGS = {"stage": "align", "vision_lora_r": 0, "max_steps": 4, "save_strategy": "no"}
@@ -68,26 +69,13 @@ def shards(folder: Path) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in folder.glob(feature_cache.SHARDS)}
 
 
-def build_child(args: list[str], folder: str, log: str, environment: dict[str, str], prepare) -> None:
-    """Body of a child process; `prepare` is called first."""
-    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(descriptor, 2)
-    os.environ.update(environment)
-    torch.set_num_threads(1)
+def build_child(args: list[str], folder: Path) -> None:
     small_shards()
-    if prepare is not None:
-        prepare()
-    build(args, Path(folder))
+    build(args, folder)
 
 
 def build_in_processes(args: list[str], folder: Path, log: Path, processes: int = 1, prepare=None) -> list[int]:
-    children = [
-        PROCESSES.Process(target=build_child, args=(args, str(folder), str(log), environment, prepare))
-        for environment in environments_of(processes)
-    ]
-    for child in children:
-        child.start()
-    return ended(children)
+    return ended(fork(build_child, (args, folder), log, prepare and (prepare,), processes))
 
 
 def kill_in_third_shard() -> None:

@@ -4,7 +4,6 @@ import json
 import random
 import shutil
 import signal
-import subprocess
 import sys
 from collections import Counter, defaultdict
 from pathlib import Path
@@ -18,8 +17,18 @@ from typer.testing import CliRunner
 from sq_llava.cli import app
 from sq_llava.data import load_rows
 from sq_llava.generation import captions as choosing
-from sq_llava.generation.captions import CaptionFile, choose, draw, hash_of, phrases_of, read_instructions
+from sq_llava.generation.captions import (
+    CaptionFile,
+    PhraseJournal,
+    choose,
+    draw,
+    hash_of,
+    phrases_of,
+    read_instructions,
+)
 from sq_llava.sources import DataSource
+from tests.processes import ended, fork, sq_llava
+from tests.runs import die
 
 
 NOUNS = ("dog", "cat", "house", "tree", "boat", "horse")
@@ -318,28 +327,25 @@ def test_run_cut_off_anywhere_goes_on_and_gives_the_same(captions, pipeline, who
     assert (out / "phrases.jsonl").read_bytes() == journal  # no row was read twice
 
 
-KILLED = """
-import os, signal, sys
-from sq_llava.cli import app
-from sq_llava.generation.captions import PhraseJournal
-append = PhraseJournal.append
-def killed(self, found):
-    for number, row in enumerate(append(self, found)):
-        yield row
-        if number == 50:
-            os.kill(os.getpid(), signal.SIGKILL)
-PhraseJournal.append = killed
-app(sys.argv[1:])
-"""
+def kill_at_row_50() -> None:
+    append = PhraseJournal.append
+
+    def killed(self, found):
+        for number, row in enumerate(append(self, found)):
+            yield row
+            if number == 50:
+                die()
+
+    PhraseJournal.append = killed
 
 
 @pytest.mark.slow
 def test_killed_run_goes_on_and_gives_the_same(captions, pipeline, whole, tmp_path):
-    command = ["generate-data", "captions", *map(str, options(captions, pipeline, tmp_path / "out"))]
+    command = [str(option) for option in options(captions, pipeline, tmp_path / "out")]
     journal = tmp_path / "out" / "phrases.jsonl"
-    killed = subprocess.run([sys.executable, "-c", KILLED, *command], check=False)
-    assert killed.returncode == -signal.SIGKILL
+    children = fork(sq_llava, ("generate-data", "captions", *command), tmp_path / "log", (kill_at_row_50,))
+    assert ended(children) == [-signal.SIGKILL]
     assert len(journal.read_text().splitlines()) == 51
-    assert run(*command[2:]).exit_code == 0
+    assert run(*command).exit_code == 0
     assert len(journal.read_text().splitlines()) == 135
     assert contents(tmp_path / "out") == contents(whole)

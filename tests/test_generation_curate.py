@@ -5,8 +5,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 
@@ -24,6 +22,7 @@ from sq_llava.images import jpeg_data_url, open_image
 from sq_llava.sources import DataSource
 from tests import tiny
 from tests.chat_server import ChatServer, Reply, chat_server
+from tests.processes import ended, fork, sq_llava
 
 
 LONG = "A brown dog runs over a wide green field. " + " ".join(
@@ -241,9 +240,8 @@ def test_run_killed_at_any_request_pays_for_that_one_alone_again(photos, tmp_pat
 
     with chat_server(reply) as server:
         options = with_server(server, photos, tmp_path / "out", "--repair-model", "editor", "--concurrency", 1)
-        command = [sys.executable, "-m", "sq_llava.cli", "generate-data", "curate", *map(str, options)]
-        process = subprocess.Popen(command, stderr=subprocess.DEVNULL, env={**os.environ})
-        assert process.wait(120) == -signal.SIGKILL
+        (process,) = children = fork(sq_llava, ("generate-data", "curate", *map(str, options)), tmp_path / "log")
+        assert ended(children) == [-signal.SIGKILL]
         process = None
         assert len(server.requests) == last
         assert run(*options).exit_code == 0

@@ -1,6 +1,7 @@
 """Instructions from captions and boxes, by a server of this machine: what is asked, kept, left out, and paid."""
 
 import json
+import multiprocessing
 import os
 import random
 import signal
@@ -24,6 +25,7 @@ from sq_llava.generation.turns import fault_of, parse_turns
 from sq_llava.sources import DataSource
 from tests import tiny
 from tests.chat_server import ChatServer, Reply, chat_server
+from tests.processes import ended, fork, sq_llava
 
 
 ROOT = Path(__file__).parent.parent
@@ -393,15 +395,9 @@ def test_batches_make_the_same_files(tmp_path):
         assert (tmp_path / "batch" / "out" / name).read_bytes() == (tmp_path / "out" / name).read_bytes()
 
 
-def start(folder: Path, server: ChatServer, *options: str) -> subprocess.Popen:
+def start(folder: Path, server: ChatServer, *options: str) -> list[multiprocessing.Process]:
     command = ["generate-data", "llava", "../scenes.jsonl", "--model", "writer", "--base-url", server.url]
-    return subprocess.Popen(
-        [sys.executable, "-m", "sq_llava.cli", *command, "--out", "out", *options],
-        cwd=folder,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    return fork(sq_llava, (*command, "--out", "out", *options), folder / "log", (os.chdir, folder))
 
 
 @pytest.mark.parametrize("way", ["singly", pytest.param("batch", marks=pytest.mark.slow)])
@@ -414,18 +410,18 @@ def test_run_killed_at_random_moments_ends_as_one_that_was_not(way, tmp_path):
     for name in ("whole", "killed"):
         (tmp_path / name).mkdir()
     with chat_server(lambda request, number: Reply(write(request, number), seconds=0.02)) as server:
-        assert start(tmp_path / "whole", server, *options).wait(60) == 0
+        assert ended(start(tmp_path / "whole", server, *options)) == [0]
         assert len(server.requests) == num
         server.requests.clear()
         for _ in range(num_kills):
-            process = start(tmp_path / "killed", server, *options)
+            (process,) = children = start(tmp_path / "killed", server, *options)
             enough = len(server.requests) + draw.randint(1, 10)
-            while len(server.requests) < min(enough, num) and process.poll() is None:
+            while len(server.requests) < min(enough, num) and process.is_alive():
                 time.sleep(0.002)
             time.sleep(draw.random() * 0.3)
-            os.kill(process.pid, signal.SIGKILL)
-            process.wait()
-        assert start(tmp_path / "killed", server, *options).wait(60) == 0
+            process.kill()
+            ended(children)
+        assert ended(start(tmp_path / "killed", server, *options)) == [0]
         lost = 0 if way == "batch" else num_kills * concurrency
         assert num <= len(server.requests) <= num + lost
     names = {path.name for path in (tmp_path / "whole" / "out").iterdir()}
@@ -447,12 +443,12 @@ def test_ctrl_c_writes_what_is_there_and_waits_for_no_busy_server(tmp_path):
     write_scenes(tmp_path, 40)
     (tmp_path / "run").mkdir()
     with chat_server(reply) as server:
-        process = start(tmp_path / "run", server, "--concurrency", "4")
+        (process,) = children = start(tmp_path / "run", server, "--concurrency", "4")
         while len(server.requests) < 8:
-            assert process.poll() is None
+            assert process.is_alive()
             time.sleep(0.01)
-        process.send_signal(signal.SIGINT)
-        _, said = process.communicate(timeout=30)
-    assert process.returncode == 1 and "stopped by Ctrl-C" in said
+        os.kill(process.pid, signal.SIGINT)
+        assert ended(children) == [1]
+    assert "stopped by Ctrl-C" in (tmp_path / "run" / "log").read_text()
     num_rows = len(lines_of(tmp_path / "run" / "out" / "data.jsonl"))
     assert 3 <= num_rows == len(lines_of(tmp_path / "run" / "out" / "answers.jsonl")) < 40

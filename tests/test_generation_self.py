@@ -1,11 +1,8 @@
 """Data that a model makes of images alone: scores by hand, runs that stop and go on, shards, a judge, the command."""
 
 import json
-import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 import zlib
 from dataclasses import replace
@@ -32,6 +29,7 @@ from sq_llava.inference import Assistant
 from sq_llava.sources import DataSource
 from tests import tiny
 from tests.chat_server import Reply, chat_server
+from tests.processes import ended, fork, sq_llava
 
 
 NUM_IMAGES, NUM_QUESTIONS = 5, 3
@@ -395,21 +393,21 @@ def test_command_says_what_is_kept_and_a_dry_run_does_nothing(run):
 
 @pytest.mark.slow
 def test_killed_command_goes_on_without_asking_again(run, tmp_path):
-    command = [sys.executable, "-m", "sq_llava.cli"]
-    process = subprocess.Popen([*command, *arguments_of(run)], stderr=subprocess.PIPE)
+    log = tmp_path / "log"
+    (child,) = fork(sq_llava, arguments_of(run), log)
     asked = run.out / "asked-0.jsonl"
     while not (asked.is_file() and asked.read_bytes().count(b"\n") >= 2):
-        assert process.poll() is None, process.stderr.read().decode()[-3000:]
+        assert child.is_alive(), log.read_text()[-3000:]
         time.sleep(0.005)
-    os.kill(process.pid, signal.SIGKILL)
-    process.communicate()
+    child.kill()
+    assert ended([child]) == [-signal.SIGKILL]
     kept = asked.read_bytes().splitlines()
     assert len(kept) < NUM_IMAGES and not (run.out / "data.jsonl").exists()
-    subprocess.run([*command, *arguments_of(run)], check=True, capture_output=True, timeout=120)
+    other = replace(run, out=tmp_path / "other")
+    both = fork(sq_llava, arguments_of(run), log) + fork(sq_llava, arguments_of(other), log)
+    assert ended(both) == [0, 0], log.read_text()[-3000:]
     assert asked.read_bytes().splitlines()[:2] == kept[:2]
     assert len(asked.read_bytes().splitlines()) == NUM_IMAGES
-    other = replace(run, out=tmp_path / "other")
-    subprocess.run([*command, *arguments_of(other)], check=True, capture_output=True, timeout=120)
     own, others = files_of(run.out), files_of(other.out)
     assert own.pop("README.md") != others.pop("README.md")  # the command in it names the folder
     assert own == others
@@ -417,12 +415,9 @@ def test_killed_command_goes_on_without_asking_again(run, tmp_path):
 
 @pytest.mark.slow
 def test_two_processes_make_what_one_makes(run, tmp_path):
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    other = replace(run, out=tmp_path / "other")
-    for command, each in (([sys.executable], run), (launch, other)):
-        arguments = [*command, "-m", "sq_llava.cli", *arguments_of(each)]
-        done = subprocess.run(arguments, capture_output=True, text=True, timeout=120, check=False)
-        assert done.returncode == 0, done.stderr[-3000:]
+    log, other = tmp_path / "log", replace(run, out=tmp_path / "other")
+    assert ended(fork(sq_llava, arguments_of(run), log)) == [0], log.read_text()[-3000:]
+    assert ended(fork(sq_llava, arguments_of(other), log, processes=2)) == [0, 0], log.read_text()[-3000:]
     for name in ("data.jsonl", "rejected.jsonl"):
         assert (run.out / name).read_bytes() == (other.out / name).read_bytes()
     shares = [len(lines_of(other.out / f"asked-{rank}.jsonl")) for rank in (0, 1)]

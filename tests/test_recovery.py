@@ -9,13 +9,12 @@ from pathlib import Path
 import pytest
 
 from sq_llava.recovery import EXIT_TRY_AGAIN
+from tests.processes import ended
 from tests.runs import (
     arguments,
     assert_equal_runs,
     break_row,
     die,
-    ended,
-    history,
     in_step,
     kill_at_the_end,
     kill_before_random_states,
@@ -173,6 +172,13 @@ def test_row_found_wrong_in_mid_run_loses_no_step(parts, whole, tmp_path):
     assert_equal_runs(whole, output_dir)
 
 
+def wait_for_steps(number: int, children: list, log: Path) -> None:
+    """Until the run has made so many more steps, or ended."""
+    losses_then = log.read_text().count("'loss'") + number
+    while log.read_text().count("'loss'") < losses_then and children[0].is_alive():
+        time.sleep(0.001)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("processes", [1, 2])
 def test_run_killed_at_ten_random_moments_equals_the_uninterrupted_one(parts, tmp_path, processes):
@@ -180,14 +186,14 @@ def test_run_killed_at_ten_random_moments_equals_the_uninterrupted_one(parts, tm
     whole, output_dir, log = tmp_path / "whole", tmp_path / "run", tmp_path / "log"
     assert run(arguments(parts, whole, **settings), log, processes=processes) == [0] * processes
     resumed = arguments(parts, output_dir, resume=True, **settings)
-    (seconds,) = (entry["train_runtime"] for entry in history(whole) if "train_runtime" in entry)
     draw = random.Random(0)
     for _ in range(10):
-        already = log.read_text().count("'loss'")
         children = start(resumed, log, processes=processes)
-        while log.read_text().count("'loss'") == already and children[0].is_alive():
-            time.sleep(0.001)
-        time.sleep(draw.uniform(0, 4) * seconds / settings["max_steps"])
+        wait_for_steps(1, children, log)
+        begin, num_steps = time.monotonic(), draw.randint(1, 3)
+        wait_for_steps(num_steps, children, log)
+        # Somewhere in the next step, by how long one takes at present.
+        time.sleep(draw.uniform(0, 1) * (time.monotonic() - begin) / num_steps)
         # One of two processes, or both: the other ends by itself, with an error or by our hand.
         for child in draw.sample(children, draw.randint(1, processes)):
             child.kill()

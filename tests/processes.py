@@ -1,0 +1,75 @@
+"""Processes that tests start, kill and wait for, without the seconds that importing the libraries takes.
+
+A child is forked from a server that has imported everything and run nothing: it starts at once, and a kill is real.
+"""
+
+import multiprocessing
+import os
+import socket
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from sq_llava.cli import app
+
+
+PROCESSES = multiprocessing.get_context("forkserver")
+PROCESSES.set_forkserver_preload(
+    ["tests.runs", "sq_llava.evaluation.run", "sq_llava.generation.llava", "sq_llava.generation.self_generation"]
+)
+
+
+def sq_llava(*arguments: str) -> None:
+    """The command, as a process runs it."""
+    sys.argv = ["sq-llava", *arguments]
+    app()
+
+
+def run_child(function: Callable, arguments: tuple, log: str, environment: dict[str, str], prepare) -> None:
+    """Body of a child process: `prepare` is a function, or one with its arguments, that is called first."""
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    os.environ.update(environment)
+    torch.set_num_threads(1)
+    if prepare is not None:
+        first, *rest = prepare
+        first(*rest)
+    function(*arguments)
+
+
+def environments_of(processes: int) -> list[dict[str, str]]:
+    """What torchrun gives each of several processes; nothing for one."""
+    if processes == 1:
+        return [{}]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    shared |= {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
+    return [{"RANK": str(rank), "LOCAL_RANK": str(rank), **shared} for rank in range(processes)]
+
+
+def fork(
+    function: Callable, arguments: tuple, log: Path, prepare=None, processes: int = 1
+) -> list[multiprocessing.Process]:
+    """Calls `function` in as many processes; what they print is added to `log`."""
+    children = [
+        # The server's own environment is that of its start.
+        PROCESSES.Process(target=run_child, args=(function, arguments, str(log), os.environ | environment, prepare))
+        for environment in environments_of(processes)
+    ]
+    for child in children:
+        child.start()
+    return children
+
+
+def ended(children: list[multiprocessing.Process]) -> list[int]:
+    """Exit codes of the processes; a negative one is the number of the signal that ended it."""
+    for child in children:
+        child.join(60)
+        if child.is_alive():
+            child.kill()
+            child.join()
+    return [child.exitcode for child in children]
