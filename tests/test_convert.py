@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from transformers.utils import logging
 from typer.testing import CliRunner
 
+from benchmarks import convert as conversion
 from sq_llava import convert
 from sq_llava.checkpoint import load_checkpoint
 from sq_llava.cli import app
@@ -671,15 +672,8 @@ def test_killed_conversion_leaves_no_folder_and_begins_anew(parts, tmp_path):
 
 @pytest.mark.slow
 def test_memory_is_that_of_the_largest_files_not_of_the_checkpoint():
-    done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.convert", "--quick"],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    report = conversion.run(conversion.SMALL, num_shards=4, with_peer=False)
+    assert report["convert"]["peak_bytes"] <= report["bound_bytes"] < report["base_bytes"]
 
 
 def run(*arguments):

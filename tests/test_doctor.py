@@ -3,8 +3,6 @@
 import io
 import json
 import struct
-import subprocess
-import sys
 import zlib
 from pathlib import Path
 
@@ -417,11 +415,11 @@ def test_command_reports_faults_lengths_and_what_is_in_the_loss(recipe, report):
     assert "<image> x 9" in result.stdout and "ASSISTANT:* A dog.</s>*" in result.stdout
 
 
-def test_command_prints_json_and_nothing_else(recipe, report):
-    command = [sys.executable, "-m", "sq_llava.cli", "doctor", *recipe, "--json"]
-    finished = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert finished.returncode == 1, finished.stderr
-    assert json.loads(finished.stdout) == report.to_json()
+def test_command_prints_json_and_nothing_else(recipe, report, capfd):
+    with pytest.raises(SystemExit) as ended:
+        app(["doctor", *recipe, "--json"])
+    assert ended.value.code == 1
+    assert json.loads(capfd.readouterr().out) == report.to_json()
 
 
 def test_sound_data_ends_with_code_zero_and_settings_may_follow(recipe, folder, tmp_path):

@@ -14,11 +14,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 from huggingface_hub import HfApi, constants
+from typer.testing import CliRunner
 
 from sq_llava import publishing
 from sq_llava.adapter import LoraSize, add_adapter
 from sq_llava.card import CODE_FILES
 from sq_llava.checkpoint import load_checkpoint
+from sq_llava.cli import app
 from sq_llava.evaluation.results import hash_of_model
 from sq_llava.inference import load
 from sq_llava.provenance import write_provenance
@@ -283,15 +285,23 @@ def test_results_of_the_model_before_do_not_stay(hub, pushed):
         assert published("second", None) == set()
 
 
-def test_results_of_other_weights_are_refused(hub, pushed):
+def test_results_of_other_weights_are_refused(hub, pushed, monkeypatch):
     home = pushed["home"]
     scores = [{"task": "pope", "metric": "f1", "value": 0.8125, "num": 9}]
     results = home / "of_first.json"
     results.write_text(json.dumps({"model_hash": hash_of_model(str(home / "first")), "results": scores}))
-    output = command(["push", home / "second", "org/new", "--dry-run", "--eval-results", results], hub, home)
-    assert re.match(r"1: .*of_first.json: model_hash is \w{64}, but .*second has \w{64}: the results are of", output)
-    output = command(["push", home / "first", "org/new", "--dry-run", "--eval-results", results], hub, home)
-    assert "It loads, and answers." in output
+    monkeypatch.setattr(publishing, "_load_fresh", lambda *arguments: None)
+
+    def push(name: str) -> str:
+        command = ["push", home / name, "org/new", "--dry-run", "--eval-results", results]
+        with online(hub):
+            result = CliRunner().invoke(app, [str(part) for part in command])
+        return f"{result.exit_code}: {' '.join(result.output.split())}"
+
+    assert re.match(
+        r"1: .*of_first.json: model_hash is \w{64}, but .*second has \w{64}: the results are of", push("second")
+    )
+    assert re.match(r"0: .*It loads, and answers.", push("first"))
 
 
 def test_file_that_was_changed_on_the_hub_is_found(hub, pushed):
@@ -309,15 +319,24 @@ def test_file_that_was_changed_on_the_hub_is_found(hub, pushed):
 
 
 @pytest.mark.slow
-def test_adapter_is_compared_on_the_base_that_the_hub_has(hub, pushed):
+def test_adapter_is_compared_on_the_base_that_the_hub_has(hub, pushed, monkeypatch):
     home = pushed["home"]
+    for name, value in {"HF_HOME": str(home / "hf_home"), **hub.environment("writer")}.items():
+        monkeypatch.setenv(name, value)
+
+    def compare(base: str) -> None:
+        settings = {"adapter_only": True, "base_model": base}
+        with online(hub) as api, publishing.prepare(home / "lora", "org/again", api=api, **settings) as publication:
+            publishing.check_loading(publication)
+            publishing.check_published(api, publication, publishing.upload(api, publication))
+
     with online(hub) as api:
         publish(api, home / "first", "org/other")
-    push = ["push", home / "lora", "org/lora-again", "--adapter-only", "--base-model"]
-    output = command([*push, "org/other"], hub, home)
-    assert re.match(r"1: .*the logits differ from those here by up to \S+: is the base on the Hub another", output)
-    assert "README.md" not in hub.files("org/lora-again")
-    assert "Published, equal to the last bit" in command([*push, "org/model"], hub, home)
+    with pytest.raises(
+        ValueError, match=r"logits differ from those here by up to \S+: is the base on the Hub another"
+    ):
+        compare("org/other")
+    compare("org/model")
 
 
 def test_adapter_names_the_commit_of_its_base_that_it_was_trained_on(hub, pushed, tmp_path, monkeypatch):
