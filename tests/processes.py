@@ -32,6 +32,7 @@ def run_child(function: Callable, arguments: tuple, log: str, environment: dict[
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
+    sys.stdout.reconfigure(line_buffering=True)  # whoever waits for a line sees it at once
     os.environ.update(environment)
     torch.set_num_threads(1)
     if prepare is not None:
