@@ -25,7 +25,7 @@ $(VENV)/.installed: requirements.txt pyproject.toml
 	touch $@
 
 demo: setup  ## Train, evaluate and use a small SQ-LLaVA: about ten minutes on two CPU cores
-	$(BIN)/python -m demo.run --seed $(SEED) --output-dir $(RUN) $(if $(BASELINE),--baseline)
+	$(BIN)/python -m demo.run --seed $(SEED) --output-dir $(RUN)
 
 demo-clean:  ## Remove what the demo made
 	rm -rf $(RUN)

@@ -1,18 +1,19 @@
-"""The demo: a small SQ-LLaVA from nothing to asking and answering, in minutes on a CPU.
+"""The demo: a small SQ-LLaVA from nothing to asking and answering, in minutes on a CPU, and a LLaVA beside it.
 
     python -m demo.run                                          into runs/demo
     python -m demo.run --seed 1 --output-dir runs/demo-seed1    another seed
-    python -m demo.run --baseline --output-dir runs/beside      a LLaVA of the same parts and budget beside it
     python -m demo.run --quick --output-dir runs/quick          a few training steps: only to see that it runs
 
 Steps: write the data, pretrain a tiny CLIP and a tiny Llama, train both stages with `train_sft.py`, merge, evaluate,
-report. Each step runs in a process of its own and leaves a note when it is complete; run again, the demo goes on
-after the last complete step.
+report; and at the same time the same for a LLaVA of the same parts and budget. Each step runs in a process of its own
+and leaves a note when it is complete; run again, the demo goes on after the last complete step. Two processes that
+have half of the cores each are faster than one after the other on all: the models are small.
 """
 
 import argparse
 import json
 import multiprocessing
+import os
 import resource
 import shutil
 import sys
@@ -36,27 +37,47 @@ LLAVA = {
 }
 
 
-def make_base_models(run: Path, seed: int, quick: bool) -> None:
-    """Writes the data, and pretrains the two base models on it."""
+def make_data(run: Path, seed: int, quick: bool) -> None:
+    write_data(run / "data", seed=seed)
+
+
+def read_data(run: Path, name: str) -> list[dict]:
+    return json.loads((run / "data" / f"{name}.json").read_text())
+
+
+def read_texts(run: Path) -> tuple[list[str], list[str]]:
+    """The questions of stage 2, and the texts whose words the base models know."""
+    questions = [question for question, _ in questions_and_answers(read_data(run, "stage2_train"))]
+    captions = [row["conversations"][1]["value"] for row in read_data(run, "stage1_train")]
+    return questions, [*captions, *questions, "yes", "no"]
+
+
+def pretraining_settings(seed: int, quick: bool) -> dict:
     import torch
 
-    from demo.base_models import build_tokenizer, pretrain_clip, pretrain_llama
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return {"seed": seed, "device": device, **({"num_steps": 5} if quick else {})}
 
-    paths = write_data(run / "data", seed=seed)
-    captions = json.loads(paths["stage1_train"].read_text())
-    conversations = json.loads(paths["stage2_train"].read_text())
-    holdout_images = {row["image"] for row in json.loads(paths["holdout"].read_text())}
-    holdout_captions = [row for row in caption_rows(read_questions("train")) if row["image"] in holdout_images]
-    questions = [question for question, _ in questions_and_answers(conversations)]
-    texts = [row["conversations"][1]["value"] for row in captions] + questions + ["yes", "no"]
-    settings = {"seed": seed, "device": "cuda" if torch.cuda.is_available() else "cpu"}
-    settings |= {"num_steps": 5} if quick else {}
-    clip_accuracy = pretrain_clip(
-        captions, holdout_captions, build_tokenizer(texts, adds_end=True), run / "clip", **settings
+
+def make_clip(run: Path, seed: int, quick: bool) -> None:
+    from demo.base_models import build_tokenizer, pretrain_clip
+
+    holdout_images = {row["image"] for row in read_data(run, "holdout")}
+    holdout = [row for row in caption_rows(read_questions("train")) if row["image"] in holdout_images]
+    tokenizer = build_tokenizer(read_texts(run)[1], adds_end=True)
+    accuracy = pretrain_clip(
+        read_data(run, "stage1_train"), holdout, tokenizer, run / "clip", **pretraining_settings(seed, quick)
     )
-    print(f"CLIP: {clip_accuracy:.1%} of held-out images are closest to their own caption, of 24")
-    llama_accuracy = pretrain_llama(questions, build_tokenizer(texts, adds_end=False), run / "llama", **settings)
-    print(f"Llama: {llama_accuracy:.1%} of questions about written scenes are answered right")
+    print(f"CLIP: {accuracy:.1%} of held-out images are closest to their own caption, of 24")
+
+
+def make_llama(run: Path, seed: int, quick: bool) -> None:
+    from demo.base_models import build_tokenizer, pretrain_llama
+
+    questions, texts = read_texts(run)
+    tokenizer = build_tokenizer(texts, adds_end=False)
+    accuracy = pretrain_llama(questions, tokenizer, run / "llama", **pretraining_settings(seed, quick))
+    print(f"Llama: {accuracy:.1%} of questions about written scenes are answered right")
 
 
 def train_stage(run: Path, seed: int, quick: bool, stage: str, out: Path | None = None, **more) -> None:
@@ -96,7 +117,7 @@ def merge_and_evaluate(run: Path, seed: int, quick: bool) -> None:
     evaluate(run / "model", run / "data", run / "evaluation.json", seed, **limits)
 
 
-def train_and_measure_baseline(run: Path, seed: int, quick: bool) -> None:
+def make_llava(run: Path, seed: int, quick: bool) -> None:
     """A LLaVA of the same parts, on the same rows, in as many steps."""
     from demo.evaluate import evaluate_answers
 
@@ -109,20 +130,31 @@ def train_and_measure_baseline(run: Path, seed: int, quick: bool) -> None:
 
 # What each step runs, and what it writes.
 STEPS = {
-    "base models": (make_base_models, ["data", "clip", "llama"]),
+    "data": (make_data, ["data"]),
+    "CLIP": (make_clip, ["clip"]),
+    "Llama": (make_llama, ["llama"]),
     "stage 1": (partial(train_stage, stage="stage1"), ["stage1"]),
     "stage 2": (partial(train_stage, stage="stage2"), ["stage2"]),
     "evaluation": (merge_and_evaluate, ["model", "evaluation", "evaluation.json"]),
-    "baseline": (train_and_measure_baseline, ["llava"]),
+    "LLaVA": (make_llava, ["llava"]),
 }
+# Steps that come one after another, and the one that runs at the same time.
+ROUNDS = [(["data"], None), (["CLIP"], "Llama"), (["stage 1", "stage 2", "evaluation"], "LLaVA")]
 
 
 def note_of(run: Path, name: str) -> Path:
     return run / "steps" / f"{name.replace(' ', '-')}.json"
 
 
-def work(name: str, run: Path, seed: int, quick: bool) -> None:
+def work(name: str, run: Path, seed: int, quick: bool, log: Path | None) -> None:
     """Body of a step's process."""
+    import torch
+
+    if log is not None:
+        with log.open("w") as stream:
+            os.dup2(stream.fileno(), 1)
+            os.dup2(stream.fileno(), 2)
+    torch.set_num_threads(max(1, torch.get_num_threads() // 2))
     start = time.time()
     STEPS[name][0](run, seed, quick)
     unit = 2**20 if sys.platform == "darwin" else 2**10  # macOS counts bytes, Linux KiB
@@ -131,21 +163,53 @@ def work(name: str, run: Path, seed: int, quick: bool) -> None:
     note_of(run, name).write_text(json.dumps({"seconds": time.time() - start, "peak_memory_mib": peak / unit}) + "\n")
 
 
-def run_step(name: str, run: Path, seed: int, quick: bool) -> dict:
-    """Runs a step in a child process, unless its note says that it is complete; returns the note."""
-    note = note_of(run, name)
-    if note.is_file():
-        print(f"=== {name}: done before")
-        return json.loads(note.read_text())
-    for output in STEPS[name][1]:
-        shutil.rmtree(run / output, ignore_errors=True)
-    print(f"=== {name}", flush=True)
-    process = PROCESSES.Process(target=work, args=(name, run, seed, quick))
-    process.start()
-    process.join()
-    if process.exitcode != 0:
-        raise SystemExit(f"The step '{name}' failed, see above. Run the demo again to go on from there.")
-    return json.loads(note.read_text())
+class Step:
+    """A step in a process of its own, unless its note says that it is complete; `log` takes its output."""
+
+    def __init__(self, name: str, run: Path, seed: int, quick: bool, log: Path | None = None):
+        self.name, self.note, self.log, self.process = name, note_of(run, name), log, None
+        if self.note.is_file():
+            print(f"=== {name}: done before")
+            return
+        for output in STEPS[name][1]:
+            shutil.rmtree(run / output, ignore_errors=True)
+        print(f"=== {name}" + (f", at the same time: its output goes to {log}" if log else ""), flush=True)
+        self.process = PROCESSES.Process(target=work, args=(name, run, seed, quick, log))
+        self.process.start()
+
+    def end(self) -> dict:
+        """Waits for it; returns the note."""
+        if self.process is not None:
+            if self.log is not None and self.process.is_alive():
+                print(f"=== {self.name}: waiting for its end", flush=True)
+            self.process.join()
+            if self.process.exitcode != 0:
+                where = self.log or "above"
+                raise SystemExit(f"Step '{self.name}' failed, see {where}. Run the demo again to go on from there.")
+        return json.loads(self.note.read_text())
+
+    def stop(self) -> None:
+        if self.process is not None and self.process.is_alive():
+            self.process.terminate()
+
+
+def run_steps(run: Path, seed: int, quick: bool) -> tuple[dict[str, dict], float]:
+    """What each step took, and the seconds of them all."""
+    steps, seconds = {}, 0.0
+    for names, beside in ROUNDS:
+        other = Step(beside, run, seed, quick, run / f"{beside}.log") if beside else None
+        try:
+            for name in names:
+                steps[name] = Step(name, run, seed, quick).end()
+            of_round = sum(steps[name]["seconds"] for name in names)
+            if other is not None:
+                steps[beside] = other.end()
+                of_round = max(of_round, steps[beside]["seconds"])
+            seconds += of_round
+        finally:
+            if other is not None:
+                other.stop()
+    return steps, seconds
 
 
 def check_settings(run: Path, settings: list[str]) -> None:
@@ -165,17 +229,15 @@ def main(args: list[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output-dir", type=Path, default=Path("runs/demo"))
     parser.add_argument("--quick", action="store_true", help="a few training steps: only to see that it runs")
-    parser.add_argument("--baseline", action="store_true", help="a LLaVA of the same budget too: four minutes more")
     args = parser.parse_args(args)
     run = args.output_dir
     settings = ["--seed", str(args.seed)] + ["--quick"] * args.quick
     check_settings(run, settings)
-    wanted = [name for name in STEPS if args.baseline or name != "baseline"]
-    steps = {name: run_step(name, run, args.seed, args.quick) for name in wanted}
+    steps, seconds = run_steps(run, args.seed, args.quick)
 
     from demo.report import write_report
 
-    write_report(run, steps, args.seed)
+    write_report(run, steps, seconds, args.seed)
     print(f"=== Report: {run / 'report.md'}")
     print((run / "report.md").read_text())
 

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from demo import data, report, run
+from demo import data, run
 from demo.base_models import build_tokenizer
 from demo.evaluate import is_valid
 from sq_llava.evaluation import easy_vqa
@@ -110,7 +110,7 @@ def test_run_with_other_settings_is_not_gone_on_with(tmp_path):
 @pytest.mark.slow
 def test_quick_demo_writes_its_report_and_is_reused(tmp_path, capfd):
     folder = tmp_path / "quick"
-    run.main(["--quick", "--baseline", "--output-dir", str(folder)])
+    run.main(["--quick", "--output-dir", str(folder)])
     result = json.loads((folder / "report.json").read_text())
     assert {
         "test_accuracy", "blank_image_accuracy", "blind_guess_accuracy", "accuracy_by_kind", "blind_guess_by_kind",
@@ -123,9 +123,15 @@ def test_quick_demo_writes_its_report_and_is_reused(tmp_path, capfd):
         assert (folder / name).stat().st_size > 0
     assert set(result["llava_accuracy"]) == {"all", *easy_vqa.KINDS}
     text = (folder / "report.md").read_text()
-    assert "| yes/no shape |" in text and "| accuracy | LLaVA | best blind guess |" in text
-    del result["llava_accuracy"]
-    assert "| accuracy | best blind guess |" in report.to_markdown(result)
+    assert "| yes/no shape |" in text and "| SQ-LLaVA | LLaVA | best blind guess |" in text
+    of_steps = [step["seconds"] for step in result["steps"].values()]
+    assert max(of_steps) < result["seconds"] < sum(of_steps)  # some ran at the same time
     capfd.readouterr()
-    run.main(["--quick", "--baseline", "--output-dir", str(folder)])
+    run.main(["--quick", "--output-dir", str(folder)])
     assert capfd.readouterr().out.count("done before") == len(run.STEPS)
+
+    (folder / "steps" / "LLaVA.json").unlink()
+    (folder / "data" / "stage1_train.json").unlink()
+    with pytest.raises(SystemExit, match=r"Step 'LLaVA' failed, see .*LLaVA\.log"):
+        run.main(["--quick", "--output-dir", str(folder)])
+    assert "stage1_train.json" in (folder / "LLaVA.log").read_text()
