@@ -16,11 +16,9 @@ questions; measure ViT-LoRA, which every run has.
 
 import argparse
 import json
-import multiprocessing
 import os
 import statistics
 import tempfile
-import threading
 import time
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from contextlib import redirect_stderr, redirect_stdout
@@ -33,6 +31,7 @@ import torch
 import train_sft
 from demo.data import blind_guess, image_root, write_data
 from demo.evaluate import measure_answers, measure_questions
+from demo.processes import end_with_parent, training_context
 from sq_llava.evaluation import easy_vqa
 from sq_llava.evaluation.run import Evaluation, read_examples
 from sq_llava.inference import Assistant
@@ -233,15 +232,9 @@ def read_note(task: Stage1 | Run) -> dict | None:
     return note
 
 
-def end_with_parent() -> None:
-    """Else, a killed command would leave runs behind that write to the folders of its successor's."""
-    multiprocessing.parent_process().join()
-    os._exit(1)
-
-
 def run_task(task: Stage1 | Run) -> None:
     """Runs a task in a process of its own; what it prints goes to a log."""
-    threading.Thread(target=end_with_parent, daemon=True).start()
+    end_with_parent()
     torch.set_num_threads(1)
     start = time.time()
     with task.note.with_suffix(".log").open("w") as log, redirect_stdout(log), redirect_stderr(log):
@@ -257,11 +250,8 @@ def run_all(tasks: list[Stage1 | Run], jobs: int) -> None:
     for task in waiting:
         if not (seed_data(task) / "test.json").is_file():
             write_data(seed_data(task), seed=task.seed)
-    # A process that has imported everything and run nothing; each task is a fork of it.
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["train_sft", "demo.evaluate"])
     running, total = {}, len(waiting)
-    with ProcessPoolExecutor(jobs, mp_context=context, max_tasks_per_child=1) as pool:
+    with ProcessPoolExecutor(jobs, mp_context=training_context(), max_tasks_per_child=1) as pool:
         while waiting or running:
             ready = [task for task in waiting if task.is_ready()][: jobs - len(running)]
             for task in ready:

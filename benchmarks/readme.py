@@ -38,7 +38,7 @@ HEAD = """# Benchmarks
 
 Each stands beside a peer in the same run, with models of the same sizes and the same rows: ratios can be compared
 between machines, seconds cannot. `(a to b)` behind a median is the lowest and the highest round. `make bench` runs
-those that need no GPU and take minutes, 13 in all, then writes this page; each runs alone as
+those that need no GPU, in 13 minutes on two cores, then writes this page; each runs alone as
 `python -m benchmarks.NAME`, with `--quick` to see that it works. `gpu` needs a GPU; `serving`, `ablation`,
 `self_training` and `three_systems` what `make demo` leaves; `ablation` takes hours. None is a test."""
 

@@ -12,7 +12,6 @@ have half of the cores each are faster than one after the other on all: the mode
 
 import argparse
 import json
-import multiprocessing
 import os
 import resource
 import shutil
@@ -25,9 +24,6 @@ from demo.data import caption_rows, image_root, questions_and_answers, read_ques
 
 
 RECIPES = Path("recipes/easy-vqa")
-# Forked from a server that has imported the libraries, which takes longer than many a step of `--quick`.
-PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["train_sft", "demo.evaluate"])
 # What LLaVA has in place of the recipes' settings. The learning rates were chosen for SQ-LLaVA and stay, but for a
 # language model that is trained in full, which has half of LoRA's.
 PLAIN = {"prototype_variant": "none", "projector_type": "linear", "vision_lora_r": 0}
@@ -146,27 +142,33 @@ def note_of(run: Path, name: str) -> Path:
     return run / "steps" / f"{name.replace(' ', '-')}.json"
 
 
-def work(name: str, run: Path, seed: int, quick: bool, log: Path | None) -> None:
+def work(name: str, run: Path, seed: int, quick: bool, log: Path | None, begin: float) -> None:
     """Body of a step's process."""
     import torch
 
+    from demo.processes import end_with_parent
+
+    end_with_parent()
     if log is not None:
         with log.open("w") as stream:
             os.dup2(stream.fileno(), 1)
             os.dup2(stream.fileno(), 2)
     torch.set_num_threads(max(1, torch.get_num_threads() // 2))
-    start = time.time()
     STEPS[name][0](run, seed, quick)
     unit = 2**20 if sys.platform == "darwin" else 2**10  # macOS counts bytes, Linux KiB
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    note_of(run, name).parent.mkdir(parents=True, exist_ok=True)
-    note_of(run, name).write_text(json.dumps({"seconds": time.time() - start, "peak_memory_mib": peak / unit}) + "\n")
+    facts = {"begin": begin, "seconds": time.time() - begin, "peak_memory_mib": peak / unit}
+    note = note_of(run, name)
+    note.parent.mkdir(parents=True, exist_ok=True)
+    note.write_text(json.dumps(facts) + "\n")
 
 
 class Step:
     """A step in a process of its own, unless its note says that it is complete; `log` takes its output."""
 
     def __init__(self, name: str, run: Path, seed: int, quick: bool, log: Path | None = None):
+        from demo.processes import training_context
+
         self.name, self.note, self.log, self.process = name, note_of(run, name), log, None
         if self.note.is_file():
             print(f"=== {name}: done before")
@@ -174,7 +176,8 @@ class Step:
         for output in STEPS[name][1]:
             shutil.rmtree(run / output, ignore_errors=True)
         print(f"=== {name}" + (f", at the same time: its output goes to {log}" if log else ""), flush=True)
-        self.process = PROCESSES.Process(target=work, args=(name, run, seed, quick, log))
+        arguments = (name, run, seed, quick, log, time.time())
+        self.process = training_context().Process(target=work, args=arguments)
         self.process.start()
 
     def end(self) -> dict:
@@ -193,35 +196,38 @@ class Step:
             self.process.terminate()
 
 
-def run_steps(run: Path, seed: int, quick: bool) -> tuple[dict[str, dict], float]:
-    """What each step took, and the seconds of them all."""
-    steps, seconds = {}, 0.0
-    for names, beside in ROUNDS:
-        other = Step(beside, run, seed, quick, run / f"{beside}.log") if beside else None
-        try:
-            for name in names:
-                steps[name] = Step(name, run, seed, quick).end()
-            of_round = sum(steps[name]["seconds"] for name in names)
+def run_steps(run: Path, seed: int, quick: bool) -> dict[str, dict]:
+    """What each step took."""
+    begun = []
+
+    def begin(name: str, log: Path | None = None) -> Step:
+        begun.append(Step(name, run, seed, quick, log))
+        return begun[-1]
+
+    facts = {}
+    try:
+        for names, beside in ROUNDS:
+            other = begin(beside, run / f"{beside}.log") if beside else None
+            facts |= {name: begin(name).end() for name in names}
             if other is not None:
-                steps[beside] = other.end()
-                of_round = max(of_round, steps[beside]["seconds"])
-            seconds += of_round
-        finally:
-            if other is not None:
-                other.stop()
-    return steps, seconds
+                facts[beside] = other.end()
+    finally:
+        for step in begun:
+            step.stop()
+    return facts
 
 
 def check_settings(run: Path, settings: list[str]) -> None:
     """Notes the settings of a new run; one with other settings must not be gone on with."""
     note = run / "settings.txt"
-    if note.is_file() and note.read_text().split() != settings:
+    text = f"{' '.join(settings)}; steps: {', '.join(STEPS)}"
+    if note.is_file() and note.read_text().strip() != text:
         raise SystemExit(
             f"{run} holds a run with other settings ({note.read_text().strip()}): give another --output-dir, or "
             "remove it (make demo-clean)."
         )
     run.mkdir(parents=True, exist_ok=True)
-    note.write_text(" ".join(settings) + "\n")
+    note.write_text(text + "\n")
 
 
 def main(args: list[str] | None = None) -> None:
@@ -233,11 +239,11 @@ def main(args: list[str] | None = None) -> None:
     run = args.output_dir
     settings = ["--seed", str(args.seed)] + ["--quick"] * args.quick
     check_settings(run, settings)
-    steps, seconds = run_steps(run, args.seed, args.quick)
+    steps = run_steps(run, args.seed, args.quick)
 
     from demo.report import write_report
 
-    write_report(run, steps, seconds, args.seed)
+    write_report(run, steps, args.seed)
     print(f"=== Report: {run / 'report.md'}")
     print((run / "report.md").read_text())
 

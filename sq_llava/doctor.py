@@ -271,11 +271,7 @@ def in_processes(check: DataCheck, num_proc: int) -> Iterator[Callable[[Callable
         yield map
         _check = None
         return
-    # A server that has imported the libraries once, where there is such a thing; not on Windows.
-    method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
-    context = multiprocessing.get_context(method)
-    if method == "forkserver":
-        context.set_forkserver_preload([__name__])
+    context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(num_proc, context, initializer=_begin, initargs=(check,))
     try:
         yield pool.map

@@ -16,9 +16,10 @@ from sq_llava.cli import app
 
 
 PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(
-    ["tests.runs", "sq_llava.evaluation.run", "sq_llava.generation.llava", "sq_llava.generation.self_generation"]
-)
+PRELOADED = [
+    "tests.runs", "demo.evaluate", "sq_llava.evaluation.run", "sq_llava.generation.llava",
+    "sq_llava.generation.self_generation",
+]  # fmt: skip
 
 
 def sq_llava(*arguments: str) -> None:
@@ -56,6 +57,7 @@ def fork(
     function: Callable, arguments: tuple, log: Path, prepare=None, processes: int = 1
 ) -> list[multiprocessing.Process]:
     """Calls `function` in as many processes; what they print is added to `log`."""
+    PROCESSES.set_forkserver_preload(PRELOADED)
     children = [
         # The server's own environment is that of its start.
         PROCESSES.Process(target=run_child, args=(function, arguments, str(log), os.environ | environment, prepare))

@@ -2,6 +2,8 @@
 
 import json
 import signal
+import subprocess
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -91,9 +93,11 @@ def test_examples_stand_in_the_order_of_the_data_with_prompt_and_reference(one_b
 
 
 @pytest.mark.slow
-def test_two_processes_write_what_one_writes(evaluation, one_by_one, tmp_path):
-    log = tmp_path / "log"
-    assert ended(fork(sq_llava, command_of(evaluation), log, processes=2)) == [0, 0], log.read_text()[-3000:]
+def test_two_processes_write_what_one_writes(evaluation, one_by_one):
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command = [*launch, "-m", "sq_llava.cli", *command_of(evaluation)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-3000:]
     assert examples_of(evaluation.out) == one_by_one
     shares = [(evaluation.out / "easy_vqa" / f"answers-{rank}.jsonl").read_text().count("\n") for rank in (0, 1)]
     assert sum(shares) == NUM_QUESTIONS

@@ -273,6 +273,7 @@ def test_trash_stops_what_is_being_said(visitor, photo, assistant):
     assistant.seconds = 0.3
     visitor.press("Let it talk to itself")
     visitor.sees("The model asks: What is number 0?")
+    visitor.page.locator("#overlay img").wait_for()
     visitor.press("Clear")
     visitor.page.locator("#overlay img").wait_for(state="detached")
     deadline = time.monotonic() + 30

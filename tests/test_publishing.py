@@ -78,6 +78,7 @@ def online(hub: LocalHub, token: str = "writer"):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(constants, "HF_HUB_OFFLINE", False)
         patch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        patch.setattr(constants, "ENDPOINT", hub.url)
         patch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.url + "/{repo_id}/resolve/{revision}/{filename}")
         patch.setattr(constants, "HF_TOKEN_PATH", os.devnull)
         patch.setenv("HF_TOKEN", token)
@@ -337,6 +338,18 @@ def test_adapter_is_compared_on_the_base_that_the_hub_has(hub, pushed, monkeypat
     ):
         compare("org/other")
     compare("org/model")
+
+
+def test_what_came_back_other_than_it_was_sent_gets_no_card(hub, pushed, monkeypatch):
+    def fail(api, publication, commit):
+        raise ValueError("the logits differ")
+
+    monkeypatch.setattr(publishing, "_load_fresh", lambda *arguments: None)
+    monkeypatch.setattr(publishing, "check_published", fail)
+    with online(hub):
+        result = CliRunner().invoke(app, ["push", str(pushed["home"] / "first"), "org/differs"])
+    assert result.exit_code == 1 and "the logits differ" in result.output
+    assert "config.json" in hub.files("org/differs") and "README.md" not in hub.files("org/differs")
 
 
 def test_adapter_names_the_commit_of_its_base_that_it_was_trained_on(hub, pushed, tmp_path, monkeypatch):

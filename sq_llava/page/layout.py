@@ -225,7 +225,7 @@ def create_page(assistant: Assistant) -> gr.Blocks:
                 examples = [[{"text": text, "files": [str(PHOTOS / name)]}] for name, text in EXAMPLES.items()]
                 gr.Examples(examples, box, elem_id="examples")
                 has_prototypes = assistant.model.config.prototype_variant != "none"
-                panel = _prototype_panel(page, picture) if has_prototypes else []
+                panel, looking = _prototype_panel(page, picture) if has_prototypes else ([], [])
 
         outputs = [box, turns, chat, picture]
         # One generation at a time, whoever wants it. For programs there is `sq-llava serve`.
@@ -244,7 +244,7 @@ def create_page(assistant: Assistant) -> gr.Blocks:
         # In this order: Gradio cancels after the function that `cancels` stands with, so the next question would be
         # cancelled with what was running. Past the queue, so that this is done before that question is read; but
         # then a change of `picture` is not told, and the panel is emptied here.
-        chat.clear(None, cancels=running)
+        chat.clear(None, cancels=[*running, *looking])
         chat.clear(
             lambda: shown([]) + (page.look(None) if panel else ()), None, [*outputs[1:], *panel], queue=False,
             api_visibility="private",
@@ -270,8 +270,8 @@ def _sliders() -> list[gr.Slider]:
         ]
 
 
-def _prototype_panel(page: Page, picture: gr.State) -> list[gr.components.Component]:
-    """The outputs of `Page.look`."""
+def _prototype_panel(page: Page, picture: gr.State) -> tuple[list[gr.components.Component], list]:
+    """The outputs of `Page.look`, and the event that calls it."""
     sight = gr.State(None)
     overlay = gr.Image(
         label="What the prototypes see", interactive=False, format="png", buttons=["download", "fullscreen"],
@@ -281,6 +281,7 @@ def _prototype_panel(page: Page, picture: gr.State) -> list[gr.components.Compon
         [], label="Show only these prototypes", info="Number and share of the picture; none chosen: all",
         visible=False, elem_id="chosen",
     )  # fmt: skip
-    picture.change(page.look, picture, [sight, overlay, chosen], show_progress="hidden", api_visibility="private")
+    panel = [sight, overlay, chosen]
+    looking = picture.change(page.look, picture, panel, show_progress="hidden", api_visibility="private")
     chosen.input(page.paint, [picture, sight, chosen], overlay, show_progress="hidden", api_visibility="private")
-    return [sight, overlay, chosen]
+    return panel, [looking]
