@@ -24,7 +24,7 @@ $(VENV)/.installed: requirements.txt pyproject.toml
 	$(BIN)/pip install --quiet --no-deps --editable .
 	touch $@
 
-demo: setup  ## Train, evaluate and use a small SQ-LLaVA: about ten minutes on two CPU cores
+demo: setup  ## Train, evaluate and use a small SQ-LLaVA: less than ten minutes on two CPU cores
 	$(BIN)/python -m demo.run --seed $(SEED) --output-dir $(RUN)
 
 demo-clean:  ## Remove what the demo made
