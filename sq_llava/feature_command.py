@@ -5,14 +5,13 @@
 The work is done by `sq_llava/feature_building.py`, which is imported inside, so that `--help` answers at once.
 """
 
-import shlex
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from sq_llava.console import errors_in_one_line, messages_console
+from sq_llava.run_note import command_line
 
 
 def cache_features(
@@ -32,5 +31,5 @@ def cache_features(
         folder = output or recipe[0].feature_cache
         if folder is None:
             raise ValueError("Neither --output nor the recipe's feature_cache says where to write: give one of them.")
-        command = shlex.join(["sq-llava", *sys.argv[1:]])
+        command = command_line()
         feature_building.build(recipe, Path(folder), max_bytes, batch_size, command, messages_console)

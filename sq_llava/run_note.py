@@ -1,6 +1,8 @@
 """What a run is, noted in its folder as `run.json`, so that another one does not go on with its work by mistake."""
 
 import json
+import shlex
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -43,3 +45,19 @@ def write_note(out: Path, about: dict[str, Any], writer: str = "") -> None:
     whole = out / f"run{writer}.new"
     whole.write_text(json.dumps(about, indent=2) + "\n")
     whole.replace(out / "run.json")
+
+
+def command_line() -> str:
+    """
+    What was typed to start this process, so that it can be typed again: `sq-llava evaluate ...`, or for a program of
+    its own `python -m demo.run ...`.
+    """
+    program = Path(sys.argv[0])
+    is_module = program.suffix == ".py" and (program.parent / "__init__.py").is_file()
+    if program.name == "sq-llava" or program == Path(__file__).with_name("cli.py"):
+        start = ["sq-llava"]
+    elif is_module:
+        start = ["python", "-m", f"{program.parent.name}.{program.stem}"]
+    else:
+        start = ["python", str(program)]
+    return shlex.join([*start, *sys.argv[1:]])

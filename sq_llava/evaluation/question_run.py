@@ -6,8 +6,6 @@ OUT/report.md         the figures, with types.png, clip.png and pictures.png
 """
 
 import json
-import shlex
-import sys
 import textwrap
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -36,6 +34,7 @@ from sq_llava.evaluation.questions import (
 from sq_llava.evaluation.results import claim_folder, environment, hash_of_code, hash_of_model
 from sq_llava.images import open_image
 from sq_llava.inference import best_device
+from sq_llava.run_note import command_line
 
 
 NUM_SHOWN = 12
@@ -126,7 +125,7 @@ def describe(evaluation: QuestionEvaluation, data_hash: str) -> dict[str, Any]:
         "settings": asdict(evaluation.settings),
         "clip": evaluation.clip,
         "dtype": evaluation.dtype,
-        "command": shlex.join(["sq-llava", *sys.argv[1:]]),
+        "command": command_line(),
         "date": datetime.now(UTC).date().isoformat(),
         **environment(),
     }

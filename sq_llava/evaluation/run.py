@@ -4,8 +4,6 @@ sq-llava evaluate --model runs/demo/model --tasks easy_vqa --data runs/demo/data
 """
 
 import os
-import shlex
-import sys
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -46,6 +44,7 @@ from sq_llava.evaluation.results import (
 )
 from sq_llava.evaluation.task import Example, Record, Score, Task, summarize
 from sq_llava.inference import best_device
+from sq_llava.run_note import command_line
 
 
 TASKS: dict[str, Task] = {
@@ -235,7 +234,7 @@ def describe(evaluation: Evaluation, data_hashes: dict[str, str]) -> dict[str, A
         "system_message": evaluation.system_message,
         "dtype": evaluation.dtype,
         "seed": evaluation.seed,
-        "command": shlex.join(["sq-llava", *sys.argv[1:]]),
+        "command": command_line(),
         "date": datetime.now(UTC).date().isoformat(),
         **environment(),
     }

@@ -6,9 +6,7 @@
 What a way of making data does stands in a module of its own, the options that the ways share in `options.py`.
 """
 
-import shlex
 import shutil
-import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -38,6 +36,7 @@ from sq_llava.generation.options import (
 )
 from sq_llava.generation.self_command import generate_self
 from sq_llava.model_options import Device, Dtype, quiet_libraries
+from sq_llava.run_note import command_line
 
 
 app = typer.Typer(
@@ -138,7 +137,7 @@ def llava(
         if dry_run:
             print_estimate(making.estimate(settings))
             return
-        made = making.generate(settings, shlex.join(["sq-llava", *sys.argv[1:]]))
+        made = making.generate(settings, command_line())
     print_outcome(made, out)
 
 
@@ -210,7 +209,7 @@ def captions(
             )
             return
         with Progress(console=messages_console, transient=True) as progress:
-            choice = choosing.generate(settings, shlex.join(["sq-llava", *sys.argv[1:]]), progress)
+            choice = choosing.generate(settings, command_line(), progress)
     if choice is None:
         messages_console.print("The phrases of this shard are there; those of others are missing: nothing is chosen.")
         return
@@ -327,7 +326,7 @@ def curate(
                 console.print(f"{name}:", highlight=False, markup=False)
                 print_estimate(estimate)
             return
-        made = curating.curate(settings, looks, repairs, shlex.join(["sq-llava", *sys.argv[1:]]))
+        made = curating.curate(settings, looks, repairs, command_line())
     show_curated(made, out)
 
 

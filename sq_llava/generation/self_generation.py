@@ -14,8 +14,6 @@ filters that look at a whole set. What it does not do: know whether an answer is
 """
 
 import hashlib
-import shlex
-import sys
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -36,7 +34,7 @@ from sq_llava.generation.rows import Card, Rejected, Shard, make_row, require_ut
 from sq_llava.generation.scoring import score_answers, score_each, score_with_clip
 from sq_llava.inference import best_device, load
 from sq_llava.provenance import public_name
-from sq_llava.run_note import check_note, write_note
+from sq_llava.run_note import check_note, command_line, write_note
 
 
 # What must be the same for what the models gave to be taken over.
@@ -180,7 +178,7 @@ def describe(run: SelfGeneration) -> dict[str, Any]:
         "clip": run.clip and public_name(run.clip),
         "judge": run.judge and run.judge.model,
         "prompts_hash": run.judge and hashlib.sha256(read_prompt(run.prompts).encode()).hexdigest(),
-        "command": shlex.join(["sq-llava", *sys.argv[1:]]),
+        "command": command_line(),
     }
 
 

@@ -1,0 +1,25 @@
+"""The command that a run notes can be typed again."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from sq_llava.run_note import command_line
+
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.mark.parametrize(
+    ("program", "typed"),
+    [
+        ("/usr/bin/sq-llava", "sq-llava"),
+        (str(ROOT / "sq_llava/cli.py"), "sq-llava"),
+        (str(ROOT / "demo/run.py"), "python -m demo.run"),
+        (str(ROOT / "train_sft.py"), f"python {ROOT / 'train_sft.py'}"),
+    ],
+)
+def test_command_is_what_was_typed(program, typed, monkeypatch):
+    monkeypatch.setattr(sys, "argv", [program, "--limit", "3", "a file"])
+    assert command_line() == f"{typed} --limit 3 'a file'"
