@@ -239,7 +239,10 @@ def main(args: list[str] | None = None) -> None:
     run = args.output_dir
     settings = ["--seed", str(args.seed)] + ["--quick"] * args.quick
     check_settings(run, settings)
-    steps = run_steps(run, args.seed, args.quick)
+    try:
+        steps = run_steps(run, args.seed, args.quick)
+    except KeyboardInterrupt:
+        raise SystemExit("Stopped. Run the demo again to go on after the last complete step.") from None
 
     from demo.report import write_report
 
