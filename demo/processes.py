@@ -26,6 +26,11 @@ def training_context() -> BaseContext:
     return context
 
 
+def threads_of_each() -> int:
+    """Threads of each of two processes that run at the same time: half of those that one would have."""
+    return max(1, torch.get_num_threads() // 2)
+
+
 def end_with_parent() -> None:
     """Else, a killed command would leave processes behind that write to the folders of its successor's."""
 

@@ -13,6 +13,7 @@ import torch
 import transformers
 from PIL import Image
 
+from demo.processes import threads_of_each
 from sq_llava.evaluation.easy_vqa import KINDS
 
 
@@ -88,7 +89,7 @@ def write_report(run: Path, steps: dict[str, dict], seed: int) -> None:
         },
         "device": torch.cuda.get_device_name()
         if torch.cuda.is_available()
-        else f"CPU, two processes of {max(1, torch.get_num_threads() // 2)} thread(s)",
+        else f"CPU, two processes of {threads_of_each()} thread(s)",
     }
     (run / "report.json").write_text(json.dumps(result, indent=2) + "\n")
     (run / "report.md").write_text(to_markdown(result))

@@ -146,14 +146,14 @@ def work(name: str, run: Path, seed: int, quick: bool, log: Path | None, begin: 
     """Body of a step's process."""
     import torch
 
-    from demo.processes import end_with_parent
+    from demo.processes import end_with_parent, threads_of_each
 
     end_with_parent()
     if log is not None:
         with log.open("w") as stream:
             os.dup2(stream.fileno(), 1)
             os.dup2(stream.fileno(), 2)
-    torch.set_num_threads(max(1, torch.get_num_threads() // 2))
+    torch.set_num_threads(threads_of_each())
     STEPS[name][0](run, seed, quick)
     unit = 2**20 if sys.platform == "darwin" else 2**10  # macOS counts bytes, Linux KiB
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -45,6 +45,14 @@ class Scripted(Assistant):
             raise
 
 
+def assert_closed_once(assistant: Scripted) -> None:
+    """What is being said has been stopped, or is within half a minute."""
+    deadline = time.monotonic() + 30
+    while not assistant.num_closed and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert assistant.num_closed == 1
+
+
 @pytest.fixture(scope="module")
 def assistant() -> Scripted:
     processor = tiny.tiny_processor()
@@ -162,10 +170,7 @@ def test_model_talks_to_itself_until_it_is_stopped(visitor, photo, assistant):
     visitor.press("Let it talk to itself")
     visitor.sees("The model asks: What is number 0?")
     visitor.press("Stop")
-    deadline = time.monotonic() + 30
-    while not assistant.num_closed and time.monotonic() < deadline:
-        time.sleep(0.1)
-    assert assistant.num_closed == 1
+    assert_closed_once(assistant)
     assistant.seconds = 0.0
     visitor.say("And now?")
     visitor.sees("And now?")
@@ -276,10 +281,7 @@ def test_trash_stops_what_is_being_said(visitor, photo, assistant):
     visitor.page.locator("#overlay img").wait_for()
     visitor.press("Clear")
     visitor.page.locator("#overlay img").wait_for(state="detached")
-    deadline = time.monotonic() + 30
-    while not assistant.num_closed and time.monotonic() < deadline:
-        time.sleep(0.1)
-    assert assistant.num_closed == 1
+    assert_closed_once(assistant)
     assert visitor.texts("user") == visitor.texts("bot") == []
 
 

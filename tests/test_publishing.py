@@ -85,6 +85,13 @@ def online(hub: LocalHub, token: str = "writer"):
         yield HfApi(endpoint=hub.url)
 
 
+def command_here(arguments: list, hub: LocalHub) -> str:
+    """As [`command`], in this process."""
+    with online(hub):
+        result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    return f"{result.exit_code}: {' '.join(result.output.split())}"
+
+
 def write_model(folder: Path, seed: int) -> torch.Tensor:
     """A checkpoint in several files, with what does not belong on the Hub; returns its logits of `INPUTS`."""
     processor = tiny.tiny_processor()
@@ -292,17 +299,10 @@ def test_results_of_other_weights_are_refused(hub, pushed, monkeypatch):
     results = home / "of_first.json"
     results.write_text(json.dumps({"model_hash": hash_of_model(str(home / "first")), "results": scores}))
     monkeypatch.setattr(publishing, "_load_fresh", lambda *arguments: None)
-
-    def push(name: str) -> str:
-        command = ["push", home / name, "org/new", "--dry-run", "--eval-results", results]
-        with online(hub):
-            result = CliRunner().invoke(app, [str(part) for part in command])
-        return f"{result.exit_code}: {' '.join(result.output.split())}"
-
-    assert re.match(
-        r"1: .*of_first.json: model_hash is \w{64}, but .*second has \w{64}: the results are of", push("second")
-    )
-    assert re.match(r"0: .*It loads, and answers.", push("first"))
+    options = ["org/new", "--dry-run", "--eval-results", results]
+    output = command_here(["push", home / "second", *options], hub)
+    assert re.match(r"1: .*of_first.json: model_hash is \w{64}, but .*second has \w{64}: the results are of", output)
+    assert re.match(r"0: .*It loads, and answers.", command_here(["push", home / "first", *options], hub))
 
 
 def test_file_that_was_changed_on_the_hub_is_found(hub, pushed):
@@ -346,9 +346,8 @@ def test_what_came_back_other_than_it_was_sent_gets_no_card(hub, pushed, monkeyp
 
     monkeypatch.setattr(publishing, "_load_fresh", lambda *arguments: None)
     monkeypatch.setattr(publishing, "check_published", fail)
-    with online(hub):
-        result = CliRunner().invoke(app, ["push", str(pushed["home"] / "first"), "org/differs"])
-    assert result.exit_code == 1 and "the logits differ" in result.output
+    output = command_here(["push", pushed["home"] / "first", "org/differs"], hub)
+    assert re.match(r"1: .*the logits differ", output)
     assert "config.json" in hub.files("org/differs") and "README.md" not in hub.files("org/differs")
 
 
