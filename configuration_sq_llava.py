@@ -8,9 +8,12 @@ One class covers its relatives too: `prototype_variant="none"` with `projector_t
     >>> config = AutoConfig.from_pretrained("org/sq-llava-7b", trust_remote_code=True)
 """
 
+import difflib
+from collections.abc import Iterable
+from dataclasses import fields
 from typing import Literal, get_args
 
-from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
+from transformers import CONFIG_MAPPING, AutoConfig, GenerationConfig, PreTrainedConfig
 from transformers.activations import ACT2FN
 
 
@@ -34,6 +37,11 @@ CLIP_VIT_L_14_336 = {
 VICUNA_7B = {"model_type": "llama", "vocab_size": 32064, "max_position_embeddings": 4096, "rms_norm_eps": 1e-5}
 # Factors by which some families (Cohere, Granite, ...) multiply or divide their logits; the head here does neither.
 LOGIT_SCALES = ("logit_scale", "logits_scaling", "lm_head_multiplier", "output_multiplier")
+# What every configuration of transformers takes beside its fields and the settings of generation.
+TRANSFORMERS_KEYWORDS = {
+    "attn_implementation", "auto_map", "distributed_config", "experts_implementation", "model_type", "name_or_path",
+    "num_labels", "output_attentions", "per_layer_config", "quantization_config", "torch_dtype",
+}  # fmt: skip
 VISION_MODEL_TYPES = ("clip_vision_model", "siglip_vision_model", "blip_2_vision_model")
 
 # The code travels with every saved checkpoint, so the entries never name another repository. `AutoModel` gives a model
@@ -112,6 +120,7 @@ class SQLlavaConfig(PreTrainedConfig):
     initializer_range: float = 0.02
 
     def __post_init__(self, **kwargs):
+        _check_names(kwargs, is_saved=self.transformers_version is not None)
         self.vision_config = _sub_config("vision_config", self.vision_config, CLIP_VIT_L_14_336)
         self.text_config = _sub_config("text_config", self.text_config, VICUNA_7B)
         if self.vision_config.model_type not in VISION_MODEL_TYPES:
@@ -223,6 +232,20 @@ class SQLlavaConfig(PreTrainedConfig):
         """Number of vision layers that `vision_feature_layer` needs, counted from the first."""
         layer = self.vision_feature_layer
         return layer if layer >= 0 else self.vision_config.num_hidden_layers + 1 + layer
+
+
+def _check_names(names: Iterable[str], is_saved: bool):
+    """
+    transformers makes an attribute of any keyword, and a wrong name would do nothing. A saved configuration may have
+    fields of a later transformers, so there only a name that is nearly one of ours is refused.
+    """
+    own = [field.name for field in fields(SQLlavaConfig)]
+    known = {*own, *TRANSFORMERS_KEYWORDS, *GenerationConfig().to_dict()}
+    for name in names:
+        close = difflib.get_close_matches(name, own, n=1, cutoff=0.8)
+        if name not in known and not name.startswith("_") and (close or not is_saved):
+            meant = f"did you mean {close[0]!r}?" if close else f"the fields are {', '.join(own)}."
+            raise ValueError(f"SQLlavaConfig has no field {name!r}: {meant}")
 
 
 def _sub_config(name: str, value: dict | PreTrainedConfig | None, default: dict) -> PreTrainedConfig:

@@ -24,7 +24,13 @@ from transformers import (
 )
 from transformers import initialization as init
 from transformers.activations import ACT2FN
-from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, ModelOutput
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPast,
+    BaseModelOutputWithPooling,
+    MoeCausalLMOutputWithPast,
+    MoeModelOutputWithPast,
+)
+from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 from transformers.utils import can_return_tuple, torch_compilable_check
 
 
@@ -35,34 +41,42 @@ except ImportError:
     from configuration_sq_llava import SQLlavaConfig
 
 
-@dataclass
-class SQLlavaModelOutputWithPast(BaseModelOutputWithPast):
-    """
-    image_hidden_states (`torch.Tensor` of shape `(num_images, image_seq_length, hidden_size)`, *optional*):
-        The image tokens, after the projector.
-    """
-
-    image_hidden_states: torch.Tensor | None = None
+# The name of the key-value cache in outputs and keywords: `past_key_values` until transformers 5.23, then `cache`.
+CACHE_NAME = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"
 
 
 @dataclass
-class SQLlavaCausalLMOutputWithPast(ModelOutput):
+class SQLlavaModelOutputWithPast(MoeModelOutputWithPast):
+    """
+    The language model's output: `last_hidden_state`, the cache, `hidden_states`, `attentions` and, of a mixture of
+    experts, `router_logits`.
+
+    image_outputs (`BaseModelOutputWithPooling`, *optional*): The output of [`SQLlavaModel.get_image_features`].
+    """
+
+    image_outputs: BaseModelOutputWithPooling | None = None
+
+    @property
+    def image_hidden_states(self) -> torch.Tensor | None:
+        """The image tokens `(num_images, image_seq_length, hidden_size)`, after the projector."""
+        return None if self.image_outputs is None else self.image_outputs.pooler_output
+
+
+@dataclass
+class SQLlavaCausalLMOutputWithPast(MoeCausalLMOutputWithPast):
     """
     loss (`torch.Tensor` of shape `()`, *optional*, returned when `labels` is given):
-        Mean next-token cross entropy over the labelled tokens.
+        Mean next-token cross entropy over the labelled tokens; of a mixture of experts that returns its router logits,
+        with `router_aux_loss_coef * aux_loss` added.
     logits (`torch.Tensor` of shape `(batch_size, sequence_length, vocab_size)`):
         Scores of the next token before the softmax.
-    past_key_values, hidden_states, attentions: as in the language model's output.
-    image_hidden_states (`torch.Tensor` of shape `(num_images, image_seq_length, hidden_size)`, *optional*):
-        The image tokens, after the projector.
+    aux_loss (`torch.Tensor` of shape `()`, *optional*): The load-balancing loss of a mixture of experts.
+    The rest as in [`SQLlavaModelOutputWithPast`].
     """
 
-    loss: torch.Tensor | None = None
-    logits: torch.Tensor | None = None
-    past_key_values: Cache | None = None
-    hidden_states: tuple[torch.Tensor] | None = None
-    attentions: tuple[torch.Tensor] | None = None
-    image_hidden_states: torch.Tensor | None = None
+    image_outputs: BaseModelOutputWithPooling | None = None
+
+    image_hidden_states = SQLlavaModelOutputWithPast.image_hidden_states
 
 
 class UpcastLinear(nn.Module):
@@ -304,7 +318,7 @@ class SQLlavaPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     input_modalities = ("image", "text")
     supports_gradient_checkpointing = True
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = [CACHE_NAME]
     _no_split_modules = [
         "SQLlavaPaperPrototypeExtractor",
         "SQLlavaReleasedPrototypeExtractor",
@@ -335,6 +349,12 @@ class SQLlavaPreTrainedModel(PreTrainedModel):
         elif isinstance(module, SQLlavaReleasedPrototypeExtractor):
             init.ones_(module.sim_alpha)
             init.zeros_(module.sim_beta)
+
+
+def _the_one_cache(cache: Cache | None, past_key_values: Cache | None) -> Cache | None:
+    if cache is not None and past_key_values is not None:
+        raise ValueError("cache and past_key_values are two names of the same thing: give one of them.")
+    return past_key_values if cache is None else cache
 
 
 class SQLlavaModel(SQLlavaPreTrainedModel):
@@ -371,6 +391,12 @@ class SQLlavaModel(SQLlavaPreTrainedModel):
         Returns:
             `torch.Tensor` of shape `(B, N, D)`.
         """
+        return self._run_vision_tower(pixel_values)[0]
+
+    def _run_vision_tower(
+        self, pixel_values: torch.Tensor, output_hidden_states: bool = False
+    ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...] | None]:
+        """The vision features, and if asked for the outputs of the embeddings and of each layer that is run."""
         tower = self.vision_tower
         patch_weight = tower.embeddings.patch_embedding.weight
         # Weights that are offloaded stand on the meta device; their hooks move the inputs.
@@ -378,40 +404,61 @@ class SQLlavaModel(SQLlavaPreTrainedModel):
         pixel_values = pixel_values.to(device=device, dtype=patch_weight.dtype)
         if self.config.vision_config.model_type == "blip_2_vision_model":
             # All layers, the norm behind them, and the CLS token.
-            return tower(pixel_values, return_dict=True).last_hidden_state
+            outputs = tower(pixel_values, output_hidden_states=output_hidden_states, return_dict=True)
+            return outputs.last_hidden_state, outputs.hidden_states
         hidden_states = tower.embeddings(pixel_values)
         if self.config.vision_config.model_type == "clip_vision_model":
             hidden_states = tower.pre_layrnorm(hidden_states)
+        all_hidden_states = (hidden_states,) if output_hidden_states else None
         for layer in tower.encoder.layers[: self.config.num_vision_layers_used]:
             hidden_states = layer(hidden_states, None)
+            if output_hidden_states:
+                all_hidden_states += (hidden_states,)
         if self.config.vision_feature_select_strategy == "default":
             hidden_states = hidden_states[:, 1:]
-        return hidden_states
+        return hidden_states, all_hidden_states
 
     @can_return_tuple
     def get_image_features(
-        self, pixel_values: torch.Tensor | None, vision_features: torch.Tensor | None = None, **kwargs
+        self,
+        pixel_values: torch.Tensor | None,
+        vision_features: torch.Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        **kwargs,
     ) -> tuple | BaseModelOutputWithPooling | None:
         """
         Args:
             pixel_values (`torch.Tensor` of shape `(num_images, channels, height, width)`): Processed images.
             vision_features (`torch.Tensor` of shape `(num_images, N, D)`, *optional*):
                 Instead: what [`get_vision_features`] gave for them before.
+            output_hidden_states (`bool`, *optional*):
+                Return the outputs of the vision tower's embeddings and of each of its layers that is run too.
 
         Returns:
             `BaseModelOutputWithPooling`: `last_hidden_state` `(num_images, N, D)`, the vision features;
             `pooler_output` `(num_images, image_seq_length, H)`, the image tokens that take the place of the
-            placeholders.
+            placeholders; `hidden_states`, if asked for, `(num_images, N or N + 1, D)` each.
             `None` for `None`, with which `generate(pixel_values=None)` asks.
+
+        Raises:
+            ValueError: for `output_attentions`: the vision tower's layers return no attention weights here.
         """
+        if kwargs.get("output_attentions"):
+            raise ValueError("output_attentions is True: the vision tower returns no attention weights. Leave it out.")
+        hidden_states = None
         if vision_features is None:
             if pixel_values is None:
                 return None
-            vision_features = self.get_vision_features(pixel_values)
-        elif pixel_values is not None:
-            raise ValueError("Give pixel_values or vision_features, not both.")
+            if output_hidden_states:
+                vision_features, hidden_states = self._run_vision_tower(pixel_values, output_hidden_states=True)
+            else:
+                vision_features = self.get_vision_features(pixel_values)
+        elif pixel_values is not None or output_hidden_states:
+            raise ValueError("vision_features is given: leave pixel_values and output_hidden_states out.")
         image_tokens = self.multi_modal_projector(self.resampler(self.prototype_extractor(vision_features)))
-        return BaseModelOutputWithPooling(last_hidden_state=vision_features, pooler_output=image_tokens)
+        return BaseModelOutputWithPooling(
+            last_hidden_state=vision_features, pooler_output=image_tokens, hidden_states=hidden_states
+        )
 
     @can_return_tuple
     def forward(
@@ -426,10 +473,13 @@ class SQLlavaModel(SQLlavaPreTrainedModel):
         vision_features: torch.FloatTensor | None = None,
         image_indices: torch.LongTensor | None = None,
         positions_to_keep: torch.BoolTensor | None = None,
+        cache: Cache | None = None,
         **kwargs,
     ) -> tuple | SQLlavaModelOutputWithPast:
         """
         Args:
+            cache, past_key_values ([`Cache`], *optional*):
+                Two names of the key-value cache: the second is the one of transformers until 5.23.
             input_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`):
                 Token ids, with `config.image_seq_length` placeholders `config.image_token_id` for each image.
             pixel_values (`torch.FloatTensor` of shape `(num_images, channels, height, width)`, *optional*):
@@ -452,6 +502,7 @@ class SQLlavaModel(SQLlavaPreTrainedModel):
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give exactly one of input_ids and inputs_embeds.")
+        cache = _the_one_cache(cache, past_key_values)
         image_outputs = (mm_encoder_outputs or {}).get("image")
         if pixel_values is not None or vision_features is not None:
             if image_outputs is not None:
@@ -464,7 +515,6 @@ class SQLlavaModel(SQLlavaPreTrainedModel):
             text_ids = input_ids if placeholders is None else input_ids.masked_fill(placeholders, 0)
             inputs_embeds = self.get_input_embeddings()(text_ids)
 
-        image_tokens = None
         if image_outputs is not None:
             image_tokens = self._as_one_tensor(image_outputs.pooler_output).to(inputs_embeds)
             if image_indices is not None:
@@ -479,23 +529,22 @@ class SQLlavaModel(SQLlavaPreTrainedModel):
                 ),
             )
             inputs_embeds = inputs_embeds.masked_scatter(placeholders.unsqueeze(-1), image_tokens)
-        elif self.training and torch.is_grad_enabled() and past_key_values is None:
+        elif self.training and torch.is_grad_enabled() and cache is None:
             inputs_embeds = inputs_embeds + self._vision_side_weighted_by_zero().to(inputs_embeds)
 
         outputs = self.language_model(
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
+            **{CACHE_NAME: cache},
             **kwargs,
         )
-        hidden_states = outputs.last_hidden_state
+        states = dict(outputs)
+        hidden_states = states.pop("last_hidden_state")
         return SQLlavaModelOutputWithPast(
             last_hidden_state=hidden_states if positions_to_keep is None else hidden_states[positions_to_keep],
-            past_key_values=outputs.past_key_values,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-            image_hidden_states=image_tokens,
+            image_outputs=image_outputs,
+            **states,
         )
 
     def _find_placeholders(
@@ -580,8 +629,18 @@ class SQLlavaForConditionalGeneration(SQLlavaPreTrainedModel, GenerationMixin):
         """See [`SQLlavaModel.get_image_features`]."""
         return self.model.get_image_features(pixel_values, **kwargs)
 
-    def prepare_inputs_for_generation(self, input_ids: torch.LongTensor, is_first_iteration: bool = False, **kwargs):
-        inputs = super().prepare_inputs_for_generation(input_ids, is_first_iteration=is_first_iteration, **kwargs)
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: torch.LongTensor,
+        inputs_embeds: torch.FloatTensor | None = None,  # named, because `generate` looks for it in this signature
+        is_first_iteration: bool = False,
+        **kwargs,
+    ):
+        inputs = super().prepare_inputs_for_generation(
+            input_ids, inputs_embeds=inputs_embeds, is_first_iteration=is_first_iteration, **kwargs
+        )
+        if inputs.get("input_ids") is None:
+            return inputs
         is_draft = not is_first_iteration and inputs["input_ids"].shape[1] > 1
         if is_draft and not {"mm_encoder_outputs", "pixel_values"} & inputs.keys():
             # An assistant model drafts without seeing: transformers hands the images to the first pass of the main
@@ -608,6 +667,7 @@ class SQLlavaForConditionalGeneration(SQLlavaPreTrainedModel, GenerationMixin):
         labels: torch.LongTensor | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
+        cache: Cache | None = None,
         **kwargs,
     ) -> tuple | SQLlavaCausalLMOutputWithPast:
         """
@@ -623,7 +683,7 @@ class SQLlavaForConditionalGeneration(SQLlavaPreTrainedModel, GenerationMixin):
             pixel_values=pixel_values,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            cache=_the_one_cache(cache, past_key_values),
             inputs_embeds=inputs_embeds,
             mm_encoder_outputs=mm_encoder_outputs,
             **kwargs,
@@ -637,13 +697,33 @@ class SQLlavaForConditionalGeneration(SQLlavaPreTrainedModel, GenerationMixin):
         loss = None
         if labels is not None:
             loss = self.loss_function(logits, labels, vocab_size=self.config.text_config.vocab_size, **kwargs)
-        return SQLlavaCausalLMOutputWithPast(
-            loss=loss,
-            logits=logits,
-            past_key_values=outputs.past_key_values,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-            image_hidden_states=outputs.image_hidden_states,
+        aux_loss = self._router_loss(outputs.router_logits, attention_mask)
+        if loss is not None and aux_loss is not None:
+            loss = loss + self.config.text_config.router_aux_loss_coef * aux_loss.to(loss.device)
+        states = dict(outputs)
+        del states["last_hidden_state"]
+        return SQLlavaCausalLMOutputWithPast(loss=loss, aux_loss=aux_loss, logits=logits, **states)
+
+    def _router_loss(
+        self, router_logits: tuple[torch.Tensor, ...] | None, attention_mask: torch.Tensor | None
+    ) -> torch.Tensor | None:
+        """
+        The load-balancing loss of the language model's experts, https://arxiv.org/abs/2101.03961: the function is that
+        of all families of transformers. `None` for those that balance their experts in another way (DeepSeek), or do
+        not say how many there are (Llama 4).
+        """
+        text_config = self.config.text_config
+        needed = [getattr(text_config, name, None) for name in ("router_aux_loss_coef", "num_experts")]
+        if router_logits is None or None in needed:
+            return None
+        if attention_mask is not None and attention_mask.ndim == 2:
+            # Behind a cache, the mask covers more positions than were routed.
+            sequence_length = router_logits[0].shape[0] // attention_mask.shape[0]
+            attention_mask = attention_mask[:, -sequence_length:]
+        else:
+            attention_mask = None
+        return load_balancing_loss_func(
+            router_logits, text_config.num_experts, text_config.num_experts_per_tok, attention_mask
         )
 
 

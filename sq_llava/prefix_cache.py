@@ -4,7 +4,7 @@
     cache.read([prompt], {"pixel_values": pixels})     # all tokens but the last
     shared = cache.select([0, 0, 0])              # three rows, without another pass
     inputs = shared.continue_with([prompt + a, prompt + b, prompt + c])
-    model.generate(**inputs, past_key_values=shared.states)
+    model.generate(**inputs, **{CACHE_NAME: shared.states})
 
 New tokens stand behind the cached ones, padded on the left: so padding may stand between the two. It is masked, and
 positions are counted without it, so each row gives what its prompt gives alone. What this module does not do: cache
@@ -78,7 +78,7 @@ class PrefixCache:
                 input_ids=inputs["input_ids"][:, width:-1],
                 attention_mask=mask,
                 position_ids=position_ids[:, width:],
-                past_key_values=self.states,
+                cache=self.states,
                 logits_to_keep=1,
                 **images,
             )

@@ -6,6 +6,8 @@ import os
 # Before transformers is imported: a test that would reach for the network fails instead.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+# Also for the processes that tests start: sums over another number of threads differ in their last bits.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch

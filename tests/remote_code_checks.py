@@ -13,8 +13,13 @@ import traceback
 from pathlib import Path
 
 
-SOURCES = {"configuration_sq_llava", "modeling_sq_llava", "processing_sq_llava", "sq_llava", "tests"}
-CODE_FILES = ["configuration_sq_llava.py", "modeling_sq_llava.py", "processing_sq_llava.py"]
+CODE_FILES = [
+    "configuration_sq_llava.py",
+    "modeling_sq_llava.py",
+    "image_processing_sq_llava.py",
+    "processing_sq_llava.py",
+]
+SOURCES = {*(name.removesuffix(".py") for name in CODE_FILES), "sq_llava", "tests"}
 
 
 class SourcesOutOfReach:
@@ -88,6 +93,30 @@ def image_processor_gives_the_same_pixels(folder, expected):
     assert torch.equal(pixel_values, expected["inputs"]["pixel_values"])
 
 
+def pictures_of_all_modes_are_seen_as_the_table_of_the_docs_says(folder, expected):
+    import base64
+    import io
+
+    from PIL import Image
+    from transformers import AutoProcessor
+
+    processor = AutoProcessor.from_pretrained(folder / "float32", trust_remote_code=True)
+    for picture in expected["pictures"]:
+        file, image = picture["file"], picture["image"]
+        ways = [image]
+        if file is not None:
+            (folder / "picture").write_bytes(file)
+            url = "data:image/png;base64," + base64.b64encode(file).decode()
+            ways = [Image.open(io.BytesIO(file)), str(folder / "picture"), folder / "picture", file, url]
+        for way in ways:
+            try:
+                pixels = processor(images=way, text="<image>", return_tensors="pt")["pixel_values"]
+            except ValueError:
+                pixels = None
+            same = pixels is None if picture["pixels"] is None else pixels.equal(picture["pixels"])
+            assert same, (picture["row"], type(way))
+
+
 def processor_is_ours_and_not_a_bare_tokenizer(folder, expected):
     import torch
     from transformers import AutoProcessor
@@ -117,6 +146,45 @@ def automodel_generates(folder, expected):
     model = AutoModel.from_pretrained(folder / "float32", trust_remote_code=True)
     assert type(model).__name__ == "SQLlavaForConditionalGeneration"
     assert torch.equal(model.generate(**expected["inputs"], do_sample=False, max_new_tokens=8), expected["generated"])
+
+
+def every_way_of_decoding_gives_the_greedy_tokens(folder, expected):
+    import torch
+    from transformers import AutoModel, AutoTokenizer, TextIteratorStreamer
+    from transformers.utils.versions import require_version
+
+    model = AutoModel.from_pretrained(folder / "float32", trust_remote_code=True)
+    inputs, generated = expected["inputs"], expected["generated"]
+    settings = {"do_sample": False, "max_new_tokens": 8}
+    ways = {
+        "no cache": {"use_cache": False},
+        "static cache": {"cache_implementation": "static"},
+        "prompt look-up": {"prompt_lookup_num_tokens": 2},
+        "an assistant model": {"assistant_model": model},
+    }
+    for name, way in ways.items():
+        sequences = model.generate(**inputs, **{**settings, **way})
+        assert torch.equal(sequences, generated.expand_as(sequences)), name
+    # A cache that was filled before, under the name that this version gives it.
+    first = model.generate(**inputs, do_sample=False, max_new_tokens=3, return_dict_in_generate=True)
+    name = "cache" if "cache" in first else "past_key_values"
+    mask = torch.ones_like(first.sequences)
+    again = {"input_ids": first.sequences, "attention_mask": mask, "do_sample": False, "max_new_tokens": 5}
+    assert torch.equal(model.generate(**again, **{name: first[name]}), generated), name
+
+    tokenizer = AutoTokenizer.from_pretrained(folder / "float32", trust_remote_code=True)
+    streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    model.generate(**inputs, **settings, streamer=streamer)
+    assert "".join(streamer).strip() == expected["answer"].strip()
+
+    try:
+        require_version("transformers>=5.19")
+    except ImportError:
+        return  # before, transformers mixes up several images of a prompt that is expanded
+    samples = model.generate(**inputs, **{**settings, "do_sample": True, "top_k": 1}, num_return_sequences=2)
+    assert torch.equal(samples, generated.expand_as(samples))
+    beams = model.generate(**inputs, **settings, num_beams=3, num_return_sequences=3)
+    assert len(beams.unique(dim=0)) == 3
 
 
 def automodel_from_config_is_the_base_without_head(folder, expected):
@@ -236,8 +304,10 @@ CHECKS = [
     config_comes_from_the_folders_code,
     tokenizer_gives_the_same_ids,
     image_processor_gives_the_same_pixels,
+    pictures_of_all_modes_are_seen_as_the_table_of_the_docs_says,
     processor_is_ours_and_not_a_bare_tokenizer,
     automodel_generates,
+    every_way_of_decoding_gives_the_greedy_tokens,
     automodel_from_config_is_the_base_without_head,
     automodels_for_images_and_text_give_the_same_logits,
     pipeline_answers,

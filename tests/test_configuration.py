@@ -159,3 +159,22 @@ def test_a_saved_config_never_names_another_repository(tmp_path):
     saved = json.loads((tmp_path / "config.json").read_text())
     assert SQLlavaConfig.from_pretrained(tmp_path).auto_map["AutoConfig"] == "configuration_sq_llava.SQLlavaConfig"
     assert saved["model_type"] == "sq_llava"
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"), [("num_prototype", "did you mean 'num_prototypes'"), ("typo", "fields are")]
+)
+def test_an_unknown_field_is_refused(name, meant):
+    with pytest.raises(ValueError, match=f"SQLlavaConfig has no field '{name}': .*{meant}"):
+        tiny_config(**{name: 3})
+
+
+def test_saved_fields_of_another_transformers_are_taken_and_misspelt_ones_refused(tmp_path):
+    tiny_config().save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    saved = json.loads(file.read_text())
+    file.write_text(json.dumps({**saved, "field_of_tomorrow": 1, "use_cache": False}))
+    assert SQLlavaConfig.from_pretrained(tmp_path).field_of_tomorrow == 1
+    file.write_text(json.dumps({**saved, "projector_tpye": "linear"}))
+    with pytest.raises(ValueError, match="has no field 'projector_tpye': did you mean 'projector_type'"):
+        SQLlavaConfig.from_pretrained(tmp_path)

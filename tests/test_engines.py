@@ -1,4 +1,4 @@
-"""What inference engines ask of the trio, without one: `make test-vllm` runs vLLM itself.
+"""What inference engines ask of the code of a checkpoint, without one: `make test-vllm` runs vLLM itself.
 
 An engine builds the base with `AutoModel.from_config`, puts layers and attention of its own into it, encodes the
 images by `get_image_features`, and finds their placeholders by the processor's offsets.
@@ -15,27 +15,31 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.utils.chat_template_utils import _compile_jinja_template
 
 from modeling_sq_llava import SQLlavaAutoModel, SQLlavaModel
-from tests.test_layout import TRIO, path_of
+from tests.test_layout import HUB_CODE, path_of
 from tests.tiny import picture, tiny_config, tiny_inputs, tiny_model, tiny_processor
 
 
-# What the trio imports of transformers; all of it is in 5.16.1, the oldest that is supported. `make test-versions`
-# runs a checkpoint with each version: run it before this list grows.
+# What a checkpoint's code imports of transformers; all of it is in 5.16.1, the oldest that is supported.
+# `make test-versions` runs a checkpoint with each version: run it before this list grows.
 IN_TRANSFORMERS_5_16 = {
     "transformers": {
-        "AddedToken", "AutoConfig", "AutoModel", "Blip2VisionModel", "CONFIG_MAPPING", "Cache", "GenerationMixin",
-        "LlamaTokenizer", "LlavaImageProcessor", "LlavaImageProcessorPil", "LogitsProcessorList", "PreTrainedConfig",
+        "AddedToken", "AutoConfig", "AutoModel", "Blip2VisionModel", "CONFIG_MAPPING", "Cache", "GenerationConfig",
+        "GenerationMixin", "LlamaTokenizer", "LlavaImageProcessorPil", "LogitsProcessorList", "PreTrainedConfig",
         "PreTrainedModel", "ProcessorMixin", "SuppressTokensLogitsProcessor", "initialization",
     },
     "transformers.activations": {"ACT2FN"},
-    "transformers.modeling_outputs": {"BaseModelOutputWithPast", "BaseModelOutputWithPooling", "ModelOutput"},
+    "transformers.image_utils": {"ChannelDimension", "infer_channel_dimension_format", "is_valid_image"},
+    "transformers.modeling_outputs": {
+        "BaseModelOutputWithPast", "BaseModelOutputWithPooling", "MoeCausalLMOutputWithPast", "MoeModelOutputWithPast",
+    },
+    "transformers.models.mixtral.modeling_mixtral": {"load_balancing_loss_func"},
     "transformers.processing_utils": {"MultiModalData", "ProcessingKwargs"},
-    "transformers.utils": {"can_return_tuple", "is_torchvision_available", "torch_compilable_check"},
+    "transformers.utils": {"can_return_tuple", "torch_compilable_check"},
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("module", TRIO)
-def test_trio_imports_only_what_the_oldest_supported_transformers_has(module):
+@pytest.mark.parametrize("module", HUB_CODE)
+def test_code_of_a_checkpoint_imports_only_what_the_oldest_supported_transformers_has(module):
     for node in ast.walk(ast.parse(path_of(module).read_text())):
         if isinstance(node, ast.ImportFrom) and node.module.split(".")[0] == "transformers":
             assert {alias.name for alias in node.names} <= IN_TRANSFORMERS_5_16[node.module], node.module

@@ -4,6 +4,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, GenerationConfig
 
+from modeling_sq_llava import CACHE_NAME
 from tests.tiny import TINY_LLAMA, left_padded, tiny_config, tiny_inputs, tiny_model
 
 
@@ -141,7 +142,7 @@ def test_a_conversation_goes_on_from_its_cache_without_its_images(tiny_model):
     first = tiny_model.generate(**inputs, do_sample=False, max_new_tokens=4, return_dict_in_generate=True)
     more = torch.cat([first.sequences, torch.tensor([[17, 23, 42]])], dim=1)
     expected = generate(tiny_model, {"input_ids": more, "pixel_values": inputs["pixel_values"]})
-    continued = {"input_ids": more, "past_key_values": first.past_key_values, "attention_mask": torch.ones_like(more)}
+    continued = {"input_ids": more, CACHE_NAME: first[CACHE_NAME], "attention_mask": torch.ones_like(more)}
     assert torch.equal(generate(tiny_model, continued), expected)
 
 

@@ -217,7 +217,7 @@ def test_a_continued_cache_gives_the_logits_of_whole_prompts(pairs, data):
             input_ids=inputs["input_ids"][:, width:],
             attention_mask=inputs["attention_mask"],
             position_ids=position_ids,
-            past_key_values=selected.states,
+            cache=selected.states,
         ).logits[:, -1]
         for row, prompt in zip(logits, prompts):
             torch.testing.assert_close(

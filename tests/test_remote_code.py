@@ -11,9 +11,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import LlavaImageProcessorPil
 
+from tests.pictures import pictures, turned
 from tests.remote_code_checks import CHECKS
 from tests.tiny import llama_tokenizer, picture, tiny_model_for, tiny_processor
+
+
+# One process runs these tests: what they share takes long to make.
+pytestmark = pytest.mark.xdist_group("remote_code")
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +85,19 @@ def write_checkpoints(folder):
         model.to(dtype).save_pretrained(folder / name, max_shard_size="200KB" if name == "sharded" else "50GB")
         processor.save_pretrained(folder / name)
         sums[name] = model.model.prototype_extractor.prototypes.sum().item()
+    stock = LlavaImageProcessorPil.from_dict(processor.image_processor.to_dict())
+    seen = [
+        {
+            "row": picture.row,
+            "file": picture.file,
+            "image": None if picture.file else picture.image,
+            "pixels": picture.rgb and stock(picture.rgb, return_tensors="pt")["pixel_values"],
+        }
+        for picture in [*pictures(), *turned()]
+        if picture.row != "P, palette with transparency"  # which Pillow does not pickle whole
+    ]
     expected = {
+        "pictures": seen,
         "messages": messages,
         "prompt": processor.apply_chat_template(messages, add_generation_prompt=True),
         "images": images,

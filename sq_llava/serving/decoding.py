@@ -23,7 +23,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from modeling_sq_llava import SQLlavaForConditionalGeneration
+from modeling_sq_llava import CACHE_NAME, SQLlavaForConditionalGeneration
 from sq_llava.prefix_cache import pad_left
 
 
@@ -187,12 +187,12 @@ class Batch:
             pixel_values=torch.cat(pixel_values).to(self.model.device) if pixel_values else None,
             attention_mask=mask,
             position_ids=(mask.cumsum(dim=1) - 1).clamp_min(0),
-            past_key_values=DynamicCache(),
+            cache=DynamicCache(),
             use_cache=True,
             logits_to_keep=1,
         )
         each = torch.tensor([index for index, own in enumerate(rows) for _ in own], device=self.model.device)
-        cache = outputs.past_key_values
+        cache = outputs[CACHE_NAME]
         _check_cache(cache)
         cache.batch_select_indices(each)
         mask, logits = mask[each], outputs.logits[each, -1].float()
@@ -250,7 +250,7 @@ class Batch:
             input_ids=torch.tensor(tokens, device=self.model.device).unsqueeze(1),
             attention_mask=self.mask,
             position_ids=position_ids,
-            past_key_values=self.cache,
+            cache=self.cache,
             use_cache=True,
             logits_to_keep=1,
         )
