@@ -11,7 +11,7 @@ export TOKENIZERS_PARALLELISM ?= false
 export HF_HUB_DISABLE_TELEMETRY ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-clean test test-versions test-vllm lint bench
+.PHONY: help setup demo demo-clean test test-versions test-vllm test-wheel wheel lint bench
 
 help:  ## List the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -31,10 +31,17 @@ demo-clean:  ## Remove what the demo made
 	rm -rf $(RUN)
 
 test: setup  ## Run the tests
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
 
-test-versions: setup  ## Load and run checkpoints with transformers 5.16 to 5.19
-	OMP_NUM_THREADS=1 $(BIN)/python -m tests.transformers_versions
+wheel: setup  ## Build a wheel into dist/
+	rm -rf build
+	$(BIN)/pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .
+
+test-wheel: setup  ## Install a wheel beside .venv, and use it from an empty folder as the README says
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.wheel_checks
+
+test-versions: setup  ## Use the wheel with the oldest, the pinned and the newest packages that it allows (15 GB)
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.package_versions
 
 test-vllm: $(RUN)/model/config.json setup $(VLLM)/.installed  ## Compare vLLM with transformers, on the demo's model
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.vllm_reference --model $(RUN)/model --output-dir $(RUN)/vllm

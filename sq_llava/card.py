@@ -1,4 +1,4 @@
-"""The model card of a checkpoint or an adapter, from the template `model_card.md` at the top of the source tree.
+"""The model card of a checkpoint or an adapter, from the template `model_card.md`.
 
 All of it is read from the folder: configurations, the headers of the weights, the code files, `provenance.yaml`. What
 it does not do: measure. Scores are those of an evaluation's JSON; without one, the card says that there are none.
@@ -18,12 +18,14 @@ from huggingface_hub import (
     eval_result_entries_to_yaml,
     parse_local_safetensors_file_metadata,
 )
+from PIL import Image, ImageDraw
 
 from sq_llava.provenance import is_hub_id, public_name, read_provenance
+from sq_llava.resources import CODE_FILES, find_resource
 
 
-TEMPLATE = Path(__file__).parent.parent / "model_card.md"
-CODE_FILES = ("configuration_sq_llava.py", "modeling_sq_llava.py", "processing_sq_llava.py")
+# Read on import: what ends in a card fails here, before hours of work, if this installation lacks the template.
+TEMPLATE = find_resource("model_card.md").read_text(encoding="utf-8")
 PARTS = {"vision": ("vision_tower.",), "connector": ("multi_modal_projector.", "prototype_extractor.", "resampler.")}
 # The picture that the published example asks about, in the repository itself.
 EXAMPLE_IMAGE = "image.png"
@@ -61,6 +63,11 @@ def render_card(
     adapter = _read_json(folder / "adapter_config.json")
     config = _read_json(folder / "config.json")
     processor = _read_json(folder / "processor_config.json")
+    if not processor or not (adapter or config):
+        missing = "config.json" if processor else "processor_config.json"
+        raise ValueError(
+            f"{folder} holds no {missing}, which its card is written from: save model and processor anew."
+        )
     provenance = read_provenance(folder)
     has_extractor = (
         "prototype_extractor" in adapter["modules_to_save"] if adapter else config["prototype_variant"] != "none"
@@ -80,7 +87,7 @@ def render_card(
     )
     return ModelCard.from_template(
         card_data,
-        template_path=str(TEMPLATE),
+        template_str=TEMPLATE,
         model_name=repo_id.partition("/")[2] or folder.resolve().name,
         repo_id=repo_id,
         revision=revision,
@@ -98,6 +105,17 @@ def render_card(
         image=EXAMPLE_IMAGE,
         question=EXAMPLE_QUESTION,
     )
+
+
+def draw_example() -> Image.Image:
+    """A picture that one can say something about, for the card's snippets and for the comparison of the logits."""
+    image = Image.new("RGB", (336, 336), "white")
+    pen = ImageDraw.Draw(image)
+    pen.rectangle((0, 220, 336, 336), fill="green")
+    pen.ellipse((40, 30, 120, 110), fill="gold")
+    pen.rectangle((170, 150, 290, 260), fill="firebrick")
+    pen.polygon([(155, 150), (230, 80), (305, 150)], fill="saddlebrown")
+    return image
 
 
 def count_saved_parameters(folder: Path) -> dict[str, int]:

@@ -14,7 +14,13 @@ from safetensors.torch import save_file
 from transformers import AutoModel, AutoProcessor
 
 
-SOURCES = {"configuration_sq_llava", "modeling_sq_llava", "processing_sq_llava", "sq_llava"}
+SOURCES = {
+    "configuration_sq_llava",
+    "image_processing_sq_llava",
+    "modeling_sq_llava",
+    "processing_sq_llava",
+    "sq_llava",
+}
 
 
 class SourcesOutOfReach:

@@ -27,17 +27,18 @@ HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 CACHED = re.compile(r"/(?:models|datasets)--([^/]+)/snapshots/[0-9a-f]{40}/?$")
 
 STAGE_SETTINGS = (
-    "full_finetuning", "vision_lora_r", "vision_lora_alpha", "vision_lora_dropout", "vision_lr", "connector_lr",
-    "packing",
+    "full_finetuning", "vision_lora_r", "vision_lora_alpha", "vision_lora_dropout", "init_lora_weights", "vision_lr",
+    "connector_lr", "packing", "eos_token",
 )  # fmt: skip
 TRAINING_SETTINGS = (
     "learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "max_grad_norm", "optim",
     "num_train_epochs", "max_steps", "max_length", "train_sampling_strategy", "seed", "bf16", "fp16",
+    "loss_type", "neftune_noise_alpha",
 )  # fmt: skip
-MODEL_SETTINGS = ("dtype", "load_in_4bit", "load_in_8bit")
+MODEL_SETTINGS = ("dtype", "load_in_4bit", "load_in_8bit", "use_rslora", "use_dora")
 # Without a meaning in stage "align", which trains neither questions nor the language model.
 INSTRUCT_SETTINGS = ("self_question_ratio", "question_loss_weight")
-INSTRUCT_MODEL_SETTINGS = ("lora_r", "lora_alpha", "lora_dropout")
+INSTRUCT_MODEL_SETTINGS = ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules")
 
 
 def is_hub_id(path: str) -> bool:
@@ -70,11 +71,12 @@ def write_provenance(folder: str | Path, provenance: dict) -> None:
         (Path(folder) / PROVENANCE_FILE).write_text(yaml.safe_dump(provenance, sort_keys=False, width=119))
 
 
-def record_stage(arguments, training_args, model_config, run: dict[str, int], steps: int) -> None:
+def record_stage(before: dict, arguments, training_args, model_config, run: dict[str, int], steps: int) -> None:
     """
     Writes into a stage's `output_dir` what it began from, and was.
 
     Args:
+        before (`dict`): The provenance of what it began from.
         arguments, training_args, model_config: As `parse_settings` gives them.
         run (`dict[str, int]`): What the losses depend on, as `SQLlavaTrainer.run`.
         steps (`int`): How many were done.
@@ -94,8 +96,6 @@ def record_stage(arguments, training_args, model_config, run: dict[str, int], st
         "settings": {"global_batch_size": run["rows_per_step"], **settings},
         "versions": {package: version(package) for package in PACKAGES},
     }
-    start = model_config.model_name_or_path
-    before = read_provenance(start) if start is not None else {}
     write_provenance(training_args.output_dir, before | {"stages": [*before.get("stages", []), stage]})
 
 

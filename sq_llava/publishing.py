@@ -27,6 +27,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -43,27 +44,28 @@ from huggingface_hub import (
 from huggingface_hub.errors import EntryNotFoundError, HTTPError, RepositoryNotFoundError, RevisionNotFoundError
 from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import HFValidationError, validate_repo_id
-from PIL import Image, ImageDraw
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 from safetensors.numpy import load_file
 
-from sq_llava.card import CODE_FILES, EXAMPLE_IMAGE, EXAMPLE_QUESTION, eval_result_files, render_card
+from sq_llava.card import EXAMPLE_IMAGE, EXAMPLE_QUESTION, draw_example, eval_result_files, render_card
 from sq_llava.provenance import PROVENANCE_FILE, is_hub_id, public_name
+from sq_llava.resources import CODE_FILES, code_file
 
 
 COMMON_FILES = (
     "processor_config.json", "preprocessor_config.json", "tokenizer*.json", "tokenizer.model", "chat_template.jinja",
     "special_tokens_map.json", "added_tokens.json", PROVENANCE_FILE, "LICENSE*", *CODE_FILES, EXAMPLE_IMAGE,
 )  # fmt: skip
+# The folder in which transformers saves the chat templates that have a name.
+NAMED_TEMPLATES = "additional_chat_templates"
 CHECKPOINT_FILES = ("config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json")
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 # Of the model that was here before: beside the new one, they would be loaded in its place.
 STALE_FILES = (*CHECKPOINT_FILES, *ADAPTER_FILES, "pytorch_model*", "adapter_model.bin")
 MACHINE_PATH = re.compile(r"(?:/|~|[A-Za-z]:\\)[^\s/\\]+[/\\]\S*")
 TOKENS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
-LIBRARY = Path(__file__).parent.parent
 PINNED = re.compile(r'revision="([0-9a-f]{40})"')
 
 
@@ -150,13 +152,16 @@ def prepare(
     """
     source = Path(source).expanduser()
     _check_request(source, repo_id, adapter_only, base_model)
+    # They import torch and transformers, which the errors before do not wait for.
+    from sq_llava.checkpoint import merge_adapter, require_kind, require_whole
+
+    require_kind(source)
+    require_whole(source)
     with tempfile.TemporaryDirectory(prefix="sq-llava-push-", ignore_cleanup_errors=True) as workspace:
         workspace = Path(workspace)
         publication = Publication(repo_id, workspace, workspace / "publication")
         publication.folder.mkdir()
         if _is_adapter(source) and not adapter_only:
-            from sq_llava.checkpoint import merge_adapter  # torch and transformers, which a plain checkpoint needs not
-
             publication.notes.append(f"{source} is an adapter, and goes up merged into its base; or --adapter-only.")
             merge_adapter(str(source), str(workspace / "merged"))
             source = workspace / "merged"
@@ -166,7 +171,9 @@ def prepare(
         _refuse_machine_paths(publication)
         if not trust_remote_code:
             _refuse_other_code(publication, source)
-        publication.files = {file.name: file.stat().st_size for file in sorted(publication.folder.iterdir())}
+        for file in sorted(publication.folder.rglob("*")):
+            if file.is_file():
+                publication.files[file.relative_to(publication.folder).as_posix()] = file.stat().st_size
         free = shutil.disk_usage(workspace).free
         if api is not None and free < publication.size:
             raise ValueError(
@@ -201,7 +208,11 @@ def _lay_out(source: Path, publication: Publication) -> None:
     wanted = COMMON_FILES + (ADAPTER_FILES if _is_adapter(source) else CHECKPOINT_FILES)
     for file in sorted(source.iterdir()):
         target = publication.folder / file.name
-        if file.is_dir() or not any(fnmatch(file.name, pattern) for pattern in wanted):
+        if file.is_dir() and file.name == NAMED_TEMPLATES:
+            target.mkdir()
+            for template in file.glob("*.jinja"):
+                (target / template.name).symlink_to(template.resolve())
+        elif file.is_dir() or not any(fnmatch(file.name, pattern) for pattern in wanted):
             publication.left_out.append(file.name + "/" * file.is_dir())
         elif file.name == "config.json":
             config = json.loads(file.read_text())
@@ -217,20 +228,9 @@ def _lay_out(source: Path, publication: Publication) -> None:
         draw_example().save(publication.folder / EXAMPLE_IMAGE)
 
 
-def draw_example() -> Image.Image:
-    """A picture that one can say something about, for the card's snippets and for the comparison of the logits."""
-    image = Image.new("RGB", (336, 336), "white")
-    pen = ImageDraw.Draw(image)
-    pen.rectangle((0, 220, 336, 336), fill="green")
-    pen.ellipse((40, 30, 120, 110), fill="gold")
-    pen.rectangle((170, 150, 290, 260), fill="firebrick")
-    pen.polygon([(155, 150), (230, 80), (305, 150)], fill="saddlebrown")
-    return image
-
-
 def _name_base(publication: Publication, source: Path, base_model: str | None, api: HfApi | None) -> None:
     """Lets an adapter name its base by a Hub id and a commit, and a class that everyone has."""
-    from sq_llava.checkpoint import base_of_adapter
+    from sq_llava.locations import base_of_adapter
 
     publication.base = base_of_adapter(source)
     if base_model is None and not is_hub_id(publication.base):
@@ -278,7 +278,7 @@ def _refuse_other_code(publication: Publication, source: Path) -> None:
     for folder in (source, *([Path(publication.base)] if publication.base else [])):
         for name in CODE_FILES:
             file = folder / name
-            if file.is_file() and not filecmp.cmp(file, LIBRARY / name, shallow=False):
+            if file.is_file() and not filecmp.cmp(file, code_file(name), shallow=False):
                 raise ValueError(
                     f"{file} is other code than this library's, and would be run: merge or convert the model anew, "
                     "or give --trust-remote-code if you trust it."
@@ -308,6 +308,29 @@ def print_publication(publication: Publication, console: Console) -> None:
         console.print("Stays here: " + ", ".join(publication.left_out), markup=False, soft_wrap=True)
     for note in publication.notes:
         console.print(note, markup=False, soft_wrap=True)
+
+
+def _card_files(
+    publication: Publication, commit: str, url: str, results: dict[str, Any] | None = None, **metadata
+) -> dict[str, str]:
+    """The card that names a commit, and the files of an evaluation's results."""
+    example_url = f"{url}/resolve/{commit}/{EXAMPLE_IMAGE}"
+    card = render_card(publication.folder, publication.repo_id, commit, results, example_url=example_url, **metadata)
+    entries = eval_result_files(results or {"results": []})
+    return {"README.md": str(card)} | {name: yaml.safe_dump(part, sort_keys=False) for name, part in entries.items()}
+
+
+def check_card(publication: Publication, is_dry_run: bool, **about_model) -> None:
+    """
+    Writes the card once before the upload that it follows, and throws it away: no repository is left without one.
+
+    Raises:
+        ValueError: if it cannot be written, or the Hub, which a dry run does not ask, refuses its metadata.
+    """
+    files = _card_files(publication, "0" * 40, publication.repo_id, **about_model)
+    if not is_dry_run:
+        with hub_errors("The Hub could not be asked about the metadata of the card"):
+            ModelCard(files["README.md"]).validate()
 
 
 def check_loading(publication: Publication) -> None:
@@ -341,7 +364,7 @@ def _load_fresh(
         "question": EXAMPLE_QUESTION,
     }
     process = subprocess.run(
-        [sys.executable, "-P", str(Path(__file__).with_name("fresh_load.py")), json.dumps(request)],
+        [sys.executable, "-P", str(files("sq_llava") / "fresh_load.py"), json.dumps(request)],
         cwd=away,
         env={name: value for name, value in environment.items() if value is not None},
         stdin=subprocess.DEVNULL,
@@ -387,7 +410,7 @@ def _model_files(api: HfApi, publication: Publication, commit: str) -> dict[str,
     repo_id = publication.repo_id
     try:
         with hub_errors(f"{repo_id}, commit {commit}, could not be listed; run the command again"):
-            entries = list(api.list_repo_tree(repo_id, revision=commit))
+            entries = list(api.list_repo_tree(repo_id, revision=commit, recursive=True))
     except ValueError as error:
         if isinstance(error.__cause__, RevisionNotFoundError):
             return None
@@ -465,14 +488,10 @@ def publish_card(
     """
     repo_id = publication.repo_id
     url = f"{api.endpoint}/{repo_id}"
-    example_url = f"{url}/resolve/{commit}/{EXAMPLE_IMAGE}"
     present = _present_card(api, publication, branch)
     if present is not None:
         license, languages = license or present.data.license, languages or present.data.language or ()
-    card = render_card(publication.folder, repo_id, commit, results, license, languages, example_url)
-    files = {"README.md": str(card)}
-    for name, entries in eval_result_files(results or {"results": []}).items():
-        files[name] = yaml.safe_dump(entries, sort_keys=False)
+    files = _card_files(publication, commit, url, results, license=license, languages=languages)
     is_new = present is None or commit not in PINNED.findall(present.content)
     with hub_errors("The model is on the Hub, but not its card; run the command again"):
         there = api.list_repo_files(repo_id, revision=branch) if is_new or results is not None else []

@@ -54,7 +54,8 @@ def command_line() -> str:
     """
     program = Path(sys.argv[0])
     is_module = program.suffix == ".py" and (program.parent / "__init__.py").is_file()
-    if program.name == "sq-llava" or program == Path(__file__).with_name("cli.py"):
+    # sq_llava and sq_llava.cli are one
+    if program.stem == "sq-llava" or program in map(Path(__file__).with_name, ("cli.py", "__main__.py")):
         start = ["sq-llava"]
     elif is_module:
         start = ["python", "-m", f"{program.parent.name}.{program.stem}"]

@@ -1,12 +1,12 @@
 """The modules for the library `evaluate`: they load without a network and give the figures of the pure functions."""
 
-from pathlib import Path
+from importlib.resources import files
 
 import evaluate
 import pytest
 
 
-FOLDER = Path(__file__).parent.parent / "metrics_hub"
+FOLDER = files("sq_llava.evaluation.metrics_hub")
 
 
 @pytest.fixture(scope="module")

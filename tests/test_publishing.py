@@ -18,16 +18,19 @@ from typer.testing import CliRunner
 
 from sq_llava import publishing
 from sq_llava.adapter import LoraSize, add_adapter
-from sq_llava.card import CODE_FILES
 from sq_llava.checkpoint import load_checkpoint
 from sq_llava.cli import app
 from sq_llava.evaluation.results import hash_of_model
 from sq_llava.inference import load
 from sq_llava.provenance import write_provenance
+from sq_llava.resources import CODE_FILES
 from tests import tiny
 from tests.hub_checks import CHECKS
 from tests.local_hub import LocalHub
 
+
+# One process runs these tests: what they share takes long to make.
+pytestmark = pytest.mark.xdist_group("publishing")
 
 ROOT = Path(__file__).parent.parent
 # What lies about in the folders of people, and is nobody else's business.
@@ -303,6 +306,13 @@ def test_results_of_other_weights_are_refused(hub, pushed, monkeypatch):
     output = command_here(["push", home / "second", *options], hub)
     assert re.match(r"1: .*of_first.json: model_hash is \w{64}, but .*second has \w{64}: the results are of", output)
     assert re.match(r"0: .*It loads, and answers.", command_here(["push", home / "first", *options], hub))
+
+
+def test_metadata_that_the_hub_refuses_end_a_push_before_a_repository_is_made(hub, pushed, monkeypatch):
+    monkeypatch.setattr(publishing, "check_loading", lambda *_: pytest.fail("loaded"))
+    output = command_here(["push", pushed["home"] / "first", "org/unlicensed", "--license", "nonsense"], hub)
+    assert re.match("1: .*wrong metadata", output)
+    assert "org/unlicensed" not in hub.repositories
 
 
 def test_file_that_was_changed_on_the_hub_is_found(hub, pushed):

@@ -16,6 +16,7 @@ ROOT = Path(__file__).parent.parent
     [
         ("/usr/bin/sq-llava", "sq-llava"),
         (str(ROOT / "sq_llava/cli.py"), "sq-llava"),
+        (str(ROOT / "sq_llava/__main__.py"), "sq-llava"),
         (str(ROOT / "demo/run.py"), "python -m demo.run"),
         (str(ROOT / "train_sft.py"), f"python {ROOT / 'train_sft.py'}"),
     ],

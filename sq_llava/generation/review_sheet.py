@@ -14,6 +14,7 @@ import html
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from sq_llava.images import jpeg_data_url
 THUMBNAIL_SIDE = 384
 THUMBNAIL_QUALITY = 80
 DECISIONS = ("keep", "drop")
-TEMPLATE = Path(__file__).parent / "review_sheet.html"
+TEMPLATE = files("sq_llava.generation") / "review_sheet.html"
 
 
 @dataclass(frozen=True)

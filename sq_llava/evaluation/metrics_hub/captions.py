@@ -1,6 +1,7 @@
 """CIDEr-D and BLEU of captions for the library `evaluate`:
 
-evaluate.load("metrics_hub/captions.py").compute(predictions=["A dog."], references=[["A dog runs.", "The dog."]])
+metric = evaluate.load(str(files("sq_llava.evaluation.metrics_hub") / "captions.py"))
+metric.compute(predictions=["A dog."], references=[["A dog runs.", "The dog."]])
 
 Words are those of `sq_llava.evaluation.caption_metrics.words`, without Java: figures that were made with the Penn
 Treebank's tokeniser are others. Predictions are taken whole; `sq-llava evaluate` does not use this file.

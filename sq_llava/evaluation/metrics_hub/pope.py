@@ -1,6 +1,7 @@
 """POPE's figures for the library `evaluate`:
 
-evaluate.load("metrics_hub/pope.py").compute(predictions=["Yes, there is."], references=["yes"])
+metric = evaluate.load(str(files("sq_llava.evaluation.metrics_hub") / "pope.py"))
+metric.compute(predictions=["Yes, there is."], references=["yes"])
 
 Answers are read as POPE's authors do, by `sq_llava.evaluation.pope`; `sq-llava evaluate` does not use this file.
 """

@@ -1,6 +1,7 @@
 """VQA accuracy for the library `evaluate`:
 
-evaluate.load("metrics_hub/vqa_accuracy.py").compute(predictions=["red"], references=[["red"] * 10])
+metric = evaluate.load(str(files("sq_llava.evaluation.metrics_hub") / "vqa_accuracy.py"))
+metric.compute(predictions=["red"], references=[["red"] * 10])
 
 The figures are those of `sq_llava.evaluation.metrics`; `sq-llava evaluate` does not use this file.
 """

@@ -1,0 +1,5 @@
+"""Metrics of the benchmarks as scripts for the library `evaluate`:
+
+from importlib.resources import files
+evaluate.load(str(files("sq_llava.evaluation.metrics_hub") / "pope.py"))
+"""
