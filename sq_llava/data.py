@@ -14,13 +14,15 @@ becomes
 and, by the chat template, the text of `sq_llava/self_questioning.py`. A single `<image>` is moved to the front of its
 turn, as LLaVA does; where a turn holds several they stay in place. `image` may be a path, a list, or absent.
 
-TRL's `messages` + `images` are read too, and both layouts in Parquet, in a folder of `Dataset.save_to_disk` and in a
-data set of the Hub; there images may also stand as bytes in the table. A recipe mixes several sources:
+The layouts of TRL, ms-swift, LLaMA-Factory, axolotl and others are read too (`sq_llava/row_layouts.py` has the table),
+and all of them in Parquet, in a folder of `Dataset.save_to_disk` or of data files, and in a dataset of the Hub; images
+may also stand in the rows, as bytes or base64. A recipe mixes several sources:
 
     datasets:
       - {path: mix665k.json, image_root: images}
       - {path: documents.jsonl, weight: 2.0}                # each row twice an epoch
       - {path: org/charts, split: train, num_rows: 10000}   # this many an epoch
+      - {path: org/vqa, name: docs, split: "train[:10%]", revision: v1.0}
       - {path: captions.json, instructions: ["Describe it.", "What is it?"]}   # where a question is "<image>" alone
 
 Nothing is held decoded: of a JSON file only the place of each row is kept in memory, tables are mapped from disk, and
@@ -33,19 +35,17 @@ from dataclasses import dataclass
 from functools import lru_cache
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import datasets
 import numpy as np
 
 from processing_sq_llava import IMAGE_TOKEN
 from sq_llava.images import Fault
+from sq_llava.row_layouts import IMAGE_PART, is_unicode, normalize, shown
 from sq_llava.sources import DataSource, JsonFile, Table, image_root_of, open_source
 
 
-ROLES = {"human": "user", "gpt": "assistant", "system": "system"}
-MESSAGE_ROLES = ("system", "user", "assistant")
-IMAGE_PART = {"type": "image"}
 # A rough measure, for grouping rows of like length: of English text under Llama's tokenizer, its JSON included.
 BYTES_PER_TOKEN = 4
 
@@ -89,7 +89,8 @@ def load_rows(sources: list[DataSource], seed: int = 0, image_seq_length: int = 
     columns["row_id"] = [np.arange(sum(map(len, columns["index"])))]
     mix = datasets.Dataset.from_dict({name: np.concatenate(parts) for name, parts in columns.items()})
     instructions = [source.instructions for source in sources]
-    return mix.with_transform(RowReader(opened, [image_root_of(source) for source in sources], instructions))
+    roots = [image_root_of(source, rows) for source, rows in zip(sources, opened)]
+    return mix.with_transform(RowReader(opened, roots, instructions))
 
 
 def rows_per_epoch(source: DataSource, available: int) -> int:
@@ -156,38 +157,38 @@ def with_instruction(messages: list[dict], instructions: list[str], index: int) 
         return messages
     digest = blake2b(str(index).encode(), digest_size=8).digest()
     drawn = instructions[int.from_bytes(digest, "big") % len(instructions)]
-    asked = {**messages[first], "content": [*images, _part("text", drawn)]}
+    asked = {**messages[first], "content": [*images, {"type": "text", "text": drawn}]}
     return [*messages[:first], asked, *messages[first + 1 :]]
+
+
+class Row(NamedTuple):
+    """A row in one form, and all that is wrong with it by itself. `messages` is empty if its turns cannot be read."""
+
+    faults: list[Fault]
+    messages: list[dict]
+    images: list
 
 
 def parse_row(raw: Any, place: str, image_root: Path) -> dict:
     """
-    One row of LLaVA's or TRL's layout as `id`, `messages` and `images`. See the module's example.
+    One row of any layout as `id`, `messages` and `images`. See the module's example.
 
     Raises:
         ValueError: with `place`, the id, the value and the mend, for the first fault.
     """
-    faults, messages = read_row(raw, image_root)
+    faults, messages, images = read_row(raw, image_root)
     for fault in faults:
         if fault.level == "error":
             raise ValueError(f"{place}{_quote_id(raw)}: {fault.message} {fault.fix}")
     return {
         "id": str(raw.get("id", "")),
         "messages": messages,
-        "images": [image if is_embedded(image) else str(image_root / path_of(image)) for image in images_of(raw)],
+        "images": [image if is_embedded(image) else str(image_root / image) for image in images],
     }
 
 
 def _quote_id(raw: Any) -> str:
-    return f" (id {raw['id']!r})" if isinstance(raw, dict) and "id" in raw else ""
-
-
-def images_of(raw: dict) -> list:
-    """The images of a row, as they stand there: paths, or undecoded images with `path` and `bytes`."""
-    images = raw.get("images") if raw.get("image") is None else raw["image"]
-    if not images and not isinstance(images, list):
-        return []
-    return images if isinstance(images, list) else [images]
+    return f" (id {shown(raw['id'])})" if isinstance(raw, dict) and "id" in raw else ""
 
 
 def is_embedded(image: Any) -> bool:
@@ -195,87 +196,24 @@ def is_embedded(image: Any) -> bool:
     return isinstance(image, dict) and isinstance(image.get("bytes"), bytes)
 
 
-def path_of(image: Any) -> Any:
-    return image.get("path") if isinstance(image, dict) else image
-
-
-def read_row(raw: Any, image_root: Path) -> tuple[list[Fault], list[dict]]:
+def read_row(raw: Any, image_root: Path) -> Row:
     """
     All that is wrong with a row by itself, its turns, its images' paths and their number, though no file is opened;
-    and its messages, in the roles and parts that the chat template takes: none if its turns cannot be read.
+    its messages, in the roles and parts that the chat template takes; and its images, one for each image part.
     """
-    if not isinstance(raw, dict):
-        return [Fault("not_an_object", f"is {raw!r:.100}.", "Expected an object with 'conversations'.")], []
-    name = "messages" if "messages" in raw and raw.get("conversations") is None else "conversations"
-    turns = raw.get(name)
-    if not isinstance(turns, list) or not turns:
-        return [Fault("no_turns", f"'{name}' is {turns!r:.100}.", "Expected a list of turns that is not empty.")], []
-    faults = [fault for index, turn in enumerate(turns) if (fault := _turn_fault(turn, index, name))]
-    if faults:
-        return faults, []
-    messages = _messages(raw)
-    return [*_order_faults(messages), *_image_faults(messages, name, images_of(raw), image_root)], messages
+    row = normalize(raw)
+    order_faults = _order_faults(row.messages, row.layout) if row.messages else ()
+    path_faults = [fault for image in row.images for fault in _image_path_faults(image, image_root)]
+    return Row([*order_faults, *row.faults, *path_faults], row.messages, row.images)
 
 
-def _image_faults(messages: list[dict], name: str, images: list, image_root: Path) -> Iterator[Fault]:
-    num_placeholders = sum(message["content"].count(IMAGE_PART) for message in messages)
-    if num_placeholders != len(images):
-        yield Fault(
-            "image_count",
-            f"{num_placeholders} {IMAGE_TOKEN} in '{name}', but {len(images)} images.",
-            f"Write one {IMAGE_TOKEN} for each image.",
-        )
-    for image in images:
-        yield from _image_path_faults(image, image_root)
-
-
-def _turn_fault(turn: Any, index: int, name: str) -> Fault | None:
-    role_key, text_key, roles = ("role", "content", MESSAGE_ROLES) if name == "messages" else ("from", "value", ROLES)
-    if not isinstance(turn, dict) or role_key not in turn or text_key not in turn:
-        fix = f"Expected an object with '{role_key}' and '{text_key}'."
-        return Fault("wrong_turn", f"turn {index} is {turn!r:.100}.", fix)
-    if not isinstance(turn[role_key], str) or turn[role_key] not in roles:
-        return Fault(
-            "unknown_role",
-            f"turn {index} has '{role_key}' {turn[role_key]!r:.50}.",
-            f"Give one of {', '.join(roles)}.",
-        )
-    text = turn[text_key]
-    if isinstance(text, str):
-        texts = [text]
-    elif name == "messages" and isinstance(text, list) and all(map(_is_known_part, text)):
-        texts = [part["text"] for part in text if part["type"] == "text"]
-    else:
-        return Fault("wrong_turn", f"turn {index} has '{text_key}' {text!r:.100}.", "Expected text.")
-    if not all(map(_is_unicode, texts)):
-        return Fault("broken_text", f"turn {index} holds half a character: {text!a:.100}.", "Write it in UTF-8 anew.")
-    return None
-
-
-def _is_unicode(text: str) -> bool:
-    """Whether a text has no lone surrogate, such as JSON's escape of one half of an emoji; tokenizers refuse those."""
-    if text.isascii():
-        return True
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
-def _is_known_part(part: Any) -> bool:
-    if not isinstance(part, dict):
-        return False
-    return part.get("type") == "image" or (part.get("type") == "text" and isinstance(part.get("text"), str))
-
-
-def _order_faults(messages: list[dict]) -> Iterator[Fault]:
+def _order_faults(messages: list[dict], layout: str) -> Iterator[Fault]:
     roles = [message["role"] for message in messages]
     begin = int(roles[0] == "system")
     if len(roles) == begin or roles[begin:] != ["user", "assistant"] * ((len(roles) - begin) // 2):
         yield Fault(
             "turn_order",
-            f"the turns are from {', '.join(roles)}.",
+            f"read as {layout}: the turns are from {', '.join(roles[:20])}.",
             "They must alternate, user (human) then assistant (gpt), and end with assistant (a system turn may "
             "stand first).",
         )
@@ -297,20 +235,20 @@ def _is_empty(content: list[dict]) -> bool:
     return not text or text.isspace()
 
 
-def _image_path_faults(image: Any, image_root: Path) -> Iterator[Fault]:
-    if is_embedded(image):
+def _image_path_faults(path: Any, image_root: Path) -> Iterator[Fault]:
+    if is_embedded(path):
         return
-    path = path_of(image)
-    if not isinstance(path, str) or not path or "\0" in path or not _is_unicode(path):
-        yield Fault("wrong_image", f"an image is {path!a:.100}.", f"Expected a path relative to {image_root}.")
+    if not isinstance(path, str) or not path or "\0" in path or not is_unicode(path):
+        fix = f"Expected a path relative to {image_root}, or bytes or base64 of an image."
+        yield Fault("wrong_image", f"an image is {shown(path)}.", fix)
         return
-    if path.startswith(("http://", "https://")):
-        yield Fault("image_is_url", f"image {path!r:.200} is an address.", "Download it, and give its path.")
+    if "://" in path:
+        yield Fault("image_is_url", f"image {shown(path)} is an address.", "Download it, and give its path.")
         return
     if not _stays_inside(path, str(image_root)):
         yield Fault(
             "image_outside_root",
-            f"image {path!r:.200} leaves the image root {image_root}.",
+            f"image {shown(path)} leaves the image root {image_root}.",
             "Give a path inside of it.",
         )
 
@@ -326,43 +264,3 @@ def _stays_inside(path: str, image_root: str) -> bool:
 @lru_cache(maxsize=2**16)  # to resolve a path takes as long as all else that is checked of a row
 def _folder_is_inside(folder: str, image_root: str) -> bool:
     return Path(os.path.realpath(folder)).is_relative_to(image_root)
-
-
-def _messages(raw: dict) -> list[dict]:
-    if raw.get("conversations") is not None:
-        return [{"role": ROLES[turn["from"]], "content": _parse_text(turn["value"])} for turn in raw["conversations"]]
-    messages = []
-    for turn in raw["messages"]:
-        content = _parse_text(turn["content"]) if isinstance(turn["content"], str) else turn["content"]
-        messages.append({"role": turn["role"], "content": [_part(part["type"], part.get("text")) for part in content]})
-    if all(isinstance(turn["content"], str) for turn in raw["messages"]) and not any(
-        part["type"] == "image" for message in messages for part in message["content"]
-    ):
-        # As in TRL: where no text says where the images stand, they begin the first user turn.
-        first = next((message for message in messages if message["role"] == "user"), None)
-        if first is not None:
-            first["content"] = [_part("image", None) for _ in images_of(raw)] + first["content"]
-    return messages
-
-
-def _part(kind: str, text: str | None) -> dict:
-    return dict(IMAGE_PART) if kind == "image" else {"type": "text", "text": text}
-
-
-def _parse_text(text: str) -> list[dict]:
-    """The parts of a text in which `<image>` stands for an image."""
-    if IMAGE_TOKEN not in text:
-        return [_part("text", text)]
-    pieces = text.split(IMAGE_TOKEN)
-    if len(pieces) == 2:
-        pieces = ["", "".join(pieces).strip()]
-    content = []
-    for index, piece in enumerate(pieces):
-        if index > 0:
-            content.append(_part("image", None))
-            # The template writes the line break after the images that begin a turn.
-            if not any(part["type"] == "text" for part in content):
-                piece = piece.removeprefix("\n")
-        if piece:
-            content.append(_part("text", piece))
-    return content or [_part("text", "")]

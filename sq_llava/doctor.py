@@ -12,6 +12,7 @@ decode the pixels of an image whose header and end are whole; judge what a text 
 
 import multiprocessing
 import os
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -25,12 +26,14 @@ import numpy as np
 from rich.progress import Progress
 
 from processing_sq_llava import SQLlavaProcessor
-from sq_llava.data import IMAGE_PART, images_of, is_embedded, path_of, read_row, rows_per_epoch, with_instruction
+from sq_llava.data import is_embedded, read_row, rows_per_epoch, with_instruction
 from sq_llava.images import Fault, image_faults
 from sq_llava.lengths import token_counts
 from sq_llava.packing import pack_in_windows
+from sq_llava.row_layouts import IMAGE_PART
 from sq_llava.self_questioning import first_exchange
 from sq_llava.sources import DataSource, JsonFile, Table, image_root_of, open_source
+from sq_llava.stopping import children_miss_interrupts
 
 
 # Rows, and images, that a process is given at a time.
@@ -40,6 +43,9 @@ IMAGES_AT_A_TIME = 64
 ROWS_FOR_PROCESSES = 20_000
 PREVIEWED_ROWS = 3
 HISTOGRAM_BARS = 12
+# All but tab and line breaks.
+CONTROL_CHARACTER = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
+CONTROL_BYTES = bytes(byte for byte in range(128) if CONTROL_CHARACTER.match(chr(byte)))
 
 
 @dataclass(frozen=True)
@@ -110,7 +116,7 @@ class DataCheck:
         self.num_trained = len(self.sources)
         self.sources = [*self.sources, *self.eval_sources]
         self.opened = [open_source(source) for source in self.sources]
-        self.image_roots = [image_root_of(source) for source in self.sources]
+        self.image_roots = [image_root_of(source, rows) for source, rows in zip(self.sources, self.opened)]
         self._markers = [] if self.plain else [self.processor.user_marker, self.processor.assistant_marker]
         # Without any of these, a text holds no control token: most have none.
         self._first_characters = {token[0] for token in self.processor.control_tokens}
@@ -133,10 +139,10 @@ class DataCheck:
             code = "broken_encoding" if isinstance(raw, UnicodeDecodeError) else "broken_json"
             return CheckedRow(None, [Fault(code, f"cannot be read as JSON: {raw}.", "Write the row anew.")]), None
         row_id = str(raw["id"]) if isinstance(raw, dict) and raw.get("id") is not None else None
-        faults, messages = read_row(raw, self.image_roots[source])
+        faults, messages, images = read_row(raw, self.image_roots[source])
         if any(fault.level == "error" for fault in faults):
             return CheckedRow(row_id, faults), None
-        images, paths = images_of(raw), []
+        paths = []
         text_faults = list(self._text_faults(messages))
         can_be_tokenized = not any(fault.level == "error" for fault in text_faults)
         faults += text_faults
@@ -145,7 +151,7 @@ class DataCheck:
                 if is_embedded(image):
                     faults += image_faults(image)
                 else:
-                    paths.append(os.path.join(self.image_roots[source], path_of(image)))
+                    paths.append(os.path.join(self.image_roots[source], image))
         num_askable = self._num_askable(messages) if images else 0
         row = CheckedRow(row_id, faults, paths, len(images), num_askable=num_askable)
         return row, messages if can_be_tokenized else None
@@ -154,6 +160,17 @@ class DataCheck:
         # As the chat template does, which refuses a row with a control token.
         texts = ["".join([part["text"] for part in m["content"] if part["type"] == "text"]) for m in messages]
         whole = "\n".join(texts)
+        encoded = whole.encode()
+        # Faster than the expression, which only the texts of a few rows need.
+        if b"\xc2" in encoded or len(encoded.translate(None, CONTROL_BYTES)) < len(encoded):
+            for index, text in enumerate(texts):
+                if found := sorted(set(CONTROL_CHARACTER.findall(text))):
+                    yield Fault(
+                        "control_character",
+                        f"turn {index} holds {', '.join(map(ascii, found))}, which no keyboard writes.",
+                        "Take it out.",
+                        "warning",
+                    )
         if not any(beginning in whole for beginning in (*self._first_characters, *self._markers)):
             return
         for index, text in enumerate(texts):
@@ -273,8 +290,15 @@ def in_processes(check: DataCheck, num_proc: int) -> Iterator[Callable[[Callable
         return
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(num_proc, context, initializer=_begin, initargs=(check,))
+    with children_miss_interrupts():
+        for _ in range(num_proc):
+            pool.submit(int)  # starts a process
     try:
         yield pool.map
+    except KeyboardInterrupt:
+        for process in multiprocessing.active_children():  # else, their seconds of imports are waited for
+            process.terminate()
+        raise
     finally:
         pool.shutdown(cancel_futures=True)
 

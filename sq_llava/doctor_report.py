@@ -13,12 +13,16 @@ import json
 from collections import Counter, defaultdict
 from pathlib import Path
 
+import datasets
+import pyarrow as pa
+import pyarrow.compute as pc
 from rich.console import Console
 from rich.progress import Progress
 from rich.text import Text
 
 from sq_llava.data import parse_row, with_instruction
 from sq_llava.doctor import DataCheck, Finding, Report, examine
+from sq_llava.early_checks import require_new_folder
 from sq_llava.self_questioning import ANSWER, QUESTION, SelfQuestioningCollator
 from sq_llava.sources import Table
 
@@ -157,8 +161,7 @@ def write_sound_rows(check: DataCheck, report: Report, folder: Path) -> list[dic
     Raises:
         ValueError: if the folder has files already, or rows were not looked at.
     """
-    if folder.exists() and any(folder.iterdir()):
-        raise ValueError(f"{folder} is not empty: give a new folder.")
+    require_new_folder(folder)
     for source in report.summary["sources"]:
         if source["rows_looked_at"] < source["rows"]:
             raise ValueError(f"{source['file']}: only some rows were looked at: leave out --limit.")
@@ -175,7 +178,8 @@ def write_sound_rows(check: DataCheck, report: Report, folder: Path) -> list[dic
             path = folder / f"{stem}.jsonl"
             _write_lines(path, rows.rows(kept))
         entry = {"path": str(path), "image_root": str(check.image_roots[number])}
-        entries.append(entry | {name: value for name in ("weight", "num_rows") if (value := getattr(source, name))})
+        kept_settings = ("weight", "num_rows", "instructions")
+        entries.append(entry | {name: value for name in kept_settings if (value := getattr(source, name))})
     reasons = defaultdict(list)
     for finding in report.findings:
         if finding.level == "error":
@@ -198,12 +202,27 @@ def _write_lines(path: Path, rows) -> None:
 
 def _write_table(table: Table, kept: list[int], path: Path) -> Path:
     dataset = table.dataset.select(kept).with_format(None)
+    if not all(map(_is_embedded, (chunk for column in dataset.data.columns for chunk in column.chunks))):
+        # As plain structs: an image column would be looked for in the working directory, to copy its files in.
+        dataset = dataset.cast(datasets.Features.from_arrow_schema(dataset.data.schema.remove_metadata()))
     if table.path.endswith(".parquet"):
         path = path.with_name(f"{path.name}.parquet")
         dataset.to_parquet(path)
     else:
         dataset.save_to_disk(path)
     return path
+
+
+def _is_embedded(column: pa.Array) -> bool:
+    """Whether no image inside is a path alone."""
+    if pa.types.is_list(column.type) or pa.types.is_large_list(column.type):
+        return _is_embedded(column.flatten())
+    if not pa.types.is_struct(column.type):
+        return True
+    children = dict(zip((field.name for field in column.type), column.flatten()))
+    if children.keys() == {"bytes", "path"}:
+        return not pc.any(pc.and_(children["bytes"].is_null(), children["path"].is_valid())).as_py()
+    return all(map(_is_embedded, children.values()))
 
 
 def check_before_training(check: DataCheck, limit: int | None, command: str) -> None:

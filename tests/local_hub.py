@@ -3,9 +3,10 @@
     with LocalHub() as hub:
         subprocess.run([...], env={**hub.environment("writer"), "HF_HOME": ...})
 
-Repositories of models with branches and commits; files by the hashes of their contents, large ones by LFS, each upload
-checked against its hash; private repositories; tokens that may write, read, or write elsewhere. It has the calls that
-huggingface_hub, transformers and PEFT make, without Xet. Not a Hub to keep anything in: all is in memory.
+Repositories of models and datasets with branches and commits; files by the hashes of their contents, large ones by
+LFS, each upload checked against its hash; private repositories; tokens that may write, read, or write elsewhere. It
+has the calls that huggingface_hub, transformers, PEFT and datasets make, without Xet. Not a Hub to keep anything in:
+all is in memory.
 """
 
 import base64
@@ -14,8 +15,9 @@ import json
 import re
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import NamedTuple
-from urllib.parse import unquote, urlsplit
+from urllib.parse import parse_qs, parse_qsl, unquote, urlsplit
 
 import yaml
 from huggingface_hub.utils.sha import git_hash
@@ -63,6 +65,7 @@ class HubError(Exception):
 class LocalHub:
     """
     Attributes:
+        repositories (`dict[str, Repository]`): Those of datasets have keys such as "datasets/org/name".
         log (`list[tuple[str, str]]`): Method and path of each request.
         stored (`list[str]`): SHA-256 of each large file that came in whole, in order.
         hold_after (`int`, *optional*): After so many large files, the next hang; `held` is set then.
@@ -94,6 +97,22 @@ class LocalHub:
         variables = {"HF_ENDPOINT": self.url, "HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0"}
         return variables | ({"HF_TOKEN": token} if token else {})
 
+    def add(self, repo_id: str, folder: Path) -> str:
+        """Puts the files of a folder into a model repository, which need not exist yet, and returns the commit."""
+        return self._commit(repo_id, {file.name: file.read_bytes() for file in folder.iterdir()}, "main", False)
+
+    def add_dataset(self, repo_id: str, files: dict[str, bytes], branch: str = "main", private: bool = False) -> str:
+        """Commits files to a dataset, which need not exist yet, and returns the commit."""
+        return self._commit(f"datasets/{repo_id}", files, branch, private)
+
+    def _commit(self, name: str, files: dict[str, bytes], branch: str, private: bool) -> str:
+        stored = {}
+        for path, content in files.items():
+            sha256 = hashlib.sha256(content).hexdigest()
+            self.contents[sha256] = content
+            stored[path] = File(sha256, git_hash(content), len(content), path.endswith((".parquet", ".safetensors")))
+        return self.repositories.setdefault(name, Repository(private)).commit(branch, stored, "add files")
+
     def files(self, repo_id: str, revision: str = "main") -> dict[str, bytes]:
         repository = self.repositories[repo_id]
         files = repository.commits[repository.branches.get(revision, revision)]
@@ -111,7 +130,8 @@ class Handler(BaseHTTPRequestHandler):
         pass
 
     def answer(self):
-        self.path = unquote(urlsplit(self.path).path)
+        address = urlsplit(self.path)
+        self.path, self.query = unquote(address.path), dict(parse_qsl(address.query))
         self.hub.log.append((self.command, self.path))
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         token = self.headers.get("Authorization", "").removeprefix("Bearer ")
@@ -146,7 +166,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def may_write(self, repo_id: str) -> bool:
         orgs = {org["name"] for org in self.user["orgs"] if org["roleInOrg"] == "write"} if self.user else set()
-        return self.user is not None and repo_id.partition("/")[0] in {self.user["name"], *orgs}
+        return self.user is not None and repo_id.split("/")[-2] in {self.user["name"], *orgs}
 
     def files(self, repository: Repository, revision: str) -> tuple[str, dict[str, File]]:
         commit = repository.branches.get(revision, revision)
@@ -184,12 +204,26 @@ class Handler(BaseHTTPRequestHandler):
         found = {path: file for path, file in files.items() if not folder or path.startswith(f"{folder}/")}
         if folder and not found:
             raise HubError(404, "EntryNotFound", f"no folder {folder}")
-        entries = []
-        for path, file in found.items():
-            entry = {"type": "file", "path": path, "size": file.size, "oid": file.oid}
-            if file.is_lfs:
-                entry["lfs"] = {"oid": file.sha256, "size": file.size, "pointerSize": 130}
-            entries.append(entry)
+        entries = [self.entry(path, file) for path, file in found.items()]
+        if self.query.get("recursive", "true").lower() != "true":
+            depth = len(folder.split("/")) if folder else 0
+            folders = {"/".join(path.split("/")[: depth + 1]) for path in found if path.count("/") > depth}
+            entries = [entry for entry in entries if entry["path"].count("/") == depth]
+            entries += [{"type": "directory", "path": path, "oid": git_hash(path.encode())} for path in folders]
+        self.send(200, entries)
+
+    def entry(self, path: str, file: File) -> dict:
+        entry = {"type": "file", "path": path, "size": file.size, "oid": file.oid}
+        if file.is_lfs:
+            entry["lfs"] = {"oid": file.sha256, "size": file.size, "pointerSize": 130}
+        return entry
+
+    def paths_info(self, body, repo_id, revision):
+        _, files = self.files(self.repository(repo_id), revision)
+        wanted = parse_qs(body.decode())["paths"]
+        entries = [self.entry(path, files[path]) for path in wanted if path in files]
+        folders = [path for path in wanted if any(file.startswith(f"{path}/") for file in files)]
+        entries += [{"type": "directory", "path": path, "oid": git_hash(path.encode())} for path in folders]
         self.send(200, entries)
 
     def branch(self, body, repo_id, branch):
@@ -203,6 +237,7 @@ class Handler(BaseHTTPRequestHandler):
         text = json.loads(body)["content"]
         metadata = yaml.safe_load(text.split("---\n")[1]) if text.startswith("---\n") else {}
         wrong = metadata["pipeline_tag"] != "image-text-to-text" or metadata["library_name"] not in LIBRARIES
+        wrong = wrong or metadata.get("license") not in (None, "apache-2.0", "mit")
         self.send(400 if wrong else 200, {"errors": [{"message": "wrong metadata"}] if wrong else [], "warnings": []})
 
     def preupload(self, body, repo_id, revision):
@@ -273,19 +308,20 @@ class Handler(BaseHTTPRequestHandler):
         self.send(200, self.hub.contents[file.sha256], {"X-Repo-Commit": commit, "ETag": f'"{etag}"'})
 
 
-REPO = r"(?P<repo_id>[\w.-]+/[\w.-]+)"
-MODEL = rf"/api/models/{REPO}"
+REPO = r"(?P<repo_id>(?:datasets/)?[\w.-]+/[\w.-]+)"
+API = rf"/api/(?:models/|(?=datasets/)){REPO}"
 ROUTES = [
     (r"/api/whoami-v2", "GET", Handler.who_am_i),
     (r"/api/repos/create", "POST", Handler.create),
     (r"/api/validate-yaml", "POST", Handler.validate),
-    (rf"{MODEL}/auth-check/write", "GET", Handler.check),
-    (MODEL, "GET", Handler.info),
-    (rf"{MODEL}/revision/(?P<revision>.+)", "GET", Handler.info),
-    (rf"{MODEL}/tree/(?P<revision>[^/]+)(?:/(?P<folder>.+))?", "GET", Handler.tree),
-    (rf"{MODEL}/branch/(?P<branch>.+)", "POST", Handler.branch),
-    (rf"{MODEL}/preupload/(?P<revision>.+)", "POST", Handler.preupload),
-    (rf"{MODEL}/commit/(?P<revision>.+)", "POST", Handler.commit),
+    (rf"{API}/auth-check/write", "GET", Handler.check),
+    (API, "GET", Handler.info),
+    (rf"{API}/revision/(?P<revision>.+)", "GET", Handler.info),
+    (rf"{API}/tree/(?P<revision>[^/]+)(?:/(?P<folder>.+))?", "GET", Handler.tree),
+    (rf"{API}/paths-info/(?P<revision>[^/]+)", "POST", Handler.paths_info),
+    (rf"{API}/branch/(?P<branch>.+)", "POST", Handler.branch),
+    (rf"{API}/preupload/(?P<revision>.+)", "POST", Handler.preupload),
+    (rf"{API}/commit/(?P<revision>.+)", "POST", Handler.commit),
     (rf"/{REPO}\.git/info/lfs/objects/batch", "POST", Handler.lfs_batch),
     (r"/lfs/(?P<sha256>[0-9a-f]{64})", "PUT", Handler.lfs_put),
     (rf"/{REPO}/resolve/(?P<revision>[^/]+)/(?P<path>.+)", "GET", Handler.resolve),

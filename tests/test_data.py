@@ -270,7 +270,7 @@ def test_every_line_of_jsonl_is_found(tmp_path_factory, rows, blank):
         ({"conversations": []}, "'conversations' is .*not empty"),
         (
             {"conversations": [{"from": "bot", "value": "x"}]},
-            "turn 0 has 'from' 'bot'. Give one of human, gpt, system",
+            "turn 0 has 'from' 'bot'. Give one of human, user, gpt, assistant, system",
         ),
         ({"conversations": [{"from": "human", "value": None}]}, "turn 0 has 'value' None. Expected text"),
         ({"conversations": [{"value": "x"}]}, "Expected an object with 'from' and 'value'"),
@@ -364,7 +364,7 @@ def test_sixteen_bit_levels_are_scaled_and_floats_refused(tmp_path):
     assert opened.min() == 0 and opened.max() == 255
     assert np.abs(opened[..., 0].astype(int) - levels.astype(int) // 256).max() <= 1
     Image.fromarray(levels.astype(np.float32)).save(tmp_path / "float.tiff")
-    with pytest.raises(ValueError, match=r"float\.tiff: has floating-point pixels"):
+    with pytest.raises(ValueError, match=r"float\.tiff: cannot be read as an image \(it has floating-point pixels"):
         open_image(tmp_path / "float.tiff")
 
 

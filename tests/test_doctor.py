@@ -1,5 +1,6 @@
 """One row of each fault, in real files: the doctor finds each, in its row, and nothing else; training agrees."""
 
+import base64
 import io
 import json
 import struct
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import datasets
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -34,9 +36,9 @@ ERRORS = (
     "broken_json", "broken_encoding", "not_an_object", "no_turns", "wrong_turn", "unknown_role", "broken_text",
     "turn_order", "no_label", "image_in_answer", "image_count", "wrong_image", "image_is_url", "image_outside_root",
     "image_missing", "image_empty", "image_unreadable", "image_truncated", "image_huge", "image_float",
-    "control_token", "too_long",
+    "control_token", "too_long", "unread_media", "unread_field",
 )  # fmt: skip
-WARNINGS = ("empty_turn", "role_marker", "cut", "duplicate_id")
+WARNINGS = ("empty_turn", "role_marker", "cut", "duplicate_id", "control_character")
 INFOS = ("image_animated", "image_cmyk", "image_16_bit", "image_palette", "image_rotated")
 LEVELS = {**dict.fromkeys(ERRORS, "error"), **dict.fromkeys(WARNINGS, "warning"), **dict.fromkeys(INFOS, "info")}
 
@@ -52,6 +54,9 @@ def png_that_claims(width: int, height: int) -> bytes:
     data = encoded(tiny.picture(), "PNG")
     header = b"IHDR" + struct.pack(">II", width, height) + data[24:29]
     return data[:12] + header + struct.pack(">I", zlib.crc32(header)) + data[33:]
+
+
+CUT_BASE64 = base64.b64encode(encoded(tiny.picture(), "PNG")[:2000]).decode()
 
 
 def write_images(folder: Path) -> None:
@@ -138,6 +143,17 @@ def rows_with_their_faults() -> list[tuple[str | None, dict | list | bytes]]:
         ("image_count", row(turns=talk("What is it?", "A dog."))),
         ("control_token", row(turns=talk("<image>\nWhat is it?", "A dog.</s>"))),
         ("control_token", row(turns=talk("<image>\nSay [vusr].", "No."))),
+        ("unread_media", row(turns=talk("<image>\nWhat is it?<video>", "A dog."))),
+        ("unread_media", row(video="a.mp4")),
+        (
+            "unread_field",
+            {"messages": [{"role": "user", "content": "Hi."}, {"role": "assistant", "content": "Ho.", "loss": 0}]},
+        ),
+        *(("control_character", row(turns=talk("<image>\nWhat?", f"A{c} dog."))) for c in "\0\x1b\x7f\x85"),
+        (None, row(turns=talk("<image>\nWhat?\tThat?\r\n", "©"))),
+        (None, {"query": "What is it?", "response": "A dog.", "images": [{"path": "good.png"}]}),
+        ("image_truncated", {"query": "What is it?", "response": "A dog.", "image": CUT_BASE64}),
+        ("image_missing", {"prompt": "What is it?", "completion": "A dog.", "image": "absent.png"}),
         ("role_marker", row(turns=talk("<image>\nWhat is it? ASSISTANT: A cat.", "A dog."))),
         ("cut", row(turns=[*exchange, *talk("And now?", wordy)])),
         ("cut", row(turns=[{"from": "system", "value": "Be kind."}, *exchange, *talk(wordy, "No.")])),
@@ -308,6 +324,18 @@ JSON_VALUES = st.recursive(
                     "type",
                     "text",
                     "bytes",
+                    "prompt",
+                    "completion",
+                    "query",
+                    "response",
+                    "history",
+                    "system",
+                    "texts",
+                    "user",
+                    "assistant",
+                    "image_url",
+                    "loss",
+                    "index",
                 ]
             ),
             inner,
@@ -320,7 +348,7 @@ JSON_VALUES = st.recursive(
 
 @given(raw=JSON_VALUES)
 def test_no_row_however_strange_breaks_the_check(folder, raw):
-    faults, messages = read_row(raw, folder / "images")
+    faults, messages, _ = read_row(raw, folder / "images")
     assert all(fault.message and fault.fix for fault in faults) and (faults or messages)
 
 
@@ -438,6 +466,42 @@ def test_command_can_leave_out_images_and_lengths(recipe):
     assert found["summary"]["tokens"] is None
     codes = {finding["code"] for finding in found["findings"]}
     assert "control_token" in codes and not codes & {"image_truncated", "image_missing", "cut", "too_long"}
+
+
+def test_no_picture_is_printed(recipe, report):
+    assert CUT_BASE64[:20] not in json.dumps(report.to_json())
+    assert CUT_BASE64[:20] not in CliRunner().invoke(app, ["doctor", *recipe, "--no-lengths"]).output
+
+
+@pytest.mark.parametrize("wrong", ["a full folder", "a file", "--limit"])
+def test_a_folder_that_cannot_be_written_to_is_refused_before_any_row_is_read(tmp_path, monkeypatch, wrong):
+    monkeypatch.setattr("sq_llava.settings.parse_settings", lambda *_: pytest.fail("read"))
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").write_text("mine")
+    (tmp_path / "any.yaml").write_text("stage: align")
+    place, message, *more = {
+        "a full folder": ["full", "full is not empty: give a new folder"],
+        "a file": ["full/file", "file is a file: give a new folder"],
+        "--limit": ["new", "leave --limit out", "--limit", "3"],
+    }[wrong]
+    result = CliRunner().invoke(
+        app, ["doctor", "--config", str(tmp_path / "any.yaml"), "--fix", str(tmp_path / place), *more]
+    )
+    assert result.exit_code == 1
+    assert message in " ".join(result.stderr.split())
+
+
+def test_a_table_with_paths_of_images_and_instructions_is_mended(folder, processor, tmp_path):
+    messages = [{"role": "user", "content": "<image>"}, {"role": "assistant", "content": "A dog."}]
+    names = ["good.png", "absent.png"]
+    table = datasets.Dataset.from_list([{"messages": messages, "image": {"path": n, "bytes": None}} for n in names])
+    pq.write_table(table.cast_column("image", datasets.Image()).data.table, tmp_path / "table.parquet")
+    source = DataSource(str(tmp_path / "table.parquet"), str(folder / "images"), instructions=["Describe it."])
+    check = DataCheck([source], processor)
+    (entry,) = write_sound_rows(check, look(check), tmp_path / "mended")
+    (left,) = load_rows([DataSource(**entry)])
+    assert left["images"] == [str(folder.resolve() / "images" / "good.png")]
+    assert left["messages"][0]["content"][1]["text"] == "Describe it."
 
 
 def test_command_writes_a_set_without_the_errors(recipe, report, tmp_path):

@@ -1,0 +1,213 @@
+"""Datasets of the Hub, from a small Hub on this machine, online and from the cache; and folders that look like one."""
+
+import io
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import datasets
+import pytest
+
+from sq_llava.data import load_rows
+from sq_llava.images import image_faults, open_image
+from sq_llava.sources import DataSource
+from tests import tiny
+from tests.local_hub import LocalHub
+
+
+# One process runs these tests: what they share takes long to make.
+pytestmark = pytest.mark.xdist_group("hub_data")
+
+ROOT = Path(__file__).parent.parent
+
+
+def rows(name: str, number: int) -> list[dict]:
+    messages = [{"role": "user", "content": "What?"}, {"role": "assistant", "content": "A dog."}]
+    return [{"id": f"{name}{index}", "messages": messages} for index in range(number)]
+
+
+def picture() -> bytes:
+    stream = io.BytesIO()
+    tiny.picture().save(stream, "PNG")
+    return stream.getvalue()
+
+
+def parquet(name: str, number: int) -> bytes:
+    stream = io.BytesIO()
+    with_images = [{**row, "images": [{"bytes": picture(), "path": None}]} for row in rows(name, number)]
+    table = datasets.Dataset.from_list(with_images)
+    table.cast_column("images", datasets.List(datasets.Image())).to_parquet(stream)
+    return stream.getvalue()
+
+
+CARD = """---
+configs:
+- config_name: small
+  data_files: small/*.parquet
+- config_name: big
+  data_files:
+  - {split: train, path: big/train-*}
+  - {split: test, path: big/test-*}
+---
+"""
+CHARTS = {
+    "README.md": CARD.encode(),
+    "small/0.parquet": parquet("s", 2),
+    "big/train-0.parquet": parquet("a", 3),
+    "big/train-1.parquet": parquet("b", 3),
+    "big/test-0.parquet": parquet("t", 1),
+}
+METADATA = {"file_name": "pictures/a.png", "id": "f", "prompt": "What?", "completion": "A dog."}
+PICTURES = {"pictures/a.png": picture(), "metadata.jsonl": json.dumps(METADATA).encode()}
+RELATIVE = {"data.jsonl": json.dumps({**rows("r", 1)[0], "image": "pictures/a.png"}).encode(), "a.png": picture()}
+SCRIPT = b"open('ran', 'w').close()"
+
+BIG, PLAIN = {"path": "org/charts", "name": "big"}, {"path": "org/plain"}
+# What is asked for, online; and the ids that come, or a part of the error.
+CASES = {
+    "a configuration": ({"path": "org/charts", "name": "small"}, ["s0", "s1"]),
+    "a part of a split": ({**BIG, "split": "train[:50%]"}, ["a0", "a1", "a2"]),
+    "two splits": ({**BIG, "split": "test+train[5:]"}, ["t0", "b2"]),
+    "a branch": ({**PLAIN, "revision": "v1"}, ["old0"]),
+    "the newest": (PLAIN, ["new0", "new1"]),
+    "pictures": ({"path": "org/pictures"}, ["f"]),
+    "pictures by path": ({"path": "org/relative"}, ["r0"]),
+    "no configuration": ({"path": "org/charts"}, "pick one among the available configs: ['small', 'big']"),
+    "an unknown configuration": ({"path": "org/charts", "name": "tiny"}, "not found. Available: ['small', 'big']"),
+    "no split": (BIG, "split is None: give one of train, test, or a part such as train[:10%]"),
+    "an unknown split": ({**BIG, "split": "val"}, "split is 'val': give one of train, test"),
+    "an unknown revision": (
+        {**PLAIN, "revision": "v9"},
+        "Revision 'v9' doesn't exist",
+    ),
+    "an unknown dataset": ({"path": "org/none"}, "org/none: cannot be loaded: Dataset 'org/none' doesn't exist"),
+    "a script": ({"path": "org/script"}, "scripts are no longer supported"),
+}
+OFFLINE = {
+    "a configuration": ({"path": "org/charts", "name": "small"}, ["s0", "s1"]),
+    "a part of a split": ({**BIG, "split": "train[:50%]"}, ["a0", "a1", "a2"]),
+    "a branch": ({**PLAIN, "revision": "v1"}, ["old0"]),
+    "no configuration": ({"path": "org/charts"}, "'small'|multiple|big, small"),
+    "an unknown revision": (
+        {**PLAIN, "revision": "v9"},
+        "the Hub gives no revision 'v9', and the cache has only the commits ",
+    ),
+    "an unknown dataset": ({"path": "org/none"}, "Couldn't reach 'org/none' on the Hub"),
+}
+CHILD = """
+import json, sys
+import datasets
+from huggingface_hub import constants
+from sq_llava.data import load_rows
+from sq_llava.sources import DataSource
+datasets.disable_progress_bars()
+results = []
+for is_offline, cases in enumerate(json.loads(sys.argv[1])):
+    # As HF_HUB_OFFLINE=1 sets them in a new process, which would take seconds to start.
+    constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = bool(is_offline)
+    results.append({})
+    for name, (source, _) in cases.items():
+        try:
+            read = load_rows([DataSource(**source)])[:]
+            images = [[i if isinstance(i, str) else i["bytes"].hex() for i in row] for row in read["images"]]
+            results[-1][name] = {"ids": read["id"], "images": images, "num_images": read["num_images"]}
+        except ValueError as error:
+            results[-1][name] = str(error)
+print(json.dumps(results))
+"""
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory) -> tuple[dict, dict, Path]:
+    """What came of `CASES`, and of `OFFLINE` after them, in a process that takes the small Hub for the Hub."""
+    folder = tmp_path_factory.mktemp("hub")
+    with LocalHub() as hub:
+        hub.add_dataset("org/charts", CHARTS)
+        hub.add_dataset("org/plain", {"README.md": b"", "data/train-0.parquet": parquet("old", 1)}, "v1")
+        hub.add_dataset("org/plain", {"README.md": b"", "data/train-0.parquet": parquet("new", 2)})
+        hub.add_dataset("org/pictures", PICTURES)
+        hub.add_dataset("org/relative", RELATIVE)
+        hub.add_dataset("org/script", {"script.py": SCRIPT})
+        variables = {**os.environ, **hub.environment(None), "HF_HOME": str(folder), "PYTHONPATH": str(ROOT)}
+        command = [sys.executable, "-c", CHILD, json.dumps([CASES, OFFLINE])]
+        done = subprocess.run(command, env=variables, cwd=folder, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return (*json.loads(done.stdout), folder)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_dataset_of_the_hub_is_loaded_or_refused_with_what_there_is(results, name):
+    result, expected = results[0][name], CASES[name][1]
+    assert expected in result if isinstance(expected, str) else result["ids"] == expected
+
+
+@pytest.mark.parametrize("name", OFFLINE)
+def test_without_the_hub_what_is_in_the_cache_is_loaded_and_nothing_else(results, name):
+    result, expected = results[1][name], OFFLINE[name][1]
+    if isinstance(expected, str):
+        assert any(part in result for part in expected.split("|"))
+    else:
+        assert result["ids"] == expected
+
+
+def test_images_of_the_hub_need_no_image_root_unless_they_are_paths(results):
+    online, _, folder = results
+    assert online["a configuration"]["images"] == [[picture().hex()]] * 2
+    assert online["a configuration"]["num_images"] == [1, 1]
+    ((in_cache,),) = online["pictures"]["images"]
+    assert open_image(in_cache).tobytes() == tiny.picture().tobytes()
+    ((missing,),) = online["pictures by path"]["images"]
+    (fault,) = image_faults(missing)
+    assert (
+        fault.code == "image_missing" and "`hf download org/relative --repo-type dataset --local-dir DIR`" in fault.fix
+    )
+    assert "image_root" in fault.fix and not (folder / "ran").exists()
+
+
+def write(folder: Path, files: dict[str, bytes]) -> str:
+    for path, content in files.items():
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        (folder / path).write_bytes(content)
+    return str(folder)
+
+
+def test_a_folder_that_looks_like_a_dataset_of_the_hub_is_loaded_as_one(tmp_path):
+    path = write(tmp_path / "charts", CHARTS)
+    assert load_rows([DataSource(path, name="big", split="train[:50%]")])[:]["id"] == ["a0", "a1", "a2"]
+    with pytest.raises(ValueError, match=r"available configs: \['small', 'big'\]"):
+        load_rows([DataSource(path)])
+    with pytest.raises(ValueError, match="split is None: give one of train, test"):
+        load_rows([DataSource(path, name="big")])
+    with pytest.raises(ValueError, match="revision is 'v1', but a folder has no revisions"):
+        load_rows([DataSource(path, name="small", revision="v1")])
+
+
+def test_a_folder_of_images_with_their_rows_is_loaded_and_its_images_stay_inside(tmp_path):
+    path = write(tmp_path / "pictures", PICTURES)
+    (row,) = load_rows([DataSource(path)])
+    assert row["id"] == "f" and row["images"] == [str(tmp_path.resolve() / "pictures" / "pictures" / "a.png")]
+    (tmp_path / "other").mkdir()
+    with pytest.raises(ValueError, match="leaves the image root"):
+        load_rows([DataSource(path, image_root=str(tmp_path / "other"))])[0]
+
+
+def test_splits_of_saved_datasets_are_honoured_and_those_of_files_refused(tmp_path):
+    train, test = (datasets.Dataset.from_list(rows(name, 4)) for name in ("train", "test"))
+    datasets.DatasetDict({"train": train, "test": test}).save_to_disk(tmp_path / "several")
+    train.save_to_disk(tmp_path / "one")
+    train.to_parquet(tmp_path / "rows.parquet")
+
+    def load(place: str, **settings) -> list[str]:
+        return load_rows([DataSource(str(tmp_path / place), **settings)])[:]["id"]
+
+    assert load("several", split="test[:1]+train[75%:]") == ["test0", "train3"]
+    assert load("one") == load("rows.parquet") == ["train0", "train1", "train2", "train3"]
+    with pytest.raises(ValueError, match="split is 'val': give one of train, test"):
+        load("several", split="val")
+    with pytest.raises(ValueError, match="split is 'test', but a folder of a single dataset has no splits"):
+        load("one", split="test")
+    for field in ("split", "name", "revision"):
+        with pytest.raises(ValueError, match=f"{field} is 'x', but a Parquet file has no "):
+            load("rows.parquet", **{field: "x"})
