@@ -25,11 +25,12 @@ from matplotlib.cbook import get_sample_data
 from PIL import Image
 from tokenizers import ByteLevelBPETokenizer
 from torch.utils.data import DataLoader
-from transformers import CLIPImageProcessorPil, PreTrainedTokenizerFast
+from transformers import CLIPImageProcessorPil, LlavaImageProcessorPil, PreTrainedTokenizerFast
 
 from benchmarks import common
+from image_processing_sq_llava import SQLlavaImageProcessor
 from processing_sq_llava import SYSTEM_MESSAGE, SQLlavaProcessor
-from sq_llava.images import open_image, squared
+from sq_llava.images import open_image
 from sq_llava.self_questioning import SelfQuestioningCollator
 
 
@@ -40,9 +41,9 @@ SECONDS_PER_ROW = PARAMETERS * TOKENS * PASSES * 2 / OPERATIONS_PER_SECOND
 BATCH = 16
 STEPS = {
     "decode": "decoded, turned, RGB",
-    "stock": "padded, resized, normalised by transformers' processor alone",
-    "project": "the same as training does it, equal to the last bit",
-    "stock_whole": "**all, transformers' processor alone**",
+    "stock": "padded, resized, normalised by transformers' processor",
+    "project": "the same by the checkpoint's processor, equal to the last bit",
+    "stock_whole": "**all, transformers' processor**",
     "project_whole": "**all, as training does it**",
     "padded_after": "all, resized before it is padded (not exact)",
     "draft": "all, JPEG's draft mode (not exact)",
@@ -71,7 +72,7 @@ def make_photo(width: int, height: int) -> dict[str, bytes]:
 def padded_after(image: Image.Image, image_processor) -> Image.Image:
     scale = SIDE / max(image.size)
     small = image.resize((round(image.width * scale), round(image.height * scale)), image_processor.resample)
-    return squared(small, image_processor)
+    return image_processor.pad_and_resize(small)
 
 
 def opened_as_draft(photo: dict[str, bytes]) -> Image.Image:
@@ -80,22 +81,22 @@ def opened_as_draft(photo: dict[str, bytes]) -> Image.Image:
         return file.convert("RGB")
 
 
-def time_steps(photo: dict[str, bytes], image_processor, rounds: int) -> dict:
-    image = open_image(photo)
+def time_steps(photo: dict[str, bytes], image_processor: SQLlavaImageProcessor, rounds: int) -> dict:
+    image, stock = open_image(photo), LlavaImageProcessorPil.from_dict(image_processor.to_dict())
 
-    def pixels(image: Image.Image) -> torch.Tensor:
+    def pixels(image: Image.Image, image_processor=image_processor) -> torch.Tensor:
         return image_processor(image, return_tensors="pt")["pixel_values"]
 
-    if not torch.equal(pixels(image), pixels(squared(image, image_processor))):
-        raise AssertionError("The square differs from that of the image processor.")
+    if not torch.equal(pixels(image), pixels(image, stock)):
+        raise AssertionError("The pixels differ from those of transformers' processor.")
     functions = {
         "decode": partial(open_image, photo),
-        "stock": partial(pixels, image),
-        "project": lambda: pixels(squared(image, image_processor)),
-        "stock_whole": lambda: pixels(open_image(photo)),
-        "project_whole": lambda: pixels(squared(open_image(photo), image_processor)),
+        "stock": partial(pixels, image, stock),
+        "project": partial(pixels, image),
+        "stock_whole": lambda: pixels(open_image(photo), stock),
+        "project_whole": lambda: pixels(open_image(photo)),
         "padded_after": lambda: pixels(padded_after(open_image(photo), image_processor)),
-        "draft": lambda: pixels(squared(opened_as_draft(photo), image_processor)),
+        "draft": lambda: pixels(opened_as_draft(photo)),
     }
     times = common.interleave(functions, rounds)
     return {
@@ -110,7 +111,7 @@ def time_steps(photo: dict[str, bytes], image_processor, rounds: int) -> dict:
 
 def difference(image: Image.Image, other: Image.Image, image_processor) -> dict[str, float]:
     """Of the squares of two images, in levels of 0 to 255."""
-    exact, found = (np.asarray(squared(each, image_processor), dtype=int) for each in (image, other))
+    exact, found = (np.asarray(image_processor.pad_and_resize(each), dtype=int) for each in (image, other))
     levels = np.abs(exact - found)
     return {"largest": int(levels.max()), "mean": float(levels.mean())}
 
@@ -154,7 +155,7 @@ def to_markdown(report: dict) -> str:
         cells = [common.with_spread(size["milliseconds"][step]) for size in sizes.values()]
         lines.append(f"| {title} | " + " | ".join(cells) + " |")
     faster = [f"**{common.with_spread(size['times_faster'])}**" for size in sizes.values()]
-    lines.append("| times faster than transformers' processor alone | " + " | ".join(faster) + " |")
+    lines.append("| times faster than transformers' processor | " + " | ".join(faster) + " |")
     for step, title in (("padded_after", "padding after resizing"), ("draft", "draft mode")):
         found = [size["differences"][step] for size in sizes.values()]
         cells = [f"{each['largest']}, {each['mean']:.2f}" for each in found]

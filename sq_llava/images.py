@@ -5,46 +5,23 @@
     >>> [fault.code for fault in image_faults("dance.gif")]  # by its header and its end; no pixels are decoded
     ['image_animated']
 
-What is not plain 8-bit RGB becomes it: photos are turned as their EXIF data says; of an animation the first frame is
-taken; CMYK, palette and grey images are converted; 16-bit grey levels are scaled to 8 bits (Pillow would clip them);
-transparency is dropped, as transformers' image processors do. Floating-point pixels have no agreed range: refused, and
-so are EPS files, which are programs, and strips of more than 200 times their width.
+What becomes of an image that is not plain 8-bit RGB is decided by `to_rgb` of `image_processing_sq_llava.py`, which
+travels with every checkpoint. Here are the images of data sets: their names in errors, and their faults.
 """
 
 import base64
 import io
-import math
+import re
 import warnings
 from collections.abc import Hashable, Iterator
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 from PIL import ExifTags, Image, UnidentifiedImageError
 
+from image_processing_sq_llava import check_size, open_in_rgb, safe_formats
 
-# Pillow's own limit: about 9,460 x 9,460 pixels. A file of a few kilobytes can claim more than memory holds.
-MAX_IMAGE_PIXELS = 89_478_485
-# A longer side is made so long first: padded to a square, the image would have more pixels than that.
-MAX_IMAGE_SIDE = math.isqrt(MAX_IMAGE_PIXELS)
-# Of the longer side to the shorter one, which preprocessing may resize to the height of the model's image.
-MAX_ASPECT_RATIO = 200
-
-# Of the files that a folder of images is taken to hold.
-IMAGE_SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
-
-# How an image of each EXIF orientation is turned upright. Pillow's own `exif_transpose` also writes the EXIF data
-# anew, which fails on some.
-TURNS = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
 
 # The last bytes of a whole file. GIF's own is a single one: here with the end of the block before it.
 END_MARKERS = {"JPEG": b"\xff\xd9", "MPO": b"\xff\xd9", "PNG": b"\0\0\0\0IEND\xaeB`\x82", "GIF": b"\0;"}
@@ -64,14 +41,14 @@ class Fault:
 
 
 def open_image(
-    image: str | Path | dict[str, Any] | io.BytesIO | Image.Image, formats: tuple[str, ...] | None = None
+    image: str | Path | dict[str, Any] | bytes | io.BytesIO | Image.Image, formats: tuple[str, ...] | None = None
 ) -> Image.Image:
     """
-    Opens an image in RGB; one with a side of more than `MAX_IMAGE_SIDE` is made smaller.
+    Opens an image in RGB, by the rule of [`to_rgb`], with errors that name it.
 
     Args:
-        image: A path; the `{"bytes": ..., "path": ...}` of an undecoded `datasets.Image`; the bytes as a stream; or a
-            `PIL.Image.Image`.
+        image: A path; the `{"bytes": ..., "path": ...}` of an undecoded `datasets.Image`; the bytes of a file, or a
+            stream of them; or a `PIL.Image.Image`.
         formats (`tuple[str, ...]`, *optional*): The only ones to be read, by Pillow's names; default: all but EPS.
 
     Raises:
@@ -79,60 +56,15 @@ def open_image(
     """
     name = image_name(image)
     try:
-        if isinstance(image, Image.Image):
-            converted = _in_rgb(image)
-        else:
-            with Image.open(image_stream(image), formats=formats or safe_formats()) as file:
-                check_size(file)
-                file.load()
-                turn = TURNS.get(file.getexif().get(ExifTags.Base.Orientation))
-                converted = _in_rgb(file if turn is None else file.transpose(turn))
+        # Neither a URL nor base64: a path of a data set is a path.
+        opened = open_in_rgb(image if isinstance(image, Image.Image) else image_stream(image), formats)
     except FileNotFoundError as error:
         raise ValueError(f"{name}: no such image file.") from error
     # Of a broken file, Pillow's parsers and converters raise whatever comes, TypeError and MemoryError among it.
     except Exception as error:
         raise ValueError(f"{name}: cannot be read as an image ({error}). Save it anew as PNG or JPEG.") from error
-    if converted is None:
-        raise ValueError(f"{name}: has floating-point pixels, whose range is unknown. Save it anew with 8 bits.")
-    return converted
-
-
-def _in_rgb(image: Image.Image) -> Image.Image | None:
-    """`None` for floating-point pixels."""
-    if image.mode == "F":
-        return None
-    if image.mode.startswith("I"):
-        image = image.convert("I").point(lambda level: level / 256).convert("L")
-    image = image.convert("RGB")
-    if max(image.size) > MAX_IMAGE_SIDE:
-        image.thumbnail((MAX_IMAGE_SIDE, MAX_IMAGE_SIDE))
-    return image
-
-
-@cache
-def safe_formats() -> tuple[str, ...]:
-    """All formats that Pillow reads but EPS, which it hands to Ghostscript: that runs what is in the file."""
-    Image.init()
-    return tuple(sorted(Image.OPEN.keys() - {"EPS"}))
-
-
-def squared(image: Image.Image, image_processor) -> Image.Image:
-    """
-    The padded and resized square that `LlavaImageProcessorPil` begins with, pixel for pixel, but without its way
-    through NumPy arrays, in which it spends more than half of its time. It takes the square as it is. What another
-    image processor gets, such as that of torchvision, or one that crops, is the image itself.
-    """
-    if type(image_processor).__name__ != "LlavaImageProcessorPil":
-        return image
-    if not (image_processor.do_pad and image_processor.do_resize and "shortest_edge" in image_processor.size):
-        return image
-    longest = max(image.size)
-    if image.width != image.height:
-        square = Image.new("RGB", (longest, longest), tuple(int(level * 255) for level in image_processor.image_mean))
-        square.paste(image, ((longest - image.width) // 2, (longest - image.height) // 2))
-        image = square
-    side = image_processor.size["shortest_edge"]
-    return image.resize((side, side), image_processor.resample)
+    # Of its own: whoever gave the image may draw on it.
+    return opened.copy() if opened is image else opened
 
 
 def jpeg_data_url(image: Image.Image, longest_side: int, quality: int) -> str:
@@ -144,19 +76,21 @@ def jpeg_data_url(image: Image.Image, longest_side: int, quality: int) -> str:
     return f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
-def image_name(image: str | Path | dict[str, Any] | io.BytesIO | Image.Image) -> str:
+def image_name(image: str | Path | dict[str, Any] | bytes | io.BytesIO | Image.Image) -> str:
     """What an error calls the image."""
     if isinstance(image, dict):
         return image.get("path") or "embedded image"
-    if isinstance(image, io.BytesIO):
+    if isinstance(image, (bytes, io.BytesIO)):
         return "embedded image"
     return "image" if isinstance(image, Image.Image) else str(image)
 
 
-def image_key(image: str | Path | dict[str, Any] | Image.Image) -> Hashable:
+def image_key(image: str | Path | dict[str, Any] | bytes | Image.Image) -> Hashable:
     """Equal for two images of a batch if they are the same: the same path, bytes or object."""
     if isinstance(image, dict):
         return image.get("path"), image.get("bytes")
+    if isinstance(image, bytes):
+        return image
     return id(image) if isinstance(image, Image.Image) else str(image)
 
 
@@ -183,30 +117,15 @@ class OnceEach:
         return batch
 
 
-def image_stream(image: str | Path | dict[str, Any] | io.BytesIO) -> Path | io.BytesIO:
+def image_stream(image: str | Path | dict[str, Any] | bytes | io.BytesIO) -> Path | io.BytesIO:
     """What `PIL.Image.open` takes."""
     if isinstance(image, io.BytesIO):
         return image
+    if isinstance(image, bytes):
+        return io.BytesIO(image)
     if isinstance(image, dict) and image.get("bytes") is not None:
         return io.BytesIO(image["bytes"])
     return Path(image["path"] if isinstance(image, dict) else image)
-
-
-def check_size(image: Image.Image) -> None:
-    """
-    Raises:
-        PIL.Image.DecompressionBombError: before any pixel is decoded, if there are more than `MAX_IMAGE_PIXELS`.
-        ValueError: if it is a strip, or has no pixels.
-    """
-    width, height = image.size
-    if max(width, height) > MAX_ASPECT_RATIO * min(width, height):
-        raise ValueError(
-            f"{width} x {height} pixels: a side is more than {MAX_ASPECT_RATIO} times the other, cut it into pieces"
-        )
-    if width * height > MAX_IMAGE_PIXELS:
-        raise Image.DecompressionBombError(
-            f"{width} x {height} pixels are more than the {MAX_IMAGE_PIXELS:,} that are allowed"
-        )
 
 
 def image_faults(image: str | Path | dict[str, Any]) -> Iterator[Fault]:
@@ -222,7 +141,12 @@ def image_faults(image: str | Path | dict[str, Any]) -> Iterator[Fault]:
         with warnings.catch_warnings(action="ignore"):
             unusual, is_settled = _look_at(image, name)
     except FileNotFoundError:
-        yield Fault("image_missing", f"{name}: no such file.", "Bring it back, or mend the path or image_root.")
+        dataset = re.search(r"/datasets--([^/]+?)--([^/]+)/", str(image))  # in the Hub's cache
+        fix = "Bring it back, or mend the path or image_root."
+        if dataset:
+            command = f"`hf download {dataset[1]}/{dataset[2]} --repo-type dataset --local-dir DIR`"
+            fix = f"The rows have paths alone. Fetch the images by {command}, unpack them, and give image_root DIR."
+        yield Fault("image_missing", f"{name}: no such file.", fix)
         return
     except Image.DecompressionBombError as error:
         yield Fault("image_huge", f"{name} claims to be huge: {str(error).rstrip('.')}.", "Save it anew, smaller.")
@@ -242,6 +166,17 @@ def image_faults(image: str | Path | dict[str, Any]) -> Iterator[Fault]:
             yield Fault("image_truncated", f"{name} is cut off or broken: {reason}.", f"Bring it back. {anew}")
             return
     yield from unusual
+
+
+def require_whole_images(images: list[Path]) -> None:
+    """
+    Raises:
+        ValueError: for the first image that cannot be opened, or is large enough to be an attack.
+    """
+    for image in images:
+        for fault in image_faults(image):
+            if fault.level == "error":
+                raise ValueError(f"{fault.message} {fault.fix}")
 
 
 def _look_at(image: str | Path | dict[str, Any], name: str) -> tuple[list[Fault], bool]:

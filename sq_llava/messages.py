@@ -9,8 +9,8 @@ An image that several messages or requests name is opened once.
 from collections.abc import Hashable
 
 from PIL import Image
-from transformers.image_utils import load_image
 
+from image_processing_sq_llava import open_in_rgb
 from sq_llava.images import image_key, open_image
 
 
@@ -50,7 +50,7 @@ def _as_parts(content: str | list[dict], opened: dict[Hashable, Image.Image]) ->
         # The places that transformers' chat templates know.
         for key in part.keys() & {"image", "path", "url", "base64"}:
             source = part.pop(key)
-            part["image"] = _open_once(load_image(source) if key in ("url", "base64") else source, opened)
+            part["image"] = _open_once(open_in_rgb(source) if key in ("url", "base64") else source, opened)
     return parts
 
 

@@ -16,7 +16,6 @@ import numpy as np
 import torch
 from PIL import Image
 
-from sq_llava.images import squared
 from sq_llava.inference import Assistant
 
 
@@ -48,8 +47,7 @@ def look(assistant: Assistant, image: Image.Image) -> Sight:
     model = assistant.model.model
     if model.config.prototype_variant == "none":
         raise ValueError("This model has no prototypes: prototype_variant of its config.json is 'none'.")
-    image_processor = assistant.processor.image_processor
-    pixel_values = image_processor(squared(image, image_processor), return_tensors="pt")["pixel_values"]
+    pixel_values = assistant.processor.image_processor(image, return_tensors="pt")["pixel_values"]
     assignment = model.prototype_extractor.assignment(model.get_vision_features(pixel_values.to(model.device)))[0]
     vision = model.config.vision_config
     num_rows = vision.image_size // vision.patch_size

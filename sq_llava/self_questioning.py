@@ -18,11 +18,12 @@ from typing import Any
 import torch
 from jinja2 import TemplateError
 from PIL import Image
+from torch.nn import functional as F
 from transformers import TrainerCallback
 
 from processing_sq_llava import SQLlavaProcessor
 from sq_llava.feature_cache import CachedFeatures, FeatureCache
-from sq_llava.images import OnceEach, image_key, open_image, squared
+from sq_llava.images import OnceEach, image_key, open_image
 
 
 IGNORE_INDEX = -100
@@ -89,6 +90,8 @@ class SelfQuestioningCollator:
             even the first turn fits is an error.
         feature_cache ([`FeatureCache`], *optional*): Gives `vision_features`, of no images in a batch of text, instead
             of `pixel_values`; no image is opened then.
+        pad_to_multiple_of (`int`, *optional*): Pads each batch to a multiple of so many tokens; `max_length` is of the
+            tokens before that.
     """
 
     processor: SQLlavaProcessor
@@ -97,6 +100,7 @@ class SelfQuestioningCollator:
     seed: int = 0
     max_length: int | None = None
     feature_cache: FeatureCache | None = None
+    pad_to_multiple_of: int | None = None
     # In shared memory: data loader workers that live on see the next epoch too.
     epoch: torch.Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.int64).share_memory_())
 
@@ -126,7 +130,17 @@ class SelfQuestioningCollator:
         if self.feature_cache is not None and "vision_features" not in batch:
             batch["vision_features"] = torch.empty(0, *self.feature_cache.shape, dtype=self.feature_cache.dtype)
         batch["row_ids"] = torch.tensor([row["row_id"] for row in rows])
-        return dict(batch)
+        return self._padded(dict(batch))
+
+    def _padded(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        missing = -batch["input_ids"].shape[1] % (self.pad_to_multiple_of or 1)
+        fills = {
+            "input_ids": self.processor.tokenizer.pad_token_id,
+            "attention_mask": 0,
+            "labels": IGNORE_INDEX,
+            "turn_kinds": NOT_SPOKEN,
+        }
+        return batch | {name: F.pad(batch[name], (0, missing), value=fill) for name, fill in fills.items() if missing}
 
     def _conversation(self, row: dict[str, Any], opened: dict[Hashable, Any]) -> list[dict]:
         messages = row["messages"]
@@ -155,7 +169,7 @@ class SelfQuestioningCollator:
     def _open(self, image: str | dict[str, Any] | Image.Image) -> Any:
         if self.feature_cache is not None:
             return self.feature_cache.features(image)
-        return squared(open_image(image), self.processor.image_processor)
+        return self.processor.image_processor.pad_and_resize(open_image(image))
 
     def _tokenize(self, conversations: list[list[dict]]) -> dict[str, torch.Tensor]:
         batch = self.batch_processor.apply_chat_template(

@@ -8,10 +8,11 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import EpsImagePlugin, ExifTags, Image, ImageOps, PngImagePlugin
-from transformers import CLIPImageProcessorPil, SiglipImageProcessorPil
+from transformers import CLIPImageProcessorPil, LlavaImageProcessorPil, SiglipImageProcessorPil
 
+from image_processing_sq_llava import MAX_IMAGE_SIDE
 from processing_sq_llava import SQLlavaProcessor
-from sq_llava.images import MAX_IMAGE_SIDE, image_faults, open_image, squared
+from sq_llava.images import image_faults, open_image
 from tests import tiny
 
 
@@ -24,25 +25,26 @@ def image_processor(kind: str, aspect_ratio: str = "pad"):
     return SQLlavaProcessor(stock, tiny.byte_level_tokenizer(), image_aspect_ratio=aspect_ratio).image_processor
 
 
+def as_transformers_has_it(processor) -> LlavaImageProcessorPil:
+    return LlavaImageProcessorPil.from_dict(processor.to_dict())
+
+
 PROCESSORS = {kind: image_processor(kind) for kind in ("clip", "siglip", "bilinear")}
+PROCESSORS["crop"] = image_processor("clip", "crop")
 
 
 @settings(deadline=None, max_examples=40)
 @given(
     width=st.integers(1, 130), height=st.integers(1, 130), seed=st.integers(0, 9), kind=st.sampled_from([*PROCESSORS])
 )
-def test_squared_image_has_the_pixels_of_the_image_processor_to_the_last_bit(width, height, seed, kind):
+def test_rgb_image_has_the_pixels_of_transformers_processor_to_the_last_bit(width, height, seed, kind):
     pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
     image, processor = Image.fromarray(pixels), PROCESSORS[kind]
-    square = squared(image, processor)
-    assert square.size == (42, 42)
-    expected, found = (processor(each, return_tensors="pt")["pixel_values"] for each in (image, square))
-    assert torch.equal(expected, found)
-
-
-def test_image_processor_that_crops_gets_the_image_itself():
-    image = tiny.picture().resize((60, 30))
-    assert squared(image, image_processor("clip", "crop")) is image
+    expected = as_transformers_has_it(processor)(image, return_tensors="pt")["pixel_values"]
+    assert torch.equal(processor(image, return_tensors="pt")["pixel_values"], expected)
+    square = processor.pad_and_resize(image)
+    assert processor.do_center_crop and square.size == ((42, 42) if processor.do_pad else image.size)
+    assert torch.equal(processor(square, return_tensors="pt")["pixel_values"], expected)
 
 
 def encoded(image: Image.Image, form: str, **settings) -> dict:
@@ -103,5 +105,5 @@ def test_broken_file_is_an_error_in_words(form, changes, orientation):
     try:
         assert open_image({"bytes": bytes(data), "path": None}).mode == "RGB"
     except ValueError as error:
-        assert "cannot be read as an image" in str(error) or "floating-point" in str(error)
+        assert "cannot be read as an image" in str(error)
     list(image_faults({"bytes": bytes(data), "path": None}))

@@ -138,7 +138,8 @@ def test_model_without_prototypes_is_refused():
 def test_command_paints_the_picture_in_its_own_size(tmp_path, monkeypatch):
     monkeypatch.setattr("sq_llava.inference.load", lambda *args: tiny_assistant())
     picture(width=50, height=30).save(tmp_path / "in.png")
-    settings = ["--model", "any", "--top", "2", "--out", str(tmp_path / "seen.png")]
+    (tmp_path / "config.json").touch()
+    settings = ["--model", str(tmp_path), "--top", "2", "--out", str(tmp_path / "seen.png")]
     result = CliRunner().invoke(app, ["prototypes", str(tmp_path / "in.png"), *settings])
     assert result.exit_code == 0
     assert result.stdout.count("prototype ") == 2
