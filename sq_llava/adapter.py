@@ -9,7 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import (
+    LoraConfig,
+    PeftConfig,
+    PeftModel,
+    get_peft_model,
+    get_peft_model_state_dict,
+    set_peft_model_state_dict,
+)
 from peft.utils.constants import DUMMY_TARGET_MODULES
 from peft.utils.other import TrainableTokensWrapper
 from safetensors.torch import load_file
@@ -30,12 +37,38 @@ class LoraSize:
     dropout: float
 
 
+@dataclass(frozen=True)
+class LoraOptions:
+    """
+    What PEFT's LoRA can do beside that, by PEFT's names; for both towers, except for the first.
+
+    Attributes:
+        target_modules (`tuple[str, ...]`, *optional*): Names of linear layers of the language model, such as
+            `"q_proj"`. Default: all of its linear layers. The vision tower's LoRA is always on all of its own.
+        use_rslora (`bool`): Scale by alpha / sqrt(rank) instead of alpha / rank.
+        use_dora (`bool`): Learn the magnitude of the weights apart from their direction.
+        init_lora_weights (`bool` or `str`): One of `LORA_INITIALISATIONS`. With each, a new adapter changes no
+            weight of the base, and no output but by rounding.
+    """
+
+    target_modules: tuple[str, ...] | None = None
+    use_rslora: bool = False
+    use_dora: bool = False
+    init_lora_weights: bool | str = True
+
+
+# Values of the setting `init_lora_weights`, and what PEFT calls them.
+LORA_INITIALISATIONS = {"default": True, "gaussian": "gaussian", "orthogonal": "orthogonal"}
+VISION_PATTERN = ".*vision_tower.*"
+
+
 def add_adapter(
     model: SQLlavaForConditionalGeneration,
     vision_lora: LoraSize,
     text_lora: LoraSize,
     train_vusr: bool,
     trained_dtype: torch.dtype = torch.float32,
+    options: LoraOptions | None = None,
 ) -> PeftModel:
     """
     Freezes the model and puts a new adapter on it.
@@ -43,11 +76,12 @@ def add_adapter(
     Args:
         model ([`SQLlavaForConditionalGeneration`]): The base.
         vision_lora, text_lora ([`LoraSize`]): On all linear layers of the vision tower that are run, and of the
-            language model.
+            language model, unless `options` names some of these.
         train_vusr (`bool`): Whether the embedding of `[vusr]` is trained (if the marker is a token).
         trained_dtype (`torch.dtype`): Of all that is trained. In bfloat16, small steps would be rounded away.
+        options ([`LoraOptions`], *optional*): Default: plain LoRA.
     """
-    config = model.config
+    config, options = model.config, options or LoraOptions()
     modules_to_save = ["multi_modal_projector"]
     if config.prototype_variant != "none":
         modules_to_save.append("prototype_extractor")
@@ -55,18 +89,22 @@ def add_adapter(
     if vision_lora.rank:
         # The layers above the feature layer are not run and would have no gradient.
         layers = "|".join(map(str, range(config.num_vision_layers_used)))
-        names = _linear_names(model.model.vision_tower)
+        names = "|".join(_linear_names(model.model.vision_tower))
         patterns.append(rf"model\.vision_tower\.encoder\.layers\.({layers})\..*\b({names})")
     if text_lora.rank:
-        patterns.append(rf"model\.language_model\..*\b({_linear_names(model.model.language_model)})")
+        names = "|".join(_text_targets(model, options.target_modules))
+        patterns.append(rf"model\.language_model\..*\b({names})")
     lora_config = LoraConfig(
         r=text_lora.rank or vision_lora.rank or 1,
         lora_alpha=text_lora.alpha if text_lora.rank else vision_lora.alpha,
         lora_dropout=text_lora.dropout,
         # PEFT wants a target, if only this one, which is none.
         target_modules="|".join(patterns) if patterns else DUMMY_TARGET_MODULES,
-        rank_pattern={".*vision_tower.*": vision_lora.rank} if vision_lora.rank else {},
-        alpha_pattern={".*vision_tower.*": vision_lora.alpha} if vision_lora.rank else {},
+        rank_pattern={VISION_PATTERN: vision_lora.rank} if vision_lora.rank else {},
+        alpha_pattern={VISION_PATTERN: vision_lora.alpha} if vision_lora.rank else {},
+        use_rslora=options.use_rslora,
+        use_dora=options.use_dora,
+        init_lora_weights=options.init_lora_weights,
         modules_to_save=modules_to_save,
         trainable_token_indices=(
             {"embed_tokens": [config.vusr_token_id]} if train_vusr and config.vusr_token_id is not None else None
@@ -88,9 +126,23 @@ def add_adapter(
     return peft_model
 
 
-def _linear_names(tower: nn.Module) -> str:
-    names = {name.rpartition(".")[2] for name, module in tower.named_modules() if isinstance(module, nn.Linear)}
-    return "|".join(sorted(names))
+def _linear_names(tower: nn.Module) -> list[str]:
+    return sorted({name.rpartition(".")[2] for name, module in tower.named_modules() if isinstance(module, nn.Linear)})
+
+
+def _text_targets(model: SQLlavaForConditionalGeneration, names: tuple[str, ...] | None) -> list[str]:
+    """
+    Raises:
+        ValueError: if a name is of no linear layer of the language model.
+    """
+    known = _linear_names(model.model.language_model)
+    if unknown := [name for name in names or () if name not in known]:
+        raise ValueError(
+            f"lora_target_modules holds {', '.join(unknown)}: LoRA goes on linear layers of the language model, which "
+            f"are {', '.join(known)} here. (Extractor and projector are trained whole, the vision tower has its own "
+            "LoRA, and TRL's loss would pass by one on lm_head.)"
+        )
+    return known if names is None else sorted(names)
 
 
 def load_adapter_weights(model: PeftModel, folder: str) -> None:
@@ -98,22 +150,51 @@ def load_adapter_weights(model: PeftModel, folder: str) -> None:
     Copies the weights of an adapter into a model with an adapter that has all its parts, and maybe more.
 
     Raises:
-        ValueError: if a weight has no place in the model, or another shape there.
+        ValueError: if a weight has no place in the model, or another shape or another meaning there.
     """
     file = Path(folder) / "adapter_model.safetensors"
     if not file.is_file():
         raise ValueError(f"{folder} holds no adapter_model.safetensors: is the stage that wrote it complete?")
     weights = load_file(file)
+    _require_same_lora(model, folder, list(weights))
     own = get_peft_model_state_dict(model, save_embedding_layers=False)
     for name, weight in weights.items():
         if name not in own or own[name].shape != weight.shape:
             place = f"has the shape {tuple(own[name].shape)}" if name in own else "has no place"
             raise ValueError(
                 f"{file}: {name} of shape {tuple(weight.shape)} {place} in this stage. Give the same vision_lora_r, "
-                "lora_r, prototype settings and, with lora_r 0, self_question_ratio as for the stage that wrote it."
+                "lora_r, lora_target_modules, prototype settings and, with lora_r 0, self_question_ratio as for the "
+                "stage that wrote it."
             )
     # PEFT expects every weight of the adapter, the new ones too.
     set_peft_model_state_dict(model, {**own, **weights})
+
+
+def _require_same_lora(model: PeftModel, folder: str, names: list[str]) -> None:
+    """
+    Raises:
+        ValueError: if the LoRA weights of an adapter, copied, would be scaled or used in another way.
+    """
+    before, now = PeftConfig.from_pretrained(folder), model.peft_config[ADAPTER]
+    on_vision, on_text = (
+        any(f".{tower}." in name and ".lora_A." in name for name in names)
+        for tower in ("vision_tower", "language_model")
+    )
+    pairs = {}
+    if on_vision or on_text:
+        pairs |= {name: (getattr(before, name), getattr(now, name)) for name in ("use_rslora", "use_dora")}
+    if on_vision:
+        alphas = [config.alpha_pattern.get(VISION_PATTERN, config.lora_alpha) for config in (before, now)]
+        pairs["vision_lora_alpha"] = tuple(alphas)
+    if on_text:
+        pairs["lora_alpha"] = (before.lora_alpha, now.lora_alpha)
+    for name, (old, new) in pairs.items():
+        if old != new:
+            raise ValueError(
+                f"{name} is {new}, but the stage that wrote {folder} had {old}: its LoRA weights would mean something "
+                f"else. Give {name} {str(old).lower()}, or merge that stage first (sq-llava merge {folder} --out ...) "
+                "and give the merged folder."
+            )
 
 
 def train_in_full(model: SQLlavaForConditionalGeneration, trained_dtype: torch.dtype = torch.float32) -> None:

@@ -13,13 +13,21 @@ from peft import PeftModel
 from transformers.integrations import is_deepspeed_zero3_enabled
 from trl import ModelConfig, SFTConfig
 
-from modeling_sq_llava import SQLlavaForConditionalGeneration
 from processing_sq_llava import SQLlavaProcessor
-from sq_llava.adapter import LoraSize, add_adapter, load_adapter_weights, train_in_full
-from sq_llava.checkpoint import base_of_adapter, compose, is_adapter
+from sq_llava.adapter import (
+    LORA_INITIALISATIONS,
+    LoraOptions,
+    LoraSize,
+    add_adapter,
+    load_adapter_weights,
+    train_in_full,
+)
+from sq_llava.checkpoint import compose, load_base_of, load_model, require_model
+from sq_llava.locations import is_adapter
 from sq_llava.settings import (
     SQLlavaArguments,
     architecture,
+    named_targets,
     processor_settings,
     quantization_config,
     starting_point,
@@ -36,10 +44,11 @@ def load_base(
     quantized_loading = loading if quantization is None else {**loading, "quantization_config": quantization}
     processing = processor_settings(arguments)
     if start is not None:
-        base = base_of_adapter(start) if is_adapter(start) else start
-        processor = SQLlavaProcessor.from_pretrained(start, **processing)
-        model = SQLlavaForConditionalGeneration.from_pretrained(base, **quantized_loading)
-        return model, processor, start if is_adapter(start) else None
+        folder = require_model(start)
+        processor = SQLlavaProcessor.from_pretrained(folder, **processing)
+        if is_adapter(folder):
+            return load_base_of(folder, processor, **quantized_loading), processor, str(folder)
+        return load_model(start, processor, **quantized_loading), processor, None
 
     if is_deepspeed_zero3_enabled():
         raise ValueError(
@@ -69,7 +78,7 @@ def load_base(
     PartialState().wait_for_everyone()
     model.name_or_path = str(base)
     if quantization is not None:
-        model = SQLlavaForConditionalGeneration.from_pretrained(base, **quantized_loading)
+        model = load_model(base, processor, **quantized_loading)
     return model, processor, None
 
 
@@ -78,14 +87,15 @@ def read_base(checkpoint: str, arguments: SQLlavaArguments, loading: dict, proce
     base = Path(checkpoint).absolute().parent / "base"
     if not base.is_dir():
         raise ValueError(f"{checkpoint}: the base that it stands on is not in {base}. Bring that folder back.")
-    model = SQLlavaForConditionalGeneration.from_pretrained(base, **loading)
+    processor = SQLlavaProcessor.from_pretrained(base, **processing)
+    model = load_model(base, processor, **loading)
     for name, value in architecture(arguments).items():
         if getattr(model.config, name) != value:
             raise ValueError(
                 f"{name} is {value!r}, but {checkpoint} was trained with "
                 f"{getattr(model.config, name)!r}: give that, or another output_dir to start anew."
             )
-    return model, SQLlavaProcessor.from_pretrained(base, **processing)
+    return model, processor
 
 
 def prepare_stage(model, previous_stage: str | None, arguments: SQLlavaArguments, model_config: ModelConfig):
@@ -119,6 +129,12 @@ def add_stage_adapter(model, arguments: SQLlavaArguments, model_config: ModelCon
     """Puts on a base what its stage trains."""
     instruct = arguments.stage == "instruct"
     text_lora = LoraSize(model_config.lora_r if instruct else 0, model_config.lora_alpha, model_config.lora_dropout)
+    options = LoraOptions(
+        target_modules=named_targets(model_config),
+        use_rslora=model_config.use_rslora,
+        use_dora=model_config.use_dora,
+        init_lora_weights=LORA_INITIALISATIONS[arguments.init_lora_weights],
+    )
     return add_adapter(
         model,
         LoraSize(arguments.vision_lora_r, arguments.vision_lora_alpha, arguments.vision_lora_dropout),
@@ -127,4 +143,5 @@ def add_stage_adapter(model, arguments: SQLlavaArguments, model_config: ModelCon
         # trains neither.
         train_vusr=instruct and (arguments.self_question_ratio > 0 or text_lora.rank > 0),
         trained_dtype=trained_dtype(model),
+        options=options,
     )

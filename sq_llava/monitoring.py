@@ -20,7 +20,7 @@ from transformers.integrations import TensorBoardCallback
 
 from processing_sq_llava import SQLlavaProcessor
 from sq_llava.images import open_image
-from sq_llava.inference import Assistant
+from sq_llava.inference import Assistant, context_length, prompt_length
 
 
 @dataclass
@@ -39,6 +39,27 @@ class GenerationCheck:
     num_asked: int = 4
     max_new_tokens: int = 64
     batch_size: int = 16
+
+    def require_room(self, model) -> None:
+        """
+        Raises:
+            ValueError: if a prompt leaves no room in the model's context for what is to be generated. In training that
+                would be known at the first evaluation only.
+        """
+        assistant = Assistant(model, self.processor)
+        for index in range(len(self.rows)):
+            prompt, _ = _until_first_answer(self.rows[index]["messages"])
+            self._require_room(assistant, index, prompt, ask=False)
+        for index in self._asked():
+            self._require_room(assistant, index, _history(self.rows[index]), ask=True)
+
+    def _require_room(self, assistant: Assistant, index: int, messages: list[dict], ask: bool) -> None:
+        length, limit = prompt_length(assistant, messages, ask), context_length(assistant.model)
+        if length + self.max_new_tokens > limit:
+            raise ValueError(
+                f"generation_datasets: row {self.rows[index]['id']!r} has {length:,} tokens before what is generated, "
+                f"which has up to {self.max_new_tokens}. The model reads at most {limit:,} in all: leave this row out."
+            )
 
     def run(self, trainer: Trainer) -> dict[str, float]:
         """Returns the metrics. Every process generates, as a sharded model needs them all; the main one writes."""
@@ -71,16 +92,18 @@ class GenerationCheck:
 
     def ask(self, assistant: Assistant) -> list[dict[str, Any]]:
         """Two questions behind the first answer of each of the first rows with an image."""
-        with_image = np.flatnonzero(self.rows.with_format("numpy", columns=["num_images"])[:]["num_images"])
         records = []
-        for index in with_image[: self.num_asked].tolist():
+        for index in self._asked():
             row = self.rows[index]
-            prompt, reference = _until_first_answer(row["messages"])
-            history = [*prompt, {"role": "assistant", "content": reference}]
-            images = row["images"][: _count_images(prompt)]
+            history = _history(row)
+            images = row["images"][: _count_images(history)]
             questions = assistant.ask(images, history, 2, max_new_tokens=self.max_new_tokens, seed=0)
             records.append({"row_id": index, "id": row["id"], "questions": questions})
         return records
+
+    def _asked(self) -> list[int]:
+        with_image = np.flatnonzero(self.rows.with_format("numpy", columns=["num_images"])[:]["num_images"])
+        return with_image[: self.num_asked].tolist()
 
     def _images(self, index: int) -> list[Image.Image]:
         return [open_image(image) for image in self.rows[index]["images"]]
@@ -89,6 +112,12 @@ class GenerationCheck:
 def _until_first_answer(messages: list[dict]) -> tuple[list[dict], str]:
     index = next(index for index, message in enumerate(messages) if message["role"] == "assistant")
     return messages[:index], _text(messages[index])
+
+
+def _history(row: dict[str, Any]) -> list[dict]:
+    """A row's messages up to its first answer, that included."""
+    prompt, reference = _until_first_answer(row["messages"])
+    return [*prompt, {"role": "assistant", "content": [{"type": "text", "text": reference}]}]
 
 
 def _text(message: dict) -> str:

@@ -1,6 +1,6 @@
 """Packing: several conversations in one row of at most `max_length` tokens, each as if it were alone.
 
-    python train_sft.py --config recipes/sq-llava-7b/stage2.yaml --packing true --train_sampling_strategy random
+    python -m train_sft --config recipes/sq-llava-7b/stage2.yaml --packing true --train_sampling_strategy random
 
 In a packed row the positions begin anew with each conversation, so that none attends to another: without an attention
 mask and a cache, transformers makes a block-diagonal mask of the positions (SDPA, eager and flex attention);

@@ -1,14 +1,14 @@
 """What a run takes, said before it begins: gradient accumulation, steps, and the memory of each GPU.
 
-    python train_sft.py --config recipes/sq-llava-7b/stage2.yaml --dry_run meta --num_gpus 8 --use_cpu true \\
+    python -m train_sft --config recipes/sq-llava-7b/stage2.yaml --dry_run meta --num_gpus 8 --use_cpu true \\
         --vision_model_name_or_path openai/clip-vit-large-patch14-336 \\
         --text_model_name_or_path lmsys/vicuna-7b-v1.5
-    accelerate launch train_sft.py --config recipes/sq-llava-7b/stage2.yaml --dry_run real
+    accelerate launch -m train_sft --config recipes/sq-llava-7b/stage2.yaml --dry_run real
 
 `meta` needs only the two configurations: the model is built without weights, and its memory is added up. `real` builds
 all of it, trains one step on the longest rows, and measures. Weights, gradients and optimizer are counted; activations
-are an upper estimate, for dense language models: on a CPU 1.0 to 1.7 times the peak of what fourteen small models
-allocated; on a GPU it was not compared. What it does not do: estimate time.
+are an upper estimate: on a CPU 1.0 to 1.7 times the peak of what fourteen small models allocated, all of them dense;
+on a GPU it was not compared. What it does not do: estimate time.
 """
 
 import math
@@ -30,8 +30,9 @@ from configuration_sq_llava import SQLlavaConfig
 from modeling_sq_llava import SQLlavaForConditionalGeneration, UpcastLinear
 from sq_llava.adapter import count_parameters, without_adapter
 from sq_llava.base import prepare_stage
-from sq_llava.checkpoint import base_of_adapter, compose_config, is_adapter
+from sq_llava.checkpoint import compose_config
 from sq_llava.data import hold_out, load_rows
+from sq_llava.locations import base_of_adapter, find_config, is_adapter
 from sq_llava.packing import PackSampler, pack_sampler
 from sq_llava.settings import SQLlavaArguments, architecture, quantization_config, starting_point
 
@@ -227,7 +228,8 @@ def activation_terms(model: nn.Module, batch: Batch, training_args: SFTConfig, o
     terms = []
     workspaces = {"the language model's head": _head_bytes(text_config, tokens, held, training_args, on_gpu)}
     for name, (layers, positions, length, tower_config) in towers.items():
-        inside = positions * feature_bytes * max(map(_features, layers))
+        experts_per_token = getattr(tower_config, "num_experts_per_tok", None) or 1
+        inside = positions * feature_bytes * max(_features(layer, experts_per_token) for layer in layers)
         if config._attn_implementation == "eager":
             inside += positions * length * tower_config.num_attention_heads * 12
         width, count = tower_config.hidden_size, len(layers)
@@ -266,9 +268,19 @@ def _layers(tower: nn.Module) -> nn.ModuleList:
     return max((module for module in tower.modules() if isinstance(module, nn.ModuleList)), key=len)
 
 
-def _features(module: nn.Module) -> int:
+def _features(module: nn.Module, experts_per_token: int = 1) -> int:
     linears = [m for m in module.modules() if isinstance(m, (nn.Linear, UpcastLinear))]
-    return sum(linear.in_features + linear.out_features for linear in linears)
+    of_experts = sum(sum(parameter.shape[1:]) for parameter in expert_parameters(module))
+    return sum(linear.in_features + linear.out_features for linear in linears) + experts_per_token * of_experts
+
+
+def expert_parameters(module: nn.Module) -> list[nn.Parameter]:
+    """The weights of a mixture of experts, those of all experts of a layer in one tensor: no linear layers."""
+    return [
+        parameter
+        for name, parameter in module.named_parameters()
+        if ".experts." in f".{name}" and ".lora_" not in name and parameter.ndim == 3
+    ]
 
 
 def describe_steps(
@@ -410,6 +422,12 @@ def print_parameters(model, part_learning_rates: dict[str, float], learning_rate
         rate = part_learning_rates.get(part, learning_rate)
         table.add_row(part, f"{trained:,}", f"{frozen:,}", f"{rate:g}" if trained else "-")
     Console().print(table)
+    experts = [weight for weight in expert_parameters(_text_tower(model)) if not weight.requires_grad]
+    if experts and count_parameters(model)["text"][0]:
+        print(
+            f"The experts of the language model, {sum(weight.numel() for weight in experts):,} weights, stay frozen: "
+            "LoRA goes on linear layers, and these are stacked in tensors of their own."
+        )
 
 
 def plan_from_configs(
@@ -421,13 +439,8 @@ def plan_from_configs(
         config = compose_config(*parts, arguments.qformer_model_name_or_path, **architecture(arguments))
     else:
         start, _ = starting_point(arguments, model_config)
-        try:
-            config = SQLlavaConfig.from_pretrained(base_of_adapter(start) if is_adapter(start) else start)
-        except OSError as error:
-            raise ValueError(
-                f"model_name_or_path is {start!r}, which cannot be read: {error} To plan a stage before the one that "
-                "it begins from is there, give vision_model_name_or_path and text_model_name_or_path beside it."
-            ) from error
+        base = base_of_adapter(start) if is_adapter(start) else start
+        config = SQLlavaConfig.from_pretrained(find_config(base).parent)
     dtype = config.text_config.dtype if model_config.dtype in (None, "auto") else getattr(torch, model_config.dtype)
     with torch.device("meta"):
         model = SQLlavaForConditionalGeneration._from_config(

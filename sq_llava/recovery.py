@@ -1,6 +1,6 @@
 """What a run loses nothing by: complete checkpoints, a stop on signals, and a look at each step before it is applied.
 
-    python train_sft.py --config recipes/sq-llava-7b/stage1.yaml --resume
+    python -m train_sft --config recipes/sq-llava-7b/stage1.yaml --resume
 
 Killed at any moment, a run that goes on with `--resume` has the losses and the weights of one that was never killed:
 the newest complete checkpoint holds weights, optimizer and schedule, and self-questions, the order of rows and dropout

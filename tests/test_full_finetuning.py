@@ -9,8 +9,10 @@ from safetensors.torch import load_file
 
 import train_sft
 from sq_llava.adapter import count_parameters
-from sq_llava.checkpoint import is_adapter, load_checkpoint, merge_adapter
+from sq_llava.checkpoint import load_checkpoint, merge_adapter
+from sq_llava.locations import is_adapter
 from sq_llava.provenance import read_provenance
+from sq_llava.resources import CODE_FILES
 from tests import runs, tiny
 
 
@@ -86,7 +88,7 @@ def test_output_is_a_plain_checkpoint_that_the_next_stage_goes_on_from(parts, st
     with torch.no_grad():
         expected = trainer.model.eval()(**inputs).logits
         assert torch.equal(model.eval()(**inputs).logits, expected)
-    for name in ("configuration_sq_llava.py", "modeling_sq_llava.py", "processing_sq_llava.py", "README.md"):
+    for name in (*CODE_FILES, "README.md"):
         assert (tmp_path / "one" / name).is_file()
     assert "not trained to ask" in (tmp_path / "one" / "README.md").read_text()
     stages = read_provenance(tmp_path / "one")["stages"]

@@ -120,13 +120,14 @@ def test_trained_weights_change_and_a_micro_batch_without_an_image_gives_all_a_g
     [
         (
             {"packing_strategy": "wrapped"},
-            "packing is true and packing_strategy is 'wrapped': packing keeps rows whole",
+            "packing_strategy is 'wrapped', which is not supported. Packing keeps rows whole",
         ),
         ({"packing_strategy": "bfd_split"}, "packing_strategy is 'bfd_split'"),
         ({"train_sampling_strategy": "group_by_length"}, "train_sampling_strategy is 'group_by_length'"),
-        ({"padding_free": True}, "padding_free is True, eval_packing None: neither is done for images"),
-        ({"eval_packing": True}, "eval_packing True: neither"),
-        ({"auto_find_batch_size": True}, "auto_find_batch_size is 'True'"),
+        ({"padding_free": True}, "padding_free is True, which is not supported. Not done for images"),
+        ({"eval_packing": True}, "eval_packing is True, which is not supported. Evaluation batches stay padded"),
+        ({"auto_find_batch_size": True}, "auto_find_batch_size is True.*--dry_run real"),
+        ({"dataloader_drop_last": True}, "packing is true and dataloader_drop_last is 'True'"),
         ({"global_batch_size": 32}, "16 rows make 8 packs of max_length 130, and a step has 32: there are too few"),
     ],
 )

@@ -177,9 +177,9 @@ def test_flash_attention_needs_no_mask(tmp_path):
 
 
 def test_plan_from_configurations_is_that_of_the_loaded_model(parts, tmp_path, capsys):
-    run(parts, tmp_path, dry_run="meta")
+    run(parts, tmp_path, dry_run="meta", use_dora=True)
     table = capsys.readouterr().out
-    trainer = run(parts, tmp_path, max_steps=1)
+    trainer = run(parts, tmp_path, max_steps=1, use_dora=True)
     for trained, _ in count_parameters(trainer.model).values():
         assert f" {trained:,} " in table
     weights = next(line for line in table.splitlines() if line.startswith("│ weights"))
@@ -225,7 +225,7 @@ def test_plan_without_data_says_that_steps_are_not_known(parts, tmp_path, capsys
 def test_plan_of_a_stage_without_its_beginning_says_what_to_give(parts, tmp_path):
     arguments = {**SETTINGS, "stage": "instruct", "dataset_path": parts / "rows.json", "output_dir": tmp_path}
     arguments |= {"model_name_or_path": tmp_path / "stage1", "dry_run": "meta"}
-    with pytest.raises(ValueError, match=r"stage1': no such folder.* give vision_model_name_or_path"):
+    with pytest.raises(ValueError, match=r"stage1: no such folder.* give vision_model_name_or_path"):
         train_sft.main([text for name, value in arguments.items() for text in (f"--{name}", str(value))])
 
 

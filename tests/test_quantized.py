@@ -1,6 +1,7 @@
 """Training and loading with the towers in 4 or 8 bits, by bitsandbytes on a CPU."""
 
 import json
+import sys
 from pathlib import Path
 
 import bitsandbytes
@@ -204,6 +205,6 @@ def test_command_answers_with_quantized_towers(kind, checkpoint):
 def test_wrong_wishes_for_bits_are_refused(checkpoint, monkeypatch):
     with pytest.raises(ValueError, match="both given"):
         inference.load(str(checkpoint), load_in_4bit=True, load_in_8bit=True)
-    monkeypatch.setattr(inference, "is_bitsandbytes_available", lambda: False)
-    with pytest.raises(ValueError, match="pip install bitsandbytes"):
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    with pytest.raises(ValueError, match=r"bitsandbytes is not installed: pip install 'sq-llava\[quantization\]'"):
         inference.load(str(checkpoint), load_in_8bit=True)

@@ -16,6 +16,7 @@ from modeling_sq_llava import SQLlavaForConditionalGeneration
 from sq_llava import inference
 from sq_llava.adapter import LoraSize, add_adapter, group_of, load_adapter_weights
 from sq_llava.checkpoint import load_checkpoint, merge_adapter
+from sq_llava.resources import CODE_FILES
 from sq_llava.trainer import SQLlavaTrainer
 from tests import tiny
 
@@ -245,7 +246,7 @@ def test_merged_checkpoint_has_the_adapters_logits_and_its_code(stage2, tmp_path
     adapter, processor = load_checkpoint(adapter_dir)
     merged, merged_processor = load_checkpoint(str(tmp_path / "merged"))
     assert merged_processor.chat_template == processor.chat_template
-    for file in ("configuration_sq_llava.py", "modeling_sq_llava.py", "processing_sq_llava.py"):
+    for file in CODE_FILES:
         assert (tmp_path / "merged" / file).read_text() == (ROOT / file).read_text()
     messages = [
         {"role": "user", "content": [{"type": "image", "image": tiny.picture()}, {"type": "text", "text": "Hi"}]}
@@ -272,7 +273,7 @@ def test_adapter_folder_and_merged_model_answer_alike_and_unlike_the_base(stage1
     [
         ({"self_question_ratio": 1.5}, "self_question_ratio is 1.5: give a number from 0 to 1"),
         ({"model_name_or_path": "x"}, "model_name_or_path is 'x', vision_model_name_or_path"),
-        ({"use_dora": True}, "use_dora is True: train_sft.py does not support it"),
+        ({"use_liger_kernel": True}, "use_liger_kernel is True, which is not supported"),
     ],
 )
 def test_wrong_settings_are_refused_before_work_starts(parts, tmp_path, overrides, message):

@@ -1,0 +1,95 @@
+"""The table of settings: it is whole, the refusals come from it, and its document is what it says."""
+
+import copy
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+from trl import ModelConfig, SFTConfig
+
+import train_sft
+from sq_llava import setting_table
+from sq_llava.setting_table import NOT_IN_ALL_VERSIONS, SETTINGS, TABLE, refuse_settings
+from sq_llava.settings import SQLlavaArguments
+
+
+ROOT = Path(train_sft.__file__).parent
+CLASSES = {"SQ-LLaVA": (SQLlavaArguments,), "TRL's ModelConfig": (ModelConfig,)}
+REFUSED = [name for name, setting in SETTINGS.items() if setting.verdict == "refused"]
+
+
+@pytest.fixture(scope="module")
+def configs(tmp_path_factory) -> list:
+    return [SFTConfig(str(tmp_path_factory.mktemp("run")), use_cpu=True, bf16=False), ModelConfig()]
+
+
+def with_value(configs: list, name: str, value) -> list:
+    changed = [copy.copy(config) for config in configs]
+    (holder,) = (config for config in changed if name in {field.name for field in fields(config)})
+    setattr(holder, name, value)
+    return changed
+
+
+@pytest.mark.parametrize("config", [SQLlavaArguments, ModelConfig, SFTConfig], ids=lambda config: config.__name__)
+def test_every_field_of_the_installed_versions_is_in_the_table(config):
+    titles = [title for title in TABLE if CLASSES.get(title, (SFTConfig,)) == (config,)]
+    named = {name for title in titles for name in TABLE[title]}
+    there = {field.name for field in fields(config) if field.init}
+    assert there - named == set(), "say in sq_llava/setting_table.py what becomes of these"
+    assert named - there <= NOT_IN_ALL_VERSIONS, "no version has these"
+
+
+def test_no_setting_stands_in_the_table_twice():
+    assert len(SETTINGS) == sum(map(len, TABLE.values()))
+
+
+def test_tests_that_the_table_names_are_there():
+    for name, setting in SETTINGS.items():
+        if setting.verdict == "honoured" and setting.note:
+            file, _, test = setting.note.partition("::")
+            assert f"def {test}(" in (ROOT / "tests" / file).read_text(), f"{name}: {setting.note}"
+        elif setting.verdict != "honoured":
+            assert setting.note, name
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused_setting_is_named_with_its_value_and_the_mend(configs, name):
+    with pytest.raises(ValueError, match=rf"^{name} is .*, which is not supported\. [A-Z].+\.$") as error:
+        refuse_settings(*with_value(configs, name, "something else"))
+    assert "\n" not in str(error.value)
+    assert ("something else" in str(error.value)) == (name != "hub_token")  # a token is a secret
+
+
+def test_defaults_and_values_that_ask_for_what_is_done_are_taken(configs):
+    refuse_settings(*configs)
+    values = [(name, value) for name in REFUSED for value in SETTINGS[name].values]
+    assert ("completion_only_loss", True) in values
+    for name, value in values:
+        refuse_settings(*with_value(configs, name, value))
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (
+            {"label_smoothing_factor": 0.1},
+            "label_smoothing_factor is 0.1, which is not supported. It needs all logits",
+        ),
+        ({"completion_only_loss": False}, "completion_only_loss is False"),
+        ({"chat_template_path": "mine.jinja"}, "chat_template_path is 'mine.jinja'.*give prompt_layout"),
+        ({"hub_strategy": "checkpoint"}, "hub_strategy is 'checkpoint'.*sq-llava push"),
+        ({"push_to_hub": True}, "push_to_hub is True.*sq-llava push OUTPUT_DIR ORG/NAME"),
+        ({"lora_modules_to_save": "lm_head"}, "lora_modules_to_save is .'lm_head'.*full_finetuning"),
+    ],
+)
+def test_run_with_a_refused_setting_ends_before_any_model_is_loaded(given, message):
+    settings = {"stage": "align", "dataset_path": "none.json", "model_name_or_path": "none", "use_cpu": True}
+    settings |= {"output_dir": "none", "bf16": False, **given}
+    with pytest.raises(ValueError, match=message):
+        train_sft.main([text for name, value in settings.items() for text in (f"--{name}", str(value))])
+    assert not Path("none").exists()
+
+
+def test_document_is_what_the_table_says():
+    written = (ROOT / "docs" / "settings.md").read_text()
+    assert written == setting_table.render(), "run python -m sq_llava.setting_table > docs/settings.md"
