@@ -19,14 +19,24 @@ In the loss are the answers, the questions of `vusr` turns, and the delimiter af
 The layout of MiniGPT-4 (https://arxiv.org/abs/2304.10592), `SQLlavaProcessor(..., **PROMPT_LAYOUTS["minigpt4"])`:
 
     <s>###Human: <Img><image></Img>What is it? ###Assistant: A dog.</s>
+
+What becomes of images is said in `image_processing_sq_llava.py`.
 """
 
+import difflib
+import inspect
 import json
 from typing import Literal, get_args
 
-from transformers import AddedToken, LlamaTokenizer, LlavaImageProcessorPil, ProcessorMixin
+from transformers import AddedToken, LlamaTokenizer, ProcessorMixin
 from transformers.processing_utils import MultiModalData, ProcessingKwargs
-from transformers.utils import is_torchvision_available
+
+
+# Relative in a checkpoint's folder and on the Hub, absolute in this library.
+try:
+    from .image_processing_sq_llava import SQLlavaImageProcessor
+except ImportError:
+    from image_processing_sq_llava import SQLlavaImageProcessor
 
 
 ImageAspectRatio = Literal["pad", "crop"]
@@ -52,6 +62,13 @@ PROMPT_LAYOUTS = {
         "image_end": "</Img>",
     }
 }
+
+PROCESSOR_SETTINGS = (
+    "image_seq_length", "image_aspect_ratio", "text_prefix", "image_begin", "image_end", "system_message",
+    "user_marker", "vusr_marker", "assistant_marker",
+)  # fmt: skip
+# What transformers itself writes into, or reads out of, a processor_config.json.
+TRANSFORMERS_KEYS = {"auto_map", "processor_class", "transformers_version", "audio_tokenizer", "video_processor"}
 
 TEMPLATE_HEADER = "{#- SQ-LLaVA: written by SQLlavaProcessor from its settings -#}\n"
 # `{% generation %}` marks what is in the loss. A user turn flagged `self_question` is a vusr turn. `plain=True` gives
@@ -167,7 +184,10 @@ class SQLlavaProcessor(ProcessorMixin):
         vusr_marker (`str`, defaults to `"[vusr]"`):
             What a turn in which the model asks begins with. `"[vusr]"` is registered as a special token; any other
             marker, such as `"VUSER:"` of the released checkpoints, is plain text.
-        chat_template (`str`, *optional*): A Jinja template; by default it is written from the settings above.
+        delimiter (`str`, *optional*): The end-of-sequence token behind each answer: one of the tokenizer's added
+            tokens, such as `"<|im_end|>"`. Default: the tokenizer's own. It is saved with the tokenizer.
+        chat_template (`str` or `dict`, *optional*):
+            A Jinja template, or several by their names; `"default"` is written from the settings above, unless given.
     """
 
     valid_processor_kwargs = SQLlavaProcessorKwargs
@@ -185,11 +205,18 @@ class SQLlavaProcessor(ProcessorMixin):
         user_marker: str = "USER:",
         vusr_marker: str = VUSR_TOKEN,
         assistant_marker: str = "ASSISTANT:",
-        chat_template: str | None = None,
-        **kwargs,
+        delimiter: str | None = None,
+        chat_template: str | dict[str, str] | None = None,
     ):
         if image_aspect_ratio not in get_args(ImageAspectRatio):
             raise ValueError(f"image_aspect_ratio is {image_aspect_ratio!r}: choose 'pad' or 'crop'.")
+        if delimiter is not None:
+            if delimiter not in tokenizer.get_added_vocab():
+                raise ValueError(
+                    f"The delimiter (in a recipe eos_token) is {delimiter!r}, none of the tokenizer's added tokens: "
+                    f"give one of {', '.join(tokenizer.get_added_vocab())}."
+                )
+            tokenizer.eos_token = delimiter
         if tokenizer.eos_token is None:
             raise ValueError("The tokenizer has no eos_token, which ends every answer: set tokenizer.eos_token first.")
         if text_prefix.strip():
@@ -197,6 +224,9 @@ class SQLlavaProcessor(ProcessorMixin):
         for name, marker in (("user", user_marker), ("vusr", vusr_marker), ("assistant", assistant_marker)):
             if not marker or marker != marker.strip():
                 raise ValueError(f"{name}_marker is {marker!r}: it must not be empty, nor begin or end with a space.")
+        # `from_pretrained` hands its keywords to the tokenizer too, which would save them as its own.
+        for name in ("delimiter", *PROCESSOR_SETTINGS):
+            tokenizer.init_kwargs.pop(name, None)
         self.image_seq_length = image_seq_length
         self.image_aspect_ratio = image_aspect_ratio
         self.text_prefix = text_prefix
@@ -210,14 +240,29 @@ class SQLlavaProcessor(ProcessorMixin):
         self.image_token = IMAGE_TOKEN
         self.image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
         self.vusr_token_id = tokenizer.convert_tokens_to_ids(VUSR_TOKEN) if vusr_marker == VUSR_TOKEN else None
-        # What no text of a message may contain: it would forge an image, a turn or its end.
-        special_tokens = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
-        self.control_tokens = sorted({IMAGE_TOKEN, VUSR_TOKEN, vusr_marker, *special_tokens})
-        if chat_template is None or chat_template.startswith(TEMPLATE_HEADER):
-            chat_template = self._write_chat_template(tokenizer)
+        self.control_tokens = self._find_control_tokens(tokenizer)
+        templates = chat_template if isinstance(chat_template, dict) else {"default": chat_template}
+        if (templates.get("default") or TEMPLATE_HEADER).startswith(TEMPLATE_HEADER):
+            templates = {**templates, "default": self._write_chat_template(tokenizer)}
+        chat_template = templates if len(templates) > 1 else templates["default"]
         tokenizer.chat_template = chat_template
         image_processor = _square_image_processor(image_processor, image_aspect_ratio)
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
+
+    @classmethod
+    def from_args_and_dict(cls, args, processor_dict, **kwargs):
+        """As of transformers, which drops a setting that it does not know without a word."""
+        known = {*inspect.signature(cls.__init__).parameters, *TRANSFORMERS_KEYS}
+        for name in processor_dict:
+            if name not in known and not name.startswith("_"):
+                raise ValueError(
+                    f"processor_config.json: SQLlavaProcessor has no setting {name!r}{_meant(name, known)}."
+                )
+        # Those of `from_pretrained` may be meant for the tokenizer, the image processor or the download.
+        for name in kwargs:
+            if name not in known and (meant := _meant(name, known)):
+                raise ValueError(f"SQLlavaProcessor has no setting {name!r}{meant}")
+        return super().from_args_and_dict(args, processor_dict, **kwargs)
 
     def _register_tokens(self, tokenizer):
         new_tokens = [IMAGE_TOKEN] + [VUSR_TOKEN] * (self.vusr_marker == VUSR_TOKEN)
@@ -231,6 +276,20 @@ class SQLlavaProcessor(ProcessorMixin):
             # transformers does not save this flag, and a reloaded tokenizer would give other tokens than it was
             # trained with (Mistral's puts a space after each special token, Llama's does not).
             tokenizer.init_kwargs["legacy"] = tokenizer.legacy
+
+    def _find_control_tokens(self, tokenizer) -> list[str]:
+        """
+        What no text of a message may contain: it would forge an image, a turn or its end. Of the tokenizer's special
+        tokens these are begin, end, padding and unknown token, and those that its chat template writes; other ones,
+        such as a user's `<box>`, are text. The template that is written lists them, so that they are found again.
+        """
+        templates = tokenizer.chat_template or ""
+        templates = "".join(templates.values()) if isinstance(templates, dict) else templates
+        special_tokens = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+        named = (tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token, tokenizer.unk_token)
+        of_sequence = {token for token in named if token is not None}
+        of_template = {token for token in special_tokens if token in templates}
+        return sorted({IMAGE_TOKEN, VUSR_TOKEN, self.vusr_marker} | of_sequence | of_template)
 
     def _write_chat_template(self, tokenizer) -> str:
         # Trainers and servers tokenize a rendered template without adding special tokens: so the template writes the
@@ -265,12 +324,20 @@ class SQLlavaProcessor(ProcessorMixin):
         )
 
 
+def _meant(name: str, known: set[str]) -> str:
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.8)
+    return f": did you mean {close[0]!r}?" if close else ""
+
+
 def _square_image_processor(image_processor, image_aspect_ratio: ImageAspectRatio):
-    """LLaVA's image processor with the size, mean and interpolation of a CLIP, SigLIP or BLIP-2 one."""
-    if not type(image_processor).__name__.startswith("LlavaImageProcessor"):
+    """Our image processor with the size, mean and interpolation of a CLIP, SigLIP, BLIP-2 or LLaVA one."""
+    # By name: remote code and an import are two classes.
+    if type(image_processor).__name__.startswith("LlavaImageProcessor"):
+        image_processor = SQLlavaImageProcessor.from_dict(image_processor.to_dict())
+    elif type(image_processor).__name__ != "SQLlavaImageProcessor":
         size = image_processor.crop_size if image_processor.do_center_crop else image_processor.size
         side = size["height"] if "height" in size else size["shortest_edge"]
-        image_processor = _llava_image_processor_class()(
+        image_processor = SQLlavaImageProcessor(
             size={"shortest_edge": side},
             crop_size={"height": side, "width": side},
             resample=image_processor.resample,
@@ -279,14 +346,6 @@ def _square_image_processor(image_processor, image_aspect_ratio: ImageAspectRati
         )
     image_processor.do_pad = image_aspect_ratio == "pad"
     return image_processor
-
-
-def _llava_image_processor_class():
-    if is_torchvision_available():
-        from transformers import LlavaImageProcessor
-
-        return LlavaImageProcessor
-    return LlavaImageProcessorPil
 
 
 SQLlavaProcessor.register_for_auto_class()

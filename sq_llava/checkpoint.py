@@ -9,13 +9,15 @@ A folder is either a plain checkpoint (`config.json`, weights, processor, code) 
 (`sq_llava/convert.py`).
 """
 
-import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from peft import PeftModel
 from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
     AutoImageProcessor,
     AutoModel,
@@ -31,6 +33,10 @@ from configuration_sq_llava import SQLlavaConfig
 from modeling_sq_llava import SQLlavaForConditionalGeneration
 from processing_sq_llava import SQLlavaProcessor
 from sq_llava.card import write_card
+from sq_llava.early_checks import require_new_folder
+from sq_llava.inspection import TOKENIZER, inspect
+from sq_llava.layouts import NAMES, recognise
+from sq_llava.locations import base_of_adapter, fetch, find_config, is_adapter, revision_of_base
 from sq_llava.provenance import public_name, read_provenance, write_provenance
 
 
@@ -41,31 +47,21 @@ AutoProcessor.register(SQLlavaConfig, SQLlavaProcessor, exist_ok=True)
 
 # The vocabulary is padded to a multiple of this, so that the LM head's matrix product runs on whole tiles.
 VOCABULARY_MULTIPLE = 64
+# Files without which a processor cannot be loaded, as an inspection names what is missing.
+NEEDED = ("processor_config.json", TOKENIZER)
+SHOWN_FAULTS = 3
 # What the processor adds to a language model's tokenizer, at most.
 NEW_TOKENS = ("<image>", "[vusr]", "<pad>")
 
 
-def is_adapter(path: str | os.PathLike) -> bool:
-    """Whether a local folder holds a PEFT adapter rather than a whole checkpoint."""
-    return (Path(path) / "adapter_config.json").is_file()
-
-
-def is_missing_folder(path: str | os.PathLike) -> bool:
-    """Whether a path is none of the Hub's ids (`org/name`), but of a folder that is not there."""
-    path = str(path)
-    folder = Path(path).expanduser()
-    return not folder.is_dir() and (path.count("/") != 1 or path[0] in "./~" or folder.parent.is_dir())
-
-
-def base_of_adapter(path: str | os.PathLike) -> str:
-    """The path or Hub id of the checkpoint that an adapter stands on."""
-    base = json.loads((Path(path) / "adapter_config.json").read_text())["base_model_name_or_path"]
-    if Path(base).is_absolute() and not Path(base).is_dir():
-        raise FileNotFoundError(
-            f"{path}/adapter_config.json: base_model_name_or_path is {base}, which does not exist. Put the base model "
-            "back there, or write its new path into that field."
-        )
-    return base
+def stop_token_ids(own: int | list[int] | None, processor: SQLlavaProcessor) -> int | list[int]:
+    """
+    The ids at which generation stops: the delimiter that the chat template writes behind each answer, and those that
+    the language model names itself, which may be others (a base model's end of text, or one of three of Llama 3).
+    """
+    own = [] if own is None else [own] if isinstance(own, int) else own
+    ids = list(dict.fromkeys([processor.tokenizer.eos_token_id, *own]))
+    return ids[0] if len(ids) == 1 else ids
 
 
 def _vision_config(vision_model: str) -> PreTrainedConfig:
@@ -73,6 +69,33 @@ def _vision_config(vision_model: str) -> PreTrainedConfig:
     config = getattr(config, "vision_config", config)
     config.name_or_path = public_name(vision_model)  # the configuration is published
     return config
+
+
+def text_config_of(text_model: str) -> PreTrainedConfig:
+    """
+    The configuration of a language model, or of the text part of a multimodal one that transformers loads as a causal
+    language model, such as Gemma 3 or Llama 4.
+
+    Raises:
+        ValueError: if it loads none from there, or the text part needs more than embeddings.
+    """
+    config = AutoConfig.from_pretrained(text_model)
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise ValueError(
+            f"The language model {text_model} is a {config.model_type}, from which transformers loads no causal "
+            "language model (AutoModelForCausalLM). Give one, or a multimodal model whose text part it loads, such as "
+            "Gemma 3."
+        )
+    text_config = config.get_text_config(decoder=True)
+    if getattr(text_config, "hidden_size_per_layer_input", None):  # Gemma 3n and the small ones of Gemma 4
+        raise ValueError(
+            f"The language model {text_model} is a {config.model_type} that reads token ids in each of its layers, "
+            "where an image has none. Give another one."
+        )
+    if text_config is not config:
+        text_config.name_or_path = config.name_or_path
+        text_config.dtype = text_config.dtype or config.dtype
+    return text_config
 
 
 def _qformer_fields(qformer_model: str | None) -> dict:
@@ -118,7 +141,7 @@ def compose_config(
     The configuration that [`compose`] would give, without tokenizer and weights: for planning. The vocabulary has room
     for the new tokens, whether or not the model's own has.
     """
-    text_config = AutoConfig.from_pretrained(text_model)
+    text_config = text_config_of(text_model)
     image_token_id = text_config.vocab_size
     grown = image_token_id + len(NEW_TOKENS)
     text_config.vocab_size = -(-grown // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
@@ -138,7 +161,7 @@ def compose_processor(
     """The processor that [`compose`] would give, without any weights."""
     config = SQLlavaConfig(
         vision_config=_vision_config(vision_model),
-        text_config=AutoConfig.from_pretrained(text_model),
+        text_config=text_config_of(text_model),
         prototype_variant="none",  # it makes no difference to what is asked here
         **_qformer_fields(qformer_model),
     )
@@ -164,7 +187,8 @@ def compose(
 
     Args:
         vision_model (`str`): Path or Hub id of a CLIP or SigLIP model, whole or its vision part, or of a BLIP-2 model.
-        text_model (`str`): Path or Hub id of any causal language model of transformers.
+        text_model (`str`): Path or Hub id of any causal language model of transformers, or of a multimodal model that
+            it loads as one, whose text part is taken: Gemma 3, Llama 4.
         qformer_model (`str`, *optional*): Path or Hub id of a BLIP-2 model, for its Q-Former.
         dtype, attn_implementation: As for `from_pretrained`.
         processor_kwargs (`dict`, *optional*): Settings of [`SQLlavaProcessor`]: `image_aspect_ratio`, ...
@@ -176,48 +200,171 @@ def compose(
     vision_config = _vision_config(vision_model)
     processor = compose_processor(vision_model, text_model, qformer_model, **(processor_kwargs or {}))
     tokenizer = processor.tokenizer
-    text_model = AutoModelForCausalLM.from_pretrained(text_model, dtype=dtype, attn_implementation=attn_implementation)
-    text_model.config.name_or_path = public_name(text_model.config.name_or_path)
+    # Of a multimodal model it is the whole, whose text part is taken below.
+    whole = AutoModelForCausalLM.from_pretrained(text_model, dtype=dtype, attn_implementation=attn_implementation)
+    text_config = whole.config.get_text_config(decoder=True)
+    text_config.name_or_path = public_name(whole.config.name_or_path)
+    text_config.tie_word_embeddings = whole.config.tie_word_embeddings
     config_kwargs |= _qformer_fields(qformer_model)
-    config = SQLlavaConfig(vision_config=vision_config, text_config=text_model.config, **config_kwargs)
-    if len(tokenizer) > text_model.config.vocab_size:
-        text_model.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=VOCABULARY_MULTIPLE)
-    text_model.config.pad_token_id = tokenizer.pad_token_id
+    config = SQLlavaConfig(vision_config=vision_config, text_config=text_config, **config_kwargs)
+    if len(tokenizer) > text_config.vocab_size:
+        whole.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=VOCABULARY_MULTIPLE)
+    text_config.pad_token_id = tokenizer.pad_token_id
     config.image_token_id = processor.image_token_id
     config.vusr_token_id = processor.vusr_token_id
 
     model = SQLlavaForConditionalGeneration._from_config(
-        config, dtype=text_model.dtype, attn_implementation=attn_implementation
+        config, dtype=whole.dtype, attn_implementation=attn_implementation
     )
-    vision_tower = load_vision_tower(vision_model, dtype=text_model.dtype)
+    vision_tower = load_vision_tower(vision_model, dtype=whole.dtype)
     model.model.vision_tower.load_state_dict(vision_tower.state_dict())
     if qformer_model is not None:
-        weights = _Blip2ImageSide.from_pretrained(qformer_model, dtype=text_model.dtype).state_dict()
+        weights = _Blip2ImageSide.from_pretrained(qformer_model, dtype=whole.dtype).state_dict()
         model.model.resampler.load_state_dict({name: weights[name] for name in model.model.resampler.state_dict()})
-    model.model.language_model.load_state_dict(text_model.base_model.state_dict())
-    model.lm_head.load_state_dict(text_model.get_output_embeddings().state_dict())
+    language_model = model.model.language_model
+    text_part = next(module for module in whole.modules() if type(module) is type(language_model))
+    language_model.load_state_dict(text_part.state_dict())
+    model.lm_head.load_state_dict(whole.get_output_embeddings().state_dict())
     model.tie_weights()
     model.generation_config.update(
         bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=text_model.generation_config.eos_token_id or tokenizer.eos_token_id,
+        eos_token_id=stop_token_ids(whole.generation_config.eos_token_id, processor),
         pad_token_id=tokenizer.pad_token_id,
     )
     return model, processor
 
 
-def load_checkpoint(path: str, **kwargs) -> tuple[SQLlavaForConditionalGeneration | PeftModel, SQLlavaProcessor]:
+def require_kind(model: str | os.PathLike, revision: str | None = None) -> str:
     """
-    Loads a plain checkpoint (path or Hub id), or an adapter folder on its base, and the processor.
+    `"checkpoint"` or `"adapter"`, by the configuration alone; of a Hub id nothing else is fetched.
+
+    Raises:
+        ValueError: if there is no such model, or it is one of another kind.
+    """
+    folder = find_config(model, revision).parent
+    try:
+        kind = recognise(str(folder)).kind
+    except ValueError as error:
+        raise ValueError(f"{model} is no SQ-LLaVA. {error}") from error
+    if kind not in ("checkpoint", "adapter"):
+        raise ValueError(
+            f"{model} is {NAMES[kind]}, not a SQ-LLaVA of this library. Convert it first: "
+            f"sq-llava convert {model} --out FOLDER"
+        )
+    return kind
+
+
+def require_model(model: str | os.PathLike, revision: str | None = None) -> Path:
+    """
+    The folder of a SQ-LLaVA or an adapter, fetched from the Hub if needed. The weights are not read.
+
+    Raises:
+        ValueError: as [`require_kind`] and [`require_whole`].
+    """
+    kind = require_kind(model, revision)
+    folder = fetch(model, revision)
+    require_whole(folder, _find_base(folder).parent if kind == "adapter" else None, str(model))
+    return folder
+
+
+def require_whole(folder: Path, base: Path | None = None, name: str | None = None) -> None:
+    """
+    The check of `sq-llava inspect`, for the files that loading a SQ-LLaVA or an adapter reads.
+
+    Args:
+        base (`Path`, *optional*): Folder of the base of an adapter. Default: what it names, if that is here.
+        name (`str`, *optional*): What errors call it. Default: the folder.
+
+    Raises:
+        ValueError: if files or weights are missing, of another shape or too many.
+    """
+    inspection = inspect(folder, base, only_loaded=True)
+    faults = [*inspection.faults, *(f"{file} is missing" for file in inspection.missing if file in NEEDED)]
+    if faults:
+        more = f"; and {len(faults) - SHOWN_FAULTS} more" if len(faults) > SHOWN_FAULTS else ""
+        raise ValueError(
+            f"{name or folder} cannot be loaded: {'; '.join(faults[:SHOWN_FAULTS])}{more}. "
+            f"All of it: sq-llava inspect {folder}"
+        )
+
+
+def load_model(
+    model: str | os.PathLike, processor: SQLlavaProcessor | None = None, revision: str | None = None, **kwargs
+) -> SQLlavaForConditionalGeneration:
+    """
+    Loads a plain checkpoint that [`require_model`] finds whole.
+
+    Args:
+        model: A folder, or a Hub id; the model keeps it as its name.
+        processor ([`SQLlavaProcessor`], *optional*): The model stops at its delimiter. Default: as it was saved.
+        revision (`str`, *optional*): Branch, tag or commit on the Hub.
+        kwargs: As for `from_pretrained`: `dtype`, `device_map`, `attn_implementation`, ...
+    """
+    folder = require_model(model, revision)
+    if is_adapter(folder):
+        raise ValueError(f"{model} is an adapter, where a plain checkpoint is needed: merge it first.")
+    return _load_plain(folder, str(model), processor, **kwargs)
+
+
+def _load_plain(
+    folder: Path, name: str, processor: SQLlavaProcessor | None, **kwargs
+) -> SQLlavaForConditionalGeneration:
+    model = SQLlavaForConditionalGeneration.from_pretrained(folder, **kwargs)
+    if processor is not None:
+        model.generation_config.eos_token_id = stop_token_ids(model.generation_config.eos_token_id, processor)
+    # An adapter on it names its base by this: a Hub id, rather than its folder in the cache.
+    model.name_or_path = model.config.name_or_path = name
+    return model
+
+
+def load_base_of(
+    adapter: str | os.PathLike, processor: SQLlavaProcessor | None = None, **kwargs
+) -> SQLlavaForConditionalGeneration:
+    """Loads the plain checkpoint that an adapter stands on, at the commit that the adapter names; see `load_model`."""
+    base, revision = _base_and_revision(adapter)
+    with _errors_of_base(adapter):
+        return load_model(base, processor, revision, **kwargs)
+
+
+def _find_base(adapter: str | os.PathLike) -> Path:
+    """The configuration of the checkpoint that an adapter stands on."""
+    with _errors_of_base(adapter):
+        return find_config(*_base_and_revision(adapter))
+
+
+def _base_and_revision(adapter: str | os.PathLike) -> tuple[str, str | None]:
+    base = base_of_adapter(adapter)
+    # A commit is one of a repository; a folder has none.
+    return base, None if Path(base).expanduser().is_dir() else revision_of_base(adapter)
+
+
+@contextmanager
+def _errors_of_base(adapter: str | os.PathLike) -> Iterator[None]:
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"The base of the adapter {adapter}: {error}") from error
+
+
+def load_checkpoint(
+    path: str, revision: str | None = None, **kwargs
+) -> tuple[SQLlavaForConditionalGeneration | PeftModel, SQLlavaProcessor]:
+    """
+    Loads a plain checkpoint, or an adapter on its base, and the processor.
 
     Args:
         path (`str`): The folder, or a Hub id.
+        revision (`str`, *optional*): Branch, tag or commit on the Hub.
         kwargs: As for `from_pretrained` of the model: `dtype`, `device_map`, `attn_implementation`, ...
+
+    Raises:
+        ValueError: if it is no SQ-LLaVA, or not whole.
     """
-    processor = SQLlavaProcessor.from_pretrained(path)
-    if not is_adapter(path):
-        return SQLlavaForConditionalGeneration.from_pretrained(path, **kwargs), processor
-    base = SQLlavaForConditionalGeneration.from_pretrained(base_of_adapter(path), **kwargs)
-    return PeftModel.from_pretrained(base, path), processor
+    folder = require_model(path, revision)
+    processor = SQLlavaProcessor.from_pretrained(folder)
+    if not is_adapter(folder):
+        return _load_plain(folder, str(path), processor, **kwargs), processor
+    return PeftModel.from_pretrained(load_base_of(folder, processor, **kwargs), folder), processor
 
 
 def merge_adapter(adapter: str, output_dir: str) -> None:
@@ -225,19 +372,19 @@ def merge_adapter(adapter: str, output_dir: str) -> None:
     Merges an adapter into its base and saves a plain checkpoint: weights, processor and the code that loads them.
 
     Args:
-        adapter (`str`): Folder that `train_sft.py` wrote.
-        output_dir (`str`): Folder for the checkpoint. It must not be the adapter's own.
+        adapter (`str`): Folder that `train_sft.py` wrote, or a Hub id.
+        output_dir (`str`): Folder for the checkpoint; it must be new or empty.
     """
     if not is_adapter(adapter):
         raise ValueError(
             f"{adapter} holds no adapter_config.json: give the output_dir of a training stage. (A stage with "
             "full_finetuning needs no merge: its output_dir is a plain checkpoint.)"
         )
-    if Path(output_dir).resolve() == Path(adapter).resolve():
-        raise ValueError(f"{output_dir} is the adapter's own folder: give another one for the merged checkpoint.")
+    require_new_folder(output_dir)
+    provenance = read_provenance(fetch(adapter))
     model, processor = load_checkpoint(adapter)
     merged = model.merge_and_unload()
     merged.save_pretrained(output_dir)
     processor.save_pretrained(output_dir)
-    write_provenance(output_dir, read_provenance(adapter))
+    write_provenance(output_dir, provenance)
     write_card(output_dir)

@@ -29,7 +29,8 @@ from configuration_sq_llava import SQLlavaConfig
 from modeling_sq_llava import PROTOTYPE_EXTRACTORS, SQLlavaForConditionalGeneration
 from processing_sq_llava import SYSTEM_MESSAGE, VUSR_TOKEN, SQLlavaProcessor
 from sq_llava.card import write_card
-from sq_llava.checkpoint import NEW_TOKENS, VOCABULARY_MULTIPLE
+from sq_llava.checkpoint import NEW_TOKENS, VOCABULARY_MULTIPLE, stop_token_ids
+from sq_llava.early_checks import require_new_folder
 from sq_llava.layouts import NAMES, Layout, is_original, read_json
 from sq_llava.provenance import public_name, write_provenance
 from sq_llava.weights import (
@@ -106,8 +107,7 @@ def plan(
         ValueError: if anything is missing, superfluous, damaged, or does not fit.
     """
     out = Path(out).expanduser().absolute()
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"{out} is there already: give a new folder.")
+    require_new_folder(out)
     _require_parts(layout, prototypes)
     _require_vicuna_prompts(layout)
     sources = read_sources(layout)
@@ -401,14 +401,17 @@ def _add_new_extractor(
 
 
 def _set_generation(model: SQLlavaForConditionalGeneration, processor: SQLlavaProcessor, layout: Layout) -> None:
-    """Greedy, and ends as the source ends; its temperature goes, which transformers warns about without sampling."""
+    """
+    Greedy, and stops as the source does and at the delimiter. Its temperature, which transformers would warn about
+    without sampling, is left out.
+    """
     file = (layout.base or layout.path) / "generation_config.json"
     ends = read_json(file).get("eos_token_id") if file.is_file() else None
     tokenizer = processor.tokenizer
     model.generation_config.update(
         do_sample=False,
         bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id if ends is None else ends,
+        eos_token_id=stop_token_ids(ends, processor),
         pad_token_id=tokenizer.pad_token_id,
     )
 

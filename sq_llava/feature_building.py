@@ -31,14 +31,19 @@ from peft import PeftModel
 from rich.console import Console
 from rich.progress import Progress, TextColumn
 from torch.utils.data import DataLoader, Dataset
-from transformers import AutoConfig
 from transformers.integrations import is_deepspeed_zero3_enabled
 from trl import ModelConfig, SFTConfig
 
 from modeling_sq_llava import SQLlavaForConditionalGeneration, SQLlavaModel
 from processing_sq_llava import SQLlavaProcessor
 from sq_llava.adapter import without_adapter
-from sq_llava.checkpoint import base_of_adapter, compose_config, is_adapter, load_vision_tower
+from sq_llava.checkpoint import (
+    compose_config,
+    load_base_of,
+    load_model,
+    load_vision_tower,
+    text_config_of,
+)
 from sq_llava.data import load_rows
 from sq_llava.feature_cache import (
     DIGEST,
@@ -53,7 +58,8 @@ from sq_llava.feature_cache import (
     tower_key,
     write_whole,
 )
-from sq_llava.images import Fault, image_faults, image_name, open_image, squared
+from sq_llava.images import Fault, image_faults, image_name, open_image
+from sq_llava.locations import is_adapter
 from sq_llava.settings import SQLlavaArguments, composed_processor, require_frozen_tower, starting_point
 from sq_llava.sources import DataSource
 
@@ -217,13 +223,13 @@ def load_tower(arguments: SQLlavaArguments, model_config: ModelConfig) -> SQLlav
     start, parts = starting_point(arguments, model_config)
     loading = {"attn_implementation": model_config.attn_implementation}
     if start is not None:
-        base = base_of_adapter(start) if is_adapter(start) else start
-        whole = SQLlavaForConditionalGeneration.from_pretrained(base, dtype=model_config.dtype, **loading)
+        load = load_base_of if is_adapter(start) else load_model
+        whole = load(start, dtype=model_config.dtype, **loading)
         whole.model.language_model = None
         return whole.model.eval()
     dtype = model_config.dtype
     if dtype in (None, "auto"):
-        dtype = AutoConfig.from_pretrained(parts[1]).dtype  # training gives the tower that of the language model
+        dtype = text_config_of(parts[1]).dtype  # training gives the tower that of the language model
         if dtype is None:
             raise ValueError(f"dtype is 'auto', but the configuration of {parts[1]} names none: give dtype.")
     with torch.device("meta"):
@@ -250,10 +256,10 @@ class PixelReader(Dataset):
             data = image_bytes(image)
             if digest_of(data) != digest:
                 raise ValueError(f"{image_name(image)} has changed since the start: run the same once more.")
-            square = squared(open_image({"bytes": data, "path": image_name(image)}), self.processor.image_processor)
+            opened = open_image({"bytes": data, "path": image_name(image)})
         except (OSError, ValueError) as error:
             return ValueError(f"{self.images.place(place)}: {error}")
-        return self.processor.image_processor([square], return_tensors="pt")["pixel_values"][0]
+        return self.processor.image_processor([opened], return_tensors="pt")["pixel_values"][0]
 
 
 @dataclass

@@ -10,30 +10,31 @@
 checkpoint's folder; the library's own classes are used.
 """
 
+import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from importlib import import_module
 from itertools import chain
-from pathlib import Path
 from threading import Event
 
 import torch
-from huggingface_hub import hf_hub_download
 from jinja2 import TemplateError
 from PIL import Image
 from transformers import (
     BitsAndBytesConfig,
     LogitsProcessorList,
+    PreTrainedModel,
     StoppingCriteria,
     StoppingCriteriaList,
     TextIteratorStreamer,
 )
-from transformers.utils import is_bitsandbytes_available
 
-from modeling_sq_llava import SQLlavaForConditionalGeneration
+from modeling_sq_llava import CACHE_NAME, SQLlavaForConditionalGeneration
 from processing_sq_llava import SQLlavaProcessor
-from sq_llava.checkpoint import is_adapter, is_missing_folder, load_checkpoint
-from sq_llava.images import squared
+from sq_llava.checkpoint import load_checkpoint
+from sq_llava.console import needs_extra
+from sq_llava.early_checks import require_device, require_dtype
 from sq_llava.messages import images_of, place_images, place_images_of_all
 from sq_llava.prefix_cache import PrefixCache, allows_gaps, common_length, pad_left
 from sq_llava.sampling import SeededDraw
@@ -60,8 +61,13 @@ class Assistant:
                 `messages`; where there are none, they stand before the first user turn's text.
             messages: A question, or a list of messages whose last one is the user's.
 
+            max_new_tokens (`int`): At most; fewer where the model's context ends before.
+
         Returns:
             The answer, stripped.
+
+        Raises:
+            ValueError: if the conversation fills the model's context.
         """
         return self.answer_batch([(images, messages)], max_new_tokens, **generate_kwargs)[0]
 
@@ -75,9 +81,17 @@ class Assistant:
         settings = {"do_sample": False, **generate_kwargs, "max_new_tokens": max_new_tokens}
         if self.model.config.model_type != "sq_llava":
             inputs = _encode(self, conversations)
+            lengths = inputs["attention_mask"].sum(dim=1).tolist()
+        else:
+            prompts = _token_ids(self, conversations)
+            lengths = [len(prompt) for prompt in prompts]
+        settings["max_new_tokens"] = room_in_context(self.model, [max(lengths)], max_new_tokens)
+        if len(requests) > 1 and settings["max_new_tokens"] < max_new_tokens:
+            # The context ends the answer to the longest prompt; the other answers are as long as alone.
+            return [self.answer(*request, max_new_tokens, **generate_kwargs) for request in requests]
+        if self.model.config.model_type != "sq_llava":
             output = self.model.generate(**inputs, **settings)
             return _decode(self, output[:, inputs["input_ids"].shape[1] :])
-        prompts = _token_ids(self, conversations)
         images = [images_of(conversation) for conversation in conversations]
         groups = _groups_with_one_prefix(prompts, images, self.processor.image_token_id)
         if len(groups) < len(requests) and _can_share(self.model, prompts, settings):
@@ -101,7 +115,7 @@ class Assistant:
         cache.read(prefixes, _pixels(self, list(chain.from_iterable(images[group[0]] for group in groups))))
         row_of_prompt = {number: row for row, group in enumerate(groups) for number in group}
         cache = cache.select([row_of_prompt[number] for number in range(len(prompts))])
-        return {**cache.continue_with(prompts), "past_key_values": cache.states}
+        return {**cache.continue_with(prompts), CACHE_NAME: cache.states}
 
     def stream(
         self, images, messages, max_new_tokens: int = 512, ask: bool = False, **generate_kwargs
@@ -121,12 +135,7 @@ class Assistant:
             ValueError: if the conversation fills the model's context.
         """
         inputs = _encode(self, [place_images(images, messages)], ask=ask)
-        length, limit = inputs["input_ids"].shape[1], self.model.config.text_config.max_position_embeddings
-        if length >= limit:
-            raise ValueError(
-                f"The conversation has {length} tokens, of {limit} that this model reads: begin a new one."
-            )
-        max_new_tokens = min(max_new_tokens, limit - length)
+        max_new_tokens = room_in_context(self.model, [inputs["input_ids"].shape[1]], max_new_tokens)
         streamer = TextIteratorStreamer(self.processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
         is_closed = _IsClosed()
         settings = {"do_sample": False, **generate_kwargs, "max_new_tokens": max_new_tokens}
@@ -241,38 +250,62 @@ def load(
         device (`str`, *optional*): `"cuda"`, `"mps"`, `"cpu"`, ...; default: the first of these there is.
         dtype (`str`): `"auto"` (as saved), `"float32"`, `"bfloat16"`, `"float16"`.
         load_in_4bit, load_in_8bit (`bool`): Let bitsandbytes hold the towers' weights in so many bits.
-        kwargs: As for `from_pretrained` of the model. With `device_map`, leave `device` out.
+        kwargs: As for `from_pretrained` of the model, also `revision`. With `device_map`, leave `device` out.
 
     Raises:
-        ValueError: if the path is that of a folder which is not there, or holds no model; without bitsandbytes.
+        ValueError: if there is no such model, it is no SQ-LLaVA, or not whole; if there is no such device or dtype;
+            without bitsandbytes.
     """
+    require_device(device)
+    require_dtype(str(dtype).removeprefix("torch."))
     if load_in_4bit or load_in_8bit:
         kwargs["quantization_config"] = _bits(load_in_4bit, load_in_8bit, dtype)
         kwargs.setdefault("device_map", {"": device or best_device()})
-    path = str(path)
-    folder = Path(path).expanduser()
-    if folder.is_dir():
-        if not (folder / "config.json").is_file() and not is_adapter(folder):
-            raise ValueError(f"{path} holds neither config.json nor adapter_config.json: give a folder with a model.")
-        path = str(folder)
-    elif is_missing_folder(path):
-        raise ValueError(f"{path}: no such folder. Give one with a model, or a Hub id such as org/name.")
-    else:
-        try:
-            hf_hub_download(path, "config.json", revision=kwargs.get("revision"))
-        except (OSError, ValueError) as error:
-            raise ValueError(f"{path}: not in the cache, and not to be had from the Hub: {error}") from error
-    model, processor = load_checkpoint(path, dtype=dtype, **kwargs)
+    model, processor = load_checkpoint(str(path), dtype=dtype, **kwargs)
     if "device_map" not in kwargs:
         model.to(device or best_device())
     return Assistant(model.eval(), processor)
 
 
+def prompt_length(assistant: Assistant, conversation: list[dict], ask: bool = False) -> int:
+    """Tokens of a prompt, with those of its images, none of which is opened."""
+    return len(_token_ids(assistant, [conversation], ask)[0])
+
+
+def context_length(model: PreTrainedModel) -> int:
+    """Tokens that the language model reads and writes at most; without a bound, as of Mamba, the largest integer."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
+
+
+def room_in_context(model: PreTrainedModel, prompt_lengths: list[int], max_new_tokens: int) -> int:
+    """
+    How many tokens are generated behind prompts of these lengths: `max_new_tokens`, or for one prompt fewer, where the
+    model's context ends before.
+
+    Raises:
+        ValueError: if a prompt fills the context, or one of several leaves no room for `max_new_tokens`: the others
+            would be cut off too.
+    """
+    length, limit = max(prompt_lengths), context_length(model)
+    if length >= limit:
+        raise ValueError(
+            f"The conversation has {length:,} tokens, but this model reads at most {limit:,}: shorten it, or begin a "
+            "new one."
+        )
+    if len(prompt_lengths) > 1 and length + max_new_tokens > limit:
+        raise ValueError(
+            f"The longest of {len(prompt_lengths)} conversations has {length:,} tokens. With {max_new_tokens:,} to be "
+            f"generated (max_new_tokens) these are more than the {limit:,} that this model reads: shorten it, give a "
+            "smaller max_new_tokens, or give the conversations one by one."
+        )
+    return min(max_new_tokens, limit - length)
+
+
 def _bits(load_in_4bit: bool, load_in_8bit: bool, dtype: str) -> BitsAndBytesConfig:
     if load_in_4bit and load_in_8bit:
         raise ValueError("load_in_4bit and load_in_8bit are both given: choose one.")
-    if not is_bitsandbytes_available():
-        raise ValueError("load_in_4bit and load_in_8bit need bitsandbytes: pip install bitsandbytes.")
+    with needs_extra("quantization"):
+        import_module("bitsandbytes")
     if load_in_8bit:
         return BitsAndBytesConfig(load_in_8bit=True)
     compute_dtype = "bfloat16" if dtype == "auto" else dtype
@@ -340,11 +373,11 @@ class Talks:
     @torch.inference_mode()
     def answer(self, max_new_tokens: int) -> list[str]:
         """Answers the last turns greedily, and appends the answers."""
-        prompts = self._prompts(ask=False, num_new_tokens=max_new_tokens)
+        prompts, max_new_tokens = self._prompts(ask=False, max_new_tokens=max_new_tokens)
         images = self._unseen_pixels()
         inputs = self.cache.continue_with(prompts)
         output = self.assistant.model.generate(
-            **inputs, **images, past_key_values=self.cache.states, do_sample=False, max_new_tokens=max_new_tokens
+            **inputs, **images, **{CACHE_NAME: self.cache.states}, do_sample=False, max_new_tokens=max_new_tokens
         )
         new_tokens = output[:, inputs["input_ids"].shape[1] :]
         # The cache holds all but the last token, which was never fed. What stands behind the end of a shorter answer
@@ -361,7 +394,7 @@ class Talks:
         self, num_questions: int, temperature: float, top_k: int, top_p: float, max_new_tokens: int
     ) -> list[list[str]]:
         """Samples questions in each conversation; they stay as they are."""
-        prompts = self._prompts(ask=True, num_new_tokens=max_new_tokens)
+        prompts, max_new_tokens = self._prompts(ask=True, max_new_tokens=max_new_tokens)
         inputs = self.cache.read(prompts, self._unseen_pixels())
         rows = [row for row in range(len(prompts)) for _ in range(num_questions)]
         images = {}
@@ -372,7 +405,7 @@ class Talks:
             input_ids=inputs["input_ids"][rows],
             attention_mask=inputs["attention_mask"][rows],
             **images,
-            past_key_values=self.cache.select(rows).states,
+            **{CACHE_NAME: self.cache.select(rows).states},
             do_sample=False,
             logits_processor=LogitsProcessorList([draw]),
             max_new_tokens=max_new_tokens,
@@ -380,12 +413,14 @@ class Talks:
         texts = _decode(self.assistant, output[:, inputs["input_ids"].shape[1] :])
         return [texts[start : start + num_questions] for start in range(0, len(texts), num_questions)]
 
-    def _prompts(self, ask: bool, num_new_tokens: int) -> list[list[int]]:
+    def _prompts(self, ask: bool, max_new_tokens: int) -> tuple[list[list[int]], int]:
+        """The conversations' tokens, and how many are to follow."""
         prompts = _token_ids(self.assistant, self.messages, ask)
-        length = self.cache.tokens.shape[1] + max(map(len, prompts)) + num_new_tokens
+        max_new_tokens = room_in_context(self.assistant.model, [len(prompt) for prompt in prompts], max_new_tokens)
+        length = self.cache.tokens.shape[1] + max(map(len, prompts)) + max_new_tokens
         if len(prompts) > 1 and not allows_gaps(self.assistant.model, length):
             self.cache = PrefixCache(self.assistant.model, len(prompts))
-        return prompts
+        return prompts, max_new_tokens
 
     def _unseen_pixels(self) -> dict[str, torch.Tensor]:
         """The images, if the cache does not hold them yet."""
@@ -395,9 +430,7 @@ class Talks:
 def _pixels(assistant: Assistant, images: list[Image.Image]) -> dict[str, torch.Tensor]:
     if not images:
         return {}
-    image_processor = assistant.processor.image_processor
-    pixel_values = image_processor([squared(image, image_processor) for image in images], return_tensors="pt")
-    pixel_values = pixel_values["pixel_values"]
+    pixel_values = assistant.processor.image_processor(images, return_tensors="pt")["pixel_values"]
     return {"pixel_values": pixel_values.to(assistant.model.device)}
 
 

@@ -10,23 +10,26 @@ left of them when something was interrupted. What it does not do: download, load
 import hashlib
 import json
 import math
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+from peft import PeftConfig, get_peft_model, get_peft_model_state_dict
 from rich.console import Console
 from rich.table import Table
+from transformers.utils import logging
 
 from configuration_sq_llava import SQLlavaConfig
 from modeling_sq_llava import SQLlavaForConditionalGeneration
 from sq_llava.layouts import NAMES, Layout, open_safetensors, read_pickle, read_weight_map, recognise
 from sq_llava.recovery import checkpoint_faults, step_of
+from sq_llava.resources import CODE_FILES, code_file
 
 
-CODE_FILES = ("configuration_sq_llava.py", "modeling_sq_llava.py", "processing_sq_llava.py")
-LIBRARY = Path(__file__).parent.parent
 WEIGHT_FILES = (
     "*.safetensors",
     "pytorch_model*.bin",
@@ -35,6 +38,8 @@ WEIGHT_FILES = (
     "mm_projector.bin",
     "Vit-lora/adapter_model.*",
 )
+LOADED_WEIGHTS = ("model*.safetensors", "adapter_model.safetensors")
+LOADED_CONFIGS = ("*config.json", "tokenizer.json", "model.safetensors.index.json")
 # The first that a weight's name holds decides which part it belongs to. The authors' projector holds the extractor.
 PARTS = {
     "vision": ("vision_tower.", "vision_model."),
@@ -44,7 +49,9 @@ PARTS = {
     "head": ("lm_head.",),
     "language model": ("language_model.", "model.layers.", "model.embed_tokens.", "model.norm."),
 }
+TOKENIZER = "a tokenizer (tokenizer.json or tokenizer.model)"
 DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64"}
+TORCH_DTYPES = {name: dtype for dtype, name in DTYPES.items()}
 MARKERS = ("user_marker", "vusr_marker", "assistant_marker", "image_aspect_ratio")
 TOKEN_IDS = ("image_token_id", "image_token_index", "vusr_token_id", "bos_token_id", "eos_token_id", "pad_token_id")
 ADDED_TOKENS = {"<image>": "image_token_id", "[vusr]": "vusr_token_id", "<pad>": "pad_token_id"}
@@ -94,10 +101,12 @@ class Inspection:
         return {"sound": self.sound, **asdict(self)}
 
 
-def inspect(path: str | Path) -> Inspection:
+def inspect(path: str | Path, base: Path | None = None, only_loaded: bool = False) -> Inspection:
     """
     Args:
         path: A folder, or the Hub id of one that is in the local cache.
+        base (`Path`, *optional*): Folder of the base of an adapter. Default: what it names, if that is here.
+        only_loaded (`bool`): Leave out the JSON and the weights that loading a SQ-LLaVA or an adapter does not read.
 
     Raises:
         ValueError: if there is no such folder, and nothing of that id in the cache.
@@ -106,10 +115,11 @@ def inspect(path: str | Path) -> Inspection:
     inspection = Inspection(str(path))
     files = sorted(file for file in folder.rglob("*") if file.is_file())
     inspection.files = {str(file.relative_to(folder)): file.stat().st_size for file in files}
-    configs = _read_configs(folder, inspection)
-    headers = _read_headers(folder, inspection)
+    configs = _read_configs(folder, inspection, LOADED_CONFIGS if only_loaded else ("*.json", "Vit-lora/*.json"))
+    headers = _read_headers(folder, inspection, LOADED_WEIGHTS if only_loaded else WEIGHT_FILES)
+    layout = None
     try:
-        layout = recognise(str(folder))
+        layout = recognise(str(folder), base)
     except ValueError as error:
         inspection.faults += [] if inspection.faults else [str(error)]
     else:
@@ -120,7 +130,7 @@ def inspect(path: str | Path) -> Inspection:
     _describe_settings(configs, inspection)
     _compare_code(folder, inspection)
     _look_for_checkpoints(folder, inspection)
-    _check_weights(folder, headers, configs, inspection)
+    _check_weights(folder, headers, configs, layout, inspection)
     _list_missing(configs, inspection)
     return inspection
 
@@ -135,10 +145,10 @@ def _local_folder(path: str) -> Path:
         raise ValueError(f"{path}: no such folder, and no such id in the local cache of the Hub.") from error
 
 
-def _read_configs(folder: Path, inspection: Inspection) -> dict[str, dict]:
+def _read_configs(folder: Path, inspection: Inspection, patterns: Sequence[str]) -> dict[str, dict]:
     """The JSON files at the top of the folder and of `Vit-lora`, by relative name."""
     configs = {}
-    for file in sorted([*folder.glob("*.json"), *folder.glob("Vit-lora/*.json")]):
+    for file in sorted({file for pattern in patterns for file in folder.glob(pattern)}):
         name = str(file.relative_to(folder))
         try:
             fields = json.loads(file.read_bytes())
@@ -152,10 +162,10 @@ def _read_configs(folder: Path, inspection: Inspection) -> dict[str, dict]:
     return configs
 
 
-def _read_headers(folder: Path, inspection: Inspection) -> dict[str, list[Tensor]]:
+def _read_headers(folder: Path, inspection: Inspection, patterns: Sequence[str]) -> dict[str, list[Tensor]]:
     """The weights of each file, without reading them into memory; `.bin` files are pickles, whose code is not run."""
     headers = {}
-    for file in sorted({file for pattern in WEIGHT_FILES for file in folder.glob(pattern)}):
+    for file in sorted({file for pattern in patterns for file in folder.glob(pattern)}):
         name = str(file.relative_to(folder))
         try:
             headers[name] = _header_of(file)
@@ -244,7 +254,7 @@ def _compare_code(folder: Path, inspection: Inspection) -> None:
     for name in CODE_FILES:
         file = folder / name
         if file.is_file():
-            digest, own = (hashlib.sha256(path.read_bytes()).hexdigest() for path in (file, LIBRARY / name))
+            digest, own = (hashlib.sha256(path.read_bytes()).hexdigest() for path in (file, code_file(name)))
             inspection.code[name] = {"sha256": digest, "as_in_this_library": digest == own}
 
 
@@ -254,7 +264,11 @@ def _look_for_checkpoints(folder: Path, inspection: Inspection) -> None:
 
 
 def _check_weights(
-    folder: Path, headers: dict[str, list[Tensor]], configs: dict[str, dict], inspection: Inspection
+    folder: Path,
+    headers: dict[str, list[Tensor]],
+    configs: dict[str, dict],
+    layout: Layout | None,
+    inspection: Inspection,
 ) -> None:
     if not headers and not inspection.checkpoints:
         inspection.faults.append("there is no file with weights that could be read")
@@ -271,47 +285,108 @@ def _check_weights(
         lost = sorted(name for name, file in places.items() if file in headers and (name, file) not in there)
         if lost:
             inspection.faults.append(f"{index}: {len(lost)} weights are not in the files it names: {lost[0]}, ...")
-    config = configs.get("config.json", {})
-    shapes = {
-        tensor.name: tensor.shape
-        for file, tensors in headers.items()
-        if file.startswith("model")
-        for tensor in tensors
+    if headers and not inspection.faults:
+        if inspection.kind == "checkpoint":
+            files = {file: tensors for file, tensors in headers.items() if file.startswith("model")}
+            inspection.faults += faults_of_weights(configs["config.json"], files)
+        elif inspection.kind == "adapter" and layout.base is not None:
+            inspection.faults += faults_of_adapter(folder, layout.base, headers)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the reports and bars of transformers: what they say is told in another way."""
+    verbosity, shows_bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity(logging.CRITICAL)
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if shows_bars:
+            logging.enable_progress_bar()
+
+
+def faults_of_weights(config: dict, headers: dict[str, list[Tensor]]) -> list[str]:
+    """
+    What transformers would find wrong with the weights of a plain checkpoint, if it loaded them: weights that
+    `config.json` asks for and no file has, of another shape, or that it has no place for. It is shown tensors without
+    content; so it applies its own rules for tied weights, fused experts and old names.
+    """
+    if "quantization_config" in config:
+        return []  # the names and shapes are those of the quantizer then
+    shapes = {tensor.name: tensor for tensors in headers.values() for tensor in tensors}
+    weights = {
+        name: torch.empty(tensor.shape, dtype=TORCH_DTYPES.get(tensor.dtype, torch.float32), device="meta")
+        for name, tensor in shapes.items()
     }
-    if config.get("model_type") == "sq_llava" and shapes and not inspection.faults:
-        _compare_shapes(config, shapes, inspection)
+    try:
+        with _quiet():
+            _, report = SQLlavaForConditionalGeneration.from_pretrained(
+                None,
+                config=SQLlavaConfig.from_dict(config),
+                state_dict=weights,
+                device_map="meta",
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
+            )
+    except RuntimeError:  # transformers names the weights only in its log
+        return ["weights of experts, which are joined into one when they are loaded, are missing or do not fit"]
+    return _describe_differences(
+        report["missing_keys"], report["mismatched_keys"], report["unexpected_keys"], "config.json"
+    )
 
 
-def _compare_shapes(config: dict, shapes: dict[str, tuple[int, ...]], inspection: Inspection) -> None:
-    """Whether a plain checkpoint holds just the weights that its configuration asks for."""
+def _describe_differences(missing: Iterable, mismatched: Iterable, unexpected: Iterable, asker: str) -> list[str]:
+    return [
+        *(f"{name}, which {asker} asks for, is in no file" for name in sorted(missing)),
+        *(
+            f"{name} has the shape {list(found)}, {asker} asks for {list(wanted)}"
+            for name, found, wanted in sorted(mismatched)
+        ),
+        *(f"{name} is in a file, but {asker} has no place for it" for name in sorted(unexpected)),
+    ]
+
+
+def faults_of_adapter(folder: Path, base: Path, headers: dict[str, list[Tensor]]) -> list[str]:
+    """The same of an adapter, by its `adapter_config.json` and the configuration of its base."""
+    if not (base / "config.json").is_file():
+        return [f"its base {base} holds no config.json"]
+    fields = json.loads((base / "config.json").read_bytes())
+    if fields.get("model_type") != "sq_llava":
+        return [f"its base {base} has the model_type {fields.get('model_type')!r}, not 'sq_llava'"]
+    peft_config = PeftConfig.from_pretrained(folder)
+    peft_config.init_lora_weights = False  # some ways of it compute with the weights of the base
     with torch.device("meta"):
-        model = SQLlavaForConditionalGeneration(SQLlavaConfig.from_dict(config))
-    expected = {name: tuple(weight.shape) for name, weight in model.state_dict().items()}
-    if model.config.tie_word_embeddings:
-        del expected["lm_head.weight"]
-    for name, shape in expected.items():
-        if name not in shapes:
-            inspection.faults.append(f"{name}, which config.json asks for, is in no file")
-        elif shapes[name] != shape:
-            inspection.faults.append(f"{name} has the shape {list(shapes[name])}, config.json asks for {list(shape)}")
-    unused = sorted(shapes.keys() - expected.keys())
-    if unused:
-        inspection.missing.append(f"a use for {len(unused)} weights: {', '.join(unused[:3])}")
+        model = SQLlavaForConditionalGeneration(SQLlavaConfig.from_dict(fields))
+        model.name_or_path = peft_config.base_model_name_or_path
+        adapted = get_peft_model(model, peft_config)
+    weights = get_peft_model_state_dict(adapted, save_embedding_layers=False)
+    wanted = {name: tuple(weight.shape) for name, weight in weights.items()}
+    found = {tensor.name: tensor.shape for tensors in headers.values() for tensor in tensors}
+    both = wanted.keys() & found.keys()
+    mismatched = [(name, found[name], wanted[name]) for name in both if wanted[name] != found[name]]
+    return _describe_differences(
+        wanted.keys() - found.keys(), mismatched, found.keys() - wanted.keys(), "adapter_config.json"
+    )
 
 
 def _list_missing(configs: dict[str, dict], inspection: Inspection) -> None:
     """What a folder of this kind has, and this one has not."""
     names = inspection.files.keys()
     is_ours = configs.get("config.json", {}).get("model_type") == "sq_llava"
-    is_stage = "SQLlava" in str(configs.get("adapter_config.json", {}).get("auto_mapping"))
+    is_stage = inspection.kind == "adapter"
     is_whole = "config.json" in names and not {"adapter_config.json", "mm_projector.bin"} & names
     if is_ours or is_stage:
-        wanted = ["processor_config.json", *(CODE_FILES if is_ours else ["processing_sq_llava.py"])]
-        inspection.missing += [name for name in wanted if name not in names]
+        # Checkpoints that were saved before there was an image processor of our own have no file of it.
+        is_older = "image_processing_sq_llava" not in str(configs.get("processor_config.json"))
+        of_processor = [name for name in CODE_FILES if "processing" in name and not (is_older and "image" in name)]
+        code = [name for name in CODE_FILES if "processing" not in name] if is_ours else []
+        inspection.missing += [name for name in ("processor_config.json", *code, *of_processor) if name not in names]
     if is_whole and "generation_config.json" not in names:
         inspection.missing.append("generation_config.json")
     if (is_whole or is_stage) and not {"tokenizer.json", "tokenizer.model"} & names:
-        inspection.missing.append("a tokenizer (tokenizer.json or tokenizer.model)")
+        inspection.missing.append(TOKENIZER)
 
 
 def print_inspection(inspection: Inspection, console: Console) -> None:

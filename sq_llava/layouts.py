@@ -20,7 +20,7 @@ from huggingface_hub import HfApi, snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import HTTPError
 from safetensors import SafetensorError, safe_open
 
-from sq_llava.checkpoint import is_missing_folder
+from sq_llava.locations import is_missing_folder
 
 
 Kind = Literal[
@@ -247,6 +247,9 @@ def _recognise_adapter(folder: Path, config: dict | None, adapter_config: dict) 
     }
     if (adapter_config.get("auto_mapping") or {}).get("base_model_class") == "SQLlavaForConditionalGeneration":
         return {"kind": "adapter", "evidence": "adapter_config.json names the class of this library", **fields}
+    # Published, it names a class that everyone has.
+    if "multi_modal_projector" in (adapter_config.get("modules_to_save") or []):
+        return {"kind": "adapter", "evidence": "adapter_config.json, by which the projector is trained", **fields}
     if config is None or not is_original(config):
         raise ValueError(
             _unknown(folder, "it has an adapter_config.json, but no config.json with the fields mm_* beside it")

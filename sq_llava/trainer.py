@@ -1,11 +1,12 @@
 """TRL's SFTTrainer with what SQ-LLaVA needs beside it: a learning rate for each part, and the weighted loss.
 
 The loss of an optimizer step is the weighted mean over all its labelled tokens, over all accumulation steps and
-processes: a token of an answer weighs 1, one of a self-question `question_loss_weight` (1 in the paper).
+processes: a token of an answer weighs 1, one of a self-question `question_loss_weight` (1 in the paper). A language
+model with experts adds its load-balancing loss, times `router_aux_loss_coef` (of the settings, or of its config.json).
 
 Logged beside the loss: `loss_answers`, `loss_questions` (means over their own tokens, unweighted),
 `mean_token_accuracy`, `self_question_share` (of all the turns that the model speaks), with packing `packing_fill`
-(tokens that are there, of those that packs have room for), and the learning rates.
+(tokens that are there, of those that packs have room for), with experts `aux_loss`, and the learning rates.
 
 Each step is looked at before it is applied, and work is not lost: see `sq_llava/recovery.py`.
 """
@@ -52,6 +53,19 @@ def in_precision(state_dict: dict[str, torch.Tensor], dtype: torch.dtype) -> dic
     return {name: cast[weight.data_ptr()] for name, weight in state_dict.items()}
 
 
+def require_router_loss(text_config) -> None:
+    """
+    Raises:
+        ValueError: if the language model's family has a `router_aux_loss_coef`, but no router loss of its own.
+    """
+    missing = [name for name in ("num_experts", "num_experts_per_tok") if getattr(text_config, name, None) is None]
+    if missing:
+        raise ValueError(
+            f"The language model is a {text_config.model_type}. Its configuration has no {' and no '.join(missing)}: "
+            "its router loss is not known here. Give router_aux_loss_coef 0, which leaves it out."
+        )
+
+
 class SQLlavaTrainer(SFTTrainer):
     """
     Args:
@@ -80,9 +94,16 @@ class SQLlavaTrainer(SFTTrainer):
         self.part_learning_rates = part_learning_rates
         self.generation_check = generation_check
         self._sums: dict[str, torch.Tensor] = {}
+        self._aux_losses: dict[str, list[torch.Tensor]] = {}
         model = kwargs["model"]
         trained = {parameter: parameter.data for parameter in model.parameters() if parameter.requires_grad}
+        text_config = model.config.get_text_config()
+        returns_router_logits = getattr(text_config, "output_router_logits", None)
         super().__init__(*args, **kwargs)
+        if self.aux_loss_enabled:
+            require_router_loss(text_config)
+            # TRL turns this on, also for what is generated and saved; `compute_loss` asks for them by itself.
+            text_config.output_router_logits = returns_router_logits
         # TRL makes all that is trained of a quantized model bfloat16, which rounds small steps of a projector away.
         for parameter, data in trained.items():
             parameter.data = data.to(parameter.device)
@@ -179,6 +200,8 @@ class SQLlavaTrainer(SFTTrainer):
         weights = self._loss_weights(inputs)
         kinds, row_ids = inputs.pop("turn_kinds"), inputs.pop("row_ids")
         inputs["use_cache"] = False
+        if self.aux_loss_enabled:
+            inputs["output_router_logits"] = True
         labels = inputs.pop("labels")[:, 1:]
         labelled = labels != IGNORE_INDEX
         # TRL's fused LM head goes in tiles that bound its memory, and never holds all logits. Where Triton runs (CUDA,
@@ -191,11 +214,21 @@ class SQLlavaTrainer(SFTTrainer):
         token_losses = outputs.log_probs.new_zeros(labels.shape).masked_scatter(labelled, -outputs.log_probs)
         # Without a number, as in evaluation, the mean is over this batch.
         total_weight = weights.sum() if num_items_in_batch is None else num_items_in_batch
-        weighted_loss = (weights * token_losses).sum()
+        weighted_losses = weights * token_losses
+        if self.args.loss_type == "dft":
+            # Dynamic fine-tuning, as in TRL: by the probability of the token (https://arxiv.org/abs/2508.05629).
+            weighted_losses = weighted_losses * (-token_losses.detach()).exp()
+        weighted_loss = weighted_losses.sum()
         loss = weighted_loss / total_weight.clamp_min(torch.finfo(weights.dtype).tiny)
         if num_items_in_batch is not None:
             loss = loss * self.accelerator.num_processes  # DDP takes the mean over the processes
+        if self.aux_loss_enabled:
+            # As TRL: it is a mean over the positions of this batch, and one over the batches of a step.
+            steps = 1 if num_items_in_batch is None else self.current_gradient_accumulation_steps
+            loss = loss + self.router_aux_loss_coef * outputs.aux_loss / steps
         self._count(token_losses.detach(), outputs.is_top1, kinds)
+        if self.aux_loss_enabled:
+            self._count_aux_loss(outputs.aux_loss.detach())
         if self.model.training:
             self._count_packed(inputs, row_ids)
             self.watch.micro_batches.append((row_ids, torch.stack([weighted_loss.detach(), weights.sum()]).float()))
@@ -211,6 +244,10 @@ class SQLlavaTrainer(SFTTrainer):
         mode = "train" if self.model.training else "eval"
         # They stay on the device: reading them here would make it wait in every batch.
         self._sums[mode] = self._sums.get(mode, 0) + torch.stack([s.float() for s in sums])
+
+    def _count_aux_loss(self, aux_loss: torch.Tensor) -> None:
+        mode = "train" if self.model.training else "eval"
+        self._aux_losses.setdefault(mode, []).append(aux_loss)
 
     def _count_packed(self, inputs: dict[str, torch.Tensor], row_ids: torch.Tensor) -> None:
         if self.packs is not None:
@@ -321,6 +358,9 @@ class SQLlavaTrainer(SFTTrainer):
             }
             if question_tokens:
                 metrics["loss_questions"] = question_loss / question_tokens
+            if mode in self._aux_losses:
+                aux_loss = torch.stack(self._aux_losses.pop(mode)).mean()
+                metrics["aux_loss"] = self.accelerator.reduce(aux_loss, reduction="mean").item()
             prefix = "eval_" if mode == "eval" else ""
             logs.update({prefix + name: value for name, value in metrics.items()})
         if mode == "train" and self.packs is not None and "loss" in logs:

@@ -23,6 +23,7 @@ from sq_llava import convert
 from sq_llava.checkpoint import load_checkpoint
 from sq_llava.cli import app
 from sq_llava.layouts import recognise
+from sq_llava.resources import CODE_FILES
 from sq_llava.weights import unused_kind, weight_name
 from tests import released, tiny
 from tests.reference import read_reference
@@ -150,9 +151,8 @@ def test_result_is_a_whole_repository_of_the_hub(parts, tmp_path):
     convert_folder(source, tmp_path / "result")
     files = {file.name for file in (tmp_path / "result").iterdir()}
     assert files >= {
-        "README.md", "chat_template.jinja", "config.json", "configuration_sq_llava.py", "generation_config.json",
-        "model.safetensors", "modeling_sq_llava.py", "processing_sq_llava.py", "processor_config.json",
-        "tokenizer.json", "tokenizer_config.json",
+        *CODE_FILES, "README.md", "chat_template.jinja", "config.json", "generation_config.json", "model.safetensors",
+        "processor_config.json", "tokenizer.json", "tokenizer_config.json",
     }  # fmt: skip
     assert {file.name for file in tmp_path.iterdir()} == {"source", "result"}
     for file in (tmp_path / "result").glob("*.py"):
@@ -291,10 +291,10 @@ def test_prompt_of_llava_is_that_of_vicuna(parts, tmp_path):
     assert processor.image_aspect_ratio == "pad"
 
 
-def test_generation_is_greedy_and_ends_as_the_source_does(parts, tmp_path):
+def test_generation_is_greedy_and_stops_as_the_source_does_and_at_the_delimiter(parts, tmp_path):
     source = released.write_llava(tmp_path / "source", vision=parts / "clip")
     file = source / "generation_config.json"
-    file.write_text(json.dumps({**json.loads(file.read_text()), "eos_token_id": [2, 7]}))
+    file.write_text(json.dumps({**json.loads(file.read_text()), "eos_token_id": 7}))
     convert_folder(source, tmp_path / "result")
     settings = json.loads((tmp_path / "result" / "generation_config.json").read_text())
     assert settings["do_sample"] is False and settings["eos_token_id"] == [2, 7]
@@ -599,7 +599,7 @@ def test_own_checkpoint_and_filled_folder_are_refused(parts, tmp_path):
     convert_folder(source, tmp_path / "result")
     with pytest.raises(ValueError, match="a checkpoint of this library: there is nothing to convert"):
         convert.plan(recognise(tmp_path / "result"), tmp_path / "again")
-    with pytest.raises(ValueError, match="result is there already: give a new folder"):
+    with pytest.raises(ValueError, match="result is not empty: give a new folder"):
         convert.plan(recognise(source), tmp_path / "result")
     (tmp_path / "empty").mkdir()
     convert_folder(source, tmp_path / "empty")
@@ -703,10 +703,10 @@ def test_command_proves_its_result(parts, tmp_path):
     ("arguments", "message"),
     [
         (["none", "--out", "new"], "none (the source): no such folder"),
-        (["source", "--out", "new", "--dtype", "int8"], "cannot be written in 'int8': give --dtype float32"),
+        (["source", "--out", "new", "--dtype", "int8"], "--dtype is 'int8': give auto, float32"),
         (["source", "--out", "new", "--prototypes", "none"], "--prototypes is 'none': choose one of paper, released"),
         (["source", "--out", "new", "--max-shard-size", "5"], "Unit"),
-        (["source", "--out", "source"], "source is there already"),
+        (["source", "--out", "source"], "source is not empty"),
     ],
 )
 def test_wrong_input_ends_with_one_line_and_writes_nothing(tmp_path, monkeypatch, arguments, message):

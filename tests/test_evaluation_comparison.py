@@ -162,10 +162,11 @@ def test_run_that_could_not_be_compared_does_not_begin(tmp_path, monkeypatch, op
     same = {"image": "0.png", "kind": "shape", "conversations": turns}
     write_json(tmp_path / "data" / "test.json", [{**same, "id": f"q{number}"} for number in range(4)])
     (tmp_path / "data" / "images").mkdir()
+    write_json(tmp_path / "model" / "config.json", {})
     write_run(tmp_path / "a", "easy_vqa", {f"q{number}": 1.0 for number in range(4)})
     write_results(tmp_path / "a", results=[{"task": "easy_vqa", "judge": {"model": "judge"}}])
     monkeypatch.chdir(tmp_path / "a")
-    defaults = {"--model": "/no/model", "--data": tmp_path / "data", "--tasks": "easy_vqa", "--out": "b"}
+    defaults = {"--model": tmp_path / "model", "--data": tmp_path / "data", "--tasks": "easy_vqa", "--out": "b"}
     given = [str(part) for option in {**defaults, **options}.items() for part in option]
     done = CliRunner().invoke(app, ["evaluate", "--against", str(tmp_path / "a"), *given])
     assert done.exit_code == 1

@@ -4,10 +4,10 @@ import os
 import subprocess
 import sys
 
+import huggingface_hub
 import pytest
 import torch
 
-from sq_llava import inference
 from sq_llava.images import open_image
 from sq_llava.inference import Assistant, load
 from sq_llava.messages import place_images
@@ -151,7 +151,7 @@ def test_broken_images_are_named(tmp_path):
 
 @pytest.mark.parametrize("path", ["/none/there", "./none", "tests/none", "a/b/c"])
 def test_local_looking_path_is_never_looked_for_on_the_hub(path, monkeypatch):
-    monkeypatch.setattr(inference, "hf_hub_download", lambda *args, **kwargs: pytest.fail("asked the Hub"))
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda *args, **kwargs: pytest.fail("asked the Hub"))
     with pytest.raises(ValueError, match="no such folder"):
         load(path)
 
@@ -179,3 +179,44 @@ def test_saved_model_loads_and_answers_in_a_fresh_process(assistant, tmp_path):
         text=True,
     )
     assert result.stdout.strip() == assistant.answer(tiny.picture(), "Hi", 6), result.stderr[-2000:]
+
+
+@pytest.fixture
+def short_context(assistant, monkeypatch) -> int:
+    """The tokens of a prompt, behind which the model's context has room for four."""
+    length = prompt_length(assistant, place_images(tiny.picture(), "Hi"))
+    monkeypatch.setattr(assistant.model.config.text_config, "max_position_embeddings", length + 4)
+    return length
+
+
+LONG = "Tell me all about it, and about everything else."
+
+
+@pytest.mark.parametrize(
+    "talk",
+    [
+        lambda assistant, image, history: assistant.answer(image, LONG),
+        lambda assistant, image, history: assistant.answer_batch([(image, "Hi"), (image, LONG)], 2),
+        lambda assistant, image, history: assistant.ask(image, history),
+        lambda assistant, image, history: assistant.converse(image, 1, history),
+        lambda assistant, image, history: next(assistant.stream(image, LONG)),
+    ],
+    ids=["answer", "answer_batch", "ask", "converse", "stream"],
+)
+def test_conversation_that_fills_the_context_is_refused_with_both_numbers(assistant, short_context, talk):
+    history = [{"role": "user", "content": LONG}, {"role": "assistant", "content": "Yes."}]
+    limit = short_context + 4
+    with pytest.raises(ValueError, match=rf"The conversation has \d+ tokens, but this model reads at most {limit}"):
+        talk(assistant, tiny.picture(), history)
+
+
+def test_answer_ends_where_the_context_ends_and_others_of_the_batch_do_not(assistant, short_context):
+    image, shorter = tiny.picture(), (None, "Hi")
+    answers = assistant.answer_batch([(image, "Hi"), shorter], max_new_tokens=8)
+    assert answers == [assistant.answer(image, "Hi", 4), assistant.answer(*shorter, 8)]
+
+
+def test_conversations_together_leave_room_for_the_longest(assistant):
+    limit = assistant.model.config.text_config.max_position_embeddings
+    with pytest.raises(ValueError, match=rf"With {limit:,} to be generated \(max_new_tokens\) these are more than"):
+        assistant.ask_batch([tiny.picture(), tiny.picture(1)], [HISTORY, HISTORY], max_new_tokens=limit)

@@ -1,5 +1,6 @@
 """The processor: chat template, loss mask, markers, images."""
 
+import json
 import re
 
 import pytest
@@ -320,6 +321,7 @@ def test_a_control_token_inside_a_text_is_refused(token, message, tiny_processor
 def test_a_control_token_of_the_tokenizer_itself_is_refused():
     tokenizer = byte_level_tokenizer()
     tokenizer.add_tokens([AddedToken("<|im_start|>", special=True)], special_tokens=True)
+    tokenizer.chat_template = "<|im_start|>{{ messages[0]['content'] }}"
     processor = tiny_processor(tokenizer)
     for token in ("<|im_start|>", "<|end|>"):
         with pytest.raises(TemplateError, match=re.escape(f"contains '{token}'")):
@@ -440,6 +442,36 @@ def test_a_setting_changed_at_loading_changes_the_template(tmp_path):
     tiny_processor(system_message="SYSTEM").save_pretrained(tmp_path)
     processor = SQLlavaProcessor.from_pretrained(tmp_path, system_message="OTHER")
     assert processor.apply_chat_template([user("What?")]) == "<s>OTHER USER: What?"
+    processor.save_pretrained(tmp_path)
+    assert "OTHER" not in (tmp_path / "tokenizer_config.json").read_text()
+
+
+def test_an_unknown_setting_is_refused_when_given_and_when_saved(tmp_path):
+    with pytest.raises(TypeError, match="sytem_message"):
+        tiny_processor(sytem_message="x")
+    tiny_processor().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"has no setting 'sytem_message': did you mean 'system_message'\?"):
+        SQLlavaProcessor.from_pretrained(tmp_path, sytem_message="x")
+    assert SQLlavaProcessor.from_pretrained(tmp_path, model_max_length=99).tokenizer.model_max_length == 99
+    file = tmp_path / "processor_config.json"
+    saved = json.loads(file.read_text())
+    file.write_text(json.dumps({**saved, "transformers_version": "9.0.0"}))
+    SQLlavaProcessor.from_pretrained(tmp_path)
+    for name in ("vuser_marker", "padding"):
+        file.write_text(json.dumps({**saved, name: "x"}))
+        with pytest.raises(ValueError, match=f"processor_config.json: SQLlavaProcessor has no setting '{name}'"):
+            SQLlavaProcessor.from_pretrained(tmp_path)
+
+
+def test_the_delimiter_can_be_chosen_and_is_saved_with_the_tokenizer(tmp_path):
+    tokenizer = byte_level_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_end|>"]})
+    processor = tiny_processor(tokenizer, delimiter="<|im_end|>")
+    processor.save_pretrained(tmp_path)
+    for chosen in (processor, SQLlavaProcessor.from_pretrained(tmp_path)):
+        assert chosen.apply_chat_template([user("Hi"), assistant("Hello")]).endswith("ASSISTANT: Hello<|im_end|>")
+    with pytest.raises(ValueError, match=r"eos_token\) is 'word', none of .* give one of <\|end\|>, <\|im_end\|>"):
+        SQLlavaProcessor.from_pretrained(tmp_path, delimiter="word")
 
 
 def test_an_own_template_is_kept(tmp_path):

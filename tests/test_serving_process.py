@@ -88,7 +88,8 @@ def folder(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("model") / "tiny"
     processor = tiny.tiny_processor(system_message="Be kind.")
     model = tiny.tiny_model_for(processor)
-    model.generation_config.eos_token_id = None  # so that every text is as long as it may be
+    # So that every text is as long as it may be: its end is never said.
+    model.generation_config.suppress_tokens.append(processor.tokenizer.eos_token_id)
     model.save_pretrained(path)
     processor.save_pretrained(path)
     return path

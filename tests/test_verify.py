@@ -328,7 +328,8 @@ def test_command_ends_with_code_1_where_the_result_differs(parts, tmp_path, monk
 
 
 @pytest.mark.parametrize(
-    ("verify_dtype", "message"), [("float32", "verify in bfloat16"), ("int8", "--verify-dtype is 'int8': choose one")]
+    ("verify_dtype", "message"),
+    [("float32", "verify in bfloat16"), ("int8", "--verify-dtype is 'int8': give")],
 )
 def test_command_writes_nothing_that_it_cannot_verify(parts, tmp_path, monkeypatch, verify_dtype, message):
     monkeypatch.setattr("os.sysconf", lambda name: 100)

@@ -10,7 +10,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from sq_llava.console import console, errors_in_one_line, messages_console
-from sq_llava.model_options import Device, Dtype, quiet_libraries
+from sq_llava.early_checks import require_folder
+from sq_llava.locations import is_missing_folder, require_folder_or_id
+from sq_llava.model_options import Device, Dtype, check_model_options, quiet_libraries
 
 
 JUDGE = {"rich_help_panel": "Judge"}
@@ -75,6 +77,9 @@ def evaluate(
 ) -> None:
     """Score a model on benchmarks. On several GPUs: torchrun --nproc_per_node 8 -m sq_llava.cli evaluate ..."""
     with errors_in_one_line():
+        if tasks != "help":
+            _check_places(data, against)
+            check_model_options(model, device, dtype)
         with messages_console.status("Loading libraries"):
             from sq_llava.convert import VICUNA_SYSTEM_MESSAGE
             from sq_llava.evaluation.run import TASKS, Evaluation
@@ -84,8 +89,6 @@ def evaluate(
             for name, task in sorted(TASKS.items()):
                 console.print(f"{name:24}{task.title}", markup=False, highlight=False)
             return
-        if data is None:
-            raise ValueError("--data is missing: a folder, a Hub id, or hub for the data sets of the tasks.")
         judge = _judge_settings(
             judge_model,
             base_url=judge_base_url,
@@ -117,6 +120,19 @@ def evaluate(
         is_whole = _run_and_show(evaluation, against)
     if not is_whole:
         raise typer.Exit(1)
+
+
+def _check_places(data: str | None, against: str | None) -> None:
+    """
+    Raises:
+        ValueError: for data, or a model to compare with, that is not there.
+    """
+    if data is None:
+        raise ValueError("--data is missing: a folder, a Hub id, or hub for the data sets of the tasks.")
+    if data != "hub" and is_missing_folder(data):
+        raise ValueError(f"--data {data}: no such folder, and not the id of a data set on the Hub (org/name).")
+    if against is not None:
+        require_folder_or_id(against, "--against")
 
 
 def _judge_settings(model: str | None, base_url: str | None, **settings):
@@ -208,6 +224,17 @@ def _show_what_is_missing(results, out: Path | None) -> bool:
     return is_whole
 
 
+def check_images(images: str, image_root: str | None) -> None:
+    """
+    Raises:
+        ValueError: for a folder or file that is not there; `images` may also be the Hub id of a data set.
+    """
+    if not Path(images).is_file() and is_missing_folder(images):
+        raise ValueError(f"{images}: no such folder or file.")
+    if image_root is not None:
+        require_folder(image_root)
+
+
 def evaluate_questions(
     model: Annotated[str, typer.Option("--model", "-m", help="SQ-LLaVA folder or Hub id.", show_default=False)],
     images: Annotated[
@@ -231,6 +258,10 @@ def evaluate_questions(
 ) -> None:
     """Measure the questions that a model asks: variety, types, whether they need the image and fit it."""
     with errors_in_one_line():
+        check_images(images, image_root)
+        check_model_options(model, device, dtype)
+        if clip is not None:
+            require_folder_or_id(clip, "--clip")
         with messages_console.status("Loading libraries"):
             from sq_llava.evaluation.question_run import AskSettings, QuestionEvaluation
             from sq_llava.evaluation.question_run import evaluate_questions as run

@@ -3,8 +3,8 @@
     sq-llava evaluate --model runs/demo/model --tasks easy_vqa --data runs/demo/data
 
 Reads `test.json` (or `<split>.json`) as `python -m demo.data` writes it: LLaVA's rows with a single question, and
-`kind`, the kind of question. Images stand in the package `easy_vqa`, or in `images` beside the file. An answer is
-right if it equals the reference, case and a trailing period aside.
+`kind`, the kind of question. Images stand in `images`, beside the file or beside its folder, else in the package
+`easy_vqa`. An answer is right if it equals the reference, case and a trailing period aside.
 
 What an image holds follows from the answers to its questions, so it can be told whether a new question about it
 presumes what is not there.
@@ -97,7 +97,7 @@ def derive_caption(questions: list[tuple[str, str]]) -> str | None:
 
 def read(data: Data) -> list[Example]:
     file = data.file(f"{data.split or 'test'}.json")
-    root = _image_root(file)
+    root = image_root_of(file)
     examples = []
     for number, row in enumerate(read_json_rows(file, ["id", "image", "kind", "conversations"])):
         turns = row["conversations"]
@@ -116,12 +116,22 @@ def read(data: Data) -> list[Example]:
     return examples
 
 
-def _image_root(file: Path) -> Path:
-    if (file.parent / "images").is_dir():
-        return file.parent / "images"
+def image_root_of(file: Path) -> Path:
+    """
+    The folder that a file's image paths are relative to.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    for folder in (file.parent, file.absolute().parent.parent):  # `make demo` puts them beside the folder of the data
+        if (folder / "images").is_dir():
+            return folder / "images"
     package = find_spec("easy_vqa")
     if package is None:
-        raise ValueError(f"{file.parent}: has no folder images. Put them there, or install the package easy-vqa.")
+        raise ValueError(
+            f"{file.parent}: has no folder images, nor is there one beside it. Put the images there, or install the "
+            "package that has them: pip install 'sq-llava[demo]'."
+        )
     return Path(package.origin).parent / "data"
 
 

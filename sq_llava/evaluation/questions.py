@@ -24,13 +24,14 @@ from rich.progress import Progress
 from transformers import AutoConfig, CLIPModel, CLIPProcessor
 
 from sq_llava.data import load_rows
+from sq_llava.early_checks import IMAGE_SUFFIXES
 from sq_llava.evaluation.easy_vqa import answer_question, derive_caption, presumes
 from sq_llava.evaluation.progress import open_lines, read_lines, write_line
 from sq_llava.evaluation.question_metrics import distinct_n, self_bleu, type_shares, words_of
-from sq_llava.images import IMAGE_SUFFIXES, open_image
+from sq_llava.images import open_image
 from sq_llava.inference import DESCRIBE, Assistant, Talks
 from sq_llava.messages import place_images
-from sq_llava.sources import DataSource
+from sq_llava.sources import DataSource, holds_dataset
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ def read_pictures(place: str, image_root: str | None = None) -> list[Picture]:
     files = sorted(file for file in folder.glob("*") if file.suffix.lower() in IMAGE_SUFFIXES)
     if files:
         return [Picture(str(file), file, number=number) for number, file in enumerate(files)]
-    if folder.is_dir() and not any(folder.glob("*.parquet")) and not any(folder.glob("dataset_*.json")):
+    if folder.is_dir() and not holds_dataset(folder):
         raise ValueError(
             f"--images {place}: holds neither images ({', '.join(sorted(IMAGE_SUFFIXES))}) nor a data set."
         )

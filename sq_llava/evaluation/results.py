@@ -13,15 +13,16 @@ import platform
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
-from huggingface_hub import hf_hub_download
 
-from sq_llava.checkpoint import base_of_adapter, is_adapter
 from sq_llava.evaluation.reading import StoredImage, TaskImage, read_jsonl
 from sq_llava.evaluation.task import Example, Metric, Record, Score
+from sq_llava.locations import base_of_adapter, find_config, is_adapter, revision_of_base
+from sq_llava.resources import CODE_FILES, code_file
 from sq_llava.run_note import check_note, write_note
 
 
@@ -55,13 +56,14 @@ def hash_of_model(model: str) -> str:
     SHA-256 over names and contents of a folder's weights and JSON files, and over an adapter's base; of a model on the
     Hub its commit.
     """
-    folder = Path(model)
-    if not folder.is_dir():
-        try:
-            return Path(hf_hub_download(model, "config.json")).parent.name  # .../snapshots/<commit>/config.json
-        except (OSError, ValueError) as error:
-            raise ValueError(f"{model}: no folder, not in the cache, not to be had from the Hub: {error}") from error
+    folder = Path(model).expanduser()
     digest = hashlib.sha256()
+    if not folder.is_dir():
+        commit = find_config(model).parent.name  # .../snapshots/<commit>/config.json
+        if not is_adapter(model):
+            return commit
+        base, revision = base_of_adapter(model), revision_of_base(model)
+        return f"{commit} on {revision or hash_of_model(base)}"
     if is_adapter(folder):
         digest.update(hash_of_model(base_of_adapter(folder)).encode())
     for path in sorted(folder.iterdir()):
@@ -74,10 +76,12 @@ def hash_of_model(model: str) -> str:
 
 def hash_of_code() -> str:
     """SHA-256 over the Python files that run: the model's three and this library's."""
-    root = Path(__file__).parent.parent.parent
+    package = files("sq_llava")
+    sources = {path.relative_to(package.parent).as_posix(): path for path in package.rglob("*.py")}
+    sources |= {name: code_file(name) for name in CODE_FILES}
     digest = hashlib.sha256()
-    for path in sorted([*root.glob("*_sq_llava.py"), *(root / "sq_llava").rglob("*.py")]):
-        digest.update(str(path.relative_to(root)).encode() + path.read_bytes())
+    for name, path in sorted(sources.items()):
+        digest.update(name.encode() + path.read_bytes())
     return digest.hexdigest()
 
 

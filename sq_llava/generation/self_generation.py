@@ -35,13 +35,13 @@ from sq_llava.generation.scoring import score_answers, score_each, score_with_cl
 from sq_llava.inference import best_device, load
 from sq_llava.provenance import public_name
 from sq_llava.run_note import check_note, command_line, write_note
+from sq_llava.stopping import INTERRUPTED
 
 
 # What must be the same for what the models gave to be taken over.
 IDENTITY = ("model_hash", "ask", "dtype", "num_shards")
 # Of an image's content, in its id and for its own draws.
 DIGEST_LETTERS = 12
-INTERRUPTED = "stopped by Ctrl-C. Run again: what was done is kept."
 NOT_CHECKED = (
     "Whether the answers are right: they are the model's own; a confident mistake passes the filters.",
     "Whether what the model asks about is what matters in an image.",

@@ -12,8 +12,7 @@ from dataclasses import dataclass, replace
 from jinja2 import TemplateError
 from PIL import Image
 
-from sq_llava.images import squared
-from sq_llava.inference import DESCRIBE, Assistant
+from sq_llava.inference import DESCRIBE, Assistant, context_length
 from sq_llava.serving.decoding import Prompt, Sampling
 from sq_llava.serving.engine import Engine, Failure, Generation, Piece
 from sq_llava.serving.images import decode_data_url, decode_image, fetch, num_pixels
@@ -68,7 +67,7 @@ class ChatService:
         self.limits = limits
         self.metrics = metrics
         self.created = int(time.time())
-        self.context_length = assistant.model.config.text_config.max_position_embeddings
+        self.context_length = context_length(assistant.model)
         self.longest_token = max(map(len, self.processor.tokenizer.get_vocab()))
         self.encoding = threading.Lock()
         # Of its own: what a thread has begun goes on when its request is gone, and must not be more than so many.
@@ -152,7 +151,7 @@ class ChatService:
                 for part_index, part in enumerate(message.content):
                     if isinstance(part, ImagePart):
                         place = f"messages[{index}].content[{part_index}].image_url.url"
-                        image = squared(_decode_at(place, next(data)), self.processor.image_processor)
+                        image = self.processor.image_processor.pad_and_resize(_decode_at(place, next(data)))
                         parts.append({"type": "image", "image": image})
                     else:
                         parts.append({"type": "text", "text": part.text})

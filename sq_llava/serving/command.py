@@ -7,7 +7,15 @@ from typing import Annotated
 import typer
 
 from sq_llava.console import errors_in_one_line, messages_console
-from sq_llava.model_options import Device, Dtype, LoadIn4Bit, LoadIn8Bit, ModelArgument, load_model
+from sq_llava.model_options import (
+    Device,
+    Dtype,
+    LoadIn4Bit,
+    LoadIn8Bit,
+    ModelArgument,
+    check_model_options,
+    load_model,
+)
 
 
 LIMITS = {"rich_help_panel": "Limits"}
@@ -46,15 +54,13 @@ def serve(
     """Serve a model to OpenAI clients, with images: http://HOST:PORT/v1."""
     with errors_in_one_line():
         api_key = _read_key(api_key_env)
-        try:
-            import uvicorn
+        check_model_options(model, device, dtype)
+        import uvicorn
 
-            from sq_llava.serving.app import create_app
-        except ModuleNotFoundError as error:
-            raise ValueError(f"{error.name} is not installed: pip install 'sq-llava[serve]'.") from error
-        assistant = load_model(model, device, dtype, load_in_4bit, load_in_8bit)
+        from sq_llava.serving.app import create_app
         from sq_llava.serving.chat import Limits
 
+        assistant = load_model(model, device, dtype, load_in_4bit, load_in_8bit)
         limits = Limits(
             max_body_bytes=int(max_body_mb * 1e6),
             max_images=max_images,
