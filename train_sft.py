@@ -1,11 +1,11 @@
 """Train SQ-LLaVA: stage 1 ("align", captions) and stage 2 ("instruct", answers and self-questions).
 
-    accelerate launch train_sft.py --config recipes/sq-llava-7b/stage1.yaml
-    accelerate launch train_sft.py --config recipes/sq-llava-7b/stage2.yaml
+    accelerate launch -m train_sft --config recipes/sq-llava-7b/stage1.yaml
+    accelerate launch -m train_sft --config recipes/sq-llava-7b/stage2.yaml
 
 Any setting of a recipe can be given on the command line too, and wins there:
 
-    python train_sft.py --config recipes/sq-llava-7b/stage1.yaml --text_model_name_or_path Qwen/Qwen3-0.6B
+    python -m train_sft --config recipes/sq-llava-7b/stage1.yaml --text_model_name_or_path Qwen/Qwen3-0.6B
 
 Stopped by SIGTERM or SIGINT, it saves a checkpoint and ends with 75 (a launcher such as torchrun ends with 1 then);
 killed or stopped, it goes on with `--resume`, as if nothing had been.
@@ -20,8 +20,19 @@ What it does not do: train the vision tower's own weights; convert released chec
 """
 
 import shlex
+import signal
 import sys
 from pathlib import Path
+
+from sq_llava.console import errors_in_one_line
+from sq_llava.early_checks import require_recipe_of
+from sq_llava.stopping import one_line_when_stopped, stop_at_once
+
+
+if __name__ == "__main__":  # before the imports below, which take seconds
+    signal.signal(signal.SIGINT, stop_at_once)
+    with errors_in_one_line():
+        require_recipe_of(sys.argv[1:])
 
 from accelerate import PartialState
 from transformers import set_seed
@@ -34,6 +45,7 @@ from sq_llava.doctor_report import SAMPLE_ROWS, check_before_training
 from sq_llava.feature_building import check_cache
 from sq_llava.feature_cache import FeatureCache
 from sq_llava.lengths import LengthBound, with_sure_lengths
+from sq_llava.locations import fetch
 from sq_llava.monitoring import GenerationCheck
 from sq_llava.packing import pack_sampler
 from sq_llava.planning import (
@@ -45,10 +57,10 @@ from sq_llava.planning import (
     set_global_batch,
     try_one_step,
 )
-from sq_llava.provenance import record_stage
+from sq_llava.provenance import read_provenance, record_stage
 from sq_llava.recovery import EXIT_TRY_AGAIN, find_checkpoint, warn_of_changes
 from sq_llava.self_questioning import EpochCallback, SelfQuestioningCollator
-from sq_llava.settings import data_check, parse_settings
+from sq_llava.settings import data_check, parse_settings, require_extras, starting_point
 from sq_llava.trainer import SQLlavaTrainer
 
 
@@ -73,6 +85,10 @@ def main(args: list[str] | None = None) -> SQLlavaTrainer:
     if arguments.feature_cache is not None:
         make_it = shlex.join(["sq-llava", "cache-features", *command_line])
         feature_cache = FeatureCache(Path(arguments.feature_cache), make_it)
+    require_extras(training_args, model_config)
+    # Read before the training that it is written behind.
+    start, _ = starting_point(arguments, model_config)
+    came_from = read_provenance(fetch(start)) if start else {}
     resident_before = resident_peak()
     set_seed(training_args.seed)
     with PartialState().main_process_first():
@@ -93,6 +109,7 @@ def main(args: list[str] | None = None) -> SQLlavaTrainer:
         seed=training_args.seed,
         max_length=training_args.max_length,
         feature_cache=feature_cache,
+        pad_to_multiple_of=training_args.pad_to_multiple_of,
     )
     eval_rows = generation_check = None
     if arguments.eval_datasets:
@@ -101,6 +118,7 @@ def main(args: list[str] | None = None) -> SQLlavaTrainer:
         rows, eval_rows = hold_out(rows, arguments.num_eval_rows, training_args.seed)
     if arguments.generation_datasets:
         generation_check = GenerationCheck(load_rows(arguments.generation_datasets, training_args.seed), processor)
+        generation_check.require_room(model)
     if feature_cache is not None and PartialState().is_main_process:
         sample = {"sample": SAMPLE_ROWS, "full": None, "off": 0}[arguments.doctor]
         check_cache(feature_cache, model, processor, training_args, [rows, eval_rows], sample)
@@ -151,13 +169,15 @@ def main(args: list[str] | None = None) -> SQLlavaTrainer:
     trainer.save_model()
     trainer.save_state()
     if trainer.accelerator.is_main_process:
-        record_stage(arguments, training_args, model_config, trainer.run, trainer.state.global_step)
+        record_stage(came_from, arguments, training_args, model_config, trainer.run, trainer.state.global_step)
         if arguments.full_finetuning:
             write_card(training_args.output_dir)
     return trainer
 
 
 if __name__ == "__main__":
-    main()
+    with one_line_when_stopped(), errors_in_one_line(traceback_of=SQLlavaTrainer.train):
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        main()
     # A thread of gloo that lives longer than the interpreter aborts the process.
     PartialState().destroy_process_group()

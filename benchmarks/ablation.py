@@ -195,7 +195,7 @@ def seed_data(task: Stage1 | Run) -> Path:
 
 def train(stage: str, seed: int, steps: int, **settings):
     settings |= {"config": RECIPES / f"{stage}.yaml", "seed": seed, "max_steps": steps, "image_root": image_root()}
-    settings |= {"doctor": "off", "disable_tqdm": True}
+    settings |= {"doctor": "off", "disable_tqdm": True, "save_strategy": "no"}
     return train_sft.main([text for name, value in settings.items() for text in (f"--{name}", str(value))])
 
 
@@ -205,7 +205,7 @@ def score(assistant: Assistant, data: Path, scale: Scale) -> dict:
     examples = read_examples(easy_vqa.TASK, evaluation)[:: scale.test_stride]
     with tempfile.TemporaryDirectory() as folder:
         accuracy = measure_answers(assistant, examples, Path(folder))
-    questions = measure_questions(assistant, scale.num_images, questions_per_image=4, seed=0)
+    questions = measure_questions(assistant, image_root(), scale.num_images, questions_per_image=4, seed=0)
     del questions["contact_sheet"]
     return {"test_questions": len(examples), "accuracy": accuracy.pop("all"), "accuracy_by_kind": accuracy} | questions
 

@@ -75,7 +75,7 @@ def make_blip2(base: Path, work: Path, num_steps: int) -> Path:
 
 def train(stage: str, seed: int, steps: int, **settings):
     settings |= {"config": RECIPES / f"{stage}.yaml", "seed": seed, "max_steps": steps, "image_root": image_root()}
-    settings |= {"doctor": "off", "disable_tqdm": True}
+    settings |= {"doctor": "off", "disable_tqdm": True, "save_strategy": "no"}
     return train_sft.main([text for name, value in settings.items() for text in (f"--{name}", str(value))])
 
 

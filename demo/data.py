@@ -1,8 +1,8 @@
 """Turns the PyPI package `easy_vqa` into LLaVA-format JSON files for the demo.
 
-    python -m demo.data --output-dir demo/out/data
+    python -m demo.data --output-dir demo/out/data --images demo/out/images
 
-writes four files, whose image paths are relative to `image_root()`:
+writes four files, whose image paths are relative to the folder `images`, where the package's images are linked:
 
     stage1_train.json    one caption per image
     stage2_train.json    an image's questions as multi-turn conversations
@@ -14,14 +14,14 @@ eight colours, and 38,575 and 9,673 templated questions. It has no captions, so 
 
     "is there a red shape?" yes, "what shape is present?" circle   ->   "a red circle"
     "is there a red shape?" no,  "what shape is present?" circle   ->   no caption (any of seven colours)
-
-This module neither copies nor decodes images.
 """
 
 import argparse
 import json
 import math
+import os
 import random
+import shutil
 from collections import Counter, defaultdict
 from pathlib import Path
 
@@ -31,7 +31,7 @@ from sq_llava.evaluation.easy_vqa import KINDS, derive_caption, question_kind
 
 
 def image_root() -> Path:
-    """Returns the folder that the image paths in the JSON files are relative to."""
+    """Returns the package's own folder of images, which the image paths in the JSON files are relative to."""
     return Path(easy_vqa.__file__).parent / "data"
 
 
@@ -138,6 +138,19 @@ def write_data(
     return paths
 
 
+def provide_images(folder: str | Path) -> None:
+    """Gives the package's 5,000 images a second name in `folder`, by hard links: symbolic ones leave an image root."""
+    for split in ("train", "test"):
+        shutil.copytree(image_root() / split / "images", Path(folder) / split / "images", copy_function=_link_or_copy)
+
+
+def _link_or_copy(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # another file system, or one without hard links
+        shutil.copyfile(source, target)
+
+
 def questions_and_answers(rows: list[dict]) -> list[tuple[str, str]]:
     """Returns the (question, answer) pairs of LLaVA rows, without the image placeholder."""
     pairs = []
@@ -171,11 +184,15 @@ def blind_guess(train_rows: list[dict], test_rows: list[dict]) -> dict[str, floa
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output-dir", type=Path, default=Path("demo/out/data"))
+    parser.add_argument("--images", type=Path, help="new folder for the images; default: they stay in the package")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--num-holdout-images", type=int, default=200)
     parser.add_argument("--max-turns", type=int, default=8)
     args = parser.parse_args()
-    for name, path in write_data(**vars(args)).items():
+    if args.images is not None:
+        provide_images(args.images)
+    settings = {name: value for name, value in vars(args).items() if name != "images"}
+    for name, path in write_data(**settings).items():
         print(f"{name}: {len(json.loads(path.read_text(encoding='utf-8')))} rows in {path}")
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from PIL import Image
 from tqdm import tqdm
 
-from demo.data import blind_guess, image_root, read_questions
+from demo.data import blind_guess, read_questions
 from sq_llava.evaluation import easy_vqa
 from sq_llava.evaluation.answering import AnswerSettings, answer_examples
 from sq_llava.evaluation.easy_vqa import KINDS, answer_question, derive_caption
@@ -61,7 +61,9 @@ def is_valid(question: str, known: set[str], caption: str) -> bool:
     return question in known and answer_question(question, colour, shape) is not None
 
 
-def measure_questions(assistant, num_images: int, questions_per_image: int, seed: int, batch_size: int = 25) -> dict:
+def measure_questions(
+    assistant, image_root: Path, num_images: int, questions_per_image: int, seed: int, batch_size: int = 25
+) -> dict:
     """Samples questions about the first test images whose content is known for sure, and judges them."""
     test = read_questions("test")
     known = {
@@ -72,7 +74,7 @@ def measure_questions(assistant, num_images: int, questions_per_image: int, seed
     images = list(captions)[:num_images]
     for start in tqdm(range(0, len(images), batch_size), desc="Asking", unit=" batches"):
         batch = images[start : start + batch_size]
-        paths = [image_root() / f"test/images/{image}.png" for image in batch]
+        paths = [image_root / f"test/images/{image}.png" for image in batch]
         firsts = assistant.answer_batch([(path, FIRST_QUESTION) for path in paths], max_new_tokens=8)
         histories = [
             [{"role": "user", "content": FIRST_QUESTION}, {"role": "assistant", "content": first}] for first in firsts
@@ -146,7 +148,8 @@ def evaluate(
         "blind_guess_by_kind": blind,
     }
     if split == "test":
-        result |= measure_questions(assistant, num_images=num_images, questions_per_image=4, seed=seed)
+        image_root = easy_vqa.image_root_of(data_dir / "test.json")
+        result |= measure_questions(assistant, image_root, num_images=num_images, questions_per_image=4, seed=seed)
     output.write_text(json.dumps(result, indent=2) + "\n")
     return result
 

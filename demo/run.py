@@ -15,15 +15,23 @@ import json
 import os
 import resource
 import shutil
+import signal
 import sys
 import time
 from functools import partial
 from pathlib import Path
 
-from demo.data import caption_rows, image_root, questions_and_answers, read_questions, write_data
+from sq_llava.stopping import STOPPED, one_line_when_stopped, stop_at_once
 
 
-RECIPES = Path("recipes/easy-vqa")
+if __name__ == "__main__":  # before the imports below, which take seconds
+    signal.signal(signal.SIGINT, stop_at_once)
+
+from demo.data import caption_rows, provide_images, questions_and_answers, read_questions, write_data
+from sq_llava.resources import find_resource
+
+
+RECIPES = find_resource("recipes") / "easy-vqa"
 # What LLaVA has in place of the recipes' settings. The learning rates were chosen for SQ-LLaVA and stay, but for a
 # language model that is trained in full, which has half of LoRA's.
 PLAIN = {"prototype_variant": "none", "projector_type": "linear", "vision_lora_r": 0}
@@ -35,6 +43,7 @@ LLAVA = {
 
 def make_data(run: Path, seed: int, quick: bool) -> None:
     write_data(run / "data", seed=seed)
+    provide_images(run / "images")
 
 
 def read_data(run: Path, name: str) -> list[dict]:
@@ -91,7 +100,7 @@ def train_stage(run: Path, seed: int, quick: bool, stage: str, out: Path | None 
         "seed": seed,
         "output_dir": out / stage,
         "dataset_path": run / "data" / f"{stage}_train.json",
-        "image_root": image_root(),
+        "image_root": run / "images",
     }
     if stage == "stage1":
         settings |= {"vision_model_name_or_path": run / "clip", "text_model_name_or_path": run / "llama"}
@@ -126,7 +135,7 @@ def make_llava(run: Path, seed: int, quick: bool) -> None:
 
 # What each step runs, and what it writes.
 STEPS = {
-    "data": (make_data, ["data"]),
+    "data": (make_data, ["data", "images"]),
     "CLIP": (make_clip, ["clip"]),
     "Llama": (make_llama, ["llama"]),
     "stage 1": (partial(train_stage, stage="stage1"), ["stage1"]),
@@ -149,6 +158,7 @@ def work(name: str, run: Path, seed: int, quick: bool, log: Path | None, begin: 
     from demo.processes import end_with_parent, threads_of_each
 
     end_with_parent()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent, which Ctrl-C stops too, ends this process
     if log is not None:
         with log.open("w") as stream:
             os.dup2(stream.fileno(), 1)
@@ -242,7 +252,8 @@ def main(args: list[str] | None = None) -> None:
     try:
         steps = run_steps(run, args.seed, args.quick)
     except KeyboardInterrupt:
-        raise SystemExit("Stopped. Run the demo again to go on after the last complete step.") from None
+        print("Stopped. Run the demo again to go on after the last complete step.", file=sys.stderr)
+        raise SystemExit(STOPPED) from None
 
     from demo.report import write_report
 
@@ -252,4 +263,6 @@ def main(args: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with one_line_when_stopped():
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        main()

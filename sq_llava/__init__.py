@@ -1,3 +1,3 @@
-"""SQ-LLaVA around the Hub trio: data, training, inference, checkpoints, and the `sq-llava` command."""
+"""SQ-LLaVA around the code of a checkpoint: data, training, inference, checkpoints, and the `sq-llava` command."""
 
 __version__ = "0.1.0"

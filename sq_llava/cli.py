@@ -15,7 +15,7 @@
     sq-llava demo runs/demo/model
 
 Results go to standard output, progress and errors to standard error. Exit codes: 0 fine, 1 wrong input or no
-such model (of the doctor: errors in the data; of inspect: a broken folder), 2 wrong usage.
+such model (of the doctor: errors in the data; of inspect: a broken folder), 2 wrong usage, 130 stopped by Ctrl-C.
 """
 
 import json
@@ -24,18 +24,42 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.markup import escape
 from rich.progress import Progress, track
 
 from sq_llava import __version__
+from sq_llava.chat_command import chat
 from sq_llava.console import console, errors_in_one_line, examples, messages_console
+from sq_llava.early_checks import (
+    find_images,
+    require_dtype,
+    require_file,
+    require_folder,
+    require_model,
+    require_new_folder,
+    require_recipe,
+)
 from sq_llava.evaluation.command import evaluate, evaluate_questions
 from sq_llava.feature_command import cache_features
 from sq_llava.generation.command import app as generate_data
-from sq_llava.images import IMAGE_SUFFIXES
-from sq_llava.model_options import Device, Dtype, LoadIn4Bit, LoadIn8Bit, Model, load_model
+from sq_llava.locations import require_folder_or_id
+from sq_llava.model_options import (
+    Device,
+    Dtype,
+    LoadIn4Bit,
+    LoadIn8Bit,
+    MaxNewTokens,
+    Model,
+    Seed,
+    Temperature,
+    TopK,
+    TopP,
+    check_model_options,
+    load_model,
+)
 from sq_llava.page.command import app as page_commands
+from sq_llava.recipe_command import app as recipes
 from sq_llava.serving.command import serve
+from sq_llava.stopping import one_line_when_stopped
 
 
 # torch and transformers are imported inside the commands: `--help` answers at once.
@@ -48,32 +72,7 @@ app = typer.Typer(
 )
 
 Images = Annotated[list[Path], typer.Argument(help="Image files, or folders of them.", show_default=False)]
-MaxNewTokens = Annotated[int, typer.Option(min=1, help="Longest text to generate, in tokens.")]
-Temperature = Annotated[float, typer.Option(min=0.01, help="Of the questions' sampling.")]
-TopK = Annotated[int, typer.Option(min=1, help="Of the questions' sampling.")]
-TopP = Annotated[float, typer.Option(min=0.0, max=1.0, help="Of the questions' sampling.")]
-Seed = Annotated[int | None, typer.Option(help="For the same questions again.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
-
-
-def find_images(paths: list[Path]) -> list[Path]:
-    """The files of `paths`, and the images in its folders, sorted by name.
-
-    Raises:
-        ValueError: for a path that is not there, or a folder without an image.
-    """
-    found = []
-    for path in paths:
-        if path.is_dir():
-            images = sorted(file for file in path.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES)
-            if not images:
-                raise ValueError(f"{path} is a folder without images ({', '.join(sorted(IMAGE_SUFFIXES))}).")
-            found += images
-        elif path.is_file():
-            found.append(path)
-        else:
-            raise ValueError(f"{path}: no such image or folder.")
-    return found
 
 
 @app.callback(invoke_without_command=True)
@@ -111,6 +110,10 @@ def ask(
     """Let the model ask questions about each image."""
     with errors_in_one_line():
         files = find_images(images)
+        check_model_options(model, device, dtype)
+        from sq_llava.images import require_whole_images
+
+        require_whole_images(files)
         assistant = load_model(model, device, dtype, load_in_4bit, load_in_8bit)
 
         results = []
@@ -144,6 +147,10 @@ def answer(
     """Answer a question about each image, greedily."""
     with errors_in_one_line():
         files = find_images(images)
+        check_model_options(model, device, dtype)
+        from sq_llava.images import require_whole_images
+
+        require_whole_images(files)
         assistant = load_model(model, device, dtype, load_in_4bit, load_in_8bit)
 
         results = [
@@ -153,66 +160,7 @@ def answer(
         _show(results, as_json, lambda result: f"  {result['answer']}")
 
 
-@app.command(epilog=examples("sq-llava chat dog.png --model org/sq-llava-7b"))
-def chat(
-    image: Annotated[Path, typer.Argument(help="An image file.", show_default=False)],
-    model: Model,
-    temperature: Temperature = 1.2,
-    top_k: TopK = 300,
-    top_p: TopP = 0.95,
-    max_new_tokens: MaxNewTokens = 512,
-    seed: Seed = None,
-    device: Device = None,
-    dtype: Dtype = "auto",
-    load_in_4bit: LoadIn4Bit = False,
-    load_in_8bit: LoadIn8Bit = False,
-) -> None:
-    """Talk about an image. /ask lets the model ask and answer, /new starts over, /quit ends."""
-    with errors_in_one_line():
-        if not image.is_file():
-            raise ValueError(f"{image}: no such image.")
-        assistant = load_model(model, device, dtype, load_in_4bit, load_in_8bit)
-        from sq_llava.images import open_image
-
-        open_image(image)
-    sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
-    console.print("Ask about the image. /ask: the model asks itself. /new: start over. /quit: end.", style="dim")
-    history: list[dict] = []
-    while (line := _read_line()) not in (None, "/quit"):
-        if line == "/new":
-            history = []
-        elif line:
-            try:
-                history = _reply(assistant, image, history, line, max_new_tokens, sampling)
-            except ValueError as error:  # such as a control token in what was typed
-                messages_console.print(f"[red]Error:[/red] {escape(str(error))}", soft_wrap=True)
-
-
-def _reply(assistant, image: Path, history: list[dict], line: str, max_new_tokens: int, sampling: dict) -> list[dict]:
-    """The history after the model has asked and answered (`/ask`), or has answered `line`; prints what is new."""
-    from sq_llava.messages import place_images
-
-    images = None if history else image  # it stands in the first turn
-    if line == "/ask":
-        talk = assistant.converse(images, 1, history or None, max_new_tokens=max_new_tokens, **sampling)
-        for message in talk[len(history) :]:
-            if isinstance(message["content"], str):
-                style = "cyan" if message["role"] == "vusr" else ""
-                console.print(f"{message['role']}: {message['content']}", style=style, markup=False)
-        return talk
-    history = [*history, {"role": "user", "content": line}]
-    messages = place_images(images, history)
-    text = assistant.answer(None, messages, max_new_tokens)
-    console.print(text, markup=False)
-    return [*messages, {"role": "assistant", "content": text}]
-
-
-def _read_line() -> str | None:
-    try:
-        return console.input("> ").strip()
-    except (EOFError, KeyboardInterrupt):
-        console.print()
-        return None
+app.command(epilog=examples("sq-llava chat dog.png --model org/sq-llava-7b"))(chat)
 
 
 @app.command(epilog=examples("sq-llava merge runs/sq-llava-7b/stage2 --out runs/sq-llava-7b/merged"))
@@ -222,6 +170,8 @@ def merge(
 ) -> None:
     """Merge an adapter into its base: a plain checkpoint, with processor, code and card."""
     with errors_in_one_line():
+        require_folder(adapter)
+        require_new_folder(out)
         from sq_llava.checkpoint import merge_adapter
 
         merge_adapter(adapter, out)
@@ -265,6 +215,14 @@ def convert(
 ) -> None:
     """Convert a released SQ-LLaVA or LLaVA: a whole checkpoint, with processor, code and card."""
     with errors_in_one_line():
+        if not Path(source).expanduser().is_file():
+            require_folder_or_id(source, "the source")
+        for option, given in (("--base", base), ("--vision", vision)):
+            if given is not None:
+                require_folder_or_id(given, option)
+        require_new_folder(Path(out).expanduser())
+        require_dtype(dtype, "--dtype")
+        require_dtype(verify_dtype, "--verify-dtype", automatic=False)
         with messages_console.status("Reading names and shapes"):
             from transformers.utils import logging
 
@@ -324,6 +282,12 @@ def doctor(
 ) -> None:
     """Check the data of a recipe: every row, image header and length. Exit code 1: there are errors."""
     with errors_in_one_line():
+        if config is not None:
+            require_recipe(config)
+        if fix is not None:
+            require_new_folder(fix)
+            if limit is not None:
+                raise ValueError("--fix is given with --limit, which looks at some rows only: leave --limit out.")
         with messages_console.status("Opening the data"):
             from sq_llava.doctor import examine
             from sq_llava.doctor_report import print_preview, print_report, write_sound_rows
@@ -376,6 +340,7 @@ def inspect(
 ) -> None:
     """Say what a checkpoint is, holds and lacks; no weights are read. Exit code 1: it is broken, or not known."""
     with errors_in_one_line():
+        require_folder_or_id(folder)
         with messages_console.status("Reading headers"):
             from sq_llava import inspection
 
@@ -415,18 +380,24 @@ def push(
 ) -> None:
     """Publish a model on the Hub, with a card, and prove that others can load it."""
     with errors_in_one_line():
+        require_folder(folder)
+        if eval_results is not None:
+            require_file(eval_results, "--eval-results")
+        require_model(str(folder))
         from huggingface_hub import HfApi
 
         from sq_llava import publishing
         from sq_llava.card import read_results
 
         results = read_results(eval_results) if eval_results else None
+        about_model = {"results": results, "license": license, "languages": language or []}
         _check_results_are_of(folder, eval_results, results or {})
         api = None if dry_run else HfApi()
         if api is not None:
             publishing.check_rights(api, repo_id, private)
         with publishing.prepare(folder, repo_id, adapter_only, base_model, api, trust_remote_code) as publication:
             publishing.print_publication(publication, messages_console)
+            publishing.check_card(publication, dry_run, **about_model)
             with messages_console.status("Loading it in a fresh process"):
                 publishing.check_loading(publication)
             if api is None:
@@ -435,7 +406,7 @@ def push(
             commit = publishing.upload(api, publication, private, revision, message)
             messages_console.print(f"Uploaded as commit {commit}. It is fetched again, and compared.", soft_wrap=True)
             publishing.check_published(api, publication, commit)
-            url = publishing.publish_card(api, publication, commit, revision, results, license, language or [])
+            url = publishing.publish_card(api, publication, commit, revision, **about_model)
         messages_console.print(f"Published, equal to the last bit: {url}", markup=False, soft_wrap=True)
 
 
@@ -476,6 +447,7 @@ app.command(
 )(serve)
 app.add_typer(page_commands)
 app.add_typer(generate_data)
+app.add_typer(recipes)
 
 
 def _track(files: list[Path], description: str):
@@ -494,4 +466,5 @@ def _show(results: list[dict], as_json: bool, text_of) -> None:
 
 
 if __name__ == "__main__":
-    app()
+    with one_line_when_stopped():
+        app()

@@ -1,7 +1,7 @@
 """Features of a frozen vision tower on disk: each image once, read instead of decoded and encoded.
 
     sq-llava cache-features --config recipe.yaml --vision_lora_r 0 --output features
-    accelerate launch train_sft.py --config recipe.yaml --vision_lora_r 0 --feature_cache features
+    accelerate launch -m train_sft --config recipe.yaml --vision_lora_r 0 --feature_cache features
 
 A folder holds shards, `features-<digest of their first image>.safetensors`:
 

@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 from sq_llava.console import errors_in_one_line, messages_console
+from sq_llava.early_checks import require_recipe
 from sq_llava.run_note import command_line
 
 
@@ -23,6 +24,8 @@ def cache_features(
 ) -> None:
     """Run the frozen vision tower once over all images of a recipe, for training to read the features."""
     with errors_in_one_line():
+        if config is not None:
+            require_recipe(config)
         from sq_llava import feature_building
         from sq_llava.settings import parse_settings
 

@@ -13,7 +13,14 @@ import traceback
 from pathlib import Path
 
 
-SOURCES = {"configuration_sq_llava", "modeling_sq_llava", "processing_sq_llava", "sq_llava", "tests"}
+SOURCES = {
+    "configuration_sq_llava",
+    "image_processing_sq_llava",
+    "modeling_sq_llava",
+    "processing_sq_llava",
+    "sq_llava",
+    "tests",
+}
 
 
 class SourcesOutOfReach:

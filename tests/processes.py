@@ -5,6 +5,7 @@ A child is forked from a server that has imported everything and run nothing: it
 
 import multiprocessing
 import os
+import runpy
 import socket
 import sys
 from collections.abc import Callable
@@ -12,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from sq_llava.cli import app
+from sq_llava.__main__ import main
 
 
 PROCESSES = multiprocessing.get_context("forkserver")
@@ -25,7 +26,13 @@ PRELOADED = [
 def sq_llava(*arguments: str) -> None:
     """The command, as a process runs it."""
     sys.argv = ["sq-llava", *arguments]
-    app()
+    main()
+
+
+def run_script(file: str, *arguments: str) -> None:
+    """A script, as `python FILE` runs it."""
+    sys.argv = [file, *arguments]
+    runpy.run_path(file, run_name="__main__")
 
 
 def run_child(function: Callable, arguments: tuple, log: str, environment: dict[str, str], prepare) -> None:

@@ -62,8 +62,8 @@ def test_chat_ends_with_its_input(folder):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["answer", "none.png", "Hi"], "none.png: no such image or folder"),
-        (["answer", "pictures/notes.txt", "Hi"], "cannot be read as an image"),
+        (["answer", "none.png", "Hi"], "none.png: no such image"),
+        (["answer", "pictures/notes.txt", "Hi"], "is of no known image format, or its header is broken"),
         (["answer", "model", "Hi"], "a folder without images"),
         (["chat", "none.png"], "none.png: no such image"),
     ],

@@ -1,5 +1,6 @@
 """The demo: its data, its base models' tokenizer, its measures, and the whole of it with a few training steps."""
 
+import errno
 import json
 
 import pytest
@@ -46,6 +47,28 @@ def test_contradicting_answers_are_refused():
 def files(tmp_path_factory):
     paths = data.write_data(tmp_path_factory.mktemp("data"))
     return {name: json.loads(path.read_text()) for name, path in paths.items()}
+
+
+def test_images_stand_beside_the_data_and_inside_their_root(tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "write_data", lambda folder, seed: folder.mkdir())
+    run.make_data(tmp_path, seed=0, quick=True)
+    root = easy_vqa.image_root_of(tmp_path / "data" / "test.json")
+    assert root == tmp_path / "images"
+    for split, count in (("train", 4000), ("test", 1000)):
+        images = list((root / split / "images").iterdir())
+        assert len(images) == count and not images[0].is_symlink()
+        path = data.image_path(split, 7)
+        assert (root / path).read_bytes() == (data.image_root() / path).read_bytes()
+
+
+def test_images_are_copied_where_they_cannot_be_linked(tmp_path, monkeypatch):
+    def refuse(source, target):
+        raise OSError(errno.EXDEV, "Invalid cross-device link")
+
+    monkeypatch.setattr(data.os, "link", refuse)
+    (tmp_path / "source").write_bytes(b"image")
+    data._link_or_copy(str(tmp_path / "source"), str(tmp_path / "target"))
+    assert (tmp_path / "target").read_bytes() == b"image"
 
 
 def test_no_held_out_or_test_image_is_trained_on(files):

@@ -185,7 +185,7 @@ def test_missing_pipeline_is_an_error_with_the_command_that_installs_it(monkeypa
     with pytest.raises(ValueError, match="python -m spacy download en_core_web_sm"):
         choosing.load_pipeline("en_core_web_sm")
     monkeypatch.setitem(sys.modules, "spacy", None)
-    with pytest.raises(ValueError, match="pip install spacy"):
+    with pytest.raises(ValueError, match=r"spacy is not installed: pip install 'sq-llava\[captions\]'"):
         choosing.load_pipeline("en_core_web_sm")
 
 

@@ -394,7 +394,7 @@ def test_command_runs_with_an_own_model(model, photos, tmp_path):
         ([], "Give either --describer, a model here, or --model"),
         (["--describer", "a", "--model", "b"], "Give either --describer"),
         (["--model", "b", "--images", "none"], "No such option"),
-        (["--model", "b", "--prompts", "none"], "describe.txt: is missing or empty"),
+        (["--model", "b", "--prompts", "none"], "none: no such folder."),
         (["--model", "b", "--decisions", "none.json"], "none.json: no such file"),
         (["--model", "b", "--max-cost", 1], "--max-cost needs --input-price"),
         (["--model", "b", "--repair-model", "c", "--repair-max-cost", 1], "--repair-max-cost needs --repair-input"),

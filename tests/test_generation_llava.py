@@ -448,7 +448,7 @@ def test_ctrl_c_writes_what_is_there_and_waits_for_no_busy_server(tmp_path):
             assert process.is_alive()
             time.sleep(0.01)
         os.kill(process.pid, signal.SIGINT)
-        assert ended(children) == [1]
+        assert ended(children) == [130]
     assert "stopped by Ctrl-C" in (tmp_path / "run" / "log").read_text()
     num_rows = len(lines_of(tmp_path / "run" / "out" / "data.jsonl"))
     assert 3 <= num_rows == len(lines_of(tmp_path / "run" / "out" / "answers.jsonl")) < 40

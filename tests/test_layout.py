@@ -1,4 +1,4 @@
-"""The shape of the code base: what may import what, and what the trio may depend on."""
+"""The shape of the code base: what may import what, and what the code of a checkpoint may depend on."""
 
 import ast
 import sys
@@ -8,11 +8,16 @@ import pytest
 
 
 ROOT = Path(__file__).parent.parent
-TRIO = ["configuration_sq_llava", "processing_sq_llava", "modeling_sq_llava"]
+# What travels with each checkpoint.
+HUB_CODE = ["configuration_sq_llava", "image_processing_sq_llava", "processing_sq_llava", "modeling_sq_llava"]
 # A module imports only from modules that stand before it.
 ORDER = [
-    *TRIO,
+    *HUB_CODE,
+    "sq_llava.resources",
+    "sq_llava.stopping",
     "sq_llava.console",
+    "sq_llava.locations",
+    "sq_llava.early_checks",
     "sq_llava.appended_lines",
     "sq_llava.chat_journal",
     "sq_llava.chat_replies",
@@ -23,6 +28,7 @@ ORDER = [
     "sq_llava.messages",
     "sq_llava.feature_cache",
     "sq_llava.self_questioning",
+    "sq_llava.row_layouts",
     "sq_llava.sources",
     "sq_llava.data",
     "sq_llava.lengths",
@@ -32,9 +38,11 @@ ORDER = [
     "sq_llava.provenance",
     "sq_llava.fresh_load",
     "sq_llava.card",
+    "sq_llava.layouts",
+    "sq_llava.recovery",
+    "sq_llava.inspection",
     "sq_llava.checkpoint",
     "sq_llava.publishing",
-    "sq_llava.layouts",
     "sq_llava.weights",
     "sq_llava.convert",
     "sq_llava.originals",
@@ -43,12 +51,12 @@ ORDER = [
     "sq_llava.sampling",
     "sq_llava.inference",
     "sq_llava.model_options",
+    "sq_llava.chat_command",
     "sq_llava.monitoring",
-    "sq_llava.recovery",
-    "sq_llava.inspection",
     "sq_llava.trainer",
     "sq_llava.doctor",
     "sq_llava.doctor_report",
+    "sq_llava.setting_table",
     "sq_llava.settings",
     "sq_llava.base",
     "sq_llava.feature_building",
@@ -82,6 +90,9 @@ ORDER = [
     "sq_llava.evaluation.report",
     "sq_llava.evaluation.run",
     "sq_llava.evaluation.comparison",
+    "sq_llava.evaluation.metrics_hub.captions",
+    "sq_llava.evaluation.metrics_hub.pope",
+    "sq_llava.evaluation.metrics_hub.vqa_accuracy",
     "sq_llava.evaluation.question_metrics",
     "sq_llava.evaluation.questions",
     "sq_llava.evaluation.question_run",
@@ -104,6 +115,7 @@ ORDER = [
     "sq_llava.generation.self_command",
     "sq_llava.generation.command",
     "sq_llava.feature_command",
+    "sq_llava.recipe_command",
     "sq_llava.serving.schema",
     "sq_llava.serving.images",
     "sq_llava.serving.decoding",
@@ -148,13 +160,13 @@ def test_every_module_has_its_place_in_the_order():
 @pytest.mark.parametrize("module", ORDER)
 def test_module_imports_only_from_earlier_ones(module):
     earlier = ORDER[: ORDER.index(module)]
-    ours = {name for name in imports(module) if name.split(".")[0] in {"sq_llava", "train_sft", "demo", *TRIO}}
+    ours = {name for name in imports(module) if name.split(".")[0] in {"sq_llava", "train_sft", "demo", *HUB_CODE}}
     assert ours - {"sq_llava", "sq_llava.evaluation", "sq_llava.generation", "sq_llava.serving", *earlier} == set()
 
 
-@pytest.mark.parametrize("module", TRIO)
-def test_trio_needs_only_torch_transformers_and_pil(module):
-    allowed = {"torch", "transformers", "PIL", *TRIO, *sys.stdlib_module_names}
+@pytest.mark.parametrize("module", HUB_CODE)
+def test_code_of_a_checkpoint_needs_only_torch_transformers_and_pil(module):
+    allowed = {"torch", "transformers", "PIL", *HUB_CODE, *sys.stdlib_module_names}
     assert {name.split(".")[0] for name in imports(module)} <= allowed
 
 

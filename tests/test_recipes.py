@@ -24,13 +24,14 @@ import train_sft
 from configuration_sq_llava import CLIP_VIT_L_14_336, VICUNA_7B
 from sq_llava import base
 from sq_llava.adapter import LoraSize, add_adapter
+from sq_llava.resources import find_resource
 from sq_llava.settings import SQLlavaArguments
 from sq_llava.sources import DataSource
 from sq_llava.trainer import keep_wrap_policy
 from tests import tiny
 
 
-RECIPES = Path(train_sft.__file__).parent / "recipes"
+RECIPES = find_resource("recipes")
 ORIGINALS = sorted(file.relative_to(RECIPES) for file in RECIPES.glob("*b/*.yaml"))  # of 7b and 13b models
 LAUNCHES = sorted((RECIPES / "accelerate").glob("*.yaml"))
 
@@ -69,6 +70,11 @@ def run_twin(recipe: Path, parts: Path, runs: Path) -> None:
 @pytest.mark.parametrize("recipe", ORIGINALS, ids=str)
 def test_tiny_twin_has_the_same_keys(recipe):
     assert keys(RECIPES / "tiny" / recipe) == keys(RECIPES / recipe)
+
+
+@pytest.mark.parametrize("recipe", sorted(RECIPES.rglob("*.yaml")), ids=lambda file: str(file.relative_to(RECIPES)))
+def test_recipe_names_no_folder_of_an_environment(recipe):
+    assert "site-packages" not in recipe.read_text() and ".venv" not in recipe.read_text()
 
 
 def test_every_tiny_twin_has_an_original():

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+import train_sft
 from sq_llava.recovery import EXIT_TRY_AGAIN
 from tests.processes import ended
 from tests.runs import (
@@ -88,6 +89,22 @@ def test_signal_ends_with_75_behind_the_step_and_nothing_is_lost(parts, whole, t
     assert not (output_dir / "adapter_model.safetensors").exists()
     assert run(resumed, log) == [0], log.read_text()[-3000:]
     assert_equal_runs(whole, output_dir)
+
+
+@pytest.mark.parametrize("stage", ["stage1", "stage2"])
+def test_recipe_of_the_readme_is_saved_on_ctrl_c(parts, tmp_path, stage):
+    settings = {
+        "config": Path(train_sft.__file__).parent / "recipes" / "easy-vqa" / f"{stage}.yaml",
+        "dataset_path": parts / "train.json",
+        "vision_model_name_or_path": parts / "clip",
+        "text_model_name_or_path": parts / "llama",
+        "output_dir": tmp_path / "run",
+        "use_cpu": True,
+    }
+    args = [text for name, value in settings.items() for text in (f"--{name}", str(value))]
+    assert run(args, tmp_path / "log", (in_step, 2, signal_self, 0, signal.SIGINT)) == [EXIT_TRY_AGAIN]
+    assert steps_saved(tmp_path / "run") == [2]
+    assert "Stopped at step 2. Go on with --resume." in (tmp_path / "log").read_text()
 
 
 def test_second_interrupt_stops_at_once(parts, tmp_path):
@@ -180,14 +197,14 @@ def wait_for_steps(number: int, children: list, log: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("processes", [1, 2])
-def test_run_killed_at_ten_random_moments_equals_the_uninterrupted_one(parts, tmp_path, processes):
-    settings = {"per_device_train_batch_size": 4 // processes, "max_steps": 60, "save_steps": 3}
+@pytest.mark.parametrize(("processes", "num_kills"), [(1, 10), (2, 5)])
+def test_run_killed_at_random_moments_equals_the_uninterrupted_one(parts, tmp_path, processes, num_kills):
+    settings = {"per_device_train_batch_size": 4 // processes, "max_steps": 6 * num_kills, "save_steps": 3}
     whole, output_dir, log = tmp_path / "whole", tmp_path / "run", tmp_path / "log"
     assert run(arguments(parts, whole, **settings), log, processes=processes) == [0] * processes
     resumed = arguments(parts, output_dir, resume=True, **settings)
     draw = random.Random(0)
-    for _ in range(10):
+    for _ in range(num_kills):
         children = start(resumed, log, processes=processes)
         wait_for_steps(1, children, log)
         begin, num_steps = time.monotonic(), draw.randint(1, 3)

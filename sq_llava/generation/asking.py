@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 from sq_llava.chat_batches import BatchJournal, ask_in_batches
 from sq_llava.chat_client import ChatClient, ChatFailure, ChatRequest, ChatStopped, NotAsked
+from sq_llava.stopping import INTERRUPTED
 
 
 Item = TypeVar("Item")
@@ -69,7 +70,7 @@ def ask_all(
     except ChatStopped as stop:
         stopped = str(stop)
     except KeyboardInterrupt:
-        stopped = "stopped by Ctrl-C. Run again: what was answered is kept."
+        stopped = INTERRUPTED
     results, missing = read_all(client, items, work)
     failures = {id: failures[id] for id in missing if id in failures}
     return Asked(results, failures, len(missing) - len(failures), stopped)

@@ -22,6 +22,7 @@ import json
 from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from importlib.resources import files
 from itertools import dropwhile
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from typing import Any
 import numpy as np
 from rich.progress import Progress
 
+from sq_llava.console import needs_extra
 from sq_llava.data import read_row
 from sq_llava.generation.rows import Card, Rejected, Shard, make_row, write_output
 from sq_llava.run_note import check_note, write_note
@@ -50,7 +52,7 @@ REJECTED = {
     "not drawn": f"its phrases are in more than {MAX_CAPTIONS} captions, and it was not drawn",
 }
 IDENTITY = ("kind", "captions_hash", "limit", "spacy_model")
-PROMPTS = Path(__file__).parent / "prompts" / "captions"
+PROMPTS = files("sq_llava.generation") / "prompts" / "captions"
 
 
 @dataclass(frozen=True)
@@ -198,10 +200,8 @@ def load_pipeline(model: str):
     Raises:
         ValueError: if spaCy, or the pipeline, is not there, or has no parser.
     """
-    try:
+    with needs_extra("captions"):
         import spacy
-    except ImportError as error:
-        raise ValueError("Noun phrases are found by spaCy, which is not installed: pip install spacy") from error
     try:
         pipeline = spacy.load(model, exclude=UNUSED_COMPONENTS)
     except OSError as error:
@@ -294,7 +294,7 @@ def look_at(captions: CaptionFile, image_root: Path) -> Known:
     root = image_root.resolve()
     ids, has_image = array("Q"), array("b")
     for number, caption in enumerate(captions):
-        faults, _ = read_row(make_row(caption.id, [caption.image], [("", caption.text)]), root)
+        faults = read_row(make_row(caption.id, [caption.image], [("", caption.text)]), root).faults
         for fault in faults:
             if fault.level == "error":
                 raise ValueError(f"{captions.path}, row {number} (id {caption.id!r}): {fault.message} {fault.fix}")

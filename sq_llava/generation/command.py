@@ -7,12 +7,14 @@ What a way of making data does stands in a module of its own, the options that t
 """
 
 import shutil
+from importlib.resources import files
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from sq_llava.console import console, errors_in_one_line, examples, messages_console
+from sq_llava.early_checks import require_file, require_folder
 from sq_llava.generation.options import (
     SERVER,
     BaseUrl,
@@ -32,10 +34,11 @@ from sq_llava.generation.options import (
     ShardOption,
     Temperature,
     Timeout,
+    exit_code,
     print_estimate,
 )
 from sq_llava.generation.self_command import generate_self
-from sq_llava.model_options import Device, Dtype, quiet_libraries
+from sq_llava.model_options import Device, Dtype, check_model_options, quiet_libraries
 from sq_llava.run_note import command_line
 
 
@@ -47,7 +50,7 @@ app = typer.Typer(
 
 
 def print_outcome(made, out: Path) -> None:
-    """How a run ended. Exit code 1: there is more to be asked, or some of it failed."""
+    """How a run ended. Exit code 1: there is more to be asked, or some failed; 130: stopped."""
     asked = made.asked
     console.print(f"{made.num_rows:,} rows of {len(asked.results):,} texts", highlight=False)
     messages_console.print(f"Wrote {out}", markup=False, soft_wrap=True)
@@ -60,7 +63,7 @@ def print_outcome(made, out: Path) -> None:
     if asked.stopped is not None:
         messages_console.print(f"{asked.num_open:,} are open: {asked.stopped}", markup=False, soft_wrap=True)
     if asked.failures or asked.stopped is not None:
-        raise typer.Exit(1)
+        raise typer.Exit(exit_code(asked.stopped))
 
 
 @app.command(
@@ -104,6 +107,11 @@ def llava(
 ) -> None:
     """From captions and boxes: conversations, descriptions and reasoning, by a text-only language model."""
     with errors_in_one_line():
+        require_file(captions, "The captions")
+        if instances is not None:
+            require_file(instances, "--instances")
+        if prompts is not None:
+            require_folder(prompts)
         from sq_llava.chat_client import ChatSettings
         from sq_llava.generation import llava as making
         from sq_llava.generation.rows import Shard
@@ -148,12 +156,12 @@ def prompts(
 ) -> None:
     """Copy the prompts and examples of a way of making data, to edit them and give them as --prompts."""
     with errors_in_one_line():
-        own = Path(__file__).parent / "prompts"
+        own = files("sq_llava.generation") / "prompts"
         ways = sorted(path.name for path in own.iterdir() if path.is_dir())
         if way not in ways:
             raise ValueError(f"{way}: has no prompts; there are some for {', '.join(ways)}.")
         if folder.exists():
-            raise ValueError(f"{folder}: is there already. Name a new folder.")
+            raise ValueError(f"{folder} is there already: give a new folder.")
         shutil.copytree(own / way, folder)
     messages_console.print(f"Wrote {folder}", markup=False, soft_wrap=True)
 
@@ -186,6 +194,10 @@ def captions(
 ) -> None:
     """From captions: LLaVA's filter by noun phrases, and an instruction before each caption, for stage 1."""
     with errors_in_one_line():
+        require_file(captions, "The captions")
+        require_folder(image_root)
+        if prompts is not None:
+            require_folder(prompts)
         from rich.progress import Progress
 
         from sq_llava.generation import captions as choosing
@@ -278,6 +290,13 @@ def curate(
     with errors_in_one_line():
         if (describer is None) == (model is None):
             raise ValueError("Give either --describer, a model here, or --model, one behind a server.")
+        require_folder(images)
+        if decisions is not None:
+            require_file(decisions, "--decisions")
+        if prompts is not None:
+            require_folder(prompts)
+        if describer is not None:
+            check_model_options(describer, device, dtype)
         with messages_console.status("Loading libraries"):
             from sq_llava.chat_client import ChatClient, ChatSettings
             from sq_llava.generation import curate as curating
@@ -343,7 +362,7 @@ def show_curated(made, out: Path) -> None:
     if made.stopped is not None:
         messages_console.print(f"{made.num_open:,} are open: {made.stopped}", markup=False, soft_wrap=True)
     if made.num_failed or made.stopped is not None:
-        raise typer.Exit(1)
+        raise typer.Exit(exit_code(made.stopped))
 
 
 app.command(

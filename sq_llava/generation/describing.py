@@ -13,6 +13,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +28,12 @@ from sq_llava.generation.captions import read_instructions
 from sq_llava.generation.text_rules import words_of
 from sq_llava.images import jpeg_data_url, open_image
 from sq_llava.inference import Assistant, load
+from sq_llava.stopping import INTERRUPTED
 
 
-PROMPTS = Path(__file__).parent / "prompts" / "curate"
+PROMPTS = files("sq_llava.generation") / "prompts" / "curate"
 # Of an image as a server gets it: what most scale larger ones to.
 LONGEST_SIDE, QUALITY = 1024, 90
-INTERRUPTED = "stopped by Ctrl-C. Run again: what was described is kept."
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ and edited (`sq-llava generate-data prompts self FOLDER`). What this module does
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib.resources import files
 from pathlib import Path
 
 from sq_llava.chat_client import ChatClient, ChatRequest, Messages
@@ -14,7 +15,7 @@ from sq_llava.generation.asking import Asked, ask_all, read_all
 from sq_llava.images import jpeg_data_url, open_image
 
 
-PROMPTS = Path(__file__).parent / "prompts" / "self"
+PROMPTS = files("sq_llava.generation") / "prompts" / "self"
 ATTEMPTS = 3
 WORDS = {"accept": True, "reject": False}
 # Of an image as a server gets it: what most scale larger ones to.

@@ -15,6 +15,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from sq_llava.generation.turns import Turn, fault_of, parse_turns, without_ruler
 from sq_llava.run_note import check_note, write_note
 
 
-PROMPTS = Path(__file__).parent / "prompts" / "llava"
+PROMPTS = files("sq_llava.generation") / "prompts" / "llava"
 KINDS = ("conversation", "detail", "reasoning")
 # Thousands of rows in LLaVA's set.
 SHARES = "conversation=58,detail=23,reasoning=77"

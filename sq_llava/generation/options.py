@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from sq_llava.console import console
+from sq_llava.stopping import INTERRUPTED, STOPPED
 
 
 SERVER = {"rich_help_panel": "Server"}
@@ -40,6 +41,11 @@ Price = Annotated[float | None, typer.Option(min=0, help="Of a million tokens.",
 IMAGE_TOKENS = "An image is counted as, for caps and estimates; caps can be passed where the server counts more."
 ImageTokens = Annotated[int, typer.Option(min=1, help=IMAGE_TOKENS, **SERVER)]
 Batch = Annotated[bool, typer.Option("--batch", help="By the server's Batch API: slower, often cheaper.", **SERVER)]
+
+
+def exit_code(stopped: str | None) -> int:
+    """Of a run that is not complete."""
+    return STOPPED if stopped == INTERRUPTED else 1
 
 
 def print_estimate(estimate) -> None:

@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from sq_llava.console import console, errors_in_one_line, messages_console
+from sq_llava.early_checks import require_folder
 from sq_llava.evaluation.command import (
     JUDGE,
     JudgeBaseUrl,
@@ -15,9 +16,11 @@ from sq_llava.evaluation.command import (
     JudgeMaxTokens,
     JudgePrice,
     JudgeTemperature,
+    check_images,
 )
-from sq_llava.generation.options import IMAGE_TOKENS, DryRun, Limit, Out, Seed, ShardOption, print_estimate
-from sq_llava.model_options import Device, Dtype, quiet_libraries
+from sq_llava.generation.options import IMAGE_TOKENS, DryRun, Limit, Out, Seed, ShardOption, exit_code, print_estimate
+from sq_llava.locations import require_folder_or_id
+from sq_llava.model_options import Device, Dtype, check_model_options, quiet_libraries
 
 
 FILTERS = {"rich_help_panel": "Filters: with others, the same command makes the set anew without a model"}
@@ -94,6 +97,12 @@ def generate_self(
 ) -> None:
     """Images alone: a SQ-LLaVA asks about them, answers, and what passes the filters is kept."""
     with errors_in_one_line():
+        check_images(images, image_root)
+        check_model_options(model, device, dtype)
+        if clip is not None:
+            require_folder_or_id(clip, "--clip")
+        if prompts is not None:
+            require_folder(prompts)
         with messages_console.status("Loading libraries"):
             from sq_llava.chat_client import ChatSettings
             from sq_llava.evaluation.questions import AskSettings
@@ -173,4 +182,4 @@ def show_made(made, out: Path) -> None:
     if made.stopped is not None:
         messages_console.print(f"{made.num_open} are open: {made.stopped}", markup=False, soft_wrap=True)
     if made.num_failed or made.num_open:
-        raise typer.Exit(1)
+        raise typer.Exit(exit_code(made.stopped))

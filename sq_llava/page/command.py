@@ -5,8 +5,18 @@ from typing import Annotated
 
 import typer
 
-from sq_llava.console import console, errors_in_one_line, examples, messages_console
-from sq_llava.model_options import Device, Dtype, LoadIn4Bit, LoadIn8Bit, Model, ModelArgument, load_model
+from sq_llava.console import console, errors_in_one_line, examples, messages_console, needs_extra
+from sq_llava.early_checks import require_folder, require_image
+from sq_llava.model_options import (
+    Device,
+    Dtype,
+    LoadIn4Bit,
+    LoadIn8Bit,
+    Model,
+    ModelArgument,
+    check_model_options,
+    load_model,
+)
 
 
 app = typer.Typer()
@@ -24,10 +34,9 @@ def demo(
 ) -> None:
     """Open a page on which people chat about pictures, and the model asks: http://HOST:PORT."""
     with errors_in_one_line():
-        try:
+        check_model_options(model, device, dtype)
+        with needs_extra("page"):
             from sq_llava.page.layout import LAUNCH, create_page
-        except ModuleNotFoundError as error:
-            raise ValueError(f"{error.name} is not installed: pip install 'sq-llava[serve]'.") from error
         assistant = load_model(model, device, dtype, load_in_4bit, load_in_8bit)
         create_page(assistant).launch(server_name=host, server_port=port, **LAUNCH)
 
@@ -49,6 +58,11 @@ def prototypes(
     with errors_in_one_line():
         if out.suffix.lower() != ".png":
             raise ValueError(f"--out {out}: it is a PNG that is written, so end it in .png.")
+        require_folder(out.parent)
+        if out.exists() and image.exists() and out.samefile(image):
+            raise ValueError(f"--out {out} is the image itself: give another file.")
+        require_image(image)
+        check_model_options(model, device, dtype)
         from sq_llava.images import open_image
 
         picture = open_image(image)

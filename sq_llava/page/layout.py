@@ -11,6 +11,7 @@ import html
 import os
 from collections.abc import Iterator
 from dataclasses import fields
+from importlib.resources import files
 from pathlib import Path
 
 from PIL import Image, ImageOps
@@ -29,7 +30,7 @@ import gradio as gr
 from starlette.middleware import Middleware
 
 
-PHOTOS = Path(__file__).parent / "photos"
+PHOTOS = files("sq_llava.page") / "photos"
 EXAMPLES = {
     "shape.png": "what color is the shape?",
     "cat.jpg": "What is the cat looking at?",

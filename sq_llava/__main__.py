@@ -1,0 +1,18 @@
+"""The `sq-llava` command: `python -m sq_llava`, `torchrun -m sq_llava`."""
+
+import signal
+
+from sq_llava.stopping import one_line_when_stopped, stop_at_once
+
+
+def main() -> None:
+    signal.signal(signal.SIGINT, stop_at_once)
+    from sq_llava.cli import app
+
+    with one_line_when_stopped():
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        app()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,213 @@
+"""Ctrl-C and a closed output end each command in one line, at any moment, without a traceback."""
+
+import os
+import pty
+import signal
+import subprocess
+import sys
+import termios
+import time
+from fcntl import ioctl
+from pathlib import Path
+
+import pytest
+
+from sq_llava import chat_command, stopping
+from sq_llava.inference import Assistant
+from sq_llava.trainer import SQLlavaTrainer
+from tests import tiny
+from tests.processes import ended, fork, run_script, sq_llava
+from tests.runs import arguments, in_step, make_parts, signal_self
+
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """A model that speaks until it is stopped, a picture, and what a training needs."""
+    folder = tmp_path_factory.mktemp("stopping")
+    processor = tiny.tiny_processor(system_message="")
+    model = tiny.tiny_model_for(processor)
+    model.generation_config.eos_token_id = None
+    model.save_pretrained(folder / "model")
+    processor.save_pretrained(folder / "model")
+    return make_parts(folder)
+
+
+# While a module is imported, by its name.
+INTERRUPTED_IMPORT = """
+import os, runpy, signal, sys
+
+class Interrupt:
+    def find_spec(self, name, *_):
+        if name == at:
+            os.kill(os.getpid(), signal.SIGINT)
+
+at, *sys.argv = sys.argv[1:]
+sys.meta_path.insert(0, Interrupt())
+run = runpy.run_path if sys.argv[0].endswith(".py") else runpy.run_module
+run(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize(
+    ("module", "command"),
+    [
+        ("typer", ["sq_llava", "--help"]),
+        ("transformers", ["sq_llava", "answer", "1.png", "Hi", "--model", "model"]),
+        ("accelerate", [str(ROOT / "train_sft.py"), "--help"]),
+        ("demo.data", ["demo.run", "--help"]),
+    ],
+)
+def test_ctrl_c_in_an_import_ends_in_one_line(module, command, folder):
+    command = [sys.executable, "-c", INTERRUPTED_IMPORT, module, *command]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (130, "")
+    assert done.stderr.splitlines()[-1] == "Stopped." and "Traceback" not in done.stderr
+
+
+def stop_in(owner, name: str) -> None:
+    """Ctrl-C while this function runs."""
+    setattr(owner, name, lambda *args, **kwargs: signal_self(0, signal.SIGINT))
+
+
+def test_ctrl_c_in_an_answer_ends_in_one_line(folder, tmp_path):
+    command = ("answer", str(folder / "1.png"), "Hi", "--model", str(folder / "model"))
+    children = fork(sq_llava, command, tmp_path / "log", (stop_in, Assistant, "answer"))
+    assert ended(children) == [130]
+    assert (tmp_path / "log").read_text() == "Stopped.\n"
+
+
+def interrupt(*args, **kwargs):
+    raise KeyboardInterrupt
+
+
+def test_ctrl_c_before_training_ends_in_one_line(folder, tmp_path):
+    command = (str(ROOT / "train_sft.py"), *arguments(folder, tmp_path / "run"))
+    assert ended(fork(run_script, command, tmp_path / "log", (stop_in, SQLlavaTrainer, "__init__"))) == [130]
+    assert (tmp_path / "log").read_text().splitlines()[-1] == "Stopped."
+    assert "Traceback" not in (tmp_path / "log").read_text()
+
+
+@pytest.mark.parametrize(
+    ("settings", "code", "message"),
+    [
+        ({"dataset_path": "none.json"}, 1, "Error: none.json: no such file."),
+        ({"self_question_ratio": 2}, 1, "Error: self_question_ratio is 2.0: give a number from 0 to 1."),
+        ({"stage": "alig"}, 2, "Error: argument --stage: invalid choice: 'alig'"),
+    ],
+)
+def test_wrong_setting_of_a_training_is_told_in_one_line(settings, code, message, folder, tmp_path):
+    command = (str(ROOT / "train_sft.py"), *arguments(folder, tmp_path / "run", **settings))
+    assert ended(fork(run_script, command, tmp_path / "log")) == [code]
+    text = (tmp_path / "log").read_text()
+    assert text.splitlines()[-1].startswith(message) and "Traceback" not in text and "usage:" not in text
+
+
+def fail():
+    raise ValueError("a bug")
+
+
+def test_error_of_a_training_step_has_its_traceback(folder, tmp_path):
+    command = (str(ROOT / "train_sft.py"), *arguments(folder, tmp_path / "run", doctor="off"))
+    assert ended(fork(run_script, command, tmp_path / "log", (in_step, 1, fail))) == [1]
+    assert "Traceback" in (tmp_path / "log").read_text() and "ValueError: a bug" in (tmp_path / "log").read_text()
+
+
+def break_output() -> None:
+    """Standard output is a pipe that nobody reads."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    os.dup2(writing, 1)
+
+
+def fill_output() -> None:
+    """Standard output is on a full disk."""
+    os.dup2(os.open("/dev/full", os.O_WRONLY), 1)
+
+
+@pytest.mark.parametrize(
+    ("prepare", "line"),
+    [
+        (break_output, "Stopped: nobody reads the output any more.\n"),
+        (fill_output, "Error: [Errno 28] No space left on device\n"),
+    ],
+)
+@pytest.mark.parametrize("options", [[], ["--json"]], ids=["by rich", "by print"])
+def test_output_that_cannot_be_written_ends_in_one_line(prepare, line, options, folder, tmp_path):
+    command = ("inspect", str(folder / "model"), *options)
+    assert ended(fork(sq_llava, command, tmp_path / "log", (prepare,))) == [1]
+    assert (tmp_path / "log").read_text() == line
+
+
+def test_chat_without_standard_input_ends_at_once_in_one_line(folder):
+    command = f'"{sys.executable}" -m sq_llava chat 1.png --model model <&-'
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, shell=True, cwd=folder, env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == "Error: Standard input is closed: chat reads what you say from it.\n"
+
+
+def test_interrupt_that_a_library_made_an_error_of_its_own_counts_as_one(monkeypatch, capsys):
+    monkeypatch.setattr(stopping.signal, "signal", lambda *_: None)
+    with pytest.raises(SystemExit) as ending, stopping.one_line_when_stopped():
+        try:
+            interrupt()
+        except KeyboardInterrupt as error:
+            raise ImportError("numpy failed to import") from error
+    assert ending.value.code == 130 and capsys.readouterr().err == "Stopped.\n"
+
+
+def sit_at(terminal: str) -> None:
+    """Makes a terminal this process' own, so that its Ctrl-C comes here; answers tell when they begin."""
+    os.setsid()
+    os.dup2(os.open(terminal, os.O_RDWR), 0)
+    ioctl(0, termios.TIOCSCTTY, 0)
+    sys.stdin = open(0, closefd=False)  # noqa: SIM115
+    reply = chat_command._reply
+
+    def reply_aloud(assistant, image, history, line, *rest):
+        print(f"{len(history)} messages before: {line}", flush=True)
+        return reply(assistant, image, history, line, *rest)
+
+    chat_command._reply = reply_aloud
+
+
+def wait_for(log: Path, text: str, count: int = 1) -> None:
+    end = time.monotonic() + 60
+    while not log.is_file() or log.read_text().count(text) < count:
+        assert time.monotonic() < end, log.read_text()
+        time.sleep(0.02)
+
+
+def test_ctrl_c_stops_an_answer_of_chat_and_a_second_one_ends_it(folder, tmp_path):
+    keyboard, terminal = pty.openpty()
+    log = tmp_path / "log"
+    command = ("chat", str(folder / "1.png"), "--model", str(folder / "model"), "--max-new-tokens", "200")
+    children = fork(sq_llava, command, log, (sit_at, os.ttyname(terminal)))
+    wait_for(log, "> ")
+    os.write(keyboard, b"What is it?\n")
+    wait_for(log, "> ", 2)
+    for count, line in enumerate((b"Go on.\n", b"/ask\n"), start=1):
+        os.write(keyboard, line)
+        wait_for(log, "messages before", 1 + count)
+        os.write(keyboard, b"\x03")
+        wait_for(log, "> ", 2 + count)
+    os.write(keyboard, b"\x03")
+    assert ended(children) == [130]
+    text = log.read_text()
+    assert "2 messages before: Go on." in text and "2 messages before: /ask" in text
+    assert text.count("Stopped. The conversation goes on without this turn.") == 2
+    assert text.endswith("\nStopped.\n") and "Traceback" not in text
+
+
+def test_child_started_to_miss_interrupts_does(capfd):
+    with stopping.children_miss_interrupts():
+        child = subprocess.Popen(
+            [sys.executable, "-c", "import os, signal; os.kill(os.getpid(), signal.SIGINT); print('alive')"]
+        )
+    assert child.wait() == 0 and capfd.readouterr().out == "alive\n"
+    with pytest.raises(KeyboardInterrupt):
+        os.kill(os.getpid(), signal.SIGINT)
