@@ -86,12 +86,12 @@ def main(args: list[str] | None = None) -> SQLlavaTrainer:
         make_it = shlex.join(["sq-llava", "cache-features", *command_line])
         feature_cache = FeatureCache(Path(arguments.feature_cache), make_it)
     require_extras(training_args, model_config)
-    # Read before the training that it is written behind.
     start, _ = starting_point(arguments, model_config)
-    came_from = read_provenance(fetch(start)) if start else {}
     resident_before = resident_peak()
     set_seed(training_args.seed)
     with PartialState().main_process_first():
+        # Read before the training that it is written behind.
+        came_from = read_provenance(fetch(start)) if start else {}
         checkpoint = find_checkpoint(training_args.output_dir, arguments.resume, training_args.resume_from_checkpoint)
         if arguments.doctor != "off" and PartialState().is_main_process:
             command = shlex.join(["sq-llava", "doctor", *command_line])

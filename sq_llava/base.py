@@ -22,8 +22,7 @@ from sq_llava.adapter import (
     load_adapter_weights,
     train_in_full,
 )
-from sq_llava.checkpoint import compose, load_base_of, load_model, require_model
-from sq_llava.locations import is_adapter
+from sq_llava.checkpoint import compose, load_base_and_processor, load_model
 from sq_llava.settings import (
     SQLlavaArguments,
     architecture,
@@ -44,11 +43,8 @@ def load_base(
     quantized_loading = loading if quantization is None else {**loading, "quantization_config": quantization}
     processing = processor_settings(arguments)
     if start is not None:
-        folder = require_model(start)
-        processor = SQLlavaProcessor.from_pretrained(folder, **processing)
-        if is_adapter(folder):
-            return load_base_of(folder, processor, **quantized_loading), processor, str(folder)
-        return load_model(start, processor, **quantized_loading), processor, None
+        model, processor, adapter = load_base_and_processor(start, processor_settings=processing, **quantized_loading)
+        return model, processor, None if adapter is None else str(adapter)
 
     if is_deepspeed_zero3_enabled():
         raise ValueError(

@@ -360,11 +360,31 @@ def load_checkpoint(
     Raises:
         ValueError: if it is no SQ-LLaVA, or not whole.
     """
+    model, processor, adapter = load_base_and_processor(path, revision, **kwargs)
+    return model if adapter is None else PeftModel.from_pretrained(model, adapter), processor
+
+
+def load_base_and_processor(
+    path: str, revision: str | None = None, processor_settings: dict | None = None, **kwargs
+) -> tuple[SQLlavaForConditionalGeneration, SQLlavaProcessor, Path | None]:
+    """
+    Loads a plain checkpoint, or the one that an adapter stands on; and the processor.
+
+    Args:
+        path, revision, kwargs: As for [`load_checkpoint`].
+        processor_settings (`dict`, *optional*): Settings of the processor that replace those that were saved.
+
+    Returns:
+        The model, the processor, and the folder of the adapter, if it is one.
+
+    Raises:
+        ValueError: if it is no SQ-LLaVA, or not whole.
+    """
     folder = require_model(path, revision)
-    processor = SQLlavaProcessor.from_pretrained(folder)
-    if not is_adapter(folder):
-        return _load_plain(folder, str(path), processor, **kwargs), processor
-    return PeftModel.from_pretrained(load_base_of(folder, processor, **kwargs), folder), processor
+    processor = SQLlavaProcessor.from_pretrained(folder, **(processor_settings or {}))
+    if is_adapter(folder):
+        return load_base_of(folder, processor, **kwargs), processor, folder
+    return _load_plain(folder, str(path), processor, **kwargs), processor, None
 
 
 def merge_adapter(adapter: str, output_dir: str) -> None:

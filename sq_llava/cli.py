@@ -109,12 +109,7 @@ def ask(
 ) -> None:
     """Let the model ask questions about each image."""
     with errors_in_one_line():
-        files = find_images(images)
-        check_model_options(model, device, dtype)
-        from sq_llava.images import require_whole_images
-
-        require_whole_images(files)
-        assistant = load_model(model, device, dtype, load_in_4bit, load_in_8bit)
+        files, assistant = _open(images, model, device, dtype, load_in_4bit, load_in_8bit)
 
         results = []
         for file in _track(files, "Asking"):
@@ -146,12 +141,7 @@ def answer(
 ) -> None:
     """Answer a question about each image, greedily."""
     with errors_in_one_line():
-        files = find_images(images)
-        check_model_options(model, device, dtype)
-        from sq_llava.images import require_whole_images
-
-        require_whole_images(files)
-        assistant = load_model(model, device, dtype, load_in_4bit, load_in_8bit)
+        files, assistant = _open(images, model, device, dtype, load_in_4bit, load_in_8bit)
 
         results = [
             {"image": str(file), "answer": assistant.answer(file, question, max_new_tokens)}
@@ -448,6 +438,16 @@ app.command(
 app.add_typer(page_commands)
 app.add_typer(generate_data)
 app.add_typer(recipes)
+
+
+def _open(images: list[Path], model: str, device: str | None, dtype: str, load_in_4bit: bool, load_in_8bit: bool):
+    """The image files and the [`Assistant`], once what is wrong with either has been told: cheap checks first."""
+    files = find_images(images)
+    check_model_options(model, device, dtype)
+    from sq_llava.images import require_whole_images
+
+    require_whole_images(files)
+    return files, load_model(model, device, dtype, load_in_4bit, load_in_8bit)
 
 
 def _track(files: list[Path], description: str):
