@@ -15,7 +15,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from peft import PeftModel
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
@@ -346,9 +345,7 @@ def _errors_of_base(adapter: str | os.PathLike) -> Iterator[None]:
         raise ValueError(f"The base of the adapter {adapter}: {error}") from error
 
 
-def load_checkpoint(
-    path: str, revision: str | None = None, **kwargs
-) -> tuple[SQLlavaForConditionalGeneration | PeftModel, SQLlavaProcessor]:
+def load_checkpoint(path: str, revision: str | None = None, **kwargs) -> tuple[torch.nn.Module, SQLlavaProcessor]:
     """
     Loads a plain checkpoint, or an adapter on its base, and the processor.
 
@@ -357,11 +354,18 @@ def load_checkpoint(
         revision (`str`, *optional*): Branch, tag or commit on the Hub.
         kwargs: As for `from_pretrained` of the model: `dtype`, `device_map`, `attn_implementation`, ...
 
+    Returns:
+        A [`SQLlavaForConditionalGeneration`], or of an adapter a `PeftModel` around it; and the processor.
+
     Raises:
         ValueError: if it is no SQ-LLaVA, or not whole.
     """
     model, processor, adapter = load_base_and_processor(path, revision, **kwargs)
-    return model if adapter is None else PeftModel.from_pretrained(model, adapter), processor
+    if adapter is None:
+        return model, processor
+    from peft import PeftModel  # with what it imports it takes seconds, and most models need none of it
+
+    return PeftModel.from_pretrained(model, adapter), processor
 
 
 def load_base_and_processor(

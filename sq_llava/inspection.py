@@ -18,15 +18,14 @@ from pathlib import Path
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
-from peft import PeftConfig, get_peft_model, get_peft_model_state_dict
 from rich.console import Console
 from rich.table import Table
 from transformers.utils import logging
 
 from configuration_sq_llava import SQLlavaConfig
 from modeling_sq_llava import SQLlavaForConditionalGeneration
+from sq_llava.completeness import checkpoint_faults, step_of
 from sq_llava.layouts import NAMES, Layout, open_safetensors, read_pickle, read_weight_map, recognise
-from sq_llava.recovery import checkpoint_faults, step_of
 from sq_llava.resources import CODE_FILES, code_file
 
 
@@ -355,6 +354,8 @@ def faults_of_adapter(folder: Path, base: Path, headers: dict[str, list[Tensor]]
     fields = json.loads((base / "config.json").read_bytes())
     if fields.get("model_type") != "sq_llava":
         return [f"its base {base} has the model_type {fields.get('model_type')!r}, not 'sq_llava'"]
+    from peft import PeftConfig, get_peft_model, get_peft_model_state_dict  # see `load_checkpoint`
+
     peft_config = PeftConfig.from_pretrained(folder)
     peft_config.init_lora_weights = False  # some ways of it compute with the weights of the base
     with torch.device("meta"):

@@ -12,7 +12,6 @@ import hashlib
 import json
 import math
 import os
-import re
 import signal
 from pathlib import Path
 
@@ -20,55 +19,16 @@ import torch
 from accelerate import Accelerator, PartialState
 from transformers import TrainerCallback
 
+from sq_llava.completeness import RUN_FILE, STATE_FILE, checkpoint_faults, json_fault, step_of
+
 
 # sysexits.h: "temporary failure, try again later". A scheduler may requeue on it.
 EXIT_TRY_AGAIN = os.EX_TEMPFAIL
-# The Trainer writes this file last.
-STATE_FILE = "trainer_state.json"
-# [`SQLlavaTrainer`] writes it before that one, when all processes have written: the files of the checkpoint with their
-# sizes, and what the losses depend on.
-RUN_FILE = "run.json"
 SET_ASIDE = "half-written-"
 
 
 class CheckpointError(OSError):
     """A checkpoint could not be written."""
-
-
-def step_of(folder: Path) -> int | None:
-    """The optimizer step that a folder is a checkpoint of, by its name; `None` if it is none."""
-    match = re.fullmatch(r"checkpoint-(\d+)", folder.name)
-    return int(match[1]) if match and folder.is_dir() else None
-
-
-def file_sizes(folder: Path) -> dict[str, int]:
-    """In bytes, of all files of a checkpoint, except those that are written last."""
-    files = (file for file in folder.rglob("*") if file.is_file() and file.name not in (STATE_FILE, RUN_FILE))
-    return {str(file.relative_to(folder)): file.stat().st_size for file in files}
-
-
-def checkpoint_faults(folder: Path) -> list[str]:
-    """What is missing from a checkpoint that one could go on from; empty if it is complete."""
-    faults = [fault for name in (STATE_FILE, RUN_FILE) if (fault := _json_fault(folder / name))]
-    if _json_fault(folder / RUN_FILE):
-        return faults
-    there = file_sizes(folder)
-    for name, size in json.loads((folder / RUN_FILE).read_text())["files"].items():
-        if name not in there:
-            faults.append(f"{name} is missing")
-        elif there[name] != size:
-            faults.append(f"{name} has {there[name]} bytes of {size}")
-    return faults
-
-
-def _json_fault(file: Path) -> str | None:
-    if not file.is_file():
-        return f"{file.name} is missing"
-    try:
-        json.loads(file.read_bytes())
-    except ValueError:
-        return f"{file.name} is cut off"
-    return None
 
 
 def find_checkpoint(output_dir: str, resume: bool, given: str | None) -> str | None:
@@ -122,7 +82,7 @@ def find_checkpoint(output_dir: str, resume: bool, given: str | None) -> str | N
 def _refuse_damaged(half_written: dict[Path, list[str]]) -> None:
     """A checkpoint with its last file was complete once: to start anew would throw it away."""
     for folder, faults in half_written.items():
-        if not _json_fault(folder / STATE_FILE):
+        if not json_fault(folder / STATE_FILE):
             raise ValueError(
                 f"{folder} was complete once, but cannot be gone on from: {'; '.join(faults)}. Bring the files back, "
                 "or give another output_dir to start anew."

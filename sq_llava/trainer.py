@@ -28,9 +28,10 @@ from trl import SFTTrainer
 
 from sq_llava.adapter import trained_parameters, without_adapter
 from sq_llava.batching import ModalityLengthSampler
+from sq_llava.completeness import RUN_FILE, STATE_FILE, checkpoint_faults, file_sizes
 from sq_llava.monitoring import GenerationCheck
 from sq_llava.packing import PackedRows, PackingCollator, pack_sampler, require_separation
-from sq_llava.recovery import RUN_FILE, STATE_FILE, CheckpointError, StepWatch, checkpoint_faults, file_sizes
+from sq_llava.recovery import CheckpointError, StepWatch
 from sq_llava.self_questioning import ANSWER, IGNORE_INDEX, QUESTION
 
 

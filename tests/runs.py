@@ -15,7 +15,7 @@ from transformers import TrainerState
 
 import train_sft
 from processing_sq_llava import SQLlavaProcessor
-from sq_llava.recovery import step_of
+from sq_llava.completeness import step_of
 from sq_llava.self_questioning import SelfQuestioningCollator
 from sq_llava.trainer import SQLlavaTrainer
 from tests import tiny

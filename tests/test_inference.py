@@ -170,7 +170,11 @@ def test_saved_model_loads_and_answers_in_a_fresh_process(assistant, tmp_path):
     assistant.model.save_pretrained(tmp_path / "model")
     assistant.processor.save_pretrained(tmp_path / "model")
     tiny.picture().save(tmp_path / "image.png")
-    code = "from sq_llava.inference import load; print(load('model').answer('image.png', 'Hi', 6))"
+    code = (
+        "import sys; from sq_llava.inference import load; print(load('model').answer('image.png', 'Hi', 6)); "
+        # A plain checkpoint is answered with without the libraries of training, whose import takes seconds.
+        "print(*{'peft', 'trl', 'datasets', 'bitsandbytes'} & sys.modules.keys(), file=sys.stderr)"
+    )
     result = subprocess.run(
         [sys.executable, "-c", code],
         cwd=tmp_path,
@@ -179,6 +183,7 @@ def test_saved_model_loads_and_answers_in_a_fresh_process(assistant, tmp_path):
         text=True,
     )
     assert result.stdout.strip() == assistant.answer(tiny.picture(), "Hi", 6), result.stderr[-2000:]
+    assert result.stderr.splitlines()[-1] == ""
 
 
 @pytest.fixture

@@ -39,6 +39,7 @@ ORDER = [
     "sq_llava.fresh_load",
     "sq_llava.card",
     "sq_llava.layouts",
+    "sq_llava.completeness",
     "sq_llava.recovery",
     "sq_llava.inspection",
     "sq_llava.checkpoint",
