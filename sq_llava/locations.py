@@ -72,14 +72,16 @@ def find_config(model: str | os.PathLike, revision: str | None = None) -> Path:
 
 def fetch(model: str | os.PathLike, revision: str | None = None) -> Path:
     """
-    The folder that a model is in, as it was given; of a Hub id its snapshot in the cache, fetched before if needed.
+    The folder that a model is in, as it was given; of a Hub id its snapshot in the cache, fetched before if needed. It
+    is called for a model whose configuration was found: see [`find_config`].
 
     Raises:
-        ValueError: as [`find_config`].
+        ValueError: if the Hub and its cache have none of this id.
     """
-    folder = find_config(model, revision).parent
-    if Path(model).expanduser().is_dir():
+    folder = Path(model).expanduser()
+    if folder.is_dir():
         return folder
+    require_folder_or_id(model)
     from huggingface_hub import snapshot_download
 
     try:
