@@ -60,7 +60,7 @@ lint: setup  ## Check style and formatting
 	$(BIN)/ruff format --check .
 
 # Of benchmarks/, those that need no GPU and take minutes.
-BENCHMARKS := train_step lm_head batching feature_cache memory ask generate prototype_extractor scaling image_pipeline \
+BENCHMARKS := train_step lm_head batching memory ask generate prototype_extractor scaling image_pipeline \
 	doctor convert startup
 
 bench: setup  ## Run the benchmarks that need no GPU: under a quarter of an hour on two cores

@@ -422,15 +422,12 @@ class SQLlavaModel(SQLlavaPreTrainedModel):
     def get_image_features(
         self,
         pixel_values: torch.Tensor | None,
-        vision_features: torch.Tensor | None = None,
         output_hidden_states: bool | None = None,
         **kwargs,
     ) -> tuple | BaseModelOutputWithPooling | None:
         """
         Args:
             pixel_values (`torch.Tensor` of shape `(num_images, channels, height, width)`): Processed images.
-            vision_features (`torch.Tensor` of shape `(num_images, N, D)`, *optional*):
-                Instead: what [`get_vision_features`] gave for them before.
             output_hidden_states (`bool`, *optional*):
                 Return the outputs of the vision tower's embeddings and of each of its layers that is run too.
 
@@ -445,16 +442,13 @@ class SQLlavaModel(SQLlavaPreTrainedModel):
         """
         if kwargs.get("output_attentions"):
             raise ValueError("output_attentions is True: the vision tower returns no attention weights. Leave it out.")
+        if pixel_values is None:
+            return None
         hidden_states = None
-        if vision_features is None:
-            if pixel_values is None:
-                return None
-            if output_hidden_states:
-                vision_features, hidden_states = self._run_vision_tower(pixel_values, output_hidden_states=True)
-            else:
-                vision_features = self.get_vision_features(pixel_values)
-        elif pixel_values is not None or output_hidden_states:
-            raise ValueError("vision_features is given: leave pixel_values and output_hidden_states out.")
+        if output_hidden_states:
+            vision_features, hidden_states = self._run_vision_tower(pixel_values, output_hidden_states=True)
+        else:
+            vision_features = self.get_vision_features(pixel_values)
         image_tokens = self.multi_modal_projector(self.resampler(self.prototype_extractor(vision_features)))
         return BaseModelOutputWithPooling(
             last_hidden_state=vision_features, pooler_output=image_tokens, hidden_states=hidden_states
@@ -470,7 +464,6 @@ class SQLlavaModel(SQLlavaPreTrainedModel):
         past_key_values: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
-        vision_features: torch.FloatTensor | None = None,
         image_indices: torch.LongTensor | None = None,
         positions_to_keep: torch.BoolTensor | None = None,
         cache: Cache | None = None,
@@ -486,12 +479,9 @@ class SQLlavaModel(SQLlavaPreTrainedModel):
                 All images of the batch, in the order of their placeholders.
             mm_encoder_outputs (`dict`, *optional*):
                 `{"image": output of get_image_features}`, instead of `pixel_values`: images that were encoded before.
-            vision_features (`torch.FloatTensor` of shape `(num_images, N, D)`, *optional*):
-                What the vision tower gave before, instead of `pixel_values`; of no images for a batch without any.
-                The tower is not run then.
             image_indices (`torch.LongTensor` of shape `(num_images,)`, *optional*):
-                For each image of the text, its index in `pixel_values` or `vision_features`: what is shown several
-                times is encoded once. For a forward pass; `generate` does not take it.
+                For each image of the text, its index in `pixel_values`: what is shown several times is
+                encoded once. For a forward pass; `generate` does not take it.
             positions_to_keep (`torch.BoolTensor` of shape `(batch_size, sequence_length)`, *optional*):
                 The positions whose hidden states are wanted, such as those with a label: `last_hidden_state` is
                 `(num_kept, hidden_size)` then, row by row, and a head on it costs no more than they do.
@@ -504,10 +494,10 @@ class SQLlavaModel(SQLlavaPreTrainedModel):
             raise ValueError("Give exactly one of input_ids and inputs_embeds.")
         cache = _the_one_cache(cache, past_key_values)
         image_outputs = (mm_encoder_outputs or {}).get("image")
-        if pixel_values is not None or vision_features is not None:
+        if pixel_values is not None:
             if image_outputs is not None:
                 raise ValueError("Give pixel_values or mm_encoder_outputs, not both.")
-            image_outputs = self.get_image_features(pixel_values, vision_features, return_dict=True)
+            image_outputs = self.get_image_features(pixel_values, return_dict=True)
 
         placeholders = self._find_placeholders(input_ids, inputs_embeds, needed=image_outputs is not None)
         if inputs_embeds is None:

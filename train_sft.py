@@ -22,7 +22,6 @@ What it does not do: train the vision tower's own weights; convert released chec
 import shlex
 import signal
 import sys
-from pathlib import Path
 
 from sq_llava.console import errors_in_one_line
 from sq_llava.early_checks import require_recipe_of
@@ -42,8 +41,6 @@ from sq_llava.base import load_base, prepare_stage
 from sq_llava.card import write_card
 from sq_llava.data import hold_out, load_rows
 from sq_llava.doctor_report import SAMPLE_ROWS, check_before_training
-from sq_llava.feature_building import check_cache
-from sq_llava.feature_cache import FeatureCache
 from sq_llava.lengths import LengthBound, with_sure_lengths
 from sq_llava.locations import fetch
 from sq_llava.monitoring import GenerationCheck
@@ -81,10 +78,6 @@ def main(args: list[str] | None = None) -> SQLlavaTrainer:
     if arguments.dry_run == "meta":
         return plan_from_configs(arguments, training_args, model_config, num_processes)
     command_line = sys.argv[1:] if args is None else args
-    feature_cache = None
-    if arguments.feature_cache is not None:
-        make_it = shlex.join(["sq-llava", "cache-features", *command_line])
-        feature_cache = FeatureCache(Path(arguments.feature_cache), make_it)
     require_extras(training_args, model_config)
     start, _ = starting_point(arguments, model_config)
     resident_before = resident_peak()
@@ -108,7 +101,6 @@ def main(args: list[str] | None = None) -> SQLlavaTrainer:
         self_question_ratio=arguments.self_question_ratio,
         seed=training_args.seed,
         max_length=training_args.max_length,
-        feature_cache=feature_cache,
         pad_to_multiple_of=training_args.pad_to_multiple_of,
     )
     eval_rows = generation_check = None
@@ -119,9 +111,6 @@ def main(args: list[str] | None = None) -> SQLlavaTrainer:
     if arguments.generation_datasets:
         generation_check = GenerationCheck(load_rows(arguments.generation_datasets, training_args.seed), processor)
         generation_check.require_room(model)
-    if feature_cache is not None and PartialState().is_main_process:
-        sample = {"sample": SAMPLE_ROWS, "full": None, "off": 0}[arguments.doctor]
-        check_cache(feature_cache, model, processor, training_args, [rows, eval_rows], sample)
     if arguments.packing:
         bound = LengthBound(processor, training_args.max_length, not instruct, arguments.self_question_ratio)
         with PartialState().local_main_process_first():

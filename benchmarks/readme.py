@@ -16,7 +16,6 @@ ORDER = (
     "train_step",
     "lm_head",
     "batching",
-    "feature_cache",
     "memory",
     "ask",
     "generate",

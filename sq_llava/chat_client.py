@@ -252,7 +252,7 @@ class ChatClient:
             ChatStopped: once the requests under way have been answered and kept; likewise what else `work` raises.
         """
         self.claim()
-        with ThreadPoolExecutor(self.settings.concurrency) as pool, self.bar() as progress:
+        with ThreadPoolExecutor(self.settings.concurrency) as pool, self._bar() as progress:
             bar = progress.add_task(description, total=len(items), spent=self.budget.describe())
             futures = {pool.submit(work, item): id for id, item in items.items()}
             try:
@@ -291,21 +291,21 @@ class ChatClient:
         cost = self.settings.price(prompt_tokens, completion_tokens)
         return Estimate(num_requests, prompt_tokens, completion_tokens, cost)
 
-    def most_tokens(self, body: Mapping[str, Any]) -> tuple[int, int]:
+    def _most_tokens(self, body: Mapping[str, Any]) -> tuple[int, int]:
         """The most tokens that a request's prompt and answer can have: no token is shorter than a byte."""
         num_images, num_bytes = measure(body["messages"])
         return num_bytes + num_images * self.settings.image_tokens, self.settings.max_tokens
 
-    def say(self, error: Exception) -> str:
+    def _say(self, error: Exception) -> str:
         """Servers put the key that they were sent into their errors."""
         return mend(str(error)).replace(self.api.api_key, "[OPENAI_API_KEY]")[:500]
 
-    def bar(self) -> Progress:
+    def _bar(self) -> Progress:
         """A progress bar whose tasks have a field `spent`."""
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         return Progress(*columns, TextColumn("{task.fields[spent]}"), console=Console(stderr=True), transient=True)
 
-    def note_lost(self, key: str, most: tuple[int, int], reason: str) -> None:
+    def _note_lost(self, key: str, most: tuple[int, int], reason: str) -> None:
         """
         Puts into the journal what was paid, as far as anybody knows, for no answer.
 
@@ -339,7 +339,7 @@ class ChatClient:
 
     def _send(self, request: ChatRequest) -> dict[str, Any]:
         """Sends a request once. What was lost on the way counts as paid, in full; what was refused does not count."""
-        most = self.most_tokens(request.body)
+        most = self._most_tokens(request.body)
         self.budget.reserve(*most)
         used = lost = None
         try:
@@ -350,26 +350,26 @@ class ChatClient:
             used = line["prompt_tokens"], line["completion_tokens"]
             return line
         except ValueError as error:
-            lost = self.say(error)
+            lost = self._say(error)
             raise UnusableAnswer(lost) from None
         except openai.APIStatusError as error:
             if isinstance(error, FINAL_ERRORS) or error.code == NO_MONEY:
-                raise ChatStopped(f"{self.settings.model}: the server refused: {self.say(error)}") from None
+                raise ChatStopped(f"{self.settings.model}: the server refused: {self._say(error)}") from None
             # What is wrong with a single request is told by another status.
             if error.status_code not in (408, 409, 429) and error.status_code < 500:
                 self._num_unanswered = 0
-                raise ChatFailure(self.say(error)) from None
-            raise _Unanswered(self.say(error), retry_after(error.response.headers.get("Retry-After"))) from None
+                raise ChatFailure(self._say(error)) from None
+            raise _Unanswered(self._say(error), retry_after(error.response.headers.get("Retry-After"))) from None
         except openai.APIConnectionError as error:
             name = type(error.__cause__).__name__
-            reason = f"{self.say(error)} ({name})"
+            reason = f"{self._say(error)} ({name})"
             if name not in NOT_CONNECTED:
                 used, lost = most, reason  # it may have been answered, and the answer lost
             raise _Unanswered(reason) from None
         finally:
             self.budget.settle(most, used)
             if lost is not None:
-                self.note_lost(f"{request.key} lost {uuid.uuid4().hex}", most, lost)
+                self._note_lost(f"{request.key} lost {uuid.uuid4().hex}", most, lost)
 
 
 class _Unanswered(Exception):
@@ -417,7 +417,7 @@ class Budget:
         cost = "" if self._settings.input_price is None else f", {self.cost:.2f} spent"
         return f"{self.num_requests:,} requests, {self.tokens:,} tokens{cost}"
 
-    def reserve(self, prompt_tokens: int, completion_tokens: int, may_wait: bool = True) -> None:
+    def reserve(self, prompt_tokens: int, completion_tokens: int) -> None:
         """
         Waits for requests under way: they may turn out cheaper, or be refused.
 
@@ -427,21 +427,13 @@ class Budget:
         tokens, cost = prompt_tokens + completion_tokens, self._settings.price(prompt_tokens, completion_tokens)
         with self._changed:
             while (reason := self._too_much(tokens, cost)) is not None:
-                if not may_wait or not self._num_under_way:
+                if not self._num_under_way:
                     raise ChatStopped(f"stopped by {reason} Raise it and run again: what was answered is kept.")
                 self._changed.wait()
-            self._hold(tokens, cost)
-
-    def hold(self, prompt_tokens: int, completion_tokens: int) -> None:
-        """Sets aside what a request can take that is under way already."""
-        with self._changed:
-            self._hold(prompt_tokens + completion_tokens, self._settings.price(prompt_tokens, completion_tokens))
-
-    def _hold(self, tokens: int, cost: float) -> None:
-        self.num_requests += 1
-        self._reserved_tokens += tokens
-        self._reserved_cost += cost
-        self._num_under_way += 1
+            self.num_requests += 1
+            self._reserved_tokens += tokens
+            self._reserved_cost += cost
+            self._num_under_way += 1
 
     def settle(self, most: tuple[int, int], used: tuple[int, int] | None) -> None:
         """Puts what was used in place of what was set aside; nothing, of a request that the server refused."""

@@ -6,7 +6,6 @@
     sq-llava merge runs/demo/stage2 --out runs/demo/model
     sq-llava convert llava-hf/llava-1.5-7b-hf --out llava-7b
     sq-llava doctor --config recipes/sq-llava-7b/stage2.yaml
-    sq-llava cache-features --config recipes/sq-llava-7b/stage1.yaml --vision_lora_r 0 --output features
     sq-llava inspect runs/demo/model
     sq-llava push runs/demo/model org/name --dry-run
     sq-llava evaluate --model runs/demo/model --tasks easy_vqa --data runs/demo/data
@@ -39,7 +38,6 @@ from sq_llava.early_checks import (
     require_recipe,
 )
 from sq_llava.evaluation.command import evaluate, evaluate_questions
-from sq_llava.feature_command import cache_features
 from sq_llava.generation.command import app as generate_data
 from sq_llava.locations import require_folder_or_id
 from sq_llava.model_options import (
@@ -304,16 +302,6 @@ def doctor(
                 messages_console.print(f"  - {json.dumps(entry)}", markup=False, soft_wrap=True)
     if report.num_errors:
         raise typer.Exit(1)
-
-
-app.command(
-    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
-    epilog=examples(
-        "sq-llava cache-features --config recipes/sq-llava-7b/stage1.yaml --vision_lora_r 0 --output features",
-        "sq-llava cache-features --config recipe.yaml --output features --max-size 200GB --use_cpu true",
-        "torchrun --nproc_per_node 8 -m sq_llava.cli cache-features --config recipe.yaml --output features",
-    ),
-)(cache_features)
 
 
 @app.command(

@@ -400,7 +400,7 @@ def try_one_step(trainer: SFTTrainer, resident_before: int) -> int:
     else:
         trainer.packs.keep_fullest()
         inputs = next(iter(trainer.get_train_dataloader()))
-    batch = Batch(*inputs["input_ids"].shape, len(inputs.get("pixel_values", inputs.get("vision_features", []))))
+    batch = Batch(*inputs["input_ids"].shape, len(inputs.get("pixel_values", [])))
     sharding = sharding_of(trainer.accelerator)
     estimate = estimate_memory(trainer.model, batch, args, world_size, sharding, on_gpu=on_gpu)
     if on_gpu:

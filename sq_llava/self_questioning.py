@@ -22,7 +22,6 @@ from torch.nn import functional as F
 from transformers import TrainerCallback
 
 from processing_sq_llava import SQLlavaProcessor
-from sq_llava.feature_cache import CachedFeatures, FeatureCache
 from sq_llava.images import OnceEach, image_key, open_image
 
 
@@ -88,8 +87,6 @@ class SelfQuestioningCollator:
         seed (`int`): Of the draw.
         max_length (`int`, *optional*): In tokens. A longer row loses its last turns, whole ones; a row of which not
             even the first turn fits is an error.
-        feature_cache ([`FeatureCache`], *optional*): Gives `vision_features`, of no images in a batch of text, instead
-            of `pixel_values`; no image is opened then.
         pad_to_multiple_of (`int`, *optional*): Pads each batch to a multiple of so many tokens; `max_length` is of the
             tokens before that.
     """
@@ -99,15 +96,13 @@ class SelfQuestioningCollator:
     self_question_ratio: float = 0.5
     seed: int = 0
     max_length: int | None = None
-    feature_cache: FeatureCache | None = None
     pad_to_multiple_of: int | None = None
     # In shared memory: data loader workers that live on see the next epoch too.
     epoch: torch.Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.int64).share_memory_())
 
     def __post_init__(self):
-        image_processor = self.processor.image_processor if self.feature_cache is None else CachedFeatures()
         self.batch_processor = copy.copy(self.processor)
-        self.batch_processor.image_processor = OnceEach(image_processor)
+        self.batch_processor.image_processor = OnceEach(self.processor.image_processor)
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         images = {}  # rows of one batch may share them
@@ -127,8 +122,6 @@ class SelfQuestioningCollator:
         else:
             kinds = [_turn_kinds(mask, messages, row) for mask, messages, row in zip(spoken, conversations, rows)]
             batch["turn_kinds"] = torch.stack(kinds)
-        if self.feature_cache is not None and "vision_features" not in batch:
-            batch["vision_features"] = torch.empty(0, *self.feature_cache.shape, dtype=self.feature_cache.dtype)
         batch["row_ids"] = torch.tensor([row["row_id"] for row in rows])
         return self._padded(dict(batch))
 
@@ -167,8 +160,6 @@ class SelfQuestioningCollator:
         ]
 
     def _open(self, image: str | dict[str, Any] | Image.Image) -> Any:
-        if self.feature_cache is not None:
-            return self.feature_cache.features(image)
         return self.processor.image_processor.pad_and_resize(open_image(image))
 
     def _tokenize(self, conversations: list[list[dict]]) -> dict[str, torch.Tensor]:

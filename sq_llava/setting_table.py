@@ -88,7 +88,6 @@ OURS = {
     "dry_run": honoured("test_planning.py::test_dry_run_takes_the_longest_rows_and_leaves_nothing"),
     "num_gpus": honoured("test_planning.py::test_number_of_gpus_belongs_to_a_plan"),
     "doctor": honoured("test_doctor.py::test_training_goes_on_with_the_doctor_off_or_warnings_only"),
-    "feature_cache": honoured("test_feature_cache.py::test_training_with_the_cache_equals_training_without_it"),
     "max_loss": honoured("test_step_watch.py::test_diverging_loss_stops_the_run"),
 }
 

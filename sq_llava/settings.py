@@ -123,10 +123,6 @@ class SQLlavaArguments:
         default="sample",
         metadata={"help": "Rows and images to look at before the model is loaded; `sq-llava doctor` tells more."},
     )
-    feature_cache: str | None = field(
-        default=None,
-        metadata={"help": "Folder of `sq-llava cache-features`, read instead of images; with vision_lora_r 0."},
-    )
     # Settings of TRL, moved here by `parse_settings`: it refuses `packing` for images, and takes up `eos_token` only
     # when data and template have been read.
     packing: bool = field(init=False, default=False)
@@ -204,8 +200,6 @@ def parse_settings(
     if training_args.metric_for_best_model is not None:
         # The Trainer takes a metric whose name does not end in "loss" for one that grows: loss_answers, too.
         training_args.greater_is_better = "loss" not in training_args.metric_for_best_model
-    if arguments.feature_cache is not None:
-        require_frozen_tower(arguments, model_config)
     if arguments.full_finetuning:
         require_no_adapter(arguments, model_config)
     take_over_packing(arguments, training_args)
@@ -321,24 +315,6 @@ def require_no_adapter(arguments: SQLlavaArguments, model_config: ModelConfig) -
         raise ValueError(
             f"full_finetuning is true, with {given}: it trains the language model's own weights and freezes the "
             "vision tower. Give lora_r 0 and vision_lora_r 0, and leave load_in_4bit, load_in_8bit and use_peft out."
-        )
-
-
-def require_frozen_tower(arguments: SQLlavaArguments, model_config: ModelConfig) -> None:
-    """
-    Raises:
-        ValueError: if training would change the vision tower, so that features made before would not be its own.
-    """
-    if arguments.vision_lora_r:
-        raise ValueError(
-            f"vision_lora_r is {arguments.vision_lora_r}: ViT-LoRA changes the vision tower in each step, and "
-            "features made before would not be its own. Give vision_lora_r 0, which freezes it (the paper trains it), "
-            "or leave feature_cache out."
-        )
-    if model_config.load_in_4bit or model_config.load_in_8bit:
-        raise ValueError(
-            "load_in_4bit or load_in_8bit is set: the features of a quantized vision tower are not cached. Leave it "
-            "out, or feature_cache."
         )
 
 

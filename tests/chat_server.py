@@ -1,6 +1,5 @@
-"""A chat completions server on this machine that answers, and fails, as a test says; it has a Batch API, too."""
+"""A chat completions server on this machine that answers, and fails, as a test says."""
 
-import email
 import json
 import threading
 import time
@@ -26,9 +25,7 @@ class Reply:
 @dataclass
 class ChatServer:
     """
-    `requests` are the bodies that came in, singly or in batches; `most_at_once` is how many were under way at a time.
-    A batch takes `num_looks` looks to be done. The answers to the first `num_lost` creations of batches are lost, and
-    the first `num_cut` files are cut off.
+    `requests` are the bodies that came in; `most_at_once` is how many were under way at a time.
     """
 
     url: str
@@ -36,12 +33,6 @@ class ChatServer:
     authorizations: list[str] = field(default_factory=list)
     times: list[float] = field(default_factory=list)
     most_at_once: int = 0
-    files: dict[str, bytes] = field(default_factory=dict)
-    batches: dict[str, dict] = field(default_factory=dict)
-    has_batches: bool = True
-    num_looks: int = 1
-    num_lost: int = 0
-    num_cut: int = 0
 
 
 def completion(text: str | None, prompt_tokens: int = 100, completion_tokens: int = 10) -> str:
@@ -71,13 +62,6 @@ def chat_server(reply: Callable[[dict, int], Reply | str]) -> Iterator[ChatServe
         def do_POST(self):
             nonlocal under_way
             content = self.rfile.read(int(self.headers["Content-Length"]))
-            if not self.path.endswith("/chat/completions"):
-                if not server_state.has_batches:
-                    self.send(Reply(status=404, body="{}"))
-                else:
-                    is_file = self.path.endswith("/files")
-                    self.send(self.upload(content) if is_file else self.create(json.loads(content)))
-                return
             request = json.loads(content)
             with lock:
                 number = server_state.requests.count(request)
@@ -92,53 +76,6 @@ def chat_server(reply: Callable[[dict, int], Reply | str]) -> Iterator[ChatServe
             finally:
                 with lock:
                     under_way -= 1
-
-        def upload(self, content: bytes) -> Reply:
-            form = email.message_from_bytes(f"Content-Type: {self.headers['Content-Type']}\r\n\r\n".encode() + content)
-            parts = {part.get_param("name", header="content-disposition"): part for part in form.get_payload()}
-            assert parts["purpose"].get_payload(decode=True) == b"batch"
-            return as_reply(add_file(parts["file"].get_payload(decode=True)))
-
-        def create(self, wanted: dict) -> Reply:
-            """Answers the whole batch at once, but says so only after some looks."""
-            lines = {True: [], False: []}
-            for line in map(json.loads, server_state.files[wanted["input_file_id"]].splitlines()):
-                said = reply(line["body"], server_state.requests.count(line["body"]))
-                said = Reply(text=said) if isinstance(said, str) else said
-                server_state.requests.append(line["body"])
-                body = json.loads(completion(said.text) if said.body is None else said.body)
-                response = {"status_code": said.status, "request_id": "1", "body": body}
-                line = {"id": "1", "custom_id": line["custom_id"], "response": response, "error": None}
-                lines[said.status == 200].append(json.dumps(line, ensure_ascii=False) + "\n")
-            batch = {
-                "id": f"batch_{len(server_state.batches)}",
-                "object": "batch",
-                "created_at": 0,
-                **wanted,
-                "status": "in_progress",
-                "looks": 0,
-                "output_file_id": add_file(encoded("".join(lines[True])))["id"] if lines[True] else None,
-                "error_file_id": add_file(encoded("".join(lines[False])))["id"] if lines[False] else None,
-            }
-            server_state.batches[batch["id"]] = batch
-            return Reply(closes=True) if len(server_state.batches) <= server_state.num_lost else as_reply(batch)
-
-        def do_GET(self):
-            kind, *rest = self.path.partition("?")[0].removeprefix("/v1/").split("/")
-            if kind == "files":
-                content = server_state.files[rest[0]].decode()
-                if server_state.num_cut > 0:
-                    server_state.num_cut -= 1
-                    content = content[:-20]
-                self.send(Reply(body=content))
-            elif not rest:
-                self.send(as_reply({"object": "list", "data": list(server_state.batches.values()), "has_more": False}))
-            else:
-                batch = server_state.batches[rest[0]]
-                batch["looks"] += 1
-                if batch["looks"] > server_state.num_looks and batch["status"] == "in_progress":
-                    batch["status"] = "completed"
-                self.send(as_reply(batch))
 
         def send(self, said: Reply):
             time.sleep(said.seconds)
@@ -156,14 +93,6 @@ def chat_server(reply: Callable[[dict, int], Reply | str]) -> Iterator[ChatServe
 
         def log_message(self, *args):
             pass  # nothing on the tests' standard error
-
-    def add_file(content: bytes) -> dict:
-        file = {"id": f"file_{len(server_state.files)}", "object": "file", "bytes": len(content), "created_at": 0}
-        server_state.files[file["id"]] = content
-        return {**file, "filename": "requests.jsonl", "purpose": "batch", "status": "processed"}
-
-    def as_reply(value: dict) -> Reply:
-        return Reply(body=json.dumps(value))
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.daemon_threads = True

@@ -3,7 +3,6 @@
 import json
 import subprocess
 import sys
-import weakref
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 from pathlib import Path
@@ -12,11 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sq_llava.chat_batches import NAME
 from sq_llava.chat_client import (
     ChatClient,
     ChatFailure,
-    ChatRequest,
     ChatSettings,
     ChatStopped,
     NotAsked,
@@ -24,7 +21,7 @@ from sq_llava.chat_client import (
     measure,
 )
 from sq_llava.chat_replies import read_completion, retry_after
-from sq_llava.generation.asking import ask_all, read_all
+from sq_llava.generation.asking import ask_all
 from tests.chat_server import Reply, chat_server, completion
 
 
@@ -47,8 +44,8 @@ def say(text: str) -> list[dict]:
     return [{"role": "user", "content": text}]
 
 
-def ask(client: ChatClient, *texts: str, batch: bool = False):
-    return ask_all(client, {text: text for text in texts}, lambda text: client.complete(say(text)), "asks", batch)
+def ask(client: ChatClient, *texts: str):
+    return ask_all(client, {text: text for text in texts}, lambda text: client.complete(say(text)), "asks")
 
 
 def echo(request: dict, number: int) -> str:
@@ -149,20 +146,6 @@ def test_caps_are_of_all_runs_whatever_came_of_the_requests(tmp_path):
     assert len(server.requests) == 4
 
 
-def test_batch_whose_answer_holds_no_text_counts_in_later_runs_too(tmp_path):
-    with chat_server(lambda request, number: Reply(body=completion(None))) as server:
-        client = client_of(server, tmp_path)
-        assert "holds no text" in ask(client, "a", batch=True).failures["a"]
-        told = client.budget.describe()
-        assert told == "1 requests, 1,058 tokens" == client_of(server, tmp_path).budget.describe()
-        # Killed before it was noted that the batch was read: it is not counted twice.
-        journal = tmp_path / "answers.batches.jsonl"
-        journal.write_text("".join(journal.read_text().splitlines(keepends=True)[:2]))
-        assert "--max-requests 1" in ask(client_of(server, tmp_path, max_requests=1), "a", batch=True).stopped
-        assert client_of(server, tmp_path).budget.describe() == told
-    assert len(server.requests) == 1
-
-
 def test_server_that_is_not_there_takes_nothing_of_the_caps(tmp_path):
     with chat_server(echo) as server:
         pass
@@ -173,11 +156,10 @@ def test_server_that_is_not_there_takes_nothing_of_the_caps(tmp_path):
     assert client_of(server, tmp_path).budget.num_requests == 0
 
 
-@pytest.mark.parametrize("batch", [False, True])
-def test_equal_requests_are_paid_once(batch, tmp_path):
+def test_equal_requests_are_paid_once(tmp_path):
     with chat_server(lambda request, number: Reply("1", seconds=0.1)) as server:
         client = client_of(server, tmp_path)
-        asked = ask_all(client, dict.fromkeys("abcd", "x"), lambda text: client.complete(say(text)), "asks", batch)
+        asked = ask_all(client, dict.fromkeys("abcd", "x"), lambda text: client.complete(say(text)), "asks")
         assert asked.results == dict.fromkeys("abcd", "1")
     assert len(server.requests) == len(lines_of(tmp_path / "answers.jsonl")) == 1
 
@@ -201,9 +183,8 @@ def test_second_process_is_kept_out_of_a_journal_and_a_reader_is_not(tmp_path):
         with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as first:
             early = client_of(server, tmp_path)
             assert first.stdout.readline() == "heard a\n"
-            for batch in (False, True):
-                with pytest.raises(ValueError, match=r"answers.jsonl: another run writes into this folder"):
-                    ask(client_of(server, tmp_path), "a", "b", batch=batch)
+            with pytest.raises(ValueError, match=r"answers.jsonl: another run writes into this folder"):
+                ask(client_of(server, tmp_path), "a", "b")
             with pytest.raises(ValueError, match="another run writes"):
                 client_of(server, tmp_path).complete(say("b"))
             reader = ChatClient(ChatSettings("writer", server.url), tmp_path / "answers.jsonl", reads_only=True)
@@ -226,13 +207,12 @@ def test_journal_is_free_once_its_client_is_gone(tmp_path):
         assert subprocess.run(command).returncode == 0
 
 
-@pytest.mark.parametrize("batch", [False, True])
-def test_odd_characters_of_an_answer_are_kept(batch, tmp_path):
+def test_odd_characters_of_an_answer_are_kept(tmp_path):
     text = "a\u2028b\u2029c\u0085d"
 
     said = {"a": text, "b": "half \ud83d of one"}
     with chat_server(lambda request, number: said[request["messages"][-1]["content"]]) as server:
-        asked = ask(client_of(server, tmp_path), "a", "b", batch=batch)
+        asked = ask(client_of(server, tmp_path), "a", "b")
         assert asked.results == {"a": text, "b": "half \ufffd of one"}
         assert ask(client_of(server, tmp_path), "a", "b").results == asked.results
     assert len(server.requests) == 2
@@ -291,9 +271,9 @@ def test_several_steps_of_an_item_are_each_paid_once(tmp_path):
         client = client_of(server, tmp_path, max_requests=5)
         asked = ask_all(client, {each: each for each in "abcd"}, work_with(client), "asks")
         assert asked.stopped is not None
-        for batch in (False, True):
+        for _ in range(2):
             client = client_of(server, tmp_path)
-            asked = ask_all(client, {each: each for each in "abcd"}, work_with(client), "asks", batch)
+            asked = ask_all(client, {each: each for each in "abcd"}, work_with(client), "asks")
             assert asked.results == dict.fromkeys("abcd", "heard go on")
     assert len(server.requests) == 8
 
@@ -358,117 +338,3 @@ def test_wrong_settings_are_refused():
         ChatSettings("writer", max_cost=1.0)
     with pytest.raises(ValueError, match="--base-url: give http"):
         ChatSettings("writer", base_url="localhost:8000")
-
-
-def test_batch_gives_what_single_requests_give(tmp_path):
-    def reply(request, number):
-        odd = request["messages"][-1]["content"] == "c"
-        return Reply(status=400, body='{"error": {"message": "odd"}}') if odd else echo(request, number)
-
-    with chat_server(reply) as server:
-        server.num_looks = 2
-        by_batch = ask(client_of(server, tmp_path / "batch"), *"abcd", batch=True)
-        assert len(server.batches) == 1
-        singly = ask(client_of(server, tmp_path / "singly"), *"abcd")
-        assert by_batch.results == singly.results == {each: f"heard {each}" for each in "abd"}
-        assert "odd" in by_batch.failures["c"] and list(by_batch.failures) == list(singly.failures)
-        assert len(server.requests) == 8
-        assert ask(client_of(server, tmp_path / "batch"), *"abd", batch=True).results == by_batch.results
-    assert len(server.batches) == 1
-
-
-def test_batch_whose_creation_was_not_confirmed_is_not_created_twice(tmp_path):
-    with chat_server(echo) as server:
-        server.num_lost = 1
-        assert len(ask(client_of(server, tmp_path), *"abcd", batch=True).results) == 4
-    assert len(server.batches) == 1 and len(server.requests) == 4
-
-
-@pytest.mark.parametrize("batch", [True, False])
-@pytest.mark.parametrize("num_lines", [1, 2])
-def test_batch_that_a_kill_has_left_is_read_and_not_paid_again(num_lines, batch, tmp_path):
-    """Killed after it was created, once before and once after its id was noted; whatever the next run asks by."""
-    with chat_server(echo) as server:
-        done = ask(client_of(server, tmp_path), *"abcd", batch=True)
-        journal = tmp_path / "answers.batches.jsonl"
-        journal.write_text("".join(journal.read_text().splitlines(keepends=True)[:num_lines]) + '{"event": "cre')
-        (tmp_path / "answers.jsonl").write_text((tmp_path / "answers.jsonl").read_text().splitlines()[0] + "\n")
-        client = client_of(server, tmp_path)
-        assert ask(client, *"abcd", batch=batch).results == done.results
-        assert client.budget.num_requests == 4 and client.budget.tokens == 440
-    assert len(server.batches) == 1 and len(server.requests) == 4
-
-
-def test_planned_batch_that_was_never_created_is_forgotten(tmp_path):
-    with chat_server(echo) as server:
-        key = client_of(server, tmp_path).request(say("a")).key
-        (tmp_path / "answers.batches.jsonl").write_text(
-            json.dumps({"event": "planned", "name": "lost", "most": {key: [50, 10]}}) + "\n"
-        )
-        client = client_of(server, tmp_path)
-        assert ask(client, *"ab", batch=True).results == {"a": "heard a", "b": "heard b"}
-    assert len(server.batches) == 1 and len(server.requests) == 2
-
-
-def test_few_requests_are_held_at_a_time(tmp_path, monkeypatch):
-    """With their images they would not fit into memory."""
-    held, most_held = weakref.WeakSet(), 0
-
-    class Counted(ChatRequest):
-        def __init__(self, *values):
-            nonlocal most_held
-            super().__init__(*values)
-            held.add(self)
-            most_held = max(most_held, len(held))
-
-        __hash__ = object.__hash__
-
-    monkeypatch.setattr("sq_llava.chat_client.ChatRequest", Counted)
-    monkeypatch.setattr("sq_llava.chat_batches.MAX_REQUESTS", 10)
-    items = [f"{n}" for n in range(40)]
-    with chat_server(echo) as server:
-        asked = ask(client_of(server, tmp_path, max_requests=15), *items, batch=True)
-        assert asked.num_open == 25 and len(server.batches) == 2
-        client = client_of(server, tmp_path)
-        missing = read_all(client, {each: each for each in items}, lambda text: client.complete(say(text)))[1]
-        assert missing == items[15:]
-        assert len(ask(client, *items, batch=True).results) == 40
-    assert most_held < 5 and len(server.requests) == 40 and len(server.batches) == 5
-
-
-def test_file_of_a_batch_that_is_cut_off_is_read_again(tmp_path):
-    with chat_server(echo) as server:
-        server.num_cut = 1
-        asked = ask(client_of(server, tmp_path), *"abcd", batch=True)
-        assert not asked.results and "nothing is paid twice" in asked.stopped
-        assert len(ask(client_of(server, tmp_path), *"abcd", batch=True).results) == 4
-    assert len(server.batches) == 1 and len(server.requests) == 4
-
-
-def test_batches_keep_to_the_caps(tmp_path):
-    # As above: a request sets 134 tokens aside, and takes 110: of 500, 3 fit at first, then 1.
-    with chat_server(echo) as server:
-        asked = ask(client_of(server, tmp_path, max_total_tokens=500, max_tokens=100), *"abcdefgh", batch=True)
-        assert "--max-total-tokens 500" in asked.stopped and asked.num_open == 4
-        assert [len(server.files[each["input_file_id"]].splitlines()) for each in server.batches.values()] == [3, 1]
-        asked = ask(client_of(server, tmp_path, max_requests=6), *"abcdefgh", batch=True)
-        assert "--max-requests 6" in asked.stopped
-    assert len(server.requests) == 6
-
-
-def test_server_without_a_batch_api_is_told(tmp_path):
-    with chat_server(echo) as server:
-        server.has_batches = False
-        asked = ask(client_of(server, tmp_path), *"ab", batch=True)
-        assert "has no Batch API" in asked.stopped and asked.num_open == 2
-        assert len(ask(client_of(server, tmp_path), *"ab").results) == 2
-
-
-def test_batch_names_are_kept_at_the_server(tmp_path):
-    with chat_server(echo) as server:
-        ask(client_of(server, tmp_path), "a", batch=True)
-        [batch] = server.batches.values()
-    planned = lines_of(tmp_path / "answers.batches.jsonl")[0]
-    assert batch["metadata"] == {NAME: planned["name"]}
-    written = "".join(path.read_text() for path in tmp_path.iterdir())
-    assert KEY not in written

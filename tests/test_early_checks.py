@@ -54,7 +54,6 @@ CASES = {
     "convert model --out out --dtype int8": "--dtype is 'int8'",
     "doctor --config nope.yaml": "--config nope.yaml: no such file.",
     "doctor --config list.yaml": "--config list.yaml: holds '[1, 2]', not settings",
-    "cache-features --config broken.yaml": "--config broken.yaml: cannot be read as YAML: ",
 }
 RUN_ALL = """
 import json, sys

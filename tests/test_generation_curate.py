@@ -287,16 +287,6 @@ def test_dry_run_asks_nothing_and_counts_what_is_left_at_most(photos, tmp_path):
     assert "2 requests" in result.stdout and "1 requests" in result.stdout
 
 
-def test_batches_make_the_same_set(photos, tmp_path):
-    (photos / "broken.png").unlink()
-    with chat_server(Painter(photos, {"1.png": SOUND})) as server:
-        for name, *more in (("singly",), ("batches", "--batch")):
-            options = with_server(server, photos, tmp_path / name, "--repair-model", "editor", *more)
-            assert run(*options).exit_code == 0
-    assert len(server.batches) == 3  # to describe, to go on, to repair
-    assert contents(tmp_path / "singly") == contents(tmp_path / "batches")
-
-
 def test_thoughts_that_a_server_leaves_in_are_taken_out(photos, tmp_path):
     (photos / "broken.png").unlink()
     with chat_server(Painter(photos, {"1.png": f"<think>What is it? Ah.</think>\n\n{LONG}"})) as server:

@@ -385,26 +385,15 @@ def test_server_that_fails_in_all_ways_gives_the_same_files_in_the_end(tmp_path)
         assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / "out" / name).read_bytes()
 
 
-def test_batches_make_the_same_files(tmp_path):
-    (tmp_path / "batch").mkdir()
-    with chat_server(write) as server:
-        run(tmp_path, server)
-        run(tmp_path / "batch", server, "--batch")
-        assert len(server.batches) == 1 and len(server.requests) == 24
-    for name in ("data.jsonl", "llava.json", "rejected.jsonl", "failures.jsonl"):
-        assert (tmp_path / "batch" / "out" / name).read_bytes() == (tmp_path / "out" / name).read_bytes()
-
-
 def start(folder: Path, server: ChatServer, *options: str) -> list[multiprocessing.Process]:
     command = ["generate-data", "llava", "../scenes.jsonl", "--model", "writer", "--base-url", server.url]
     return fork(sq_llava, (*command, "--out", "out", *options), folder / "log", (os.chdir, folder))
 
 
-@pytest.mark.parametrize("way", ["singly", pytest.param("batch", marks=pytest.mark.slow)])
-def test_run_killed_at_random_moments_ends_as_one_that_was_not(way, tmp_path):
-    """Of what was paid, a kill loses no more than what was under way, and of a batch nothing."""
-    num, concurrency, num_kills = 40, 4, 3 if way == "singly" else 2
-    options = ["--batch"] if way == "batch" else ["--concurrency", str(concurrency)]
+def test_run_killed_at_random_moments_ends_as_one_that_was_not(tmp_path):
+    """Of what was paid, a kill loses no more than what was under way."""
+    num, concurrency, num_kills = 40, 4, 3
+    options = ["--concurrency", str(concurrency)]
     write_scenes(tmp_path, num)
     draw = random.Random(7)
     for name in ("whole", "killed"):
@@ -422,11 +411,10 @@ def test_run_killed_at_random_moments_ends_as_one_that_was_not(way, tmp_path):
             process.kill()
             ended(children)
         assert ended(start(tmp_path / "killed", server, *options)) == [0]
-        lost = 0 if way == "batch" else num_kills * concurrency
-        assert num <= len(server.requests) <= num + lost
+        assert num <= len(server.requests) <= num + num_kills * concurrency
     names = {path.name for path in (tmp_path / "whole" / "out").iterdir()}
     assert {path.name for path in (tmp_path / "killed" / "out").iterdir()} == names
-    for name in names - {"answers.jsonl", "answers.batches.jsonl"}:
+    for name in names - {"answers.jsonl"}:
         whole, killed = ((tmp_path / folder / "out" / name).read_bytes() for folder in ("whole", "killed"))
         assert killed == whole, name
     for folder in ("whole", "killed"):

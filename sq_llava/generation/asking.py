@@ -1,4 +1,4 @@
-"""Asks a server about many items, in threads or in batches, so that a kill at any moment loses nothing that was paid.
+"""Asks a server about many items in threads, so that a kill at any moment loses nothing that was paid.
 
 What is asked about an item, in one step or in several, is a function that calls `client.complete`. It runs until the
 journal holds all answers that it needs; then once more, in order, on the journal alone: the results are the same
@@ -10,8 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from sq_llava.chat_batches import BatchJournal, ask_in_batches
-from sq_llava.chat_client import ChatClient, ChatFailure, ChatRequest, ChatStopped, NotAsked
+from sq_llava.chat_client import ChatClient, ChatFailure, ChatStopped, NotAsked
 from sq_llava.stopping import INTERRUPTED
 
 
@@ -34,13 +33,7 @@ class Asked:
     stopped: str | None = None
 
 
-def ask_all(
-    client: ChatClient,
-    items: Mapping[str, Item],
-    work: Callable[[Item], Any],
-    description: str,
-    batch: bool = False,
-) -> Asked:
+def ask_all(client: ChatClient, items: Mapping[str, Item], work: Callable[[Item], Any], description: str) -> Asked:
     """
     Args:
         work (`Callable`): Asks about one item, in threads. Whatever it gives must follow from the item and the
@@ -60,13 +53,8 @@ def ask_all(
             failures[id] = str(error)
 
     try:
-        if batch:
-            _fill_by_batches(client, items, work, description, failures)
-        else:
-            if BatchJournal(client).open:  # of a run with batches that was killed: they are paid
-                ask_in_batches(client, tuple, {}, description)
-            for _ in client.work_on({id: id for id in items}, attempt, description):
-                pass
+        for _ in client.work_on({id: id for id in items}, attempt, description):
+            pass
     except ChatStopped as stop:
         stopped = str(stop)
     except KeyboardInterrupt:
@@ -88,38 +76,6 @@ def read_all(
             except NotAsked:
                 missing.append(id)
     return results, missing
-
-
-def _fill_by_batches(
-    client: ChatClient,
-    items: Mapping[str, Item],
-    work: Callable[[Item], Any],
-    description: str,
-    failures: dict[str, str],
-) -> None:
-    """The requests that stand next for all items go up together, until there are none; adds to `failures`."""
-    keys: dict[str, str] = {}
-    errors: dict[str, str] = {}
-    try:
-        ask_in_batches(client, lambda: _next_requests(client, items, work, keys), errors, description)
-    finally:
-        failures |= {id: errors[key] for id, key in keys.items() if key in errors}
-
-
-def _next_requests(
-    client: ChatClient, items: Mapping[str, Item], work: Callable[[Item], Any], keys: dict[str, str]
-) -> Iterator[ChatRequest]:
-    """
-    The first request of each item that has no answer, made when it is taken: with their images, all of them would not
-    fit into memory. `keys` gets item -> key of it.
-    """
-    for id, item in items.items():
-        try:
-            with _reading_only(client):
-                work(item)
-        except NotAsked as missing:
-            keys[id] = missing.request.key
-            yield missing.request
 
 
 @contextmanager

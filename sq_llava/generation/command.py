@@ -18,7 +18,6 @@ from sq_llava.early_checks import require_file, require_folder
 from sq_llava.generation.options import (
     SERVER,
     BaseUrl,
-    Batch,
     ChatModel,
     Concurrency,
     DryRun,
@@ -103,7 +102,6 @@ def llava(
     max_cost: MaxCost = None,
     input_price: Price = None,
     output_price: Price = None,
-    batch: Batch = False,
 ) -> None:
     """From captions and boxes: conversations, descriptions and reasoning, by a text-only language model."""
     with errors_in_one_line():
@@ -140,7 +138,6 @@ def llava(
             limit=limit,
             seed=seed,
             shard=Shard.parse(shard),
-            batch=batch,
         )
         if dry_run:
             print_estimate(making.estimate(settings))
@@ -277,7 +274,6 @@ def curate(
     image_tokens: ImageTokens = 4096,
     input_price: Price = None,
     output_price: Price = None,
-    batch: Batch = False,
     repair_model: Annotated[str | None, typer.Option(help="Text model; default: no repair.", **REPAIR)] = None,
     repair_base_url: Annotated[str | None, typer.Option(help="Default: --base-url.", **REPAIR)] = None,
     repair_max_requests: Annotated[int | None, typer.Option(min=0, help="As that without repair-.", **REPAIR)] = None,
@@ -323,7 +319,7 @@ def curate(
                 **common,
             )
             client = ChatClient(chat, out / part.name("answers.jsonl"), reads_only=dry_run)
-            looks = describing.ServerDescriber(client, texts, short, batch)
+            looks = describing.ServerDescriber(client, texts, short)
         repairs = None
         if repair_model is not None:
             chat = ChatSettings(
@@ -338,7 +334,7 @@ def curate(
                 **common,
             )
             client = ChatClient(chat, out / part.name("repairs.jsonl"), reads_only=dry_run)
-            repairs = describing.Repairer(client, texts, batch)
+            repairs = describing.Repairer(client, texts)
         settings = curating.CurateSettings(images, out, decisions, limit, seed, part)
         if dry_run:
             for name, estimate in curating.estimate(settings, looks, repairs).items():

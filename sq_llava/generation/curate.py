@@ -178,7 +178,7 @@ def repair_all(repairer: Repairer | None, described: Asked) -> Asked:
     if repairer is None:
         return Asked(texts, {}, 0)
     if described.stopped is None:
-        return ask_all(repairer.client, texts, repairer.repair, "Repairing", repairer.batch)
+        return ask_all(repairer.client, texts, repairer.repair, "Repairing")
     results, missing = read_all(repairer.client, texts, repairer.repair)
     return Asked(results, {}, len(missing))
 

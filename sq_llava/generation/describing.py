@@ -77,20 +77,18 @@ class ServerDescriber:
     """
     Args:
         short (`int`): A description of so many tokens or fewer is continued.
-        batch (`bool`): By the server's Batch API.
     """
 
-    def __init__(self, client: ChatClient, prompts: Prompts, short: int, batch: bool = False):
+    def __init__(self, client: ChatClient, prompts: Prompts, short: int):
         self.client = client
         self.prompts = prompts
         self.short = short
-        self.batch = batch
         self.name, self.hash = client.settings.model, None
         self.longest = 2 * client.settings.max_tokens
 
     def describe_all(self, images: Mapping[str, Path]) -> Asked:
         """Images that cannot be opened are for the caller to sort out."""
-        return ask_all(self.client, images, self._describe, "Describing", self.batch)
+        return ask_all(self.client, images, self._describe, "Describing")
 
     def kept(self, image: Path) -> Description | None:
         """What was said before, if all of it was."""
@@ -223,10 +221,9 @@ class LocalDescriber:
 class Repairer:
     """A language model behind a server that mends texts, without seeing the images."""
 
-    def __init__(self, client: ChatClient, prompts: Prompts, batch: bool = False):
+    def __init__(self, client: ChatClient, prompts: Prompts):
         self.client = client
         self.prompts = prompts
-        self.batch = batch
 
     def repair(self, text: str) -> str:
         """Of an empty text nothing is asked."""

@@ -45,7 +45,7 @@ def read_prompt(folder: Path) -> str:
     return text
 
 
-def judge_turns(client: ChatClient, prompt: str, exhibits: Mapping[str, Exhibit], batch: bool = False) -> Asked:
+def judge_turns(client: ChatClient, prompt: str, exhibits: Mapping[str, Exhibit]) -> Asked:
     """
     Whether each turn is accepted, by its id; `None` if the judge's answer could not be read in `ATTEMPTS`. A client
     that only reads asks nothing.
@@ -63,7 +63,7 @@ def judge_turns(client: ChatClient, prompt: str, exhibits: Mapping[str, Exhibit]
     if client.reads_only:
         results, missing = read_all(client, exhibits, judge)
         return Asked(results, {}, len(missing))
-    return ask_all(client, exhibits, judge, "Judging", batch)
+    return ask_all(client, exhibits, judge, "Judging")
 
 
 def first_requests(client: ChatClient, prompt: str, exhibits: Mapping[str, Exhibit]) -> list[ChatRequest]:

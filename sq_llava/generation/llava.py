@@ -53,7 +53,6 @@ class LlavaSettings:
         limit (`int`, *optional*): The first so many images.
         seed (`int`): Of what is drawn.
         shard (`Shard`): The part of the images.
-        batch (`bool`): By the server's Batch API.
     """
 
     captions: Path
@@ -66,7 +65,6 @@ class LlavaSettings:
     limit: int | None = None
     seed: int = 0
     shard: Shard = field(default_factory=Shard)
-    batch: bool = False
 
 
 @dataclass(frozen=True)
@@ -278,9 +276,7 @@ def generate(settings: LlavaSettings, command: str) -> Made:
     about = check_note(settings.out, describe_run(settings, prompts, command), IDENTITY)
     client.claim()
     write_note(settings.out, about, f"-{settings.shard.index}")
-    asked = ask_all(
-        client, tasks, lambda task: client.complete(messages_of(task, prompts)), "Asking", batch=settings.batch
-    )
+    asked = ask_all(client, tasks, lambda task: client.complete(messages_of(task, prompts)), "Asking")
     read = [read_answer(tasks[id], text) for id, text in asked.results.items()]
     rows = [row for row, _ in read if row is not None]
     rejected = [each for _, left_out in read for each in left_out]

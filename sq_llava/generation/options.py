@@ -40,7 +40,6 @@ MaxCost = Annotated[
 Price = Annotated[float | None, typer.Option(min=0, help="Of a million tokens.", **SERVER)]
 IMAGE_TOKENS = "An image is counted as, for caps and estimates; caps can be passed where the server counts more."
 ImageTokens = Annotated[int, typer.Option(min=1, help=IMAGE_TOKENS, **SERVER)]
-Batch = Annotated[bool, typer.Option("--batch", help="By the server's Batch API: slower, often cheaper.", **SERVER)]
 
 
 def exit_code(stopped: str | None) -> int:

@@ -30,9 +30,6 @@ JudgeMaxTotalTokens = Annotated[
     int | None, typer.Option(min=0, help="Of all runs into --out, prompts and answers.", **JUDGE)
 ]
 JudgeImageTokens = Annotated[int, typer.Option(min=1, help=IMAGE_TOKENS, **JUDGE)]
-JudgeBatch = Annotated[
-    bool, typer.Option("--judge-batch", help="By the server's Batch API: slower, often cheaper.", **JUDGE)
-]
 
 
 def generate_self(
@@ -93,7 +90,6 @@ def generate_self(
     judge_max_cost: JudgeMaxCost = None,
     judge_input_price: JudgePrice = None,
     judge_output_price: JudgePrice = None,
-    judge_batch: JudgeBatch = False,
 ) -> None:
     """Images alone: a SQ-LLaVA asks about them, answers, and what passes the filters is kept."""
     with errors_in_one_line():
@@ -149,7 +145,6 @@ def generate_self(
             shard=Shard.parse(shard),
             clip=clip,
             judge=judge,
-            judge_in_batches=judge_batch,
             prompts=prompts or self_generation.PROMPTS,
             dtype=dtype,
             device=device,

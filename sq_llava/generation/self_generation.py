@@ -62,7 +62,6 @@ class SelfGeneration:
     shard: Shard = field(default_factory=Shard)
     clip: str | None = None
     judge: ChatSettings | None = None
-    judge_in_batches: bool = False
     prompts: Path = PROMPTS
     dtype: str = "auto"
     device: str | None = None
@@ -264,7 +263,7 @@ def exhibits_of(run: SelfGeneration, outcomes: Sequence[Outcome]) -> dict[str, E
 
 def judge(run: SelfGeneration, client: ChatClient, outcomes: Sequence[Outcome]) -> tuple[list[Outcome], Asked]:
     """What the judge leaves of the outcomes; turns that it did not come to are in none of them."""
-    asked = judge_turns(client, read_prompt(run.prompts), exhibits_of(run, outcomes), run.judge_in_batches)
+    asked = judge_turns(client, read_prompt(run.prompts), exhibits_of(run, outcomes))
     judged = []
     for outcome in outcomes:
         if not outcome.is_kept:
