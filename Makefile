@@ -55,9 +55,10 @@ $(VLLM)/.installed: requirements-vllm.txt
 	$(VLLM)/bin/pip install --quiet --no-deps --requirement requirements-vllm.txt
 	touch $@
 
-lint: setup  ## Check style and formatting
+lint: setup  ## Check style, formatting, and what may import what
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
 
 # Of benchmarks/, those that need no GPU and take minutes.
 BENCHMARKS := train_step lm_head batching memory ask generate prototype_extractor scaling image_pipeline \

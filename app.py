@@ -13,7 +13,7 @@ What this file does not do: take options; `sq-llava demo` does.
 
 import os
 
-from sq_llava.inference import load
+from sq_llava import load
 from sq_llava.page.layout import LAUNCH, create_page
 
 

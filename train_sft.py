@@ -37,15 +37,17 @@ from accelerate import PartialState
 from transformers import set_seed
 from transformers.utils.versions import require_version
 
-from sq_llava.base import load_base, prepare_stage
-from sq_llava.card import write_card
-from sq_llava.data import hold_out, load_rows
-from sq_llava.doctor_report import SAMPLE_ROWS, check_before_training
-from sq_llava.lengths import LengthBound, with_sure_lengths
+from sq_llava.checkpoints.card import write_card
+from sq_llava.checkpoints.provenance import read_provenance, record_stage
+from sq_llava.data.lengths import LengthBound, with_sure_lengths
+from sq_llava.data.rows import hold_out, load_rows
+from sq_llava.doctor.check import data_check
+from sq_llava.doctor.report import SAMPLE_ROWS, check_before_training
 from sq_llava.locations import fetch
-from sq_llava.monitoring import GenerationCheck
-from sq_llava.packing import pack_sampler
-from sq_llava.planning import (
+from sq_llava.training.collator import EpochCallback, SelfQuestioningCollator
+from sq_llava.training.generation_check import GenerationCheck
+from sq_llava.training.packing import pack_sampler
+from sq_llava.training.planning import (
     describe_steps,
     leave_one_step,
     plan_from_configs,
@@ -54,11 +56,10 @@ from sq_llava.planning import (
     set_global_batch,
     try_one_step,
 )
-from sq_llava.provenance import read_provenance, record_stage
-from sq_llava.recovery import EXIT_TRY_AGAIN, find_checkpoint, warn_of_changes
-from sq_llava.self_questioning import EpochCallback, SelfQuestioningCollator
-from sq_llava.settings import data_check, parse_settings, require_extras, starting_point
-from sq_llava.trainer import SQLlavaTrainer
+from sq_llava.training.recovery import EXIT_TRY_AGAIN, find_checkpoint, warn_of_changes
+from sq_llava.training.settings import parse_settings, require_extras, starting_point
+from sq_llava.training.stage_model import load_base, prepare_stage
+from sq_llava.training.trainer import SQLlavaTrainer
 
 
 def main(args: list[str] | None = None) -> SQLlavaTrainer:

@@ -34,7 +34,7 @@ from demo.evaluate import measure_answers, measure_questions
 from demo.processes import end_with_parent, training_context
 from sq_llava.evaluation import easy_vqa
 from sq_llava.evaluation.run import Evaluation, read_examples
-from sq_llava.inference import Assistant
+from sq_llava.inference.assistant import Assistant
 
 
 matplotlib.use("Agg")

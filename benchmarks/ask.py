@@ -19,7 +19,7 @@ from benchmarks.generate import configs
 from configuration_sq_llava import SQLlavaConfig
 from modeling_sq_llava import SQLlavaForConditionalGeneration
 from processing_sq_llava import SQLlavaProcessor
-from sq_llava.inference import Assistant, place_images
+from sq_llava.inference.assistant import Assistant, place_images
 
 
 HISTORY = [

@@ -17,7 +17,7 @@ import torch
 from benchmarks import common
 from configuration_sq_llava import SQLlavaConfig
 from modeling_sq_llava import SQLlavaForConditionalGeneration
-from sq_llava.batching import ModalityLengthSampler
+from sq_llava.training.length_sampler import ModalityLengthSampler
 
 
 IMAGE_TOKENS = 576

@@ -30,8 +30,8 @@ from transformers import (
 
 from benchmarks import common
 from processing_sq_llava import SYSTEM_MESSAGE
-from sq_llava.convert import plan, write
-from sq_llava.layouts import recognise
+from sq_llava.checkpoints.convert import plan, write
+from sq_llava.checkpoints.layouts import recognise
 
 
 LARGE = {"hidden_size": 2048, "intermediate_size": 5504, "num_hidden_layers": 5, "vocab_size": 32_000}

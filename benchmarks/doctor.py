@@ -27,10 +27,10 @@ from transformers import CLIPImageProcessorPil, PreTrainedTokenizerFast
 
 from benchmarks import common
 from processing_sq_llava import SYSTEM_MESSAGE, SQLlavaProcessor
-from sq_llava.data import load_rows
-from sq_llava.doctor import IMAGES_AT_A_TIME, DataCheck, choose_rows, go_through, in_processes
-from sq_llava.images import open_image
-from sq_llava.sources import DataSource
+from sq_llava.data.images import open_image
+from sq_llava.data.rows import load_rows
+from sq_llava.data.sources import DataSource
+from sq_llava.doctor.check import IMAGES_AT_A_TIME, DataCheck, choose_rows, go_through, in_processes
 
 
 WORDS = ["the", "picture", "shows", "dog", "cat", "running", "green", "grass", "people", "table", "under", "near"]

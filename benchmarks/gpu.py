@@ -40,9 +40,9 @@ from benchmarks.random_models import loss_of, make_model, with_adapter
 from configuration_sq_llava import CLIP_VIT_L_14_336, VICUNA_7B
 from modeling_sq_llava import SQLlavaForConditionalGeneration
 from processing_sq_llava import SQLlavaProcessor
-from sq_llava.adapter import LoraSize
-from sq_llava.inference import Assistant
-from sq_llava.packing import pack_rows
+from sq_llava.data.packing import pack_rows
+from sq_llava.inference.assistant import Assistant
+from sq_llava.training.adapter import LoraSize
 from tests.tiny import llama_tokenizer
 
 

@@ -30,8 +30,8 @@ from transformers import CLIPImageProcessorPil, LlavaImageProcessorPil, PreTrain
 from benchmarks import common
 from image_processing_sq_llava import SQLlavaImageProcessor
 from processing_sq_llava import SYSTEM_MESSAGE, SQLlavaProcessor
-from sq_llava.images import open_image
-from sq_llava.self_questioning import SelfQuestioningCollator
+from sq_llava.data.images import open_image
+from sq_llava.training.collator import SelfQuestioningCollator
 
 
 SIDE = 336

@@ -21,7 +21,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from benchmarks import common
 from benchmarks.prototype_extractor import MEBIBYTE, allocated_peak
 from benchmarks.random_models import SMALL_TEXT, SMALL_VISION, loss_of, make_batch, make_model, with_adapter
-from sq_llava.adapter import LoraSize
+from sq_llava.training.adapter import LoraSize
 
 
 VISION = SMALL_VISION | {"image_size": 336, "num_hidden_layers": 6}

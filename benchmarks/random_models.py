@@ -12,7 +12,7 @@ from trl.trainer.utils import add_fused_lm_head
 
 from configuration_sq_llava import SQLlavaConfig
 from modeling_sq_llava import SQLlavaForConditionalGeneration
-from sq_llava.adapter import LoraSize, add_adapter
+from sq_llava.training.adapter import LoraSize, add_adapter
 
 
 SMALL_VISION = {

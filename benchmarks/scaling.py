@@ -24,7 +24,7 @@ from matplotlib.ticker import LogLocator
 
 from benchmarks import common
 from benchmarks.random_models import SMALL_TEXT, SMALL_VISION, loss_of, make_batch, make_model, with_adapter
-from sq_llava.adapter import LoraSize
+from sq_llava.training.adapter import LoraSize
 
 
 VARIANTS = ("none", "paper", "released")

@@ -34,7 +34,7 @@ from demo.evaluate import FIRST_QUESTION
 from sq_llava.evaluation.questions import AskSettings, captions_of, easy_vqa_figures, read_pictures
 from sq_llava.generation.filters import FilterSettings
 from sq_llava.generation.self_generation import SelfGeneration, generate
-from sq_llava.inference import Assistant, load
+from sq_llava.inference.assistant import Assistant, load
 
 
 RESULTS = Path(__file__).parent / "results"

@@ -27,7 +27,7 @@ import psutil
 from PIL import Image
 
 from benchmarks import common
-from sq_llava.inference import load
+from sq_llava import load
 
 
 CLIENTS = (1, 4, 16)
@@ -57,7 +57,7 @@ def start_server(model: str) -> tuple[subprocess.Popen, str]:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port = listener.getsockname()[1]
-    command = [sys.executable, "-m", "sq_llava.cli", "serve", model, "--port", str(port), "--model-name", "model"]
+    command = [sys.executable, "-m", "sq_llava", "serve", model, "--port", str(port), "--model-name", "model"]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     url = f"http://127.0.0.1:{port}"
     for _ in range(600):

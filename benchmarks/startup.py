@@ -18,8 +18,8 @@ from benchmarks import common
 
 SCRIPTS = Path(sys.executable).parent
 COMMANDS = {
-    "`sq-llava --help`": [sys.executable, "-m", "sq_llava.cli", "--help"],
-    "`sq-llava evaluate --help`": [sys.executable, "-m", "sq_llava.cli", "evaluate", "--help"],
+    "`sq-llava --help`": [sys.executable, "-m", "sq_llava", "--help"],
+    "`sq-llava evaluate --help`": [sys.executable, "-m", "sq_llava", "evaluate", "--help"],
     "`import sq_llava`": [sys.executable, "-c", "import sq_llava"],
     "`trl --help`": [str(SCRIPTS / "trl"), "--help"],
     "`transformers --help`": [str(SCRIPTS / "transformers"), "--help"],

@@ -25,11 +25,11 @@ from demo.base_models import pretrain_blip2
 from demo.data import blind_guess, caption_rows, image_root, read_questions, write_data
 from demo.evaluate import BLANK_SHARE, measure_answers, measure_blank
 from demo.run import LLAVA, PLAIN
-from sq_llava.adapter import count_parameters
+from sq_llava import load
 from sq_llava.evaluation import easy_vqa
 from sq_llava.evaluation.easy_vqa import KINDS
 from sq_llava.evaluation.run import Evaluation, read_examples
-from sq_llava.inference import load
+from sq_llava.training.adapter import count_parameters
 
 
 RECIPES = Path(__file__).parent.parent / "recipes" / "easy-vqa"

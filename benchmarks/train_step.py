@@ -50,13 +50,13 @@ from trl import SFTConfig, SFTTrainer
 from benchmarks import common
 from benchmarks.random_models import make_model
 from processing_sq_llava import SQLlavaProcessor
-from sq_llava.adapter import LoraSize, add_adapter
-from sq_llava.data import load_rows
-from sq_llava.lengths import LengthBound, with_sure_lengths
-from sq_llava.packing import pack_in_windows
-from sq_llava.self_questioning import SelfQuestioningCollator
-from sq_llava.sources import DataSource
-from sq_llava.trainer import SQLlavaTrainer
+from sq_llava.data.lengths import LengthBound, with_sure_lengths
+from sq_llava.data.packing import pack_in_windows
+from sq_llava.data.rows import load_rows
+from sq_llava.data.sources import DataSource
+from sq_llava.training.adapter import LoraSize, add_adapter
+from sq_llava.training.collator import SelfQuestioningCollator
+from sq_llava.training.trainer import SQLlavaTrainer
 
 
 SIDE, MAX_LENGTH, NUM_WORDS = 112, 228, 1000

@@ -16,13 +16,13 @@ from PIL import Image
 from tqdm import tqdm
 
 from demo.data import blind_guess, read_questions
+from sq_llava import load
 from sq_llava.evaluation import easy_vqa
 from sq_llava.evaluation.answering import AnswerSettings, answer_examples
 from sq_llava.evaluation.easy_vqa import KINDS, answer_question, derive_caption
 from sq_llava.evaluation.run import Evaluation, read_examples, score
 from sq_llava.evaluation.run import evaluate as run_evaluation
 from sq_llava.evaluation.task import Example, Metric, summarize
-from sq_llava.inference import load
 
 
 FIRST_QUESTION = "what color is the shape?"

@@ -115,7 +115,7 @@ def train_stage(run: Path, seed: int, quick: bool, stage: str, out: Path | None 
 def merge_and_evaluate(run: Path, seed: int, quick: bool) -> None:
     """Makes the plain checkpoint and measures it."""
     from demo.evaluate import evaluate
-    from sq_llava.checkpoint import merge_adapter
+    from sq_llava.checkpoints.load import merge_adapter
 
     merge_adapter(str(run / "stage2"), str(run / "model"))
     limits = {"max_rows": 200, "num_images": 12} if quick else {}

@@ -15,9 +15,9 @@ from transformers import TrainerState
 
 import train_sft
 from processing_sq_llava import SQLlavaProcessor
-from sq_llava.completeness import step_of
-from sq_llava.self_questioning import SelfQuestioningCollator
-from sq_llava.trainer import SQLlavaTrainer
+from sq_llava.checkpoints.completeness import step_of
+from sq_llava.training.collator import SelfQuestioningCollator
+from sq_llava.training.trainer import SQLlavaTrainer
 from tests import tiny
 from tests.processes import ended, fork
 

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sq_llava.batching import ModalityLengthSampler
+from sq_llava.training.length_sampler import ModalityLengthSampler
 
 
 def mixed_rows(num_rows=5_000, text_only=0.06, seed=0) -> tuple[np.ndarray, np.ndarray]:

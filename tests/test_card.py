@@ -10,10 +10,10 @@ from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 
 import train_sft
-from sq_llava.adapter import count_parameters
-from sq_llava.card import count_saved_parameters, eval_result_files, read_results, render_card, write_card
-from sq_llava.checkpoint import merge_adapter
-from sq_llava.provenance import public_name, read_provenance, write_provenance
+from sq_llava.checkpoints.card import count_saved_parameters, eval_result_files, read_results, render_card, write_card
+from sq_llava.checkpoints.load import merge_adapter
+from sq_llava.checkpoints.provenance import public_name, read_provenance, write_provenance
+from sq_llava.training.adapter import count_parameters
 from tests import tiny
 from tests.runs import make_parts
 

@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sq_llava.chat_client import (
+from sq_llava.llm_client.asking import ask_all
+from sq_llava.llm_client.client import (
     ChatClient,
     ChatFailure,
     ChatSettings,
@@ -20,8 +21,7 @@ from sq_llava.chat_client import (
     UnusableAnswer,
     measure,
 )
-from sq_llava.chat_replies import read_completion, retry_after
-from sq_llava.generation.asking import ask_all
+from sq_llava.llm_client.replies import read_completion, retry_after
 from tests.chat_server import Reply, chat_server, completion
 
 
@@ -173,7 +173,7 @@ def test_every_line_of_a_journal_counts(tmp_path):
 
 def test_second_process_is_kept_out_of_a_journal_and_a_reader_is_not(tmp_path):
     script = (
-        "import sys; from pathlib import Path; from sq_llava.chat_client import ChatClient, ChatSettings\n"
+        "import sys; from pathlib import Path; from sq_llava.llm_client.client import ChatClient, ChatSettings\n"
         "client = ChatClient(ChatSettings('writer', sys.argv[1]), Path(sys.argv[2]) / 'answers.jsonl')\n"
         "print(client.complete([{'role': 'user', 'content': 'a'}]), flush=True)\n"
         "sys.stdin.read()"
@@ -199,7 +199,8 @@ def test_journal_is_free_once_its_client_is_gone(tmp_path):
         client = client_of(server, tmp_path)
         client.complete(say("a"))
         script = (
-            "import sys; from pathlib import Path; from sq_llava.chat_journal import lock; lock(Path(sys.argv[1]))"
+            "import sys; from pathlib import Path; from sq_llava.llm_client.journal import lock; "
+            "lock(Path(sys.argv[1]))"
         )
         command = [sys.executable, "-c", script, str(tmp_path / "answers.jsonl")]
         assert b"another run writes" in subprocess.run(command, capture_output=True).stderr

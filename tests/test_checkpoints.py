@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from sq_llava.completeness import checkpoint_faults
-from sq_llava.recovery import find_checkpoint, warn_of_changes
+from sq_llava.checkpoints.completeness import checkpoint_faults
+from sq_llava.training.recovery import find_checkpoint, warn_of_changes
 from tests.runs import make_parts, steps_saved, train
 
 

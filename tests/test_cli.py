@@ -7,7 +7,7 @@ import sys
 import pytest
 from typer.testing import CliRunner
 
-from sq_llava.cli import app
+from sq_llava.cli.main import app
 from tests import tiny
 
 
@@ -99,7 +99,7 @@ def test_help_has_examples(command):
 def test_help_answers_before_any_large_library_is_imported(command):
     code = (
         "import sys\n"
-        "from sq_llava.cli import app\n"
+        "from sq_llava.cli.main import app\n"
         "app([*sys.argv[1:], '--help'], standalone_mode=False)\n"
         "print([name for name in ('torch', 'transformers', 'datasets', 'numpy') if name in sys.modules])\n"
     )

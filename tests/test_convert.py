@@ -19,12 +19,12 @@ from transformers.utils import logging
 from typer.testing import CliRunner
 
 from benchmarks import convert as conversion
-from sq_llava import convert
-from sq_llava.checkpoint import load_checkpoint
-from sq_llava.cli import app
-from sq_llava.layouts import recognise
+from sq_llava.checkpoints import convert
+from sq_llava.checkpoints.layouts import recognise
+from sq_llava.checkpoints.load import load_checkpoint
+from sq_llava.checkpoints.weights import unused_kind, weight_name
+from sq_llava.cli.main import app
 from sq_llava.resources import CODE_FILES
-from sq_llava.weights import unused_kind, weight_name
 from tests import released, tiny
 from tests.reference import read_reference
 
@@ -652,7 +652,7 @@ def test_killed_conversion_leaves_no_folder_and_begins_anew(parts, tmp_path):
         "import os, signal, sys\n"
         "from rich.progress import Progress\n"
         "from sq_llava import convert\n"
-        "from sq_llava.layouts import recognise\n"
+        "from sq_llava.checkpoints.layouts import recognise\n"
         "write_file, done = convert.write_file, []\n"
         "def kill_at_the_third(*arguments):\n"
         "    write_file(*arguments)\n"

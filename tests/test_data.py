@@ -11,10 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from sq_llava import sources
-from sq_llava.data import hold_out, load_rows
-from sq_llava.images import open_image
-from sq_llava.sources import DataSource, JsonFile
+from sq_llava.data import sources
+from sq_llava.data.images import open_image
+from sq_llava.data.rows import hold_out, load_rows
+from sq_llava.data.sources import DataSource, JsonFile
 from tests import tiny
 
 

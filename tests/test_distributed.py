@@ -11,7 +11,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from trl.trainer.utils import add_fused_lm_head
 
-from sq_llava.adapter import LoraSize, add_adapter, train_in_full, without_adapter
+from sq_llava.training.adapter import LoraSize, add_adapter, train_in_full, without_adapter
 from tests import tiny
 from tests.processes import ended, fork
 from tests.runs import arguments, losses, make_parts, run

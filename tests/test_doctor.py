@@ -20,14 +20,14 @@ from transformers import CLIPConfig, LlamaConfig
 from typer.testing import CliRunner
 
 import train_sft
-from sq_llava import doctor
-from sq_llava.cli import app
-from sq_llava.data import load_rows, read_row
-from sq_llava.doctor import DataCheck, examine
-from sq_llava.doctor_report import print_preview, print_report, write_sound_rows
-from sq_llava.images import image_faults
-from sq_llava.self_questioning import SelfQuestioningCollator
-from sq_llava.sources import DataSource
+from sq_llava.cli.main import app
+from sq_llava.data.images import image_faults
+from sq_llava.data.rows import load_rows, read_row
+from sq_llava.data.sources import DataSource
+from sq_llava.doctor import check as doctor
+from sq_llava.doctor.check import DataCheck, examine
+from sq_llava.doctor.report import print_preview, print_report, write_sound_rows
+from sq_llava.training.collator import SelfQuestioningCollator
 from tests import tiny
 
 
@@ -475,7 +475,7 @@ def test_no_picture_is_printed(recipe, report):
 
 @pytest.mark.parametrize("wrong", ["a full folder", "a file", "--limit"])
 def test_a_folder_that_cannot_be_written_to_is_refused_before_any_row_is_read(tmp_path, monkeypatch, wrong):
-    monkeypatch.setattr("sq_llava.settings.parse_settings", lambda *_: pytest.fail("read"))
+    monkeypatch.setattr("sq_llava.training.settings.parse_settings", lambda *_: pytest.fail("read"))
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").write_text("mine")
     (tmp_path / "any.yaml").write_text("stage: align")

@@ -58,7 +58,7 @@ CASES = {
 RUN_ALL = """
 import json, sys
 from typer.testing import CliRunner
-from sq_llava.cli import app
+from sq_llava.cli.main import app
 
 for line in sys.stdin:
     result = CliRunner().invoke(app, line.split())

@@ -95,7 +95,7 @@ def test_examples_stand_in_the_order_of_the_data_with_prompt_and_reference(one_b
 @pytest.mark.slow
 def test_two_processes_write_what_one_writes(evaluation, one_by_one):
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command = [*launch, "-m", "sq_llava.cli", *command_of(evaluation)]
+    command = [*launch, "-m", "sq_llava", *command_of(evaluation)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr[-3000:]
     assert examples_of(evaluation.out) == one_by_one

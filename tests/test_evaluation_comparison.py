@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from sq_llava.cli import app
-from sq_llava.evaluation import command
+from sq_llava.cli import evaluate as command
+from sq_llava.cli.main import app
 from sq_llava.evaluation.comparison import Difference, compare, compare_task, mean_interval
 from sq_llava.evaluation.results import TaskResult
 from sq_llava.evaluation.run import find_task

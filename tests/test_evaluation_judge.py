@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from sq_llava.chat_client import ChatStopped
 from sq_llava.evaluation.judge import Judge, JudgeSettings
 from sq_llava.evaluation.metrics import bootstrap_errors
+from sq_llava.llm_client.client import ChatStopped
 from tests.chat_server import Reply, chat_server, completion
 
 

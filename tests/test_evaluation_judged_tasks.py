@@ -9,7 +9,7 @@ import datasets
 import pytest
 from typer.testing import CliRunner
 
-from sq_llava.cli import app
+from sq_llava.cli.main import app
 from sq_llava.evaluation import llava_bench, mmvet, run
 from sq_llava.evaluation.judge import Judge, JudgeSettings
 from sq_llava.evaluation.reading import Data

@@ -8,11 +8,11 @@ import torch
 from safetensors.torch import load_file
 
 import train_sft
-from sq_llava.adapter import count_parameters
-from sq_llava.checkpoint import load_checkpoint, merge_adapter
+from sq_llava.checkpoints.load import load_checkpoint, merge_adapter
+from sq_llava.checkpoints.provenance import read_provenance
 from sq_llava.locations import is_adapter
-from sq_llava.provenance import read_provenance
 from sq_llava.resources import CODE_FILES
+from sq_llava.training.adapter import count_parameters
 from tests import runs, tiny
 
 

@@ -14,8 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-from sq_llava.cli import app
-from sq_llava.data import load_rows
+from sq_llava.cli.main import app
+from sq_llava.data.rows import load_rows
+from sq_llava.data.sources import DataSource
 from sq_llava.generation import captions as choosing
 from sq_llava.generation.captions import (
     CaptionFile,
@@ -26,7 +27,6 @@ from sq_llava.generation.captions import (
     phrases_of,
     read_instructions,
 )
-from sq_llava.sources import DataSource
 from tests.processes import ended, fork, sq_llava
 from tests.runs import die
 

@@ -11,15 +11,15 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from sq_llava.cli import app
-from sq_llava.data import load_rows
+from sq_llava.cli.main import app
+from sq_llava.data.images import jpeg_data_url, open_image
+from sq_llava.data.rows import load_rows
+from sq_llava.data.sources import DataSource
 from sq_llava.generation import describing
 from sq_llava.generation.curate import apply_rules
 from sq_llava.generation.describing import DescribeSettings, Description, LocalDescriber, Prompts
 from sq_llava.generation.review_sheet import Entry, check_decisions, hash_of_text, read_decisions, write_sheet
 from sq_llava.generation.text_rules import first_fault, share_of_new_words
-from sq_llava.images import jpeg_data_url, open_image
-from sq_llava.sources import DataSource
 from tests import tiny
 from tests.chat_server import ChatServer, Reply, chat_server
 from tests.processes import ended, fork, sq_llava

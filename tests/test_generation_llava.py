@@ -16,13 +16,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-from sq_llava.cli import app
-from sq_llava.data import load_rows
+from sq_llava.cli.main import app
+from sq_llava.data.rows import load_rows
+from sq_llava.data.sources import DataSource
 from sq_llava.generation.llava import KINDS, SHARES, draw_tasks, parse_shares, read_prompts
 from sq_llava.generation.rows import Card, Shard, make_row, to_llava, write_output
 from sq_llava.generation.scenes import Scene
 from sq_llava.generation.turns import fault_of, parse_turns
-from sq_llava.sources import DataSource
 from tests import tiny
 from tests.chat_server import ChatServer, Reply, chat_server
 from tests.processes import ended, fork, sq_llava

@@ -14,10 +14,9 @@ import torch
 from transformers import CLIPProcessor
 from typer.testing import CliRunner
 
-from sq_llava import inference
-from sq_llava.chat_client import ChatSettings
-from sq_llava.cli import app
-from sq_llava.data import load_rows
+from sq_llava.cli.main import app
+from sq_llava.data.rows import load_rows
+from sq_llava.data.sources import DataSource
 from sq_llava.evaluation import questions
 from sq_llava.evaluation.questions import AskSettings
 from sq_llava.generation import self_generation
@@ -25,8 +24,9 @@ from sq_llava.generation.filters import FilterSettings
 from sq_llava.generation.rows import Shard
 from sq_llava.generation.scoring import mean_log_probabilities
 from sq_llava.generation.self_generation import SelfGeneration, estimate, generate
-from sq_llava.inference import Assistant
-from sq_llava.sources import DataSource
+from sq_llava.inference import assistant, dialogues, prompts
+from sq_llava.inference.assistant import Assistant
+from sq_llava.llm_client.client import ChatSettings
 from tests import tiny
 from tests.chat_server import Reply, chat_server
 from tests.processes import ended, fork, sq_llava
@@ -40,7 +40,7 @@ STATE = ("asked-0.jsonl", "scored-0.jsonl")
 @pytest.fixture(scope="module", autouse=True)
 def model_that_asks():
     """What a random model says are no words; this makes it some, others for another text."""
-    decode = inference._decode
+    decode = prompts.decode
     words = tiny.CORPUS[2].split()
 
     def in_words(*arguments):
@@ -48,7 +48,8 @@ def model_that_asks():
         return [f"{words[number % 16]} {words[number // 16 % 16]}?" for number in numbers]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(inference, "_decode", in_words)
+        for module in (assistant, dialogues):
+            patch.setattr(module, "decode", in_words)
         yield
 
 
@@ -150,7 +151,8 @@ def test_log_probability_is_the_mean_of_the_answers_tokens_and_the_end_behind_th
     assistant = Assistant(tiny.tiny_model_for(processor), processor)
     picture, question, answer = tiny.picture(3), "What animal is this?", "A dog in the grass."
     content = [{"type": "image", "image": picture}, {"type": "text", "text": question}]
-    prompt = inference._encode(assistant, [[{"role": "user", "content": content}]])
+    tokens = prompts.token_ids(processor, [[{"role": "user", "content": content}]])
+    prompt = prompts.model_inputs(assistant.model, processor, tokens, [picture])
     spoken = processor.tokenizer(f" {answer}</s>", add_special_tokens=False, return_tensors="pt")["input_ids"]
     prompt["input_ids"] = torch.cat([prompt["input_ids"], spoken], dim=1)
     prompt["attention_mask"] = torch.ones_like(prompt["input_ids"])

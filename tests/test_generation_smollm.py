@@ -14,7 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
-from sq_llava.cli import app
+from sq_llava.cli.main import app
 from tests.chat_server import Reply, chat_server, completion
 
 

@@ -10,9 +10,9 @@ from pathlib import Path
 import datasets
 import pytest
 
-from sq_llava.data import load_rows
-from sq_llava.images import image_faults, open_image
-from sq_llava.sources import DataSource
+from sq_llava.data.images import image_faults, open_image
+from sq_llava.data.rows import load_rows
+from sq_llava.data.sources import DataSource
 from tests import tiny
 from tests.local_hub import LocalHub
 

@@ -12,7 +12,7 @@ from transformers import CLIPImageProcessorPil, LlavaImageProcessorPil, SiglipIm
 
 from image_processing_sq_llava import MAX_IMAGE_SIDE
 from processing_sq_llava import SQLlavaProcessor
-from sq_llava.images import image_faults, open_image
+from sq_llava.data.images import image_faults, open_image
 from tests import tiny
 
 

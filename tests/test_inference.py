@@ -8,9 +8,9 @@ import huggingface_hub
 import pytest
 import torch
 
-from sq_llava.images import open_image
-from sq_llava.inference import Assistant, load
-from sq_llava.messages import place_images
+from sq_llava.data.images import open_image
+from sq_llava.data.messages import place_images
+from sq_llava.inference.assistant import Assistant, load
 from tests import tiny
 
 
@@ -171,7 +171,7 @@ def test_saved_model_loads_and_answers_in_a_fresh_process(assistant, tmp_path):
     assistant.processor.save_pretrained(tmp_path / "model")
     tiny.picture().save(tmp_path / "image.png")
     code = (
-        "import sys; from sq_llava.inference import load; print(load('model').answer('image.png', 'Hi', 6)); "
+        "import sys; from sq_llava import load; print(load('model').answer('image.png', 'Hi', 6)); "
         # A plain checkpoint is answered with without the libraries of training, whose import takes seconds.
         "print(*{'peft', 'trl', 'datasets', 'bitsandbytes'} & sys.modules.keys(), file=sys.stderr)"
     )

@@ -11,8 +11,8 @@ from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from sq_llava.cli import app
-from sq_llava.inspection import CODE_FILES, inspect
+from sq_llava.checkpoints.inspection import CODE_FILES, inspect
+from sq_llava.cli.main import app
 from tests import released
 from tests.runs import make_parts, train
 from tests.tiny import tiny_model_for, tiny_processor

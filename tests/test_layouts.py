@@ -11,8 +11,8 @@ import torch
 from huggingface_hub import constants
 from huggingface_hub.errors import HTTPError
 
-from sq_llava.adapter import LoraSize, add_adapter
-from sq_llava.layouts import find_weight_files, read_pickle, recognise
+from sq_llava.checkpoints.layouts import find_weight_files, read_pickle, recognise
+from sq_llava.training.adapter import LoraSize, add_adapter
 from tests import released, tiny
 
 
@@ -176,7 +176,7 @@ def test_fault_of_the_network_is_said_in_one_line(tmp_path, monkeypatch):
     def fail(*arguments, **settings):
         raise HTTPError("connection reset")
 
-    monkeypatch.setattr("sq_llava.layouts.HfApi.list_repo_files", fail)
+    monkeypatch.setattr("sq_llava.checkpoints.layouts.HfApi.list_repo_files", fail)
     source = released.write_llava(tmp_path / "source")
     with pytest.raises(ValueError, match=r"org/none \(--vision\): .* not to be had from the Hub: connection reset"):
         recognise(source, vision="org/none", download=True)

@@ -12,11 +12,12 @@ from torch.nn import functional as F
 from trl import SFTConfig
 from trl.kernels import ChunkedLogProbFunction
 
-from sq_llava.adapter import LoraSize, add_adapter
-from sq_llava.data import load_rows
-from sq_llava.self_questioning import ANSWER, QUESTION, SelfQuestioningCollator
-from sq_llava.sources import DataSource
-from sq_llava.trainer import SQLlavaTrainer
+from sq_llava.data.rows import load_rows
+from sq_llava.data.self_questions import ANSWER, QUESTION
+from sq_llava.data.sources import DataSource
+from sq_llava.training.adapter import LoraSize, add_adapter
+from sq_llava.training.collator import SelfQuestioningCollator
+from sq_llava.training.trainer import SQLlavaTrainer
 from tests import tiny
 
 

@@ -87,8 +87,8 @@ def test_lmms_eval_gets_the_answers_that_we_give(model, tmp_path, monkeypatch):
     evaluator = pytest.importorskip("lmms_eval.evaluator")
     from lmms_eval.tasks import TaskManager
 
+    from sq_llava import load
     from sq_llava.evaluation.lmms_eval_model import SQLlava
-    from sq_llava.inference import load
 
     write_task(tmp_path / "task")
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))

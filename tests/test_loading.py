@@ -12,11 +12,11 @@ from transformers import BertConfig
 from typer.testing import CliRunner
 
 import train_sft
-from sq_llava.adapter import LoraSize, add_adapter
-from sq_llava.checkpoint import load_checkpoint, load_model, merge_adapter, require_model
-from sq_llava.cli import app
+from sq_llava.checkpoints.load import load_checkpoint, load_model, merge_adapter, require_model
+from sq_llava.cli.main import app
 from sq_llava.evaluation.results import hash_of_model
-from sq_llava.inference import Assistant
+from sq_llava.inference.assistant import Assistant
+from sq_llava.training.adapter import LoraSize, add_adapter
 from tests import released, runs, tiny
 from tests.local_hub import LocalHub
 from tests.test_publishing import online

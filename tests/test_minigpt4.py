@@ -16,10 +16,12 @@ from configuration_sq_llava import SQLlavaConfig
 from demo.data import caption_rows, image_root, read_questions
 from modeling_sq_llava import SQLlavaAutoModel, SQLlavaForConditionalGeneration
 from processing_sq_llava import PROMPT_LAYOUTS, SQLlavaProcessor
-from sq_llava.checkpoint import compose, compose_config, compose_processor, load_checkpoint, load_vision_tower
-from sq_llava.inference import Assistant
-from sq_llava.provenance import read_provenance
-from sq_llava.self_questioning import ANSWER, SelfQuestioningCollator
+from sq_llava.checkpoints.compose import compose, compose_config, compose_processor, load_vision_tower
+from sq_llava.checkpoints.load import load_checkpoint
+from sq_llava.checkpoints.provenance import read_provenance
+from sq_llava.data.self_questions import ANSWER
+from sq_llava.inference.assistant import Assistant
+from sq_llava.training.collator import SelfQuestioningCollator
 from tests import tiny
 
 

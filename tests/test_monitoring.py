@@ -7,10 +7,10 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from sq_llava.data import load_rows
-from sq_llava.inference import Assistant
-from sq_llava.monitoring import GenerationCheck
-from sq_llava.sources import DataSource
+from sq_llava.data.rows import load_rows
+from sq_llava.data.sources import DataSource
+from sq_llava.inference.assistant import Assistant
+from sq_llava.training.generation_check import GenerationCheck
 from tests import tiny
 from tests.test_training import parts, stage1, train  # noqa: F401
 

@@ -13,11 +13,11 @@ from torch.nn import functional as F
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import flash_attention_mask
 
-from sq_llava.doctor import examine
-from sq_llava.doctor_report import print_report
-from sq_llava.packing import PackingCollator
-from sq_llava.settings import data_check, parse_settings
-from sq_llava.trainer import SQLlavaTrainer
+from sq_llava.doctor.check import data_check, examine
+from sq_llava.doctor.report import print_report
+from sq_llava.training.packing import PackingCollator
+from sq_llava.training.settings import parse_settings
+from sq_llava.training.trainer import SQLlavaTrainer
 from tests.runs import arguments, assert_equal_runs, die, in_step, losses, make_parts, note_rows, run, train
 
 

@@ -13,12 +13,12 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoModel
 
-from sq_llava.adapter import LoraSize, add_adapter
-from sq_llava.data import load_rows
-from sq_llava.lengths import LengthBound, with_sure_lengths
-from sq_llava.packing import PackingCollator, PackSampler, require_separation
-from sq_llava.self_questioning import SelfQuestioningCollator
-from sq_llava.sources import DataSource
+from sq_llava.data.lengths import LengthBound, with_sure_lengths
+from sq_llava.data.rows import load_rows
+from sq_llava.data.sources import DataSource
+from sq_llava.training.adapter import LoraSize, add_adapter
+from sq_llava.training.collator import SelfQuestioningCollator
+from sq_llava.training.packing import PackingCollator, PackSampler, require_separation
 from tests import tiny
 
 

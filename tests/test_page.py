@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from sq_llava.inference import Assistant
+from sq_llava.inference.assistant import Assistant
 from sq_llava.page.dialogue import Settings, Turn, complete, converse, opening, speak
 from tests import tiny
 

@@ -14,7 +14,7 @@ from packaging.requirements import Requirement
 
 import modeling_sq_llava
 import processing_sq_llava
-from sq_llava.trainer import SQLlavaTrainer
+from sq_llava.training.trainer import SQLlavaTrainer
 
 
 OURS = ("modeling_sq_llava", "processing_sq_llava", "configuration_sq_llava", "sq_llava")

@@ -17,11 +17,11 @@ from transformers import CLIPImageProcessorPil, LlavaImageProcessorPil
 
 from image_processing_sq_llava import MAX_IMAGE_SIDE, to_rgb
 from processing_sq_llava import SQLlavaProcessor
-from sq_llava.inference import Assistant
+from sq_llava.inference.assistant import Assistant
 from sq_llava.page.dialogue import Settings, Turn, speak
-from sq_llava.self_questioning import SelfQuestioningCollator
 from sq_llava.serving.app import create_app
 from sq_llava.serving.chat import Limits
+from sq_llava.training.collator import SelfQuestioningCollator
 from tests import tiny
 from tests.pictures import COLOURS, LEVELS, encoded, pictures, table, turned
 

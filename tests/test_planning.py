@@ -12,8 +12,8 @@ from trl import SFTConfig
 from trl.trainer.utils import add_fused_lm_head
 
 import train_sft
-from sq_llava.adapter import LoraSize, add_adapter, count_parameters
-from sq_llava.planning import (
+from sq_llava.training.adapter import LoraSize, add_adapter, count_parameters
+from sq_llava.training.planning import (
     SHARDINGS,
     Batch,
     accumulation_steps,

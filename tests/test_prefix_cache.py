@@ -6,10 +6,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import LogitsProcessorList
 
-from sq_llava.inference import Assistant, Talks
-from sq_llava.messages import place_images
-from sq_llava.prefix_cache import PrefixCache, allows_gaps, common_length, pad_left
-from sq_llava.sampling import SeededDraw
+from sq_llava.data.messages import place_images
+from sq_llava.inference.assistant import Assistant
+from sq_llava.inference.dialogues import Dialogues
+from sq_llava.inference.prefix_cache import PrefixCache, allows_gaps, common_length, pad_left
+from sq_llava.inference.sampling import SeededDraw
 from tests import tiny
 
 
@@ -83,13 +84,13 @@ def test_talks_go_on_after_answers_of_different_lengths(family):
     # An end that comes early for some rows: the token that the second picture's answer has in its middle.
     images = [tiny.picture(seed) for seed in range(3)]
     prompts = [place_images(image, "What is it?") for image in images]
-    probe = Talks(assistant, [list(prompt) for prompt in prompts])
+    probe = Dialogues(assistant.model, assistant.processor, [list(prompt) for prompt in prompts])
     probe.answer(10)
     generated = probe.cache.tokens[:, -9:]
     early = next(token for token in generated[1, 2:6].tolist() if token not in generated[0].tolist())
     model.generation_config.eos_token_id = [tokenizer.eos_token_id, early]
-    talks = Talks(assistant, [list(prompt) for prompt in prompts])
-    single = [Talks(assistant, [list(prompt)]) for prompt in prompts]
+    talks = Dialogues(assistant.model, assistant.processor, [list(prompt) for prompt in prompts])
+    single = [Dialogues(assistant.model, assistant.processor, [list(prompt)]) for prompt in prompts]
     for _ in range(3):
         expected = [talk.answer(10)[0] for talk in single]
         assert talks.answer(10) == expected

@@ -14,7 +14,7 @@ from modeling_sq_llava import (
     SQLlavaPaperPrototypeExtractor,
     SQLlavaReleasedPrototypeExtractor,
 )
-from sq_llava.weights import weight_name
+from sq_llava.checkpoints.weights import weight_name
 from tests.tiny import TINY_CLIP, TINY_LLAMA, tiny_config, tiny_model
 
 

@@ -10,10 +10,10 @@ from torch.nn import functional as F
 from typer.testing import CliRunner
 
 from modeling_sq_llava import PROTOTYPE_EXTRACTORS
-from sq_llava import prototypes
-from sq_llava.cli import app
-from sq_llava.inference import Assistant
-from sq_llava.prototypes import OPACITY, SHADE, Sight, colour_of_rank, look, paint
+from sq_llava.cli.main import app
+from sq_llava.inference import prototypes
+from sq_llava.inference.assistant import Assistant
+from sq_llava.inference.prototypes import OPACITY, SHADE, Sight, colour_of_rank, look, paint
 from tests.tiny import TINY_SIGLIP, picture, tiny_config, tiny_model, tiny_model_for, tiny_processor
 
 
@@ -136,7 +136,7 @@ def test_model_without_prototypes_is_refused():
 
 
 def test_command_paints_the_picture_in_its_own_size(tmp_path, monkeypatch):
-    monkeypatch.setattr("sq_llava.inference.load", lambda *args: tiny_assistant())
+    monkeypatch.setattr("sq_llava.inference.assistant.load", lambda *args: tiny_assistant())
     picture(width=50, height=30).save(tmp_path / "in.png")
     (tmp_path / "config.json").touch()
     settings = ["--model", str(tmp_path), "--top", "2", "--out", str(tmp_path / "seen.png")]

@@ -16,14 +16,14 @@ import torch
 from huggingface_hub import HfApi, constants
 from typer.testing import CliRunner
 
-from sq_llava import publishing
-from sq_llava.adapter import LoraSize, add_adapter
-from sq_llava.checkpoint import load_checkpoint
-from sq_llava.cli import app
+from sq_llava import load
+from sq_llava.checkpoints import push as publishing
+from sq_llava.checkpoints.load import load_checkpoint
+from sq_llava.checkpoints.provenance import write_provenance
+from sq_llava.cli.main import app
 from sq_llava.evaluation.results import hash_of_model
-from sq_llava.inference import load
-from sq_llava.provenance import write_provenance
 from sq_llava.resources import CODE_FILES
+from sq_llava.training.adapter import LoraSize, add_adapter
 from tests import tiny
 from tests.hub_checks import CHECKS
 from tests.local_hub import LocalHub
@@ -70,7 +70,7 @@ def process(arguments: list, hub: LocalHub, home: Path, token: str | None = "wri
 
 def command(arguments: list, hub: LocalHub, home: Path, token: str | None = "writer") -> str:
     """Runs `sq-llava` to its end; its output on one line."""
-    running = process(["-m", "sq_llava.cli", *arguments], hub, home, token)
+    running = process(["-m", "sq_llava", *arguments], hub, home, token)
     output = " ".join(running.communicate(timeout=300)[0].split())
     return f"{running.returncode}: {output}"
 
@@ -133,7 +133,7 @@ def pushed(hub, tmp_path_factory) -> dict:
     expected = {"inputs": INPUTS, "first": write_model(first, 0), "second": write_model(second, 1)}
 
     hub.hold_after = 1
-    killed = process(["-m", "sq_llava.cli", "push", first, "org/model"], hub, home)
+    killed = process(["-m", "sq_llava", "push", first, "org/model"], hub, home)
     arrived = hub.held.wait(120)
     os.killpg(killed.pid, signal.SIGKILL)
     killed.communicate()

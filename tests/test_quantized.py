@@ -13,13 +13,13 @@ from torch import nn
 from transformers import AutoModel, BitsAndBytesConfig
 from typer.testing import CliRunner
 
+import sq_llava
 import train_sft
 from modeling_sq_llava import SQLlavaForConditionalGeneration
-from sq_llava import inference
-from sq_llava.checkpoint import load_checkpoint, merge_adapter
-from sq_llava.cli import app
-from sq_llava.planning import weight_bytes
-from sq_llava.trainer import SQLlavaTrainer
+from sq_llava.checkpoints.load import load_checkpoint, merge_adapter
+from sq_llava.cli.main import app
+from sq_llava.training.planning import weight_bytes
+from sq_llava.training.trainer import SQLlavaTrainer
 from tests import tiny
 
 
@@ -196,7 +196,7 @@ def test_command_answers_with_quantized_towers(kind, checkpoint):
     arguments = ["answer", image, "What is it?", "--model", str(checkpoint), "--max-new-tokens", "4", "--json"]
     result = CliRunner().invoke(app, [*arguments, option])
     assert result.exit_code == 0, result.output
-    assistant = inference.load(str(checkpoint), **{kind: True})
+    assistant = sq_llava.load(str(checkpoint), **{kind: True})
     kinds = {type(module) for module in assistant.model.model.language_model.layers.modules()}
     assert LINEAR[kind] in kinds and nn.Linear not in kinds
     assert json.loads(result.stdout)[0]["answer"] == assistant.answer(image, "What is it?", 4)
@@ -204,7 +204,7 @@ def test_command_answers_with_quantized_towers(kind, checkpoint):
 
 def test_wrong_wishes_for_bits_are_refused(checkpoint, monkeypatch):
     with pytest.raises(ValueError, match="both given"):
-        inference.load(str(checkpoint), load_in_4bit=True, load_in_8bit=True)
+        sq_llava.load(str(checkpoint), load_in_4bit=True, load_in_8bit=True)
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     with pytest.raises(ValueError, match=r"bitsandbytes is not installed: pip install 'sq-llava\[quantization\]'"):
-        inference.load(str(checkpoint), load_in_8bit=True)
+        sq_llava.load(str(checkpoint), load_in_8bit=True)

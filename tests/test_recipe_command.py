@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from sq_llava.cli import app
-from sq_llava.recipe_command import copy_recipes, list_recipes, summary
+from sq_llava.cli.main import app
+from sq_llava.cli.recipes import copy_recipes, list_recipes, summary
 from sq_llava.resources import find_resource
 
 

@@ -22,12 +22,12 @@ from trl import ModelConfig, SFTConfig, TrlParser
 
 import train_sft
 from configuration_sq_llava import CLIP_VIT_L_14_336, VICUNA_7B
-from sq_llava import base
-from sq_llava.adapter import LoraSize, add_adapter
+from sq_llava.data.sources import DataSource
 from sq_llava.resources import find_resource
-from sq_llava.settings import SQLlavaArguments
-from sq_llava.sources import DataSource
-from sq_llava.trainer import keep_wrap_policy
+from sq_llava.training import stage_model as base
+from sq_llava.training.adapter import LoraSize, add_adapter
+from sq_llava.training.settings import SQLlavaArguments
+from sq_llava.training.trainer import keep_wrap_policy
 from tests import tiny
 
 

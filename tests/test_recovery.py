@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import train_sft
-from sq_llava.recovery import EXIT_TRY_AGAIN
+from sq_llava.training.recovery import EXIT_TRY_AGAIN
 from tests.processes import ended
 from tests.runs import (
     arguments,

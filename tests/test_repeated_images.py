@@ -7,9 +7,9 @@ import pytest
 import torch
 from PIL import Image
 
-from sq_llava import self_questioning
-from sq_llava.images import open_image
-from sq_llava.self_questioning import SelfQuestioningCollator
+from sq_llava.data.images import open_image
+from sq_llava.training import collator as self_questioning
+from sq_llava.training.collator import SelfQuestioningCollator
 from tests import tiny
 
 

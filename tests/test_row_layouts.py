@@ -7,10 +7,10 @@ import json
 import datasets
 import pytest
 
-from sq_llava.data import load_rows, parse_row, read_row
-from sq_llava.images import open_image
-from sq_llava.row_layouts import measure
-from sq_llava.sources import DataSource
+from sq_llava.data.images import open_image
+from sq_llava.data.row_layouts import measure
+from sq_llava.data.rows import load_rows, parse_row, read_row
+from sq_llava.data.sources import DataSource
 from tests import tiny
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from sq_llava.run_note import command_line
+from sq_llava.resumable.run_note import command_line
 
 
 ROOT = Path(__file__).parent.parent
@@ -15,7 +15,7 @@ ROOT = Path(__file__).parent.parent
     ("program", "typed"),
     [
         ("/usr/bin/sq-llava", "sq-llava"),
-        (str(ROOT / "sq_llava/cli.py"), "sq-llava"),
+        (str(ROOT / "sq_llava/cli/main.py"), "sq-llava"),
         (str(ROOT / "sq_llava/__main__.py"), "sq-llava"),
         (str(ROOT / "demo/run.py"), "python -m demo.run"),
         (str(ROOT / "train_sft.py"), f"python {ROOT / 'train_sft.py'}"),

@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from sq_llava.self_questioning import ANSWER, IGNORE_INDEX, QUESTION, SelfQuestioningCollator, draw_self_questions
+from sq_llava.data.self_questions import ANSWER, IGNORE_INDEX, QUESTION, draw_self_questions
+from sq_llava.training.collator import SelfQuestioningCollator
 from tests import tiny
 
 

@@ -9,7 +9,8 @@ from fastapi.testclient import TestClient
 from openai import OpenAI
 from PIL import Image
 
-from sq_llava.inference import DESCRIBE, Assistant
+from sq_llava.inference.assistant import Assistant
+from sq_llava.inference.dialogues import DESCRIBE
 from sq_llava.serving.app import create_app
 from sq_llava.serving.chat import ChatService, Limits
 from tests import tiny

@@ -6,8 +6,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from transformers import LlamaConfig
 
-from sq_llava.inference import Assistant
-from sq_llava.messages import place_images
+from sq_llava.data.messages import place_images
+from sq_llava.inference.assistant import Assistant
 from sq_llava.serving.decoding import Batch, Prompt, Row, RowText, Sampling
 from sq_llava.serving.engine import Engine, Generation
 from tests import tiny

@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from schemathesis import GenerationMode
 
-from sq_llava.inference import Assistant
+from sq_llava.inference.assistant import Assistant
 from sq_llava.serving.app import create_app
 from sq_llava.serving.chat import Limits
 from tests import tiny

@@ -9,7 +9,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 from fastapi.testclient import TestClient
 
-from sq_llava.inference import Assistant
+from sq_llava.inference.assistant import Assistant
 from sq_llava.serving import images
 from sq_llava.serving.app import create_app
 from sq_llava.serving.chat import Limits

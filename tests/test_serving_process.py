@@ -20,8 +20,8 @@ from fastapi.testclient import TestClient
 from openai import OpenAI
 from typer.testing import CliRunner
 
-from sq_llava import cli
-from sq_llava.inference import Assistant
+from sq_llava.cli import main as cli
+from sq_llava.inference.assistant import Assistant
 from sq_llava.serving.app import create_app
 from sq_llava.serving.chat import Limits
 from tests import tiny
@@ -99,7 +99,7 @@ def folder(tmp_path_factory) -> Path:
 def server_process(folder: Path, *options: str):
     """`sq-llava serve` as people start it; yields its port and the process."""
     port = free_port()
-    command = [sys.executable, "-m", "sq_llava.cli", "serve", str(folder), "--port", str(port), *options]
+    command = [sys.executable, "-m", "sq_llava", "serve", str(folder), "--port", str(port), *options]
     root = Path(__file__).parent.parent
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)}
     process = subprocess.Popen(command, cwd=folder, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)

@@ -8,9 +8,9 @@ import pytest
 from trl import ModelConfig, SFTConfig
 
 import train_sft
-from sq_llava import setting_table
-from sq_llava.setting_table import NOT_IN_ALL_VERSIONS, SETTINGS, TABLE, refuse_settings
-from sq_llava.settings import SQLlavaArguments
+from sq_llava.training import setting_table
+from sq_llava.training.setting_table import NOT_IN_ALL_VERSIONS, SETTINGS, TABLE, refuse_settings
+from sq_llava.training.settings import SQLlavaArguments
 
 
 ROOT = Path(train_sft.__file__).parent
@@ -35,7 +35,7 @@ def test_every_field_of_the_installed_versions_is_in_the_table(config):
     titles = [title for title in TABLE if CLASSES.get(title, (SFTConfig,)) == (config,)]
     named = {name for title in titles for name in TABLE[title]}
     there = {field.name for field in fields(config) if field.init}
-    assert there - named == set(), "say in sq_llava/setting_table.py what becomes of these"
+    assert there - named == set(), "say in sq_llava/training/setting_table.py what becomes of these"
     assert named - there <= NOT_IN_ALL_VERSIONS, "no version has these"
 
 
@@ -92,4 +92,4 @@ def test_run_with_a_refused_setting_ends_before_any_model_is_loaded(given, messa
 
 def test_document_is_what_the_table_says():
     written = (ROOT / "docs" / "settings.md").read_text()
-    assert written == setting_table.render(), "run python -m sq_llava.setting_table > docs/settings.md"
+    assert written == setting_table.render(), "run python -m sq_llava.training.setting_table > docs/settings.md"

@@ -7,8 +7,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from sq_llava.self_questioning import SelfQuestioningCollator
-from sq_llava.trainer import SQLlavaTrainer
+from sq_llava.training.collator import SelfQuestioningCollator
+from sq_llava.training.trainer import SQLlavaTrainer
 from tests.runs import make_parts, steps_saved, train
 
 

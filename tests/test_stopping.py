@@ -12,9 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from sq_llava import chat_command, stopping
-from sq_llava.inference import Assistant
-from sq_llava.trainer import SQLlavaTrainer
+from sq_llava import stopping
+from sq_llava.cli import chat as chat_command
+from sq_llava.inference.assistant import Assistant
+from sq_llava.training.trainer import SQLlavaTrainer
 from tests import tiny
 from tests.processes import ended, fork, run_script, sq_llava
 from tests.runs import arguments, in_step, make_parts, signal_self

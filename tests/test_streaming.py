@@ -4,7 +4,7 @@ import threading
 
 import pytest
 
-from sq_llava.inference import Assistant
+from sq_llava.inference.assistant import Assistant
 from tests import tiny
 
 

@@ -18,9 +18,10 @@ from transformers import (
 )
 
 from processing_sq_llava import SQLlavaProcessor
-from sq_llava.checkpoint import compose, compose_config, load_checkpoint, merge_adapter
-from sq_llava.inspection import inspect
-from sq_llava.trainer import require_router_loss
+from sq_llava.checkpoints.compose import compose, compose_config
+from sq_llava.checkpoints.inspection import inspect
+from sq_llava.checkpoints.load import load_checkpoint, merge_adapter
+from sq_llava.training.trainer import require_router_loss
 from tests import runs, tiny
 
 

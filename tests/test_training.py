@@ -11,13 +11,13 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 
+import sq_llava
 import train_sft
 from modeling_sq_llava import SQLlavaForConditionalGeneration
-from sq_llava import inference
-from sq_llava.adapter import LoraSize, add_adapter, group_of, load_adapter_weights
-from sq_llava.checkpoint import load_checkpoint, merge_adapter
+from sq_llava.checkpoints.load import load_checkpoint, merge_adapter
 from sq_llava.resources import CODE_FILES
-from sq_llava.trainer import SQLlavaTrainer
+from sq_llava.training.adapter import LoraSize, add_adapter, group_of, load_adapter_weights
+from sq_llava.training.trainer import SQLlavaTrainer
 from tests import tiny
 
 
@@ -262,7 +262,7 @@ def test_adapter_folder_and_merged_model_answer_alike_and_unlike_the_base(stage1
     merge_adapter(stage2.args.output_dir, str(tmp_path / "merged"))
     question = [{"role": "user", "content": "What colour is it?"}]
     answers = [
-        inference.load(folder, device="cpu", dtype="float32").answer(tiny.picture(), question, max_new_tokens=12)
+        sq_llava.load(folder, device="cpu", dtype="float32").answer(tiny.picture(), question, max_new_tokens=12)
         for folder in (stage2.args.output_dir, tmp_path / "merged", stage1 / "base")
     ]
     assert answers[0] == answers[1] != answers[2]

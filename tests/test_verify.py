@@ -15,9 +15,9 @@ from typer.testing import CliRunner
 from configuration_sq_llava import SQLlavaConfig
 from modeling_sq_llava import SQLlavaForConditionalGeneration
 from processing_sq_llava import SQLlavaProcessor
-from sq_llava.cli import app
-from sq_llava.layouts import Layout, recognise
-from sq_llava.verify import TOLERANCES, draw_picture, print_verification, verify
+from sq_llava.checkpoints.layouts import Layout, recognise
+from sq_llava.checkpoints.verify import TOLERANCES, draw_picture, print_verification, verify
+from sq_llava.cli.main import app
 from tests import released
 from tests.reference import Part, Reference, read_reference
 

@@ -10,8 +10,10 @@ import pytest
 from typer.testing import CliRunner
 
 import train_sft
-from sq_llava import checkpoint, publishing, resources
-from sq_llava.cli import app
+from sq_llava import resources
+from sq_llava.checkpoints import load as checkpoint
+from sq_llava.checkpoints import push as publishing
+from sq_llava.cli.main import app
 from sq_llava.evaluation import easy_vqa
 from sq_llava.evaluation.reading import Data
 from sq_llava.resources import CODE_FILES, code_file, find_resource
@@ -77,7 +79,7 @@ def test_files_are_found_wherever_the_command_is_run(tmp_path, monkeypatch):
 
 def test_without_the_template_a_merge_ends_before_a_model_is_loaded(tmp_path, monkeypatch):
     """The card is written last: hours of work would be lost."""
-    for name in ("sq_llava.card", "sq_llava.checkpoint"):
+    for name in ("sq_llava.checkpoints.card", "sq_llava.checkpoints.load"):
         monkeypatch.delitem(sys.modules, name)
 
     def find(name):

@@ -16,7 +16,7 @@ import torch
 import transformers
 
 from demo.data import image_root
-from sq_llava.inference import load
+from sq_llava import load
 
 
 NUM_TOKENS = 24

@@ -43,7 +43,7 @@ SOURCES = (
 )
 LIST_COMMANDS = """
 import typer
-from sq_llava.cli import app
+from sq_llava.cli.main import app
 def names(command, path=()):
     yield path
     for name, inner in getattr(command, "commands", {}).items():
@@ -130,7 +130,7 @@ def check_imports(wheel: Installed) -> None:
 def check_help(wheel: Installed) -> None:
     for command in wheel.run("python", "-c", LIST_COMMANDS).splitlines():
         wheel.run("sq-llava", *command.split(), "--help", says="Usage:")
-    for module in ("sq_llava", "sq_llava.cli", "train_sft"):
+    for module in ("sq_llava", "train_sft"):
         wheel.run("python", "-m", module, "--help", says="sage:")
 
 

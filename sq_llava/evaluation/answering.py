@@ -16,38 +16,12 @@ from jinja2 import TemplateError
 from PIL import Image
 from rich.console import Console
 from rich.progress import Progress
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
-from sq_llava.evaluation.progress import open_lines, read_lines, write_line
+from sq_llava.data.images import open_image
 from sq_llava.evaluation.reading import TaskImage
 from sq_llava.evaluation.task import Example, Record
-from sq_llava.images import open_image
-from sq_llava.inference import Assistant, best_device, load
-from sq_llava.locations import is_adapter
-
-
-def load_any(path: str, dtype: str = "auto", device: str | None = None, trust_remote_code: bool = False) -> Assistant:
-    """
-    Loads a SQ-LLaVA as `sq_llava.inference.load` does, or any other image-text-to-text model of transformers.
-
-    Args:
-        path (`str`): A plain checkpoint, an adapter folder of this project, or a Hub id.
-        trust_remote_code (`bool`): For other models, whose code is not in transformers.
-    """
-    if is_adapter(path):
-        return load(path, device=device, dtype=dtype)
-    config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
-    if config.model_type == "sq_llava":
-        return load(path, device=device, dtype=dtype)
-    model, report = AutoModelForImageTextToText.from_pretrained(
-        path, dtype=dtype, trust_remote_code=trust_remote_code, output_loading_info=True
-    )
-    if report["missing_keys"]:  # transformers only warns of these, and draws random weights
-        missing = sorted(report["missing_keys"])
-        raise ValueError(f"{path} lacks {len(missing)} weights that it needs: {', '.join(missing[:3])}, ...")
-    processor = AutoProcessor.from_pretrained(path, trust_remote_code=trust_remote_code)
-    processor.tokenizer.padding_side = "left"
-    return Assistant(model.to(device or best_device()).eval(), processor)
+from sq_llava.inference.assistant import Assistant
+from sq_llava.resumable.resume import open_lines, read_lines, write_line
 
 
 @dataclass(frozen=True)

@@ -4,9 +4,9 @@
     sq-llava evaluate --model M --tasks llava_bench,mmvet --data DIR --judge-model gpt-4o \
         --judge-max-cost 5 --judge-input-price 2.5 --judge-output-price 10
 
-Every answer of the judge is kept in `OUT/judge.jsonl` (`sq_llava/chat_client.py`), so a run that was killed does not
-pay twice. An answer that cannot be read is asked for again, up to `attempts` times; what could not be judged is listed
-and counted and enters no mean.
+Every answer of the judge is kept in `OUT/judge.jsonl` (`sq_llava/llm_client/client.py`), so a run that was killed does
+not pay twice. An answer that cannot be read is asked for again, up to `attempts` times; what could not be judged is
+listed and counted and enters no mean.
 """
 
 from collections.abc import Callable, Mapping
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sq_llava.chat_client import ChatClient, ChatFailure, ChatSettings, Messages, UnusableAnswer
+from sq_llava.llm_client.client import ChatClient, ChatFailure, ChatSettings, Messages, UnusableAnswer
 
 
 @dataclass(frozen=True)

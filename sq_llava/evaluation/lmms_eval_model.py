@@ -14,7 +14,7 @@ from lmms_eval.api.model import lmms
 from lmms_eval.protocol import ChatMessages
 from rich.progress import track
 
-from sq_llava.evaluation.answering import load_any
+from sq_llava.evaluation.other_models import load_any
 
 
 MAX_NEW_TOKENS = 1024
@@ -30,7 +30,7 @@ class SQLlava(lmms):
         pretrained (`str`): A plain checkpoint, an adapter folder, or a Hub id.
         batch_size (`int`): Prompts at a time, on each process.
         device (`str`, *optional*): Default: that of the process.
-        dtype (`str`): As of `sq_llava.inference.load`.
+        dtype (`str`): As of `sq_llava.inference.assistant.load`.
         system_message (`str`, *optional*): In place of the model's own.
     """
 

@@ -18,7 +18,8 @@ import numpy as np
 from accelerate import PartialState
 from matplotlib.figure import Figure
 
-from sq_llava.evaluation.answering import load_any
+from sq_llava.data.images import open_image
+from sq_llava.evaluation.other_models import load_any
 from sq_llava.evaluation.questions import (
     AskSettings,
     ClipScorer,
@@ -32,9 +33,8 @@ from sq_llava.evaluation.questions import (
     read_pictures,
 )
 from sq_llava.evaluation.results import claim_folder, environment, hash_of_code, hash_of_model
-from sq_llava.images import open_image
-from sq_llava.inference import best_device
-from sq_llava.run_note import command_line
+from sq_llava.inference.assistant import best_device
+from sq_llava.resumable.run_note import command_line
 
 
 NUM_SHOWN = 12

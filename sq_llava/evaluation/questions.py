@@ -23,15 +23,16 @@ from rich.console import Console
 from rich.progress import Progress
 from transformers import AutoConfig, CLIPModel, CLIPProcessor
 
-from sq_llava.data import load_rows
+from sq_llava.data.images import open_image
+from sq_llava.data.messages import place_images
+from sq_llava.data.rows import load_rows
+from sq_llava.data.sources import DataSource, holds_dataset
 from sq_llava.early_checks import IMAGE_SUFFIXES
 from sq_llava.evaluation.easy_vqa import answer_question, derive_caption, presumes
-from sq_llava.evaluation.progress import open_lines, read_lines, write_line
 from sq_llava.evaluation.question_metrics import distinct_n, self_bleu, type_shares, words_of
-from sq_llava.images import open_image
-from sq_llava.inference import DESCRIBE, Assistant, Talks
-from sq_llava.messages import place_images
-from sq_llava.sources import DataSource, holds_dataset
+from sq_llava.inference.assistant import Assistant
+from sq_llava.inference.dialogues import DESCRIBE, Dialogues
+from sq_llava.resumable.resume import open_lines, read_lines, write_line
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class Picture:
 
     Args:
         id (`str`): Its path, or its row.
-        image: As `sq_llava.images.open_image` takes it.
+        image: As `sq_llava.data.images.open_image` takes it.
         pairs (`Sequence[tuple[str, str]]`): Questions and answers of the data set.
         number (`int`): Its own, added to the seed of what is drawn for it.
     """
@@ -156,9 +157,14 @@ def _ask_together(assistant: Assistant, batch: Sequence[Picture], settings: AskS
     images = [open_image(picture.image) for picture in batch]
     # The seed belongs to the picture: the same questions in any batch, on one process and on many.
     seeds = [settings.seed + picture.number for picture in batch]
-    talks = Talks(assistant, [place_images(image, settings.after or DESCRIBE) for image in images], seeds)
-    firsts = talks.answer(settings.max_new_tokens)
-    questions = talks.ask(
+    dialogues = Dialogues(
+        assistant.model,
+        assistant.processor,
+        [place_images(image, settings.after or DESCRIBE) for image in images],
+        seeds,
+    )
+    firsts = dialogues.answer(settings.max_new_tokens)
+    questions = dialogues.ask(
         settings.num_questions, settings.temperature, settings.top_k, settings.top_p, settings.max_new_tokens
     )
     blanks = {image.size: blank_like(assistant, image) for image in images}

@@ -65,7 +65,7 @@ class StoredImage:
 
     def read(self) -> dict[str, Any]:
         """
-        Returns `{"bytes": ..., "path": ...}`, as `sq_llava.images.open_image` takes it.
+        Returns `{"bytes": ..., "path": ...}`, as `sq_llava.data.images.open_image` takes it.
 
         Raises:
             ValueError: if there is none. A path alone is not followed: it would lead anywhere on this machine.
@@ -92,7 +92,7 @@ class EncodedImage:
     place: str = field(compare=False)
 
     def read(self) -> dict[str, Any]:
-        """Returns `{"bytes": ..., "path": ...}`, as `sq_llava.images.open_image` takes it."""
+        """Returns `{"bytes": ..., "path": ...}`, as `sq_llava.data.images.open_image` takes it."""
         try:
             return {"bytes": base64.b64decode(self.text, validate=True), "path": self.place}
         except binascii.Error as error:

@@ -23,7 +23,7 @@ from sq_llava.evaluation.reading import StoredImage, TaskImage, read_jsonl
 from sq_llava.evaluation.task import Example, Metric, Record, Score
 from sq_llava.locations import base_of_adapter, find_config, is_adapter, revision_of_base
 from sq_llava.resources import CODE_FILES, code_file
-from sq_llava.run_note import check_note, write_note
+from sq_llava.resumable.run_note import check_note, write_note
 
 
 # The fields of a line of `examples.jsonl`.

@@ -14,7 +14,6 @@ from typing import Any
 from accelerate import PartialState
 from transformers import set_seed
 
-from sq_llava.chat_client import ChatStopped
 from sq_llava.evaluation import (
     captions,
     easy_vqa,
@@ -28,8 +27,9 @@ from sq_llava.evaluation import (
     vizwiz,
     vqav2,
 )
-from sq_llava.evaluation.answering import AnswerSettings, answer_examples, load_any
+from sq_llava.evaluation.answering import AnswerSettings, answer_examples
 from sq_llava.evaluation.judge import Judge, JudgeSettings
+from sq_llava.evaluation.other_models import load_any
 from sq_llava.evaluation.reading import Data
 from sq_llava.evaluation.report import save_pictures, write_report
 from sq_llava.evaluation.results import (
@@ -43,8 +43,9 @@ from sq_llava.evaluation.results import (
     write_results,
 )
 from sq_llava.evaluation.task import Example, Record, Score, Task, summarize
-from sq_llava.inference import best_device
-from sq_llava.run_note import command_line
+from sq_llava.inference.assistant import best_device
+from sq_llava.llm_client.client import ChatStopped
+from sq_llava.resumable.run_note import command_line
 
 
 TASKS: dict[str, Task] = {

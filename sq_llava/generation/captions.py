@@ -31,10 +31,10 @@ import numpy as np
 from rich.progress import Progress
 
 from sq_llava.console import needs_extra
-from sq_llava.data import read_row
+from sq_llava.data.rows import read_row
+from sq_llava.data.sources import JsonFile
 from sq_llava.generation.rows import Card, Rejected, Shard, make_row, write_output
-from sq_llava.run_note import check_note, write_note
-from sq_llava.sources import JsonFile
+from sq_llava.resumable.run_note import check_note, write_note
 
 
 MIN_FREQUENCY = 3

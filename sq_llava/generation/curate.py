@@ -25,18 +25,18 @@ from typing import Any
 
 from rich.progress import track
 
-from sq_llava.chat_client import ChatRequest, Estimate
+from sq_llava.checkpoints.provenance import public_name
 from sq_llava.console import messages_console
+from sq_llava.data.images import open_image
 from sq_llava.early_checks import IMAGE_SUFFIXES
-from sq_llava.generation.asking import Asked, ask_all, read_all
 from sq_llava.generation.captions import draw
 from sq_llava.generation.describing import Description, LocalDescriber, Repairer, ServerDescriber
 from sq_llava.generation.review_sheet import Entry, check_decisions, read_decisions, write_sheet
 from sq_llava.generation.rows import Card, Rejected, Shard, make_row, require_utf8, write_output
 from sq_llava.generation.text_rules import first_fault, share_of_new_words, words_of
-from sq_llava.images import open_image
-from sq_llava.provenance import public_name
-from sq_llava.run_note import check_note, write_note
+from sq_llava.llm_client.asking import Asked, ask_all, read_all
+from sq_llava.llm_client.client import ChatRequest, Estimate
+from sq_llava.resumable.run_note import check_note, write_note
 
 
 # Repairs are kept by what was sent: with another repairer, the descriptions stay.

@@ -19,15 +19,15 @@ from typing import Any
 
 from rich.progress import Progress
 
-from sq_llava.chat_client import ChatClient, ChatRequest, Journal, Messages, NotAsked
-from sq_llava.chat_replies import without_thoughts
 from sq_llava.console import messages_console
+from sq_llava.data.images import jpeg_data_url, open_image
 from sq_llava.evaluation.results import hash_of_model
-from sq_llava.generation.asking import Asked, ask_all
 from sq_llava.generation.captions import read_instructions
 from sq_llava.generation.text_rules import words_of
-from sq_llava.images import jpeg_data_url, open_image
-from sq_llava.inference import Assistant, load
+from sq_llava.inference.assistant import Assistant, load
+from sq_llava.llm_client.asking import Asked, ask_all
+from sq_llava.llm_client.client import ChatClient, ChatRequest, Journal, Messages, NotAsked
+from sq_llava.llm_client.replies import without_thoughts
 from sq_llava.stopping import INTERRUPTED
 
 

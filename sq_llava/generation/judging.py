@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 
-from sq_llava.chat_client import ChatClient, ChatRequest, Messages
-from sq_llava.chat_replies import without_thoughts
-from sq_llava.generation.asking import Asked, ask_all, read_all
-from sq_llava.images import jpeg_data_url, open_image
+from sq_llava.data.images import jpeg_data_url, open_image
+from sq_llava.llm_client.asking import Asked, ask_all, read_all
+from sq_llava.llm_client.client import ChatClient, ChatRequest, Messages
+from sq_llava.llm_client.replies import without_thoughts
 
 
 PROMPTS = files("sq_llava.generation") / "prompts" / "self"

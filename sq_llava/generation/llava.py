@@ -19,13 +19,13 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from sq_llava.chat_client import ChatClient, ChatSettings, Estimate, Messages
-from sq_llava.chat_replies import without_thoughts
-from sq_llava.generation.asking import Asked, ask_all
 from sq_llava.generation.rows import Card, Rejected, Shard, make_row, write_output
 from sq_llava.generation.scenes import Box, Scene, read_scenes
 from sq_llava.generation.turns import Turn, fault_of, parse_turns, without_rulers
-from sq_llava.run_note import check_note, write_note
+from sq_llava.llm_client.asking import Asked, ask_all
+from sq_llava.llm_client.client import ChatClient, ChatSettings, Estimate, Messages
+from sq_llava.llm_client.replies import without_thoughts
+from sq_llava.resumable.run_note import check_note, write_note
 
 
 PROMPTS = files("sq_llava.generation") / "prompts" / "llava"

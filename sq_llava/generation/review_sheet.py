@@ -20,7 +20,7 @@ from typing import Any
 
 from PIL import Image
 
-from sq_llava.images import jpeg_data_url
+from sq_llava.data.images import jpeg_data_url
 
 
 # Of the pictures in the sheet: 5,000 of them make about 100 MB.

@@ -93,7 +93,7 @@ class Card:
 
 def make_row(id: str, images: Sequence[str], turns: Iterable[tuple[str, str]], **details: Any) -> dict[str, Any]:
     """
-    A row that `sq_llava/data.py` and TRL read.
+    A row that `sq_llava/data/rows.py` and TRL read.
 
     Args:
         images: Paths relative to the image root, in the first question.

@@ -20,11 +20,12 @@ from rich.console import Console
 from rich.progress import Progress
 from torch.nn import functional as F
 
-from sq_llava.evaluation.progress import open_lines, read_lines, write_line
+from sq_llava.data.images import open_image
+from sq_llava.data.self_questions import IGNORE_INDEX
 from sq_llava.evaluation.questions import ClipScorer, Picture, blank_like
-from sq_llava.images import open_image
-from sq_llava.inference import Assistant
-from sq_llava.self_questioning import IGNORE_INDEX, SelfQuestioningCollator
+from sq_llava.inference.assistant import Assistant
+from sq_llava.resumable.resume import open_lines, read_lines, write_line
+from sq_llava.training.collator import SelfQuestioningCollator
 
 
 # Of CLIPScore (Hessel et al. 2021, https://arxiv.org/abs/2104.08718): 2.5 * max(cosine, 0).

@@ -23,18 +23,18 @@ from typing import Any
 
 from accelerate import PartialState
 
-from sq_llava.chat_client import BYTES_PER_TOKEN, ChatClient, ChatSettings, Estimate
-from sq_llava.evaluation.progress import read_lines
+from sq_llava.checkpoints.provenance import public_name
 from sq_llava.evaluation.questions import AskSettings, ClipScorer, Picture, ask_about, read_pictures
 from sq_llava.evaluation.results import hash_of_model
-from sq_llava.generation.asking import Asked
 from sq_llava.generation.filters import FilterSettings, Outcome, Turn, filter_turns
 from sq_llava.generation.judging import PROMPTS, Exhibit, first_requests, judge_turns, read_prompt
 from sq_llava.generation.rows import Card, Rejected, Shard, make_row, require_utf8, write_output
 from sq_llava.generation.scoring import score_answers, score_each, score_with_clip
-from sq_llava.inference import best_device, load
-from sq_llava.provenance import public_name
-from sq_llava.run_note import check_note, command_line, write_note
+from sq_llava.inference.assistant import best_device, load
+from sq_llava.llm_client.asking import Asked
+from sq_llava.llm_client.client import BYTES_PER_TOKEN, ChatClient, ChatSettings, Estimate
+from sq_llava.resumable.resume import read_lines
+from sq_llava.resumable.run_note import check_note, command_line, write_note
 from sq_llava.stopping import INTERRUPTED
 
 

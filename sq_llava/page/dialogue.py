@@ -10,7 +10,8 @@ from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass
 
-from sq_llava.inference import DESCRIBE, Assistant
+from sq_llava.inference.assistant import Assistant
+from sq_llava.inference.dialogues import DESCRIBE
 
 
 @dataclass(frozen=True)

@@ -16,10 +16,10 @@ from pathlib import Path
 
 from PIL import Image, ImageOps
 
-from sq_llava.images import open_image
-from sq_llava.inference import Assistant
+from sq_llava.data.images import open_image
+from sq_llava.inference.assistant import Assistant
+from sq_llava.inference.prototypes import colour_of_rank, look, paint
 from sq_llava.page.dialogue import Settings, Turn, complete, converse, opening, speak
-from sq_llava.prototypes import colour_of_rank, look, paint
 
 
 # Read when Gradio is imported.

@@ -19,7 +19,7 @@ from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from sq_llava.inference import Assistant
+from sq_llava.inference.assistant import Assistant
 from sq_llava.serving.chat import ChatService, Limits, timeout_event
 from sq_llava.serving.engine import Engine
 from sq_llava.serving.metrics import Metrics

@@ -12,7 +12,9 @@ from dataclasses import dataclass, replace
 from jinja2 import TemplateError
 from PIL import Image
 
-from sq_llava.inference import DESCRIBE, Assistant, context_length
+from sq_llava.inference.assistant import Assistant
+from sq_llava.inference.dialogues import DESCRIBE
+from sq_llava.inference.prompts import context_length
 from sq_llava.serving.decoding import Prompt, Sampling
 from sq_llava.serving.engine import Engine, Failure, Generation, Piece
 from sq_llava.serving.images import decode_data_url, decode_image, fetch, num_pixels

@@ -24,7 +24,7 @@ from transformers import (
 )
 
 from modeling_sq_llava import CACHE_NAME, SQLlavaForConditionalGeneration
-from sq_llava.prefix_cache import pad_left
+from sq_llava.inference.prefix_cache import pad_left
 
 
 # Below it, the likeliest token has all the probability; and scores divided by less overflow.

@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from sq_llava.inference import Assistant
+from sq_llava.inference.assistant import Assistant
 from sq_llava.serving.decoding import Batch, Prompt, Row, Sampling
 
 

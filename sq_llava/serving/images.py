@@ -20,7 +20,7 @@ from aiohttp.resolver import ThreadedResolver
 from PIL import Image, UnidentifiedImageError
 from yarl import URL
 
-from sq_llava.images import open_image
+from sq_llava.data.images import open_image
 
 
 FORMATS = ("GIF", "JPEG", "PNG", "WEBP")

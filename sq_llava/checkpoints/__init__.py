@@ -1,0 +1,1 @@
+"""Checkpoints: made from parts, loaded, merged, converted, verified, inspected, published."""

@@ -1,0 +1,214 @@
+"""The model card of a checkpoint or an adapter, from the template `model_card.md`.
+
+All of it is read from the folder: configurations, the headers of the weights, the code files, `provenance.yaml`. What
+it does not do: measure. Scores are those of an evaluation's JSON; without one, the card says that there are none.
+"""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from huggingface_hub import (
+    EvalResultEntry,
+    ModelCard,
+    ModelCardData,
+    eval_result_entries_to_yaml,
+    parse_local_safetensors_file_metadata,
+)
+from PIL import Image, ImageDraw
+
+from sq_llava.checkpoints.provenance import is_hub_id, public_name, read_provenance
+from sq_llava.resources import CODE_FILES, find_resource
+
+
+# Read on import: what ends in a card fails here, before hours of work, if this installation lacks the template.
+TEMPLATE = find_resource("model_card.md").read_text(encoding="utf-8")
+PARTS = {"vision": ("vision_tower.",), "connector": ("multi_modal_projector.", "prototype_extractor.", "resampler.")}
+# The picture that the published example asks about, in the repository itself.
+EXAMPLE_IMAGE = "image.png"
+EXAMPLE_QUESTION = "What is in this picture?"
+
+
+def write_card(folder: str | Path) -> None:
+    """
+    Writes `README.md` into a folder with a checkpoint, as it is before it is published: its snippets load the folder
+    that they are run in, as a made-up id could be somebody's on the Hub.
+    """
+    folder = Path(folder)
+    render_card(folder, ".").save(folder / "README.md")
+
+
+def render_card(
+    folder: str | Path,
+    repo_id: str,
+    revision: str | None = None,
+    results: dict[str, Any] | None = None,
+    license: str | None = None,
+    languages: Sequence[str] = (),
+    example_url: str | None = None,
+) -> ModelCard:
+    """
+    Args:
+        folder: A plain checkpoint, or an adapter whose base is named by its Hub id.
+        repo_id (`str`): Where the card's snippets load from: an id of the Hub, or a folder.
+        revision (`str`, *optional*): The commit that they load.
+        results (`dict`, *optional*): As [`read_results`] gives them.
+        license, languages: Metadata, if the owner says them.
+        example_url (`str`, *optional*): Of a picture for the Hub's widget.
+    """
+    folder = Path(folder)
+    adapter = _read_json(folder / "adapter_config.json")
+    config = _read_json(folder / "config.json")
+    processor = _read_json(folder / "processor_config.json")
+    if not processor or not (adapter or config):
+        missing = "config.json" if processor else "processor_config.json"
+        raise ValueError(
+            f"{folder} holds no {missing}, which its card is written from: save model and processor anew."
+        )
+    provenance = read_provenance(folder)
+    has_extractor = (
+        "prototype_extractor" in adapter["modules_to_save"] if adapter else config["prototype_variant"] != "none"
+    )
+    base_models = [adapter["base_model_name_or_path"]] if adapter else _base_models(config, provenance)
+    datasets = [source["path"] for stage in provenance.get("stages", []) for source in stage["data"]]
+    card_data = ModelCardData(
+        library_name="peft" if adapter else "transformers",
+        pipeline_tag="image-text-to-text",
+        # The Hub's metadata can name what is on the Hub only.
+        base_model=[name for name in base_models if is_hub_id(name)] or None,
+        datasets=list(dict.fromkeys(name for name in datasets if is_hub_id(name))) or None,
+        license=license,
+        language=list(languages) or None,
+        tags=["sq-llava", "visual-question-generation", "custom_code"],
+        widget=[{"text": EXAMPLE_QUESTION, "src": example_url}] if example_url else None,
+    )
+    return ModelCard.from_template(
+        card_data,
+        template_str=TEMPLATE,
+        model_name=repo_id.partition("/")[2] or folder.resolve().name,
+        repo_id=repo_id,
+        revision=revision,
+        pin=f',\n    revision="{revision}"' if revision else "",
+        adapter=adapter,
+        config=config,
+        towers={name: _tower_name(config.get(f"{name}_config", {})) for name in ("vision", "text")},
+        vusr_marker=processor["vusr_marker"],
+        has_extractor=has_extractor,
+        asks=_is_trained_to_ask(provenance, has_extractor),
+        parameters=count_saved_parameters(folder),
+        code={name: _sha256(folder / name) for name in CODE_FILES if (folder / name).is_file()},
+        provenance=provenance,
+        results=results,
+        image=EXAMPLE_IMAGE,
+        question=EXAMPLE_QUESTION,
+    )
+
+
+def draw_example() -> Image.Image:
+    """A picture that one can say something about, for the card's snippets and for the comparison of the logits."""
+    image = Image.new("RGB", (336, 336), "white")
+    pen = ImageDraw.Draw(image)
+    pen.rectangle((0, 220, 336, 336), fill="green")
+    pen.ellipse((40, 30, 120, 110), fill="gold")
+    pen.rectangle((170, 150, 290, 260), fill="firebrick")
+    pen.polygon([(155, 150), (230, 80), (305, 150)], fill="saddlebrown")
+    return image
+
+
+def count_saved_parameters(folder: Path) -> dict[str, int]:
+    """Numbers of parameters of each part in a folder's files of weights."""
+    counts = {"vision": 0, "connector": 0, "text": 0}
+    for file in sorted(folder.glob("*.safetensors")):
+        for name, tensor in parse_local_safetensors_file_metadata(file).tensors.items():
+            parts = (part for part, modules in PARTS.items() if any(module in name for module in modules))
+            counts[next(parts, "text")] += tensor.parameter_count
+    return counts
+
+
+def read_results(file: str | Path) -> dict[str, Any]:
+    """
+    Reads an evaluation's JSON: `results`, a list of `{"task", "metric", "value", "num"}`, and what was run beside it;
+    or that of `python -m demo.evaluate`.
+
+    Raises:
+        ValueError: if an entry lacks one of them.
+    """
+    content = json.loads(Path(file).read_text())
+    if isinstance(content, list):
+        content = {"results": content}
+    elif "test_accuracy" in content:
+        content = {"results": list(_demo_results(content)), "command": "python -m demo.evaluate"}
+    if not isinstance(content.get("results"), list) or not content["results"]:
+        raise ValueError(f"{file} has no list `results`: give the results.json of an evaluation.")
+    for number, entry in enumerate(content["results"]):
+        for name, kind in (("task", str), ("metric", str), ("value", (int, float)), ("num", int)):
+            if not isinstance(entry.get(name), kind):
+                raise ValueError(f"{file}, results, entry {number}: {name} is {entry.get(name)!r}: evaluate again.")
+    # What `sq-llava evaluate` wrote beside it.
+    beside = sorted((Path(file).parent / ".eval_results").glob("*.yaml"))
+    return {
+        **content,
+        "eval_results": {f".eval_results/{path.name}": yaml.safe_load(path.read_text()) for path in beside},
+    }
+
+
+def _demo_results(content: dict[str, Any]):
+    for task, value, num in (("test", "test", "test"), ("blank image", "blank_image", "blank")):
+        num = content[f"num_{num}_questions"]
+        yield {"task": f"easy-VQA, {task}", "metric": "accuracy", "value": content[f"{value}_accuracy"], "num": num}
+
+
+def eval_result_files(results: dict[str, Any]) -> dict[str, list[dict]]:
+    """
+    `.eval_results/*.yaml` as the Hub reads them, https://huggingface.co/docs/hub/eval-results: a file for each task.
+    Those that an evaluation wrote beside its JSON, and entries of the JSON that name their benchmark there, as
+    `dataset_id`: the Hub can place no others. The card has all of them.
+    """
+    files: dict[str, list[EvalResultEntry]] = {}
+    for entry in results["results"]:
+        if "dataset_id" in entry:
+            result = EvalResultEntry(
+                dataset_id=entry["dataset_id"],
+                task_id=entry.get("task_id", "default"),
+                value=entry["value"],
+                dataset_revision=entry.get("dataset_revision"),
+                date=results.get("date"),
+                notes=f"{entry['metric']}, {entry['num']} examples",
+            )
+            files.setdefault(entry["task"], []).append(result)
+    named = {f".eval_results/{task}.yaml": eval_result_entries_to_yaml(entries) for task, entries in files.items()}
+    return {**results.get("eval_results", {}), **named}
+
+
+def _is_trained_to_ask(provenance: dict, has_extractor: bool) -> bool:
+    """Not if it is known to be a LLaVA, or to have done its first stage only."""
+    if not provenance:
+        return True
+    is_released_sq_llava = "converted_from" in provenance and has_extractor and "new_extractor" not in provenance
+    return is_released_sq_llava or any(
+        stage["stage"] == "instruct" and stage["settings"].get("self_question_ratio") != 0
+        for stage in provenance.get("stages", [])
+    )
+
+
+def _base_models(config: dict, provenance: dict) -> list[str]:
+    if "converted_from" in provenance and is_hub_id(provenance["converted_from"]):
+        return [provenance["converted_from"]]
+    return [config[tower].get("_name_or_path", "") for tower in ("vision_config", "text_config")]
+
+
+def _tower_name(config: dict) -> str:
+    name = config.get("_name_or_path")
+    return public_name(name) if name else "not named"
+
+
+def _read_json(file: Path) -> dict:
+    return json.loads(file.read_text()) if file.is_file() else {}
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

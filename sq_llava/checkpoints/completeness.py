@@ -1,0 +1,55 @@
+"""Whether a checkpoint of a training run is whole: by its files and their sizes, without reading weights.
+
+    >>> checkpoint_faults(Path("runs/sq-llava-7b/stage2/checkpoint-500"))
+    ['optimizer.pt has 1024 bytes of 4096']
+
+What it does not do: choose the checkpoint that a run resumes from (`sq_llava/training/recovery.py`).
+"""
+
+import json
+import re
+from pathlib import Path
+
+
+# The Trainer writes this file last.
+STATE_FILE = "trainer_state.json"
+# [`SQLlavaTrainer`] writes it before that one, when all processes have written: the files of the checkpoint with their
+# sizes, and what the losses depend on.
+RUN_FILE = "run.json"
+
+
+def step_of(folder: Path) -> int | None:
+    """The optimizer step that a folder is a checkpoint of, by its name; `None` if it is none."""
+    match = re.fullmatch(r"checkpoint-(\d+)", folder.name)
+    return int(match[1]) if match and folder.is_dir() else None
+
+
+def file_sizes(folder: Path) -> dict[str, int]:
+    """In bytes, of all files of a checkpoint, except those that are written last."""
+    files = (file for file in folder.rglob("*") if file.is_file() and file.name not in (STATE_FILE, RUN_FILE))
+    return {str(file.relative_to(folder)): file.stat().st_size for file in files}
+
+
+def checkpoint_faults(folder: Path) -> list[str]:
+    """What is missing from a checkpoint that one could go on from; empty if it is complete."""
+    faults = [fault for name in (STATE_FILE, RUN_FILE) if (fault := json_fault(folder / name))]
+    if json_fault(folder / RUN_FILE):
+        return faults
+    there = file_sizes(folder)
+    for name, size in json.loads((folder / RUN_FILE).read_text())["files"].items():
+        if name not in there:
+            faults.append(f"{name} is missing")
+        elif there[name] != size:
+            faults.append(f"{name} has {there[name]} bytes of {size}")
+    return faults
+
+
+def json_fault(file: Path) -> str | None:
+    """What is wrong with a JSON file; `None` if it can be read."""
+    if not file.is_file():
+        return f"{file.name} is missing"
+    try:
+        json.loads(file.read_bytes())
+    except ValueError:
+        return f"{file.name} is cut off"
+    return None

@@ -1,0 +1,210 @@
+"""A SQ-LLaVA from its parts: a vision model and a causal language model; extractor and projector are new.
+
+>>> model, processor = compose("openai/clip-vit-large-patch14-336", "lmsys/vicuna-7b-v1.5")
+>>> model, processor = compose(blip2, "lmsys/vicuna-7b-v1.5", blip2, prototype_variant="none")  # MiniGPT-4's parts
+"""
+
+import torch
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    Blip2VisionModelWithProjection,
+    PreTrainedConfig,
+)
+
+from configuration_sq_llava import SQLlavaConfig
+from modeling_sq_llava import SQLlavaForConditionalGeneration
+from processing_sq_llava import SQLlavaProcessor
+from sq_llava.checkpoints.provenance import public_name
+
+
+# The vocabulary is padded to a multiple of this, so that the LM head's matrix product runs on whole tiles.
+VOCABULARY_MULTIPLE = 64
+
+
+# What the processor adds to a language model's tokenizer, at most.
+NEW_TOKENS = ("<image>", "[vusr]", "<pad>")
+
+
+def stop_token_ids(own: int | list[int] | None, processor: SQLlavaProcessor) -> int | list[int]:
+    """
+    The ids at which generation stops: the delimiter that the chat template writes behind each answer, and those that
+    the language model names itself, which may be others (a base model's end of text, or one of three of Llama 3).
+    """
+    own = [] if own is None else [own] if isinstance(own, int) else own
+    ids = list(dict.fromkeys([processor.tokenizer.eos_token_id, *own]))
+    return ids[0] if len(ids) == 1 else ids
+
+
+def _vision_config(vision_model: str) -> PreTrainedConfig:
+    config = AutoConfig.from_pretrained(vision_model)
+    config = getattr(config, "vision_config", config)
+    config.name_or_path = public_name(vision_model)  # the configuration is published
+    return config
+
+
+def text_config_of(text_model: str) -> PreTrainedConfig:
+    """
+    The configuration of a language model, or of the text part of a multimodal one that transformers loads as a causal
+    language model, such as Gemma 3 or Llama 4.
+
+    Raises:
+        ValueError: if it loads none from there, or the text part needs more than embeddings.
+    """
+    config = AutoConfig.from_pretrained(text_model)
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise ValueError(
+            f"The language model {text_model} is a {config.model_type}, from which transformers loads no causal "
+            "language model (AutoModelForCausalLM). Give one, or a multimodal model whose text part it loads, such as "
+            "Gemma 3."
+        )
+    text_config = config.get_text_config(decoder=True)
+    if getattr(text_config, "hidden_size_per_layer_input", None):  # Gemma 3n and the small ones of Gemma 4
+        raise ValueError(
+            f"The language model {text_model} is a {config.model_type} that reads token ids in each of its layers, "
+            "where an image has none. Give another one."
+        )
+    if text_config is not config:
+        text_config.name_or_path = config.name_or_path
+        text_config.dtype = text_config.dtype or config.dtype
+    return text_config
+
+
+def _qformer_fields(qformer_model: str | None) -> dict:
+    """What the configuration says of the Q-Former of a BLIP-2 model."""
+    if qformer_model is None:
+        return {}
+    config = AutoConfig.from_pretrained(qformer_model)
+    if config.model_type != "blip-2":
+        raise ValueError(
+            f"qformer_model_name_or_path is {str(qformer_model)!r}, a {config.model_type}: give a BLIP-2 model of "
+            "transformers, such as Salesforce/blip2-flan-t5-xxl."
+        )
+    return {
+        "resampler": "qformer",
+        "qformer_config": config.qformer_config,
+        "num_query_tokens": config.num_query_tokens,
+    }
+
+
+class _Blip2ImageSide(Blip2VisionModelWithProjection):
+    """Tower, queries and Q-Former of a BLIP-2 of any kind; its language model, which may be large, stays on disk."""
+
+    _keys_to_ignore_on_load_unexpected = [r"^(language_|text_|embeddings|itm_head)"]
+    _keys_to_ignore_on_load_missing = [r"^vision_projection"]
+
+
+def load_vision_tower(vision_model: str, attn_implementation: str | None = None, **kwargs) -> torch.nn.Module:
+    """The vision tower of a vision model, with pretrained weights."""
+    if AutoConfig.from_pretrained(vision_model).model_type == "blip-2":
+        tower = _Blip2ImageSide.from_pretrained(vision_model, **kwargs).vision_model
+        # To the tower alone: the Q-Former, loaded with it, has no FlashAttention.
+        if attn_implementation is not None:
+            tower.set_attn_implementation(attn_implementation)
+        return tower
+    model = AutoModel.from_pretrained(vision_model, attn_implementation=attn_implementation, **kwargs)
+    return getattr(model, "vision_model", model)
+
+
+def compose_config(
+    vision_model: str, text_model: str, qformer_model: str | None = None, **config_kwargs
+) -> SQLlavaConfig:
+    """
+    The configuration that [`compose`] would give, without tokenizer and weights: for planning. The vocabulary has room
+    for the new tokens, whether or not the model's own has.
+    """
+    text_config = text_config_of(text_model)
+    image_token_id = text_config.vocab_size
+    grown = image_token_id + len(NEW_TOKENS)
+    text_config.vocab_size = -(-grown // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
+    return SQLlavaConfig(
+        vision_config=_vision_config(vision_model),
+        text_config=text_config,
+        image_token_id=image_token_id,
+        vusr_token_id=image_token_id + 1,
+        **_qformer_fields(qformer_model),
+        **config_kwargs,
+    )
+
+
+def compose_processor(
+    vision_model: str, text_model: str, qformer_model: str | None = None, **processor_kwargs
+) -> SQLlavaProcessor:
+    """The processor that [`compose`] would give, without any weights."""
+    config = SQLlavaConfig(
+        vision_config=_vision_config(vision_model),
+        text_config=text_config_of(text_model),
+        prototype_variant="none",  # it makes no difference to what is asked here
+        **_qformer_fields(qformer_model),
+    )
+    return SQLlavaProcessor(
+        AutoImageProcessor.from_pretrained(vision_model),
+        AutoTokenizer.from_pretrained(text_model),
+        image_seq_length=config.image_seq_length,
+        **processor_kwargs,
+    )
+
+
+def compose(
+    vision_model: str,
+    text_model: str,
+    qformer_model: str | None = None,
+    dtype: torch.dtype | str = "auto",
+    attn_implementation: str | None = None,
+    processor_kwargs: dict | None = None,
+    **config_kwargs,
+) -> tuple[SQLlavaForConditionalGeneration, SQLlavaProcessor]:
+    """
+    Builds a SQ-LLaVA from a vision model and a causal language model; the extractor and the projector are new.
+
+    Args:
+        vision_model (`str`): Path or Hub id of a CLIP or SigLIP model, whole or its vision part, or of a BLIP-2 model.
+        text_model (`str`): Path or Hub id of any causal language model of transformers, or of a multimodal model that
+            it loads as one, whose text part is taken: Gemma 3, Llama 4.
+        qformer_model (`str`, *optional*): Path or Hub id of a BLIP-2 model, for its Q-Former.
+        dtype, attn_implementation: As for `from_pretrained`.
+        processor_kwargs (`dict`, *optional*): Settings of [`SQLlavaProcessor`]: `image_aspect_ratio`, ...
+        config_kwargs: Fields of [`SQLlavaConfig`]: `prototype_variant`, `num_prototypes`, ...
+
+    Returns:
+        The model, on the CPU, and its processor.
+    """
+    vision_config = _vision_config(vision_model)
+    processor = compose_processor(vision_model, text_model, qformer_model, **(processor_kwargs or {}))
+    tokenizer = processor.tokenizer
+    # Of a multimodal model it is the whole, whose text part is taken below.
+    whole = AutoModelForCausalLM.from_pretrained(text_model, dtype=dtype, attn_implementation=attn_implementation)
+    text_config = whole.config.get_text_config(decoder=True)
+    text_config.name_or_path = public_name(whole.config.name_or_path)
+    text_config.tie_word_embeddings = whole.config.tie_word_embeddings
+    config_kwargs |= _qformer_fields(qformer_model)
+    config = SQLlavaConfig(vision_config=vision_config, text_config=text_config, **config_kwargs)
+    if len(tokenizer) > text_config.vocab_size:
+        whole.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=VOCABULARY_MULTIPLE)
+    text_config.pad_token_id = tokenizer.pad_token_id
+    config.image_token_id = processor.image_token_id
+    config.vusr_token_id = processor.vusr_token_id
+
+    model = SQLlavaForConditionalGeneration._from_config(
+        config, dtype=whole.dtype, attn_implementation=attn_implementation
+    )
+    vision_tower = load_vision_tower(vision_model, dtype=whole.dtype)
+    model.model.vision_tower.load_state_dict(vision_tower.state_dict())
+    if qformer_model is not None:
+        weights = _Blip2ImageSide.from_pretrained(qformer_model, dtype=whole.dtype).state_dict()
+        model.model.resampler.load_state_dict({name: weights[name] for name in model.model.resampler.state_dict()})
+    language_model = model.model.language_model
+    text_part = next(module for module in whole.modules() if type(module) is type(language_model))
+    language_model.load_state_dict(text_part.state_dict())
+    model.lm_head.load_state_dict(whole.get_output_embeddings().state_dict())
+    model.tie_weights()
+    model.generation_config.update(
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=stop_token_ids(whole.generation_config.eos_token_id, processor),
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return model, processor

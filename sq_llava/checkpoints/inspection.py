@@ -1,0 +1,434 @@
+"""Says what a folder with a checkpoint is, what it holds and what it lacks; reads headers, never the weights.
+
+    sq-llava inspect runs/demo/model
+    sq-llava inspect liuhaotian/llava-v1.5-7b --json
+
+Understands plain checkpoints, outputs of training stages, every released layout (`sq_llava/checkpoints/layouts.py`),
+and what is left of them when something was interrupted. What it does not do: download, load a model, say how well it
+answers.
+"""
+
+import hashlib
+import json
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+from rich.console import Console
+from rich.table import Table
+from transformers.utils import logging
+
+from configuration_sq_llava import SQLlavaConfig
+from modeling_sq_llava import SQLlavaForConditionalGeneration
+from sq_llava.checkpoints.completeness import checkpoint_faults, step_of
+from sq_llava.checkpoints.layouts import NAMES, Layout, open_safetensors, read_pickle, read_weight_map, recognise
+from sq_llava.resources import CODE_FILES, code_file
+
+
+WEIGHT_FILES = (
+    "*.safetensors",
+    "pytorch_model*.bin",
+    "adapter_model.bin",
+    "non_lora_trainables.bin",
+    "mm_projector.bin",
+    "Vit-lora/adapter_model.*",
+)
+LOADED_WEIGHTS = ("model*.safetensors", "adapter_model.safetensors")
+LOADED_CONFIGS = ("*config.json", "tokenizer.json", "model.safetensors.index.json")
+# The first that a weight's name holds decides which part it belongs to. The authors' projector holds the extractor.
+PARTS = {
+    "vision": ("vision_tower.", "vision_model."),
+    "extractor": ("prototype_extractor.", *(f"mm_projector.{name}" for name in ("sim_", "c.", "v.", "f.", "ln_1."))),
+    "Q-Former": ("resampler.",),
+    "projector": ("multi_modal_projector.", "mm_projector."),
+    "head": ("lm_head.",),
+    "language model": ("language_model.", "model.layers.", "model.embed_tokens.", "model.norm."),
+}
+TOKENIZER = "a tokenizer (tokenizer.json or tokenizer.model)"
+DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64"}
+TORCH_DTYPES = {name: dtype for dtype, name in DTYPES.items()}
+MARKERS = ("user_marker", "vusr_marker", "assistant_marker", "image_aspect_ratio")
+TOKEN_IDS = ("image_token_id", "image_token_index", "vusr_token_id", "bos_token_id", "eos_token_id", "pad_token_id")
+ADDED_TOKENS = {"<image>": "image_token_id", "[vusr]": "vusr_token_id", "<pad>": "pad_token_id"}
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """A weight's header."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+
+
+@dataclass
+class Inspection:
+    """
+    What a folder is.
+
+    Attributes:
+        parts (`dict`): Parameters and dtypes of each part; LoRA counts apart.
+        loras (`list[dict]`): Tower, ranks (of the tensors), alpha (of the configuration) and file of each.
+        missing (`list[str]`): What one would look for here in vain.
+        faults (`list[str]`): What is broken; with any, the folder is of no use as it is.
+    """
+
+    path: str
+    kind: str | None = None
+    evidence: str = ""
+    parts: dict[str, dict] = field(default_factory=dict)
+    loras: list[dict] = field(default_factory=list)
+    prototypes: dict = field(default_factory=dict)
+    markers: dict = field(default_factory=dict)
+    token_ids: dict = field(default_factory=dict)
+    bases: dict[str, str] = field(default_factory=dict)
+    checkpoints: dict[str, str] = field(default_factory=dict)
+    code: dict[str, dict] = field(default_factory=dict)
+    files: dict[str, int] = field(default_factory=dict)
+    missing: list[str] = field(default_factory=list)
+    faults: list[str] = field(default_factory=list)
+
+    @property
+    def sound(self) -> bool:
+        return not self.faults
+
+    def to_json(self) -> dict:
+        return {"sound": self.sound, **asdict(self)}
+
+
+def inspect(path: str | Path, base: Path | None = None, only_loaded: bool = False) -> Inspection:
+    """
+    Args:
+        path: A folder, or the Hub id of one that is in the local cache.
+        base (`Path`, *optional*): Folder of the base of an adapter. Default: what it names, if that is here.
+        only_loaded (`bool`): Leave out the JSON and the weights that loading a SQ-LLaVA or an adapter does not read.
+
+    Raises:
+        ValueError: if there is no such folder, and nothing of that id in the cache.
+    """
+    folder = _local_folder(str(path))
+    inspection = Inspection(str(path))
+    files = sorted(file for file in folder.rglob("*") if file.is_file())
+    inspection.files = {str(file.relative_to(folder)): file.stat().st_size for file in files}
+    configs = _read_configs(folder, inspection, LOADED_CONFIGS if only_loaded else ("*.json", "Vit-lora/*.json"))
+    headers = _read_headers(folder, inspection, LOADED_WEIGHTS if only_loaded else WEIGHT_FILES)
+    layout = None
+    try:
+        layout = recognise(str(folder), base)
+    except ValueError as error:
+        inspection.faults += [] if inspection.faults else [str(error)]
+    else:
+        inspection.kind, inspection.evidence = layout.kind, layout.evidence
+        _describe_bases(layout, inspection)
+    _count_parameters(headers, inspection)
+    _describe_lora(headers, configs, inspection)
+    _describe_settings(configs, inspection)
+    _compare_code(folder, inspection)
+    _look_for_checkpoints(folder, inspection)
+    _check_weights(folder, headers, configs, layout, inspection)
+    _list_missing(configs, inspection)
+    return inspection
+
+
+def _local_folder(path: str) -> Path:
+    folder = Path(path).expanduser()
+    if folder.is_dir():
+        return folder
+    try:
+        return Path(snapshot_download(path, local_files_only=True))
+    except (LocalEntryNotFoundError, HFValidationError) as error:
+        raise ValueError(f"{path}: no such folder, and no such id in the local cache of the Hub.") from error
+
+
+def _read_configs(folder: Path, inspection: Inspection, patterns: Sequence[str]) -> dict[str, dict]:
+    """The JSON files at the top of the folder and of `Vit-lora`, by relative name."""
+    configs = {}
+    for file in sorted({file for pattern in patterns for file in folder.glob(pattern)}):
+        name = str(file.relative_to(folder))
+        try:
+            fields = json.loads(file.read_bytes())
+        except ValueError:
+            inspection.faults.append(f"{name} is no JSON: it is cut off or damaged")
+            continue
+        if isinstance(fields, dict):
+            configs[name] = fields
+        elif file.name.endswith(("config.json", "index.json")) or name == "tokenizer.json":
+            inspection.faults.append(f"{name} holds {str(fields)[:40]!r}, not the fields of an object")
+    return configs
+
+
+def _read_headers(folder: Path, inspection: Inspection, patterns: Sequence[str]) -> dict[str, list[Tensor]]:
+    """The weights of each file, without reading them into memory; `.bin` files are pickles, whose code is not run."""
+    headers = {}
+    for file in sorted({file for pattern in patterns for file in folder.glob(pattern)}):
+        name = str(file.relative_to(folder))
+        try:
+            headers[name] = _header_of(file)
+        except ValueError as error:
+            inspection.faults.append(str(error))
+    return headers
+
+
+def _header_of(file: Path) -> list[Tensor]:
+    if file.suffix == ".safetensors":
+        with open_safetensors(file) as opened:
+            slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
+            return [Tensor(name, tuple(part.get_shape()), part.get_dtype()) for name, part in slices.items()]
+    return [
+        Tensor(name, tuple(weight.shape), DTYPES.get(weight.dtype, str(weight.dtype)))
+        for name, weight in read_pickle(file).items()
+    ]
+
+
+def part_of(name: str) -> str:
+    """The part of the model that a weight of any layout belongs to, by its name; `"other"` for none."""
+    return next((part for part, infixes in PARTS.items() if any(infix in name for infix in infixes)), "other")
+
+
+def _count_parameters(headers: dict[str, list[Tensor]], inspection: Inspection) -> None:
+    parts = {}
+    for file, tensors in headers.items():
+        # The release holds its ViT-LoRA twice: apart, and among the LoRA of the language model.
+        place = " (Vit-lora)" if file.startswith("Vit-lora") else ""
+        for tensor in tensors:
+            part = ("LoRA of " if ".lora_" in tensor.name else "") + part_of(tensor.name) + place
+            counts = parts.setdefault(part, {"parameters": 0, "dtypes": []})
+            counts["parameters"] += math.prod(tensor.shape)
+            if tensor.dtype not in counts["dtypes"]:
+                counts["dtypes"].append(tensor.dtype)
+    order = [*PARTS, "other", *parts]
+    inspection.parts = {part: parts[part] for part in sorted(parts, key=order.index)}
+
+
+def _describe_lora(headers: dict[str, list[Tensor]], configs: dict[str, dict], inspection: Inspection) -> None:
+    for file, tensors in headers.items():
+        config = configs.get(str(Path(file).with_name("adapter_config.json")), {})
+        ranks = {}
+        for tensor in tensors:
+            if ".lora_A." in tensor.name:
+                ranks.setdefault(part_of(tensor.name), set()).add(tensor.shape[0])
+        for tower, found in ranks.items():
+            patterns = config.get("alpha_pattern") or {}
+            alphas = {alpha for pattern, alpha in patterns.items() if tower == "vision" and "vision_tower" in pattern}
+            alpha = sorted(alphas) or [config.get("lora_alpha")]
+            inspection.loras.append({"tower": tower, "ranks": sorted(found), "alphas": alpha, "file": file})
+
+
+def _describe_settings(configs: dict[str, dict], inspection: Inspection) -> None:
+    config, processor = configs.get("config.json", {}), configs.get("processor_config.json", {})
+    if "prototype_variant" in config:
+        names = ("prototype_variant", "num_prototypes", "num_prototype_iterations", "projector_type")
+        inspection.prototypes = {name: config[name] for name in names if name in config}
+        inspection.missing += [f"{name} in config.json: the default counts" for name in names if name not in config]
+    elif config.get("mm_projector_type") == "cluster":
+        inspection.prototypes = {"prototype_variant": "released", "num_prototypes": config.get("num_latents", 256)}
+    inspection.markers = {name: processor[name] for name in MARKERS if name in processor}
+    sources = [config, config.get("text_config") or {}, configs.get("generation_config.json", {})]
+    for name in TOKEN_IDS:
+        values = [source[name] for source in sources if source.get(name) is not None]
+        if values:
+            inspection.token_ids[name] = values[0]
+    added = {token["content"]: token["id"] for token in configs.get("tokenizer.json", {}).get("added_tokens", [])}
+    for token, name in ADDED_TOKENS.items():
+        if token in added:
+            inspection.token_ids[token] = added[token]
+            if config.get("model_type") == "sq_llava" and config.get(name) not in (None, added[token]):
+                inspection.faults.append(f"{token} is {added[token]} in tokenizer.json, {config[name]} in config.json")
+
+
+def _describe_bases(layout: Layout, inspection: Inspection) -> None:
+    places = {"base": (layout.base_name, layout.base), "vision tower": (layout.vision_name, layout.vision)}
+    for role, (name, folder) in places.items():
+        if name:
+            inspection.bases[role] = str(folder or name)
+        if name and folder is None:
+            inspection.missing.append(f"the {role}: {name} is no folder here, nor in the local cache of the Hub")
+
+
+def _compare_code(folder: Path, inspection: Inspection) -> None:
+    for name in CODE_FILES:
+        file = folder / name
+        if file.is_file():
+            digest, own = (hashlib.sha256(path.read_bytes()).hexdigest() for path in (file, code_file(name)))
+            inspection.code[name] = {"sha256": digest, "as_in_this_library": digest == own}
+
+
+def _look_for_checkpoints(folder: Path, inspection: Inspection) -> None:
+    for checkpoint in sorted((path for path in folder.iterdir() if step_of(path) is not None), key=step_of):
+        inspection.checkpoints[checkpoint.name] = "; ".join(checkpoint_faults(checkpoint)) or "complete"
+
+
+def _check_weights(
+    folder: Path,
+    headers: dict[str, list[Tensor]],
+    configs: dict[str, dict],
+    layout: Layout | None,
+    inspection: Inspection,
+) -> None:
+    if not headers and not inspection.checkpoints:
+        inspection.faults.append("there is no file with weights that could be read")
+    for index in (name for name in configs if name.endswith(".index.json")):
+        try:
+            places = read_weight_map(folder / index)
+        except ValueError as error:
+            inspection.faults += [str(error)] if str(error) not in inspection.faults else []
+            continue
+        absent = sorted(set(places.values()) - inspection.files.keys())
+        if absent:
+            inspection.faults.append(f"{index} names {len(absent)} files that are not here: {', '.join(absent)}")
+        there = {(tensor.name, file) for file, tensors in headers.items() for tensor in tensors}
+        lost = sorted(name for name, file in places.items() if file in headers and (name, file) not in there)
+        if lost:
+            inspection.faults.append(f"{index}: {len(lost)} weights are not in the files it names: {lost[0]}, ...")
+    if headers and not inspection.faults:
+        if inspection.kind == "checkpoint":
+            files = {file: tensors for file, tensors in headers.items() if file.startswith("model")}
+            inspection.faults += faults_of_weights(configs["config.json"], files)
+        elif inspection.kind == "adapter" and layout.base is not None:
+            inspection.faults += faults_of_adapter(folder, layout.base, headers)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the reports and bars of transformers: what they say is told in another way."""
+    verbosity, shows_bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity(logging.CRITICAL)
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if shows_bars:
+            logging.enable_progress_bar()
+
+
+def faults_of_weights(config: dict, headers: dict[str, list[Tensor]]) -> list[str]:
+    """
+    What transformers would find wrong with the weights of a plain checkpoint, if it loaded them: weights that
+    `config.json` asks for and no file has, of another shape, or that it has no place for. It is shown tensors without
+    content; so it applies its own rules for tied weights, fused experts and old names.
+    """
+    if "quantization_config" in config:
+        return []  # the names and shapes are those of the quantizer then
+    shapes = {tensor.name: tensor for tensors in headers.values() for tensor in tensors}
+    weights = {
+        name: torch.empty(tensor.shape, dtype=TORCH_DTYPES.get(tensor.dtype, torch.float32), device="meta")
+        for name, tensor in shapes.items()
+    }
+    try:
+        with _quiet():
+            _, report = SQLlavaForConditionalGeneration.from_pretrained(
+                None,
+                config=SQLlavaConfig.from_dict(config),
+                state_dict=weights,
+                device_map="meta",
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
+            )
+    except RuntimeError:  # transformers names the weights only in its log
+        return ["weights of experts, which are joined into one when they are loaded, are missing or do not fit"]
+    return _describe_differences(
+        report["missing_keys"], report["mismatched_keys"], report["unexpected_keys"], "config.json"
+    )
+
+
+def _describe_differences(missing: Iterable, mismatched: Iterable, unexpected: Iterable, asker: str) -> list[str]:
+    return [
+        *(f"{name}, which {asker} asks for, is in no file" for name in sorted(missing)),
+        *(
+            f"{name} has the shape {list(found)}, {asker} asks for {list(wanted)}"
+            for name, found, wanted in sorted(mismatched)
+        ),
+        *(f"{name} is in a file, but {asker} has no place for it" for name in sorted(unexpected)),
+    ]
+
+
+def faults_of_adapter(folder: Path, base: Path, headers: dict[str, list[Tensor]]) -> list[str]:
+    """The same of an adapter, by its `adapter_config.json` and the configuration of its base."""
+    if not (base / "config.json").is_file():
+        return [f"its base {base} holds no config.json"]
+    fields = json.loads((base / "config.json").read_bytes())
+    if fields.get("model_type") != "sq_llava":
+        return [f"its base {base} has the model_type {fields.get('model_type')!r}, not 'sq_llava'"]
+    from peft import PeftConfig, get_peft_model, get_peft_model_state_dict  # see `load_checkpoint`
+
+    peft_config = PeftConfig.from_pretrained(folder)
+    peft_config.init_lora_weights = False  # some ways of it compute with the weights of the base
+    with torch.device("meta"):
+        model = SQLlavaForConditionalGeneration(SQLlavaConfig.from_dict(fields))
+        model.name_or_path = peft_config.base_model_name_or_path
+        adapted = get_peft_model(model, peft_config)
+    weights = get_peft_model_state_dict(adapted, save_embedding_layers=False)
+    wanted = {name: tuple(weight.shape) for name, weight in weights.items()}
+    found = {tensor.name: tensor.shape for tensors in headers.values() for tensor in tensors}
+    both = wanted.keys() & found.keys()
+    mismatched = [(name, found[name], wanted[name]) for name in both if wanted[name] != found[name]]
+    return _describe_differences(
+        wanted.keys() - found.keys(), mismatched, found.keys() - wanted.keys(), "adapter_config.json"
+    )
+
+
+def _list_missing(configs: dict[str, dict], inspection: Inspection) -> None:
+    """What a folder of this kind has, and this one has not."""
+    names = inspection.files.keys()
+    is_ours = configs.get("config.json", {}).get("model_type") == "sq_llava"
+    is_stage = inspection.kind == "adapter"
+    is_whole = "config.json" in names and not {"adapter_config.json", "mm_projector.bin"} & names
+    if is_ours or is_stage:
+        # Checkpoints that were saved before there was an image processor of our own have no file of it.
+        is_older = "image_processing_sq_llava" not in str(configs.get("processor_config.json"))
+        of_processor = [name for name in CODE_FILES if "processing" in name and not (is_older and "image" in name)]
+        code = [name for name in CODE_FILES if "processing" not in name] if is_ours else []
+        inspection.missing += [name for name in ("processor_config.json", *code, *of_processor) if name not in names]
+    if is_whole and "generation_config.json" not in names:
+        inspection.missing.append("generation_config.json")
+    if (is_whole or is_stage) and not {"tokenizer.json", "tokenizer.model"} & names:
+        inspection.missing.append(TOKENIZER)
+
+
+def print_inspection(inspection: Inspection, console: Console) -> None:
+    size = sum(inspection.files.values())
+    what = NAMES[inspection.kind] if inspection.kind else "not known"
+    console.print(f"{inspection.path}: {what}", style="bold", markup=False, highlight=False)
+    if inspection.evidence:
+        console.print(f"  by {inspection.evidence}", markup=False, highlight=False)
+    console.print(f"  {len(inspection.files)} files, {size / 2**20:,.1f} MiB")
+    if inspection.parts:
+        table = Table("part", "dtype")
+        table.add_column("parameters", justify="right")
+        for part, counts in inspection.parts.items():
+            table.add_row(part, ", ".join(counts["dtypes"]), f"{counts['parameters']:,}")
+        total = sum(counts["parameters"] for counts in inspection.parts.values())
+        table.add_section()
+        table.add_row("all", "", f"{total:,}")
+        console.print(table)
+    facts = {
+        "LoRA": [
+            f"{lora['tower']}: rank {', '.join(map(str, lora['ranks']))}, alpha {', '.join(map(str, lora['alphas']))} "
+            f"({lora['file']})"
+            for lora in inspection.loras
+        ],
+        "prototypes": [f"{name}: {value}" for name, value in inspection.prototypes.items()],
+        "markers": [f"{name}: {value}" for name, value in inspection.markers.items()],
+        "token ids": [f"{name}: {value}" for name, value in inspection.token_ids.items()],
+        "stands on": [f"{role}: {place}" for role, place in inspection.bases.items()],
+        "checkpoints": [f"{name}: {state}" for name, state in inspection.checkpoints.items()],
+        "code": [
+            f"{name}: {'as in this library' if code['as_in_this_library'] else 'NOT as in this library'}, "
+            f"SHA-256 {code['sha256']}"
+            for name, code in inspection.code.items()
+        ],
+        "missing": inspection.missing,
+        "broken": inspection.faults,
+    }
+    for title, lines in facts.items():
+        if lines:
+            style = {"missing": "yellow", "broken": "red"}.get(title)
+            console.print(title, style=style or "bold")
+            for line in lines:
+                console.print(f"  {line}", style=style, markup=False, highlight=False, soft_wrap=True)

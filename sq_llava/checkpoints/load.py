@@ -1,0 +1,223 @@
+"""Checkpoints loaded, and adapters merged into plain ones.
+
+    >>> model, processor = load_checkpoint("runs/sq-llava-7b/stage2")
+    >>> merge_adapter("runs/sq-llava-7b/stage2", "runs/sq-llava-7b/merged")
+
+A folder is either a plain checkpoint (`config.json`, weights, processor, code) or a PEFT adapter
+(`adapter_config.json`, which names its base). What this module does not do: convert released checkpoints
+(`sq_llava/checkpoints/convert.py`).
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+)
+
+from configuration_sq_llava import SQLlavaConfig
+from modeling_sq_llava import SQLlavaForConditionalGeneration
+from processing_sq_llava import SQLlavaProcessor
+from sq_llava.checkpoints.card import write_card
+from sq_llava.checkpoints.compose import stop_token_ids
+from sq_llava.checkpoints.inspection import TOKENIZER, inspect
+from sq_llava.checkpoints.layouts import NAMES, recognise
+from sq_llava.checkpoints.provenance import read_provenance, write_provenance
+from sq_llava.early_checks import require_new_folder
+from sq_llava.locations import base_of_adapter, fetch, find_config, is_adapter, revision_of_base
+
+
+# The library's own classes load a checkpoint; the code inside its folder is for those who do not have the library.
+AutoConfig.register("sq_llava", SQLlavaConfig, exist_ok=True)
+AutoModelForImageTextToText.register(SQLlavaConfig, SQLlavaForConditionalGeneration, exist_ok=True)
+AutoProcessor.register(SQLlavaConfig, SQLlavaProcessor, exist_ok=True)
+
+# Files without which a processor cannot be loaded, as an inspection names what is missing.
+NEEDED = ("processor_config.json", TOKENIZER)
+SHOWN_FAULTS = 3
+
+
+def require_kind(model: str | os.PathLike, revision: str | None = None) -> str:
+    """
+    `"checkpoint"` or `"adapter"`, by the configuration alone; of a Hub id nothing else is fetched.
+
+    Raises:
+        ValueError: if there is no such model, or it is one of another kind.
+    """
+    folder = find_config(model, revision).parent
+    try:
+        kind = recognise(str(folder)).kind
+    except ValueError as error:
+        raise ValueError(f"{model} is no SQ-LLaVA. {error}") from error
+    if kind not in ("checkpoint", "adapter"):
+        raise ValueError(
+            f"{model} is {NAMES[kind]}, not a SQ-LLaVA of this library. Convert it first: "
+            f"sq-llava convert {model} --out FOLDER"
+        )
+    return kind
+
+
+def require_model(model: str | os.PathLike, revision: str | None = None) -> Path:
+    """
+    The folder of a SQ-LLaVA or an adapter, fetched from the Hub if needed. The weights are not read.
+
+    Raises:
+        ValueError: as [`require_kind`] and [`require_whole`].
+    """
+    kind = require_kind(model, revision)
+    folder = fetch(model, revision)
+    require_whole(folder, _find_base(folder).parent if kind == "adapter" else None, str(model))
+    return folder
+
+
+def require_whole(folder: Path, base: Path | None = None, name: str | None = None) -> None:
+    """
+    The check of `sq-llava inspect`, for the files that loading a SQ-LLaVA or an adapter reads.
+
+    Args:
+        base (`Path`, *optional*): Folder of the base of an adapter. Default: what it names, if that is here.
+        name (`str`, *optional*): What errors call it. Default: the folder.
+
+    Raises:
+        ValueError: if files or weights are missing, of another shape or too many.
+    """
+    inspection = inspect(folder, base, only_loaded=True)
+    faults = [*inspection.faults, *(f"{file} is missing" for file in inspection.missing if file in NEEDED)]
+    if faults:
+        more = f"; and {len(faults) - SHOWN_FAULTS} more" if len(faults) > SHOWN_FAULTS else ""
+        raise ValueError(
+            f"{name or folder} cannot be loaded: {'; '.join(faults[:SHOWN_FAULTS])}{more}. "
+            f"All of it: sq-llava inspect {folder}"
+        )
+
+
+def load_model(
+    model: str | os.PathLike, processor: SQLlavaProcessor | None = None, revision: str | None = None, **kwargs
+) -> SQLlavaForConditionalGeneration:
+    """
+    Loads a plain checkpoint that [`require_model`] finds whole.
+
+    Args:
+        model: A folder, or a Hub id; the model keeps it as its name.
+        processor ([`SQLlavaProcessor`], *optional*): The model stops at its delimiter. Default: as it was saved.
+        revision (`str`, *optional*): Branch, tag or commit on the Hub.
+        kwargs: As for `from_pretrained`: `dtype`, `device_map`, `attn_implementation`, ...
+    """
+    folder = require_model(model, revision)
+    if is_adapter(folder):
+        raise ValueError(f"{model} is an adapter, where a plain checkpoint is needed: merge it first.")
+    return _load_plain(folder, str(model), processor, **kwargs)
+
+
+def _load_plain(
+    folder: Path, name: str, processor: SQLlavaProcessor | None, **kwargs
+) -> SQLlavaForConditionalGeneration:
+    model = SQLlavaForConditionalGeneration.from_pretrained(folder, **kwargs)
+    if processor is not None:
+        model.generation_config.eos_token_id = stop_token_ids(model.generation_config.eos_token_id, processor)
+    # An adapter on it names its base by this: a Hub id, rather than its folder in the cache.
+    model.name_or_path = model.config.name_or_path = name
+    return model
+
+
+def load_base_of(
+    adapter: str | os.PathLike, processor: SQLlavaProcessor | None = None, **kwargs
+) -> SQLlavaForConditionalGeneration:
+    """Loads the plain checkpoint that an adapter stands on, at the commit that the adapter names; see `load_model`."""
+    base, revision = _base_and_revision(adapter)
+    with _errors_of_base(adapter):
+        return load_model(base, processor, revision, **kwargs)
+
+
+def _find_base(adapter: str | os.PathLike) -> Path:
+    """The configuration of the checkpoint that an adapter stands on."""
+    with _errors_of_base(adapter):
+        return find_config(*_base_and_revision(adapter))
+
+
+def _base_and_revision(adapter: str | os.PathLike) -> tuple[str, str | None]:
+    base = base_of_adapter(adapter)
+    # A commit is one of a repository; a folder has none.
+    return base, None if Path(base).expanduser().is_dir() else revision_of_base(adapter)
+
+
+@contextmanager
+def _errors_of_base(adapter: str | os.PathLike) -> Iterator[None]:
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"The base of the adapter {adapter}: {error}") from error
+
+
+def load_checkpoint(path: str, revision: str | None = None, **kwargs) -> tuple[torch.nn.Module, SQLlavaProcessor]:
+    """
+    Loads a plain checkpoint, or an adapter on its base, and the processor.
+
+    Args:
+        path (`str`): The folder, or a Hub id.
+        revision (`str`, *optional*): Branch, tag or commit on the Hub.
+        kwargs: As for `from_pretrained` of the model: `dtype`, `device_map`, `attn_implementation`, ...
+
+    Returns:
+        A [`SQLlavaForConditionalGeneration`], or of an adapter a `PeftModel` around it; and the processor.
+
+    Raises:
+        ValueError: if it is no SQ-LLaVA, or not whole.
+    """
+    model, processor, adapter = load_base_and_processor(path, revision, **kwargs)
+    if adapter is None:
+        return model, processor
+    from peft import PeftModel  # with what it imports it takes seconds, and most models need none of it
+
+    return PeftModel.from_pretrained(model, adapter), processor
+
+
+def load_base_and_processor(
+    path: str, revision: str | None = None, processor_settings: dict | None = None, **kwargs
+) -> tuple[SQLlavaForConditionalGeneration, SQLlavaProcessor, Path | None]:
+    """
+    Loads a plain checkpoint, or the one that an adapter stands on; and the processor.
+
+    Args:
+        path, revision, kwargs: As for [`load_checkpoint`].
+        processor_settings (`dict`, *optional*): Settings of the processor that replace those that were saved.
+
+    Returns:
+        The model, the processor, and the folder of the adapter, if it is one.
+
+    Raises:
+        ValueError: if it is no SQ-LLaVA, or not whole.
+    """
+    folder = require_model(path, revision)
+    processor = SQLlavaProcessor.from_pretrained(folder, **(processor_settings or {}))
+    if is_adapter(folder):
+        return load_base_of(folder, processor, **kwargs), processor, folder
+    return _load_plain(folder, str(path), processor, **kwargs), processor, None
+
+
+def merge_adapter(adapter: str, output_dir: str) -> None:
+    """
+    Merges an adapter into its base and saves a plain checkpoint: weights, processor and the code that loads them.
+
+    Args:
+        adapter (`str`): Folder that `train_sft.py` wrote, or a Hub id.
+        output_dir (`str`): Folder for the checkpoint; it must be new or empty.
+    """
+    if not is_adapter(adapter):
+        raise ValueError(
+            f"{adapter} holds no adapter_config.json: give the output_dir of a training stage. (A stage with "
+            "full_finetuning needs no merge: its output_dir is a plain checkpoint.)"
+        )
+    require_new_folder(output_dir)
+    provenance = read_provenance(fetch(adapter))
+    model, processor = load_checkpoint(adapter)
+    merged = model.merge_and_unload()
+    merged.save_pretrained(output_dir)
+    processor.save_pretrained(output_dir)
+    write_provenance(output_dir, provenance)
+    write_card(output_dir)

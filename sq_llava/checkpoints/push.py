@@ -1,0 +1,508 @@
+"""Publishes a checkpoint, or the adapter of a training stage, on the Hub, and proves that others can load it.
+
+    sq-llava push runs/demo/model org/name --dry-run
+    sq-llava push runs/sq-llava-7b/stage2 org/name                      # merged first
+    sq-llava push runs/sq-llava-7b/stage2 org/name-lora --adapter-only --base-model org/base
+
+What goes up is laid out in a folder of its own: only files that a model needs, no path of this machine in them. A
+process without this library loads that folder; it is uploaded; the commit is fetched again, compared byte by byte,
+and loaded by its id in another such process, whose logits must be the same bits. Then a second commit adds the card:
+its snippets name the first one, whose hash cannot stand inside itself. If nothing but the card would change, nothing
+does.
+
+A push that was interrupted is gone on with by the same command: what has arrived is not sent again. The code in the
+folder is run, as everyone will run it who loads it: if it is not this library's, only with `--trust-remote-code`. What
+it does not do: publish a folder's `README.md`, which is written anew.
+"""
+
+import filecmp
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from fnmatch import fnmatch
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+from huggingface_hub import (
+    CommitOperationAdd,
+    CommitOperationDelete,
+    HfApi,
+    ModelCard,
+    hf_hub_download,
+    snapshot_download,
+)
+from huggingface_hub.errors import EntryNotFoundError, HTTPError, RepositoryNotFoundError, RevisionNotFoundError
+from huggingface_hub.hf_api import RepoFile
+from huggingface_hub.utils import HFValidationError, validate_repo_id
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+from safetensors.numpy import load_file
+
+from sq_llava.checkpoints.card import EXAMPLE_IMAGE, EXAMPLE_QUESTION, draw_example, eval_result_files, render_card
+from sq_llava.checkpoints.provenance import PROVENANCE_FILE, is_hub_id, public_name
+from sq_llava.resources import CODE_FILES, code_file
+
+
+COMMON_FILES = (
+    "processor_config.json", "preprocessor_config.json", "tokenizer*.json", "tokenizer.model", "chat_template.jinja",
+    "special_tokens_map.json", "added_tokens.json", PROVENANCE_FILE, "LICENSE*", *CODE_FILES, EXAMPLE_IMAGE,
+)  # fmt: skip
+# The folder in which transformers saves the chat templates that have a name.
+NAMED_TEMPLATES = "additional_chat_templates"
+CHECKPOINT_FILES = ("config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json")
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+# Of the model that was here before: beside the new one, they would be loaded in its place.
+STALE_FILES = (*CHECKPOINT_FILES, *ADAPTER_FILES, "pytorch_model*", "adapter_model.bin")
+MACHINE_PATH = re.compile(r"(?:/|~|[A-Za-z]:\\)[^\s/\\]+[/\\]\S*")
+TOKENS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
+PINNED = re.compile(r'revision="([0-9a-f]{40})"')
+
+
+@dataclass
+class Publication:
+    """
+    What is to go up.
+
+    Attributes:
+        folder (`Path`): Exactly this, in files or links to them.
+        files (`dict[str, int]`): Their sizes.
+        left_out (`list[str]`): What of the source is not published.
+        base (`str`, *optional*): Of an adapter, where its base is found here, and by which revision.
+    """
+
+    repo_id: str
+    workspace: Path
+    folder: Path
+    files: dict[str, int] = field(default_factory=dict)
+    left_out: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    base: str | None = None
+    base_revision: str | None = None
+
+    @property
+    def size(self) -> int:
+        return sum(self.files.values())
+
+
+@contextmanager
+def hub_errors(what: str) -> Iterator[None]:
+    """What the Hub, or the way to it, refuses, as a `ValueError` that says what was tried."""
+    try:
+        yield
+    except (HTTPError, OSError, RuntimeError) as error:  # hf_xet raises RuntimeError
+        lines = " ".join(str(error).split())
+        raise ValueError(f"{what}: {lines or type(error).__name__}") from error
+
+
+def check_rights(api: HfApi, repo_id: str, private: bool) -> None:
+    """
+    Raises:
+        ValueError: if there is no token, or it may not write to `repo_id`, or that is public and should be private.
+    """
+    with hub_errors("The Hub does not know who you are; `hf auth login` or the variable HF_TOKEN tells it"):
+        user = api.whoami()
+    name = repo_id.partition("/")[0]
+    owners = {user["name"], *(org["name"] for org in user.get("orgs", []) if org.get("roleInOrg") != "read")}
+    if name not in owners:
+        raise ValueError(f"{user['name']} may not write to {name}, only to {', '.join(sorted(owners))}.")
+    role = user.get("auth", {}).get("accessToken", {}).get("role")
+    if role == "read":
+        raise ValueError("The token can only read: make one that writes, at https://huggingface.co/settings/tokens.")
+    try:
+        with hub_errors(f"{repo_id} cannot be written to with this token"):
+            info = api.model_info(repo_id)
+            api.auth_check(repo_id, write=True)
+    except ValueError as error:
+        if isinstance(error.__cause__, RepositoryNotFoundError):
+            return  # it will be created
+        raise
+    if private and not info.private:
+        raise ValueError(f"{repo_id} is there and public: leave --private out, or change it in its settings first.")
+
+
+@contextmanager
+def prepare(
+    source: str | Path,
+    repo_id: str,
+    adapter_only: bool = False,
+    base_model: str | None = None,
+    api: HfApi | None = None,
+    trust_remote_code: bool = False,
+) -> Iterator[Publication]:
+    """
+    Lays out what is to go up, in a temporary folder that is gone behind the `with`.
+
+    Args:
+        source: A plain checkpoint, or the output of a training stage.
+        adapter_only (`bool`): The adapter as it is, for PEFT; else it is merged first.
+        base_model (`str`, *optional*): The Hub id that others find an adapter's base by.
+        api (`HfApi`, *optional*): To ask for the commit of that; without it, the Hub is asked nothing.
+        trust_remote_code (`bool`): Publish, and so run, code that is not this library's.
+    """
+    source = Path(source).expanduser()
+    _check_request(source, repo_id, adapter_only, base_model)
+    # They import torch and transformers, which the errors before do not wait for.
+    from sq_llava.checkpoints.load import merge_adapter, require_kind, require_whole
+
+    require_kind(source)
+    require_whole(source)
+    with tempfile.TemporaryDirectory(prefix="sq-llava-push-", ignore_cleanup_errors=True) as workspace:
+        workspace = Path(workspace)
+        publication = Publication(repo_id, workspace, workspace / "publication")
+        publication.folder.mkdir()
+        if _is_adapter(source) and not adapter_only:
+            publication.notes.append(f"{source} is an adapter, and goes up merged into its base; or --adapter-only.")
+            merge_adapter(str(source), str(workspace / "merged"))
+            source = workspace / "merged"
+        _lay_out(source, publication)
+        if adapter_only:
+            _name_base(publication, source, base_model, api)
+        _refuse_machine_paths(publication)
+        if not trust_remote_code:
+            _refuse_other_code(publication, source)
+        for file in sorted(publication.folder.rglob("*")):
+            if file.is_file():
+                publication.files[file.relative_to(publication.folder).as_posix()] = file.stat().st_size
+        free = shutil.disk_usage(workspace).free
+        if api is not None and free < publication.size:
+            raise ValueError(
+                f"{workspace.parent} has {free / 1e9:.1f} GB left, but {publication.size / 1e9:.1f} GB are fetched "
+                "to be compared: make room, or let the variable TMPDIR name a folder with more."
+            )
+        yield publication
+
+
+def _is_adapter(folder: Path) -> bool:
+    return (folder / ADAPTER_FILES[0]).is_file()
+
+
+def _check_request(source: Path, repo_id: str, adapter_only: bool, base_model: str | None) -> None:
+    for name, given in (("the repository", repo_id), ("--base-model", base_model or "org/base")):
+        try:
+            validate_repo_id(given)
+        except HFValidationError as error:
+            raise ValueError(f"{given!r} ({name}) is no Hub id such as org/name: {error}") from error
+        if "/" not in given:
+            raise ValueError(f"{given!r} ({name}) is no Hub id such as org/name: say whose it is.")
+    if not (_is_adapter(source) or (source / "config.json").is_file()):
+        raise ValueError(f"{source} holds neither config.json nor adapter_config.json: give a folder with a model.")
+    if adapter_only and not _is_adapter(source):
+        raise ValueError(f"{source} is no adapter: leave --adapter-only out.")
+    if base_model is not None and not adapter_only:
+        raise ValueError(f"--base-model is {base_model}: it goes with --adapter-only; else the base is merged in.")
+
+
+def _lay_out(source: Path, publication: Publication) -> None:
+    """Links what is published of a folder; its configuration is written anew, without names of folders here."""
+    wanted = COMMON_FILES + (ADAPTER_FILES if _is_adapter(source) else CHECKPOINT_FILES)
+    for file in sorted(source.iterdir()):
+        target = publication.folder / file.name
+        if file.is_dir() and file.name == NAMED_TEMPLATES:
+            target.mkdir()
+            for template in file.glob("*.jinja"):
+                (target / template.name).symlink_to(template.resolve())
+        elif file.is_dir() or not any(fnmatch(file.name, pattern) for pattern in wanted):
+            publication.left_out.append(file.name + "/" * file.is_dir())
+        elif file.name == "config.json":
+            config = json.loads(file.read_text())
+            for part in (config, *(value for value in config.values() if isinstance(value, dict))):
+                name = part.get("_name_or_path")
+                if name and name != public_name(name):
+                    part["_name_or_path"] = public_name(name)
+                    publication.notes.append(f"config.json: _name_or_path {name} goes up as {public_name(name)}.")
+            target.write_text(json.dumps(config, indent=2) + "\n")
+        else:
+            target.symlink_to(file.resolve())
+    if not (publication.folder / EXAMPLE_IMAGE).exists():
+        draw_example().save(publication.folder / EXAMPLE_IMAGE)
+
+
+def _name_base(publication: Publication, source: Path, base_model: str | None, api: HfApi | None) -> None:
+    """Lets an adapter name its base by a Hub id and a commit, and a class that everyone has."""
+    from sq_llava.locations import base_of_adapter
+
+    publication.base = base_of_adapter(source)
+    if base_model is None and not is_hub_id(publication.base):
+        raise ValueError(
+            f"{source}/adapter_config.json: base_model_name_or_path is {publication.base}, a folder of this machine. "
+            "Push that folder first, then give its id as --base-model org/base."
+        )
+    file = publication.folder / "adapter_config.json"
+    config = json.loads(file.read_text())
+    name = base_model or publication.base
+    config["base_model_name_or_path"] = name
+    trained_on = config.get("revision")
+    if is_hub_id(publication.base):
+        publication.base_revision = trained_on
+        trained_on = trained_on if name == publication.base else None  # it is no commit of another repository
+    # The stage wrote the class of this library; AutoPeftModel imports what is named here.
+    config["auto_mapping"] = {"base_model_class": "AutoModel", "parent_library": "transformers"}
+    if api is not None:
+        with hub_errors(f"The base {name} is not to be had from the Hub"):
+            newest = api.model_info(name).sha
+            config["revision"] = api.model_info(name, revision=trained_on).sha if trained_on else newest
+        if config["revision"] != newest:
+            publication.notes.append(f"The base is {name} as of {config['revision']}; the newest commit is {newest}.")
+        if name == publication.base:
+            publication.base_revision = config["revision"]
+    file.unlink()  # a link to the source
+    file.write_text(json.dumps(config, indent=2) + "\n")
+
+
+def _refuse_machine_paths(publication: Publication) -> None:
+    for file in publication.folder.iterdir():
+        if file.name.endswith(("config.json", "index.json")):
+            content = json.loads(file.read_text())
+        elif file.suffix == ".yaml":
+            content = yaml.safe_load(file.read_text())
+        else:
+            continue
+        for place, text in _texts(content, file.name):
+            if MACHINE_PATH.fullmatch(text):
+                raise ValueError(f"{place} is {text}, a path of this machine: write a name there, or take it out.")
+
+
+def _refuse_other_code(publication: Publication, source: Path) -> None:
+    """Loading runs the code of the folder, and of the folder of an adapter's base."""
+    for folder in (source, *([Path(publication.base)] if publication.base else [])):
+        for name in CODE_FILES:
+            file = folder / name
+            if file.is_file() and not filecmp.cmp(file, code_file(name), shallow=False):
+                raise ValueError(
+                    f"{file} is other code than this library's, and would be run: merge or convert the model anew, "
+                    "or give --trust-remote-code if you trust it."
+                )
+
+
+def _texts(content: Any, place: str) -> Iterator[tuple[str, str]]:
+    if isinstance(content, str):
+        yield place, content
+    elif isinstance(content, dict):
+        for name, value in content.items():
+            yield from _texts(value, f"{place}, {name}")
+    elif isinstance(content, list):
+        for value in content:
+            yield from _texts(value, place)
+
+
+def print_publication(publication: Publication, console: Console) -> None:
+    """A table of what goes up, and what does not."""
+    table = Table("file", "size", title=f"To {publication.repo_id}")
+    table.columns[1].justify = "right"
+    for name, size in publication.files.items():
+        table.add_row(escape(name), f"{size:,}")
+    table.add_row("[bold]together[/bold], and README.md", f"[bold]{publication.size:,}[/bold]")
+    console.print(table)
+    if publication.left_out:
+        console.print("Stays here: " + ", ".join(publication.left_out), markup=False, soft_wrap=True)
+    for note in publication.notes:
+        console.print(note, markup=False, soft_wrap=True)
+
+
+def _card_files(
+    publication: Publication, commit: str, url: str, results: dict[str, Any] | None = None, **metadata
+) -> dict[str, str]:
+    """The card that names a commit, and the files of an evaluation's results."""
+    example_url = f"{url}/resolve/{commit}/{EXAMPLE_IMAGE}"
+    card = render_card(publication.folder, publication.repo_id, commit, results, example_url=example_url, **metadata)
+    entries = eval_result_files(results or {"results": []})
+    return {"README.md": str(card)} | {name: yaml.safe_dump(part, sort_keys=False) for name, part in entries.items()}
+
+
+def check_card(publication: Publication, is_dry_run: bool, **about_model) -> None:
+    """
+    Writes the card once before the upload that it follows, and throws it away: no repository is left without one.
+
+    Raises:
+        ValueError: if it cannot be written, or the Hub, which a dry run does not ask, refuses its metadata.
+    """
+    files = _card_files(publication, "0" * 40, publication.repo_id, **about_model)
+    if not is_dry_run:
+        with hub_errors("The Hub could not be asked about the metadata of the card"):
+            ModelCard(files["README.md"]).validate()
+
+
+def check_loading(publication: Publication) -> None:
+    """
+    Raises:
+        ValueError: if a process without this library cannot load and run what is to go up.
+    """
+    request = {
+        "model": str(publication.folder),
+        "base": publication.base,
+        "base_revision": publication.base_revision,
+    }
+    offline = publication.base is None or not is_hub_id(publication.base)
+    environment = {"HF_HUB_OFFLINE": "1", **dict.fromkeys(TOKENS)} if offline else {}
+    _load_fresh(publication, "local", request, environment, f"{publication.repo_id} does not load, before any upload")
+
+
+def _load_fresh(
+    publication: Publication, name: str, request: dict, environment: dict[str, str | None], failed: str
+) -> None:
+    """
+    Runs `fresh_load.py`, in a folder of its own; its output is `name` in the workspace. A variable that is `None` in
+    `environment` is unset.
+    """
+    away = publication.workspace / f"{name}_away"
+    environment = {**os.environ, "HF_MODULES_CACHE": str(away / "modules"), **environment}
+    away.mkdir()
+    request |= {
+        "output": str(publication.workspace / name),
+        "image": str(publication.folder / EXAMPLE_IMAGE),
+        "question": EXAMPLE_QUESTION,
+    }
+    process = subprocess.run(
+        [sys.executable, "-P", str(files("sq_llava") / "fresh_load.py"), json.dumps(request)],
+        cwd=away,
+        env={name: value for name, value in environment.items() if value is not None},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+    )
+    if process.returncode != 0:
+        reason = process.stderr.strip().splitlines()[-1:] or [f"it ended with the code {process.returncode}"]
+        raise ValueError(f"{failed}: {reason[0]}")
+
+
+def upload(
+    api: HfApi, publication: Publication, private: bool = False, branch: str | None = None, message: str | None = None
+) -> str:
+    """Uploads all but the card, and returns the commit that holds it: the present one, if nothing is new."""
+    repo_id = publication.repo_id
+    with hub_errors(f"{repo_id} could not be created"):
+        api.create_repo(repo_id, private=private or None, exist_ok=True)
+        if branch is not None:
+            api.create_branch(repo_id, branch=branch, exist_ok=True)
+    with hub_errors("The upload was interrupted; run the command again, what has arrived is not sent again"):
+        before = api.model_info(repo_id, revision=branch).sha
+        there = api.list_repo_files(repo_id, revision=branch)
+        stale = [name for name in there if _is_stale(name) and name not in publication.files]
+        commit = api.upload_folder(
+            repo_id=repo_id,
+            folder_path=publication.folder,
+            revision=branch,
+            commit_message=message or f"Upload {repo_id.partition('/')[2]}",
+            delete_patterns=stale or None,
+        ).oid
+    if commit == before:
+        card = _present_card(api, publication, commit)
+        pinned = PINNED.findall(card.content)[-1:] if card else []
+        # An upload whose card did not follow is newer than what the card names.
+        if pinned and _model_files(api, publication, pinned[0]) == _model_files(api, publication, commit):
+            return pinned[0]
+    return commit
+
+
+def _model_files(api: HfApi, publication: Publication, commit: str) -> dict[str, str] | None:
+    """What a commit holds of a model, by Git's hashes; `None` if there is no such commit."""
+    repo_id = publication.repo_id
+    try:
+        with hub_errors(f"{repo_id}, commit {commit}, could not be listed; run the command again"):
+            entries = list(api.list_repo_tree(repo_id, revision=commit, recursive=True))
+    except ValueError as error:
+        if isinstance(error.__cause__, RevisionNotFoundError):
+            return None
+        raise
+    blobs = {entry.path: entry.blob_id for entry in entries if isinstance(entry, RepoFile)}
+    return {name: blob for name, blob in blobs.items() if name in publication.files or _is_stale(name)}
+
+
+def _is_stale(name: str) -> bool:
+    """Whether a file that is not published anew belongs to the model before."""
+    return "/" not in name and any(fnmatch(name, pattern) for pattern in STALE_FILES)
+
+
+def _present_card(api: HfApi, publication: Publication, revision: str | None) -> ModelCard | None:
+    """The card that a repository has."""
+    try:
+        with hub_errors(f"The card of {publication.repo_id} could not be read; run the command again"):
+            file = hf_hub_download(
+                publication.repo_id, "README.md", revision=revision, cache_dir=publication.workspace / "card",
+                endpoint=api.endpoint, token=api.token,
+            )  # fmt: skip
+    except ValueError as error:
+        if isinstance(error.__cause__, EntryNotFoundError):
+            return None
+        raise
+    return ModelCard(Path(file).read_text(), ignore_metadata_errors=True)
+
+
+def check_published(api: HfApi, publication: Publication, commit: str) -> None:
+    """
+    Fetches a commit, and loads it by its id in a fresh process.
+
+    Raises:
+        ValueError: if a byte or a logit is another than here.
+    """
+    cache = publication.workspace / "cache"
+    with hub_errors(f"{publication.repo_id}, commit {commit}, could not be fetched; run the command again"):
+        snapshot = snapshot_download(
+            publication.repo_id, revision=commit, cache_dir=cache, endpoint=api.endpoint, token=api.token
+        )
+    for name in publication.files:
+        file = Path(snapshot) / name
+        if not (file.is_file() and filecmp.cmp(file, publication.folder / name, shallow=False)):
+            raise ValueError(
+                f"{publication.repo_id}, commit {commit}: {name} came back other than it was sent. The card still "
+                "names the commit before, if there is one. Delete that file on the Hub, and run the command again."
+            )
+    request = {"model": publication.repo_id, "revision": commit}
+    if publication.base is not None:
+        config = json.loads((publication.folder / "adapter_config.json").read_text())
+        request |= {"base": config["base_model_name_or_path"], "base_revision": config["revision"]}
+    environment = {"HF_HUB_CACHE": str(cache), "HF_HUB_OFFLINE": "0"}
+    where = f"{publication.repo_id}, commit {commit}"
+    _load_fresh(publication, "published", request, environment, f"{where}, does not load from the Hub")
+    here, there = (load_file(publication.workspace / name) for name in ("local", "published"))
+    if not all(np.array_equal(here[name], there[name]) for name in here):
+        difference = np.abs(here["logits"] - there["logits"]).max()
+        reason = "is the base on the Hub another than the one here?" if publication.base else "is this machine sound?"
+        raise ValueError(f"{where}: the logits differ from those here by up to {difference:.2g}: {reason}")
+
+
+def publish_card(
+    api: HfApi,
+    publication: Publication,
+    commit: str,
+    branch: str | None = None,
+    results: dict[str, Any] | None = None,
+    license: str | None = None,
+    languages: Sequence[str] = (),
+) -> str:
+    """
+    Uploads the card that names a commit, and an evaluation's results; returns the URL of the repository. The license
+    and the languages of the present card are kept, unless others are given; results that the Hub reads are deleted,
+    unless they are of the same model and no others are given.
+    """
+    repo_id = publication.repo_id
+    url = f"{api.endpoint}/{repo_id}"
+    present = _present_card(api, publication, branch)
+    if present is not None:
+        license, languages = license or present.data.license, languages or present.data.language or ()
+    files = _card_files(publication, commit, url, results, license=license, languages=languages)
+    is_new = present is None or commit not in PINNED.findall(present.content)
+    with hub_errors("The model is on the Hub, but not its card; run the command again"):
+        there = api.list_repo_files(repo_id, revision=branch) if is_new or results is not None else []
+        outdated = [name for name in there if fnmatch(name, ".eval_results/*.yaml") and name not in files]
+        api.create_commit(
+            repo_id,
+            [
+                *(CommitOperationAdd(name, content.encode()) for name, content in files.items()),
+                *(CommitOperationDelete(name) for name in outdated),
+            ],
+            commit_message=f"Card of {commit[:8]}",
+            revision=branch,
+        )
+    return url

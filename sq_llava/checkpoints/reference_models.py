@@ -1,0 +1,335 @@
+"""Runs a released checkpoint as it stands: what a conversion of it must equal.
+
+Nothing of the conversion and of `modeling_sq_llava.py` is used. The towers are transformers' own, PEFT adds LoRA
+without merging it, and the authors' extractor stands below in the form that builds `[B, K, N, D]`; `llava-hf`
+checkpoints run in transformers' own LLaVA. What this module does not do: generate, train, batch.
+"""
+
+import json
+import math
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
+from torch import nn
+from torch.nn import functional as F
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    LlamaConfig,
+    LlavaForConditionalGeneration,
+    PreTrainedModel,
+)
+
+from sq_llava.checkpoints.layouts import Layout, find_weight_files, open_safetensors, read_pickle
+
+
+@dataclass
+class Prompt:
+    """
+    One prompt and what a model made of it.
+
+    Attributes:
+        input_ids (`torch.LongTensor` of shape `(1, length)`): With a placeholder for each image token.
+        pixel_values (`torch.Tensor` of shape `(num_images, 3, height, width)`, *optional*).
+        stages (`dict[str, torch.Tensor]`): Outputs by place, in the order in which they were computed, on the CPU; the
+            last are the `"logits"`.
+    """
+
+    name: str
+    input_ids: torch.Tensor
+    pixel_values: torch.Tensor | None
+    image_token_id: int
+    stages: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    @property
+    def num_images(self) -> int:
+        return 0 if self.pixel_values is None else len(self.pixel_values)
+
+
+@dataclass(frozen=True)
+class Precision:
+    """
+    In float32, LoRA is added to the outputs of the layers. A result stored in half precision has rounded weights, with
+    which no layer gives what the source's gives: then LoRA is merged by PEFT and the weights are rounded as in the
+    result, so that the comparison stays sharp.
+    """
+
+    compute: torch.dtype
+    stored: torch.dtype
+
+    @property
+    def exact(self) -> bool:
+        return self.compute == self.stored == torch.float32
+
+    def load_dtype(self, folder: Path) -> torch.dtype:
+        """For reading weights without rounding them before LoRA is merged; what a configuration says may be wrong."""
+        return torch.float32 if self.compute == torch.float32 else stored_dtype(folder)
+
+    def round(self, weight: torch.Tensor) -> torch.Tensor:
+        return weight.to(self.stored).to(self.compute)
+
+    def apply(self, model: nn.Module) -> nn.Module:
+        for module in model.modules():
+            if isinstance(module, LoraLayer) and not self.exact:
+                weight = module.get_base_layer().weight
+                weight.data = weight.data.float()
+                module.merge()
+                weight.data = self.round(weight.data)
+        # Not `model.to`: that would round the buffers of the rotary positions, too.
+        for parameter in model.parameters():
+            parameter.data = self.round(parameter.data)
+        return model.eval()
+
+
+@torch.inference_mode()
+def run_original(layout: Layout, prompts: list[Prompt], precision: Precision) -> list[dict[str, torch.Tensor]]:
+    """The stages of each prompt (see [`Prompt`]), by the checkpoint as it was released."""
+    if layout.kind == "llava_hf":
+        return _run_llava(layout, prompts, precision)
+    stages = [{} for _ in prompts]
+    features = _run_tower(layout, prompts, stages, precision)
+    image_tokens = _run_connector(layout, features, stages, precision)
+    _run_language_model(layout, prompts, image_tokens, stages, precision)
+    return stages
+
+
+def stored_dtype(folder: Path) -> torch.dtype:
+    """The floating dtype of most of a folder's weights; reads headers only."""
+    names = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+    sizes = dict.fromkeys(names.values(), 0)
+    for file in find_weight_files(folder):
+        if file.suffix == ".safetensors":
+            with open_safetensors(file) as opened:
+                headers = [opened.get_slice(name) for name in opened.keys()]  # noqa: SIM118
+            found = [(names.get(header.get_dtype()), math.prod(header.get_shape())) for header in headers]
+        else:
+            found = [(tensor.dtype, tensor.numel()) for tensor in read_pickle(file).values()]
+        for dtype, size in found:
+            if dtype in sizes:
+                sizes[dtype] += size
+    return max(sizes, key=sizes.get)
+
+
+def read_weights(files: tuple[Path, ...], infix: str) -> dict[str, torch.Tensor]:
+    """The tensors whose names hold `infix`, under the names behind it."""
+    tensors = {}
+    for file in files:
+        if file.suffix == ".safetensors":
+            with open_safetensors(file) as opened:
+                tensors |= {name: opened.get_tensor(name) for name in opened.keys() if infix in name}  # noqa: SIM118
+        else:
+            tensors |= {name: tensor for name, tensor in read_pickle(file).items() if infix in name}
+    return {name[name.index(infix) + len(infix) :]: tensor for name, tensor in tensors.items()}
+
+
+def _run_llava(layout: Layout, prompts: list[Prompt], precision: Precision) -> list[dict[str, torch.Tensor]]:
+    model, report = LlavaForConditionalGeneration.from_pretrained(
+        layout.path, dtype=precision.load_dtype(layout.path), output_loading_info=True
+    )
+    _require_complete(layout.path, report)
+    precision.apply(model)
+    stages = []
+    for prompt in prompts:
+        found = {}
+        if prompt.num_images:
+            layer = model.config.vision_feature_layer
+            hidden_states = model.model.vision_tower(
+                prompt.pixel_values.to(precision.compute), output_hidden_states=True
+            ).hidden_states
+            features = _keep_vision_states(found, hidden_states, layer)
+            if model.config.vision_feature_select_strategy == "default":
+                features = features[:, 1:]
+            found["projector"] = model.model.multi_modal_projector(features)
+        pixel_values = None if prompt.pixel_values is None else prompt.pixel_values.to(precision.compute)
+        outputs = model(
+            input_ids=prompt.input_ids, pixel_values=pixel_values, output_hidden_states=True, use_cache=False
+        )
+        keep_language_states(found, outputs)
+        stages.append(found)
+    return stages
+
+
+def keep_language_states(stages: dict[str, torch.Tensor], outputs) -> None:
+    """Adds embeddings, layers and logits of a language model's outputs."""
+    stages["embeddings"] = outputs.hidden_states[0]
+    # The last one has gone through the final norm.
+    for index, states in enumerate(outputs.hidden_states[1:]):
+        stages[f"language layer {index}"] = states
+    stages["logits"] = outputs.logits
+
+
+def _keep_vision_states(stages: dict[str, torch.Tensor], hidden_states: tuple, layer: int) -> torch.Tensor:
+    used = hidden_states[: layer + 1 if layer >= 0 else len(hidden_states) + layer + 1]
+    stages["vision embeddings"] = used[0]
+    for index, states in enumerate(used[1:]):
+        stages[f"vision layer {index}"] = states
+    return used[-1]
+
+
+def _require_complete(path: Path, report: dict) -> None:
+    if report["missing_keys"] or report["mismatched_keys"]:
+        missing = sorted([*report["missing_keys"], *map(str, report["mismatched_keys"])])
+        raise ValueError(
+            f"{path}: {len(missing)} weights are not in its files or have another shape, {missing[0]} the first: "
+            "the source is not complete."
+        )
+
+
+def _run_tower(
+    layout: Layout, prompts: list[Prompt], stages: list[dict], precision: Precision
+) -> list[torch.Tensor | None]:
+    tower = _original_tower(layout, precision)
+    layer = layout.config.get("mm_vision_select_layer", -2)
+    with_cls = layout.config.get("mm_vision_select_feature", "patch") == "cls_patch"
+    features = []
+    for prompt, found in zip(prompts, stages):
+        if not prompt.num_images:
+            features.append(None)
+            continue
+        hidden_states = tower(prompt.pixel_values.to(precision.compute), output_hidden_states=True).hidden_states
+        states = _keep_vision_states(found, hidden_states, layer)
+        features.append(states if with_cls else states[:, 1:])
+    return features
+
+
+def _original_tower(layout: Layout, precision: Precision) -> nn.Module:
+    if layout.vision is None:
+        raise ValueError(
+            f"{layout.path} stands on the vision tower {layout.vision_name}: give its folder by --vision."
+        )
+    config = CLIPVisionConfig.from_pretrained(layout.vision)
+    # As with the projector, a tower in a base comes before one of its own.
+    inside = _inside_tower(layout.weight_files) or _inside_tower(layout.base_files)
+    if inside:
+        tower = CLIPVisionModel(config)
+        inside.pop("embeddings.position_ids", None)
+        tower.load_state_dict(inside)
+    else:
+        tower, report = CLIPVisionModel.from_pretrained(
+            layout.vision, dtype=precision.load_dtype(layout.vision), output_loading_info=True
+        )
+        _require_complete(layout.vision, report)
+    folder = layout.path / "Vit-lora" if (layout.path / "Vit-lora").is_dir() else layout.path
+    lora = {}
+    if (folder / "adapter_config.json").is_file():
+        adapter_files = tuple(folder.glob("adapter_model.*"))
+        lora = read_weights(adapter_files, "vision_tower.")
+    return precision.apply(_with_lora(tower, folder, lora, "encoder.layers."))
+
+
+def _inside_tower(files: tuple[Path, ...]) -> dict[str, torch.Tensor]:
+    weights = read_weights(files, "vision_tower.vision_tower.vision_model.")
+    return {name: tensor for name, tensor in weights.items() if ".lora_" not in name}
+
+
+def _with_lora(model: PreTrainedModel, folder: Path, weights: dict[str, torch.Tensor], root: str) -> nn.Module:
+    """The model with the LoRA of a folder beside its weights, not merged; `root` begins the names in the model."""
+    weights = {f"base_model.model.{name[name.index(root) :]}": w for name, w in weights.items() if ".lora_" in name}
+    if not weights:
+        return model
+    targets = sorted({name.removeprefix("base_model.model.").partition(".lora_")[0] for name in weights})
+    config = LoraConfig.from_pretrained(folder)
+    # A task would make PEFT look for a language model, which a tower is not; a base's name, warn of this one's path.
+    config = replace(config, target_modules=targets, task_type=None, base_model_name_or_path=None, inference_mode=True)
+    peft_model = get_peft_model(model, config)
+    set_peft_model_state_dict(peft_model, weights)
+    absent = get_peft_model_state_dict(peft_model).keys() ^ weights.keys()
+    if absent:
+        raise ValueError(f"{folder}: {sorted(absent)[0]} and {len(absent) - 1} more have no counterpart.")
+    return peft_model
+
+
+def _run_connector(
+    layout: Layout, features: list[torch.Tensor | None], stages: list[dict], precision: Precision
+) -> list[torch.Tensor | None]:
+    # A base of LLaVA's kind has a projector, too, in whose place the trained one stands.
+    weights = read_weights(layout.weight_files, "mm_projector.") or read_weights(layout.base_files, "mm_projector.")
+    weights = {name: precision.round(tensor) for name, tensor in weights.items()}
+    image_tokens = []
+    for states, found in zip(features, stages):
+        if states is None:
+            image_tokens.append(None)
+            continue
+        if "sim_alpha" in weights:
+            states = cluster(weights, states, layout.config.get("num_latents", 256)).to(states.dtype)
+            found["prototype extractor"] = states
+            hidden = _linear(weights, "mlp.0", states)
+            states = _linear(weights, "mlp.2", hidden * torch.sigmoid(1.702 * hidden))
+        elif "weight" in weights:
+            states = F.linear(states, weights["weight"], weights["bias"])
+        else:
+            states = _linear(weights, "2", F.gelu(_linear(weights, "0", states)))
+        found["projector"] = states
+        image_tokens.append(states)
+    return image_tokens
+
+
+def _linear(weights: dict[str, torch.Tensor], name: str, inputs: torch.Tensor) -> torch.Tensor:
+    return F.linear(inputs, weights[f"{name}.weight"].to(inputs), weights[f"{name}.bias"].to(inputs))
+
+
+def cluster(weights: dict[str, torch.Tensor], features: torch.Tensor, num_prototypes: int) -> torch.Tensor:
+    """
+    The authors' extractor in its direct form, in float32; an image at a time, as `[K, N, D]` is large.
+
+    Args:
+        weights: Of `mm_projector`: `c`, `v`, `f`, `sim_alpha`, `sim_beta`.
+        features (`torch.Tensor` of shape `(B, N, D)`).
+    """
+    enriched = []
+    for tokens in features.float()[:, None]:
+        feature, value = _linear(weights, "f", tokens), _linear(weights, "v", tokens)
+        centers = F.adaptive_avg_pool1d(tokens.mT, num_prototypes).mT
+        feature_centers = F.adaptive_avg_pool1d(feature.mT, num_prototypes).mT
+        for _ in range(2):
+            scores = F.normalize(_linear(weights, "c", centers), dim=-1) @ F.normalize(value.mT, dim=-1)
+            centers = scores.softmax(dim=-2) @ feature
+        cosine = F.normalize(centers, dim=-1) @ F.normalize(tokens, dim=-1).mT
+        similarity = torch.sigmoid(weights["sim_beta"].float() + weights["sim_alpha"].float() * cosine)
+        mask = torch.zeros_like(similarity).scatter_(1, similarity.argmax(dim=1, keepdim=True), 1.0)
+        weight = (similarity * mask)[..., None]  # [1, K, N, 1]
+        gathered = ((feature[:, None] * weight).sum(2) + feature_centers) / (mask.sum(-1, keepdim=True) + 1)
+        enriched.append(tokens + (gathered[:, :, None] * weight).sum(1))
+    return torch.cat(enriched)
+
+
+def _run_language_model(
+    layout: Layout,
+    prompts: list[Prompt],
+    image_tokens: list[torch.Tensor | None],
+    stages: list[dict],
+    precision: Precision,
+) -> None:
+    model = _original_language_model(layout, precision)
+    for prompt, tokens, found in zip(prompts, image_tokens, stages):
+        placeholders = prompt.input_ids == prompt.image_token_id
+        embeddings = model.get_input_embeddings()(prompt.input_ids.masked_fill(placeholders, 0))
+        if tokens is not None:
+            embeddings[placeholders] = tokens.flatten(0, 1)
+        outputs = model(inputs_embeds=embeddings, output_hidden_states=True, use_cache=False)
+        keep_language_states(found, outputs)
+
+
+def _original_language_model(layout: Layout, precision: Precision) -> nn.Module:
+    folder = layout.base or layout.path
+    fields = json.loads((folder / "config.json").read_text())
+    if fields.get("model_type", "llava").startswith("llava"):
+        # LLaVA's configuration is Llama's with more fields, under a name that means another class in transformers.
+        fields.pop("model_type", None)
+        config = LlamaConfig(**{name: value for name, value in fields.items() if not name.startswith("mm_")})
+    else:
+        config = AutoConfig.from_pretrained(folder)
+    model, report = AutoModelForCausalLM.from_pretrained(
+        folder, config=config, dtype=precision.load_dtype(folder), output_loading_info=True
+    )
+    _require_complete(folder, report)
+    lora = {}
+    if (layout.path / "adapter_config.json").is_file():
+        lora = read_weights(tuple(layout.path.glob("adapter_model.*")), "base_model.model.")
+        lora = {name: tensor for name, tensor in lora.items() if "vision_tower" not in name}
+    return precision.apply(_with_lora(model, layout.path, lora, "model.layers."))

@@ -1,0 +1,368 @@
+"""Proof that a converted checkpoint equals its source: both are run on the same prompts and compared.
+
+    sq-llava convert sqllava-lora-7b --base base --out sq-llava-7b --verify
+
+The source runs by other code than the result (`sq_llava/checkpoints/reference_models.py`), and nothing of the
+conversion's table of names is used. Compared are the text's token ids (with the source's own tokenizer file), the
+pixels (with CLIP's own preprocessing) and the logits of prompts with one image, two, none, and one in which the model
+asks. Where the logits differ, the first layer that does is named. What this does not do: compare generated text, or
+run in batches.
+"""
+
+import os
+import warnings
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+from PIL import Image, ImageDraw
+from rich.console import Console
+from rich.table import Table
+from tokenizers import Tokenizer
+from torch import nn
+from transformers import CLIPImageProcessorPil
+from transformers.utils import logging
+
+from modeling_sq_llava import SQLlavaForConditionalGeneration
+from processing_sq_llava import SQLlavaProcessor
+from sq_llava.checkpoints.layouts import Layout, find_weight_files, open_safetensors
+from sq_llava.checkpoints.reference_models import Precision, Prompt, keep_language_states, run_original, stored_dtype
+
+
+# Largest difference of two logits, as a share of the largest logit; in half precision a sum hangs on its order.
+TOLERANCES = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 2e-2}
+# The least for a result stored in half precision: here and there merged LoRA falls on the other side of a rounding.
+ROUNDED_TOLERANCE = 2e-3
+# Two roundings to 255 grey levels: PIL and torchvision resize alike, not equally.
+PIXEL_TOLERANCE = 2.0
+TEXTS = ("What animal is this?\nA dog, two cats, 365 mice.", "Überall 猫 🐈  and  \t spaces")
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One prompt: its logits by source and result."""
+
+    prompt: str
+    num_tokens: int
+    num_images: int
+    largest_difference: float
+    largest_logit: float
+    same_argmax: float  # share of the positions
+
+    @property
+    def relative_difference(self) -> float:
+        return self.largest_difference / self.largest_logit
+
+
+@dataclass
+class Verification:
+    """
+    What was compared, and how it came out.
+
+    Attributes:
+        dtype (`str`): In which both were run.
+        tolerance (`float`): For `relative_difference`.
+        faults (`list[str]`): Why it fails; empty if it passes.
+        notes (`list[str]`): What was left out of the comparison, and why.
+    """
+
+    source: str
+    result: str
+    dtype: str
+    tolerance: float
+    pixel_difference: float
+    comparisons: list[Comparison] = field(default_factory=list)
+    faults: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def passed(self) -> bool:
+        return not self.faults
+
+    def to_json(self) -> dict:
+        return {"passed": self.passed, **asdict(self)}
+
+
+def verify(layout: Layout, folder: str | Path, dtype: str = "float32") -> Verification:
+    """
+    Args:
+        layout ([`~sq_llava.checkpoints.layouts.Layout`]): The source, as `recognise` gives it.
+        folder: What it was converted to.
+        dtype (`str`): What both are run in. Models that do not fit into the memory in float32 take "bfloat16", with a
+            coarser tolerance.
+
+    Raises:
+        ValueError: if the memory does not suffice, or the source is not complete.
+    """
+    folder = Path(folder)
+    require_memory(folder, _count_parameters(folder), dtype)
+    with _quiet():
+        return _verify(layout, folder, getattr(torch, dtype))
+
+
+@contextmanager
+def _quiet():
+    """Without the remarks of transformers on weights of a source that belong to another of its towers."""
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def _verify(layout: Layout, folder: Path, dtype: torch.dtype) -> Verification:
+    processor = SQLlavaProcessor.from_pretrained(folder)
+    precision = Precision(compute=dtype, stored=stored_dtype(folder))
+    tolerance = TOLERANCES[dtype] if precision.exact else max(TOLERANCES[dtype], ROUNDED_TOLERANCE)
+    prompts, pixel_difference, notes = _make_prompts(layout, processor)
+    verification = Verification(
+        str(layout.path), str(folder), str(dtype).removeprefix("torch."), tolerance, pixel_difference, notes=notes
+    )
+    if pixel_difference > PIXEL_TOLERANCE:
+        verification.faults.append(f"the pixels differ by up to {pixel_difference:.1f} of 255 grey levels")
+    _check_tokens(layout, processor, verification)
+    expected = run_original(layout, prompts, precision)
+    found = _run_result(folder, prompts, expected, dtype, verification.notes)
+    _compare(verification, prompts, expected, found)
+    return verification
+
+
+def _count_parameters(folder: Path) -> int:
+    num_parameters = 0
+    for file in find_weight_files(folder):
+        with open_safetensors(file) as opened:
+            shapes = [opened.get_slice(name).get_shape() for name in opened.keys()]  # noqa: SIM118
+        num_parameters += sum(torch.Size(shape).numel() for shape in shapes)
+    return num_parameters
+
+
+def require_memory(folder: str | Path, num_parameters: int, dtype: str) -> None:
+    """
+    Before anything is read, and before a result is written that is to be verified.
+
+    Raises:
+        ValueError: if models of that size cannot be run in `dtype` on this machine.
+    """
+    known = [str(known).removeprefix("torch.") for known in TOLERANCES]
+    if dtype not in known:
+        raise ValueError(f"--verify-dtype is {dtype!r}: choose one of {', '.join(known)}.")
+    needed = num_parameters * getattr(torch, dtype).itemsize
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > 0.9 * memory:
+        raise ValueError(
+            f"{folder}: {num_parameters:,} parameters take {needed / 2**30:.0f} GiB in {dtype}, and this machine has "
+            f"{memory / 2**30:.0f} GiB: verify in bfloat16, or on a larger machine."
+        )
+
+
+def unequal_name(folder: str | Path) -> Path:
+    """
+    Where a result goes that is not equal to its source, so that nobody takes it for one that is.
+
+    Raises:
+        ValueError: if there is one of an earlier conversion.
+    """
+    folder = Path(folder).expanduser().absolute()
+    unequal = folder.with_name(f"{folder.name}.not-equal")
+    if unequal.exists():
+        raise ValueError(f"{unequal} is there from an earlier conversion: move it away.")
+    return unequal
+
+
+def draw_picture(width: int, height: int) -> Image.Image:
+    """Shapes on a colour gradient: the same at each call, with edges and smooth areas for the preprocessing."""
+    red = Image.linear_gradient("L").resize((width, height))
+    green = Image.linear_gradient("L").rotate(90).resize((width, height))
+    image = Image.merge("RGB", (red, green, Image.new("L", (width, height), 96)))
+    draw = ImageDraw.Draw(image)
+    draw.ellipse((width // 8, height // 8, width // 2, height // 2), fill="crimson")
+    draw.polygon([(width * 3 // 4, height // 3), (width - 4, height - 8), (width // 2, height - 8)], fill="navy")
+    draw.line((0, height - 1, width - 1, 0), fill="white", width=3)
+    return image
+
+
+def _make_prompts(layout: Layout, processor: SQLlavaProcessor) -> tuple[list[Prompt], float, list[str]]:
+    """The prompts with the pixels as CLIP's own preprocessing gives them; how far the result's are from them."""
+    wide, tall = draw_picture(320, 200), draw_picture(150, 400)
+
+    def user(text: str, *images: Image.Image) -> dict:
+        parts = [{"type": "image", "image": image} for image in images]
+        return {"role": "user", "content": [*parts, {"type": "text", "text": text}]}
+
+    describe = "Can you describe the image in detail?"
+    described = {"role": "assistant", "content": "A red circle and a blue triangle on a coloured ground."}
+    conversations = {
+        "one image": ([user("What shape is on the left?", wide)], [wide], False),
+        "two images": ([user("What do these two have in common?", tall, wide)], [tall, wide], False),
+        "text only": ([user("Why is the sky blue?")], [], False),
+        "self-question": ([user(describe, tall), described], [tall], True),
+    }
+    notes = []
+    if processor.vusr_token_id is not None:
+        del conversations["self-question"]
+        notes.append("the prompt in which the model asks is left out: its marker [vusr] is new, the source has none")
+    if layout.kind == "llava_hf":
+        notes.append(
+            "both are given Vicuna's prompts and images padded to a square, not those of the source's processor"
+        )
+    prompts, pixel_difference = [], 0.0
+    for name, (messages, images, ask) in conversations.items():
+        inputs = processor.apply_chat_template(
+            messages, add_generation_prompt=True, ask=ask, tokenize=True, return_dict=True, return_tensors="pt"
+        )
+        pixel_values = None
+        if images:
+            pixel_values = _original_pixels(layout, images)
+            differences = (inputs["pixel_values"] - pixel_values).abs().amax(dim=(0, 2, 3))
+            levels = 255 * differences * torch.tensor(processor.image_processor.image_std)
+            pixel_difference = max(pixel_difference, levels.max().item())
+        prompts.append(Prompt(name, inputs["input_ids"], pixel_values, processor.image_token_id))
+    return prompts, pixel_difference, notes
+
+
+def _original_pixels(layout: Layout, images: list[Image.Image]) -> torch.Tensor:
+    """As LLaVA's `process_images`: padded to a square of the mean colour if the source says so, then CLIP's."""
+    image_processor = CLIPImageProcessorPil.from_pretrained(layout.vision or layout.path)
+    # LLaVA-1.5 pads; its configuration for transformers does not say so.
+    if layout.kind == "llava_hf" or layout.config.get("image_aspect_ratio") == "pad":
+        colour = tuple(int(255 * mean) for mean in image_processor.image_mean)
+        images = [_expand_to_square(image, colour) for image in images]
+    return image_processor(images, return_tensors="pt")["pixel_values"]
+
+
+def _expand_to_square(image: Image.Image, colour: tuple[int, ...]) -> Image.Image:
+    side = max(image.size)
+    square = Image.new("RGB", (side, side), colour)
+    square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+    return square
+
+
+def _check_tokens(layout: Layout, processor: SQLlavaProcessor, verification: Verification) -> None:
+    """Compares with the source's tokenizer file, read by the library that made it."""
+    folder = layout.base or layout.path
+    if (folder / "tokenizer.model").is_file():
+        from sentencepiece import SentencePieceProcessor
+
+        encode = SentencePieceProcessor(str(folder / "tokenizer.model")).encode
+    else:
+        original = Tokenizer.from_file(str(folder / "tokenizer.json"))
+
+        def encode(text: str) -> list[int]:
+            return original.encode(text, add_special_tokens=False).ids
+
+    for text in (processor.system_message, *TEXTS):
+        expected = encode(text)
+        ids = processor.tokenizer(text, add_special_tokens=False).input_ids
+        if ids != expected:
+            verification.faults.append(
+                f"the text {text!r} has the token ids {ids[:8]}..., by the source's tokenizer {expected[:8]}..."
+            )
+    # The original code tokenizes the text behind an image for itself.
+    expected = encode("\n" + TEXTS[0])
+    behind_image = f"{processor.image_token}{processor.text_prefix}\n{TEXTS[0]}"
+    ids = processor.tokenizer(behind_image, add_special_tokens=False).input_ids[1:]
+    if layout.kind != "llava_hf" and ids != expected:
+        verification.faults.append(
+            f"the text behind an image has the token ids {ids[:8]}..., by the authors' code {expected[:8]}...: "
+            f"text_prefix is {processor.text_prefix!r}"
+        )
+
+
+@torch.inference_mode()
+def _run_result(
+    folder: Path, prompts: list[Prompt], expected: list[dict], dtype: torch.dtype, notes: list[str]
+) -> list[dict[str, torch.Tensor]]:
+    model = SQLlavaForConditionalGeneration.from_pretrained(folder, dtype=dtype).eval()
+    inner = model.model
+    if model.config.prototype_variant != "none" and not any("prototype extractor" in stages for stages in expected):
+        inner.prototype_extractor = nn.Identity()
+        notes.append("the prototype extractor is new, the source has none: it is left out of the result's run")
+    places = {layer: f"vision layer {index}" for index, layer in enumerate(inner.vision_tower.encoder.layers)}
+    places |= {inner.prototype_extractor: "prototype extractor", inner.multi_modal_projector: "projector"}
+    stages = [{} for _ in prompts]
+    for prompt, found in zip(prompts, stages):
+
+        def keep(module: nn.Module, inputs: tuple, output, found=found) -> None:
+            found[places[module]] = output[0] if isinstance(output, tuple) else output
+
+        def keep_inputs(module: nn.Module, inputs: tuple, found=found) -> None:
+            found["vision embeddings"] = inputs[0]
+
+        handles = [module.register_forward_hook(keep) for module in places]
+        handles.append(inner.vision_tower.encoder.layers[0].register_forward_pre_hook(keep_inputs))
+        outputs = model(
+            input_ids=prompt.input_ids, pixel_values=prompt.pixel_values, output_hidden_states=True, use_cache=False
+        )
+        keep_language_states(found, outputs)
+        for handle in handles:
+            handle.remove()
+    return stages
+
+
+def _compare(verification: Verification, prompts: list[Prompt], expected: list[dict], found: list[dict]) -> None:
+    for prompt, source, result in zip(prompts, expected, found):
+        source_logits, result_logits = source["logits"].float(), result["logits"].float()
+        num_rows = source_logits.shape[-1]
+        result["logits"] = result_logits = result_logits[..., :num_rows]  # the rows behind are new
+        comparison = Comparison(
+            prompt.name,
+            prompt.input_ids.shape[1],
+            prompt.num_images,
+            largest_difference=(source_logits - result_logits).abs().max().item(),
+            largest_logit=source_logits.abs().max().item(),
+            same_argmax=(source_logits.argmax(-1) == result_logits.argmax(-1)).float().mean().item(),
+        )
+        verification.comparisons.append(comparison)
+        # Not `>`: a difference that is not a number is none to pass with.
+        if not comparison.relative_difference <= verification.tolerance:
+            verification.faults.append(
+                f"{prompt.name}: the logits differ by up to {comparison.largest_difference:.2g}, "
+                f"{first_difference(source, result, verification.tolerance)}"
+            )
+
+
+def first_difference(source: dict[str, torch.Tensor], result: dict[str, torch.Tensor], tolerance: float) -> str:
+    """Names the first place, in the order of computation, where a result is not the source's, and by how much."""
+    for place, expected in source.items():
+        if place not in result:
+            return f"and the result has no {place}"
+        found = result[place].float()
+        if found.shape != expected.shape:
+            return f"first in {place}: {list(found.shape)} for {list(expected.shape)}"
+        difference, largest = (found - expected.float()).abs().max().item(), expected.float().abs().max().item()
+        if not difference <= tolerance * largest:
+            return f"first in {place}: by {difference:.2g}, where the largest value is {largest:.2g}"
+    raise ValueError("Nothing differs: the logits are the last place of both.")
+
+
+def print_verification(verification: Verification, console: Console) -> None:
+    table = Table(title=f"{verification.result} beside {verification.source}, in {verification.dtype}")
+    for column in ("prompt", "tokens", "images", "difference", "of the largest", "same argmax"):
+        table.add_column(column, justify="left" if column == "prompt" else "right")
+    for row in verification.comparisons:
+        table.add_row(
+            row.prompt,
+            str(row.num_tokens),
+            str(row.num_images),
+            f"{row.largest_difference:.2g}",
+            f"{row.relative_difference:.2g}",
+            f"{row.same_argmax:.1%}",
+        )
+    console.print(table)
+    console.print(
+        f"tolerance: {verification.tolerance:g} of the largest logit; pixels: {verification.pixel_difference:.2g} of "
+        f"255 grey levels (tolerance {PIXEL_TOLERANCE:g})",
+        soft_wrap=True,
+    )
+    for note in verification.notes:
+        console.print(f"note: {note}", markup=False, soft_wrap=True)
+    for fault in verification.faults:
+        console.print(f"differs: {fault}", style="red", markup=False, soft_wrap=True)
+    console.print("equal" if verification.passed else "NOT equal", style="green" if verification.passed else "red")

@@ -1,0 +1,1 @@
+"""Every command of `sq-llava`. Nothing imports it."""

@@ -1,0 +1,78 @@
+"""`sq-llava demo` and `sq-llava prototypes`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from sq_llava.cli.options import (
+    Device,
+    Dtype,
+    LoadIn4Bit,
+    LoadIn8Bit,
+    Model,
+    ModelArgument,
+    check_model_options,
+    load_model,
+)
+from sq_llava.console import console, errors_in_one_line, examples, messages_console, needs_extra
+from sq_llava.early_checks import require_folder, require_image
+
+
+app = typer.Typer()
+
+
+@app.command(epilog=examples("sq-llava demo runs/demo/model", "sq-llava demo org/sq-llava-7b --load-in-4bit"))
+def demo(
+    model: ModelArgument,
+    host: Annotated[str, typer.Option(help="0.0.0.0 to be reached from other machines.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535)] = 7860,
+    device: Device = None,
+    dtype: Dtype = "auto",
+    load_in_4bit: LoadIn4Bit = False,
+    load_in_8bit: LoadIn8Bit = False,
+) -> None:
+    """Open a page on which people chat about pictures, and the model asks: http://HOST:PORT."""
+    with errors_in_one_line():
+        check_model_options(model, device, dtype)
+        with needs_extra("page"):
+            from sq_llava.page.layout import LAUNCH, create_page
+        assistant = load_model(model, device, dtype, load_in_4bit, load_in_8bit)
+        create_page(assistant).launch(server_name=host, server_port=port, **LAUNCH)
+
+
+@app.command(
+    epilog=examples(
+        "sq-llava prototypes dog.png --model org/sq-llava-7b --out seen.png --top 8",
+    )
+)
+def prototypes(
+    image: Annotated[Path, typer.Argument(help="Image file.", show_default=False)],
+    model: Model,
+    out: Annotated[Path, typer.Option(help="PNG to write.", show_default=False)],
+    top: Annotated[int | None, typer.Option(min=1, help="Show the largest; the others in the dark.")] = None,
+    device: Device = None,
+    dtype: Dtype = "auto",
+) -> None:
+    """Show what the prototypes see: the image's tokens, coloured by the prototype of each."""
+    with errors_in_one_line():
+        if out.suffix.lower() != ".png":
+            raise ValueError(f"--out {out}: it is a PNG that is written, so end it in .png.")
+        require_folder(out.parent)
+        if out.exists() and image.exists() and out.samefile(image):
+            raise ValueError(f"--out {out} is the image itself: give another file.")
+        require_image(image)
+        check_model_options(model, device, dtype)
+        from sq_llava.data.images import open_image
+
+        picture = open_image(image)
+        assistant = load_model(model, device, dtype)
+        from sq_llava.inference.prototypes import colour_of_rank, look, paint
+
+        sight = look(assistant, picture)
+        chosen = [*sight.shares][:top]
+        paint(picture, sight, chosen).save(out)
+        for rank, prototype in enumerate(chosen):
+            red, green, blue = colour_of_rank(rank)
+            console.print(f"[rgb({red},{green},{blue})]■[/] prototype {prototype}: {sight.shares[prototype]:.1%}")
+    messages_console.print(f"Wrote {out}", markup=False, soft_wrap=True)

@@ -1,0 +1,462 @@
+"""Where rows come from: JSON files, Parquet, folders of `save_to_disk` and datasets of the Hub, opened lazily.
+
+Of a JSON file only the place of each row is kept in memory; tables are mapped from disk, their images undecoded. What
+stands in a row is the matter of `sq_llava/data/rows.py`.
+"""
+
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from datasets.packaged_modules.cache.cache import Cache
+from huggingface_hub import constants
+
+from sq_llava.data.row_layouts import (
+    EXPECTED,
+    IMAGE_FIELDS,
+    PART_IMAGE_KEYS,
+    TEXT_FIELDS,
+    images_of,
+    measure,
+    recognize,
+)
+
+
+# Bytes of JSON read at a time, and the longest row that is believed.
+WINDOW = 2**24
+MAX_ROW_BYTES = 2**26
+# Rows of a table read at a time: they may hold images.
+TABLE_ROWS = 32
+BOM = b"\xef\xbb\xbf"
+# One of these is in a folder that `datasets.load_dataset` can load.
+DATA_SUFFIXES = {".parquet", ".json", ".jsonl", ".csv", ".arrow", ".tar"}
+FILE_SUFFIXES = {*DATA_SUFFIXES, ".tsv", ".txt", ".zip", ".gz", ".xlsx", ".pkl"}
+
+
+@dataclass
+class DataSource:
+    """
+    One entry of a recipe's `datasets`.
+
+    Args:
+        path (`str`): A `.json`, `.jsonl` or `.parquet` file; a folder of `save_to_disk`, or one that
+            `datasets.load_dataset` loads; or the id of a dataset on the Hub. That is downloaded as a whole and kept in
+            the cache. Of a very large one, fetch the files wanted and give their folder:
+            `hf download org/name --repo-type dataset --include "data/train-0000*" --local-dir DIR`.
+        image_root (`str`, *optional*): Folder that image paths are relative to and must stay inside of. Default: the
+            folder of `path`. A dataset of the Hub needs it only if its rows have paths of images.
+        split (`str`, *optional*): Needed if the dataset has several; also a part, such as "train[:10%]".
+        name (`str`, *optional*): The configuration (subset), if the dataset has several.
+        revision (`str`, *optional*): Branch, tag or commit on the Hub.
+        weight (`float`): How often each row is seen in an epoch; 0.5 takes half of the rows, drawn once by the seed.
+        num_rows (`int`, *optional*): Instead of `weight`: the number of rows in an epoch.
+        instructions (`list[str]`): What rows are asked whose question is an image alone: one of them, drawn for each.
+    """
+
+    path: str
+    image_root: str | None = None
+    split: str | None = None
+    name: str | None = None
+    revision: str | None = None
+    weight: float | None = None
+    num_rows: int | None = None
+    instructions: list[str] = field(default_factory=list)
+
+    def __post_init__(self):
+        if self.weight is not None and self.num_rows is not None:
+            raise ValueError(f"datasets, {self.path}: both weight and num_rows are given: leave one out.")
+        for name in ("weight", "num_rows"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"datasets, {self.path}: {name} is {value}: give a number above 0.")
+
+
+class JsonFile:
+    """
+    The rows of a `.json` or `.jsonl` file, parsed when they are asked for.
+
+    Attributes:
+        offsets, sizes (`np.ndarray` of int64): Where each row stands, in bytes.
+        num_images (`np.ndarray` of int64): Images of each row.
+        text_bytes (`np.ndarray` of int64): Size of each row's text; here of its JSON, without images in base64.
+        folder (`Path`): What image paths are relative to by default.
+        broken (`str` or `None`): What ends a `.json` file early, so that no row behind it could be found.
+    """
+
+    def __init__(self, path: str):
+        self.path = str(path)
+        self.folder = Path(path).parent
+        self.broken = None
+        places = []
+        try:
+            for place in (_scan_lines if self.path.endswith(".jsonl") else _scan_list)(self.path):
+                places.append(place)
+        except ValueError as error:
+            self.broken = str(error)
+        table = np.array(places, dtype=np.int64).reshape(-1, 4)
+        self.offsets, self.sizes, self.num_images, in_base64 = table.T.copy()
+        self.text_bytes = self.sizes - in_base64
+
+    def __len__(self) -> int:
+        return len(self.offsets)
+
+    def read(self, index: int) -> bytes:
+        return next(self._read_several([index]))
+
+    def _read_several(self, indices: Iterable[int]) -> Iterator[bytes]:
+        with open(self.path, "rb") as stream:
+            for index in indices:
+                stream.seek(self.offsets[index])
+                yield stream.read(self.sizes[index])
+
+    def rows(self, indices: Iterable[int]) -> Iterator[Any]:
+        """Several rows, faster than one by one; a `ValueError` stands in place of a row that cannot be read."""
+        for data in self._read_several(indices):
+            try:
+                yield json.loads(data.decode("utf-8"))
+            except ValueError as error:
+                yield error
+
+    def __getitem__(self, index: int) -> Any:
+        """
+        Raises:
+            ValueError: if the row is not JSON in UTF-8.
+        """
+        return json.loads(self.read(index).decode("utf-8"))
+
+
+def _scan_lines(path: str) -> Iterator[tuple[int, int, int, int]]:
+    with open(path, "rb") as stream:
+        offset = 0
+        for line in stream:
+            text = line.removeprefix(BOM) if offset == 0 else line
+            begin = offset + len(line) - len(text.lstrip())
+            offset += len(line)
+            if not text.strip():
+                continue
+            try:
+                measures = measure(json.loads(text))
+            except ValueError:
+                measures = (0, 0)  # the row itself is an error for whoever asks for it
+            yield begin, len(text.strip()), *measures
+
+
+_SPACE = re.compile(r"[ \t\r\n]*")
+_EXPECTED = {"[": "expected [ (one row a line goes into a .jsonl file)", ",]": "expected , or ]"}
+
+
+def _scan_list(path: str) -> Iterator[tuple[int, int, int, int]]:
+    """
+    Finds the objects of a JSON list without holding the list. Bytes are read as Latin-1, so that characters and bytes
+    have the same places; the texts are wrong by that, but not their ends.
+    """
+    decoder = json.JSONDecoder()
+    with open(path, "rb") as stream:
+        start = len(BOM) if stream.read(len(BOM)) == BOM else 0
+        stream.seek(start)
+        text, at, wanted = stream.read(WINDOW).decode("latin-1"), 0, "["
+        while True:
+            at = _SPACE.match(text, at).end()
+            try:
+                if wanted != "row":
+                    if text[at] not in wanted:
+                        raise json.JSONDecodeError(_EXPECTED[wanted], text, at)
+                    if text[at] == "]":
+                        rest = (text[at + 1 :] + stream.read(WINDOW).decode("latin-1")).strip()
+                        if rest:
+                            raise ValueError(f"{_line_of(path, start + at + 1)}: more stands behind the list's end")
+                        return
+                    at, wanted, first = at + 1, "row", wanted == "["
+                    continue
+                if text[at] == "]" and first:
+                    wanted = ",]"
+                    continue
+                row, end = decoder.raw_decode(text, at)
+            except (IndexError, json.JSONDecodeError) as error:
+                more = stream.read(max(WINDOW, len(text) - at)) if len(text) - at < MAX_ROW_BYTES else b""
+                if not more:
+                    place = start + (error.pos if isinstance(error, json.JSONDecodeError) else len(text))
+                    what = error.msg if isinstance(error, json.JSONDecodeError) else "the list is not closed"
+                    raise ValueError(f"{_line_of(path, place)}: {what}") from error
+                text, start, at = text[at:] + more.decode("latin-1"), start + at, 0
+                continue
+            yield start + at, end - at, *measure(row)
+            at, wanted = end, ",]"
+
+
+def _line_of(path: str, place: int) -> str:
+    with open(path, "rb") as stream:
+        before = 0
+        line_start = 0
+        position = 0
+        while position < place and (block := stream.read(min(WINDOW, place - position))):
+            before += block.count(b"\n")
+            if (last := block.rfind(b"\n")) >= 0:
+                line_start = position + last + 1
+            position += len(block)
+    return f"line {before + 1}, column {place - line_start + 1}"
+
+
+class Table:
+    """The rows of a `datasets.Dataset`, mapped from disk; images stay undecoded. Attributes as of [`JsonFile`]."""
+
+    broken = None
+
+    def __init__(self, dataset: datasets.Dataset, path: str, folder: Path):
+        self.path, self.folder = path, folder
+        # As Arrow has them, images are undecoded. A cast to that would write lists of images anew, all of them.
+        self.dataset = dataset.with_format("arrow")
+        columns = dataset.column_names
+        if recognize(dict.fromkeys(columns, True)) is None:
+            raise ValueError(f"{path}: the columns are {', '.join(columns)}: they are of no layout. {EXPECTED}")
+        texts = [name for name in columns if name in TEXT_FIELDS]
+        # Without texts and the images themselves, a row is quickly made and its images counted.
+        images = [name for name in columns if name in IMAGE_FIELDS]
+        if any(_holds_parts(self.dataset.data.schema.field(name)) for name in texts):
+            images += texts
+        self.text_bytes = np.zeros(len(dataset), dtype=np.int64)
+        self.num_images = np.zeros(len(dataset), dtype=np.int64)
+        begin = 0
+        for batch in self.dataset.select_columns(list(dict.fromkeys(texts + images))).iter(10_000):
+            end = begin + len(batch)
+            for name in texts:
+                self.text_bytes[begin:end] += _string_bytes(batch[name].combine_chunks())
+            marks = [pa.chunked_array([_marks(chunk) for chunk in batch[name].chunks]) for name in images]
+            rows = pa.Table.from_arrays(marks, images).to_pylist() if images else ()
+            self.num_images[begin : begin + len(rows)] = [len(images_of(row)) for row in rows]
+            begin = end
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return self.dataset[int(index) : int(index) + 1].to_pylist()[0]
+
+    def rows(self, indices: Iterable[int]) -> Iterator[Any]:
+        """Several rows, as of [`JsonFile`]."""
+        for batch in self.dataset.select(indices).iter(TABLE_ROWS):
+            yield from batch.to_pylist()
+
+
+def _is_list(kind: pa.DataType) -> bool:
+    return pa.types.is_list(kind) or pa.types.is_large_list(kind)
+
+
+def _is_string(kind: pa.DataType) -> bool:
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind)
+
+
+def _holds_parts(field: pa.Field) -> bool:
+    """Whether a column is a list of turns whose content is a list of parts."""
+    turn = field.type.value_type if _is_list(field.type) else None
+    if turn is None or not pa.types.is_struct(turn) or turn.get_field_index("content") < 0:
+        return False
+    return _is_list(turn.field("content").type)
+
+
+def _marks(column: pa.Array) -> pa.Array:
+    """
+    The column with `True` for what is there in place of images and texts, and null for what is not. Turns, parts and
+    the types of parts stay.
+    """
+    if _is_list(column.type):
+        lengths = pc.fill_null(pc.list_value_length(column), 0).to_numpy(zero_copy_only=False)
+        return pa.LargeListArray.from_arrays(np.concatenate([[0], np.cumsum(lengths)]), _marks(column.flatten()))
+    if pa.types.is_struct(column.type):
+        names = [field.name for field in column.type]
+        children = dict(zip(names, column.flatten()))
+        if not {"type", "content"} & children.keys():  # an image
+            present = np.zeros(len(column), dtype=bool)
+            for child in children.values():
+                present |= _marks(child).is_valid().to_numpy(zero_copy_only=False)
+            return pa.array(np.ones(len(column), dtype=bool), mask=~present)
+        kept = [child if name == "type" else _marks(child) for name, child in children.items()]
+        return pa.StructArray.from_arrays(kept, names)
+    present = column.is_valid().to_numpy(zero_copy_only=False)
+    if _is_string(column.type):
+        present = pc.fill_null(pc.greater(pc.binary_length(column), 0), False).to_numpy(zero_copy_only=False)
+    return pa.array(np.ones(len(column), dtype=bool), mask=~present)
+
+
+def _string_bytes(column: pa.Array) -> np.ndarray:
+    """Bytes of all texts inside each element of a nested column."""
+    if _is_string(column.type):
+        return pc.fill_null(pc.binary_length(column), 0).to_numpy(zero_copy_only=False).astype(np.int64)
+    if pa.types.is_struct(column.type):
+        texts = [child for field, child in zip(column.type, column.flatten()) if field.name not in PART_IMAGE_KEYS]
+        return sum(map(_string_bytes, texts), np.zeros(len(column), dtype=np.int64))
+    if _is_list(column.type):
+        lengths = pc.fill_null(pc.list_value_length(column), 0).to_numpy(zero_copy_only=False)
+        totals = np.concatenate([[0], np.cumsum(_string_bytes(column.flatten()))])
+        ends = np.cumsum(lengths)
+        return totals[ends] - totals[ends - lengths]
+    return np.zeros(len(column), dtype=np.int64)
+
+
+def open_source(source: DataSource) -> JsonFile | Table:
+    """
+    Opens one source, without checking its rows. A dataset of the Hub is downloaded, unless it is in the cache.
+
+    Raises:
+        ValueError: if there is no such file, folder, dataset, configuration, revision or split, or it is of no known
+            format.
+    """
+    path = Path(source.path).expanduser()
+    if path.suffix in (".json", ".jsonl", ".parquet"):
+        if not path.is_file():
+            raise ValueError(f"{path}: no such file.")
+        kind = "Parquet" if path.suffix == ".parquet" else "JSON"
+        _refuse(source, f"a {kind} file", "split", "name", "revision")
+        if kind == "JSON":
+            return JsonFile(str(path))
+        loaded = _complain(source, lambda: datasets.load_dataset("parquet", data_files=str(path), split="train"))
+        return Table(loaded, source.path, path.parent)
+    if path.is_dir():
+        if any((path / name).is_file() for name in ("dataset_info.json", "dataset_dict.json", "state.json")):
+            return Table(_load_saved(source, path), _label(source), path)
+        _refuse(source, "a folder", "revision")
+        if not holds_dataset(path):
+            raise ValueError(
+                f"{path}: holds neither data files ({', '.join(sorted(DATA_SUFFIXES))}) nor a dataset of save_to_disk."
+            )
+        return Table(_load_dataset(source, str(path)), _label(source), path)
+    if not is_hub_id(source.path):
+        raise ValueError(f"{path}: no such file or folder, and not the id of a dataset on the Hub (org/name).")
+    return Table(_load_dataset(source, source.path), _label(source), _hub_folder(source.path))
+
+
+def holds_dataset(folder: Path) -> bool:
+    """Whether there is a file that `datasets` can load."""
+    return any(file.suffix in DATA_SUFFIXES for file in folder.rglob("*"))
+
+
+def is_hub_id(path: str) -> bool:
+    """Whether a path that is no file or folder may be the id of a dataset on the Hub."""
+    is_id = re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", path) is not None
+    return is_id and Path(path).suffix.lower() not in FILE_SUFFIXES
+
+
+def _label(source: DataSource) -> str:
+    """What errors call the source."""
+    details = [value for value in (source.name, source.split) if value is not None]
+    return f"{source.path} ({', '.join(details)})" if details else source.path
+
+
+def _refuse(source: DataSource, what: str, *fields: str) -> None:
+    for field_name in fields:
+        if (value := getattr(source, field_name)) is not None:
+            kind = {"split": "splits", "name": "configurations", "revision": "revisions"}[field_name]
+            raise ValueError(f"{source.path}: {field_name} is {value!r}, but {what} has no {kind}: leave it out.")
+
+
+def _complain(source: DataSource, load: Callable[[], Any]) -> Any:
+    """Loads, and says in one line what `datasets` has against it."""
+    try:
+        return load()
+    # `datasets` raises RuntimeError for a dataset that is a script. It is never run.
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        says_nothing = isinstance(error, datasets.exceptions.DatasetGenerationError) and error.__cause__ is not None
+        reason = error.__cause__ if says_nothing else error
+        reason = " ".join(str(reason).partition("Example of usage")[0].split())
+        is_missing = isinstance(error, (FileNotFoundError, ConnectionError)) and not Path(source.path).exists()
+        here = " There is no such folder here either." if is_missing else ""
+        raise ValueError(f"{_label(source)}: cannot be loaded: {reason}{here}") from error
+
+
+def _load_saved(source: DataSource, path: Path) -> datasets.Dataset:
+    """A folder of `save_to_disk`."""
+    _refuse(source, "a folder of save_to_disk", "name", "revision")
+    loaded = _complain(source, lambda: datasets.load_from_disk(str(path)))
+    if isinstance(loaded, datasets.Dataset):
+        if source.split in (None, str(loaded.split)):
+            return loaded
+        _refuse(source, "a folder of a single dataset", "split")
+    split = _choose_split(source, list(loaded))
+    lengths = {name: len(rows) for name, rows in loaded.items()}
+    slices = _complain(source, lambda: datasets.ReadInstruction.from_spec(split).to_absolute(lengths))
+    return datasets.concatenate_datasets(
+        [loaded[each.splitname].select(range(lengths[each.splitname])[each.from_ : each.to]) for each in slices]
+    )
+
+
+def _load_dataset(source: DataSource, path: str) -> datasets.Dataset:
+    """A dataset of the Hub, or a folder that looks like one, as `datasets.load_dataset` loads it."""
+    builder = _complain(
+        source, lambda: datasets.load_dataset_builder(path, name=source.name, revision=source.revision)
+    )
+    if isinstance(builder, Cache):
+        builder = _of_revision(source, builder)
+    split = _choose_split(source, list(builder.info.splits or builder.config.data_files))
+    _complain(source, builder.download_and_prepare)
+    return _complain(source, lambda: builder.as_dataset(split=split))
+
+
+def _choose_split(source: DataSource, names: list[str]) -> str:
+    names = [str(name) for name in names]
+    if source.split is None and len(names) == 1:
+        return names[0]
+    asked = [piece.partition("[")[0].strip() for piece in (source.split or "").split("+")]
+    if not set(asked) <= set(names):
+        raise ValueError(
+            f"{source.path}: split is {source.split!r}: give one of {', '.join(names)}, or a part such as "
+            f"{names[0]}[:10%]. In a recipe: datasets: [{{path: {source.path}, split: {names[0]}}}]"
+        )
+    return source.split
+
+
+def _of_revision(source: DataSource, builder: Cache) -> Cache:
+    """
+    Of what the Hub does not give, `datasets` takes the newest configuration and revision that is in its cache. This
+    takes those that were asked for.
+
+    Raises:
+        ValueError: if these are not in the cache, or it is not clear which are meant.
+    """
+    newest = Path(builder.cache_dir)
+    names = sorted(folder.name for folder in newest.parents[1].iterdir() if folder.is_dir())
+    if source.name is None and len(names) > 1:
+        raise ValueError(
+            f"{source.path}: the Hub cannot be reached, and the cache has the configurations {', '.join(names)}: give "
+            "one of them as name."
+        )
+    if source.revision is None:
+        return builder
+    ref = _hub_folder(source.path) / "refs" / source.revision
+    commit = ref.read_text().strip() if ref.is_file() else source.revision
+    if not (newest.parent / commit).is_dir():
+        commits = sorted(folder.name for folder in newest.parent.iterdir() if folder.is_dir())
+        raise ValueError(
+            f"{source.path}: the Hub gives no revision {source.revision!r}, and the cache has only the commits "
+            f"{', '.join(commits)}."
+        )
+    version, name = newest.parent.name, builder.config.name
+    return Cache(
+        repo_id=source.path, dataset_name=builder.dataset_name, config_name=name, version=version, hash=commit
+    )
+
+
+def _hub_folder(dataset: str) -> Path:
+    """Where `datasets` puts the files of a dataset of the Hub that stay files, such as images."""
+    return Path(constants.HF_HUB_CACHE) / f"datasets--{dataset.replace('/', '--')}"
+
+
+def image_root_of(source: DataSource, rows: JsonFile | Table) -> Path:
+    """
+    The resolved folder that the images of a source must stay inside of.
+
+    Raises:
+        ValueError: if `image_root` is given and does not exist.
+    """
+    if source.image_root is None:
+        return rows.folder.resolve()
+    root = Path(source.image_root).expanduser()
+    if not root.is_dir():
+        raise ValueError(f"image_root {root}: no such folder.")
+    return root.resolve()

@@ -1,0 +1,1 @@
+"""Checks the data of a recipe before it costs anything."""

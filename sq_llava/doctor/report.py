@@ -1,0 +1,249 @@
+"""What the data check found, for people: findings, token lengths, three rows as training sees them, a mended set.
+
+    check = DataCheck([DataSource("mine.json", "images")], processor, max_length=2048)
+    with Progress() as progress:
+        report = examine(check, progress)
+    print_report(report, Console())
+    write_sound_rows(check, report, Path("mended"))
+
+What it does not do: look at the data itself, which `sq_llava/doctor/check.py` does.
+"""
+
+import json
+from collections import Counter, defaultdict
+from pathlib import Path
+
+import datasets
+import pyarrow as pa
+import pyarrow.compute as pc
+from rich.console import Console
+from rich.progress import Progress
+from rich.text import Text
+
+from sq_llava.data.rows import parse_row, with_instruction
+from sq_llava.data.self_questions import ANSWER, QUESTION
+from sq_llava.data.sources import Table
+from sq_llava.doctor.check import DataCheck, Finding, Report, examine
+from sq_llava.early_checks import require_new_folder
+from sq_llava.training.collator import SelfQuestioningCollator
+
+
+SAMPLE_ROWS = 1_000
+SHOWN_ERRORS = 5
+SHOWN_OF_EACH_CODE = 10
+BAR_WIDTH = 40
+LEVEL_STYLES = {"error": "bold red", "warning": "bold yellow", "info": "bold blue"}
+TURN_STYLES = {ANSWER: "green", QUESTION: "cyan"}
+
+
+def print_report(report: Report, console: Console) -> None:
+    """The findings, the first few of each code, and the numbers of the whole."""
+    by_code = defaultdict(list)
+    for finding in report.findings:
+        by_code[finding.level, finding.code].append(finding)
+    for level, style in LEVEL_STYLES.items():
+        for (_, code), findings in sorted(item for item in by_code.items() if item[0][0] == level):
+            _print_code(code, findings, style, console)
+    _print_summary(report.summary, console)
+    if report.summary["tokens"] is not None:
+        _print_tokens(report.summary["tokens"], console)
+
+
+def _print_code(code: str, findings: list[Finding], style: str, console: Console) -> None:
+    fixes = {finding.fix for finding in findings}
+    heading = Text.assemble((f"{findings[0].level} ", style), (code, "bold"), f"  {len(findings):,}")
+    console.print(heading + Text(f"  {fixes.pop()}" if len(fixes) == 1 else ""), soft_wrap=True)
+    for finding in findings[:SHOWN_OF_EACH_CODE]:
+        fix = f" {finding.fix}" if fixes else ""
+        console.print(Text(f"    {_line(finding)}{fix}"), soft_wrap=True)
+    if len(findings) > SHOWN_OF_EACH_CODE:
+        console.print(f"    and {len(findings) - SHOWN_OF_EACH_CODE:,} more: --json has them all", style="dim")
+
+
+def _line(finding: Finding) -> str:
+    name = "" if finding.id is None else f" (id {finding.id!a})"
+    return f"{finding.file}, row {finding.row}{name}: {finding.message}"
+
+
+def _print_summary(summary: dict, console: Console) -> None:
+    console.print()
+    for source in summary["sources"]:
+        console.print(
+            Text(
+                f"{source['file']}: {source['rows_looked_at']:,} of {source['rows']:,} rows looked at, "
+                f"{source['rows_with_errors']:,} with errors"
+            ),
+            soft_wrap=True,
+        )
+    console.print(
+        f"{summary['images']:,} images in {summary['image_files']:,} files; text-only rows: "
+        f"{summary['text_only_share']:.1%}; questions that the model asks itself: about "
+        f"{summary['self_questions_per_epoch']:,.0f} an epoch",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+def _print_tokens(tokens: dict, console: Console) -> None:
+    console.print(
+        f"Tokens of a row: {tokens['mean']:,.0f} on average, median {tokens['median']:,.0f}, 95% up to "
+        f"{tokens['percentile_95']:,.0f}, longest {tokens['longest']:,}; max_length {tokens['max_length']} cuts "
+        f"{tokens['tokens_cut']:,} tokens off {tokens['rows_cut']:,} rows",
+        highlight=False,
+        soft_wrap=True,
+    )
+    if tokens["packing"]:
+        console.print(
+            f"Packed: about {tokens['rows'] / tokens['packing']['packs']:.1f} of these rows in a pack of "
+            f"{tokens['max_length']} tokens, fill {tokens['packing']['fill']:.2f}",
+            highlight=False,
+            soft_wrap=True,
+        )
+    most = max(bar["rows"] for bar in tokens["histogram"])
+    width = len(f"{tokens['histogram'][-1]['to']:,}")
+    for bar in tokens["histogram"]:
+        # A bar that is not empty is seen.
+        marks = "█" * -(-bar["rows"] * BAR_WIDTH // most)
+        console.print(
+            f"  {bar['from']:>{width},} - {bar['to']:>{width},} {marks:<{BAR_WIDTH}} {bar['rows']:,}", highlight=False
+        )
+
+
+def print_preview(check: DataCheck, report: Report, seed: int, console: Console) -> None:
+    """Rows as training sees them in its first epoch: between stars, and coloured, is what is in the loss."""
+    collator = SelfQuestioningCollator(
+        check.processor, check.plain, check.self_question_ratio, seed, max_length=check.max_length
+    )
+    first_row = 0
+    console.print()
+    for source, index in report.sound:
+        first_row = sum(map(len, check.opened[:source]))
+        path = check.opened[source].path
+        row = parse_row(check.opened[source][index], f"{path}, row {index}", check.image_roots[source])
+        row["messages"] = with_instruction(row["messages"], check.sources[source].instructions, index)
+        batch = collator([{**row, "row_id": first_row + index}])
+        console.print(Text(f"{path}, row {index}", "bold"), soft_wrap=True)
+        ids, kinds = batch["input_ids"][0].tolist(), batch["turn_kinds"][0].tolist()
+        console.print(spell_out(check, ids, kinds), soft_wrap=True)
+        console.print()
+    if report.sound:
+        console.print("Between stars is what is in the loss: answers green, self-questions cyan.", style="dim")
+
+
+def spell_out(check: DataCheck, ids: list[int], kinds: list[int]) -> Text:
+    """The text of tokens, those in the loss marked; an image's tokens are counted."""
+    text, begin, decoded = Text(), 0, ""
+    image_token_id = check.processor.image_token_id
+    keys = [(kind, token == image_token_id) for kind, token in zip(kinds, ids)]
+    for end in range(1, len(ids) + 1):
+        if end < len(ids) and keys[end] == keys[begin]:
+            continue
+        kind, is_image = keys[begin]
+        # From the beginning: by itself, a piece would lose the space in front of it.
+        before, decoded = decoded, check.processor.tokenizer.decode(ids[:end], clean_up_tokenization_spaces=False)
+        if is_image:
+            text.append(f"<image> x {end - begin}", "magenta")
+        else:
+            piece = decoded[len(before) :]
+            # A text could move the cursor or recolour the terminal.
+            piece = "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in piece)
+            text.append(f"*{piece}*" if kind else piece, TURN_STYLES.get(kind, "dim"))
+        begin = end
+    return text
+
+
+def write_sound_rows(check: DataCheck, report: Report, folder: Path) -> list[dict]:
+    """
+    Writes the rows without errors, as they are, and `left_out.jsonl` with every other one and why.
+
+    Returns:
+        Entries for a recipe's `datasets`; sources of which no row is left have none.
+
+    Raises:
+        ValueError: if the folder has files already, or rows were not looked at.
+    """
+    require_new_folder(folder)
+    for source in report.summary["sources"]:
+        if source["rows_looked_at"] < source["rows"]:
+            raise ValueError(f"{source['file']}: only some rows were looked at: leave out --limit.")
+    folder.mkdir(parents=True, exist_ok=True)
+    entries = []
+    for number, (source, rows) in enumerate(zip(check.sources, check.opened)):
+        kept = [index for index in range(len(rows)) if index not in report.left_out[number]]
+        if not kept:
+            continue
+        stem = Path(source.path).stem if len(check.sources) == 1 else f"{number}-{Path(source.path).stem}"
+        if isinstance(rows, Table):
+            path = _write_table(rows, kept, folder / stem)
+        else:
+            path = folder / f"{stem}.jsonl"
+            _write_lines(path, rows.rows(kept))
+        entry = {"path": str(path), "image_root": str(check.image_roots[number])}
+        kept_settings = ("weight", "num_rows", "instructions")
+        entries.append(entry | {name: value for name in kept_settings if (value := getattr(source, name))})
+    reasons = defaultdict(list)
+    for finding in report.findings:
+        if finding.level == "error":
+            reasons[finding.file, finding.row, finding.id].append(
+                {"code": finding.code, "message": finding.message, "fix": finding.fix}
+            )
+    _write_lines(
+        folder / "left_out.jsonl",
+        ({"file": file, "row": row, "id": name, "errors": errors} for (file, row, name), errors in reasons.items()),
+    )
+    return entries
+
+
+def _write_lines(path: Path, rows) -> None:
+    with path.open("wb") as stream:
+        for row in rows:
+            # Half a character in a field that is not a text stays the escape that it was.
+            stream.write(json.dumps(row, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n")
+
+
+def _write_table(table: Table, kept: list[int], path: Path) -> Path:
+    dataset = table.dataset.select(kept).with_format(None)
+    if not all(map(_is_embedded, (chunk for column in dataset.data.columns for chunk in column.chunks))):
+        # As plain structs: an image column would be looked for in the working directory, to copy its files in.
+        dataset = dataset.cast(datasets.Features.from_arrow_schema(dataset.data.schema.remove_metadata()))
+    if table.path.endswith(".parquet"):
+        path = path.with_name(f"{path.name}.parquet")
+        dataset.to_parquet(path)
+    else:
+        dataset.save_to_disk(path)
+    return path
+
+
+def _is_embedded(column: pa.Array) -> bool:
+    """Whether no image inside is a path alone."""
+    if pa.types.is_list(column.type) or pa.types.is_large_list(column.type):
+        return _is_embedded(column.flatten())
+    if not pa.types.is_struct(column.type):
+        return True
+    children = dict(zip((field.name for field in column.type), column.flatten()))
+    if children.keys() == {"bytes", "path"}:
+        return not pc.any(pc.and_(children["bytes"].is_null(), children["path"].is_valid())).as_py()
+    return all(map(_is_embedded, children.values()))
+
+
+def check_before_training(check: DataCheck, limit: int | None, command: str) -> None:
+    """
+    Looks at rows before a model is loaded, and says what is worth a warning.
+
+    Raises:
+        ValueError: if a row could not be trained on, with the first few and the command that tells all.
+    """
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        report = examine(check, progress, limit)
+    looked_at = sum(source["rows_looked_at"] for source in report.summary["sources"])
+    lines = [f"{_line(finding)} {finding.fix}" for finding in report.findings if finding.level == "error"]
+    if lines:
+        more = [f"and {len(lines) - SHOWN_ERRORS} more."] if len(lines) > SHOWN_ERRORS else []
+        shown = "\n  ".join([f"{len(lines)} errors in {looked_at:,} rows of the data:", *lines[:SHOWN_ERRORS], *more])
+        raise ValueError(
+            f"{shown}\nTo see all, in all rows: {command}\nThe same with --fix FOLDER writes a set without them."
+        )
+    warned = Counter(finding.code for finding in report.findings if finding.level == "warning")
+    if warned:
+        counts = ", ".join(f"{code} {number:,}" for code, number in warned.items())
+        print(f"Warnings in {looked_at:,} rows of the data: {counts}. Which: {command}")

@@ -1,0 +1,66 @@
+"""Any image-text-to-text model of transformers, asked as a SQ-LLaVA is, so that both are scored by the same code.
+
+>>> load_any("llava-hf/llava-1.5-7b-hf").answer("photo.jpg", "What is it?")
+"""
+
+import torch
+from jinja2 import TemplateError
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+
+from sq_llava.data.messages import place_images_of_all
+from sq_llava.inference.assistant import Assistant, best_device, load
+from sq_llava.inference.prompts import decode, room_in_context
+from sq_llava.locations import is_adapter
+
+
+def load_any(path: str, dtype: str = "auto", device: str | None = None, trust_remote_code: bool = False) -> Assistant:
+    """
+    Loads a SQ-LLaVA as [`sq_llava.load`] does, or any other image-text-to-text model of transformers.
+
+    Args:
+        path (`str`): A plain checkpoint, an adapter folder of this project, or a Hub id.
+        trust_remote_code (`bool`): For other models, whose code is not in transformers.
+
+    Raises:
+        ValueError: if weights are missing, which transformers would draw at random.
+    """
+    if is_adapter(path):
+        return load(path, device=device, dtype=dtype)
+    config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+    if config.model_type == "sq_llava":
+        return load(path, device=device, dtype=dtype)
+    model, report = AutoModelForImageTextToText.from_pretrained(
+        path, dtype=dtype, trust_remote_code=trust_remote_code, output_loading_info=True
+    )
+    if report["missing_keys"]:  # transformers only warns of these, and draws random weights
+        missing = sorted(report["missing_keys"])
+        raise ValueError(f"{path} lacks {len(missing)} weights that it needs: {', '.join(missing[:3])}, ...")
+    processor = AutoProcessor.from_pretrained(path, trust_remote_code=trust_remote_code)
+    processor.tokenizer.padding_side = "left"
+    return OtherModel(model.to(device or best_device()).eval(), processor)
+
+
+class OtherModel(Assistant):
+    """A model whose inputs its own processor makes, all of them in one call."""
+
+    @torch.inference_mode()
+    def answer_batch(self, requests: list[tuple], max_new_tokens: int = 512, **generate_kwargs) -> list[str]:
+        """As [`Assistant.answer_batch`]; each prompt goes through the model as a whole."""
+        try:
+            inputs = self.processor.apply_chat_template(
+                place_images_of_all(requests),
+                add_generation_prompt=True,
+                tokenize=True,
+                return_dict=True,
+                return_tensors="pt",
+                processor_kwargs={"padding": True, "add_special_tokens": False},
+            )
+        except TemplateError as error:
+            raise ValueError(str(error)) from error
+        room = room_in_context(self.model, [int(inputs["attention_mask"].sum(dim=1).max())], max_new_tokens)
+        if len(requests) > 1 and room < max_new_tokens:
+            # The context ends the answer to the longest prompt; the other answers are as long as alone.
+            return [self.answer(*request, max_new_tokens, **generate_kwargs) for request in requests]
+        settings = {"do_sample": False, **generate_kwargs, "max_new_tokens": room}
+        output = self.model.generate(**inputs.to(self.model.device), **settings)
+        return decode(self.processor, output[:, inputs["input_ids"].shape[1] :])

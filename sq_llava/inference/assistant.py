@@ -1,0 +1,307 @@
+"""Load a SQ-LLaVA, let it answer, ask, and talk to itself.
+
+    >>> from sq_llava import load
+    >>> assistant = load("runs/demo/model")
+    >>> assistant.answer("image.png", "what color is the shape?")
+    >>> assistant.ask("image.png", num_questions=5)
+    >>> assistant.converse("image.png", num_turns=3)
+
+`path` is a plain checkpoint, an adapter folder, or a Hub id. What this module does not do: run the code in a
+checkpoint's folder; the library's own classes are used.
+"""
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from importlib import import_module
+from itertools import chain
+from threading import Event
+
+import torch
+from PIL import Image
+from transformers import (
+    BitsAndBytesConfig,
+    StoppingCriteria,
+    StoppingCriteriaList,
+    TextIteratorStreamer,
+)
+
+from modeling_sq_llava import CACHE_NAME, SQLlavaForConditionalGeneration
+from processing_sq_llava import SQLlavaProcessor
+from sq_llava.checkpoints.load import load_checkpoint
+from sq_llava.console import needs_extra
+from sq_llava.data.messages import images_of, place_images, place_images_of_all
+from sq_llava.early_checks import require_device, require_dtype
+from sq_llava.inference.dialogues import Dialogues
+from sq_llava.inference.prefix_cache import PrefixCache, allows_gaps, common_length
+from sq_llava.inference.prompts import decode, model_inputs, pixel_inputs, room_in_context, token_ids
+
+
+@dataclass
+class Assistant:
+    """A model in evaluation mode, with its processor."""
+
+    model: SQLlavaForConditionalGeneration
+    processor: SQLlavaProcessor
+
+    def answer(self, images, messages, max_new_tokens: int = 512, **generate_kwargs) -> str:
+        """
+        Answers, greedily unless `generate_kwargs` say otherwise. With `cache_implementation="static"` transformers
+        compiles the decoding on a GPU, anew for each length (read in its source, not run on one).
+
+        Args:
+            images: One image or a list (paths or PIL images), or `None`. They take the places of the image parts of
+                `messages`; where there are none, they stand before the first user turn's text.
+            messages: A question, or a list of messages whose last one is the user's.
+
+            max_new_tokens (`int`): At most; fewer where the model's context ends before.
+
+        Returns:
+            The answer, stripped.
+
+        Raises:
+            ValueError: if the conversation fills the model's context.
+        """
+        return self.answer_batch([(images, messages)], max_new_tokens, **generate_kwargs)[0]
+
+    @torch.inference_mode()
+    def answer_batch(self, requests: list[tuple], max_new_tokens: int = 512, **generate_kwargs) -> list[str]:
+        """
+        Answers several `(images, messages)` in one left-padded batch: the same answers as one by one. What requests
+        about the same images (equal paths, or the same PIL objects) begin with goes through the model once.
+        """
+        conversations = place_images_of_all(requests)
+        settings = {"do_sample": False, **generate_kwargs, "max_new_tokens": max_new_tokens}
+        prompts = token_ids(self.processor, conversations)
+        settings["max_new_tokens"] = room_in_context(self.model, [max(map(len, prompts))], max_new_tokens)
+        if len(requests) > 1 and settings["max_new_tokens"] < max_new_tokens:
+            # The context ends the answer to the longest prompt; the other answers are as long as alone.
+            return [self.answer(*request, max_new_tokens, **generate_kwargs) for request in requests]
+        images = [images_of(conversation) for conversation in conversations]
+        groups = _groups_with_one_prefix(prompts, images, self.processor.image_token_id)
+        if len(groups) < len(requests) and _can_share(self.model, prompts, settings):
+            inputs = self._read_prefixes(prompts, images, groups)
+        else:
+            inputs = model_inputs(self.model, self.processor, prompts, list(chain.from_iterable(images)))
+        output = self.model.generate(**inputs, **settings)
+        return decode(self.processor, output[:, inputs["input_ids"].shape[1] :])
+
+    def _read_prefixes(self, prompts: list[list[int]], images: list[list], groups: list[list[int]]) -> dict:
+        """The inputs of `generate`, with the cache of what the prompts of each group have in common."""
+        cache = PrefixCache(self.model, len(groups))
+        lengths = [_common_length_of_all([prompts[number] for number in group]) for group in groups]
+        # `read` leaves the last token out.
+        prefixes = [prompts[group[0]][: length + 1] for group, length in zip(groups, lengths)]
+        shown = list(chain.from_iterable(images[group[0]] for group in groups))
+        cache.read(prefixes, pixel_inputs(self.model, self.processor, shown))
+        row_of_prompt = {number: row for row, group in enumerate(groups) for number in group}
+        cache = cache.select([row_of_prompt[number] for number in range(len(prompts))])
+        return {**cache.continue_with(prompts), CACHE_NAME: cache.states}
+
+    def stream(
+        self, images, messages, max_new_tokens: int = 512, ask: bool = False, **generate_kwargs
+    ) -> Iterator[str]:
+        """
+        Answers, or asks, piece by piece; arguments as in [`Assistant.answer`]. Closing the iterator ends the
+        generation at its next token.
+
+        Args:
+            max_new_tokens (`int`): At most; fewer where the model's context ends before.
+            ask (`bool`): Generate a question instead of an answer.
+
+        Yields:
+            The pieces of the text, which together are not stripped.
+
+        Raises:
+            ValueError: if the conversation fills the model's context.
+        """
+        conversation = place_images(images, messages)
+        prompts = token_ids(self.processor, [conversation], ask)
+        max_new_tokens = room_in_context(self.model, [len(prompts[0])], max_new_tokens)
+        inputs = model_inputs(self.model, self.processor, prompts, images_of(conversation))
+        streamer = TextIteratorStreamer(self.processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
+        is_closed = _IsClosed()
+        settings = {"do_sample": False, **generate_kwargs, "max_new_tokens": max_new_tokens}
+        with ThreadPoolExecutor(max_workers=1) as executor:
+            generation = executor.submit(
+                self.model.generate,
+                **inputs,
+                **settings,
+                streamer=streamer,
+                stopping_criteria=StoppingCriteriaList([is_closed]),
+            )
+            # The streamer itself would wait forever for a generation that failed.
+            generation.add_done_callback(lambda _: streamer.end())
+            try:
+                yield from streamer
+            finally:
+                is_closed.event.set()
+            generation.result()
+
+    def ask(
+        self,
+        image,
+        history: list[dict] | None = None,
+        num_questions: int = 1,
+        temperature: float = 1.2,
+        top_k: int = 300,
+        top_p: float = 0.95,
+        max_new_tokens: int = 300,
+        seed: int | None = None,
+    ) -> list[str]:
+        """
+        Samples questions about an image, with the release's settings by default. The image and the conversation so
+        far go through the model once for all questions.
+
+        Args:
+            image: Path or PIL image, or a list of them.
+            history (`list[dict]`, *optional*): Messages that end with an answer. Default: the model describes
+                the image.
+            num_questions (`int`): How many to sample.
+            seed (`int`, *optional*): For the same questions again.
+
+        Returns:
+            The questions, stripped.
+        """
+        histories, seeds = None if history is None else [history], None if seed is None else [seed]
+        return self.ask_batch([image], histories, num_questions, temperature, top_k, top_p, max_new_tokens, seeds)[0]
+
+    def ask_batch(
+        self,
+        images: list,
+        histories: list[list[dict]] | None = None,
+        num_questions: int = 1,
+        temperature: float = 1.2,
+        top_k: int = 300,
+        top_p: float = 0.95,
+        max_new_tokens: int = 300,
+        seeds: list[int] | None = None,
+    ) -> list[list[str]]:
+        """
+        Samples questions about several images together; the other arguments as in [`Assistant.ask`].
+
+        Args:
+            images: For each conversation what `ask` takes.
+            histories (`list[list[dict]]`, *optional*): One for each of `images`.
+            seeds (`list[int]`, *optional*): One for each of `images`, whose questions are then those of `ask` with
+                that seed, whatever else is in the batch.
+
+        Returns:
+            `num_questions` questions about each of `images`.
+        """
+        dialogues = Dialogues.start(self.model, self.processor, images, histories, max_new_tokens, seeds)
+        return dialogues.ask(num_questions, temperature, top_k, top_p, max_new_tokens)
+
+    def converse(
+        self,
+        image,
+        num_turns: int = 3,
+        history: list[dict] | None = None,
+        temperature: float = 1.2,
+        top_k: int = 300,
+        top_p: float = 0.95,
+        max_new_tokens: int = 300,
+        seed: int | None = None,
+    ) -> list[dict]:
+        """
+        The model asks itself and answers, turn after turn; arguments as in [`Assistant.ask`].
+
+        Returns:
+            `history` (default: a description of the image), followed by `num_turns` turns of the roles `vusr` and
+            `assistant`, contents as text.
+        """
+        histories, seeds = None if history is None else [history], None if seed is None else [seed]
+        dialogues = Dialogues.start(self.model, self.processor, [image], histories, max_new_tokens, seeds)
+        for _ in range(num_turns):
+            question = dialogues.ask(1, temperature, top_k, top_p, max_new_tokens)[0][0]
+            dialogues.messages[0].append({"role": "vusr", "content": question})
+            dialogues.answer(max_new_tokens)
+        return dialogues.messages[0]
+
+
+def load(
+    path: str,
+    device: str | None = None,
+    dtype: str = "auto",
+    load_in_4bit: bool = False,
+    load_in_8bit: bool = False,
+    **kwargs,
+) -> Assistant:
+    """
+    Args:
+        path (`str`): A plain checkpoint, an adapter folder, or a Hub id.
+        device (`str`, *optional*): `"cuda"`, `"mps"`, `"cpu"`, ...; default: the first of these there is.
+        dtype (`str`): `"auto"` (as saved), `"float32"`, `"bfloat16"`, `"float16"`.
+        load_in_4bit, load_in_8bit (`bool`): Let bitsandbytes hold the towers' weights in so many bits.
+        kwargs: As for `from_pretrained` of the model, also `revision`. With `device_map`, leave `device` out.
+
+    Raises:
+        ValueError: if there is no such model, it is no SQ-LLaVA, or not whole; if there is no such device or dtype;
+            without bitsandbytes.
+    """
+    require_device(device)
+    require_dtype(str(dtype).removeprefix("torch."))
+    if load_in_4bit or load_in_8bit:
+        kwargs["quantization_config"] = _bits(load_in_4bit, load_in_8bit, dtype)
+        kwargs.setdefault("device_map", {"": device or best_device()})
+    model, processor = load_checkpoint(str(path), dtype=dtype, **kwargs)
+    if "device_map" not in kwargs:
+        model.to(device or best_device())
+    return Assistant(model.eval(), processor)
+
+
+def _bits(load_in_4bit: bool, load_in_8bit: bool, dtype: str) -> BitsAndBytesConfig:
+    if load_in_4bit and load_in_8bit:
+        raise ValueError("load_in_4bit and load_in_8bit are both given: choose one.")
+    with needs_extra("quantization"):
+        import_module("bitsandbytes")
+    if load_in_8bit:
+        return BitsAndBytesConfig(load_in_8bit=True)
+    compute_dtype = "bfloat16" if dtype == "auto" else dtype
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=compute_dtype)
+
+
+def best_device() -> str:
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+class _IsClosed(StoppingCriteria):
+    """Ends a generation that nobody reads any more."""
+
+    def __init__(self):
+        self.event = Event()
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs) -> torch.BoolTensor:
+        return torch.full((input_ids.shape[0],), self.event.is_set(), device=input_ids.device)
+
+
+def _groups_with_one_prefix(
+    prompts: list[list[int]], images: list[list[Image.Image]], image_token_id: int
+) -> list[list[int]]:
+    """Numbers of prompts whose images are the same and all in what the prompts have in common."""
+    groups: dict[tuple[int, ...], list[int]] = {}
+    for number, of_prompt in enumerate(images):
+        groups.setdefault(tuple(map(id, of_prompt)), []).append(number)
+    apart = []
+    for group in groups.values():
+        length = _common_length_of_all([prompts[number] for number in group])
+        holds_images = image_token_id not in prompts[group[0]][length:]
+        apart += [group] if holds_images else [[number] for number in group]
+    return apart
+
+
+def _common_length_of_all(prompts: list[list[int]]) -> int:
+    """How many tokens the prompts begin with alike; at least the last of each is left out."""
+    common = min(common_length(prompts[0], prompt) for prompt in prompts)
+    return min(common, min(map(len, prompts)) - 1)
+
+
+def _can_share(model: SQLlavaForConditionalGeneration, prompts: list[list[int]], settings: dict) -> bool:
+    """Whether the settings leave the cache and its rows to the caller, and padding may stand inside of them."""
+    known = {"do_sample", "temperature", "top_k", "top_p", "num_beams", "max_new_tokens"}
+    length = 2 * max(map(len, prompts)) + settings["max_new_tokens"]
+    saved = model.generation_config
+    is_plain = settings.keys() <= known and (settings.get("num_beams", saved.num_beams) or 1) == 1
+    return is_plain and saved.cache_implementation is None and allows_gaps(model, length)

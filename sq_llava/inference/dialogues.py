@@ -1,0 +1,133 @@
+"""Conversations side by side, as far as the model has read them: it answers and asks, turn after turn.
+
+    >>> dialogues = Dialogues.start(model, processor, ["photo.jpg"], None, max_new_tokens=300)
+    >>> dialogues.ask(num_questions=5, temperature=1.2, top_k=300, top_p=0.95, max_new_tokens=64)
+
+What this module does not do: sample answers; they are greedy.
+"""
+
+from itertools import chain
+
+import torch
+from transformers import LogitsProcessorList
+
+from modeling_sq_llava import CACHE_NAME, SQLlavaForConditionalGeneration
+from processing_sq_llava import SQLlavaProcessor
+from sq_llava.data.messages import images_of, place_images_of_all
+from sq_llava.inference.prefix_cache import PrefixCache, allows_gaps
+from sq_llava.inference.prompts import decode, pixel_inputs, room_in_context, token_ids
+from sq_llava.inference.sampling import SeededDraw
+
+
+# The authors' code lets the model describe the image first: in training, no conversation begins with a self-question.
+DESCRIBE = "Can you describe the image in detail?"
+
+
+class Dialogues:
+    """
+    Conversations side by side, with the model's cache for them: what was seen once is not computed again.
+
+    Args:
+        model, processor: Of a SQ-LLaVA.
+        messages (`list[list[dict]]`): Of each conversation, with its images in their places; they grow.
+        seeds (`list[int]`, *optional*): Of each conversation's samples.
+    """
+
+    def __init__(
+        self,
+        model: SQLlavaForConditionalGeneration,
+        processor: SQLlavaProcessor,
+        messages: list[list[dict]],
+        seeds: list[int] | None = None,
+    ):
+        self.model = model
+        self.processor = processor
+        self.messages = messages
+        self.images = [images_of(conversation) for conversation in messages]
+        self.cache = PrefixCache(model, len(messages))
+        self.generators = [None]
+        if seeds is not None:
+            self.generators = [torch.Generator(model.device).manual_seed(seed) for seed in seeds]
+
+    @classmethod
+    def start(
+        cls,
+        model: SQLlavaForConditionalGeneration,
+        processor: SQLlavaProcessor,
+        images: list,
+        histories: list[list[dict]] | None,
+        max_new_tokens: int,
+        seeds: list[int] | None = None,
+    ) -> "Dialogues":
+        """Conversations that end with an answer, as those that the model asks in must; without, with a description."""
+        if seeds is not None and len(seeds) != len(images):
+            raise ValueError(f"There are {len(seeds)} seeds for {len(images)} conversations: give one for each.")
+        for history in histories or []:
+            role = history[-1]["role"] if history else None
+            if role != "assistant":
+                raise ValueError(f"history ends with a turn of role {role!r}: it must end with an answer.")
+        if histories:
+            return cls(model, processor, place_images_of_all(list(zip(images, histories, strict=True))), seeds)
+        dialogues = cls(model, processor, place_images_of_all([(image, DESCRIBE) for image in images]), seeds)
+        dialogues.answer(max_new_tokens)
+        return dialogues
+
+    @torch.inference_mode()
+    def answer(self, max_new_tokens: int) -> list[str]:
+        """Answers the last turns greedily, and appends the answers."""
+        prompts, max_new_tokens = self._prompts(ask=False, max_new_tokens=max_new_tokens)
+        images = self._unseen_pixels()
+        inputs = self.cache.continue_with(prompts)
+        output = self.model.generate(
+            **inputs, **images, **{CACHE_NAME: self.cache.states}, do_sample=False, max_new_tokens=max_new_tokens
+        )
+        new_tokens = output[:, inputs["input_ids"].shape[1] :]
+        # The cache holds all but the last token, which was never fed. What stands behind the end of a shorter answer
+        # is in no prompt, and so dropped by the next turn.
+        mask = torch.cat([inputs["attention_mask"], torch.ones_like(new_tokens)], dim=1)
+        self.cache.remember(output[:, :-1], mask[:, :-1])
+        texts = decode(self.processor, new_tokens)
+        for conversation, text in zip(self.messages, texts):
+            conversation.append({"role": "assistant", "content": text})
+        return texts
+
+    @torch.inference_mode()
+    def ask(
+        self, num_questions: int, temperature: float, top_k: int, top_p: float, max_new_tokens: int
+    ) -> list[list[str]]:
+        """Samples questions in each conversation; they stay as they are."""
+        prompts, max_new_tokens = self._prompts(ask=True, max_new_tokens=max_new_tokens)
+        inputs = self.cache.read(prompts, self._unseen_pixels())
+        rows = [row for row in range(len(prompts)) for _ in range(num_questions)]
+        images = {}
+        if self.cache.states is None:  # every row sees its images anew
+            images = pixel_inputs(self.model, self.processor, [image for row in rows for image in self.images[row]])
+        draw = SeededDraw(temperature, top_k, top_p, self.generators)
+        output = self.model.generate(
+            input_ids=inputs["input_ids"][rows],
+            attention_mask=inputs["attention_mask"][rows],
+            **images,
+            **{CACHE_NAME: self.cache.select(rows).states},
+            do_sample=False,
+            logits_processor=LogitsProcessorList([draw]),
+            max_new_tokens=max_new_tokens,
+        )
+        texts = decode(self.processor, output[:, inputs["input_ids"].shape[1] :])
+        return [texts[start : start + num_questions] for start in range(0, len(texts), num_questions)]
+
+    def _prompts(self, ask: bool, max_new_tokens: int) -> tuple[list[list[int]], int]:
+        """The conversations' tokens, and how many are to follow."""
+        prompts = token_ids(self.processor, self.messages, ask)
+        max_new_tokens = room_in_context(self.model, [len(prompt) for prompt in prompts], max_new_tokens)
+        length = self.cache.tokens.shape[1] + max(map(len, prompts)) + max_new_tokens
+        if len(prompts) > 1 and not allows_gaps(self.model, length):
+            self.cache = PrefixCache(self.model, len(prompts))
+        return prompts, max_new_tokens
+
+    def _unseen_pixels(self) -> dict[str, torch.Tensor]:
+        """The images, if the cache does not hold them yet."""
+        return (
+            pixel_inputs(self.model, self.processor, list(chain.from_iterable(self.images)))
+            if self.cache.is_empty
+            else {}
+        )

@@ -1,0 +1,106 @@
+"""What the prototypes see: the tokens of an image, coloured by the prototype that each belongs to most.
+
+    sq-llava prototypes dog.png --model org/sq-llava-7b --out seen.png --top 8
+
+    >>> sight = look(assistant, open_image("dog.png"))
+    >>> paint(open_image("dog.png"), sight, [*sight.shares][:8]).save("seen.png")
+
+Which token belongs to which prototype is the extractor's own `assignment`. What this module does not do: say what a
+prototype means. Colours go by rank within one picture, so that the largest are told apart; not by prototype.
+"""
+
+import colorsys
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from PIL import Image
+
+from sq_llava.inference.assistant import Assistant
+
+
+# Neighbouring ranks are far apart on the circle of hues, and no two are alike.
+GOLDEN_RATIO = 0.618034
+OPACITY = 130
+SHADE = (0, 0, 0, 180)
+
+
+@dataclass(frozen=True)
+class Sight:
+    """
+    best (`np.ndarray` of shape `(rows, columns)`): The prototype that each token belongs to most.
+    is_padded (`bool`): Whether the tokens' square holds the whole picture and padding; else it is cut from its centre.
+    shares (`dict[int, float]`): Share that each prototype has of the picture's part in the square, the largest first.
+    """
+
+    best: np.ndarray
+    is_padded: bool
+    shares: dict[int, float]
+
+
+@torch.inference_mode()
+def look(assistant: Assistant, image: Image.Image) -> Sight:
+    """
+    Raises:
+        ValueError: if the model has no prototypes.
+    """
+    model = assistant.model.model
+    if model.config.prototype_variant == "none":
+        raise ValueError("This model has no prototypes: prototype_variant of its config.json is 'none'.")
+    pixel_values = assistant.processor.image_processor(image, return_tensors="pt")["pixel_values"]
+    assignment = model.prototype_extractor.assignment(model.get_vision_features(pixel_values.to(model.device)))[0]
+    vision = model.config.vision_config
+    num_rows = vision.image_size // vision.patch_size
+    # A class token stands first, if it is among the features.
+    best = assignment.argmax(dim=0)[-(num_rows**2) :].view(num_rows, num_rows).cpu().numpy()
+
+    is_padded = assistant.processor.image_aspect_ratio == "pad"
+    return Sight(best, is_padded, shares_of(best, is_padded, image.size))
+
+
+def shares_of(best: np.ndarray, is_padded: bool, size: tuple[int, int]) -> dict[int, float]:
+    """As [`Sight`] has them, for a picture of this width and height."""
+    (num_rows, num_columns), (left, top, side) = best.shape, square_in(size, is_padded)
+    area = np.outer(_overlap(num_rows, top, side, size[1]), _overlap(num_columns, left, side, size[0]))
+    area_of = np.bincount(best.ravel(), weights=area.ravel())
+    largest_first = np.argsort(-area_of, kind="stable")
+    return {int(index): float(area_of[index] / area.sum()) for index in largest_first if area_of[index] > 0}
+
+
+def square_in(size: tuple[int, int], is_padded: bool) -> tuple[int, int, int]:
+    """Left, top and side of the tokens' square in a picture of this width and height, in pixels."""
+    side = max(size) if is_padded else min(size)
+    return (size[0] - side) // 2, (size[1] - side) // 2, side
+
+
+def _overlap(num_cells: int, begin: int, side: int, length: int) -> np.ndarray:
+    """How much of each cell of a row of them, which begins at `begin`, lies on the picture from 0 to `length`."""
+    borders = (begin + side * np.arange(num_cells + 1) / num_cells).clip(0, length)
+    return np.diff(borders)
+
+
+def colour_of_rank(rank: int) -> tuple[int, int, int]:
+    """The colour of the prototype with the `rank`-th largest share, from 0: red, green and blue up to 255."""
+    red, green, blue = colorsys.hsv_to_rgb(rank * GOLDEN_RATIO % 1, 0.85, 1.0)
+    return round(255 * red), round(255 * green), round(255 * blue)
+
+
+def paint(image: Image.Image, sight: Sight, chosen: list[int] | None = None) -> Image.Image:
+    """
+    Args:
+        image: The picture that was looked at, in any size.
+        chosen (`list[int]`, *optional*): Prototypes to show; the others are left in the dark. Default: all.
+
+    Returns:
+        The picture under the colours, RGB. What lies outside of the tokens' square stays as it is.
+    """
+    layer_of_tokens = np.zeros((*sight.best.shape, 4), dtype=np.uint8)
+    layer_of_tokens[:] = SHADE
+    for rank, prototype in enumerate(sight.shares):
+        if chosen is None or prototype in chosen:
+            layer_of_tokens[sight.best == prototype] = (*colour_of_rank(rank), OPACITY)
+    left, top, side = square_in(image.size, sight.is_padded)
+    square = Image.fromarray(layer_of_tokens).resize((side, side), Image.Resampling.NEAREST)
+    layer = Image.new("RGBA", image.size)
+    layer.paste(square, (left, top))
+    return Image.alpha_composite(image.convert("RGBA"), layer).convert("RGB")

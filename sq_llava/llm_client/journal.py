@@ -1,0 +1,101 @@
+"""Answers that were paid for, on disk: one JSON line each, of one process at a time.
+
+    journal = Journal(Path("answers.jsonl"))
+    journal.add({"key": "9f3a", "answer": "A dog.", "prompt_tokens": 100, "completion_tokens": 10})
+    journal.get("9f3a")["answer"]
+
+A line without an answer, under a key that no request has, is what was paid for nothing. What this module does not do:
+lock a file where the system has no `flock` (Windows).
+"""
+
+import json
+import os
+import threading
+import warnings
+from pathlib import Path
+from typing import Any
+from weakref import WeakValueDictionary, finalize
+
+from sq_llava.resumable.jsonl import whole_lines
+
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+
+class Journal:
+    """Answers by their keys, appended as they come."""
+
+    def __init__(self, path: Path, reads_only: bool = False):
+        self.path = path
+        self._lock = threading.Lock()
+        self._lines: list[dict[str, Any]] = []
+        self._line_of: dict[str, dict[str, Any]] = {}
+        for number, line in enumerate(whole_lines(path, mends=not reads_only), 1):
+            try:
+                line = json.loads(line)
+            except ValueError as error:
+                raise ValueError(
+                    f"{path}, line {number}: cannot be read as JSON: {error}. Remove the line: it is asked again."
+                ) from error
+            self._keep(line)
+
+    def get(self, key: str) -> dict[str, Any] | None:
+        return self._line_of.get(key)
+
+    def all(self) -> list[dict[str, Any]]:
+        """Every line: of a key that stands in several, each was paid."""
+        return list(self._lines)
+
+    def add(self, line: dict[str, Any]) -> None:
+        with self._lock:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.path.open("ab") as file:
+                file.write((json.dumps(line, ensure_ascii=False) + "\n").encode())
+            self._keep(line)
+
+    def _keep(self, line: dict[str, Any]) -> None:
+        self._lines.append(line)
+        self._line_of[line["key"]] = line
+
+
+class JournalLock:
+    """
+    A journal that this process alone writes, as long as this object lives.
+
+    Raises:
+        ValueError: if another process has it.
+    """
+
+    def __init__(self, path: Path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        finalize(self, os.close, descriptor)
+        if fcntl is None:
+            return
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ValueError(
+                f"{path}: another run writes into this folder, and both would pay. Wait for it, or give another "
+                "folder or shard."
+            ) from error
+        except OSError as error:  # some network file systems
+            warnings.warn(
+                f"{path}: cannot be locked here ({error}): start no other run into this folder.", stacklevel=2
+            )
+
+
+# A second lock on the same file would shut its own process out.
+_LOCKS: WeakValueDictionary[Path, JournalLock] = WeakValueDictionary()
+
+
+def lock(path: Path) -> JournalLock:
+    """The lock on a journal, which all that this process has on it share."""
+    path = path.resolve()
+    held = _LOCKS.get(path)
+    if held is None:
+        held = _LOCKS[path] = JournalLock(path)
+    return held

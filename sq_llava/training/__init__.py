@@ -1,0 +1,1 @@
+"""Training: settings, the stage's model, batches, trainer, crash safety, planning."""

@@ -1,0 +1,462 @@
+"""What a run takes, said before it begins: gradient accumulation, steps, and the memory of each GPU.
+
+    python -m train_sft --config recipes/sq-llava-7b/stage2.yaml --dry_run meta --num_gpus 8 --use_cpu true \\
+        --vision_model_name_or_path openai/clip-vit-large-patch14-336 \\
+        --text_model_name_or_path lmsys/vicuna-7b-v1.5
+    accelerate launch -m train_sft --config recipes/sq-llava-7b/stage2.yaml --dry_run real
+
+`meta` needs only the two configurations: the model is built without weights, and its memory is added up. `real` builds
+all of it, trains one step on the longest rows, and measures. Weights, gradients and optimizer are counted; activations
+are an upper estimate: on a CPU 1.0 to 1.7 times the peak of what fourteen small models allocated, all of them dense;
+on a GPU it was not compared. What it does not do: estimate time.
+"""
+
+import math
+import resource
+import sys
+from dataclasses import dataclass
+
+import datasets
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+from transformers import BitsAndBytesConfig
+from trl import ModelConfig, SFTConfig, SFTTrainer
+
+from configuration_sq_llava import SQLlavaConfig
+from modeling_sq_llava import SQLlavaForConditionalGeneration, UpcastLinear
+from sq_llava.checkpoints.compose import compose_config
+from sq_llava.data.rows import hold_out, load_rows
+from sq_llava.locations import base_of_adapter, find_config, is_adapter
+from sq_llava.training.adapter import count_parameters, without_adapter
+from sq_llava.training.packing import PackSampler, pack_sampler
+from sq_llava.training.settings import SQLlavaArguments, architecture, starting_point
+from sq_llava.training.stage_model import prepare_stage, quantization_config
+
+
+UNITS = {"GiB": 2**30, "MiB": 2**20}
+# Bytes of the optimizer's state for each trained number, which is float32.
+OPTIMIZER_BYTES = {
+    "adamw_torch": 8,
+    "adamw_torch_fused": 8,
+    "adamw_8bit": 2,
+    "adamw_bnb_8bit": 2,
+    "paged_adamw_8bit": 2,
+    "paged_adamw_32bit": 8,
+    "sgd": 0,
+}
+SHARDINGS = ("DDP", "ZeRO-2", "ZeRO-3, FSDP2")
+# Of TRL's fused LM head: a tile of its logits has at most this many tokens, and room for this many words.
+HEAD_TOKENS, HEAD_WORDS = 4096, 32768
+
+
+def accumulation_steps(global_batch_size: int, per_device_train_batch_size: int, num_processes: int) -> int:
+    """
+    Steps of gradient accumulation that make the global batch.
+
+    Raises:
+        ValueError: if the rows of one forward pass of all processes do not divide it, with sizes that do.
+    """
+    at_once = per_device_train_batch_size * num_processes
+    if global_batch_size < 1 or global_batch_size % at_once:
+        sizes = [size for size in range(1, global_batch_size + 1) if global_batch_size % (size * num_processes) == 0]
+        counts = [
+            count
+            for count in range(1, global_batch_size + 1)
+            if global_batch_size % (count * per_device_train_batch_size) == 0
+        ]
+        raise ValueError(
+            f"global_batch_size is {global_batch_size}, but {num_processes} processes with "
+            f"per_device_train_batch_size {per_device_train_batch_size} take {at_once} rows at once, which does not "
+            f"divide it. With {num_processes} processes, a per_device_train_batch_size of {_one_of(sizes)} fits; with "
+            f"this size, {_one_of(counts)} processes."
+        )
+    return global_batch_size // at_once
+
+
+def set_global_batch(training_args: SFTConfig, global_batch_size: int, num_processes: int) -> None:
+    """Sets the gradient accumulation that makes the global batch."""
+    if training_args.gradient_accumulation_steps != 1:
+        raise ValueError(
+            f"global_batch_size is {global_batch_size} and gradient_accumulation_steps "
+            f"{training_args.gradient_accumulation_steps}: the latter follows from the former, leave one of them out."
+        )
+    training_args.gradient_accumulation_steps = accumulation_steps(
+        global_batch_size, training_args.per_device_train_batch_size, num_processes
+    )
+
+
+def _one_of(numbers: list[int]) -> str:
+    return ", ".join(map(str, numbers)) if numbers else "no number"
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What one device holds in one forward pass: rows, tokens of the longest row (images included), and images."""
+
+    rows: int
+    tokens: int
+    images: int
+
+
+@dataclass(frozen=True)
+class Term:
+    """A part of the memory of one GPU: its size, and in words where it comes from."""
+
+    name: str
+    num_bytes: float
+    formula: str
+
+
+def estimate_memory(
+    model: nn.Module,
+    batch: Batch,
+    training_args: SFTConfig,
+    num_gpus: int = 1,
+    sharding: str = "DDP",
+    quantization: BitsAndBytesConfig | None = None,
+    on_gpu: bool = True,
+) -> list[Term]:
+    """
+    Adds up the memory of one GPU.
+
+    Args:
+        model: With its adapter, or trained in full; its weights may be on the meta device.
+        batch ([`Batch`]): Of one device.
+        training_args (`SFTConfig`): Of which `optim`, `gradient_checkpointing` and `bf16` count.
+        num_gpus (`int`): Among which `sharding` divides.
+        sharding (`str`): One of `SHARDINGS`.
+        quantization (`BitsAndBytesConfig`, *optional*): Of a model on the meta device, which is not quantized itself.
+        on_gpu (`bool`): Whether TRL's head runs its kernels; on a CPU it takes more.
+
+    Raises:
+        ValueError: for an optimizer of which the size is not known here.
+    """
+    optim = str(getattr(training_args.optim, "value", training_args.optim))
+    if optim not in OPTIMIZER_BYTES:
+        raise ValueError(f"optim is {optim}: the estimate knows {', '.join(OPTIMIZER_BYTES)}.")
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    numbers, gradients = sum(p.numel() for p in trained), sum(p.nbytes for p in trained)
+    weights = weight_bytes(model, quantization)
+    full, half = sharding == SHARDINGS[2], sharding == SHARDINGS[1]
+    pieces = num_gpus if full or half else 1
+    in_pieces = f" / {pieces} GPUs" if pieces > 1 else ""
+    buckets = 2 if num_gpus > 1 and not (full or half) else 1
+    terms = [
+        Term("weights", weights, "all weights, trained and frozen, in the precision that each is held in"),
+        Term(
+            "gradients",
+            gradients * buckets / pieces,
+            f"{numbers:,} trained numbers x {gradients / max(numbers, 1):.0f} bytes"
+            + (" x 2 (DDP's buckets)" if buckets == 2 else "")
+            + in_pieces,
+        ),
+        Term(
+            "optimizer",
+            numbers * OPTIMIZER_BYTES[optim] / pieces,
+            f"{numbers:,} trained numbers x {OPTIMIZER_BYTES[optim]} bytes ({optim}){in_pieces}",
+        ),
+    ]
+    if full and pieces > 1:
+        gathered = 2 * max(sum(p.nbytes for p in layer.parameters()) for layer in _layers(_text_tower(model)))
+        terms[0] = Term(
+            "weights", weights / pieces + gathered, f"all weights{in_pieces}, and two layers that are gathered"
+        )
+    return terms + activation_terms(model, batch, training_args, on_gpu)
+
+
+def weight_bytes(model: nn.Module, quantization: BitsAndBytesConfig | None = None) -> float:
+    """Bytes of all weights and buffers, shared ones once; for a model that will be quantized, as if it were."""
+    tensors = {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]}
+    # Of bitsandbytes: the scales of its blocks, beside 4-bit weights, and of the rows, beside 8-bit ones.
+    scales = [
+        tensor
+        for parameter in model.parameters()
+        if (state := getattr(parameter, "quant_state", None)) is not None
+        for tensor in _scale_tensors(state)
+    ] + [scale for p in model.parameters() if (scale := getattr(p, "SCB", None)) is not None]
+    total = float(sum(tensor.nbytes for tensor in [*tensors.values(), *scales]))
+    if quantization is not None:
+        for name, module in model.named_modules():
+            in_tower = ".vision_tower." in name or ".language_model." in name
+            if in_tower and ".lora_" not in name and type(module) is nn.Linear:
+                total -= module.weight.nbytes
+                total += quantized_bytes(module, quantization)
+    return total
+
+
+def _scale_tensors(state) -> list[torch.Tensor]:
+    tensors = [state.absmax, state.code]
+    if state.nested:
+        tensors += [state.state2.absmax, state.state2.code]
+    return tensors
+
+
+def quantized_bytes(linear: nn.Linear, quantization: BitsAndBytesConfig) -> float:
+    """Bytes of a linear layer's weight after quantization, its scales included."""
+    numbers = linear.weight.numel()
+    if quantization.load_in_8bit:
+        return numbers + 4 * linear.out_features
+    # One scale for 64 numbers: a float32, or a byte and a float32 for 256 scales; and a table of 16 float32.
+    scale = 1 + 4 / 256 if quantization.bnb_4bit_use_double_quant else 4
+    return numbers / 2 + numbers / 64 * scale + 64
+
+
+def activation_terms(model: nn.Module, batch: Batch, training_args: SFTConfig, on_gpu: bool = True) -> list[Term]:
+    """What the forward pass keeps for the backward pass, and the largest workspace of both, from above."""
+    base = without_adapter(model)
+    config, text_config = base.config, base.config.get_text_config()
+    held = base.get_input_embeddings().weight.itemsize
+    # Of each feature that goes into or out of a linear layer (LoRA's too) in one position. Measured: the bytes of its
+    # number and two more cover what stands between the layers and what the backward pass adds.
+    feature_bytes = held + 2
+    tokens = batch.rows * batch.tokens
+    # A text-only batch runs the vision side on one blank image.
+    patches = max(batch.images, 1) * (config.num_vision_tokens + 1)
+    towers = {
+        "text": (_layers(_text_tower(model)), tokens, batch.tokens, text_config),
+        "vision": (
+            _layers(base.model.vision_tower)[: config.num_vision_layers_used],
+            patches,
+            config.num_vision_tokens + 1,
+            config.vision_config,
+        ),
+    }
+    terms = []
+    workspaces = {"the language model's head": _head_bytes(text_config, tokens, held, training_args, on_gpu)}
+    for name, (layers, positions, length, tower_config) in towers.items():
+        experts_per_token = getattr(tower_config, "num_experts_per_tok", None) or 1
+        inside = positions * feature_bytes * max(_features(layer, experts_per_token) for layer in layers)
+        if config._attn_implementation == "eager":
+            inside += positions * length * tower_config.num_attention_heads * 12
+        width, count = tower_config.hidden_size, len(layers)
+        if training_args.gradient_checkpointing:
+            kept, formula = count * positions * width * held, f"{width} x {held} bytes, the input of each layer"
+            workspaces[f"a {name} layer inside"] = inside
+        else:
+            kept, formula = count * inside, "all inside of them: no gradient checkpointing"
+        terms.append(Term(f"activations, {name}", kept, f"{count} layers x {positions:,} positions x {formula}"))
+    connector = 6 * (_features(base.model.prototype_extractor) + _features(base.model.multi_modal_projector))
+    connector += 16 * config.num_prototypes * (config.num_prototype_iterations + 1)
+    formula = f"{patches:,} image tokens x {connector:,} bytes: prototypes and projections"
+    terms.append(Term("activations, connector", patches * connector, formula))
+    # FlashAttention is told lengths, not a mask.
+    mask = 0 if "flash" in config._attn_implementation else tokens * batch.tokens * held
+    formula = f"{tokens:,} x {batch.tokens:,} x {held} bytes" if mask else "none: FlashAttention"
+    terms.append(Term("attention mask", mask, formula))
+    largest = max(workspaces, key=workspaces.get)
+    return [*terms, Term("workspace", workspaces[largest], f"of the largest piece, {largest}")]
+
+
+def _head_bytes(text_config, tokens: int, held: int, training_args: SFTConfig, on_gpu: bool) -> int:
+    """TRL's fused LM head: a tile of logits, and the hidden states with their gradient in float32."""
+    tile, words = min(tokens, HEAD_TOKENS), min(text_config.vocab_size, HEAD_WORDS)
+    precision = 2 if training_args.bf16 or training_args.fp16 else held
+    total = tokens * text_config.hidden_size * (held + 8) + tile * HEAD_WORDS * precision
+    # Without Triton, the tile is folded by torch, in copies, and the head's weight is made float32.
+    return total if on_gpu else total + tile * words * 28 + words * text_config.hidden_size * 4
+
+
+def _text_tower(model: nn.Module) -> nn.Module:
+    return without_adapter(model).model.language_model
+
+
+def _layers(tower: nn.Module) -> nn.ModuleList:
+    return max((module for module in tower.modules() if isinstance(module, nn.ModuleList)), key=len)
+
+
+def _features(module: nn.Module, experts_per_token: int = 1) -> int:
+    linears = [m for m in module.modules() if isinstance(m, (nn.Linear, UpcastLinear))]
+    of_experts = sum(sum(parameter.shape[1:]) for parameter in expert_parameters(module))
+    return sum(linear.in_features + linear.out_features for linear in linears) + experts_per_token * of_experts
+
+
+def expert_parameters(module: nn.Module) -> list[nn.Parameter]:
+    """The weights of a mixture of experts, those of all experts of a layer in one tensor: no linear layers."""
+    return [
+        parameter
+        for name, parameter in module.named_parameters()
+        if ".experts." in f".{name}" and ".lora_" not in name and parameter.ndim == 3
+    ]
+
+
+def describe_steps(
+    num_rows: int, training_args: SFTConfig, num_processes: int, packs: PackSampler | None = None
+) -> str:
+    """Rows (or packs), global batch, epochs, optimizer steps and warm-up of a run, in a line."""
+    unit, what = ("rows", f"{num_rows:,} rows") if packs is None else ("packs", f"{packs.num_packs:,} packs")
+    num_rows = num_rows if packs is None else packs.num_packs
+    at_once = training_args.per_device_train_batch_size * num_processes
+    accumulation = training_args.gradient_accumulation_steps
+    batches = math.ceil(num_rows / at_once)
+    per_epoch = math.ceil(batches / accumulation)
+    steps = training_args.max_steps
+    if steps <= 0:
+        steps = math.ceil(training_args.num_train_epochs * per_epoch)
+    whole, rest = divmod(steps, per_epoch)  # the last step of an epoch may have fewer batches
+    epochs = whole + rest * accumulation / batches
+    warmup = training_args.get_warmup_steps(steps)
+    rows = training_args.per_device_train_batch_size
+    return (
+        f"Steps: {what}, {at_once * accumulation} a step ({num_processes} processes x {rows} {unit} x "
+        f"{accumulation} accumulated), {per_epoch:,} steps an epoch. "
+        f"{steps:,} steps are {epochs:.2f} epochs; {warmup:,} of them are warm-up."
+    )
+
+
+def print_plan(
+    model: nn.Module,
+    training_args: SFTConfig,
+    num_gpus: int,
+    quantization: BitsAndBytesConfig | None,
+    packing: bool = False,
+) -> None:
+    """
+    Prints the memory of a model without weights, on rows of the greatest length, with an image each, or, packed, as
+    many as fit.
+    """
+    text_config = model.config.get_text_config()
+    rows = training_args.per_device_train_batch_size
+    tokens = training_args.max_length or text_config.max_position_embeddings
+    images = max(1, tokens // model.config.image_seq_length) if packing else 1
+    batch = Batch(rows, tokens, rows * images)
+    shardings = SHARDINGS if num_gpus > 1 and quantization is None else SHARDINGS[:1]
+    estimates = {
+        sharding: estimate_memory(model, batch, training_args, num_gpus, sharding, quantization)
+        for sharding in shardings
+    }
+    print_memory(estimates, batch, num_gpus)
+
+
+def print_memory(estimates: dict[str, list[Term]], batch: Batch, num_gpus: int) -> None:
+    """A table of the terms, one column of sizes for each way of sharding."""
+    title = f"Memory of each device, estimated: {batch.rows} rows of {batch.tokens:,} tokens"
+    columns = [f"{num_gpus} x {sharding}" for sharding in estimates] if num_gpus > 1 else ["1 device"]
+    table = Table("", *columns, "How it is counted", title=title)
+    for index, term in enumerate(next(iter(estimates.values()))):
+        sizes = [size(terms[index].num_bytes) for terms in estimates.values()]
+        table.add_row(term.name, *sizes, term.formula)
+    totals = [size(sum(term.num_bytes for term in terms)) for terms in estimates.values()]
+    table.add_row("all", *totals, "not counted: 1 to 2 GiB of CUDA itself, and unused gaps of its allocator")
+    Console().print(table)
+
+
+def size(num_bytes: float) -> str:
+    for unit in ("GiB", "MiB"):
+        if num_bytes >= UNITS[unit]:
+            return f"{num_bytes / UNITS[unit]:.1f} {unit}"
+    return f"{num_bytes / 1024:.1f} KiB"
+
+
+def leave_one_step(training_args: SFTConfig) -> None:
+    """Leaves of a run one step on one batch, of which nothing is kept or reported."""
+    training_args.max_steps = training_args.gradient_accumulation_steps = 1
+    training_args.save_strategy = training_args.eval_strategy = "no"
+    training_args.eval_on_start = training_args.push_to_hub = False
+    training_args.report_to = []
+
+
+def longest_rows(rows: datasets.Dataset, count: int) -> datasets.Dataset:
+    """The longest rows, by the rough `length` that they have unread; the last ones again if there are too few."""
+    lengths = torch.as_tensor(rows.with_format("numpy")["length"][:])
+    order = lengths.argsort(descending=True)[:count].tolist()
+    return rows.select([order[min(index, len(order) - 1)] for index in range(count)])
+
+
+def sharding_of(accelerator: Accelerator) -> str:
+    """Which of `SHARDINGS` a launch has."""
+    if accelerator.distributed_type == DistributedType.FSDP:
+        return SHARDINGS[2]
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        return {2: SHARDINGS[1], 3: SHARDINGS[2]}.get(accelerator.state.deepspeed_plugin.zero_stage, SHARDINGS[0])
+    return SHARDINGS[0]
+
+
+def resident_peak() -> int:
+    """The largest resident set of this process so far, in bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def try_one_step(trainer: SFTTrainer, resident_before: int) -> int:
+    """
+    Trains one step on the longest rows, or fullest packs, prints the estimate of its memory and what it took, and
+    returns the latter.
+
+    Args:
+        trainer ([`SFTTrainer`]): Not yet prepared, with settings from [`leave_one_step`].
+        resident_before (`int`): Of [`resident_peak`], before the model was loaded.
+    """
+    args, world_size = trainer.args, trainer.args.world_size
+    on_gpu = args.device.type == "cuda"
+    if trainer.packs is None:
+        rows = longest_rows(trainer.train_dataset, args.per_device_train_batch_size * world_size)
+        own = range(args.process_index, len(rows), world_size)
+        inputs = trainer.data_collator([rows[index] for index in own])
+        trainer.train_dataset = rows
+    else:
+        trainer.packs.keep_fullest()
+        inputs = next(iter(trainer.get_train_dataloader()))
+    batch = Batch(*inputs["input_ids"].shape, len(inputs.get("pixel_values", [])))
+    sharding = sharding_of(trainer.accelerator)
+    estimate = estimate_memory(trainer.model, batch, args, world_size, sharding, on_gpu=on_gpu)
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats()
+    trainer.train()
+    peak = torch.cuda.max_memory_allocated() if on_gpu else resident_peak() - resident_before
+    if trainer.accelerator.is_main_process:
+        print_memory({sharding: estimate}, batch, world_size)
+        what = "torch.cuda.max_memory_allocated" if on_gpu else "growth of the resident set since the start"
+        which = "longest rows" if trainer.packs is None else "fullest packs"
+        print(f"Measured in one step on the {which}: {size(peak)} ({what}).")
+    return peak
+
+
+def print_parameters(model, part_learning_rates: dict[str, float], learning_rate: float) -> None:
+    """Says what is trained, what is frozen, and with which learning rate."""
+    table = Table("Part", "Trained", "Frozen", "Learning rate", title="Parameters")
+    for part, (trained, frozen) in count_parameters(model).items():
+        rate = part_learning_rates.get(part, learning_rate)
+        table.add_row(part, f"{trained:,}", f"{frozen:,}", f"{rate:g}" if trained else "-")
+    Console().print(table)
+    experts = [weight for weight in expert_parameters(_text_tower(model)) if not weight.requires_grad]
+    if experts and count_parameters(model)["text"][0]:
+        print(
+            f"The experts of the language model, {sum(weight.numel() for weight in experts):,} weights, stay frozen: "
+            "LoRA goes on linear layers, and these are stacked in tensors of their own."
+        )
+
+
+def plan_from_configs(
+    arguments: SQLlavaArguments, training_args: SFTConfig, model_config: ModelConfig, num_gpus: int
+) -> None:
+    """Prints the parameters, the memory and the steps of a run, from the configurations of its models alone."""
+    parts = (arguments.vision_model_name_or_path, arguments.text_model_name_or_path)
+    if None not in parts:  # also in place of a stage that is not there yet
+        config = compose_config(*parts, arguments.qformer_model_name_or_path, **architecture(arguments))
+    else:
+        start, _ = starting_point(arguments, model_config)
+        base = base_of_adapter(start) if is_adapter(start) else start
+        config = SQLlavaConfig.from_pretrained(find_config(base).parent)
+    dtype = config.text_config.dtype if model_config.dtype in (None, "auto") else getattr(torch, model_config.dtype)
+    with torch.device("meta"):
+        model = SQLlavaForConditionalGeneration._from_config(
+            config, dtype=dtype, attn_implementation=model_config.attn_implementation
+        )
+        model = prepare_stage(model, None, arguments, model_config)
+    print_parameters(model, arguments.part_learning_rates, training_args.learning_rate)
+    print_plan(model, training_args, num_gpus, quantization_config(model_config), arguments.packing)
+    try:
+        rows = load_rows(arguments.datasets, training_args.seed, config.image_seq_length)
+        if arguments.num_eval_rows:
+            rows, _ = hold_out(rows, arguments.num_eval_rows, training_args.seed)
+        packs = pack_sampler(rows, training_args, num_gpus) if arguments.packing else None
+    except ValueError as error:
+        print(f"Steps: not known without the data. {error}")
+    else:
+        print(describe_steps(len(rows), training_args, num_gpus, packs))
+        if packs is not None:
+            print("The number of packs is one of rough lengths, as the text was not tokenized; --dry_run real counts.")

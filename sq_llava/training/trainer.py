@@ -1,0 +1,374 @@
+"""TRL's SFTTrainer with what SQ-LLaVA needs beside it: a learning rate for each part, and the weighted loss.
+
+The loss of an optimizer step is the weighted mean over all its labelled tokens, over all accumulation steps and
+processes: a token of an answer weighs 1, one of a self-question `question_loss_weight` (1 in the paper). A language
+model with experts adds its load-balancing loss, times `router_aux_loss_coef` (of the settings, or of its config.json).
+
+Logged beside the loss: `loss_answers`, `loss_questions` (means over their own tokens, unweighted),
+`mean_token_accuracy`, `self_question_share` (of all the turns that the model speaks), with packing `packing_fill`
+(tokens that are there, of those that packs have room for), with experts `aux_loss`, and the learning rates.
+
+Each step is looked at before it is applied, and work is not lost: see `sq_llava/training/recovery.py`.
+"""
+
+import json
+import math
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from accelerate import FullyShardedDataParallelPlugin
+from peft import PeftModel
+from safetensors import SafetensorError
+from torch.distributed.tensor import DTensor
+from torch.nn import functional as F
+from transformers.integrations import is_deepspeed_zero3_enabled
+from trl import SFTTrainer
+
+from sq_llava.checkpoints.completeness import RUN_FILE, STATE_FILE, checkpoint_faults, file_sizes
+from sq_llava.data.self_questions import ANSWER, IGNORE_INDEX, QUESTION
+from sq_llava.training.adapter import trained_parameters, without_adapter
+from sq_llava.training.generation_check import GenerationCheck
+from sq_llava.training.length_sampler import ModalityLengthSampler
+from sq_llava.training.packing import PackedRows, PackingCollator, pack_sampler, require_separation
+from sq_llava.training.recovery import CheckpointError, StepWatch
+
+
+def keep_wrap_policy(plugin: FullyShardedDataParallelPlugin) -> None:
+    """
+    Lets FSDP2 shard layer by layer. The Trainer replaces the policy of the launch by PEFT's, which accelerate 1.15
+    drops for FSDP2: no layer would be a unit of its own, and all weights would be gathered at once.
+    """
+    policy = plugin.auto_wrap_policy
+    if plugin.fsdp_version == 2:
+        plugin.set_auto_wrap_policy = lambda model: setattr(plugin, "auto_wrap_policy", policy)
+
+
+def in_precision(state_dict: dict[str, torch.Tensor], dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """The floating weights in another precision; those that share their memory, as a tied head, still do."""
+    cast: dict[int, torch.Tensor] = {}
+    for weight in state_dict.values():
+        if weight.data_ptr() not in cast:
+            cast[weight.data_ptr()] = weight.to(dtype) if weight.is_floating_point() else weight
+    return {name: cast[weight.data_ptr()] for name, weight in state_dict.items()}
+
+
+def require_router_loss(text_config) -> None:
+    """
+    Raises:
+        ValueError: if the language model's family has a `router_aux_loss_coef`, but no router loss of its own.
+    """
+    missing = [name for name in ("num_experts", "num_experts_per_tok") if getattr(text_config, name, None) is None]
+    if missing:
+        raise ValueError(
+            f"The language model is a {text_config.model_type}. Its configuration has no {' and no '.join(missing)}: "
+            "its router loss is not known here. Give router_aux_loss_coef 0, which leaves it out."
+        )
+
+
+class SQLlavaTrainer(SFTTrainer):
+    """
+    Args:
+        question_loss_weight (`float`): Weight of a self-question's token beside an answer's.
+        part_learning_rates (`dict[str, float]`): Of `"vision"` and `"connector"`; all else has `learning_rate`.
+        max_loss (`float`, *optional*): Above it, training diverges and is stopped. Default: 2 ln(vocabulary size),
+            twice the loss of a uniform guess.
+        generation_check (`GenerationCheck`, *optional*): Runs with each evaluation.
+        packing (`bool`): Whether rows are packed for training; their `length` is that of `with_sure_lengths` then.
+        The rest as for [`~trl.SFTTrainer`]; the data collator is a [`SelfQuestioningCollator`].
+    """
+
+    _tag_names = ["trl", "sft", "sq-llava"]
+
+    def __init__(
+        self,
+        *args,
+        question_loss_weight: float,
+        part_learning_rates: dict[str, float],
+        max_loss: float | None = None,
+        generation_check: GenerationCheck | None = None,
+        packing: bool = False,
+        **kwargs,
+    ):
+        self.question_loss_weight = question_loss_weight
+        self.part_learning_rates = part_learning_rates
+        self.generation_check = generation_check
+        self._sums: dict[str, torch.Tensor] = {}
+        self._aux_losses: dict[str, list[torch.Tensor]] = {}
+        model = kwargs["model"]
+        trained = {parameter: parameter.data for parameter in model.parameters() if parameter.requires_grad}
+        text_config = model.config.get_text_config()
+        returns_router_logits = getattr(text_config, "output_router_logits", None)
+        super().__init__(*args, **kwargs)
+        if self.aux_loss_enabled:
+            require_router_loss(text_config)
+            # TRL turns this on, also for what is generated and saved; `compute_loss` asks for them by itself.
+            text_config.output_router_logits = returns_router_logits
+        # TRL makes all that is trained of a quantized model bfloat16, which rounds small steps of a projector away.
+        for parameter, data in trained.items():
+            parameter.data = data.to(parameter.device)
+        self.args.logging_nan_inf_filter = False  # it writes another number into the log where the loss is nan
+        vocab_size = self.model.config.get_text_config().vocab_size
+        self.watch = StepWatch(self.accelerator, 2 * math.log(vocab_size) if max_loss is None else max_loss)
+        self.add_callback(self.watch)
+        # Tokens of packs, and what they have room for, since the last line of the log.
+        self._packed = torch.zeros(2)
+        self.packs = None
+        if packing:
+            if not is_deepspeed_zero3_enabled():
+                require_separation(without_adapter(self.model).model.language_model)
+            self.packs = pack_sampler(
+                self.train_dataset, self.args, self.args.world_size, epoch=self.data_collator.epoch
+            )
+        if self.is_fsdp_enabled:
+            keep_wrap_policy(self.accelerator.state.fsdp_plugin)
+
+    def create_optimizer(self, model=None) -> torch.optim.Optimizer:
+        """The Trainer's optimizer, its groups split by part of the model."""
+        if self.optimizer is not None:
+            return self.optimizer
+        optimizer = super().create_optimizer(model)
+        parts = trained_parameters(self.model if model is None else model)
+        part_of = {parameter: part for part, parameters in parts.items() for _, parameter in parameters}
+        groups = [
+            {**group, "params": members, "lr": self.part_learning_rates.get(part, group["lr"]), "part": part}
+            for group in optimizer.param_groups
+            for part in parts
+            if (members := [parameter for parameter in group["params"] if part_of[parameter] == part])
+        ]
+        assert sum(len(group["params"]) for group in groups) == len(part_of), "a trained parameter is in no group"
+        optimizer.param_groups = groups
+        return optimizer
+
+    def _get_train_sampler(self, train_dataset=None) -> torch.utils.data.Sampler | None:
+        """For `train_sampling_strategy="group_by_length"`, rows grouped by modality too."""
+        if self.args.train_sampling_strategy != "group_by_length":
+            return super()._get_train_sampler(train_dataset)
+        rows = (train_dataset or self.train_dataset).with_format("numpy", columns=["length", "num_images"])[:]
+        batch_size = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+        return ModalityLengthSampler(
+            rows["length"], rows["num_images"], batch_size, self.args.seed, self.data_collator.epoch
+        )
+
+    @property
+    def _is_flat(self) -> bool:
+        # All kinds of FlashAttention in transformers have it in their name.
+        return "flash" in self.model.config.get_text_config()._attn_implementation
+
+    def get_train_dataloader(self) -> torch.utils.data.DataLoader:
+        if self.packs is None:
+            return super().get_train_dataloader()
+        args = self.args
+        loader = torch.utils.data.DataLoader(
+            PackedRows(self.train_dataset),
+            batch_sampler=self.packs,
+            collate_fn=PackingCollator(self.data_collator, self._is_flat),
+            num_workers=args.dataloader_num_workers,
+            pin_memory=args.dataloader_pin_memory,
+            persistent_workers=args.dataloader_persistent_workers,
+            multiprocessing_context=args.dataloader_multiprocessing_context,
+            prefetch_factor=args.dataloader_prefetch_factor,
+        )
+        return self.accelerator.prepare(loader)
+
+    def get_eval_dataloader(self, eval_dataset=None) -> torch.utils.data.DataLoader:
+        """With the self-questions of the first epoch, whatever the epoch: evaluations are to be compared."""
+        collator = self.data_collator
+        self.data_collator = replace(collator, epoch=torch.zeros_like(collator.epoch))
+        try:
+            return super().get_eval_dataloader(eval_dataset)
+        finally:
+            self.data_collator = collator
+
+    def evaluation_loop(self, *args, **kwargs):
+        output = super().evaluation_loop(*args, **kwargs)
+        if self.generation_check is not None:
+            output.metrics.update(self.generation_check.run(self))
+        return output
+
+    def _loss_weights(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Weights of the next-token losses, `(batch_size, sequence_length - 1)`; 0 where there is no label."""
+        kinds = batch["turn_kinds"][:, 1:]
+        return (kinds == ANSWER).float() + self.question_loss_weight * (kinds == QUESTION).float()
+
+    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> torch.Tensor:
+        """The sum of the weights over all accumulation steps, and over all processes."""
+        weight = sum((self._loss_weights(batch).sum() for batch in batch_samples), torch.zeros(())).to(device)
+        return self.accelerator.gather(weight).sum() if self.args.world_size > 1 else weight
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        weights = self._loss_weights(inputs)
+        kinds, row_ids = inputs.pop("turn_kinds"), inputs.pop("row_ids")
+        inputs["use_cache"] = False
+        if self.aux_loss_enabled:
+            inputs["output_router_logits"] = True
+        labels = inputs.pop("labels")[:, 1:]
+        labelled = labels != IGNORE_INDEX
+        # TRL's fused LM head goes in tiles that bound its memory, and never holds all logits. Where Triton runs (CUDA,
+        # XPU) it picks the labelled positions itself, elsewhere (CPU, MPS) it scores every position that it is given
+        # (trl/trainer/utils.py, add_fused_lm_head): so it is given the labelled ones alone, everywhere.
+        outputs = model(
+            **inputs, positions_to_keep=F.pad(labelled, (0, 1)), shift_labels=labels[labelled], fused_lm_head=True
+        )
+        # 0 where there is no label. Without any, still connected to the model, whose backward other processes await.
+        token_losses = outputs.log_probs.new_zeros(labels.shape).masked_scatter(labelled, -outputs.log_probs)
+        # Without a number, as in evaluation, the mean is over this batch.
+        total_weight = weights.sum() if num_items_in_batch is None else num_items_in_batch
+        weighted_losses = weights * token_losses
+        if self.args.loss_type == "dft":
+            # Dynamic fine-tuning, as in TRL: by the probability of the token (https://arxiv.org/abs/2508.05629).
+            weighted_losses = weighted_losses * (-token_losses.detach()).exp()
+        weighted_loss = weighted_losses.sum()
+        loss = weighted_loss / total_weight.clamp_min(torch.finfo(weights.dtype).tiny)
+        if num_items_in_batch is not None:
+            loss = loss * self.accelerator.num_processes  # DDP takes the mean over the processes
+        if self.aux_loss_enabled:
+            # As TRL: it is a mean over the positions of this batch, and one over the batches of a step.
+            steps = 1 if num_items_in_batch is None else self.current_gradient_accumulation_steps
+            loss = loss + self.router_aux_loss_coef * outputs.aux_loss / steps
+        self._count(token_losses.detach(), outputs.is_top1, kinds)
+        if self.aux_loss_enabled:
+            self._count_aux_loss(outputs.aux_loss.detach())
+        if self.model.training:
+            self._count_packed(inputs, row_ids)
+            self.watch.micro_batches.append((row_ids, torch.stack([weighted_loss.detach(), weights.sum()]).float()))
+        return (loss, outputs) if return_outputs else loss
+
+    def _count(self, token_losses: torch.Tensor, is_top1: torch.Tensor, kinds: torch.Tensor) -> None:
+        shifted = kinds[:, 1:]
+        begins = (shifted != kinds[:, :-1]) & (shifted != 0)
+        sums = [is_top1.sum()]
+        for kind in (ANSWER, QUESTION):
+            mask = shifted == kind
+            sums += [(token_losses * mask).sum(), mask.sum(), (begins & mask).sum()]
+        mode = "train" if self.model.training else "eval"
+        # They stay on the device: reading them here would make it wait in every batch.
+        self._sums[mode] = self._sums.get(mode, 0) + torch.stack([s.float() for s in sums])
+
+    def _count_aux_loss(self, aux_loss: torch.Tensor) -> None:
+        mode = "train" if self.model.training else "eval"
+        self._aux_losses.setdefault(mode, []).append(aux_loss)
+
+    def _count_packed(self, inputs: dict[str, torch.Tensor], row_ids: torch.Tensor) -> None:
+        if self.packs is not None:
+            tokens = (inputs["position_ids"] > 0).sum() + len(row_ids)  # one of each conversation is at 0
+            room = torch.full_like(tokens, self.packs.packs_per_batch * self.packs.max_length)
+            self._packed = self._packed.to(tokens.device) + torch.stack([tokens, room])
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        norm = super()._get_grad_norm(model, grad_norm)
+        self.watch.gradient_norm = norm.full_tensor() if isinstance(norm, DTensor) else norm  # sharded under FSDP2
+        return norm
+
+    @property
+    def run(self) -> dict[str, int]:
+        """What the losses depend on, beside the settings of the model; it is kept with each checkpoint."""
+        args = self.args
+        return {
+            "num_processes": args.world_size,
+            "rows_per_step": self._train_batch_size * args.gradient_accumulation_steps * args.world_size,
+            "num_rows": len(self.train_dataset),
+            "seed": args.seed,
+            # With packing, what is above counts packs.
+            "packing": self.packs is not None,
+        }
+
+    def train(self, *args, **kwargs):
+        """As of the Trainer; on an error, the steps since the last checkpoint are saved first, if one process runs."""
+        try:
+            return super().train(*args, **kwargs)
+        except CheckpointError:
+            raise  # to save once more would fail once more
+        except Exception as error:
+            self._rescue(error)
+            raise
+        finally:
+            self.watch.restore_handlers()
+
+    def _rescue(self, error: Exception) -> None:
+        saved, step = self.watch.saved_step, self.state.global_step
+        if saved is None or self.args.save_strategy == "no":
+            return
+        # Other processes may be anywhere, and saving needs all of them. While a step is applied, weights are mixed.
+        if self.args.world_size == 1 and step > saved and not self.watch.applying:
+            self.args.save_total_limit = None  # older checkpoints may be needed to go back behind the error's cause
+            self._save_checkpoint(self.model, trial=None)
+            saved = step
+        error.add_note(
+            f"{step} steps were done. --resume goes on from {f'checkpoint-{saved}' if saved else 'the beginning'}."
+        )
+
+    def _run_epoch(self, *args, **kwargs):
+        # The Trainer would do one more step when a run is resumed that had done its last.
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
+
+    def _save_checkpoint(self, model, trial) -> None:
+        step = self.state.global_step
+        before, self.watch.saved_step = self.watch.saved_step, step
+        folder = Path(self.args.output_dir) / f"checkpoint-{step}"
+        try:
+            if self.args.should_save:
+                # Until its last file is written anew, what stands here is no checkpoint.
+                (folder / STATE_FILE).unlink(missing_ok=True)
+            super()._save_checkpoint(model, trial)
+        except (OSError, RuntimeError, SafetensorError) as error:
+            if not checkpoint_faults(folder):
+                raise  # it is written; something after it failed, such as an upload
+            free = shutil.disk_usage(self.args.output_dir).free // 2**20
+            shutil.rmtree(folder, ignore_errors=True)
+            rest = f"checkpoint-{before} is as it was" if before else "no earlier one was due"
+            raise CheckpointError(
+                f"{folder} could not be written, with {free} MiB free: {error}. It was removed; {rest}. Free disk "
+                "space, then go on with --resume."
+            ) from error
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
+        # A model trained in full is trained, and resumed, in float32; what it leaves has the precision that its
+        # config.json names, that of the frozen tower.
+        is_final = output_dir is None or Path(output_dir) == Path(self.args.output_dir)
+        if is_final and not isinstance(self.model, PeftModel):
+            state_dict = self.model.state_dict() if state_dict is None else state_dict
+            state_dict = in_precision(state_dict, self.model.dtype)
+        super()._save(output_dir, state_dict)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        # Then the last two files say that those of all processes are there, and older checkpoints may go.
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            run = self.run | {"files": file_sizes(Path(output_dir))}
+            (Path(output_dir) / RUN_FILE).write_text(json.dumps(run, indent=2))
+
+    def create_model_card(self, *args, **kwargs) -> None:
+        """None for an adapter folder; `merge_adapter` writes the card of the checkpoint that is published."""
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        mode = "train" if self.model.training else "eval"
+        if mode in self._sums:
+            sums = self._sums.pop(mode).to(self.accelerator.device, torch.float32)
+            top1, *by_kind = self.accelerator.reduce(sums, reduction="sum").tolist()
+            answer_loss, answer_tokens, answers, question_loss, question_tokens, questions = by_kind
+            metrics = {
+                "loss_answers": answer_loss / max(answer_tokens, 1),
+                "mean_token_accuracy": top1 / max(answer_tokens + question_tokens, 1),
+                "self_question_share": questions / max(answers + questions, 1),
+            }
+            if question_tokens:
+                metrics["loss_questions"] = question_loss / question_tokens
+            if mode in self._aux_losses:
+                aux_loss = torch.stack(self._aux_losses.pop(mode)).mean()
+                metrics["aux_loss"] = self.accelerator.reduce(aux_loss, reduction="mean").item()
+            prefix = "eval_" if mode == "eval" else ""
+            logs.update({prefix + name: value for name, value in metrics.items()})
+        if mode == "train" and self.packs is not None and "loss" in logs:
+            packed = self._packed.to(self.accelerator.device, torch.float32)
+            tokens, room = self.accelerator.reduce(packed, reduction="sum").tolist()
+            logs["packing_fill"] = tokens / max(room, 1)
+            self._packed = torch.zeros(2)
+        if "learning_rate" in logs and self.optimizer is not None:
+            logs.update({f"learning_rate_{g['part']}": g["lr"] for g in self.optimizer.param_groups})
+        super().log(logs, start_time)
