@@ -364,7 +364,7 @@ def _load_fresh(
         "question": EXAMPLE_QUESTION,
     }
     process = subprocess.run(
-        [sys.executable, "-P", str(files("sq_llava") / "fresh_load.py"), json.dumps(request)],
+        [sys.executable, "-P", str(files("sq_llava.checkpoints") / "fresh_load.py"), json.dumps(request)],
         cwd=away,
         env={name: value for name, value in environment.items() if value is not None},
         stdin=subprocess.DEVNULL,
