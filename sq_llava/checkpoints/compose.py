@@ -14,6 +14,7 @@ from transformers import (
     AutoTokenizer,
     Blip2VisionModelWithProjection,
     PreTrainedConfig,
+    PreTrainedModel,
 )
 
 from configuration_sq_llava import SQLlavaConfig
@@ -173,38 +174,48 @@ def compose(
     Returns:
         The model, on the CPU, and its processor.
     """
-    vision_config = _vision_config(vision_model)
     processor = compose_processor(vision_model, text_model, qformer_model, **(processor_kwargs or {}))
-    tokenizer = processor.tokenizer
-    # Of a multimodal model it is the whole, whose text part is taken below.
+    # Of a multimodal model it is the whole, whose text part is taken.
     whole = AutoModelForCausalLM.from_pretrained(text_model, dtype=dtype, attn_implementation=attn_implementation)
-    text_config = whole.config.get_text_config(decoder=True)
-    text_config.name_or_path = public_name(whole.config.name_or_path)
-    text_config.tie_word_embeddings = whole.config.tie_word_embeddings
-    config_kwargs |= _qformer_fields(qformer_model)
-    config = SQLlavaConfig(vision_config=vision_config, text_config=text_config, **config_kwargs)
-    if len(tokenizer) > text_config.vocab_size:
-        whole.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=VOCABULARY_MULTIPLE)
-    text_config.pad_token_id = tokenizer.pad_token_id
+    config = SQLlavaConfig(
+        vision_config=_vision_config(vision_model),
+        text_config=_text_config_for(whole, processor),
+        **(config_kwargs | _qformer_fields(qformer_model)),
+    )
     config.image_token_id = processor.image_token_id
     config.vusr_token_id = processor.vusr_token_id
-
     model = SQLlavaForConditionalGeneration._from_config(
         config, dtype=whole.dtype, attn_implementation=attn_implementation
     )
-    vision_tower = load_vision_tower(vision_model, dtype=whole.dtype)
-    model.model.vision_tower.load_state_dict(vision_tower.state_dict())
-    if qformer_model is not None:
-        weights = _Blip2ImageSide.from_pretrained(qformer_model, dtype=whole.dtype).state_dict()
-        model.model.resampler.load_state_dict({name: weights[name] for name in model.model.resampler.state_dict()})
-    language_model = model.model.language_model
-    text_part = next(module for module in whole.modules() if type(module) is type(language_model))
-    language_model.load_state_dict(text_part.state_dict())
-    model.lm_head.load_state_dict(whole.get_output_embeddings().state_dict())
-    model.tie_weights()
+    _copy_weights(model, vision_model, whole, qformer_model)
     model.generation_config.update(
-        bos_token_id=tokenizer.bos_token_id,
+        bos_token_id=processor.tokenizer.bos_token_id,
         eos_token_id=stop_token_ids(whole.generation_config.eos_token_id, processor),
-        pad_token_id=tokenizer.pad_token_id,
+        pad_token_id=processor.tokenizer.pad_token_id,
     )
     return model, processor
+
+
+def _text_config_for(whole: PreTrainedModel, processor: SQLlavaProcessor) -> PreTrainedConfig:
+    """The configuration of a language model, whose vocabulary grows where the processor has more tokens."""
+    text_config = whole.config.get_text_config(decoder=True)
+    text_config.name_or_path = public_name(whole.config.name_or_path)
+    text_config.tie_word_embeddings = whole.config.tie_word_embeddings
+    if len(processor.tokenizer) > text_config.vocab_size:
+        whole.resize_token_embeddings(len(processor.tokenizer), pad_to_multiple_of=VOCABULARY_MULTIPLE)
+    text_config.pad_token_id = processor.tokenizer.pad_token_id
+    return text_config
+
+
+def _copy_weights(
+    model: SQLlavaForConditionalGeneration, vision_model: str, whole: PreTrainedModel, qformer_model: str | None
+) -> None:
+    inner = model.model
+    inner.vision_tower.load_state_dict(load_vision_tower(vision_model, dtype=whole.dtype).state_dict())
+    if qformer_model is not None:
+        weights = _Blip2ImageSide.from_pretrained(qformer_model, dtype=whole.dtype).state_dict()
+        inner.resampler.load_state_dict({name: weights[name] for name in inner.resampler.state_dict()})
+    text_part = next(module for module in whole.modules() if type(module) is type(inner.language_model))
+    inner.language_model.load_state_dict(text_part.state_dict())
+    model.lm_head.load_state_dict(whole.get_output_embeddings().state_dict())
+    model.tie_weights()
