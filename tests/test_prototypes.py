@@ -13,7 +13,7 @@ from modeling_sq_llava import PROTOTYPE_EXTRACTORS
 from sq_llava.cli.main import app
 from sq_llava.inference import prototypes
 from sq_llava.inference.assistant import Assistant
-from sq_llava.inference.prototypes import OPACITY, SHADE, Sight, colour_of_rank, look, paint
+from sq_llava.inference.prototypes import OPACITY, SHADE, PrototypeMap, colour_of_rank, look, paint
 from tests.tiny import TINY_SIGLIP, picture, tiny_config, tiny_model, tiny_model_for, tiny_processor
 
 
@@ -91,7 +91,7 @@ def test_siglip_tokens_fill_the_square():
 
 
 def test_prototypes_that_are_not_chosen_stay_in_the_dark():
-    sight = Sight(np.array([[0, 1], [1, 1]]), True, {1: 0.75, 0: 0.25})
+    sight = PrototypeMap(np.array([[0, 1], [1, 1]]), True, {1: 0.75, 0: 0.25})
     painted = np.array(paint(Image.new("RGB", (20, 20), WHITE), sight, [0]))
     np.testing.assert_allclose(painted[5, 5], blend(colour_of_rank(1), OPACITY), atol=1)
     np.testing.assert_allclose(painted[15, 15], blend(SHADE[:3], SHADE[3]), atol=1)
@@ -100,7 +100,7 @@ def test_prototypes_that_are_not_chosen_stay_in_the_dark():
 def test_padding_is_cut_from_the_picture_and_from_the_shares():
     # The square's upper and lower quarter are padding.
     best = np.arange(16).reshape(4, 4)
-    sight = Sight(best, True, prototypes.shares_of(best, True, (80, 40)))
+    sight = PrototypeMap(best, True, prototypes.shares_of(best, True, (80, 40)))
     assert sight.shares == dict.fromkeys(range(4, 12), 0.125)
     painted = paint(Image.new("RGB", (80, 40), WHITE), sight)
     assert painted.size == (80, 40)
@@ -110,7 +110,7 @@ def test_padding_is_cut_from_the_picture_and_from_the_shares():
 
 
 def test_what_was_cropped_away_is_not_painted():
-    sight = Sight(np.zeros((3, 3), dtype=int), False, {0: 1.0})
+    sight = PrototypeMap(np.zeros((3, 3), dtype=int), False, {0: 1.0})
     painted = np.array(paint(Image.new("RGB", (80, 40), WHITE), sight))
     outside = np.r_[0:20, 60:80]
     assert (painted[:, outside] == 255).all()
@@ -120,7 +120,7 @@ def test_what_was_cropped_away_is_not_painted():
 @given(width=st.integers(1, 300), height=st.integers(1, 300), seed=st.integers(0, 99), pads=st.booleans())
 def test_every_pixel_under_the_tokens_is_painted_and_the_shares_are_the_areas(width, height, seed, pads):
     best = np.random.default_rng(seed).integers(0, 5, (3, 3))
-    sight = Sight(best, pads, prototypes.shares_of(best, pads, (width, height)))
+    sight = PrototypeMap(best, pads, prototypes.shares_of(best, pads, (width, height)))
     assert sum(sight.shares.values()) == pytest.approx(1)
     assert list(sight.shares.values()) == sorted(sight.shares.values(), reverse=True)
     left, top, side = prototypes.square_in((width, height), pads)

@@ -2,8 +2,8 @@
 
     sq-llava prototypes dog.png --model org/sq-llava-7b --out seen.png --top 8
 
-    >>> sight = look(assistant, open_image("dog.png"))
-    >>> paint(open_image("dog.png"), sight, [*sight.shares][:8]).save("seen.png")
+    >>> seen = look(assistant, open_image("dog.png"))
+    >>> paint(open_image("dog.png"), seen, [*seen.shares][:8]).save("seen.png")
 
 Which token belongs to which prototype is the extractor's own `assignment`. What this module does not do: say what a
 prototype means. Colours go by rank within one picture, so that the largest are told apart; not by prototype.
@@ -26,7 +26,7 @@ SHADE = (0, 0, 0, 180)
 
 
 @dataclass(frozen=True)
-class Sight:
+class PrototypeMap:
     """
     best (`np.ndarray` of shape `(rows, columns)`): The prototype that each token belongs to most.
     is_padded (`bool`): Whether the tokens' square holds the whole picture and padding; else it is cut from its centre.
@@ -39,7 +39,7 @@ class Sight:
 
 
 @torch.inference_mode()
-def look(assistant: Assistant, image: Image.Image) -> Sight:
+def look(assistant: Assistant, image: Image.Image) -> PrototypeMap:
     """
     Raises:
         ValueError: if the model has no prototypes.
@@ -55,11 +55,11 @@ def look(assistant: Assistant, image: Image.Image) -> Sight:
     best = assignment.argmax(dim=0)[-(num_rows**2) :].view(num_rows, num_rows).cpu().numpy()
 
     is_padded = assistant.processor.image_aspect_ratio == "pad"
-    return Sight(best, is_padded, shares_of(best, is_padded, image.size))
+    return PrototypeMap(best, is_padded, shares_of(best, is_padded, image.size))
 
 
 def shares_of(best: np.ndarray, is_padded: bool, size: tuple[int, int]) -> dict[int, float]:
-    """As [`Sight`] has them, for a picture of this width and height."""
+    """As [`PrototypeMap`] has them, for a picture of this width and height."""
     (num_rows, num_columns), (left, top, side) = best.shape, square_in(size, is_padded)
     area = np.outer(_overlap(num_rows, top, side, size[1]), _overlap(num_columns, left, side, size[0]))
     area_of = np.bincount(best.ravel(), weights=area.ravel())
@@ -85,7 +85,7 @@ def colour_of_rank(rank: int) -> tuple[int, int, int]:
     return round(255 * red), round(255 * green), round(255 * blue)
 
 
-def paint(image: Image.Image, sight: Sight, chosen: list[int] | None = None) -> Image.Image:
+def paint(image: Image.Image, seen: PrototypeMap, chosen: list[int] | None = None) -> Image.Image:
     """
     Args:
         image: The picture that was looked at, in any size.
@@ -94,12 +94,12 @@ def paint(image: Image.Image, sight: Sight, chosen: list[int] | None = None) -> 
     Returns:
         The picture under the colours, RGB. What lies outside of the tokens' square stays as it is.
     """
-    layer_of_tokens = np.zeros((*sight.best.shape, 4), dtype=np.uint8)
+    layer_of_tokens = np.zeros((*seen.best.shape, 4), dtype=np.uint8)
     layer_of_tokens[:] = SHADE
-    for rank, prototype in enumerate(sight.shares):
+    for rank, prototype in enumerate(seen.shares):
         if chosen is None or prototype in chosen:
-            layer_of_tokens[sight.best == prototype] = (*colour_of_rank(rank), OPACITY)
-    left, top, side = square_in(image.size, sight.is_padded)
+            layer_of_tokens[seen.best == prototype] = (*colour_of_rank(rank), OPACITY)
+    left, top, side = square_in(image.size, seen.is_padded)
     square = Image.fromarray(layer_of_tokens).resize((side, side), Image.Resampling.NEAREST)
     layer = Image.new("RGBA", image.size)
     layer.paste(square, (left, top))
