@@ -21,6 +21,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from rich.console import Console
+from rich.filesize import pick_unit_and_suffix
 from rich.table import Table
 from torch import nn
 from transformers import BitsAndBytesConfig
@@ -37,7 +38,6 @@ from sq_llava.training.settings import SQLlavaArguments, architecture, starting_
 from sq_llava.training.stage_model import prepare_stage, quantization_config
 
 
-UNITS = {"GiB": 2**30, "MiB": 2**20}
 # Bytes of the optimizer's state for each trained number, which is float32.
 OPTIMIZER_BYTES = {
     "adamw_torch": 8,
@@ -345,10 +345,8 @@ def print_memory(estimates: dict[str, list[Term]], batch: Batch, num_gpus: int) 
 
 
 def size(num_bytes: float) -> str:
-    for unit in ("GiB", "MiB"):
-        if num_bytes >= UNITS[unit]:
-            return f"{num_bytes / UNITS[unit]:.1f} {unit}"
-    return f"{num_bytes / 1024:.1f} KiB"
+    unit, suffix = pick_unit_and_suffix(num_bytes, ["bytes", "KiB", "MiB", "GiB"], 1024)
+    return f"{num_bytes / unit:.1f} {suffix}"
 
 
 def leave_one_step(training_args: SFTConfig) -> None:

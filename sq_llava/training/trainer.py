@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 from accelerate import FullyShardedDataParallelPlugin
 from peft import PeftModel
+from rich.filesize import decimal
 from safetensors import SafetensorError
 from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
@@ -318,11 +319,11 @@ class SQLlavaTrainer(SFTTrainer):
         except (OSError, RuntimeError, SafetensorError) as error:
             if not checkpoint_faults(folder):
                 raise  # it is written; something after it failed, such as an upload
-            free = shutil.disk_usage(self.args.output_dir).free // 2**20
+            free = decimal(shutil.disk_usage(self.args.output_dir).free)
             shutil.rmtree(folder, ignore_errors=True)
             rest = f"checkpoint-{before} is as it was" if before else "no earlier one was due"
             raise CheckpointError(
-                f"{folder} could not be written, with {free} MiB free: {error}. It was removed; {rest}. Free disk "
+                f"{folder} could not be written, with {free} free: {error}. It was removed; {rest}. Free disk "
                 "space, then go on with --resume."
             ) from error
 
