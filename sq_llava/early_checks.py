@@ -10,7 +10,7 @@ import os
 import warnings
 from pathlib import Path
 
-from sq_llava.locations import find_config
+from sq_llava.locations import find_config, require_folder_or_id
 
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -26,8 +26,7 @@ def require_model(model: str, revision: str | None = None) -> str:
         ValueError: if there is no such folder, it holds no model, or the Hub has no such model.
     """
     find_config(model, revision)
-    folder = Path(model).expanduser()
-    return str(folder) if folder.is_dir() else model
+    return str(require_folder_or_id(model) or model)
 
 
 def require_folder(folder: str | os.PathLike) -> None:

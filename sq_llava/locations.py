@@ -10,9 +10,13 @@ Only configurations are read. What it does not do: look into weights, import a l
 
 import json
 import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 
+HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 ADAPTER_CONFIG = "adapter_config.json"
 # Of a SQ-LLaVA and its adapters, without the code: the library's own classes are used.
 MODEL_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.yaml", "*.jinja"]
@@ -20,21 +24,44 @@ MODEL_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.yaml", "*.jinja
 IN_FOLDERS = [f"*/{pattern}" for pattern in MODEL_FILES if pattern != "*.jinja"]
 
 
-def is_missing_folder(path: str | os.PathLike) -> bool:
-    """Whether a path is none of the Hub's ids (`org/name`), but of a folder that is not there."""
-    path = str(path)
-    folder = Path(path).expanduser()
-    return not folder.is_dir() and (path.count("/") != 1 or path[0] in "./~" or folder.parent.is_dir())
+def is_hub_id(name: str | os.PathLike) -> bool:
+    """Whether this is an id on the Hub (`org/name`) rather than the path of a file or folder, be it there or not."""
+    return HUB_ID.fullmatch(str(name)) is not None and not Path(name).parent.is_dir()
 
 
-def require_folder_or_id(name: str | os.PathLike, role: str | None = None) -> None:
+def is_missing_folder(name: str | os.PathLike) -> bool:
+    """Whether this is the path of a folder that is not there, rather than a Hub id."""
+    return not Path(name).expanduser().is_dir() and not is_hub_id(name)
+
+
+def require_folder_or_id(name: str | os.PathLike, role: str | None = None) -> Path | None:
     """
+    The folder of this name, `~` expanded; `None` for a Hub id.
+
     Raises:
-        ValueError: if a name is neither a folder's nor can be a Hub id.
+        ValueError: if it is neither.
     """
     if is_missing_folder(name):
         name = f"{name} ({role})" if role else name
         raise ValueError(f"{name}: no such folder. Give one with a model, or a Hub id such as org/name.")
+    return None if is_hub_id(name) else Path(name).expanduser()
+
+
+@contextmanager
+def hub_errors(what: str) -> Iterator[None]:
+    """
+    Around a request to the Hub.
+
+    Raises:
+        ValueError: if the Hub, or the way to it, refuses it: with `what` was tried, in one line.
+    """
+    from huggingface_hub.errors import HFValidationError, HTTPError
+
+    try:
+        yield
+    except (HTTPError, HFValidationError, OSError, RuntimeError) as error:  # hf_xet raises RuntimeError
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{what}: {reason or type(error).__name__}") from error
 
 
 def find_config(model: str | os.PathLike, revision: str | None = None) -> Path:
@@ -49,25 +76,21 @@ def find_config(model: str | os.PathLike, revision: str | None = None) -> Path:
     Raises:
         ValueError: if there is no such folder, it holds no model, or the Hub and its cache have none of this id.
     """
-    folder = Path(model).expanduser()
-    if folder.is_dir():
+    folder = require_folder_or_id(model)
+    if folder is not None:
         for name in (ADAPTER_CONFIG, "config.json"):
             if (folder / name).is_file():
                 return folder / name
         raise ValueError(f"{model} holds neither config.json nor adapter_config.json: give a folder with a model.")
-    require_folder_or_id(model)
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError
 
-    try:
+    place = str(model) if revision is None else f"{model}, revision {revision}"
+    with hub_errors(f"{place}: not in the cache, and not to be had from the Hub"):
         try:
             return Path(hf_hub_download(str(model), ADAPTER_CONFIG, revision=revision))
         except EntryNotFoundError:
             return Path(hf_hub_download(str(model), "config.json", revision=revision))
-    except (OSError, ValueError) as error:
-        place = str(model) if revision is None else f"{model}, revision {revision}"
-        reason = " ".join(str(error).split())  # some have several lines
-        raise ValueError(f"{place}: not in the cache, and not to be had from the Hub: {reason}") from error
 
 
 def fetch(model: str | os.PathLike, revision: str | None = None) -> Path:
@@ -78,26 +101,22 @@ def fetch(model: str | os.PathLike, revision: str | None = None) -> Path:
     Raises:
         ValueError: if the Hub and its cache have none of this id.
     """
-    folder = Path(model).expanduser()
-    if folder.is_dir():
+    folder = require_folder_or_id(model)
+    if folder is not None:
         return folder
-    require_folder_or_id(model)
     from huggingface_hub import snapshot_download
 
-    try:
+    with hub_errors(f"{model}: not to be had from the Hub"):
         return Path(
             snapshot_download(str(model), revision=revision, allow_patterns=MODEL_FILES, ignore_patterns=IN_FOLDERS)
         )
-    except (OSError, ValueError, RuntimeError) as error:  # hf_xet raises RuntimeError
-        raise ValueError(f"{model}: not to be had from the Hub: {error}") from error
 
 
 def is_adapter(model: str | os.PathLike, revision: str | None = None) -> bool:
     """Whether a folder or Hub id holds a PEFT adapter rather than a whole checkpoint."""
-    folder = Path(model).expanduser()
-    if folder.is_dir() or is_missing_folder(model):
-        return (folder / ADAPTER_CONFIG).is_file()
-    return find_config(model, revision).name == ADAPTER_CONFIG
+    if is_hub_id(model):
+        return find_config(model, revision).name == ADAPTER_CONFIG
+    return (Path(model).expanduser() / ADAPTER_CONFIG).is_file()
 
 
 def base_of_adapter(model: str | os.PathLike, revision: str | None = None) -> str:

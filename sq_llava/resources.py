@@ -8,6 +8,7 @@ inside the package (`setup.py`). The code files of a checkpoint are top-level mo
 do: find files that stand beside the module that reads them; for those, `importlib.resources` is enough.
 """
 
+import hashlib
 from importlib.resources import files
 from importlib.util import find_spec
 from pathlib import Path
@@ -39,3 +40,9 @@ def find_resource(name: str) -> Path:
 def code_file(name: str) -> Path:
     """The file of `CODE_FILES` that this library itself runs."""
     return Path(find_spec(Path(name).stem).origin)
+
+
+def code_digests(folder: Path | None = None) -> dict[str, str]:
+    """The SHA-256 of each file of `CODE_FILES` that is in a folder; without one, of those that this library runs."""
+    files = {name: folder / name if folder else code_file(name) for name in CODE_FILES}
+    return {name: hashlib.sha256(file.read_bytes()).hexdigest() for name, file in files.items() if file.is_file()}

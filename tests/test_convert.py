@@ -364,7 +364,7 @@ def test_everything_that_is_not_used_is_counted(parts, tmp_path):
     lines = [line for line in lines if line[:2] == ["Not", "used"]]
     counts = {" ".join(line[3:]).partition(":")[0]: int(line[2].strip("():")) for line in lines}
     assert counts == {
-        f"projector of {parts / 'llava-base'}; the source has its own.": 4,
+        f"connector of {parts / 'llava-base'}; the source has its own.": 4,
         "ln_1": 2,
         "inv_freq": 2,
         "position_ids": 2,
@@ -651,7 +651,7 @@ def test_killed_conversion_leaves_no_folder_and_begins_anew(parts, tmp_path):
     code = (
         "import os, signal, sys\n"
         "from rich.progress import Progress\n"
-        "from sq_llava import convert\n"
+        "from sq_llava.checkpoints import convert\n"
         "from sq_llava.checkpoints.layouts import recognise\n"
         "write_file, done = convert.write_file, []\n"
         "def kill_at_the_third(*arguments):\n"

@@ -49,8 +49,7 @@ def test_plain_checkpoint_is_known_whole_and_counted(plain):
         "vision": model.model.vision_tower.num_parameters(),
         "extractor": sum(weight.numel() for weight in model.model.prototype_extractor.parameters()),
         "projector": sum(weight.numel() for weight in model.model.multi_modal_projector.parameters()),
-        "head": model.lm_head.weight.numel(),
-        "language model": model.model.language_model.num_parameters(),
+        "text": model.model.language_model.num_parameters() + model.lm_head.weight.numel(),
     }
     assert {counts["dtypes"][0] for counts in inspection.parts.values()} == {"F32"}
     assert inspection.prototypes["prototype_variant"] == "paper"
@@ -169,7 +168,7 @@ def test_lora_release_has_its_ranks_and_alphas_by_tower(tmp_path):
     folder = released.write_sq_llava_lora(tmp_path / "lora", base=base)
     inspection = inspect(folder)
     assert inspection.sound
-    assert {"tower": "language model", "ranks": [8], "alphas": [16], "file": "adapter_model.bin"} in inspection.loras
+    assert {"tower": "text", "ranks": [8], "alphas": [16], "file": "adapter_model.bin"} in inspection.loras
     assert {"tower": "vision", "ranks": [4], "alphas": [12], "file": "Vit-lora/adapter_model.bin"} in inspection.loras
     assert inspection.prototypes == {"prototype_variant": "released", "num_prototypes": 5}
     assert inspection.bases["base"] == str(base)
@@ -195,7 +194,7 @@ def test_folder_of_another_kind_is_not_known(tmp_path):
 def test_output_of_a_stage_shows_its_lora_its_base_and_its_checkpoints(run_folder):
     inspection = inspect(run_folder)
     assert inspection.sound
-    assert {lora["tower"] for lora in inspection.loras} == {"vision", "language model"}
+    assert {lora["tower"] for lora in inspection.loras} == {"vision", "text"}
     assert inspection.bases["base"] == str(run_folder / "base")
     assert {"<image>", "[vusr]", "<pad>"} <= inspection.token_ids.keys()
     assert set(inspection.checkpoints.values()) == {"complete"}

@@ -11,7 +11,8 @@ import torch
 from huggingface_hub import constants
 from huggingface_hub.errors import HTTPError
 
-from sq_llava.checkpoints.layouts import find_weight_files, read_pickle, recognise
+from sq_llava.checkpoints.layouts import recognise
+from sq_llava.checkpoints.weight_files import find_weight_files, read_pickle
 from sq_llava.training.adapter import LoraSize, add_adapter
 from tests import released, tiny
 

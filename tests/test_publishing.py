@@ -20,6 +20,7 @@ from sq_llava import load
 from sq_llava.checkpoints import push as publishing
 from sq_llava.checkpoints.load import load_checkpoint
 from sq_llava.checkpoints.provenance import write_provenance
+from sq_llava.checkpoints.publication import prepare
 from sq_llava.cli.main import app
 from sq_llava.evaluation.results import hash_of_model
 from sq_llava.resources import CODE_FILES
@@ -166,7 +167,7 @@ def publish(
 ) -> str:
     """As the command, without the processes that load it."""
     publishing.check_rights(api, repo_id, private)
-    with publishing.prepare(folder, repo_id, api=api, **settings) as publication:
+    with prepare(folder, repo_id, api=api, **settings) as publication:
         commit = publishing.upload(api, publication, private, branch)
         publishing.publish_card(api, publication, commit, branch)
     return commit
@@ -241,7 +242,7 @@ def test_command_says_what_it_sends_and_that_it_came_back_equal(pushed):
 
 
 def test_weights_of_the_model_before_are_gone_from_the_newest_commit(hub, pushed):
-    with online(hub) as api, publishing.prepare(pushed["home"] / "lora", "org/model") as publication:
+    with online(hub) as api, prepare(pushed["home"] / "lora", "org/model") as publication:
         assert "model.safetensors" in publication.files  # merged, in one file
         commit = publishing.upload(api, publication, branch="merged")
         files = hub.files("org/model", commit)
@@ -259,7 +260,7 @@ def test_push_of_what_is_there_already_changes_nothing(hub, pushed):
 def test_second_push_that_was_stopped_before_its_card_is_finished(hub, pushed):
     with online(hub) as api:
         publish(api, pushed["home"] / "first", "org/stopped")
-        with publishing.prepare(pushed["home"] / "second", "org/stopped", api=api) as publication:
+        with prepare(pushed["home"] / "second", "org/stopped", api=api) as publication:
             uploaded = publishing.upload(api, publication)
         commit = publish(api, pushed["home"] / "second", "org/stopped")
         card = hub.files("org/stopped")["README.md"].decode()
@@ -284,7 +285,7 @@ def test_results_of_the_model_before_do_not_stay(hub, pushed):
     results = {"results": [{"task": "pope", **entry}, {"task": "gqa", **entry}]}
 
     def published(model, results):
-        with publishing.prepare(pushed["home"] / model, "org/scores", api=api) as publication:
+        with prepare(pushed["home"] / model, "org/scores", api=api) as publication:
             publishing.publish_card(api, publication, publishing.upload(api, publication), results=results)
         return {name for name in hub.files("org/scores") if name.startswith(".eval_results/")}
 
@@ -316,7 +317,7 @@ def test_metadata_that_the_hub_refuses_end_a_push_before_a_repository_is_made(hu
 
 
 def test_file_that_was_changed_on_the_hub_is_found(hub, pushed):
-    with online(hub) as api, publishing.prepare(pushed["home"] / "second", "org/secret") as publication:
+    with online(hub) as api, prepare(pushed["home"] / "second", "org/secret") as publication:
         commit = publishing.upload(api, publication)
         name = next(name for name in publication.files if name.endswith("2.safetensors") or "-00002-" in name)
         sha256 = hub.repositories["org/secret"].commits[commit][name].sha256
@@ -337,7 +338,7 @@ def test_adapter_is_compared_on_the_base_that_the_hub_has(hub, pushed, monkeypat
 
     def compare(base: str) -> None:
         settings = {"adapter_only": True, "base_model": base}
-        with online(hub) as api, publishing.prepare(home / "lora", "org/again", api=api, **settings) as publication:
+        with online(hub) as api, prepare(home / "lora", "org/again", api=api, **settings) as publication:
             publishing.check_loading(publication)
             publishing.check_published(api, publication, publishing.upload(api, publication))
 
@@ -372,7 +373,7 @@ def test_adapter_names_the_commit_of_its_base_that_it_was_trained_on(hub, pushed
     monkeypatch.setattr(publishing, "load_file", lambda file: {})
     with (
         online(hub) as api,
-        publishing.prepare(tmp_path / "lora", "org/pinned-lora", adapter_only=True, api=api) as publication,
+        prepare(tmp_path / "lora", "org/pinned-lora", adapter_only=True, api=api) as publication,
     ):
         publishing.check_loading(publication)
         publishing.check_published(api, publication, publishing.upload(api, publication))
@@ -383,13 +384,13 @@ def test_adapter_names_the_commit_of_its_base_that_it_was_trained_on(hub, pushed
 
 
 def test_only_what_is_fetched_needs_room(hub, pushed, monkeypatch):
-    monkeypatch.setattr(publishing.shutil, "disk_usage", lambda folder: SimpleNamespace(free=1000))
-    with publishing.prepare(pushed["home"] / "first", "org/new") as publication:
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=1000))
+    with prepare(pushed["home"] / "first", "org/new") as publication:
         assert publication.size > 1000
     with (
         online(hub) as api,
         pytest.raises(ValueError, match="make room, or let the variable TMPDIR"),
-        publishing.prepare(pushed["home"] / "first", "org/new", api=api),
+        prepare(pushed["home"] / "first", "org/new", api=api),
     ):
         pass
 
@@ -407,9 +408,9 @@ def test_other_code_than_this_librarys_is_refused(is_base, pushed, tmp_path):
         config["base_model_name_or_path"] = str(tmp_path / "model")
         (source / "adapter_config.json").write_text(json.dumps(config))
     match = r"model/modeling_sq_llava.py is other code than this library's.* give --trust-remote-code"
-    with pytest.raises(ValueError, match=match), publishing.prepare(source, "org/new", **settings):
+    with pytest.raises(ValueError, match=match), prepare(source, "org/new", **settings):
         pass
-    with publishing.prepare(source, "org/new", **settings, trust_remote_code=True) as publication:
+    with prepare(source, "org/new", **settings, trust_remote_code=True) as publication:
         assert publication.files
 
 
@@ -421,7 +422,7 @@ def test_code_that_is_loaded_before_the_upload_gets_no_token(pushed, tmp_path, m
         )
     monkeypatch.setenv("HF_TOKEN", "secret")
     monkeypatch.setenv("HUGGING_FACE_HUB_TOKEN", "secret")
-    with publishing.prepare(tmp_path / "model", "org/new", trust_remote_code=True) as publication:
+    with prepare(tmp_path / "model", "org/new", trust_remote_code=True) as publication:
         publishing.check_loading(publication)
 
 
@@ -437,7 +438,7 @@ def test_folder_that_others_cannot_load_is_not_uploaded(pushed, tmp_path):
     write_model(broken, 0)
     (broken / "configuration_sq_llava.py").unlink()
     with (
-        publishing.prepare(broken, "org/broken") as publication,
+        prepare(broken, "org/broken") as publication,
         pytest.raises(ValueError, match=r"org/broken does not load, before any upload: .*configuration_sq_llava"),
     ):
         publishing.check_loading(publication)
@@ -480,7 +481,7 @@ def test_missing_rights_are_said_before_any_work(token, repo_id, private, messag
 )
 def test_wrong_requests_are_refused(settings, message, pushed):
     source = pushed["home"] / settings.pop("source", "first")
-    with pytest.raises(ValueError, match=message), publishing.prepare(source, **settings):
+    with pytest.raises(ValueError, match=message), prepare(source, **settings):
         pass
 
 
@@ -488,7 +489,7 @@ def test_path_of_this_machine_in_a_configuration_is_refused(tmp_path):
     write_model(tmp_path / "model", 0)
     write_provenance(tmp_path / "model", {"stages": [{"data": [{"path": "/data/mine/train.json"}]}]})
     match = r"provenance.yaml, stages, data, path is /data/mine/train.json, a path of this machine"
-    with pytest.raises(ValueError, match=match), publishing.prepare(tmp_path / "model", "org/model"):
+    with pytest.raises(ValueError, match=match), prepare(tmp_path / "model", "org/model"):
         pass
 
 

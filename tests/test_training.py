@@ -15,8 +15,9 @@ import sq_llava
 import train_sft
 from modeling_sq_llava import SQLlavaForConditionalGeneration
 from sq_llava.checkpoints.load import load_checkpoint, merge_adapter
+from sq_llava.checkpoints.parts import group_of
 from sq_llava.resources import CODE_FILES
-from sq_llava.training.adapter import LoraSize, add_adapter, group_of, load_adapter_weights
+from sq_llava.training.adapter import LoraSize, add_adapter, load_adapter_weights
 from sq_llava.training.trainer import SQLlavaTrainer
 from tests import tiny
 

@@ -248,7 +248,7 @@ def test_source_that_lacks_weights_is_not_compared(parts, tmp_path):
 
 def test_model_that_does_not_fit_into_the_memory_is_refused_with_the_way_out(lora, monkeypatch):
     monkeypatch.setattr("os.sysconf", lambda name: 100)
-    with pytest.raises(ValueError, match=r"this machine has 0 GiB: verify in bfloat16"):
+    with pytest.raises(ValueError, match=r"this machine has 10.0 kB: verify in bfloat16"):
         verify(lora[0], lora[1])
 
 

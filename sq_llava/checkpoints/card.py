@@ -4,7 +4,6 @@ All of it is read from the folder: configurations, the headers of the weights, t
 it does not do: measure. Scores are those of an evaluation's JSON; without one, the card says that there are none.
 """
 
-import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,17 +15,18 @@ from huggingface_hub import (
     ModelCard,
     ModelCardData,
     eval_result_entries_to_yaml,
-    parse_local_safetensors_file_metadata,
 )
 from PIL import Image, ImageDraw
 
-from sq_llava.checkpoints.provenance import is_hub_id, public_name, read_provenance
-from sq_llava.resources import CODE_FILES, find_resource
+from sq_llava.checkpoints.parts import GROUPS, group_of
+from sq_llava.checkpoints.provenance import public_name, read_provenance
+from sq_llava.checkpoints.weight_files import WeightFile, read_json_if_there
+from sq_llava.locations import is_hub_id
+from sq_llava.resources import code_digests, find_resource
 
 
 # Read on import: what ends in a card fails here, before hours of work, if this installation lacks the template.
 TEMPLATE = find_resource("model_card.md").read_text(encoding="utf-8")
-PARTS = {"vision": ("vision_tower.",), "connector": ("multi_modal_projector.", "prototype_extractor.", "resampler.")}
 # The picture that the published example asks about, in the repository itself.
 EXAMPLE_IMAGE = "image.png"
 EXAMPLE_QUESTION = "What is in this picture?"
@@ -60,33 +60,13 @@ def render_card(
         example_url (`str`, *optional*): Of a picture for the Hub's widget.
     """
     folder = Path(folder)
-    adapter = _read_json(folder / "adapter_config.json")
-    config = _read_json(folder / "config.json")
-    processor = _read_json(folder / "processor_config.json")
-    if not processor or not (adapter or config):
-        missing = "config.json" if processor else "processor_config.json"
-        raise ValueError(
-            f"{folder} holds no {missing}, which its card is written from: save model and processor anew."
-        )
+    adapter, config, processor = _read_configs(folder)
     provenance = read_provenance(folder)
     has_extractor = (
         "prototype_extractor" in adapter["modules_to_save"] if adapter else config["prototype_variant"] != "none"
     )
-    base_models = [adapter["base_model_name_or_path"]] if adapter else _base_models(config, provenance)
-    datasets = [source["path"] for stage in provenance.get("stages", []) for source in stage["data"]]
-    card_data = ModelCardData(
-        library_name="peft" if adapter else "transformers",
-        pipeline_tag="image-text-to-text",
-        # The Hub's metadata can name what is on the Hub only.
-        base_model=[name for name in base_models if is_hub_id(name)] or None,
-        datasets=list(dict.fromkeys(name for name in datasets if is_hub_id(name))) or None,
-        license=license,
-        language=list(languages) or None,
-        tags=["sq-llava", "visual-question-generation", "custom_code"],
-        widget=[{"text": EXAMPLE_QUESTION, "src": example_url}] if example_url else None,
-    )
     return ModelCard.from_template(
-        card_data,
+        _metadata(adapter, config, provenance, license, languages, example_url),
         template_str=TEMPLATE,
         model_name=repo_id.partition("/")[2] or folder.resolve().name,
         repo_id=repo_id,
@@ -99,11 +79,46 @@ def render_card(
         has_extractor=has_extractor,
         asks=_is_trained_to_ask(provenance, has_extractor),
         parameters=count_saved_parameters(folder),
-        code={name: _sha256(folder / name) for name in CODE_FILES if (folder / name).is_file()},
+        code=code_digests(folder),
         provenance=provenance,
         results=results,
         image=EXAMPLE_IMAGE,
         question=EXAMPLE_QUESTION,
+    )
+
+
+def _read_configs(folder: Path) -> tuple[dict, dict, dict]:
+    """The configurations of adapter, model and processor; of the first two, one may be missing."""
+    names = ("adapter_config.json", "config.json", "processor_config.json")
+    adapter, config, processor = (read_json_if_there(folder / name) or {} for name in names)
+    if not processor or not (adapter or config):
+        missing = "config.json" if processor else "processor_config.json"
+        raise ValueError(
+            f"{folder} holds no {missing}, which its card is written from: save model and processor anew."
+        )
+    return adapter, config, processor
+
+
+def _metadata(
+    adapter: dict,
+    config: dict,
+    provenance: dict,
+    license: str | None,
+    languages: Sequence[str],
+    example_url: str | None,
+) -> ModelCardData:
+    base_models = [adapter["base_model_name_or_path"]] if adapter else _base_models(config, provenance)
+    datasets = [source["path"] for stage in provenance.get("stages", []) for source in stage["data"]]
+    return ModelCardData(
+        library_name="peft" if adapter else "transformers",
+        pipeline_tag="image-text-to-text",
+        # The Hub's metadata can name what is on the Hub only.
+        base_model=[name for name in base_models if is_hub_id(name)] or None,
+        datasets=list(dict.fromkeys(name for name in datasets if is_hub_id(name))) or None,
+        license=license,
+        language=list(languages) or None,
+        tags=["sq-llava", "visual-question-generation", "custom_code"],
+        widget=[{"text": EXAMPLE_QUESTION, "src": example_url}] if example_url else None,
     )
 
 
@@ -120,11 +135,10 @@ def draw_example() -> Image.Image:
 
 def count_saved_parameters(folder: Path) -> dict[str, int]:
     """Numbers of parameters of each part in a folder's files of weights."""
-    counts = {"vision": 0, "connector": 0, "text": 0}
+    counts = dict.fromkeys(GROUPS, 0)
     for file in sorted(folder.glob("*.safetensors")):
-        for name, tensor in parse_local_safetensors_file_metadata(file).tensors.items():
-            parts = (part for part, modules in PARTS.items() if any(module in name for module in modules))
-            counts[next(parts, "text")] += tensor.parameter_count
+        for tensor in WeightFile(file).headers():
+            counts[group_of(tensor.name)] += tensor.num_elements
     return counts
 
 
@@ -203,12 +217,3 @@ def _base_models(config: dict, provenance: dict) -> list[str]:
 def _tower_name(config: dict) -> str:
     name = config.get("_name_or_path")
     return public_name(name) if name else "not named"
-
-
-def _read_json(file: Path) -> dict:
-    return json.loads(file.read_text()) if file.is_file() else {}
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

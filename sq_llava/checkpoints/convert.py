@@ -21,6 +21,7 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
+from rich.filesize import decimal
 from transformers import CONFIG_MAPPING, AutoConfig, AutoImageProcessor, AutoTokenizer, PreTrainedConfig
 from transformers.dynamic_module_utils import custom_object_save
 from transformers.utils.chat_template_utils import render_jinja_template
@@ -30,14 +31,14 @@ from modeling_sq_llava import PROTOTYPE_EXTRACTORS, SQLlavaForConditionalGenerat
 from processing_sq_llava import SYSTEM_MESSAGE, VUSR_TOKEN, SQLlavaProcessor
 from sq_llava.checkpoints.card import write_card
 from sq_llava.checkpoints.compose import NEW_TOKENS, VOCABULARY_MULTIPLE, stop_token_ids
-from sq_llava.checkpoints.layouts import NAMES, Layout, is_original, read_json
+from sq_llava.checkpoints.layouts import NAMES, Layout, is_original
 from sq_llava.checkpoints.provenance import public_name, write_provenance
+from sq_llava.checkpoints.weight_files import TORCH_NAMES, read_json, read_json_if_there
 from sq_llava.checkpoints.weights import (
     EMBEDDINGS,
     HEAD,
-    SAFETENSORS_DTYPES,
-    Recipe,
     Sources,
+    WeightSource,
     match,
     read_sources,
     write_file,
@@ -62,7 +63,7 @@ ASPECT_RATIOS = {"pad": "pad", "square": "crop", None: "crop"}
 SELECT_FEATURES = {"patch": "default", "cls_patch": "full"}
 PROJECTOR_TYPES = {"cluster": "mlp2x", "mlp2x_gelu": "mlp2x", "linear": "linear"}
 RELEASED_NUM_PROTOTYPES = 256
-DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in SAFETENSORS_DTYPES}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass
@@ -111,10 +112,10 @@ def plan(
     _require_parts(layout, prototypes)
     _require_vicuna_prompts(layout)
     sources = read_sources(layout)
-    if EMBEDDINGS not in sources.recipes:
+    if EMBEDDINGS not in sources.weights:
         raise ValueError(f"{layout.base or layout.path} holds no embeddings of a language model: is it complete?")
-    embeddings = sources.recipes[EMBEDDINGS].source
-    torch_dtype = _dtype(str(embeddings.dtype).removeprefix("torch.") if dtype == "auto" else dtype)
+    embeddings = sources.weights[EMBEDDINGS].source
+    torch_dtype = _dtype(TORCH_NAMES.get(embeddings.dtype, embeddings.dtype) if dtype == "auto" else dtype)
 
     text_config, vision_config = _text_config(layout), _vision_config(layout)
     notes = [*_notes_on_tower(layout), *_notes_on_inputs(layout)]
@@ -173,7 +174,7 @@ def _chat_template(folder: Path) -> tuple[Path, str] | None:
     if (folder / "chat_template.jinja").is_file():
         return folder / "chat_template.jinja", (folder / "chat_template.jinja").read_text()
     for name in ("chat_template.json", "processor_config.json", "tokenizer_config.json"):
-        template = read_json(folder / name).get("chat_template") if (folder / name).is_file() else None
+        template = (read_json_if_there(folder / name) or {}).get("chat_template")
         if isinstance(template, list):  # of several, each with a name
             template = {part["name"]: part["template"] for part in template}
         if isinstance(template, dict):
@@ -252,8 +253,7 @@ def _notes_on_tower(layout: Layout) -> Iterator[str]:
     if layout.vision is None:
         return
     for role, folder in (("source", layout.path), ("base", layout.base)):
-        file = folder / "config.json" if folder else None
-        named = read_json(file).get("mm_vision_tower") if file and file.is_file() else None
+        named = (read_json_if_there(folder / "config.json") or {}).get("mm_vision_tower") if folder else None
         if isinstance(named, str) and Path(named).name != Path(layout.vision_name).name:
             yield f"The {role} names the vision tower {named} (mm_vision_tower), but {layout.vision_name} is given."
 
@@ -264,8 +264,7 @@ def _notes_on_inputs(layout: Layout) -> Iterator[str]:
         return
     if found := _chat_template(layout.path):
         yield f"Prompts are Vicuna's, with its system message, in place of those by {found[0]}."
-    file = layout.path / "preprocessor_config.json"
-    settings = read_json(file) if file.is_file() else {}
+    settings = read_json_if_there(layout.path / "preprocessor_config.json") or {}
     if settings.get("do_center_crop", True) and not settings.get("do_pad"):
         yield "Images are padded to a square, as LLaVA-1.5 was trained; the source's processor crops them."
 
@@ -396,7 +395,7 @@ def _add_new_extractor(
         for module in extractor.modules():
             model._init_weights(module)
     for name, value in extractor.state_dict().items():
-        sources.recipes[f"model.prototype_extractor.{name}"] = Recipe(value=value)
+        sources.weights[f"model.prototype_extractor.{name}"] = WeightSource(value=value)
     notes.append(f"The prototype extractor ({variant}) is new, untrained: train it before you use the model.")
 
 
@@ -405,13 +404,12 @@ def _set_generation(model: SQLlavaForConditionalGeneration, processor: SQLlavaPr
     Greedy, and stops as the source does and at the delimiter. Its temperature, which transformers would warn about
     without sampling, is left out.
     """
-    file = (layout.base or layout.path) / "generation_config.json"
-    ends = read_json(file).get("eos_token_id") if file.is_file() else None
+    settings = read_json_if_there((layout.base or layout.path) / "generation_config.json") or {}
     tokenizer = processor.tokenizer
     model.generation_config.update(
         do_sample=False,
         bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=stop_token_ids(ends, processor),
+        eos_token_id=stop_token_ids(settings.get("eos_token_id"), processor),
         pad_token_id=tokenizer.pad_token_id,
     )
 
@@ -422,7 +420,7 @@ def _require_space(out: Path, size: int) -> None:
         folder = folder.parent
     free = shutil.disk_usage(folder).free
     if free < size:
-        raise ValueError(f"{folder} has {free / 1e9:.1f} GB left, but the result has {size / 1e9:.1f} GB: make room.")
+        raise ValueError(f"{folder} has {decimal(free)} left, but the result has {decimal(size)}: make room.")
 
 
 def describe(conversion: Conversion) -> Iterator[str]:
@@ -439,7 +437,7 @@ def describe(conversion: Conversion) -> Iterator[str]:
     for kind, count in sources.unused.items():
         yield f"Not used ({count}): {kind}."
     yield (
-        f"Result: {len(sources.recipes)} weights, {conversion.size / 1e9:.2f} GB in {len(conversion.files)} file(s) "
+        f"Result: {len(sources.weights)} weights, {decimal(conversion.size)} in {len(conversion.files)} file(s) "
         f"of {str(config.dtype).removeprefix('torch.')}; prototypes: {config.prototype_variant}; "
         f"marker of its questions: {conversion.processor.vusr_marker}"
     )
@@ -466,11 +464,10 @@ def write(conversion: Conversion, progress) -> None:
     shutil.rmtree(beside, ignore_errors=True)
     folder = beside / out.name
     folder.mkdir(parents=True)
-    recipes = conversion.sources.recipes
     task = progress.add_task("", total=conversion.size)
     for number, (name, targets) in enumerate(conversion.files.items(), start=1):
         progress.update(task, description=f"Writing file {number} of {len(conversion.files)}")
-        chosen = {target: recipes[target] for target in targets}
+        chosen = {target: conversion.sources.weights[target] for target in targets}
         write_file(folder / name, chosen, model.dtype, partial(progress.advance, task))
     if len(conversion.files) > 1:
         weight_map = {target: name for name, targets in conversion.files.items() for target in targets}

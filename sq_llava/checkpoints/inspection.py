@@ -8,9 +8,7 @@ and what is left of them when something was interrupted. What it does not do: do
 answers.
 """
 
-import hashlib
 import json
-import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -20,14 +18,17 @@ import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 from rich.console import Console
+from rich.filesize import decimal
 from rich.table import Table
 from transformers.utils import logging
 
 from configuration_sq_llava import SQLlavaConfig
 from modeling_sq_llava import SQLlavaForConditionalGeneration
 from sq_llava.checkpoints.completeness import checkpoint_faults, step_of
-from sq_llava.checkpoints.layouts import NAMES, Layout, open_safetensors, read_pickle, read_weight_map, recognise
-from sq_llava.resources import CODE_FILES, code_file
+from sq_llava.checkpoints.layouts import NAMES, Layout, recognise
+from sq_llava.checkpoints.parts import INFIXES, part_of
+from sq_llava.checkpoints.weight_files import TORCH_NAMES, Tensor, WeightFile, read_weight_map
+from sq_llava.resources import CODE_FILES, code_digests
 
 
 WEIGHT_FILES = (
@@ -40,30 +41,10 @@ WEIGHT_FILES = (
 )
 LOADED_WEIGHTS = ("model*.safetensors", "adapter_model.safetensors")
 LOADED_CONFIGS = ("*config.json", "tokenizer.json", "model.safetensors.index.json")
-# The first that a weight's name holds decides which part it belongs to. The authors' projector holds the extractor.
-PARTS = {
-    "vision": ("vision_tower.", "vision_model."),
-    "extractor": ("prototype_extractor.", *(f"mm_projector.{name}" for name in ("sim_", "c.", "v.", "f.", "ln_1."))),
-    "Q-Former": ("resampler.",),
-    "projector": ("multi_modal_projector.", "mm_projector."),
-    "head": ("lm_head.",),
-    "language model": ("language_model.", "model.layers.", "model.embed_tokens.", "model.norm."),
-}
 TOKENIZER = "a tokenizer (tokenizer.json or tokenizer.model)"
-DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64"}
-TORCH_DTYPES = {name: dtype for dtype, name in DTYPES.items()}
 MARKERS = ("user_marker", "vusr_marker", "assistant_marker", "image_aspect_ratio")
 TOKEN_IDS = ("image_token_id", "image_token_index", "vusr_token_id", "bos_token_id", "eos_token_id", "pad_token_id")
 ADDED_TOKENS = {"<image>": "image_token_id", "[vusr]": "vusr_token_id", "<pad>": "pad_token_id"}
-
-
-@dataclass(frozen=True)
-class Tensor:
-    """A weight's header."""
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: str
 
 
 @dataclass
@@ -128,8 +109,13 @@ def inspect(path: str | Path, base: Path | None = None, only_loaded: bool = Fals
     _count_parameters(headers, inspection)
     _describe_lora(headers, configs, inspection)
     _describe_settings(configs, inspection)
-    _compare_code(folder, inspection)
-    _look_for_checkpoints(folder, inspection)
+    own = code_digests()
+    inspection.code = {
+        name: {"sha256": digest, "as_in_this_library": digest == own[name]}
+        for name, digest in code_digests(folder).items()
+    }
+    steps = sorted((path for path in folder.iterdir() if step_of(path) is not None), key=step_of)
+    inspection.checkpoints = {path.name: "; ".join(checkpoint_faults(path)) or "complete" for path in steps}
     _check_weights(folder, headers, configs, layout, inspection)
     _list_missing(configs, inspection)
     return inspection
@@ -168,26 +154,10 @@ def _read_headers(folder: Path, inspection: Inspection, patterns: Sequence[str])
     for file in sorted({file for pattern in patterns for file in folder.glob(pattern)}):
         name = str(file.relative_to(folder))
         try:
-            headers[name] = _header_of(file)
+            headers[name] = WeightFile(file).headers()
         except ValueError as error:
             inspection.faults.append(str(error))
     return headers
-
-
-def _header_of(file: Path) -> list[Tensor]:
-    if file.suffix == ".safetensors":
-        with open_safetensors(file) as opened:
-            slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
-            return [Tensor(name, tuple(part.get_shape()), part.get_dtype()) for name, part in slices.items()]
-    return [
-        Tensor(name, tuple(weight.shape), DTYPES.get(weight.dtype, str(weight.dtype)))
-        for name, weight in read_pickle(file).items()
-    ]
-
-
-def part_of(name: str) -> str:
-    """The part of the model that a weight of any layout belongs to, by its name; `"other"` for none."""
-    return next((part for part, infixes in PARTS.items() if any(infix in name for infix in infixes)), "other")
 
 
 def _count_parameters(headers: dict[str, list[Tensor]], inspection: Inspection) -> None:
@@ -198,10 +168,10 @@ def _count_parameters(headers: dict[str, list[Tensor]], inspection: Inspection) 
         for tensor in tensors:
             part = ("LoRA of " if ".lora_" in tensor.name else "") + part_of(tensor.name) + place
             counts = parts.setdefault(part, {"parameters": 0, "dtypes": []})
-            counts["parameters"] += math.prod(tensor.shape)
+            counts["parameters"] += tensor.num_elements
             if tensor.dtype not in counts["dtypes"]:
                 counts["dtypes"].append(tensor.dtype)
-    order = [*PARTS, "other", *parts]
+    order = [*INFIXES, "other", *parts]
     inspection.parts = {part: parts[part] for part in sorted(parts, key=order.index)}
 
 
@@ -250,19 +220,6 @@ def _describe_bases(layout: Layout, inspection: Inspection) -> None:
             inspection.missing.append(f"the {role}: {name} is no folder here, nor in the local cache of the Hub")
 
 
-def _compare_code(folder: Path, inspection: Inspection) -> None:
-    for name in CODE_FILES:
-        file = folder / name
-        if file.is_file():
-            digest, own = (hashlib.sha256(path.read_bytes()).hexdigest() for path in (file, code_file(name)))
-            inspection.code[name] = {"sha256": digest, "as_in_this_library": digest == own}
-
-
-def _look_for_checkpoints(folder: Path, inspection: Inspection) -> None:
-    for checkpoint in sorted((path for path in folder.iterdir() if step_of(path) is not None), key=step_of):
-        inspection.checkpoints[checkpoint.name] = "; ".join(checkpoint_faults(checkpoint)) or "complete"
-
-
 def _check_weights(
     folder: Path,
     headers: dict[str, list[Tensor]],
@@ -294,7 +251,7 @@ def _check_weights(
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet_transformers() -> Iterator[None]:
     """Without the reports and bars of transformers: what they say is told in another way."""
     verbosity, shows_bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity(logging.CRITICAL)
@@ -317,11 +274,11 @@ def faults_of_weights(config: dict, headers: dict[str, list[Tensor]]) -> list[st
         return []  # the names and shapes are those of the quantizer then
     shapes = {tensor.name: tensor for tensors in headers.values() for tensor in tensors}
     weights = {
-        name: torch.empty(tensor.shape, dtype=TORCH_DTYPES.get(tensor.dtype, torch.float32), device="meta")
+        name: torch.empty(tensor.shape, dtype=getattr(torch, TORCH_NAMES.get(tensor.dtype, "float32")), device="meta")
         for name, tensor in shapes.items()
     }
     try:
-        with _quiet():
+        with quiet_transformers():
             _, report = SQLlavaForConditionalGeneration.from_pretrained(
                 None,
                 config=SQLlavaConfig.from_dict(config),
@@ -392,32 +349,48 @@ def _list_missing(configs: dict[str, dict], inspection: Inspection) -> None:
 
 
 def print_inspection(inspection: Inspection, console: Console) -> None:
-    size = sum(inspection.files.values())
     what = NAMES[inspection.kind] if inspection.kind else "not known"
     console.print(f"{inspection.path}: {what}", style="bold", markup=False, highlight=False)
     if inspection.evidence:
         console.print(f"  by {inspection.evidence}", markup=False, highlight=False)
-    console.print(f"  {len(inspection.files)} files, {size / 2**20:,.1f} MiB")
+    console.print(f"  {len(inspection.files)} files, {decimal(sum(inspection.files.values()))}")
     if inspection.parts:
-        table = Table("part", "dtype")
-        table.add_column("parameters", justify="right")
-        for part, counts in inspection.parts.items():
-            table.add_row(part, ", ".join(counts["dtypes"]), f"{counts['parameters']:,}")
-        total = sum(counts["parameters"] for counts in inspection.parts.values())
-        table.add_section()
-        table.add_row("all", "", f"{total:,}")
-        console.print(table)
-    facts = {
+        console.print(_table_of_parts(inspection))
+    for title, lines in _facts(inspection).items():
+        if lines:
+            style = {"missing": "yellow", "broken": "red"}.get(title)
+            console.print(title, style=style or "bold")
+            for line in lines:
+                console.print(f"  {line}", style=style, markup=False, highlight=False, soft_wrap=True)
+
+
+def _table_of_parts(inspection: Inspection) -> Table:
+    table = Table("part", "dtype")
+    table.add_column("parameters", justify="right")
+    for part, counts in inspection.parts.items():
+        table.add_row(part, ", ".join(counts["dtypes"]), f"{counts['parameters']:,}")
+    table.add_section()
+    table.add_row("all", "", f"{sum(counts['parameters'] for counts in inspection.parts.values()):,}")
+    return table
+
+
+def _facts(inspection: Inspection) -> dict[str, list[str]]:
+    """The lines below each title, empty where nothing is known."""
+
+    def pairs(facts: dict) -> list[str]:
+        return [f"{name}: {value}" for name, value in facts.items()]
+
+    return {
         "LoRA": [
             f"{lora['tower']}: rank {', '.join(map(str, lora['ranks']))}, alpha {', '.join(map(str, lora['alphas']))} "
             f"({lora['file']})"
             for lora in inspection.loras
         ],
-        "prototypes": [f"{name}: {value}" for name, value in inspection.prototypes.items()],
-        "markers": [f"{name}: {value}" for name, value in inspection.markers.items()],
-        "token ids": [f"{name}: {value}" for name, value in inspection.token_ids.items()],
-        "stands on": [f"{role}: {place}" for role, place in inspection.bases.items()],
-        "checkpoints": [f"{name}: {state}" for name, state in inspection.checkpoints.items()],
+        "prototypes": pairs(inspection.prototypes),
+        "markers": pairs(inspection.markers),
+        "token ids": pairs(inspection.token_ids),
+        "stands on": pairs(inspection.bases),
+        "checkpoints": pairs(inspection.checkpoints),
         "code": [
             f"{name}: {'as in this library' if code['as_in_this_library'] else 'NOT as in this library'}, "
             f"SHA-256 {code['sha256']}"
@@ -426,9 +399,3 @@ def print_inspection(inspection: Inspection, console: Console) -> None:
         "missing": inspection.missing,
         "broken": inspection.faults,
     }
-    for title, lines in facts.items():
-        if lines:
-            style = {"missing": "yellow", "broken": "red"}.get(title)
-            console.print(title, style=style or "bold")
-            for line in lines:
-                console.print(f"  {line}", style=style, markup=False, highlight=False, soft_wrap=True)

@@ -8,19 +8,16 @@ Only JSON is read, and the names of the tensors in a lone projector. Hub ids are
 is downloaded unless it is asked for. What this module does not do: say whether the weights are complete.
 """
 
-import json
 import sys
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Literal
 
-import torch
 from huggingface_hub import HfApi, snapshot_download, try_to_load_from_cache
-from huggingface_hub.errors import HTTPError
-from safetensors import SafetensorError, safe_open
 
-from sq_llava.locations import is_missing_folder
+from sq_llava.checkpoints.weight_files import WeightFile, find_weight_files, read_json_if_there
+from sq_llava.locations import hub_errors, is_missing_folder, require_folder_or_id
 
 
 Kind = Literal[
@@ -38,8 +35,6 @@ NAMES: dict[Kind, str] = {
     "llava_hf": "a LLaVA in the format of transformers",
 }
 WANTED_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "*.safetensors", "*.bin")
-INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
-SINGLE_FILES = ("model.safetensors", "pytorch_model.bin")
 
 
 @dataclass(frozen=True)
@@ -96,7 +91,7 @@ def recognise(
     given = Path(source).expanduser()
     file = given if given.is_file() else None
     folder = given.parent if file else _find(str(source), "the source", download)
-    config, adapter_config = (_read_if_there(folder / name) for name in ("config.json", "adapter_config.json"))
+    config, adapter_config = (read_json_if_there(folder / name) for name in ("config.json", "adapter_config.json"))
     if file or (_is_lone_projector(folder) and adapter_config is None):
         fields = _recognise_projector(file or folder / "mm_projector.bin")
     elif adapter_config is not None:
@@ -115,98 +110,12 @@ def recognise(
         path=folder,
         config=config or {},
         adapter_config=adapter_config,
-        vision_adapter_config=_read_if_there(folder / "Vit-lora" / "adapter_config.json"),
+        vision_adapter_config=read_json_if_there(folder / "Vit-lora" / "adapter_config.json"),
         base=_find(str(base), "--base", download) if base else _find_if_there(names["base_name"]),
         vision=_find(str(vision), "--vision", download) if vision else _find_if_there(names["vision_name"]),
         **names,
         **fields,
     )
-
-
-def find_weight_files(folder: Path) -> tuple[Path, ...]:
-    """The files of a whole model, whether or not all that its index names are there; safetensors before pickles."""
-    for index, single in zip(INDEXES, SINGLE_FILES):
-        if (folder / index).is_file():
-            return tuple(folder / name for name in sorted(set(read_weight_map(folder / index).values())))
-        if (folder / single).is_file():
-            return (folder / single,)
-    return ()
-
-
-def read_weight_map(index: Path) -> dict[str, str]:
-    """
-    The files that an index names, by tensor.
-
-    Raises:
-        ValueError: if it has none, or names one that is not beside it, which would be read from anywhere.
-    """
-    weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict):
-        raise ValueError(f"{index}: weight_map is {weight_map!r}, not the file of each tensor: fetch it anew.")
-    for name in weight_map.values():
-        if not isinstance(name, str) or name in ("", "..") or Path(name).name != name:
-            raise ValueError(f"{index}: weight_map holds {name!r}, which is no file beside it: fetch it anew.")
-    return weight_map
-
-
-def read_pickle(file: Path) -> dict[str, torch.Tensor]:
-    """
-    Tensors of a `.bin` file, mapped into memory and not read yet. No code in it is run.
-
-    Raises:
-        ValueError: if it holds anything else than tensors, or is cut off.
-    """
-    try:
-        # Files of torch before 1.6 are no zip archives, and cannot be mapped.
-        state = torch.load(file, map_location="cpu", weights_only=True, mmap=_is_zip(file))
-    except FileNotFoundError as error:
-        raise ValueError(f"{file}: no such file.") from error
-    except Exception as error:  # torch names no class for what damaged archives and pickles raise
-        reason = str(error).partition("\n")[0]
-        raise ValueError(
-            f"{file} is not read: it is damaged, or holds more than tensors, such as code that would be run "
-            f"({type(error).__name__}: {reason}). Fetch it anew from a source that you trust."
-        ) from error
-    if not isinstance(state, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in state.values()):
-        raise ValueError(f"{file} holds something else than named tensors: give the weights of a model.")
-    return state
-
-
-def tensor_names(file: Path) -> list[str]:
-    """The names of the tensors in a `.safetensors` or `.bin` file."""
-    if file.suffix != ".safetensors":
-        return list(read_pickle(file))
-    with open_safetensors(file) as opened:
-        return list(opened.keys())
-
-
-def open_safetensors(file: Path):
-    """As `safe_open`, with an error that names the file."""
-    try:
-        return safe_open(file, framework="pt")
-    except FileNotFoundError as error:
-        raise ValueError(f"{file}: no such file.") from error
-    except SafetensorError as error:
-        raise ValueError(f"{file} is damaged or cut off ({error}): fetch it anew.") from error
-
-
-def read_json(file: Path) -> dict:
-    try:
-        fields = json.loads(file.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{file} is no JSON ({error}): fetch it anew.") from error
-    if not isinstance(fields, dict):
-        raise ValueError(f"{file} holds {str(fields)[:40]!r}, not the fields of an object: fetch it anew.")
-    return fields
-
-
-def _read_if_there(file: Path) -> dict | None:
-    return read_json(file) if file.is_file() else None
-
-
-def _is_zip(file: Path) -> bool:
-    with open(file, "rb") as opened:
-        return opened.read(4) == b"PK\x03\x04"
 
 
 def _is_lone_projector(folder: Path) -> bool:
@@ -216,11 +125,11 @@ def _is_lone_projector(folder: Path) -> bool:
 def _recognise_projector(file: Path) -> dict:
     if file.suffix not in (".bin", ".safetensors"):
         raise ValueError(f"{file}: give a folder, a Hub id, or the .bin file of a projector.")
-    names = tensor_names(file)
+    names = [tensor.name for tensor in WeightFile(file).headers()]
     projector_type = projector_type_of(names)
     if projector_type is None:
         raise ValueError(f"{file} holds no projector (mm_projector.*): its tensors are {', '.join(names[:4])}, ...")
-    base = (_read_if_there(file.parent / "config.json") or {}).get("_name_or_path")
+    base = (read_json_if_there(file.parent / "config.json") or {}).get("_name_or_path")
     return {
         "kind": "projector",
         "evidence": f"{file.name} holds mm_projector.* of the kind {projector_type}, and there is no model",
@@ -298,33 +207,31 @@ def _unknown(folder: Path, reason: str) -> str:
 
 
 def _find(name: str, option: str, download: bool) -> Path:
-    found = _find_if_there(name)
-    if found is not None and not (download and found != Path(name).expanduser() and _is_partial(found)):
-        return found
-    if is_missing_folder(name):
-        raise ValueError(f"{name} ({option}): no such folder. Give one, or a Hub id such as org/name.")
+    folder = require_folder_or_id(name, option)
+    if folder is not None:
+        return folder
+    cached = _find_in_cache(name)
+    if cached is not None and not (download and _is_partial(cached)):
+        return cached
     if not download:
         raise ValueError(f"{name} ({option}): neither a folder nor in the local cache of the Hub. Download it first.")
     print(f"Downloading {name} from the Hub.", file=sys.stderr)
-    try:
+    with hub_errors(f"{name} ({option}): not in the cache, and not to be had from the Hub"):
         files = HfApi().list_repo_files(name)
         # The same weights twice: the pickles are left where they are.
         twice = any(fnmatch(file, "model*.safetensors") for file in files)
         ignored = ["pytorch_model*.bin"] if twice else None
         return Path(snapshot_download(name, allow_patterns=list(WANTED_FILES), ignore_patterns=ignored))
-    except (HTTPError, OSError, RuntimeError) as error:  # hf_xet raises RuntimeError
-        raise ValueError(f"{name} ({option}): not in the cache, and not to be had from the Hub: {error}") from error
 
 
 def _find_if_there(name: str | None) -> Path | None:
-    if not name:
+    if not name or is_missing_folder(name):
         return None
-    folder = Path(name).expanduser()
-    if folder.is_dir():
-        return folder
-    if is_missing_folder(name):
-        return None
-    cached = try_to_load_from_cache(name, "config.json")
+    return require_folder_or_id(name) or _find_in_cache(name)
+
+
+def _find_in_cache(hub_id: str) -> Path | None:
+    cached = try_to_load_from_cache(hub_id, "config.json")
     return Path(cached).parent if isinstance(cached, str) else None
 
 

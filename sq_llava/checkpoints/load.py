@@ -29,7 +29,7 @@ from sq_llava.checkpoints.inspection import TOKENIZER, inspect
 from sq_llava.checkpoints.layouts import NAMES, recognise
 from sq_llava.checkpoints.provenance import read_provenance, write_provenance
 from sq_llava.early_checks import require_new_folder
-from sq_llava.locations import base_of_adapter, fetch, find_config, is_adapter, revision_of_base
+from sq_llava.locations import base_of_adapter, fetch, find_config, is_adapter, is_hub_id, revision_of_base
 
 
 # The library's own classes load a checkpoint; the code inside its folder is for those who do not have the library.
@@ -143,7 +143,7 @@ def _find_base(adapter: str | os.PathLike) -> Path:
 def _base_and_revision(adapter: str | os.PathLike) -> tuple[str, str | None]:
     base = base_of_adapter(adapter)
     # A commit is one of a repository; a folder has none.
-    return base, None if Path(base).expanduser().is_dir() else revision_of_base(adapter)
+    return base, revision_of_base(adapter) if is_hub_id(base) else None
 
 
 @contextmanager

@@ -20,10 +20,11 @@ from pathlib import Path
 
 import yaml
 
+from sq_llava.locations import is_hub_id
+
 
 PROVENANCE_FILE = "provenance.yaml"
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate")
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 CACHED = re.compile(r"/(?:models|datasets)--([^/]+)/snapshots/[0-9a-f]{40}/?$")
 
 STAGE_SETTINGS = (
@@ -39,12 +40,6 @@ MODEL_SETTINGS = ("dtype", "load_in_4bit", "load_in_8bit", "use_rslora", "use_do
 # Without a meaning in stage "align", which trains neither questions nor the language model.
 INSTRUCT_SETTINGS = ("self_question_ratio", "question_loss_weight")
 INSTRUCT_MODEL_SETTINGS = ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules")
-
-
-def is_hub_id(path: str) -> bool:
-    """Whether this is `org/name` rather than the path of a folder, be it there or not."""
-    folder = Path(path)
-    return HUB_ID.fullmatch(path) is not None and path[0] != "." and not (folder.exists() or folder.parent.is_dir())
 
 
 def public_name(path: str) -> str:

@@ -6,7 +6,6 @@ checkpoints run in transformers' own LLaVA. What this module does not do: genera
 """
 
 import json
-import math
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -25,7 +24,8 @@ from transformers import (
     PreTrainedModel,
 )
 
-from sq_llava.checkpoints.layouts import Layout, find_weight_files, open_safetensors, read_pickle
+from sq_llava.checkpoints.layouts import Layout
+from sq_llava.checkpoints.weight_files import TORCH_NAMES, WeightFile, read_headers
 
 
 @dataclass
@@ -100,31 +100,20 @@ def run_original(layout: Layout, prompts: list[Prompt], precision: Precision) ->
 
 def stored_dtype(folder: Path) -> torch.dtype:
     """The floating dtype of most of a folder's weights; reads headers only."""
-    names = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-    sizes = dict.fromkeys(names.values(), 0)
-    for file in find_weight_files(folder):
-        if file.suffix == ".safetensors":
-            with open_safetensors(file) as opened:
-                headers = [opened.get_slice(name) for name in opened.keys()]  # noqa: SIM118
-            found = [(names.get(header.get_dtype()), math.prod(header.get_shape())) for header in headers]
-        else:
-            found = [(tensor.dtype, tensor.numel()) for tensor in read_pickle(file).values()]
-        for dtype, size in found:
-            if dtype in sizes:
-                sizes[dtype] += size
-    return max(sizes, key=sizes.get)
+    sizes = dict.fromkeys(("F32", "F16", "BF16"), 0)
+    for tensor in read_headers(folder):
+        if tensor.dtype in sizes:
+            sizes[tensor.dtype] += tensor.num_elements
+    return getattr(torch, TORCH_NAMES[max(sizes, key=sizes.get)])
 
 
 def read_weights(files: tuple[Path, ...], infix: str) -> dict[str, torch.Tensor]:
     """The tensors whose names hold `infix`, under the names behind it."""
     tensors = {}
-    for file in files:
-        if file.suffix == ".safetensors":
-            with open_safetensors(file) as opened:
-                tensors |= {name: opened.get_tensor(name) for name in opened.keys() if infix in name}  # noqa: SIM118
-        else:
-            tensors |= {name: tensor for name, tensor in read_pickle(file).items() if infix in name}
-    return {name[name.index(infix) + len(infix) :]: tensor for name, tensor in tensors.items()}
+    for weights in map(WeightFile, files):
+        for name in (tensor.name for tensor in weights.headers() if infix in tensor.name):
+            tensors[name[name.index(infix) + len(infix) :]] = weights[name]
+    return tensors
 
 
 def _run_llava(layout: Layout, prompts: list[Prompt], precision: Precision) -> list[dict[str, torch.Tensor]]:

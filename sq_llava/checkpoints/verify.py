@@ -11,23 +11,24 @@ run in batches.
 
 import os
 import warnings
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
 from PIL import Image, ImageDraw
 from rich.console import Console
+from rich.filesize import decimal
 from rich.table import Table
 from tokenizers import Tokenizer
 from torch import nn
 from transformers import CLIPImageProcessorPil
-from transformers.utils import logging
 
 from modeling_sq_llava import SQLlavaForConditionalGeneration
 from processing_sq_llava import SQLlavaProcessor
-from sq_llava.checkpoints.layouts import Layout, find_weight_files, open_safetensors
+from sq_llava.checkpoints.inspection import quiet_transformers
+from sq_llava.checkpoints.layouts import Layout
 from sq_llava.checkpoints.reference_models import Precision, Prompt, keep_language_states, run_original, stored_dtype
+from sq_llava.checkpoints.weight_files import read_headers
 
 
 # Largest difference of two logits, as a share of the largest logit; in half precision a sum hangs on its order.
@@ -96,25 +97,10 @@ def verify(layout: Layout, folder: str | Path, dtype: str = "float32") -> Verifi
         ValueError: if the memory does not suffice, or the source is not complete.
     """
     folder = Path(folder)
-    require_memory(folder, _count_parameters(folder), dtype)
-    with _quiet():
+    require_memory(folder, sum(tensor.num_elements for tensor in read_headers(folder)), dtype)
+    # transformers remarks on weights of a source that belong to another of its towers.
+    with quiet_transformers(), warnings.catch_warnings(action="ignore", category=FutureWarning):
         return _verify(layout, folder, getattr(torch, dtype))
-
-
-@contextmanager
-def _quiet():
-    """Without the remarks of transformers on weights of a source that belong to another of its towers."""
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)
-            yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()
 
 
 def _verify(layout: Layout, folder: Path, dtype: torch.dtype) -> Verification:
@@ -134,15 +120,6 @@ def _verify(layout: Layout, folder: Path, dtype: torch.dtype) -> Verification:
     return verification
 
 
-def _count_parameters(folder: Path) -> int:
-    num_parameters = 0
-    for file in find_weight_files(folder):
-        with open_safetensors(file) as opened:
-            shapes = [opened.get_slice(name).get_shape() for name in opened.keys()]  # noqa: SIM118
-        num_parameters += sum(torch.Size(shape).numel() for shape in shapes)
-    return num_parameters
-
-
 def require_memory(folder: str | Path, num_parameters: int, dtype: str) -> None:
     """
     Before anything is read, and before a result is written that is to be verified.
@@ -157,8 +134,8 @@ def require_memory(folder: str | Path, num_parameters: int, dtype: str) -> None:
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if needed > 0.9 * memory:
         raise ValueError(
-            f"{folder}: {num_parameters:,} parameters take {needed / 2**30:.0f} GiB in {dtype}, and this machine has "
-            f"{memory / 2**30:.0f} GiB: verify in bfloat16, or on a larger machine."
+            f"{folder}: {num_parameters:,} parameters take {decimal(needed)} in {dtype}, and this machine has "
+            f"{decimal(memory)}: verify in bfloat16, or on a larger machine."
         )
 
 

@@ -17,7 +17,9 @@ from pathlib import Path
 import torch
 from peft.utils.other import get_pattern_key
 
-from sq_llava.checkpoints.layouts import Layout, open_safetensors, read_pickle
+from sq_llava.checkpoints.layouts import Layout
+from sq_llava.checkpoints.parts import group_of
+from sq_llava.checkpoints.weight_files import SAFETENSORS_NAMES, Tensor, WeightFile
 
 
 # Names in any released layout, and in SQLlavaForConditionalGeneration; the first pattern that fits a name counts.
@@ -47,7 +49,6 @@ UNUSED = {
     r"(?:visual_projection|text_projection)\..+": "projection: of a whole CLIP into its common space",
     r"logit_scale|logit_bias": "logit_scale: of a whole CLIP's loss",
 }
-SAFETENSORS_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 LORA = re.compile(r"(.+)\.lora_([AB])(?:\.default)?\.weight")
 EMBEDDINGS = "model.language_model.embed_tokens.weight"
 HEAD = "lm_head.weight"
@@ -76,32 +77,6 @@ def unused_kind(name: str) -> str | None:
 
 
 @dataclass(frozen=True)
-class Tensor:
-    """A tensor in a file."""
-
-    file: Path
-    name: str
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-
-
-class Reader:
-    """The tensors of one `.bin` or `.safetensors` file, mapped into memory."""
-
-    def __init__(self, file: Path):
-        self.file = file
-        self.mapped = open_safetensors(file) if file.suffix == ".safetensors" else read_pickle(file)
-
-    def __getitem__(self, name: str) -> torch.Tensor:
-        return self.mapped[name] if isinstance(self.mapped, dict) else self.mapped.get_tensor(name)
-
-    def headers(self) -> list[Tensor]:
-        # Tensors that are mapped and not touched cost nothing.
-        tensors = ((name, self[name]) for name in self.mapped.keys())  # noqa: SIM118  safe_open is no dict
-        return [Tensor(self.file, name, tuple(tensor.shape), tensor.dtype) for name, tensor in tensors]
-
-
-@dataclass(frozen=True)
 class Delta:
     """The LoRA of one weight: `scale * up @ down`."""
 
@@ -111,7 +86,7 @@ class Delta:
 
 
 @dataclass
-class Recipe:
+class WeightSource:
     """
     How a weight comes about: a tensor of a file, a LoRA on it, mean rows below it; or a new value.
 
@@ -129,13 +104,13 @@ class Recipe:
             return tuple(self.value.shape)
         return (self.rows, *self.source.shape[1:]) if self.rows else self.source.shape
 
-    def make(self, reader_of: Callable[[Path], Reader], dtype: torch.dtype) -> torch.Tensor:
+    def make(self, file_of: Callable[[Path], WeightFile], dtype: torch.dtype) -> torch.Tensor:
         """The weight, from the files that it is in."""
         if self.source is None:
             return self.value.to(dtype)
-        tensor = reader_of(self.source.file)[self.source.name]
+        tensor = file_of(self.source.file)[self.source.name]
         if self.delta is not None:
-            down, up = (reader_of(part.file)[part.name].float() for part in (self.delta.down, self.delta.up))
+            down, up = (file_of(part.file)[part.name].float() for part in (self.delta.down, self.delta.up))
             # In float32 until the end: a delta that was rounded to half precision first would lose its small parts.
             tensor = torch.addmm(tensor.float(), up, down, alpha=self.delta.scale)
         if self.rows is None or self.rows == len(tensor):
@@ -150,21 +125,12 @@ class Recipe:
 class Sources:
     """All that the files of a source, its base and its tower hold, by the names of the weights."""
 
-    recipes: dict[str, Recipe] = field(default_factory=dict)
+    weights: dict[str, WeightSource] = field(default_factory=dict)
     unused: Counter = field(default_factory=Counter)
     replaced: Counter = field(default_factory=Counter)
     notes: list[str] = field(default_factory=list)
     unknown: list[str] = field(default_factory=list)
     deltas: dict[str, Delta] = field(default_factory=dict)
-
-
-def part_of(target: str) -> str:
-    """What a source replaces as a whole in its base: the tower, or extractor and projector."""
-    if target.startswith("model.vision_tower."):
-        return "vision tower"
-    if target.startswith(("model.prototype_extractor.", "model.multi_modal_projector.")):
-        return "projector"
-    return target
 
 
 def read_sources(layout: Layout) -> Sources:
@@ -179,8 +145,7 @@ def read_sources(layout: Layout) -> Sources:
     places = {"source": layout.weight_files, "base": layout.base_files, "vision tower": layout.vision_files}
     for owner, files in places.items():
         for file in files:
-            reader = Reader(file)
-            for tensor in reader.headers():
+            for tensor in WeightFile(file).headers():
                 if kind := unused_kind(tensor.name):
                     sources.unused[kind] += 1
                 elif match := LORA.fullmatch(tensor.name):
@@ -198,21 +163,22 @@ def _add(sources: Sources, owners: dict[str, str], owner: str, tensor: Tensor) -
     except ValueError:
         sources.unknown.append(f"{tensor.name} in {tensor.file}")
         return
-    if owners.setdefault(part_of(target), owner) != owner:
-        part = part_of(target)
-        sources.replaced[f"{part} of {tensor.file.parent}; the {owners[part]} has its own"] += 1
+    # Vision tower and connector come from one place as a whole, the weights of the language model one by one.
+    owned = {"vision": "vision tower", "connector": "connector"}.get(group_of(target), target)
+    if owners.setdefault(owned, owner) != owner:
+        sources.replaced[f"{owned} of {tensor.file.parent}; the {owners[owned]} has its own"] += 1
         return
-    if target in sources.recipes:
-        other = sources.recipes[target].source
+    if target in sources.weights:
+        other = sources.weights[target].source
         raise ValueError(
             f"{tensor.file}: {tensor.name} and {other.name} (in {other.file}) are both {target}. Keep one of them."
         )
-    sources.recipes[target] = Recipe(tensor)
+    sources.weights[target] = WeightSource(tensor)
 
 
 def add_lora(sources: Sources, layout: Layout, adapters: dict[Path, dict]) -> None:
     """
-    Puts LoRA on the recipes. A ViT-LoRA may stand in `adapter_model.bin`, in `Vit-lora`, or in both.
+    Puts LoRA on the weights. A ViT-LoRA may stand in `adapter_model.bin`, in `Vit-lora`, or in both.
 
     Raises:
         ValueError: if half of a pair is missing, a rank is not that of its configuration, or the two differ.
@@ -221,7 +187,7 @@ def add_lora(sources: Sources, layout: Layout, adapters: dict[Path, dict]) -> No
     for file, modules in adapters.items():
         deltas = _read_deltas(layout, file, modules)
         sources.deltas |= deltas
-        of_tower[file] = {target: delta for target, delta in deltas.items() if part_of(target) == "vision tower"}
+        of_tower[file] = {target: delta for target, delta in deltas.items() if group_of(target) == "vision"}
     twice = [file for file, deltas in of_tower.items() if deltas]
     if len(twice) == 2 and not _same(*(of_tower[file] for file in twice)):
         raise ValueError(
@@ -229,11 +195,11 @@ def add_lora(sources: Sources, layout: Layout, adapters: dict[Path, dict]) -> No
             "folder Vit-lora away, or take the keys with vision_tower out of adapter_model.bin."
         )
     for target, delta in sources.deltas.items():
-        if target not in sources.recipes:
+        if target not in sources.weights:
             place = f"{delta.down.file}: {delta.down.name}"
             raise ValueError(f"{place}: neither base nor tower has the weight that it is added to.")
-        _check_lora_shapes(sources.recipes[target], delta)
-        sources.recipes[target].delta = delta
+        _check_lora_shapes(sources.weights[target], delta)
+        sources.weights[target].delta = delta
     _describe_lora(sources)
 
 
@@ -243,7 +209,7 @@ def _read_deltas(layout: Layout, file: Path, modules: dict[str, dict[str, Tensor
         target = weight_name(f"{module}.weight")
         if pair.keys() != {"A", "B"}:
             raise ValueError(f"{file}: {module} has lora_{next(iter(pair))}, but not the other half of it.")
-        config, config_file = _lora_config(layout, part_of(target) == "vision tower")
+        config, config_file = _lora_config(layout, group_of(target) == "vision")
         scale = lora_scale(config, config_file, module.removeprefix("base_model.model."), pair["A"])
         deltas[target] = Delta(pair["A"], pair["B"], scale)
     return deltas
@@ -252,10 +218,10 @@ def _read_deltas(layout: Layout, file: Path, modules: dict[str, dict[str, Tensor
 def _same(one: dict[str, Delta], other: dict[str, Delta]) -> bool:
     if one.keys() != other.keys():
         return False
-    reader_of = lru_cache(Reader)
+    file_of = lru_cache(WeightFile)
 
     def value(tensor: Tensor) -> torch.Tensor:
-        return reader_of(tensor.file)[tensor.name].float()
+        return file_of(tensor.file)[tensor.name].float()
 
     return all(
         torch.equal(value(one[target].down), value(other[target].down))
@@ -288,24 +254,24 @@ def lora_scale(config: dict, config_file: Path, module: str, down: Tensor) -> fl
     return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 
-def _check_lora_shapes(recipe: Recipe, delta: Delta) -> None:
+def _check_lora_shapes(weight: WeightSource, delta: Delta) -> None:
     shape = (delta.up.shape[0], delta.down.shape[1])
-    if shape != recipe.source.shape or delta.up.shape[1] != delta.down.shape[0]:
+    if shape != weight.source.shape or delta.up.shape[1] != delta.down.shape[0]:
         raise ValueError(
             f"{delta.down.name} in {delta.down.file}: LoRA of {delta.up.shape} x {delta.down.shape} does not fit "
-            f"{recipe.source.name} of {recipe.source.shape} in {recipe.source.file}. Is that the right base?"
+            f"{weight.source.name} of {weight.source.shape} in {weight.source.file}. Is that the right base?"
         )
 
 
 def _describe_lora(sources: Sources) -> None:
     for part, in_tower in (("LLM-LoRA", False), ("ViT-LoRA", True)):
-        deltas = [d for target, d in sources.deltas.items() if (part_of(target) == "vision tower") == in_tower]
+        deltas = [d for target, d in sources.deltas.items() if (group_of(target) == "vision") == in_tower]
         if deltas:
             ranks = ", ".join(map(str, sorted({delta.down.shape[0] for delta in deltas})))
             scales = ", ".join(f"{scale:g}" for scale in sorted({delta.scale for delta in deltas}))
             sources.notes.append(f"{part}: merged into {len(deltas)} matrices, rank {ranks}, scaled by {scales}.")
-            reader_of = lru_cache(Reader)
-            if in_tower and not any(reader_of(delta.up.file)[delta.up.name].any() for delta in deltas):
+            file_of = lru_cache(WeightFile)
+            if in_tower and not any(file_of(delta.up.file)[delta.up.name].any() for delta in deltas):
                 sources.notes.append(
                     "All B matrices of the ViT-LoRA are zero, so it changes nothing: the authors' code runs the tower "
                     "without gradients, and could not train it."
@@ -324,51 +290,53 @@ def match(sources: Sources, targets: dict[str, torch.Tensor], vocabulary: int, t
     Raises:
         ValueError: with all names, if a tensor has no use, a weight no source, or a shape is wrong.
     """
-    if tied and sources.recipes.pop(HEAD, None):
+    if tied and sources.weights.pop(HEAD, None):
         sources.unused["lm_head: the configuration ties it to the embeddings"] += 1
+    useless = [weight.source for target, weight in sources.weights.items() if target not in targets]
     faults = {
-        "tensors that have no use": sources.unknown
-        + [f"{r.source.name} in {r.source.file}" for target, r in sources.recipes.items() if target not in targets],
-        "weights that no tensor fills": [target for target in targets if target not in sources.recipes],
+        "tensors that have no use": sources.unknown + [f"{tensor.name} in {tensor.file}" for tensor in useless],
+        "weights that no tensor fills": [target for target in targets if target not in sources.weights],
         "wrong shapes": [],
     }
-    for target, recipe in sources.recipes.items():
+    for target, weight in sources.weights.items():
         if target not in targets:
             continue
-        if target in (EMBEDDINGS, HEAD) and recipe.source.shape[0] == vocabulary:
-            recipe.rows = targets[target].shape[0]
-        if recipe.shape() != tuple(targets[target].shape):
-            place = f"{recipe.source.name} in {recipe.source.file}" if recipe.source else target
-            faults["wrong shapes"].append(f"{place}: {recipe.shape()}, not {tuple(targets[target].shape)}")
+        if target in (EMBEDDINGS, HEAD) and weight.source.shape[0] == vocabulary:
+            weight.rows = targets[target].shape[0]
+        if weight.shape() != tuple(targets[target].shape):
+            place = f"{weight.source.name} in {weight.source.file}" if weight.source else target
+            faults["wrong shapes"].append(f"{place}: {weight.shape()}, not {tuple(targets[target].shape)}")
     if any(faults.values()):
         texts = [f"{len(names)} {kind}: {'; '.join(names)}" for kind, names in faults.items() if names]
         raise ValueError(f"The checkpoint and the model do not fit together. {'. '.join(texts)}.")
 
 
-def write_file(path: Path, recipes: dict[str, Recipe], dtype: torch.dtype, advance: Callable[[int], None]) -> None:
+def write_file(
+    path: Path, weights: dict[str, WeightSource], dtype: torch.dtype, advance: Callable[[int], None]
+) -> None:
     """
-    Writes one safetensors file, a tensor at a time: a dictionary of all of them, as `save_file` takes, would be as
-    large as the file. The format: https://github.com/huggingface/safetensors#format. `advance` is told the bytes
-    of each tensor.
+    Writes one safetensors file, a weight at a time: `save_file` takes a dictionary of all of them, which needs the
+    memory of the whole file. The format: https://github.com/huggingface/safetensors#format. `advance` is told the
+    bytes of each weight.
     """
     # One file of the source and one of LoRA are mapped at a time; each is opened once.
-    reader_of = lru_cache(maxsize=2)(Reader)
-    ordered = sorted(recipes.items(), key=lambda item: _files_of(item[1]))
+    file_of = lru_cache(maxsize=2)(WeightFile)
+    ordered = sorted(weights.items(), key=lambda item: _files_of(item[1]))
     header, end = {"__metadata__": {"format": "pt"}}, 0
-    for target, recipe in ordered:
-        begin, end = end, end + math.prod(recipe.shape()) * dtype.itemsize
-        entry = {"dtype": SAFETENSORS_DTYPES[dtype], "shape": recipe.shape(), "data_offsets": [begin, end]}
+    for target, weight in ordered:
+        begin, end = end, end + math.prod(weight.shape()) * dtype.itemsize
+        entry = {"dtype": SAFETENSORS_NAMES[str(dtype)], "shape": weight.shape(), "data_offsets": [begin, end]}
         header[target] = entry
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     with open(path, "wb") as stream:
         stream.write(len(text).to_bytes(8, "little") + text)
-        for _, recipe in ordered:
-            tensor = recipe.make(reader_of, dtype)
+        for _, weight in ordered:
+            tensor = weight.make(file_of, dtype)
             stream.write(tensor.view(torch.uint8).numpy().data)
             advance(tensor.nbytes)
 
 
-def _files_of(recipe: Recipe) -> tuple[str, str]:
-    source, delta = recipe.source, recipe.delta
+def _files_of(weight: WeightSource) -> tuple[str, str]:
+    source, delta = weight.source, weight.delta
     return str(source.file if source else ""), str(delta.down.file if delta else "")

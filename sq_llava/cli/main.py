@@ -365,6 +365,7 @@ def push(
 
         from sq_llava.checkpoints import push as publishing
         from sq_llava.checkpoints.card import read_results
+        from sq_llava.checkpoints.publication import prepare, print_publication
 
         results = read_results(eval_results) if eval_results else None
         about_model = {"results": results, "license": license, "languages": language or []}
@@ -372,8 +373,8 @@ def push(
         api = None if dry_run else HfApi()
         if api is not None:
             publishing.check_rights(api, repo_id, private)
-        with publishing.prepare(folder, repo_id, adapter_only, base_model, api, trust_remote_code) as publication:
-            publishing.print_publication(publication, messages_console)
+        with prepare(folder, repo_id, adapter_only, base_model, api, trust_remote_code) as publication:
+            print_publication(publication, messages_console)
             publishing.check_card(publication, dry_run, **about_model)
             with messages_console.status("Loading it in a fresh process"):
                 publishing.check_loading(publication)

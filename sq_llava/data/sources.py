@@ -27,6 +27,7 @@ from sq_llava.data.row_layouts import (
     measure,
     recognize,
 )
+from sq_llava.locations import is_hub_id
 
 
 # Bytes of JSON read at a time, and the longest row that is believed.
@@ -327,7 +328,7 @@ def open_source(source: DataSource) -> JsonFile | Table:
                 f"{path}: holds neither data files ({', '.join(sorted(DATA_SUFFIXES))}) nor a dataset of save_to_disk."
             )
         return Table(_load_dataset(source, str(path)), _label(source), path)
-    if not is_hub_id(source.path):
+    if not is_hub_id(source.path) or path.suffix.lower() in FILE_SUFFIXES:
         raise ValueError(f"{path}: no such file or folder, and not the id of a dataset on the Hub (org/name).")
     return Table(_load_dataset(source, source.path), _label(source), _hub_folder(source.path))
 
@@ -335,12 +336,6 @@ def open_source(source: DataSource) -> JsonFile | Table:
 def holds_dataset(folder: Path) -> bool:
     """Whether there is a file that `datasets` can load."""
     return any(file.suffix in DATA_SUFFIXES for file in folder.rglob("*"))
-
-
-def is_hub_id(path: str) -> bool:
-    """Whether a path that is no file or folder may be the id of a dataset on the Hub."""
-    is_id = re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", path) is not None
-    return is_id and Path(path).suffix.lower() not in FILE_SUFFIXES
 
 
 def _label(source: DataSource) -> str:

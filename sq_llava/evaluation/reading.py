@@ -11,6 +11,7 @@ import base64
 import binascii
 import csv
 import json
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +19,8 @@ from typing import Any
 
 import datasets
 import pyarrow as pa
+
+from sq_llava.locations import is_hub_id
 
 
 # What fields hold, by their names, which mean the same in all layouts; with `NoneType` they may be empty. What is not
@@ -139,12 +142,12 @@ class Data:
             if hub_id is None:
                 raise ValueError(f"{task}: has no data set on the Hub. Give --data a folder.")
             return cls(hub_id=hub_id, split=split)
-        folder = Path(place)
+        folder = Path(place).expanduser()
         if folder.is_dir():
             wanted = {_plain(task), _plain(folder_name or task)}
             below = [child for child in sorted(folder.iterdir()) if child.is_dir() and _plain(child.name) in wanted]
             return cls(folder=below[0] if below else folder, split=split)
-        if place.count("/") == 1 and not folder.parent.is_dir() and place[0] not in "./~":
+        if is_hub_id(place):
             return cls(hub_id=place, split=split)
         raise ValueError(f"--data {place}: no such folder, and not the id of a data set on the Hub (org/name).")
 
@@ -180,32 +183,43 @@ class Data:
         """
         split = self.split or default_split
         if self.hub_id is not None:
-            try:
-                table = datasets.load_dataset(self.hub_id, config, split=split)
-            except (FileNotFoundError, ConnectionError) as error:
-                raise ValueError(f"{self.hub_id}: not in the cache, and the Hub did not give it: {error}") from error
-            except ValueError as error:
-                raise ValueError(f"{self.hub_id}, split {split}: {error}") from error
+            table = self._load_from_hub(config, split)
         elif (self.folder / "dataset_info.json").is_file():
             table = datasets.load_from_disk(str(self.folder))
         else:
-            files = self._parquet_files(config)
-            if not files:
-                raise ValueError(
-                    f"{self.folder}: holds no Parquet files of {config or 'the task'}: {self._listing()}."
-                )
-            # The Hub's files are named after their split: test-00000-of-00002.parquet.
-            names = sorted({file.name.split("-")[0].removesuffix(".parquet") for file in files})
-            if len(names) > 1 or self.split is not None:
-                if split not in names:
-                    raise ValueError(f"{self.folder}: has the splits {', '.join(names)}, not {split}: give --split.")
-                files = [file for file in files if file.name.split("-")[0].removesuffix(".parquet") == split]
-            try:
-                table = datasets.load_dataset("parquet", data_files=[str(file) for file in files], split="train")
-            except (ValueError, datasets.exceptions.DatasetGenerationError) as error:
-                raise ValueError(f"{self.folder}, {', '.join(file.name for file in files)}: {error}") from error
+            table = self._load_parquet(config, split)
         if isinstance(table, datasets.DatasetDict):
             raise ValueError(f"{self}: has the splits {', '.join(table)}: give --split.")
+        self._check_columns(table, columns)
+        return table.with_format("arrow")  # undecoded
+
+    def _load_from_hub(self, config: str | None, split: str | None) -> datasets.Dataset | datasets.DatasetDict:
+        try:
+            return datasets.load_dataset(self.hub_id, config, split=split)
+        except (FileNotFoundError, ConnectionError) as error:
+            raise ValueError(f"{self.hub_id}: not in the cache, and the Hub did not give it: {error}") from error
+        except ValueError as error:
+            raise ValueError(f"{self.hub_id}, split {split}: {error}") from error
+
+    def _load_parquet(self, config: str | None, split: str | None) -> datasets.Dataset:
+        files = self._parquet_files(config)
+        if not files:
+            raise ValueError(f"{self.folder}: holds no Parquet files of {config or 'the task'}: {self._listing()}.")
+        # The Hub's files are named after their split: test-00000-of-00002.parquet.
+        files_of = defaultdict(list)
+        for file in files:
+            files_of[file.name.split("-")[0].removesuffix(".parquet")].append(file)
+        if len(files_of) > 1 or self.split is not None:
+            if split not in files_of:
+                names = ", ".join(sorted(files_of))
+                raise ValueError(f"{self.folder}: has the splits {names}, not {split}: give --split.")
+            files = files_of[split]
+        try:
+            return datasets.load_dataset("parquet", data_files=[str(file) for file in files], split="train")
+        except (ValueError, datasets.exceptions.DatasetGenerationError) as error:
+            raise ValueError(f"{self.folder}, {', '.join(file.name for file in files)}: {error}") from error
+
+    def _check_columns(self, table: datasets.Dataset, columns: Sequence[str]) -> None:
         missing = [name for name in columns if name not in table.column_names]
         if missing:
             raise ValueError(
@@ -215,7 +229,6 @@ class Data:
             kind = table.data.schema.field("image").type
             if not pa.types.is_struct(kind) or kind.get_field_index("bytes") < 0:
                 raise ValueError(f"{self}: the column image is of type {kind}: expected images (bytes and path).")
-        return table.with_format("arrow")  # undecoded
 
     def rows(
         self, columns: Sequence[str], default_split: str | None = None, config: str | None = None

@@ -23,6 +23,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from modeling_sq_llava import SQLlavaForConditionalGeneration
+from sq_llava.checkpoints.parts import GROUPS, group_of
 
 
 ADAPTER = "default"
@@ -212,18 +213,9 @@ def without_adapter(model: PeftModel | SQLlavaForConditionalGeneration) -> SQLla
     return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
-def group_of(parameter_name: str) -> str:
-    """The part of the model that a parameter belongs to: `"vision"`, `"connector"` or `"text"`."""
-    if ".vision_tower." in parameter_name:
-        return "vision"
-    if any(f".{part}." in parameter_name for part in ("multi_modal_projector", "prototype_extractor", "resampler")):
-        return "connector"
-    return "text"
-
-
 def count_parameters(model: nn.Module) -> dict[str, tuple[int, int]]:
     """Numbers of trained and frozen parameters of each part. Weights that an adapter replaces count once."""
-    counts = {part: [0, 0] for part in ("vision", "connector", "text")}
+    counts = {group: [0, 0] for group in GROUPS}
     for name, parameter in model.named_parameters():
         if ".original_module." in name:
             continue
@@ -231,12 +223,12 @@ def count_parameters(model: nn.Module) -> dict[str, tuple[int, int]]:
         packed = getattr(parameter, "quant_state", None)
         size = parameter.numel() if packed is None else packed.shape.numel()
         counts[group_of(name)][0 if parameter.requires_grad else 1] += size
-    return {part: (trained, frozen) for part, (trained, frozen) in counts.items()}
+    return {group: (trained, frozen) for group, (trained, frozen) in counts.items()}
 
 
 def trained_parameters(model: nn.Module) -> dict[str, list[tuple[str, torch.nn.Parameter]]]:
     """The trained parameters of each part, by name."""
-    groups = {"vision": [], "connector": [], "text": []}
+    groups = {group: [] for group in GROUPS}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             groups[group_of(name)].append((name, parameter))

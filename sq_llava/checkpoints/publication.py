@@ -1,0 +1,250 @@
+"""Lays out what goes up of a checkpoint or an adapter: only files that a model needs, no path of this machine in them.
+
+    with prepare("runs/demo/model", "org/name") as publication:
+        print_publication(publication, console)
+
+The files stand in a temporary folder, as links where nothing changes. What this module does not do: ask or write to
+the Hub, but for the commit of an adapter's base (`sq_llava/checkpoints/push.py`).
+"""
+
+import json
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+import yaml
+from huggingface_hub import HfApi
+from huggingface_hub.utils import HFValidationError, validate_repo_id
+from rich.console import Console
+from rich.filesize import decimal
+from rich.markup import escape
+from rich.table import Table
+
+from sq_llava.checkpoints.card import EXAMPLE_IMAGE, draw_example
+from sq_llava.checkpoints.provenance import PROVENANCE_FILE, public_name
+from sq_llava.locations import base_of_adapter, hub_errors, is_adapter, is_hub_id
+from sq_llava.resources import CODE_FILES, code_digests
+
+
+COMMON_FILES = (
+    "processor_config.json", "preprocessor_config.json", "tokenizer*.json", "tokenizer.model", "chat_template.jinja",
+    "special_tokens_map.json", "added_tokens.json", PROVENANCE_FILE, "LICENSE*", *CODE_FILES, EXAMPLE_IMAGE,
+)  # fmt: skip
+# The folder in which transformers saves the chat templates that have a name.
+NAMED_TEMPLATES = "additional_chat_templates"
+CHECKPOINT_FILES = ("config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json")
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+# Of the model that was here before: beside the new one, they would be loaded in its place.
+STALE_FILES = (*CHECKPOINT_FILES, *ADAPTER_FILES, "pytorch_model*", "adapter_model.bin")
+MACHINE_PATH = re.compile(r"(?:/|~|[A-Za-z]:\\)[^\s/\\]+[/\\]\S*")
+
+
+@dataclass
+class Publication:
+    """
+    What is to go up.
+
+    Attributes:
+        folder (`Path`): Exactly this, in files or links to them.
+        files (`dict[str, int]`): Their sizes.
+        left_out (`list[str]`): What of the source is not published.
+        base (`str`, *optional*): Of an adapter, where its base is found here, and by which revision.
+    """
+
+    repo_id: str
+    workspace: Path
+    folder: Path
+    files: dict[str, int] = field(default_factory=dict)
+    left_out: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    base: str | None = None
+    base_revision: str | None = None
+
+    @property
+    def size(self) -> int:
+        return sum(self.files.values())
+
+
+@contextmanager
+def prepare(
+    source: str | Path,
+    repo_id: str,
+    adapter_only: bool = False,
+    base_model: str | None = None,
+    api: HfApi | None = None,
+    trust_remote_code: bool = False,
+) -> Iterator[Publication]:
+    """
+    Lays out what is to go up, in a temporary folder that is gone behind the `with`.
+
+    Args:
+        source: A plain checkpoint, or the output of a training stage.
+        adapter_only (`bool`): The adapter as it is, for PEFT; else it is merged first.
+        base_model (`str`, *optional*): The Hub id that others find an adapter's base by.
+        api (`HfApi`, *optional*): To ask for the commit of that; without it, the Hub is asked nothing.
+        trust_remote_code (`bool`): Publish, and so run, code that is not this library's.
+    """
+    source = Path(source).expanduser()
+    _check_request(source, repo_id, adapter_only, base_model)
+    # They import torch and transformers, which the errors before do not wait for.
+    from sq_llava.checkpoints.load import merge_adapter, require_kind, require_whole
+
+    require_kind(source)
+    require_whole(source)
+    with tempfile.TemporaryDirectory(prefix="sq-llava-push-", ignore_cleanup_errors=True) as workspace:
+        workspace = Path(workspace)
+        publication = Publication(repo_id, workspace, workspace / "publication")
+        publication.folder.mkdir()
+        if is_adapter(source) and not adapter_only:
+            publication.notes.append(f"{source} is an adapter, and goes up merged into its base; or --adapter-only.")
+            merge_adapter(str(source), str(workspace / "merged"))
+            source = workspace / "merged"
+        _lay_out(source, publication)
+        if adapter_only:
+            _name_base(publication, source, base_model, api)
+        _refuse_machine_paths(publication)
+        if not trust_remote_code:
+            _refuse_other_code(publication, source)
+        files = sorted(file for file in publication.folder.rglob("*") if file.is_file())
+        publication.files = {file.relative_to(publication.folder).as_posix(): file.stat().st_size for file in files}
+        if api is not None:
+            _require_space(publication)
+        yield publication
+
+
+def _require_space(publication: Publication) -> None:
+    """What goes up is fetched again, into the workspace."""
+    folder = publication.workspace.parent
+    free = shutil.disk_usage(folder).free
+    if free < publication.size:
+        raise ValueError(
+            f"{folder} has {decimal(free)} left, but {decimal(publication.size)} are fetched to be compared: make "
+            "room, or let the variable TMPDIR name a folder with more."
+        )
+
+
+def _check_request(source: Path, repo_id: str, adapter_only: bool, base_model: str | None) -> None:
+    for name, given in (("the repository", repo_id), ("--base-model", base_model or "org/base")):
+        try:
+            validate_repo_id(given)
+        except HFValidationError as error:
+            raise ValueError(f"{given!r} ({name}) is no Hub id such as org/name: {error}") from error
+        if "/" not in given:
+            raise ValueError(f"{given!r} ({name}) is no Hub id such as org/name: say whose it is.")
+    if not (is_adapter(source) or (source / "config.json").is_file()):
+        raise ValueError(f"{source} holds neither config.json nor adapter_config.json: give a folder with a model.")
+    if adapter_only and not is_adapter(source):
+        raise ValueError(f"{source} is no adapter: leave --adapter-only out.")
+    if base_model is not None and not adapter_only:
+        raise ValueError(f"--base-model is {base_model}: it goes with --adapter-only; else the base is merged in.")
+
+
+def _lay_out(source: Path, publication: Publication) -> None:
+    """Links what is published of a folder; its configuration is written anew, without names of folders here."""
+    wanted = COMMON_FILES + (ADAPTER_FILES if is_adapter(source) else CHECKPOINT_FILES)
+    for file in sorted(source.iterdir()):
+        target = publication.folder / file.name
+        if file.is_dir() and file.name == NAMED_TEMPLATES:
+            target.mkdir()
+            for template in file.glob("*.jinja"):
+                (target / template.name).symlink_to(template.resolve())
+        elif file.is_dir() or not any(fnmatch(file.name, pattern) for pattern in wanted):
+            publication.left_out.append(file.name + "/" * file.is_dir())
+        elif file.name == "config.json":
+            config = json.loads(file.read_text())
+            for part in (config, *(value for value in config.values() if isinstance(value, dict))):
+                name = part.get("_name_or_path")
+                if name and name != public_name(name):
+                    part["_name_or_path"] = public_name(name)
+                    publication.notes.append(f"config.json: _name_or_path {name} goes up as {public_name(name)}.")
+            target.write_text(json.dumps(config, indent=2) + "\n")
+        else:
+            target.symlink_to(file.resolve())
+    if not (publication.folder / EXAMPLE_IMAGE).exists():
+        draw_example().save(publication.folder / EXAMPLE_IMAGE)
+
+
+def _name_base(publication: Publication, source: Path, base_model: str | None, api: HfApi | None) -> None:
+    """Lets an adapter name its base by a Hub id and a commit, and a class that everyone has."""
+    publication.base = base_of_adapter(source)
+    if base_model is None and not is_hub_id(publication.base):
+        raise ValueError(
+            f"{source}/adapter_config.json: base_model_name_or_path is {publication.base}, a folder of this machine. "
+            "Push that folder first, then give its id as --base-model org/base."
+        )
+    file = publication.folder / "adapter_config.json"
+    config = json.loads(file.read_text())
+    name = base_model or publication.base
+    config["base_model_name_or_path"] = name
+    trained_on = config.get("revision")
+    if is_hub_id(publication.base):
+        publication.base_revision = trained_on
+        trained_on = trained_on if name == publication.base else None  # it is no commit of another repository
+    # The stage wrote the class of this library; AutoPeftModel imports what is named here.
+    config["auto_mapping"] = {"base_model_class": "AutoModel", "parent_library": "transformers"}
+    if api is not None:
+        with hub_errors(f"The base {name} is not to be had from the Hub"):
+            newest = api.model_info(name).sha
+            config["revision"] = api.model_info(name, revision=trained_on).sha if trained_on else newest
+        if config["revision"] != newest:
+            publication.notes.append(f"The base is {name} as of {config['revision']}; the newest commit is {newest}.")
+        if name == publication.base:
+            publication.base_revision = config["revision"]
+    file.unlink()  # a link to the source
+    file.write_text(json.dumps(config, indent=2) + "\n")
+
+
+def _refuse_machine_paths(publication: Publication) -> None:
+    for file in publication.folder.iterdir():
+        if file.name.endswith(("config.json", "index.json")):
+            content = json.loads(file.read_text())
+        elif file.suffix == ".yaml":
+            content = yaml.safe_load(file.read_text())
+        else:
+            continue
+        for place, text in _texts(content, file.name):
+            if MACHINE_PATH.fullmatch(text):
+                raise ValueError(f"{place} is {text}, a path of this machine: write a name there, or take it out.")
+
+
+def _refuse_other_code(publication: Publication, source: Path) -> None:
+    """Loading runs the code of the folder, and of the folder of an adapter's base."""
+    own = code_digests()
+    for folder in (source, *([Path(publication.base)] if publication.base else [])):
+        for name, digest in code_digests(folder).items():
+            if digest != own[name]:
+                raise ValueError(
+                    f"{folder / name} is other code than this library's, and would be run: merge or convert the model "
+                    "anew, or give --trust-remote-code if you trust it."
+                )
+
+
+def _texts(content: Any, place: str) -> Iterator[tuple[str, str]]:
+    if isinstance(content, str):
+        yield place, content
+    elif isinstance(content, dict):
+        for name, value in content.items():
+            yield from _texts(value, f"{place}, {name}")
+    elif isinstance(content, list):
+        for value in content:
+            yield from _texts(value, place)
+
+
+def print_publication(publication: Publication, console: Console) -> None:
+    """A table of what goes up, and what does not."""
+    table = Table("file", "size", title=f"To {publication.repo_id}")
+    table.columns[1].justify = "right"
+    for name, size in publication.files.items():
+        table.add_row(escape(name), f"{size:,}")
+    table.add_row("[bold]together[/bold], and README.md", f"[bold]{publication.size:,}[/bold]")
+    console.print(table)
+    if publication.left_out:
+        console.print("Stays here: " + ", ".join(publication.left_out), markup=False, soft_wrap=True)
+    for note in publication.notes:
+        console.print(note, markup=False, soft_wrap=True)

@@ -1,0 +1,161 @@
+"""Files with weights: which ones a model has, what their headers say, and their tensors, mapped into memory.
+
+    >>> [header.name for file in find_weight_files(folder) for header in WeightFile(file).headers()]
+
+Both formats are read, `.safetensors` and `.bin`, and no code in a pickle is run. What this module does not do: say
+which weight of a model a tensor is (`sq_llava/checkpoints/weights.py`).
+"""
+
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from huggingface_hub import parse_local_safetensors_file_metadata
+from safetensors import SafetensorError, safe_open
+
+
+if TYPE_CHECKING:
+    import torch
+
+INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+SINGLE_FILES = ("model.safetensors", "pytorch_model.bin")
+# What torch calls the dtypes of safetensors.
+TORCH_NAMES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64"}
+SAFETENSORS_NAMES = {f"torch.{ours}": name for name, ours in TORCH_NAMES.items()}
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """The header of a tensor in a file; `dtype` as safetensors names it, such as `"BF16"`."""
+
+    file: Path
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+
+    @property
+    def num_elements(self) -> int:
+        return math.prod(self.shape)
+
+
+class WeightFile:
+    """
+    The tensors of one `.bin` or `.safetensors` file by name. They are mapped into memory: what is not touched costs
+    nothing.
+
+    Raises:
+        ValueError: if there is no such file, it is damaged or cut off, or it holds anything else than tensors.
+    """
+
+    def __init__(self, file: Path):
+        self.file = file
+        self.mapped = _open_safetensors(file) if file.suffix == ".safetensors" else read_pickle(file)
+
+    def __getitem__(self, name: str) -> "torch.Tensor":
+        return self.mapped[name] if isinstance(self.mapped, dict) else self.mapped.get_tensor(name)
+
+    def headers(self) -> list[Tensor]:
+        if isinstance(self.mapped, dict):
+            found = {
+                name: (tensor.shape, SAFETENSORS_NAMES.get(str(tensor.dtype), str(tensor.dtype)))
+                for name, tensor in self.mapped.items()
+            }
+        else:
+            tensors = parse_local_safetensors_file_metadata(self.file).tensors
+            found = {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
+        return [Tensor(self.file, name, tuple(shape), dtype) for name, (shape, dtype) in found.items()]
+
+
+def read_headers(folder: Path) -> Iterator[Tensor]:
+    """The headers of all weights of a whole model."""
+    for file in find_weight_files(folder):
+        yield from WeightFile(file).headers()
+
+
+def find_weight_files(folder: Path) -> tuple[Path, ...]:
+    """The files of a whole model, whether or not all that its index names are there; safetensors before pickles."""
+    for index, single in zip(INDEXES, SINGLE_FILES):
+        if (folder / index).is_file():
+            return tuple(folder / name for name in sorted(set(read_weight_map(folder / index).values())))
+        if (folder / single).is_file():
+            return (folder / single,)
+    return ()
+
+
+def read_weight_map(index: Path) -> dict[str, str]:
+    """
+    The files that an index names, by tensor.
+
+    Raises:
+        ValueError: if it has none, or names one that is not beside it, which would be read from anywhere.
+    """
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise ValueError(f"{index}: weight_map is {weight_map!r}, not the file of each tensor: fetch it anew.")
+    for name in weight_map.values():
+        if not isinstance(name, str) or name in ("", "..") or Path(name).name != name:
+            raise ValueError(f"{index}: weight_map holds {name!r}, which is no file beside it: fetch it anew.")
+    return weight_map
+
+
+def read_json(file: Path) -> dict:
+    """
+    The fields of a JSON file.
+
+    Raises:
+        ValueError: if it is cut off or damaged, or holds no object.
+    """
+    try:
+        fields = json.loads(file.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{file} is no JSON ({error}): fetch it anew.") from error
+    if not isinstance(fields, dict):
+        raise ValueError(f"{file} holds {str(fields)[:40]!r}, not the fields of an object: fetch it anew.")
+    return fields
+
+
+def read_json_if_there(file: Path) -> dict | None:
+    return read_json(file) if file.is_file() else None
+
+
+def read_pickle(file: Path) -> dict[str, "torch.Tensor"]:
+    """
+    Tensors of a `.bin` file, mapped into memory and not read yet. No code in it is run.
+
+    Raises:
+        ValueError: if it holds anything else than tensors, or is cut off.
+    """
+    import torch  # it takes seconds, and headers of safetensors need none of it
+
+    try:
+        # Files of torch before 1.6 are no zip archives, and cannot be mapped.
+        state = torch.load(file, map_location="cpu", weights_only=True, mmap=_is_zip(file))
+    except FileNotFoundError as error:
+        raise ValueError(f"{file}: no such file.") from error
+    except Exception as error:  # torch names no class for what damaged archives and pickles raise
+        reason = str(error).partition("\n")[0]
+        raise ValueError(
+            f"{file} is not read: it is damaged, or holds more than tensors, such as code that would be run "
+            f"({type(error).__name__}: {reason}). Fetch it anew from a source that you trust."
+        ) from error
+    if not isinstance(state, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in state.values()):
+        raise ValueError(f"{file} holds something else than named tensors: give the weights of a model.")
+    return state
+
+
+def _is_zip(file: Path) -> bool:
+    with open(file, "rb") as opened:
+        return opened.read(4) == b"PK\x03\x04"
+
+
+def _open_safetensors(file: Path):
+    """As `safe_open`, which finds a file that was cut off; the error names it."""
+    try:
+        return safe_open(file, framework="pt")
+    except FileNotFoundError as error:
+        raise ValueError(f"{file}: no such file.") from error
+    except SafetensorError as error:
+        raise ValueError(f"{file} is damaged or cut off ({error}): fetch it anew.") from error
