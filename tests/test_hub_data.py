@@ -100,8 +100,8 @@ CHILD = """
 import json, sys
 import datasets
 from huggingface_hub import constants
-from sq_llava.data import load_rows
-from sq_llava.sources import DataSource
+from sq_llava.data.rows import load_rows
+from sq_llava.data.sources import DataSource
 datasets.disable_progress_bars()
 results = []
 for is_offline, cases in enumerate(json.loads(sys.argv[1])):
