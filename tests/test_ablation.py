@@ -3,7 +3,6 @@
 import json
 import shlex
 import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import pytest
 
 from benchmarks import ablation
 from tests import tiny
+from tests.warm_python import warm_python
 
 
 KINDS = {"shape": 0.5, "colour": 0.7}
@@ -74,7 +74,7 @@ def test_run_of_other_settings_is_refused(tmp_path):
 @pytest.mark.slow
 def test_command_that_the_report_names_runs_where_only_the_packages_are_installed(tmp_path, monkeypatch):
     monkeypatch.delenv("PYTHONPATH", raising=False)
-    command = [sys.executable, *shlex.split(ablation.COMMAND)[1:], "--plan", "--seeds", "7", "--settings", "baseline"]
+    command = [warm_python(), *shlex.split(ablation.COMMAND)[1:], "--plan", "--seeds", "7", "--settings", "baseline"]
     root = Path(ablation.__file__).parents[1]
     done = subprocess.run([*command, "--work", str(tmp_path)], cwd=root, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr

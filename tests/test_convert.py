@@ -27,6 +27,7 @@ from sq_llava.cli.main import app
 from sq_llava.resources import CODE_FILES
 from tests import released, tiny
 from tests.reference import read_reference
+from tests.warm_python import warm_python
 
 
 ROOT = Path(__file__).parent.parent
@@ -136,7 +137,7 @@ def test_auto_classes_load_the_result_in_a_fresh_process_elsewhere(parts, tmp_pa
     )
     environment = {**os.environ, "HF_HOME": str(tmp_path / "home"), "PYTHONPATH": ""}
     done = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+        [warm_python(), "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
     # What transformers logs when a setting of sampling stands beside greedy decoding.

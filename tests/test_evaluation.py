@@ -3,7 +3,6 @@
 import json
 import signal
 import subprocess
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +18,7 @@ from sq_llava.evaluation.task import Example
 from tests import tiny
 from tests.evaluation_layouts import stored, write_parquet
 from tests.processes import ended, fork, sq_llava
+from tests.warm_python import warm_python
 
 
 NUM_QUESTIONS = 24
@@ -94,7 +94,7 @@ def test_examples_stand_in_the_order_of_the_data_with_prompt_and_reference(one_b
 
 @pytest.mark.slow
 def test_two_processes_write_what_one_writes(evaluation, one_by_one):
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    launch = [warm_python(), "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     command = [*launch, "-m", "sq_llava", *command_of(evaluation)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr[-3000:]

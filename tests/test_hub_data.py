@@ -4,7 +4,6 @@ import io
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import datasets
@@ -15,6 +14,7 @@ from sq_llava.data.rows import load_rows
 from sq_llava.data.sources import DataSource
 from tests import tiny
 from tests.local_hub import LocalHub
+from tests.warm_python import warm_python
 
 
 # One process runs these tests: what they share takes long to make.
@@ -100,7 +100,7 @@ CHILD = """
 import json, sys
 import datasets
 from huggingface_hub import constants
-from sq_llava.data.rows import load_rows
+from sq_llava import load_rows
 from sq_llava.data.sources import DataSource
 datasets.disable_progress_bars()
 results = []
@@ -131,7 +131,7 @@ def results(tmp_path_factory) -> tuple[dict, dict, Path]:
         hub.add_dataset("org/relative", RELATIVE)
         hub.add_dataset("org/script", {"script.py": SCRIPT})
         variables = {**os.environ, **hub.environment(None), "HF_HOME": str(folder), "PYTHONPATH": str(ROOT)}
-        command = [sys.executable, "-c", CHILD, json.dumps([CASES, OFFLINE])]
+        command = [warm_python(), "-c", CHILD, json.dumps([CASES, OFFLINE])]
         done = subprocess.run(command, env=variables, cwd=folder, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return (*json.loads(done.stdout), folder)

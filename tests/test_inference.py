@@ -2,7 +2,6 @@
 
 import os
 import subprocess
-import sys
 
 import huggingface_hub
 import pytest
@@ -12,6 +11,7 @@ from sq_llava.data.images import open_image
 from sq_llava.data.messages import place_images
 from sq_llava.inference.assistant import Assistant, load
 from tests import tiny
+from tests.warm_python import warm_python
 
 
 HISTORY = [{"role": "user", "content": "What is it?"}, {"role": "assistant", "content": "A dog."}]
@@ -176,7 +176,7 @@ def test_saved_model_loads_and_answers_in_a_fresh_process(assistant, tmp_path):
         "print(*{'peft', 'trl', 'datasets', 'bitsandbytes'} & sys.modules.keys(), file=sys.stderr)"
     )
     result = subprocess.run(
-        [sys.executable, "-c", code],
+        [warm_python(), "-c", code],
         cwd=tmp_path,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,

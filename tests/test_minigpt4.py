@@ -2,7 +2,6 @@
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -23,6 +22,7 @@ from sq_llava.data.self_questions import ANSWER
 from sq_llava.inference.assistant import Assistant
 from sq_llava.training.collator import SelfQuestioningCollator
 from tests import tiny
+from tests.warm_python import warm_python
 
 
 LAYOUT = PROMPT_LAYOUTS["minigpt4"]
@@ -157,7 +157,7 @@ def test_a_saved_model_is_loaded_by_others_as_it_was(composed, tmp_path):
         "assert processor.image_seq_length == 4 and processor.image_end == '</Img>'; "
         "assert model.generate(**inputs, max_new_tokens=3).shape[1] > inputs['input_ids'].shape[1]"
     )
-    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True, cwd=tmp_path)
+    subprocess.run([warm_python(), "-c", code, str(tmp_path)], check=True, cwd=tmp_path)
 
 
 @torch.no_grad()

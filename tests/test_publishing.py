@@ -6,7 +6,6 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -28,6 +27,7 @@ from sq_llava.training.adapter import LoraSize, add_adapter
 from tests import tiny
 from tests.hub_checks import CHECKS
 from tests.local_hub import LocalHub
+from tests.warm_python import warm_python
 
 
 # One process runs these tests: what they share takes long to make.
@@ -58,7 +58,7 @@ def process(arguments: list, hub: LocalHub, home: Path, token: str | None = "wri
         "OMP_WAIT_POLICY": "PASSIVE",
     }
     return subprocess.Popen(
-        [sys.executable, *map(str, arguments)],
+        [warm_python(), *map(str, arguments)],
         cwd=home,
         env={**kept, **variables, **hub.environment(token)},
         stdin=subprocess.DEVNULL,

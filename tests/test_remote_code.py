@@ -6,7 +6,6 @@ One process makes all checks of `remote_code_checks.py`, since its imports take 
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,6 +15,7 @@ from transformers import LlavaImageProcessorPil
 from tests.pictures import pictures, turned
 from tests.remote_code_checks import CHECKS
 from tests.tiny import llama_tokenizer, picture, tiny_model_for, tiny_processor
+from tests.warm_python import warm_python
 
 
 # One process runs these tests: what they share takes long to make.
@@ -39,7 +39,7 @@ def results(tmp_path_factory):
     away.mkdir()
     script = Path(__file__).with_name("remote_code_checks.py")
     process = subprocess.run(
-        [sys.executable, "-P", str(script), str(folder)],
+        [warm_python(), "-P", str(script), str(folder)],
         cwd=away,
         env=environment,
         stdin=subprocess.DEVNULL,

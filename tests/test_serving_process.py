@@ -5,7 +5,6 @@ import os
 import signal
 import socket
 import subprocess
-import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -26,6 +25,7 @@ from sq_llava.serving.app import create_app
 from sq_llava.serving.chat import Limits
 from tests import tiny
 from tests.test_serving import ask_for, user
+from tests.warm_python import warm_python
 
 
 def client_of(port: int, **settings) -> OpenAI:
@@ -99,7 +99,7 @@ def folder(tmp_path_factory) -> Path:
 def server_process(folder: Path, *options: str):
     """`sq-llava serve` as people start it; yields its port and the process."""
     port = free_port()
-    command = [sys.executable, "-m", "sq_llava", "serve", str(folder), "--port", str(port), *options]
+    command = [warm_python(), "-m", "sq_llava", "serve", str(folder), "--port", str(port), *options]
     root = Path(__file__).parent.parent
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)}
     process = subprocess.Popen(command, cwd=folder, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)

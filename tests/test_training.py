@@ -3,7 +3,6 @@
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -20,6 +19,7 @@ from sq_llava.resources import CODE_FILES
 from sq_llava.training.adapter import LoraSize, add_adapter, load_adapter_weights
 from sq_llava.training.trainer import SQLlavaTrainer
 from tests import tiny
+from tests.warm_python import warm_python
 
 
 ROOT = Path(train_sft.__file__).parent
@@ -230,7 +230,7 @@ def test_two_processes_equal_one(parts, stage1, tmp_path):
     settings = {"model_name_or_path": stage1, "max_steps": 3, "question_loss_weight": 0.3}
     train("instruct", parts, tmp_path / "one", **settings, per_device_train_batch_size=4)
     command = [
-        sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0",
+        warm_python(), "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0",
         "--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0", str(ROOT / "train_sft.py"),
     ]  # fmt: skip
     command += arguments("instruct", parts, tmp_path / "two", **settings | {"per_device_train_batch_size": 2})

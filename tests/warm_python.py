@@ -1,0 +1,157 @@
+"""A `python` whose processes have imported PyTorch before they begin: its import takes most of a process's start.
+
+    subprocess.run([warm_python(), "-m", "sq_llava", "ask", ...])
+
+Tests start dozens of processes. What `warm_python()` names does what `python` does with the same arguments, folder,
+environment and files, in a process forked from a server that has imported PyTorch and nothing else that reads the
+environment, and nothing of this library. A kill of it is a kill of that process. What it does not do: options of
+Python other than -c, -m, -P and -u. Real starts are walked by `make test-wheel`.
+"""
+
+import array
+import atexit
+import contextlib
+import functools
+import json
+import os
+import runpy
+import select
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+
+FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+# What takes long to import, whatever the environment says.
+PRELOADED = ("torch", "torch._inductor.compile_fx", "torch.nn.attention.flex_attention", "pandas", "PIL.Image")
+
+
+@functools.cache
+def warm_python() -> str:
+    """Starts the server of this process, and gives the program that stands for `python`."""
+    if sys.platform != "linux":
+        return sys.executable
+    folder = Path(tempfile.mkdtemp(prefix="warm-python-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    program, socket_file = folder / "python", folder / "socket"
+    program.write_text(
+        f"#!{sys.executable} -SE\n"
+        "import runpy, sys\n"
+        f"runpy.run_path({__file__!r})['ask_server']({str(socket_file)!r}, sys.argv)\n"
+    )
+    program.chmod(0o755)
+    # It ends with this process: nobody holds the other end of its standard input then.
+    server = subprocess.Popen([sys.executable, "-P", __file__, str(socket_file)], stdin=subprocess.PIPE)
+    while not socket_file.exists():
+        if server.poll() is not None:
+            raise RuntimeError("the server of warm processes did not start")
+        time.sleep(0.02)
+    return str(program)
+
+
+def ask_server(socket_file: str, argv: list[str]) -> None:
+    """The program: hands arguments, folder, environment and files to the server, and ends as that process ends."""
+    with socket.socket(socket.AF_UNIX) as server:
+        server.connect(socket_file)
+        request = json.dumps([argv[1:], os.getcwd(), dict(os.environ), argv[0]]).encode()
+        files = array.array("i", [0, 1, 2])
+        server.sendmsg([len(request).to_bytes(8, "big")], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, files)])
+        server.sendall(request)
+        replies = server.makefile()
+        process = int(replies.readline())
+        for number in FORWARDED:
+            signal.signal(number, lambda number, frame: os.kill(process, number))
+        status = int(replies.readline())
+    if os.WIFSIGNALED(status):
+        signal.signal(os.WTERMSIG(status), signal.SIG_DFL)
+        os.kill(os.getpid(), os.WTERMSIG(status))
+    os._exit(os.waitstatus_to_exitcode(status))
+
+
+def serve(path: str) -> list[str]:
+    """Forks a process for each request. Returns in those, with their arguments; the server itself goes on."""
+    for name in PRELOADED:
+        __import__(name)
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(path + "~")
+    listener.listen(64)
+    os.rename(path + "~", path)
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    while True:
+        if sys.stdin in select.select([sys.stdin, listener], [], [])[0]:
+            os._exit(0)
+        connection, _ = listener.accept()
+        if os.fork() == 0:
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            listener.close()
+            return keep(connection)
+        connection.close()
+
+
+def keep(connection: socket.socket) -> list[str]:
+    """Forks the process, tells how it ended, and kills it if the program that stands for it was killed."""
+    size, ancillary, _, _ = connection.recvmsg(8, socket.CMSG_SPACE(3 * 4))
+    files = array.array("i", ancillary[0][2])
+    arguments, folder, environment, program = json.loads(
+        connection.recv(int.from_bytes(size, "big"), socket.MSG_WAITALL)
+    )
+    process = os.fork()
+    if process == 0:
+        connection.close()
+        for number, file in enumerate(files):
+            os.dup2(file, number)
+            os.close(file)
+        become(folder, environment, program)
+        return arguments
+    connection.sendall(f"{process}\n".encode())
+    end = os.pidfd_open(process)
+    if connection in select.select([connection, end], [], [])[0]:
+        os.kill(process, signal.SIGKILL)
+    _, status = os.waitpid(process, 0)
+    with contextlib.suppress(BrokenPipeError):
+        connection.sendall(f"{status}\n".encode())
+    os._exit(0)
+
+
+def become(folder: str, environment: dict[str, str], program: str) -> None:
+    os.chdir(folder)
+    os.environ.clear()
+    os.environ.update(environment)
+    sys.executable = program
+    for stream, number in (("stdin", 0), ("stdout", 1), ("stderr", 2)):
+        # Line by line where Python would: what a test waits for is there at once.
+        setattr(sys, stream, open(number, "r" if number == 0 else "w", buffering=1, closefd=False))  # noqa: SIM115
+    import torch
+
+    torch.set_num_threads(int(environment.get("OMP_NUM_THREADS", 1)))
+    torch.seed()
+
+
+def run(arguments: list[str]) -> None:
+    """What `python ARGUMENTS` does."""
+    is_safe = False
+    while arguments and arguments[0] in ("-P", "-u"):
+        is_safe = is_safe or arguments[0] == "-P"
+        del arguments[0]
+    paths = [path for path in os.environ.get("PYTHONPATH", "").split(":") if path]
+    option, rest = arguments[0], arguments[1:]
+    if option in ("-c", "-m"):
+        sys.path[:0] = paths if is_safe else ["" if option == "-c" else os.getcwd(), *paths]
+        sys.argv = [option, *rest[1:]]
+        if option == "-c":
+            exec(compile(rest[0], "<string>", "exec"), sys.modules["__main__"].__dict__)
+        else:
+            runpy.run_module(rest[0], run_name="__main__", alter_sys=True)
+    else:
+        sys.path[:0] = paths if is_safe else [str(Path(option).resolve().parent), *paths]
+        sys.argv = [option, *rest]
+        runpy.run_path(option, run_name="__main__")
+
+
+if __name__ == "__main__":
+    run(serve(sys.argv[1]))
