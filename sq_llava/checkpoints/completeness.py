@@ -31,7 +31,7 @@ def file_sizes(folder: Path) -> dict[str, int]:
 
 
 def checkpoint_faults(folder: Path) -> list[str]:
-    """What is missing from a checkpoint that one could go on from; empty if it is complete."""
+    """What a checkpoint lacks to resume from it; empty if it is complete."""
     faults = [fault for name in (STATE_FILE, RUN_FILE) if (fault := json_fault(folder / name))]
     if json_fault(folder / RUN_FILE):
         return faults

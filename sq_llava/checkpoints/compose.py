@@ -175,7 +175,7 @@ def compose(
         The model, on the CPU, and its processor.
     """
     processor = compose_processor(vision_model, text_model, qformer_model, **(processor_kwargs or {}))
-    # Of a multimodal model it is the whole, whose text part is taken.
+    # For a multimodal model this is the whole model, of which the text part is taken.
     whole = AutoModelForCausalLM.from_pretrained(text_model, dtype=dtype, attn_implementation=attn_implementation)
     config = SQLlavaConfig(
         vision_config=_vision_config(vision_model),

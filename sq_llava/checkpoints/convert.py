@@ -95,7 +95,7 @@ def plan(
     max_shard_size: str = "5GB",
 ) -> Conversion:
     """
-    Reads names and shapes, and holds them against the model that they make.
+    Reads names and shapes, and compares them with the model that they make.
 
     Args:
         layout ([`Layout`]): As `recognise` gives it.

@@ -1,10 +1,10 @@
-"""Lays out what goes up of a checkpoint or an adapter: only files that a model needs, no path of this machine in them.
+"""Lays out the files that a push publishes: only those that a model needs, without paths of this machine.
 
     with prepare("runs/demo/model", "org/name") as publication:
         print_publication(publication, console)
 
-The files stand in a temporary folder, as links where nothing changes. What this module does not do: ask or write to
-the Hub, but for the commit of an adapter's base (`sq_llava/checkpoints/push.py`).
+They stand in a temporary folder, as links to the source where nothing changes. What this module does not do: upload
+(`sq_llava/checkpoints/push.py`).
 """
 
 import json
@@ -81,7 +81,7 @@ def prepare(
     trust_remote_code: bool = False,
 ) -> Iterator[Publication]:
     """
-    Lays out what is to go up, in a temporary folder that is gone behind the `with`.
+    Lays out what is to go up, in a temporary folder that is removed at the end of the `with`.
 
     Args:
         source: A plain checkpoint, or the output of a training stage.

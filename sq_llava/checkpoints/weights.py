@@ -88,7 +88,7 @@ class Delta:
 @dataclass
 class WeightSource:
     """
-    How a weight comes about: a tensor of a file, a LoRA on it, mean rows below it; or a new value.
+    Where a weight comes from: a tensor of a file, with LoRA on it and mean rows below it; or a new value.
 
     Attributes:
         rows (`int`, *optional*): The number of rows that the matrix of a grown vocabulary has.
@@ -280,7 +280,7 @@ def _describe_lora(sources: Sources) -> None:
 
 def match(sources: Sources, targets: dict[str, torch.Tensor], vocabulary: int, tied: bool) -> None:
     """
-    Holds sources and weights of the model against each other, and grows the matrices of the vocabulary.
+    Compares the sources with the weights of the model, and grows the matrices of the vocabulary.
 
     Args:
         targets: The weights to fill, on the meta device.
