@@ -1,6 +1,7 @@
 """Fixtures of all tests; the functions behind them are in `tests/tiny.py`. Nothing here needs a network."""
 
 import os
+from collections import Counter
 
 
 # Before transformers is imported: a test that would reach for the network fails instead.
@@ -13,6 +14,12 @@ import pytest
 import torch
 
 from tests import tiny
+
+
+def pytest_collection_modifyitems(items):
+    """Files with slow tests come first: each file runs on one worker, and none is to begin a long one at the end."""
+    num_slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
+    items.sort(key=lambda item: -num_slow[item.path])
 
 
 @pytest.fixture(scope="session", autouse=True)

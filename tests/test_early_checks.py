@@ -11,8 +11,7 @@ from sq_llava.early_checks import require_device, require_model
 from tests import tiny
 
 
-# One process runs these tests: what they share takes long to make.
-pytestmark = pytest.mark.xdist_group("early_checks")
+pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parent.parent
 NO_MODEL = "nope: no such folder. Give one with a model, or a Hub id such as org/name."

@@ -17,8 +17,7 @@ from tests.local_hub import LocalHub
 from tests.warm_python import warm_python
 
 
-# One process runs these tests: what they share takes long to make.
-pytestmark = pytest.mark.xdist_group("hub_data")
+pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parent.parent
 

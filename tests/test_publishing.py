@@ -30,8 +30,7 @@ from tests.local_hub import LocalHub
 from tests.warm_python import warm_python
 
 
-# One process runs these tests: what they share takes long to make.
-pytestmark = pytest.mark.xdist_group("publishing")
+pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parent.parent
 # What lies about in the folders of people, and is nobody else's business.

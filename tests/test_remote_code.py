@@ -18,8 +18,7 @@ from tests.tiny import llama_tokenizer, picture, tiny_model_for, tiny_processor
 from tests.warm_python import warm_python
 
 
-# One process runs these tests: what they share takes long to make.
-pytestmark = pytest.mark.xdist_group("remote_code")
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,6 @@ ROOT = Path(__file__).parent.parent
     ("program", "typed"),
     [
         ("/usr/bin/sq-llava", "sq-llava"),
-        (str(ROOT / "sq_llava/cli/main.py"), "sq-llava"),
         (str(ROOT / "sq_llava/__main__.py"), "sq-llava"),
         (str(ROOT / "demo/run.py"), "python -m demo.run"),
         (str(ROOT / "train_sft.py"), f"python {ROOT / 'train_sft.py'}"),

@@ -37,14 +37,16 @@ def token_ids(processor: SQLlavaProcessor, conversations: list[list[dict]], ask:
     return processor.tokenizer(texts, add_special_tokens=False)["input_ids"]
 
 
+def pixel_values(processor: SQLlavaProcessor, images: list[Image.Image]) -> torch.Tensor:
+    """`(num_images, channels, height, width)`, on the CPU."""
+    return processor.image_processor(images, return_tensors="pt")["pixel_values"]
+
+
 def pixel_inputs(
     model: PreTrainedModel, processor: SQLlavaProcessor, images: list[Image.Image]
 ) -> dict[str, torch.Tensor]:
-    """`pixel_values` `(num_images, channels, height, width)` on the model's device; nothing for no images."""
-    if not images:
-        return {}
-    pixel_values = processor.image_processor(images, return_tensors="pt")["pixel_values"]
-    return {"pixel_values": pixel_values.to(model.device)}
+    """`pixel_values` on the model's device; nothing for no images."""
+    return {"pixel_values": pixel_values(processor, images).to(model.device)} if images else {}
 
 
 def model_inputs(

@@ -4,10 +4,9 @@ import json
 import shlex
 import sys
 from collections.abc import Sequence
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
-
-import sq_llava
 
 
 def check_note(out: Path, about: dict[str, Any], identity: Sequence[str]) -> dict[str, Any]:
@@ -56,7 +55,7 @@ def command_line() -> str:
     """
     program = Path(sys.argv[0])
     is_module = program.suffix == ".py" and (program.parent / "__init__.py").is_file()
-    if program.stem == "sq-llava" or program == Path(sq_llava.__file__).with_name("__main__.py"):
+    if program.stem == "sq-llava" or program == files("sq_llava") / "__main__.py":
         start = ["sq-llava"]
     elif is_module:
         start = ["python", "-m", f"{program.parent.name}.{program.stem}"]

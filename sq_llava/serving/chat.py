@@ -9,12 +9,12 @@ from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
-from jinja2 import TemplateError
 from PIL import Image
 
+from sq_llava.data.messages import images_of
 from sq_llava.inference.assistant import Assistant
 from sq_llava.inference.dialogues import DESCRIBE
-from sq_llava.inference.prompts import context_length
+from sq_llava.inference.prompts import context_length, pixel_values, token_ids
 from sq_llava.serving.decoding import Prompt, Sampling
 from sq_llava.serving.engine import Engine, Failure, Generation, Piece
 from sq_llava.serving.images import decode_data_url, decode_image, fetch, num_pixels
@@ -101,7 +101,7 @@ class ChatService:
         # Only behind an answer has the model learned to ask.
         greedy = replace(sampling, temperature=0.0, stop=())
         answer = await self._generate_one(prompt, greedy)
-        messages.append({"role": "assistant", "content": answer.content})
+        messages.append({"role": "assistant", "content": [{"type": "text", "text": answer.content}]})
         prompt = await self._in_thread(self._encode, messages, True)
         sampling = self._sampling(chat, len(prompt.input_ids))
         return Ready(chat, prompt, sampling, answer.content, answer.num_tokens)
@@ -162,7 +162,7 @@ class ChatService:
 
     def _encode(self, messages: list[dict], ask: bool) -> Prompt:
         most = self.limits.max_prompt_tokens or self.context_length - 1
-        parts = [part for message in messages for part in message["content"] if isinstance(part, dict)]
+        parts = [part for message in messages for part in message["content"]]
         images = sum(part["type"] == "image" for part in parts)
         # What is too long for certain is not tokenized, which takes time.
         characters = sum(len(part["text"]) for part in parts if part["type"] == "text")
@@ -176,20 +176,14 @@ class ChatService:
         return prompt
 
     def _tokenize(self, messages: list[dict], ask: bool) -> Prompt:
-        settings = {"tokenize": True, "return_dict": True, "return_tensors": "pt"}
         try:
             # A fast tokenizer is not to be used by two threads at a time.
             with self.encoding:
-                inputs = self.processor.apply_chat_template(
-                    messages,
-                    add_generation_prompt=True,
-                    ask=ask,
-                    processor_kwargs={"add_special_tokens": False},
-                    **settings,
-                )
-        except TemplateError as error:
+                [input_ids] = token_ids(self.processor, [messages], ask)
+        except ValueError as error:
             raise ApiError(400, str(error), "invalid_messages", "messages") from error
-        return Prompt(inputs["input_ids"][0].tolist(), inputs.get("pixel_values"))
+        images = images_of(messages)
+        return Prompt(input_ids, pixel_values(self.processor, images) if images else None)
 
     def _sampling(self, chat: ChatCompletionRequest, num_prompt_tokens: int) -> Sampling:
         room = self.context_length - num_prompt_tokens

@@ -17,13 +17,12 @@ from transformers import (
     GenerationConfig,
     LogitsProcessorList,
     PreTrainedTokenizerFast,
-    SuppressTokensLogitsProcessor,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
 )
 
-from modeling_sq_llava import CACHE_NAME, SQLlavaForConditionalGeneration
+from modeling_sq_llava import CACHE_NAME, SQLlavaForConditionalGeneration, SQLlavaSuppressTokens
 from sq_llava.inference.prefix_cache import pad_left
 
 
@@ -171,7 +170,7 @@ class Batch:
         end = settings.eos_token_id
         self.end_ids = {end} if isinstance(end, int) else set(end or ())
         suppressed = settings.suppress_tokens
-        self.suppress = SuppressTokensLogitsProcessor(suppressed, self.model.device) if suppressed else None
+        self.suppress = SQLlavaSuppressTokens(suppressed) if suppressed else None
 
     @torch.inference_mode()
     def join(self, prompts: list[Prompt], rows: list[list[Row]]) -> None:
