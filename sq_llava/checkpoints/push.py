@@ -63,14 +63,12 @@ def check_rights(api: HfApi, repo_id: str, private: bool) -> None:
     role = user.get("auth", {}).get("accessToken", {}).get("role")
     if role == "read":
         raise ValueError("The token can only read: make one that writes, at https://huggingface.co/settings/tokens.")
-    try:
-        with hub_errors(f"{repo_id} cannot be written to with this token"):
+    with hub_errors(f"{repo_id} cannot be written to with this token"):
+        try:
             info = api.model_info(repo_id)
             api.auth_check(repo_id, write=True)
-    except ValueError as error:
-        if isinstance(error.__cause__, RepositoryNotFoundError):
+        except RepositoryNotFoundError:
             return  # it will be created
-        raise
     if private and not info.private:
         raise ValueError(f"{repo_id} is there and public: leave --private out, or change it in its settings first.")
 
@@ -173,13 +171,11 @@ def upload(
 def _model_files(api: HfApi, publication: Publication, commit: str) -> dict[str, str] | None:
     """What a commit holds of a model, by Git's hashes; `None` if there is no such commit."""
     repo_id = publication.repo_id
-    try:
-        with hub_errors(f"{repo_id}, commit {commit}, could not be listed; run the command again"):
+    with hub_errors(f"{repo_id}, commit {commit}, could not be listed; run the command again"):
+        try:
             entries = list(api.list_repo_tree(repo_id, revision=commit, recursive=True))
-    except ValueError as error:
-        if isinstance(error.__cause__, RevisionNotFoundError):
+        except RevisionNotFoundError:
             return None
-        raise
     blobs = {entry.path: entry.blob_id for entry in entries if isinstance(entry, RepoFile)}
     return {name: blob for name, blob in blobs.items() if name in publication.files or _is_stale(name)}
 
@@ -191,16 +187,14 @@ def _is_stale(name: str) -> bool:
 
 def _present_card(api: HfApi, publication: Publication, revision: str | None) -> ModelCard | None:
     """The card that a repository has."""
-    try:
-        with hub_errors(f"The card of {publication.repo_id} could not be read; run the command again"):
+    with hub_errors(f"The card of {publication.repo_id} could not be read; run the command again"):
+        try:
             file = hf_hub_download(
                 publication.repo_id, "README.md", revision=revision, cache_dir=publication.workspace / "card",
                 endpoint=api.endpoint, token=api.token,
             )  # fmt: skip
-    except ValueError as error:
-        if isinstance(error.__cause__, EntryNotFoundError):
+        except EntryNotFoundError:
             return None
-        raise
     return ModelCard(Path(file).read_text(), ignore_metadata_errors=True)
 
 

@@ -161,12 +161,6 @@ class Data:
             return True
         return any(file for pattern in ("*.parquet", "*/*.parquet") for file in self.folder.glob(pattern))
 
-    def _parquet_files(self, config: str | None) -> list[Path]:
-        folder = self.folder
-        if config is not None and (folder / config).is_dir():
-            folder = folder / config
-        return sorted([*folder.glob("*.parquet"), *folder.glob("data/*.parquet")])
-
     def table(
         self, columns: Sequence[str], default_split: str | None = None, config: str | None = None
     ) -> datasets.Dataset:
@@ -202,7 +196,10 @@ class Data:
             raise ValueError(f"{self.hub_id}, split {split}: {error}") from error
 
     def _load_parquet(self, config: str | None, split: str | None) -> datasets.Dataset:
-        files = self._parquet_files(config)
+        folder = self.folder
+        if config is not None and (folder / config).is_dir():
+            folder = folder / config
+        files = sorted([*folder.glob("*.parquet"), *folder.glob("data/*.parquet")])
         if not files:
             raise ValueError(f"{self.folder}: holds no Parquet files of {config or 'the task'}: {self._listing()}.")
         # The Hub's files are named after their split: test-00000-of-00002.parquet.
