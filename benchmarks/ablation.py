@@ -29,6 +29,7 @@ import matplotlib
 import torch
 
 import train_sft
+from benchmarks.common import RESULTS, write
 from demo.data import blind_guess, image_root, write_data
 from demo.evaluate import measure_answers, measure_questions
 from demo.processes import end_with_parent, training_context
@@ -66,7 +67,6 @@ SETTINGS = {
     ),
 }
 COMMAND = "python -m benchmarks.ablation"
-RESULTS = Path(__file__).parent / "results"
 RECIPES = Path(__file__).parent.parent / "recipes" / "easy-vqa"
 # Quantiles of Student's t for two-sided 95% intervals, by degrees of freedom from 1.
 T_QUANTILES = (
@@ -90,10 +90,23 @@ class Scale:
 
 
 @dataclass(frozen=True)
-class Stage1:
-    """Stage 1 of a seed, which all its runs with the same prototypes go on from."""
+class Task:
+    """One piece of work; its note is the JSON file that says that it is done."""
 
     work: Path
+
+    @property
+    def note(self) -> Path:
+        return self.work / f"{self.name}.json"
+
+    def is_ready(self) -> bool:
+        return True
+
+
+@dataclass(frozen=True)
+class Stage1(Task):
+    """Stage 1 of a seed, which all its runs with the same prototypes start from."""
+
     scale: Scale
     seed: int
     prototype_variant: str
@@ -103,19 +116,12 @@ class Stage1:
         return f"seed-{self.seed}/stage1-{self.prototype_variant}"
 
     @property
-    def note(self) -> Path:
-        return self.work / f"{self.name}.json"
-
-    @property
     def facts(self) -> dict:
         return {"base": self.scale.base, "stage1_steps": self.scale.stage1_steps}
 
     @property
     def estimated_seconds(self) -> float:
         return self.scale.stage1_steps * self.scale.seconds_per_stage1_step
-
-    def is_ready(self) -> bool:
-        return True
 
     def run(self) -> dict:
         base = Path(self.scale.base)
@@ -133,10 +139,9 @@ class Stage1:
 
 
 @dataclass(frozen=True)
-class Run:
+class Run(Task):
     """Stage 2 of a seed with one of the `SETTINGS`, and its scores."""
 
-    work: Path
     scale: Scale
     seed: int
     setting: str
@@ -145,10 +150,6 @@ class Run:
     @property
     def name(self) -> str:
         return f"seed-{self.seed}/{self.budget}-{self.setting}"
-
-    @property
-    def note(self) -> Path:
-        return self.work / f"{self.name}.json"
 
     @property
     def stage1(self) -> Stage1:
@@ -189,7 +190,7 @@ class Run:
         return scores | {"training_seconds": trained - start, "scoring_seconds": time.time() - trained}
 
 
-def seed_data(task: Stage1 | Run) -> Path:
+def seed_data(task: Task) -> Path:
     return task.work / f"seed-{task.seed}" / "data"
 
 
@@ -210,9 +211,7 @@ def score(assistant: Assistant, data: Path, scale: Scale) -> dict:
     return {"test_questions": len(examples), "accuracy": accuracy.pop("all"), "accuracy_by_kind": accuracy} | questions
 
 
-def list_tasks(
-    work: Path, scale: Scale, seeds: list[int], budgets: list[int], settings: list[str]
-) -> list[Stage1 | Run]:
+def list_tasks(work: Path, scale: Scale, seeds: list[int], budgets: list[int], settings: list[str]) -> list[Task]:
     """Seed by seed, and in it the small budgets first: after each seed, the tables are complete."""
     tasks = []
     for seed in seeds:
@@ -221,7 +220,7 @@ def list_tasks(
     return tasks
 
 
-def read_note(task: Stage1 | Run) -> dict | None:
+def read_note(task: Task) -> dict | None:
     """The note of a finished task; `None` if it is not finished."""
     if not task.note.is_file():
         return None
@@ -232,7 +231,7 @@ def read_note(task: Stage1 | Run) -> dict | None:
     return note
 
 
-def run_task(task: Stage1 | Run) -> None:
+def run_task(task: Task) -> None:
     """Runs a task in a process of its own; what it prints goes to a log."""
     end_with_parent()
     torch.set_num_threads(1)
@@ -244,7 +243,7 @@ def run_task(task: Stage1 | Run) -> None:
     part.rename(task.note)
 
 
-def run_all(tasks: list[Stage1 | Run], jobs: int) -> None:
+def run_all(tasks: list[Task], jobs: int) -> None:
     """Runs what is not finished, in order, except that a run waits for its stage 1."""
     waiting = [task for task in tasks if read_note(task) is None]
     for task in waiting:
@@ -270,7 +269,7 @@ def run_all(tasks: list[Stage1 | Run], jobs: int) -> None:
                 print(f"{time.strftime('%H:%M:%S')} {task.name}: {seconds:.0f} s, {done} of {total}", flush=True)
 
 
-def plan(tasks: list[Stage1 | Run], jobs: int) -> str:
+def plan(tasks: list[Task], jobs: int) -> str:
     left = [task for task in tasks if read_note(task) is None]
     hours = sum(task.estimated_seconds for task in left) / 3600
     lines = [
@@ -400,7 +399,7 @@ def draw(tables: list[dict], file: Path) -> None:
     plt.close(figure)
 
 
-def write_report(work: Path, tasks: list[Stage1 | Run], output_dir: Path) -> None:
+def write_report(work: Path, tasks: list[Task], output_dir: Path) -> None:
     """Writes what the runs of a work folder show, so many as there are, and how many of `tasks` are still to do."""
     notes = [json.loads(file.read_text()) for file in sorted(work.glob("seed-*/*.json"))]
     runs = [note for note in notes if "accuracy" in note]
@@ -420,9 +419,7 @@ def write_report(work: Path, tasks: list[Stage1 | Run], output_dir: Path) -> Non
         "tables": tables,
         "runs": runs,
     }
-    output_dir.mkdir(parents=True, exist_ok=True)
-    (output_dir / "ablation.json").write_text(json.dumps(report, indent=1) + "\n")
-    (output_dir / "ablation.md").write_text(to_markdown(report))
+    write(output_dir, "ablation", report, to_markdown(report))
     draw(tables, output_dir / "ablation.png")
     print(to_markdown(report))
 

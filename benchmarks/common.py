@@ -144,6 +144,17 @@ def made_by(name: str, facts: dict) -> str:
     )
 
 
+def to_json(value, depth: int = 2) -> str:
+    """JSON with one line for each record, which is what stands `depth` levels deep or holds no further level."""
+    parts = list(value.values() if isinstance(value, dict) else value) if isinstance(value, dict | list) else []
+    if depth == 0 or not any(isinstance(part, dict | list) for part in parts):
+        return json.dumps(value)
+    lines = [to_json(part, depth - 1) for part in parts]
+    if isinstance(value, list):
+        return "[\n" + ",\n".join(lines) + "\n]"
+    return "{\n" + ",\n".join(f"{json.dumps(name)}: {line}" for name, line in zip(value, lines)) + "\n}"
+
+
 def save(name: str, report: dict, markdown: str, arguments: argparse.Namespace) -> None:
     """
     Prints the result and, unless `--quick`, writes `NAME.json` and `NAME.md` to the output folder, with the command
@@ -156,8 +167,12 @@ def save(name: str, report: dict, markdown: str, arguments: argparse.Namespace) 
     if arguments.quick:
         return
     report = {"command": line.split("`")[1], "machine": arguments.machine} | report
-    arguments.output_dir.mkdir(parents=True, exist_ok=True)
-    path = arguments.output_dir / f"{name}.json"
-    path.write_text(json.dumps(report, indent=2) + "\n")
+    write(arguments.output_dir, name, report, markdown)
+
+
+def write(folder: Path, name: str, report: dict, markdown: str) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{name}.json"
+    path.write_text(to_json(report) + "\n")
     path.with_suffix(".md").write_text(markdown)
     print(f"Written to {path} and .md")

@@ -28,7 +28,9 @@ from pathlib import Path
 
 import torch
 
+from benchmarks import ablation
 from benchmarks.ablation import Scale, interval, points, read_note, run_all, score, seed_data, train
+from benchmarks.common import RESULTS, write
 from demo.data import conversation_rows, image_root
 from demo.evaluate import FIRST_QUESTION
 from sq_llava.evaluation.questions import AskSettings, captions_of, easy_vqa_figures, read_pictures
@@ -37,7 +39,6 @@ from sq_llava.generation.self_generation import SelfGeneration, generate
 from sq_llava.inference.assistant import Assistant, load
 
 
-RESULTS = Path(__file__).parent / "results"
 COMMAND = "python -m benchmarks.self_training"
 FILTERS = {
     "unfiltered": FilterSettings("off", 0.0, None, None, None, None, None),
@@ -52,10 +53,9 @@ GENERATORS = {"demo": ["unfiltered", "filtered"], "weak": list(FILTERS)}
 
 
 @dataclass(frozen=True)
-class Task:
-    """One piece of work; its note is the JSON file that says that it is done."""
+class Task(ablation.Task):
+    """One piece of work with a model of the demo."""
 
-    work: Path
     base: str
     seed: int
     budget: int
@@ -70,19 +70,12 @@ class Task:
         return f"seed-{self.seed}/" + "-".join(part for part in (self.generator, self.data) if part).replace(", ", "-")
 
     @property
-    def note(self) -> Path:
-        return self.work / f"{self.name}.json"
-
-    @property
     def facts(self) -> dict:
         return {name: value for name, value in asdict(self).items() if name != "work"}
 
     @property
     def scale(self) -> Scale:
         return Scale(self.base, test_stride=self.test_stride, num_images=2)
-
-    def is_ready(self) -> bool:
-        return True
 
 
 @dataclass(frozen=True)
@@ -274,11 +267,9 @@ def write_report(tasks: list[Task], output_dir: Path | None) -> None:
     markdown = to_markdown(tasks, notes)
     print(markdown)
     if output_dir is not None:
-        output_dir.mkdir(parents=True, exist_ok=True)
         runs = {name: {key: value for key, value in note.items() if key != "base"} for name, note in notes.items()}
         report = {"command": COMMAND, "torch": torch.__version__, "runs": runs}
-        (output_dir / "self_training.json").write_text(json.dumps(report, indent=1) + "\n")
-        (output_dir / "self_training.md").write_text(markdown + "\n")
+        write(output_dir, "self_training", report, markdown + "\n")
 
 
 def main(args: list[str] | None = None) -> None:

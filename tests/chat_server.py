@@ -9,6 +9,9 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 
+KEY = "sk-secret-0123456789"
+
+
 @dataclass
 class Reply:
     """What the server does with a request: an answer, another body, a refusal, or nothing at all."""

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from tests import tiny
+from tests.chat_server import KEY
 
 
 def pytest_collection_modifyitems(items):
@@ -26,6 +27,19 @@ def pytest_collection_modifyitems(items):
 def one_thread():
     # The models are so small that a second thread costs more than it brings.
     torch.set_num_threads(1)
+
+
+@pytest.fixture(params=["parquet", "folder"])
+def layout(request):
+    """The data of a benchmark as the Hub has it, and as LLaVA's folders do."""
+    return request.param
+
+
+@pytest.fixture
+def api_key(monkeypatch):
+    """What a client of `chat_server` needs: a key, and no server of the environment."""
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
 
 
 @pytest.fixture

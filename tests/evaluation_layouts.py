@@ -21,6 +21,11 @@ def png(seed: int = 0) -> bytes:
     return buffer.getvalue()
 
 
+def write_image(path: Path, seed: int = 0) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(png(seed))
+
+
 def write_parquet(path: Path, rows: list[dict[str, Any]]) -> None:
     """A table as the Hub has it: images are bytes in it, of the feature `Image`."""
     table = datasets.Dataset.from_list(rows)

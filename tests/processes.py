@@ -3,6 +3,7 @@
 A child is forked from a server that has imported everything and run nothing: it starts at once, and a kill is real.
 """
 
+import json
 import multiprocessing
 import os
 import runpy
@@ -21,6 +22,10 @@ PRELOADED = [
     "tests.runs", "demo.evaluate", "sq_llava.evaluation.run", "sq_llava.generation.llava",
     "sq_llava.generation.self_generation",
 ]  # fmt: skip
+
+
+def lines_of(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def sq_llava(*arguments: str) -> None:

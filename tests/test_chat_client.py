@@ -23,16 +23,13 @@ from sq_llava.llm_client.client import (
 )
 from sq_llava.llm_client.replies import read_completion, retry_after
 from tests.chat_server import Reply, chat_server, completion
+from tests.processes import lines_of
 
 
-KEY = "sk-secret-0123456789"
 PIXEL = {"type": "image_url", "image_url": {"url": "data:image/png;base64," + "A" * 10_000}}
 
 
-@pytest.fixture(autouse=True)
-def key(monkeypatch):
-    monkeypatch.setenv("OPENAI_API_KEY", KEY)
-    monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
+pytestmark = pytest.mark.usefixtures("api_key")
 
 
 def client_of(server, folder: Path, **overrides) -> ChatClient:
@@ -50,10 +47,6 @@ def ask(client: ChatClient, *texts: str):
 
 def echo(request: dict, number: int) -> str:
     return f"heard {request['messages'][-1]['content']}"
-
-
-def lines_of(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def test_answer_is_taken_over_from_another_server(tmp_path):

@@ -26,11 +26,7 @@ NUM_QUESTIONS = 24
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> str:
-    folder = tmp_path_factory.mktemp("model")
-    processor = tiny.tiny_processor()
-    tiny.tiny_model_for(processor).save_pretrained(folder)
-    processor.save_pretrained(folder)
-    return str(folder)
+    return tiny.save_model(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,16 @@ from sq_llava.evaluation.caption_statistics import CaptionStatistics
 from sq_llava.evaluation.comparison import compare
 from sq_llava.evaluation.results import write_results
 from sq_llava.evaluation.run import Evaluation, describe
-from tests.evaluation_layouts import assess_answers, examples_of, figures, png, stored, write_json, write_parquet
+from tests.evaluation_layouts import (
+    assess_answers,
+    examples_of,
+    figures,
+    png,
+    stored,
+    write_image,
+    write_json,
+    write_parquet,
+)
 
 
 REFERENCES = {11: ["A dog runs fast."], 12: ["Two red cats sleep!", "Cats, sleeping."]}
@@ -26,11 +35,6 @@ ANSWERS = {"11": "A dog.", "12": "zebra"}
 @pytest.fixture
 def without_java(monkeypatch):
     monkeypatch.setattr(captions, "has_java", lambda: False)
-
-
-def write_png(path, seed):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(png(seed))
 
 
 def write_karpathy(folder, file_name, picture_folder, id_field):
@@ -47,7 +51,7 @@ def write_karpathy(folder, file_name, picture_folder, id_field):
     ]
     write_json(folder / file_name, {"images": images, "dataset": "made"})
     for number in REFERENCES:
-        write_png(folder / picture_folder / f"{number}.png", number)
+        write_image(folder / picture_folder / f"{number}.png", number)
 
 
 def write_coco(folder, layout):
@@ -60,7 +64,7 @@ def write_coco(folder, layout):
     else:
         rows = [{**row, "filepath": "val2014", "filename": f"{row['cocoid']}.png"} for row in rows]
         for number in REFERENCES:
-            write_png(folder / "val2014" / f"{number}.png", number)
+            write_image(folder / "val2014" / f"{number}.png", number)
     write_parquet(folder / "data" / "test-00000-of-00001.parquet", rows)
 
 
@@ -87,7 +91,7 @@ def write_nocaps(folder, layout):
     write_json(folder / "nocaps_val_4500_captions.json", {"images": images, "annotations": annotations[::-1]})
     if layout == "folder":
         for number in REFERENCES:
-            write_png(folder / "val" / f"{number}.png", number)
+            write_image(folder / "val" / f"{number}.png", number)
         return
     rows = [
         {"image_id": number, "image": stored(number), "annotations_captions": texts[::-1]}
@@ -107,7 +111,7 @@ def write_conceptual(folder, layout):
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text("".join(line + "\n" for line in lines))
     for number in range(2):
-        write_png(folder / "images" / f"{number}.jpg", 11 + number)
+        write_image(folder / "images" / f"{number}.jpg", 11 + number)
 
 
 WRITERS = {

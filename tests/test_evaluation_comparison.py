@@ -190,10 +190,8 @@ def test_figures_are_whole_on_a_narrow_terminal(capsys, monkeypatch):
 
 
 def test_command_compares_with_a_folder_or_with_another_model(tmp_path):
-    processor = tiny.tiny_processor()
     for name in ("one", "other"):
-        tiny.tiny_model_for(processor).save_pretrained(tmp_path / name)
-        processor.save_pretrained(tmp_path / name)
+        tiny.save_model(tmp_path / name)
     turns = [{"value": "is it?"}, {"value": "yes"}]
     same = {"image": "0.png", "kind": "shape", "conversations": turns}
     write_json(tmp_path / "data" / "test.json", [{**same, "id": f"q{number}"} for number in range(4)])

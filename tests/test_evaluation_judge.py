@@ -5,24 +5,18 @@ import os
 import signal
 import subprocess
 import time
-from pathlib import Path
 
 import pytest
 
 from sq_llava.evaluation.judge import Judge, JudgeSettings
 from sq_llava.evaluation.metrics import bootstrap_errors
 from sq_llava.llm_client.client import ChatStopped
-from tests.chat_server import Reply, chat_server, completion
+from tests.chat_server import KEY, Reply, chat_server, completion
+from tests.processes import lines_of
 from tests.warm_python import warm_python
 
 
-KEY = "sk-secret-0123456789"
-
-
-@pytest.fixture(autouse=True)
-def key(monkeypatch):
-    monkeypatch.setenv("OPENAI_API_KEY", KEY)
-    monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
+pytestmark = pytest.mark.usefixtures("api_key")
 
 
 def settings_of(server, **overrides) -> JudgeSettings:
@@ -31,10 +25,6 @@ def settings_of(server, **overrides) -> JudgeSettings:
 
 def ask(judge: Judge, *questions: str) -> dict:
     return judge.complete_all({each: [{"role": "user", "content": each}] for each in questions}, float, "asks")
-
-
-def lines_of(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def test_judge_is_not_asked_twice_for_the_same(tmp_path):

@@ -16,24 +16,16 @@ from sq_llava.evaluation.reading import Data
 from sq_llava.evaluation.run import Evaluation, assess, evaluate
 from sq_llava.evaluation.task import Record
 from tests import tiny
-from tests.chat_server import chat_server
-from tests.processes import ended, fork
+from tests.chat_server import KEY, chat_server
+from tests.evaluation_layouts import write_jsonl
+from tests.processes import ended, fork, lines_of
 
 
-KEY = "sk-secret-0123456789"
-
-
-@pytest.fixture(autouse=True)
-def key(monkeypatch):
-    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+pytestmark = pytest.mark.usefixtures("api_key")
 
 
 def settings_of(server, **overrides) -> JudgeSettings:
     return JudgeSettings("judge", base_url=server.url, **overrides)
-
-
-def lines_of(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 # question_id, category, question, reference answer, answer of the model, score of the reference, score of the model
@@ -44,10 +36,6 @@ PAIRS = [
     (3, "conv", "Is it big?", "It is small.", "Yes.", 7.0, 1.0),
 ]
 CAPTIONS = ["A boat at a shore.", "It is red."]
-
-
-def write_jsonl(path: Path, rows: list[dict]) -> None:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def wild_folder(root: Path) -> Path:
@@ -363,11 +351,7 @@ def test_wrong_data_of_mmvet_is_named(tmp_path):
 
 @pytest.fixture
 def model(tmp_path) -> str:
-    folder = tmp_path / "model"
-    processor = tiny.tiny_processor()
-    tiny.tiny_model_for(processor).save_pretrained(folder)
-    processor.save_pretrained(folder)
-    return str(folder)
+    return tiny.save_model(tmp_path / "model")
 
 
 def test_run_that_a_cap_has_stopped_goes_on_where_it_was(model, tmp_path, monkeypatch):

@@ -29,11 +29,6 @@ from tests.evaluation_layouts import (
 L = "\nAnswer with the option's letter from the given choices directly."
 
 
-@pytest.fixture(params=["parquet", "folder"])
-def layout(request):
-    return request.param
-
-
 SCIENCEQA = [  # id, question, choices, answer, hint, whether it has a picture
     ("5", "Which is  red?", ["the sky", "a rose"], 1, "Look  at it.", True),
     ("11", "Which is an animal?", ["dog", "oak", "rock"], 0, "", False),

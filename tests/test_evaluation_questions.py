@@ -104,9 +104,7 @@ def test_truth_of_premises_on_easy_vqa():
 def parts(tmp_path_factory) -> Path:
     """A model, a CLIP with its processor, a folder of images, and a data set about them."""
     root = tmp_path_factory.mktemp("parts")
-    processor = tiny.tiny_processor()
-    tiny.tiny_model_for(processor).save_pretrained(root / "model")
-    processor.save_pretrained(root / "model")
+    tiny.save_model(root / "model")
     tiny.save_towers(root)
     (root / "images").mkdir()
     for number in range(3):

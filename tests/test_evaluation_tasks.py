@@ -12,6 +12,7 @@ from tests.evaluation_layouts import (
     image_bytes,
     png,
     stored,
+    write_image,
     write_json,
     write_jsonl,
     write_parquet,
@@ -20,16 +21,6 @@ from tests.evaluation_layouts import (
 
 W = "\nAnswer the question using a single word or phrase."
 U = "\nWhen the provided information is insufficient, respond with 'Unanswerable'."
-
-
-def write_image(path, seed=0):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(png(seed))
-
-
-@pytest.fixture(params=["parquet", "folder"])
-def layout(request):
-    return request.param
 
 
 VQAV2 = {  # id -> image, question, answers of people, answer

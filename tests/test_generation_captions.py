@@ -27,7 +27,7 @@ from sq_llava.generation.captions import (
     phrases_of,
     read_instructions,
 )
-from tests.processes import ended, fork, sq_llava
+from tests.processes import ended, fork, lines_of, sq_llava
 from tests.runs import die
 
 
@@ -256,10 +256,6 @@ def contents(out: Path) -> dict[str, bytes]:
     """All that a run leaves, but for the order in which spaCy's findings came, and its own command."""
     files = {path.name: path.read_bytes() for path in out.iterdir() if not path.name.startswith("phrases")}
     return {name: content for name, content in files.items() if name not in ("run.json", "README.md")}
-
-
-def lines_of(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 @pytest.fixture(scope="module")

@@ -21,8 +21,8 @@ from sq_llava.generation.describing import DescribeSettings, Description, LocalD
 from sq_llava.generation.review_sheet import Entry, check_decisions, hash_of_text, read_decisions, write_sheet
 from sq_llava.generation.text_rules import first_fault, share_of_new_words
 from tests import tiny
-from tests.chat_server import ChatServer, Reply, chat_server
-from tests.processes import ended, fork, sq_llava
+from tests.chat_server import KEY, ChatServer, Reply, chat_server
+from tests.processes import ended, fork, lines_of, sq_llava
 
 
 LONG = "A brown dog runs over a wide green field. " + " ".join(
@@ -129,13 +129,7 @@ def with_server(server: ChatServer, photos: Path, out: Path, *more) -> list:
     return [photos, "--model", "painter", "--base-url", server.url, "--out", out, *more]
 
 
-@pytest.fixture(autouse=True)
-def key(monkeypatch):
-    monkeypatch.setenv("OPENAI_API_KEY", "sk-of-the-test")
-
-
-def lines_of(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
+pytestmark = pytest.mark.usefixtures("api_key")
 
 
 def texts_of(out: Path) -> dict[str, str]:
@@ -166,7 +160,7 @@ def test_short_descriptions_are_continued_once_and_broken_images_reported(photos
     assert [row["images"] for row in rows][-1] == [str(photos / "more/4.png")]
     asked = {row["messages"][0]["content"][1]["text"] for row in rows}
     assert asked <= set(Prompts.read(describing.PROMPTS).instructions)
-    assert "sk-of-the-test" not in "".join(path.read_text() for path in (tmp_path / "out").iterdir())
+    assert KEY not in "".join(path.read_text() for path in (tmp_path / "out").iterdir())
 
 
 def test_texts_are_repaired_and_rewritten_or_faulty_ones_left_out(photos, tmp_path):
@@ -317,11 +311,8 @@ def test_other_number_of_shards_is_refused_and_another_repairer_takes_the_descri
 
 
 @pytest.fixture
-def model(tmp_path) -> Path:
-    processor = tiny.tiny_processor(system_message="")
-    tiny.tiny_model_for(processor).save_pretrained(tmp_path / "model")
-    processor.save_pretrained(tmp_path / "model")
-    return tmp_path / "model"
+def model(tmp_path) -> str:
+    return tiny.save_model(tmp_path / "model", system_message="")
 
 
 def test_own_model_describes_in_batches_as_one_by_one_and_never_twice(model, photos, tmp_path, monkeypatch):

@@ -25,7 +25,7 @@ from sq_llava.generation.scenes import Scene
 from sq_llava.generation.turns import fault_of, parse_turns
 from tests import tiny
 from tests.chat_server import ChatServer, Reply, chat_server
-from tests.processes import ended, fork, sq_llava
+from tests.processes import ended, fork, lines_of, sq_llava
 
 
 ROOT = Path(__file__).parent.parent
@@ -39,10 +39,7 @@ REASONING = (
 CONVERSATION = "Question: What is it?\nAnswer: A boat.\n\nQuestion: What color is it?\nAnswer: It is red."
 
 
-@pytest.fixture(autouse=True)
-def key(monkeypatch):
-    monkeypatch.setenv("OPENAI_API_KEY", "sk-secret-0123456789")
-    monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
+pytestmark = pytest.mark.usefixtures("api_key")
 
 
 def kind_of(request: dict) -> str:
@@ -65,10 +62,6 @@ def run(folder: Path, server: ChatServer, *arguments, num: int = 12):
     scenes = write_scenes(folder, num)
     options = ["--model", "writer", "--base-url", server.url, "--out", folder / "out", *arguments]
     return CliRunner().invoke(app, ["generate-data", "llava", str(scenes), *map(str, options)])
-
-
-def lines_of(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def test_rows_are_read_by_training_as_they_are(tmp_path):

@@ -29,7 +29,7 @@ from sq_llava.inference.assistant import Assistant
 from sq_llava.llm_client.client import ChatSettings
 from tests import tiny
 from tests.chat_server import Reply, chat_server
-from tests.processes import ended, fork, sq_llava
+from tests.processes import ended, fork, lines_of, sq_llava
 
 
 NUM_IMAGES, NUM_QUESTIONS = 5, 3
@@ -57,9 +57,7 @@ def model_that_asks():
 def parts(tmp_path_factory) -> Path:
     """A model, a CLIP, images, and a data set about some of them."""
     root = tmp_path_factory.mktemp("parts")
-    processor = tiny.tiny_processor()
-    tiny.tiny_model_for(processor).save_pretrained(root / "model")
-    processor.save_pretrained(root / "model")
+    tiny.save_model(root / "model")
     (root / "images").mkdir()
     for number in range(NUM_IMAGES):
         tiny.picture(number).save(root / "images" / f"{number}.png")
@@ -109,10 +107,6 @@ def counts(monkeypatch) -> dict[str, list[str]]:
     monkeypatch.setattr(questions, "_ask_together", ask_and_count)
     monkeypatch.setattr(self_generation, "score_answers", score_and_count)
     return seen
-
-
-def lines_of(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def files_of(out: Path) -> dict[str, bytes]:

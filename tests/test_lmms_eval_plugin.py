@@ -27,10 +27,7 @@ QUESTIONS = [
 
 @pytest.fixture
 def model(tmp_path) -> str:
-    processor = tiny.tiny_processor()
-    tiny.tiny_model_for(processor).save_pretrained(tmp_path / "model")
-    processor.save_pretrained(tmp_path / "model")
-    return str(tmp_path / "model")
+    return tiny.save_model(tmp_path / "model")
 
 
 def test_entry_point_leads_to_the_class(monkeypatch):

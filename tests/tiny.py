@@ -112,6 +112,14 @@ def tiny_model_for(processor: SQLlavaProcessor, **overrides) -> SQLlavaForCondit
     return model
 
 
+def save_model(folder: Path, **settings) -> str:
+    """Writes a tiny checkpoint with its processor, of these `settings`. Returns the folder as text."""
+    processor = tiny_processor(**settings)
+    tiny_model_for(processor).save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return str(folder)
+
+
 def byte_level_tokenizer(trim_offsets: bool = False) -> PreTrainedTokenizerFast:
     """A byte-level BPE tokenizer as GPT-2's and Qwen's: no token before the text, no padding token."""
     tokenizer = Tokenizer(models.BPE())

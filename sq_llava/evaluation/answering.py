@@ -1,32 +1,27 @@
 """Answers of a model to the examples of a task: in batches, over processes, resumed from what was written.
 
-Each process appends its answers to `answers-<rank>.jsonl` as they come. A run that was killed reads what all of them
-wrote, whatever their number was, and goes on with the rest; examples that failed are tried again.
+The answers are appended to `answers-<rank>.jsonl` as they come (`sq_llava/resumable/resume.py`).
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from accelerate import PartialState
-from accelerate.utils import gather_object
 from jinja2 import TemplateError
 from PIL import Image
-from rich.console import Console
-from rich.progress import Progress
 
 from sq_llava.data.images import open_image
 from sq_llava.evaluation.reading import TaskImage
 from sq_llava.evaluation.task import Example, Record
 from sq_llava.inference.assistant import Assistant
-from sq_llava.resumable.resume import open_lines, read_lines, write_line
+from sq_llava.resumable.resume import run_resumable
 
 
 @dataclass(frozen=True)
 class AnswerSettings:
-    """How examples are asked; `system_message` is that of the model if it is `None`."""
+    """How examples are asked; without a `system_message`, the model uses its own."""
 
     max_new_tokens: int
     batch_size: int = 8
@@ -40,41 +35,33 @@ def answer_examples(
     Answers every example, greedily.
 
     Args:
-        folder (`Path`): For the answers; those that are there already are taken over.
+        folder (`Path`): For the answers; those that it holds already are kept.
 
     Returns:
         One unscored record for each example, in their order; on every process.
     """
-    state = PartialState()
-    done = read_lines(folder, "answers", [example.id for example in examples])
     prompts = {example.id: render(assistant, example, settings.system_message) for example in examples}
-    rest = by_images([example for example in examples if example.id not in done], prompts)
-    batches = _batches(rest, settings.batch_size)[state.process_index :: state.num_processes]
-    fresh = []
-    with (
-        open_lines(folder, "answers") as file,
-        Progress(console=Console(stderr=True), transient=True, disable=not state.is_main_process) as progress,
-    ):
-        bar = progress.add_task(description, total=sum(map(len, batches)))
-        for batch in batches:
-            for example, (answer, error) in zip(batch, _answer(assistant, batch, settings)):
-                line = {"id": example.id, "answer": answer, "error": error}
-                fresh.append(line)
-                write_line(file, line)
-            file.flush()
-            progress.advance(bar, len(batch))
-    for line in gather_object(fresh):
-        done[line["id"]] = line
+
+    def make_batches(left: Sequence[Example]) -> list[list[Example]]:
+        return _same_number_of_images(by_images(left, prompts), settings.batch_size)
+
+    def answer(batch: Sequence[Example]) -> list[dict[str, str]]:
+        return [{"answer": text} for text in _answer(assistant, batch, settings)]
+
+    lines = run_resumable(
+        examples, answer, folder, "answers", description, make_batches=make_batches, failed={"answer": ""}
+    )
     return [
-        Record(example, prompts[example.id], done[example.id]["answer"], done[example.id]["error"])
+        Record(example, prompts[example.id], lines[example.id]["answer"], lines[example.id]["error"])
         for example in examples
     ]
 
 
 def by_images(examples: Sequence[Example], prompts: dict[str, str]) -> list[Example]:
     """
-    Examples about the same images one after another, as they share a pass of the model; among them, and of all such
-    groups, the longest first: if memory does not suffice, that is known at once. Text alone goes apart from images.
+    Sorts examples so that those about the same images, which share a pass of the model, follow one another. Within a
+    group, and among the groups, the longest come first, so that too little memory shows at once. Examples without
+    images come last.
     """
     groups: dict[tuple[TaskImage, ...], list[Example]] = {}
     for example in examples:
@@ -89,7 +76,7 @@ def by_images(examples: Sequence[Example], prompts: dict[str, str]) -> list[Exam
 
 
 def conversation(example: Example, system_message: str | None) -> list[dict[str, Any]]:
-    """The messages of an example, its images not yet in their places."""
+    """The messages of an example, with placeholders for its images."""
     content = [{"type": "image"} for _ in example.images]
     messages = [{"role": "user", "content": [*content, {"type": "text", "text": example.prompt}]}]
     if system_message is not None:
@@ -112,7 +99,7 @@ def render(assistant: Assistant, example: Example, system_message: str | None) -
         raise ValueError(f"example {example.id}: {error}") from error
 
 
-def _batches(examples: Sequence[Example], batch_size: int) -> list[list[Example]]:
+def _same_number_of_images(examples: Sequence[Example], batch_size: int) -> list[list[Example]]:
     batches: list[list[Example]] = []
     for example in examples:
         last = batches[-1] if batches else None
@@ -123,24 +110,13 @@ def _batches(examples: Sequence[Example], batch_size: int) -> list[list[Example]
     return batches
 
 
-def _answer(
-    assistant: Assistant, batch: Sequence[Example], settings: AnswerSettings
-) -> Iterator[tuple[str, str | None]]:
-    """An answer and an error for each example. If a batch fails, its examples are asked one by one."""
-    try:
-        images = {image: open_task_image(image) for example in batch for image in example.images}
-        requests = [
-            ([images[image] for image in example.images] or None, conversation(example, settings.system_message))
-            for example in batch
-        ]
-        for answer in assistant.answer_batch(requests, settings.max_new_tokens):
-            yield answer, None
-    except (ValueError, RuntimeError) as error:
-        if len(batch) == 1:
-            yield "", f"{type(error).__name__}: {error}"
-            return
-        for example in batch:
-            yield from _answer(assistant, [example], settings)
+def _answer(assistant: Assistant, batch: Sequence[Example], settings: AnswerSettings) -> list[str]:
+    images = {image: open_task_image(image) for example in batch for image in example.images}
+    requests = [
+        ([images[image] for image in example.images] or None, conversation(example, settings.system_message))
+        for example in batch
+    ]
+    return assistant.answer_batch(requests, settings.max_new_tokens)
 
 
 def open_task_image(image: TaskImage) -> Image.Image:

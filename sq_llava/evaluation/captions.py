@@ -176,7 +176,7 @@ def corpus_metrics(records: Sequence[Record]) -> dict[str, float]:
         return {}
     figures = {}
     for name, predictions, references in _in_words(records):
-        figures |= _figures(name, predictions, references)
+        figures |= corpus_figures(name, predictions, references)
         if name != "plain":
             figures[f"{name}/METEOR"] = meteor(predictions, references)
     return figures
@@ -210,7 +210,8 @@ def _in_words(records: Sequence[Record]) -> Iterator[tuple[str, list[str], list[
         yield "lmms_eval", whole, references
 
 
-def _figures(name: str, predictions: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, float]:
+def corpus_figures(name: str, predictions: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, float]:
+    """BLEU and CIDEr-D of texts in the words of the tokeniser `name`."""
     precision = {f"{name}/BLEU-{number}": value for number, value in enumerate(bleu(predictions, references), start=1)}
     return {f"{name}/CIDEr-D": cider_d(predictions, references), **precision}
 

@@ -23,6 +23,7 @@ from sq_llava.evaluation.report import as_text
 from sq_llava.evaluation.results import read_records
 from sq_llava.evaluation.run import TASKS, Evaluation, find_task, read_examples
 from sq_llava.evaluation.task import Record, Task, main_score
+from sq_llava.resumable.jsonl import write_jsonl
 
 
 NUM_SHOWN = 5
@@ -142,8 +143,7 @@ def compare(
         _check_same_judge(name, judges[0].get(name), judges[1].get(name), first)
         pairs = match(first / name / "examples.jsonl", second / name / "examples.jsonl")
         flipped[name] = flips(TASKS[name], pairs)
-        lines = [json.dumps(line, ensure_ascii=False) + "\n" for line in flipped[name]]
-        (out / f"{name}.flipped.jsonl").write_text("".join(lines), encoding="utf-8")
+        write_jsonl(out / f"{name}.flipped.jsonl", flipped[name])
         differences += compare_task(TASKS[name], pairs, num_resamples, num_corpus_resamples, seed)
     about = {"first": str(first), "second": str(second), "seed": seed, "num_resamples": num_resamples}
     about |= {"num_corpus_resamples": num_corpus_resamples, "differences": [asdict(each) for each in differences]}

@@ -5,8 +5,8 @@
         --judge-max-cost 5 --judge-input-price 2.5 --judge-output-price 10
 
 Every answer of the judge is kept in `OUT/judge.jsonl` (`sq_llava/llm_client/client.py`), so a run that was killed does
-not pay twice. An answer that cannot be read is asked for again, up to `attempts` times; what could not be judged is
-listed and counted and enters no mean.
+not pay twice. The judge is asked again for an answer that cannot be read, up to `attempts` times. Examples without a
+grade are listed and counted, and enter no mean.
 """
 
 from collections.abc import Callable, Mapping
@@ -32,7 +32,7 @@ class JudgeSettings(ChatSettings):
 
 @dataclass(frozen=True)
 class Verdict:
-    """What was read out of the judge's answer `text`; or `None`, and why not."""
+    """The `value` that was read out of the judge's answer `text`, or `None` and the `error` why there is none."""
 
     value: Any
     text: str

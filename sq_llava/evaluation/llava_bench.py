@@ -19,7 +19,6 @@ answers_gpt4.jsonl (question_id, text) and images; of COCO qa90_questions.jsonl,
 Hub table without question_id numbers its rows from 0.
 """
 
-import json
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -31,6 +30,7 @@ from sq_llava.evaluation.judge import Judge, Messages, Verdict
 from sq_llava.evaluation.metrics import relative_score
 from sq_llava.evaluation.reading import Data, TaskImage, read_jsonl, unique_by
 from sq_llava.evaluation.task import Example, Record, Score, Task
+from sq_llava.resumable.jsonl import write_jsonl
 
 
 CATEGORIES = ("conv", "detail", "complex")
@@ -220,18 +220,17 @@ def _write_reviews(records: Sequence[Record], verdicts: dict[str, Verdict], path
         details, verdict = record.example.details, verdicts.get(record.example.id)
         if verdict is None or verdict.error is not None:
             continue
-        ids = [details["reference_id"], details["question_id"]]
         line = {
             "id": number,
             "question_id": details["question_id"],
-            "answer1_id": ids[0],
-            "answer2_id": ids[1],
+            "answer1_id": details["reference_id"],
+            "answer2_id": details["question_id"],
             "category": category_prefix + details["category"],
             "content": verdict.text,
             "tuple": verdict.value,
         }
-        lines.append(json.dumps(line, ensure_ascii=False) + "\n")
-    path.write_text("".join(lines), encoding="utf-8")
+        lines.append(line)
+    write_jsonl(path, lines)
 
 
 TASK = Task(

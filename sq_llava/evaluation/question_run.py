@@ -1,7 +1,7 @@
 """`sq-llava evaluate-questions`: reads the pictures, lets the model ask, measures, writes figures and a report.
 
 OUT/results.json      every figure, with what it takes to repeat it
-OUT/asked-*.jsonl     what was asked and answered, as it came; a run that was killed goes on from it
+OUT/asked-*.jsonl     what was asked and answered, as it came; a run that was killed resumes from it
 OUT/report.md         the figures, with types.png, clip.png and pictures.png
 """
 
@@ -9,7 +9,6 @@ import json
 import textwrap
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +31,9 @@ from sq_llava.evaluation.questions import (
     hash_of_pictures,
     read_pictures,
 )
+from sq_llava.evaluation.reading import evenly_spaced
 from sq_llava.evaluation.results import claim_folder, environment, hash_of_code, hash_of_model
 from sq_llava.inference.assistant import best_device
-from sq_llava.resumable.run_note import command_line
 
 
 NUM_SHOWN = 12
@@ -57,7 +56,7 @@ LABELS = {
 
 @dataclass(frozen=True)
 class QuestionEvaluation:
-    """What is asked for; `images`, `image_root` as of `read_pictures`, `clip` as of [`ClipScorer`]."""
+    """Settings of one run: `images` and `image_root` as in `read_pictures`, `clip` as in [`ClipScorer`]."""
 
     model: str
     images: str
@@ -88,9 +87,7 @@ def evaluate_questions(evaluation: QuestionEvaluation) -> dict[str, Any]:
     device = evaluation.device or best_device()
     state = PartialState(cpu=device == "cpu")
     everything = read_pictures(evaluation.images, evaluation.image_root)
-    pictures = everything
-    if evaluation.limit is not None and evaluation.limit < len(everything):
-        pictures = [everything[number * len(everything) // evaluation.limit] for number in range(evaluation.limit)]
+    pictures = evenly_spaced(everything, evaluation.limit)
     captions = captions_of(pictures) if evaluation.truth is not None else []
     about = describe(evaluation, hash_of_pictures(pictures))
     claim_folder(evaluation.out, about, IDENTITY)
@@ -125,8 +122,6 @@ def describe(evaluation: QuestionEvaluation, data_hash: str) -> dict[str, Any]:
         "settings": asdict(evaluation.settings),
         "clip": evaluation.clip,
         "dtype": evaluation.dtype,
-        "command": command_line(),
-        "date": datetime.now(UTC).date().isoformat(),
         **environment(),
     }
 
@@ -203,8 +198,7 @@ def _draw_cosines(cosines: dict[str, list[float]]) -> Figure:
 
 def _draw_pictures(asked: Sequence[dict[str, Any]], pictures: Sequence[Picture]) -> Figure:
     whole = [(line, picture) for line, picture in zip(asked, pictures, strict=True) if line["error"] is None]
-    num_shown = min(NUM_SHOWN, len(whole))
-    shown = [whole[number * len(whole) // num_shown] for number in range(num_shown)]
+    shown = evenly_spaced(whole, NUM_SHOWN)
     num_rows = -(-len(shown) // 3)
     figure, axes = plt.subplots(num_rows, 6, figsize=(16, 3.0 * num_rows), squeeze=False)
     for axis in axes.flat:

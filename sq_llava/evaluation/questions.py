@@ -16,11 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
-from accelerate.utils import gather_object
 from PIL import Image
-from rich.console import Console
-from rich.progress import Progress
 from transformers import AutoConfig, CLIPModel, CLIPProcessor
 
 from sq_llava.data.images import open_image
@@ -32,7 +28,7 @@ from sq_llava.evaluation.easy_vqa import answer_question, derive_caption, presum
 from sq_llava.evaluation.question_metrics import distinct_n, self_bleu, type_shares, words_of
 from sq_llava.inference.assistant import Assistant
 from sq_llava.inference.dialogues import DESCRIBE, Dialogues
-from sq_llava.resumable.resume import open_lines, read_lines, write_line
+from sq_llava.resumable.resume import run_resumable
 
 
 @dataclass(frozen=True)
@@ -41,10 +37,10 @@ class Picture:
     A picture, and what a data set asks and answers about it.
 
     Args:
-        id (`str`): Its path, or its row.
+        id (`str`): The picture's path, or its row.
         image: As `sq_llava.data.images.open_image` takes it.
         pairs (`Sequence[tuple[str, str]]`): Questions and answers of the data set.
-        number (`int`): Its own, added to the seed of what is drawn for it.
+        number (`int`): The picture's own number, added to the seed.
     """
 
     id: str
@@ -55,7 +51,7 @@ class Picture:
 
 @dataclass(frozen=True)
 class AskSettings:
-    """How the model asks; the defaults are the release's."""
+    """How the model asks; the defaults are those of the original release."""
 
     num_questions: int = 4
     after: str | None = None
@@ -111,7 +107,7 @@ def ask_about(
     assistant: Assistant, pictures: Sequence[Picture], folder: Path, settings: AskSettings, batch_size: int = 4
 ) -> list[dict[str, Any]]:
     """
-    Asks about every picture, over processes, going on from what `folder` holds.
+    Asks about every picture, over processes, resumed from what `folder` holds.
 
     Args:
         batch_size (`int`): Pictures asked about together, each with `settings.num_questions` rows.
@@ -120,37 +116,13 @@ def ask_about(
         For each picture, in order: `id`, `first` (what was said first), `questions`, `answers`, `blank_answers`,
         `error`.
     """
-    state = PartialState()
-    done = read_lines(folder, "asked", [picture.id for picture in pictures])
-    rest = [picture for picture in pictures if picture.id not in done]
-    rest = rest[state.process_index :: state.num_processes]
-    batches = [rest[start : start + batch_size] for start in range(0, len(rest), batch_size)]
-    fresh = []
-    with (
-        open_lines(folder, "asked") as file,
-        Progress(console=Console(stderr=True), transient=True, disable=not state.is_main_process) as progress,
-    ):
-        bar = progress.add_task("Asking", total=len(rest))
-        for batch in batches:
-            for picture, asked in zip(batch, _ask(assistant, batch, settings), strict=True):
-                line = {"id": picture.id, **asked}
-                fresh.append(line)
-                write_line(file, line)
-            file.flush()
-            progress.advance(bar, len(batch))
-    done |= {line["id"]: line for line in gather_object(fresh)}
-    return [done[picture.id] for picture in pictures]
+    failed = {"first": "", "questions": [], "answers": [], "blank_answers": []}
 
-
-def _ask(assistant: Assistant, batch: Sequence[Picture], settings: AskSettings) -> list[dict[str, Any]]:
-    """What is asked and answered about each picture. If a batch fails, its pictures are asked about alone."""
-    try:
+    def ask(batch: Sequence[Picture]) -> list[dict[str, Any]]:
         return _ask_together(assistant, batch, settings)
-    except (ValueError, RuntimeError) as error:
-        if len(batch) > 1:
-            return [line for each in batch for line in _ask(assistant, [each], settings)]
-        empty = {"first": "", "questions": [], "answers": [], "blank_answers": []}
-        return [{**empty, "error": f"{type(error).__name__}: {error}"}]
+
+    lines = run_resumable(pictures, ask, folder, "asked", "Asking", batch_size, failed=failed)
+    return [lines[picture.id] for picture in pictures]
 
 
 def _ask_together(assistant: Assistant, batch: Sequence[Picture], settings: AskSettings) -> list[dict[str, Any]]:
@@ -177,19 +149,18 @@ def _ask_together(assistant: Assistant, batch: Sequence[Picture], settings: AskS
     lines = []
     for number, (first, each) in enumerate(zip(firsts, questions)):
         own = slice(number * settings.num_questions, (number + 1) * settings.num_questions)
-        line = {"first": first, "questions": each, "answers": answers[own], "blank_answers": without[own]}
-        lines.append({**line, "error": None})
+        lines.append({"first": first, "questions": each, "answers": answers[own], "blank_answers": without[own]})
     return lines
 
 
 def blank_like(assistant: Assistant, image: Image.Image) -> Image.Image:
-    """A picture of the same size in the mean colour of the vision tower's training: all pixels near zero to it."""
+    """A picture of the same size in the mean colour of the vision tower's training, which it sees as zeros."""
     mean_colour = tuple(int(255 * mean) for mean in assistant.processor.image_processor.image_mean)
     return Image.new("RGB", image.size, mean_colour)
 
 
 def figures_of(asked: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The figures that need neither a CLIP nor the truth. Pictures that failed are counted, and in no mean."""
+    """The figures that need neither a CLIP nor the truth. Pictures that failed are counted but enter no mean."""
     whole = [line for line in asked if line["error"] is None]
     questions = [question for line in whole for question in line["questions"]]
     if not questions:

@@ -288,6 +288,13 @@ def _plain(name: str) -> str:
     return name.lower().replace("-", "").replace("_", "")
 
 
+def evenly_spaced(items: Sequence[Any], limit: int | None) -> Sequence[Any]:
+    """At most `limit` of the items, evenly spaced; all of them where it is `None`."""
+    if limit is None or limit >= len(items):
+        return items
+    return [items[number * len(items) // limit] for number in range(limit)]
+
+
 def read_jsonl(path: Path, fields: Sequence[str]) -> list[dict[str, Any]]:
     """
     Raises:

@@ -13,6 +13,8 @@ from typing import Any
 
 import yaml
 from huggingface_hub import EvalResultEntry, eval_result_entries_to_yaml
+from matplotlib.axes import Axes
+from matplotlib.container import BarContainer
 from matplotlib.figure import Figure
 
 from sq_llava.evaluation.answering import open_task_image
@@ -177,11 +179,7 @@ def _draw_figures(run: dict[str, Any], tasks: Mapping[str, Task], out: Path) -> 
         error = 1.96 * (entry["standard_error"] or 0) * task.scale
         colours = ["#cc6677", *["#bbbbbb"] * len(paper)]
         drawn = axis.barh(list(bars), list(bars.values()), xerr=[error, *[0] * len(paper)], color=colours)
-        axis.bar_label(drawn, fmt="{:.1f}", padding=3, fontsize=8)
-        axis.set_title(f"{task.title}: {task.main_metric}", fontsize=9, loc="left")
-        axis.tick_params(labelsize=8)
-        axis.invert_yaxis()
-        axis.margins(x=0.12)
+        _label(axis, drawn, "{:.1f}", f"{task.title}: {task.main_metric}")
     figure.savefig(out / "figures.png", dpi=110)
     return "![The main figure of each task, with its 95% interval](figures.png)\n"
 
@@ -203,13 +201,17 @@ def _draw_breakdown(task: Task, run: dict[str, Any], records: Sequence[Record], 
         xerr=[1.96 * (each["standard_error"] or 0) for each in chosen],
         color="#4477aa",
     )
-    axis.bar_label(drawn, fmt="{:.3f}", padding=3, fontsize=8)
-    axis.set_title(f"{task.title}: {name} by {task.breakdown}", fontsize=9, loc="left")
+    _label(axis, drawn, "{:.3f}", f"{task.title}: {name} by {task.breakdown}")
+    figure.savefig(out / task.name / "breakdown.png", dpi=110)
+    return f"![{name} by {task.breakdown}]({task.name}/breakdown.png)\n"
+
+
+def _label(axis: Axes, bars: BarContainer, form: str, title: str) -> None:
+    axis.bar_label(bars, fmt=form, padding=3, fontsize=8)
+    axis.set_title(title, fontsize=9, loc="left")
     axis.tick_params(labelsize=8)
     axis.invert_yaxis()
     axis.margins(x=0.12)
-    figure.savefig(out / task.name / "breakdown.png", dpi=110)
-    return f"![{name} by {task.breakdown}]({task.name}/breakdown.png)\n"
 
 
 def write_eval_results(run: dict[str, Any], tasks: Mapping[str, Task], out: Path) -> list[Path]:

@@ -2,7 +2,7 @@
 
 OUT/results.json                 every figure, with what it takes to repeat it
 OUT/<task>/examples.jsonl        prompt, answer, reference and score of each example
-OUT/<task>/answers-*.jsonl       answers as they came; a run that was killed goes on from them
+OUT/<task>/answers-*.jsonl       answers as they came; a run that was killed resumes from them
 OUT/report.md, OUT/*.png         a table beside the paper's figures, and bar charts
 OUT/.eval_results/<task>.yaml    for the model card on the Hub
 """
@@ -12,6 +12,7 @@ import json
 import platform
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
@@ -23,7 +24,8 @@ from sq_llava.evaluation.reading import StoredImage, TaskImage, read_jsonl
 from sq_llava.evaluation.task import Example, Metric, Record, Score
 from sq_llava.locations import base_of_adapter, find_config, is_adapter, revision_of_base
 from sq_llava.resources import CODE_FILES, code_file
-from sq_llava.resumable.run_note import check_note, write_note
+from sq_llava.resumable.jsonl import write_jsonl
+from sq_llava.resumable.run_note import check_note, command_line, write_note
 
 
 # The fields of a line of `examples.jsonl`.
@@ -35,8 +37,8 @@ PACKAGES = ("torch", "transformers", "peft", "pillow", "sq-llava")
 @dataclass(frozen=True)
 class TaskResult:
     """
-    The figures of one task, with how many of its examples could be read and how many failed; `missing` says what it
-    takes to have those that are not there, `judge` who graded, `num_unjudged` how many have no grade.
+    The figures of one task, with the share of answers that could be read and the number that failed. `missing` says
+    how to get figures that are not there, `judge` who graded, `num_unjudged` how many examples have no grade.
     """
 
     task: str
@@ -127,7 +129,7 @@ def record_line(record: Record) -> dict[str, Any]:
 
 def write_examples(records: Sequence[Record], folder: Path) -> Path:
     path = folder / "examples.jsonl"
-    path.write_text("".join(json.dumps(record_line(record), ensure_ascii=False) + "\n" for record in records))
+    write_jsonl(path, map(record_line, records))
     return path
 
 
@@ -174,26 +176,21 @@ def write_results(results: Sequence[TaskResult], out: Path, about: dict[str, Any
 
 
 def environment() -> dict[str, Any]:
+    """The command, the date, and what it runs on."""
     return {
+        "command": command_line(),
+        "date": datetime.now(UTC).date().isoformat(),
         "python": platform.python_version(),
         "machine": platform.machine(),
         "packages": {name: version(name) for name in PACKAGES},
     }
 
 
-def claim_folder(out: Path, about: dict[str, Any], identity: Sequence[str]) -> None:
-    """
-    Notes a run in its folder, `run.json`, before it begins.
-
-    Args:
-        about (`dict`): What it takes to repeat the run.
-        identity (`Sequence[str]`): The keys of it that must be the same for what is there to be taken over.
-
-    Raises:
-        ValueError: if the folder holds the work of a run that differs in one of these.
-    """
+def claim_folder(out: Path, about: dict[str, Any], identity: Sequence[str], writer: str = "") -> dict[str, Any]:
+    """Checks and writes `run.json` in a run's folder before the run begins: as `check_note`, for all processes."""
     about = check_note(out, about, identity)
     PartialState().wait_for_everyone()
     if PartialState().is_main_process:
-        write_note(out, about)
+        write_note(out, about, writer)
     PartialState().wait_for_everyone()
+    return about

@@ -1,4 +1,4 @@
-"""One evaluation: read and check the data of all tasks, answer, score, write.
+"""One evaluation: reads and checks the data of all tasks, lets the model answer, scores, writes.
 
 sq-llava evaluate --model runs/demo/model --tasks easy_vqa --data runs/demo/data --out runs/demo/evaluation
 """
@@ -7,7 +7,6 @@ import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +29,7 @@ from sq_llava.evaluation import (
 from sq_llava.evaluation.answering import AnswerSettings, answer_examples
 from sq_llava.evaluation.judge import Judge, JudgeSettings
 from sq_llava.evaluation.other_models import load_any
-from sq_llava.evaluation.reading import Data
+from sq_llava.evaluation.reading import Data, evenly_spaced
 from sq_llava.evaluation.report import save_pictures, write_report
 from sq_llava.evaluation.results import (
     TaskResult,
@@ -45,7 +44,6 @@ from sq_llava.evaluation.results import (
 from sq_llava.evaluation.task import Example, Record, Score, Task, summarize
 from sq_llava.inference.assistant import best_device
 from sq_llava.llm_client.client import ChatStopped
-from sq_llava.resumable.run_note import command_line
 
 
 TASKS: dict[str, Task] = {
@@ -85,12 +83,11 @@ class Evaluation:
         model (`str`): A SQ-LLaVA (plain checkpoint, adapter folder, Hub id), or another model of transformers.
         tasks (`Sequence[str]`): Names in `TASKS`.
         data (`str`): As of [`Data.locate`].
-        out (`Path`): Folder for everything that is written; a run that was killed goes on from it.
-        limit (`int`, *optional*): Only so many examples of each task, spread evenly.
+        out (`Path`): Folder for everything that is written; a run that was killed resumes from it.
+        limit (`int`, *optional*): The most examples per task, evenly spaced.
         system_message (`str`, *optional*): In place of the model's own.
         judge (`JudgeSettings`, *optional*): Who grades the tasks that need a judge.
-        judge_folder (`Path`, *optional*): For the judge's answers, whose number and price the caps are about; default:
-            `out`.
+        judge_folder (`Path`, *optional*): Folder of the judge's answers, which the caps count; default: `out`.
     """
 
     model: str
@@ -137,7 +134,7 @@ def evaluate(evaluation: Evaluation) -> list[TaskResult]:
         answered.append(answer_examples(assistant, examples[task.name], folder, settings, task.title))
     if not state.is_main_process:
         return []
-    # All are answered first: a judge takes longer than other processes may be kept waiting.
+    # The judge comes after all answers: other processes would time out while they wait for it.
     results = [assess(task, records, evaluation, about, judge) for task, records in zip(tasks, answered)]
     write_results(results, evaluation.out, about)
     for task in tasks:
@@ -192,7 +189,7 @@ def find_task(name: str) -> Task:
 
 def read_examples(task: Task, evaluation: Evaluation) -> list[Example]:
     """
-    The examples of a task, `limit` of them spread evenly.
+    The examples of a task, at most `limit`, evenly spaced.
 
     Raises:
         ValueError: if there are none, an id is there twice, or only some have a reference.
@@ -210,13 +207,11 @@ def read_examples(task: Task, evaluation: Evaluation) -> list[Example]:
             f"{place}: {len(unanswered)} of {len(examples)} examples have no reference, such as {unanswered[0]!r}: a "
             "split has one for all of them, or for none (which a server scores)."
         )
-    if evaluation.limit is None or evaluation.limit >= len(examples):
-        return examples
-    return [examples[number * len(examples) // evaluation.limit] for number in range(evaluation.limit)]
+    return evenly_spaced(examples, evaluation.limit)
 
 
 def score(task: Task, record: Record) -> Score:
-    """The score of an answer; an example that failed has none of the points."""
+    """The score of an answer; an example that failed scores 0."""
     if record.error is None:
         return task.score(record.example, record.answer)
     return Score(dict.fromkeys(task.score(record.example, "").values, 0.0), is_parsed=False)
@@ -235,11 +230,9 @@ def describe(evaluation: Evaluation, data_hashes: dict[str, str]) -> dict[str, A
         "system_message": evaluation.system_message,
         "dtype": evaluation.dtype,
         "seed": evaluation.seed,
-        "command": command_line(),
-        "date": datetime.now(UTC).date().isoformat(),
         **environment(),
     }
 
 
-# What must be the same for answers to be taken over.
+# What must be equal for a run to resume from the answers in its folder.
 IDENTITY = ("model_hash", "model", "data_hashes", "system_message", "dtype")

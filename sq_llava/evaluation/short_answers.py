@@ -1,12 +1,12 @@
 """What the tasks with short answers share: LLaVA's instruction, VQA accuracy, the files that EvalAI takes."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from sq_llava.evaluation.metrics import normalize_m4c, short_form, vqa_accuracy
-from sq_llava.evaluation.reading import check_fields, read_json_rows, unique_by
+from sq_llava.evaluation.reading import Data, check_fields, read_json_rows, read_jsonl, unique_by
 from sq_llava.evaluation.task import Example, Score
 
 
@@ -23,6 +23,30 @@ def human_answers(row: dict[str, Any], place: str) -> list[str] | None:
         for each in row["answers"] or []
     ]
     return answers if any(answers) else None
+
+
+def read_table(
+    data: Data, default_split: str, prompt_of: Callable[[dict[str, Any]], str], *columns: str
+) -> list[Example]:
+    """The Hub's table of a task with answers of people: `question_id`, `question`, `image`, `answers`, `columns`."""
+    rows = data.rows(["question_id", "question", "image", "answers", *columns], default_split)
+    return [
+        Example(
+            id=str(row["question_id"]),
+            prompt=prompt_of(row),
+            images=[row["image"]],
+            reference=human_answers(row, f"{data}, row {number}"),
+        )
+        for number, row in enumerate(rows)
+    ]
+
+
+def read_questions(data: Data, file: Path, image_folder: str) -> list[Example]:
+    """LLaVA's file of questions whose answers only a server has; their texts hold the instruction."""
+    return [
+        Example(str(row["question_id"]), row["text"], [data.image(file.parent / image_folder, row["image"])], None)
+        for row in read_jsonl(file, ["question_id", "image", "text"])
+    ]
 
 
 def score(example: Example, answer: str) -> Score:

@@ -1,7 +1,7 @@
-"""What a benchmark is here: examples read from its files, a prompt for each, and a score for each answer.
+"""A benchmark: examples read from its files, a prompt for each, and a score for each answer.
 
-A module such as `pope.py` holds one benchmark and ends in its [`Task`]. What is written down of an example, and what
-is counted, is the same for all of them.
+A module such as `pope.py` holds one benchmark and ends in its [`Task`]. All benchmarks record and count their examples
+in the same way.
 """
 
 from collections.abc import Callable, Sequence
@@ -40,10 +40,10 @@ class Example:
 class Score:
     """
     Args:
-        values (`dict[str, float]`): What this answer adds to each metric; a metric is the mean over its examples.
-        is_parsed (`bool`): Whether the answer had a form that the task can read.
-        prediction (`Any`): What was read out of it, or what the judge said of it, as JSON.
-        judge_error (`str`, *optional*): Why the judge gave no grade: the example enters no figure then.
+        values (`dict[str, float]`): This answer's value of each metric; a metric is the mean over its examples.
+        is_parsed (`bool`): Whether the task could read the answer.
+        prediction (`Any`): What was read out of the answer, or what the judge said, as JSON.
+        judge_error (`str`, *optional*): Why the judge gave no grade. Such an example enters no figure.
     """
 
     values: dict[str, float]
@@ -54,7 +54,7 @@ class Score:
 
 @dataclass(frozen=True)
 class Record:
-    """An example with what the model said to it: a line of the task's JSONL. `error` is what went wrong, if any."""
+    """An example with the model's answer, or the `error` why there is none: a line of the task's JSONL."""
 
     example: Example
     prompt: str
@@ -99,8 +99,8 @@ class Task:
             without it is in the overall ones alone.
         write_submission (`Callable`, *optional*): (records, folder) -> the file that the task's server takes, or
             `None` for a split that no server scores.
-        max_new_tokens (`int`): Of an answer.
-        note (`str`, *optional*): In the report: what a reader must know to compare the figures with others.
+        max_new_tokens (`int`): The most tokens of an answer.
+        note (`str`, *optional*): What a reader of the report must know to compare its figures with others.
         scale (`float`): What `main_metric` is multiplied by to be in the unit of the paper's tables.
     """
 

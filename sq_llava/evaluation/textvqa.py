@@ -18,7 +18,7 @@ from typing import Any
 
 from sq_llava.evaluation.metrics import normalize_m4c
 from sq_llava.evaluation.reading import Data, check_fields, read_json, read_jsonl
-from sq_llava.evaluation.short_answers import INSTRUCTION, human_answers, score, write_upload
+from sq_llava.evaluation.short_answers import INSTRUCTION, human_answers, read_table, score, write_upload
 from sq_llava.evaluation.task import Example, Record, Task
 
 
@@ -28,16 +28,11 @@ OCR = "\nReference OCR token: "
 def read(data: Data) -> list[Example]:
     if not data.is_table:
         return _read_folder(data)
-    rows = data.rows(["question_id", "question", "image", "answers", "ocr_tokens"], default_split="validation")
-    return [
-        Example(
-            id=str(row["question_id"]),
-            prompt=row["question"].capitalize() + OCR + ", ".join(row["ocr_tokens"]) + INSTRUCTION,
-            images=[row["image"]],
-            reference=human_answers(row, f"{data}, row {number}"),
-        )
-        for number, row in enumerate(rows)
-    ]
+    return read_table(data, "validation", _prompt, "ocr_tokens")
+
+
+def _prompt(row: dict[str, Any]) -> str:
+    return row["question"].capitalize() + OCR + ", ".join(row["ocr_tokens"]) + INSTRUCTION
 
 
 def _read_folder(data: Data) -> list[Example]:

@@ -12,11 +12,20 @@ LLaVA's folder: `llava_test.jsonl` (question_id, image, text) and the photos in 
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from sq_llava.evaluation.metrics import normalize_m4c
-from sq_llava.evaluation.reading import Data, read_json_rows, read_jsonl
-from sq_llava.evaluation.short_answers import INSTRUCTION, human_answers, score, write_upload
+from sq_llava.evaluation.reading import Data, read_json_rows
+from sq_llava.evaluation.short_answers import (
+    INSTRUCTION,
+    human_answers,
+    read_questions,
+    read_table,
+    score,
+    write_upload,
+)
 from sq_llava.evaluation.task import Example, Record, Task
 
 
@@ -25,49 +34,36 @@ SUFFIX = "\nWhen the provided information is insufficient, respond with 'Unanswe
 
 def read(data: Data) -> list[Example]:
     if data.is_table:
-        rows = data.rows(["question_id", "question", "image", "answers"], default_split="test")
-        return [
-            Example(
-                id=_id(str(row["question_id"])),
-                prompt=row["question"].capitalize() + SUFFIX,
-                images=[row["image"]],
-                reference=human_answers(row, f"{data}, row {number}"),
-            )
-            for number, row in enumerate(rows)
-        ]
+        return _with_bare_ids(read_table(data, "test", _prompt))
     split = data.split or "test"
     if split == "val":
         return _read_val(data)
     if split != "test":
         raise ValueError(f"--split {split}: VizWiz has val and test.")
-    file = data.file("llava_test.jsonl")
-    return [
-        Example(
-            id=_id(str(row["question_id"])),
-            prompt=row["text"],  # LLaVA's file has the instruction in it
-            images=[data.image(file.parent / "test", row["image"])],
-            reference=None,
-        )
-        for row in read_jsonl(file, ["question_id", "image", "text"])
-    ]
+    return _with_bare_ids(read_questions(data, data.file("llava_test.jsonl"), "test"))
 
 
 def _read_val(data: Data) -> list[Example]:
     file = data.file("val.json", "Annotations/val.json")
-    return [
+    examples = [
         Example(
-            id=_id(row["image"]),
-            prompt=row["question"].capitalize() + SUFFIX,
+            id=row["image"],
+            prompt=_prompt(row),
             images=[data.image(data.folder / "val", row["image"])],
             reference=human_answers(row, f"{file}, row {number}"),
         )
         for number, row in enumerate(read_json_rows(file, ["image", "question", "answers"]))
     ]
+    return _with_bare_ids(examples)
 
 
-def _id(name: str) -> str:
+def _prompt(row: dict[str, Any]) -> str:
+    return row["question"].capitalize() + SUFFIX
+
+
+def _with_bare_ids(examples: Sequence[Example]) -> list[Example]:
     """A photo has one question: its name is the id, which the Hub's table writes without `.jpg`."""
-    return name.removesuffix(".jpg")
+    return [replace(example, id=example.id.removesuffix(".jpg")) for example in examples]
 
 
 def write_submission(records: Sequence[Record], folder: Path) -> Path | None:

@@ -23,7 +23,7 @@ from typing import Any
 from sq_llava.evaluation import short_answers
 from sq_llava.evaluation.metrics import normalize_m4c, short_form, vqa_accuracy_official
 from sq_llava.evaluation.reading import Data, check_fields, read_json, read_jsonl, unique_by
-from sq_llava.evaluation.short_answers import INSTRUCTION, human_answers, write_upload
+from sq_llava.evaluation.short_answers import INSTRUCTION, human_answers, read_questions, read_table, write_upload
 from sq_llava.evaluation.task import Example, Record, Score, Task
 
 
@@ -35,40 +35,17 @@ VALIDATION_ANSWERS = "v2_mscoco_val2014_annotations.json"
 
 def read(data: Data) -> list[Example]:
     if data.is_table:
-        return _read_table(data)
+        return _with_all_questions(data, read_table(data, "testdev", _prompt))
     if data.split == "validation":
         return _read_validation(data)
     split = data.split or "testdev"
     if split not in TEST_QUESTIONS:
         raise ValueError(f"--split {split}: VQA v2 has validation, {', '.join(TEST_QUESTIONS)}.")
-    file = data.file(TEST_QUESTIONS[split])
-    return [
-        Example(
-            id=str(row["question_id"]),
-            prompt=row["text"],  # LLaVA's file has the instruction in it
-            images=[data.image(file.parent / "test2015", row["image"])],
-            reference=None,
-            details=_details(data, None),
-        )
-        for row in read_jsonl(file, ["question_id", "image", "text"])
-    ]
+    return _with_all_questions(data, read_questions(data, data.file(TEST_QUESTIONS[split]), "test2015"))
 
 
-def _read_table(data: Data) -> list[Example]:
-    rows = data.rows(["question_id", "question", "image", "answers"], default_split="testdev")
-    examples = []
-    for number, row in enumerate(rows):
-        reference = human_answers(row, f"{data}, row {number}")
-        examples.append(
-            Example(
-                id=str(row["question_id"]),
-                prompt=row["question"] + INSTRUCTION,
-                images=[row["image"]],
-                reference=reference,
-                details=_details(data, reference),
-            )
-        )
-    return examples
+def _prompt(row: dict[str, Any]) -> str:
+    return row["question"] + INSTRUCTION
 
 
 def _read_validation(data: Data) -> list[Example]:
@@ -83,7 +60,7 @@ def _read_validation(data: Data) -> list[Example]:
         examples.append(
             Example(
                 id=str(row["question_id"]),
-                prompt=row["question"] + INSTRUCTION,
+                prompt=_prompt(row),
                 images=[data.image(file.parent / "val2014", name)],
                 reference=human_answers(answers[row["question_id"]], f"{answer_file}, question {row['question_id']}"),
             )
@@ -96,10 +73,11 @@ def _rows(file: Path, name: str, fields: Sequence[str]) -> list[dict[str, Any]]:
     return [check_fields(row, fields, f"{file}, {name} {number}") for number, row in enumerate(rows)]
 
 
-def _details(data: Data, reference: list[str] | None) -> dict[str, Any]:
-    """Where the ids of all test questions are listed, for the upload."""
-    all_questions = data.find(ALL_TEST_QUESTIONS) if data.folder is not None and reference is None else None
-    return {"all_questions": str(all_questions)} if all_questions is not None else {}
+def _with_all_questions(data: Data, examples: Sequence[Example]) -> list[Example]:
+    """Test questions get the place where the ids of all of them are listed, for the upload."""
+    all_questions = data.find(ALL_TEST_QUESTIONS) if data.folder is not None else None
+    details = {"all_questions": str(all_questions)} if all_questions is not None else {}
+    return [replace(each, details=details) if each.reference is None else each for each in examples]
 
 
 def score(example: Example, answer: str) -> Score:

@@ -12,7 +12,7 @@ Two things the paper leaves open: phrases are compared in lower case and without
 begin with ("A dog" and "the dog" are one, "it" is none), and a phrase counts once in a caption.
 
 What spaCy found is appended to OUT/phrases*.jsonl as it comes: reading 3 million captions takes hours, all that
-follows minutes. A run that was killed goes on from there; with `--shard i/n`, several machines read a part each. What
+follows minutes. A run that was killed resumes from there; with `--shard i/n`, several machines read a part each. What
 this does not do: download images or the spaCy pipeline, or look at the images at all.
 """
 
@@ -34,7 +34,8 @@ from sq_llava.console import needs_extra
 from sq_llava.data.rows import read_row
 from sq_llava.data.sources import JsonFile
 from sq_llava.generation.rows import Card, Rejected, Shard, make_row, write_output
-from sq_llava.resumable.run_note import check_note, write_note
+from sq_llava.resumable.jsonl import to_line
+from sq_llava.resumable.run_note import check_note, hash_of_file, write_note
 
 
 MIN_FREQUENCY = 3
@@ -264,7 +265,7 @@ class PhraseJournal:
         self._drop_cut_line()
         with self.own.open("ab", buffering=0) as file:
             for row, phrases in found:
-                file.write((json.dumps([row, phrases], ensure_ascii=False) + "\n").encode())
+                file.write(to_line([row, phrases]).encode())
                 yield row
 
     def _drop_cut_line(self) -> None:
@@ -395,17 +396,15 @@ def draw(instructions: Sequence[str], seed: int, id: str) -> str:
 
 def describe(settings: CaptionSettings, command: str) -> dict[str, Any]:
     """What it takes to make the set again."""
-    with settings.captions.open("rb") as file:
-        captions_hash = hashlib.file_digest(file, "sha256").hexdigest()
     return {
         "kind": "captions",
         "command": command,
         "captions": settings.captions.name,
-        "captions_hash": captions_hash,
+        "captions_hash": hash_of_file(settings.captions),
         "limit": settings.limit,
         "spacy_model": Path(settings.spacy_model).name,
         "seed": settings.seed,
-        "instructions_hash": hashlib.sha256((settings.prompts / "instructions.txt").read_bytes()).hexdigest(),
+        "instructions_hash": hash_of_file(settings.prompts / "instructions.txt"),
     }
 
 

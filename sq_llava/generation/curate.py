@@ -30,11 +30,11 @@ from sq_llava.console import messages_console
 from sq_llava.data.images import open_image
 from sq_llava.early_checks import IMAGE_SUFFIXES
 from sq_llava.generation.captions import draw
-from sq_llava.generation.describing import Description, LocalDescriber, Repairer, ServerDescriber
+from sq_llava.generation.describing import Description, LocalDescriber, Prompts, Repairer, ServerDescriber
 from sq_llava.generation.review_sheet import Entry, check_decisions, read_decisions, write_sheet
 from sq_llava.generation.rows import Card, Rejected, Shard, make_row, require_utf8, write_output
 from sq_llava.generation.text_rules import first_fault, share_of_new_words, words_of
-from sq_llava.llm_client.asking import Asked, ask_all, read_all
+from sq_llava.llm_client.asking import Asked, ask_all
 from sq_llava.llm_client.client import ChatRequest, Estimate
 from sq_llava.resumable.run_note import check_note, write_note
 
@@ -73,7 +73,7 @@ class CurateSettings:
 
 @dataclass(frozen=True)
 class Curated:
-    """Counts of a run; `num_open` images were not come to before it was stopped."""
+    """Counts of a run; `num_open` images were not reached before it was stopped."""
 
     num_images: int
     num_continued: int
@@ -106,26 +106,9 @@ def curate(settings: CurateSettings, describer: Describer, repairer: Repairer | 
     passed, rejected = apply_rules(described.results, texts.results)
     check_decisions(decisions, passed, settings.decisions)
     decided = {id: decision for (id, _), decision in decisions.items()}
-    dropped = {id: text for id, text in passed.items() if decided.get(id) == "drop"}
-    rejected += [Rejected(id, "person", DROPPED, text) for id, text in dropped.items()]
-    write_sheet(
-        settings.out / settings.shard.name("review.html"),
-        (Entry(id, open_image(images[id]), text, decided.get(id)) for id, text in passed.items()),
-        f"{len(passed):,} descriptions to check",
-    )
-    rows = [
-        make_row(
-            id,
-            [id],
-            [(draw(describer.prompts.instructions, settings.seed, id), text)],
-            kind="description",
-            continued=described.results[id].more is not None,
-            repaired=text != described.results[id].text,
-            checked=id in decided,
-        )
-        for id, text in passed.items()
-        if id not in dropped
-    ]
+    write_review(settings, images, passed, decided)
+    rejected += [Rejected(id, "person", DROPPED, text) for id, text in passed.items() if decided.get(id) == "drop"]
+    rows = make_rows(settings, describer.prompts, described.results, passed, decided)
     failures |= described.failures | texts.failures
     write_output(settings.out, settings.shard, rows, rejected, failures, card_of(about))
     return Curated(
@@ -138,6 +121,38 @@ def curate(settings: CurateSettings, describer: Describer, repairer: Repairer | 
         num_open=described.num_open + texts.num_open,
         stopped=described.stopped or texts.stopped,
     )
+
+
+def write_review(
+    settings: CurateSettings, images: Mapping[str, Path], texts: Mapping[str, str], decided: Mapping[str, str]
+) -> None:
+    """Writes the sheet on which a person keeps or drops each text, with what was decided before."""
+    entries = (Entry(id, open_image(images[id]), text, decided.get(id)) for id, text in texts.items())
+    path = settings.out / settings.shard.name("review.html")
+    write_sheet(path, entries, f"{len(texts):,} descriptions to check")
+
+
+def make_rows(
+    settings: CurateSettings,
+    prompts: Prompts,
+    described: Mapping[str, Description],
+    texts: Mapping[str, str],
+    decided: Mapping[str, str],
+) -> list[dict[str, Any]]:
+    """A row for each text that no person dropped."""
+    return [
+        make_row(
+            id,
+            [id],
+            [(draw(prompts.instructions, settings.seed, id), text)],
+            kind="description",
+            continued=described[id].more is not None,
+            repaired=text != described[id].text,
+            checked=id in decided,
+        )
+        for id, text in texts.items()
+        if decided.get(id) != "drop"
+    ]
 
 
 def find_images(settings: CurateSettings) -> dict[str, Path]:
@@ -177,10 +192,9 @@ def repair_all(repairer: Repairer | None, described: Asked) -> Asked:
     texts = {id: said.text for id, said in described.results.items()}
     if repairer is None:
         return Asked(texts, {}, 0)
-    if described.stopped is None:
-        return ask_all(repairer.client, texts, repairer.repair, "Repairing")
-    results, missing = read_all(repairer.client, texts, repairer.repair)
-    return Asked(results, {}, len(missing))
+    if described.stopped is not None:
+        repairer.client.reads_only = True
+    return ask_all(repairer.client, texts, repairer.repair, "Repairing")
 
 
 def apply_rules(

@@ -4,8 +4,8 @@
     describer = LocalDescriber("runs/demo/model", DescribeSettings(), prompts, Path("descriptions.jsonl"))
     describer.describe_all({"17.png": Path("images/17.png")}).results["17.png"].text
 
-A short description is continued: the model is told to go on, once, and the two are joined. How long one is, is counted
-in the describer's own tokens; behind a server, which may count a model's thoughts among them, it is estimated from the
+A short description is continued: the model is told to go on, once, and the two texts are joined. The length is counted
+in the describer's own tokens. Behind a server, which may count a model's thoughts as well, it is estimated from the
 text: 4 tokens for 3 words of English.
 """
 
@@ -13,13 +13,11 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from rich.progress import Progress
-
-from sq_llava.console import messages_console
 from sq_llava.data.images import jpeg_data_url, open_image
 from sq_llava.evaluation.results import hash_of_model
 from sq_llava.generation.captions import read_instructions
@@ -28,6 +26,7 @@ from sq_llava.inference.assistant import Assistant, load
 from sq_llava.llm_client.asking import Asked, ask_all
 from sq_llava.llm_client.client import ChatClient, ChatRequest, Journal, Messages, NotAsked
 from sq_llava.llm_client.replies import without_thoughts
+from sq_llava.resumable.resume import in_batches, work_in_batches
 from sq_llava.stopping import INTERRUPTED
 
 
@@ -38,7 +37,7 @@ LONGEST_SIDE, QUALITY = 1024, 90
 
 @dataclass(frozen=True)
 class Prompts:
-    """The texts of the files `describe.txt`, `continue.txt`, `repair.txt` and `instructions.txt` (one a line)."""
+    """The texts of the files `describe.txt`, `continue.txt`, `repair.txt` and `instructions.txt` (one per line)."""
 
     describe: str
     go_on: str
@@ -87,7 +86,7 @@ class ServerDescriber:
         self.longest = 2 * client.settings.max_tokens
 
     def describe_all(self, images: Mapping[str, Path]) -> Asked:
-        """Images that cannot be opened are for the caller to sort out."""
+        """Describes images; the caller has sorted out those that cannot be opened."""
         return ask_all(self.client, images, self._describe, "Describing")
 
     def kept(self, image: Path) -> Description | None:
@@ -124,7 +123,7 @@ class DescribeSettings:
     """
     Args:
         short (`int`): A description of so many tokens or fewer is continued.
-        max_new_tokens (`int`): Of the description, and of what continues it.
+        max_new_tokens (`int`): The most tokens of a description, and of its continuation.
         batch_size (`int`): Images at a time.
     """
 
@@ -137,12 +136,12 @@ class DescribeSettings:
 
 class LocalDescriber:
     """
-    A model of this library, loaded when an image was not described before. What it says is kept under a hash of the
-    image's content, the model's weights, the prompts and the settings.
+    A model of this library. It is loaded only if an image was not described before. Descriptions are kept under a hash
+    of the image's content, the model's weights, the prompts and the settings.
 
     Args:
         model (`str`): Folder or Hub id.
-        journal_path (`Path`): Where to keep it.
+        journal_path (`Path`): File of the descriptions.
     """
 
     def __init__(self, model: str, settings: DescribeSettings, prompts: Prompts, journal_path: Path):
@@ -155,7 +154,7 @@ class LocalDescriber:
         self._depends_on = [self.hash, prompts.describe, prompts.go_on, settings.short, settings.max_new_tokens]
 
     def describe_all(self, images: Mapping[str, Path]) -> Asked:
-        """As `ask_all` for a server. Images that cannot be opened are for the caller to sort out."""
+        """As `ask_all` for a server. The caller has sorted out images that cannot be opened."""
         rest = {id: path for id, path in images.items() if self.kept(path) is None}
         failures: dict[str, str] = {}
         stopped = None
@@ -178,28 +177,16 @@ class LocalDescriber:
 
     def _describe(self, images: Mapping[str, Path], failures: dict[str, str]) -> None:
         assistant = load(self.model, self.settings.device, self.settings.dtype)
-        ids = list(images)
-        with Progress(console=messages_console, transient=True) as progress:
-            bar = progress.add_task("Describing", total=len(ids))
-            for start in range(0, len(ids), self.settings.batch_size):
-                batch = {id: images[id] for id in ids[start : start + self.settings.batch_size]}
-                self._describe_and_keep(assistant, batch, failures)
-                progress.advance(bar, len(batch))
+        batches = in_batches(list(images.items()), self.settings.batch_size)
+        for outcomes in work_in_batches(batches, partial(self._describe_batch, assistant), "Describing"):
+            for (id, path), said, error in outcomes:
+                if error is None:
+                    self.journal.add({"key": self._key(path), "id": id, **asdict(said)})
+                else:
+                    failures[id] = error
 
-    def _describe_and_keep(self, assistant: Assistant, batch: Mapping[str, Path], failures: dict[str, str]) -> None:
-        """If a batch fails, its images are described alone, so that one alone is lost."""
-        try:
-            for id, said in zip(batch, self._describe_batch(assistant, list(batch.values()))):
-                self.journal.add({"key": self._key(batch[id]), "id": id, **asdict(said)})
-        except (ValueError, RuntimeError) as error:
-            if len(batch) == 1:
-                failures |= dict.fromkeys(batch, f"{type(error).__name__}: {error}")
-                return
-            for id, path in batch.items():
-                self._describe_and_keep(assistant, {id: path}, failures)
-
-    def _describe_batch(self, assistant: Assistant, paths: Sequence[Path]) -> list[Description]:
-        opened = [open_image(path) for path in paths]
+    def _describe_batch(self, assistant: Assistant, batch: Sequence[tuple[str, Path]]) -> list[Description]:
+        opened = [open_image(path) for _, path in batch]
         prompt, limit = self.prompts.describe, self.settings.max_new_tokens
         said = [Description(text) for text in assistant.answer_batch([(each, prompt) for each in opened], limit)]
         tokenizer = assistant.processor.tokenizer
@@ -219,14 +206,14 @@ class LocalDescriber:
 
 
 class Repairer:
-    """A language model behind a server that mends texts, without seeing the images."""
+    """A language model behind a server that repairs texts without seeing the images."""
 
     def __init__(self, client: ChatClient, prompts: Prompts):
         self.client = client
         self.prompts = prompts
 
     def repair(self, text: str) -> str:
-        """Of an empty text nothing is asked."""
+        """An empty text is not sent."""
         return _answer(self.client, self._messages(text)) if text else ""
 
     def requests_left(self, text: str) -> Iterator[ChatRequest]:

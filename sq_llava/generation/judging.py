@@ -10,7 +10,7 @@ from importlib.resources import files
 from pathlib import Path
 
 from sq_llava.data.images import jpeg_data_url, open_image
-from sq_llava.llm_client.asking import Asked, ask_all, read_all
+from sq_llava.llm_client.asking import Asked, ask_all
 from sq_llava.llm_client.client import ChatClient, ChatRequest, Messages
 from sq_llava.llm_client.replies import without_thoughts
 
@@ -60,9 +60,6 @@ def judge_turns(client: ChatClient, prompt: str, exhibits: Mapping[str, Exhibit]
                 return WORDS[word]
         return None
 
-    if client.reads_only:
-        results, missing = read_all(client, exhibits, judge)
-        return Asked(results, {}, len(missing))
     return ask_all(client, exhibits, judge, "Judging")
 
 

@@ -25,7 +25,7 @@ from sq_llava.generation.turns import Turn, fault_of, parse_turns, without_ruler
 from sq_llava.llm_client.asking import Asked, ask_all
 from sq_llava.llm_client.client import ChatClient, ChatSettings, Estimate, Messages
 from sq_llava.llm_client.replies import without_thoughts
-from sq_llava.resumable.run_note import check_note, write_note
+from sq_llava.resumable.run_note import check_note, hash_of_file, write_note
 
 
 PROMPTS = files("sq_llava.generation") / "prompts" / "llava"
@@ -291,8 +291,8 @@ def describe_run(settings: LlavaSettings, prompts: Prompts, command: str) -> dic
         "kind": "llava",
         "command": command,
         "captions": settings.captions.name,
-        "captions_hash": _hash_of_file(settings.captions),
-        "instances_hash": _hash_of_file(settings.instances) if settings.instances is not None else None,
+        "captions_hash": hash_of_file(settings.captions),
+        "instances_hash": hash_of_file(settings.instances) if settings.instances is not None else None,
         "prompts_hash": prompts.sha256,
         "model": settings.chat.model,
         "temperature": settings.chat.temperature,
@@ -303,11 +303,6 @@ def describe_run(settings: LlavaSettings, prompts: Prompts, command: str) -> dic
         "seed": settings.seed,
         "num_shards": settings.shard.count,
     }
-
-
-def _hash_of_file(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _card(about: Mapping[str, Any]) -> Card:

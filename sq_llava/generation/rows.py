@@ -4,7 +4,7 @@ OUT/data.jsonl        one row a line: `id`, `messages`, `images`, and what is kn
 OUT/llava.json        the same rows in LLaVA's layout
 OUT/rejected.jsonl    what was made and left out: `id`, `step`, `reason`, `text`
 OUT/failures.jsonl    what could not be made: `id`, `error`; the next run tries it again
-OUT/answers.jsonl     the answers that were paid for; a run that was killed goes on from them
+OUT/answers.jsonl     the answers that were paid for; a run that was killed resumes from them
 OUT/run.json          what the run is
 OUT/README.md         a data card
 
@@ -22,6 +22,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO, TypeVar
+
+from sq_llava.resumable.jsonl import to_line
 
 
 Item = TypeVar("Item")
@@ -144,17 +146,17 @@ def write_output(
     with _new(out, shard.name("data.jsonl")) as data, _new(out, shard.name("llava.json")) as llava:
         separator = "[\n"
         for row in rows:
-            data.write(_json(row) + "\n")
-            llava.write(separator + _json(to_llava(row)))
+            data.write(to_line(row))
+            llava.write(separator + json.dumps(to_llava(row), ensure_ascii=False))
             separator = ",\n"
         llava.write("[]\n" if separator == "[\n" else "\n]\n")
     with _new(out, shard.name("rejected.jsonl")) as file:
         file.writelines(
-            _json({"id": each.id, "step": each.step, "reason": each.reason, "text": each.text, **each.scores}) + "\n"
+            to_line({"id": each.id, "step": each.step, "reason": each.reason, "text": each.text, **each.scores})
             for each in rejected
         )
     with _new(out, shard.name("failures.jsonl")) as file:
-        file.writelines(_json({"id": id, "error": error}) + "\n" for id, error in failures.items())
+        file.writelines(to_line({"id": id, "error": error}) for id, error in failures.items())
     with _new(out, "README.md") as file:
         file.write(_card(out, shard, card))
 
@@ -175,10 +177,6 @@ def _new(out: Path, name: str) -> Iterator[TextIO]:
         path.replace(out / name)
     finally:
         path.unlink(missing_ok=True)
-
-
-def _json(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False)
 
 
 def _files(out: Path, stem: str, shard: Shard) -> list[Path]:

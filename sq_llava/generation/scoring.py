@@ -1,7 +1,7 @@
 """Scores of what a model asked and answered itself: how sure it was, what a blank image changes, what a CLIP says.
 
-Each picture's turns go through the model in one batch of their own, with the picture and with a blank one, so that
-the scores are the same to the last bit however the work was cut into runs. They stand beside what was asked:
+The turns of each picture are one batch, with the picture and with a blank one, so the scores are the same to the last
+bit however often a run was resumed. They are written beside what was asked:
 
     FOLDER/scored-*.jsonl         log-probabilities of the answers, and their lengths
     FOLDER/clip-<hash>-*.jsonl    CLIPScores by the CLIP of that hash
@@ -12,19 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
-from accelerate.utils import gather_object
-from jinja2 import TemplateError
 from PIL import Image
-from rich.console import Console
-from rich.progress import Progress
 from torch.nn import functional as F
 
 from sq_llava.data.images import open_image
 from sq_llava.data.self_questions import IGNORE_INDEX
 from sq_llava.evaluation.questions import ClipScorer, Picture, blank_like
 from sq_llava.inference.assistant import Assistant
-from sq_llava.resumable.resume import open_lines, read_lines, write_line
+from sq_llava.resumable.resume import run_resumable
 from sq_llava.training.collator import SelfQuestioningCollator
 
 
@@ -41,35 +36,23 @@ def score_each(
     score: Callable[[Picture, dict[str, Any]], dict[str, Any]],
 ) -> list[dict[str, Any]]:
     """
-    Scores what was asked about each picture, over processes, going on from what `folder` holds.
+    Scores what was asked about each picture, over processes, resumed from what `folder` holds.
 
     Args:
         asked: For each picture, as of `ask_about`; what failed there is not scored.
-        score (`Callable`): Gives the scores of a picture; a `ValueError` or `RuntimeError` becomes its `error`.
+        score (`Callable`): Gives the scores of a picture.
 
     Returns:
         For each picture, in order: `id`, the scores, `error`.
     """
-    state = PartialState()
-    done = read_lines(folder, stem, [picture.id for picture in pictures])
-    pairs = list(zip(pictures, asked, strict=True))
-    rest = [(picture, line) for picture, line in pairs if line["error"] is None and picture.id not in done]
-    rest = rest[state.process_index :: state.num_processes]
-    fresh = []
-    with (
-        open_lines(folder, stem) as file,
-        Progress(console=Console(stderr=True), transient=True, disable=not state.is_main_process) as progress,
-    ):
-        for picture, line in progress.track(rest, description="Scoring"):
-            try:
-                scored = {"id": picture.id, **score(picture, line), "error": None}
-            except (ValueError, RuntimeError, TemplateError) as error:
-                scored = {"id": picture.id, "error": f"{type(error).__name__}: {error}"}
-            fresh.append(scored)
-            write_line(file, scored)
-            file.flush()
-    done |= {line["id"]: line for line in gather_object(fresh)}
-    return [done.get(picture.id, {"id": picture.id, "error": line["error"]}) for picture, line in pairs]
+    asked_of = {picture.id: line for picture, line in zip(pictures, asked, strict=True)}
+
+    def score_one(batch: Sequence[Picture]) -> list[dict[str, Any]]:
+        return [score(picture, asked_of[picture.id]) for picture in batch]
+
+    whole = [picture for picture in pictures if asked_of[picture.id]["error"] is None]
+    lines = run_resumable(whole, score_one, folder, stem, "Scoring")
+    return [lines.get(id, {"id": id, "error": line["error"]}) for id, line in asked_of.items()]
 
 
 def score_answers(assistant: Assistant, picture: Picture, asked: dict[str, Any]) -> dict[str, list]:
@@ -104,7 +87,7 @@ def mean_log_probabilities(
     inputs = {name: torch.as_tensor(value).to(assistant.model.device) for name, value in inputs.items()}
     labels = batch["labels"][:, 1:].to(assistant.model.device)
     spoken = labels != IGNORE_INDEX
-    # Of a large vocabulary, the logits of all positions would need more memory than all else.
+    # With a large vocabulary, the logits of all positions would need more memory than everything else.
     logits = assistant.model(**inputs, positions_to_keep=F.pad(spoken, (0, 1)), use_cache=False).logits.float()
     losses = F.cross_entropy(logits, labels[spoken], reduction="none")
     num_tokens = spoken.sum(dim=1).tolist()

@@ -8,9 +8,9 @@ of an image is a conversation, with the scores of each turn. Beside the files of
 
     OUT/asked-*.jsonl, scored-*.jsonl, clip-*.jsonl    what the models gave for each image, as it came
 
-These and the judge's answers are all the state there is: a run that was killed goes on from them, and with other
-filters the same command makes the set anew without a model. Of `--shard i/n`, each shard is a set of its own to the
-filters that look at a whole set. What it does not do: know whether an answer is right.
+These and the judge's answers are all the state there is: a run that was killed resumes from them, and the same command
+with other filters makes the set anew without a model. With `--shard i/n`, the filters that look at a whole set see one
+shard. What it does not do: know whether an answer is right.
 """
 
 import hashlib
@@ -25,7 +25,7 @@ from accelerate import PartialState
 
 from sq_llava.checkpoints.provenance import public_name
 from sq_llava.evaluation.questions import AskSettings, ClipScorer, Picture, ask_about, read_pictures
-from sq_llava.evaluation.results import hash_of_model
+from sq_llava.evaluation.results import claim_folder, hash_of_model
 from sq_llava.generation.filters import FilterSettings, Outcome, Turn, filter_turns
 from sq_llava.generation.judging import PROMPTS, Exhibit, first_requests, judge_turns, read_prompt
 from sq_llava.generation.rows import Card, Rejected, Shard, make_row, require_utf8, write_output
@@ -34,11 +34,11 @@ from sq_llava.inference.assistant import best_device, load
 from sq_llava.llm_client.asking import Asked
 from sq_llava.llm_client.client import BYTES_PER_TOKEN, ChatClient, ChatSettings, Estimate
 from sq_llava.resumable.resume import read_lines
-from sq_llava.resumable.run_note import check_note, command_line, write_note
+from sq_llava.resumable.run_note import command_line
 from sq_llava.stopping import INTERRUPTED
 
 
-# What must be the same for what the models gave to be taken over.
+# What must be equal for a run to resume from what the models gave.
 IDENTITY = ("model_hash", "ask", "dtype", "num_shards")
 # Of an image's content, in its id and for its own draws.
 DIGEST_LETTERS = 12
@@ -50,7 +50,7 @@ NOT_CHECKED = (
 
 @dataclass(frozen=True)
 class SelfGeneration:
-    """What is asked for; `images`, `image_root` as of `read_pictures`, `clip` as of [`ClipScorer`]."""
+    """Settings of one run: `images` and `image_root` as in `read_pictures`, `clip` as in [`ClipScorer`]."""
 
     model: str
     images: str
@@ -81,7 +81,7 @@ class SelfGeneration:
 @dataclass(frozen=True)
 class Made:
     """
-    What a run made; `left_out` counts turns by the filter, `num_open` images or turns that were not come to before
+    What a run made; `left_out` counts turns by the filter, `num_open` images or turns that were not reached before
     the run was stopped.
     """
 
@@ -108,7 +108,7 @@ def generate(run: SelfGeneration) -> Made | None:
     state = PartialState(cpu=device == "cpu")
     pictures = read_images(run)
     client = None if run.judge is None else ChatClient(run.judge, run.out / run.shard.name("answers.jsonl"))
-    about = claim(run, state)
+    about = claim_folder(run.out, describe(run), IDENTITY, f"-{run.shard.index}")
     stopped = None
     try:
         ask_and_score(run, pictures, str(state.device) if state.num_processes > 1 else device)
@@ -181,16 +181,6 @@ def describe(run: SelfGeneration) -> dict[str, Any]:
     }
 
 
-def claim(run: SelfGeneration, state: PartialState) -> dict[str, Any]:
-    """Notes in the folder what the run is, if it holds no other one."""
-    about = check_note(run.out, describe(run), IDENTITY)
-    state.wait_for_everyone()
-    if state.is_main_process:
-        write_note(run.out, about, f"-{run.shard.index}")
-    state.wait_for_everyone()
-    return about
-
-
 @cache
 def clip_stem(run: SelfGeneration) -> str:
     """Of the lines with the scores of this CLIP; one with other weights has its own."""
@@ -198,7 +188,7 @@ def clip_stem(run: SelfGeneration) -> str:
 
 
 def ask_and_score(run: SelfGeneration, pictures: Sequence[Picture], device: str) -> None:
-    """Adds to the lines in the folder what is missing. A model of which nothing is missing is not loaded."""
+    """Adds the lines that are missing in the folder. A model is loaded only if lines of it are missing."""
     ids = [picture.id for picture in pictures]
     asked, scored = (read_lines(run.progress, stem, ids) for stem in ("asked", "scored"))
     if len(asked) < len(ids) or len(scored) < len(ids):
@@ -262,7 +252,7 @@ def exhibits_of(run: SelfGeneration, outcomes: Sequence[Outcome]) -> dict[str, E
 
 
 def judge(run: SelfGeneration, client: ChatClient, outcomes: Sequence[Outcome]) -> tuple[list[Outcome], Asked]:
-    """What the judge leaves of the outcomes; turns that it did not come to are in none of them."""
+    """The outcomes after the judge, without the turns that it did not reach."""
     asked = judge_turns(client, read_prompt(run.prompts), exhibits_of(run, outcomes))
     judged = []
     for outcome in outcomes:

@@ -1,8 +1,8 @@
 """Asks a server about many items in threads, so that a kill at any moment loses nothing that was paid.
 
-What is asked about an item, in one step or in several, is a function that calls `client.complete`. It runs until the
-journal holds all answers that it needs; then once more, in order, on the journal alone: the results are the same
-however often the run was interrupted.
+A function asks about one item, in one or several calls of `client.complete`. First it runs in threads until the
+journal holds the answers; then once more, in order, on the journal alone. So the results are the same however often
+the run was interrupted.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -35,13 +35,18 @@ class Asked:
 
 def ask_all(client: ChatClient, items: Mapping[str, Item], work: Callable[[Item], Any], description: str) -> Asked:
     """
+    Asks about all items; with a client that only reads, only what the journal holds is used.
+
     Args:
-        work (`Callable`): Asks about one item, in threads. Whatever it gives must follow from the item and the
-            answers. It is to let `ChatFailure` pass.
+        work (`Callable`): Asks about one item, in threads. Its result must depend on the item and the answers alone.
+            It must not catch `ChatFailure`.
 
     Raises:
         ValueError: if another process adds to the journal.
     """
+    if client.reads_only:
+        results, missing = _read_all(client, items, work)
+        return Asked(results, {}, len(missing))
     client.claim()
     failures: dict[str, str] = {}
     stopped = None
@@ -59,15 +64,15 @@ def ask_all(client: ChatClient, items: Mapping[str, Item], work: Callable[[Item]
         stopped = str(stop)
     except KeyboardInterrupt:
         stopped = INTERRUPTED
-    results, missing = read_all(client, items, work)
+    results, missing = _read_all(client, items, work)
     failures = {id: failures[id] for id in missing if id in failures}
     return Asked(results, failures, len(missing) - len(failures), stopped)
 
 
-def read_all(
+def _read_all(
     client: ChatClient, items: Mapping[str, Item], work: Callable[[Item], Any]
 ) -> tuple[dict[str, Any], list[str]]:
-    """Results on the journal alone; and the items that lack an answer."""
+    """The results from the journal alone, and the items that lack an answer."""
     results, missing = {}, []
     with _reading_only(client):
         for id, item in items.items():

@@ -281,7 +281,7 @@ class ChatClient:
         }
 
     def estimate(self, requests: Iterable[ChatRequest]) -> Estimate:
-        """What these requests will take."""
+        """The tokens and the cost of these requests."""
         num_requests, prompt_tokens = 0, 0
         for request in requests:
             num_images, num_bytes = measure(request.body["messages"])
@@ -338,7 +338,7 @@ class ChatClient:
         )
 
     def _send(self, request: ChatRequest) -> dict[str, Any]:
-        """Sends a request once. What was lost on the way counts as paid, in full; what was refused does not count."""
+        """Sends a request once. A lost request counts as paid in full; one that was refused does not count."""
         most = self._most_tokens(request.body)
         self.budget.reserve(*most)
         used = lost = None
@@ -398,8 +398,8 @@ def _hash(value: Any) -> str:
 
 class Budget:
     """
-    What may still be asked. Before a request is sent, the most that it can take is set aside, so that no cap is passed
-    however many are under way.
+    What may still be spent. Before a request is sent, the most that it can cost is set aside, so no cap is passed
+    however many requests are under way.
     """
 
     def __init__(self, settings: ChatSettings, journal: Journal):
@@ -436,7 +436,7 @@ class Budget:
             self._num_under_way += 1
 
     def settle(self, most: tuple[int, int], used: tuple[int, int] | None) -> None:
-        """Puts what was used in place of what was set aside; nothing, of a request that the server refused."""
+        """Counts what was used instead of what was set aside; a request that the server refused counts nothing."""
         with self._changed:
             self._reserved_tokens -= sum(most)
             self._reserved_cost -= self._settings.price(*most)

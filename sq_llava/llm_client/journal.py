@@ -1,4 +1,4 @@
-"""Answers that were paid for, on disk: one JSON line each, of one process at a time.
+"""Answers that were paid for, on disk: one JSON line each, written by one process at a time.
 
     journal = Journal(Path("answers.jsonl"))
     journal.add({"key": "9f3a", "answer": "A dog.", "prompt_tokens": 100, "completion_tokens": 10})
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 from weakref import WeakValueDictionary, finalize
 
-from sq_llava.resumable.jsonl import whole_lines
+from sq_llava.resumable.jsonl import read_complete_lines, to_line
 
 
 try:
@@ -33,7 +33,7 @@ class Journal:
         self._lock = threading.Lock()
         self._lines: list[dict[str, Any]] = []
         self._line_of: dict[str, dict[str, Any]] = {}
-        for number, line in enumerate(whole_lines(path, mends=not reads_only), 1):
+        for number, line in enumerate(read_complete_lines(path, mends=not reads_only), 1):
             try:
                 line = json.loads(line)
             except ValueError as error:
@@ -46,14 +46,14 @@ class Journal:
         return self._line_of.get(key)
 
     def all(self) -> list[dict[str, Any]]:
-        """Every line: of a key that stands in several, each was paid."""
+        """Every line: where several have the same key, each was paid for."""
         return list(self._lines)
 
     def add(self, line: dict[str, Any]) -> None:
         with self._lock:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.path.open("ab") as file:
-                file.write((json.dumps(line, ensure_ascii=False) + "\n").encode())
+                file.write(to_line(line).encode())
             self._keep(line)
 
     def _keep(self, line: dict[str, Any]) -> None:

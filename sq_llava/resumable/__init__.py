@@ -1,1 +1,1 @@
-"""Work that goes on after a kill: lines that may be cut off, the note of a run, what was written before."""
+"""Resumable work: JSON lines that a kill may cut off, the loop that resumes from them, the note of a run."""

@@ -1,27 +1,118 @@
-"""Lines that several processes write as their work comes along, and that a run after a kill reads.
+"""Work on many items that a kill may interrupt: in batches, over processes, resumed from the lines that were written.
 
-Each process appends to `<stem>-<rank>.jsonl`; all files of that stem are read, whatever the number of processes was.
+    lines = run_resumable(pictures, describe_batch, Path("out"), "described", "Describing", batch_size=8)
+
+Each process appends one JSON line per item to `<stem>-<rank>.jsonl`. A later run reads all files of that stem,
+whatever the number of processes was, and works on what is missing; items that failed are tried again.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, TypeVar
 
 from accelerate import PartialState
+from accelerate.utils import gather_object
+from jinja2 import TemplateError
+from rich.progress import Progress
 
-from sq_llava.resumable.jsonl import whole_lines
+from sq_llava.console import messages_console
+from sq_llava.resumable.jsonl import read_complete_lines, to_line
+
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+# What is wrong with one item, such as an image that cannot be opened or a prompt that needs too much memory.
+ITEM_ERRORS = (ValueError, RuntimeError, TemplateError)
+
+
+def run_resumable(
+    items: Sequence[Item],
+    work: Callable[[Sequence[Item]], Iterable[Mapping[str, Any]]],
+    folder: Path,
+    stem: str,
+    description: str,
+    batch_size: int = 1,
+    make_batches: Callable[[Sequence[Item]], Sequence[Sequence[Item]]] | None = None,
+    failed: Mapping[str, Any] = {},
+) -> dict[str, dict[str, Any]]:
+    """
+    Works on every item that has no line in `folder` yet. If a batch fails, its items are tried one by one.
+
+    Args:
+        items (`Sequence`): Each has an `id`, which no other one has.
+        work (`Callable`): A batch of items -> the fields of each item's line.
+        description (`str`): Of the progress bar.
+        make_batches (`Callable`, *optional*): Makes the batches of the items that are left, which are then dealt to
+            the processes. By default the items are dealt, and each process takes `batch_size` of them at a time.
+        failed (`Mapping`): The fields of the line of an item that failed, beside its `error`.
+
+    Returns:
+        The line of each item by its id, with `error`, on every process.
+    """
+    state = PartialState()
+    mine = slice(state.process_index, None, state.num_processes)
+    done = read_lines(folder, stem, [item.id for item in items])
+    left = [item for item in items if item.id not in done]
+    batches = make_batches(left)[mine] if make_batches else in_batches(left[mine], batch_size)
+    fresh = []
+    with (folder / f"{stem}-{state.process_index}.jsonl").open("ab") as file:
+        for outcomes in work_in_batches(batches, work, description, state.is_main_process):
+            lines = [
+                {"id": item.id, **(failed if result is None else result), "error": error}
+                for item, result, error in outcomes
+            ]
+            file.writelines(to_line(line).encode() for line in lines)
+            file.flush()
+            fresh += lines
+    return done | {line["id"]: line for line in gather_object(fresh)}
+
+
+def in_batches(items: Sequence[Item], batch_size: int) -> list[Sequence[Item]]:
+    return [items[start : start + batch_size] for start in range(0, len(items), batch_size)]
+
+
+def work_in_batches(
+    batches: Sequence[Sequence[Item]],
+    work: Callable[[Sequence[Item]], Iterable[Result]],
+    description: str,
+    shows_progress: bool = True,
+) -> Iterator[list[tuple[Item, Result | None, str | None]]]:
+    """
+    Yields, batch by batch, each item with its result and its error, one of which is `None`. If a batch fails, its
+    items are tried one by one.
+    """
+    with Progress(console=messages_console, transient=True, disable=not shows_progress) as progress:
+        bar = progress.add_task(description, total=sum(map(len, batches)))
+        for batch in batches:
+            yield _attempt(work, batch)
+            progress.advance(bar, len(batch))
+
+
+def _attempt(
+    work: Callable[[Sequence[Item]], Iterable[Result]], batch: Sequence[Item]
+) -> list[tuple[Item, Result | None, str | None]]:
+    try:
+        results = list(work(batch))
+    except ITEM_ERRORS as error:
+        if len(batch) == 1:
+            return [(batch[0], None, f"{type(error).__name__}: {error}")]
+    else:
+        return [(item, result, None) for item, result in zip(batch, results, strict=True)]
+    # Not in the handler: the error's traceback would keep the tensors of the failed batch in memory.
+    return [outcome for item in batch for outcome in _attempt(work, [item])]
 
 
 def read_lines(
     folder: Path, stem: str, known_ids: Sequence[str], with_failed: bool = False
 ) -> dict[str, dict[str, Any]]:
     """
-    What was written before, by its `id`. A line that a kill has cut off is dropped from its file. All processes read
-    before any may write.
+    The lines that were written before, by their `id`. A line that a kill has cut off is dropped from its file. All
+    processes read before any may write.
 
     Args:
-        with_failed (`bool`): Also what failed (an `error` that is not `None`), if it did not succeed another time.
+        with_failed (`bool`): Also the items that failed (an `error` that is not `None`) and did not succeed later.
 
     Raises:
         ValueError: if a line's id is none of `known_ids`.
@@ -30,7 +121,7 @@ def read_lines(
     known = set(known_ids)
     done = {}
     for path in sorted(folder.glob(f"{stem}-*.jsonl")):
-        for line in map(json.loads, whole_lines(path, mends=PartialState().is_main_process)):
+        for line in map(json.loads, read_complete_lines(path, mends=PartialState().is_main_process)):
             if line["id"] not in known:
                 raise ValueError(
                     f"{path}: has a line for {line['id']!r}, which is not asked about: give another --out."
@@ -41,12 +132,3 @@ def read_lines(
                 done.setdefault(line["id"], line)
     PartialState().wait_for_everyone()
     return done
-
-
-def open_lines(folder: Path, stem: str) -> BinaryIO:
-    """The file of this process, to append to."""
-    return (folder / f"{stem}-{PartialState().process_index}.jsonl").open("ab")
-
-
-def write_line(file: BinaryIO, line: dict[str, Any]) -> None:
-    file.write((json.dumps(line, ensure_ascii=False) + "\n").encode())

@@ -1,5 +1,6 @@
-"""What a run is, noted in its folder as `run.json`, so that another one does not go on with its work by mistake."""
+"""The note of a run, `run.json` in its folder, so that no other run resumes from its work by mistake."""
 
+import hashlib
 import json
 import shlex
 import sys
@@ -11,23 +12,23 @@ from typing import Any
 
 def check_note(out: Path, about: dict[str, Any], identity: Sequence[str]) -> dict[str, Any]:
     """
-    Compares a run with the one that its folder holds.
+    Compares a run with the one that is noted in its folder.
 
     Args:
         about (`dict`): What it takes to repeat the run.
-        identity (`Sequence[str]`): The keys of it that must be the same for what is there to be taken over.
+        identity (`Sequence[str]`): The keys of `about` that must be equal for the run to resume.
 
     Returns:
-        `dict`: `about`, with what the folder holds of other tasks.
+        `dict`: `about`, with what is noted of other tasks.
 
     Raises:
-        ValueError: if the folder holds the work of a run that differs in one of these.
+        ValueError: if the folder holds the work of a run that differs in one of these keys.
     """
     note = out / "run.json"
     before = json.loads(note.read_text()) if note.is_file() else {}
     for name in identity if before else ():
         was, now = before.get(name), about[name]
-        if isinstance(now, dict):  # by task: those of one run only are in nobody's way
+        if isinstance(now, dict):  # by task: only tasks that both runs have must be equal
             differing = [task for task in was.keys() & now.keys() if was[task] != now[task]]
             about = {**about, name: was | now}
             name = f"{name} of {', '.join(sorted(differing))}"
@@ -41,18 +42,20 @@ def check_note(out: Path, about: dict[str, Any], identity: Sequence[str]) -> dic
 
 
 def write_note(out: Path, about: dict[str, Any], writer: str = "") -> None:
-    """In one step: a note that a kill has cut off would keep the run from going on. Each `writer` has its own file."""
+    """Writes in one step: nobody could resume with a note that a kill has cut off. Each `writer` has its own file."""
     out.mkdir(parents=True, exist_ok=True)
     whole = out / f"run{writer}.new"
     whole.write_text(json.dumps(about, indent=2) + "\n")
     whole.replace(out / "run.json")
 
 
+def hash_of_file(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def command_line() -> str:
-    """
-    What was typed to start this process, so that it can be typed again: `sq-llava evaluate ...`, or for a program of
-    its own `python -m demo.run ...`.
-    """
+    """The command that started this process, to be typed again: `sq-llava evaluate ...`, `python -m demo.run ...`."""
     program = Path(sys.argv[0])
     is_module = program.suffix == ".py" and (program.parent / "__init__.py").is_file()
     if program.stem == "sq-llava" or program == files("sq_llava") / "__main__.py":

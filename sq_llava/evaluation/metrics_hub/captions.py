@@ -10,7 +10,8 @@ Treebank's tokeniser are others. Predictions are taken whole; `sq-llava evaluate
 import datasets
 import evaluate
 
-from sq_llava.evaluation.caption_metrics import bleu, cider_d, words
+from sq_llava.evaluation.caption_metrics import words
+from sq_llava.evaluation.captions import corpus_figures
 
 
 class Captions(evaluate.Metric):
@@ -30,5 +31,4 @@ class Captions(evaluate.Metric):
     def _compute(self, predictions: list[str], references: list[list[str]]) -> dict[str, float]:
         said = [" ".join(words(text)) for text in predictions]
         known = [[" ".join(words(text)) for text in texts] for texts in references]
-        precision = {f"plain/BLEU-{number}": value for number, value in enumerate(bleu(said, known), start=1)}
-        return {"plain/CIDEr-D": cider_d(said, known), **precision}
+        return corpus_figures("plain", said, known)
