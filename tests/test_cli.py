@@ -3,11 +3,16 @@
 import json
 import subprocess
 import sys
+from dataclasses import dataclass
+from typing import Annotated
 
 import pytest
+import typer
 from typer.testing import CliRunner
 
 from sq_llava.cli.main import app
+from sq_llava.cli.options import OptionsOf, takes_options
+from sq_llava.inference.assistant import Assistant
 from tests import tiny
 
 
@@ -45,6 +50,34 @@ def test_folder_of_images_is_answered_in_order_as_json(folder):
     entries = json.loads(result.stdout)
     assert [entry["image"].rpartition("/")[2] for entry in entries] == ["a.png", "b.png"]
     assert entries[0]["answer"] == entries[1]["answer"]
+
+
+@pytest.mark.parametrize(
+    "command",
+    [["answer", "What is it?"], ["ask", "-n", 3, "--seed", 0], ["ask", "--after", "What is it?", "--seed", 1]],
+)
+def test_batches_of_images_give_what_each_image_gives_alone(command, folder, tmp_path):
+    for number in range(5):
+        tiny.picture(number).save(tmp_path / f"{number}.png")
+    name, *options = [*command, "--max-new-tokens", 6, "--json"]
+    alone = [run(folder, name, file, *options).stdout for file in sorted(tmp_path.iterdir())]
+    together = run(folder, name, tmp_path, *options, "--batch-size", 2)
+    assert json.loads(together.stdout) == [entry for text in alone for entry in json.loads(text)]
+
+
+def test_image_that_fails_in_a_batch_is_tried_alone_and_named(folder, monkeypatch):
+    sizes = []
+
+    def fail_on_b(self, requests, max_new_tokens):
+        sizes.append(len(requests))
+        if any(file.name == "b.png" for file, _ in requests):
+            raise RuntimeError("out of memory")
+        return ["fine"]
+
+    monkeypatch.setattr(Assistant, "answer_batch", fail_on_b)
+    result = run(folder, "answer", folder / "pictures", "What is it?")
+    assert (result.exit_code, result.stdout, sizes) == (1, "", [2, 1, 1])
+    assert result.stderr.splitlines()[-1] == f"Error: {folder / 'pictures' / 'b.png'}: out of memory"
 
 
 def test_chat_answers_asks_and_ends(folder):
@@ -105,3 +138,35 @@ def test_help_answers_before_any_large_library_is_imported(command):
     )
     done = subprocess.run([sys.executable, "-c", code, *command], capture_output=True, text=True, check=False)
     assert "Usage:" in done.stdout and done.stdout.splitlines()[-1] == "[]", done.stdout + done.stderr
+
+
+@dataclass(frozen=True)
+class Settings:
+    model: Annotated[str, typer.Option("-m", help="Which one.")]
+    max_cost: Annotated[float | None, typer.Option(min=0, help="At most.")] = None
+    swap: Annotated[bool, typer.Option(help="Both orders.")] = False
+    inner: int = 0
+
+
+def test_fields_of_a_dataclass_are_options_with_their_prefix_and_the_command_s_defaults():
+    given = []
+    app = typer.Typer()
+
+    @app.command()
+    @takes_options
+    def command(
+        own: Annotated[dict, OptionsOf(Settings)],
+        judge: Annotated[dict, OptionsOf(Settings, prefix="judge", without=("swap",), model=None, max_cost=2.0)],
+    ) -> None:
+        given.append((own, judge))
+
+    result = CliRunner().invoke(app, ["-m", "a", "--swap", "--judge-max-cost", "3"])
+    assert result.exit_code == 0, result.output
+    assert given == [({"model": "a", "max_cost": None, "swap": True}, {"model": None, "max_cost": 3.0})]
+    for arguments in (
+        [],
+        ["-m", "a", "--judge-max-cost", "-1"],
+        ["-m", "a", "--inner", "1"],
+        ["-m", "a", "--no-swap"],
+    ):
+        assert CliRunner().invoke(app, arguments).exit_code == 2

@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from transformers import CLIPProcessor
 
 from sq_llava.evaluation.question_metrics import distinct_n, question_type, self_bleu, type_shares
-from sq_llava.evaluation.question_run import AskSettings, QuestionEvaluation, _draw_pictures, evaluate_questions
+from sq_llava.evaluation.question_run import QuestionEvaluation, _draw_pictures, evaluate_questions
 from sq_llava.evaluation.questions import ClipScorer, Picture, captions_of, easy_vqa_figures, figures_of, read_pictures
+from sq_llava.inference.settings import AskSettings
 from tests import tiny
 
 

@@ -27,6 +27,7 @@ from sq_llava.generation.captions import (
     phrases_of,
     read_instructions,
 )
+from sq_llava.generation.settings import PROMPTS
 from tests.processes import ended, fork, lines_of, sq_llava
 from tests.runs import die
 
@@ -271,7 +272,7 @@ def whole(captions, pipeline, tmp_path_factory) -> Path:
 def test_command_writes_a_set_that_training_reads(captions, whole):
     rows = load_rows([DataSource(str(whole / "data.jsonl"), str(captions.parent / "images"))])
     assert len(rows) == 104
-    instructions = read_instructions(choosing.PROMPTS / "instructions.txt")
+    instructions = read_instructions(PROMPTS / "captions" / "instructions.txt")
     for row in rows:
         (question, answer) = row["messages"]
         assert question["content"][0] == {"type": "image"}

@@ -19,6 +19,7 @@ from sq_llava.generation import describing
 from sq_llava.generation.curate import apply_rules
 from sq_llava.generation.describing import DescribeSettings, Description, LocalDescriber, Prompts
 from sq_llava.generation.review_sheet import Entry, check_decisions, hash_of_text, read_decisions, write_sheet
+from sq_llava.generation.settings import PROMPTS
 from sq_llava.generation.text_rules import first_fault, share_of_new_words
 from tests import tiny
 from tests.chat_server import KEY, ChatServer, Reply, chat_server
@@ -159,7 +160,7 @@ def test_short_descriptions_are_continued_once_and_broken_images_reported(photos
     rows = load_rows([DataSource(str(tmp_path / "out" / "data.jsonl"), str(photos))])
     assert [row["images"] for row in rows][-1] == [str(photos / "more/4.png")]
     asked = {row["messages"][0]["content"][1]["text"] for row in rows}
-    assert asked <= set(Prompts.read(describing.PROMPTS).instructions)
+    assert asked <= set(Prompts.read(PROMPTS / "curate").instructions)
     assert KEY not in "".join(path.read_text() for path in (tmp_path / "out").iterdir())
 
 
@@ -318,7 +319,7 @@ def model(tmp_path) -> str:
 def test_own_model_describes_in_batches_as_one_by_one_and_never_twice(model, photos, tmp_path, monkeypatch):
     (photos / "broken.png").unlink()
     images = {file.name: file for file in sorted(photos.rglob("*.png"))}
-    prompts = Prompts.read(describing.PROMPTS)
+    prompts = Prompts.read(PROMPTS / "curate")
     several, alone = (
         LocalDescriber(
             str(model), DescribeSettings(short=11, max_new_tokens=12, batch_size=size), prompts, tmp_path / f"{size}"

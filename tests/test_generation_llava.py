@@ -19,9 +19,10 @@ from typer.testing import CliRunner
 from sq_llava.cli.main import app
 from sq_llava.data.rows import load_rows
 from sq_llava.data.sources import DataSource
-from sq_llava.generation.llava import KINDS, SHARES, draw_tasks, parse_shares, read_prompts
+from sq_llava.generation.llava import KINDS, draw_tasks, parse_shares, read_prompts
 from sq_llava.generation.rows import Card, Shard, make_row, to_llava, write_output
 from sq_llava.generation.scenes import Scene
+from sq_llava.generation.settings import LlavaSettings
 from sq_llava.generation.turns import fault_of, parse_turns
 from tests import tiny
 from tests.chat_server import ChatServer, Reply, chat_server
@@ -222,12 +223,12 @@ def test_harmless_answers_are_kept(answer):
 
 def test_kinds_come_in_the_shares_and_stay_when_images_are_added():
     scenes = [Scene(str(n), f"{n}.png", ("A boat.",)) for n in range(3000)]
-    tasks = list(draw_tasks(scenes, parse_shares(SHARES), 1, PROMPTS, seed=0))
+    tasks = list(draw_tasks(scenes, parse_shares(LlavaSettings.shares), 1, PROMPTS, seed=0))
     counts = Counter(task.kind for task in tasks)
     for kind, share in (("conversation", 58 / 158), ("detail", 23 / 158), ("reasoning", 77 / 158)):
         assert counts[kind] / 3000 == pytest.approx(share, abs=0.03)
-    assert list(draw_tasks(scenes[::7], parse_shares(SHARES), 1, PROMPTS, seed=0)) == tasks[::7]
-    assert [task.kind for task in draw_tasks(scenes, parse_shares(SHARES), 1, PROMPTS, seed=1)] != [
+    assert list(draw_tasks(scenes[::7], parse_shares(LlavaSettings.shares), 1, PROMPTS, seed=0)) == tasks[::7]
+    assert [task.kind for task in draw_tasks(scenes, parse_shares(LlavaSettings.shares), 1, PROMPTS, seed=1)] != [
         task.kind for task in tasks
     ]
     several = list(draw_tasks(scenes[:50], parse_shares("detail=1,reasoning=1"), 3, PROMPTS, seed=0))

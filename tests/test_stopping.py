@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from sq_llava import stopping
-from sq_llava.cli import chat as chat_command
+from sq_llava.cli import talk
 from sq_llava.inference.assistant import Assistant
 from sq_llava.training.trainer import SQLlavaTrainer
 from tests import tiny
@@ -76,7 +76,7 @@ def stop_in(owner, name: str) -> None:
 
 def test_ctrl_c_in_an_answer_ends_in_one_line(folder, tmp_path):
     command = ("answer", str(folder / "1.png"), "Hi", "--model", str(folder / "model"))
-    children = fork(sq_llava, command, tmp_path / "log", (stop_in, Assistant, "answer"))
+    children = fork(sq_llava, command, tmp_path / "log", (stop_in, Assistant, "answer_batch"))
     assert ended(children) == [130]
     assert (tmp_path / "log").read_text() == "Stopped.\n"
 
@@ -167,13 +167,13 @@ def sit_at(terminal: str) -> None:
     os.dup2(os.open(terminal, os.O_RDWR), 0)
     ioctl(0, termios.TIOCSCTTY, 0)
     sys.stdin = open(0, closefd=False)  # noqa: SIM115
-    reply = chat_command._reply
+    reply = talk._reply
 
-    def reply_aloud(assistant, image, history, line, *rest):
-        print(f"{len(history)} messages before: {line}", flush=True)
-        return reply(assistant, image, history, line, *rest)
+    def reply_aloud(dialogue, image, line, **settings):
+        print(f"{len(dialogue.messages[0])} messages before: {line}", flush=True)
+        reply(dialogue, image, line, **settings)
 
-    chat_command._reply = reply_aloud
+    talk._reply = reply_aloud
 
 
 def wait_for(log: Path, text: str, count: int = 1) -> None:

@@ -9,113 +9,62 @@ from rich.box import SIMPLE
 from rich.markup import escape
 from rich.table import Table
 
-from sq_llava.cli.options import Device, Dtype, check_model_options, quiet_libraries
-from sq_llava.console import console, errors_in_one_line, messages_console
+from sq_llava.cli.options import OptionsOf, check_model_options, quiet_libraries, takes_options
+from sq_llava.console import console, errors_in_one_line, examples, messages_console
 from sq_llava.early_checks import require_folder
+from sq_llava.evaluation.settings import Evaluation, JudgeSettings, QuestionEvaluation
+from sq_llava.inference.settings import AskSettings
 from sq_llava.locations import is_missing_folder, require_folder_or_id
 
 
-JUDGE = {"rich_help_panel": "Judge"}
-JudgeModel = Annotated[
-    str | None, typer.Option(help="Grades mmvet, llava_bench, ...; its key is in OPENAI_API_KEY.", **JUDGE)
-]
-JudgeBaseUrl = Annotated[
-    str | None, typer.Option(help="Of its OpenAI-compatible server, up to /v1; default: OpenAI's.", **JUDGE)
-]
-JudgeTemperature = Annotated[float, typer.Option(min=0, help="1 for models that take no other.", **JUDGE)]
-JudgeMaxTokens = Annotated[int, typer.Option(min=1, help="Of an answer, thoughts included.", **JUDGE)]
-JudgeConcurrency = Annotated[int, typer.Option(min=1, help="Requests at a time.", **JUDGE)]
-JudgeAttempts = Annotated[int, typer.Option(min=1, help="Until an answer can be read.", **JUDGE)]
-JudgeMaxRequests = Annotated[int | None, typer.Option(min=0, help="Of all runs into --out.", **JUDGE)]
-JudgeMaxCost = Annotated[
-    float | None, typer.Option(min=0, help="Of all runs into --out, in the unit of the prices.", **JUDGE)
-]
-JudgePrice = Annotated[float | None, typer.Option(min=0, help="Of a million tokens.", **JUDGE)]
-JudgeSwap = Annotated[
-    bool, typer.Option("--judge-swap", help="Compare answers in both orders: twice the requests.", **JUDGE)
-]
+JUDGE = "Judge of mmvet, llava_bench, ..., if --judge-model is given"
+
+app = typer.Typer()
 
 
+@app.command(
+    epilog=examples(
+        "sq-llava evaluate --model runs/demo/model --tasks easy_vqa --data runs/demo/data",
+        "sq-llava evaluate --model org/sq-llava-7b --tasks pope,textvqa --data playground/data/eval --limit 100",
+        "torchrun --nproc_per_node 8 -m sq_llava evaluate --model org/sq-llava-7b --tasks vqav2 --data hub",
+    )
+)
+@takes_options
 def evaluate(
-    model: Annotated[
-        str,
-        typer.Option("--model", "-m", help="SQ-LLaVA folder or Hub id, or another VLM's.", show_default=False),
-    ],
-    tasks: Annotated[str, typer.Option(help="Names, with commas; help lists them.", show_default=False)],
+    settings: Annotated[dict, OptionsOf(Evaluation)],
+    judge: Annotated[dict, OptionsOf(JudgeSettings, prefix="judge", panel=JUDGE, model=None)],
+    tasks: Annotated[str, typer.Option(help="Names of tasks, separated by commas. help lists them.")],
     data: Annotated[
         str | None,
-        typer.Option(help="Folder with a task's data, or with one for each; a Hub id; hub: the tasks' own."),
+        typer.Option(help="Folder of a task's data, or of one for each task; a Hub id; hub: the tasks' own datasets."),
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="Folder to write; default: runs/evaluation/<model>.")] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="So many examples of each task, spread evenly.")] = None,
-    split: Annotated[str | None, typer.Option(help="Of the data; default: what the paper's figure is of.")] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Prompts at a time, on each process.")] = 8,
-    system_message: Annotated[
-        str | None,
-        typer.Option(help="vicuna: as the authors evaluate released checkpoints; or a text. Default: the model's."),
-    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder to write. Default: runs/evaluation/<model>.")] = None,
     against: Annotated[
-        str | None, typer.Option(help="Another model, or the folder of an evaluation: compare with it, in pairs.")
+        str | None, typer.Option(help="Compare in pairs with another model, or with the folder of an evaluation.")
     ] = None,
-    dtype: Dtype = "auto",
-    device: Device = None,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run the code in another model's folder.")
-    ] = False,
-    seed: Annotated[int, typer.Option(help="Of all that is drawn.")] = 0,
-    judge_model: JudgeModel = None,
-    judge_base_url: JudgeBaseUrl = None,
-    judge_temperature: JudgeTemperature = 0.0,
-    judge_max_tokens: JudgeMaxTokens = 1024,
-    judge_concurrency: JudgeConcurrency = 8,
-    judge_attempts: JudgeAttempts = 3,
-    judge_max_requests: JudgeMaxRequests = None,
-    judge_max_cost: JudgeMaxCost = None,
-    judge_input_price: JudgePrice = None,
-    judge_output_price: JudgePrice = None,
-    judge_swap: JudgeSwap = False,
 ) -> None:
     """Score a model on benchmarks. On several GPUs: torchrun --nproc_per_node 8 -m sq_llava evaluate ..."""
     with errors_in_one_line():
         if tasks != "help":
             _check_places(data, against)
-            check_model_options(model, device, dtype)
+            check_model_options(**settings)
         with messages_console.status("Loading libraries"):
             from sq_llava.checkpoints.convert import VICUNA_SYSTEM_MESSAGE
-            from sq_llava.evaluation.run import TASKS, Evaluation
+            from sq_llava.evaluation.run import TASKS
 
             quiet_libraries()
         if tasks == "help":
             for name, task in sorted(TASKS.items()):
                 console.print(f"{name:24}{task.title}", markup=False, highlight=False)
             return
-        judge = _judge_settings(
-            judge_model,
-            base_url=judge_base_url,
-            temperature=judge_temperature,
-            max_tokens=judge_max_tokens,
-            concurrency=judge_concurrency,
-            attempts=judge_attempts,
-            max_requests=judge_max_requests,
-            max_cost=judge_max_cost,
-            input_price=judge_input_price,
-            output_price=judge_output_price,
-            swap=judge_swap,
-        )
+        if settings["system_message"] == "vicuna":
+            settings["system_message"] = VICUNA_SYSTEM_MESSAGE
         evaluation = Evaluation(
-            model=model,
             tasks=[name.strip() for name in tasks.split(",")],
             data=data,
-            out=out or Path("runs/evaluation") / Path(model).name,
-            split=split,
-            limit=limit,
-            batch_size=batch_size,
-            system_message=VICUNA_SYSTEM_MESSAGE if system_message == "vicuna" else system_message,
-            dtype=dtype,
-            device=device,
-            trust_remote_code=trust_remote_code,
-            seed=seed,
-            judge=judge,
+            out=out or Path("runs/evaluation") / Path(settings["model"]).name,
+            judge=_judge_settings(judge),
+            **settings,
         )
         is_whole = _run_and_show(evaluation, against)
     if not is_whole:
@@ -135,12 +84,10 @@ def _check_places(data: str | None, against: str | None) -> None:
         require_folder_or_id(against, "--against")
 
 
-def _judge_settings(model: str | None, base_url: str | None, **settings):
-    from sq_llava.evaluation.judge import JudgeSettings
-
-    if model is not None:
-        return JudgeSettings(model, base_url, **settings)
-    if base_url is not None:
+def _judge_settings(judge: dict) -> JudgeSettings | None:
+    if judge["model"] is not None:
+        return JudgeSettings(**judge)
+    if judge["base_url"] is not None:
         raise ValueError("--judge-base-url needs --judge-model, as its server names the model.")
     return None
 
@@ -235,43 +182,31 @@ def check_images(images: str, image_root: str | None) -> None:
         require_folder(image_root)
 
 
+@app.command(
+    epilog=examples(
+        "sq-llava evaluate-questions --model org/sq-llava-7b --images photos/ --clip openai/clip-vit-base-patch32",
+        "sq-llava evaluate-questions --model runs/demo/model --images runs/demo/data/test.json --truth easy_vqa "
+        '--image-root IMAGES --after "what color is the shape?"',
+    )
+)
+@takes_options
 def evaluate_questions(
-    model: Annotated[str, typer.Option("--model", "-m", help="SQ-LLaVA folder or Hub id.", show_default=False)],
-    images: Annotated[
-        str, typer.Option(help="Folder of images, or a data set in a layout of training.", show_default=False)
-    ],
-    image_root: Annotated[str | None, typer.Option(help="Of the data set's image paths.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Folder to write; default: runs/questions/<model>.")] = None,
-    num_questions: Annotated[int, typer.Option("--num-questions", "-n", min=1, help="For each image.")] = 4,
-    after: Annotated[str | None, typer.Option(help="What it answers first; default: it describes the image.")] = None,
-    clip: Annotated[str | None, typer.Option(help="A whole CLIP: measure how close texts are to their image.")] = None,
-    truth: Annotated[str | None, typer.Option(help="easy_vqa: count the questions whose premise is true.")] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="So many images, spread evenly.")] = None,
-    temperature: Annotated[float, typer.Option(min=0.01, help="Of the questions' sampling.")] = 1.2,
-    top_k: Annotated[int, typer.Option(min=1, help="Of the questions' sampling.")] = 300,
-    top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="Of the questions' sampling.")] = 0.95,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Of a question, and of an answer.")] = 64,
-    seed: Annotated[int, typer.Option(help="For the same questions again.")] = 0,
-    batch_size: Annotated[int, typer.Option(min=1, help="Images asked about together.")] = 4,
-    dtype: Dtype = "auto",
-    device: Device = None,
+    settings: Annotated[dict, OptionsOf(QuestionEvaluation)],
+    asking: Annotated[dict, OptionsOf(AskSettings)],
+    out: Annotated[Path | None, typer.Option(help="Folder to write. Default: runs/questions/<model>.")] = None,
 ) -> None:
     """Measure the questions that a model asks: variety, types, whether they need the image and fit it."""
     with errors_in_one_line():
-        check_images(images, image_root)
-        check_model_options(model, device, dtype)
-        if clip is not None:
-            require_folder_or_id(clip, "--clip")
+        check_images(settings["images"], settings["image_root"])
+        check_model_options(**settings)
+        if settings["clip"] is not None:
+            require_folder_or_id(settings["clip"], "--clip")
         with messages_console.status("Loading libraries"):
-            from sq_llava.evaluation.question_run import AskSettings, QuestionEvaluation
             from sq_llava.evaluation.question_run import evaluate_questions as run
 
             quiet_libraries()
-        settings = AskSettings(num_questions, after, temperature, top_k, top_p, max_new_tokens, seed)
-        out = out or Path("runs/questions") / Path(model).name
-        figures = run(
-            QuestionEvaluation(model, images, out, settings, image_root, limit, clip, truth, dtype, device, batch_size)
-        )
+        out = out or Path("runs/questions") / Path(settings["model"]).name
+        figures = run(QuestionEvaluation(out=out, settings=AskSettings(**asking), **settings))
     if figures:
         console.print_json(data=figures)
         messages_console.print(f"Wrote {out}", soft_wrap=True)

@@ -1,29 +1,119 @@
-"""What the commands that run a model share: its options, and how it is loaded.
+"""Options of the commands that stand in dataclasses, and how a command loads a model.
 
-Nothing heavy is imported before a command needs it: `--help` answers at once.
+    @dataclass(frozen=True)
+    class AskSettings:
+        num_questions: Annotated[int, Option("-n", min=1, help="Questions about each image.")] = 4
+
+    @app.command()
+    @takes_options
+    def ask(image: Path, asking: Annotated[dict, OptionsOf(AskSettings, num_questions=1)]) -> None:
+        settings = AskSettings(**asking)
+
+Each field with an `Option` (or an `Argument`) is one of the command; fields without one are the command's to fill in.
+Nothing large is imported before a command needs it: `--help` answers at once.
 """
 
-from typing import Annotated
+from collections.abc import Callable, Iterator
+from copy import copy
+from dataclasses import MISSING, dataclass, fields
+from functools import wraps
+from inspect import Parameter, Signature, signature
+from typing import Annotated, Any, get_args, get_type_hints
 
-import typer
+from typer import Argument, Option
+from typer.models import OptionInfo, ParameterInfo
 
 from sq_llava.console import messages_console
 from sq_llava.early_checks import require_device, require_dtype, require_model
+from sq_llava.inference.settings import Device, Dtype
 
 
-Model = Annotated[
-    str, typer.Option("--model", "-m", help="Checkpoint or adapter folder, or a Hub id.", show_default=False)
-]
-ModelArgument = Annotated[str, typer.Argument(help="Checkpoint or adapter folder, or a Hub id.", show_default=False)]
-MaxNewTokens = Annotated[int, typer.Option(min=1, help="Longest text to generate, in tokens.")]
-Temperature = Annotated[float, typer.Option(min=0.01, help="Of the questions' sampling.")]
-TopK = Annotated[int, typer.Option(min=1, help="Of the questions' sampling.")]
-TopP = Annotated[float, typer.Option(min=0.0, max=1.0, help="Of the questions' sampling.")]
-Seed = Annotated[int | None, typer.Option(help="For the same questions again.")]
-Device = Annotated[str | None, typer.Option(help="cuda, mps or cpu; default: the first of these there is.")]
-Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
-LoadIn4Bit = Annotated[bool, typer.Option("--load-in-4bit", help="Hold the towers in 4 bits, by bitsandbytes.")]
-LoadIn8Bit = Annotated[bool, typer.Option("--load-in-8bit", help="Hold the towers in 8 bits, by bitsandbytes.")]
+class OptionsOf:
+    """
+    In the annotation of a command's parameter: it is a dictionary of what was given for the fields of a dataclass.
+
+    Args:
+        settings (`type`): The dataclass.
+        prefix (`str`): What its options begin with: `judge` makes `--judge-model` of the field `model`.
+        panel (`str`, *optional*): Title above its options in the help.
+        without (`tuple[str, ...]`): Fields that are no option of this command.
+        defaults: Defaults that differ from those of the dataclass.
+    """
+
+    def __init__(
+        self,
+        settings: type,
+        prefix: str = "",
+        panel: str | None = None,
+        without: tuple[str, ...] = (),
+        **defaults: Any,
+    ):
+        self.settings = settings
+        self.prefix = prefix and f"{prefix}_"
+        self.panel = panel
+        self.without = without
+        self.defaults = defaults
+
+    def parameters(self) -> Iterator[Parameter]:
+        hints = get_type_hints(self.settings, include_extras=True)
+        for field in fields(self.settings):
+            kind, *found = get_args(hints[field.name]) or [None]
+            info = next((each for each in found if isinstance(each, ParameterInfo)), None)
+            if info is None or field.name in self.without:
+                continue
+            name = self.prefix + field.name
+            info = copy(info)
+            info.rich_help_panel = self.panel or info.rich_help_panel
+            if isinstance(info, OptionInfo):
+                # Typer keeps the first name in `default`: here a short one, which no two prefixes could share.
+                short = () if self.prefix or info.default is ... else (info.default,)
+                info.default, info.param_decls = f"--{name.replace('_', '-')}", short
+            default = self.defaults.get(field.name, field.default)
+            default = Parameter.empty if default is MISSING else default
+            yield Parameter(name, Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, info])
+
+
+def takes_options(command: Callable[..., None]) -> Callable[..., None]:
+    """The command as Typer reads it: with a parameter for each option of its `OptionsOf`, required ones first."""
+    parameters, groups = [], {}
+    for parameter in signature(command).parameters.values():
+        options = next((each for each in get_args(parameter.annotation) if isinstance(each, OptionsOf)), None)
+        if options is None:
+            parameters.append(parameter.replace(kind=Parameter.KEYWORD_ONLY))
+        else:
+            own = list(options.parameters())
+            groups[parameter.name] = {each.name.removeprefix(options.prefix): each.name for each in own}
+            parameters += own
+
+    @wraps(command)
+    def run(**given: Any) -> None:
+        settings = {
+            group: {field: given.pop(name) for field, name in names.items()} for group, names in groups.items()
+        }
+        command(**given, **settings)
+
+    parameters.sort(key=lambda parameter: parameter.default is not Parameter.empty)
+    run.__signature__ = Signature(parameters)
+    run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return run
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """The arguments of [`load_model`]."""
+
+    model: Annotated[str, Option("-m", help="Checkpoint or adapter folder, or a Hub id.")]
+    device: Device = None
+    dtype: Dtype = "auto"
+    load_in_4bit: Annotated[bool, Option(help="Load the towers' weights in 4 bits, with bitsandbytes.")] = False
+    load_in_8bit: Annotated[bool, Option(help="Load the towers' weights in 8 bits, with bitsandbytes.")] = False
+
+
+Model = Annotated[dict, OptionsOf(ModelOptions)]
+# Where the model is an argument.
+ModelArgument = Annotated[str, Argument(help="Checkpoint or adapter folder, or a Hub id.", show_default=False)]
+Loading = Annotated[dict, OptionsOf(ModelOptions, without=("model",))]
+AsJson = Annotated[bool, Option("--json", help="Print one JSON document.")]
 
 
 def quiet_libraries() -> None:
@@ -34,7 +124,7 @@ def quiet_libraries() -> None:
     logging.disable_progress_bar()
 
 
-def check_model_options(model: str, device: str | None, dtype: str) -> None:
+def check_model_options(model: str, device: str | None, dtype: str, **_: Any) -> None:
     """
     Raises:
         ValueError: before a large library is imported, for a model that is not there or a wrong device or dtype.

@@ -6,14 +6,13 @@ from typing import Annotated
 import typer
 
 from sq_llava.cli.options import (
-    Device,
-    Dtype,
-    LoadIn4Bit,
-    LoadIn8Bit,
-    Model,
+    Loading,
     ModelArgument,
+    ModelOptions,
+    OptionsOf,
     check_model_options,
     load_model,
+    takes_options,
 )
 from sq_llava.console import console, errors_in_one_line, examples, messages_console, needs_extra
 from sq_llava.early_checks import require_folder, require_image
@@ -23,21 +22,21 @@ app = typer.Typer()
 
 
 @app.command(epilog=examples("sq-llava demo runs/demo/model", "sq-llava demo org/sq-llava-7b --load-in-4bit"))
+@takes_options
 def demo(
     model: ModelArgument,
-    host: Annotated[str, typer.Option(help="0.0.0.0 to be reached from other machines.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=1, max=65535)] = 7860,
-    device: Device = None,
-    dtype: Dtype = "auto",
-    load_in_4bit: LoadIn4Bit = False,
-    load_in_8bit: LoadIn8Bit = False,
+    loading: Loading,
+    host: Annotated[
+        str, typer.Option(help="Address to listen on; 0.0.0.0 is reached from other machines.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.")] = 7860,
 ) -> None:
     """Open a page on which people chat about pictures, and the model asks: http://HOST:PORT."""
     with errors_in_one_line():
-        check_model_options(model, device, dtype)
+        check_model_options(model, **loading)
         with needs_extra("page"):
             from sq_llava.page.layout import LAUNCH, create_page
-        assistant = load_model(model, device, dtype, load_in_4bit, load_in_8bit)
+        assistant = load_model(model, **loading)
         create_page(assistant).launch(server_name=host, server_port=port, **LAUNCH)
 
 
@@ -46,13 +45,12 @@ def demo(
         "sq-llava prototypes dog.png --model org/sq-llava-7b --out seen.png --top 8",
     )
 )
+@takes_options
 def prototypes(
     image: Annotated[Path, typer.Argument(help="Image file.", show_default=False)],
-    model: Model,
+    model: Annotated[dict, OptionsOf(ModelOptions, without=("load_in_4bit", "load_in_8bit"))],
     out: Annotated[Path, typer.Option(help="PNG to write.", show_default=False)],
-    top: Annotated[int | None, typer.Option(min=1, help="Show the largest; the others in the dark.")] = None,
-    device: Device = None,
-    dtype: Dtype = "auto",
+    top: Annotated[int | None, typer.Option(min=1, help="Show only the N largest prototypes.")] = None,
 ) -> None:
     """Show what the prototypes see: the image's tokens, coloured by the prototype of each."""
     with errors_in_one_line():
@@ -62,11 +60,11 @@ def prototypes(
         if out.exists() and image.exists() and out.samefile(image):
             raise ValueError(f"--out {out} is the image itself: give another file.")
         require_image(image)
-        check_model_options(model, device, dtype)
+        check_model_options(**model)
         from sq_llava.data.images import open_image
 
         picture = open_image(image)
-        assistant = load_model(model, device, dtype)
+        assistant = load_model(**model)
         from sq_llava.inference.prototypes import colour_of_rank, look, paint
 
         sight = look(assistant, picture)

@@ -70,4 +70,5 @@ def place_images_of_all(requests: list[tuple]) -> list[list[dict]]:
 
 
 def images_of(conversation: list[dict]) -> list[Image.Image]:
-    return [part["image"] for message in conversation for part in message["content"] if part["type"] == "image"]
+    contents = [message["content"] for message in conversation if not isinstance(message["content"], str)]
+    return [part["image"] for parts in contents for part in parts if part["type"] == "image"]

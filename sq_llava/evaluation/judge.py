@@ -14,20 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sq_llava.llm_client.client import ChatClient, ChatFailure, ChatSettings, Messages, UnusableAnswer
-
-
-@dataclass(frozen=True)
-class JudgeSettings(ChatSettings):
-    """
-    Args:
-        attempts (`int`): How often an answer is asked for, until one can be read.
-        swap (`bool`): Pairs are judged in both orders, to measure what the order does.
-    """
-
-    option_prefix: str = "--judge-"
-    attempts: int = 3
-    swap: bool = False
+from sq_llava.evaluation.settings import JudgeSettings
+from sq_llava.llm_client.client import ChatClient, ChatFailure, Messages, UnusableAnswer
 
 
 @dataclass(frozen=True)

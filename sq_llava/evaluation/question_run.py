@@ -8,7 +8,7 @@ OUT/report.md         the figures, with types.png, clip.png and pictures.png
 import json
 import textwrap
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,6 @@ from matplotlib.figure import Figure
 from sq_llava.data.images import open_image
 from sq_llava.evaluation.other_models import load_any
 from sq_llava.evaluation.questions import (
-    AskSettings,
     ClipScorer,
     Picture,
     ask_about,
@@ -33,6 +32,7 @@ from sq_llava.evaluation.questions import (
 )
 from sq_llava.evaluation.reading import evenly_spaced
 from sq_llava.evaluation.results import claim_folder, environment, hash_of_code, hash_of_model
+from sq_llava.evaluation.settings import QuestionEvaluation
 from sq_llava.inference.assistant import best_device
 
 
@@ -52,23 +52,6 @@ LABELS = {
     "mean_words": "words in a question",
     "answer_changes_without_the_image": "share whose own answer changes on a blank image",
 }
-
-
-@dataclass(frozen=True)
-class QuestionEvaluation:
-    """Settings of one run: `images` and `image_root` as in `read_pictures`, `clip` as in [`ClipScorer`]."""
-
-    model: str
-    images: str
-    out: Path
-    settings: AskSettings
-    image_root: str | None = None
-    limit: int | None = None
-    clip: str | None = None
-    truth: str | None = None
-    dtype: str = "auto"
-    device: str | None = None
-    batch_size: int = 4
 
 
 def evaluate_questions(evaluation: QuestionEvaluation) -> dict[str, Any]:

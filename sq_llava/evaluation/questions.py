@@ -28,6 +28,7 @@ from sq_llava.evaluation.easy_vqa import answer_question, derive_caption, presum
 from sq_llava.evaluation.question_metrics import distinct_n, self_bleu, type_shares, words_of
 from sq_llava.inference.assistant import Assistant
 from sq_llava.inference.dialogues import DESCRIBE, Dialogues
+from sq_llava.inference.settings import AskSettings
 from sq_llava.resumable.resume import run_resumable
 
 
@@ -47,19 +48,6 @@ class Picture:
     image: Any
     pairs: Sequence[tuple[str, str]] = ()
     number: int = 0
-
-
-@dataclass(frozen=True)
-class AskSettings:
-    """How the model asks; the defaults are those of the original release."""
-
-    num_questions: int = 4
-    after: str | None = None
-    temperature: float = 1.2
-    top_k: int = 300
-    top_p: float = 0.95
-    max_new_tokens: int = 64
-    seed: int = 0
 
 
 def read_pictures(place: str, image_root: str | None = None) -> list[Picture]:

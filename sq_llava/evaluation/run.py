@@ -6,8 +6,7 @@ sq-llava evaluate --model runs/demo/model --tasks easy_vqa --data runs/demo/data
 import os
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
 from accelerate import PartialState
@@ -27,7 +26,7 @@ from sq_llava.evaluation import (
     vqav2,
 )
 from sq_llava.evaluation.answering import AnswerSettings, answer_examples
-from sq_llava.evaluation.judge import Judge, JudgeSettings
+from sq_llava.evaluation.judge import Judge
 from sq_llava.evaluation.other_models import load_any
 from sq_llava.evaluation.reading import Data, evenly_spaced
 from sq_llava.evaluation.report import save_pictures, write_report
@@ -41,6 +40,7 @@ from sq_llava.evaluation.results import (
     write_examples,
     write_results,
 )
+from sq_llava.evaluation.settings import Evaluation
 from sq_llava.evaluation.task import Example, Record, Score, Task, summarize
 from sq_llava.inference.assistant import best_device
 from sq_llava.llm_client.client import ChatStopped
@@ -72,38 +72,6 @@ TASKS: dict[str, Task] = {
         vqav2.TASK,
     )
 }
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """
-    What is asked for.
-
-    Args:
-        model (`str`): A SQ-LLaVA (plain checkpoint, adapter folder, Hub id), or another model of transformers.
-        tasks (`Sequence[str]`): Names in `TASKS`.
-        data (`str`): As of [`Data.locate`].
-        out (`Path`): Folder for everything that is written; a run that was killed resumes from it.
-        limit (`int`, *optional*): The most examples per task, evenly spaced.
-        system_message (`str`, *optional*): In place of the model's own.
-        judge (`JudgeSettings`, *optional*): Who grades the tasks that need a judge.
-        judge_folder (`Path`, *optional*): Folder of the judge's answers, which the caps count; default: `out`.
-    """
-
-    model: str
-    tasks: Sequence[str]
-    data: str
-    out: Path
-    split: str | None = None
-    limit: int | None = None
-    batch_size: int = 8
-    system_message: str | None = None
-    dtype: str = "auto"
-    device: str | None = None
-    trust_remote_code: bool = False
-    seed: int = 0
-    judge: JudgeSettings | None = None
-    judge_folder: Path | None = None
 
 
 def evaluate(evaluation: Evaluation) -> list[TaskResult]:

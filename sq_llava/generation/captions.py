@@ -21,8 +21,7 @@ import hashlib
 import json
 from array import array
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from importlib.resources import files
+from dataclasses import dataclass
 from itertools import dropwhile
 from pathlib import Path
 from typing import Any
@@ -34,6 +33,7 @@ from sq_llava.console import needs_extra
 from sq_llava.data.rows import read_row
 from sq_llava.data.sources import JsonFile
 from sq_llava.generation.rows import Card, Rejected, Shard, make_row, write_output
+from sq_llava.generation.settings import CaptionSettings
 from sq_llava.resumable.jsonl import to_line
 from sq_llava.resumable.run_note import check_note, hash_of_file, write_note
 
@@ -53,29 +53,6 @@ REJECTED = {
     "not drawn": f"its phrases are in more than {MAX_CAPTIONS} captions, and it was not drawn",
 }
 IDENTITY = ("kind", "captions_hash", "limit", "spacy_model")
-PROMPTS = files("sq_llava.generation") / "prompts" / "captions"
-
-
-@dataclass(frozen=True)
-class CaptionSettings:
-    """
-    Args:
-        captions (`Path`): As of [`CaptionFile`].
-        image_root (`Path`): What the paths of images are relative to, and stay inside of.
-        spacy_model (`str`): Name or folder of a pipeline.
-        prompts (`Path`): Folder with `instructions.txt`, one a line.
-        num_proc (`int`): Processes that spaCy reads with.
-    """
-
-    captions: Path
-    image_root: Path
-    out: Path
-    spacy_model: str
-    prompts: Path = PROMPTS
-    limit: int | None = None
-    seed: int = 0
-    shard: Shard = field(default_factory=Shard)
-    num_proc: int = 1
 
 
 @dataclass(frozen=True)

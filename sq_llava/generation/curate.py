@@ -19,7 +19,7 @@ OUT/repairs.jsonl: all else is made of these anew. What it does not do: ask one 
 import hashlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,8 @@ from sq_llava.early_checks import IMAGE_SUFFIXES
 from sq_llava.generation.captions import draw
 from sq_llava.generation.describing import Description, LocalDescriber, Prompts, Repairer, ServerDescriber
 from sq_llava.generation.review_sheet import Entry, check_decisions, read_decisions, write_sheet
-from sq_llava.generation.rows import Card, Rejected, Shard, make_row, require_utf8, write_output
+from sq_llava.generation.rows import Card, Rejected, make_row, require_utf8, write_output
+from sq_llava.generation.settings import CurateSettings
 from sq_llava.generation.text_rules import first_fault, share_of_new_words, words_of
 from sq_llava.llm_client.asking import Asked, ask_all
 from sq_llava.llm_client.client import ChatRequest, Estimate
@@ -53,22 +54,6 @@ SAID_BEFORE = "an earlier image of the shard has the same text"
 MIN_WORDS_OF_ITS_OWN = 30
 
 Describer = LocalDescriber | ServerDescriber
-
-
-@dataclass(frozen=True)
-class CurateSettings:
-    """
-    Args:
-        images (`Path`): A folder, with those below it; the image root.
-        decisions (`Path`, *optional*): What a person decided on the review sheet.
-    """
-
-    images: Path
-    out: Path
-    decisions: Path | None = None
-    limit: int | None = None
-    seed: int = 0
-    shard: Shard = field(default_factory=Shard)
 
 
 @dataclass(frozen=True)

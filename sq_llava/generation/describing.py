@@ -1,6 +1,6 @@
 """Detailed descriptions of images, by a model of this library or by one behind a server; and their repair.
 
-    prompts = Prompts.read(PROMPTS)
+    prompts = Prompts.read(PROMPTS / "curate")
     describer = LocalDescriber("runs/demo/model", DescribeSettings(), prompts, Path("descriptions.jsonl"))
     describer.describe_all({"17.png": Path("images/17.png")}).results["17.png"].text
 
@@ -14,13 +14,13 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from sq_llava.data.images import jpeg_data_url, open_image
 from sq_llava.evaluation.results import hash_of_model
 from sq_llava.generation.captions import read_instructions
+from sq_llava.generation.settings import DescribeSettings
 from sq_llava.generation.text_rules import words_of
 from sq_llava.inference.assistant import Assistant, load
 from sq_llava.llm_client.asking import Asked, ask_all
@@ -30,7 +30,6 @@ from sq_llava.resumable.resume import in_batches, work_in_batches
 from sq_llava.stopping import INTERRUPTED
 
 
-PROMPTS = files("sq_llava.generation") / "prompts" / "curate"
 # Of an image as a server gets it: what most scale larger ones to.
 LONGEST_SIDE, QUALITY = 1024, 90
 
@@ -116,22 +115,6 @@ class ServerDescriber:
     def _messages(self, image: Path) -> Messages:
         picture = {"type": "image_url", "image_url": {"url": jpeg_data_url(open_image(image), LONGEST_SIDE, QUALITY)}}
         return [{"role": "user", "content": [picture, {"type": "text", "text": self.prompts.describe}]}]
-
-
-@dataclass(frozen=True)
-class DescribeSettings:
-    """
-    Args:
-        short (`int`): A description of so many tokens or fewer is continued.
-        max_new_tokens (`int`): The most tokens of a description, and of its continuation.
-        batch_size (`int`): Images at a time.
-    """
-
-    short: int = 80
-    max_new_tokens: int = 512
-    batch_size: int = 8
-    device: str | None = None
-    dtype: str = "auto"
 
 
 class LocalDescriber:

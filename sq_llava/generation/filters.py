@@ -18,10 +18,9 @@ from typing import Any
 
 from processing_sq_llava import IMAGE_TOKEN, VUSR_TOKEN
 from sq_llava.evaluation.question_metrics import question_type, words_of
+from sq_llava.generation.settings import FilterSettings
 
 
-# What "needs the image" is asked of: of this very turn, of its question about any image of the set, of nothing.
-BLANK_TESTS = ("turn", "question", "off")
 SENTENCE_ENDS = ("?", ".", "!", "\uff1f", "\u3002", "\uff01")  # the last three of Chinese and Japanese
 
 
@@ -54,44 +53,6 @@ class Turn:
     def drop(self) -> float:
         """How much likelier the image makes the answer, in nats a token."""
         return self.log_probability - self.blank_log_probability
-
-
-@dataclass(frozen=True)
-class FilterSettings:
-    """
-    What a turn must be to be kept; `None` switches a filter off.
-
-    Args:
-        blank_test (`str`): `"turn"`: its answer must change when the image is blanked. `"question"`: that of its
-            question must, about one image of the set at least: else "no" to "is there a dog?" is lost where there is
-            none, as a blank image gets the same answer. What is left then may say "yes" to everything, and cost more
-            than all false answers do (benchmarks/results/self_training.md). `"off"`: no test.
-        min_drop (`float`): Nats a token that a blank image must cost the answer, in the same test.
-        min_log_probability (`float`): Mean of the answer's tokens. A high one leaves true answers, but can leave "no"
-            alone of a weak model's: look at the shares.
-        min_clip_score (`float`): For images of which a CLIP was asked.
-        max_overlap (`float`): With a kept question about the same image: of words and pairs of words, the share that
-            the two have in common.
-        max_set_overlap (`float`): Share of a question's pairs of words that kept questions about other images hold.
-        max_repeats (`int`): Kept turns with the same question, in the whole set; LLaVA has such a cap for phrases.
-        max_per_type (`int`): Kept turns of one type of question, drawn by `seed`.
-        balance_yes_no (`bool`): As many answers that begin with "yes" are kept as with "no", drawn by `seed`.
-    """
-
-    blank_test: str = "question"
-    min_drop: float = 0.0
-    min_log_probability: float | None = -1.0
-    min_clip_score: float | None = None
-    max_overlap: float | None = 0.7
-    max_set_overlap: float | None = None
-    max_repeats: int | None = 100
-    max_per_type: int | None = None
-    balance_yes_no: bool = False
-    seed: int = 0
-
-    def __post_init__(self):
-        if self.blank_test not in BLANK_TESTS:
-            raise ValueError(f"--blank-test is {self.blank_test!r}: choose one of {', '.join(BLANK_TESTS)}.")
 
 
 @dataclass(frozen=True)

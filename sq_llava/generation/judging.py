@@ -6,7 +6,6 @@ and edited (`sq-llava generate-data prompts self FOLDER`). What this module does
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib.resources import files
 from pathlib import Path
 
 from sq_llava.data.images import jpeg_data_url, open_image
@@ -15,7 +14,6 @@ from sq_llava.llm_client.client import ChatClient, ChatRequest, Messages
 from sq_llava.llm_client.replies import without_thoughts
 
 
-PROMPTS = files("sq_llava.generation") / "prompts" / "self"
 ATTEMPTS = 3
 WORDS = {"accept": True, "reject": False}
 # Of an image as a server gets it: what most scale larger ones to.

@@ -14,57 +14,27 @@ captions get wrong stays wrong.
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
-from importlib.resources import files
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sq_llava.generation.rows import Card, Rejected, Shard, make_row, write_output
+from sq_llava.generation.rows import Card, Rejected, make_row, write_output
 from sq_llava.generation.scenes import Box, Scene, read_scenes
+from sq_llava.generation.settings import PROMPTS, LlavaSettings
 from sq_llava.generation.turns import Turn, fault_of, parse_turns, without_rulers
 from sq_llava.llm_client.asking import Asked, ask_all
-from sq_llava.llm_client.client import ChatClient, ChatSettings, Estimate, Messages
+from sq_llava.llm_client.client import ChatClient, Estimate, Messages
 from sq_llava.llm_client.replies import without_thoughts
 from sq_llava.resumable.run_note import check_note, hash_of_file, write_note
 
 
-PROMPTS = files("sq_llava.generation") / "prompts" / "llava"
 KINDS = ("conversation", "detail", "reasoning")
-# Thousands of rows in LLaVA's set.
-SHARES = "conversation=58,detail=23,reasoning=77"
 # What must be the same for the answers in a folder to make one set.
 IDENTITY = (
     *("kind", "captions_hash", "instances_hash", "prompts_hash", "model", "temperature", "max_tokens", "shares"),
     *("kinds_per_image", "seed", "num_shards"),
 )
 JOURNAL = "answers.jsonl"
-
-
-@dataclass(frozen=True)
-class LlavaSettings:
-    """
-    Args:
-        captions, instances (`Path`): As of [`read_scenes`].
-        out (`Path`): Folder to write.
-        chat (`ChatSettings`): Whom to ask.
-        prompts (`Path`): Folder of [`read_prompts`].
-        shares (`str`): Of the kinds, as of [`parse_shares`].
-        kinds_per_image (`int`): Rows to be made of each image, of different kinds.
-        limit (`int`, *optional*): The first so many images.
-        seed (`int`): Of what is drawn.
-        shard (`Shard`): The part of the images.
-    """
-
-    captions: Path
-    instances: Path | None
-    out: Path
-    chat: ChatSettings
-    prompts: Path = PROMPTS
-    shares: str = SHARES
-    kinds_per_image: int = 1
-    limit: int | None = None
-    seed: int = 0
-    shard: Shard = field(default_factory=Shard)
 
 
 @dataclass(frozen=True)
@@ -93,7 +63,7 @@ class Prompts:
     sha256: str
 
 
-def read_prompts(folder: Path = PROMPTS) -> Prompts:
+def read_prompts(folder: Path = PROMPTS / "llava") -> Prompts:
     """
     Reads `<kind>.md`, `detail_questions.txt` and `examples.json` of a folder.
 

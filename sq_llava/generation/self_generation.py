@@ -16,7 +16,7 @@ shard. What it does not do: know whether an answer is right.
 import hashlib
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -24,15 +24,16 @@ from typing import Any
 from accelerate import PartialState
 
 from sq_llava.checkpoints.provenance import public_name
-from sq_llava.evaluation.questions import AskSettings, ClipScorer, Picture, ask_about, read_pictures
+from sq_llava.evaluation.questions import ClipScorer, Picture, ask_about, read_pictures
 from sq_llava.evaluation.results import claim_folder, hash_of_model
-from sq_llava.generation.filters import FilterSettings, Outcome, Turn, filter_turns
-from sq_llava.generation.judging import PROMPTS, Exhibit, first_requests, judge_turns, read_prompt
-from sq_llava.generation.rows import Card, Rejected, Shard, make_row, require_utf8, write_output
+from sq_llava.generation.filters import Outcome, Turn, filter_turns
+from sq_llava.generation.judging import Exhibit, first_requests, judge_turns, read_prompt
+from sq_llava.generation.rows import Card, Rejected, make_row, require_utf8, write_output
 from sq_llava.generation.scoring import score_answers, score_each, score_with_clip
+from sq_llava.generation.settings import SelfGeneration
 from sq_llava.inference.assistant import best_device, load
 from sq_llava.llm_client.asking import Asked
-from sq_llava.llm_client.client import BYTES_PER_TOKEN, ChatClient, ChatSettings, Estimate
+from sq_llava.llm_client.client import BYTES_PER_TOKEN, ChatClient, Estimate
 from sq_llava.resumable.resume import read_lines
 from sq_llava.resumable.run_note import command_line
 from sq_llava.stopping import INTERRUPTED
@@ -46,36 +47,6 @@ NOT_CHECKED = (
     "Whether the answers are right: they are the model's own; a confident mistake passes the filters.",
     "Whether what the model asks about is what matters in an image.",
 )
-
-
-@dataclass(frozen=True)
-class SelfGeneration:
-    """Settings of one run: `images` and `image_root` as in `read_pictures`, `clip` as in [`ClipScorer`]."""
-
-    model: str
-    images: str
-    out: Path
-    ask: AskSettings = field(default_factory=AskSettings)
-    filters: FilterSettings = field(default_factory=FilterSettings)
-    image_root: str | None = None
-    limit: int | None = None
-    shard: Shard = field(default_factory=Shard)
-    clip: str | None = None
-    judge: ChatSettings | None = None
-    prompts: Path = PROMPTS
-    dtype: str = "auto"
-    device: str | None = None
-    batch_size: int = 4
-
-    def __post_init__(self):
-        if self.filters.min_clip_score is not None and self.clip is None:
-            raise ValueError("--min-clip-score needs --clip: a folder or Hub id of a whole CLIP.")
-
-    @property
-    def progress(self) -> Path:
-        """Where the lines of the models stand; each shard's own."""
-        shard = self.shard
-        return self.out if shard.count == 1 else self.out / f"shard-{shard.index:05}-of-{shard.count:05}"
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ What this module does not do: sample answers; they are greedy.
 from itertools import chain
 
 import torch
+from PIL import Image
 from transformers import LogitsProcessorList
 
 from modeling_sq_llava import CACHE_NAME, SQLlavaForConditionalGeneration
@@ -43,11 +44,8 @@ class Dialogues:
         self.model = model
         self.processor = processor
         self.messages = messages
-        self.images = [images_of(conversation) for conversation in messages]
         self.cache = PrefixCache(model, len(messages))
-        self.generators = [None]
-        if seeds is not None:
-            self.generators = [torch.Generator(model.device).manual_seed(seed) for seed in seeds]
+        self.seed(seeds)
 
     @classmethod
     def start(
@@ -71,6 +69,17 @@ class Dialogues:
         dialogues = cls(model, processor, place_images_of_all([(image, DESCRIBE) for image in images]), seeds)
         dialogues.answer(max_new_tokens)
         return dialogues
+
+    def seed(self, seeds: list[int] | None) -> None:
+        """Begins the samples of each conversation anew."""
+        self.generators = [None]
+        if seeds is not None:
+            self.generators = [torch.Generator(self.model.device).manual_seed(seed) for seed in seeds]
+
+    @property
+    def images(self) -> list[list[Image.Image]]:
+        """Of each conversation."""
+        return [images_of(conversation) for conversation in self.messages]
 
     @torch.inference_mode()
     def answer(self, max_new_tokens: int) -> list[str]:

@@ -27,7 +27,6 @@ from datetime import UTC, datetime
 from itertools import count
 from pathlib import Path
 from typing import Any, TypeVar
-from urllib.parse import urlsplit
 
 import openai
 from rich.console import Console
@@ -35,6 +34,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from sq_llava.llm_client.journal import Journal, lock
 from sq_llava.llm_client.replies import mend, read_completion, retry_after
+from sq_llava.llm_client.settings import ChatSettings
 
 
 Messages = Sequence[Mapping[str, Any]]
@@ -71,62 +71,6 @@ class NotAsked(ChatFailure):
     def __init__(self, request: "ChatRequest"):
         super().__init__("not asked yet")
         self.request = request
-
-
-@dataclass(frozen=True)
-class ChatSettings:
-    """
-    Args:
-        model (`str`): As the server names it.
-        base_url (`str`, *optional*): Of the server, up to `/v1`; else `OPENAI_BASE_URL`, else OpenAI's own.
-        temperature (`float`): Of the first attempt; each further one is 0.5 warmer, up to 1.
-        max_tokens (`int`): Of an answer, a reasoning model's thoughts included.
-        concurrency (`int`): Requests at a time.
-        retries (`int`): How often a request is sent again that the server did not answer.
-        timeout (`float`): Seconds for one answer.
-        max_requests (`int`, *optional*): Of all runs with the same journal, without the server's refusals.
-        max_total_tokens (`int`, *optional*): Likewise; of prompts and answers.
-        max_cost (`float`, *optional*): Likewise; in the unit of the prices.
-        input_price, output_price (`float`, *optional*): Of a million tokens.
-        image_tokens (`int`): What an image is counted as; a server that counts more can pass the caps by it.
-        option_prefix (`str`): What the options are called by, in errors.
-    """
-
-    model: str
-    base_url: str | None = None
-    temperature: float = 0.0
-    max_tokens: int = 1024
-    concurrency: int = 8
-    retries: int = 5
-    timeout: float = 120.0
-    max_requests: int | None = None
-    max_total_tokens: int | None = None
-    max_cost: float | None = None
-    input_price: float | None = None
-    output_price: float | None = None
-    image_tokens: int = 4096
-    option_prefix: str = "--"
-
-    def __post_init__(self):
-        prefix = self.option_prefix
-        prices = (self.input_price, self.output_price)
-        if self.max_cost is not None and None in prices:
-            raise ValueError(f"{prefix}max-cost needs {prefix}input-price and {prefix}output-price (per million).")
-        if (self.input_price is None) != (self.output_price is None):
-            raise ValueError(f"{prefix}input-price and {prefix}output-price (per million) belong together.")
-        if self.base_url is not None:
-            url = urlsplit(self.base_url)
-            if url.scheme not in ("http", "https") or url.username or url.password or url.query:
-                raise ValueError(
-                    f"{prefix}base-url: give http(s)://host/v1, without a name, a key or a query in it; "
-                    "the key comes from OPENAI_API_KEY."
-                )
-
-    def price(self, prompt_tokens: int, completion_tokens: int) -> float:
-        """Without prices, 0."""
-        if self.input_price is None or self.output_price is None:
-            return 0.0
-        return (prompt_tokens * self.input_price + completion_tokens * self.output_price) / 1e6
 
 
 @dataclass(frozen=True)

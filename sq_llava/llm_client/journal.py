@@ -4,25 +4,18 @@
     journal.add({"key": "9f3a", "answer": "A dog.", "prompt_tokens": 100, "completion_tokens": 10})
     journal.get("9f3a")["answer"]
 
-A line without an answer, under a key that no request has, is what was paid for nothing. What this module does not do:
-lock a file where the system has no `flock` (Windows).
+A line without an answer, under a key that no request has, is what was paid for nothing.
 """
 
 import json
-import os
 import threading
 import warnings
 from pathlib import Path
 from typing import Any
-from weakref import WeakValueDictionary, finalize
+
+from filelock import BaseFileLock, FileLock, Timeout
 
 from sq_llava.resumable.jsonl import read_complete_lines, to_line
-
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
 
 
 class Journal:
@@ -61,41 +54,23 @@ class Journal:
         self._line_of[line["key"]] = line
 
 
-class JournalLock:
+def lock(path: Path) -> BaseFileLock:
     """
-    A journal that this process alone writes, as long as this object lives.
+    Lets this process alone write a journal, as long as one of its locks on it lives.
 
     Raises:
         ValueError: if another process has it.
     """
-
-    def __init__(self, path: Path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-        finalize(self, os.close, descriptor)
-        if fcntl is None:
-            return
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ValueError(
-                f"{path}: another run writes into this folder, and both would pay. Wait for it, or give another "
-                "folder or shard."
-            ) from error
-        except OSError as error:  # some network file systems
-            warnings.warn(
-                f"{path}: cannot be locked here ({error}): start no other run into this folder.", stacklevel=2
-            )
-
-
-# A second lock on the same file would shut its own process out.
-_LOCKS: WeakValueDictionary[Path, JournalLock] = WeakValueDictionary()
-
-
-def lock(path: Path) -> JournalLock:
-    """The lock on a journal, which all that this process has on it share."""
-    path = path.resolve()
-    held = _LOCKS.get(path)
-    if held is None:
-        held = _LOCKS[path] = JournalLock(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # One object for all threads and clients of this process.
+    held = FileLock(f"{path.resolve()}.lock", blocking=False, thread_local=False, is_singleton=True)
+    try:
+        held.acquire()
+    except Timeout as error:
+        raise ValueError(
+            f"{path}: another run writes into this folder, and both would pay. Wait for it, or give another folder or "
+            "shard."
+        ) from error
+    except OSError as error:  # some network file systems
+        warnings.warn(f"{path}: cannot be locked here ({error}): start no other run into this folder.", stacklevel=2)
     return held

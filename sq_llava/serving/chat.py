@@ -20,6 +20,7 @@ from sq_llava.serving.engine import Engine, Failure, Generation, Piece
 from sq_llava.serving.images import decode_data_url, decode_image, fetch, num_pixels
 from sq_llava.serving.metrics import Metrics
 from sq_llava.serving.schema import ApiError, ChatCompletionRequest, ImagePart, error_body
+from sq_llava.serving.settings import Limits
 
 
 # As `sq-llava ask` and the authors' code ask by default.
@@ -27,22 +28,6 @@ QUESTION_SAMPLING = {"temperature": 1.2, "top_p": 0.95, "top_k": 300}
 DEFAULT_NEW_TOKENS = 512
 # Images are decoded, and prompts encoded, by so many threads.
 PREPARING_THREADS = 2
-
-
-@dataclass(frozen=True)
-class Limits:
-    """
-    What a request may cost. `max_pixels` are those of all its images, padded to squares; `max_waiting` are requests,
-    beside the rows of a full batch; `request_seconds` go from its first byte to the last one of the reply.
-    """
-
-    max_body_bytes: int = 20_000_000
-    max_images: int = 8
-    max_pixels: int = 64_000_000
-    max_prompt_tokens: int | None = None
-    max_waiting: int = 64
-    request_seconds: float = 120.0
-    allow_remote_images: bool = False
 
 
 @dataclass(frozen=True)

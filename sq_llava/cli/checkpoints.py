@@ -1,0 +1,222 @@
+"""`sq-llava merge`, `convert`, `inspect` and `push`: what is done to checkpoints."""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.progress import Progress
+
+from sq_llava.cli.options import AsJson
+from sq_llava.console import console, errors_in_one_line, examples, messages_console
+from sq_llava.early_checks import require_dtype, require_file, require_folder, require_model, require_new_folder
+from sq_llava.locations import require_folder_or_id
+
+
+app = typer.Typer()
+
+
+@app.command(epilog=examples("sq-llava merge runs/sq-llava-7b/stage2 --out runs/sq-llava-7b/merged"))
+def merge(
+    adapter: Annotated[str, typer.Argument(help="Folder that a training stage wrote.", show_default=False)],
+    out: Annotated[str, typer.Option(help="Folder for the plain checkpoint.", show_default=False)],
+) -> None:
+    """Merge an adapter into its base: a plain checkpoint, with processor, code and card."""
+    with errors_in_one_line():
+        require_folder(adapter)
+        require_new_folder(out)
+        from sq_llava.checkpoints.load import merge_adapter
+
+        merge_adapter(adapter, out)
+        messages_console.print(f"Wrote {out}")
+
+
+@app.command(
+    epilog=examples(
+        "A LoRA of the authors' SQ-LLaVA, on its base:",
+        "sq-llava convert sqllava-lora-7b --base base-7b --vision openai/clip-vit-large-patch14-336 --out sq-llava-7b",
+        "A whole SQ-LLaVA or LLaVA of the original code:",
+        "sq-llava convert llava-v1.5-7b --vision openai/clip-vit-large-patch14-336 --out llava-7b --verify",
+        "The LoRA of an original LLaVA:",
+        "sq-llava convert llava-v1.5-7b-lora --base vicuna-7b --vision clip-336 --out llava-7b",
+        "A projector that stage 1 trained, to go on with stage 2:",
+        "sq-llava convert stage1/mm_projector.bin --base vicuna-7b --vision clip-336 --out stage1-7b",
+        "A LLaVA of transformers, as it is, and as a start of training with prototypes:",
+        "sq-llava convert llava-hf/llava-1.5-7b-hf --out llava-7b",
+        "sq-llava convert llava-hf/llava-1.5-7b-hf --prototypes paper --out start-7b",
+    )
+)
+def convert(
+    source: Annotated[str, typer.Argument(help="Folder, file of a projector, or a Hub id.", show_default=False)],
+    out: Annotated[str, typer.Option(help="New folder for the checkpoint.", show_default=False)],
+    base: Annotated[
+        str | None,
+        typer.Option(help="Language model: folder or Hub id. Default: what the source names, if it is here."),
+    ] = None,
+    vision: Annotated[
+        str | None, typer.Option(help="Vision tower: folder or Hub id. Default: what the source names, if it is here.")
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="auto (as the language model), float32, bfloat16 or float16.")] = "auto",
+    prototypes: Annotated[
+        str | None, typer.Option(help="Put a new prototype extractor into a LLaVA: paper or released.")
+    ] = None,
+    max_shard_size: Annotated[str, typer.Option(help="Maximum size of a file of weights.")] = "5GB",
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Then compare the logits with those of the source.")
+    ] = False,
+    verify_dtype: Annotated[str, typer.Option(help="Type of the comparison: float32, or bfloat16.")] = "float32",
+    verification_file: Annotated[
+        bool, typer.Option("--verification-file", help="Also write OUT/verification.json, with --verify.")
+    ] = False,
+) -> None:
+    """Convert a released SQ-LLaVA or LLaVA: a whole checkpoint, with processor, code and card."""
+    with errors_in_one_line():
+        _check_places(source, base, vision, out)
+        require_dtype(dtype, "--dtype")
+        require_dtype(verify_dtype, "--verify-dtype", automatic=False)
+        with messages_console.status("Reading names and shapes"):
+            from transformers.utils import logging
+
+            from sq_llava.checkpoints import convert as conversion
+            from sq_llava.checkpoints.layouts import recognise
+
+            logging.set_verbosity_error()
+            layout = recognise(source, base, vision, download=True)
+            planned = conversion.plan(layout, out, dtype, prototypes, max_shard_size)
+            if verify:
+                from sq_llava.checkpoints import verify as verification
+
+                verification.require_memory(out, planned.size // planned.model.dtype.itemsize, verify_dtype)
+                unequal = verification.unequal_name(out)
+        for line in conversion.describe(planned):
+            messages_console.print(line, markup=False, soft_wrap=True)
+        with Progress(console=messages_console, transient=True) as progress:
+            conversion.write(planned, progress)
+        messages_console.print(f"Wrote {out}", markup=False, soft_wrap=True)
+        if verify:
+            _verify_conversion(layout, planned.out, unequal, verify_dtype, verification_file)
+
+
+def _check_places(source: str, base: str | None, vision: str | None, out: str) -> None:
+    if not Path(source).expanduser().is_file():
+        require_folder_or_id(source, "the source")
+    for option, given in (("--base", base), ("--vision", vision)):
+        if given is not None:
+            require_folder_or_id(given, option)
+    require_new_folder(Path(out).expanduser())
+
+
+def _verify_conversion(layout, out: Path, unequal: Path, dtype: str, keep_report: bool) -> None:
+    from sq_llava.checkpoints import verify as verification
+
+    with messages_console.status("Comparing with the source"):
+        result = verification.verify(layout, out, dtype)
+    verification.print_verification(result, console)
+    if keep_report:
+        (out / "verification.json").write_text(json.dumps(result.to_json(), indent=2) + "\n")
+    if not result.passed:
+        out.rename(unequal)
+        messages_console.print(f"Moved to {unequal}", markup=False, soft_wrap=True)
+        raise typer.Exit(1)
+
+
+@app.command(
+    epilog=examples(
+        "sq-llava inspect runs/sq-llava-7b/merged",
+        "sq-llava inspect liuhaotian/llava-v1.5-7b --json > what.json",
+    )
+)
+def inspect(
+    folder: Annotated[
+        str, typer.Argument(help="A folder, or a Hub id that is in the local cache.", show_default=False)
+    ],
+    as_json: AsJson = False,
+) -> None:
+    """Say what a checkpoint is, holds and lacks; no weights are read. Exit code 1: it is broken, or not known."""
+    with errors_in_one_line():
+        require_folder_or_id(folder)
+        with messages_console.status("Reading headers"):
+            from sq_llava.checkpoints import inspection
+
+            found = inspection.inspect(folder)
+        if as_json:
+            print(json.dumps(found.to_json(), indent=2))
+        else:
+            inspection.print_inspection(found, console)
+    if not found.sound:
+        raise typer.Exit(1)
+
+
+@app.command(
+    epilog=examples(
+        "sq-llava push runs/demo/model org/name --dry-run",
+        "sq-llava push runs/sq-llava-7b/stage2 org/name --private --eval-results results.json",
+        "sq-llava push runs/sq-llava-7b/stage2 org/name-lora --adapter-only --base-model org/base",
+    )
+)
+def push(
+    folder: Annotated[Path, typer.Argument(help="Checkpoint, or the output of a stage.", show_default=False)],
+    repo_id: Annotated[str, typer.Argument(help="Where to: org/name.", show_default=False)],
+    private: Annotated[bool, typer.Option("--private", help="Create the repository as private.")] = False,
+    revision: Annotated[str | None, typer.Option(help="Branch. Default: main.")] = None,
+    adapter_only: Annotated[
+        bool, typer.Option("--adapter-only", help="Upload an adapter as it is, for PEFT. Default: merged.")
+    ] = False,
+    base_model: Annotated[str | None, typer.Option(help="Hub id of the adapter's base, with --adapter-only.")] = None,
+    eval_results: Annotated[Path | None, typer.Option(help="JSON file of an evaluation, for the card.")] = None,
+    license: Annotated[str | None, typer.Option(help="License for the card, e.g. apache-2.0.")] = None,
+    language: Annotated[
+        list[str] | None, typer.Option(help="Language for the card, e.g. en. Can be repeated.")
+    ] = None,
+    message: Annotated[str | None, typer.Option(help="Commit message.")] = None,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run code in the folder that is not this library's.")
+    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check and show everything, send nothing.")] = False,
+) -> None:
+    """Publish a model on the Hub, with a card, and prove that others can load it."""
+    with errors_in_one_line():
+        require_folder(folder)
+        if eval_results is not None:
+            require_file(eval_results, "--eval-results")
+        require_model(str(folder))
+        from huggingface_hub import HfApi
+
+        from sq_llava.checkpoints import push as publishing
+        from sq_llava.checkpoints.card import read_results
+        from sq_llava.checkpoints.publication import prepare, print_publication
+
+        results = read_results(eval_results) if eval_results else None
+        about_model = {"results": results, "license": license, "languages": language or []}
+        _check_results_are_of(folder, eval_results, results or {})
+        api = None if dry_run else HfApi()
+        if api is not None:
+            publishing.check_rights(api, repo_id, private)
+        with prepare(folder, repo_id, adapter_only, base_model, api, trust_remote_code) as publication:
+            print_publication(publication, messages_console)
+            publishing.check_card(publication, dry_run, **about_model)
+            with messages_console.status("Loading it in a fresh process"):
+                publishing.check_loading(publication)
+            if api is None:
+                messages_console.print("It loads, and answers. Nothing was sent.")
+                return
+            commit = publishing.upload(api, publication, private, revision, message)
+            messages_console.print(f"Uploaded as commit {commit}. It is fetched again, and compared.", soft_wrap=True)
+            publishing.check_published(api, publication, commit)
+            url = publishing.publish_card(api, publication, commit, revision, **about_model)
+        messages_console.print(f"Published, equal to the last bit: {url}", markup=False, soft_wrap=True)
+
+
+def _check_results_are_of(folder: Path, file: Path | None, results: dict) -> None:
+    """Of an adapter, others may have been evaluated than the one that goes up: it, or what it is merged to."""
+    recorded = results.get("model_hash")
+    if recorded is None or not (folder / "config.json").is_file() or (folder / "adapter_config.json").is_file():
+        return
+    from sq_llava.evaluation.results import hash_of_model
+
+    found = hash_of_model(str(folder))
+    if found != recorded:
+        raise ValueError(
+            f"{file}: model_hash is {recorded}, but {folder} has {found}: the results are of other weights, or a JSON "
+            "file in that folder has changed since: evaluate it, or leave --eval-results out."
+        )

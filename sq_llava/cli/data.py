@@ -1,0 +1,69 @@
+"""`sq-llava doctor`: checks the data of a recipe."""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.progress import Progress
+
+from sq_llava.cli.options import AsJson
+from sq_llava.console import console, errors_in_one_line, examples, messages_console
+from sq_llava.early_checks import require_new_folder, require_recipe
+
+
+app = typer.Typer()
+
+
+@app.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+    epilog=examples(
+        "sq-llava doctor --config recipes/sq-llava-7b/stage2.yaml",
+        "sq-llava doctor --config recipe.yaml --dataset_path mine.json --image_root images --json > findings.json",
+        "sq-llava doctor --config recipe.yaml --fix mended",
+    ),
+)
+def doctor(
+    context: typer.Context,
+    config: Annotated[str | None, typer.Option(help="Recipe. Settings that follow as options win.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Check at most N rows, evenly spaced.")] = None,
+    images: Annotated[bool, typer.Option(help="Open the image files.")] = True,
+    lengths: Annotated[bool, typer.Option(help="Count the tokens.")] = True,
+    fix: Annotated[Path | None, typer.Option(help="New folder for the rows without errors.")] = None,
+    num_proc: Annotated[int | None, typer.Option(min=1, help="Processes. Default: one for each core.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Check the data of a recipe: every row, image header and length. Exit code 1: there are errors."""
+    with errors_in_one_line():
+        if config is not None:
+            require_recipe(config)
+        if fix is not None:
+            require_new_folder(fix)
+            if limit is not None:
+                raise ValueError("--fix is given with --limit, which looks at some rows only: leave --limit out.")
+        with messages_console.status("Opening the data"):
+            from sq_llava.doctor.check import data_check, examine
+            from sq_llava.doctor.report import print_preview, print_report, write_sound_rows
+            from sq_llava.training.settings import parse_settings
+
+            # Nothing is trained: a recipe for GPUs can be checked anywhere.
+            settings = [*(["--config", config] if config else []), *context.args, "--use_cpu", "true"]
+            recipe = parse_settings(settings)
+            check = data_check(*recipe, read_images=images, measure_lengths=lengths)
+        with Progress(console=messages_console, transient=True) as progress:
+            report = examine(check, progress, limit, num_proc)
+        if as_json:
+            print(json.dumps(report.to_json(), indent=2))
+        else:
+            print_report(report, console)
+            if images:
+                print_preview(check, report, recipe[1].seed, console)
+        if fix is not None:
+            entries = write_sound_rows(check, report, fix)
+            messages_console.print(
+                f"Wrote {fix}. Its sources, in the order of the recipe's:", markup=False, soft_wrap=True
+            )
+            for entry in entries:
+                messages_console.print(f"  - {json.dumps(entry)}", markup=False, soft_wrap=True)
+    if report.num_errors:
+        raise typer.Exit(1)

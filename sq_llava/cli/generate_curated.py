@@ -1,0 +1,107 @@
+"""`sq-llava generate-data curate`: what is asked for on the command line."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from sq_llava.cli.generate_data import SERVER, DryRun, ShardOption, end_run, print_estimate
+from sq_llava.cli.options import OptionsOf, check_model_options, quiet_libraries, takes_options
+from sq_llava.console import console, errors_in_one_line, examples, messages_console
+from sq_llava.early_checks import require_file, require_folder
+from sq_llava.generation.rows import Shard
+from sq_llava.generation.settings import PROMPTS, CurateSettings, DescribeSettings, PromptFolder
+from sq_llava.llm_client.settings import ChatSettings
+from sq_llava.resumable.run_note import command_line
+
+
+REPAIR = "Repair, if --repair-model is given"
+# The repairer is asked as the describer is.
+SHARED = ("temperature", "max_tokens", "concurrency", "timeout")
+
+app = typer.Typer()
+
+
+@app.command(
+    epilog=examples(
+        "sq-llava generate-data curate photos --describer org/sq-llava-7b --out described",
+        "sq-llava generate-data curate photos --model gpt-4o --repair-model gpt-4o-mini --max-requests 10000 "
+        "--repair-max-requests 5000 --out described",
+        "After a look at described/review.html, which saves decisions.json:",
+        "sq-llava generate-data curate photos --describer org/sq-llava-7b --out described --decisions decisions.json",
+        "On many machines, each with a server of its own:",
+        "sq-llava generate-data curate photos --model NAME --base-url http://127.0.0.1:8000/v1 --out /shared/photos "
+        "--shard 3/8",
+    )
+)
+@takes_options
+def curate(
+    settings: Annotated[dict, OptionsOf(CurateSettings)],
+    local: Annotated[dict, OptionsOf(DescribeSettings)],
+    server: Annotated[dict, OptionsOf(ChatSettings, panel=SERVER, model=None)],
+    repair: Annotated[
+        dict,
+        OptionsOf(ChatSettings, "repair", panel=REPAIR, without=(*SHARED, "base_url", "image_tokens"), model=None),
+    ],
+    repair_base_url: Annotated[
+        str | None, typer.Option(help="URL of its server, up to /v1. Default: --base-url.", rich_help_panel=REPAIR)
+    ] = None,
+    describer: Annotated[
+        str | None, typer.Option(help="SQ-LLaVA folder or Hub id that describes; or give --model.")
+    ] = None,
+    prompts: PromptFolder = PROMPTS / "curate",
+    shard: ShardOption = None,
+    dry_run: DryRun = False,
+) -> None:
+    """From images alone: detailed descriptions, continued, repaired, filtered, and checked by a person."""
+    with errors_in_one_line():
+        _check_curation(settings, local, server, describer, prompts)
+        with messages_console.status("Loading libraries"):
+            from sq_llava.generation import curate as curating
+            from sq_llava.generation.describing import LocalDescriber, Prompts, Repairer, ServerDescriber
+            from sq_llava.llm_client.client import ChatClient
+
+            quiet_libraries()
+        run = CurateSettings(shard=Shard.parse(shard), **settings)
+        texts = Prompts.read(prompts)
+
+        def client(chat: dict, journal: str) -> ChatClient:
+            return ChatClient(ChatSettings(**chat), run.out / run.shard.name(journal), reads_only=dry_run)
+
+        if describer is None:
+            looks = ServerDescriber(client(server, "answers.jsonl"), texts, local["short"])
+        else:
+            journal = run.out / run.shard.name("descriptions.jsonl")
+            looks = LocalDescriber(describer, DescribeSettings(**local), texts, journal)
+        repairs = None
+        if repair["model"] is not None:
+            shared = {name: server[name] for name in SHARED} | {"base_url": repair_base_url or server["base_url"]}
+            repairs = Repairer(client({**repair, **shared, "option_prefix": "--repair-"}, "repairs.jsonl"), texts)
+        if dry_run:
+            for name, estimate in curating.estimate(run, looks, repairs).items():
+                console.print(f"{name}:", highlight=False, markup=False)
+                print_estimate(estimate)
+            return
+        made = curating.curate(run, looks, repairs, command_line())
+    _show_curated(made, run.out)
+
+
+def _check_curation(settings: dict, local: dict, server: dict, describer: str | None, prompts: Path) -> None:
+    if (describer is None) == (server["model"] is None):
+        raise ValueError("Give either --describer, a model here, or --model, one behind a server.")
+    require_folder(settings["images"])
+    if settings["decisions"] is not None:
+        require_file(settings["decisions"], "--decisions")
+    require_folder(prompts)
+    if describer is not None:
+        check_model_options(describer, local["device"], local["dtype"])
+
+
+def _show_curated(made, out: Path) -> None:
+    """Prints what was made of the images; exit code 1 where something is missing."""
+    counts = f"{made.num_images:,} images, {made.num_continued:,} described in two steps, {made.num_kept:,} kept"
+    left_out = "Left out:" if made.reasons else "None was left out."
+    console.print(f"{counts}, {made.num_checked:,} of these checked by a person. {left_out}", highlight=False)
+    for reason, count in made.reasons.items():
+        console.print(f"  {count:>7,}  {reason}", highlight=False)
+    end_run(out, made.num_failed, made.num_open, made.stopped)
