@@ -7,8 +7,13 @@ Any setting of a recipe can be given on the command line too, and wins there:
 
     python -m train_sft --config recipes/sq-llava-7b/stage1.yaml --text_model_name_or_path Qwen/Qwen3-0.6B
 
-Stopped by SIGTERM or SIGINT, it saves a checkpoint and ends with 75 (a launcher such as torchrun ends with 1 then);
-killed or stopped, it goes on with `--resume`, as if nothing had been.
+In Python, with the same settings:
+
+    from sq_llava.training.settings import parse_recipe
+    trainer = train_sft.train(*parse_recipe("recipes/sq-llava-7b/stage1.yaml", max_steps=100))
+
+Stopped by SIGTERM or SIGINT, it saves a checkpoint and ends with 75 (a launcher such as torchrun ends with 1 then). A
+run that was stopped or killed is resumed with `--resume`, and ends as if it had never stopped.
 
 The data is checked first, by a sample of its rows: see `sq-llava doctor` and the setting `doctor`.
 
@@ -19,7 +24,6 @@ It writes a PEFT adapter with the processor to `output_dir`; `sq-llava merge` ma
 What it does not do: train the vision tower's own weights; convert released checkpoints.
 """
 
-import shlex
 import signal
 import sys
 
@@ -33,94 +37,132 @@ if __name__ == "__main__":  # before the imports below, which take seconds
     with errors_in_one_line():
         require_recipe_of(sys.argv[1:])
 
+import datasets
 from accelerate import PartialState
 from transformers import set_seed
 from transformers.utils.versions import require_version
+from trl import ModelConfig, SFTConfig
 
+from processing_sq_llava import SQLlavaProcessor
 from sq_llava.checkpoints.card import write_card
 from sq_llava.checkpoints.provenance import read_provenance, record_stage
-from sq_llava.data.lengths import LengthBound, with_sure_lengths
+from sq_llava.data.lengths import LengthBound, with_length_bounds
 from sq_llava.data.rows import hold_out, load_rows
 from sq_llava.doctor.check import data_check
 from sq_llava.doctor.report import SAMPLE_ROWS, check_before_training
 from sq_llava.locations import fetch
 from sq_llava.training.collator import EpochCallback, SelfQuestioningCollator
 from sq_llava.training.generation_check import GenerationCheck
-from sq_llava.training.packing import pack_sampler
 from sq_llava.training.planning import (
-    describe_steps,
+    complete_settings,
     leave_one_step,
     plan_from_configs,
     print_parameters,
     resident_peak,
-    set_global_batch,
     try_one_step,
 )
 from sq_llava.training.recovery import EXIT_TRY_AGAIN, find_checkpoint, warn_of_changes
-from sq_llava.training.settings import parse_settings, require_extras, starting_point
-from sq_llava.training.stage_model import load_base, prepare_stage
+from sq_llava.training.settings import SQLlavaArguments, parse_settings, require_extras
+from sq_llava.training.stage_model import load_base, prepare_stage, starting_point
 from sq_llava.training.trainer import SQLlavaTrainer
 
 
-def main(args: list[str] | None = None) -> SQLlavaTrainer:
-    arguments, training_args, model_config = parse_settings(args, __doc__)
+def main(args: list[str] | None = None) -> SQLlavaTrainer | None:
+    return train(*parse_settings(args, __doc__))
+
+
+def train(arguments: SQLlavaArguments, training_args: SFTConfig, model_config: ModelConfig) -> SQLlavaTrainer | None:
+    """
+    Trains a stage; with `dry_run`, tries one step of it, or only plans it, and returns no trainer then.
+
+    Args:
+        arguments, training_args, model_config: As `parse_settings` and `parse_recipe` give them. They are changed.
+    """
     # Before 5.18, the mask of what is in the loss is wrong behind an image.
     require_version("transformers>=5.18")
-    instruct = arguments.stage == "instruct"
-    training_args.remove_unused_columns = False  # the collator makes the model's inputs of our columns
-    training_args.ddp_find_unused_parameters = False  # every trained weight is in the graph of every batch
-    if training_args.data_seed is None:
-        training_args.data_seed = training_args.seed  # else, rows come in an order of where PyTorch's seed stands
-    num_processes = arguments.num_gpus or training_args.world_size
-    if arguments.num_gpus is not None and arguments.dry_run != "meta":
-        raise ValueError(f"num_gpus is {arguments.num_gpus}: it is for --dry_run meta; else the launcher says it.")
-    if arguments.global_batch_size is not None:
-        set_global_batch(training_args, arguments.global_batch_size, num_processes)
+    num_processes = complete_settings(arguments, training_args)
     if arguments.dry_run == "meta":
         return plan_from_configs(arguments, training_args, model_config, num_processes)
-    command_line = sys.argv[1:] if args is None else args
     require_extras(training_args, model_config)
     start, _ = starting_point(arguments, model_config)
     resident_before = resident_peak()
     set_seed(training_args.seed)
     with PartialState().main_process_first():
-        # Read before the training that it is written behind.
+        # Read before the training that it is written after.
         came_from = read_provenance(fetch(start)) if start else {}
         checkpoint = find_checkpoint(training_args.output_dir, arguments.resume, training_args.resume_from_checkpoint)
-        if arguments.doctor != "off" and PartialState().is_main_process:
-            command = shlex.join(["sq-llava", "doctor", *command_line])
-            check = data_check(arguments, training_args, model_config)
-            check_before_training(check, SAMPLE_ROWS if arguments.doctor == "sample" else None, command)
+        check_data(arguments, training_args, model_config)
 
     model, processor, previous_stage = load_base(arguments, training_args, model_config, checkpoint)
-    rows = load_rows(arguments.datasets, training_args.seed, processor.image_seq_length)
+    rows, eval_rows = read_rows(arguments, training_args, processor)
     model = prepare_stage(model, previous_stage, arguments, model_config)
+    steps = leave_one_step(rows, training_args, arguments.packing) if arguments.dry_run == "real" else None
+    trainer = make_trainer(model, processor, rows, eval_rows, arguments, training_args)
+    if trainer.accelerator.is_main_process:
+        print_parameters(model, arguments.part_learning_rates, training_args.learning_rate)
+        if trainer.packs is not None:
+            print(trainer.packs.describe())
+        if checkpoint is not None:
+            warn_of_changes(checkpoint, trainer.run)
+    if arguments.dry_run == "real":
+        try_one_step(trainer, resident_before)
+        if trainer.accelerator.is_main_process:
+            print(steps)
+        return trainer
+    run(trainer, checkpoint)
+    if trainer.accelerator.is_main_process:
+        record_stage(came_from, arguments, training_args, model_config, trainer.run, trainer.state.global_step)
+        if arguments.full_finetuning:
+            write_card(training_args.output_dir)
+    return trainer
 
+
+def check_data(arguments: SQLlavaArguments, training_args: SFTConfig, model_config: ModelConfig) -> None:
+    """The doctor's look at the rows, before a model is loaded."""
+    if arguments.doctor != "off" and PartialState().is_main_process:
+        check = data_check(arguments, training_args, model_config)
+        limit = SAMPLE_ROWS if arguments.doctor == "sample" else None
+        check_before_training(check, limit, arguments.doctor_command)
+
+
+def read_rows(
+    arguments: SQLlavaArguments, training_args: SFTConfig, processor: SQLlavaProcessor
+) -> tuple[datasets.Dataset, datasets.Dataset | None]:
+    """The rows to train on, with the bounds of their lengths if they are packed, and those to evaluate on."""
+    rows, eval_rows = load_rows(arguments.datasets, training_args.seed, processor.image_seq_length), None
+    if arguments.eval_datasets:
+        eval_rows = load_rows(arguments.eval_datasets, training_args.seed, processor.image_seq_length)
+    elif arguments.num_eval_rows:
+        rows, eval_rows = hold_out(rows, arguments.num_eval_rows, training_args.seed)
+    if arguments.packing:
+        plain = arguments.stage == "align"
+        bound = LengthBound(processor, training_args.max_length, plain, arguments.self_question_ratio)
+        with PartialState().local_main_process_first():
+            rows = with_length_bounds(rows, bound)
+    return rows, eval_rows
+
+
+def make_trainer(
+    model,
+    processor: SQLlavaProcessor,
+    rows: datasets.Dataset,
+    eval_rows: datasets.Dataset | None,
+    arguments: SQLlavaArguments,
+    training_args: SFTConfig,
+) -> SQLlavaTrainer:
     collator = SelfQuestioningCollator(
         processor,
-        plain=not instruct,
+        plain=arguments.stage == "align",
         self_question_ratio=arguments.self_question_ratio,
         seed=training_args.seed,
         max_length=training_args.max_length,
         pad_to_multiple_of=training_args.pad_to_multiple_of,
     )
-    eval_rows = generation_check = None
-    if arguments.eval_datasets:
-        eval_rows = load_rows(arguments.eval_datasets, training_args.seed, processor.image_seq_length)
-    elif arguments.num_eval_rows:
-        rows, eval_rows = hold_out(rows, arguments.num_eval_rows, training_args.seed)
+    generation_check = None
     if arguments.generation_datasets:
         generation_check = GenerationCheck(load_rows(arguments.generation_datasets, training_args.seed), processor)
         generation_check.require_room(model)
-    if arguments.packing:
-        bound = LengthBound(processor, training_args.max_length, not instruct, arguments.self_question_ratio)
-        with PartialState().local_main_process_first():
-            rows = with_sure_lengths(rows, bound)
-    if arguments.dry_run == "real":
-        packs = pack_sampler(rows, training_args, training_args.world_size) if arguments.packing else None
-        steps = describe_steps(len(rows), training_args, training_args.world_size, packs)
-        leave_one_step(training_args)
-    trainer = SQLlavaTrainer(
+    return SQLlavaTrainer(
         model=model,
         args=training_args,
         train_dataset=rows,
@@ -134,35 +176,20 @@ def main(args: list[str] | None = None) -> SQLlavaTrainer:
         generation_check=generation_check,
         packing=arguments.packing,
     )
-    if trainer.accelerator.is_main_process:
-        print_parameters(model, arguments.part_learning_rates, training_args.learning_rate)
-        if trainer.packs is not None:
-            print(trainer.packs.describe())
-        if checkpoint is not None:
-            warn_of_changes(checkpoint, trainer.run)
-    if arguments.dry_run == "real":
-        try_one_step(trainer, resident_before)
-        if trainer.accelerator.is_main_process:
-            print(steps)
-        return trainer
+
+
+def run(trainer: SQLlavaTrainer, checkpoint: str | None) -> None:
+    """Trains and saves. A run that is stopped ends the process, with its last checkpoint saved."""
     trainer.train(resume_from_checkpoint=checkpoint)
     if trainer.watch.stopped and trainer.state.global_step < trainer.state.max_steps:
         # A launcher ends the others when the first has ended.
         trainer.accelerator.wait_for_everyone()
-        saved = (
-            "save_strategy is no, so nothing was saved"
-            if training_args.save_strategy == "no"
-            else "Go on with --resume"
-        )
+        is_saved = trainer.args.save_strategy != "no"
+        saved = "Resume with --resume" if is_saved else "save_strategy is no, so nothing was saved"
         trainer.accelerator.print(f"Stopped at step {trainer.state.global_step}. {saved}.")
         sys.exit(EXIT_TRY_AGAIN)
     trainer.save_model()
     trainer.save_state()
-    if trainer.accelerator.is_main_process:
-        record_stage(came_from, arguments, training_args, model_config, trainer.run, trainer.state.global_step)
-        if arguments.full_finetuning:
-            write_card(training_args.output_dir)
-    return trainer
 
 
 if __name__ == "__main__":

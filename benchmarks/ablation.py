@@ -36,6 +36,7 @@ from demo.processes import end_with_parent, training_context
 from sq_llava.evaluation import easy_vqa
 from sq_llava.evaluation.run import Evaluation, read_examples
 from sq_llava.inference.assistant import Assistant
+from sq_llava.training.settings import parse_recipe
 
 
 matplotlib.use("Agg")
@@ -195,9 +196,9 @@ def seed_data(task: Task) -> Path:
 
 
 def train(stage: str, seed: int, steps: int, **settings):
-    settings |= {"config": RECIPES / f"{stage}.yaml", "seed": seed, "max_steps": steps, "image_root": image_root()}
+    settings |= {"seed": seed, "max_steps": steps, "image_root": image_root()}
     settings |= {"doctor": "off", "disable_tqdm": True, "save_strategy": "no"}
-    return train_sft.main([text for name, value in settings.items() for text in (f"--{name}", str(value))])
+    return train_sft.train(*parse_recipe(RECIPES / f"{stage}.yaml", **settings))
 
 
 def score(assistant: Assistant, data: Path, scale: Scale) -> dict:

@@ -19,10 +19,10 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import train_sft
 from benchmarks import common
+from benchmarks.ablation import train
 from demo.base_models import pretrain_blip2
-from demo.data import blind_guess, caption_rows, image_root, read_questions, write_data
+from demo.data import blind_guess, caption_rows, read_questions, write_data
 from demo.evaluate import BLANK_SHARE, measure_answers, measure_blank
 from demo.run import LLAVA, PLAIN
 from sq_llava import load
@@ -30,9 +30,6 @@ from sq_llava.evaluation import easy_vqa
 from sq_llava.evaluation.easy_vqa import KINDS
 from sq_llava.evaluation.run import Evaluation, read_examples
 from sq_llava.training.adapter import count_parameters
-
-
-RECIPES = Path(__file__).parent.parent / "recipes" / "easy-vqa"
 
 
 @dataclass(frozen=True)
@@ -71,12 +68,6 @@ def make_blip2(base: Path, work: Path, num_steps: int) -> Path:
         accuracy = pretrain_blip2(captions, holdout, folder, num_steps=num_steps)
         print(f"BLIP-2: {accuracy:.1%} of held-out images are closest to their own caption, of 24")
     return folder
-
-
-def train(stage: str, seed: int, steps: int, **settings):
-    settings |= {"config": RECIPES / f"{stage}.yaml", "seed": seed, "max_steps": steps, "image_root": image_root()}
-    settings |= {"doctor": "off", "disable_tqdm": True, "save_strategy": "no"}
-    return train_sft.main([text for name, value in settings.items() for text in (f"--{name}", str(value))])
 
 
 def run(name: str, seed: int, arguments) -> dict:

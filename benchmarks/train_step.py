@@ -50,7 +50,7 @@ from trl import SFTConfig, SFTTrainer
 from benchmarks import common
 from benchmarks.random_models import make_model
 from processing_sq_llava import SQLlavaProcessor
-from sq_llava.data.lengths import LengthBound, with_sure_lengths
+from sq_llava.data.lengths import LengthBound, with_length_bounds
 from sq_llava.data.packing import pack_in_windows
 from sq_llava.data.rows import load_rows
 from sq_llava.data.sources import DataSource
@@ -131,7 +131,7 @@ def make_data(folder: Path, num_rows: int, mix: str = "as of LLaVA", vocabulary:
     path.write_text(json.dumps(raw))
     processor = word_processor(vocabulary)
     rows = load_rows([DataSource(str(path))], image_seq_length=64)
-    rows = with_sure_lengths(rows, LengthBound(processor, MAX_LENGTH, self_question_ratio=0.0))
+    rows = with_length_bounds(rows, LengthBound(processor, MAX_LENGTH, self_question_ratio=0.0))
     batch = SelfQuestioningCollator(processor, self_question_ratio=0.0)([rows[index] for index in range(num_rows)])
     return Data(path, processor, rows, int((batch["labels"] != -100).sum()), int(batch["attention_mask"].sum()))
 

@@ -211,16 +211,19 @@ def pretrain_clip(
         return contrastive_loss(model.logit_scale.exp() * similarities, caption_of_image[batch])
 
     train(model, compute_loss, num_steps, learning_rate, betas=(0.9, 0.98), description="CLIP")
-
-    with torch.no_grad():
-        text_embeddings = embed_captions(model, caption_inputs)
-        image_embeddings = embed_images(model, load_images(image_processor, holdout_rows).to(device))
-    distances = torch.cdist(text_embeddings, text_embeddings) + torch.eye(len(CAPTIONS), device=device)
-    assert distances.min() > 1e-3, "two captions have one text embedding"
-    guesses = (image_embeddings @ text_embeddings.T).argmax(dim=-1)
     for part in (model, image_processor, tokenizer):
         part.save_pretrained(output_dir)
+    guesses = guess_captions(model, caption_inputs, load_images(image_processor, holdout_rows).to(device))
     return (guesses.cpu() == caption_numbers(holdout_rows)).double().mean().item()
+
+
+@torch.no_grad()
+def guess_captions(model: CLIPModel, caption_inputs: dict, pixel_values: torch.Tensor) -> torch.Tensor:
+    """[num_images], the number of the caption that is closest to each image."""
+    text_embeddings = embed_captions(model, caption_inputs)
+    distances = torch.cdist(text_embeddings, text_embeddings) + torch.eye(len(CAPTIONS), device=pixel_values.device)
+    assert distances.min() > 1e-3, "two captions have one text embedding"
+    return (embed_images(model, pixel_values) @ text_embeddings.T).argmax(dim=-1)
 
 
 def build_blip2() -> Blip2VisionModelWithProjection:
@@ -365,6 +368,30 @@ def build_llama(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
     return LlamaForCausalLM(config)
 
 
+class TextBatches:
+    """Batches of texts of `draw_text`, drawn by `seed`."""
+
+    def __init__(self, questions: list[str], tokenizer: PreTrainedTokenizerFast, question_weight: float, seed: int):
+        self.tokenizer, self.question_weight, self.generator = tokenizer, question_weight, random.Random(seed)
+        self.encode = cache(lambda text: tokenizer(text, add_special_tokens=False).input_ids)
+        self.questions_of_kind: dict[str, list[str]] = {}
+        for question in sorted(set(questions)):
+            self.questions_of_kind.setdefault(question_kind(question), []).append(question)
+
+    def draw(self, num_texts: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """`input_ids` and the weight of each token in the loss, both [num_texts, tokens]."""
+        rows, row_weights = [], []
+        for _ in range(num_texts):
+            ids, weights = [self.tokenizer.bos_token_id], [0.0]
+            for text, weight in draw_text(self.questions_of_kind, self.question_weight, self.generator):
+                ids += self.encode(text)
+                weights += [weight] * len(self.encode(text))
+            rows.append(torch.tensor(ids))
+            row_weights.append(torch.tensor(weights))
+        input_ids = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=self.tokenizer.pad_token_id)
+        return input_ids, nn.utils.rnn.pad_sequence(row_weights, batch_first=True)
+
+
 def pretrain_llama(
     questions: list[str],
     tokenizer: PreTrainedTokenizerFast,
@@ -393,39 +420,18 @@ def pretrain_llama(
         The share of questions about fresh scenes whose answer is the likeliest next word.
     """
     set_seed(seed)
-    draw = random.Random(seed)
+    texts = TextBatches(questions, tokenizer, question_weight, seed)
     model = build_llama(tokenizer).to(device)
-    questions_of_kind = {}
-    for question in sorted(set(questions)):
-        questions_of_kind.setdefault(question_kind(question), []).append(question)
-
-    @cache
-    def encode(text: str) -> list[int]:
-        return tokenizer(text, add_special_tokens=False).input_ids
-
-    def draw_batch(num_texts: int) -> tuple[torch.Tensor, torch.Tensor]:
-        rows, row_weights = [], []
-        for _ in range(num_texts):
-            ids, weights = [tokenizer.bos_token_id], [0.0]
-            for text, weight in draw_text(questions_of_kind, question_weight, draw):
-                ids += encode(text)
-                weights += [weight] * len(encode(text))
-            rows.append(torch.tensor(ids))
-            row_weights.append(torch.tensor(weights))
-        input_ids = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=tokenizer.pad_token_id)
-        return input_ids.to(device), nn.utils.rnn.pad_sequence(row_weights, batch_first=True).to(device)
 
     def compute_loss() -> torch.Tensor:
-        input_ids, weights = draw_batch(batch_size)
+        input_ids, weights = (tensor.to(device) for tensor in texts.draw(batch_size))
         return weighted_loss(model(input_ids=input_ids).logits, input_ids, weights)
 
     train(model, compute_loss, num_steps, learning_rate, betas=(0.9, 0.95), description="LLM")
-
-    input_ids, _ = draw_batch(256)
+    for part in (model, tokenizer):
+        part.save_pretrained(output_dir)
+    input_ids = texts.draw(256)[0].to(device)
     with torch.no_grad():
         guesses = model(input_ids=input_ids).logits[:, :-1].argmax(dim=-1)
     is_answer = input_ids[:, :-1] == tokenizer.convert_tokens_to_ids("ASSISTANT:")
-    accuracy = (guesses == input_ids[:, 1:])[is_answer].float().mean().item()
-    for part in (model, tokenizer):
-        part.save_pretrained(output_dir)
-    return accuracy
+    return (guesses == input_ids[:, 1:])[is_answer].float().mean().item()

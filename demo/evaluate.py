@@ -116,28 +116,18 @@ def evaluate(
 
     Args:
         split: `"test"`, or `"holdout"`, without questions: to choose settings on.
-        max_rows: Of the split's questions, so many, spread evenly; default all.
+        max_rows: Evaluate at most this many questions of the split, evenly spaced; default: all.
         num_images: How many images to ask questions about, four each.
     """
     folder = output.parent / "evaluation"
-    evaluation = Evaluation(
-        str(model_dir),
-        ["easy_vqa"],
-        str(data_dir),
-        folder,
-        split=split,
-        limit=max_rows,
-        batch_size=BATCH_SIZE,
-        seed=seed,
-    )
+    settings = {"split": split, "limit": max_rows, "batch_size": BATCH_SIZE, "seed": seed}
+    evaluation = Evaluation(str(model_dir), ["easy_vqa"], str(data_dir), folder, **settings)
     [answered] = run_evaluation(evaluation)
     by_kind = accuracy_by_kind(answered.metrics)
     examples = read_examples(easy_vqa.TASK, evaluation)
     blank_examples = examples[::BLANK_SHARE]
     assistant = load(str(model_dir))
-    rows = {row["id"]: row for row in json.loads((data_dir / f"{split}.json").read_text())}
-    train_rows = json.loads((data_dir / "stage2_train.json").read_text())
-    blind = blind_guess(train_rows, [rows[example.id] for example in examples])
+    blind = blind_accuracy(data_dir, split, examples)
     result = {
         "num_test_questions": len(examples),
         "num_blank_questions": len(blank_examples),
@@ -154,6 +144,13 @@ def evaluate(
     return result
 
 
+def blind_accuracy(data_dir: Path, split: str, examples: list[Example]) -> dict[str, float]:
+    """Accuracies of [`blind_guess`] on these questions."""
+    rows = {row["id"]: row for row in json.loads((data_dir / f"{split}.json").read_text())}
+    train_rows = json.loads((data_dir / "stage2_train.json").read_text())
+    return blind_guess(train_rows, [rows[example.id] for example in examples])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=Path("runs/demo/model"))
@@ -161,7 +158,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="default: evaluation.json beside the model")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--split", choices=("test", "holdout"), default="test", help="holdout: to choose settings on")
-    parser.add_argument("--limit", type=int, help="of the split's questions, so many, spread evenly; default all")
+    parser.add_argument("--limit", type=int, help="evaluate at most N questions, evenly spaced; default: all")
     args = parser.parse_args()
     output = args.output or args.model.parent / "evaluation.json"
     result = evaluate(args.model, args.data, output, args.seed, args.split, args.limit)

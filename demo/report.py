@@ -24,6 +24,50 @@ import matplotlib.pyplot as plt
 STAGES = {"stage1": "Stage 1: alignment on captions", "stage2": "Stage 2: conversations with self-questions"}
 
 
+REPORT = """# A small SQ-LLaVA on easy-VQA
+
+Trained in both stages from a tiny CLIP and a tiny Llama, which were pretrained a few minutes before. Seed
+{seed}, {device}, {version_list}; {seconds:.0f} s in all.
+
+## Answers to questions about images it never saw
+
+One question per prompt, greedy, exact match; {num_test_questions:,} test questions. The best blind guess is
+each question's most frequent answer in training. [More](evaluation/report.md), with every answer.
+
+| kind of question | SQ-LLaVA | LLaVA | best blind guess |
+|---|---|---|---|
+{accuracy_table}
+
+SQ-LLaVA with the image blanked: {blank_image_accuracy:.1%} (every fourth question, {num_blank_questions:,}).
+LLaVA has the same parts, rows and steps; a linear projector, and then its language model in full.
+
+## Questions it asks itself
+
+{questions_asked} questions about test images, sampled after one answered turn (temperature 1.2, top-k 300,
+top-p 0.95): {questions_distinct} distinct, {questions_valid_share:.1%} well formed and about
+the image (a form of easy-VQA that presumes nothing the image does not hold).
+
+![Unseen test images with answers, own questions and answers to them](contact_sheet.png)
+
+## Losses
+
+![Losses of both stages](losses.png)
+
+## Cost
+
+| step | wall time | peak memory |
+|---|---|---|
+{step_table}
+
+CLIP and Llama are trained at the same time, and LLaVA, from the first stage to its evaluation, beside the three steps
+above it.
+
+The model stands in `model/`, a whole checkpoint with its code:
+
+    sq-llava ask IMAGE --model runs/demo/model
+"""
+
+
 def draw_losses(run: Path) -> None:
     """Draws the losses on answers and on questions of both stages into `losses.png`."""
     figure, axes = plt.subplots(1, len(STAGES), figsize=(11, 3.8))
@@ -97,62 +141,20 @@ def write_report(run: Path, steps: dict[str, dict], seed: int) -> None:
 
 def to_markdown(result: dict) -> str:
     percent = "{:.1%}".format
-    blank, valid = percent(result["blank_image_accuracy"]), percent(result["questions_valid_share"])
     rows = [
         ("all", result["test_accuracy"], result["blind_guess_accuracy"]),
         *((kind, result["accuracy_by_kind"][kind], result["blind_guess_by_kind"][kind]) for kind in KINDS),
     ]
     llava = result["llava_accuracy"]
-    accuracy = "\n".join(
+    accuracy_table = "\n".join(
         f"| {kind} | {percent(value)} | {percent(llava[kind])} | {percent(blind)} |" for kind, value, blind in rows
     )
-    steps = "\n".join(
+    step_table = "\n".join(
         f"| {name} | {step['seconds']:.0f} s | {step['peak_memory_mib']:,.0f} MiB |"
         for name, step in result["steps"].items()
     )
-    versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
-    return f"""# A small SQ-LLaVA on easy-VQA
-
-Trained in both stages from a tiny CLIP and a tiny Llama, which were pretrained a few minutes before. Seed
-{result["seed"]}, {result["device"]}, {versions}; {result["seconds"]:.0f} s in all.
-
-## Answers to questions about images it never saw
-
-One question per prompt, greedy, exact match; {result["num_test_questions"]:,} test questions. The best blind guess is
-each question's most frequent answer in training. [More](evaluation/report.md), with every answer.
-
-| kind of question | SQ-LLaVA | LLaVA | best blind guess |
-|---|---|---|---|
-{accuracy}
-
-SQ-LLaVA with the image blanked: {blank} (every fourth question, {result["num_blank_questions"]:,}).
-LLaVA has the same parts, rows and steps; a linear projector, and then its language model in full.
-
-## Questions it asks itself
-
-{result["questions_asked"]} questions about test images, sampled after one answered turn (temperature 1.2, top-k 300,
-top-p 0.95): {result["questions_distinct"]} distinct, {valid} well formed and about
-the image (a form of easy-VQA that presumes nothing the image does not hold).
-
-![Unseen test images with answers, own questions and answers to them](contact_sheet.png)
-
-## Losses
-
-![Losses of both stages](losses.png)
-
-## Cost
-
-| step | wall time | peak memory |
-|---|---|---|
-{steps}
-
-CLIP and Llama are trained at the same time, and LLaVA, from the first stage to its evaluation, beside the three steps
-above it.
-
-The model stands in `model/`, a whole checkpoint with its code:
-
-    sq-llava ask IMAGE --model runs/demo/model
-"""
+    version_list = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
+    return REPORT.format(**result, accuracy_table=accuracy_table, step_table=step_table, version_list=version_list)
 
 
 def main() -> None:

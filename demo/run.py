@@ -6,8 +6,8 @@
 
 Steps: write the data, pretrain a tiny CLIP and a tiny Llama, train both stages with `train_sft.py`, merge, evaluate,
 report; and at the same time the same for a LLaVA of the same parts and budget. Each step runs in a process of its own
-and leaves a note when it is complete; run again, the demo goes on after the last complete step. Two processes that
-have half of the cores each are faster than one after the other on all: the models are small.
+and leaves a note when it is complete: run again, the demo resumes after the last complete step. Two processes with
+half of the cores each are faster than one after the other on all cores, because the models are small.
 """
 
 import argparse
@@ -87,16 +87,16 @@ def make_llama(run: Path, seed: int, quick: bool) -> None:
 
 def train_stage(run: Path, seed: int, quick: bool, stage: str, out: Path | None = None, **more) -> None:
     """
-    Trains a stage as anybody would: the recipe, and on the command line what it leaves open.
+    Trains a stage: the recipe, and what it leaves open.
 
     Args:
         out (`Path`, *optional*): For the stages of another system, whose settings are `more`; default: `run`.
     """
     import train_sft
+    from sq_llava.training.settings import parse_recipe
 
     out = out or run
     settings = {
-        "config": RECIPES / f"{stage}.yaml",
         "seed": seed,
         "output_dir": out / stage,
         "dataset_path": run / "data" / f"{stage}_train.json",
@@ -109,7 +109,7 @@ def train_stage(run: Path, seed: int, quick: bool, stage: str, out: Path | None 
     settings |= more
     if quick:
         settings |= {"max_steps": 3, "logging_steps": 1}
-    train_sft.main([text for name, value in settings.items() for text in (f"--{name}", str(value))])
+    train_sft.train(*parse_recipe(RECIPES / f"{stage}.yaml", **settings))
 
 
 def merge_and_evaluate(run: Path, seed: int, quick: bool) -> None:
@@ -198,7 +198,7 @@ class Step:
             self.process.join()
             if self.process.exitcode != 0:
                 where = self.log or "above"
-                raise SystemExit(f"Step '{self.name}' failed, see {where}. Run the demo again to go on from there.")
+                raise SystemExit(f"Step '{self.name}' failed, see {where}. Run the demo again to resume there.")
         return json.loads(self.note.read_text())
 
     def stop(self) -> None:
@@ -228,7 +228,7 @@ def run_steps(run: Path, seed: int, quick: bool) -> dict[str, dict]:
 
 
 def check_settings(run: Path, settings: list[str]) -> None:
-    """Notes the settings of a new run; one with other settings must not be gone on with."""
+    """Notes the settings of a new run, and refuses to resume one with other settings."""
     note = run / "settings.txt"
     text = f"{' '.join(settings)}; steps: {', '.join(STEPS)}"
     if note.is_file() and note.read_text().strip() != text:
@@ -252,7 +252,7 @@ def main(args: list[str] | None = None) -> None:
     try:
         steps = run_steps(run, args.seed, args.quick)
     except KeyboardInterrupt:
-        print("Stopped. Run the demo again to go on after the last complete step.", file=sys.stderr)
+        print("Stopped. Run the demo again to resume after the last complete step.", file=sys.stderr)
         raise SystemExit(STOPPED) from None
 
     from demo.report import write_report

@@ -55,7 +55,7 @@ def test_each_last_file_of_a_checkpoint_is_missed_and_known_when_cut_off(run_fol
 
 def test_output_dir_with_checkpoints_is_refused_before_any_work(parts, run_folder):
     before = sorted(run_folder.rglob("*"))
-    with pytest.raises(ValueError, match=r"already holds checkpoint-9: go on from it with --resume, or give another"):
+    with pytest.raises(ValueError, match=r"already holds checkpoint-9: resume it with --resume, or give another"):
         train(parts, run_folder, dataset_path="none.json")
     assert sorted(run_folder.rglob("*")) == before
 
@@ -71,7 +71,7 @@ def test_given_checkpoint_must_be_complete_and_the_newest(run_folder):
 def test_checkpoints_that_were_complete_once_are_not_silently_thrown_away(run_folder):
     for step in (8, 9):
         (run_folder / f"checkpoint-{step}" / "optimizer.pt").unlink()
-    with pytest.raises(ValueError, match=r"was complete once, but cannot be gone on from: optimizer.pt is missing"):
+    with pytest.raises(ValueError, match=r"was complete once, but cannot be resumed: optimizer.pt is missing"):
         find_checkpoint(str(run_folder), resume=True, given=None)
     assert steps_saved(run_folder) == [8, 9]
 

@@ -32,6 +32,19 @@ def test_code_of_a_checkpoint_needs_only_torch_transformers_and_pil(module):
     assert {name.split(".")[0] for name in imports(module)} <= allowed
 
 
+def test_reading_a_recipe_needs_no_model_no_peft_and_no_doctor():
+    """Of our own modules, however deep: TRL itself imports PEFT."""
+    reached, waiting = set(), ["sq_llava.training.settings"]
+    while waiting:
+        module = waiting.pop()
+        if module not in reached and path_of(module).is_file():
+            reached.add(module)
+            waiting += imports(module)
+    heavy = ("modeling_sq_llava", "sq_llava.checkpoints", "sq_llava.doctor", "sq_llava.training.adapter")
+    assert "sq_llava.data.sources" in reached
+    assert not [module for module in reached if module.startswith(heavy) or "peft" in imports(module)]
+
+
 @pytest.mark.parametrize("file", [*ROOT.glob("*.py"), *ROOT.glob("sq_llava/**/*.py"), *ROOT.glob("demo/*.py")])
 def test_module_says_what_it_does(file):
     assert ast.get_docstring(ast.parse(file.read_text())), f"{file.name} has no docstring"

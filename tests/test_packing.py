@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoModel
 
-from sq_llava.data.lengths import LengthBound, with_sure_lengths
+from sq_llava.data.lengths import LengthBound, with_length_bounds
 from sq_llava.data.rows import load_rows
 from sq_llava.data.sources import DataSource
 from sq_llava.training.adapter import LoraSize, add_adapter
@@ -220,7 +220,7 @@ def test_row_that_is_cut_is_never_longer_than_its_bound(rows, processor, max_len
 def test_lengths_of_captions_are_exact_and_cut_as_in_the_collator(rows, processor):
     for max_length in (300, 45):
         collator = SelfQuestioningCollator(processor, plain=True, max_length=max_length)
-        with_lengths = with_sure_lengths(rows, LengthBound(processor, max_length, plain=True))
+        with_lengths = with_length_bounds(rows, LengthBound(processor, max_length, plain=True))
         for row in (with_lengths[index] for index in range(len(rows))):
             assert int(collator([row])["attention_mask"].sum()) == row["length"]
 
@@ -229,14 +229,14 @@ def test_row_whose_first_exchange_is_too_long_is_named_before_training(rows, pro
     with pytest.raises(
         ValueError, match=r"Row 2: its first question and answer have 5\d tokens, more than max_length 50"
     ):
-        with_sure_lengths(rows, LengthBound(processor, 50))
+        with_length_bounds(rows, LengthBound(processor, 50))
 
 
 def test_row_that_the_chat_template_refuses_is_named_before_training(tmp_path, processor):
     raw = [conversation(2, 1, number) for number in range(3)]
     raw[1]["conversations"][3]["value"] = "A [vusr] dog."
     with pytest.raises(ValueError, match=r"Row 1: .*\[vusr\]"):
-        with_sure_lengths(write_rows(tmp_path, raw), LengthBound(processor, 300))
+        with_length_bounds(write_rows(tmp_path, raw), LengthBound(processor, 300))
 
 
 def test_lengths_are_counted_once_until_something_is_another(tmp_path, processor, monkeypatch):
@@ -245,15 +245,15 @@ def test_lengths_are_counted_once_until_something_is_another(tmp_path, processor
     counted = []
     of_rows = LengthBound.of_rows
     monkeypatch.setattr(LengthBound, "of_rows", lambda *args: counted.append(1) or of_rows(*args))
-    first = with_sure_lengths(rows, LengthBound(processor, 300))
-    again = with_sure_lengths(rows, LengthBound(processor, 300))
+    first = with_length_bounds(rows, LengthBound(processor, 300))
+    again = with_length_bounds(rows, LengthBound(processor, 300))
     assert len(counted) == 1 and again["length"][:] == first["length"][:]
-    chosen = with_sure_lengths(rows.select([4, 1]), LengthBound(processor, 300))
+    chosen = with_length_bounds(rows.select([4, 1]), LengthBound(processor, 300))
     assert chosen["length"][:] == [first["length"][4], first["length"][1]] and chosen[0]["row_id"] == 4
-    with_sure_lengths(rows, LengthBound(processor, 301))
+    with_length_bounds(rows, LengthBound(processor, 301))
     before = first["length"][5]
     changed = write_rows(tmp_path, [*raw[:5], conversation(4, 1, 5)])
-    assert with_sure_lengths(changed, LengthBound(processor, 300))["length"][5] > before
+    assert with_length_bounds(changed, LengthBound(processor, 300))["length"][5] > before
     assert len(counted) == 4
 
 

@@ -52,12 +52,12 @@ def test_run_killed_in_its_base_a_step_and_a_save_equals_the_uninterrupted_one(p
     output_dir, log = tmp_path / "run", tmp_path / "log"
     resumed = arguments(parts, output_dir, resume=True)
     assert run(resumed, log, (kill_in_base,)) == [-signal.SIGKILL]
-    assert "holds no complete checkpoint; training starts anew" in log.read_text()
+    assert "holds no complete checkpoint; training starts over" in log.read_text()
     assert run(resumed, log, (in_step, 6, die)) == [-signal.SIGKILL]
     assert steps_saved(output_dir) == [2, 4]
     assert run(resumed, log, (kill_in_state_file,)) == [-signal.SIGKILL]
     assert run(resumed, log, (kill_at_the_end,)) == [-signal.SIGKILL]
-    assert "checkpoint-6 is half-written (trainer_state.json is cut off) and passed over" in log.read_text()
+    assert "checkpoint-6 is half-written (trainer_state.json is cut off) and skipped" in log.read_text()
     assert run(resumed, log) == [0], log.read_text()[-3000:]
     assert_equal_runs(whole, output_dir)
 
@@ -85,7 +85,7 @@ def test_signal_ends_with_75_behind_the_step_and_nothing_is_lost(parts, whole, t
     resumed = arguments(parts, output_dir, resume=True)
     assert run(resumed, log, (in_step, 5, signal_self, 0, number)) == [EXIT_TRY_AGAIN]
     assert steps_saved(output_dir) == [4, 5]
-    assert "Stopped at step 5. Go on with --resume." in log.read_text()
+    assert "Stopped at step 5. Resume with --resume." in log.read_text()
     assert not (output_dir / "adapter_model.safetensors").exists()
     assert run(resumed, log) == [0], log.read_text()[-3000:]
     assert_equal_runs(whole, output_dir)
@@ -104,7 +104,7 @@ def test_recipe_of_the_readme_is_saved_on_ctrl_c(parts, tmp_path, stage):
     args = [text for name, value in settings.items() for text in (f"--{name}", str(value))]
     assert run(args, tmp_path / "log", (in_step, 2, signal_self, 0, signal.SIGINT)) == [EXIT_TRY_AGAIN]
     assert steps_saved(tmp_path / "run") == [2]
-    assert "Stopped at step 2. Go on with --resume." in (tmp_path / "log").read_text()
+    assert "Stopped at step 2. Resume with --resume." in (tmp_path / "log").read_text()
 
 
 def test_second_interrupt_stops_at_once(parts, tmp_path):
@@ -171,7 +171,7 @@ def test_full_disk_leaves_the_last_checkpoint_and_a_clear_error(parts, whole, tm
     size = (whole / "checkpoint-9" / file).stat().st_size - 1
     assert run(resumed, log, (in_step, 4, limit_file_size, size)) == [1]
     assert f"CheckpointError: {output_dir}/checkpoint-4 could not be written, with " in log.read_text()
-    assert "It was removed; checkpoint-2 is as it was. Free disk space, then go on with --resume." in log.read_text()
+    assert "It was removed; checkpoint-2 is as it was. Free disk space, then resume with --resume." in log.read_text()
     assert [folder.name for folder in output_dir.glob("*checkpoint*")] == ["checkpoint-2"]
     assert run(resumed, log) == [0], log.read_text()[-3000:]
     assert_equal_runs(whole, output_dir)
@@ -184,7 +184,7 @@ def test_row_found_wrong_in_mid_run_loses_no_step(parts, whole, tmp_path):
     (done,) = steps_saved(output_dir)
     assert done > 2
     assert "ValueError: train.json, row 5: the image is broken." in log.read_text()
-    assert f"{done} steps were done. --resume goes on from checkpoint-{done}." in log.read_text()
+    assert f"{done} steps were done. --resume continues from checkpoint-{done}." in log.read_text()
     assert run(resumed, log) == [0], log.read_text()[-3000:]
     assert_equal_runs(whole, output_dir)
 
@@ -234,7 +234,7 @@ def test_fault_in_one_of_two_processes_ends_both_and_loses_no_checkpoint(parts, 
     assert 0 not in codes and -signal.SIGKILL not in codes
     assert message in log.read_text()
     newest = max(steps_saved(output_dir))
-    assert f"--resume goes on from checkpoint-{newest}." in log.read_text()
+    assert f"--resume continues from checkpoint-{newest}." in log.read_text()
     if fault is poison_row:
         assert all(f"Its batches on process {rank}, by row_id: rows" in log.read_text() for rank in (0, 1))
     assert run(resumed, log, processes=2) == [0, 0], log.read_text()[-3000:]

@@ -101,6 +101,16 @@ def test_long_row_loses_whole_last_turns():
     assert torch.equal(collator([row(0, 3)])["labels"], two_turns["labels"])
 
 
+def test_image_of_a_turn_that_is_cut_off_is_not_opened():
+    collator = SelfQuestioningCollator(tiny.tiny_processor(system_message=""))
+    long = row(0, 2)
+    long["messages"][2]["content"].insert(0, {"type": "image"})
+    long["images"].append("missing.png")
+    collator.max_length = collator([row(0, 1)])["input_ids"].shape[1]
+    batch, alone = collator([long]), collator([row(0, 1)])
+    assert all(torch.equal(batch[name], alone[name]) for name in alone) and batch.keys() == alone.keys()
+
+
 def test_row_without_room_for_its_first_answer_is_refused():
     collator = SelfQuestioningCollator(tiny.tiny_processor(), max_length=20)
     with pytest.raises(ValueError, match=r"Row 5: .* tokens, more than max_length 20"):

@@ -14,8 +14,8 @@ from transformers.integrations.neftune import activate_neftune, deactivate_neftu
 import train_sft
 from sq_llava.checkpoints.compose import stop_token_ids
 from sq_llava.checkpoints.load import load_checkpoint, merge_adapter
-from sq_llava.training.adapter import LORA_INITIALISATIONS, LoraOptions, LoraSize, add_adapter, load_adapter_weights
-from sq_llava.training.settings import parse_settings
+from sq_llava.training.adapter import LoraOptions, LoraSize, add_adapter, load_adapter_weights
+from sq_llava.training.settings import LORA_INITIALISATIONS, parse_settings
 from sq_llava.training.stage_model import load_base, quantization_config
 from sq_llava.training.trainer import SQLlavaTrainer
 from tests import runs, tiny

@@ -63,7 +63,7 @@ def test_step_whose_loss_is_nan_is_not_applied_and_its_rows_are_named(parts, two
     named = rf"rows {batches[4][0]}, {batches[4][1]} \(loss \d.*; rows {batches[5][0]}, {batches[5][1]} \(loss nan\)"
     with pytest.raises(ValueError, match=rf"Step 3 is not applied: its loss is nan\. .*{named}") as raised:
         train(parts, tmp_path / "run", **ACCUMULATED, save_steps=100)
-    assert raised.value.__notes__ == ["2 steps were done. --resume goes on from checkpoint-2."]
+    assert raised.value.__notes__ == ["2 steps were done. --resume continues from checkpoint-2."]
     assert_third_step_was_not_applied(sound, tmp_path / "run")
 
 

@@ -94,29 +94,6 @@ def image_key(image: str | Path | dict[str, Any] | bytes | Image.Image) -> Hasha
     return id(image) if isinstance(image, Image.Image) else str(image)
 
 
-class OnceEach:
-    """
-    An image processor that stands before another one: images that repeat in a batch, as one object, are processed
-    once. Then it gives `image_indices`, for each image of the text its place in the output, as the model takes it.
-    """
-
-    def __init__(self, image_processor):
-        self.image_processor = image_processor
-        self.model_input_names = [*image_processor.model_input_names, "image_indices"]
-
-    def fetch_images(self, images: list[list]) -> list[list]:
-        return images
-
-    def __call__(self, images: list[list], **kwargs) -> dict[str, Any]:
-        images = [image for of_row in images for image in of_row]
-        unique = {id(image): image for image in images}
-        batch = dict(self.image_processor([list(unique.values())], **kwargs))
-        if len(unique) < len(images):
-            places = {identity: place for place, identity in enumerate(unique)}
-            batch["image_indices"] = [places[id(image)] for image in images]
-        return batch
-
-
 def image_stream(image: str | Path | dict[str, Any] | bytes | io.BytesIO) -> Path | io.BytesIO:
     """What `PIL.Image.open` takes."""
     if isinstance(image, io.BytesIO):

@@ -1,13 +1,13 @@
-"""The most tokens that a row can have, whatever is drawn as a self-question: counted once, and kept on disk.
+"""Tokens of rows, and the most that a row can have, whichever turns become self-questions: counted once, kept on disk.
 
-    >>> rows = with_sure_lengths(rows, LengthBound(processor, max_length=2048))
+    >>> rows = with_length_bounds(rows, LengthBound(processor, max_length=2048))
     >>> rows[0]["length"]  # in no epoch will row 0 have more
     812
 
 A turn has other tokens as a self-question (`[vusr] text</s>`) than as a user's (` USER: text`). Each exchange ends
-with the token that ends an answer, which no text may hold and at which every tokenizer begins anew: so the tokens of
-a row are the sum of those of its exchanges, and two counts, with no turn drawn and with all, give the most of every
-draw. What it does not do: read images, each of which has `image_seq_length` tokens.
+with the token that ends an answer. No text may hold it, and no token reaches across it. So the tokens of a row are the
+sum of the tokens of its exchanges, and two counts, one with no turn drawn and one with all, give the most of any draw.
+What it does not do: read images. Each has `image_seq_length` tokens.
 """
 
 import hashlib
@@ -44,6 +44,33 @@ def token_counts(processor: SQLlavaProcessor, conversations: list[list[dict]], p
     return [int(_sizes(processor, ids).sum()) for ids in token_ids(processor, conversations, plain)]
 
 
+def prefix_lengths(processor: SQLlavaProcessor, conversations: list[list[dict]], plain: bool) -> list[np.ndarray]:
+    """For each conversation: tokens of its first exchange, of its first two, and so on; images included."""
+    prefixes = [
+        [messages[:end] for end in range(first_exchange(messages), len(messages) + 1, 2)] for messages in conversations
+    ]
+    counts = token_counts(processor, [prefix for own in prefixes for prefix in own], plain)
+    return np.split(np.array(counts), np.cumsum([len(own) for own in prefixes])[:-1])
+
+
+def kept_exchanges(lengths: np.ndarray, max_length: int, row_id: int | str | None) -> int:
+    """
+    How many exchanges are kept of a row that may be too long: whole ones go from its end.
+
+    Args:
+        lengths (`np.ndarray`): Of the row, as [`prefix_lengths`] counts them.
+
+    Raises:
+        ValueError: if not even the first one fits.
+    """
+    if lengths[0] > max_length:
+        raise ValueError(
+            f"Row {row_id}: its first question and answer have {lengths[0]} tokens, more than max_length "
+            f"{max_length}. Raise max_length, or shorten the row."
+        )
+    return int((lengths <= max_length).sum())
+
+
 def _sizes(processor: SQLlavaProcessor, ids: np.ndarray) -> np.ndarray:
     return np.where(ids == processor.image_token_id, processor.image_seq_length, 1)
 
@@ -70,29 +97,17 @@ class LengthBound:
         Raises:
             ValueError: for a row of which the first exchange alone does not fit into `max_length`.
         """
-        of_prefixes = self._of_captions(conversations) if self.plain else self._of_exchanges(conversations)
         bounds = []
-        for row_id, (least, most) in zip(row_ids, of_prefixes):
-            kept = int((least <= self.max_length).sum())
-            if not kept:
-                raise ValueError(
-                    f"Row {row_id}: its first question and answer have {least[0]} tokens, more than max_length "
-                    f"{self.max_length}. Raise max_length, or shorten the row."
-                )
+        for row_id, (least, most) in zip(row_ids, self._of_prefixes(conversations)):
+            kept = kept_exchanges(least, self.max_length, row_id)
             # A draw under which more is kept than under another is no longer than max_length either.
             bounds.append(min(self.max_length, int(most[kept - 1])))
         return bounds
 
-    def _of_captions(self, conversations: list[list[dict]]) -> list[tuple[np.ndarray, np.ndarray]]:
-        of_prefixes = []
-        for messages, count in zip(conversations, token_counts(self.processor, conversations, plain=True)):
-            ends = range(first_exchange(messages), len(messages), 2) if count > self.max_length else ()
-            shorter = token_counts(self.processor, [messages[:end] for end in ends], plain=True)
-            of_prefixes.append((np.array([*shorter, count]),) * 2)
-        return of_prefixes
-
-    def _of_exchanges(self, conversations: list[list[dict]]) -> list[tuple[np.ndarray, np.ndarray]]:
+    def _of_prefixes(self, conversations: list[list[dict]]) -> list[tuple[np.ndarray, np.ndarray]]:
         """Fewest and most tokens of the first exchange, the first two, ..., over all draws, for each conversation."""
+        if self.plain:
+            return [(lengths, lengths) for lengths in prefix_lengths(self.processor, conversations, plain=True)]
         ratio = float(self.self_question_ratio > 0)
         drawn = [draw_self_questions(messages, ratio, seed=0, epoch=0, row_id=0) for messages in conversations]
         undrawn_counts, drawn_counts = self._by_exchange(conversations), self._by_exchange(drawn)
@@ -134,12 +149,12 @@ class CountTokens:
             raise error
 
 
-def with_sure_lengths(rows: datasets.Dataset, bound: LengthBound, num_proc: int | None = None) -> datasets.Dataset:
+def with_length_bounds(rows: datasets.Dataset, bound: LengthBound, num_proc: int | None = None) -> datasets.Dataset:
     """
     Rows of [`load_rows`] whose `length` is the most tokens that each can have, in place of a rough number.
 
-    The lengths are kept in the cache of `datasets`, and counted anew if data, tokenizer, template, `max_length` or the
-    choice of rows is another.
+    The lengths are kept in the cache of `datasets`, and counted again when data, tokenizer, template, `max_length` or
+    the choice of rows changes.
 
     Args:
         num_proc (`int`, *optional*): Processes; by default one for each core, and one alone for few rows.

@@ -28,20 +28,20 @@ from trl import ModelConfig, SFTConfig
 
 from processing_sq_llava import SQLlavaProcessor
 from sq_llava.data.images import Fault, image_faults
-from sq_llava.data.lengths import token_counts
+from sq_llava.data.lengths import kept_exchanges, prefix_lengths, token_counts
 from sq_llava.data.packing import pack_in_windows
 from sq_llava.data.row_layouts import IMAGE_PART
 from sq_llava.data.rows import is_embedded, read_row, rows_per_epoch, with_instruction
-from sq_llava.data.self_questions import first_exchange
 from sq_llava.data.sources import DataSource, JsonFile, Table, image_root_of, open_source
 from sq_llava.stopping import children_miss_interrupts
-from sq_llava.training.settings import SQLlavaArguments, composed_processor
+from sq_llava.training.settings import SQLlavaArguments
+from sq_llava.training.stage_model import composed_processor
 
 
 # Rows, and images, that a process is given at a time.
 ROWS_AT_A_TIME = 256
 IMAGES_AT_A_TIME = 64
-# A new process imports the libraries anew, which takes seconds: below this number of rows, one is faster.
+# A new process takes seconds to import the libraries: below this number of rows, one process is faster.
 ROWS_FOR_PROCESSES = 20_000
 PREVIEWED_ROWS = 3
 HISTOGRAM_BARS = 12
@@ -131,7 +131,8 @@ class DataCheck:
             if self.measure_lengths and messages is not None:
                 to_measure[len(checked)] = with_instruction(messages, self.sources[source].instructions, index)
             checked.append(row)
-        for (index, messages), length in zip(to_measure.items(), self.lengths(list(to_measure.values()))):
+        lengths = token_counts(self.processor, list(to_measure.values()), self.plain)
+        for (index, messages), length in zip(to_measure.items(), lengths):
             checked[index] = self._with_length(checked[index], messages, length)
         return checked
 
@@ -198,35 +199,29 @@ class DataCheck:
         user_turns = [index for index, message in enumerate(messages) if message["role"] == "user"]
         return sum(not holds_image[index] for index in user_turns[1:])
 
-    def lengths(self, conversations: list[list[dict]]) -> list[int]:
-        """Tokens of conversations, as the collator will find them while no turn is a self-question."""
-        return token_counts(self.processor, conversations, self.plain)
-
     def _with_length(self, row: CheckedRow, messages: list[dict], length: int) -> CheckedRow:
+        """The row with its length while no turn is a self-question, and with what the collator cuts off."""
+        row = row._replace(num_tokens=length)
         if self.max_length is None or length <= self.max_length:
-            return row._replace(num_tokens=length)
-        # As the collator does, whole exchanges go from the end.
-        shorter = [messages[:end] for end in range(len(messages) - 2, first_exchange(messages) - 1, -2)]
-        for kept, kept_length in zip(shorter, self.lengths(shorter)):
-            if kept_length <= self.max_length:
-                num_turns = len(messages) - len(kept)
-                fault = Fault(
-                    "cut",
-                    f"has {length} tokens: its last {num_turns} turns, {length - kept_length} tokens, are cut off.",
-                    f"Raise max_length, {self.max_length}, or split the row.",
-                    "warning",
-                )
-                faults, num_askable = [*row.faults, fault], self._num_askable(kept)
-                return row._replace(
-                    faults=faults, num_tokens=length, num_cut=length - kept_length, num_askable=num_askable
-                )
-        first_length = self.lengths([messages[: first_exchange(messages)]])[0]
+            return row
+        [lengths] = prefix_lengths(self.processor, [messages], self.plain)
+        if lengths[0] > self.max_length:
+            fault = Fault(
+                "too_long",
+                f"its first question and answer have {lengths[0]} tokens, more than max_length {self.max_length}.",
+                "Raise max_length, or shorten them.",
+            )
+            return row._replace(faults=[*row.faults, fault])
+        kept = kept_exchanges(lengths, self.max_length, row.id)
+        num_turns, num_cut = 2 * (len(lengths) - kept), length - int(lengths[kept - 1])
         fault = Fault(
-            "too_long",
-            f"its first question and answer have {first_length} tokens, more than max_length {self.max_length}.",
-            "Raise max_length, or shorten them.",
+            "cut",
+            f"has {length} tokens: its last {num_turns} turns, {num_cut} tokens, are cut off.",
+            f"Raise max_length, {self.max_length}, or split the row.",
+            "warning",
         )
-        return row._replace(faults=[*row.faults, fault], num_tokens=length)
+        num_askable = self._num_askable(messages[:-num_turns])
+        return row._replace(faults=[*row.faults, fault], num_cut=num_cut, num_askable=num_askable)
 
     def check_images(self, paths: Sequence[str]) -> list[list[Fault]]:
         return [list(image_faults(path)) for path in paths]
@@ -311,7 +306,7 @@ def examine(check: DataCheck, progress: Progress, limit: int | None = None, num_
 
     Args:
         progress (`rich.progress.Progress`): Where to show how far it is.
-        limit (`int`, *optional*): About so many rows, spread evenly over all.
+        limit (`int`, *optional*): Look at about this many rows, evenly spaced.
         num_proc (`int`, *optional*): Processes; by default one for each core, and one alone for few rows.
     """
     chosen = choose_rows(check, limit)

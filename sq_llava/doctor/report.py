@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.text import Text
 
-from sq_llava.data.rows import parse_row, with_instruction
+from sq_llava.data.rows import RowReader
 from sq_llava.data.self_questions import ANSWER, QUESTION
 from sq_llava.data.sources import Table
 from sq_llava.doctor.check import DataCheck, Finding, Report, examine
@@ -114,15 +114,12 @@ def print_preview(check: DataCheck, report: Report, seed: int, console: Console)
     collator = SelfQuestioningCollator(
         check.processor, check.plain, check.self_question_ratio, seed, max_length=check.max_length
     )
-    first_row = 0
+    reader = RowReader(check.opened, check.image_roots, [source.instructions for source in check.sources])
     console.print()
     for source, index in report.sound:
         first_row = sum(map(len, check.opened[:source]))
-        path = check.opened[source].path
-        row = parse_row(check.opened[source][index], f"{path}, row {index}", check.image_roots[source])
-        row["messages"] = with_instruction(row["messages"], check.sources[source].instructions, index)
-        batch = collator([{**row, "row_id": first_row + index}])
-        console.print(Text(f"{path}, row {index}", "bold"), soft_wrap=True)
+        batch = collator([{**reader.read(source, index), "row_id": first_row + index}])
+        console.print(Text(f"{check.opened[source].path}, row {index}", "bold"), soft_wrap=True)
         ids, kinds = batch["input_ids"][0].tolist(), batch["turn_kinds"][0].tolist()
         console.print(spell_out(check, ids, kinds), soft_wrap=True)
         console.print()

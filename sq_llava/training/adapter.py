@@ -17,6 +17,7 @@ from peft import (
     get_peft_model_state_dict,
     set_peft_model_state_dict,
 )
+from peft.tuners.lora import LoraLayer
 from peft.utils.constants import DUMMY_TARGET_MODULES
 from peft.utils.other import TrainableTokensWrapper
 from safetensors.torch import load_file
@@ -48,8 +49,8 @@ class LoraOptions:
             `"q_proj"`. Default: all of its linear layers. The vision tower's LoRA is always on all of its own.
         use_rslora (`bool`): Scale by alpha / sqrt(rank) instead of alpha / rank.
         use_dora (`bool`): Learn the magnitude of the weights apart from their direction.
-        init_lora_weights (`bool` or `str`): One of `LORA_INITIALISATIONS`. With each, a new adapter changes no
-            weight of the base, and no output but by rounding.
+        init_lora_weights (`bool` or `str`): `True`, `"gaussian"` or `"orthogonal"`. With each, a new adapter changes
+            no weight of the base, and no output but by rounding.
     """
 
     target_modules: tuple[str, ...] | None = None
@@ -58,8 +59,6 @@ class LoraOptions:
     init_lora_weights: bool | str = True
 
 
-# Values of the setting `init_lora_weights`, and what PEFT calls them.
-LORA_INITIALISATIONS = {"default": True, "gaussian": "gaussian", "orthogonal": "orthogonal"}
 VISION_PATTERN = ".*vision_tower.*"
 
 
@@ -82,40 +81,9 @@ def add_adapter(
         trained_dtype (`torch.dtype`): Of all that is trained. In bfloat16, small steps would be rounded away.
         options ([`LoraOptions`], *optional*): Default: plain LoRA.
     """
-    config, options = model.config, options or LoraOptions()
-    modules_to_save = ["multi_modal_projector"]
-    if config.prototype_variant != "none":
-        modules_to_save.append("prototype_extractor")
-    patterns = []
-    if vision_lora.rank:
-        # The layers above the feature layer are not run and would have no gradient.
-        layers = "|".join(map(str, range(config.num_vision_layers_used)))
-        names = "|".join(_linear_names(model.model.vision_tower))
-        patterns.append(rf"model\.vision_tower\.encoder\.layers\.({layers})\..*\b({names})")
-    if text_lora.rank:
-        names = "|".join(_text_targets(model, options.target_modules))
-        patterns.append(rf"model\.language_model\..*\b({names})")
-    lora_config = LoraConfig(
-        r=text_lora.rank or vision_lora.rank or 1,
-        lora_alpha=text_lora.alpha if text_lora.rank else vision_lora.alpha,
-        lora_dropout=text_lora.dropout,
-        # PEFT wants a target, if only this one, which is none.
-        target_modules="|".join(patterns) if patterns else DUMMY_TARGET_MODULES,
-        rank_pattern={VISION_PATTERN: vision_lora.rank} if vision_lora.rank else {},
-        alpha_pattern={VISION_PATTERN: vision_lora.alpha} if vision_lora.rank else {},
-        use_rslora=options.use_rslora,
-        use_dora=options.use_dora,
-        init_lora_weights=options.init_lora_weights,
-        modules_to_save=modules_to_save,
-        trainable_token_indices=(
-            {"embed_tokens": [config.vusr_token_id]} if train_vusr and config.vusr_token_id is not None else None
-        ),
-    )
-    peft_model = get_peft_model(model, lora_config)
-    # PEFT has one dropout for all.
-    for name, module in peft_model.named_modules():
-        if "vision_tower" in name and hasattr(module, "lora_dropout"):
-            module.lora_dropout[ADAPTER] = nn.Dropout(vision_lora.dropout) if vision_lora.dropout else nn.Identity()
+    options = options or LoraOptions()
+    peft_model = get_peft_model(model, _lora_config(model, vision_lora, text_lora, train_vusr, options))
+    _set_dropout(peft_model, vision_lora.dropout)
     # A head that is tied to the embeddings is wrapped too, and TRL's loss reads its bias, which the wrapper lacks.
     head = model.get_output_embeddings()
     if isinstance(head, TrainableTokensWrapper):
@@ -125,6 +93,60 @@ def add_adapter(
         if parameter.requires_grad:
             parameter.data = parameter.data.to(trained_dtype)
     return peft_model
+
+
+def _lora_config(
+    model: SQLlavaForConditionalGeneration,
+    vision_lora: LoraSize,
+    text_lora: LoraSize,
+    train_vusr: bool,
+    options: LoraOptions,
+) -> LoraConfig:
+    config = model.config
+    modules_to_save = ["multi_modal_projector"]
+    if config.prototype_variant != "none":
+        modules_to_save.append("prototype_extractor")
+    trains_token = train_vusr and config.vusr_token_id is not None
+    return LoraConfig(
+        r=text_lora.rank or vision_lora.rank or 1,
+        lora_alpha=text_lora.alpha if text_lora.rank else vision_lora.alpha,
+        lora_dropout=text_lora.dropout,
+        target_modules=_target_pattern(model, vision_lora, text_lora, options.target_modules),
+        rank_pattern={VISION_PATTERN: vision_lora.rank} if vision_lora.rank else {},
+        alpha_pattern={VISION_PATTERN: vision_lora.alpha} if vision_lora.rank else {},
+        use_rslora=options.use_rslora,
+        use_dora=options.use_dora,
+        init_lora_weights=options.init_lora_weights,
+        modules_to_save=modules_to_save,
+        trainable_token_indices={"embed_tokens": [config.vusr_token_id]} if trains_token else None,
+    )
+
+
+def _target_pattern(
+    model: SQLlavaForConditionalGeneration,
+    vision_lora: LoraSize,
+    text_lora: LoraSize,
+    text_names: tuple[str, ...] | None,
+) -> str:
+    """A regular expression of the linear layers that LoRA goes on."""
+    patterns = []
+    if vision_lora.rank:
+        # The layers above the feature layer are not run and would have no gradient.
+        layers = "|".join(map(str, range(model.config.num_vision_layers_used)))
+        names = "|".join(_linear_names(model.model.vision_tower))
+        patterns.append(rf"model\.vision_tower\.encoder\.layers\.({layers})\..*\b({names})")
+    if text_lora.rank:
+        names = "|".join(_text_targets(model, text_names))
+        patterns.append(rf"model\.language_model\..*\b({names})")
+    # PEFT requires targets; the dummy matches nothing.
+    return "|".join(patterns) if patterns else DUMMY_TARGET_MODULES
+
+
+def _set_dropout(peft_model: PeftModel, vision_dropout: float) -> None:
+    """Gives the vision tower's LoRA a dropout of its own: PEFT has one for all."""
+    for name, module in peft_model.named_modules():
+        if "vision_tower" in name and isinstance(module, LoraLayer):
+            module.lora_dropout[ADAPTER] = nn.Dropout(vision_dropout) if vision_dropout else nn.Identity()
 
 
 def _linear_names(tower: nn.Module) -> list[str]:

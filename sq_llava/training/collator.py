@@ -3,27 +3,20 @@
 Which turns become self-questions is drawn by `sq_llava/data/self_questions.py`.
 """
 
-import copy
-from collections.abc import Hashable
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from jinja2 import TemplateError
 from PIL import Image
-from torch.nn import functional as F
 from transformers import TrainerCallback
+from transformers.utils.chat_template_utils import render_jinja_template
 
 from processing_sq_llava import SQLlavaProcessor
-from sq_llava.data.images import OnceEach, image_key, open_image
-from sq_llava.data.self_questions import (
-    ANSWER,
-    IGNORE_INDEX,
-    NOT_SPOKEN,
-    QUESTION,
-    draw_self_questions,
-    first_exchange,
-)
+from sq_llava.data.images import image_key, open_image
+from sq_llava.data.lengths import kept_exchanges, prefix_lengths
+from sq_llava.data.self_questions import ANSWER, IGNORE_INDEX, NOT_SPOKEN, QUESTION, draw_self_questions
 
 
 @dataclass
@@ -35,17 +28,17 @@ class SelfQuestioningCollator:
     (`torch.int64`, one per image of the text) says which is which.
 
     A row has `row_id` (int), `messages` and `images` (paths or PIL images, in the order of the image parts). Labels
-    come from the chat template's own mask: nothing is tokenised twice, so nothing can disagree.
+    come from the chat template's own mask, made in the same rendering as the text, so that they cannot disagree.
 
     Args:
         processor ([`SQLlavaProcessor`]): With its chat template.
         plain (`bool`): The caption layout of stage 1, without roles and self-questions.
         self_question_ratio (`float`): Probability that a turn after the first is asked by the model.
-        seed (`int`): Of the draw.
-        max_length (`int`, *optional*): In tokens. A longer row loses its last turns, whole ones; a row of which not
-            even the first turn fits is an error.
-        pad_to_multiple_of (`int`, *optional*): Pads each batch to a multiple of so many tokens; `max_length` is of the
-            tokens before that.
+        seed (`int`): Random seed of the draw.
+        max_length (`int`, *optional*): Most tokens of a row. A longer row loses its last exchanges, whole ones; a row
+            whose first exchange does not fit is an error.
+        pad_to_multiple_of (`int`, *optional*): Each batch is padded to a multiple of this; `max_length` does not count
+            the padding.
     """
 
     processor: SQLlavaProcessor
@@ -54,121 +47,110 @@ class SelfQuestioningCollator:
     seed: int = 0
     max_length: int | None = None
     pad_to_multiple_of: int | None = None
-    # In shared memory: data loader workers that live on see the next epoch too.
+    # In shared memory, so that persistent dataloader workers see the next epoch too.
     epoch: torch.Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.int64).share_memory_())
 
-    def __post_init__(self):
-        self.batch_processor = copy.copy(self.processor)
-        self.batch_processor.image_processor = OnceEach(self.processor.image_processor)
-
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        images = {}  # rows of one batch may share them
-        conversations = [self._conversation(row, images) for row in rows]
-        try:
-            batch = self._tokenize(conversations)
-        except TemplateError as error:
-            self._name_row(conversations, rows)
-            raise error
-        if self.max_length is not None and batch["input_ids"].shape[1] > self.max_length:
-            conversations = [self._fit(conversation, row) for conversation, row in zip(conversations, rows)]
-            batch = self._tokenize(conversations)
-        spoken = batch.pop("assistant_masks").bool() & batch["attention_mask"].bool()
-        batch["labels"] = batch["input_ids"].masked_fill(~spoken, IGNORE_INDEX)
-        if self.plain:
-            batch["turn_kinds"] = spoken.to(torch.uint8) * ANSWER
-        else:
-            kinds = [_turn_kinds(mask, messages, row) for mask, messages, row in zip(spoken, conversations, rows)]
-            batch["turn_kinds"] = torch.stack(kinds)
-        batch["row_ids"] = torch.tensor([row["row_id"] for row in rows])
-        return self._padded(dict(batch))
-
-    def _padded(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        missing = -batch["input_ids"].shape[1] % (self.pad_to_multiple_of or 1)
-        fills = {
-            "input_ids": self.processor.tokenizer.pad_token_id,
-            "attention_mask": 0,
-            "labels": IGNORE_INDEX,
-            "turn_kinds": NOT_SPOKEN,
+        samples = [self._sample(row) for row in rows]
+        kinds = [kinds for _, kinds, _ in samples]
+        labels = [np.where(kinds == NOT_SPOKEN, IGNORE_INDEX, ids) for ids, kinds, _ in samples]
+        return {
+            "input_ids": self._pad([ids for ids, _, _ in samples], self.processor.tokenizer.pad_token_id),
+            "attention_mask": self._pad([np.ones_like(ids) for ids, _, _ in samples], 0),
+            "labels": self._pad(labels, IGNORE_INDEX),
+            "turn_kinds": self._pad(kinds, NOT_SPOKEN).to(torch.uint8),
+            "row_ids": torch.tensor([row["row_id"] for row in rows]),
+            **self._pixels(rows, [images for _, _, images in samples]),
         }
-        return batch | {name: F.pad(batch[name], (0, missing), value=fill) for name, fill in fills.items() if missing}
 
-    def _conversation(self, row: dict[str, Any], opened: dict[Hashable, Any]) -> list[dict]:
+    def _sample(self, row: dict[str, Any]) -> tuple[np.ndarray, np.ndarray, list]:
+        """The token ids of a row that fits, the kind of turn that each is in, and the images that it shows."""
         messages = row["messages"]
         if not self.plain:
             messages = draw_self_questions(
                 messages, self.self_question_ratio, self.seed, int(self.epoch), row["row_id"]
             )
+        ids, spoken = self._tokenize(messages, row)
+        if self.max_length is not None and len(ids) > self.max_length:
+            [lengths] = prefix_lengths(self.processor, [messages], self.plain)
+            kept = kept_exchanges(lengths, self.max_length, row["row_id"])
+            messages = messages[: len(messages) - 2 * (len(lengths) - kept)]
+            ids, spoken = self._tokenize(messages, row)
+        kinds = spoken * ANSWER if self.plain else _turn_kinds(spoken, messages, row)
+        num_images = sum(part["type"] == "image" for message in messages for part in message["content"])
+        assert num_images <= len(row["images"]), f"row {row['row_id']} shows more images than it has"
+        return ids, kinds, row["images"][:num_images]
+
+    def _tokenize(self, messages: list[dict], row: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
+        """The token ids of a conversation, and whether the model speaks each."""
+        tokenizer = self.processor.tokenizer
         try:
-            for image in row["images"]:
-                if image_key(image) not in opened:
-                    opened[image_key(image)] = self._open(image)
+            [text], [spans] = render_jinja_template(
+                [messages],
+                chat_template=tokenizer.get_chat_template(),
+                return_assistant_tokens_mask=True,
+                plain=self.plain,
+                **tokenizer.special_tokens_map,
+            )
+        except TemplateError as error:
+            raise ValueError(f"{_name(row)}: {error}") from error
+        # The template writes the beginning of the sequence.
+        encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        ids, offsets = np.array(encoded["input_ids"]), np.array(encoded["offset_mapping"])
+        spoken = np.zeros(len(ids), dtype=bool)
+        for begin, end in spans:
+            spoken |= (offsets[:, 0] < end) & (offsets[:, 1] > begin)
+        sizes = np.where(ids == self.processor.image_token_id, self.processor.image_seq_length, 1)
+        return ids.repeat(sizes), spoken.repeat(sizes)
+
+    def _pad(self, sequences: list[np.ndarray], fill: int) -> torch.Tensor:
+        multiple = self.pad_to_multiple_of or 1
+        width = -(-max(map(len, sequences)) // multiple) * multiple
+        padded = torch.full((len(sequences), width), fill)
+        for row, sequence in zip(padded, sequences):
+            row[: len(sequence)] = torch.from_numpy(sequence)
+        return padded
+
+    def _pixels(self, rows: list[dict[str, Any]], images_of_rows: list[list]) -> dict[str, torch.Tensor]:
+        """`pixel_values` of all different images, and, if some repeat, `image_indices`."""
+        places, opened, indices = {}, [], []
+        for row, images in zip(rows, images_of_rows):
+            for image in images:
+                key = image_key(image)
+                if key not in places:
+                    places[key] = len(opened)
+                    opened.append(self._open(image, row))
+                indices.append(places[key])
+        if not opened:
+            return {}
+        pixels = {"pixel_values": self.processor.image_processor(opened, return_tensors="pt")["pixel_values"]}
+        return pixels | ({"image_indices": torch.tensor(indices)} if len(opened) < len(indices) else {})
+
+    def _open(self, image: str | dict[str, Any] | Image.Image, row: dict[str, Any]) -> Image.Image:
+        try:
+            return self.processor.image_processor.pad_and_resize(open_image(image))
         except ValueError as error:
-            raise ValueError(f"Row {row['row_id']} (id {row.get('id')!r}): {error}") from error
-        images = iter([opened[image_key(image)] for image in row["images"]])
-        return [
-            {
-                **message,
-                "content": [
-                    {"type": "image", "image": next(images)} if part["type"] == "image" else part
-                    for part in message["content"]
-                ],
-            }
-            for message in messages
-        ]
-
-    def _open(self, image: str | dict[str, Any] | Image.Image) -> Any:
-        return self.processor.image_processor.pad_and_resize(open_image(image))
-
-    def _tokenize(self, conversations: list[list[dict]]) -> dict[str, torch.Tensor]:
-        batch = self.batch_processor.apply_chat_template(
-            conversations,
-            tokenize=True,
-            return_dict=True,
-            # As lists: transformers makes the mask in a loop over the offsets, which is slow on tensors.
-            return_tensors=None,
-            return_assistant_tokens_mask=True,
-            plain=self.plain,
-            # The template writes the beginning of the sequence.
-            processor_kwargs={"padding": True, "padding_side": "right", "add_special_tokens": False},
-        )
-        return batch.convert_to_tensors("pt")
-
-    def _name_row(self, conversations: list[list[dict]], rows: list[dict[str, Any]]) -> None:
-        """Says which row it is that the chat template refuses, such as for a control token in its text."""
-        for conversation, row in zip(conversations, rows):
-            try:
-                self._tokenize([conversation])
-            except TemplateError as error:
-                raise ValueError(f"Row {row['row_id']} (id {row.get('id')!r}): {error}") from error
-
-    def _fit(self, messages: list[dict], row: dict[str, Any]) -> list[dict]:
-        length = len(self._tokenize([messages])["input_ids"][0])
-        while length > self.max_length:
-            if len(messages) <= first_exchange(messages):
-                raise ValueError(
-                    f"Row {row['row_id']}: its first question and answer have {length} tokens, more than max_length "
-                    f"{self.max_length}. Raise max_length, or shorten the row."
-                )
-            messages = messages[:-2]
-            length = len(self._tokenize([messages])["input_ids"][0])
-        return messages
+            raise ValueError(f"{_name(row)}: {error}") from error
 
 
-def _turn_kinds(spoken: torch.Tensor, messages: list[dict], row: dict[str, Any]) -> torch.Tensor:
+def _name(row: dict[str, Any]) -> str:
+    return f"Row {row['row_id']} (id {row.get('id')!r})"
+
+
+def _turn_kinds(spoken: np.ndarray, messages: list[dict], row: dict[str, Any]) -> np.ndarray:
     """Tells answers from self-questions: the i-th run of spoken tokens is the i-th turn that the model speaks."""
     kinds = [
         QUESTION if message["role"] == "user" else ANSWER
         for message in messages
         if message["role"] == "assistant" or message.get("self_question")
     ]
-    begins = spoken & ~torch.cat([spoken.new_zeros(1), spoken[:-1]])
-    if int(begins.sum()) != len(kinds):
+    begins = np.diff(spoken, prepend=False) & spoken
+    if begins.sum() != len(kinds):
         raise ValueError(
-            f"Row {row['row_id']}: {len(kinds)} turns are in the loss, but {int(begins.sum())} were found: "
+            f"Row {row['row_id']}: {len(kinds)} turns are in the loss, but {begins.sum()} were found: "
             "the tokenizer joins the end of one turn and the beginning of the next into one token."
         )
-    kind_of_run = torch.tensor([NOT_SPOKEN, *kinds], dtype=torch.uint8)
-    return torch.where(spoken, kind_of_run[begins.cumsum(0)], NOT_SPOKEN)
+    return np.where(spoken, np.array([NOT_SPOKEN, *kinds])[begins.cumsum()], NOT_SPOKEN)
 
 
 class EpochCallback(TrainerCallback):

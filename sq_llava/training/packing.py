@@ -2,7 +2,7 @@
 
     python -m train_sft --config recipes/sq-llava-7b/stage2.yaml --packing true --train_sampling_strategy random
 
-In a packed row the positions begin anew with each conversation, so that none attends to another: without an attention
+In a packed row the positions begin at 0 with each conversation, so that none attends to another: without an attention
 mask and a cache, transformers makes a block-diagonal mask of the positions (SDPA, eager and flex attention);
 FlashAttention is given where each begins, by the source of transformers: no GPU was at hand to run it. Images stand in
 their order, labels and draws are those of the collator, and the first token of each conversation has no label: it

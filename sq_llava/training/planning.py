@@ -1,4 +1,4 @@
-"""What a run takes, said before it begins: gradient accumulation, steps, and the memory of each GPU.
+"""What a run will take: gradient accumulation, steps, and the memory of each GPU.
 
     python -m train_sft --config recipes/sq-llava-7b/stage2.yaml --dry_run meta --num_gpus 8 --use_cpu true \\
         --vision_model_name_or_path openai/clip-vit-large-patch14-336 \\
@@ -34,8 +34,8 @@ from sq_llava.data.rows import hold_out, load_rows
 from sq_llava.locations import base_of_adapter, find_config, is_adapter
 from sq_llava.training.adapter import count_parameters, without_adapter
 from sq_llava.training.packing import PackSampler, pack_sampler
-from sq_llava.training.settings import SQLlavaArguments, architecture, starting_point
-from sq_llava.training.stage_model import prepare_stage, quantization_config
+from sq_llava.training.settings import SQLlavaArguments
+from sq_llava.training.stage_model import architecture, prepare_stage, quantization_config, starting_point
 
 
 # Bytes of the optimizer's state for each trained number, which is float32.
@@ -77,7 +77,26 @@ def accumulation_steps(global_batch_size: int, per_device_train_batch_size: int,
     return global_batch_size // at_once
 
 
-def set_global_batch(training_args: SFTConfig, global_batch_size: int, num_processes: int) -> None:
+def complete_settings(arguments: SQLlavaArguments, training_args: SFTConfig) -> int:
+    """
+    Sets what every run has, and what follows from other settings.
+
+    Returns:
+        `int`: The number of processes, here or planned for.
+    """
+    training_args.remove_unused_columns = False  # the collator makes the model's inputs of our columns
+    training_args.ddp_find_unused_parameters = False  # every trained weight is in the graph of every batch
+    if training_args.data_seed is None:
+        training_args.data_seed = training_args.seed  # else, rows come in an order of where PyTorch's seed stands
+    if arguments.num_gpus is not None and arguments.dry_run != "meta":
+        raise ValueError(f"num_gpus is {arguments.num_gpus}: it is for --dry_run meta; else the launcher says it.")
+    num_processes = arguments.num_gpus or training_args.world_size
+    if arguments.global_batch_size is not None:
+        _set_global_batch(training_args, arguments.global_batch_size, num_processes)
+    return num_processes
+
+
+def _set_global_batch(training_args: SFTConfig, global_batch_size: int, num_processes: int) -> None:
     """Sets the gradient accumulation that makes the global batch."""
     if training_args.gradient_accumulation_steps != 1:
         raise ValueError(
@@ -133,39 +152,42 @@ def estimate_memory(
         on_gpu (`bool`): Whether TRL's head runs its kernels; on a CPU it takes more.
 
     Raises:
-        ValueError: for an optimizer of which the size is not known here.
+        ValueError: for an optimizer whose size is not known here.
     """
+    full, half = sharding == SHARDINGS[2], sharding == SHARDINGS[1]
+    pieces = num_gpus if full or half else 1
+    buckets = 2 if num_gpus > 1 and not (full or half) else 1
+    return [
+        _weight_term(model, quantization, pieces if full else 1),
+        *_optimizer_terms(model, training_args, pieces, buckets),
+        *activation_terms(model, batch, training_args, on_gpu),
+    ]
+
+
+def _weight_term(model: nn.Module, quantization: BitsAndBytesConfig | None, pieces: int) -> Term:
+    weights = weight_bytes(model, quantization)
+    if pieces == 1:
+        return Term("weights", weights, "all weights, trained and frozen, in the precision that each is held in")
+    gathered = 2 * max(sum(p.nbytes for p in layer.parameters()) for layer in _layers(_text_tower(model)))
+    formula = f"all weights / {pieces} GPUs, and two layers that are gathered"
+    return Term("weights", weights / pieces + gathered, formula)
+
+
+def _optimizer_terms(model: nn.Module, training_args: SFTConfig, pieces: int, buckets: int) -> list[Term]:
+    """Gradients and the optimizer's state."""
     optim = str(getattr(training_args.optim, "value", training_args.optim))
     if optim not in OPTIMIZER_BYTES:
         raise ValueError(f"optim is {optim}: the estimate knows {', '.join(OPTIMIZER_BYTES)}.")
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     numbers, gradients = sum(p.numel() for p in trained), sum(p.nbytes for p in trained)
-    weights = weight_bytes(model, quantization)
-    full, half = sharding == SHARDINGS[2], sharding == SHARDINGS[1]
-    pieces = num_gpus if full or half else 1
+    count, state = f"{numbers:,} trained numbers x", OPTIMIZER_BYTES[optim]
+    in_buckets = " x 2 (DDP's buckets)" if buckets == 2 else ""
     in_pieces = f" / {pieces} GPUs" if pieces > 1 else ""
-    buckets = 2 if num_gpus > 1 and not (full or half) else 1
-    terms = [
-        Term("weights", weights, "all weights, trained and frozen, in the precision that each is held in"),
-        Term(
-            "gradients",
-            gradients * buckets / pieces,
-            f"{numbers:,} trained numbers x {gradients / max(numbers, 1):.0f} bytes"
-            + (" x 2 (DDP's buckets)" if buckets == 2 else "")
-            + in_pieces,
-        ),
-        Term(
-            "optimizer",
-            numbers * OPTIMIZER_BYTES[optim] / pieces,
-            f"{numbers:,} trained numbers x {OPTIMIZER_BYTES[optim]} bytes ({optim}){in_pieces}",
-        ),
+    formula = f"{count} {gradients / max(numbers, 1):.0f} bytes{in_buckets}{in_pieces}"
+    return [
+        Term("gradients", gradients * buckets / pieces, formula),
+        Term("optimizer", numbers * state / pieces, f"{count} {state} bytes ({optim}){in_pieces}"),
     ]
-    if full and pieces > 1:
-        gathered = 2 * max(sum(p.nbytes for p in layer.parameters()) for layer in _layers(_text_tower(model)))
-        terms[0] = Term(
-            "weights", weights / pieces + gathered, f"all weights{in_pieces}, and two layers that are gathered"
-        )
-    return terms + activation_terms(model, batch, training_args, on_gpu)
 
 
 def weight_bytes(model: nn.Module, quantization: BitsAndBytesConfig | None = None) -> float:
@@ -349,12 +371,20 @@ def size(num_bytes: float) -> str:
     return f"{num_bytes / unit:.1f} {suffix}"
 
 
-def leave_one_step(training_args: SFTConfig) -> None:
-    """Leaves of a run one step on one batch, of which nothing is kept or reported."""
+def leave_one_step(rows: datasets.Dataset, training_args: SFTConfig, packing: bool) -> str:
+    """
+    Reduces a run to one step on one batch, of which nothing is saved or reported.
+
+    Returns:
+        `str`: The steps of the whole run, in words.
+    """
+    packs = pack_sampler(rows, training_args, training_args.world_size) if packing else None
+    steps = describe_steps(len(rows), training_args, training_args.world_size, packs)
     training_args.max_steps = training_args.gradient_accumulation_steps = 1
     training_args.save_strategy = training_args.eval_strategy = "no"
     training_args.eval_on_start = training_args.push_to_hub = False
     training_args.report_to = []
+    return steps
 
 
 def longest_rows(rows: datasets.Dataset, count: int) -> datasets.Dataset:

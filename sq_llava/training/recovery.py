@@ -1,10 +1,10 @@
-"""What a run loses nothing by: complete checkpoints, a stop on signals, and a look at each step before it is applied.
+"""Crash safety: complete checkpoints, a stop on signals, and a check of each step before it is applied.
 
     python -m train_sft --config recipes/sq-llava-7b/stage1.yaml --resume
 
-Killed at any moment, a run that goes on with `--resume` has the losses and the weights of one that was never killed:
-the newest complete checkpoint holds weights, optimizer and schedule, and self-questions, the order of rows and dropout
-are functions of the seed and of epoch, row, turn, step and process. What it does not do: write to disk through power
+A run that is killed at any moment and resumed with `--resume` has the losses and weights of one that was never killed.
+The newest complete checkpoint holds weights, optimizer and schedule; self-questions, the order of rows and dropout are
+functions of the seed and of epoch, row, turn, step and process. What it does not do: write to disk through power
 failures (no fsync).
 """
 
@@ -33,15 +33,15 @@ class CheckpointError(OSError):
 
 def find_checkpoint(output_dir: str, resume: bool, given: str | None) -> str | None:
     """
-    The complete checkpoint that a run goes on from; `None` for a run from the beginning.
+    The complete checkpoint that a run resumes from; `None` for a run from the beginning.
 
     Half-written checkpoints of `output_dir` are renamed, so that they neither count in `save_total_limit` nor mix with
     what is written later. Nothing is deleted.
 
     Args:
-        output_dir (`str`): Of the run.
-        resume (`bool`): Whether to go on from the newest complete checkpoint of `output_dir`.
-        given (`str`, *optional*): Instead: the checkpoint to go on from.
+        output_dir (`str`): Folder of the run.
+        resume (`bool`): Whether to resume from the newest complete checkpoint of `output_dir`.
+        given (`str`, *optional*): Another checkpoint to resume from.
 
     Raises:
         ValueError: if `output_dir` holds checkpoints and neither is given; if the given checkpoint is not complete, or
@@ -51,7 +51,7 @@ def find_checkpoint(output_dir: str, resume: bool, given: str | None) -> str | N
     folders = sorted((folder for folder in root.glob("checkpoint-*") if step_of(folder) is not None), key=step_of)
     if folders and not resume and given is None:
         raise ValueError(
-            f"output_dir {output_dir} already holds {folders[-1].name}: go on from it with --resume, or give another "
+            f"output_dir {output_dir} already holds {folders[-1].name}: resume it with --resume, or give another "
             "output_dir."
         )
     if given is not None and (faults := checkpoint_faults(Path(given))):
@@ -73,19 +73,19 @@ def find_checkpoint(output_dir: str, resume: bool, given: str | None) -> str | N
         return given
     if not complete:
         if resume:
-            PartialState().print(f"--resume: {output_dir} holds no complete checkpoint; training starts anew.")
+            PartialState().print(f"--resume: {output_dir} holds no complete checkpoint; training starts over.")
         return None
-    PartialState().print(f"--resume: training goes on from {complete[-1]}.")
+    PartialState().print(f"--resume: training resumes from {complete[-1]}.")
     return str(complete[-1])
 
 
 def _refuse_damaged(half_written: dict[Path, list[str]]) -> None:
-    """A checkpoint with its last file was complete once: to start anew would throw it away."""
+    """Refuses to start from the beginning where a damaged checkpoint was complete once: it may still be repaired."""
     for folder, faults in half_written.items():
         if not json_fault(folder / STATE_FILE):
             raise ValueError(
-                f"{folder} was complete once, but cannot be gone on from: {'; '.join(faults)}. Bring the files back, "
-                "or give another output_dir to start anew."
+                f"{folder} was complete once, but cannot be resumed: {'; '.join(faults)}. Bring the files back, "
+                "or give another output_dir to start from the beginning."
             )
 
 
@@ -97,13 +97,13 @@ def _set_aside(folder: Path, faults: list[str]) -> None:
         target = folder.with_name(f"{SET_ASIDE}{folder.name}-{number}")
     folder.rename(target)
     print(
-        f"{folder} is half-written ({'; '.join(faults)}) and passed over. It is {target.name} now, of no use, and may "
-        "be deleted."
+        f"{folder} is half-written ({'; '.join(faults)}) and skipped. It was renamed to {target.name}, is not "
+        "used, and may be deleted."
     )
 
 
 def warn_of_changes(checkpoint: str, run: dict[str, int]) -> None:
-    """Says what differs from the run that wrote the checkpoint, if losses will differ by that."""
+    """Prints each difference from the run that wrote the checkpoint that makes the losses differ."""
     before = json.loads((Path(checkpoint) / RUN_FILE).read_text())
     for name, now in run.items():
         if before.get(name, now) != now:

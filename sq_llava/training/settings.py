@@ -1,133 +1,133 @@
-"""The settings of a run: recipe and command line, checked, and what they mean for data, processor and weights.
+"""The settings of a run: recipe and command line, checked.
 
     arguments, training_args, model_config = parse_settings(["--config", "recipes/sq-llava-7b/stage1.yaml"])
+    arguments, training_args, model_config = parse_recipe("recipes/sq-llava-7b/stage1.yaml", learning_rate=1e-4)
 
 `SQLlavaArguments` are this project's own; the others are TRL's `SFTConfig` and `ModelConfig`. What it does not do:
-load a model (`sq_llava/training/stage_model.py`).
+say what they mean for model and processor (`sq_llava/training/stage_model.py`).
 """
 
+import shlex
+import sys
 from dataclasses import dataclass, field, fields
 from importlib import import_module
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal
 
 from trl import ModelConfig, SFTConfig, TrlParser
 
-from processing_sq_llava import PROMPT_LAYOUTS, SQLlavaProcessor
-from sq_llava.checkpoints.compose import compose_processor
-from sq_llava.checkpoints.load import require_kind
 from sq_llava.console import needs_extra
 from sq_llava.data.sources import DataSource
-from sq_llava.training.adapter import LORA_INITIALISATIONS
 from sq_llava.training.setting_table import is_given, refuse_settings
+
+
+# Values of the setting `init_lora_weights`, and what PEFT calls them.
+LORA_INITIALISATIONS = {"default": True, "gaussian": "gaussian", "orthogonal": "orthogonal"}
+
+
+def _option(help: str, **settings: Any) -> Any:
+    """A field of the settings, with its line of `--help`."""
+    return field(metadata={"help": help}, **settings)
 
 
 @dataclass
 class SQLlavaArguments:
     """What to train, from what, on what."""
 
-    stage: Literal["align", "instruct"] = field(
-        metadata={"help": "'align': captions train ViT-LoRA, extractor and projector. 'instruct': LLM-LoRA too."}
+    stage: Literal["align", "instruct"] = _option(
+        "'align' trains ViT-LoRA, extractor and projector on captions; 'instruct' trains LLM-LoRA too."
     )
-    dataset_path: str | None = field(
-        default=None, metadata={"help": "Rows in LLaVA's or TRL's layout: JSON, JSONL, Parquet, a folder, a Hub id."}
+    dataset_path: str | None = _option(
+        "Training data in LLaVA's or TRL's layout: JSON, JSONL, Parquet, a folder, a Hub id.", default=None
     )
-    image_root: str | None = field(default=None, metadata={"help": "Folder of the images; default: that of the data."})
+    image_root: str | None = _option("Folder of the images; default: the folder of the data.", default=None)
     datasets: list[DataSource] = field(
         default_factory=list,
-        metadata={"help": "Instead: several; in a recipe each with path, image_root, split, weight or num_rows."},
+        metadata={
+            "help": "Several sources in place of dataset_path, each with path, image_root, split, weight or num_rows."
+        },
     )
     eval_datasets: list[DataSource] = field(
-        default_factory=list, metadata={"help": "Rows to measure the losses on while training, as datasets."}
+        default_factory=list, metadata={"help": "Sources of evaluation rows, as in datasets."}
     )
-    num_eval_rows: int = field(
-        default=0, metadata={"help": "Instead: so many rows are drawn from the data, and not trained on."}
+    num_eval_rows: int = _option(
+        "Number of training rows to hold out for evaluation, in place of eval_datasets.", default=0
     )
     generation_datasets: list[DataSource] = field(
         default_factory=list,
-        metadata={"help": "A few rows whose first question is answered at each evaluation, as datasets."},
+        metadata={"help": "Sources of a few rows whose first question is answered at each evaluation."},
     )
-    vision_model_name_or_path: str | None = field(
-        default=None, metadata={"help": "CLIP or SigLIP to start from, with text_model_name_or_path."}
+    vision_model_name_or_path: str | None = _option(
+        "CLIP or SigLIP to start from, beside text_model_name_or_path.", default=None
     )
-    text_model_name_or_path: str | None = field(
-        default=None, metadata={"help": "Causal LM to start from; instead: model_name_or_path, a SQ-LLaVA or a stage."}
+    text_model_name_or_path: str | None = _option(
+        "Causal LM to start from. To start from a SQ-LLaVA or a stage, give model_name_or_path.", default=None
     )
-    qformer_model_name_or_path: str | None = field(
+    qformer_model_name_or_path: str | None = _option(
+        "BLIP-2 whose frozen Q-Former is put before the projector of a model made from parts.", default=None
+    )
+    prototype_variant: Literal["paper", "released", "none"] = _option(
+        "Prototype extractor of a model made from parts.", default="paper"
+    )
+    num_prototypes: int = _option("Prototypes of a model made from parts.", default=256)
+    num_prototype_iterations: int = _option("EM iterations of a model made from parts.", default=2)
+    projector_type: Literal["mlp2x", "linear"] = _option("Projector of a model made from parts.", default="mlp2x")
+    image_aspect_ratio: Literal["pad", "crop"] | None = _option(
+        "'pad' to a square with the mean colour, or 'crop' the centre; default: that of the model, or pad.",
         default=None,
-        metadata={"help": "BLIP-2 whose Q-Former stands, frozen, before the projector of a model made from parts."},
     )
-    prototype_variant: Literal["paper", "released", "none"] = field(
-        default="paper", metadata={"help": "Prototype extractor of a model made from parts."}
+    prompt_layout: Literal["minigpt4"] | None = _option(
+        "Markers of turns and images; default: those of the model, or of Vicuna v1.", default=None
     )
-    num_prototypes: int = field(default=256, metadata={"help": "Prototypes of a model made from parts."})
-    num_prototype_iterations: int = field(default=2, metadata={"help": "EM iterations of a model made from parts."})
-    projector_type: Literal["mlp2x", "linear"] = field(
-        default="mlp2x", metadata={"help": "Projector of a model made from parts."}
+    system_message: str | None = _option(
+        "Text before each conversation; default: that of the model, or the paper's.", default=None
     )
-    image_aspect_ratio: Literal["pad", "crop"] | None = field(
-        default=None,
-        metadata={"help": "'pad' to a square with the mean colour, or 'crop' the centre; default: as before, or pad."},
+    self_question_ratio: float = _option(
+        "Probability that a turn after the first is asked by the model (1 - delta).", default=0.5
     )
-    prompt_layout: Literal["minigpt4"] | None = field(
-        default=None, metadata={"help": "Markers of turns and images; default: as before, or those of Vicuna v1."}
+    question_loss_weight: float = _option(
+        "Weight of a self-question's token in the loss; an answer's token has 1.", default=1.0
     )
-    system_message: str | None = field(
-        default=None, metadata={"help": "Stands before each conversation; default: as before, or the paper's."}
+    vision_lr: float | None = _option("Learning rate of ViT-LoRA; default: learning_rate.", default=None)
+    connector_lr: float | None = _option(
+        "Learning rate of extractor and projector; default: learning_rate.", default=None
     )
-    self_question_ratio: float = field(
-        default=0.5, metadata={"help": "Probability that a turn after the first is asked by the model (1 - delta)."}
+    vision_lora_r: int = _option("Rank of ViT-LoRA; 0 for none.", default=32)
+    vision_lora_alpha: int = _option("Alpha of ViT-LoRA.", default=64)
+    vision_lora_dropout: float = _option("Dropout of ViT-LoRA.", default=0.2)
+    init_lora_weights: str = _option(
+        "Initialisation of new LoRA weights: default, gaussian or orthogonal, as PEFT names them.", default="default"
     )
-    question_loss_weight: float = field(
-        default=1.0, metadata={"help": "Weight of a self-question's token beside an answer's."}
-    )
-    vision_lr: float | None = field(default=None, metadata={"help": "Of ViT-LoRA; default: learning_rate."})
-    connector_lr: float | None = field(
-        default=None, metadata={"help": "Of extractor and projector; default: learning_rate."}
-    )
-    vision_lora_r: int = field(default=32, metadata={"help": "Rank of ViT-LoRA; 0 for none."})
-    vision_lora_alpha: int = field(default=64, metadata={"help": "Alpha of ViT-LoRA."})
-    vision_lora_dropout: float = field(default=0.2, metadata={"help": "Dropout of ViT-LoRA."})
-    init_lora_weights: str = field(
-        default="default",
-        metadata={"help": "Initialisation of new LoRA weights: default, gaussian or orthogonal, as PEFT names them."},
-    )
-    full_finetuning: bool = field(
+    full_finetuning: bool = _option(
+        "Train all weights of language model, extractor and projector in float32, as LLaVA's stage 2, and no "
+        "adapter (lora_r and vision_lora_r 0). output_dir then holds a plain checkpoint in the model's dtype.",
         default=False,
-        metadata={
-            "help": "Train all weights of language model, extractor and projector in float32, and no adapter (lora_r "
-            "and vision_lora_r 0), as LLaVA's stage 2: output_dir holds a plain checkpoint then, in the model's dtype."
-        },
     )
-    resume: bool = field(
-        default=False, metadata={"help": "Go on from the newest complete checkpoint of output_dir, if there is one."}
-    )
-    global_batch_size: int | None = field(
+    resume: bool = _option("Resume from the newest complete checkpoint of output_dir, if there is one.", default=False)
+    global_batch_size: int | None = _option(
+        "Rows of an optimizer step over all processes, in place of gradient_accumulation_steps. With packing "
+        "it counts packs, as per_device_train_batch_size does; the run prints how many rows these hold.",
         default=None,
-        metadata={
-            "help": "Rows of an optimizer step, over all processes; instead of gradient_accumulation_steps. With "
-            "packing it counts packs, as per_device_train_batch_size does: the run says how many rows these hold."
-        },
     )
-    dry_run: Literal["off", "meta", "real"] = field(
+    dry_run: Literal["off", "meta", "real"] = _option(
+        "'real' trains one step on the longest rows, prints parameters, memory and steps, and stops. 'meta' "
+        "prints the same from the configurations alone, without weights and without a step.",
         default="off",
-        metadata={
-            "help": "'real': one step on the longest rows, with parameters, memory and steps, then stop. 'meta': the "
-            "same from the configurations alone, without weights and without a step."
-        },
     )
-    num_gpus: int | None = field(
-        default=None, metadata={"help": "For dry_run meta: the processes to plan for; default: those of this launch."}
+    num_gpus: int | None = _option(
+        "Number of processes that dry_run meta plans for; default: those of this launch.", default=None
     )
-    doctor: Literal["sample", "full", "off"] = field(
-        default="sample",
-        metadata={"help": "Rows and images to look at before the model is loaded; `sq-llava doctor` tells more."},
+    doctor: Literal["sample", "full", "off"] = _option(
+        "Rows and images to check before the model is loaded; `sq-llava doctor` tells more.", default="sample"
     )
-    # Settings of TRL, moved here by `parse_settings`: it refuses `packing` for images, and takes up `eos_token` only
-    # when data and template have been read.
+    # Settings of TRL, moved here by `parse_settings`: TRL refuses `packing` for images, and applies `eos_token` only
+    # after data and template have been read.
     packing: bool = field(init=False, default=False)
     eos_token: str | None = field(init=False, default=None)
-    max_loss: float | None = field(
-        default=None, metadata={"help": "Stop at a step with a higher loss; default: 2 ln(vocabulary size)."}
+    # The command that checks the data of these settings; written by `parse_settings`.
+    doctor_command: str = field(init=False, default="sq-llava doctor")
+    max_loss: float | None = _option(
+        "Stop at a step with a higher loss; default: 2 ln(vocabulary size).", default=None
     )
 
     def __post_init__(self):
@@ -183,9 +183,36 @@ def parse_settings(
     Raises:
         ValueError: for a setting that is unknown, that would do nothing here, or that does not go with another.
     """
+    args = sys.argv[1:] if args is None else args
     parser = _Parser((SQLlavaArguments, SFTConfig, ModelConfig), description=description)
     arguments, training_args, model_config = parser.parse_args_and_config(args)
     refuse_settings(training_args, model_config)
+    _require_evaluation(arguments, training_args)
+    _require_lora_use(arguments, model_config)
+    _require_four_bits(model_config)
+    _require_trainer_settings(training_args)
+    if training_args.metric_for_best_model is not None:
+        # The Trainer takes a metric whose name does not end in "loss" for one that grows: loss_answers, too.
+        training_args.greater_is_better = "loss" not in training_args.metric_for_best_model
+    if arguments.full_finetuning:
+        _require_no_adapter(arguments, model_config)
+    _take_over_packing(arguments, training_args)
+    arguments.eos_token = training_args.eos_token
+    arguments.doctor_command = shlex.join(["sq-llava", "doctor", *args])
+    return arguments, training_args, model_config
+
+
+def parse_recipe(recipe: str | Path, **overrides: Any) -> tuple[SQLlavaArguments, SFTConfig, ModelConfig]:
+    """As `parse_settings`, of a recipe and settings that win over it."""
+    options = [text for name, value in overrides.items() for text in (f"--{name}", str(value))]
+    return parse_settings(["--config", str(recipe), *options])
+
+
+def _require_evaluation(arguments: SQLlavaArguments, training_args: SFTConfig) -> None:
+    """
+    Raises:
+        ValueError: if there are rows to evaluate on, but no time for it; or the other way round.
+    """
     evaluates = bool(arguments.eval_datasets or arguments.num_eval_rows)
     asks_for_it = training_args.eval_strategy != "no" or training_args.do_eval
     if evaluates != asks_for_it or (arguments.generation_datasets and not evaluates):
@@ -195,38 +222,24 @@ def parse_settings(
             f"{len(arguments.generation_datasets)} entries: to evaluate, give eval_strategy (steps or epoch) and one "
             "of eval_datasets and num_eval_rows; generation_datasets goes with them."
         )
-    require_use(arguments, training_args, model_config)
-    if training_args.metric_for_best_model is not None:
-        # The Trainer takes a metric whose name does not end in "loss" for one that grows: loss_answers, too.
-        training_args.greater_is_better = "loss" not in training_args.metric_for_best_model
-    if arguments.full_finetuning:
-        require_no_adapter(arguments, model_config)
-    take_over_packing(arguments, training_args)
-    arguments.eos_token = training_args.eos_token
-    return arguments, training_args, model_config
 
 
-def require_use(arguments: SQLlavaArguments, training_args: SFTConfig, model_config: ModelConfig) -> None:
+def _require_lora_use(arguments: SQLlavaArguments, model_config: ModelConfig) -> None:
     """
     Raises:
-        ValueError: for a setting that has no use beside the others.
+        ValueError: for a setting of LoRA that has no use in this run, or that PEFT cannot combine with another.
     """
     on_text = arguments.stage == "instruct" and model_config.lora_r > 0
     on_any = on_text or arguments.vision_lora_r > 0
     no_lora = "this run trains no LoRA (lora_r and vision_lora_r are 0, or the stage is align and vision_lora_r 0)"
     no_text_lora = "this run trains no LoRA on the language model (lora_r is 0, or the stage is align)"
-    used = {
-        "use_rslora": (on_any, no_lora),
-        "use_dora": (on_any, no_lora),
-        "init_lora_weights": (on_any, no_lora),
-        "lora_target_modules": (on_text, no_text_lora),
-    }
-    needs_4bit = (model_config.load_in_4bit, "load_in_4bit is not set")
-    used |= dict.fromkeys(("bnb_4bit_quant_type", "use_bnb_nested_quant", "bnb_4bit_quant_storage"), needs_4bit)
-    for name, (has_use, reason) in used.items():
-        holder = arguments if name == "init_lora_weights" else model_config
-        if is_given(holder, name) and not has_use:
-            raise ValueError(f"{name} is {getattr(holder, name)!r}, but {reason}: leave it out.")
+    for holder, name, has_use, reason in (
+        (model_config, "use_rslora", on_any, no_lora),
+        (model_config, "use_dora", on_any, no_lora),
+        (arguments, "init_lora_weights", on_any, no_lora),
+        (model_config, "lora_target_modules", on_text, no_text_lora),
+    ):
+        _require_use(holder, name, has_use, reason)
     if arguments.init_lora_weights == "orthogonal":
         ranks = {"lora_r": model_config.lora_r * on_text, "vision_lora_r": arguments.vision_lora_r}
         odd = [f"{name} is {rank}" for name, rank in ranks.items() if rank % 2]
@@ -240,6 +253,23 @@ def require_use(arguments: SQLlavaArguments, training_args: SFTConfig, model_con
             "use_dora is True and load_in_8bit is set: DoRA needs the weights of the base, which PEFT cannot read "
             "out of 8 bits everywhere. Give load_in_4bit, or leave use_dora out."
         )
+
+
+def _require_four_bits(model_config: ModelConfig) -> None:
+    for name in ("bnb_4bit_quant_type", "use_bnb_nested_quant", "bnb_4bit_quant_storage"):
+        _require_use(model_config, name, model_config.load_in_4bit, "load_in_4bit is not set")
+
+
+def _require_use(holder: SQLlavaArguments | ModelConfig, name: str, has_use: bool, reason: str) -> None:
+    if is_given(holder, name) and not has_use:
+        raise ValueError(f"{name} is {getattr(holder, name)!r}, but {reason}: leave it out.")
+
+
+def _require_trainer_settings(training_args: SFTConfig) -> None:
+    """
+    Raises:
+        ValueError: for a setting of the Trainer that does nothing here, or makes other batches than it says.
+    """
     if training_args.activation_offloading and training_args.device.type == "cpu":
         raise ValueError("activation_offloading is True, but the model is on the CPU already: leave it out.")
     if training_args.accelerator_config.split_batches:
@@ -252,13 +282,6 @@ def require_use(arguments: SQLlavaArguments, training_args: SFTConfig, model_con
             "train_sampling_strategy is 'batch_rebalance': choose random, sequential or group_by_length (which groups "
             "by modality too), or packing true."
         )
-
-
-def named_targets(model_config: ModelConfig) -> tuple[str, ...] | None:
-    """The linear layers of the language model that `lora_target_modules` names; `None` for all of them."""
-    names = model_config.lora_target_modules
-    names = [names] if isinstance(names, str) else names  # of one name, TRL makes a string
-    return None if names in (None, ["all-linear"]) else tuple(names)
 
 
 def require_extras(training_args: SFTConfig, model_config: ModelConfig) -> None:
@@ -276,7 +299,7 @@ def require_extras(training_args: SFTConfig, model_config: ModelConfig) -> None:
             import_module("tensorboard")
 
 
-def take_over_packing(arguments: SQLlavaArguments, training_args: SFTConfig) -> None:
+def _take_over_packing(arguments: SQLlavaArguments, training_args: SFTConfig) -> None:
     """
     Moves TRL's `packing` to `arguments`: TRL refuses it for images, `sq_llava/training/packing.py` does it.
 
@@ -302,7 +325,7 @@ def take_over_packing(arguments: SQLlavaArguments, training_args: SFTConfig) -> 
     arguments.packing, training_args.packing = True, False
 
 
-def require_no_adapter(arguments: SQLlavaArguments, model_config: ModelConfig) -> None:
+def _require_no_adapter(arguments: SQLlavaArguments, model_config: ModelConfig) -> None:
     """
     Raises:
         ValueError: if what is trained in full were to have an adapter, or to be held in few bits.
@@ -315,53 +338,3 @@ def require_no_adapter(arguments: SQLlavaArguments, model_config: ModelConfig) -
             f"full_finetuning is true, with {given}: it trains the language model's own weights and freezes the "
             "vision tower. Give lora_r 0 and vision_lora_r 0, and leave load_in_4bit, load_in_8bit and use_peft out."
         )
-
-
-ARCHITECTURE = ("prototype_variant", "num_prototypes", "num_prototype_iterations", "projector_type")
-
-
-def starting_point(arguments: SQLlavaArguments, model_config: ModelConfig) -> tuple[str | None, tuple]:
-    """Where a model comes from: a folder or Hub id, or its two parts; and the other is `None`."""
-    start = model_config.model_name_or_path
-    parts = (arguments.vision_model_name_or_path, arguments.text_model_name_or_path)
-    if (None in parts) if start is None else (parts != (None, None)):
-        raise ValueError(
-            f"model_name_or_path is {start!r}, vision_model_name_or_path {parts[0]!r}, text_model_name_or_path "
-            f"{parts[1]!r}: give the first (a SQ-LLaVA, or the output_dir of a stage), or both of the others."
-        )
-    if start is not None and arguments.qformer_model_name_or_path is not None:
-        raise ValueError(
-            f"qformer_model_name_or_path is {arguments.qformer_model_name_or_path!r} and model_name_or_path "
-            f"{start!r}, which has its own parts: leave one of them out."
-        )
-    if start is not None:
-        try:
-            require_kind(start)
-        except ValueError as error:
-            raise ValueError(
-                f"model_name_or_path is {start!r}. {error} If it is a stage to come, train that first; to check the "
-                "data or to plan without it, give vision_model_name_or_path and text_model_name_or_path beside it."
-            ) from error
-    return start, parts
-
-
-def architecture(arguments: SQLlavaArguments) -> dict:
-    """The fields of the configuration of a model made from parts that a recipe may set."""
-    return {name: getattr(arguments, name) for name in ARCHITECTURE}
-
-
-def processor_settings(arguments: SQLlavaArguments) -> dict[str, str]:
-    settings = {name: getattr(arguments, name) for name in ("image_aspect_ratio", "system_message")}
-    settings["delimiter"] = arguments.eos_token
-    layout = {} if arguments.prompt_layout is None else PROMPT_LAYOUTS[arguments.prompt_layout]
-    return layout | {name: value for name, value in settings.items() if value is not None}
-
-
-def composed_processor(arguments: SQLlavaArguments, model_config: ModelConfig) -> SQLlavaProcessor:
-    """The processor of a recipe, without any weights."""
-    parts = (arguments.vision_model_name_or_path, arguments.text_model_name_or_path)
-    settings = processor_settings(arguments)
-    if None not in parts:  # also in place of a stage that is not there yet
-        return compose_processor(*parts, arguments.qformer_model_name_or_path, **settings)
-    start, _ = starting_point(arguments, model_config)
-    return SQLlavaProcessor.from_pretrained(start, **settings)

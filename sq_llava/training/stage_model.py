@@ -1,7 +1,8 @@
-"""The base of a run, frozen, and what its stage trains: an adapter on it, or language model and projector in full.
+"""What the settings of a run mean for its model and processor: the frozen base, and what its stage trains.
 
-A base is a SQ-LLaVA, the one that a stage before stood on, or made of two parts; the last is saved to
-`output_dir/base`, because an adapter is loaded on a base that it names. What it does not do: train.
+The stage trains an adapter on the base, or language model and projector in full. The base is a SQ-LLaVA, the one that
+the stage before stood on, or made of parts. The last is saved to `output_dir/base`, because an adapter names the base
+that it is loaded on. What it does not do: train.
 """
 
 import shutil
@@ -14,30 +15,67 @@ from transformers import BitsAndBytesConfig
 from transformers.integrations import is_deepspeed_zero3_enabled
 from trl import ModelConfig, SFTConfig, get_quantization_config
 
-from processing_sq_llava import SQLlavaProcessor
-from sq_llava.checkpoints.compose import compose
-from sq_llava.checkpoints.load import load_base_and_processor, load_model
-from sq_llava.training.adapter import (
-    LORA_INITIALISATIONS,
-    LoraOptions,
-    LoraSize,
-    add_adapter,
-    load_adapter_weights,
-    train_in_full,
-)
-from sq_llava.training.settings import (
-    SQLlavaArguments,
-    architecture,
-    named_targets,
-    processor_settings,
-    starting_point,
-)
+from processing_sq_llava import PROMPT_LAYOUTS, SQLlavaProcessor
+from sq_llava.checkpoints.compose import compose, compose_processor
+from sq_llava.checkpoints.load import load_base_and_processor, load_model, require_kind
+from sq_llava.training.adapter import LoraOptions, LoraSize, add_adapter, load_adapter_weights, train_in_full
+from sq_llava.training.settings import LORA_INITIALISATIONS, SQLlavaArguments
+
+
+ARCHITECTURE = ("prototype_variant", "num_prototypes", "num_prototype_iterations", "projector_type")
+
+
+def starting_point(arguments: SQLlavaArguments, model_config: ModelConfig) -> tuple[str | None, tuple]:
+    """Where a model comes from: a folder or Hub id, and its two parts. One of both is given, the other is `None`."""
+    start = model_config.model_name_or_path
+    parts = (arguments.vision_model_name_or_path, arguments.text_model_name_or_path)
+    if (None in parts) if start is None else (parts != (None, None)):
+        raise ValueError(
+            f"model_name_or_path is {start!r}, vision_model_name_or_path {parts[0]!r}, text_model_name_or_path "
+            f"{parts[1]!r}: give the first (a SQ-LLaVA, or the output_dir of a stage), or both of the others."
+        )
+    if start is not None and arguments.qformer_model_name_or_path is not None:
+        raise ValueError(
+            f"qformer_model_name_or_path is {arguments.qformer_model_name_or_path!r} and model_name_or_path "
+            f"{start!r}, which has its own parts: leave one of them out."
+        )
+    if start is not None:
+        try:
+            require_kind(start)
+        except ValueError as error:
+            raise ValueError(
+                f"model_name_or_path is {start!r}. {error} If it is a stage to come, train that first; to check the "
+                "data or to plan without it, give vision_model_name_or_path and text_model_name_or_path beside it."
+            ) from error
+    return start, parts
+
+
+def architecture(arguments: SQLlavaArguments) -> dict:
+    """The fields of the configuration of a model made from parts that a recipe may set."""
+    return {name: getattr(arguments, name) for name in ARCHITECTURE}
+
+
+def processor_settings(arguments: SQLlavaArguments) -> dict[str, str]:
+    settings = {name: getattr(arguments, name) for name in ("image_aspect_ratio", "system_message")}
+    settings["delimiter"] = arguments.eos_token
+    layout = {} if arguments.prompt_layout is None else PROMPT_LAYOUTS[arguments.prompt_layout]
+    return layout | {name: value for name, value in settings.items() if value is not None}
+
+
+def composed_processor(arguments: SQLlavaArguments, model_config: ModelConfig) -> SQLlavaProcessor:
+    """The processor of a recipe, without any weights."""
+    parts = (arguments.vision_model_name_or_path, arguments.text_model_name_or_path)
+    settings = processor_settings(arguments)
+    if None not in parts:  # also in place of a stage that is not there yet
+        return compose_processor(*parts, arguments.qformer_model_name_or_path, **settings)
+    start, _ = starting_point(arguments, model_config)
+    return SQLlavaProcessor.from_pretrained(start, **settings)
 
 
 def load_base(
     arguments: SQLlavaArguments, training_args: SFTConfig, model_config: ModelConfig, checkpoint: str | None
 ):
-    """Returns the frozen base, its processor, and the folder of the stage to go on from, if there is one."""
+    """Returns the frozen base, its processor, and the folder of the stage before, if there is one."""
     start, parts = starting_point(arguments, model_config)
     quantization = quantization_config(model_config)
     loading = {"dtype": model_config.dtype, "attn_implementation": model_config.attn_implementation}
@@ -63,7 +101,7 @@ def load_base(
     )
     if arguments.dry_run == "real" and quantization is None:
         return model, processor, None
-    # An adapter is loaded on a base that it names, so the model made from parts is saved beside it.
+    # An adapter names the base that it is loaded on, so the model made from parts is saved beside it.
     base = Path(training_args.output_dir).absolute() / "base"
     if PartialState().is_main_process:
         part = base.with_name("half-written-base")
@@ -80,7 +118,7 @@ def load_base(
 
 
 def read_base(checkpoint: str, arguments: SQLlavaArguments, loading: dict, processing: dict):
-    """Returns the base beside a checkpoint, and its processor: made anew, its random weights might be others."""
+    """Returns the base beside a checkpoint, and its processor. A new one could have other random weights."""
     base = Path(checkpoint).absolute().parent / "base"
     if not base.is_dir():
         raise ValueError(f"{checkpoint}: the base that it stands on is not in {base}. Bring that folder back.")
@@ -90,13 +128,13 @@ def read_base(checkpoint: str, arguments: SQLlavaArguments, loading: dict, proce
         if getattr(model.config, name) != value:
             raise ValueError(
                 f"{name} is {value!r}, but {checkpoint} was trained with "
-                f"{getattr(model.config, name)!r}: give that, or another output_dir to start anew."
+                f"{getattr(model.config, name)!r}: give that, or another output_dir to start from the beginning."
             )
     return model, processor
 
 
 def prepare_stage(model, previous_stage: str | None, arguments: SQLlavaArguments, model_config: ModelConfig):
-    """Makes of a frozen base what the stage trains, with the weights of the stage before it, if there is one."""
+    """Adds to a frozen base what the stage trains, and loads the weights of the stage before it, if there is one."""
     if not arguments.full_finetuning:
         model = add_stage_adapter(model, arguments, model_config)
         if previous_stage is not None:
@@ -123,7 +161,7 @@ def trained_dtype(model) -> torch.dtype:
 
 
 def add_stage_adapter(model, arguments: SQLlavaArguments, model_config: ModelConfig):
-    """Puts on a base what its stage trains."""
+    """Puts the adapter of its stage on a base."""
     instruct = arguments.stage == "instruct"
     text_lora = LoraSize(model_config.lora_r if instruct else 0, model_config.lora_alpha, model_config.lora_dropout)
     options = LoraOptions(
@@ -142,6 +180,13 @@ def add_stage_adapter(model, arguments: SQLlavaArguments, model_config: ModelCon
         trained_dtype=trained_dtype(model),
         options=options,
     )
+
+
+def named_targets(model_config: ModelConfig) -> tuple[str, ...] | None:
+    """The linear layers of the language model that `lora_target_modules` names; `None` for all of them."""
+    names = model_config.lora_target_modules
+    names = [names] if isinstance(names, str) else names  # of one name, TRL makes a string
+    return None if names in (None, ["all-linear"]) else tuple(names)
 
 
 # What stays as it is in a quantized model: what is trained in full, and the head, which TRL's loss multiplies by. The

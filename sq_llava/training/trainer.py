@@ -32,7 +32,7 @@ from sq_llava.data.self_questions import ANSWER, IGNORE_INDEX, QUESTION
 from sq_llava.training.adapter import trained_parameters, without_adapter
 from sq_llava.training.generation_check import GenerationCheck
 from sq_llava.training.length_sampler import ModalityLengthSampler
-from sq_llava.training.packing import PackedRows, PackingCollator, pack_sampler, require_separation
+from sq_llava.training.packing import PackedRows, PackingCollator, PackSampler, pack_sampler, require_separation
 from sq_llava.training.recovery import CheckpointError, StepWatch
 
 
@@ -76,7 +76,7 @@ class SQLlavaTrainer(SFTTrainer):
         max_loss (`float`, *optional*): Above it, training diverges and is stopped. Default: 2 ln(vocabulary size),
             twice the loss of a uniform guess.
         generation_check (`GenerationCheck`, *optional*): Runs with each evaluation.
-        packing (`bool`): Whether rows are packed for training; their `length` is that of `with_sure_lengths` then.
+        packing (`bool`): Whether rows are packed for training; their `length` is that of `with_length_bounds` then.
         The rest as for [`~trl.SFTTrainer`]; the data collator is a [`SelfQuestioningCollator`].
     """
 
@@ -97,11 +97,23 @@ class SQLlavaTrainer(SFTTrainer):
         self.generation_check = generation_check
         self._sums: dict[str, torch.Tensor] = {}
         self._aux_losses: dict[str, list[torch.Tensor]] = {}
-        model = kwargs["model"]
+        self._init_trl(*args, **kwargs)
+        self.args.logging_nan_inf_filter = False  # it writes another number into the log where the loss is nan
+        vocab_size = self.model.config.get_text_config().vocab_size
+        self.watch = StepWatch(self.accelerator, 2 * math.log(vocab_size) if max_loss is None else max_loss)
+        self.add_callback(self.watch)
+        # Tokens of packs, and what they have room for, since the last line of the log.
+        self._packed = torch.zeros(2)
+        self.packs = self._make_packs() if packing else None
+        if self.is_fsdp_enabled:
+            keep_wrap_policy(self.accelerator.state.fsdp_plugin)
+
+    def _init_trl(self, *args, model, **kwargs) -> None:
+        """Initialises TRL's trainer, and takes back what it changes in the model."""
         trained = {parameter: parameter.data for parameter in model.parameters() if parameter.requires_grad}
         text_config = model.config.get_text_config()
         returns_router_logits = getattr(text_config, "output_router_logits", None)
-        super().__init__(*args, **kwargs)
+        super().__init__(*args, model=model, **kwargs)
         if self.aux_loss_enabled:
             require_router_loss(text_config)
             # TRL turns this on, also for what is generated and saved; `compute_loss` asks for them by itself.
@@ -109,21 +121,11 @@ class SQLlavaTrainer(SFTTrainer):
         # TRL makes all that is trained of a quantized model bfloat16, which rounds small steps of a projector away.
         for parameter, data in trained.items():
             parameter.data = data.to(parameter.device)
-        self.args.logging_nan_inf_filter = False  # it writes another number into the log where the loss is nan
-        vocab_size = self.model.config.get_text_config().vocab_size
-        self.watch = StepWatch(self.accelerator, 2 * math.log(vocab_size) if max_loss is None else max_loss)
-        self.add_callback(self.watch)
-        # Tokens of packs, and what they have room for, since the last line of the log.
-        self._packed = torch.zeros(2)
-        self.packs = None
-        if packing:
-            if not is_deepspeed_zero3_enabled():
-                require_separation(without_adapter(self.model).model.language_model)
-            self.packs = pack_sampler(
-                self.train_dataset, self.args, self.args.world_size, epoch=self.data_collator.epoch
-            )
-        if self.is_fsdp_enabled:
-            keep_wrap_policy(self.accelerator.state.fsdp_plugin)
+
+    def _make_packs(self) -> PackSampler:
+        if not is_deepspeed_zero3_enabled():
+            require_separation(without_adapter(self.model).model.language_model)
+        return pack_sampler(self.train_dataset, self.args, self.args.world_size, self.data_collator.epoch)
 
     def create_optimizer(self, model=None) -> torch.optim.Optimizer:
         """The Trainer's optimizer, its groups split by part of the model."""
@@ -297,7 +299,7 @@ class SQLlavaTrainer(SFTTrainer):
             self._save_checkpoint(self.model, trial=None)
             saved = step
         error.add_note(
-            f"{step} steps were done. --resume goes on from {f'checkpoint-{saved}' if saved else 'the beginning'}."
+            f"{step} steps were done. --resume continues from {f'checkpoint-{saved}' if saved else 'the beginning'}."
         )
 
     def _run_epoch(self, *args, **kwargs):
@@ -324,7 +326,7 @@ class SQLlavaTrainer(SFTTrainer):
             rest = f"checkpoint-{before} is as it was" if before else "no earlier one was due"
             raise CheckpointError(
                 f"{folder} could not be written, with {free} free: {error}. It was removed; {rest}. Free disk "
-                "space, then go on with --resume."
+                "space, then resume with --resume."
             ) from error
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
