@@ -27,8 +27,8 @@ from pathlib import Path
 import torch
 from packaging.requirements import Requirement
 
+from tests.model.test_remote_code import write_checkpoints
 from tests.remote_code_checks import CHECKS
-from tests.test_remote_code import write_checkpoints
 from tests.wheel_checks import ROOT, build_wheel
 
 

@@ -24,7 +24,7 @@ from sq_llava.cli.main import app
 from sq_llava.evaluation.results import hash_of_model
 from sq_llava.resources import CODE_FILES
 from sq_llava.training.adapter import LoraSize, add_adapter
-from tests import tiny
+from tests import ROOT, tiny
 from tests.hub_checks import CHECKS
 from tests.local_hub import LocalHub
 from tests.warm_python import warm_python
@@ -32,7 +32,6 @@ from tests.warm_python import warm_python
 
 pytestmark = pytest.mark.slow
 
-ROOT = Path(__file__).parent.parent
 # What lies about in the folders of people, and is nobody else's business.
 NOT_PUBLISHED = (
     "optimizer.pt", "training_args.bin", "trainer_state.json", "rng_state.pth", "token", ".env", "run.log",
@@ -509,7 +508,7 @@ def results(hub, pushed, tmp_path_factory) -> dict[str, str]:
     for name in ("model", "lora"):
         (folder / f"{name}.md").write_bytes(hub.files(f"org/{name}")["README.md"])
     (folder / "image.png").write_bytes(hub.files("org/model")["image.png"])
-    script = Path(__file__).with_name("hub_checks.py")
+    script = ROOT / "tests" / "hub_checks.py"
     stranger = process(["-P", script, folder], hub, folder, token=None)
     output, _ = stranger.communicate(timeout=300)
     assert stranger.returncode == 0, output

@@ -3,17 +3,15 @@
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
 from sq_llava.early_checks import require_device, require_model
-from tests import tiny
+from tests import ROOT, tiny
 
 
 pytestmark = pytest.mark.slow
 
-ROOT = Path(__file__).parent.parent
 NO_MODEL = "nope: no such folder. Give one with a model, or a Hub id such as org/name."
 CASES = {
     "ask a.png --model nope": NO_MODEL,

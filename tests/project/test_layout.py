@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from tests import ROOT
 
-ROOT = Path(__file__).parent.parent
+
 # What travels with each checkpoint.
 HUB_CODE = ["configuration_sq_llava", "image_processing_sq_llava", "processing_sq_llava", "modeling_sq_llava"]
 

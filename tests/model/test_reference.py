@@ -1,19 +1,17 @@
 """The reference of the tests against transformers' own models and the numbers of the authors' code."""
 
-from pathlib import Path
-
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, CLIPVisionModel, LlavaForConditionalGeneration
 
-from tests import released
+from tests import ROOT, released
 from tests.reference import Part, image_tokens, read_reference, read_weights, take, vision_features
 
 
 IMAGE_TOKEN_ID = 500
-GOLDEN_FILES = sorted((Path(__file__).parent / "data").glob("prototype_released_*.safetensors"))
+GOLDEN_FILES = sorted((ROOT / "tests" / "files").glob("prototype_released_*.safetensors"))
 
 
 def prompt(num_images: int) -> dict[str, torch.Tensor]:

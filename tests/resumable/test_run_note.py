@@ -1,14 +1,11 @@
 """The command that a run notes can be typed again."""
 
 import sys
-from pathlib import Path
 
 import pytest
 
 from sq_llava.resumable.run_note import command_line
-
-
-ROOT = Path(__file__).parent.parent
+from tests import ROOT
 
 
 @pytest.mark.parametrize(

@@ -23,8 +23,8 @@ from sq_llava.cli import main as cli
 from sq_llava.inference.assistant import Assistant
 from sq_llava.serving.app import create_app
 from sq_llava.serving.chat import Limits
-from tests import tiny
-from tests.test_serving import ask_for, user
+from tests import ROOT, tiny
+from tests.serving.test_chat import ask_for, user
 from tests.warm_python import warm_python
 
 
@@ -100,7 +100,7 @@ def server_process(folder: Path, *options: str):
     """`sq-llava serve` as people start it; yields its port and the process."""
     port = free_port()
     command = [warm_python(), "-m", "sq_llava", "serve", str(folder), "--port", str(port), *options]
-    root = Path(__file__).parent.parent
+    root = ROOT
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)}
     process = subprocess.Popen(command, cwd=folder, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:

@@ -13,7 +13,7 @@ import yaml
 
 from tests import tiny
 from tests.evaluation_layouts import stored, write_parquet
-from tests.test_layout import ROOT, path_of
+from tests.project.test_layout import ROOT, path_of
 
 
 QUESTIONS = [

@@ -25,12 +25,11 @@ from sq_llava.checkpoints.load import load_checkpoint
 from sq_llava.checkpoints.weights import unused_kind, weight_name
 from sq_llava.cli.main import app
 from sq_llava.resources import CODE_FILES
-from tests import released, tiny
+from tests import ROOT, released, tiny
 from tests.reference import read_reference
 from tests.warm_python import warm_python
 
 
-ROOT = Path(__file__).parent.parent
 EMBEDDINGS, HEAD = "model.language_model.embed_tokens.weight", "lm_head.weight"
 
 

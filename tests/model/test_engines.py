@@ -15,7 +15,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.utils.chat_template_utils import _compile_jinja_template
 
 from modeling_sq_llava import SQLlavaAutoModel, SQLlavaModel
-from tests.test_layout import HUB_CODE, path_of
+from tests.project.test_layout import HUB_CODE, path_of
 from tests.tiny import picture, tiny_config, tiny_inputs, tiny_model, tiny_processor
 
 

@@ -15,7 +15,7 @@ from sq_llava.inference.assistant import Assistant
 from sq_llava.serving.app import create_app
 from sq_llava.serving.chat import Limits
 from tests import tiny
-from tests.test_serving import data_url
+from tests.serving.test_chat import data_url
 
 
 SETTINGS = {"deadline": None, "database": None, "suppress_health_check": list(HealthCheck)}

@@ -17,11 +17,10 @@ from sq_llava.cli.main import app
 from sq_llava.evaluation import easy_vqa
 from sq_llava.evaluation.reading import Data
 from sq_llava.resources import CODE_FILES, code_file, find_resource
-from tests import tiny
+from tests import ROOT, tiny
 from tests.wheel_checks import build_wheel
 
 
-ROOT = Path(__file__).parent.parent
 NOT_SOURCES = shutil.ignore_patterns(".*", "__pycache__", "*.egg-info", "build", "dist", "runs")
 
 

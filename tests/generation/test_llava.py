@@ -24,12 +24,11 @@ from sq_llava.generation.rows import Card, Shard, make_row, to_llava, write_outp
 from sq_llava.generation.scenes import Scene
 from sq_llava.generation.settings import LlavaSettings
 from sq_llava.generation.turns import fault_of, parse_turns
-from tests import tiny
+from tests import ROOT, tiny
 from tests.chat_server import ChatServer, Reply, chat_server
 from tests.processes import ended, fork, lines_of, sq_llava
 
 
-ROOT = Path(__file__).parent.parent
 PROMPTS = read_prompts()
 PARTS = ("boat lies at the shore", "oar leans against it", "rope holds it", "bucket stands in it", "gull sits on it")
 DETAIL = " ".join(f"One small red {part}, a little to the left." for part in PARTS)

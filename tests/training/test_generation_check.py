@@ -12,7 +12,7 @@ from sq_llava.data.sources import DataSource
 from sq_llava.inference.assistant import Assistant
 from sq_llava.training.generation_check import GenerationCheck
 from tests import tiny
-from tests.test_training import parts, stage1, train  # noqa: F401
+from tests.training.test_training import parts, stage1, train  # noqa: F401
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ from sq_llava.serving.app import create_app
 from sq_llava.serving.chat import Limits
 from sq_llava.serving.images import fetch, is_public
 from tests import tiny
-from tests.test_serving import data_url
+from tests.serving.test_chat import data_url
 
 
 PUBLIC = "127.0.0.2"  # stands for a public address; 127.0.0.1 stays what it is

@@ -18,8 +18,8 @@ from sq_llava.evaluation.results import hash_of_model
 from sq_llava.inference.assistant import Assistant
 from sq_llava.training.adapter import LoraSize, add_adapter
 from tests import released, runs, tiny
+from tests.checkpoints.test_push import online
 from tests.local_hub import LocalHub
-from tests.test_publishing import online
 
 
 LOST = "model.multi_modal_projector.linear_1.weight"

@@ -1,7 +1,5 @@
 """Both prototype extractors: against the release's numbers, against literal loops, in half precision, in memory."""
 
-from pathlib import Path
-
 import pytest
 import torch
 from safetensors import safe_open
@@ -15,11 +13,12 @@ from modeling_sq_llava import (
     SQLlavaReleasedPrototypeExtractor,
 )
 from sq_llava.checkpoints.weights import weight_name
+from tests import ROOT
 from tests.tiny import TINY_CLIP, TINY_LLAMA, tiny_config, tiny_model
 
 
 # State, input, output and gradients of the authors' code in float64.
-GOLDEN_FILES = sorted((Path(__file__).parent / "data").glob("prototype_released_*.safetensors"))
+GOLDEN_FILES = sorted((ROOT / "tests" / "files").glob("prototype_released_*.safetensors"))
 EXTRACTORS = {"paper": SQLlavaPaperPrototypeExtractor, "released": SQLlavaReleasedPrototypeExtractor}
 
 

@@ -12,14 +12,12 @@ import pytest
 from sq_llava.data.images import image_faults, open_image
 from sq_llava.data.rows import load_rows
 from sq_llava.data.sources import DataSource
-from tests import tiny
+from tests import ROOT, tiny
 from tests.local_hub import LocalHub
 from tests.warm_python import warm_python
 
 
 pytestmark = pytest.mark.slow
-
-ROOT = Path(__file__).parent.parent
 
 
 def rows(name: str, number: int) -> list[dict]:

@@ -16,12 +16,9 @@ from sq_llava import stopping
 from sq_llava.cli import talk
 from sq_llava.inference.assistant import Assistant
 from sq_llava.training.trainer import SQLlavaTrainer
-from tests import tiny
+from tests import ROOT, tiny
 from tests.processes import ended, fork, run_script, sq_llava
 from tests.runs import arguments, in_step, make_parts, signal_self
-
-
-ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(scope="module")

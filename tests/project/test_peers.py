@@ -6,7 +6,6 @@ from above for the same reason.
 
 import inspect
 import tomllib
-from pathlib import Path
 
 import pytest
 from accelerate import FullyShardedDataParallelPlugin
@@ -15,6 +14,7 @@ from packaging.requirements import Requirement
 import modeling_sq_llava
 import processing_sq_llava
 from sq_llava.training.trainer import SQLlavaTrainer
+from tests import ROOT
 
 
 OURS = ("modeling_sq_llava", "processing_sq_llava", "configuration_sq_llava", "sq_llava")
@@ -69,7 +69,7 @@ def test_wrap_policy_is_set_by_a_method_of_the_plugin():
 
 
 def test_libraries_with_private_methods_of_ours_are_bounded_from_above():
-    project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     bounded = {
         requirement.name
         for requirement in map(Requirement, project["dependencies"])

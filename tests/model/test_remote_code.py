@@ -6,12 +6,12 @@ One process makes all checks of `remote_code_checks.py`, since its imports take 
 import json
 import os
 import subprocess
-from pathlib import Path
 
 import pytest
 import torch
 from transformers import LlavaImageProcessorPil
 
+from tests import ROOT
 from tests.pictures import pictures, turned
 from tests.remote_code_checks import CHECKS
 from tests.tiny import llama_tokenizer, picture, tiny_model_for, tiny_processor
@@ -36,7 +36,7 @@ def results(tmp_path_factory):
     }
     away = folder / "away"
     away.mkdir()
-    script = Path(__file__).with_name("remote_code_checks.py")
+    script = ROOT / "tests" / "remote_code_checks.py"
     process = subprocess.run(
         [warm_python(), "-P", str(script), str(folder)],
         cwd=away,
