@@ -22,6 +22,7 @@ from typer.testing import CliRunner
 import train_sft
 from sq_llava.cli.main import app
 from sq_llava.data.images import image_faults
+from sq_llava.data.lengths import token_counts
 from sq_llava.data.rows import load_rows, read_row
 from sq_llava.data.sources import DataSource
 from sq_llava.doctor import check as doctor
@@ -234,10 +235,8 @@ def test_report_is_the_same_for_any_number_of_processes(check, report, monkeypat
 
 
 @pytest.mark.parametrize("plain", [False, True])
-def test_lengths_are_those_of_the_collator(folder, any_tokenizer, plain):
+def test_lengths_are_those_of_the_collator(any_tokenizer, plain):
     processor = tiny.tiny_processor(any_tokenizer)
-    source = DataSource(str(folder / "data.jsonl"), str(folder / "images"))
-    check = DataCheck([source], processor, plain=plain)
     texts = ["  two  spaces ", "Größe 🙂", "\n", "line\nbreak\n", "1234567", "A dog."]
     user, assistant = {"role": "user"}, {"role": "assistant"}
     image = {"type": "image"}
@@ -252,7 +251,7 @@ def test_lengths_are_those_of_the_collator(folder, any_tokenizer, plain):
         for number in range(4)
     ]
     collator = SelfQuestioningCollator(processor, plain, self_question_ratio=0.0)
-    for messages, length in zip(conversations, check.lengths(conversations)):
+    for messages, length in zip(conversations, token_counts(processor, conversations, plain)):
         images = [tiny.picture()] * sum(part["type"] == "image" for m in messages for part in m["content"])
         batch = collator([{"row_id": 0, "messages": messages, "images": images}])
         assert batch["input_ids"].shape[1] == length
