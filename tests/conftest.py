@@ -1,5 +1,6 @@
 """Fixtures of all tests; the functions behind them are in `tests/tiny.py`. Nothing here needs a network."""
 
+import multiprocessing
 import os
 from collections import Counter
 
@@ -15,12 +16,18 @@ import torch
 
 from tests import tiny
 from tests.chat_server import KEY
+from tests.warm_python import warm_python
 
 
 def pytest_collection_modifyitems(items):
     """Files with slow tests come first: each file runs on one worker, and none is to begin a long one at the end."""
     num_slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
     items.sort(key=lambda item: -num_slow[item.path])
+
+
+@pytest.fixture(scope="session", autouse=True)
+def warm_processes():
+    multiprocessing.set_executable(warm_python())
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -3,6 +3,7 @@
 A child is forked from a server that has imported everything and run nothing: it starts at once, and a kill is real.
 """
 
+import gc
 import json
 import multiprocessing
 import os
@@ -42,6 +43,7 @@ def run_script(file: str, *arguments: str) -> None:
 
 def run_child(function: Callable, arguments: tuple, log: str, environment: dict[str, str], prepare) -> None:
     """Body of a child process: `prepare` is a function, or one with its arguments, that is called first."""
+    gc.freeze()  # else, collecting garbage copies all the memory that is shared with the server
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)

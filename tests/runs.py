@@ -216,13 +216,13 @@ def poison_row(row_id: int) -> None:
 
 def break_row(row_id: int) -> None:
     """A row that turns out to be wrong when it is fetched for the second time."""
-    original, seen = SelfQuestioningCollator._conversation, []
+    original, seen = SelfQuestioningCollator._sample, []
 
-    def conversation(self, row, opened):
+    def sample(self, row):
         if row["row_id"] == row_id:
             seen.append(row_id)
             if len(seen) == 2:
                 raise ValueError(f"train.json, row {row_id}: the image is broken.")
-        return original(self, row, opened)
+        return original(self, row)
 
-    SelfQuestioningCollator._conversation = conversation
+    SelfQuestioningCollator._sample = sample

@@ -3,15 +3,18 @@
     subprocess.run([warm_python(), "-m", "sq_llava", "ask", ...])
 
 Tests start dozens of processes. What `warm_python()` names does what `python` does with the same arguments, folder,
-environment and files, in a process forked from a server that has imported PyTorch and nothing else that reads the
-environment, and nothing of this library. A kill of it is a kill of that process. What it does not do: options of
-Python other than -c, -m, -P and -u. Real starts are walked by `make test-wheel`.
+environment and open files, in a process forked from a server that has imported PyTorch, but nothing that reads the
+environment and nothing of this library. A kill of it is a kill of that process, and `multiprocessing` can start its
+own by it. What it does not do: options of Python other than -B, -c, -m, -P and -u. Real starts are walked by
+`make test-wheel`.
 """
 
 import array
 import atexit
 import contextlib
+import fcntl
 import functools
+import gc
 import json
 import os
 import runpy
@@ -22,10 +25,12 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 
 
+MOST_FILES = 250
 FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 # What takes long to import, whatever the environment says.
 PRELOADED = ("torch", "torch._inductor.compile_fx", "torch.nn.attention.flex_attention", "pandas", "PIL.Image")
@@ -58,9 +63,10 @@ def ask_server(socket_file: str, argv: list[str]) -> None:
     """The program: hands arguments, folder, environment and files to the server, and ends as that process ends."""
     with socket.socket(socket.AF_UNIX) as server:
         server.connect(socket_file)
-        request = json.dumps([argv[1:], os.getcwd(), dict(os.environ), argv[0]]).encode()
-        files = array.array("i", [0, 1, 2])
-        server.sendmsg([len(request).to_bytes(8, "big")], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, files)])
+        files = [file for file in map(int, os.listdir("/proc/self/fd")) if is_inherited(file)]
+        request = json.dumps([argv[1:], os.getcwd(), dict(os.environ), argv[0], files]).encode()
+        rights = (socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", files))
+        server.sendmsg([len(request).to_bytes(8, "big")], [rights])
         server.sendall(request)
         replies = server.makefile()
         process = int(replies.readline())
@@ -73,10 +79,19 @@ def ask_server(socket_file: str, argv: list[str]) -> None:
     os._exit(os.waitstatus_to_exitcode(status))
 
 
+def is_inherited(file: int) -> bool:
+    """Whether a process that is started here gets this open file."""
+    try:
+        return os.get_inheritable(file)
+    except OSError:  # the folder that was listed
+        return False
+
+
 def serve(path: str) -> list[str]:
     """Forks a process for each request. Returns in those, with their arguments; the server itself goes on."""
     for name in PRELOADED:
         __import__(name)
+    gc.freeze()  # else, collecting garbage copies all the memory that a process shares with this one
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(path + "~")
     listener.listen(64)
@@ -95,15 +110,17 @@ def serve(path: str) -> list[str]:
 
 def keep(connection: socket.socket) -> list[str]:
     """Forks the process, tells how it ended, and kills it if the program that stands for it was killed."""
-    size, ancillary, _, _ = connection.recvmsg(8, socket.CMSG_SPACE(3 * 4))
+    size, ancillary, _, _ = connection.recvmsg(8, socket.CMSG_SPACE(MOST_FILES * 4))
     files = array.array("i", ancillary[0][2])
-    arguments, folder, environment, program = json.loads(
-        connection.recv(int.from_bytes(size, "big"), socket.MSG_WAITALL)
-    )
+    request = connection.recv(int.from_bytes(size, "big"), socket.MSG_WAITALL)
+    arguments, folder, environment, program, numbers = json.loads(request)
     process = os.fork()
     if process == 0:
         connection.close()
-        for number, file in enumerate(files):
+        # Out of the way of the numbers that they are to have.
+        files = [fcntl.fcntl(file, fcntl.F_DUPFD_CLOEXEC, MOST_FILES) for file in files]
+        os.closerange(3, MOST_FILES)
+        for number, file in zip(numbers, files, strict=True):
             os.dup2(file, number)
             os.close(file)
         become(folder, environment, program)
@@ -135,7 +152,7 @@ def become(folder: str, environment: dict[str, str], program: str) -> None:
 def run(arguments: list[str]) -> None:
     """What `python ARGUMENTS` does."""
     is_safe = False
-    while arguments and arguments[0] in ("-P", "-u"):
+    while arguments[0] in ("-B", "-P", "-u"):
         is_safe = is_safe or arguments[0] == "-P"
         del arguments[0]
     paths = [path for path in os.environ.get("PYTHONPATH", "").split(":") if path]
@@ -153,5 +170,25 @@ def run(arguments: list[str]) -> None:
         runpy.run_path(option, run_name="__main__")
 
 
+def run_to_the_end(arguments: list[str]) -> int:
+    """The exit code of `python ARGUMENTS`, once all that it leaves to its end is done."""
+    status = 0
+    try:
+        run(arguments)
+    except SystemExit as end:
+        if isinstance(end.code, str):
+            print(end.code, file=sys.stderr)
+        status = end.code if isinstance(end.code, int) else int(end.code is not None)
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+        status = 1
+    threading._shutdown()
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    return status
+
+
 if __name__ == "__main__":
-    run(serve(sys.argv[1]))
+    # The interpreter's own end would take each object apart: seconds, for what PyTorch has.
+    os._exit(run_to_the_end(serve(sys.argv[1])))

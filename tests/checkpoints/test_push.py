@@ -6,6 +6,7 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -37,6 +38,14 @@ NOT_PUBLISHED = (
     "optimizer.pt", "training_args.bin", "trainer_state.json", "rng_state.pth", "token", ".env", "run.log",
     "pytorch_model.bin", "notes.py",
 )  # fmt: skip
+
+
+@pytest.fixture(scope="module", autouse=True)
+def warm_loads():
+    """Also those that the library starts in this process."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "executable", warm_python())
+        yield
 
 
 @pytest.fixture(scope="module")
