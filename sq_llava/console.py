@@ -1,5 +1,6 @@
 """What the commands share: where they print, how they fail, how their help shows examples, which extra is missing."""
 
+import errno
 import os
 import sys
 import time
@@ -55,9 +56,10 @@ def errors_in_one_line(traceback_of: Callable | None = None) -> Iterator[None]:
     """
     try:
         yield
-    except BrokenPipeError:
-        raise
     except (ValueError, OSError) as error:
+        # Output that cannot be written is told by `one_line_when_stopped`, which sees what is left of it, too.
+        if isinstance(error, OSError) and error.errno in (errno.EPIPE, errno.ENOSPC):
+            raise
         if is_caused_by(error, KeyboardInterrupt) or (traceback_of is not None and _ran_in(traceback_of, error)):
             raise
         if int(os.environ.get("RANK", 0)) > 0:

@@ -1,8 +1,12 @@
-"""Fixtures of all tests; the functions behind them are in `tests/tiny.py`. Nothing here needs a network."""
+"""Fixtures of all tests; the functions behind them are in `tests/tiny.py`. Nothing here needs a network.
+
+Libraries are imported late: the process that deals the tests out to workers needs none.
+"""
 
 import multiprocessing
 import os
 from collections import Counter
+from importlib import import_module
 
 
 # Before transformers is imported: a test that would reach for the network fails instead.
@@ -12,9 +16,7 @@ os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
-import torch
 
-from tests import tiny
 from tests.chat_server import KEY
 from tests.warm_python import warm_python
 
@@ -33,7 +35,7 @@ def warm_processes():
 @pytest.fixture(scope="session", autouse=True)
 def one_thread():
     # The models are so small that a second thread costs more than it brings.
-    torch.set_num_threads(1)
+    import_module("torch").set_num_threads(1)
 
 
 @pytest.fixture(params=["parquet", "folder"])
@@ -51,35 +53,35 @@ def api_key(monkeypatch):
 
 @pytest.fixture
 def byte_level_tokenizer():
-    return tiny.byte_level_tokenizer()
+    return import_module("tests.tiny").byte_level_tokenizer()
 
 
 @pytest.fixture
 def llama_tokenizer():
-    return tiny.llama_tokenizer()
+    return import_module("tests.tiny").llama_tokenizer()
 
 
-@pytest.fixture(params=tiny.TOKENIZERS)
+@pytest.fixture(params=["byte_level", "byte_level_trimmed", "llama", "llama_legacy"])
 def any_tokenizer(request):
     """Each kind of tokenizer in turn."""
-    return tiny.TOKENIZERS[request.param]()
+    return import_module("tests.tiny").TOKENIZERS[request.param]()
 
 
 @pytest.fixture
 def tiny_config():
-    return tiny.tiny_config()
+    return import_module("tests.tiny").tiny_config()
 
 
 @pytest.fixture
 def tiny_model():
-    return tiny.tiny_model()
+    return import_module("tests.tiny").tiny_model()
 
 
 @pytest.fixture
 def tiny_processor():
-    return tiny.tiny_processor()
+    return import_module("tests.tiny").tiny_processor()
 
 
 @pytest.fixture
 def image():
-    return tiny.picture()
+    return import_module("tests.tiny").picture()

@@ -141,8 +141,10 @@ def become(folder: str, environment: dict[str, str], program: str) -> None:
     os.environ.update(environment)
     sys.executable = program
     for stream, number in (("stdin", 0), ("stdout", 1), ("stderr", 2)):
-        # Line by line where Python would: what a test waits for is there at once.
-        setattr(sys, stream, open(number, "r" if number == 0 else "w", buffering=1, closefd=False))  # noqa: SIM115
+        mode, buffering = "w" if number else "r", 1 if number == 2 else -1
+        opened = open(number, mode, buffering, closefd=False)  # noqa: SIM115
+        setattr(sys, stream, opened)
+        setattr(sys, f"__{stream}__", opened)
     import torch
 
     torch.set_num_threads(int(environment.get("OMP_NUM_THREADS", 1)))
