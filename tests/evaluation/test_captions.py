@@ -2,6 +2,9 @@
 
 import json
 import math
+from functools import partial
+from threading import Lock
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,7 +14,7 @@ from pycocoevalcap.meteor.meteor import Meteor
 from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
 
 from sq_llava.evaluation import captions
-from sq_llava.evaluation.caption_metrics import bleu, cider_d, has_java, meteor, ptb_words, words
+from sq_llava.evaluation.caption_metrics import _meteor_process, bleu, cider_d, has_java, meteor, ptb_words, words
 from sq_llava.evaluation.caption_statistics import CaptionStatistics
 from sq_llava.evaluation.comparison import compare
 from sq_llava.evaluation.results import write_results
@@ -264,7 +267,11 @@ def test_meteor_is_that_of_pycocoevalcap():
     predictions = ["a man 's dog running", "", "zwei bäume at 10:30", "a dog runs fast"]
     references = [["a dog is running", "the dog ||| runs"], ["nothing"], ["two trees"], ["a dog runs fast"]]
     said = {number: [text] for number, text in enumerate(predictions)}
-    theirs, _ = Meteor().compute_score(dict(enumerate(references)), said)
+    # Its own lines go to the same Java, which takes ten seconds to start.
+    java = SimpleNamespace(stdin=_meteor_process().stdin.buffer, stdout=_meteor_process().stdout.buffer)
+    scorer = SimpleNamespace(meteor_p=java, lock=Lock())
+    scorer._stat = partial(Meteor._stat, scorer)
+    theirs, _ = Meteor.compute_score(scorer, dict(enumerate(references)), said)
     assert 0 < meteor(predictions, references) == theirs < 1
 
 
