@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import subprocess
+import sys
 import time
 
 import pytest
@@ -13,7 +14,6 @@ from sq_llava.evaluation.metrics import bootstrap_errors
 from sq_llava.llm_client.client import ChatStopped
 from tests.chat_server import KEY, Reply, chat_server, completion
 from tests.processes import lines_of
-from tests.warm_python import warm_python
 
 
 pytestmark = pytest.mark.usefixtures("api_key")
@@ -56,7 +56,7 @@ def test_killed_judge_does_not_pay_twice(tmp_path):
         "judge.complete_all({str(n): [{'role': 'user', 'content': str(n)}] for n in range(40)}, float, 'asks')"
     )
     with chat_server(lambda request, number: Reply("1", seconds=0.05)) as server:
-        process = subprocess.Popen([warm_python(), "-c", script, server.url, str(tmp_path)])
+        process = subprocess.Popen([sys.executable, "-c", script, server.url, str(tmp_path)])
         while len(server.requests) < 8:
             assert process.poll() is None
             time.sleep(0.01)
