@@ -4,8 +4,8 @@
 
 Tests start dozens of processes. What `warm_python()` names does what `python` does with the same arguments, folder,
 environment and open files, in a process forked from a server that has imported PyTorch, but nothing that reads the
-environment and nothing of this library. A kill of it is a kill of that process a moment later, and `multiprocessing` can start its
-own by it. What it does not do: options of Python other than -B, -c, -m, -P and -u. Real starts are walked by
+environment and nothing of this library. A kill of it kills that process, a moment later; `multiprocessing` can start
+its own by it. What it does not do: options of Python other than -B, -c, -m, -P and -u. Real starts are walked by
 `make test-wheel`.
 """
 

@@ -18,6 +18,9 @@ from tests import tiny
 from tests.runs import make_parts
 
 
+pytestmark = pytest.mark.slow
+
+
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 STAGE = {"stage": "instruct", "data": [{"path": "org/data", "split": "train"}], "rows": 7, "steps": 3}
 STAGE |= {"settings": {"learning_rate": 0.5}, "versions": {"torch": "2.13.0"}}

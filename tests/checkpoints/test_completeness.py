@@ -30,6 +30,7 @@ def run_folder(whole, tmp_path) -> Path:
     return Path(shutil.copytree(whole, tmp_path / "copy"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("file", ["adapter_model.safetensors", "optimizer.pt", "rng_state.pth", "tokenizer.json"])
 def test_each_file_of_a_checkpoint_is_missed_and_known_when_cut_off(run_folder, file):
     checkpoint = run_folder / "checkpoint-9"
@@ -76,6 +77,7 @@ def test_checkpoints_that_were_complete_once_are_not_silently_thrown_away(run_fo
     assert steps_saved(run_folder) == [8, 9]
 
 
+@pytest.mark.slow
 def test_half_written_checkpoint_with_a_higher_number_never_costs_the_complete_one(parts, run_folder):
     half_written = Path(shutil.copytree(run_folder / "checkpoint-9", run_folder / "checkpoint-100"))
     (half_written / "trainer_state.json").unlink()

@@ -95,6 +95,7 @@ SOURCES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SOURCES)
 def test_result_has_the_logits_of_the_source(parts, tmp_path, name):
     write, *stands_on = SOURCES[name]
@@ -116,6 +117,7 @@ def test_result_has_the_logits_of_the_source(parts, tmp_path, name):
     assert (outputs[0] - outputs[1]).abs().max() > 0.1
 
 
+@pytest.mark.slow
 def test_auto_classes_load_the_result_in_a_fresh_process_elsewhere(parts, tmp_path):
     source = SQ_LORA(tmp_path / "source", base=parts / "base", vision=parts / "clip")
     convert_folder(source, tmp_path / "result")
@@ -243,6 +245,7 @@ def test_llava_of_transformers_keeps_its_ids_and_weights(tmp_path):
         assert torch.equal(new[weight_name(name)], tensor)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", ["paper", "released"])
 def test_start_of_training_has_a_new_extractor_and_all_else_of_llava(tmp_path, variant):
     source = released.write_llava_hf(tmp_path / "source")
@@ -386,6 +389,7 @@ def test_strange_names_have_no_weight(name):
         assert "is not a name of a weight" in str(error)
 
 
+@pytest.mark.slow
 def test_small_files_hold_the_same_weights_as_a_large_one(parts, tmp_path):
     source = SQ_LORA(tmp_path / "source", base=parts / "base", vision=parts / "clip")
     convert_folder(source, tmp_path / "one")
@@ -646,6 +650,7 @@ def test_conversion_that_ends_early_leaves_no_folder_and_begins_anew(parts, tmp_
     assert {file.name for file in tmp_path.iterdir()} == {"source", "result"}
 
 
+@pytest.mark.slow
 def test_killed_conversion_leaves_no_folder_and_begins_anew(parts, tmp_path):
     source = released.write_llava(tmp_path / "source", vision=parts / "clip")
     code = (

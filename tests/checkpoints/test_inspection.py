@@ -191,6 +191,7 @@ def test_folder_of_another_kind_is_not_known(tmp_path):
     assert "is none of the known checkpoints" in inspection.faults[0]
 
 
+@pytest.mark.slow
 def test_output_of_a_stage_shows_its_lora_its_base_and_its_checkpoints(run_folder):
     inspection = inspect(run_folder)
     assert inspection.sound

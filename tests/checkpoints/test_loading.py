@@ -73,6 +73,7 @@ def run(models: Path, command: list[str], model: str, out: Path):
     return CliRunner().invoke(app, [{"MODEL": model, "OUT": str(out)}.get(word, word) for word in command])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", COMMANDS)
 def test_checkpoint_without_a_weight_is_refused_by_each_command_with_its_name(models, command, tmp_path, monkeypatch):
     monkeypatch.chdir(models)
@@ -151,6 +152,7 @@ def hub(models, tmp_path, monkeypatch):
         yield hub
 
 
+@pytest.mark.slow
 def test_adapter_loads_by_its_hub_id_on_the_commit_of_its_base_and_then_offline(models, hub):
     expected = answer_of(*load_checkpoint(str(models / "adapter")))
     commits = {name: list(repository.commits) for name, repository in hub.repositories.items()}

@@ -112,6 +112,7 @@ def change(folder: Path, name: str, by: float = 0.05) -> None:
     save_file(weights, file, metadata={"format": "pt"})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", released.WRITERS)
 def test_each_layout_passes(kind, parts, tmp_path):
     layout, reference, tokenizer = write_source(kind, tmp_path / "source", parts)
@@ -131,6 +132,7 @@ def test_each_layout_passes(kind, parts, tmp_path):
     assert verification.pixel_difference == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{"vision_lora": "folder"}, {"vision_lora": None}, {"use_rslora": True}], ids=str)
 def test_lora_release_passes_wherever_its_vision_lora_stands(options, parts, tmp_path):
     layout, reference, tokenizer = write_source("sq_llava_lora", tmp_path / "source", parts, **options)
@@ -143,6 +145,7 @@ def test_vision_lora_that_stands_among_the_lora_of_the_language_model_only_passe
     assert verify(layout, build(reference, tokenizer, layout.vision, tmp_path / "result")).passed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("weight", "place"),
     [
@@ -188,6 +191,7 @@ def test_wrong_lora_scale_is_found_in_the_first_language_layer(parts, tmp_path):
     assert "first in language layer 0" in verification.faults[2]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("compute", ["float32", "bfloat16"])
 @pytest.mark.parametrize("stored", ["float16", "bfloat16"])
 def test_half_precision_is_compared_with_a_source_rounded_alike(lora, tmp_path, stored, compute):
@@ -272,6 +276,7 @@ def test_report_says_whether_it_passed_and_how(lora, result):
     assert len(json.loads(json.dumps(verification.to_json()))["comparisons"]) == 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("write", "options"),
     [
@@ -292,6 +297,7 @@ def test_command_converts_and_compares(write, options, parts, tmp_path):
     assert json.loads((out / "verification.json").read_text())["passed"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("write", [released.write_sq_llava_lora, released.write_projector])
 def test_tower_in_the_base_comes_before_the_given_one_in_source_and_result(write, parts, tmp_path):
     base = released.write_llava(tmp_path / "base", vision=parts[1])
@@ -312,6 +318,7 @@ def test_tower_in_the_base_comes_before_the_given_one_in_source_and_result(write
     assert "The base names" not in result.stderr
 
 
+@pytest.mark.slow
 def test_command_ends_with_code_1_where_the_result_differs(parts, tmp_path, monkeypatch):
     monkeypatch.setitem(TOLERANCES, torch.float32, 0.0)
     source, out = released.write_sq_llava_lora(tmp_path / "source"), tmp_path / "out"

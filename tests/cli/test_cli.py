@@ -52,6 +52,7 @@ def test_folder_of_images_is_answered_in_order_as_json(folder):
     assert entries[0]["answer"] == entries[1]["answer"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "command",
     [["answer", "What is it?"], ["ask", "-n", 3, "--seed", 0], ["ask", "--after", "What is it?", "--seed", 1]],
@@ -126,6 +127,7 @@ def test_help_has_examples(command):
     assert f"sq-llava {command} " in result.output.partition("Examples:")[2]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "command", [[], ["generate-data", "llava"], *([name] for name in ("ask", "convert", "doctor", "evaluate", "push"))]
 )

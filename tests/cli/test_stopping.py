@@ -49,6 +49,7 @@ run(sys.argv[0], run_name="__main__")
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("module", "command"),
     [
@@ -71,6 +72,7 @@ def stop_in(owner, name: str) -> None:
     setattr(owner, name, lambda *args, **kwargs: signal_self(0, signal.SIGINT))
 
 
+@pytest.mark.slow
 def test_ctrl_c_in_an_answer_ends_in_one_line(folder, tmp_path):
     command = ("answer", str(folder / "1.png"), "Hi", "--model", str(folder / "model"))
     children = fork(sq_llava, command, tmp_path / "log", (stop_in, Assistant, "answer_batch"))
@@ -82,6 +84,7 @@ def interrupt(*args, **kwargs):
     raise KeyboardInterrupt
 
 
+@pytest.mark.slow
 def test_ctrl_c_before_training_ends_in_one_line(folder, tmp_path):
     command = (str(ROOT / "train_sft.py"), *arguments(folder, tmp_path / "run"))
     assert ended(fork(run_script, command, tmp_path / "log", (stop_in, SQLlavaTrainer, "__init__"))) == [130]
@@ -108,6 +111,7 @@ def fail():
     raise ValueError("a bug")
 
 
+@pytest.mark.slow
 def test_error_of_a_training_step_has_its_traceback(folder, tmp_path):
     command = (str(ROOT / "train_sft.py"), *arguments(folder, tmp_path / "run", doctor="off"))
     assert ended(fork(run_script, command, tmp_path / "log", (in_step, 1, fail))) == [1]
@@ -126,6 +130,7 @@ def fill_output() -> None:
     os.dup2(os.open("/dev/full", os.O_WRONLY), 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("prepare", "line"),
     [
@@ -180,6 +185,7 @@ def wait_for(log: Path, text: str, count: int = 1) -> None:
         time.sleep(0.02)
 
 
+@pytest.mark.slow
 def test_ctrl_c_stops_an_answer_of_chat_and_a_second_one_ends_it(folder, tmp_path):
     keyboard, terminal = pty.openpty()
     log = tmp_path / "log"

@@ -129,6 +129,7 @@ def test_picture_in_memory_is_seen_as_the_table_says(row, assistant):
     assert_shows(PICTURES[row], ways)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("row", IN_FILES)
 def test_picture_in_a_file_is_seen_as_the_table_says(row, assistant, tmp_path):
     picture, file = PICTURES[row], tmp_path / "picture"

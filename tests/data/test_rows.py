@@ -228,6 +228,7 @@ JSON_VALUES = st.recursive(
 )
 
 
+@pytest.mark.slow
 @given(
     rows=st.lists(st.dictionaries(st.text(), JSON_VALUES), max_size=12),
     window=st.integers(1, 200),
@@ -248,6 +249,7 @@ def test_every_row_of_a_json_list_is_found_whatever_the_window(
         assert [json.loads(found.read(i).decode("utf-8", "surrogatepass")) for i in range(len(found))] == rows
 
 
+@pytest.mark.slow
 @given(
     rows=st.lists(st.dictionaries(st.text(), JSON_VALUES), max_size=8), blank=st.sampled_from(["\n", "\r\n", " \n\n"])
 )

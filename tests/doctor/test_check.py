@@ -531,6 +531,7 @@ def test_preview_marks_self_questions_and_answers_and_tames_control_characters(p
     assert "\\x1b[31m" in shown and "\x1b" not in shown
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", [[], ["--doctor", "full"]])
 def test_training_stops_at_wrong_data_before_the_model_is_loaded(recipe, monkeypatch, settings):
     monkeypatch.setattr(train_sft, "load_base", lambda *_: pytest.fail("loaded"))

@@ -134,6 +134,7 @@ def test_cider_d_and_bleu_by_hand():
     assert bleu(predictions, references)[0] == pytest.approx(2 / 3 * math.exp(1 - 8 / 3))
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @given(st.data())
 def test_weighted_figures_are_those_of_pycocoevalcap_on_repeated_images(data):

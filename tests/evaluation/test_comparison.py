@@ -189,6 +189,7 @@ def test_figures_are_whole_on_a_narrow_terminal(capsys, monkeypatch):
     assert name in "".join(line[1:16].strip() for line in folded)
 
 
+@pytest.mark.slow
 def test_command_compares_with_a_folder_or_with_another_model(tmp_path):
     for name in ("one", "other"):
         tiny.save_model(tmp_path / name)
@@ -219,6 +220,7 @@ def coverage(num_sets: int, interval_of) -> float:
     return sum(low <= truth <= high for low, high, truth in map(interval_of, range(num_sets))) / num_sets
 
 
+@pytest.mark.slow
 def test_interval_of_a_mean_holds_the_truth_in_95_of_100_data_sets():
     def interval_of(seed):
         draw = np.random.default_rng(1000 + seed)

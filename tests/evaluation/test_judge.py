@@ -49,6 +49,7 @@ def test_answer_that_a_kill_has_cut_off_is_asked_for_again(tmp_path):
     assert len(lines_of(file)) == 2
 
 
+@pytest.mark.slow
 def test_killed_judge_does_not_pay_twice(tmp_path):
     script = (
         "import sys; from pathlib import Path; from sq_llava.evaluation.judge import Judge, JudgeSettings\n"
@@ -67,6 +68,7 @@ def test_killed_judge_does_not_pay_twice(tmp_path):
     assert 40 <= len(server.requests) <= 42  # the two under way were lost
 
 
+@pytest.mark.slow
 def test_refused_requests_are_sent_again_after_the_seconds_of_retry_after(tmp_path):
     def reply(request, number):
         return Reply(status=429, headers={"Retry-After": "0.6"}, body="{}") if number == 0 else "1"
@@ -114,6 +116,7 @@ def test_answer_that_cannot_be_read_is_asked_for_again_and_warmer(tmp_path):
     assert "not readable in 2 attempts: could not convert string to float: 'well...'" in verdict.error
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "garbage",
     [
@@ -151,6 +154,7 @@ def test_server_that_refuses_us_stops_the_judge(refusal, tmp_path):
     assert KEY not in str(stop.value)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("failure", [Reply(closes=True), Reply(status=503, body="{}")], ids=["closed", "503"])
 def test_server_that_is_gone_stops_the_judge(failure, tmp_path):
     def reply(request, number):

@@ -354,6 +354,7 @@ def model(tmp_path) -> str:
     return tiny.save_model(tmp_path / "model")
 
 
+@pytest.mark.slow
 def test_run_that_a_cap_has_stopped_goes_on_where_it_was(model, tmp_path, monkeypatch):
     monkeypatch.setitem(run.TASKS, "mmvet", replace(mmvet.TASK, max_new_tokens=4))
     folder = mmvet_folder(tmp_path)
@@ -381,6 +382,7 @@ def test_key_is_missed_before_the_model_is_loaded(tmp_path, monkeypatch):
         evaluate(evaluation)
 
 
+@pytest.mark.slow
 def test_command_says_who_judges_and_what_is_missing(model, tmp_path, monkeypatch):
     monkeypatch.setitem(run.TASKS, "mmvet", replace(mmvet.TASK, max_new_tokens=4))
     command = [
@@ -415,6 +417,7 @@ def test_command_says_who_judges_and_what_is_missing(model, tmp_path, monkeypatc
     assert "mmvet: the judge gave no grade at all, first: not readable in 2 attempts: no number" in unread.output
 
 
+@pytest.mark.slow
 def test_cap_holds_for_both_models_of_a_comparison(model, tmp_path, monkeypatch):
     monkeypatch.setitem(run.TASKS, "mmvet", replace(mmvet.TASK, max_new_tokens=4))
     options = {"--model": model, "--against": model, "--data": mmvet_folder(tmp_path), "--out": tmp_path / "out"}

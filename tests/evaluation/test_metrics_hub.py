@@ -29,6 +29,7 @@ def test_vqa_accuracy_names_its_normaliser(load):
         metric.compute(**said, normalizer="vqa")
 
 
+@pytest.mark.slow
 def test_vqa_accuracy_is_of_all_batches(load):
     metric = load("vqa_accuracy")
     metric.add_batch(predictions=["a dog"], references=[["dog"] * 10])

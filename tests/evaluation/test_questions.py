@@ -139,6 +139,7 @@ def test_folder_without_images_is_named(tmp_path):
         read_pictures(str(tmp_path))
 
 
+@pytest.mark.slow
 def test_evaluation_writes_figures_report_and_pictures(evaluation, parts):
     figures = evaluate_questions(replace(evaluation, clip=str(parts / "clip")))
     assert (figures["num_images"], figures["num_questions"]) == (3, 9)
@@ -155,6 +156,7 @@ def test_evaluation_writes_figures_report_and_pictures(evaluation, parts):
     assert f"| questions | {figures['clip']['questions']:.3f} |" in report
 
 
+@pytest.mark.slow
 def test_run_that_stopped_asks_only_what_is_left(evaluation):
     evaluate_questions(evaluation)
     file = evaluation.out / "asked-0.jsonl"
@@ -164,6 +166,7 @@ def test_run_that_stopped_asks_only_what_is_left(evaluation):
     assert file.read_bytes() == whole  # the seed belongs to the picture: the same questions again
 
 
+@pytest.mark.slow
 def test_pictures_together_are_asked_and_answered_as_one_by_one(evaluation, tmp_path):
     asked = []
     for batch_size in (1, 3):
@@ -173,12 +176,14 @@ def test_pictures_together_are_asked_and_answered_as_one_by_one(evaluation, tmp_
     assert asked[0] == asked[1]
 
 
+@pytest.mark.slow
 def test_other_settings_in_the_same_folder_are_refused(evaluation):
     evaluate_questions(evaluation)
     with pytest.raises(ValueError, match="holds answers of a run with settings"):
         evaluate_questions(replace(evaluation, settings=replace(evaluation.settings, temperature=0.7)))
 
 
+@pytest.mark.slow
 def test_other_pictures_under_the_same_names_are_refused(evaluation, parts, tmp_path):
     images = tmp_path / "images"
     shutil.copytree(parts / "images", images)
@@ -194,6 +199,7 @@ def test_unknown_truth_is_told_before_the_model_is_loaded(evaluation):
         evaluate_questions(replace(evaluation, model="/no/model", truth="easy_vqa"))
 
 
+@pytest.mark.slow
 def test_broken_image_is_recorded_and_counted(evaluation, parts, tmp_path):
     folder = tmp_path / "images"
     folder.mkdir()

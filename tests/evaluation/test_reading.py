@@ -23,6 +23,7 @@ ROWS = {  # a good row of each table
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "task, column, value, message",
     [

@@ -88,6 +88,7 @@ def test_examples_stand_in_the_report_with_their_pictures(run):
     assert all(f"`{id}`" in wrong for id in ("popular/2", "random/1", "random/2"))
 
 
+@pytest.mark.slow
 def test_what_a_model_said_is_shown_as_text(run):
     assert "no \\| \\<b\\> \\# bold" in run().read_text()
     assert "it broke" in run().read_text()
@@ -121,6 +122,7 @@ def test_entry_for_the_hub_can_be_read_by_its_library(run):
     assert entry.notes.startswith("llava/mean_f1; 4 examples, 1 failed; hashes: model 0000")
 
 
+@pytest.mark.slow
 def test_entry_for_the_hub_says_how_to_repeat_it_and_who_judged(run):
     out = run(split="validation", seed=5).parent
     content = json.loads((out / "results.json").read_text())

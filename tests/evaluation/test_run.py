@@ -21,6 +21,9 @@ from tests.processes import ended, fork, sq_llava
 from tests.warm_python import warm_python
 
 
+pytestmark = pytest.mark.slow
+
+
 NUM_QUESTIONS = 24
 
 
@@ -88,7 +91,6 @@ def test_examples_stand_in_the_order_of_the_data_with_prompt_and_reference(one_b
     assert one_by_one[0]["reference"] == "yes"
 
 
-@pytest.mark.slow
 def test_two_processes_write_what_one_writes(evaluation, one_by_one):
     launch = [warm_python(), "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     command = [*launch, "-m", "sq_llava", *command_of(evaluation)]
@@ -100,7 +102,6 @@ def test_two_processes_write_what_one_writes(evaluation, one_by_one):
     assert min(shares) > 0
 
 
-@pytest.mark.slow
 def test_killed_run_goes_on_without_asking_again(evaluation, one_by_one, tmp_path):
     log = tmp_path / "log"
     (child,) = fork(sq_llava, command_of(evaluation, "--batch-size", "1"), log)

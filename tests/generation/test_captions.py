@@ -181,6 +181,7 @@ def test_instruction_is_drawn_by_seed_and_id(tmp_path):
         read_instructions(file)
 
 
+@pytest.mark.slow
 def test_missing_pipeline_is_an_error_with_the_command_that_installs_it(monkeypatch):
     pytest.importorskip("spacy")
     with pytest.raises(ValueError, match="python -m spacy download en_core_web_sm"):
@@ -222,6 +223,7 @@ def pipeline(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_noun_phrases_are_compared_without_case_articles_and_pronouns(pipeline):
     language = choosing.load_pipeline(str(pipeline))
     assert phrases_of(language("a boat stands near the tree")) == ["boat", "tree"]
@@ -285,6 +287,7 @@ def test_command_writes_a_set_that_training_reads(captions, whole):
     assert "3 different noun phrases" in card and "104 rows" in card
 
 
+@pytest.mark.slow
 def test_shards_choose_together_what_one_run_chooses(captions, pipeline, whole, tmp_path):
     command = options(captions, pipeline, tmp_path / "out")
     for shard in ("2/3", "1/3"):

@@ -202,6 +202,7 @@ def test_first_word_may_be_mended():
     assert apply_rules(said, {"a": f"The {LONG}"})[1] == []
 
 
+@pytest.mark.slow
 def test_caps_end_a_run_that_goes_on_without_paying_twice(photos, tmp_path):
     (photos / "broken.png").unlink()
     with chat_server(Painter(photos, {"1.png": SOUND})) as server:
@@ -267,6 +268,7 @@ def test_image_that_the_server_fails_on_is_listed_and_tried_again(photos, tmp_pa
     assert len(texts_of(tmp_path / "out")) == 5
 
 
+@pytest.mark.slow
 def test_dry_run_asks_nothing_and_counts_what_is_left_at_most(photos, tmp_path):
     (photos / "broken.png").unlink()
     with chat_server(Painter(photos)) as server:
@@ -316,6 +318,7 @@ def model(tmp_path) -> str:
     return tiny.save_model(tmp_path / "model", system_message="")
 
 
+@pytest.mark.slow
 def test_own_model_describes_in_batches_as_one_by_one_and_never_twice(model, photos, tmp_path, monkeypatch):
     (photos / "broken.png").unlink()
     images = {file.name: file for file in sorted(photos.rglob("*.png"))}
@@ -338,6 +341,7 @@ def test_own_model_describes_in_batches_as_one_by_one_and_never_twice(model, pho
     assert several.kept(images["0.png"]) is None and several.kept(images["1.png"]) is not None
 
 
+@pytest.mark.slow
 def test_image_that_the_model_fails_on_takes_no_other_with_it(model, photos, tmp_path, monkeypatch):
     (photos / "broken.png").unlink()
     odd = open_image(photos / "1.png").tobytes()
@@ -358,6 +362,7 @@ def test_image_that_the_model_fails_on_takes_no_other_with_it(model, photos, tmp
     assert [line["id"] for line in lines_of(tmp_path / "out" / "descriptions.jsonl")][-1] == "1.png"
 
 
+@pytest.mark.slow
 def test_command_runs_with_an_own_model(model, photos, tmp_path):
     (photos / "broken.png").unlink()
     options = [photos, "--describer", model, "--out", tmp_path / "out", "--max-new-tokens", 4, "--batch-size", 2]

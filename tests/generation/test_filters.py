@@ -152,6 +152,7 @@ SETTINGS = st.builds(
 )
 
 
+@pytest.mark.slow
 @given(TURNS, SETTINGS)
 def test_each_turn_has_one_outcome_in_order_and_what_is_kept_keeps_the_rules(turns, settings):
     outcomes = filter_turns(turns, settings)
@@ -176,6 +177,7 @@ def test_each_turn_has_one_outcome_in_order_and_what_is_kept_keeps_the_rules(tur
         assert answers.count("yes") == answers.count("no")
 
 
+@pytest.mark.slow
 @given(TURNS, SETTINGS)
 def test_what_is_kept_stays_when_it_is_filtered_again(turns, settings):
     # That a question needs an image may be known from a turn that another filter left out.
@@ -184,6 +186,7 @@ def test_what_is_kept_stays_when_it_is_filtered_again(turns, settings):
     assert all(outcome.is_kept for outcome in filter_turns(kept, settings))
 
 
+@pytest.mark.slow
 @given(TURNS, SETTINGS)
 def test_test_by_question_keeps_at_least_what_the_test_by_turn_keeps(turns, settings):
     settings = replace(settings, max_overlap=None, max_set_overlap=None, max_repeats=None, max_per_type=None)

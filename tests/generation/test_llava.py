@@ -135,6 +135,7 @@ def test_conversation_ends_before_a_turn_that_breaks_a_rule(tmp_path):
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "text", "reason"),
     [
@@ -273,6 +274,7 @@ def test_dry_run_asks_and_writes_nothing_and_needs_no_key(tmp_path, monkeypatch)
         assert "7 requests" in run(tmp_path, server, "--dry-run").stdout
 
 
+@pytest.mark.slow
 def test_shards_make_what_one_run_makes(tmp_path):
     (tmp_path / "whole").mkdir()
     with chat_server(write) as server:
@@ -352,6 +354,7 @@ def test_failures_and_caps_are_told_and_mended_by_the_same_command(tmp_path):
     assert (tmp_path / "out" / "failures.jsonl").read_text() == ""
 
 
+@pytest.mark.slow
 def test_server_that_fails_in_all_ways_gives_the_same_files_in_the_end(tmp_path):
     failures = [
         Reply(status=429, headers={"Retry-After": "0.1"}, body="{}"),
@@ -383,6 +386,7 @@ def start(folder: Path, server: ChatServer, *options: str) -> list[multiprocessi
     return fork(sq_llava, (*command, "--out", "out", *options), folder / "log", (os.chdir, folder))
 
 
+@pytest.mark.slow
 def test_run_killed_at_random_moments_ends_as_one_that_was_not(tmp_path):
     """Of what was paid, a kill loses no more than what was under way."""
     num, concurrency, num_kills = 40, 4, 3
@@ -415,6 +419,7 @@ def test_run_killed_at_random_moments_ends_as_one_that_was_not(tmp_path):
         assert len(lines_of(tmp_path / folder / "out" / "answers.jsonl")) == num
 
 
+@pytest.mark.slow
 def test_ctrl_c_writes_what_is_there_and_waits_for_no_busy_server(tmp_path):
     def reply(request, number):
         if "number 2." in request["messages"][-1]["content"]:

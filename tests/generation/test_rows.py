@@ -37,6 +37,7 @@ def test_greedy_generation_equals_the_argmax_of_full_forward_passes(tiny_model):
     assert len(set(answer[0].tolist())) > 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("numbers_of_images", [[1, 1], [2, 0, 1], [0, 0], [3, 1, 2]], ids=str)
 @pytest.mark.parametrize(
     "decoding",

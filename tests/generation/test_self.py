@@ -32,6 +32,9 @@ from tests.chat_server import Reply, chat_server
 from tests.processes import ended, fork, lines_of, sq_llava
 
 
+pytestmark = pytest.mark.slow
+
+
 NUM_IMAGES, NUM_QUESTIONS = 5, 3
 NO_FILTERS = FilterSettings("off", 0.0, None, None, None, None, None)
 STATE = ("asked-0.jsonl", "scored-0.jsonl")
@@ -387,7 +390,6 @@ def test_command_says_what_is_kept_and_a_dry_run_does_nothing(run):
     assert len(lines_of(run.out / "data.jsonl")) == NUM_IMAGES
 
 
-@pytest.mark.slow
 def test_killed_command_goes_on_without_asking_again(run, tmp_path):
     log = tmp_path / "log"
     (child,) = fork(sq_llava, arguments_of(run), log)
@@ -409,7 +411,6 @@ def test_killed_command_goes_on_without_asking_again(run, tmp_path):
     assert own == others
 
 
-@pytest.mark.slow
 def test_two_processes_make_what_one_makes(run, tmp_path):
     log, other = tmp_path / "log", replace(run, out=tmp_path / "other")
     assert ended(fork(sq_llava, arguments_of(run), log)) == [0], log.read_text()[-3000:]

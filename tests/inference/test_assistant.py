@@ -229,6 +229,7 @@ def test_unknown_hub_id_is_named():
         load("org/none-such-model")
 
 
+@pytest.mark.slow
 def test_saved_model_loads_and_answers_in_a_fresh_process(assistant, tmp_path):
     assistant.model.save_pretrained(tmp_path / "model")
     assistant.processor.save_pretrained(tmp_path / "model")

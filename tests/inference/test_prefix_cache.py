@@ -48,6 +48,7 @@ def assistant() -> Assistant:
     return make_assistant()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_questions_about_one_image_are_answered_as_one_by_one(family):
     assistant = make_assistant(**FAMILIES[family])
@@ -59,6 +60,7 @@ def test_questions_about_one_image_are_answered_as_one_by_one(family):
     assert len(set(answers)) > len(answers) / 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_batch_of_images_is_asked_about_as_one_by_one(family):
     assistant = make_assistant(**FAMILIES[family])
@@ -77,6 +79,7 @@ def test_each_image_is_described_in_the_batch_before_it_is_asked_about(assistant
     assert together == alone
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["llama", "mistral, short window"])
 def test_talks_go_on_after_answers_of_different_lengths(family):
     assistant = make_assistant(**FAMILIES[family])
@@ -199,6 +202,7 @@ def test_draws_have_the_probabilities_of_the_warped_softmax():
 TOKENS = st.lists(st.integers(1, 9), min_size=2, max_size=12)
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=30)
 @given(st.lists(st.tuples(TOKENS, TOKENS), min_size=1, max_size=4), st.data())
 def test_a_continued_cache_gives_the_logits_of_whole_prompts(pairs, data):

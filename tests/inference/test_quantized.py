@@ -23,6 +23,9 @@ from sq_llava.training.trainer import SQLlavaTrainer
 from tests import tiny
 
 
+pytestmark = pytest.mark.slow
+
+
 LINEAR = {"load_in_4bit": bitsandbytes.nn.Linear4bit, "load_in_8bit": bitsandbytes.nn.Linear8bitLt}
 
 

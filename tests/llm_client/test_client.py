@@ -121,12 +121,14 @@ def test_request_that_is_sent_again_is_paid_again_as_far_as_anybody_knows(failur
     assert len(server.requests) == 2
 
 
+@pytest.mark.slow
 def test_refused_request_takes_nothing_of_the_caps(tmp_path):
     with chat_server(lambda request, number: Reply(status=503, body="{}") if number < 2 else "1") as server:
         asked = ask(client_of(server, tmp_path, max_requests=3, concurrency=3), *"abc")
         assert len(asked.results) == 3 and len(server.requests) == 9
 
 
+@pytest.mark.slow
 def test_caps_are_of_all_runs_whatever_came_of_the_requests(tmp_path):
     failures = {"a": Reply(body=completion(None)), "b": Reply(closes=True), "c": Reply("late", seconds=1.5)}
     with chat_server(lambda request, number: failures.get(request["messages"][-1]["content"], "1")) as server:
@@ -139,6 +141,7 @@ def test_caps_are_of_all_runs_whatever_came_of_the_requests(tmp_path):
     assert len(server.requests) == 4
 
 
+@pytest.mark.slow
 def test_server_that_is_not_there_takes_nothing_of_the_caps(tmp_path):
     with chat_server(echo) as server:
         pass
@@ -164,6 +167,7 @@ def test_every_line_of_a_journal_counts(tmp_path):
     assert client.budget.describe() == "2 requests, 220 tokens"
 
 
+@pytest.mark.slow
 def test_second_process_is_kept_out_of_a_journal_and_a_reader_is_not(tmp_path):
     script = (
         "import sys; from pathlib import Path; from sq_llava.llm_client.client import ChatClient, ChatSettings\n"
@@ -236,6 +240,7 @@ def test_odd_numbers_of_retry_after_are_no_odd_waits(header, seconds):
     assert retry_after(header) == seconds
 
 
+@pytest.mark.slow
 def test_date_of_retry_after_is_waited_for(tmp_path):
     later = format_datetime(datetime.now(UTC) + timedelta(seconds=2.5), usegmt=True)  # whole seconds: 1.5 or more
     refusal = Reply(status=429, headers={"Retry-After": later}, body="{}")

@@ -152,6 +152,7 @@ class ImageSide(nn.Module):
         return self.model.get_image_features(pixel_values, return_dict=True).pooler_output
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", ["paper", "released"])
 @torch.no_grad()
 def test_image_side_is_exported_for_any_number_of_images(variant):

@@ -25,6 +25,9 @@ from tests import tiny
 from tests.warm_python import warm_python
 
 
+pytestmark = pytest.mark.slow
+
+
 LAYOUT = PROMPT_LAYOUTS["minigpt4"]
 IMAGE = {"type": "image"}
 

@@ -411,6 +411,7 @@ def test_flash_attention_2_is_supported_where_it_is_installed():
         assert module._supports_flash_attn
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", ["paper", "released"])
 def test_the_forward_pass_compiles_to_one_graph(variant):
     model = tiny_model(tiny_config(prototype_variant=variant))
@@ -483,6 +484,7 @@ def test_resized_embeddings_keep_the_old_logits_and_the_ties(text_config, tmp_pa
     assert (again.lm_head.weight is again.get_input_embeddings().weight) == (text_config is TIED_LLAMA)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", ["paper", "released"])
 @pytest.mark.parametrize(
     ("device_map", "max_memory", "devices"),

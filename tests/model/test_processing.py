@@ -172,6 +172,7 @@ def test_template_writes_the_vicuna_layout_with_the_vusr_role(name, any_tokenize
     assert processor.tokenizer.apply_chat_template(messages, tokenize=False) == expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("vusr_marker", ["[vusr]", "VUSER:"])
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_loss_mask_is_the_answers_and_the_vusr_questions_token_by_token(name, vusr_marker, any_tokenizer):
@@ -283,6 +284,7 @@ TEXTS = (
 PROCESSORS = {name: tiny_processor(make(), system_message="SYSTEM") for name, make in TOKENIZERS.items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tokenizer", TOKENIZERS)
 @given(question=TEXTS, answer=TEXTS, asked=TEXTS, second_answer=TEXTS)
 @settings(max_examples=100, deadline=None, derandomize=True, database=None)

@@ -55,6 +55,7 @@ def parts(tmp_path_factory) -> Path:
     return root
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["qwen3_moe", "mixtral", "gemma3"])
 def test_language_model_is_taken_saved_and_found_whole(parts, tmp_path, kind):
     model, processor = compose(str(parts / "clip"), str(parts / kind), num_prototypes=5)
@@ -98,6 +99,7 @@ def first_step(parts: Path, output_dir: Path, coefficient: float, **overrides) -
     return entry
 
 
+@pytest.mark.slow
 def test_router_loss_is_added_once_a_step_and_experts_stay_frozen(parts, tmp_path, capsys):
     settings = {"text_model_name_or_path": parts / "qwen3_moe", "gradient_accumulation_steps": 2}
     settings |= {"vision_lora_dropout": 0, "lora_dropout": 0}
@@ -114,6 +116,7 @@ def test_router_loss_is_added_once_a_step_and_experts_stay_frozen(parts, tmp_pat
     assert merged.config.text_config.output_router_logits is False
 
 
+@pytest.mark.slow
 def test_language_model_with_experts_is_aligned_with_the_loss_of_its_configuration(parts, tmp_path):
     entry = first_step(parts, tmp_path / "run", None, stage="align", text_model_name_or_path=parts / "mixtral")
     mean = entry["loss_answers"]

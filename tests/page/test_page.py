@@ -12,6 +12,9 @@ from sq_llava.page.dialogue import Settings, Turn, complete, converse, opening, 
 from tests import tiny
 
 
+pytestmark = pytest.mark.slow
+
+
 CHROMIUM = Path("/usr/bin/chromium")
 
 PHONE, DESKTOP = {"width": 390, "height": 844}, {"width": 1280, "height": 900}

@@ -29,6 +29,7 @@ def test_question_of_no_kind_is_refused():
         easy_vqa.question_kind("who is it?")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("split", ["train", "test"])
 def test_rules_give_the_answer_of_every_question_of_the_package(split):
     for questions in data.read_questions(split).values():
@@ -71,6 +72,7 @@ def test_images_are_copied_where_they_cannot_be_linked(tmp_path, monkeypatch):
     assert (tmp_path / "target").read_bytes() == b"image"
 
 
+@pytest.mark.slow
 def test_no_held_out_or_test_image_is_trained_on(files):
     images = {name: {row["image"] for row in rows} for name, rows in files.items()}
     trained = images["stage1_train"] | images["stage2_train"]

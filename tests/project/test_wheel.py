@@ -44,6 +44,7 @@ def wheel(tmp_path_factory) -> zipfile.ZipFile:
     return zipfile.ZipFile(build_wheel(folder / "dist", folder / "tree"))
 
 
+@pytest.mark.slow
 def test_wheel_holds_every_file_of_the_library_and_nothing_else(wheel):
     names = {name for name in wheel.namelist() if ".dist-info/" not in name}
     shipped = {"train_sft.py", *CODE_FILES} | files_below(ROOT / "sq_llava")

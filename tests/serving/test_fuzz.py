@@ -40,6 +40,7 @@ def check(reply, seen: Counter) -> None:
         assert set(reply.json()["error"]) == {"message", "type", "param", "code"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", list(GenerationMode), ids=lambda mode: mode.value)
 def test_requests_from_the_schema_are_answered(http, mode):
     schema = schemathesis.openapi.from_dict(http.app.openapi())
@@ -107,6 +108,7 @@ requests = st.fixed_dictionaries(
 )
 
 
+@pytest.mark.slow
 def test_requests_that_nearly_make_sense_are_answered(http):
     seen = Counter()
 

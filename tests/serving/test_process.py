@@ -28,6 +28,9 @@ from tests.serving.test_chat import ask_for, user
 from tests.warm_python import warm_python
 
 
+pytestmark = pytest.mark.slow
+
+
 def client_of(port: int, **settings) -> OpenAI:
     return OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0, timeout=60, **settings)
 
@@ -112,7 +115,6 @@ def server_process(folder: Path, *options: str):
         process.communicate()
 
 
-@pytest.mark.slow
 def test_eight_clients_at_once_get_what_each_gets_alone_and_the_end_waits_for_them(folder):
     requests = [
         (

@@ -17,6 +17,9 @@ from tests.processes import ended, fork
 from tests.runs import arguments, losses, make_parts, run
 
 
+pytestmark = pytest.mark.slow
+
+
 SIZE = LoraSize(4, 8, 0.0)
 
 
@@ -25,7 +28,6 @@ def parts(tmp_path_factory) -> Path:
     return make_parts(tmp_path_factory.mktemp("parts"))
 
 
-@pytest.mark.slow
 def test_two_processes_equal_one_where_one_sees_text_only(parts, tmp_path):
     # In this order, and with batches of two rows a process, the rows of every second batch are text-only.
     rows = json.loads((parts / "train.json").read_text())

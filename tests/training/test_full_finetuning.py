@@ -16,6 +16,9 @@ from sq_llava.training.adapter import count_parameters
 from tests import runs, tiny
 
 
+pytestmark = pytest.mark.slow
+
+
 COMMON = {
     "learning_rate": 1e-3,
     "lr_scheduler_type": "constant",
@@ -113,7 +116,6 @@ def test_resumed_run_equals_uninterrupted_run(parts, stage1, tmp_path):
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
 
 
-@pytest.mark.slow
 def test_two_processes_equal_one(parts, tmp_path):
     # In this order, the second process has text-only rows: it never has an image.
     rows = json.loads((parts / "train.json").read_text())

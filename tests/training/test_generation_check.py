@@ -15,6 +15,9 @@ from tests import tiny
 from tests.training.test_training import parts, stage1, train  # noqa: F401
 
 
+pytestmark = pytest.mark.slow
+
+
 @pytest.fixture(scope="module")
 def evaluated(parts, stage1, tmp_path_factory):  # noqa: F811
     """Stage 2 with 4 rows held out, evaluated after the second and the third step."""

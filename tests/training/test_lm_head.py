@@ -162,6 +162,7 @@ def test_evaluation_gives_the_mean_over_its_batches(rows, tmp_path):
         assert metrics[f"eval_{name}"] == pytest.approx(expected[name], rel=1e-6), name
 
 
+@pytest.mark.slow
 def test_gradient_checkpointing_computes_the_layers_of_both_towers_again(rows, tmp_path):
     calls = []
     for checkpointing in (False, True):

@@ -21,6 +21,9 @@ from sq_llava.training.trainer import SQLlavaTrainer
 from tests.runs import arguments, assert_equal_runs, die, in_step, losses, make_parts, note_rows, run, train
 
 
+pytestmark = pytest.mark.slow
+
+
 # Two or three of the 16 rows in a pack, eight packs an epoch.
 PACKED = {"packing": True, "max_length": 130, "per_device_train_batch_size": 1}
 NO_DROPOUT = {"vision_lora_dropout": 0.0, "lora_dropout": 0.0}
@@ -136,7 +139,6 @@ def test_what_packing_does_not_do_is_refused(parts, tmp_path, settings, message)
         train(parts, tmp_path, **PACKED | settings)
 
 
-@pytest.mark.slow
 def test_killed_run_and_two_processes_equal_the_uninterrupted_one(parts, tmp_path):
     settings = PACKED | {"gradient_accumulation_steps": 2, "max_steps": 8, "save_steps": 3}
     whole, killed, log = tmp_path / "whole", tmp_path / "killed", tmp_path / "log"

@@ -83,6 +83,7 @@ def gradients(model, losses: torch.Tensor) -> dict[str, torch.Tensor]:
 CHOICES = [[0], [2], [0, 4], [1, 2], [0, 1, 2], [4, 3, 0, 5], [2, 1, 3, 5, 6, 7], [0, 1, 2, 3, 4, 5, 6, 7]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 @pytest.mark.parametrize("chosen", CHOICES, ids=str)
 @pytest.mark.parametrize("num_packs", [1, 2])
@@ -165,6 +166,7 @@ def test_flash_attention_is_told_where_each_conversation_begins(rows, processor)
 # Lengths.
 
 
+@pytest.mark.slow
 @settings(max_examples=40, deadline=None)
 @given(
     turns=st.lists(st.lists(st.sampled_from(WORDS), min_size=1, max_size=6).map("".join), min_size=1, max_size=4),
@@ -206,6 +208,7 @@ def length_of(processor, messages: list[dict]) -> int:
     return processor(images=images or None, text=[text], return_tensors="pt")["input_ids"].shape[1]
 
 
+@pytest.mark.slow
 @settings(max_examples=12, deadline=None)
 @given(max_length=st.integers(60, 200), ratio=st.sampled_from([0.0, 0.5, 1.0]), epoch=st.integers(0, 50))
 def test_row_that_is_cut_is_never_longer_than_its_bound(rows, processor, max_length, ratio, epoch):

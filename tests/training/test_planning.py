@@ -89,6 +89,7 @@ def test_number_of_gpus_belongs_to_a_plan(parts, tmp_path):
         run(parts, tmp_path, num_gpus=8)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", [{"global_batch_size": 4}, {"global_batch_size": 6, "max_steps": 1}, {}])
 def test_planned_steps_are_those_of_the_run(settings, parts, tmp_path, capsys):
     run(parts, tmp_path, dry_run="meta", warmup_steps=0.3, **settings)
@@ -101,6 +102,7 @@ def test_planned_steps_are_those_of_the_run(settings, parts, tmp_path, capsys):
     assert f"{trainer.args.get_warmup_steps(steps)} of them are warm-up" in line
 
 
+@pytest.mark.slow
 def test_weights_gradients_and_optimizer_are_estimated_exactly(parts, tmp_path):
     trainer = run(parts, tmp_path, max_steps=1, gradient_checkpointing=False)
     sizes = {term.name: term.num_bytes for term in estimate_memory(trainer.model, Batch(2, 50, 2), trainer.args)}
@@ -130,6 +132,7 @@ WIDE = {"hidden_size": 256, "intermediate_size": 704, "num_attention_heads": 8, 
 BIG_EYE = {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 6, "image_size": 112}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize(
     ("text", "vision", "batch"),
@@ -176,6 +179,7 @@ def test_flash_attention_needs_no_mask(tmp_path):
     assert masks == {"sdpa": 2 * 100 * 100 * 4, "flash_attention_2": 0}
 
 
+@pytest.mark.slow
 def test_plan_from_configurations_is_that_of_the_loaded_model(parts, tmp_path, capsys):
     run(parts, tmp_path, dry_run="meta", use_dora=True)
     table = capsys.readouterr().out
@@ -205,6 +209,7 @@ def test_unknown_optimizer_is_refused(tmp_path):
         estimate_memory(model, Batch(1, 50, 1), args)
 
 
+@pytest.mark.slow
 def test_dry_run_takes_the_longest_rows_and_leaves_nothing(parts, tmp_path, capsys):
     trainer = run(parts, tmp_path, dry_run="real", global_batch_size=4, save_strategy="steps", save_steps=1)
     assert trainer.state.global_step == 1

@@ -102,6 +102,7 @@ def test_unknown_setting_in_a_recipe_is_refused(tmp_path):
         train_sft.main(["--config", str(tmp_path / "recipe.yaml"), "--use_cpu", "true"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", ["7b", "13b"])
 def test_tiny_twins_train_one_after_another(size, parts, tmp_path):
     for name in ("stage1", "stage1-sharegpt4v", "stage2", "stage2-sharegpt4v", "stage2-qlora"):
@@ -110,6 +111,7 @@ def test_tiny_twins_train_one_after_another(size, parts, tmp_path):
         assert (tmp_path / recipe.with_suffix("") / "adapter_model.safetensors").is_file(), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("system", ["llava-7b", "llava-1.5-7b", "minigpt4-7b"])
 def test_tiny_twins_of_the_other_systems_train_what_they_say(system, parts, tmp_path):
     run_twin(Path(f"{system}/stage1.yaml"), parts, tmp_path)
@@ -142,6 +144,7 @@ def big_configs(tmp_path_factory) -> Path:
     return root
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", ORIGINALS, ids=str)
 def test_recipe_states_the_memory_that_the_dry_run_estimates(recipe, big_configs, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")

@@ -35,6 +35,9 @@ from tests.runs import (
 )
 
 
+pytestmark = pytest.mark.slow
+
+
 @pytest.fixture(scope="module")
 def parts(tmp_path_factory) -> Path:
     return make_parts(tmp_path_factory.mktemp("parts"))
@@ -120,7 +123,6 @@ def test_signal_in_the_last_step_lets_the_run_end(parts, whole, tmp_path):
     assert_equal_runs(whole, tmp_path / "run")
 
 
-@pytest.mark.slow
 def test_rows_grouped_by_length_come_once_an_epoch_and_in_the_same_order_after_a_kill(parts, tmp_path):
     settings = {"per_device_train_batch_size": 2, "train_sampling_strategy": "group_by_length"}
     whole, output_dir, log = tmp_path / "whole", tmp_path / "run", tmp_path / "log"
@@ -135,7 +137,6 @@ def test_rows_grouped_by_length_come_once_an_epoch_and_in_the_same_order_after_a
     assert_equal_runs(whole, output_dir)
 
 
-@pytest.mark.slow
 def test_signal_to_data_loader_workers_too_loses_nothing(parts, tmp_path):
     settings = {
         "dataloader_num_workers": 2,
@@ -151,7 +152,6 @@ def test_signal_to_data_loader_workers_too_loses_nothing(parts, tmp_path):
     assert_equal_runs(whole, output_dir)
 
 
-@pytest.mark.slow
 def test_signal_to_one_process_stops_both_behind_the_same_step(parts, tmp_path):
     settings = {"per_device_train_batch_size": 2, "max_steps": 6}
     output_dir, log = tmp_path / "run", tmp_path / "log"
@@ -196,7 +196,6 @@ def wait_for_steps(number: int, children: list, log: Path) -> None:
         time.sleep(0.001)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("processes", "num_kills"), [(1, 6), (2, 3)])
 def test_run_killed_at_random_moments_equals_the_uninterrupted_one(parts, tmp_path, processes, num_kills):
     settings = {"per_device_train_batch_size": 4 // processes, "max_steps": 6 * num_kills, "save_steps": 3}
@@ -220,7 +219,6 @@ def test_run_killed_at_random_moments_equals_the_uninterrupted_one(parts, tmp_pa
     assert_equal_runs(whole, output_dir)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("fault", "message"),
     [(poison_row, "is not applied: its loss is nan"), (break_row, "train.json, row 5: the image is broken")],

@@ -71,6 +71,7 @@ def dora_stages(parts, tmp_path_factory) -> tuple[Path, SQLlavaTrainer]:
     return root / "stage1", stage2
 
 
+@pytest.mark.slow
 def test_dora_and_rslora_on_named_layers_are_trained_saved_merged_and_resumed_from(dora_stages, tmp_path):
     stage1, trainer = dora_stages
     stage2 = trainer.args.output_dir
@@ -240,6 +241,7 @@ def trainer(parts, tmp_path_factory) -> SQLlavaTrainer:
     )
 
 
+@pytest.mark.slow
 def test_trainer_counts_tokens_and_keeps_the_best_model(trainer):
     assert trainer.state.num_input_tokens_seen == 3 * 4 * 64
     measured = {entry["step"]: entry["eval_loss_answers"] for entry in runs.history(Path(trainer.args.output_dir))
@@ -309,6 +311,7 @@ def test_delimiter_and_the_models_own_ends_stop_generation(own, expected):
     assert stop_token_ids(own, processor) == expected
 
 
+@pytest.mark.slow
 def test_eos_token_ends_answers_in_training_and_in_the_merged_model(parts, tmp_path):
     for name in ("clip", "llama"):
         shutil.copytree(parts / name, tmp_path / name)

@@ -12,6 +12,9 @@ from sq_llava.training.trainer import SQLlavaTrainer
 from tests.runs import make_parts, steps_saved, train
 
 
+pytestmark = pytest.mark.slow
+
+
 @pytest.fixture(scope="module")
 def parts(tmp_path_factory) -> Path:
     return make_parts(tmp_path_factory.mktemp("parts"))

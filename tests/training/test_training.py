@@ -22,6 +22,9 @@ from tests import tiny
 from tests.warm_python import warm_python
 
 
+pytestmark = pytest.mark.slow
+
+
 ROOT = Path(train_sft.__file__).parent
 # Plain gradient descent: a difference of gradients is a difference of weights, where Adam divides it away.
 COMMON = {
@@ -225,7 +228,6 @@ def test_resumed_run_equals_uninterrupted_run(parts, stage1, tmp_path):
     assert_close(adapter_weights(tmp_path / "whole"), adapter_weights(tmp_path / "whole2"), tolerance=0)
 
 
-@pytest.mark.slow
 def test_two_processes_equal_one(parts, stage1, tmp_path):
     settings = {"model_name_or_path": stage1, "max_steps": 3, "question_loss_weight": 0.3}
     train("instruct", parts, tmp_path / "one", **settings, per_device_train_batch_size=4)
