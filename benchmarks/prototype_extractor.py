@@ -157,6 +157,7 @@ def time_case(variant: str, which: str, sizes: Sizes, repeats: int) -> dict[str,
 
 
 def allocated_peak(function: Callable[[], object]) -> int:
+    """The largest sum of bytes that are allocated and not yet freed while a function runs."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         function()
     events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]

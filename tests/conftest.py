@@ -17,6 +17,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 
+from tests.browsers import CHROMIUM
 from tests.chat_server import KEY
 from tests.warm_python import warm_python
 
@@ -42,6 +43,16 @@ def one_thread():
 def layout(request):
     """The data of a benchmark as the Hub has it, and as LLaVA's folders do."""
     return request.param
+
+
+@pytest.fixture(scope="module")
+def browser():
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=str(CHROMIUM), args=["--no-sandbox"])
+        yield browser
+        browser.close()
 
 
 @pytest.fixture

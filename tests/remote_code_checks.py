@@ -7,6 +7,7 @@ FOLDER holds checkpoints (`float32`, `bfloat16`, `sharded`), `expected.pt`, and 
 """
 
 import json
+import runpy
 import shutil
 import sys
 import traceback
@@ -19,19 +20,11 @@ CODE_FILES = [
     "image_processing_sq_llava.py",
     "processing_sq_llava.py",
 ]
-SOURCES = {*(name.removesuffix(".py") for name in CODE_FILES), "sq_llava", "tests"}
-
-
-class SourcesOutOfReach:
-    """An import hook that hides the sources however they are installed."""
-
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in SOURCES:
-            raise ModuleNotFoundError(f"{name} is out of reach", name=name)
+OUT_OF_REACH = runpy.run_path(str(Path(__file__).with_name("out_of_reach.py")))
 
 
 def the_sources_cannot_be_imported(folder, expected):
-    for name in SOURCES:
+    for name in OUT_OF_REACH["SOURCES"]:
         try:
             __import__(name)
         except ModuleNotFoundError:
@@ -318,7 +311,7 @@ CHECKS = [
 
 
 def main():
-    sys.meta_path.insert(0, SourcesOutOfReach())
+    OUT_OF_REACH["hide_sources"]()
     import torch
 
     torch.set_num_threads(1)

@@ -51,18 +51,7 @@ SETTINGS = {
 def make_parts(root: Path) -> Path:
     """A CLIP, a Llama, and 16 rows, every third of them text-only."""
     tiny.save_towers(root)
-    rows = []
-    for index in range(16):
-        turns = []
-        for _ in range(3):
-            turns += [{"from": "human", "value": "What is this?"}, {"from": "gpt", "value": f"A dog {index}."}]
-        rows.append({"id": f"r{index}", "conversations": turns})
-        if index % 3:
-            tiny.picture(index).save(root / f"{index}.png")
-            rows[-1]["image"] = f"{index}.png"
-            turns[0]["value"] = "<image>\n" + turns[0]["value"]
-    (root / "train.json").write_text(json.dumps(rows))
-    return root
+    return tiny.write_rows(root, lambda index: [("What is this?", f"A dog {index}.")] * 3)
 
 
 def arguments(parts: Path, output_dir: Path, **overrides) -> list[str]:

@@ -1,6 +1,7 @@
 """Tiny random models, tokenizers, processors and pictures, made offline in a moment."""
 
 import json
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -219,6 +220,26 @@ def save_towers(root: Path) -> None:
     tiny_image_processor().save_pretrained(root / "clip")
     LlamaForCausalLM(LlamaConfig(**{**TINY_LLAMA, "vocab_size": len(tokenizer)})).save_pretrained(root / "llama")
     tokenizer.save_pretrained(root / "llama")
+
+
+def write_rows(root: Path, exchanges_of: Callable[[int], list[tuple[str, str]]], num_rows: int = 16) -> Path:
+    """
+    Writes `root/train.json` in LLaVA's layout, with pictures beside it; every third row is of text only.
+
+    Args:
+        exchanges_of (`Callable`): Gives the questions and answers of a row by its number.
+    """
+    rows = []
+    for index in range(num_rows):
+        turns = [turn for asked, said in exchanges_of(index) for turn in (("human", asked), ("gpt", said))]
+        row = {"id": f"r{index}", "conversations": [{"from": role, "value": text} for role, text in turns]}
+        if index % 3:
+            picture(index).save(root / f"{index}.png")
+            row["image"] = f"{index}.png"
+            row["conversations"][0]["value"] = "<image>\n" + row["conversations"][0]["value"]
+        rows.append(row)
+    (root / "train.json").write_text(json.dumps(rows))
+    return root
 
 
 def save_blip2(folder: Path) -> Blip2ForConditionalGeneration:

@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.box import SIMPLE
@@ -171,15 +171,20 @@ def _show_what_is_missing(results, out: Path | None) -> bool:
     return is_whole
 
 
-def check_images(images: str, image_root: str | None) -> None:
+def check_asking(images: str, image_root: str | None, clip: str | None, **model: Any) -> None:
     """
+    Checks where a model that asks, its images and its CLIP are.
+
     Raises:
-        ValueError: for a folder or file that is not there; `images` may also be the Hub id of a data set.
+        ValueError: for one that is not there; `images` may also be the Hub id of a data set.
     """
     if not Path(images).is_file() and is_missing_folder(images):
         raise ValueError(f"{images}: no such folder or file.")
     if image_root is not None:
         require_folder(image_root)
+    check_model_options(**model)
+    if clip is not None:
+        require_folder_or_id(clip, "--clip")
 
 
 @app.command(
@@ -197,10 +202,7 @@ def evaluate_questions(
 ) -> None:
     """Measure the questions that a model asks: variety, types, whether they need the image and fit it."""
     with errors_in_one_line():
-        check_images(settings["images"], settings["image_root"])
-        check_model_options(**settings)
-        if settings["clip"] is not None:
-            require_folder_or_id(settings["clip"], "--clip")
+        check_asking(**settings)
         with messages_console.status("Loading libraries"):
             from sq_llava.evaluation.question_run import evaluate_questions as run
 

@@ -5,16 +5,15 @@ from typing import Annotated
 
 import typer
 
-from sq_llava.cli.evaluate import check_images
+from sq_llava.cli.evaluate import check_asking
 from sq_llava.cli.generate_data import DryRun, ShardOption, end_run, print_estimate
-from sq_llava.cli.options import OptionsOf, check_model_options, quiet_libraries, takes_options
+from sq_llava.cli.options import OptionsOf, quiet_libraries, takes_options
 from sq_llava.console import console, errors_in_one_line, examples, messages_console
 from sq_llava.early_checks import require_folder
 from sq_llava.generation.rows import Shard
 from sq_llava.generation.settings import FilterSettings, SelfGeneration
 from sq_llava.inference.settings import AskSettings
 from sq_llava.llm_client.settings import ChatSettings
-from sq_llava.locations import require_folder_or_id
 
 
 FILTERS = "Filters: with others, the same command makes the set anew without a model"
@@ -46,10 +45,7 @@ def generate_self(
 ) -> None:
     """Images alone: a SQ-LLaVA asks about them, answers, and what passes the filters is kept."""
     with errors_in_one_line():
-        check_images(settings["images"], settings["image_root"])
-        check_model_options(**settings)
-        if settings["clip"] is not None:
-            require_folder_or_id(settings["clip"], "--clip")
+        check_asking(**settings)
         require_folder(settings["prompts"])
         with messages_console.status("Loading libraries"):
             from sq_llava.generation import self_generation

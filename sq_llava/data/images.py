@@ -27,6 +27,10 @@ from image_processing_sq_llava import check_size, open_in_rgb, safe_formats
 END_MARKERS = {"JPEG": b"\xff\xd9", "MPO": b"\xff\xd9", "PNG": b"\0\0\0\0IEND\xaeB`\x82", "GIF": b"\0;"}
 
 
+# How images are sent to a chat server: pixels of the longest side, and JPEG quality.
+CHAT_SIDE, CHAT_QUALITY = 1024, 90
+
+
 @dataclass(frozen=True)
 class Fault:
     """
@@ -65,6 +69,11 @@ def open_image(
         raise ValueError(f"{name}: cannot be read as an image ({error}). Save it anew as PNG or JPEG.") from error
     # Of its own: whoever gave the image may draw on it.
     return opened.copy() if opened is image else opened
+
+
+def chat_part(image: str | Path | dict[str, Any] | Image.Image) -> dict[str, Any]:
+    """An image as a part of a message to an OpenAI-compatible server."""
+    return {"type": "image_url", "image_url": {"url": jpeg_data_url(open_image(image), CHAT_SIDE, CHAT_QUALITY)}}
 
 
 def jpeg_data_url(image: Image.Image, longest_side: int, quality: int) -> str:

@@ -14,7 +14,6 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
-from accelerate import PartialState
 from matplotlib.figure import Figure
 
 from sq_llava.data.images import open_image
@@ -33,7 +32,7 @@ from sq_llava.evaluation.questions import (
 from sq_llava.evaluation.reading import evenly_spaced
 from sq_llava.evaluation.results import claim_folder, environment, hash_of_code, hash_of_model
 from sq_llava.evaluation.settings import QuestionEvaluation
-from sq_llava.inference.assistant import best_device
+from sq_llava.inference.processes import join_processes
 
 
 NUM_SHOWN = 12
@@ -67,14 +66,12 @@ def evaluate_questions(evaluation: QuestionEvaluation) -> dict[str, Any]:
     """
     if evaluation.truth not in (None, "easy_vqa"):
         raise ValueError(f"--truth {evaluation.truth}: the one data set whose truth is known here is easy_vqa.")
-    device = evaluation.device or best_device()
-    state = PartialState(cpu=device == "cpu")
+    state, device = join_processes(evaluation.device)
     everything = read_pictures(evaluation.images, evaluation.image_root)
     pictures = evenly_spaced(everything, evaluation.limit)
     captions = captions_of(pictures) if evaluation.truth is not None else []
     about = describe(evaluation, hash_of_pictures(pictures))
     claim_folder(evaluation.out, about, IDENTITY)
-    device = str(state.device) if state.num_processes > 1 else device
     scorer = ClipScorer(evaluation.clip, device) if evaluation.clip is not None else None
     assistant = load_any(evaluation.model, evaluation.dtype, device)
     asked = ask_about(assistant, pictures, evaluation.out, evaluation.settings, evaluation.batch_size)

@@ -3,13 +3,11 @@
 sq-llava evaluate --model runs/demo/model --tasks easy_vqa --data runs/demo/data --out runs/demo/evaluation
 """
 
-import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from accelerate import PartialState
 from transformers import set_seed
 
 from sq_llava.evaluation import (
@@ -42,7 +40,7 @@ from sq_llava.evaluation.results import (
 )
 from sq_llava.evaluation.settings import Evaluation
 from sq_llava.evaluation.task import Example, Record, Score, Task, summarize
-from sq_llava.inference.assistant import best_device
+from sq_llava.inference.processes import join_processes
 from sq_llava.llm_client.client import ChatStopped
 
 
@@ -82,10 +80,7 @@ def evaluate(evaluation: Evaluation) -> list[TaskResult]:
         ValueError: before the model is loaded, if a task's data is missing or wrong, or `out` holds other answers.
     """
     tasks = [find_task(name) for name in dict.fromkeys(evaluation.tasks)]
-    device = evaluation.device or best_device()
-    state = PartialState(cpu=device == "cpu")
-    if state.num_processes != int(os.environ.get("WORLD_SIZE", 1)):
-        raise ValueError(f"{state.num_processes} process of {os.environ['WORLD_SIZE']} were joined: use torchrun.")
+    state, device = join_processes(evaluation.device)
     examples = {task.name: read_examples(task, evaluation) for task in tasks}
     judge = None
     if evaluation.judge is not None and state.is_main_process:
@@ -93,7 +88,6 @@ def evaluate(evaluation: Evaluation) -> list[TaskResult]:
     about = describe(evaluation, {name: hash_of_data(each) for name, each in examples.items()})
     claim_folder(evaluation.out, about, IDENTITY)
     set_seed(evaluation.seed)
-    device = str(state.device) if state.num_processes > 1 else device
     assistant = load_any(evaluation.model, evaluation.dtype, device, evaluation.trust_remote_code)
     answered = []
     for task in tasks:

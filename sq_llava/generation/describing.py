@@ -17,7 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from sq_llava.data.images import jpeg_data_url, open_image
+from sq_llava.data.images import chat_part, open_image
 from sq_llava.evaluation.results import hash_of_model
 from sq_llava.generation.captions import read_instructions
 from sq_llava.generation.settings import DescribeSettings
@@ -28,10 +28,6 @@ from sq_llava.llm_client.client import ChatClient, ChatRequest, Journal, Message
 from sq_llava.llm_client.replies import without_thoughts
 from sq_llava.resumable.resume import in_batches, work_in_batches
 from sq_llava.stopping import INTERRUPTED
-
-
-# Of an image as a server gets it: what most scale larger ones to.
-LONGEST_SIDE, QUALITY = 1024, 90
 
 
 @dataclass(frozen=True)
@@ -113,8 +109,7 @@ class ServerDescriber:
         return Description(first, _answer(self.client, _told_to_go_on(messages, first, self.prompts)))
 
     def _messages(self, image: Path) -> Messages:
-        picture = {"type": "image_url", "image_url": {"url": jpeg_data_url(open_image(image), LONGEST_SIDE, QUALITY)}}
-        return [{"role": "user", "content": [picture, {"type": "text", "text": self.prompts.describe}]}]
+        return [{"role": "user", "content": [chat_part(image), {"type": "text", "text": self.prompts.describe}]}]
 
 
 class LocalDescriber:

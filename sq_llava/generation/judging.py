@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from sq_llava.data.images import jpeg_data_url, open_image
+from sq_llava.data.images import chat_part
 from sq_llava.llm_client.asking import Asked, ask_all
 from sq_llava.llm_client.client import ChatClient, ChatRequest, Messages
 from sq_llava.llm_client.replies import without_thoughts
@@ -16,8 +16,6 @@ from sq_llava.llm_client.replies import without_thoughts
 
 ATTEMPTS = 3
 WORDS = {"accept": True, "reject": False}
-# Of an image as a server gets it: what most scale larger ones to.
-LONGEST_SIDE, QUALITY = 1024, 90
 
 
 @dataclass(frozen=True)
@@ -67,10 +65,6 @@ def first_requests(client: ChatClient, prompt: str, exhibits: Mapping[str, Exhib
 
 
 def as_messages(prompt: str, exhibit: Exhibit) -> Messages:
-    image = open_image(exhibit.image)
     text = f"Question: {exhibit.question}\nAnswer: {exhibit.answer}"
-    parts = [
-        {"type": "image_url", "image_url": {"url": jpeg_data_url(image, LONGEST_SIDE, QUALITY)}},
-        {"type": "text", "text": text},
-    ]
+    parts = [chat_part(exhibit.image), {"type": "text", "text": text}]
     return [{"role": "system", "content": prompt}, {"role": "user", "content": parts}]

@@ -21,8 +21,6 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
-from accelerate import PartialState
-
 from sq_llava.checkpoints.provenance import public_name
 from sq_llava.evaluation.questions import ClipScorer, Picture, ask_about, read_pictures
 from sq_llava.evaluation.results import claim_folder, hash_of_model
@@ -31,7 +29,8 @@ from sq_llava.generation.judging import Exhibit, first_requests, judge_turns, re
 from sq_llava.generation.rows import Card, Rejected, make_row, require_utf8, write_output
 from sq_llava.generation.scoring import score_answers, score_each, score_with_clip
 from sq_llava.generation.settings import SelfGeneration
-from sq_llava.inference.assistant import best_device, load
+from sq_llava.inference.assistant import load
+from sq_llava.inference.processes import join_processes
 from sq_llava.llm_client.asking import Asked
 from sq_llava.llm_client.client import BYTES_PER_TOKEN, ChatClient, Estimate
 from sq_llava.resumable.resume import read_lines
@@ -75,14 +74,13 @@ def generate(run: SelfGeneration) -> Made | None:
         ValueError: before a model is loaded, if there are no images, one stands in a table or outside of the root,
             or the folder holds another run.
     """
-    device = run.device or best_device()
-    state = PartialState(cpu=device == "cpu")
+    state, device = join_processes(run.device)
     pictures = read_images(run)
     client = None if run.judge is None else ChatClient(run.judge, run.out / run.shard.name("answers.jsonl"))
     about = claim_folder(run.out, describe(run), IDENTITY, f"-{run.shard.index}")
     stopped = None
     try:
-        ask_and_score(run, pictures, str(state.device) if state.num_processes > 1 else device)
+        ask_and_score(run, pictures, device)
     except KeyboardInterrupt:
         if state.num_processes > 1:
             raise

@@ -35,6 +35,7 @@ from sq_llava.early_checks import require_device, require_dtype
 from sq_llava.inference.dialogues import Dialogues
 from sq_llava.inference.prefix_cache import PrefixCache, allows_gaps, common_length
 from sq_llava.inference.prompts import decode, model_inputs, pixel_inputs, room_in_context, token_ids
+from sq_llava.inference.settings import AskSettings
 
 
 @dataclass
@@ -143,9 +144,9 @@ class Assistant:
         image,
         history: list[dict] | None = None,
         num_questions: int = 1,
-        temperature: float = 1.2,
-        top_k: int = 300,
-        top_p: float = 0.95,
+        temperature: float = AskSettings.temperature,
+        top_k: int = AskSettings.top_k,
+        top_p: float = AskSettings.top_p,
         max_new_tokens: int = 300,
         seed: int | None = None,
     ) -> list[str]:
@@ -171,9 +172,9 @@ class Assistant:
         images: list,
         histories: list[list[dict]] | None = None,
         num_questions: int = 1,
-        temperature: float = 1.2,
-        top_k: int = 300,
-        top_p: float = 0.95,
+        temperature: float = AskSettings.temperature,
+        top_k: int = AskSettings.top_k,
+        top_p: float = AskSettings.top_p,
         max_new_tokens: int = 300,
         seeds: list[int] | None = None,
     ) -> list[list[str]]:
@@ -197,9 +198,9 @@ class Assistant:
         image,
         num_turns: int = 3,
         history: list[dict] | None = None,
-        temperature: float = 1.2,
-        top_k: int = 300,
-        top_p: float = 0.95,
+        temperature: float = AskSettings.temperature,
+        top_k: int = AskSettings.top_k,
+        top_p: float = AskSettings.top_p,
         max_new_tokens: int = 300,
         seed: int | None = None,
     ) -> list[dict]:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from sq_llava.inference.assistant import Assistant
 from sq_llava.inference.dialogues import DESCRIBE
+from sq_llava.inference.settings import AskSettings
 
 
 @dataclass(frozen=True)
@@ -29,8 +30,8 @@ class Settings:
 
     max_new_tokens: int = 256
     temperature: float = 0.0
-    question_temperature: float = 1.2
-    question_top_p: float = 0.95
+    question_temperature: float = AskSettings.temperature
+    question_top_p: float = AskSettings.top_p
     num_questions: int = 3
     num_turns: int = 3
 
@@ -48,7 +49,7 @@ def speak(assistant: Assistant, turns: list[Turn], role: str, settings: Settings
     sampling = {"temperature": float(settings.temperature), "top_p": 1.0, "do_sample": True}
     if role == "vusr":
         temperature, top_p = float(settings.question_temperature), float(settings.question_top_p)
-        sampling |= {"temperature": temperature, "top_p": top_p, "top_k": 300}
+        sampling |= {"temperature": temperature, "top_p": top_p, "top_k": AskSettings.top_k}
     if sampling["temperature"] == 0:
         sampling = {}
     images = [file for turn in turns for file in turn.files]

@@ -15,6 +15,7 @@ from sq_llava.data.messages import images_of
 from sq_llava.inference.assistant import Assistant
 from sq_llava.inference.dialogues import DESCRIBE
 from sq_llava.inference.prompts import context_length, pixel_values, token_ids
+from sq_llava.inference.settings import AskSettings
 from sq_llava.serving.decoding import Prompt, Sampling
 from sq_llava.serving.engine import Engine, Failure, Generation, Piece
 from sq_llava.serving.images import decode_data_url, decode_image, fetch, num_pixels
@@ -24,7 +25,7 @@ from sq_llava.serving.settings import Limits
 
 
 # As `sq-llava ask` and the authors' code ask by default.
-QUESTION_SAMPLING = {"temperature": 1.2, "top_p": 0.95, "top_k": 300}
+QUESTION_SAMPLING = {name: getattr(AskSettings, name) for name in ("temperature", "top_p", "top_k")}
 DEFAULT_NEW_TOKENS = 512
 # Images are decoded, and prompts encoded, by so many threads.
 PREPARING_THREADS = 2

@@ -12,7 +12,7 @@ import pytest
 from typer.testing import CliRunner
 
 from sq_llava.cli.main import app
-from sq_llava.data.images import jpeg_data_url, open_image
+from sq_llava.data.images import CHAT_QUALITY, CHAT_SIDE, jpeg_data_url, open_image
 from sq_llava.data.rows import load_rows
 from sq_llava.data.sources import DataSource
 from sq_llava.generation import describing
@@ -22,6 +22,7 @@ from sq_llava.generation.review_sheet import Entry, check_decisions, hash_of_tex
 from sq_llava.generation.settings import PROMPTS
 from sq_llava.generation.text_rules import first_fault, share_of_new_words
 from tests import tiny
+from tests.browsers import CHROMIUM
 from tests.chat_server import KEY, ChatServer, Reply, chat_server
 from tests.processes import ended, fork, lines_of, sq_llava
 
@@ -30,7 +31,6 @@ LONG = "A brown dog runs over a wide green field. " + " ".join(
     f"Beside path {number} stands a tree with leaves of its own colour." for number in range(8)
 )
 SOUND = "A brown dog runs over a field. Behind it stands a house."
-CHROMIUM = Path("/usr/bin/chromium")
 
 
 @pytest.mark.parametrize(
@@ -107,7 +107,7 @@ class Painter:
         self.says, self.repairs = says or {}, repairs or {}
 
     def url(self, file: Path) -> str:
-        return jpeg_data_url(open_image(file), describing.LONGEST_SIDE, describing.QUALITY)
+        return jpeg_data_url(open_image(file), CHAT_SIDE, CHAT_QUALITY)
 
     def name(self, request: dict) -> str | None:
         content = request["messages"][0]["content"]
@@ -471,16 +471,6 @@ def test_sheet_escapes_ids_and_texts(tmp_path):
     assert 'data-id="b&quot;&gt;&lt;b&gt;.png"' in page
     assert "<title>3 &lt;texts&gt;</title>" in page
     assert page.count("<article") == 3 and "ENTRIES" not in page and "SCRIPT_HASH" not in page
-
-
-@pytest.fixture(scope="module")
-def browser():
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=str(CHROMIUM), args=["--no-sandbox"])
-        yield browser
-        browser.close()
 
 
 @pytest.mark.slow

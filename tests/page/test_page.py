@@ -10,12 +10,11 @@ import pytest
 from sq_llava.inference.assistant import Assistant
 from sq_llava.page.dialogue import Settings, Turn, complete, converse, opening, speak
 from tests import tiny
+from tests.browsers import CHROMIUM
 
 
 pytestmark = pytest.mark.slow
 
-
-CHROMIUM = Path("/usr/bin/chromium")
 
 PHONE, DESKTOP = {"width": 390, "height": 844}, {"width": 1280, "height": 900}
 HOSTILE = '<img src="http://203.0.113.1/x.png"> ![](http://203.0.113.1/y.png) **bold**'
@@ -79,16 +78,6 @@ def url(assistant) -> Iterator[str]:
     blocks.launch(server_name="127.0.0.1", server_port=port, prevent_thread_lock=True, quiet=True, **LAUNCH)
     yield f"http://127.0.0.1:{port}"
     blocks.close()
-
-
-@pytest.fixture(scope="module")
-def browser():
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=str(CHROMIUM), args=["--no-sandbox"])
-        yield browser
-        browser.close()
 
 
 class Visitor:

@@ -42,16 +42,7 @@ def parts(tmp_path_factory) -> Path:
     """A CLIP, a Llama, and rows with a picture, every third of them text-only."""
     root = tmp_path_factory.mktemp("parts")
     tiny.save_towers(root)
-    rows = []
-    for index in range(12):
-        turns = [("human", "What is it?"), ("gpt", f"A dog {index}."), ("human", "Where?"), ("gpt", "In the grass.")]
-        rows.append({"conversations": [{"from": role, "value": text} for role, text in turns]})
-        if index % 3:
-            tiny.picture(index).save(root / f"{index}.png")
-            rows[-1]["image"] = f"{index}.png"
-            rows[-1]["conversations"][0]["value"] = "<image>\nWhat is it?"
-    (root / "train.json").write_text(json.dumps(rows))
-    return root
+    return tiny.write_rows(root, lambda index: [("What is it?", f"A dog {index}."), ("Where?", "In the grass.")], 12)
 
 
 def train(parts: Path, output_dir: Path, **settings):

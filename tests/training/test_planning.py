@@ -1,17 +1,16 @@
 """Global batch, steps, memory, and dry runs; the estimate beside what a CPU really allocates."""
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import datasets
 import pytest
 import torch
-from torch.profiler import ProfilerActivity, profile
 from trl import SFTConfig
 from trl.trainer.utils import add_fused_lm_head
 
 import train_sft
+from benchmarks.prototype_extractor import allocated_peak
 from sq_llava.training.adapter import LoraSize, add_adapter, count_parameters
 from sq_llava.training.planning import (
     SHARDINGS,
@@ -116,18 +115,6 @@ def test_weights_gradients_and_optimizer_are_estimated_exactly(parts, tmp_path):
     assert sizes["weights"] == pytest.approx(sum(storages.values()), rel=0.01)
 
 
-def peak_of(function: Callable[[], None]) -> int:
-    """The largest sum of what is allocated and not yet freed while a function runs."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        function()
-    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
-    now = peak = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        now += event.nbytes()
-        peak = max(peak, now)
-    return peak
-
-
 WIDE = {"hidden_size": 256, "intermediate_size": 704, "num_attention_heads": 8, "num_key_value_heads": 8}
 BIG_EYE = {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 6, "image_size": 112}
 
@@ -162,7 +149,7 @@ def test_activations_are_estimated_from_above(text, vision, batch, checkpointing
         outputs.log_probs.mean().backward()
 
     step()  # from now on the gradients are there
-    measured = peak_of(step)
+    measured = allocated_peak(step)
     args = SFTConfig(output_dir=str(tmp_path), bf16=False, gradient_checkpointing=checkpointing, use_cpu=True)
     estimated = sum(term.num_bytes for term in activation_terms(model, batch, args, on_gpu=False))
     assert measured <= estimated < 2.5 * measured

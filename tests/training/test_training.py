@@ -1,6 +1,5 @@
 """Both stages through `train_sft.py`, with tiny models on a CPU."""
 
-import json
 import os
 import subprocess
 from pathlib import Path
@@ -57,21 +56,9 @@ def parts(tmp_path_factory) -> Path:
     """Folders as people have them: a CLIP, a Llama, and LLaVA's JSON with pictures, every third row text-only."""
     root = tmp_path_factory.mktemp("parts")
     tiny.save_towers(root)
-    rows = []
-    for index in range(16):
-        turns = []
-        for turn in range(4):
-            turns += [
-                {"from": "human", "value": f"What colour is it {turn}?"},
-                {"from": "gpt", "value": f"A dog {index}."},
-            ]
-        rows.append({"id": f"r{index}", "conversations": turns})
-        if index % 3:
-            tiny.picture(index).save(root / f"{index}.png")
-            rows[-1]["image"] = f"{index}.png"
-            turns[0]["value"] = "<image>\n" + turns[0]["value"]
-    (root / "train.json").write_text(json.dumps(rows))
-    return root
+    return tiny.write_rows(
+        root, lambda index: [(f"What colour is it {turn}?", f"A dog {index}.") for turn in range(4)]
+    )
 
 
 def arguments(stage: str, parts: Path, output_dir: Path, **overrides) -> list[str]:

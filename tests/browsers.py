@@ -1,0 +1,6 @@
+"""The browser that tests of pages drive: Debian's."""
+
+from pathlib import Path
+
+
+CHROMIUM = Path("/usr/bin/chromium")
