@@ -498,6 +498,10 @@ class SQLlavaModel(SQLlavaPreTrainedModel):
             if image_outputs is not None:
                 raise ValueError("Give pixel_values or mm_encoder_outputs, not both.")
             image_outputs = self.get_image_features(pixel_values, return_dict=True)
+        nothing = None
+        if image_outputs is None and self.training and torch.is_grad_enabled() and cache is None:
+            # Before the embeddings are looked up, as the images are: sharded processes gather weights in one order.
+            nothing = self._vision_side_weighted_by_zero()
 
         placeholders = self._find_placeholders(input_ids, inputs_embeds, needed=image_outputs is not None)
         if inputs_embeds is None:
@@ -519,8 +523,8 @@ class SQLlavaModel(SQLlavaPreTrainedModel):
                 ),
             )
             inputs_embeds = inputs_embeds.masked_scatter(placeholders.unsqueeze(-1), image_tokens)
-        elif self.training and torch.is_grad_enabled() and cache is None:
-            inputs_embeds = inputs_embeds + self._vision_side_weighted_by_zero().to(inputs_embeds)
+        elif nothing is not None:
+            inputs_embeds = inputs_embeds + nothing.to(inputs_embeds)
 
         outputs = self.language_model(
             attention_mask=attention_mask,

@@ -63,6 +63,12 @@ from sq_llava.training.planning import (
 )
 from sq_llava.training.recovery import EXIT_TRY_AGAIN, find_checkpoint, warn_of_changes
 from sq_llava.training.settings import SQLlavaArguments, parse_settings, require_extras
+from sq_llava.training.sharding import (
+    require_launch,
+    require_resumable,
+    require_same_checkpoint,
+    sharding_asked_for,
+)
 from sq_llava.training.stage_model import load_base, prepare_stage, starting_point
 from sq_llava.training.trainer import SQLlavaTrainer
 
@@ -85,19 +91,24 @@ def train(arguments: SQLlavaArguments, training_args: SFTConfig, model_config: M
         return plan_from_configs(arguments, training_args, model_config, num_processes)
     require_extras(training_args, model_config)
     start, _ = starting_point(arguments, model_config)
+    sharding = sharding_asked_for(training_args)
     resident_before = resident_peak()
     set_seed(training_args.seed)
     with PartialState().main_process_first():
         # Read before the training that it is written after.
         came_from = read_provenance(fetch(start)) if start else {}
         checkpoint = find_checkpoint(training_args.output_dir, arguments.resume, training_args.resume_from_checkpoint)
+        if checkpoint is not None:
+            require_resumable(checkpoint, sharding, training_args.world_size)
         check_data(arguments, training_args, model_config)
+    require_same_checkpoint(checkpoint, training_args.world_size)
 
     model, processor, previous_stage = load_base(arguments, training_args, model_config, checkpoint)
     rows, eval_rows = read_rows(arguments, training_args, processor)
     model = prepare_stage(model, previous_stage, arguments, model_config)
     steps = leave_one_step(rows, training_args, arguments.packing) if arguments.dry_run == "real" else None
     trainer = make_trainer(model, processor, rows, eval_rows, arguments, training_args)
+    require_launch(sharding, trainer.accelerator)
     if trainer.accelerator.is_main_process:
         print_parameters(model, arguments.part_learning_rates, training_args.learning_rate)
         if trainer.packs is not None:

@@ -68,14 +68,20 @@ def environments_of(processes: int) -> list[dict[str, str]]:
 
 
 def fork(
-    function: Callable, arguments: tuple, log: Path, prepare=None, processes: int = 1
+    function: Callable,
+    arguments: tuple,
+    log: Path,
+    prepare=None,
+    processes: int = 1,
+    environment: dict[str, str] | None = None,
 ) -> list[multiprocessing.Process]:
     """Calls `function` in as many processes; what they print is added to `log`."""
+    outer = os.environ | (environment or {})
     PROCESSES.set_forkserver_preload(PRELOADED)
     children = [
         # The server's own environment is that of its start.
-        PROCESSES.Process(target=run_child, args=(function, arguments, str(log), os.environ | environment, prepare))
-        for environment in environments_of(processes)
+        PROCESSES.Process(target=run_child, args=(function, arguments, str(log), outer | own, prepare))
+        for own in environments_of(processes)
     ]
     for child in children:
         child.start()

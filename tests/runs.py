@@ -64,13 +64,13 @@ def arguments(parts: Path, output_dir: Path, **overrides) -> list[str]:
     return [text for name, value in (settings | overrides).items() for text in (f"--{name}", str(value))]
 
 
-def start(args: list[str], log: Path, prepare=None, processes: int = 1) -> list[multiprocessing.Process]:
-    return fork(train_sft.main, (args,), log, prepare, processes)
+def start(args: list[str], log: Path, prepare=None, processes: int = 1, environment=None):
+    return fork(train_sft.main, (args,), log, prepare, processes, environment)
 
 
-def run(args: list[str], log: Path, prepare=None, processes: int = 1) -> list[int]:
+def run(args: list[str], log: Path, prepare=None, processes: int = 1, environment=None) -> list[int]:
     """Exit codes of the processes; a negative one is the number of the signal that ended it."""
-    return ended(start(args, log, prepare, processes))
+    return ended(start(args, log, prepare, processes, environment))
 
 
 def history(output_dir: Path) -> list[dict]:

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator, PartialState
+from accelerate.utils import DistributedType
 from transformers import TrainerCallback
 
 from sq_llava.checkpoints.completeness import RUN_FILE, STATE_FILE, checkpoint_faults, json_fault, step_of
@@ -169,28 +170,44 @@ class StepWatch(TrainerCallback):
         torch.manual_seed(int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "big"))
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        step = state.global_step + 1
+        if self.accelerator.distributed_type != DistributedType.DEEPSPEED:
+            self.check(step, self.gradient_norm)
+        # DeepSpeed does not always know the norm. With float16, it leaves such steps out by itself.
+        elif self.accelerator.mixed_precision != "fp16" and not math.isfinite(self.gradient_norm or 0.0):
+            raise ValueError(
+                f"The norm of the gradient of step {step} is {self.gradient_norm}, and DeepSpeed has applied it: the "
+                "weights of this run are lost. Resume from its last checkpoint, with mended rows or settings."
+            )
+
+    def check(self, step: int, gradient_norm: torch.Tensor | float | None = None) -> None:
+        """
+        Args:
+            gradient_norm: `None` under DeepSpeed, which is asked before the backward pass: that applies the step.
+
+        Raises:
+            ValueError: if the step is refused.
+        """
         device = self.accelerator.device
         own = torch.stack([sums for _, sums in self.micro_batches]).sum(0)
         told = torch.tensor([float(self._signal is not None)], device=device)
-        # DeepSpeed does not always know the norm.
-        norm = 0.0 if self.gradient_norm is None else self.gradient_norm
-        norm = torch.as_tensor(norm, device=device).float().reshape(1)
+        norm = torch.as_tensor(0.0 if gradient_norm is None else gradient_norm, device=device).float().reshape(1)
         totals = torch.cat([own, norm, told])
-        loss, weight, gradient_norm, told = self.accelerator.reduce(totals, reduction="sum").tolist()
+        loss, weight, norm, told = self.accelerator.reduce(totals, reduction="sum").tolist()
         loss = loss / weight if weight else math.nan
         if weight == 0:
-            self._refuse(state.global_step + 1, "no token of it has a weight in the loss.")
+            self._refuse(step, "no token of it has a weight in the loss.")
         if not math.isfinite(loss):
-            self._refuse(state.global_step + 1, f"its loss is {loss}.")
+            self._refuse(step, f"its loss is {loss}.")
         if loss > self.max_loss:
             self._refuse(
-                state.global_step + 1,
+                step,
                 f"its loss is {loss:.4g}, above max_loss {self.max_loss:.4g} (by default 2 ln(vocabulary size), twice "
                 "that of a uniform guess): training diverges.",
             )
         # With float16, the gradient scaler leaves such steps out by itself.
-        if not math.isfinite(gradient_norm) and self.accelerator.scaler is None:
-            self._refuse(state.global_step + 1, f"the norm of its gradient is {gradient_norm}.")
+        if not math.isfinite(norm) and self.accelerator.scaler is None:
+            self._refuse(step, f"the norm of its gradient is {norm}.")
         self.micro_batches.clear()
         self.stopped = told > 0
         self.applying = True

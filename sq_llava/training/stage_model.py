@@ -20,6 +20,7 @@ from sq_llava.checkpoints.compose import compose, compose_processor
 from sq_llava.checkpoints.load import load_base_and_processor, load_model, require_kind
 from sq_llava.training.adapter import LoraOptions, LoraSize, add_adapter, load_adapter_weights, train_in_full
 from sq_llava.training.settings import LORA_INITIALISATIONS, SQLlavaArguments
+from sq_llava.training.sharding import loading_whole, loads_in_pieces
 
 
 ARCHITECTURE = ("prototype_variant", "num_prototypes", "num_prototype_iterations", "projector_type")
@@ -85,24 +86,22 @@ def load_base(
         model, processor, adapter = load_base_and_processor(start, processor_settings=processing, **quantized_loading)
         return model, processor, None if adapter is None else str(adapter)
 
-    if is_deepspeed_zero3_enabled():
-        raise ValueError(
-            f"vision_model_name_or_path is {parts[0]!r}: under ZeRO-3, the parts are loaded in pieces and cannot be "
-            "joined. Save sq_llava.checkpoints.compose.compose(...) first, and give its folder as model_name_or_path."
-        )
+    base = Path(training_args.output_dir).absolute() / "base"
     if checkpoint is not None:
-        return *read_base(checkpoint, arguments, quantized_loading, processing), None
-    model, processor = compose(
-        *parts,
-        arguments.qformer_model_name_or_path,
-        **loading,
-        processor_kwargs=processing,
-        **architecture(arguments),
-    )
-    if arguments.dry_run == "real" and quantization is None:
+        return *read_base(Path(checkpoint).absolute().parent / "base", arguments, quantized_loading, processing), None
+    model = processor = None
+    if PartialState().is_main_process or not loads_in_pieces():
+        with loading_whole():
+            model, processor = compose(
+                *parts,
+                arguments.qformer_model_name_or_path,
+                **loading,
+                processor_kwargs=processing,
+                **architecture(arguments),
+            )
+    if arguments.dry_run == "real" and quantization is None and not loads_in_pieces():
         return model, processor, None
     # An adapter names the base that it is loaded on, so the model made from parts is saved beside it.
-    base = Path(training_args.output_dir).absolute() / "base"
     if PartialState().is_main_process:
         part = base.with_name("half-written-base")
         for folder in (part, base):
@@ -111,23 +110,24 @@ def load_base(
         processor.save_pretrained(part)
         part.rename(base)
     PartialState().wait_for_everyone()
+    if loads_in_pieces():
+        return *read_base(base, arguments, quantized_loading, processing), None
     model.name_or_path = str(base)
     if quantization is not None:
         model = load_model(base, processor, **quantized_loading)
     return model, processor, None
 
 
-def read_base(checkpoint: str, arguments: SQLlavaArguments, loading: dict, processing: dict):
-    """Returns the base beside a checkpoint, and its processor. A new one could have other random weights."""
-    base = Path(checkpoint).absolute().parent / "base"
+def read_base(base: Path, arguments: SQLlavaArguments, loading: dict, processing: dict):
+    """Returns the base that a run was begun on, and its processor. A new one could have other random weights."""
     if not base.is_dir():
-        raise ValueError(f"{checkpoint}: the base that it stands on is not in {base}. Bring that folder back.")
+        raise ValueError(f"{base}, the base that the checkpoints beside it stand on, is not there. Bring it back.")
     processor = SQLlavaProcessor.from_pretrained(base, **processing)
     model = load_model(base, processor, **loading)
     for name, value in architecture(arguments).items():
         if getattr(model.config, name) != value:
             raise ValueError(
-                f"{name} is {value!r}, but {checkpoint} was trained with "
+                f"{name} is {value!r}, but the checkpoints beside {base} were trained with "
                 f"{getattr(model.config, name)!r}: give that, or another output_dir to start from the beginning."
             )
     return model, processor

@@ -18,7 +18,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from accelerate import FullyShardedDataParallelPlugin
 from peft import PeftModel
 from rich.filesize import decimal
 from safetensors import SafetensorError
@@ -34,16 +33,7 @@ from sq_llava.training.generation_check import GenerationCheck
 from sq_llava.training.length_sampler import ModalityLengthSampler
 from sq_llava.training.packing import PackedRows, PackingCollator, PackSampler, pack_sampler, require_separation
 from sq_llava.training.recovery import CheckpointError, StepWatch
-
-
-def keep_wrap_policy(plugin: FullyShardedDataParallelPlugin) -> None:
-    """
-    Lets FSDP2 shard layer by layer. The Trainer replaces the policy of the launch by PEFT's, which accelerate 1.15
-    drops for FSDP2: no layer would be a unit of its own, and all weights would be gathered at once.
-    """
-    policy = plugin.auto_wrap_policy
-    if plugin.fsdp_version == 2:
-        plugin.set_auto_wrap_policy = lambda model: setattr(plugin, "auto_wrap_policy", policy)
+from sq_llava.training.sharding import embeddings_in_the_root_unit, keep_wrap_policy, own_class, sharding_of
 
 
 def in_precision(state_dict: dict[str, torch.Tensor], dtype: torch.dtype) -> dict[str, torch.Tensor]:
@@ -236,6 +226,8 @@ class SQLlavaTrainer(SFTTrainer):
         if self.model.training:
             self._count_packed(inputs, row_ids)
             self.watch.micro_batches.append((row_ids, torch.stack([weighted_loss.detach(), weights.sum()]).float()))
+            if self.is_deepspeed_enabled and self.accelerator.sync_gradients:
+                self.watch.check(self.state.global_step + 1)  # its backward pass applies the step
         return (loss, outputs) if return_outputs else loss
 
     def _count(self, token_losses: torch.Tensor, is_top1: torch.Tensor, kinds: torch.Tensor) -> None:
@@ -265,7 +257,7 @@ class SQLlavaTrainer(SFTTrainer):
         return norm
 
     @property
-    def run(self) -> dict[str, int]:
+    def run(self) -> dict[str, int | str]:
         """What the losses depend on, beside the settings of the model; it is kept with each checkpoint."""
         args = self.args
         return {
@@ -275,6 +267,7 @@ class SQLlavaTrainer(SFTTrainer):
             "seed": args.seed,
             # With packing, what is above counts packs.
             "packing": self.packs is not None,
+            "sharding": sharding_of(self.accelerator),
         }
 
     def train(self, *args, **kwargs):
@@ -301,6 +294,12 @@ class SQLlavaTrainer(SFTTrainer):
         error.add_note(
             f"{step} steps were done. --resume continues from {f'checkpoint-{saved}' if saved else 'the beginning'}."
         )
+
+    def _prepare_for_training(self, *args, **kwargs):
+        if not self.is_fsdp_enabled:
+            return super()._prepare_for_training(*args, **kwargs)
+        with embeddings_in_the_root_unit(self.model):
+            return super()._prepare_for_training(*args, **kwargs)
 
     def _run_epoch(self, *args, **kwargs):
         # The Trainer would do one more step when a run is resumed that had done its last.
@@ -336,7 +335,14 @@ class SQLlavaTrainer(SFTTrainer):
         if is_final and not isinstance(self.model, PeftModel):
             state_dict = self.model.state_dict() if state_dict is None else state_dict
             state_dict = in_precision(state_dict, self.model.dtype)
-        super()._save(output_dir, state_dict)
+        with own_class(self.model):
+            super()._save(output_dir, state_dict)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        super().save_model(output_dir, _internal_call)
+        if not _internal_call and sharding_of(self.accelerator) == "fsdp2-sharded":
+            # The Trainer leaves shards alone, which no other stage, `merge` or AutoModel takes.
+            self._save(output_dir, self.accelerator.get_state_dict(self.model))
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)

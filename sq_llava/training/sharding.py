@@ -1,0 +1,170 @@
+"""How a launch spreads a model over its processes, and what FSDP2 and DeepSpeed need beside what accelerate does.
+
+Names of a sharding, in `run.json` of a checkpoint: `"none"` (one process, or DDP), `"fsdp2-full"`, `"fsdp2-sharded"`,
+`"zero-1"`, `"zero-2"`, `"zero-3"`. What this module does not do: shard; that is accelerate's part.
+"""
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from accelerate import Accelerator, FullyShardedDataParallelPlugin
+from accelerate.utils import DistributedType, gather_object
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
+from transformers.distributed.fsdp import is_fsdp_enabled
+from transformers.integrations import deepspeed, is_deepspeed_zero3_enabled
+from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
+from transformers.training_args import TrainingArguments
+
+from sq_llava.checkpoints.completeness import RUN_FILE
+
+
+NONE = "none"
+# The launch that resumes a checkpoint of each sharding.
+LAUNCHES = {
+    NONE: "accelerate launch --config_file recipes/accelerate/ddp.yaml",
+    "fsdp2-full": "accelerate launch --config_file recipes/accelerate/fsdp2.yaml",
+    "fsdp2-sharded": "accelerate launch --config_file recipes/accelerate/fsdp2.yaml "
+    "--fsdp_state_dict_type SHARDED_STATE_DICT",
+    "zero-2": "accelerate launch --config_file recipes/accelerate/zero2.yaml",
+    "zero-3": "accelerate launch --config_file recipes/accelerate/zero3.yaml",
+}
+# Their checkpoints are read by as many processes as wrote them.
+FIXED_NUMBER = ("zero-1", "zero-2", "zero-3")
+
+
+def sharding_asked_for(training_args: TrainingArguments) -> str:
+    """The sharding that the launch asks for, before a model is loaded."""
+    if training_args.deepspeed_plugin is not None:
+        stage = training_args.deepspeed_plugin.zero_stage
+        return f"zero-{stage}" if stage else NONE
+    if training_args.fsdp_plugin_args is not None:
+        return _fsdp_name(FullyShardedDataParallelPlugin(**training_args.fsdp_plugin_args))
+    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
+        return _fsdp_name(FullyShardedDataParallelPlugin())
+    return NONE
+
+
+def _fsdp_name(plugin: FullyShardedDataParallelPlugin) -> str:
+    if plugin.fsdp_version != 2:
+        raise ValueError(
+            "The launch asks for FSDP1, which this model is not trained with: set fsdp_version to 2, as "
+            "recipes/accelerate/fsdp2.yaml does."
+        )
+    return "fsdp2-full" if "FULL" in str(plugin.state_dict_type) else "fsdp2-sharded"
+
+
+def sharding_of(accelerator: Accelerator) -> str:
+    """The sharding that a trainer has."""
+    if accelerator.distributed_type == DistributedType.FSDP:
+        return _fsdp_name(accelerator.state.fsdp_plugin)
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        stage = accelerator.state.deepspeed_plugin.zero_stage
+        return f"zero-{stage}" if stage else NONE
+    return NONE
+
+
+def loads_in_pieces() -> bool:
+    """Whether only the first process has a whole model: with ZeRO-3, and FSDP2 with `cpu_ram_efficient_loading`."""
+    return is_deepspeed_zero3_enabled() or is_fsdp_enabled()
+
+
+@contextmanager
+def loading_whole() -> Iterator[None]:
+    """Loads models whole in this process, also under ZeRO-3."""
+    if not is_deepspeed_zero3_enabled():
+        yield
+        return
+    launched = deepspeed._hf_deepspeed_config_weak_ref()
+    unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        set_hf_deepspeed_config(launched)
+
+
+def require_launch(asked: str, accelerator: Accelerator) -> None:
+    """
+    Raises:
+        ValueError: if the launch asks for a sharding that accelerate does not do here.
+    """
+    if (sharding := sharding_of(accelerator)) != asked:
+        raise ValueError(
+            f"The launch asks for {asked}, but accelerate runs {sharding} on this device ({accelerator.device}), with "
+            "all weights in each process. FSDP and DeepSpeed need GPUs: launch with recipes/accelerate/ddp.yaml here."
+        )
+
+
+def require_same_checkpoint(checkpoint: str | None, num_processes: int) -> None:
+    """
+    Raises:
+        ValueError: if the processes would resume from different checkpoints: a machine does not see `output_dir`.
+    """
+    if num_processes == 1:
+        return
+    found = gather_object([checkpoint])
+    if len(set(found)) > 1:
+        which = ", ".join(f"{name or 'none'} on process {rank}" for rank, name in enumerate(found))
+        raise ValueError(
+            f"The processes see different checkpoints ({which}). Give an output_dir that all machines share."
+        )
+
+
+def require_resumable(checkpoint: str, sharding: str, num_processes: int) -> None:
+    """
+    Raises:
+        ValueError: if optimizer and scheduler of a checkpoint cannot be read under another sharding, or by another
+            number of processes.
+    """
+    run = json.loads((Path(checkpoint) / RUN_FILE).read_text())
+    before, processes = run.get("sharding", NONE), run["num_processes"]
+    wrong_number = before in FIXED_NUMBER and processes != num_processes
+    if before == sharding and not wrong_number:
+        return
+    launch = LAUNCHES.get(before, f"accelerate launch, with DeepSpeed's {before},")
+    raise ValueError(
+        f"{checkpoint} was written under {before} by {processes} processes; this launch is {sharding} with "
+        f"{num_processes}. The states of its optimizer and scheduler cannot be read so. Resume with "
+        f"`{launch} --num_processes {processes} -m train_sft ... --resume`."
+    )
+
+
+def keep_wrap_policy(plugin: FullyShardedDataParallelPlugin) -> None:
+    """
+    Lets FSDP2 shard layer by layer. The Trainer replaces the policy of the launch by PEFT's, which accelerate 1.15
+    drops for FSDP2: no layer would be a unit of its own, and all weights would be gathered at once.
+    """
+    policy = plugin.auto_wrap_policy
+    if plugin.fsdp_version == 2:
+        plugin.set_auto_wrap_policy = lambda model: setattr(plugin, "auto_wrap_policy", policy)
+
+
+@contextmanager
+def embeddings_in_the_root_unit(model: nn.Module) -> Iterator[None]:
+    """
+    Keeps accelerate from making FSDP units of the embeddings and the head. TRL's loss multiplies by the weight of the
+    head without calling it: as a unit of its own, its gradient would not be averaged over the processes.
+    """
+    model.get_input_embeddings = model.get_output_embeddings = lambda: None
+    try:
+        yield
+    finally:
+        del model.get_input_embeddings, model.get_output_embeddings
+
+
+@contextmanager
+def own_class(model: nn.Module) -> Iterator[None]:
+    """
+    Gives a model its own class while it is saved. FSDP2 replaces it, and `save_pretrained` would write the class, and
+    the code file, of PyTorch's.
+    """
+    sharded_class = type(model)
+    if isinstance(model, FSDPModule):
+        model.__class__ = next(parent for parent in sharded_class.__mro__[1:] if not issubclass(parent, FSDPModule))
+    try:
+        yield
+    finally:
+        model.__class__ = sharded_class

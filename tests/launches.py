@@ -1,0 +1,53 @@
+"""Processes as `accelerate launch --config_file FILE` starts them, and FSDP2 on CPUs.
+
+    accelerate launch --config_file recipes/accelerate/fsdp2.yaml --num_processes 2 --mixed_precision no \
+        -m tests.launches --config RECIPE
+
+runs `train_sft.py` with FSDP2 over gloo, which needs `ACCELERATE_USE_CPU=true`. accelerate has FSDP for GPUs only, and
+would run DDP without a word; all that it and PyTorch do then works on CPUs too.
+"""
+
+import os
+
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import DistributedType
+from accelerate.utils.launch import prepare_multi_gpu_env
+
+import train_sft
+from tests import ROOT
+
+
+def environment_of(launch: str, **options) -> dict[str, str]:
+    """What the launcher adds to the environment of its processes, for `recipes/accelerate/LAUNCH.yaml`."""
+    given = [f"--{name}={value}" for name, value in {"mixed_precision": "no", **options}.items()]
+    file = ROOT / "recipes" / "accelerate" / f"{launch}.yaml"
+    arguments = launch_command_parser().parse_args([f"--config_file={file}", *given, "train_sft.py"])
+    arguments, _, _ = _validate_launch_command(arguments)
+    environment = prepare_multi_gpu_env(arguments)
+    added = {name: value for name, value in environment.items() if os.environ.get(name) != value}
+    return added | {"ACCELERATE_USE_CPU": "true", "GLOO_SOCKET_IFNAME": "lo"}
+
+
+def allow_fsdp_on_cpu(*prepare) -> None:
+    """Also calls what else is done to a process before it trains: a function, and its arguments."""
+    original = AcceleratorState.__init__
+
+    def init(self, *args, fsdp_plugin=None, **kwargs):
+        original(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
+        if self.distributed_type == DistributedType.MULTI_CPU and os.environ.get("ACCELERATE_USE_FSDP") == "true":
+            self.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+            self.fsdp_plugin = fsdp_plugin
+            if self._mixed_precision != "no":
+                fsdp_plugin.set_mixed_precision(self._mixed_precision)
+
+    AcceleratorState.__init__ = init
+    if prepare:
+        function, *arguments = prepare
+        function(*arguments)
+
+
+if __name__ == "__main__":
+    allow_fsdp_on_cpu()
+    train_sft.main()
+    PartialState().destroy_process_group()
