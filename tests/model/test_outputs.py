@@ -45,7 +45,7 @@ def test_cache_is_taken_by_both_of_its_names_but_not_by_both_at_once(tiny_model)
             cache = tiny_model(**inputs, use_cache=True)[CACHE_NAME]
             logits.append(tiny_model(input_ids=next_token, **{name: cache}).logits)
     assert torch.equal(*logits)
-    with pytest.raises(ValueError, match="two names of the same thing"):
+    with pytest.raises(ValueError, match="two names for the same thing"):
         tiny_model(input_ids=next_token, cache=cache, past_key_values=cache)
 
 

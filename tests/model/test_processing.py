@@ -347,9 +347,9 @@ def test_the_error_about_an_image_written_as_text_says_how_to_give_one(tiny_proc
         ([{"role": "robot", "content": "x"}], "Role 'robot'"),
         ([user("x"), {"role": "system", "content": "x"}], r"Role 'system': the roles are system \(first only\)"),
         ([user({"type": "video", "url": "x"})], "Content of type 'video'"),
-        ([{"role": "assistant", "content": [IMAGE]}], "An image stands in a turn of role 'assistant'"),
-        ([{"role": "vusr", "content": [IMAGE]}], "An image stands in a turn of role 'vusr'"),
-        ([user(IMAGE, self_question=True)], "An image stands in a turn of role 'user' flagged self_question"),
+        ([{"role": "assistant", "content": [IMAGE]}], "There is an image in a turn of role 'assistant'"),
+        ([{"role": "vusr", "content": [IMAGE]}], "There is an image in a turn of role 'vusr'"),
+        ([user(IMAGE, self_question=True)], "There is an image in a turn of role 'user' with self_question"),
         ([{"role": "user"}], "The turn of role 'user' has no content"),
         ([user("x"), {"role": "assistant", "content": None}], "The turn of role 'assistant' has no content"),
     ],
@@ -472,7 +472,7 @@ def test_the_delimiter_can_be_chosen_and_is_saved_with_the_tokenizer(tmp_path):
     processor.save_pretrained(tmp_path)
     for chosen in (processor, SQLlavaProcessor.from_pretrained(tmp_path)):
         assert chosen.apply_chat_template([user("Hi"), assistant("Hello")]).endswith("ASSISTANT: Hello<|im_end|>")
-    with pytest.raises(ValueError, match=r"eos_token\) is 'word', none of .* give one of <\|end\|>, <\|im_end\|>"):
+    with pytest.raises(ValueError, match=r"eos_token\) is 'word', .*: give one of <\|end\|>, <\|im_end\|>"):
         SQLlavaProcessor.from_pretrained(tmp_path, delimiter="word")
 
 
@@ -488,7 +488,7 @@ def test_an_own_template_is_kept(tmp_path):
         ({"image_aspect_ratio": "stretch"}, "image_aspect_ratio is 'stretch': choose 'pad' or 'crop'"),
         ({"vusr_marker": ""}, "vusr_marker is ''"),
         ({"user_marker": "USER: "}, "user_marker is 'USER: '"),
-        ({"text_prefix": "|"}, "it may hold spaces only"),
+        ({"text_prefix": "|"}, "it may contain only spaces"),
         ({"assistant_marker": "\n"}, "assistant_marker is"),
     ],
 )
