@@ -105,10 +105,10 @@ def test_widget_asks_about_the_picture(checkpoint):
     [
         ({}, "There is no record of its training", True),
         ({"converted_from": "org/sq", "converted_kind": "a LoRA"}, "converted from `org/sq` (a LoRA)", True),
-        ({"converted_from": "org/llava", "new_extractor": "paper"}, "untrained: train this model before you use it", False),
+        ({"converted_from": "org/llava", "new_extractor": "paper"}, "new** and untrained: train this model", False),
         ({"stages": [STAGE | {"stage": "align"}]}, "Stage `align`: 3 steps on 7 rows of `org/data` (train)", False),
         ({"stages": [STAGE]}, "`learning_rate: 0.5` With torch 2.13.0.", True),
-        ({"converted_from": "x", "new_extractor": "paper", "stages": [STAGE]}, "it was trained only in the stages below", True),
+        ({"converted_from": "x", "new_extractor": "paper", "stages": [STAGE]}, "only in the stages below", True),
     ],
 )  # fmt: skip
 def test_card_says_where_the_model_comes_from(provenance, says, asks, checkpoint):

@@ -1,4 +1,4 @@
-"""Both prototype extractors: against the release's numbers, against literal loops, in half precision, in memory."""
+"""Both prototype extractors: the release's numbers, the equations as loops, half precision, memory."""
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ from tests import ROOT
 from tests.tiny import TINY_CLIP, TINY_LLAMA, tiny_config, tiny_model
 
 
-# State, input, output and gradients of the authors' code in float64.
+# State, input, output and gradients of the authors' code, in float64.
 GOLDEN_FILES = sorted((ROOT / "tests" / "files").glob("prototype_released_*.safetensors"))
 EXTRACTORS = {"paper": SQLlavaPaperPrototypeExtractor, "released": SQLlavaReleasedPrototypeExtractor}
 
@@ -71,7 +71,7 @@ def test_released_variant_has_the_outputs_and_gradients_of_the_release(path, dty
         torch.testing.assert_close(gradient, tensors[f"grad.{name}"], atol=tolerance, rtol=tolerance, msg=name)
 
 
-def test_released_layer_norm_that_is_never_applied_is_dropped_on_loading(tmp_path):
+def test_unused_layer_norm_of_a_release_is_dropped_on_loading(tmp_path):
     tensors, metadata = read_golden(GOLDEN_FILES[0], torch.float32)
     assert "state.ln_1.weight" in tensors
     model = model_of_golden(tensors, metadata, torch.float32)
@@ -88,7 +88,7 @@ def test_released_layer_norm_that_is_never_applied_is_dropped_on_loading(tmp_pat
 
 
 def extractor(variant, width=8, num_prototypes=3, num_iterations=2, dtype=torch.float64, seed=0):
-    """With weights so large that the assignment is far from even."""
+    """An extractor with large weights, so that the assignment is far from uniform."""
     torch.manual_seed(seed)
     config = tiny_config(
         vision_config={**TINY_CLIP, "hidden_size": width},
@@ -107,7 +107,7 @@ def linear(module, vector):
 
 
 def paper_by_loops(module, features, num_iterations):
-    """The paper's equations, one image, one prototype and one token at a time."""
+    """The paper's equations, for one image, one prototype and one token at a time."""
     images = []
     for tokens in features:
         width = tokens.shape[-1]
@@ -208,7 +208,7 @@ def test_more_prototypes_than_tokens_and_blank_images_stay_finite(variant, bias)
 
 
 class LargestTensor(TorchDispatchMode):
-    """The number of elements of the largest tensor that any operation gives, forward and backward."""
+    """The number of elements of the largest tensor that any operation returns, forward and backward."""
 
     numel = 0
 
@@ -221,13 +221,13 @@ class LargestTensor(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("variant", EXTRACTORS)
-def test_no_tensor_of_images_times_prototypes_times_tokens_times_channels(variant):
+def test_no_tensor_has_the_size_of_images_times_prototypes_times_tokens_times_channels(variant):
     images, prototypes, tokens, channels = 2, 16, 40, 32
     module = extractor(variant, width=channels, num_prototypes=prototypes, dtype=torch.float32)
     features = torch.randn(images, tokens, channels, requires_grad=True)
     with LargestTensor() as largest:
         module(features).sum().backward()
-    # Four times the features, or less than one image's [K, N, D].
+    # At most four times the features, which is less than [K, N, D] of one image.
     assert images * tokens * channels <= largest.numel <= 4 * images * tokens * channels
     with LargestTensor() as largest:
         literal("released", extractor("released", channels, prototypes), features.double(), 2, prototypes)
@@ -245,7 +245,7 @@ def test_clustering_runs_in_float32_inside_a_half_precision_model(variant, dtype
     assert output.dtype == dtype
     unit = torch.finfo(dtype).eps
     torch.testing.assert_close(output.float(), expected, rtol=unit, atol=unit / 100)
-    # Other rounding inside would show: most tokens are off by more than the rounding of the result.
+    # If it clustered in half precision, many values would be off by more than the rounding of the result.
     rounded_inside = literal(variant, half, features, 2, 5)
     assert ((rounded_inside - expected).abs() > unit * expected.abs() + unit / 100).float().mean() > 0.3
 
@@ -267,14 +267,16 @@ def test_every_weight_of_the_extractor_learns(variant):
         assert parameter.grad.abs().sum() > 0, name
 
 
-def test_new_extractor_weights_follow_the_config():
-    width = 64
-    vision_config = {**TINY_CLIP, "hidden_size": width}
-    paper = tiny_model(tiny_config(vision_config=vision_config, num_prototypes=50, initializer_range=0.05)).model
+def test_new_weights_follow_the_configuration_of_their_part():
+    vision_config = {**TINY_CLIP, "hidden_size": 64, "initializer_range": 0.1}
+    text_config = {**TINY_LLAMA, "initializer_range": 0.3}
+    fields = {"vision_config": vision_config, "text_config": text_config, "initializer_range": 0.05}
+    paper = tiny_model(tiny_config(**fields, num_prototypes=50)).model
     for module in (paper.prototype_extractor.q, paper.prototype_extractor.z, paper.multi_modal_projector.linear_1):
         assert 0.045 < module.weight.std() < 0.055
         assert not module.bias.any()
     assert 0.9 < paper.prototype_extractor.prototypes.std() < 1.1
-    released = tiny_model(tiny_config(vision_config=vision_config, prototype_variant="released")).model
+    assert 0.28 < paper.language_model.layers[0].mlp.up_proj.weight.std() < 0.32
+    released = tiny_model(tiny_config(**fields, prototype_variant="released")).model
     assert released.prototype_extractor.sim_alpha.item() == 1.0
     assert released.prototype_extractor.sim_beta.item() == 0.0

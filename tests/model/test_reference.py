@@ -1,4 +1,4 @@
-"""The reference of the tests against transformers' own models and the numbers of the authors' code."""
+"""Checks the reference implementation of the tests against transformers, PEFT and the numbers of the authors' code."""
 
 import pytest
 import torch
