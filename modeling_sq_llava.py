@@ -101,7 +101,7 @@ def _at_least_float32(features: torch.Tensor) -> torch.Tensor:
 
 
 def _cosine(prototypes_BKD: torch.Tensor, tokens_BND: torch.Tensor) -> torch.Tensor:
-    # [B, K, N]. The result is divided by the token norms, because it is smaller than a normalised copy of the tokens.
+    # The token norms divide the [B, K, N] result, because it is smaller than the [B, N, D] of normalised tokens.
     norm_BN = torch.linalg.vector_norm(tokens_BND, dim=-1).clamp_min(1e-12)
     return F.normalize(prototypes_BKD, dim=-1) @ tokens_BND.mT / norm_BN.unsqueeze(1)
 
@@ -507,7 +507,10 @@ class SQLlavaModel(SQLlavaPreTrainedModel):
             inputs_embeds = self.get_input_embeddings()(text_ids)
 
         if image_outputs is not None:
-            image_tokens = self._as_one_tensor(image_outputs.pooler_output).to(inputs_embeds)
+            image_tokens = image_outputs.pooler_output
+            if not isinstance(image_tokens, torch.Tensor):  # a list of one tensor per image
+                image_tokens = torch.stack(tuple(image_tokens))
+            image_tokens = image_tokens.to(inputs_embeds)
             if image_indices is not None:
                 image_tokens = image_tokens[image_indices]
             num_placeholders, num_features = placeholders.sum(), image_tokens.shape[:-1].numel()
@@ -560,10 +563,6 @@ class SQLlavaModel(SQLlavaPreTrainedModel):
                 ),
             )
         return placeholders
-
-    @staticmethod
-    def _as_one_tensor(pooler_output: torch.Tensor | list[torch.Tensor]) -> torch.Tensor:
-        return pooler_output if isinstance(pooler_output, torch.Tensor) else torch.stack(tuple(pooler_output))
 
     def _vision_side_weighted_by_zero(self) -> torch.Tensor:
         # A process with a text-only micro-batch must still give every trained weight a gradient. Otherwise the other

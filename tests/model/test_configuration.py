@@ -45,7 +45,7 @@ def test_a_sub_config_without_model_type_is_clip_or_llama():
     assert type(config.text_config) is LlamaConfig
 
 
-def test_the_text_config_is_handed_on_as_the_same_object():
+def test_the_text_config_is_kept_as_the_same_object():
     text_config = Qwen3Config(hidden_size=64)
     config = tiny_config(text_config=text_config)
     assert config.text_config is text_config
@@ -66,11 +66,6 @@ def test_number_of_image_tokens_follows_from_the_vision_config():
     assert tiny_config(image_seq_length=9).image_seq_length == 9
     with pytest.raises(ValueError, match="image_seq_length is 576, but the vision tower gives 9 tokens"):
         tiny_config(image_seq_length=576)
-
-
-@pytest.mark.parametrize(("layer", "used"), [(-1, 3), (-2, 2), (-4, 0), (0, 0), (1, 1), (3, 3)])
-def test_feature_layer_counts_hidden_states_as_transformers_does(layer, used):
-    assert tiny_config(vision_feature_layer=layer).num_vision_layers_used == used
 
 
 def test_tied_embeddings_follow_the_text_config_unless_given():

@@ -16,7 +16,7 @@ from transformers.utils.chat_template_utils import _compile_jinja_template
 
 from modeling_sq_llava import SQLlavaAutoModel, SQLlavaModel
 from tests.project.test_layout import HUB_CODE, path_of
-from tests.tiny import picture, tiny_config, tiny_inputs, tiny_model, tiny_processor
+from tests.tiny import picture, tiny_config, tiny_inputs, tiny_minigpt4_config, tiny_model, tiny_processor
 
 
 # All that the code of a checkpoint imports from transformers. Version 5.16.1, the oldest supported one, has all of it.
@@ -47,17 +47,17 @@ def test_code_of_a_checkpoint_imports_only_what_the_oldest_supported_transformer
             assert not [alias.name for alias in node.names if alias.name.startswith("transformers")]
 
 
-@pytest.fixture
-def base() -> SQLlavaModel:
-    """The base as an engine builds it, with the weights of `tiny_model()`."""
-    base = SQLlavaAutoModel._from_config(tiny_config())
-    base.load_state_dict(tiny_model().model.state_dict())
+@pytest.fixture(params=[tiny_config, tiny_minigpt4_config], ids=["SQ-LLaVA", "MiniGPT-4"])
+def base(request) -> SQLlavaModel:
+    """The base as an engine builds it, with the weights of `tiny_model(base.config)`."""
+    base = SQLlavaAutoModel._from_config(request.param())
+    base.load_state_dict(tiny_model(base.config).model.state_dict())
     return base.eval()
 
 
 @torch.no_grad()
 def test_base_takes_embeddings_with_images_and_returns_hidden_states_first(base):
-    model, inputs = tiny_model(), tiny_inputs(base.config)
+    model, inputs = tiny_model(base.config), tiny_inputs(base.config)
     image_tokens = base.get_image_features(inputs["pixel_values"], return_dict=True).pooler_output
     placeholders = inputs["input_ids"] == base.config.image_token_id
     embeddings = base.get_input_embeddings()(inputs["input_ids"].masked_fill(placeholders, 0))

@@ -13,7 +13,7 @@ from transformers import Blip2ForConditionalGeneration, Blip2VisionModel, BlipIm
 import train_sft
 from configuration_sq_llava import SQLlavaConfig
 from demo.data import caption_rows, image_root, read_questions
-from modeling_sq_llava import SQLlavaAutoModel, SQLlavaForConditionalGeneration
+from modeling_sq_llava import SQLlavaForConditionalGeneration
 from processing_sq_llava import PROMPT_LAYOUTS, SQLlavaProcessor
 from sq_llava.checkpoints.compose import compose, compose_config, compose_processor, load_vision_tower
 from sq_llava.checkpoints.load import load_checkpoint
@@ -137,19 +137,6 @@ def test_qformer_stays_without_dropout_while_the_model_is_in_training():
 
 
 @torch.no_grad()
-def test_a_batch_generates_what_each_prompt_generates_alone():
-    model = tiny.tiny_model(tiny.tiny_minigpt4_config())
-    model.generation_config.eos_token_id = None
-    prompts = [
-        tiny.tiny_inputs(model.config, num_images=number, num_words=6 + 3 * number, seed=number) for number in (1, 2)
-    ]
-    together = model.generate(**tiny.left_padded(prompts), max_new_tokens=6, do_sample=False)
-    for prompt, row in zip(prompts, together):
-        alone = model.generate(**prompt, max_new_tokens=6, do_sample=False)
-        assert alone[0, -6:].tolist() == row[-6:].tolist()
-
-
-@torch.no_grad()
 def test_a_saved_model_gives_the_same_in_other_programs(composed, tmp_path):
     model, processor = composed
     model.save_pretrained(tmp_path)
@@ -170,16 +157,6 @@ def test_a_saved_model_gives_the_same_in_other_programs(composed, tmp_path):
         "assert model.generate(**inputs, max_new_tokens=3).shape[1] > inputs['input_ids'].shape[1]"
     )
     subprocess.run([warm_python(), "-c", code, str(tmp_path)], check=True, cwd=tmp_path)
-
-
-@torch.no_grad()
-def test_an_engine_builds_the_base_without_a_head(composed):
-    model, _ = composed
-    base = SQLlavaAutoModel._from_config(model.config)
-    base.load_state_dict(model.model.state_dict())
-    pixel_values = tiny.tiny_inputs(model.config)["pixel_values"]
-    ours, theirs = (each.get_image_features(pixel_values, return_dict=True) for each in (model, base.eval()))
-    assert torch.equal(ours.pooler_output, theirs.pooler_output)
 
 
 @pytest.mark.parametrize("aspect_ratio", ["pad", "crop"])
@@ -235,13 +212,6 @@ def test_prompt_is_minigpt_4s_to_the_character(processor):
     # Stage 1 has only images and captions.
     caption = [{"role": "user", "content": [IMAGE]}, {"role": "assistant", "content": [text("A dog.")]}]
     assert processor.apply_chat_template(caption, plain=True) == "<s><image>A dog.\n"
-
-
-def test_layout_is_saved_with_the_processor(processor, tmp_path):
-    processor.save_pretrained(tmp_path)
-    again = SQLlavaProcessor.from_pretrained(tmp_path)
-    assert again.apply_chat_template(conversation()) == processor.apply_chat_template(conversation())
-    assert "<Img>" in again.apply_chat_template(conversation())
 
 
 def test_loss_is_only_on_the_answers(processor):

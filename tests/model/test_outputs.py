@@ -26,14 +26,17 @@ MIXTURES_OF_EXPERTS = {
 
 def test_outputs_have_the_fields_of_the_language_models_own(tiny_model):
     inputs = tiny.tiny_inputs(tiny_model.config)
+    tiny_model.set_attn_implementation("eager")
     with torch.no_grad():
-        outputs = tiny_model(**inputs, labels=inputs["input_ids"], output_hidden_states=True)
-    own = CausalLMOutputWithPast.__dataclass_fields__.keys()
-    assert own <= type(outputs).__dataclass_fields__.keys()
-    assert {"loss", "logits", CACHE_NAME, "hidden_states", "image_outputs"} == outputs.keys()
-    assert outputs[0] is outputs.loss
-    assert outputs[1] is outputs.logits
+        outputs = tiny_model(**inputs, labels=inputs["input_ids"], output_hidden_states=True, output_attentions=True)
+        as_tuple = tiny_model(**inputs, return_dict=False)
+    assert CausalLMOutputWithPast.__dataclass_fields__.keys() <= type(outputs).__dataclass_fields__.keys()
+    assert {"loss", "logits", CACHE_NAME, "hidden_states", "attentions", "image_outputs"} == outputs.keys()
+    assert outputs[0] is outputs.loss and outputs[1] is outputs.logits
     assert outputs.image_hidden_states is outputs.image_outputs.pooler_output
+    assert [tuple(state.shape) for state in outputs.hidden_states] == [(1, 21, 64)] * 3
+    assert [tuple(attention.shape) for attention in outputs.attentions] == [(1, 4, 21, 21)] * 2
+    assert torch.equal(as_tuple[0], outputs.logits)
 
 
 def test_cache_may_be_given_by_either_name_but_not_by_both(tiny_model):

@@ -1,5 +1,7 @@
 """Both prototype extractors: the release's numbers, the equations as loops, half precision, memory."""
 
+from functools import partial
+
 import pytest
 import torch
 from safetensors import safe_open
@@ -14,6 +16,7 @@ from modeling_sq_llava import (
 )
 from sq_llava.checkpoints.weights import weight_name
 from tests import ROOT
+from tests.reference import Part, cluster
 from tests.tiny import TINY_CLIP, TINY_LLAMA, tiny_config, tiny_model
 
 
@@ -106,13 +109,21 @@ def linear(module, vector):
     return module.weight @ vector + module.bias
 
 
-def paper_by_loops(module, features, num_iterations):
+def literal(variant, module, features):
+    """The equations written out; for the release, with the tensors of [B, K, N, D] that the authors' code builds."""
+    if variant == "paper":
+        return paper_by_loops(module, features)
+    config = {"num_latents": module.num_prototypes, "iterations": module.num_iterations}
+    return cluster(Part(dict(module.named_parameters()), config), features)
+
+
+def paper_by_loops(module, features):
     """The paper's equations, for one image, one prototype and one token at a time."""
     images = []
     for tokens in features:
         width = tokens.shape[-1]
         prototypes = list(module.prototypes)
-        for _ in range(num_iterations):
+        for _ in range(module.num_iterations):
             assignment = []
             for token in tokens:
                 key = linear(module.k, token)
@@ -130,30 +141,6 @@ def paper_by_loops(module, features, num_iterations):
     return torch.stack(images)
 
 
-def released_by_outer_products(module, features, num_iterations, num_prototypes):
-    """The release's equations, with the tensors of [B, K, N, D] that the authors' code builds."""
-    value, feature = F.linear(features, *module.v.parameters()), F.linear(features, *module.f.parameters())
-    centers = F.adaptive_avg_pool1d(features.mT, num_prototypes).mT
-    feature_centers = F.adaptive_avg_pool1d(feature.mT, num_prototypes).mT
-    for _ in range(num_iterations):
-        centers = F.linear(centers, *module.c.parameters())
-        scores = F.normalize(centers, dim=2)[:, :, None] * F.normalize(value, dim=1)[:, None]
-        centers = (scores.sum(-1).softmax(dim=1)[..., None] * feature[:, None]).sum(dim=2)
-    cosine = (F.normalize(centers, dim=2)[:, :, None] * F.normalize(features, dim=2)[:, None]).sum(-1)
-    similarity = torch.sigmoid(module.sim_beta + module.sim_alpha * cosine)
-    winner = torch.zeros_like(similarity).scatter_(1, similarity.argmax(dim=1, keepdim=True), 1.0)
-    weight = similarity * winner  # [B, K, N]
-    gathered = (weight[..., None] * feature[:, None]).sum(dim=2) + feature_centers
-    gathered = gathered / (winner.sum(dim=2) + 1)[..., None]
-    return features + (weight[..., None] * gathered[:, :, None]).sum(dim=1)
-
-
-def literal(variant, module, features, num_iterations, num_prototypes):
-    if variant == "paper":
-        return paper_by_loops(module, features, num_iterations)
-    return released_by_outer_products(module, features, num_iterations, num_prototypes)
-
-
 @pytest.mark.parametrize(
     ("batch", "tokens", "num_prototypes", "num_iterations"), [(2, 7, 3, 2), (1, 5, 4, 1), (2, 6, 1, 3), (1, 1, 1, 2)]
 )
@@ -163,7 +150,7 @@ def test_matrix_form_equals_the_equations_written_out(variant, batch, tokens, nu
     features = torch.randn(batch, tokens, 8, dtype=torch.float64)
     upstream = torch.randn_like(features)
     results = []
-    for function in (module, lambda x: literal(variant, module, x, num_iterations, num_prototypes)):
+    for function in (module, partial(literal, variant, module)):
         leaf = features.clone().requires_grad_()
         module.zero_grad()
         output = function(leaf)
@@ -230,7 +217,7 @@ def test_no_tensor_has_the_size_of_images_times_prototypes_times_tokens_times_ch
     # At most four times the features, which is less than [K, N, D] of one image.
     assert images * tokens * channels <= largest.numel <= 4 * images * tokens * channels
     with LargestTensor() as largest:
-        literal("released", extractor("released", channels, prototypes), features.double(), 2, prototypes)
+        literal("released", extractor("released", channels, prototypes), features.double())
     assert largest.numel == images * prototypes * tokens * channels
 
 
@@ -246,7 +233,7 @@ def test_clustering_runs_in_float32_inside_a_half_precision_model(variant, dtype
     unit = torch.finfo(dtype).eps
     torch.testing.assert_close(output.float(), expected, rtol=unit, atol=unit / 100)
     # If it clustered in half precision, many values would be off by more than the rounding of the result.
-    rounded_inside = literal(variant, half, features, 2, 5)
+    rounded_inside = literal(variant, half, features)
     assert ((rounded_inside - expected).abs() > unit * expected.abs() + unit / 100).float().mean() > 0.3
 
 

@@ -57,19 +57,16 @@ def write_checkpoints(folder):
         texts = [processor.decode(ids[0], skip_special_tokens=True) for ids in (sequence, inputs["input_ids"])]
         return sequence, texts[0].removeprefix(texts[1])
 
-    inputs = prompt(messages)
-    generated, text = answer(inputs)
-    _, text_only_answer = answer(prompt(text_only))
+    expected = {"messages": messages, "images": images, "text_only": text_only, "inputs": dict(prompt(messages))}
+    expected["prompt"] = processor.apply_chat_template(messages, add_generation_prompt=True)
+    expected["chat_template"] = processor.chat_template
+    expected["token_ids"] = processor.tokenizer("a dog<image>\n[vusr] b").input_ids
+    expected["generated"], expected["answer"] = answer(prompt(messages))
+    _, expected["text_only_answer"] = answer(prompt(text_only))
     with torch.no_grad():
-        logits = model(**inputs).logits
-    sums = {}
-    for name in ("float32", "sharded", "bfloat16"):  # bfloat16 last: it changes the model in place
-        dtype = torch.bfloat16 if name == "bfloat16" else torch.float32
-        model.to(dtype).save_pretrained(folder / name, max_shard_size="200KB" if name == "sharded" else "50GB")
-        processor.save_pretrained(folder / name)
-        sums[name] = model.model.prototype_extractor.prototypes.sum().item()
+        expected["logits"] = model(**prompt(messages)).logits
     stock = LlavaImageProcessorPil.from_dict(processor.image_processor.to_dict())
-    seen = [
+    expected["pictures"] = [
         {
             "row": picture.row,
             "file": picture.file,
@@ -79,21 +76,12 @@ def write_checkpoints(folder):
         for picture in [*pictures(), *turned()]
         if picture.row != "P, palette with transparency"  # Pillow does not pickle all of it
     ]
-    expected = {
-        "pictures": seen,
-        "messages": messages,
-        "prompt": processor.apply_chat_template(messages, add_generation_prompt=True),
-        "images": images,
-        "inputs": dict(inputs),
-        "logits": logits,
-        "generated": generated,
-        "answer": text,
-        "text_only": text_only,
-        "text_only_answer": text_only_answer,
-        "sums": sums,
-        "chat_template": processor.chat_template,
-        "token_ids": processor.tokenizer("a dog<image>\n[vusr] b").input_ids,
-    }
+    expected["sums"] = {}
+    for name in ("float32", "sharded", "bfloat16"):  # bfloat16 last: it changes the model in place
+        dtype = torch.bfloat16 if name == "bfloat16" else torch.float32
+        model.to(dtype).save_pretrained(folder / name, max_shard_size="200KB" if name == "sharded" else "50GB")
+        processor.save_pretrained(folder / name)
+        expected["sums"][name] = model.model.prototype_extractor.prototypes.sum().item()
     torch.save(expected, folder / "expected.pt")
 
 
