@@ -144,11 +144,11 @@ class SQLlavaConfig(PreTrainedConfig):
                 )
         _check_choice("prototype_variant", self.prototype_variant, PrototypeVariant)
         _check_choice("projector_type", self.projector_type, ProjectorType)
-        _check_positive_int("num_prototypes", self.num_prototypes)
-        _check_positive_int("num_prototype_iterations", self.num_prototype_iterations)
-        _check_token_id("image_token_id", self.image_token_id)
+        _check_int("num_prototypes", self.num_prototypes, lowest=1)
+        _check_int("num_prototype_iterations", self.num_prototype_iterations, lowest=1)
+        _check_int("image_token_id", self.image_token_id, lowest=0)
         if self.vusr_token_id is not None:
-            _check_token_id("vusr_token_id", self.vusr_token_id)
+            _check_int("vusr_token_id", self.vusr_token_id, lowest=0)
         if self.projector_hidden_act is None:
             self.projector_hidden_act = "quick_gelu" if self.prototype_variant == "released" else "gelu"
         if self.projector_hidden_act not in ACT2FN:
@@ -192,7 +192,7 @@ class SQLlavaConfig(PreTrainedConfig):
             )
 
     def _check_resampler(self):
-        _check_positive_int("num_query_tokens", self.num_query_tokens)
+        _check_int("num_query_tokens", self.num_query_tokens, lowest=1)
         if self.resampler is None:
             if self.qformer_config is not None:
                 raise ValueError("qformer_config is given, but resampler is None: set resampler 'qformer'.")
@@ -275,14 +275,9 @@ def _check_choice(name: str, value, literal):
         raise ValueError(f"{name} is {value!r}: choose one of {', '.join(map(repr, get_args(literal)))}.")
 
 
-def _check_positive_int(name: str, value):
-    if type(value) is not int or value < 1:
-        raise ValueError(f"{name} is {value!r}: give an int of at least 1.")
-
-
-def _check_token_id(name: str, value):
-    if type(value) is not int or value < 0:
-        raise ValueError(f"{name} is {value!r}: give a token id, an int of at least 0.")
+def _check_int(name: str, value, lowest: int):
+    if type(value) is not int or value < lowest:
+        raise ValueError(f"{name} is {value!r}: give an int of at least {lowest}.")
 
 
 SQLlavaConfig.register_for_auto_class()

@@ -219,7 +219,7 @@ class SQLlavaProcessor(ProcessorMixin):
         if delimiter is not None:
             if delimiter not in tokenizer.get_added_vocab():
                 raise ValueError(
-                    f"The delimiter (eos_token in a recipe) is {delimiter!r}, which is not one of the tokenizer's "
+                    f"The delimiter (in a recipe: eos_token) is {delimiter!r}, which is not one of the tokenizer's "
                     f"added tokens: give one of {', '.join(tokenizer.get_added_vocab())}."
                 )
             tokenizer.eos_token = delimiter

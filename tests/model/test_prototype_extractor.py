@@ -8,12 +8,7 @@ from safetensors import safe_open
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from modeling_sq_llava import (
-    SQLlavaForConditionalGeneration,
-    SQLlavaModel,
-    SQLlavaPaperPrototypeExtractor,
-    SQLlavaReleasedPrototypeExtractor,
-)
+from modeling_sq_llava import PROTOTYPE_EXTRACTORS, SQLlavaForConditionalGeneration, SQLlavaModel
 from sq_llava.checkpoints.weights import weight_name
 from tests import ROOT
 from tests.reference import Part, cluster
@@ -22,7 +17,6 @@ from tests.tiny import TINY_CLIP, TINY_LLAMA, tiny_config, tiny_model
 
 # State, input, output and gradients of the authors' code, in float64.
 GOLDEN_FILES = sorted((ROOT / "tests" / "files").glob("prototype_released_*.safetensors"))
-EXTRACTORS = {"paper": SQLlavaPaperPrototypeExtractor, "released": SQLlavaReleasedPrototypeExtractor}
 
 
 def name_in_model(key: str) -> str:
@@ -99,7 +93,7 @@ def extractor(variant, width=8, num_prototypes=3, num_iterations=2, dtype=torch.
         num_prototypes=num_prototypes,
         num_prototype_iterations=num_iterations,
     )
-    module = EXTRACTORS[variant](config).to(dtype)
+    module = PROTOTYPE_EXTRACTORS[variant](config).to(dtype)
     for parameter in module.parameters():
         torch.nn.init.normal_(parameter)
     return module
@@ -144,7 +138,7 @@ def paper_by_loops(module, features):
 @pytest.mark.parametrize(
     ("batch", "tokens", "num_prototypes", "num_iterations"), [(2, 7, 3, 2), (1, 5, 4, 1), (2, 6, 1, 3), (1, 1, 1, 2)]
 )
-@pytest.mark.parametrize("variant", EXTRACTORS)
+@pytest.mark.parametrize("variant", PROTOTYPE_EXTRACTORS)
 def test_matrix_form_equals_the_equations_written_out(variant, batch, tokens, num_prototypes, num_iterations):
     module = extractor(variant, num_prototypes=num_prototypes, num_iterations=num_iterations)
     features = torch.randn(batch, tokens, 8, dtype=torch.float64)
@@ -161,7 +155,7 @@ def test_matrix_form_equals_the_equations_written_out(variant, batch, tokens, nu
     assert not torch.allclose(results[0][0], features)
 
 
-@pytest.mark.parametrize("variant", EXTRACTORS)
+@pytest.mark.parametrize("variant", PROTOTYPE_EXTRACTORS)
 def test_each_iteration_changes_the_result(variant):
     features = torch.randn(2, 7, 8, dtype=torch.float64)
     outputs = [extractor(variant, num_iterations=number)(features) for number in (1, 2, 3)]
@@ -169,7 +163,7 @@ def test_each_iteration_changes_the_result(variant):
     assert not torch.allclose(outputs[1], outputs[2])
 
 
-@pytest.mark.parametrize("variant", EXTRACTORS)
+@pytest.mark.parametrize("variant", PROTOTYPE_EXTRACTORS)
 def test_an_image_in_a_batch_gives_what_it_gives_alone(variant):
     module = extractor(variant)
     features = torch.randn(3, 7, 8, dtype=torch.float64)
@@ -178,7 +172,7 @@ def test_an_image_in_a_batch_gives_what_it_gives_alone(variant):
 
 
 @pytest.mark.parametrize("bias", ["random bias", "no bias"])
-@pytest.mark.parametrize("variant", EXTRACTORS)
+@pytest.mark.parametrize("variant", PROTOTYPE_EXTRACTORS)
 def test_more_prototypes_than_tokens_and_blank_images_stay_finite(variant, bias):
     module = extractor(variant, num_prototypes=9, dtype=torch.float32)
     if bias == "no bias":
@@ -207,7 +201,7 @@ class LargestTensor(TorchDispatchMode):
         return outputs
 
 
-@pytest.mark.parametrize("variant", EXTRACTORS)
+@pytest.mark.parametrize("variant", PROTOTYPE_EXTRACTORS)
 def test_no_tensor_has_the_size_of_images_times_prototypes_times_tokens_times_channels(variant):
     images, prototypes, tokens, channels = 2, 16, 40, 32
     module = extractor(variant, width=channels, num_prototypes=prototypes, dtype=torch.float32)
@@ -222,7 +216,7 @@ def test_no_tensor_has_the_size_of_images_times_prototypes_times_tokens_times_ch
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("variant", EXTRACTORS)
+@pytest.mark.parametrize("variant", PROTOTYPE_EXTRACTORS)
 def test_clustering_runs_in_float32_inside_a_half_precision_model(variant, dtype):
     half = extractor(variant, width=32, num_prototypes=5, dtype=dtype)
     full = extractor(variant, width=32, num_prototypes=5, dtype=torch.float32)
@@ -237,7 +231,7 @@ def test_clustering_runs_in_float32_inside_a_half_precision_model(variant, dtype
     assert ((rounded_inside - expected).abs() > unit * expected.abs() + unit / 100).float().mean() > 0.3
 
 
-@pytest.mark.parametrize("variant", EXTRACTORS)
+@pytest.mark.parametrize("variant", PROTOTYPE_EXTRACTORS)
 def test_clustering_ignores_autocast(variant):
     module = extractor(variant, dtype=torch.float32)
     features = torch.randn(2, 7, 8)
@@ -246,7 +240,7 @@ def test_clustering_ignores_autocast(variant):
     assert torch.equal(output, module(features))
 
 
-@pytest.mark.parametrize("variant", EXTRACTORS)
+@pytest.mark.parametrize("variant", PROTOTYPE_EXTRACTORS)
 def test_every_weight_of_the_extractor_learns(variant):
     module = extractor(variant)
     module(torch.randn(2, 7, 8, dtype=torch.float64)).pow(2).sum().backward()
