@@ -103,12 +103,12 @@ def test_widget_asks_about_the_picture(checkpoint):
 @pytest.mark.parametrize(
     ("provenance", "says", "asks"),
     [
-        ({}, "Nothing is recorded of its training", True),
+        ({}, "There is no record of its training", True),
         ({"converted_from": "org/sq", "converted_kind": "a LoRA"}, "converted from `org/sq` (a LoRA)", True),
-        ({"converted_from": "org/llava", "new_extractor": "paper"}, "untrained: this is a start of training", False),
+        ({"converted_from": "org/llava", "new_extractor": "paper"}, "new** and untrained: train this model", False),
         ({"stages": [STAGE | {"stage": "align"}]}, "Stage `align`: 3 steps on 7 rows of `org/data` (train)", False),
         ({"stages": [STAGE]}, "`learning_rate: 0.5` With torch 2.13.0.", True),
-        ({"converted_from": "x", "new_extractor": "paper", "stages": [STAGE]}, "in the training below", True),
+        ({"converted_from": "x", "new_extractor": "paper", "stages": [STAGE]}, "only in the stages below", True),
     ],
 )  # fmt: skip
 def test_card_says_where_the_model_comes_from(provenance, says, asks, checkpoint):
@@ -119,7 +119,7 @@ def test_card_says_where_the_model_comes_from(provenance, says, asks, checkpoint
 
 
 def test_scores_are_those_of_the_evaluation_and_nothing_else(checkpoint, tmp_path):
-    assert "None: no evaluation was given" in card_of(checkpoint).text
+    assert "None: no evaluation was available" in card_of(checkpoint).text
     entries = [
         {"task": "pope", "metric": "f1", "value": 0.87654, "num": 9000, "dataset_id": "org/POPE", "task_id": "all"},
         {"task": "pope", "metric": "accuracy", "value": 0.5, "num": 9000, "dataset_id": "org/POPE"},

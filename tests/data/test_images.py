@@ -72,7 +72,7 @@ def test_program_is_no_image(monkeypatch):
 
 def test_strip_is_refused_and_a_long_picture_made_smaller():
     strip = encoded(Image.new("L", (1, 201)), "PNG")
-    with pytest.raises(ValueError, match="1 x 201 pixels: a side is more than 200 times the other"):
+    with pytest.raises(ValueError, match="1 x 201 pixels: one side is more than 200 times the other"):
         open_image(strip)
     assert [fault.code for fault in image_faults(strip)] == ["image_unreadable"]
     assert open_image(encoded(Image.new("L", (1, 200)), "PNG")).size == (1, 200)

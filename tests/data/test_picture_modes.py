@@ -199,8 +199,8 @@ def test_array_and_tensor_have_the_pixels_of_the_image(kind, aspect_ratio):
     ("array", "settings", "message"),
     [
         (RGB / 255, {}, "between 0 and 1: pass do_rescale=False"),
-        (RGB.astype(np.float32), {"do_rescale": False}, "must be between 0 and 1, but are 0.0 to 255.0"),
-        (RGB / 255 + np.nan, {"do_rescale": False}, "must be between 0 and 1, but are nan"),
+        (RGB.astype(np.float32), {"do_rescale": False}, "must lie between 0 and 1, but the array has 0.0 to 255.0"),
+        (RGB / 255 + np.nan, {"do_rescale": False}, "must lie between 0 and 1, but the array has nan"),
         (RGB + 0.5, {}, "whole numbers from 0 to 255, but the array has"),
         (RGB.astype(np.int32) * 2, {}, "whole numbers from 0 to 255, but the array has"),
         (RGB, {"input_data_format": "channels_first"}, "is not 1, 3 or 4 channels: check input_data_format"),
@@ -271,8 +271,8 @@ def test_picture_of_a_url_is_downloaded():
         ("none.png", "'none.png' is neither an image file, nor an http"),
         ("data:image/png;base64", "is neither an image file"),
         ("A" * 200 + "!", r"'A{100}\.\.\.' is neither an image file"),
-        (Image.new("RGB", (1, 201)), "a side is more than 200 times the other"),
-        (Image.new("RGB", (0, 3)), "0 x 3 pixels: it is empty"),
+        (Image.new("RGB", (1, 201)), "one side is more than 200 times the other"),
+        (Image.new("RGB", (0, 3)), "0 x 3 pixels: the image is empty"),
         (encoded(COLOURS, "EPS"), "cannot identify image file"),
     ],
 )
