@@ -1,10 +1,11 @@
-"""The two ensembles of a model with a language model that sees no picture, of the first LLaVA paper (section 5.2).
+"""The two ensembles of the first LLaVA paper (section 5.2): a model together with a text-only language model.
 
     sq-llava evaluate --model M --tasks scienceqa_reasoning --data DIR --judge-model gpt-4o
 
-`complement/accuracy` takes the language model's answer, and the own one where it gives none. `judge/accuracy` asks it
-once more where both answer and differ, with both answers; `llm/accuracy` is its own. A question that the server did
-not answer is in none of the three. Options are letters here, `None` where an answer could not be read.
+`llm/accuracy` uses the language model's answer. `complement/accuracy` uses it too, but the model's own answer if the
+language model gives none. For `judge/accuracy`, the language model decides once more where both answers exist and
+differ; it gets both. A question that the server did not answer is in none of the three. In this module, an option is a
+letter, or `None` if the answer could not be parsed.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -38,7 +39,7 @@ X.", X being the letter of an option."""
 
 def complement(own: Options, llm: Options) -> dict[str, str | None]:
     """
-    The language model's options, by id, and the own ones where it has none.
+    The language model's options by id, with the model's own option where the language model has none.
 
         >>> complement({"1": "A", "2": "B"}, {"1": "C", "2": None})
         {'1': 'C', '2': 'B'}
@@ -47,13 +48,13 @@ def complement(own: Options, llm: Options) -> dict[str, str | None]:
 
 
 def disagreements(own: Options, llm: Options) -> list[str]:
-    """The ids of the questions to which both have an option, and not the same."""
+    """The ids of the questions for which both have an option, but not the same one."""
     return [id for id, option in own.items() if option and llm.get(id) and option != llm[id]]
 
 
 def judged(own: Options, llm: Options, decisions: Options) -> dict[str, str | None]:
     """
-    As [`complement`], with the decision where the two disagree and there is one.
+    As [`complement`], but with the decision where there is one.
 
         >>> judged({"1": "A", "2": "B"}, {"1": "C", "2": None}, {"1": "A"})
         {'1': 'A', '2': 'B'}
@@ -64,7 +65,7 @@ def judged(own: Options, llm: Options, decisions: Options) -> dict[str, str | No
 def judge(
     records: Sequence[Record], judge: Judge, folder: Path, option_of: Callable[[str, int], str | None]
 ) -> list[Score]:
-    """The scores with the figures of both ensembles; an example that failed is not sent, and has no points."""
+    """Adds the accuracies of both ensembles to the scores. A failed example is not sent and counts as wrong."""
     asked = {record.example.id: record for record in records if record.error is None}
 
     def read(verdicts: Mapping[str, Verdict]) -> dict[str, str | None]:
@@ -72,14 +73,14 @@ def judge(
 
     own = {id: option_of(record.answer, _num_choices(record)) for id, record in asked.items()}
     questions = {id: _ask(QUESTION, question=record.example.prompt) for id, record in asked.items()}
-    # An answer without an option is an answer: it is not asked for again.
-    first = judge.complete_all(questions, str, "ScienceQA: the language model answers")
+    # `str` as parser accepts any answer: an answer without an option is not requested again.
+    first = judge.complete_all(questions, str, "ScienceQA: language model, answers")
     llm = read(first)
     disputed = {
         id: _ask(DECISION, question=asked[id].example.prompt, own=asked[id].answer, llm=first[id].text)
         for id in disagreements(own, llm)
     }
-    second = judge.complete_all(disputed, str, "ScienceQA: the language model decides")
+    second = judge.complete_all(disputed, str, "ScienceQA: language model, decisions")
     errors = {id: verdict.error for id, verdict in [*first.items(), *second.items()] if verdict.error is not None}
     answers = {"llm": llm, "complement": complement(own, llm), "judge": judged(own, llm, read(second))}
     return [

@@ -202,7 +202,7 @@ def test_coco_table_without_pictures_takes_those_beside_it(tmp_path, without_jav
     write_coco(tmp_path, "table and pictures")
     assert [example.images[0].read_bytes() for example in examples_of("coco_captions", tmp_path)] == [png(11), png(12)]
     write_parquet(tmp_path / "data" / "test-00000-of-00001.parquet", [{"cocoid": 1, "sentences": ["a"], "url": "u"}])
-    with pytest.raises(ValueError, match="has no column image, nor filepath and filename of pictures"):
+    with pytest.raises(ValueError, match=r"needs a column image, or .* columns are: cocoid, sentences, url"):
         examples_of("coco_captions", tmp_path)
 
 
@@ -227,7 +227,7 @@ def test_nocaps_test_captions_are_written_for_the_server(tmp_path):
     result = assess_answers("nocaps", tmp_path, {"4": "A cat."}, tmp_path / "out", split="test")
     file = tmp_path / "out" / "nocaps" / "captions.json"
     assert json.loads(file.read_text()) == [{"image_id": 4, "caption": "A cat."}]
-    assert (result.metrics, result.missing) == ([], f"scored by a server: send it {file}")
+    assert (result.metrics, result.missing) == ([], f"scored by a server: upload {file}")
 
 
 def test_caption_that_failed_counts_as_an_empty_one(tmp_path, without_java):
@@ -247,7 +247,7 @@ def test_faults_of_files_are_named(tmp_path):
         examples_of("conceptual_captions", tmp_path)
     images = [{"id": 4, "file_name": "4.png", "domain": "in-domain"}]
     write_json(tmp_path / "nocaps_val_4500_captions.json", {"images": images, "annotations": []})
-    with pytest.raises(ValueError, match="has no caption of image 4"):
+    with pytest.raises(ValueError, match="has no caption for image 4"):
         examples_of("nocaps", tmp_path)
 
 

@@ -113,7 +113,7 @@ def test_answer_that_cannot_be_read_is_asked_for_again_and_warmer(tmp_path):
         assert len(server.requests) == 3  # both attempts are kept
     assert verdict.value is None
     assert verdict.text == "well..."
-    assert "not readable in 2 attempts: could not convert string to float: 'well...'" in verdict.error
+    assert "no answer could be parsed in 2 attempts: could not convert string to float: 'well...'" in verdict.error
 
 
 @pytest.mark.slow

@@ -140,5 +140,5 @@ def test_settings_of_tasks_are_those_of_generation(given, taken):
     from sq_llava.evaluation.lmms_eval_model import generation_settings
 
     assert generation_settings(given) == taken
-    with pytest.raises(ValueError, match="best_of cannot be given"):
+    with pytest.raises(ValueError, match="best_of is not supported"):
         generation_settings({**given, "best_of": 3})

@@ -111,7 +111,7 @@ def test_scienceqa_with_reasoning_is_asked_as_the_first_llava_does(tmp_path, lay
 def test_scienceqa_file_with_other_ids_than_the_split_is_refused(tmp_path):
     write_scienceqa(tmp_path, "folder")
     write_json(tmp_path / "pid_splits.json", {"test": ["5", "11"]})
-    with pytest.raises(ValueError, match=r"do not have the same ids: '20' is in one of them"):
+    with pytest.raises(ValueError, match=r"must have the same ids, but '20' is in only one of them"):
         examples_of("scienceqa", tmp_path)
 
 
@@ -294,7 +294,7 @@ def test_mmbench_upload_of_the_test_split_has_a_row_for_each_question(tmp_path, 
     result = assess_answers("mmbench", tmp_path, answers, tmp_path / "out", split="test")
     file = tmp_path / "out" / "mmbench" / "mmbench.xlsx"
     assert result.metrics == []
-    assert result.missing == f"scored by a server: send it {file}"
+    assert result.missing == f"scored by a server: upload {file}"
     header, *written = load_workbook(file, data_only=True).active.iter_rows(values_only=True)
     assert header == ("index", "question", "A", "B", "C", "D", "prediction", "answer", "split")
     assert written[0] == (7, "=Which is red?", "sky", "rose", "None", None, "=B", None, "test")
@@ -304,7 +304,7 @@ def test_mmbench_upload_of_the_test_split_has_a_row_for_each_question(tmp_path, 
 def test_mmbench_upload_without_a_question_is_refused(tmp_path):
     write_mmbench(tmp_path / "mmbench", "folder", MMBENCH[:1])
     assess_answers("mmbench", tmp_path, {"7": "B"}, tmp_path / "out")
-    with pytest.raises(ValueError, match="has not one row for each of the 2 questions"):
+    with pytest.raises(ValueError, match="must have exactly one row for each of the 2 questions"):
         check_upload(tmp_path / "out" / "mmbench" / "mmbench.xlsx", [7, 9])
 
 
@@ -312,13 +312,13 @@ def test_mmbench_table_with_a_broken_row_is_refused(tmp_path):
     write_mmbench(tmp_path, "folder", MMBENCH[:1])
     file = tmp_path / "mmbench_dev_20230712.tsv"
     file.write_text(file.read_text() + "8\tWhat?\n")
-    with pytest.raises(ValueError, match=r"dev_20230712\.tsv, row 1: has not as many fields as there are columns"):
+    with pytest.raises(ValueError, match=r"dev_20230712\.tsv, row 1: must have 12 fields, one per column"):
         examples_of("mmbench", tmp_path)
 
 
 def test_mmbench_index_that_is_there_twice_is_refused(tmp_path, layout):
     write_mmbench(tmp_path, layout, [*MMBENCH, MMBENCH[3]])
-    with pytest.raises(ValueError, match="the id '9' is there twice"):
+    with pytest.raises(ValueError, match="has 2 examples with the id '9'"):
         examples_of("mmbench", tmp_path)
 
 
@@ -327,7 +327,7 @@ def test_mmbench_picture_that_is_not_base64_is_an_error_of_its_example(tmp_path)
     file = tmp_path / "mmbench_dev_20230712.tsv"
     file.write_text(file.read_text().replace(base64.b64encode(png(7)).decode(), "???"))
     [example] = examples_of("mmbench", tmp_path)
-    with pytest.raises(ValueError, match=r"mmbench_dev_20230712\.tsv, index 7: is not base64"):
+    with pytest.raises(ValueError, match=r"mmbench_dev_20230712\.tsv, index 7: the image is not valid base64"):
         example.images[0].read()
 
 

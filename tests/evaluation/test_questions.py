@@ -135,7 +135,7 @@ def test_rows_about_one_file_are_one_picture(parts):
 
 
 def test_folder_without_images_is_named(tmp_path):
-    with pytest.raises(ValueError, match="holds neither images"):
+    with pytest.raises(ValueError, match="contains neither images"):
         read_pictures(str(tmp_path))
 
 
@@ -195,7 +195,7 @@ def test_other_pictures_under_the_same_names_are_refused(evaluation, parts, tmp_
 
 
 def test_unknown_truth_is_told_before_the_model_is_loaded(evaluation):
-    with pytest.raises(ValueError, match="no picture comes with the questions and answers of easy-VQA"):
+    with pytest.raises(ValueError, match="no image has questions and answers of easy-VQA"):
         evaluate_questions(replace(evaluation, model="/no/model", truth="easy_vqa"))
 
 
@@ -234,5 +234,5 @@ def test_long_texts_stay_beside_their_picture():
 
 
 def test_half_a_clip_is_refused(parts):
-    with pytest.raises(ValueError, match="is no whole CLIP"):
+    with pytest.raises(ValueError, match="is not a complete CLIP"):
         ClipScorer(str(parts / "llama"), "cpu")

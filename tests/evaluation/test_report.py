@@ -69,21 +69,21 @@ def test_every_figure_stands_in_the_report(run):
         assert f"| pope | {each['metric'].replace('_', chr(92) + '_')} | {each['value']:.4f} |" in text
     assert "| 4 | 75.0% | 1 |" not in text  # two of four can be read: one is odd, one failed
     assert "| 4 | 50.0% | 1 | 0 |" in text
-    assert "**only 4 of each task**" in text
+    assert "**at most 4 per task**" in text
 
 
 def test_figures_of_the_paper_are_labelled(run):
     text = run().read_text()
     assert "| **this run** | 33.3 |" in text  # F1: 2/3 of popular, 0 of random
-    assert "| SQ-LLaVA-7B, LLaVA data (the paper's) | 87.7 |" in text
-    assert all("(the paper's)" in line for line in text.splitlines() if "SQ-LLaVA-7B" in line)
+    assert "| SQ-LLaVA-7B, LLaVA data (paper) | 87.7 |" in text
+    assert all("(paper)" in line for line in text.splitlines() if "SQ-LLaVA-7B" in line)
     assert "not measured here" in text
 
 
 def test_examples_stand_in_the_report_with_their_pictures(run):
     path = run()
     text = path.read_text()
-    right, wrong = text.split("### Right, or best (score 1)")[1].split("### Wrong, or worst (score 0)")
+    right, wrong = text.split("### Best examples (score 1)")[1].split("### Worst examples (score 0)")
     assert "`popular/1`" in right
     assert all(f"`{id}`" in wrong for id in ("popular/2", "random/1", "random/2"))
 
@@ -108,11 +108,11 @@ def test_best_and_worst_are_chosen_by_the_main_metric():
     records = [Record(Example("", "", [], None), "", "", score=Score(each)) for each in scores]
     without = Record(Example("", "", [], None), "", "")
     assert choose(task, [without, *records]) == {
-        "Right, or best (score 1)": [2, 4, 6],
-        "Wrong, or worst (score 0)": [3, 5],
+        "Best examples (score 1)": [2, 4, 6],
+        "Worst examples (score 0)": [3, 5],
     }
     assert choose(task, [without] * 3) == {"Examples": [0, 1, 2]}
-    assert choose(task, [records[1]] * 2) == {"All score 1": [0, 1]}
+    assert choose(task, [records[1]] * 2) == {"Examples (all score 1)": [0, 1]}
 
 
 def test_entry_for_the_hub_can_be_read_by_its_library(run):
@@ -132,7 +132,7 @@ def test_entry_for_the_hub_says_how_to_repeat_it_and_who_judged(run):
     (out / "results.json").write_text(json.dumps(content))
     write_report(out, TASKS)
     [entry] = parse_eval_result_entries(yaml.safe_load((out / ".eval_results" / "pope.yaml").read_text()))
-    assert "; split validation; judged by gpt-2026; hashes: model mmm" in entry.notes
+    assert "; split validation; graded by gpt-2026; hashes: model mmm" in entry.notes
     assert f"code {content['code_hash']}, data {'d' * 64}; Python {content['python']}, torch " in entry.notes
     assert entry.notes.endswith("seed 5; sq-llava evaluate --tasks pope")
 
@@ -144,6 +144,6 @@ def test_part_of_a_benchmark_is_no_entry_for_the_hub(run):
 def test_task_without_a_figure_says_what_it_takes(tmp_path, run):
     out = run().parent
     content = json.loads((out / "results.json").read_text())
-    content |= {"results": [], "missing": {"pope": "graded by a judge: give --judge-model"}}
+    content |= {"results": [], "missing": {"pope": "graded by a judge: set --judge-model"}}
     (out / "results.json").write_text(json.dumps(content))
-    assert "**No figure**: graded by a judge" in write_report(out, TASKS).read_text()
+    assert "**No metrics**: graded by a judge" in write_report(out, TASKS).read_text()

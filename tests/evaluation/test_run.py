@@ -163,9 +163,9 @@ def test_image_in_a_table_that_cannot_be_read_fails_its_own_example_alone(evalua
     whole, *errors = [json.loads(line)["error"] for line in lines]
     assert whole is None
     assert [error is not None and error.split("(")[0] for error in errors] == [
-        "ValueError: row 1: image holds no bytes of an image.",
+        "ValueError: row 1: column image holds no image bytes.",
         "ValueError: a.png: cannot be read as an image ",
-        "ValueError: row 3: image holds no bytes of an image.",  # its path is not followed
+        "ValueError: row 3: column image holds no image bytes.",  # its path is not followed
     ]
     assert (result.num, result.num_failed) == (4, 3)
 
@@ -251,12 +251,12 @@ def test_hash_of_the_data_sees_a_changed_picture(evaluation, data, tmp_path):
 
 
 def test_unknown_task_and_missing_data_are_named(evaluation, tmp_path):
-    with pytest.raises(ValueError, match=r"--tasks pop: no such task. There are: .*pope"):
+    with pytest.raises(ValueError, match=r"--tasks pop: unknown task. Choose from: .*pope"):
         evaluate(replace(evaluation, tasks=["pop"]))
-    with pytest.raises(ValueError, match="no such folder, and not the id of a data set"):
+    with pytest.raises(ValueError, match="no such folder, and not the id of a dataset"):
         evaluate(replace(evaluation, data=str(tmp_path / "nowhere")))
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match=r"has neither Parquet files nor test.json. It holds: \."):
+    with pytest.raises(ValueError, match=r"has neither Parquet files nor test.json. It contains: \."):
         evaluate(replace(evaluation, data=str(tmp_path / "empty")))
 
 
@@ -264,7 +264,7 @@ def test_id_that_is_there_twice_is_refused(evaluation, data, tmp_path):
     rows = json.loads((data / "test.json").read_text())
     (tmp_path / "test.json").write_text(json.dumps([*rows, rows[3]]))
     (tmp_path / "images").mkdir()
-    with pytest.raises(ValueError, match="the id 'q3' is there twice"):
+    with pytest.raises(ValueError, match="has 2 examples with the id 'q3'"):
         evaluate(replace(evaluation, data=str(tmp_path)))
 
 
@@ -273,7 +273,7 @@ def test_picture_outside_of_the_folder_is_refused(evaluation, data, tmp_path):
     rows[0]["image"] = "../secret.png"
     (tmp_path / "test.json").write_text(json.dumps(rows))
     (tmp_path / "images").mkdir()
-    with pytest.raises(ValueError, match=r"'\.\./secret.png' lies outside of"):
+    with pytest.raises(ValueError, match=r"'\.\./secret.png' is outside of"):
         evaluate(replace(evaluation, data=str(tmp_path)))
 
 
