@@ -48,7 +48,12 @@ def answer_examples(
         return _same_number_of_images(by_images(left, prompts), settings.batch_size)
 
     def answer(batch: Sequence[Example]) -> list[dict[str, str]]:
-        return [{"answer": text} for text in _answer(assistant, batch, settings)]
+        images = {image: open_task_image(image) for example in batch for image in example.images}
+        requests = [
+            ([images[image] for image in example.images] or None, conversation(example, settings.system_message))
+            for example in batch
+        ]
+        return [{"answer": text} for text in assistant.answer_batch(requests, settings.max_new_tokens)]
 
     lines = run_resumable(
         examples, answer, folder, "answers", description, make_batches=make_batches, failed={"answer": ""}
@@ -113,15 +118,6 @@ def _same_number_of_images(examples: Sequence[Example], batch_size: int) -> list
         else:
             batches.append([example])
     return batches
-
-
-def _answer(assistant: Assistant, batch: Sequence[Example], settings: AnswerSettings) -> list[str]:
-    images = {image: open_task_image(image) for example in batch for image in example.images}
-    requests = [
-        ([images[image] for image in example.images] or None, conversation(example, settings.system_message))
-        for example in batch
-    ]
-    return assistant.answer_batch(requests, settings.max_new_tokens)
 
 
 def open_task_image(image: TaskImage) -> Image.Image:

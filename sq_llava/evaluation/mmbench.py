@@ -57,20 +57,17 @@ def prompt_of_lmms_eval(hint: str, question: str, choices: Sequence[str]) -> str
 
 
 def read(data: Data, language: str, prompt_of: Callable[[str, str, Sequence[str]], str]) -> list[Example]:
-    rows = _read_table(data, language) if data.is_table else _read_tsv(data, language)
-    num_rows: dict[int, int] = {}
-    for line, (row, _) in enumerate(rows):
+    if data.is_table:
+        rows = [(row, row["image"]) for row in data.rows(FIELDS, default_split="dev", config=language)]
+    else:
+        rows = _read_tsv(data, language)
+    for number, (row, _) in enumerate(rows):
         if not str(row["index"]).isdecimal():
-            raise ValueError(f"{data}, row {line}: index is {row['index']!r}, expected a number.")
-        number = int(row["index"]) % FIRST_ROTATION
-        num_rows[number] = num_rows.get(number, 0) + 1
+            raise ValueError(f"{data}, row {number}: index is {row['index']!r}, expected a number.")
+    num_rows = Counter(int(row["index"]) % FIRST_ROTATION for row, _ in rows)
     return [
         _example(row, image, prompt_of, num_rows, f"{data}, row {number}") for number, (row, image) in enumerate(rows)
     ]
-
-
-def _read_table(data: Data, language: str) -> list[tuple[dict[str, Any], TaskImage]]:
-    return [(row, row["image"]) for row in data.rows(FIELDS, default_split="dev", config=language)]
 
 
 def _read_tsv(data: Data, language: str) -> list[tuple[dict[str, Any], TaskImage]]:

@@ -125,17 +125,15 @@ def _paper_table(run: dict[str, Any], tasks: Mapping[str, Task]) -> str:
 
 
 def _metrics_table(run: dict[str, Any]) -> str:
-    rows = [
-        f"| {each['task']} | {as_text(each['metric'])} | {each['value']:.4f} | {_error(each['standard_error'])} | "
-        f"{each['num']:,} | {each['parsed_share']:.1%} | {each['num_failed']} | {each['num_unjudged']} |"
-        for each in run["results"]
-    ]
+    rows = []
+    for each in run["results"]:
+        error = "" if each["standard_error"] is None else f"{each['standard_error']:.4f}"
+        rows.append(
+            f"| {each['task']} | {as_text(each['metric'])} | {each['value']:.4f} | {error} | {each['num']:,} | "
+            f"{each['parsed_share']:.1%} | {each['num_failed']} | {each['num_unjudged']} |"
+        )
     head = "| task | metric | value | standard error | examples | parsed | failed | not graded |"
     return f"## All metrics\n\n{head}\n|---|---|---|---|---|---|---|---|\n" + "\n".join(rows) + "\n"
-
-
-def _error(value: float | None) -> str:
-    return "" if value is None else f"{value:.4f}"
 
 
 def _task_part(task: Task, run: dict[str, Any], records: Sequence[Record], out: Path) -> str:

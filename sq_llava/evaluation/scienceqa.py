@@ -164,7 +164,7 @@ def score_reasoning(example: Example, answer: str) -> Score:
 
 TASK = Task(
     name="scienceqa",
-    title="ScienceQA, questions with a picture",
+    title="ScienceQA, questions with an image",
     hub_id="lmms-lab-encoder/ScienceQA",
     read=read_images,
     score=score,

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from sq_llava.evaluation.judge import Judge, Messages, Verdict
+from sq_llava.evaluation.judge import Judge, Verdict
 from sq_llava.evaluation.task import Record, Score
 
 
@@ -68,42 +68,33 @@ def judge(
     """Adds the accuracies of both ensembles to the scores. A failed example is not sent and counts as wrong."""
     asked = {record.example.id: record for record in records if record.error is None}
 
-    def read(verdicts: Mapping[str, Verdict]) -> dict[str, str | None]:
-        return {id: option_of(verdict.text, _num_choices(asked[id])) for id, verdict in verdicts.items()}
+    def ask(contents: Mapping[str, str], description: str) -> dict[str, Verdict]:
+        messages = {id: [{"role": "user", "content": content}] for id, content in contents.items()}
+        # `str` as parser accepts any answer: an answer without an option is not requested again.
+        return judge.complete_all(messages, str, f"ScienceQA: language model, {description}")
 
-    own = {id: option_of(record.answer, _num_choices(record)) for id, record in asked.items()}
-    questions = {id: _ask(QUESTION, question=record.example.prompt) for id, record in asked.items()}
-    # `str` as parser accepts any answer: an answer without an option is not requested again.
-    first = judge.complete_all(questions, str, "ScienceQA: language model, answers")
-    llm = read(first)
+    def options_of(texts: Mapping[str, str]) -> dict[str, str | None]:
+        return {id: option_of(text, asked[id].example.details["num_choices"]) for id, text in texts.items()}
+
+    own = options_of({id: record.answer for id, record in asked.items()})
+    first = ask({id: QUESTION.format(question=record.example.prompt) for id, record in asked.items()}, "answers")
+    llm = options_of({id: verdict.text for id, verdict in first.items()})
     disputed = {
-        id: _ask(DECISION, question=asked[id].example.prompt, own=asked[id].answer, llm=first[id].text)
+        id: DECISION.format(question=asked[id].example.prompt, own=asked[id].answer, llm=first[id].text)
         for id in disagreements(own, llm)
     }
-    second = judge.complete_all(disputed, str, "ScienceQA: language model, decisions")
+    second = ask(disputed, "decisions")
+    decisions = options_of({id: verdict.text for id, verdict in second.items()})
     errors = {id: verdict.error for id, verdict in [*first.items(), *second.items()] if verdict.error is not None}
-    answers = {"llm": llm, "complement": complement(own, llm), "judge": judged(own, llm, read(second))}
-    return [
-        _without_answer(record, errors[record.example.id])
-        if record.example.id in errors
-        else _extended(record, {name: options.get(record.example.id) for name, options in answers.items()})
-        for record in records
-    ]
-
-
-def _extended(record: Record, options: dict[str, str | None]) -> Score:
-    values = {f"{name}/accuracy": float(option == record.example.reference) for name, option in options.items()}
-    prediction = {"own": record.score.prediction, **options}
-    return replace(record.score, values={**record.score.values, **values}, prediction=prediction)
-
-
-def _without_answer(record: Record, error: str) -> Score:
-    return replace(record.score, prediction={"own": record.score.prediction, "judge_error": error})
-
-
-def _num_choices(record: Record) -> int:
-    return record.example.details["num_choices"]
-
-
-def _ask(form: str, **parts: str) -> Messages:
-    return [{"role": "user", "content": form.format(**parts)}]
+    ensembles = {"llm": llm, "complement": complement(own, llm), "judge": judged(own, llm, decisions)}
+    scores = []
+    for record in records:
+        id, score = record.example.id, record.score
+        if id in errors:
+            prediction, values = {"judge_error": errors[id]}, {}
+        else:
+            prediction = {name: options.get(id) for name, options in ensembles.items()}
+            values = {f"{name}/accuracy": float(prediction[name] == record.example.reference) for name in ensembles}
+        prediction = {"own": score.prediction, **prediction}
+        scores.append(replace(score, values={**score.values, **values}, prediction=prediction))
+    return scores

@@ -66,9 +66,7 @@ class QuestionEvaluation:
     settings: AskSettings
     image_root: Annotated[str | None, Option(help="Folder that the dataset's image paths are relative to.")] = None
     limit: Annotated[int | None, Option(min=1, help="Use at most N images, evenly spaced.")] = None
-    clip: Annotated[
-        str | None, Option(help="Complete CLIP model (both towers) that measures how well texts fit their image.")
-    ] = None
+    clip: Annotated[str | None, Option(help="CLIP (both towers) to measure how well texts fit their image.")] = None
     truth: Annotated[str | None, Option(help="easy_vqa: measure how many questions have a true premise.")] = None
     dtype: Dtype = "auto"
     device: Device = None
