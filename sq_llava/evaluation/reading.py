@@ -25,36 +25,15 @@ from sq_llava.locations import is_hub_id
 
 # Types of fields by name, which are the same in all layouts. `NoneType` marks a field that may be empty. Fields that
 # are not listed are checked by their task, or not used.
-NUMBER_OR_TEXT = (int, str)
 FIELD_TYPES: dict[str, tuple[type, ...]] = {
-    "question_id": NUMBER_OR_TEXT,
-    "id": NUMBER_OR_TEXT,
-    "image_id": NUMBER_OR_TEXT,
-    "index": NUMBER_OR_TEXT,
-    "question": (str,),
-    "text": (str,),
-    "value": (str,),
-    "raw": (str,),
-    "category": (str,),
-    "answer": NUMBER_OR_TEXT,
-    "gpt_answer": (str,),
-    "caption": (str, list),
-    "capability": (str, list),
-    "choices": (list,),
-    "ocr_tokens": (list,),
-    "sentences": (list,),
-    "conversations": (list,),
-    "imagename": (str,),
-    "filename": (str,),
-    "file_name": (str,),
-    "images": (list,),
-    "annotations": (list,),
-    "questions": (list,),
-    "data": (list,),
-    "image": (str, type(None)),
-    "hint": (str, type(None)),
-    "answers": (list, type(None)),
-    "annotations_captions": (list, type(None)),
+    **dict.fromkeys(("question_id", "id", "image_id", "index", "answer"), (int, str)),
+    **dict.fromkeys(("question", "text", "value", "raw", "category", "gpt_answer"), (str,)),
+    **dict.fromkeys(("imagename", "filename", "file_name"), (str,)),
+    **dict.fromkeys(("image", "hint"), (str, type(None))),
+    **dict.fromkeys(("caption", "capability"), (str, list)),
+    **dict.fromkeys(("choices", "ocr_tokens", "sentences", "conversations"), (list,)),
+    **dict.fromkeys(("images", "annotations", "questions", "data"), (list,)),
+    **dict.fromkeys(("answers", "annotations_captions"), (list, type(None))),
 }
 
 

@@ -26,7 +26,7 @@ class JudgeSettings(ChatSettings):
 @dataclass(frozen=True)
 class Evaluation:
     """
-    Settings of `sq-llava evaluate`. The other fields are explained by their help texts.
+    Settings of `sq-llava evaluate`. Fields that are not listed here have a help text.
 
     Args:
         tasks (`Sequence[str]`): Names from `sq_llava.evaluation.run.TASKS`.

@@ -133,9 +133,9 @@ def main_score(task: Task, record: Record) -> float | None:
     The score of one answer, for sorting examples.
 
     Returns:
-        The answer's value of the main metric. If the main metric is defined only for the whole corpus: 1 if the
-        parsed prediction equals the reference, else 0. If these are no texts: the first value of the score. `None`
-        for a record without a score or a grade.
+        The answer's value of the main metric. If that is defined only for the whole corpus: 1 if the prediction equals
+        the reference, else 0. If one of these is not a string: the first value of the score. `None` for a record
+        without a score or a grade.
     """
     if record.score is None or record.score.judge_error is not None:
         return None
@@ -159,15 +159,15 @@ def summarize(task: Task, records: Sequence[Record]) -> list[Metric]:
     records = [record for record in records if record.score is not None and record.score.judge_error is None]
     if not records:
         return []
-    metrics = _figures(task, records, "")
+    metrics = _metrics_of(task, records, "")
     if task.breakdown is not None:
         for value in sorted({each.example.details.get(task.breakdown) for each in records} - {None}):
             chosen = [record for record in records if record.example.details.get(task.breakdown) == value]
-            metrics += _figures(task, chosen, f"{value}/")
+            metrics += _metrics_of(task, chosen, f"{value}/")
     return metrics
 
 
-def _figures(task: Task, records: Sequence[Record], prefix: str) -> list[Metric]:
+def _metrics_of(task: Task, records: Sequence[Record], prefix: str) -> list[Metric]:
     values: dict[str, list[float]] = {}
     for record in records:
         for name, value in record.score.values.items():

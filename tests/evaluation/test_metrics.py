@@ -32,11 +32,6 @@ def test_vqa_accuracy_of_ten_answers(matches, accuracy):
     assert vqa_accuracy("cat", answers) == pytest.approx(accuracy)
 
 
-@pytest.mark.parametrize("matches, num_answers, accuracy", [(3, 5, 0.8), (3, 3, 2 / 3), (1, 1, 0), (2, 2, 1 / 3)])
-def test_vqa_accuracy_of_other_numbers_of_answers(matches, num_answers, accuracy):
-    assert leave_one_out(matches, num_answers) == pytest.approx(accuracy)
-
-
 @pytest.mark.parametrize("matches, accuracy", [(0, 0), (1, 1 / 3), (2, 2 / 3), (3, 1), (10, 1)])
 def test_short_form_of_vqa_accuracy(matches, accuracy):
     answers = ["cat"] * matches + ["dog"] * (10 - matches)
@@ -120,11 +115,6 @@ def test_leave_one_out_is_the_mean_over_answers_left_out(case):
     left = [matches - (number < matches) for number in range(num_answers)]
     expected = sum(min(1, each / 3) for each in left) / num_answers
     assert leave_one_out(matches, num_answers) == pytest.approx(expected)
-
-
-@given(st.integers(0, 9), st.integers(10, 12))
-def test_vqa_accuracy_grows_with_the_number_of_matches(matches, num_answers):
-    assert leave_one_out(matches, num_answers) <= leave_one_out(matches + 1, num_answers)
 
 
 @given(st.text(alphabet="abc 123.,?'-/", max_size=20))
