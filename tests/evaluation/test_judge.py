@@ -174,18 +174,6 @@ def test_key_is_sent_but_never_written(tmp_path, capfd):
     assert KEY not in said
 
 
-def test_cap_on_requests_keeps_the_answers_so_far(tmp_path):
-    with chat_server(lambda request, number: "1") as server:
-        with pytest.raises(ChatStopped, match=r"--judge-max-requests 5\. Raise it and run again"):
-            ask(judge_of(server, tmp_path, max_requests=5), *"abcdefgh")
-        assert len(server.requests) == 5
-        with pytest.raises(ChatStopped, match="--judge-max-requests 5"):
-            ask(judge_of(server, tmp_path, max_requests=5), *"abcdefgh")  # over all runs
-        assert len(server.requests) == 5
-        assert len(ask(judge_of(server, tmp_path, max_requests=8), *"abcdefgh")) == 8
-        assert len(server.requests) == 8
-
-
 @pytest.mark.parametrize("concurrency", [1, 8])
 def test_cap_on_cost_is_never_exceeded(concurrency, tmp_path):
     # A request costs 100 * 10 + 10 * 100 = 2000 millionths, at most 34 bytes * 10 + 100 tokens * 100 = 10340. After

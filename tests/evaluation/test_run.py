@@ -115,15 +115,6 @@ def test_killed_run_resumes_without_answering_again(evaluation, one_by_one, tmp_
     assert lines[:2] == kept.splitlines()[:2]
 
 
-def test_truncated_line_is_answered_again(evaluation, one_by_one):
-    evaluate(evaluation)
-    answers = evaluation.out / "easy_vqa" / "answers-0.jsonl"
-    answers.write_bytes(answers.read_bytes()[:-9])
-    evaluate(evaluation)
-    assert examples_of(evaluation.out) == one_by_one
-    assert len(answers.read_bytes().splitlines()) == NUM_QUESTIONS
-
-
 def test_failed_example_is_recorded_and_counted(evaluation, own_data, one_by_one):
     image = own_data / "images" / "2.png"
     image.write_bytes(image.read_bytes()[:100])
