@@ -253,7 +253,8 @@ class Data:
 
     def _listing(self) -> str:
         there = sorted(child.name + "/" * child.is_dir() for child in self.folder.iterdir())
-        return ", ".join(there[:20]) + (f" and {len(there) - 20} more" if len(there) > 20 else "")
+        more = f" and {len(there) - 20} more" if len(there) > 20 else ""
+        return ", ".join(there[:20]) + more if there else "nothing"
 
     def image(self, root: Path, name: str) -> Path:
         """

@@ -224,7 +224,7 @@ def test_unknown_task_and_missing_data_are_named(evaluation, tmp_path):
     with pytest.raises(ValueError, match="no such folder, and not the id of a dataset"):
         evaluate(replace(evaluation, data=str(tmp_path / "nowhere")))
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match=r"has neither Parquet files nor test.json. It contains: \."):
+    with pytest.raises(ValueError, match=r"has neither Parquet files nor test.json. It contains: nothing\."):
         evaluate(replace(evaluation, data=str(tmp_path / "empty")))
 
 
