@@ -127,7 +127,7 @@ def test_training_asks_for_optional_packages_before_it_reads_anything(package, e
 def test_images_of_easy_vqa_are_named_with_their_extra(tmp_path, monkeypatch):
     monkeypatch.setattr(easy_vqa, "find_spec", lambda _: None)
     (tmp_path / "test.json").write_text("[]")
-    with pytest.raises(ValueError, match=r"has no folder images. .* pip install 'sq-llava\[demo\]'"):
+    with pytest.raises(ValueError, match=r"found no folder images .* pip install 'sq-llava\[demo\]'"):
         easy_vqa.read(Data(tmp_path))
 
 
