@@ -338,9 +338,8 @@ class _Reader:
         held = filled & set(PART_IMAGE_KEYS)
         if kind == "text":
             if not isinstance(part.get("text"), str) or held:
-                raise _Unread(
-                    "wrong_turn", f"has the part {shown(part)}.", "Give a text, and the image in its own part."
-                )
+                fix = "Give a text, and put the image in its own part."
+                raise _Unread("wrong_turn", f"has the part {shown(part)}.", fix)
             _check_text(part["text"])
             return {"type": "text", "text": part["text"]}
         if len(held) > 1 or "text" in filled or (kind == "image_url" and not held):
@@ -363,9 +362,7 @@ class _Reader:
             and self.raw.get("images")
             and _images_of_fields({"image": self.raw["images"]}) != beside
         ):
-            raise _Unread(
-                "image_count", "'image' and 'images' hold different images.", "Remove one of the two fields."
-            )
+            raise _Unread("image_count", "'image' and 'images' hold different images.", "Remove one of them.")
         if beside and not self.slots and not self.has_parts and self.keys != FROM_VALUE:
             first = next((message for message in messages if message["role"] == "user"), None)
             if first is not None:

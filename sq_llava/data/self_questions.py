@@ -28,6 +28,15 @@ def is_self_question(ratio: float, seed: int, epoch: int, row_id: int, turn: int
     return int.from_bytes(digest, "big") < ratio * 2**64
 
 
+def askable_turns(messages: list[dict]) -> dict[int, int]:
+    """Returns which turns may become self-questions: their number among the user turns, and their index."""
+    has_image = [any(part["type"] == "image" for part in message["content"]) for message in messages]
+    user_turns = [index for index, message in enumerate(messages) if message["role"] == "user"]
+    if not any(has_image):
+        return {}
+    return {turn: index for turn, index in enumerate(user_turns) if turn > 0 and not has_image[index]}
+
+
 def draw_self_questions(messages: list[dict], ratio: float, seed: int, epoch: int, row_id: int) -> list[dict]:
     """
     Flags user turns as self-questions. The chat template begins these with `[vusr]`.
@@ -40,21 +49,11 @@ def draw_self_questions(messages: list[dict], ratio: float, seed: int, epoch: in
     Returns:
         The messages; the drawn ones have `"self_question": True`. If no turn holds an image, none is drawn.
     """
-    if not any(_has_image(message) for message in messages):
-        return messages
-    user_turns = [index for index, message in enumerate(messages) if message["role"] == "user"]
-    drawn = {
-        index
-        for turn, index in enumerate(user_turns[1:], start=1)
-        if not _has_image(messages[index]) and is_self_question(ratio, seed, epoch, row_id, turn)
-    }
+    turns = askable_turns(messages)
+    drawn = {turns[turn] for turn in turns if is_self_question(ratio, seed, epoch, row_id, turn)}
     return [{**m, "self_question": True} if index in drawn else m for index, m in enumerate(messages)]
 
 
 def first_exchange(messages: list[dict]) -> int:
     """Returns the number of messages up to the first answer: 2, or 3 with a system message. A cut row keeps these."""
     return 2 + (messages[0]["role"] == "system")
-
-
-def _has_image(message: dict) -> bool:
-    return any(part["type"] == "image" for part in message["content"])

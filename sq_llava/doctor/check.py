@@ -32,8 +32,8 @@ from processing_sq_llava import SQLlavaProcessor
 from sq_llava.data.images import Fault, image_faults
 from sq_llava.data.lengths import kept_exchanges, prefix_lengths, token_counts
 from sq_llava.data.packing import pack_in_windows
-from sq_llava.data.row_layouts import IMAGE_PART
 from sq_llava.data.rows import is_embedded, read_row, rows_per_epoch, with_instruction
+from sq_llava.data.self_questions import askable_turns
 from sq_llava.data.sources import DataSource, JsonFile, Table, image_root_of, open_source
 from sq_llava.stopping import children_miss_interrupts
 from sq_llava.training.settings import SQLlavaArguments
@@ -141,8 +141,12 @@ class DataCheck:
     def _check_row(self, raw: Any, source: int) -> tuple[CheckedRow, list[dict] | None]:
         """Checks everything but the length. Returns the result, and the messages if they can be tokenized."""
         if isinstance(raw, ValueError):
-            code = "broken_encoding" if isinstance(raw, UnicodeDecodeError) else "broken_json"
-            return CheckedRow(None, [Fault(code, f"the row cannot be read as JSON: {raw}.", "Write it again.")]), None
+            fault = Fault(
+                "broken_encoding" if isinstance(raw, UnicodeDecodeError) else "broken_json",
+                f"the row cannot be read as JSON: {raw}.",
+                "Write it again as JSON in UTF-8.",
+            )
+            return CheckedRow(None, [fault]), None
         row_id = str(raw["id"]) if isinstance(raw, dict) and raw.get("id") is not None else None
         faults, messages, images = read_row(raw, self.image_roots[source])
         if any(fault.level == "error" for fault in faults):
@@ -157,7 +161,7 @@ class DataCheck:
                     faults += image_faults(image)
                 else:
                     paths.append(os.path.join(self.image_roots[source], image))
-        num_askable = self._num_askable(messages) if images else 0
+        num_askable = 0 if self.plain else len(askable_turns(messages))
         row = CheckedRow(row_id, faults, paths, len(images), num_askable=num_askable)
         return row, messages if can_be_tokenized else None
 
@@ -193,14 +197,6 @@ class DataCheck:
                     "warning",
                 )
 
-    def _num_askable(self, messages: list[dict]) -> int:
-        """Counts the turns that may become self-questions."""
-        holds_image = [IMAGE_PART in message["content"] for message in messages]
-        if self.plain or not any(holds_image):
-            return 0
-        user_turns = [index for index, message in enumerate(messages) if message["role"] == "user"]
-        return sum(not holds_image[index] for index in user_turns[1:])
-
     def _with_length(self, row: CheckedRow, messages: list[dict], length: int) -> CheckedRow:
         """Adds the length of a row without self-questions, and what the collator cuts off from it."""
         row = row._replace(num_tokens=length)
@@ -222,7 +218,7 @@ class DataCheck:
             f"Raise max_length ({self.max_length}) or split the row.",
             "warning",
         )
-        num_askable = self._num_askable(messages[:-num_turns])
+        num_askable = 0 if self.plain else len(askable_turns(messages[:-num_turns]))
         return row._replace(faults=[*row.faults, fault], num_cut=num_cut, num_askable=num_askable)
 
     def check_images(self, paths: Sequence[str]) -> list[list[Fault]]:

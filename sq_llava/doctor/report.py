@@ -11,6 +11,8 @@ What it does not do: check the data (`sq_llava/doctor/check.py`).
 
 import json
 from collections import Counter, defaultdict
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import datasets
@@ -44,9 +46,10 @@ def print_report(report: Report, console: Console) -> None:
     for level, style in LEVEL_STYLES.items():
         for (_, code), findings in sorted(item for item in by_code.items() if item[0][0] == level):
             _print_code(code, findings, style, console)
-    _print_summary(report.summary, console)
+    say = partial(console.print, highlight=False, markup=False, soft_wrap=True)
+    _print_summary(report.summary, say)
     if report.summary["tokens"] is not None:
-        _print_tokens(report.summary["tokens"], console)
+        _print_tokens(report.summary["tokens"], say)
 
 
 def _print_code(code: str, findings: list[Finding], style: str, console: Console) -> None:
@@ -65,48 +68,37 @@ def _line(finding: Finding) -> str:
     return f"{finding.file}, row {finding.row}{name}: {finding.message}"
 
 
-def _print_summary(summary: dict, console: Console) -> None:
-    console.print()
+def _print_summary(summary: dict, say: Callable) -> None:
+    say()
     for source in summary["sources"]:
-        console.print(
-            Text(
-                f"{source['file']}: {source['rows_looked_at']:,} of {source['rows']:,} rows checked, "
-                f"{source['rows_with_errors']:,} with errors"
-            ),
-            soft_wrap=True,
+        say(
+            f"{source['file']}: {source['rows_looked_at']:,} of {source['rows']:,} rows checked, "
+            f"{source['rows_with_errors']:,} with errors"
         )
-    console.print(
+    say(
         f"{summary['images']:,} images in {summary['image_files']:,} files; text-only rows: "
         f"{summary['text_only_share']:.1%}; self-questions per epoch: about "
-        f"{summary['self_questions_per_epoch']:,.0f}",
-        highlight=False,
-        soft_wrap=True,
+        f"{summary['self_questions_per_epoch']:,.0f}"
     )
 
 
-def _print_tokens(tokens: dict, console: Console) -> None:
-    console.print(
+def _print_tokens(tokens: dict, say: Callable) -> None:
+    say(
         f"Tokens of a row: {tokens['mean']:,.0f} on average, median {tokens['median']:,.0f}, 95% have at most "
         f"{tokens['percentile_95']:,.0f}, longest {tokens['longest']:,}; max_length {tokens['max_length']} cuts "
-        f"{tokens['tokens_cut']:,} tokens off {tokens['rows_cut']:,} rows",
-        highlight=False,
-        soft_wrap=True,
+        f"{tokens['tokens_cut']:,} tokens off {tokens['rows_cut']:,} rows"
     )
     if tokens["packing"]:
-        console.print(
+        say(
             f"Packing: about {tokens['rows'] / tokens['packing']['packs']:.1f} of these rows per pack of "
-            f"{tokens['max_length']} tokens, fill {tokens['packing']['fill']:.2f}",
-            highlight=False,
-            soft_wrap=True,
+            f"{tokens['max_length']} tokens, fill {tokens['packing']['fill']:.2f}"
         )
     most = max(bar["rows"] for bar in tokens["histogram"])
     width = len(f"{tokens['histogram'][-1]['to']:,}")
     for bar in tokens["histogram"]:
         # Rounded up: a count above 0 has at least one mark.
         marks = "█" * -(-bar["rows"] * BAR_WIDTH // most)
-        console.print(
-            f"  {bar['from']:>{width},} - {bar['to']:>{width},} {marks:<{BAR_WIDTH}} {bar['rows']:,}", highlight=False
-        )
+        say(f"  {bar['from']:>{width},} - {bar['to']:>{width},} {marks:<{BAR_WIDTH}} {bar['rows']:,}")
 
 
 def print_preview(check: DataCheck, report: Report, seed: int, console: Console) -> None:
