@@ -371,11 +371,11 @@ class _Reader:
         empty = self.slots.count(None)
         if empty != len(beside):
             fields = " and ".join(f"'{name}'" for name in EXCHANGES.get(self.layout, (self.layout,)))
-            held = f", and {len(self.slots) - empty} images in the turns themselves" if len(self.slots) > empty else ""
+            held = f", and {len(self.slots) - empty} in image parts" if len(self.slots) > empty else ""
             raise _Unread(
                 "image_count",
-                f"read as {self.name}: {empty} {IMAGE_TOKEN} in {fields}{held}, but {len(beside)} images in "
-                "'image' or 'images'.",
+                f"read as {self.name}: {empty} {IMAGE_TOKEN} in {fields}{held}, but {len(beside)} in 'image' or "
+                "'images'.",
                 f"Write exactly one {IMAGE_TOKEN} for each image.",
             )
         following = iter(beside)

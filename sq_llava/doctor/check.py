@@ -370,7 +370,7 @@ class Tally:
         if row.id is not None:
             first = self.first_of_id[source].setdefault(row.id, index)
             if first != index:
-                fix = "Give each row its own id. Training does not use ids, but you need them to find a row."
+                fix = "Give each row its own id. You need ids to find rows; training ignores them."
                 self._add(place, [Fault("duplicate_id", f"row {first} has the same id.", fix, "warning")])
         for path in row.paths:
             self.users.setdefault(path, []).append(place)

@@ -2,6 +2,7 @@
 
 import base64
 import json
+import re
 
 import datasets
 import pytest
@@ -12,7 +13,7 @@ from sq_llava.data.images import open_image
 from sq_llava.data.row_layouts import KNOWN_FIELDS, KNOWN_PART_KEYS, measure
 from sq_llava.data.rows import load_rows, parse_row, read_row
 from sq_llava.data.sources import DataSource
-from tests import tiny
+from tests import ROOT, tiny
 from tests.pictures import encoded
 
 
@@ -183,7 +184,7 @@ WRONG = [
     (
         asked([PARTS["path"]], images=["b.png"]),
         "image_count",
-        "read as TRL's messages: 0 <image>.*and 1 images in",
+        "read as TRL's messages: 0 <image>.*, and 1 in image parts, but 1",
     ),
     ({**Q, "image": "a.png", "images": ["b.png"]}, "image_count", "'image' and 'images' hold different images"),
     (asked([{"type": "image", "index": 1}], images=["a.png"]), "image_count", "has 'index' 1 in the part of image 0"),
@@ -231,6 +232,12 @@ MEDIA = {
         )
     },
 }  # fmt: skip
+
+
+def test_every_layout_of_the_docs_is_read_to_the_same_messages(folder):
+    examples = re.findall(r"^```json\n(.+?)^```", (ROOT / "docs/data.md").read_text(), re.M | re.S)
+    rows = [parse_row(json.loads(example), example, folder) for example in examples]
+    assert len(rows) == 9 and all(shorthand(row) == ASKED and len(row["images"]) == 1 for row in rows)
 
 
 @pytest.mark.parametrize(("raw", "code", "message"), WRONG)
