@@ -28,7 +28,7 @@ import base64
 import binascii
 import re
 import reprlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from processing_sq_llava import IMAGE_TOKEN
@@ -83,6 +83,7 @@ _TRAINER_FIELDS = {
 _BASE64_BEGINNINGS = ("iVBORw0KGgo", "/9j/", "R0lGOD", "UklGR", "SUkq", "TU0AK", "Qk0", "Qk1", "Qk2", "Qk3")
 _SHORTEST_BASE64, _LONGEST_PATH = 64, 1024
 _BASE64 = re.compile(r"[A-Za-z0-9+/\s]+={0,2}\s*")
+_SURROGATE = re.compile(r"[\ud800-\udfff]")
 
 
 class NormalRow(NamedTuple):
@@ -146,13 +147,8 @@ def images_of(raw: Any) -> list:
 def measure(raw: Any) -> tuple[int, int]:
     """Returns the number of images of a row, and the number of characters of its images in base64."""
     images = images_of(raw)
-    return len(images), sum(len(text) for image in images for text in _strings(image) if len(text) > _LONGEST_PATH)
-
-
-def _strings(image: Any) -> Iterable[str]:
-    if isinstance(image, str):
-        return (image,)
-    return [text for text in image.values() if isinstance(text, str)] if isinstance(image, dict) else ()
+    values = [value for image in images for value in (image.values() if isinstance(image, dict) else [image])]
+    return len(images), sum(len(text) for text in values if isinstance(text, str) and len(text) > _LONGEST_PATH)
 
 
 def _images_of_fields(raw: dict) -> list:
@@ -413,17 +409,8 @@ def _check_text(text: str) -> None:
 
 
 def is_unicode(text: str) -> bool:
-    """
-    Returns whether a text has no lone surrogate, such as the JSON escape of one half of an emoji. Tokenizers refuse
-    those.
-    """
-    if text.isascii():
-        return True
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
+    """Returns whether a text has no lone surrogate, such as the JSON escape of half an emoji. Tokenizers refuse it."""
+    return text.isascii() or _SURROGATE.search(text) is None
 
 
 def _parse_text(text: str) -> list[dict]:

@@ -186,14 +186,14 @@ class DataCheck:
             if found := [token for token in self.processor.control_tokens if token in text]:
                 yield Fault(
                     "control_token",
-                    f"turn {index} has {', '.join(map(repr, found))}, which is a control token of this model.",
-                    "Remove it or write it differently.",
+                    f"turn {index} has control tokens of this model: {', '.join(map(repr, found))}.",
+                    "Remove them or write them differently.",
                 )
             if found := [marker for marker in self._markers if marker in text]:
                 yield Fault(
                     "role_marker",
-                    f"turn {index} has {', '.join(map(repr, found))}, which marks the start of a turn in the prompt.",
-                    "Make separate turns of it, or write it differently.",
+                    f"turn {index} has markers with which a turn begins in the prompt: {', '.join(map(repr, found))}.",
+                    "Make separate turns of them, or write them differently.",
                     "warning",
                 )
 
@@ -220,9 +220,6 @@ class DataCheck:
         )
         num_askable = 0 if self.plain else len(askable_turns(messages[:-num_turns]))
         return row._replace(faults=[*row.faults, fault], num_cut=num_cut, num_askable=num_askable)
-
-    def check_images(self, paths: Sequence[str]) -> list[list[Fault]]:
-        return [list(image_faults(path)) for path in paths]
 
 
 @dataclass
@@ -257,7 +254,7 @@ def choose_rows(check: DataCheck, limit: int | None) -> list[Sequence[int]]:
     return [np.linspace(0, size - 1, count).astype(int).tolist() for size, count in zip(sizes, wanted)]
 
 
-_check: DataCheck | None = None  # of this process
+_check: DataCheck | None = None  # the check of this process
 
 
 def _begin(check: DataCheck) -> None:
@@ -271,7 +268,7 @@ def _check_rows(task: tuple[int, Sequence[int]]) -> list[CheckedRow]:
 
 
 def _check_images(paths: Sequence[str]) -> list[list[Fault]]:
-    return _check.check_images(paths)
+    return [list(image_faults(path)) for path in paths]
 
 
 @contextmanager
@@ -389,15 +386,7 @@ class Tally:
 
     def report(self) -> Report:
         findings = [
-            Finding(
-                fault.level,
-                fault.code,
-                place.id,
-                place.row,
-                self.check.opened[place.source].path,
-                fault.message,
-                fault.fix,
-            )
+            Finding(id=place.id, row=place.row, file=self.check.opened[place.source].path, **asdict(fault))
             for place in sorted(self.faults, key=lambda place: (place.source, place.row))
             for fault in self.faults[place]
         ]

@@ -62,29 +62,16 @@ def test_a_single_image_is_moved_to_the_front_of_its_turn_and_several_stay_in_pl
 
 
 PICTURE = encoded(tiny.picture(), "PNG")
-TRL_ROWS = [
-    {
-        "id": "0",
-        "messages": [{"role": "user", "content": "What is it?"}, {"role": "assistant", "content": "A dog."}],
-        "images": [{"bytes": PICTURE, "path": None}],
-    },
-    {
-        "id": "1",
-        "messages": [{"role": "user", "content": "Hi."}, {"role": "assistant", "content": "Hello."}],
-        "images": [],
-    },
-]
 
 
-def trl_dataset() -> datasets.Dataset:
-    features = datasets.Features(
-        {
-            "id": datasets.Value("string"),
-            "messages": [{"role": datasets.Value("string"), "content": datasets.Value("string")}],
-            "images": datasets.List(datasets.Image()),
-        }
-    )
-    return datasets.Dataset.from_list(TRL_ROWS, features=features)
+def trl_row(question: str, *images: bytes, **fields) -> dict:
+    messages = [{"role": "user", "content": question}, {"role": "assistant", "content": "A dog."}]
+    return {"messages": messages, "images": [{"bytes": image, "path": None} for image in images], **fields}
+
+
+def trl_dataset(*rows: dict) -> datasets.Dataset:
+    rows = rows or (trl_row("What is it?", PICTURE, id="0"), trl_row("Hi.", id="1"))
+    return datasets.Dataset.from_list(list(rows)).cast_column("images", datasets.List(datasets.Image()))
 
 
 def save_as(kind: str, folder) -> str:
@@ -116,8 +103,7 @@ def test_trl_messages_with_embedded_images_are_read_undecoded_from_tables(folder
 
 
 def test_opening_a_table_copies_no_image(folder):
-    row = {**TRL_ROWS[0], "images": [{"bytes": bytes(10**6), "path": None}]}
-    datasets.Dataset.from_list([row] * 20, features=trl_dataset().features).save_to_disk(folder / "d")
+    trl_dataset(*[trl_row("What is it?", bytes(10**6))] * 20).save_to_disk(folder / "d")
     usual = pa.default_memory_pool()
     counting = pa.proxy_memory_pool(usual)
     pa.set_memory_pool(counting)
@@ -165,8 +151,7 @@ def test_a_question_without_text_becomes_one_of_the_instructions_always_the_same
 
 def test_a_question_of_an_image_and_blank_text_gets_an_instruction_too(folder):
     blank = [{"type": "text", "text": ""}, {"type": "image"}, {"type": "text", "text": " "}]
-    messages = [{"role": "user", "content": blank}, {"role": "assistant", "content": "A dog."}]
-    path = write(folder, {"messages": messages, "images": ["a.png"]})
+    path = write(folder, {**trl_row(blank), "images": ["a.png"]})
     rows = load_rows([DataSource(path, str(folder / "images"), instructions=["Describe it."])])
     assert content(rows) == [None, "Describe it."]
 
