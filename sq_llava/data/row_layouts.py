@@ -352,29 +352,26 @@ class _Reader:
         Returns the images in the order of the image parts. If the turns do not say where the images belong, image
         parts are added to the first question.
         """
-        beside = _images_of_fields(self.raw)
-        if (
-            self.raw.get("image")
-            and self.raw.get("images")
-            and _images_of_fields({"image": self.raw["images"]}) != beside
-        ):
+        images = _images_of_fields(self.raw)
+        others = _images_of_fields({"images": self.raw.get("images")})
+        if others and others != images:
             raise _Unread("image_count", "'image' and 'images' hold different images.", "Remove one of them.")
-        if beside and not self.slots and not self.has_parts and self.keys != FROM_VALUE:
+        if images and not self.slots and not self.has_parts and self.keys != FROM_VALUE:
             first = next((message for message in messages if message["role"] == "user"), None)
             if first is not None:
-                first["content"] = [*(dict(IMAGE_PART) for _ in beside), *first["content"]]
-                self.slots = [None] * len(beside)
+                first["content"] = [*(dict(IMAGE_PART) for _ in images), *first["content"]]
+                self.slots = [None] * len(images)
         empty = self.slots.count(None)
-        if empty != len(beside):
+        if empty != len(images):
             fields = " and ".join(f"'{name}'" for name in EXCHANGES.get(self.layout, (self.layout,)))
             held = f", and {len(self.slots) - empty} in image parts" if len(self.slots) > empty else ""
             raise _Unread(
                 "image_count",
-                f"read as {self.name}: {empty} {IMAGE_TOKEN} in {fields}{held}, but {len(beside)} in 'image' or "
+                f"read as {self.name}: {empty} {IMAGE_TOKEN} in {fields}{held}, but {len(images)} in 'image' or "
                 "'images'.",
                 f"Write exactly one {IMAGE_TOKEN} for each image.",
             )
-        following = iter(beside)
+        following = iter(images)
         return [as_image(next(following) if slot is None else slot) for slot in self.slots]
 
 

@@ -2,7 +2,7 @@
 
     sq-llava doctor --config recipes/sq-llava-7b/stage2.yaml
     sq-llava doctor --config recipes/sq-llava-7b/stage2.yaml --dataset_path mine.json --image_root images --json
-    sq-llava doctor --config recipes/sq-llava-7b/stage2.yaml --fix mended
+    sq-llava doctor --config recipes/sq-llava-7b/stage2.yaml --fix clean
 
 `train_sft.py` checks a sample of the rows before it loads a model; `--doctor full` checks all of them. `read_row` of
 `sq_llava/data/rows.py` finds the faults of a single row, and `image_faults` of `sq_llava/data/images.py` those of an

@@ -4,7 +4,7 @@
     with Progress() as progress:
         report = examine(check, progress)
     print_report(report, Console())
-    write_sound_rows(check, report, Path("mended"))
+    write_sound_rows(check, report, Path("clean"))
 
 What it does not do: check the data (`sq_llava/doctor/check.py`).
 """

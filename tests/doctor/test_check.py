@@ -284,23 +284,23 @@ def test_a_file_that_ends_early_is_an_error(tmp_path, processor, text, row):
 
 
 def test_sound_rows_are_written_as_they_were_and_the_others_listed(check, report, tmp_path):
-    (entry,) = write_sound_rows(check, report, tmp_path / "mended")
+    (entry,) = write_sound_rows(check, report, tmp_path / "clean")
     before = Path(check.sources[0].path).read_bytes().splitlines()
     kept = [json.loads(line) for index, line in enumerate(before) if index not in report.left_out[0]]
     assert [json.loads(line) for line in Path(entry["path"]).read_bytes().splitlines()] == kept
-    left_out = [json.loads(line) for line in (tmp_path / "mended" / "left_out.jsonl").read_text().splitlines()]
+    left_out = [json.loads(line) for line in (tmp_path / "clean" / "left_out.jsonl").read_text().splitlines()]
     assert {line["row"] for line in left_out} == report.left_out[0]
     assert len(left_out) + len(kept) == len(before)
     again = look(DataCheck([DataSource(**entry)], check.processor, max_length=MAX_LENGTH))
     assert again.num_errors == 0
-    with pytest.raises(ValueError, match="mended is not empty"):
-        write_sound_rows(check, report, tmp_path / "mended")
+    with pytest.raises(ValueError, match="clean is not empty"):
+        write_sound_rows(check, report, tmp_path / "clean")
     with pytest.raises(ValueError, match="remove --limit"):
         write_sound_rows(check, look(check, limit=3), tmp_path / "other")
 
 
 @pytest.mark.parametrize("kind", ["parquet", "save_to_disk"])
-def test_tables_with_embedded_images_are_checked_and_mended(folder, processor, tmp_path, kind):
+def test_tables_with_embedded_images_are_checked_and_written_without_errors(folder, processor, tmp_path, kind):
     names = ["good.png", "cut.png", "good.jpg"]
     rows = [
         {
@@ -318,7 +318,7 @@ def test_tables_with_embedded_images_are_checked_and_mended(folder, processor, t
     assert [(finding.row, finding.code, finding.id) for finding in report.findings] == [
         (1, "image_truncated", "cut.png")
     ]
-    (entry,) = write_sound_rows(check, report, tmp_path / "mended")
+    (entry,) = write_sound_rows(check, report, tmp_path / "clean")
     rows = load_rows([DataSource(**entry)])
     assert rows[:]["id"] == ["good.png", "good.jpg"]
     assert rows[0]["images"][0]["bytes"] == (folder / "images" / "good.png").read_bytes()
@@ -349,7 +349,7 @@ def run(*arguments):
 
 
 def test_command_reports_faults_lengths_and_the_loss_and_writes_a_set_without_the_errors(recipe, report, tmp_path):
-    result = run(*recipe, "--fix", tmp_path / "mended")
+    result = run(*recipe, "--fix", tmp_path / "clean")
     assert result.exit_code == 1, result.output
     for code in LEVELS:
         assert f" {code} " in result.stdout
@@ -358,9 +358,9 @@ def test_command_reports_faults_lengths_and_the_loss_and_writes_a_set_without_th
     assert "Tokens of a row" in result.stdout and "█" in result.stdout
     assert "<image> x 9" in result.stdout and "ASSISTANT:* A dog.</s>*" in result.stdout
     assert CUT_BASE64[:20] not in result.output + json.dumps(report.to_json())
-    lines = (tmp_path / "mended" / "data.jsonl").read_bytes().splitlines()
+    lines = (tmp_path / "clean" / "data.jsonl").read_bytes().splitlines()
     assert len(lines) == report.summary["sources"][0]["rows"] - len(report.left_out[0])
-    assert str(tmp_path / "mended" / "data.jsonl") in result.stderr
+    assert str(tmp_path / "clean" / "data.jsonl") in result.stderr
 
 
 def test_command_prints_json_and_nothing_else(recipe, report, capfd):
@@ -402,14 +402,14 @@ def test_a_folder_that_cannot_be_written_to_is_refused_before_any_row_is_read(tm
     assert message in " ".join(result.stderr.split())
 
 
-def test_a_table_with_paths_of_images_and_instructions_is_mended(folder, processor, tmp_path):
+def test_a_table_with_paths_of_images_and_instructions_is_written_without_errors(folder, processor, tmp_path):
     messages = [{"role": "user", "content": "<image>"}, {"role": "assistant", "content": "A dog."}]
     names = ["good.png", "absent.png"]
     table = datasets.Dataset.from_list([{"messages": messages, "image": {"path": n, "bytes": None}} for n in names])
     pq.write_table(table.cast_column("image", datasets.Image()).data.table, tmp_path / "table.parquet")
     source = DataSource(str(tmp_path / "table.parquet"), str(folder / "images"), instructions=["Describe it."])
     check = DataCheck([source], processor)
-    (entry,) = write_sound_rows(check, look(check), tmp_path / "mended")
+    (entry,) = write_sound_rows(check, look(check), tmp_path / "clean")
     (left,) = load_rows([DataSource(**entry)])
     assert left["images"] == [str(folder.resolve() / "images" / "good.png")]
     assert left["messages"][0]["content"][1]["text"] == "Describe it."
