@@ -196,7 +196,7 @@ def test_doctor_says_how_full_the_packs_are(parts, tmp_path):
     print_report(report, console)
     tokens = report.summary["tokens"]
     assert tokens["packing"] == {"packs": 8, "fill": round(tokens["total"] / (8 * 130), 3)}
-    expected = f"Packed: about 2.0 of these rows in a pack of 130 tokens, fill {tokens['packing']['fill']:.2f}"
+    expected = f"Packing: about 2.0 of these rows per pack of 130 tokens, fill {tokens['packing']['fill']:.2f}"
     assert expected in console.export_text()
 
 
