@@ -162,7 +162,7 @@ def test_server_that_is_gone_stops_the_judge(failure, tmp_path):
 
     with chat_server(reply) as server:
         judge = Judge(settings_of(server, retries=0, concurrency=1), tmp_path)
-        with pytest.raises(ChatStopped, match="left 10 requests in a row without an answer, each sent 1 times: "):
+        with pytest.raises(ChatStopped, match="did not answer 10 requests in a row, each sent 1 times: "):
             ask(judge, *map(str, range(40)))
         assert 15 <= len(server.requests) <= 17  # what is under way is not called back
         verdicts = ask(Judge(settings_of(server, retries=0, concurrency=1), tmp_path), *map(str, range(10)))
@@ -186,7 +186,7 @@ def test_key_is_sent_and_written_nowhere(tmp_path, capfd):
 
 def test_cap_on_requests_keeps_what_is_done(tmp_path):
     with chat_server(lambda request, number: "1") as server:
-        with pytest.raises(ChatStopped, match=r"--judge-max-requests 5\. Raise it and run again"):
+        with pytest.raises(ChatStopped, match=r"--judge-max-requests 5\. Raise the cap and run again"):
             ask(Judge(settings_of(server, max_requests=5), tmp_path), *"abcdefgh")
         assert len(server.requests) == 5
         with pytest.raises(ChatStopped, match="--judge-max-requests 5"):

@@ -212,7 +212,7 @@ def test_other_filters_make_the_set_anew_without_a_model(run, whole, monkeypatch
 
 
 def test_other_number_of_shards_is_refused_in_the_same_folder(run, whole):
-    with pytest.raises(ValueError, match="num_shards 1, now it is 2"):
+    with pytest.raises(ValueError, match="num_shards 1, but this run has 2"):
         generate(replace(finished(run, whole), shard=Shard(0, 2)))
 
 
@@ -261,7 +261,9 @@ def test_image_that_has_changed_is_refused(run, parts, tmp_path):
     run = replace(run, images=str(images), limit=1)
     generate(run)
     tiny.picture(9).save(images / "0.png")
-    with pytest.raises(ValueError, match=r"has a line for '0\.png@\w+', which is not asked about: give another --out"):
+    with pytest.raises(
+        ValueError, match=r"has a line for '0\.png@\w+', which is not in the input. Choose another --out"
+    ):
         generate(run)
 
 

@@ -116,7 +116,7 @@ def test_request_that_is_sent_again_is_paid_again_as_far_as_anybody_knows(failur
     # 34 bytes + 100 tokens are lost, twice; a third time does not fit, though the request may be sent four times.
     with chat_server(lambda request, number: failure) as server:
         client = client_of(server, tmp_path, retries=3, max_tokens=100, max_total_tokens=300, timeout=1.0)
-        with pytest.raises(ChatStopped, match="268 are used, and the next request can use 134"):
+        with pytest.raises(ChatStopped, match="268 are used, and the next request can use up to 134"):
             client.complete(say("a"))
     assert len(server.requests) == 2
 
@@ -283,7 +283,7 @@ def test_cap_on_tokens_is_never_passed(concurrency, tmp_path):
     cap = {"max_total_tokens": 500, "max_tokens": 100, "concurrency": concurrency}
     with chat_server(lambda request, number: Reply("1", seconds=0.02)) as server:
         asked = ask(client_of(server, tmp_path, **cap), *"abcdefgh")
-        assert "--max-total-tokens 500: 440 are used, and the next request can use 134." in asked.stopped
+        assert "--max-total-tokens 500: 440 are used, and the next request can use up to 134." in asked.stopped
         assert len(server.requests) == 4
         ask(client_of(server, tmp_path, **cap), *"abcdefgh")
     assert len(server.requests) == 4
