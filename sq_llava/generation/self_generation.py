@@ -288,7 +288,7 @@ def as_card(about: dict[str, Any]) -> Card:
     settings = {name: value for name, value in about.items() if name not in ("kind", "filters", "ask")}
     settings |= {f"ask, {name}": value for name, value in about["ask"].items()}
     settings |= {f"filter, {name}": value for name, value in about["filters"].items()}
-    return Card("Images that a model asked itself about", summary, settings, ["types"], NOT_CHECKED)
+    return Card("Questions that a model asked and answered itself", summary, settings, ["types"], NOT_CHECKED)
 
 
 def estimate(run: SelfGeneration) -> tuple[int, int, Estimate | None]:
