@@ -88,7 +88,7 @@ def test_question_is_kept_up_to_the_maximum_number_of_times():
 def test_set_overlap_counts_questions_about_earlier_images_only():
     turns = [turn("Is there a dog?"), turn("Is there a cat?", number=1), turn("Is there a dog or cat?", picture="b")]
     outcomes = filter_turns(turns, replace(OFF, max_set_overlap=0.5))
-    # Known are is-there, there-a, a-dog; the question has dog-or and or-cat too.
+    # Three of its five pairs are known: is-there, there-a, a-dog. Not known are dog-or and or-cat.
     assert [outcome.scores["set_overlap"] for outcome in outcomes] == [0.0, 0.0, 0.6]
     assert outcomes[2].reason == "words of earlier questions"
 

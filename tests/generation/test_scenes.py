@@ -54,15 +54,15 @@ DRAWN = {"image_id": 7, "bbox": [20, 10, 100, 90.4], "category_id": 3}
 @pytest.mark.parametrize(
     ("category", "drawn", "message"),
     [
-        ({"id": 3}, DRAWN, r"instances.json, categories\[0\]: is {'id': 3}, expected id and name"),
-        ("dog", DRAWN, r"categories\[0\]: is 'dog'"),
+        ({"id": 3}, DRAWN, r"instances.json, categories\[0\] is {'id': 3}, expected id and name"),
+        ("dog", DRAWN, r"categories\[0\] is 'dog'"),
         (
             CATEGORY,
             {"bbox": [1, 2, 3, 4], "category_id": 3},
-            r"annotations\[0\]: is {.*, expected image_id, bbox, and",
+            r"annotations\[0\] is {.*, expected image_id, bbox, and",
         ),
-        (CATEGORY, DRAWN | {"image_id": [7]}, r"annotations\[0\]: is .*, expected image_id"),
-        (CATEGORY, DRAWN | {"category_id": 4}, r"annotations\[0\]: is .* a category_id that is in categories"),
+        (CATEGORY, DRAWN | {"image_id": [7]}, r"annotations\[0\] is .*, expected image_id"),
+        (CATEGORY, DRAWN | {"category_id": 4}, r"annotations\[0\] is .* a category_id that is in categories"),
         (
             CATEGORY,
             DRAWN | {"bbox": ["a", 2, 3, 4]},
@@ -87,5 +87,5 @@ def test_wrong_ids_of_coco_are_refused_with_their_entry(field, tmp_path):
     content = {"images": [{"id": 7, "file_name": "7.jpg"}], "annotations": [{"image_id": 7, "caption": "A dog."}]}
     content[field][0] |= {"id": [7], "image_id": [7]}
     (tmp_path / "captions.json").write_text(json.dumps(content))
-    with pytest.raises(ValueError, match=rf"captions.json, {field}\[0\]: is .*, expected (image_)?id and"):
+    with pytest.raises(ValueError, match=rf"captions.json, {field}\[0\] is .*, expected (image_)?id and"):
         read_scenes(tmp_path / "captions.json")

@@ -131,9 +131,7 @@ def test_rows_are_read_as_a_source_with_a_score_for_each_turn(whole, parts):
     card = (whole / "README.md").read_text()
     assert f"{NUM_IMAGES} rows, {NUM_IMAGES * NUM_QUESTIONS} turns" in card and str(parts) not in card
 
-
-def test_turns_are_what_was_asked_and_answered(whole):
-    for row, asked in zip(lines_of(whole / "data.jsonl"), lines_of(whole / "asked-0.jsonl"), strict=True):
+    for row, asked in zip(rows, lines_of(whole / "asked-0.jsonl"), strict=True):
         assert (texts_of(row)[::2], texts_of(row)[1::2]) == (asked["questions"], asked["answers"])
         assert [each["blank_answer"] for each in row["scores"]] == asked["blank_answers"]
 
@@ -205,11 +203,6 @@ def test_other_filters_make_the_set_again_without_a_model(run, whole, monkeypatc
     assert files_of(run.out) == files_of(whole)
 
 
-def test_other_number_of_shards_is_refused_in_the_same_folder(run, whole):
-    with pytest.raises(ValueError, match="num_shards 1, but this run has 2"):
-        generate(replace(finished(run, whole), shard=Shard(0, 2)))
-
-
 def test_shards_make_together_what_one_run_makes(run, whole):
     for index in range(2):
         generate(replace(run, shard=Shard(index, 2)))
@@ -267,10 +260,12 @@ def test_changed_image_is_refused(run, images):
 
 
 @pytest.mark.parametrize("change", [{"temperature": 0.7}, {"seed": 1}, {"num_questions": 2}, {"after": None}])
-def test_other_questions_into_the_same_folder_are_refused(run, whole, change):
+def test_other_questions_or_shards_in_the_same_folder_are_refused(run, whole, change):
     finished(run, whole)
     with pytest.raises(ValueError, match=f"holds answers of a run with ask of {next(iter(change))}"):
         generate(replace(run, ask=replace(run.ask, **change)))
+    with pytest.raises(ValueError, match="num_shards 1, but this run has 2"):
+        generate(replace(run, shard=Shard(0, 2)))
 
 
 def test_image_outside_of_the_root_is_refused(run, parts, tmp_path):

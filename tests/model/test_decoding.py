@@ -1,4 +1,4 @@
-"""Generation: every way of decoding, batched or alone, with several images or none."""
+"""Decoding: greedy, beams, samples and assistants; batched or alone, with several images or none."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ NUM_NEW_TOKENS = 10
 
 
 def generate(model, inputs, **kwargs):
-    """The new tokens, always as many."""
+    """`NUM_NEW_TOKENS` new tokens."""
     settings = {"do_sample": False, "min_new_tokens": NUM_NEW_TOKENS, "max_new_tokens": NUM_NEW_TOKENS, **kwargs}
     return model.generate(**inputs, **settings)[:, -NUM_NEW_TOKENS:]
 
@@ -60,7 +60,7 @@ def test_each_cache_gives_the_tokens_of_the_dynamic_one(cache, tiny_model):
 def test_samples_of_a_prompt_see_its_own_images_in_their_order(tiny_model):
     prompts = prompts_with(tiny_model.config, [2, 0, 3])
     greedy = torch.cat([generate(tiny_model, prompt) for prompt in prompts])
-    # With top_k=1 a sample is the greedy answer, if and only if it sees the same images.
+    # With top_k=1, a sample equals the greedy answer if and only if it sees the same images.
     samples = generate(tiny_model, left_padded(prompts), do_sample=True, top_k=1, num_return_sequences=3)
     assert torch.equal(samples, greedy.repeat_interleave(3, dim=0))
 
@@ -117,7 +117,7 @@ def test_an_assistant_model_changes_no_token(assistant, tiny_model):
 
 def test_prompt_lookup_changes_no_token_and_never_drafts_an_image(tiny_model):
     inputs = tiny_inputs(tiny_model.config, num_images=2)
-    # The words before the images once more at the end: the look-up finds the placeholders behind them.
+    # The prompt ends with its first words again, so the look-up finds the image placeholders that follow them.
     inputs["input_ids"] = torch.cat([inputs["input_ids"], inputs["input_ids"][:, :4]], dim=1)
     inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
     own_config = GenerationConfig(max_new_tokens=NUM_NEW_TOKENS, min_new_tokens=NUM_NEW_TOKENS)
@@ -138,7 +138,7 @@ def test_markers_are_never_generated(tiny_model, tmp_path):
     assert again.generation_config.suppress_tokens == markers
 
 
-def test_a_conversation_goes_on_from_its_cache_without_its_images(tiny_model):
+def test_a_conversation_continues_from_its_cache_without_its_images(tiny_model):
     inputs = tiny_inputs(tiny_model.config, num_images=2)
     first = tiny_model.generate(**inputs, do_sample=False, max_new_tokens=4, return_dict_in_generate=True)
     more = torch.cat([first.sequences, torch.tensor([[17, 23, 42]])], dim=1)
@@ -147,7 +147,7 @@ def test_a_conversation_goes_on_from_its_cache_without_its_images(tiny_model):
     assert torch.equal(generate(tiny_model, continued), expected)
 
 
-def test_no_images_may_be_said_by_none(tiny_model):
+def test_pixel_values_may_be_none_without_images(tiny_model):
     text = tiny_inputs(tiny_model.config, num_images=0)
     assert torch.equal(generate(tiny_model, text, pixel_values=None), generate(tiny_model, text))
     assert torch.equal(
