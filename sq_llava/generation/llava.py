@@ -31,7 +31,7 @@ from sq_llava.resumable.run_note import check_note, hash_of_file, write_note
 
 
 KINDS = ("conversation", "detail", "reasoning")
-# Answers with other values of these would be another set.
+# A run resumes from the answers in its folder only if these are equal.
 IDENTITY = (
     *("kind", "captions_hash", "instances_hash", "prompts_hash", "model", "temperature", "max_tokens", "shares"),
     *("kinds_per_image", "seed", "num_shards"),

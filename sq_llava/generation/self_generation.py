@@ -39,7 +39,7 @@ from sq_llava.resumable.run_note import command_line
 from sq_llava.stopping import INTERRUPTED
 
 
-# Lines that models gave with other values of these cannot be resumed from.
+# A run resumes from the lines in its folder only if these are equal.
 IDENTITY = ("model_hash", "ask", "dtype", "num_shards")
 # Length of the hash of an image's content, which is in its id and seeds its draws.
 DIGEST_LETTERS = 12

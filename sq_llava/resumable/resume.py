@@ -103,7 +103,7 @@ def _attempt(
             return [(batch[0], None, f"{type(error).__name__}: {error}")]
     else:
         return [(item, result, None) for item, result in zip(batch, results, strict=True)]
-    # Outside of the handler: there, the traceback would keep the tensors of the failed batch in memory.
+    # Not inside the handler: the traceback would keep the tensors of the failed batch in memory.
     return [outcome for item in batch for outcome in _attempt(work, [item])]
 
 
