@@ -56,12 +56,6 @@ def test_answer_of_another_server_is_reused_unless_the_server_matters(server_mat
     assert (len(server.requests), len(other.requests)) == num_requests
 
 
-def test_response_that_is_cut_off_is_asked_for_again(tmp_path):
-    with chat_server(lambda request, number: Reply("1", cuts=number == 0)) as server:
-        assert client_of(server, tmp_path).complete(say("a")) == "1"
-    assert len(server.requests) == 2
-
-
 def test_broken_line_of_a_journal_is_an_error_with_its_number(tmp_path):
     (tmp_path / "answers.jsonl").write_text('{"key": "a", "prompt_tokens": 1, "completion_tokens": 1}\n\0\0\n')
     with pytest.raises(ValueError, match=r"answers.jsonl, line 2: cannot be read as JSON: .* Remove the line"):
@@ -101,7 +95,9 @@ def test_failures_differ_from_open_items_and_are_tried_again(tmp_path):
     assert len(server.requests) == 8
 
 
-@pytest.mark.parametrize("failure", [Reply(closes=True), Reply("late", seconds=1.5)], ids=["closed", "slow"])
+@pytest.mark.parametrize(
+    "failure", [Reply(closes=True), Reply("late", seconds=1.5), Reply("1", cuts=True)], ids=["closed", "slow", "cut"]
+)
 def test_lost_request_counts_in_full_each_time_it_is_sent(failure, tmp_path):
     # 34 bytes + 100 tokens are lost twice. A third time does not fit, although four are allowed.
     with chat_server(lambda request, number: failure) as server:
