@@ -52,11 +52,6 @@ def completion(text: str | None, prompt_tokens: int = 100, completion_tokens: in
     return json.dumps(body, ensure_ascii=False)
 
 
-def encoded(body: str) -> bytes:
-    """UTF-8, with half surrogate pairs as JSON escapes."""
-    return body.encode("utf-8", "backslashreplace")
-
-
 @contextmanager
 def chat_server(reply: Callable[[dict, int], Reply | str]) -> Iterator[ChatServer]:
     """
@@ -92,7 +87,8 @@ def chat_server(reply: Callable[[dict, int], Reply | str]) -> Iterator[ChatServe
             if said.closes:
                 self.close_connection = True
                 return
-            body = encoded(completion(said.text) if said.body is None else said.body)
+            body = completion(said.text) if said.body is None else said.body
+            body = body.encode("utf-8", "backslashreplace")  # half surrogate pairs become JSON escapes
             self.send_response(said.status)
             for name, value in {"Content-Type": "application/json", **said.headers}.items():
                 self.send_header(name, value)
