@@ -40,9 +40,9 @@ def read_completion(body: str, most_tokens: tuple[int, int]) -> dict[str, Any]:
             "completion_tokens": int(usage["completion_tokens"]),
         }
     except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
-        raise ValueError(f"the server's response is not a chat completion ({error!r}): {body[:200]!r}") from error
+        raise ValueError(f"the server's answer is not a chat completion ({error!r}): {body[:200]!r}") from error
     if not line["answer"].strip():
-        raise ValueError(f"the server's response holds no text: {body[:200]!r}")
+        raise ValueError(f"the server's answer holds no text: {body[:200]!r}")
     return line
 
 
