@@ -152,7 +152,7 @@ def test_server_that_is_gone_stops_the_judge(failure, tmp_path):
 
     with chat_server(reply) as server:
         judge = judge_of(server, tmp_path, retries=0, concurrency=1)
-        with pytest.raises(ChatStopped, match="left 10 requests in a row without an answer, each sent 1 times: "):
+        with pytest.raises(ChatStopped, match="did not answer 10 requests in a row, each sent 1 times: "):
             ask(judge, *map(str, range(40)))
         assert 15 <= len(server.requests) <= 17  # requests in progress are not cancelled
         verdicts = ask(judge_of(server, tmp_path, retries=0, concurrency=1), *map(str, range(10)))

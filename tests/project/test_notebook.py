@@ -1,7 +1,5 @@
 """`notebooks/quickstart.ipynb`: committed with its outputs, and each cell still works."""
 
-import shutil
-import subprocess
 
 import nbformat
 import pytest
