@@ -1,6 +1,5 @@
 """`notebooks/quickstart.ipynb`: committed with its outputs, and each cell still works."""
 
-
 import nbformat
 import pytest
 from nbclient import NotebookClient
