@@ -1,10 +1,10 @@
-"""The forward pass of SQ-LLaVA and LLaVA from the formulas, on the original files with the original names.
+"""The forward pass of SQ-LLaVA and LLaVA written from the formulas. It reads the original files and names.
 
     reference = read_reference(folder, base=base, vision=tower)
     logits = reference.logits(input_ids, pixel_values, image_token_id)
 
-Nothing of `modeling_sq_llava.py` and no model class of transformers takes part: what a conversion gives is compared
-with this. LoRA is added on the fly, never merged. Float32, one sequence at a time, no cache: plain on purpose.
+It uses no code of `modeling_sq_llava.py` and no model class of transformers, so conversions can be compared with it.
+LoRA is added to outputs and never merged. It is simple on purpose: float32, one sequence at a time, no cache.
 """
 
 import json
@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 @dataclass
 class Lora:
-    """`x A^T B^T * scale` for each module that has matrices; names as in the weights that it is added to."""
+    """Adds `x A^T B^T * scale` to each module with matrices A and B. Names are those of the module's own weights."""
 
     weights: dict[str, torch.Tensor]
     scale: float
@@ -27,7 +27,7 @@ class Lora:
 
 @dataclass
 class Part:
-    """Weights of one tower, by the names inside of it, with its configuration."""
+    """Weights of one part of the model, by their names inside this part, with its configuration."""
 
     weights: dict[str, torch.Tensor]
     config: dict
@@ -57,7 +57,7 @@ def quick_gelu(inputs: torch.Tensor) -> torch.Tensor:
 
 
 def attention(query, key, value, causal: bool) -> torch.Tensor:
-    """`[..., heads, length, size]`."""
+    """All tensors are `[..., heads, length, size]`."""
     scores = query @ key.mT / math.sqrt(query.shape[-1])
     if causal:
         future = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1)
@@ -91,7 +91,7 @@ def vision_features(tower: Part, pixel_values: torch.Tensor, layer: int = -2) ->
 
 
 def cluster(projector: Part, features: torch.Tensor) -> torch.Tensor:
-    """The released extractor, in its `[B, K, N, D]` form."""
+    """The released extractor, in the form that builds `[B, K, N, D]`."""
 
     def pool(tokens):
         return F.adaptive_avg_pool1d(tokens.mT, projector.config["num_latents"]).mT
@@ -115,7 +115,7 @@ def cluster(projector: Part, features: torch.Tensor) -> torch.Tensor:
 
 
 def image_tokens(projector: Part, features: torch.Tensor) -> torch.Tensor:
-    """Extractor and MLP, of the kind that `mm_projector_type` names: `[B, N, D]` to `[B, N, H]`."""
+    """Extractor and MLP as named by `mm_projector_type`: `[B, N, D]` to `[B, N, H]`."""
     kind = projector.config["mm_projector_type"]
     if kind == "linear":
         return features @ projector.weights["weight"].T + projector.weights["bias"]
@@ -126,7 +126,7 @@ def image_tokens(projector: Part, features: torch.Tensor) -> torch.Tensor:
 
 
 def rotate(inputs: torch.Tensor, theta: float) -> torch.Tensor:
-    """Rotary positions of `[heads, length, size]`: the first half of the channels is paired with the second."""
+    """Rotary positions for `[heads, length, size]`. The first half of the channels is paired with the second."""
     length, size = inputs.shape[-2:]
     angles = torch.arange(length)[:, None] * theta ** -(torch.arange(0, size, 2) / size)
     first, second = inputs.chunk(2, -1)
@@ -157,7 +157,7 @@ def language_logits(llm: Part, states: torch.Tensor) -> torch.Tensor:
 
 @dataclass
 class Reference:
-    """A whole model, in parts."""
+    """A complete model in three parts."""
 
     vision: Part
     projector: Part
@@ -184,7 +184,7 @@ class Reference:
 
 
 def read_weights(path: Path) -> dict[str, torch.Tensor]:
-    """All weights of a file, or of the whole model in a folder."""
+    """All weights of a file, or of the model in a folder."""
     files = [path] if path.is_file() else sorted([*path.glob("model*.safetensors"), *path.glob("pytorch_model*.bin")])
     weights = {}
     for file in files:
@@ -193,7 +193,7 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
 
 
 def take(weights: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
-    """The weights whose names begin with `prefix`, under the names behind it."""
+    """The weights whose names begin with `prefix`, by the rest of their names."""
     return {name[len(prefix) :]: tensor.float() for name, tensor in weights.items() if name.startswith(prefix)}
 
 
@@ -215,9 +215,9 @@ def _clip(folder: Path) -> Part:
 def read_reference(source: Path, base: Path | None = None, vision: Path | None = None) -> Reference:
     """
     Args:
-        source: A folder that `tests/released.py` wrote: whole, LoRA, `mm_projector.bin`, or `llava-hf`.
-        base: The language model of a LoRA or of a projector alone.
-        vision: The folder of CLIP; always needed but for `llava-hf`, as it holds the tower's configuration.
+        source: A folder from `tests/released.py`: complete, LoRA, `mm_projector.bin`, or `llava-hf`.
+        base: The language model of a LoRA or of a projector.
+        vision: The folder of CLIP, which holds the tower's configuration. Only `llava-hf` does not need it.
     """
     config = _read_json(source / "config.json")
     if "text_config" in config:
