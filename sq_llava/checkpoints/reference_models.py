@@ -252,18 +252,23 @@ def _run_connector(
         if states is None:
             image_tokens.append(None)
             continue
-        if "sim_alpha" in weights:
-            states = cluster(weights, states, layout.num_prototypes).to(states.dtype)
-            found["prototype extractor"] = states
-            hidden = _linear(weights, "mlp.0", states)
-            states = _linear(weights, "mlp.2", hidden * torch.sigmoid(1.702 * hidden))
-        elif "weight" in weights:
-            states = F.linear(states, weights["weight"], weights["bias"])
-        else:
-            states = _linear(weights, "2", F.gelu(_linear(weights, "0", states)))
-        found["projector"] = states
-        image_tokens.append(states)
+        found |= run_projector(weights, states, layout.num_prototypes)
+        image_tokens.append(found["projector"])
     return image_tokens
+
+
+def run_projector(
+    weights: dict[str, torch.Tensor], states: torch.Tensor, num_prototypes: int
+) -> dict[str, torch.Tensor]:
+    """The outputs of the authors' projector of any type, by name. `"projector"` is the last."""
+    if "sim_alpha" in weights:
+        enriched = cluster(weights, states, num_prototypes).to(states.dtype)
+        hidden = _linear(weights, "mlp.0", enriched)
+        tokens = _linear(weights, "mlp.2", hidden * torch.sigmoid(1.702 * hidden))
+        return {"prototype extractor": enriched, "projector": tokens}
+    if "weight" in weights:
+        return {"projector": F.linear(states, weights["weight"], weights["bias"])}
+    return {"projector": _linear(weights, "2", F.gelu(_linear(weights, "0", states)))}
 
 
 def _linear(weights: dict[str, torch.Tensor], name: str, inputs: torch.Tensor) -> torch.Tensor:
