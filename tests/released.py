@@ -296,18 +296,14 @@ def write_sq_llava_lora(
         differing: Whether the two places hold different values.
         changes: Fields of `config.json`.
     """
-    folder.mkdir(parents=True)
-    weights = lora_weights("base_model.model.model", TEXT_LINEARS, TEXT, rank, seed)
+    write_llava_lora(folder, base, vision, "cluster", rank, alpha, seed, **changes)
+    if use_rslora:
+        edit_json(folder / "adapter_config.json", use_rslora=True)
     tower = ("encoder", VISION_LINEARS, VISION, vision_rank)
-    vision_weights_inside = lora_weights(*tower, seed + 1, zero_vision_b)
     if vision_lora in ("inside", "both"):
         prefix = "base_model.model.model.vision_tower.vision_tower.vision_model."
-        weights |= prefixed(prefix, vision_weights_inside)
-    adapter = _lora_config(rank, alpha, base, TEXT_LINEARS, 0.05, "CAUSAL_LM")
-    if use_rslora:
-        adapter["use_rslora"] = True
-    torch.save(weights, folder / "adapter_model.bin")
-    _write_json(folder / "adapter_config.json", adapter)
+        inside = prefixed(prefix, lora_weights(*tower, seed + 1, zero_vision_b))
+        edit_weights(folder / "adapter_model.bin", lambda weights: weights.update(inside))
     if vision_lora in ("folder", "both"):
         vit_lora = folder / "Vit-lora"
         vit_lora.mkdir()
@@ -318,9 +314,6 @@ def write_sq_llava_lora(
             vit_lora / "adapter_config.json",
             _lora_config(vision_rank, vision_alpha, vision, VISION_LINEARS, 0.2, None),
         )
-    projector = prefixed("base_model.model.model.mm_projector.", projector_weights("cluster", seed + 3))
-    torch.save(projector, folder / "non_lora_trainables.bin")
-    _write_json(folder / "config.json", _llava_config("cluster", vision, _name_or_path=str(base), **changes))
     return folder
 
 

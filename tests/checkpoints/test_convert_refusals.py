@@ -109,7 +109,7 @@ def test_fault_of_a_complete_checkpoint_is_named_and_nothing_written(llava, faul
     assert_refused(llava, *WHOLE_FAULTS[fault])
 
 
-def test_cut_off_safetensors_are_named(llava_hf):
+def test_truncated_safetensors_are_named(llava_hf):
     name = "model-00002-of-00003.safetensors"
     assert_refused(llava_hf, lambda s: cut_off(s / name), f"{name} is damaged or cut off")
 

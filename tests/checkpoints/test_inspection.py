@@ -67,7 +67,7 @@ def test_plain_checkpoint_is_recognised_complete_and_counted(plain):
     assert len(list(plain.glob("model-*.safetensors"))) > 2
 
 
-def test_changed_code_is_told_from_the_library_s(copy):
+def test_changed_code_is_reported(copy):
     with (copy / "modeling_sq_llava.py").open("a") as file:
         file.write("# changed\n")
     code = inspect(copy).code
@@ -183,7 +183,7 @@ def test_output_of_a_stage_shows_its_lora_its_base_and_its_checkpoints(run_folde
     assert set(inspection.checkpoints.values()) == {"complete"}
 
 
-def test_half_written_checkpoint_of_a_run_is_told_from_complete_ones(run_folder, tmp_path):
+def test_incomplete_checkpoint_of_a_run_is_reported(run_folder, tmp_path):
     copy = Path(shutil.copytree(run_folder, tmp_path / "run"))
     (copy / "checkpoint-2" / "optimizer.pt").unlink()
     checkpoints = inspect(copy).checkpoints

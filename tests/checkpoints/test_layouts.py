@@ -126,7 +126,7 @@ def test_adapter_of_another_model_is_refused(parts, tmp_path):
         recognise(source / "Vit-lora")
 
 
-def test_safetensors_go_before_pickles(tmp_path):
+def test_safetensors_are_preferred_to_pickles(tmp_path):
     (tmp_path / "pytorch_model.bin").touch()
     assert names(find_weight_files(tmp_path)) == ["pytorch_model.bin"]
     (tmp_path / "model.safetensors").touch()
