@@ -71,6 +71,7 @@ def render_card(
     has_extractor = (
         "prototype_extractor" in adapter["modules_to_save"] if adapter else config["prototype_variant"] != "none"
     )
+    towers = {name: config.get(f"{name}_config", {}).get("_name_or_path") for name in ("vision", "text")}
     return ModelCard.from_template(
         _metadata(adapter, config, provenance, license, languages, example_url),
         template_str=TEMPLATE,
@@ -80,7 +81,7 @@ def render_card(
         pin=f',\n    revision="{revision}"' if revision else "",
         adapter=adapter,
         config=config,
-        towers={name: _tower_name(config.get(f"{name}_config", {})) for name in ("vision", "text")},
+        towers={name: public_name(path) if path else "unknown" for name, path in towers.items()},
         vusr_marker=processor["vusr_marker"],
         has_extractor=has_extractor,
         asks=_is_trained_to_ask(provenance, has_extractor),
@@ -224,8 +225,3 @@ def _base_models(config: dict, provenance: dict) -> list[str]:
     if "converted_from" in provenance and is_hub_id(provenance["converted_from"]):
         return [provenance["converted_from"]]
     return [config[tower].get("_name_or_path", "") for tower in ("vision_config", "text_config")]
-
-
-def _tower_name(config: dict) -> str:
-    name = config.get("_name_or_path")
-    return public_name(name) if name else "unknown"

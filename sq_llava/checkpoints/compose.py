@@ -42,6 +42,22 @@ def stop_token_ids(own: int | list[int] | None, processor: SQLlavaProcessor) -> 
     return ids[0] if len(ids) == 1 else ids
 
 
+def set_special_tokens(
+    model: SQLlavaForConditionalGeneration, processor: SQLlavaProcessor, own: int | list[int] | None
+) -> None:
+    """Writes the tokens of begin, stop and padding into the generation config; `own` as in [`stop_token_ids`]."""
+    model.generation_config.update(
+        bos_token_id=processor.tokenizer.bos_token_id,
+        eos_token_id=stop_token_ids(own, processor),
+        pad_token_id=processor.tokenizer.pad_token_id,
+    )
+
+
+def padded_size(num_tokens: int) -> int:
+    """The size of a vocabulary for this number of tokens."""
+    return -(-num_tokens // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
+
+
 def _vision_config(vision_model: str) -> PreTrainedConfig:
     config = AutoConfig.from_pretrained(vision_model)
     config = getattr(config, "vision_config", config)
@@ -121,8 +137,7 @@ def compose_config(
     """
     text_config = text_config_of(text_model)
     image_token_id = text_config.vocab_size
-    grown = image_token_id + len(NEW_TOKENS)
-    text_config.vocab_size = -(-grown // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
+    text_config.vocab_size = padded_size(image_token_id + len(NEW_TOKENS))
     return SQLlavaConfig(
         vision_config=_vision_config(vision_model),
         text_config=text_config,
@@ -192,11 +207,7 @@ def compose(
         config, dtype=whole.dtype, attn_implementation=attn_implementation
     )
     _copy_weights(model, vision_model, whole, qformer_model)
-    model.generation_config.update(
-        bos_token_id=processor.tokenizer.bos_token_id,
-        eos_token_id=stop_token_ids(whole.generation_config.eos_token_id, processor),
-        pad_token_id=processor.tokenizer.pad_token_id,
-    )
+    set_special_tokens(model, processor, whole.generation_config.eos_token_id)
     return model, processor
 
 

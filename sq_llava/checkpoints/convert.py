@@ -32,7 +32,7 @@ from configuration_sq_llava import SQLlavaConfig
 from modeling_sq_llava import PROTOTYPE_EXTRACTORS, SQLlavaForConditionalGeneration
 from processing_sq_llava import SYSTEM_MESSAGE, VUSR_TOKEN, SQLlavaProcessor
 from sq_llava.checkpoints.card import write_card
-from sq_llava.checkpoints.compose import NEW_TOKENS, VOCABULARY_MULTIPLE, stop_token_ids
+from sq_llava.checkpoints.compose import NEW_TOKENS, padded_size, set_special_tokens
 from sq_llava.checkpoints.layouts import NAMES, Layout, is_original
 from sq_llava.checkpoints.provenance import public_name, write_provenance
 from sq_llava.checkpoints.weight_files import TORCH_NAMES, read_json, read_json_if_there
@@ -118,7 +118,9 @@ def plan(
     if EMBEDDINGS not in sources.weights:
         raise ValueError(f"{layout.text_folder} holds no embeddings of a language model. Is it complete?")
     embeddings = sources.weights[EMBEDDINGS].source
-    torch_dtype = _dtype(TORCH_NAMES.get(embeddings.dtype, embeddings.dtype) if dtype == "auto" else dtype)
+    dtype_name = TORCH_NAMES.get(embeddings.dtype, embeddings.dtype) if dtype == "auto" else dtype
+    if dtype_name not in DTYPES:
+        raise ValueError(f"The weights cannot be stored as {dtype_name!r}. Give --dtype {', '.join(DTYPES)}.")
 
     text_config, vision_config = _text_config(layout), _vision_config(layout)
     notes = [*_notes_on_tower(layout), *_notes_on_inputs(layout)]
@@ -126,7 +128,7 @@ def plan(
     config = SQLlavaConfig(vision_config=vision_config, text_config=text_config, **architecture)
     processor = _processor(layout, config, prototypes is not None)
     _set_vocabulary(config, processor, embeddings.shape[0], notes)
-    model = _empty_model(config, torch_dtype)
+    model = _empty_model(config, DTYPES[dtype_name])
     if prototypes is not None:
         _add_new_extractor(model, sources, prototypes, notes)
     targets = model.state_dict()
@@ -136,7 +138,10 @@ def plan(
     split = split_torch_state_dict_into_shards(targets, max_shard_size=max_shard_size)
     size = split.metadata["total_size"]
     _require_space(out, size)
-    _set_generation(model, processor, layout)
+    # Greedy generation. The source's temperature is left out: transformers warns of it without sampling.
+    model.generation_config.do_sample = False
+    settings = read_json_if_there(layout.text_folder / "generation_config.json") or {}
+    set_special_tokens(model, processor, settings.get("eos_token_id"))
     return Conversion(layout, out, model, processor, sources, split.filename_to_tensors, size, notes)
 
 
@@ -210,18 +215,17 @@ def _require_vicuna_prompts(layout: Layout) -> None:
     )
 
 
-def _dtype(name: str) -> torch.dtype:
-    if name not in DTYPES:
-        raise ValueError(f"The weights cannot be stored as {name!r}. Give --dtype {', '.join(DTYPES)}.")
-    return DTYPES[name]
-
-
 def _text_config(layout: Layout) -> PreTrainedConfig:
     if layout.kind == "llava_hf":
         return AutoConfig.from_pretrained(layout.path, trust_remote_code=False).text_config
     folder = layout.text_folder
     fields = read_json(folder / "config.json")
-    text_config = _original_text_config(folder, fields) if is_original(fields) else _plain_config(folder, fields)
+    if is_original(fields):
+        text_config = _original_text_config(folder, fields)
+    elif "text_config" in fields:
+        raise ValueError(f"{folder} is a {fields.get('model_type')}. Give a plain language model as --base.")
+    else:
+        text_config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     text_config.name_or_path = public_name(layout.base_name) if layout.base_name else ""
     return text_config
 
@@ -236,12 +240,6 @@ def _original_text_config(folder: Path, fields: dict) -> PreTrainedConfig:
     known = {*config_class().to_dict(), "rope_theta", "rope_scaling"}
     known -= {"model_type", "architectures", "dtype", "transformers_version"}
     return config_class(**{name: value for name, value in fields.items() if name in known})
-
-
-def _plain_config(folder: Path, fields: dict) -> PreTrainedConfig:
-    if "text_config" in fields:
-        raise ValueError(f"{folder} is a {fields.get('model_type')}. Give a plain language model as --base.")
-    return AutoConfig.from_pretrained(folder, trust_remote_code=False)
 
 
 def _vision_config(layout: Layout) -> PreTrainedConfig:
@@ -361,7 +359,7 @@ def _set_vocabulary(config: SQLlavaConfig, processor: SQLlavaProcessor, rows: in
     num_tokens = len(tokenizer)
     config.text_config.vocab_size = rows
     if num_tokens > rows:
-        config.text_config.vocab_size = -(-num_tokens // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
+        config.text_config.vocab_size = padded_size(num_tokens)
         added = [token for token in NEW_TOKENS if rows <= tokenizer.get_vocab().get(token, -1)]
         notes.append(
             f"The vocabulary grows from {rows} to {config.text_config.vocab_size} rows for {', '.join(added)} and "
@@ -394,21 +392,6 @@ def _add_new_extractor(
     notes.append(f"The prototype extractor ({variant}) is new and untrained. Train the model before you use it.")
 
 
-def _set_generation(model: SQLlavaForConditionalGeneration, processor: SQLlavaProcessor, layout: Layout) -> None:
-    """
-    Generation is greedy and stops at the source's stop tokens and at the delimiter. The source's temperature is left
-    out: transformers warns of it without sampling.
-    """
-    settings = read_json_if_there(layout.text_folder / "generation_config.json") or {}
-    tokenizer = processor.tokenizer
-    model.generation_config.update(
-        do_sample=False,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=stop_token_ids(settings.get("eos_token_id"), processor),
-        pad_token_id=tokenizer.pad_token_id,
-    )
-
-
 def _require_space(out: Path, size: int) -> None:
     folder = out
     while not folder.is_dir():
@@ -434,14 +417,6 @@ def describe(conversion: Conversion) -> Iterator[str]:
         f"of {str(config.dtype).removeprefix('torch.')}; prototypes: {config.prototype_variant}; "
         f"question marker: {conversion.processor.vusr_marker}"
     )
-
-
-def _provenance(conversion: Conversion) -> dict:
-    layout, variant = conversion.layout, conversion.model.config.prototype_variant
-    provenance = {"converted_from": public_name(str(layout.path)), "converted_kind": NAMES[layout.kind]}
-    if variant != "none" and layout.projector_type != "cluster":
-        provenance["new_extractor"] = variant
-    return provenance
 
 
 def write(conversion: Conversion, progress) -> None:
@@ -470,7 +445,11 @@ def write(conversion: Conversion, progress) -> None:
     model.config.save_pretrained(folder)
     model.generation_config.save_pretrained(folder)
     conversion.processor.save_pretrained(folder)
-    write_provenance(folder, _provenance(conversion))
+    layout, variant = conversion.layout, model.config.prototype_variant
+    provenance = {"converted_from": public_name(str(layout.path)), "converted_kind": NAMES[layout.kind]}
+    if variant != "none" and layout.projector_type != "cluster":
+        provenance["new_extractor"] = variant
+    write_provenance(folder, provenance)
     write_card(folder)
     _sync(folder)
     if out.is_dir():

@@ -100,10 +100,23 @@ def run_original(layout: Layout, prompts: list[Prompt], precision: Precision) ->
     """
     if layout.kind == "llava_hf":
         return _run_llava(layout, prompts, precision)
-    stages = [{} for _ in prompts]
-    features = _run_tower(layout, prompts, stages, precision)
-    image_tokens = _run_connector(layout, features, stages, precision)
-    _run_language_model(layout, prompts, image_tokens, stages, precision)
+    tower, model = _original_tower(layout, precision), _original_language_model(layout, precision)
+    # A base that is a LLaVA has a projector, too; the trained one replaces it.
+    weights = read_weights(layout.weight_files, "mm_projector.") or read_weights(layout.base_files, "mm_projector.")
+    weights = {name: precision.round(tensor) for name, tensor in weights.items()}
+    stages = []
+    for prompt in prompts:
+        found = {}
+        placeholders = prompt.input_ids == prompt.image_token_id
+        embeddings = model.get_input_embeddings()(prompt.input_ids.masked_fill(placeholders, 0))
+        if prompt.num_images:
+            hidden_states = tower(prompt.pixel_values.to(precision.compute), output_hidden_states=True).hidden_states
+            features = _keep_vision_states(found, hidden_states, layout.feature_layer)
+            features = features if layout.feature_select == "cls_patch" else features[:, 1:]
+            found |= run_projector(weights, features, layout.num_prototypes)
+            embeddings[placeholders] = found["projector"].flatten(0, 1)
+        keep_language_states(found, model(inputs_embeds=embeddings, output_hidden_states=True, use_cache=False))
+        stages.append(found)
     return stages
 
 
@@ -178,21 +191,6 @@ def _require_complete(path: Path, report: dict) -> None:
         )
 
 
-def _run_tower(
-    layout: Layout, prompts: list[Prompt], stages: list[dict], precision: Precision
-) -> list[torch.Tensor | None]:
-    tower = _original_tower(layout, precision)
-    features = []
-    for prompt, found in zip(prompts, stages):
-        if not prompt.num_images:
-            features.append(None)
-            continue
-        hidden_states = tower(prompt.pixel_values.to(precision.compute), output_hidden_states=True).hidden_states
-        states = _keep_vision_states(found, hidden_states, layout.feature_layer)
-        features.append(states if layout.feature_select == "cls_patch" else states[:, 1:])
-    return features
-
-
 def _original_tower(layout: Layout, precision: Precision) -> nn.Module:
     if layout.vision is None:
         raise ValueError(f"{layout.path} needs the vision tower {layout.vision_name}. Give its folder as --vision.")
@@ -241,22 +239,6 @@ def _with_lora(model: PreTrainedModel, folder: Path, in_tower: bool) -> nn.Modul
     return peft_model
 
 
-def _run_connector(
-    layout: Layout, features: list[torch.Tensor | None], stages: list[dict], precision: Precision
-) -> list[torch.Tensor | None]:
-    # A base that is a LLaVA has a projector, too; the trained one replaces it.
-    weights = read_weights(layout.weight_files, "mm_projector.") or read_weights(layout.base_files, "mm_projector.")
-    weights = {name: precision.round(tensor) for name, tensor in weights.items()}
-    image_tokens = []
-    for states, found in zip(features, stages):
-        if states is None:
-            image_tokens.append(None)
-            continue
-        found |= run_projector(weights, states, layout.num_prototypes)
-        image_tokens.append(found["projector"])
-    return image_tokens
-
-
 def run_projector(
     weights: dict[str, torch.Tensor], states: torch.Tensor, num_prototypes: int
 ) -> dict[str, torch.Tensor]:
@@ -302,23 +284,6 @@ def cluster(weights: dict[str, torch.Tensor], features: torch.Tensor, num_protot
         gathered = ((feature[:, None] * weight).sum(2) + feature_centers) / (mask.sum(-1, keepdim=True) + 1)
         enriched.append(tokens + (gathered[:, :, None] * weight).sum(1))
     return torch.cat(enriched)
-
-
-def _run_language_model(
-    layout: Layout,
-    prompts: list[Prompt],
-    image_tokens: list[torch.Tensor | None],
-    stages: list[dict],
-    precision: Precision,
-) -> None:
-    model = _original_language_model(layout, precision)
-    for prompt, tokens, found in zip(prompts, image_tokens, stages):
-        placeholders = prompt.input_ids == prompt.image_token_id
-        embeddings = model.get_input_embeddings()(prompt.input_ids.masked_fill(placeholders, 0))
-        if tokens is not None:
-            embeddings[placeholders] = tokens.flatten(0, 1)
-        outputs = model(inputs_embeds=embeddings, output_hidden_states=True, use_cache=False)
-        keep_language_states(found, outputs)
 
 
 def _original_language_model(layout: Layout, precision: Precision) -> nn.Module:

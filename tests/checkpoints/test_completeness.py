@@ -30,25 +30,20 @@ def run_folder(whole, tmp_path) -> Path:
     return Path(shutil.copytree(whole, tmp_path / "copy"))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("file", ["adapter_model.safetensors", "optimizer.pt", "rng_state.pth", "tokenizer.json"])
+LAST_FILES = ("trainer_state.json", "run.json")
+
+
+@pytest.mark.parametrize(
+    "file", ["adapter_model.safetensors", "optimizer.pt", "rng_state.pth", "tokenizer.json", *LAST_FILES]
+)
 def test_missing_or_truncated_file_of_a_checkpoint_is_found(run_folder, file):
     checkpoint = run_folder / "checkpoint-9"
     assert checkpoint_faults(checkpoint) == []
     size = (checkpoint / file).stat().st_size
-    os.truncate(checkpoint / file, size - 1)
-    assert checkpoint_faults(checkpoint) == [f"{file} has {size - 1} bytes of {size}"]
-    (checkpoint / file).unlink()
-    assert checkpoint_faults(checkpoint) == [f"{file} is missing"]
-    assert find_checkpoint(str(run_folder), resume=True, given=None) == str(run_folder / "checkpoint-8")
-
-
-@pytest.mark.parametrize("file", ["trainer_state.json", "run.json"])
-def test_missing_or_truncated_last_file_of_a_checkpoint_is_found(run_folder, file):
-    checkpoint = run_folder / "checkpoint-9"
-    for size in ((checkpoint / file).stat().st_size - 2, 0):
-        os.truncate(checkpoint / file, size)
-        assert checkpoint_faults(checkpoint) == [f"{file} is cut off"]
+    for left in (size - 2, 0):
+        os.truncate(checkpoint / file, left)
+        fault = "is cut off" if file in LAST_FILES else f"has {left} bytes of {size}"
+        assert checkpoint_faults(checkpoint) == [f"{file} {fault}"]
     (checkpoint / file).unlink()
     assert checkpoint_faults(checkpoint) == [f"{file} is missing"]
     assert find_checkpoint(str(run_folder), resume=True, given=None) == str(run_folder / "checkpoint-8")
