@@ -204,7 +204,7 @@ def test_the_attention_that_is_asked_for_is_the_towers(attention, parts, monkeyp
 
 
 def test_a_qformer_of_another_kind_of_model_is_refused(parts):
-    with pytest.raises(ValueError, match="llama', a llama: give a BLIP-2 model"):
+    with pytest.raises(ValueError, match=r"llama', a llama\. Give a BLIP-2 model"):
         compose_config(str(parts / "blip2"), str(parts / "llama"), str(parts / "llama"), prototype_variant="none")
 
 
