@@ -57,7 +57,7 @@ def test_result_has_the_logits_of_the_source(parts, tmp_path, name):
     asks = [1] if conversion.processor.vusr_token_id is None else []
     assert [row.num_images for row in verification.comparisons] == [1, 2, 0, *asks]
     for row in verification.comparisons:
-        assert row.relative_difference < 1e-5 and row.same_argmax == 1.0 and row.largest_logit > 1
+        assert row.relative_difference < 5e-5 and row.same_argmax == 1.0 and row.largest_logit > 1
 
 
 @pytest.mark.slow
