@@ -184,7 +184,7 @@ def test_the_vision_tower_uses_the_requested_attention(attention, folders, monke
 
 
 def test_a_qformer_of_another_kind_of_model_is_refused(folders):
-    with pytest.raises(ValueError, match="llama', a llama: give a BLIP-2 model"):
+    with pytest.raises(ValueError, match=r"llama', a llama\. Give a BLIP-2 model"):
         compose_config(*folders[:2], folders[1], **ARCHITECTURE)
 
 

@@ -79,8 +79,8 @@ def test_language_model_is_composed_saved_and_loaded_again(parts, tmp_path, kind
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (Qwen2_5_VLConfig(), "is a qwen2_5_vl, from which transformers loads no causal language model"),
-        (Gemma3nConfig(), "is a gemma3n that reads token ids in each of its layers"),
+        (Qwen2_5_VLConfig(), "is a qwen2_5_vl, which transformers cannot load as a causal language model"),
+        (Gemma3nConfig(), "is a gemma3n, whose layers read token ids"),
     ],
     ids=["no causal language model", "token ids in each layer"],
 )

@@ -26,8 +26,12 @@ DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs
 NOT_RUN = {
     r"\bmake ": "sets up an environment, or is this suite or the demo itself",
     r"\bpip install": "needs the package registry",
+    r"\borg/|\bopenai/|-7b\b|-13b\b": "needs the Hub, or weights of billions of parameters",
+    r"\bhf download": "needs the Hub",
+    r"gpt-4o": "needs a paid server",
+    r"\bsrun\b": "needs Slurm",
 }
-LANGUAGES = {"bash", "python", "json", "yaml", "text", "mermaid", "bibtex"}
+LANGUAGES = {"bash", "python", "json", "yaml", "text", "math", "mermaid", "bibtex"}
 PROGRAMS = {
     "python": "",
     "sq-llava": "-m sq_llava",
