@@ -158,9 +158,9 @@ def test_half_precision_base_gives_half_precision_files_and_checkpoints_of_full_
 @pytest.mark.parametrize(
     ("settings", "error"),
     [
-        ({"lora_r": 8}, "full_finetuning is true, with lora_r 8"),
-        ({"vision_lora_r": 4}, "full_finetuning is true, with vision_lora_r 4"),
-        ({"load_in_4bit": True, "dtype": "float32"}, "full_finetuning is true, with load_in_4bit True"),
+        ({"lora_r": 8}, "full_finetuning is true, together with lora_r 8"),
+        ({"vision_lora_r": 4}, "full_finetuning is true, together with vision_lora_r 4"),
+        ({"load_in_4bit": True, "dtype": "float32"}, "full_finetuning is true, together with load_in_4bit True"),
     ],
 )
 def test_an_adapter_beside_it_is_refused(settings, error, parts, tmp_path):

@@ -82,5 +82,5 @@ def test_asking_leaves_the_random_state_of_the_training_alone(parts):  # noqa: F
 
 
 def test_data_to_evaluate_on_without_a_time_for_it_is_refused(parts, tmp_path):  # noqa: F811
-    with pytest.raises(ValueError, match=r"num_eval_rows is 3.*to evaluate, give eval_strategy"):
+    with pytest.raises(ValueError, match=r"num_eval_rows is 3.*To evaluate, set eval_strategy"):
         train("align", parts, tmp_path, num_eval_rows=3)

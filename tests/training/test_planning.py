@@ -68,23 +68,20 @@ def test_global_batch_is_made_of_accumulated_ones(rows, size, processes, steps):
 
 
 def test_global_batch_that_cannot_be_made_is_refused_with_sizes_that_can():
-    with pytest.raises(
-        ValueError, match=r"24 rows at once.*per_device_train_batch_size of 1, 2 fits.*, 1, 3 processes"
-    ):
+    message = r"multiple of 24.*per_device_train_batch_size can be 1, 2\..*processes can be 1, 3\."
+    with pytest.raises(ValueError, match=message):
         accumulation_steps(12, 4, 6)
-    with pytest.raises(ValueError, match="per_device_train_batch_size of no number fits"):
+    with pytest.raises(ValueError, match="per_device_train_batch_size can be no number"):
         accumulation_steps(16, 1, 3)
 
 
 def test_global_batch_and_accumulation_exclude_each_other(parts, tmp_path):
-    with pytest.raises(
-        ValueError, match="global_batch_size is 8 and gradient_accumulation_steps 2: the latter follows"
-    ):
+    with pytest.raises(ValueError, match=r"global_batch_size is 8 and gradient_accumulation_steps is 2\."):
         run(parts, tmp_path, global_batch_size=8, gradient_accumulation_steps=2)
 
 
 def test_number_of_gpus_belongs_to_a_plan(parts, tmp_path):
-    with pytest.raises(ValueError, match="num_gpus is 8: it is for --dry_run meta"):
+    with pytest.raises(ValueError, match="num_gpus is 8, which only works with --dry_run meta"):
         run(parts, tmp_path, num_gpus=8)
 
 
@@ -97,8 +94,8 @@ def test_planned_steps_are_those_of_the_run(settings, parts, tmp_path, capsys):
     rows = trainer.args.per_device_train_batch_size * trainer.args.gradient_accumulation_steps
     assert rows == settings.get("global_batch_size", 2)
     steps = trainer.state.max_steps
-    assert f"{rows} a step" in line and f" {steps} steps are {trainer.state.epoch:.2f} epochs" in line
-    assert f"{trainer.args.get_warmup_steps(steps)} of them are warm-up" in line
+    assert f"{rows} per step" in line and f" {steps} steps, {trainer.state.epoch:.2f} epochs" in line
+    assert f"{trainer.args.get_warmup_steps(steps)} of them are warmup" in line
 
 
 @pytest.mark.slow
@@ -192,7 +189,7 @@ def test_sharding_divides_what_it_says(tmp_path):
 def test_unknown_optimizer_is_refused(tmp_path):
     model = add_adapter(tiny.tiny_model(), LoraSize(4, 8, 0.0), LoraSize(0, 8, 0.0), train_vusr=False)
     args = SFTConfig(output_dir=str(tmp_path), bf16=False, use_cpu=True, optim="adafactor")
-    with pytest.raises(ValueError, match="optim is adafactor: the estimate knows adamw_torch"):
+    with pytest.raises(ValueError, match="optim is adafactor, .* supports adamw_torch"):
         estimate_memory(model, Batch(1, 50, 1), args)
 
 
@@ -204,20 +201,20 @@ def test_dry_run_takes_the_longest_rows_and_leaves_nothing(parts, tmp_path, caps
     tokens = trainer.data_collator([trainer.train_dataset[0]])["input_ids"].shape[1]
     output = " ".join(capsys.readouterr().out.split())
     assert f"2 rows of {tokens} tokens" in output and "Measured in one step on the longest rows:" in output
-    assert "10 rows, 4 a step" in output
+    assert "10 rows, 4 per step" in output
     assert not list(tmp_path.rglob("*.*"))
 
 
 def test_plan_without_data_says_that_steps_are_not_known(parts, tmp_path, capsys):
     run(parts, tmp_path, dry_run="meta", dataset_path=tmp_path / "missing.json", num_gpus=8)
     output = capsys.readouterr().out
-    assert "Steps: not known without the data." in output and "missing.json" in output
+    assert "Steps: unknown without the data." in output and "missing.json" in output
 
 
 def test_plan_of_a_stage_without_its_beginning_says_what_to_give(parts, tmp_path):
     arguments = {**SETTINGS, "stage": "instruct", "dataset_path": parts / "rows.json", "output_dir": tmp_path}
     arguments |= {"model_name_or_path": tmp_path / "stage1", "dry_run": "meta"}
-    with pytest.raises(ValueError, match=r"stage1: no such folder.* give vision_model_name_or_path"):
+    with pytest.raises(ValueError, match=r"stage1: no such folder.* add vision_model_name_or_path"):
         train_sft.main([text for name, value in arguments.items() for text in (f"--{name}", str(value))])
 
 

@@ -162,7 +162,7 @@ def test_recipe_states_the_memory_that_the_dry_run_estimates(recipe, big_configs
         "--config", str(RECIPES / recipe), "--dry_run", "meta", "--num_gpus", str(num_gpus), "--use_cpu", "true",
         *(text for item in parts.items() for text in (f"--{item[0]}", item[1])),
     ])  # fmt: skip
-    total = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("│ all "))
+    total = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("│ total "))
     sizes = re.compile(r"\d+\.\d GiB")
     assert sizes.findall(total) == sizes.findall(header)
 
@@ -229,7 +229,7 @@ def zero_config(stage: int, monkeypatch) -> dict:
 
 def test_zero3_refuses_a_model_from_parts(parts, tmp_path, monkeypatch):
     monkeypatch.setattr(base, "is_deepspeed_zero3_enabled", lambda: True)
-    with pytest.raises(ValueError, match="give its folder as model_name_or_path"):
+    with pytest.raises(ValueError, match="set model_name_or_path to its folder"):
         run_twin(Path("sq-llava-7b/stage1.yaml"), parts, tmp_path)
 
 

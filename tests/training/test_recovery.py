@@ -55,12 +55,12 @@ def test_run_killed_in_its_base_a_step_and_a_save_equals_the_uninterrupted_one(p
     output_dir, log = tmp_path / "run", tmp_path / "log"
     resumed = arguments(parts, output_dir, resume=True)
     assert run(resumed, log, (kill_in_base,)) == [-signal.SIGKILL]
-    assert "holds no complete checkpoint; training starts over" in log.read_text()
+    assert "contains no complete checkpoint. Training starts from the beginning." in log.read_text()
     assert run(resumed, log, (in_step, 6, die)) == [-signal.SIGKILL]
     assert steps_saved(output_dir) == [2, 4]
     assert run(resumed, log, (kill_in_state_file,)) == [-signal.SIGKILL]
     assert run(resumed, log, (kill_at_the_end,)) == [-signal.SIGKILL]
-    assert "checkpoint-6 is half-written (trainer_state.json is cut off) and skipped" in log.read_text()
+    assert "checkpoint-6 is half-written (trainer_state.json is cut off) and is skipped" in log.read_text()
     assert run(resumed, log) == [0], log.read_text()[-3000:]
     assert_equal_runs(whole, output_dir)
 
@@ -170,8 +170,8 @@ def test_full_disk_leaves_the_last_checkpoint_and_a_clear_error(parts, whole, tm
     resumed = arguments(parts, output_dir, resume=True, save_total_limit=1)
     size = (whole / "checkpoint-9" / file).stat().st_size - 1
     assert run(resumed, log, (in_step, 4, limit_file_size, size)) == [1]
-    assert f"CheckpointError: {output_dir}/checkpoint-4 could not be written, with " in log.read_text()
-    assert "It was removed; checkpoint-2 is as it was. Free disk space, then resume with --resume." in log.read_text()
+    assert f"CheckpointError: {output_dir}/checkpoint-4 could not be written (" in log.read_text()
+    assert "It was removed; checkpoint-2 is unchanged. Free disk space, then resume with --resume." in log.read_text()
     assert [folder.name for folder in output_dir.glob("*checkpoint*")] == ["checkpoint-2"]
     assert run(resumed, log) == [0], log.read_text()[-3000:]
     assert_equal_runs(whole, output_dir)
@@ -184,7 +184,7 @@ def test_row_found_wrong_in_mid_run_loses_no_step(parts, whole, tmp_path):
     (done,) = steps_saved(output_dir)
     assert done > 2
     assert "ValueError: train.json, row 5: the image is broken." in log.read_text()
-    assert f"{done} steps were done. --resume continues from checkpoint-{done}." in log.read_text()
+    assert f"{done} steps were trained. --resume resumes from checkpoint-{done}." in log.read_text()
     assert run(resumed, log) == [0], log.read_text()[-3000:]
     assert_equal_runs(whole, output_dir)
 
@@ -221,7 +221,7 @@ def test_run_killed_at_random_moments_equals_the_uninterrupted_one(parts, tmp_pa
 
 @pytest.mark.parametrize(
     ("fault", "message"),
-    [(poison_row, "is not applied: its loss is nan"), (break_row, "train.json, row 5: the image is broken")],
+    [(poison_row, "was not applied: its loss is nan"), (break_row, "train.json, row 5: the image is broken")],
 )
 def test_fault_in_one_of_two_processes_ends_both_and_loses_no_checkpoint(parts, tmp_path, fault, message):
     settings = {"per_device_train_batch_size": 2, "save_steps": 1}
@@ -232,7 +232,7 @@ def test_fault_in_one_of_two_processes_ends_both_and_loses_no_checkpoint(parts, 
     assert 0 not in codes and -signal.SIGKILL not in codes
     assert message in log.read_text()
     newest = max(steps_saved(output_dir))
-    assert f"--resume continues from checkpoint-{newest}." in log.read_text()
+    assert f"--resume resumes from checkpoint-{newest}." in log.read_text()
     if fault is poison_row:
         assert all(f"Its batches on process {rank}, by row_id: rows" in log.read_text() for rank in (0, 1))
     assert run(resumed, log, processes=2) == [0, 0], log.read_text()[-3000:]

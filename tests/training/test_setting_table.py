@@ -76,7 +76,7 @@ def test_defaults_and_values_that_ask_for_what_is_done_are_taken(configs):
             "label_smoothing_factor is 0.1, which is not supported. It needs all logits",
         ),
         ({"completion_only_loss": False}, "completion_only_loss is False"),
-        ({"chat_template_path": "mine.jinja"}, "chat_template_path is 'mine.jinja'.*give prompt_layout"),
+        ({"chat_template_path": "mine.jinja"}, "chat_template_path is 'mine.jinja'.*set prompt_layout"),
         ({"hub_strategy": "checkpoint"}, "hub_strategy is 'checkpoint'.*sq-llava push"),
         ({"push_to_hub": True}, "push_to_hub is True.*sq-llava push OUTPUT_DIR ORG/NAME"),
         ({"lora_modules_to_save": "lm_head"}, "lora_modules_to_save is .'lm_head'.*full_finetuning"),

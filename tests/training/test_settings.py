@@ -120,8 +120,12 @@ def test_new_lora_of_each_initialisation_changes_no_logit(name):
 @pytest.mark.parametrize(
     ("size", "options", "message"),
     [
-        (LoraSize(4, 16, 0.0), LoraOptions(), "vision_lora_alpha is 16, but the stage that wrote .* had 8"),
-        (SIZE, LoraOptions(use_rslora=True), "use_rslora is True, but the stage .* had False.*Give use_rslora false"),
+        (LoraSize(4, 16, 0.0), LoraOptions(), "vision_lora_alpha is 16, but the stage that wrote .* used 8"),
+        (
+            SIZE,
+            LoraOptions(use_rslora=True),
+            "use_rslora is True, but the stage .* used False.*Set use_rslora to false",
+        ),
         (SIZE, LoraOptions(use_dora=True), "use_dora is True, but the stage"),
     ],
 )
@@ -141,7 +145,7 @@ def test_language_models_lora_that_would_be_scaled_otherwise_is_refused(tmp_path
 
 @pytest.mark.parametrize("name", ["lm_head", "multi_modal_projector", "fc1", "q_pro"])
 def test_lora_outside_of_the_language_models_layers_is_refused(name):
-    with pytest.raises(ValueError, match=f"holds {name}: .* down_proj, gate_proj, .* v_proj here"):
+    with pytest.raises(ValueError, match=f"contains {name}, but .* down_proj, gate_proj, .* v_proj"):
         add_adapter(tiny.tiny_model(), SIZE, SIZE, True, options=LoraOptions(("q_proj", name)))
 
 
@@ -169,12 +173,12 @@ def test_each_tower_has_its_own_dropout():
         ({"use_dora": True, "load_in_8bit": True}, "use_dora is True and load_in_8bit is set"),
         ({"bnb_4bit_quant_type": "fp4"}, "bnb_4bit_quant_type is 'fp4', but load_in_4bit is not set"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights is 'pissa': choose one of default, gaussian, orthogonal"),
-        ({"init_lora_weights": "orthogonal", "lora_r": 5}, "is 'orthogonal' and lora_r is 5: it needs even"),
-        ({"full_finetuning": True, "lora_r": 0, "vision_lora_r": 0, "use_peft": True}, "with use_peft True"),
-        ({"do_eval": True}, "to evaluate, give eval_strategy"),
+        ({"init_lora_weights": "orthogonal", "lora_r": 5}, "is 'orthogonal', but lora_r is 5. It needs even"),
+        ({"full_finetuning": True, "lora_r": 0, "vision_lora_r": 0, "use_peft": True}, "together with use_peft True"),
+        ({"do_eval": True}, "To evaluate, set eval_strategy"),
         ({"accelerator_config": '{"split_batches": true}'}, "accelerator_config has split_batches true"),
         ({"activation_offloading": True}, "activation_offloading is True, but the model is on the CPU"),
-        ({"train_sampling_strategy": "batch_rebalance"}, "'batch_rebalance': choose random"),
+        ({"train_sampling_strategy": "batch_rebalance"}, "'batch_rebalance', which is not supported. Choose random"),
         ({"packing": True, "pad_to_multiple_of": 64}, "packing is true and pad_to_multiple_of is '64'"),
     ],
 )
@@ -186,8 +190,8 @@ def test_setting_that_does_not_go_with_others_is_refused(parts, tmp_path, overri
 @pytest.mark.parametrize(
     ("entry", "message"),
     [
-        ("{path: x, weigth: 2}", "datasets, x: unknown key 'weigth'. The keys are path, image_root, .*weight"),
-        ("{weight: 2}", "datasets holds .'weight': 2.: an entry has a path"),
+        ("{path: x, weigth: 2}", "datasets, x: unknown key 'weigth'. Valid keys are path, image_root, .*weight"),
+        ("{weight: 2}", "datasets contains .'weight': 2.: each entry needs a path"),
     ],
 )
 def test_unknown_key_of_a_data_set_in_a_recipe_is_refused(tmp_path, entry, message):

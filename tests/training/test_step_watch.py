@@ -64,9 +64,9 @@ def test_step_whose_loss_is_nan_is_not_applied_and_its_rows_are_named(parts, two
     sound, batches = two_steps
     poison([next(row for row in batches[5] if row % 3)], "pixel_values", math.nan)
     named = rf"rows {batches[4][0]}, {batches[4][1]} \(loss \d.*; rows {batches[5][0]}, {batches[5][1]} \(loss nan\)"
-    with pytest.raises(ValueError, match=rf"Step 3 is not applied: its loss is nan\. .*{named}") as raised:
+    with pytest.raises(ValueError, match=rf"Step 3 was not applied: its loss is nan\. .*{named}") as raised:
         train(parts, tmp_path / "run", **ACCUMULATED, save_steps=100)
-    assert raised.value.__notes__ == ["2 steps were done. --resume continues from checkpoint-2."]
+    assert raised.value.__notes__ == ["2 steps were trained. --resume resumes from checkpoint-2."]
     assert_third_step_was_not_applied(sound, tmp_path / "run")
 
 
@@ -76,7 +76,7 @@ def test_step_without_a_label_is_not_applied_but_one_such_batch_is(parts, two_st
     trainer = train(parts, tmp_path / "one", **ACCUMULATED)
     assert trainer.state.global_step == 3
     poison(batches[5], "turn_kinds", 0)
-    with pytest.raises(ValueError, match=r"Step 3 is not applied: no token of it has a weight in the loss\."):
+    with pytest.raises(ValueError, match=r"Step 3 was not applied: none of its tokens has a weight in the loss\."):
         train(parts, tmp_path / "run", **ACCUMULATED)
     assert_third_step_was_not_applied(sound, tmp_path / "run")
 
@@ -91,13 +91,13 @@ def test_step_whose_gradient_is_not_finite_is_not_applied(parts, two_steps, tmp_
         return loss
 
     monkeypatch.setattr(SQLlavaTrainer, "training_step", training_step)
-    with pytest.raises(ValueError, match=r"Step 3 is not applied: the norm of its gradient is inf\."):
+    with pytest.raises(ValueError, match=r"Step 3 was not applied: its gradient norm is inf\."):
         train(parts, tmp_path / "run", **ACCUMULATED)
     assert_third_step_was_not_applied(two_steps[0], tmp_path / "run")
 
 
 def test_diverging_loss_stops_the_run(parts, two_steps, tmp_path):
-    with pytest.raises(ValueError, match=r"Step 1 is not applied: its loss is \d.*, above max_loss 0\.5 .*diverges"):
+    with pytest.raises(ValueError, match=r"Step 1 was not applied: its loss is \d.*, above max_loss 0\.5 .*diverges"):
         train(parts, tmp_path / "run", max_loss=0.5)
     assert steps_saved(tmp_path / "run") == []
     trainer = train(parts, tmp_path / "sound", max_steps=1)

@@ -261,8 +261,8 @@ def test_adapter_folder_and_merged_model_answer_alike_and_unlike_the_base(stage1
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        ({"self_question_ratio": 1.5}, "self_question_ratio is 1.5: give a number from 0 to 1"),
-        ({"model_name_or_path": "x"}, "model_name_or_path is 'x', vision_model_name_or_path"),
+        ({"self_question_ratio": 1.5}, "self_question_ratio is 1.5: it must be a number from 0 to 1"),
+        ({"model_name_or_path": "x"}, "model_name_or_path is 'x', vision_model_name_or_path is"),
         ({"use_liger_kernel": True}, "use_liger_kernel is True, which is not supported"),
     ],
 )
