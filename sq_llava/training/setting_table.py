@@ -264,7 +264,7 @@ TRAINING = {
     "trackio_bucket_id": TRAINER,
     "trackio_static_space_id": TRAINER,
     "eval_strategy": honoured(
-        "training/test_generation_check.py::test_data_to_evaluate_on_without_a_time_for_it_is_refused"
+        "training/test_generation_check.py::test_evaluation_rows_without_an_eval_strategy_are_refused"
     ),
     "eval_steps": TRAINER,
     "eval_delay": TRAINER,

@@ -1,28 +1,22 @@
-"""Steps that are unsound are refused before they are applied."""
+"""Steps with a bad loss or gradient are refused before they are applied."""
 
 import math
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from sq_llava.training.collator import SelfQuestioningCollator
 from sq_llava.training.trainer import SQLlavaTrainer
-from tests.runs import make_parts, steps_saved, train
+from tests.runs import adapter_weights, assert_close, steps_saved, train
 
 
 pytestmark = pytest.mark.slow
 
 
-@pytest.fixture(scope="module")
-def parts(tmp_path_factory) -> Path:
-    return make_parts(tmp_path_factory.mktemp("parts"))
-
-
 @pytest.fixture
 def poison(monkeypatch):
-    """`poison(rows, name, value)` fills an input of every batch that holds one of the rows."""
+    """`poison(rows, name, value)` overwrites an input of every batch that contains one of the rows."""
 
     def fill(rows: list[int], name: str, value: float) -> None:
         original = SelfQuestioningCollator.__call__
@@ -38,17 +32,13 @@ def poison(monkeypatch):
     return fill
 
 
-def weights_of(checkpoint: Path) -> dict[str, torch.Tensor]:
-    return load_file(checkpoint / "adapter_model.safetensors")
-
-
-# Each step has two batches of two rows; the third step is poisoned.
+# Each step has two batches of two rows. The third step is poisoned.
 ACCUMULATED = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
 
 
 @pytest.fixture(scope="module")
 def two_steps(parts, tmp_path_factory) -> tuple[Path, list[list[int]]]:
-    """A run of two steps, and the rows of all batches of its epoch."""
+    """A run of two steps, and the row ids of all batches of its epoch."""
     output_dir = tmp_path_factory.mktemp("two") / "run"
     trainer = train(parts, output_dir, **ACCUMULATED, max_steps=2)
     return output_dir, [batch["row_ids"].tolist() for batch in trainer.get_train_dataloader()]
@@ -56,8 +46,7 @@ def two_steps(parts, tmp_path_factory) -> tuple[Path, list[list[int]]]:
 
 def assert_third_step_was_not_applied(two_steps: Path, output_dir: Path) -> None:
     assert steps_saved(output_dir) == [2]
-    before, behind = weights_of(two_steps / "checkpoint-2"), weights_of(output_dir / "checkpoint-2")
-    assert all(torch.equal(before[name], behind[name]) for name in before)
+    assert_close(adapter_weights(two_steps / "checkpoint-2"), adapter_weights(output_dir / "checkpoint-2"), atol=0)
 
 
 def test_step_whose_loss_is_nan_is_not_applied_and_its_rows_are_named(parts, two_steps, tmp_path, poison):
