@@ -39,6 +39,11 @@ def refused(reason: str, *values: Any) -> Setting:
     return Setting("refused", reason, values)
 
 
+def each(names: str, setting: Setting) -> dict[str, Setting]:
+    """The same entry for several settings."""
+    return dict.fromkeys(names.split(), setting)
+
+
 # Handled by the Trainer, accelerate or PyTorch; this project does not touch it.
 TRAINER = Setting("honoured")
 PUSH = (
@@ -61,23 +66,17 @@ OURS = {
     "generation_datasets": honoured(
         "training/test_generation_check.py::test_generations_are_scored_written_and_sent_to_tensorboard"
     ),
-    "vision_model_name_or_path": honoured(
-        "training/test_training.py::test_stage_two_begins_with_the_logits_of_stage_one"
-    ),
-    "text_model_name_or_path": honoured(
-        "training/test_training.py::test_stage_two_begins_with_the_logits_of_stage_one"
+    **each(
+        "vision_model_name_or_path text_model_name_or_path",
+        honoured("training/test_training.py::test_stage_two_begins_with_the_logits_of_stage_one"),
     ),
     "qformer_model_name_or_path": honoured(
         "training/test_recipes.py::test_tiny_twins_of_the_other_systems_train_what_they_say"
     ),
-    "prototype_variant": honoured(
-        "training/test_settings.py::test_architecture_of_a_model_from_parts_is_what_was_asked"
+    **each(
+        "prototype_variant num_prototypes num_prototype_iterations projector_type",
+        honoured("training/test_settings.py::test_architecture_of_a_model_from_parts_is_what_was_asked"),
     ),
-    "num_prototypes": honoured("training/test_settings.py::test_architecture_of_a_model_from_parts_is_what_was_asked"),
-    "num_prototype_iterations": honoured(
-        "training/test_settings.py::test_architecture_of_a_model_from_parts_is_what_was_asked"
-    ),
-    "projector_type": honoured("training/test_settings.py::test_architecture_of_a_model_from_parts_is_what_was_asked"),
     "image_aspect_ratio": honoured("model/test_processing.py::test_centre_crop_shows_the_middle_alone"),
     "prompt_layout": honoured("model/test_minigpt4.py::test_prompt_is_minigpt_4s_to_the_character"),
     "system_message": honoured("model/test_processing.py::test_a_setting_changed_at_loading_changes_the_template"),
@@ -85,11 +84,9 @@ OURS = {
     "question_loss_weight": honoured(
         "training/test_training.py::test_question_weight_zero_leaves_the_loss_of_the_answers"
     ),
-    "vision_lr": honoured(
-        "training/test_training.py::test_each_part_has_its_learning_rate_and_the_losses_are_logged_apart"
-    ),
-    "connector_lr": honoured(
-        "training/test_training.py::test_each_part_has_its_learning_rate_and_the_losses_are_logged_apart"
+    **each(
+        "vision_lr connector_lr",
+        honoured("training/test_training.py::test_each_part_has_its_learning_rate_and_the_losses_are_logged_apart"),
     ),
     "vision_lora_r": honoured(
         "training/test_training.py::test_vision_lora_receives_gradient_in_every_layer_that_is_run"
@@ -124,8 +121,11 @@ MODEL = {
     "lora_r": honoured("training/test_training.py::test_adapter_of_another_size_is_refused"),
     "lora_alpha": honoured("training/test_settings.py::test_lora_that_would_be_scaled_otherwise_is_refused"),
     "lora_dropout": honoured("training/test_settings.py::test_each_tower_has_its_own_dropout"),
-    "lora_target_modules": honoured(
-        "training/test_settings.py::test_dora_and_rslora_on_named_layers_are_trained_saved_merged_and_resumed_from"
+    **each(
+        "lora_target_modules use_rslora use_dora",
+        honoured(
+            "training/test_settings.py::test_dora_and_rslora_on_named_layers_are_trained_saved_merged_and_resumed_from"
+        ),
     ),
     "lora_target_parameters": refused(
         "LoRA is only added to linear layers, not to bare parameters such as stacked experts: name linear layers in "
@@ -136,17 +136,14 @@ MODEL = {
         "To train all of the language model, set full_finetuning true, lora_r 0 and vision_lora_r 0"
     ),
     "lora_task_type": refused("The only task is text generation: remove it"),
-    "use_rslora": honoured(
-        "training/test_settings.py::test_dora_and_rslora_on_named_layers_are_trained_saved_merged_and_resumed_from"
+    **each(
+        "load_in_8bit load_in_4bit",
+        honoured("inference/test_quantized.py::test_towers_are_quantized_and_connector_and_head_are_not"),
     ),
-    "use_dora": honoured(
-        "training/test_settings.py::test_dora_and_rslora_on_named_layers_are_trained_saved_merged_and_resumed_from"
+    **each(
+        "bnb_4bit_quant_type use_bnb_nested_quant bnb_4bit_quant_storage",
+        honoured("training/test_settings.py::test_settings_of_four_bits_reach_bitsandbytes"),
     ),
-    "load_in_8bit": honoured("inference/test_quantized.py::test_towers_are_quantized_and_connector_and_head_are_not"),
-    "load_in_4bit": honoured("inference/test_quantized.py::test_towers_are_quantized_and_connector_and_head_are_not"),
-    "bnb_4bit_quant_type": honoured("training/test_settings.py::test_settings_of_four_bits_reach_bitsandbytes"),
-    "use_bnb_nested_quant": honoured("training/test_settings.py::test_settings_of_four_bits_reach_bitsandbytes"),
-    "bnb_4bit_quant_storage": honoured("training/test_settings.py::test_settings_of_four_bits_reach_bitsandbytes"),
 }
 
 SFT = {
@@ -189,22 +186,24 @@ SFT = {
 }
 
 TRAINING = {
-    "output_dir": TRAINER,
-    "per_device_train_batch_size": TRAINER,
-    "num_train_epochs": TRAINER,
-    "max_steps": TRAINER,
+    **each(
+        "output_dir per_device_train_batch_size num_train_epochs max_steps lr_scheduler_type "
+        "lr_scheduler_kwargs optim optim_args weight_decay adam_beta1 adam_beta2 adam_epsilon max_grad_norm "
+        "fp16 tf32 activation_checkpointing_kwargs gradient_checkpointing_kwargs torch_compile "
+        "torch_compile_backend torch_compile_mode torch_empty_cache_steps logging_strategy logging_steps "
+        "logging_first_step log_on_each_node log_level log_level_replica disable_tqdm run_name project "
+        "trackio_space_id trackio_bucket_id trackio_static_space_id eval_steps eval_delay "
+        "per_device_eval_batch_size eval_on_start save_strategy save_steps save_on_each_node save_total_limit "
+        "ignore_data_skip restore_callback_states_from_checkpoint full_determinism data_seed use_cpu "
+        "dataloader_drop_last dataloader_pin_memory dataloader_prefetch_factor "
+        "dataloader_multiprocessing_context dataloader_in_order ddp_bucket_cap_mb ddp_broadcast_buffers "
+        "ddp_static_graph ddp_backend ddp_timeout fsdp fsdp_config deepspeed debug skip_memory_metrics",
+        TRAINER,
+    ),
     "learning_rate": honoured(
         "training/test_training.py::test_each_part_has_its_learning_rate_and_the_losses_are_logged_apart"
     ),
-    "lr_scheduler_type": TRAINER,
-    "lr_scheduler_kwargs": TRAINER,
     "warmup_steps": honoured("training/test_planning.py::test_planned_steps_are_those_of_the_run"),
-    "optim": TRAINER,
-    "optim_args": TRAINER,
-    "weight_decay": TRAINER,
-    "adam_beta1": TRAINER,
-    "adam_beta2": TRAINER,
-    "adam_epsilon": TRAINER,
     "optim_target_modules": refused(
         "It is for GaLore and APOLLO optimizers, which cannot have a learning rate for each part of the model: remove "
         "it, and choose another optim"
@@ -215,112 +214,61 @@ TRAINING = {
     "average_tokens_across_devices": refused(
         "The loss is always the mean over the tokens of all processes: remove it"
     ),
-    "max_grad_norm": TRAINER,
     "label_smoothing_factor": refused(
         "It needs all logits, which TRL's fused head never computes (TRL ignores it too): remove it"
     ),
     "bf16": honoured("training/test_lm_head.py::test_autocast_and_gradient_checkpointing_leave_the_loss_as_it_is"),
-    "fp16": TRAINER,
-    "bf16_full_eval": refused(FULL_EVALUATION),
-    "fp16_full_eval": refused(FULL_EVALUATION),
-    "tf32": TRAINER,
-    "activation_checkpointing": honoured(
-        "training/test_lm_head.py::test_gradient_checkpointing_computes_the_layers_of_both_towers_again"
+    **each("bf16_full_eval fp16_full_eval", refused(FULL_EVALUATION)),
+    **each(
+        "activation_checkpointing gradient_checkpointing",
+        honoured("training/test_lm_head.py::test_gradient_checkpointing_computes_the_layers_of_both_towers_again"),
     ),
-    "activation_checkpointing_kwargs": TRAINER,
-    "gradient_checkpointing": honoured(
-        "training/test_lm_head.py::test_gradient_checkpointing_computes_the_layers_of_both_towers_again"
-    ),
-    "gradient_checkpointing_kwargs": TRAINER,
-    "torch_compile": TRAINER,
-    "torch_compile_backend": TRAINER,
-    "torch_compile_mode": TRAINER,
-    "use_liger_kernel": refused(LIGER),
-    "liger_kernel_config": refused(LIGER),
+    **each("use_liger_kernel liger_kernel_config", refused(LIGER)),
     "use_cache": refused("Training needs no cache, and generation always uses its own: remove it"),
     "neftune_noise_alpha": honoured("training/test_settings.py::test_noise_on_embeddings_is_there_in_training_alone"),
-    "torch_empty_cache_steps": TRAINER,
     "auto_find_batch_size": refused(
         "A smaller batch would change the rows of each step during a run. Remove it, and use `--dry_run real` to see "
         "what fits"
     ),
-    "logging_strategy": TRAINER,
-    "logging_steps": TRAINER,
-    "logging_first_step": TRAINER,
-    "log_on_each_node": TRAINER,
     "logging_nan_inf_filter": harmless("Always off: a step whose loss is not finite stops the run."),
-    "include_num_input_tokens_seen": honoured(
-        "training/test_settings.py::test_trainer_counts_tokens_and_keeps_the_best_model"
+    **each(
+        "include_num_input_tokens_seen load_best_model_at_end metric_for_best_model",
+        honoured("training/test_settings.py::test_trainer_counts_tokens_and_keeps_the_best_model"),
     ),
-    "log_level": TRAINER,
-    "log_level_replica": TRAINER,
-    "disable_tqdm": TRAINER,
     "report_to": honoured(
         "training/test_generation_check.py::test_generations_are_scored_written_and_sent_to_tensorboard"
     ),
-    "run_name": TRAINER,
-    "project": TRAINER,
-    "trackio_space_id": TRAINER,
-    "trackio_bucket_id": TRAINER,
-    "trackio_static_space_id": TRAINER,
     "eval_strategy": honoured(
         "training/test_generation_check.py::test_evaluation_rows_without_an_eval_strategy_are_refused"
     ),
-    "eval_steps": TRAINER,
-    "eval_delay": TRAINER,
-    "per_device_eval_batch_size": TRAINER,
     "prediction_loss_only": harmless("Evaluation never collects predictions."),
-    "eval_on_start": TRAINER,
-    "eval_do_concat_batches": refused(NO_PREDICTIONS),
-    "eval_use_gather_object": refused(NO_PREDICTIONS),
-    "eval_accumulation_steps": refused(NO_PREDICTIONS),
-    "include_for_metrics": refused(NO_PREDICTIONS),
-    "batch_eval_metrics": refused(NO_PREDICTIONS),
+    **each(
+        "eval_do_concat_batches eval_use_gather_object eval_accumulation_steps include_for_metrics batch_eval_metrics",
+        refused(NO_PREDICTIONS),
+    ),
     "save_only_model": refused(
         "A checkpoint without the optimizer cannot be resumed and would count as half-written. Set save_strategy no "
         "to save only the trained weights, at the end"
     ),
-    "save_strategy": TRAINER,
-    "save_steps": TRAINER,
-    "save_on_each_node": TRAINER,
-    "save_total_limit": TRAINER,
     "enable_jit_checkpoint": refused("SIGTERM and SIGINT save a checkpoint anyway: remove it"),
-    "push_to_hub": refused(PUSH),
+    **each("push_to_hub hub_model_id hub_strategy hub_always_push", refused(PUSH)),
     "hub_token": refused("Training does not push to the Hub. `sq-llava push` uses the token of `hf auth login`"),
     "hub_private_repo": refused(f"{PUSH}, with --private"),
-    "hub_model_id": refused(PUSH),
-    "hub_strategy": refused(PUSH),
-    "hub_always_push": refused(PUSH),
     "hub_revision": refused(f"{PUSH}, with --revision"),
-    "load_best_model_at_end": honoured(
-        "training/test_settings.py::test_trainer_counts_tokens_and_keeps_the_best_model"
-    ),
-    "metric_for_best_model": honoured(
-        "training/test_settings.py::test_trainer_counts_tokens_and_keeps_the_best_model"
-    ),
     "greater_is_better": harmless("Set from metric_for_best_model: false for a loss, true for accuracy."),
-    "ignore_data_skip": TRAINER,
-    "restore_callback_states_from_checkpoint": TRAINER,
-    "full_determinism": TRAINER,
     "seed": honoured("training/test_collator.py::test_draw_is_new_each_epoch_and_each_seed_but_repeatable"),
-    "data_seed": TRAINER,
-    "use_cpu": TRAINER,
-    "accelerator_config": honoured("training/test_settings.py::test_setting_that_does_not_go_with_others_is_refused"),
+    **each(
+        "accelerator_config do_eval",
+        honoured("training/test_settings.py::test_setting_that_does_not_go_with_others_is_refused"),
+    ),
     "parallelism_config": refused(
         "The loss needs whole sequences in each process, so tensor, context and sequence parallelism do not work: use "
         "recipes/accelerate/fsdp2.yaml or zero3.yaml"
     ),
-    "dataloader_drop_last": TRAINER,
-    "dataloader_num_workers": honoured(
-        "training/test_collator.py::test_workers_draw_the_same_self_questions_in_every_epoch"
+    **each(
+        "dataloader_num_workers dataloader_persistent_workers",
+        honoured("training/test_collator.py::test_workers_draw_the_same_self_questions_in_every_epoch"),
     ),
-    "dataloader_pin_memory": TRAINER,
-    "dataloader_persistent_workers": honoured(
-        "training/test_collator.py::test_workers_draw_the_same_self_questions_in_every_epoch"
-    ),
-    "dataloader_prefetch_factor": TRAINER,
-    "dataloader_multiprocessing_context": TRAINER,
-    "dataloader_in_order": TRAINER,
     "remove_unused_columns": harmless("Always off: the collator makes the model's inputs from the columns."),
     "label_names": refused("The collator makes the labels, and their name is fixed: remove it"),
     "train_sampling_strategy": honoured(
@@ -330,18 +278,7 @@ TRAINING = {
     "ddp_find_unused_parameters": refused(
         "Every batch uses every trained weight, so it is always off: remove it", False
     ),
-    "ddp_bucket_cap_mb": TRAINER,
-    "ddp_broadcast_buffers": TRAINER,
-    "ddp_static_graph": TRAINER,
-    "ddp_backend": TRAINER,
-    "ddp_timeout": TRAINER,
-    "fsdp": TRAINER,
-    "fsdp_config": TRAINER,
-    "deepspeed": TRAINER,
-    "debug": TRAINER,
-    "skip_memory_metrics": TRAINER,
     "do_train": harmless("The script always trains."),
-    "do_eval": honoured("training/test_settings.py::test_setting_that_does_not_go_with_others_is_refused"),
     "do_predict": refused("Training does not predict. Run `sq-llava evaluate` afterwards"),
     "resume_from_checkpoint": honoured("training/test_training.py::test_resumed_run_equals_uninterrupted_run"),
     "local_rank": harmless("The launcher sets it."),
