@@ -159,10 +159,7 @@ def _linear_names(tower: nn.Module) -> list[str]:
 
 
 def _text_targets(model: SQLlavaForConditionalGeneration, names: tuple[str, ...] | None) -> list[str]:
-    """
-    Raises:
-        ValueError: if a name is not that of a linear layer of the language model.
-    """
+    """The names of the linear layers that get LoRA. Refuses names that the language model does not have."""
     known = _linear_names(model.model.language_model)
     if unknown := [name for name in names or () if name not in known]:
         raise ValueError(
@@ -204,10 +201,7 @@ def load_adapter_weights(model: PeftModel, folder: str) -> None:
 
 
 def _require_same_lora(model: PeftModel, folder: str, names: list[str]) -> None:
-    """
-    Raises:
-        ValueError: if the model would scale or use the LoRA weights of the saved adapter differently.
-    """
+    """Refuses a model that would scale or use the LoRA weights of the saved adapter differently."""
     before, now = PeftConfig.from_pretrained(folder), model.peft_config[ADAPTER]
     on_vision, on_text = (
         any(f".{tower}." in name and ".lora_A." in name for name in names)

@@ -100,21 +100,16 @@ def complete_settings(arguments: SQLlavaArguments, training_args: SFTConfig) -> 
             "the number of processes: remove num_gpus."
         )
     num_processes = arguments.num_gpus or training_args.world_size
-    if arguments.global_batch_size is not None:
-        _set_global_batch(training_args, arguments.global_batch_size, num_processes)
-    return num_processes
-
-
-def _set_global_batch(training_args: SFTConfig, global_batch_size: int, num_processes: int) -> None:
-    """Sets the gradient accumulation that makes the global batch."""
-    if training_args.gradient_accumulation_steps != 1:
-        raise ValueError(
-            f"global_batch_size is {global_batch_size} and gradient_accumulation_steps is "
-            f"{training_args.gradient_accumulation_steps}. The second follows from the first: remove one of them."
+    if (global_batch_size := arguments.global_batch_size) is not None:
+        if training_args.gradient_accumulation_steps != 1:
+            raise ValueError(
+                f"global_batch_size is {global_batch_size} and gradient_accumulation_steps is "
+                f"{training_args.gradient_accumulation_steps}. The second follows from the first: remove one of them."
+            )
+        training_args.gradient_accumulation_steps = accumulation_steps(
+            global_batch_size, training_args.per_device_train_batch_size, num_processes
         )
-    training_args.gradient_accumulation_steps = accumulation_steps(
-        global_batch_size, training_args.per_device_train_batch_size, num_processes
-    )
+    return num_processes
 
 
 def _one_of(numbers: list[int]) -> str:
@@ -208,13 +203,13 @@ def _optimizer_terms(model: nn.Module, training_args: SFTConfig, pieces: int, bu
 def weight_bytes(model: nn.Module, quantization: BitsAndBytesConfig | None = None) -> float:
     """Bytes of all weights and buffers (shared ones once), after the planned quantization if there is one."""
     tensors = {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]}
-    # bitsandbytes stores scales: per block for 4-bit weights, per row for 8-bit weights.
-    scales = [
-        tensor
-        for parameter in model.parameters()
-        if (state := getattr(parameter, "quant_state", None)) is not None
-        for tensor in _scale_tensors(state)
-    ] + [scale for p in model.parameters() if (scale := getattr(p, "SCB", None)) is not None]
+    scales = []
+    for parameter in model.parameters():
+        if (state := getattr(parameter, "quant_state", None)) is not None:  # 4 bits: scales of blocks
+            nested = [state.state2.absmax, state.state2.code] if state.nested else []
+            scales += [state.absmax, state.code, *nested]
+        if (scale := getattr(parameter, "SCB", None)) is not None:  # 8 bits: scales of rows
+            scales.append(scale)
     total = float(sum(tensor.nbytes for tensor in [*tensors.values(), *scales]))
     if quantization is not None:
         for name, module in model.named_modules():
@@ -223,13 +218,6 @@ def weight_bytes(model: nn.Module, quantization: BitsAndBytesConfig | None = Non
                 total -= module.weight.nbytes
                 total += quantized_bytes(module, quantization)
     return total
-
-
-def _scale_tensors(state) -> list[torch.Tensor]:
-    tensors = [state.absmax, state.code]
-    if state.nested:
-        tensors += [state.state2.absmax, state.state2.code]
-    return tensors
 
 
 def quantized_bytes(linear: nn.Linear, quantization: BitsAndBytesConfig) -> float:

@@ -50,8 +50,8 @@ def find_checkpoint(output_dir: str, resume: bool, given: str | None) -> str | N
         ValueError: if `output_dir` holds checkpoints but neither `resume` nor `given` is set; if the given checkpoint
             is incomplete, or older than others in `output_dir`; if no checkpoint is complete and one is damaged.
     """
-    root = Path(output_dir)
-    folders = sorted((folder for folder in root.glob("checkpoint-*") if step_of(folder) is not None), key=step_of)
+    folders = [folder for folder in Path(output_dir).glob("checkpoint-*") if step_of(folder) is not None]
+    folders.sort(key=step_of)
     if folders and not resume and given is None:
         raise ValueError(
             f"output_dir {output_dir} already contains {folders[-1].name}. Resume that run with --resume, or choose "
@@ -78,9 +78,7 @@ def find_checkpoint(output_dir: str, resume: bool, given: str | None) -> str | N
         return given
     if not complete:
         if resume:
-            PartialState().print(
-                f"--resume: {output_dir} contains no complete checkpoint. Training starts from the beginning."
-            )
+            PartialState().print(f"--resume: {output_dir} contains no complete checkpoint. Training starts anew.")
         return None
     PartialState().print(f"--resume: training resumes from {complete[-1]}.")
     return str(complete[-1])

@@ -206,7 +206,8 @@ def parse_settings(
     refuse_settings(training_args, model_config)
     _require_evaluation(arguments, training_args)
     _require_lora_use(arguments, model_config)
-    _require_four_bits(model_config)
+    for name in ("bnb_4bit_quant_type", "use_bnb_nested_quant", "bnb_4bit_quant_storage"):
+        _require_use(model_config, name, model_config.load_in_4bit, "load_in_4bit is not set")
     _require_trainer_settings(training_args)
     if training_args.metric_for_best_model is not None:
         # The Trainer would maximise every metric whose name does not end in "loss", such as loss_answers.
@@ -226,10 +227,7 @@ def parse_recipe(recipe: str | Path, **overrides: Any) -> tuple[SQLlavaArguments
 
 
 def _require_evaluation(arguments: SQLlavaArguments, training_args: SFTConfig) -> None:
-    """
-    Raises:
-        ValueError: if there are evaluation rows but no `eval_strategy`, or the other way round.
-    """
+    """Refuses evaluation rows without an `eval_strategy`, and the other way round."""
     evaluates = bool(arguments.eval_datasets or arguments.num_eval_rows)
     asks_for_it = training_args.eval_strategy != "no" or training_args.do_eval
     if evaluates != asks_for_it or (arguments.generation_datasets and not evaluates):
@@ -242,10 +240,7 @@ def _require_evaluation(arguments: SQLlavaArguments, training_args: SFTConfig) -
 
 
 def _require_lora_use(arguments: SQLlavaArguments, model_config: ModelConfig) -> None:
-    """
-    Raises:
-        ValueError: for a LoRA setting that would do nothing in this run, or that PEFT cannot combine with another.
-    """
+    """Refuses a LoRA setting that would do nothing in this run, or that PEFT cannot combine with another."""
     on_text = arguments.stage == "instruct" and model_config.lora_r > 0
     on_any = on_text or arguments.vision_lora_r > 0
     no_lora = "this run trains no LoRA (lora_r and vision_lora_r are 0, or stage is align and vision_lora_r is 0)"
@@ -272,21 +267,13 @@ def _require_lora_use(arguments: SQLlavaArguments, model_config: ModelConfig) ->
         )
 
 
-def _require_four_bits(model_config: ModelConfig) -> None:
-    for name in ("bnb_4bit_quant_type", "use_bnb_nested_quant", "bnb_4bit_quant_storage"):
-        _require_use(model_config, name, model_config.load_in_4bit, "load_in_4bit is not set")
-
-
 def _require_use(holder: SQLlavaArguments | ModelConfig, name: str, has_use: bool, reason: str) -> None:
     if is_given(holder, name) and not has_use:
         raise ValueError(f"{name} is {getattr(holder, name)!r}, but {reason}: remove {name}.")
 
 
 def _require_trainer_settings(training_args: SFTConfig) -> None:
-    """
-    Raises:
-        ValueError: for a Trainer setting that would do nothing, or would make other batches than it says.
-    """
+    """Refuses a Trainer setting that would do nothing, or would make other batches than it says."""
     if training_args.activation_offloading and training_args.device.type == "cpu":
         raise ValueError("activation_offloading is True, but the model is on the CPU already: remove it.")
     if training_args.accelerator_config.split_batches:
@@ -319,9 +306,7 @@ def require_extras(training_args: SFTConfig, model_config: ModelConfig) -> None:
 def _take_over_packing(arguments: SQLlavaArguments, training_args: SFTConfig) -> None:
     """
     Moves TRL's `packing` to `arguments`: TRL refuses it for images, and `sq_llava/training/packing.py` implements it.
-
-    Raises:
-        ValueError: for settings that do not work with packing.
+    Refuses settings that do not work with packing.
     """
     if not training_args.packing:
         return
@@ -343,10 +328,7 @@ def _take_over_packing(arguments: SQLlavaArguments, training_args: SFTConfig) ->
 
 
 def _require_no_adapter(arguments: SQLlavaArguments, model_config: ModelConfig) -> None:
-    """
-    Raises:
-        ValueError: if full finetuning is combined with LoRA or quantization.
-    """
+    """Refuses full finetuning together with LoRA or quantization."""
     refused = {"lora_r": model_config.lora_r, "vision_lora_r": arguments.vision_lora_r}
     refused |= {name: getattr(model_config, name) for name in ("load_in_4bit", "load_in_8bit", "use_peft")}
     given = ", ".join(f"{name} {value}" for name, value in refused.items() if value)

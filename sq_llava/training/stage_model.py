@@ -125,8 +125,15 @@ def load_base(
     )
     if arguments.dry_run == "real" and quantization is None:
         return model, processor, None
-    # An adapter stores only the path of its base, so the new model is saved beside it.
-    base = Path(training_args.output_dir).absolute() / "base"
+    base = save_base(model, processor, training_args.output_dir)
+    if quantization is not None:
+        model = load_model(base, processor, **quantized_loading)
+    return model, processor, None
+
+
+def save_base(model, processor, output_dir: str) -> Path:
+    """Saves a new model to `output_dir/base`, because an adapter stores only the path of its base."""
+    base = Path(output_dir).absolute() / "base"
     if PartialState().is_main_process:
         part = base.with_name("half-written-base")
         for folder in (part, base):
@@ -136,9 +143,7 @@ def load_base(
         part.rename(base)
     PartialState().wait_for_everyone()
     model.name_or_path = str(base)
-    if quantization is not None:
-        model = load_model(base, processor, **quantized_loading)
-    return model, processor, None
+    return base
 
 
 def read_base(checkpoint: str, arguments: SQLlavaArguments, loading: dict, processing: dict):
