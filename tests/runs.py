@@ -160,6 +160,15 @@ def gradients(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     return {name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
+def perturbed(model: torch.nn.Module) -> torch.nn.Module:
+    """Adds noise to the trained weights: LoRA's B matrices start at zero."""
+    generator = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.02 * torch.randn(parameter.shape, generator=generator)
+    return model
+
+
 @torch.no_grad()
 def logits(model, processor: SQLlavaProcessor) -> torch.Tensor:
     """The logits of a question about an image."""

@@ -6,9 +6,9 @@
     accelerate launch -m train_sft --config recipes/sq-llava-7b/stage2.yaml --dry_run real
 
 `meta` needs only the configurations of the models: it builds the model without weights and adds up its memory. `real`
-loads everything, trains one step on the longest rows, and measures. Weights, gradients and optimizer states are exact.
-Activations are an upper estimate: on a CPU it was 1.0 to 1.7 times the measured peak of fourteen small dense models;
-on a GPU it was not compared. What it does not do: estimate time.
+loads everything, trains one step on the longest rows, and measures. Weights, gradients and optimizer states are added
+up tensor by tensor. Activations are an upper estimate: on a CPU it was 1.0 to 1.7 times the measured peak of fourteen
+small dense models; on a GPU it was not compared. What it does not do: estimate time.
 """
 
 import math
@@ -329,7 +329,7 @@ def describe_steps(
     return (
         f"Steps: {what}, {at_once * accumulation} per step ({num_processes} processes x {rows} {unit} x "
         f"{accumulation} accumulation steps), {per_epoch:,} steps per epoch. "
-        f"In all {steps:,} steps, {epochs:.2f} epochs; {warmup:,} of them are warmup."
+        f"Total: {steps:,} steps, {epochs:.2f} epochs, {warmup:,} warmup steps."
     )
 
 

@@ -238,9 +238,6 @@ TRAINING = {
     "report_to": honoured(
         "training/test_generation_check.py::test_generations_are_scored_written_and_sent_to_tensorboard"
     ),
-    "eval_strategy": honoured(
-        "training/test_generation_check.py::test_evaluation_rows_without_an_eval_strategy_are_refused"
-    ),
     "prediction_loss_only": harmless("Evaluation never collects predictions."),
     **each(
         "eval_do_concat_batches eval_use_gather_object eval_accumulation_steps include_for_metrics batch_eval_metrics",
@@ -258,8 +255,8 @@ TRAINING = {
     "greater_is_better": harmless("Set from metric_for_best_model: false for a loss, true for accuracy."),
     "seed": honoured("training/test_collator.py::test_draw_is_new_each_epoch_and_each_seed_but_repeatable"),
     **each(
-        "accelerator_config do_eval",
-        honoured("training/test_settings.py::test_setting_that_does_not_go_with_others_is_refused"),
+        "accelerator_config do_eval eval_strategy",
+        honoured("training/test_settings.py::test_settings_that_do_not_work_together_are_refused"),
     ),
     "parallelism_config": refused(
         "The loss needs whole sequences in each process, so tensor, context and sequence parallelism do not work: use "

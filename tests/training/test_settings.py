@@ -137,10 +137,7 @@ def test_each_tower_has_its_own_dropout():
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (
-            {"stage": "align", "lora_target_modules": "q_proj"},
-            "lora_target_modules is 'q_proj', but this run trains no",
-        ),
+        ({"stage": "align", "lora_target_modules": "q_proj"}, "lora_target_modules is 'q_proj', but this run"),
         ({"lora_r": 0, "vision_lora_r": 0, "use_dora": True}, "use_dora is True, but this run trains no LoRA"),
         ({"use_dora": True, "load_in_8bit": True}, "use_dora is True and load_in_8bit is set"),
         ({"bnb_4bit_quant_type": "fp4"}, "bnb_4bit_quant_type is 'fp4', but load_in_4bit is not set"),
@@ -148,13 +145,15 @@ def test_each_tower_has_its_own_dropout():
         ({"init_lora_weights": "orthogonal", "lora_r": 5}, "is 'orthogonal', but lora_r is 5. It needs even"),
         ({"full_finetuning": True, "lora_r": 0, "vision_lora_r": 0, "use_peft": True}, "together with use_peft True"),
         ({"do_eval": True}, "To evaluate, set eval_strategy"),
+        ({"num_eval_rows": 3}, r"num_eval_rows is 3.*To evaluate, set eval_strategy"),
+        ({"self_question_ratio": 1.5}, "self_question_ratio is 1.5: it must be a number from 0 to 1"),
         ({"accelerator_config": '{"split_batches": true}'}, "accelerator_config has split_batches true"),
         ({"activation_offloading": True}, "activation_offloading is True, but the model is on the CPU"),
         ({"train_sampling_strategy": "batch_rebalance"}, "'batch_rebalance', which is not supported. Choose random"),
         ({"packing": True, "pad_to_multiple_of": 64}, "packing is true and pad_to_multiple_of is '64'"),
     ],
 )
-def test_setting_that_does_not_go_with_others_is_refused(parts, tmp_path, overrides, message):
+def test_settings_that_do_not_work_together_are_refused(parts, tmp_path, overrides, message):
     with pytest.raises(ValueError, match=message):
         parse_settings(arguments(parts, tmp_path, **overrides))
 
@@ -166,7 +165,7 @@ def test_setting_that_does_not_go_with_others_is_refused(parts, tmp_path, overri
         ("{weight: 2}", "datasets contains .'weight': 2.: each entry needs a path"),
     ],
 )
-def test_unknown_key_of_a_data_set_in_a_recipe_is_refused(tmp_path, entry, message):
+def test_unknown_key_of_a_dataset_in_a_recipe_is_refused(tmp_path, entry, message):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(f"stage: align\ndatasets: [{entry}]\noutput_dir: y\n")
     with pytest.raises(ValueError, match=message):

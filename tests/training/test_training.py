@@ -178,17 +178,9 @@ def test_adapter_folder_and_merged_model_answer_alike_and_unlike_the_base(stage1
     assert answers[0] == answers[1] != answers[2]
 
 
-@pytest.mark.parametrize(
-    ("overrides", "message"),
-    [
-        ({"self_question_ratio": 1.5}, "self_question_ratio is 1.5: it must be a number from 0 to 1"),
-        ({"model_name_or_path": "x"}, "model_name_or_path is 'x', vision_model_name_or_path is"),
-        ({"use_liger_kernel": True}, "use_liger_kernel is True, which is not supported"),
-    ],
-)
-def test_wrong_settings_are_refused_before_work_starts(parts, tmp_path, overrides, message):
-    with pytest.raises(ValueError, match=message):
-        train(parts, tmp_path, **overrides)
+def test_start_from_both_a_model_and_parts_is_refused(parts, tmp_path):
+    with pytest.raises(ValueError, match="model_name_or_path is 'x', vision_model_name_or_path is"):
+        train(parts, tmp_path, model_name_or_path="x")
 
 
 def test_adapter_of_another_size_is_refused(parts, stage1, tmp_path):
