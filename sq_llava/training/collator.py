@@ -42,7 +42,7 @@ class SelfQuestioningCollator:
             - `turn_kinds` (`torch.uint8`, same shape): 1 on answers, 2 on self-questions, 0 elsewhere.
             - `row_ids` (`torch.int64`, `(batch_size,)`).
             - `pixel_values` (`torch.float32`, `(num_images, 3, image_size, image_size)`), if there are images. An
-              image that several rows show is opened and processed once, and stands here once.
+              image that several rows show is opened and processed once, and appears here once.
             - `image_indices` (`torch.int64`, one for each image in the text), if an image repeats: its place in
               `pixel_values`.
     """

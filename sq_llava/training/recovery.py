@@ -78,7 +78,7 @@ def find_checkpoint(output_dir: str, resume: bool, given: str | None) -> str | N
         return given
     if not complete:
         if resume:
-            PartialState().print(f"--resume: {output_dir} contains no complete checkpoint. Training starts anew.")
+            PartialState().print(f"--resume: {output_dir} contains no complete checkpoint. Training starts at step 0.")
         return None
     PartialState().print(f"--resume: training resumes from {complete[-1]}.")
     return str(complete[-1])
@@ -176,12 +176,12 @@ class StepWatch(TrainerCallback):
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
         device = self.accelerator.device
         own = torch.stack([sums for _, sums in self.micro_batches]).sum(0)
-        told = torch.tensor([float(self._signal is not None)], device=device)
+        stop_requested = torch.tensor([float(self._signal is not None)], device=device)
         # DeepSpeed does not always return a norm.
         norm = 0.0 if self.gradient_norm is None else self.gradient_norm
         norm = torch.as_tensor(norm, device=device).float().reshape(1)
-        totals = torch.cat([own, norm, told])
-        loss, weight, gradient_norm, told = self.accelerator.reduce(totals, reduction="sum").tolist()
+        totals = torch.cat([own, norm, stop_requested])
+        loss, weight, gradient_norm, stop_requested = self.accelerator.reduce(totals, reduction="sum").tolist()
         loss = loss / weight if weight else math.nan
         if weight == 0:
             self._refuse(state.global_step + 1, "none of its tokens has a weight in the loss.")
@@ -197,7 +197,7 @@ class StepWatch(TrainerCallback):
         if not math.isfinite(gradient_norm) and self.accelerator.scaler is None:
             self._refuse(state.global_step + 1, f"its gradient norm is {gradient_norm}.")
         self.micro_batches.clear()
-        self.stopped = told > 0
+        self.stopped = stop_requested > 0
         self.applying = True
 
     def _refuse(self, step: int, reason: str) -> None:

@@ -18,7 +18,7 @@ class Setting:
             `"refused"`: the setting would do nothing, or something else than it says, so it raises an error.
         note (`str`): For an honoured setting, the test that proves it (empty if the Trainer handles it alone). For a
             harmless setting, the reason. For a refused setting, the reason and what to do instead.
-        values (`tuple`): Values of a refused setting that are accepted beside its default, because they ask for what
+        values (`tuple`): Values of a refused setting that are accepted besides its default, because they ask for what
             is done anyway.
     """
 

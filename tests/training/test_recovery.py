@@ -32,7 +32,7 @@ def run(parts, tmp_path) -> Run:
 
 def test_run_killed_in_its_base_a_step_and_a_save_equals_the_uninterrupted_one(run, whole):
     assert run.exit_codes(runs.kill_in_base) == KILLED
-    assert "contains no complete checkpoint. Training starts anew." in run.text
+    assert "contains no complete checkpoint. Training starts at step 0." in run.text
     assert run.exit_codes(in_step, 6, die) == KILLED
     assert run.steps_saved == [2, 4]
     assert run.exit_codes(runs.kill_in_state_file) == KILLED
