@@ -91,7 +91,7 @@ def load_base(
 
     Args:
         arguments, training_args, model_config: Settings from `parse_settings`.
-        checkpoint (`str`, *optional*): The checkpoint to resume from; the base of a new model is then loaded from the same folder.
+        checkpoint (`str`, *optional*): Checkpoint to resume from. The base of a new model is then in its folder.
 
     Returns:
         The base model, its processor, and the folder of the previous stage's adapter (`None` if there is none).
