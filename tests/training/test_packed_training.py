@@ -154,7 +154,7 @@ def test_plan_and_trial_step_count_packs(parts, tmp_path, capsys):
     assert "The number of packs is approximate" in plan
     trainer = train(parts, tmp_path / "real", **PACKED | {"dry_run": "real", "global_batch_size": 2})
     output = " ".join(capsys.readouterr().out.split())
-    assert "Packing: 16 rows in 8 packs of at most 130 tokens, 2.00 rows per pack, about 4 rows per step" in output
+    assert "Packing: 16 rows in 8 packs of at most 130 tokens, 2.00 rows per pack, about 2 rows per step" in output
     assert "Steps: 8 packs, 2 per step (1 processes x 1 packs x 2 accumulation steps), 4 steps per epoch." in output
     assert "Measured in one step on the fullest packs" in output
     fullest = max(sum(trainer.packs.lengths[row] for row in pack) for pack in trainer.packs.packs(1))
