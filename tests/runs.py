@@ -97,6 +97,7 @@ class Run:
     def __init__(self, parts: Path, folder: Path, processes: int = 1, **settings):
         folder.mkdir(exist_ok=True)
         self.output_dir, self.log, self.processes = folder / "run", folder / "log", processes
+        self.log.touch()
         self.args = arguments(parts, self.output_dir, **settings)
 
     def start(self, *prepare) -> list[multiprocessing.Process]:

@@ -25,7 +25,8 @@ def evaluated(parts, tmp_path_factory):
     recipe = output_dir / "recipe.yaml"
     recipe.write_text(f"generation_datasets: [{{path: {parts / 'train.json'}, num_rows: 5}}]\n")
     evaluation = {"num_eval_rows": 4, "eval_strategy": "steps", "eval_steps": 2, "report_to": "tensorboard"}
-    return train(parts, output_dir, config=recipe, max_steps=4, save_strategy="no", **evaluation)
+    evaluation |= {"max_steps": 4, "save_strategy": "no", "self_question_ratio": 1.0}
+    return train(parts, output_dir, config=recipe, **evaluation)
 
 
 def test_losses_on_answers_and_questions_are_measured_on_rows_not_trained_on(evaluated):

@@ -165,7 +165,7 @@ def test_merged_checkpoint_has_the_adapters_logits_and_its_code(stage2, tmp_path
     for file in CODE_FILES:
         assert (tmp_path / "merged" / file).read_text() == (ROOT / file).read_text()
     expected = runs.logits(adapter, processor)
-    assert (runs.logits(merged, processor) - expected).abs().max() < 1e-5 * expected.abs().max()
+    assert (runs.logits(merged, processor) - expected).abs().max() < 1e-4 * expected.abs().max()
 
 
 def test_adapter_folder_and_merged_model_answer_alike_and_unlike_the_base(stage1, stage2, tmp_path):
