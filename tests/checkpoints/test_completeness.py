@@ -105,4 +105,4 @@ def test_changes_that_change_the_losses_are_said(run_folder, capsys):
     warn_of_changes(str(run_folder / "checkpoint-9"), run)
     assert capsys.readouterr().out == ""
     warn_of_changes(str(run_folder / "checkpoint-9"), run | {"num_rows": 15})
-    assert "num_rows was 16 and is 15 now" in capsys.readouterr().out
+    assert "num_rows is 15, but was 16 in" in capsys.readouterr().out
