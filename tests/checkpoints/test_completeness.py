@@ -51,23 +51,27 @@ def test_missing_or_truncated_file_of_a_checkpoint_is_found(run_folder, file):
 
 def test_output_dir_with_checkpoints_is_refused_before_any_work(parts, run_folder):
     before = sorted(run_folder.rglob("*"))
-    with pytest.raises(ValueError, match=r"already holds checkpoint-9: resume it with --resume, or give another"):
+    with pytest.raises(
+        ValueError, match=r"already contains checkpoint-9\. Resume that run with --resume, or choose another"
+    ):
         train(parts, run_folder, dataset_path="none.json")
     assert sorted(run_folder.rglob("*")) == before
 
 
 def test_given_checkpoint_must_be_complete_and_the_newest(run_folder):
-    with pytest.raises(ValueError, match=r"holds newer ones: checkpoint-9\. Move them away"):
+    with pytest.raises(ValueError, match=r"contains newer checkpoints: checkpoint-9\. Move them away"):
         find_checkpoint(str(run_folder), resume=False, given=str(run_folder / "checkpoint-8"))
     (run_folder / "checkpoint-9" / "scheduler.pt").unlink()
-    with pytest.raises(ValueError, match=r"checkpoint-9, which is not complete: scheduler.pt is missing\."):
+    with pytest.raises(ValueError, match=r"checkpoint-9, which is incomplete: scheduler.pt is missing\."):
         find_checkpoint(str(run_folder), resume=False, given=str(run_folder / "checkpoint-9"))
 
 
 def test_checkpoints_that_were_complete_once_are_not_silently_deleted(run_folder):
     for step in (8, 9):
         (run_folder / f"checkpoint-{step}" / "optimizer.pt").unlink()
-    with pytest.raises(ValueError, match=r"was complete once, but cannot be resumed: optimizer.pt is missing"):
+    with pytest.raises(
+        ValueError, match=r"was complete once, but is damaged and cannot be resumed: optimizer.pt is missing"
+    ):
         find_checkpoint(str(run_folder), resume=True, given=None)
     assert steps_saved(run_folder) == [8, 9]
 
@@ -85,7 +89,9 @@ def test_base_is_read_back_and_another_one_is_refused(parts, run_folder):
     with pytest.raises(ValueError, match=r"num_prototypes is 6, but .*checkpoint-9 was trained with 5"):
         train(parts, run_folder, resume=True, num_prototypes=6)
     shutil.rmtree(run_folder / "base")
-    with pytest.raises(ValueError, match=r"the base that it stands on is not in .*base\. Bring that folder back"):
+    with pytest.raises(
+        ValueError, match=r"needs its base model in .*base, which does not exist\. Restore that folder"
+    ):
         train(parts, run_folder, resume=True)
 
 
@@ -94,4 +100,4 @@ def test_changes_that_change_the_losses_are_reported(run_folder, capsys):
     warn_of_changes(str(run_folder / "checkpoint-9"), run)
     assert capsys.readouterr().out == ""
     warn_of_changes(str(run_folder / "checkpoint-9"), run | {"num_rows": 15})
-    assert "num_rows was 16 and is 15 now" in capsys.readouterr().out
+    assert "num_rows is 15, but was 16 in" in capsys.readouterr().out

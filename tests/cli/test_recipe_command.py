@@ -25,7 +25,7 @@ def test_every_recipe_is_listed_with_the_first_sentence_of_its_comment():
     files = [path for path in find_resource("recipes").rglob("*") if path.is_file()]
     assert lines.keys() == list_recipes().keys() and len(lines) == len(files)
     assert lines["sq-llava-7b/stage1"] == "SQ-LLaVA-7B, stage 1: alignment on LLaVA-Pretrain, 558K captions."
-    assert lines["accelerate/multi_node"] == "Two machines of eight GPUs under Slurm, by torchrun."
+    assert lines["accelerate/multi_node"] == "Two machines with eight GPUs each, with Slurm and torchrun."
     assert all(line.endswith(".") for line in lines.values())
 
 

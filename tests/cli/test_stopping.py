@@ -96,7 +96,7 @@ def test_ctrl_c_before_training_ends_in_one_line(folder, tmp_path):
     ("settings", "code", "message"),
     [
         ({"dataset_path": "none.json"}, 1, "Error: none.json: no such file."),
-        ({"self_question_ratio": 2}, 1, "Error: self_question_ratio is 2.0: give a number from 0 to 1."),
+        ({"self_question_ratio": 2}, 1, "Error: self_question_ratio is 2.0: it must be a number from 0 to 1."),
         ({"stage": "alig"}, 2, "Error: argument --stage: invalid choice: 'alig'"),
     ],
 )

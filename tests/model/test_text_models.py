@@ -109,7 +109,7 @@ def test_router_loss_is_added_once_a_step_and_experts_stay_frozen(parts, tmp_pat
     assert with_it["loss_answers"] == pytest.approx(without["loss_answers"], abs=1e-4)
     assert with_it["grad_norm"] != without["grad_norm"]
     # Two layers of four experts, of 3 x 32 x 64 weights each.
-    assert f"experts of the language model, {2 * 4 * 3 * 32 * 64:,} weights, stay frozen" in capsys.readouterr().out
+    assert f"{2 * 4 * 3 * 32 * 64:,} expert weights of the language model stay frozen" in capsys.readouterr().out
     merge_adapter(str(tmp_path / "with"), str(tmp_path / "merged"))
     merged, _ = load_checkpoint(str(tmp_path / "merged"))
     assert merged.config.text_config.output_router_logits is False
@@ -123,7 +123,7 @@ def test_stage_one_uses_the_router_loss_coefficient_of_the_language_models_confi
 
 
 def test_error_about_a_family_without_a_router_loss_says_how_to_turn_it_off():
-    with pytest.raises(ValueError, match=r"is a llama4_text.*no num_experts.*Give router_aux_loss_coef 0"):
+    with pytest.raises(ValueError, match=r"\(llama4_text\) has no num_experts.*Set router_aux_loss_coef to 0"):
         require_router_loss(Llama4TextConfig())
 
 
