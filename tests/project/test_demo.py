@@ -113,7 +113,7 @@ def test_tokenizer_gives_its_text_back_and_keeps_clip_out_of_its_trap():
     tokenizer = build_tokenizer(["what color is the shape?", "blue"], adds_end=True)
     ids = tokenizer("what color is the shape?").input_ids
     assert tokenizer.decode(ids, skip_special_tokens=True) == "what color is the shape?"
-    # With eos_token_id 2, transformers' CLIP reads its output at the highest token id instead.
+    # With eos_token_id 2, transformers' CLIP takes its output at the highest token id instead.
     assert ids[-1] == tokenizer.eos_token_id != 2
 
 

@@ -1,4 +1,4 @@
-"""What the code of a checkpoint may depend on. What the packages may import of one another: `make lint`."""
+"""What a checkpoint's code may import. `make lint` checks what the packages may import from each other."""
 
 import ast
 import sys
@@ -9,7 +9,7 @@ import pytest
 from tests import ROOT
 
 
-# What travels with each checkpoint.
+# The files that are saved with each checkpoint.
 HUB_CODE = ["configuration_sq_llava", "image_processing_sq_llava", "processing_sq_llava", "modeling_sq_llava"]
 
 
@@ -34,7 +34,7 @@ def test_code_of_a_checkpoint_needs_only_torch_transformers_and_pil(module):
 
 
 def test_reading_a_recipe_needs_no_model_no_peft_and_no_doctor():
-    """Of our own modules, however deep: TRL itself imports PEFT."""
+    """Only modules of this project are followed: TRL imports PEFT itself."""
     reached, waiting = set(), ["sq_llava.training.settings"]
     while waiting:
         module = waiting.pop()
