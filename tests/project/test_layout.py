@@ -1,6 +1,7 @@
 """What a checkpoint's code may import. `make lint` checks what the packages may import from each other."""
 
 import ast
+import re
 import sys
 from pathlib import Path
 
@@ -49,3 +50,15 @@ def test_reading_a_recipe_needs_no_model_no_peft_and_no_doctor():
 @pytest.mark.parametrize("file", [*ROOT.glob("*.py"), *ROOT.glob("sq_llava/**/*.py"), *ROOT.glob("demo/*.py")])
 def test_module_says_what_it_does(file):
     assert ast.get_docstring(ast.parse(file.read_text())), f"{file.name} has no docstring"
+
+
+def test_functions_on_the_architecture_page_are_where_it_says():
+    text = (ROOT / "docs" / "architecture.md").read_text()
+    found = re.findall(r"`([\w.]+)`\s+\(`([\w/]+\.py)`\)", text)
+    assert len(found) > 20
+    for name, file in found:
+        body = ast.parse((ROOT / file).read_text()).body
+        for part in name.split("."):
+            inner = [node.body for node in body if getattr(node, "name", None) == part]
+            assert inner, f"{file} has no {name}"
+            body = inner[0]
