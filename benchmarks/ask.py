@@ -1,7 +1,6 @@
 """Sampling n questions about an image in one call, compared with n separate `generate` calls as in the release.
 
     python -m benchmarks.ask            # under two minutes on two cores; writes benchmarks/results/ask.{json,md}
-    python -m benchmarks.ask --quick    # small sizes, writes nothing
 
 Both sides use the same random model (CLIP-B with 4 layers, 256 image tokens, prototypes; a language model with the
 width and vocabulary of SmolLM2-135M and 8 layers), the same pictures, the same conversation of one answered turn, and

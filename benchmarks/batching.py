@@ -1,7 +1,6 @@
 """Batches grouped by modality and length, compared with random batches: padding, and time for the same rows.
 
     python -m benchmarks.batching            # writes benchmarks/results/batching.{json,md}
-    python -m benchmarks.batching --quick    # fewer rows, writes nothing
 
 Padding is counted on a simulation of llava_v1_5_mix665k: 6% text-only rows, 576 tokens an image, text lengths from a
 gamma distribution (a row has 846 tokens on average, and 95% have fewer than 1,302), global batches of 128 rows. The

@@ -1,7 +1,6 @@
 """Peak memory of a conversion: a LoRA release of SQ-LLaVA on a base of 0.8 GB.
 
     python -m benchmarks.convert            # a minute; writes benchmarks/results/convert.{json,md}; 3 GB of disk
-    python -m benchmarks.convert --quick    # a base of 390 MB, writes nothing
 
 The base is a Llama in float16, in `.bin` files like Vicuna's; the LoRA has rank 128 on all matrices of the base.
 Measured is the peak of resident memory, including mapped pages of the source files, minus what the libraries use

@@ -2,7 +2,6 @@
 
     python -m benchmarks.doctor                   # a minute; writes benchmarks/results/doctor.{json,md}
     python -m benchmarks.doctor --rows 665000     # as many rows as llava_v1_5_mix665k; ten minutes, 2 GB of disk
-    python -m benchmarks.doctor --quick           # few rows, writes nothing
 
 The rows resemble those of llava_v1_5_mix665k: five exchanges, about 1.5 KB. The files are in the page cache, so no
 disk is measured. The best of several rounds counts, because other work on the machine only adds time. The processes of

@@ -1,7 +1,6 @@
 """Greedy generation compared with transformers' LlavaForConditionalGeneration of the same sizes and weights.
 
     python -m benchmarks.generate            # about a minute; writes benchmarks/results/generate.{json,md}
-    python -m benchmarks.generate --quick    # small sizes, writes nothing
 
 Both models share one vision tower and one language model: random weights, with the widths of CLIP-B and SmolLM2-135M
 and fewer layers. The prompt has an image of 256 tokens and 32 tokens of text; 64 tokens are generated. The variant

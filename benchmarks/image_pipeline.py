@@ -1,7 +1,6 @@
 """From the bytes of a photo to the pixels of a vision tower: the cost of each step, and the cores that a GPU needs.
 
     python -m benchmarks.image_pipeline            # a minute; writes benchmarks/results/image_pipeline.{json,md}
-    python -m benchmarks.image_pipeline --quick    # fewer rounds, writes nothing
 
 The photos are JPEG files of 640 x 480 pixels, the size of COCO's, and of 2000 x 1500. Both are mosaics of one real
 photo; the tower takes 336 x 336 pixels. The steps run in turn on one core. Two short cuts that are not exact are

@@ -1,7 +1,6 @@
 """The loss of a step from its last hidden states: TRL's fused head on all positions, or on labelled positions only.
 
     python -m benchmarks.lm_head            # writes benchmarks/results/lm_head.{json,md}, under 90 seconds
-    python -m benchmarks.lm_head --quick    # small sizes, writes nothing
 
 Four forms of the same loss run forward and backward to the hidden states. The head is frozen, as under LoRA:
 

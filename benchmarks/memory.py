@@ -1,7 +1,6 @@
 """The memory that a training step keeps for its backward pass, by part, with and without gradient checkpointing.
 
     python -m benchmarks.memory            # writes benchmarks/results/memory.{json,md}, under 60 seconds
-    python -m benchmarks.memory --quick    # small sizes, writes nothing
 
 A step of stage 2 (LoRA on both towers, extractor and projector trained in full) of a small random model in float32 on
 the CPU. The bytes that autograd saves are summed over the tensors' storages. Each storage counts for the part that
@@ -17,7 +16,15 @@ import torch
 from torch.autograd.graph import saved_tensors_hooks
 
 from benchmarks import common
-from benchmarks.random_models import SMALL_TEXT, SMALL_VISION, loss_of, make_batch, make_model, with_adapter
+from benchmarks.random_models import (
+    SMALL_TEXT,
+    SMALL_VISION,
+    compute_gradients,
+    loss_of,
+    make_batch,
+    make_model,
+    with_adapter,
+)
 from sq_llava.training.adapter import LoraSize
 
 
@@ -67,11 +74,6 @@ def saved_bytes(model: torch.nn.Module, batch: dict) -> dict[str, int]:
     return dict(sizes)
 
 
-def step(model: torch.nn.Module, batch: dict) -> None:
-    model.zero_grad()
-    loss_of(model, batch).backward()
-
-
 def measure(rows: int, words: int, variants: tuple[str, ...], rounds: int) -> list[dict]:
     measured = []
     for variant in variants:
@@ -82,11 +84,13 @@ def measure(rows: int, words: int, variants: tuple[str, ...], rounds: int) -> li
             )
             checkpoint_only(models[name], towers)
         batch = make_batch(models["nothing"].config, rows, words, share_labelled=0.3)
-        times = common.interleave({name: partial(step, model, batch) for name, model in models.items()}, rounds)
+        times = common.interleave(
+            {name: partial(compute_gradients, model, batch) for name, model in models.items()}, rounds
+        )
         for name, model in models.items():
             row = {"variant": variant, "checkpointed": name, "rows": rows, "words": words}
             row["saved_mib"] = {part: size / common.MEBIBYTE for part, size in saved_bytes(model, batch).items()}
-            row["peak_mib"] = common.allocated_peak(partial(step, model, batch)) / common.MEBIBYTE
+            row["peak_mib"] = common.allocated_peak(partial(compute_gradients, model, batch)) / common.MEBIBYTE
             row["slower"] = common.ratio(times, name, "nothing")
             measured.append(row)
     return measured

@@ -1,7 +1,6 @@
 """Time and memory of the prototype extractors, compared with a literal form that builds [B, K, N, D] tensors.
 
     python -m benchmarks.prototype_extractor            # writes benchmarks/results/prototype_extractor.{json,md}
-    python -m benchmarks.prototype_extractor --quick    # small sizes, under a minute, writes nothing
 
 The literal form multiplies elementwise and sums wherever a token or a prototype gathers from many others, as the
 authors' code does. In the "released" variant these are the aggregation and the spread (its iterations are matrix

@@ -89,6 +89,12 @@ def loss_of(model: PeftModel, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     return -outputs.log_probs.mean()
 
 
+def compute_gradients(model: PeftModel, batch: dict[str, torch.Tensor]) -> None:
+    """One training step without the optimizer."""
+    model.zero_grad()
+    loss_of(model, batch).backward()
+
+
 def train_tokenizer(texts: list[str], **settings) -> PreTrainedTokenizerFast:
     """A byte-level BPE tokenizer trained on the system message and these texts."""
     tokenizer = ByteLevelBPETokenizer()

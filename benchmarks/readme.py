@@ -15,31 +15,16 @@ from benchmarks import common
 
 
 ORDER = (
-    "train_step",
-    "lm_head",
-    "batching",
-    "memory",
-    "ask",
-    "generate",
-    "prototype_extractor",
-    "scaling",
-    "image_pipeline",
-    "doctor",
-    "convert",
-    "startup",
-    "serving",
-    "gpu",
-    "ablation",
-    "self_training",
-    "three_systems",
-)
+    "train_step", "lm_head", "batching", "memory", "ask", "generate", "prototype_extractor", "scaling",
+    "image_pipeline", "doctor", "convert", "startup", "serving", "gpu", "ablation", "self_training", "three_systems",
+)  # fmt: skip
 HEAD = """# Benchmarks
 
 <!-- Written by `python -m benchmarks.readme`. Do not edit: change `to_markdown` of a benchmark instead. -->
 
-Each benchmark runs this project and a peer in the same process or in turn, with models of the same sizes and the same
-rows. So ratios can be compared between machines; seconds cannot. `1.5 (1.4 to 1.6)` is the median with the lowest and
-the highest round.
+Most benchmarks compare this project with a peer in the same run, with models of the same sizes and the same rows. So
+ratios can be compared between machines; seconds cannot. `1.5 (1.4 to 1.6)` is the median with the lowest and the highest
+round.
 
 `make bench` runs the benchmarks that need no GPU, in 13 minutes on two cores, and then writes this page.
 `python -m benchmarks.NAME` runs one of them, and `--quick` is a short trial. `gpu` needs a GPU. `serving`, `ablation`,

@@ -1,7 +1,6 @@
 """How the cost of a step grows with image tokens, prototypes, images and rows.
 
     python -m benchmarks.scaling            # writes benchmarks/results/scaling.{json,md,png}, under 90 seconds
-    python -m benchmarks.scaling --quick    # two sizes of each, writes nothing
 
 Forward and backward on the CPU in float32, in a small random model (vision width 256, 4 layers; a language model of
 width 256 with 4 layers) with the adapter of stage 2. Against N tokens, K prototypes and the number of images, only the
@@ -11,6 +10,7 @@ the last point; 1 means that the cost grows in proportion. Not measured: a GPU, 
 """
 
 import math
+from functools import partial
 from pathlib import Path
 
 import matplotlib
@@ -23,7 +23,7 @@ from matplotlib import pyplot as plt
 from matplotlib.ticker import LogLocator
 
 from benchmarks import common
-from benchmarks.random_models import SMALL_TEXT, SMALL_VISION, loss_of, make_batch, make_model, with_adapter
+from benchmarks.random_models import SMALL_TEXT, SMALL_VISION, compute_gradients, make_batch, make_model, with_adapter
 from sq_llava.training.adapter import LoraSize
 
 
@@ -54,13 +54,7 @@ def whole_step(variant: str, rows: int):
     """Returns a function that computes the loss of rows and its gradients."""
     text = SMALL_TEXT | {"num_hidden_layers": 4}
     model = with_adapter(make_model(SMALL_VISION, text, prototype_variant=variant), LORA, LORA)
-    batch = make_batch(model.config, rows, 100, share_labelled=0.3)
-
-    def run():
-        model.zero_grad()
-        loss_of(model, batch).backward()
-
-    return run
+    return partial(compute_gradients, model, make_batch(model.config, rows, 100, share_labelled=0.3))
 
 
 def measure(make, sizes: tuple[int, ...], rounds: int) -> dict[str, list[dict]]:

@@ -1,7 +1,6 @@
 """Throughput of `sq-llava serve` with 1, 4 and 16 clients at a time.
 
     python -m benchmarks.serving            # needs runs/demo/model; writes benchmarks/results/serving.{json,md}
-    python -m benchmarks.serving --quick    # fewer requests, writes nothing
 
 All numbers of clients are measured on one server process, in rounds that take turns. The best round counts, because
 other work on the machine only adds time. Because it can add much, the server's own CPU seconds are counted too, and

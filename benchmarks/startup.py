@@ -1,7 +1,6 @@
 """CPU time of `sq-llava --help` and `import sq_llava`, compared with the commands of transformers and TRL.
 
     python -m benchmarks.startup            # a minute; writes benchmarks/results/startup.{json,md}
-    python -m benchmarks.startup --quick    # one round, writes nothing
 
 Measured are CPU seconds, user and system, of fresh processes that run in turn. So other work on the machine hardly
 counts, and reading from a cold disk does not count at all. All figures include the start of Python itself.

@@ -1,7 +1,6 @@
 """LLaVA, MiniGPT-4 and SQ-LLaVA on easy-VQA: tiny models, trained on the same rows for the same number of steps.
 
     python -m benchmarks.three_systems            # after `make demo`; about half an hour on two cores
-    python -m benchmarks.three_systems --quick    # only to see that it works
 
 All start from the Llama of `make demo`. LLaVA and SQ-LLaVA use its CLIP; MiniGPT-4 uses a BLIP-2 that was trained on
 the same captions for as long. Each trains both stages of recipes/easy-vqa with the changes in `SYSTEMS`. The learning

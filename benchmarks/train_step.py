@@ -1,7 +1,6 @@
 """Training speed on the same rows: TRL's stock SFTTrainer, this project's batches of similar length, and its packs.
 
     python -m benchmarks.train_step            # writes benchmarks/results/train_step.{json,md,png}, under 4 minutes
-    python -m benchmarks.train_step --quick    # few rows, one round, writes nothing
 
 Measured are tokens with loss per second over whole epochs of `trainer.train()`: data loading, forward, backward and
 optimizer, on the CPU in float32.
