@@ -63,21 +63,17 @@ def with_adapter(
     return model
 
 
-def make_batch(
-    config: SQLlavaConfig, rows: int, words: int, share_labelled: float, images: int = 1, device: str = "cpu"
-) -> dict[str, torch.Tensor]:
-    """Rows of `images` images and `words` random token ids each; the last `share_labelled` of the ids have labels."""
+def make_batch(config: SQLlavaConfig, rows: int, words: int, share_labelled: float) -> dict[str, torch.Tensor]:
+    """Rows of one image and `words` random token ids each; the last `share_labelled` of the ids have labels."""
     generator = torch.Generator().manual_seed(0)
     text = torch.randint(3, config.image_token_id, (rows, words), generator=generator)
-    placeholders = torch.full((rows, images * config.image_seq_length), config.image_token_id)
+    placeholders = torch.full((rows, config.image_seq_length), config.image_token_id)
     batch = {"input_ids": torch.cat([text[:, :1], placeholders, text[:, 1:]], dim=1)}
     batch["labels"] = torch.full_like(batch["input_ids"], -100)
     num_labels = max(1, round(share_labelled * words))
     batch["labels"][:, -num_labels:] = batch["input_ids"][:, -num_labels:]
-    if images:
-        side = config.vision_config.image_size
-        batch["pixel_values"] = torch.randn(rows * images, 3, side, side, generator=generator)
-    return {name: tensor.to(device) for name, tensor in batch.items()}
+    side = config.vision_config.image_size
+    return batch | {"pixel_values": torch.randn(rows, 3, side, side, generator=generator)}
 
 
 def loss_of(model: PeftModel, batch: dict[str, torch.Tensor]) -> torch.Tensor:

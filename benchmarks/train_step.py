@@ -71,9 +71,8 @@ MIXES = {"even": (28, 200.0), "as of LLaVA": (31, 1.6), "long tail": (31, 0.5)}
 
 @dataclass
 class Data:
-    """Rows on disk, their processor, their number of tokens, and the number of tokens with loss."""
+    """Rows, their processor, the number of their tokens with loss, and of all their tokens."""
 
-    path: Path
     processor: SQLlavaProcessor
     rows: datasets.Dataset
     num_labels: int
@@ -114,7 +113,7 @@ def make_data(folder: Path, num_rows: int, mix: str = "as of LLaVA", vocabulary:
     rows = load_rows([DataSource(str(path))], image_seq_length=64)
     rows = with_length_bounds(rows, LengthBound(processor, MAX_LENGTH, self_question_ratio=0.0))
     batch = SelfQuestioningCollator(processor, self_question_ratio=0.0)([rows[index] for index in range(num_rows)])
-    return Data(path, processor, rows, int((batch["labels"] != -100).sum()), int(batch["attention_mask"].sum()))
+    return Data(processor, rows, int((batch["labels"] != -100).sum()), int(batch["attention_mask"].sum()))
 
 
 def settings(folder: Path, batch_size: int, **more) -> SFTConfig:
