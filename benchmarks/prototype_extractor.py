@@ -132,7 +132,7 @@ def check_agreement(variant: str, sizes: Sizes):
 
 
 def time_case(variant: str, which: str, sizes: Sizes, repeats: int) -> dict[str, float]:
-    """Seconds. In each round, this project's form runs three times, the literal form once, and ours three times."""
+    """Seconds. In each round the literal form runs once, and this project's form three times before and after it."""
     extractor = make_extractor(variant, sizes)
     features, upstream = torch.randn(2, sizes.batch, sizes.tokens, sizes.width)
 

@@ -1,4 +1,7 @@
-"""What a checkpoint's code may import. `make lint` checks what the packages may import from each other."""
+"""What a checkpoint's code may import, and where docs/architecture.md says that functions are.
+
+`make lint` checks what the packages may import from each other.
+"""
 
 import ast
 import re
