@@ -10,7 +10,7 @@ from trl import SFTConfig
 from trl.trainer.utils import add_fused_lm_head
 
 import train_sft
-from benchmarks.prototype_extractor import allocated_peak
+from benchmarks.common import allocated_peak
 from sq_llava.training.adapter import LoraSize, add_adapter, count_parameters
 from sq_llava.training.planning import (
     SHARDINGS,
