@@ -48,7 +48,7 @@ class Assistant:
     def answer(self, images, messages, max_new_tokens: int = 512, **generate_kwargs) -> str:
         """
         Answers, greedily unless `generate_kwargs` say otherwise. With `cache_implementation="static"` transformers
-        compiles the decoding on a GPU, anew for each length (read in its source, not run on one).
+        compiles the decoding on a GPU, anew for each length.
 
         Args:
             images: One image or a list (paths or PIL images), or `None`. They take the places of the image parts of

