@@ -1,4 +1,4 @@
-"""Requests -> prompts -> the engine -> completions, whole or as a stream of server-sent events."""
+"""Turns requests into prompts, and generated text into completions, whole or as a stream of server-sent events."""
 
 import asyncio
 import json
@@ -24,16 +24,22 @@ from sq_llava.serving.schema import ApiError, ChatCompletionRequest, ImagePart, 
 from sq_llava.serving.settings import Limits
 
 
-# As `sq-llava ask` and the authors' code ask by default.
+# The defaults of `sq-llava ask` and of the authors' code.
 QUESTION_SAMPLING = {name: getattr(AskSettings, name) for name in ("temperature", "top_p", "top_k")}
 DEFAULT_NEW_TOKENS = 512
-# Images are decoded, and prompts encoded, by so many threads.
+# Number of threads that decode images and encode prompts.
 PREPARING_THREADS = 2
 
 
 @dataclass(frozen=True)
 class Ready:
-    """A request whose prompt is encoded. `extra_tokens` were generated on the way to it."""
+    """
+    A request with its encoded prompt.
+
+    Args:
+        first_answer (`str`, *optional*): What the model answered before it asks (`self_question`).
+        extra_tokens (`int`): Number of tokens generated for that answer.
+    """
 
     chat: ChatCompletionRequest
     prompt: Prompt
@@ -44,8 +50,10 @@ class Ready:
 
 class ChatService:
     """
+    Answers the chat completions of one server.
+
     Args:
-        model_name (`str`): What clients call the model.
+        model_name (`str`): Name of the model for clients.
     """
 
     def __init__(self, assistant: Assistant, engine: Engine, model_name: str, limits: Limits, metrics: Metrics):
@@ -58,7 +66,7 @@ class ChatService:
         self.context_length = context_length(assistant.model)
         self.longest_token = max(map(len, self.processor.tokenizer.get_vocab()))
         self.encoding = threading.Lock()
-        # Of its own: what a thread has begun goes on when its request is gone, and must not be more than so many.
+        # An executor of its own limits the work of cancelled requests: a thread cannot be interrupted.
         self.preparing = ThreadPoolExecutor(PREPARING_THREADS, "preparing")
 
     async def _in_thread(self, function: Callable, *arguments):
@@ -66,14 +74,16 @@ class ChatService:
 
     async def prepare(self, chat: ChatCompletionRequest) -> Ready:
         """
+        Checks a request and encodes its prompt.
+
         Raises:
-            ApiError: if the request is wrong, too large, or not one of this model.
+            ApiError: if the request is invalid, too large, or for another model.
         """
         if chat.model != self.model_name:
             message = f"The model {chat.model!r} does not exist: this server has {self.model_name!r}."
             raise ApiError(404, message, "model_not_found", "model")
         if (chat.n or 1) > self.engine.max_batch_size:
-            message = f"n is {chat.n}: this server generates at most {self.engine.max_batch_size} texts at a time."
+            message = f"n is {chat.n}, but this server generates at most {self.engine.max_batch_size} texts at a time."
             raise ApiError(400, message, param="n")
         data = await self._read_images(chat)
         answers_first = chat.self_question and chat.messages[-1].role != "assistant"
@@ -84,7 +94,7 @@ class ChatService:
         sampling = self._sampling(chat, len(prompt.input_ids))
         if not answers_first:
             return Ready(chat, prompt, sampling)
-        # Only behind an answer has the model learned to ask.
+        # The model has learned to ask only after an answer.
         greedy = replace(sampling, temperature=0.0, stop=())
         answer = await self._generate_one(prompt, greedy)
         messages.append({"role": "assistant", "content": [{"type": "text", "text": answer.content}]})
@@ -111,23 +121,23 @@ class ChatService:
                 elif url.startswith(("http://", "https://")) and self.limits.allow_remote_images:
                     data = await fetch(url, self.limits.max_body_bytes)
                 elif url.startswith(("http://", "https://")):
-                    raise ValueError("is a remote image, which this server does not fetch: send it as a data: URL")
+                    raise ValueError("is a remote image, which this server does not fetch. Send it as a data: URL")
                 else:
-                    raise ValueError("is no data: URL")
+                    raise ValueError("is not a data: URL")
                 pixels += await self._in_thread(num_pixels, data)
             except ValueError as error:
                 raise ApiError(400, f"{place} {error}.", "invalid_image", place) from error
             if pixels > self.limits.max_pixels:
                 message = (
-                    f"{place}: padded to squares, the images have more than {self.limits.max_pixels:,} pixels. Send "
-                    "smaller ones."
+                    f"{place}: padded to squares, the images have more than {self.limits.max_pixels:,} pixels in "
+                    "total. Send smaller images."
                 )
                 raise ApiError(400, message, "image_too_large", place)
             found.append(data)
         return found
 
     def _place_images(self, chat: ChatCompletionRequest, data: list[bytes]) -> list[dict]:
-        """Messages for the chat template, with decoded images: nothing in them is a path or a URL."""
+        """Messages for the chat template, with decoded images. They contain no path and no URL."""
         data = iter(data)
         messages = []
         for index, message in enumerate(chat.messages):
@@ -150,20 +160,20 @@ class ChatService:
         most = self.limits.max_prompt_tokens or self.context_length - 1
         parts = [part for message in messages for part in message["content"]]
         images = sum(part["type"] == "image" for part in parts)
-        # What is too long for certain is not tokenized, which takes time.
+        # Tokenizing takes time, so first refuse what is certainly too long.
         characters = sum(len(part["text"]) for part in parts if part["type"] == "text")
         at_least = images * self.processor.image_seq_length + characters // self.longest_token
         if at_least <= most:
             prompt = self._tokenize(messages, ask)
             at_least = len(prompt.input_ids)
         if at_least > most:
-            message = f"The prompt has {at_least} tokens or more: at most {most} are allowed."
+            message = f"The prompt has at least {at_least} tokens, but at most {most} are allowed."
             raise ApiError(400, message, "context_length_exceeded", "messages")
         return prompt
 
     def _tokenize(self, messages: list[dict], ask: bool) -> Prompt:
         try:
-            # A fast tokenizer is not to be used by two threads at a time.
+            # A fast tokenizer must not be used by two threads at the same time.
             with self.encoding:
                 [input_ids] = token_ids(self.processor, [messages], ask)
         except ValueError as error:
@@ -176,8 +186,8 @@ class ChatService:
         wanted = chat.max_completion_tokens or chat.max_tokens
         if (wanted or 1) > room:
             message = (
-                f"This model reads {self.context_length} tokens: {num_prompt_tokens} of the prompt and {wanted or 1} "
-                "to be generated are more."
+                f"The prompt has {num_prompt_tokens} tokens and {wanted or 1} are to be generated, but this model's "
+                f"context has only {self.context_length} tokens."
             )
             raise ApiError(400, message, "context_length_exceeded", "messages")
         stop = (chat.stop,) if isinstance(chat.stop, str) else tuple(chat.stop or ())
@@ -187,7 +197,10 @@ class ChatService:
 
     async def pieces(self, prompt: Prompt, sampling: Sampling, num_rows: int) -> AsyncIterator[Piece]:
         """
-        Generates; ends the generation when nobody takes the pieces any more.
+        Generates `num_rows` texts. The generation stops when the caller stops reading.
+
+        Yields:
+            The pieces of all texts, as they are generated.
 
         Raises:
             ApiError: if generation fails.
@@ -197,7 +210,7 @@ class ChatService:
         def deliver(event: Piece | Failure) -> None:
             try:
                 loop.call_soon_threadsafe(queue.put_nowait, event)
-            except RuntimeError:  # the loop has ended, and with it whoever waited
+            except RuntimeError:  # the event loop has ended, so nobody waits any more
                 generation.cancel()
 
         generation = Generation(prompt, sampling, num_rows, deliver)
@@ -223,7 +236,7 @@ class ChatService:
         return text
 
     async def complete(self, ready: Ready) -> dict:
-        """The whole `chat.completion`."""
+        """Generates the whole `chat.completion`."""
         num_rows = ready.chat.n or 1
         texts = [_Text() for _ in range(num_rows)]
         async for piece in self.pieces(ready.prompt, ready.sampling, num_rows):
@@ -241,7 +254,7 @@ class ChatService:
         return body if ready.first_answer is None else {**body, "first_answer": ready.first_answer}
 
     async def stream(self, ready: Ready) -> AsyncIterator[str]:
-        """The `chat.completion.chunk`s as server-sent events, with `[DONE]` at the end."""
+        """Generates `chat.completion.chunk`s as server-sent events, with `[DONE]` at the end."""
         num_rows = ready.chat.n or 1
         options = ready.chat.stream_options
         with_usage = options is not None and options.include_usage
@@ -275,7 +288,7 @@ class ChatService:
 
 @dataclass
 class _Text:
-    """What was generated of one row."""
+    """The text of one row so far."""
 
     content: str = ""
     num_tokens: int = 0
@@ -295,7 +308,7 @@ def _decode_at(place: str, data: bytes) -> Image.Image:
 
 
 def _describe_unless_asked(messages: list[dict]) -> None:
-    """Lets the last turn ask for a description, where it says nothing."""
+    """If the last turn has no text, lets it ask for a description of the image."""
     last = messages[-1]
     if not any(part["type"] == "text" and part["text"].strip() for part in last["content"]):
         last["content"] = [*last["content"], {"type": "text", "text": DESCRIBE}]

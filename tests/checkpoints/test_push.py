@@ -245,7 +245,7 @@ def test_license_is_kept_and_scores_of_other_weights_are_not(hub, pushed):
 
 def test_command_says_what_it_sends_and_that_it_came_back_equal(pushed):
     assert re.match(r"0: .*model.safetensors.index.json.*Stays here: .*optimizer.pt", pushed["output"])
-    assert "Published, equal to the last bit: http://127.0.0.1" in pushed["output"]
+    assert "Published, identical to the local files: http://127.0.0.1" in pushed["output"]
 
 
 def test_weights_of_the_model_before_are_gone_from_the_newest_commit(hub, pushed):
@@ -313,7 +313,7 @@ def test_results_of_other_weights_are_refused(hub, pushed, monkeypatch):
     options = ["org/new", "--dry-run", "--eval-results", results]
     output = command_here(["push", home / "second", *options], hub)
     assert re.match(r"1: .*of_first.json: model_hash is \w{64}, but .*second has \w{64}: the results are of", output)
-    assert re.match(r"0: .*It loads, and answers.", command_here(["push", home / "first", *options], hub))
+    assert re.match(r"0: .*The model loads and answers\.", command_here(["push", home / "first", *options], hub))
 
 
 def test_metadata_that_the_hub_refuses_end_a_push_before_a_repository_is_made(hub, pushed, monkeypatch):
@@ -435,7 +435,9 @@ def test_code_that_is_loaded_before_the_upload_gets_no_token(pushed, tmp_path, m
 def test_dry_run_loads_the_model_and_sends_nothing(hub, pushed):
     before = len(hub.log)
     output = command(["push", pushed["home"] / "first", "org/new", "--dry-run"], hub, pushed["home"], token=None)
-    assert re.match(r"0: .*model.safetensors.index.json.*Stays here: .*optimizer.pt.*It loads, and answers\.", output)
+    assert re.match(
+        r"0: .*model.safetensors.index.json.*Stays here: .*optimizer.pt.*The model loads and answers\.", output
+    )
     assert hub.log[before:] == []
 
 
@@ -451,7 +453,7 @@ def test_folder_that_others_cannot_load_is_not_uploaded(pushed, tmp_path):
 
 
 def test_library_says_that_a_private_model_needs_a_token(hub, pushed):
-    message = "(?s)org/secret: not in the cache, and not to be had from the Hub: .*Repository Not Found"
+    message = "(?s)org/secret: not in the cache, and could not be downloaded from the Hub: .*Repository Not Found"
     with online(hub, token=""), pytest.raises(ValueError, match=message):
         load("org/secret")
 

@@ -97,7 +97,7 @@ def test_chat_ends_with_its_input(folder):
     ("arguments", "message"),
     [
         (["answer", "none.png", "Hi"], "none.png: no such image"),
-        (["answer", "pictures/notes.txt", "Hi"], "is of no known image format, or its header is broken"),
+        (["answer", "pictures/notes.txt", "Hi"], "notes.txt: unknown image format, or a broken header"),
         (["answer", "model", "Hi"], "a folder without images"),
         (["chat", "none.png"], "none.png: no such image"),
     ],

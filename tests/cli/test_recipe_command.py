@@ -70,7 +70,7 @@ def test_no_file_is_overwritten(tmp_path, monkeypatch):
     Path("recipes/llava-7b/stage1.yaml").write_text("stage: align")
     Path("recipes/llava-7b/stage2.yaml").unlink()
     result = run("copy", "llava-7b")
-    assert result.exit_code == 1 and "recipes/llava-7b/stage1.yaml is there already, and differs" in result.stderr
+    assert result.exit_code == 1 and "recipes/llava-7b/stage1.yaml exists already and is different" in result.stderr
     assert Path("recipes/llava-7b/stage1.yaml").read_text() == "stage: align"
     assert not Path("recipes/llava-7b/stage2.yaml").exists()
 

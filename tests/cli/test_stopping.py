@@ -134,7 +134,7 @@ def fill_output() -> None:
 @pytest.mark.parametrize(
     ("prepare", "line"),
     [
-        (break_output, "Stopped: nobody reads the output any more.\n"),
+        (break_output, "Stopped: standard output was closed.\n"),
         (fill_output, "Error: [Errno 28] No space left on device\n"),
     ],
 )
@@ -150,7 +150,7 @@ def test_chat_without_standard_input_ends_at_once_in_one_line(folder):
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, shell=True, cwd=folder, env=environment, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr == "Error: Standard input is closed: chat reads what you say from it.\n"
+    assert done.stderr == "Error: Standard input is closed, but chat reads your messages from it.\n"
 
 
 def test_interrupt_that_a_library_made_an_error_of_its_own_counts_as_one(monkeypatch, capsys):
@@ -203,7 +203,7 @@ def test_ctrl_c_stops_an_answer_of_chat_and_a_second_one_ends_it(folder, tmp_pat
     assert ended(children) == [130]
     text = log.read_text()
     assert "2 messages before: Go on." in text and "2 messages before: /ask" in text
-    assert text.count("Stopped. The conversation goes on without this turn.") == 2
+    assert text.count("Stopped. This turn was dropped.") == 2
     assert text.endswith("\nStopped.\n") and "Traceback" not in text
 
 

@@ -378,7 +378,7 @@ def test_command_runs_with_an_own_model(model, photos, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "Give either --describer, a model here, or --model"),
+        ([], "Give either --describer (a model on this machine) or --model"),
         (["--describer", "a", "--model", "b"], "Give either --describer"),
         (["--model", "b", "--images", "none"], "No such option"),
         (["--model", "b", "--prompts", "none"], "none: no such folder."),

@@ -287,5 +287,5 @@ def test_answer_ends_where_the_context_ends_and_others_of_the_batch_do_not(assis
 
 def test_conversations_together_leave_room_for_the_longest(assistant):
     limit = assistant.model.config.text_config.max_position_embeddings
-    with pytest.raises(ValueError, match=rf"With {limit:,} to be generated \(max_new_tokens\) these are more than"):
+    with pytest.raises(ValueError, match=rf"max_new_tokens={limit:,}, that is more than the {limit:,} tokens"):
         assistant.ask_batch([tiny.picture(), tiny.picture(1)], [HISTORY, HISTORY], max_new_tokens=limit)

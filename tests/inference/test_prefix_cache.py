@@ -185,7 +185,7 @@ def test_sampling_with_nothing_to_draw_from_is_refused(assistant, name, value):
 def test_seeds_and_histories_that_do_not_fit_are_refused(assistant):
     with pytest.raises(ValueError, match="There are 1 seeds for 2 conversations"):
         assistant.ask_batch([tiny.picture(), tiny.picture(1)], HISTORIES[:2], 2, seeds=[0])
-    with pytest.raises(ValueError, match="history ends with a turn of role None"):
+    with pytest.raises(ValueError, match="The history ends with the role None"):
         assistant.ask(tiny.picture(), [])
 
 

@@ -149,4 +149,4 @@ def test_command_paints_the_picture_in_its_own_size(tmp_path, monkeypatch):
 def test_command_writes_only_png(tmp_path):
     result = CliRunner().invoke(app, ["prototypes", "in.png", "--model", "any", "--out", str(tmp_path / "seen.jpg")])
     assert result.exit_code == 1
-    assert "end it in .png" in result.stderr
+    assert "must end in .png" in result.stderr

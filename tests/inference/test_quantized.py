@@ -206,7 +206,7 @@ def test_command_answers_with_quantized_towers(kind, checkpoint):
 
 
 def test_wrong_wishes_for_bits_are_refused(checkpoint, monkeypatch):
-    with pytest.raises(ValueError, match="both given"):
+    with pytest.raises(ValueError, match="are both given: give only one"):
         sq_llava.load(str(checkpoint), load_in_4bit=True, load_in_8bit=True)
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     with pytest.raises(ValueError, match=r"bitsandbytes is not installed: pip install 'sq-llava\[quantization\]'"):

@@ -65,5 +65,5 @@ def test_text_ends_where_the_context_does(assistant, monkeypatch):
     length = calls[0]["input_ids"].shape[1]
     assert length + calls[0]["max_new_tokens"] == 60
     monkeypatch.setattr(text_config, "max_position_embeddings", length)
-    with pytest.raises(ValueError, match="begin a new one"):
+    with pytest.raises(ValueError, match="start a new one"):
         list(assistant.stream(tiny.picture(), "What is it?"))

@@ -183,9 +183,9 @@ def test_sliders_that_are_moved_are_heeded(visitor, photo, assistant):
     visitor.upload(photo)
     visitor.press("Settings ▼")
     for label, key, value in (
-        ("Turns of talking to itself", "Home", "1"),
-        ("Longest answer or question, in tokens", "End", "1024"),
-        ("Temperature of answers; 0 is greedy", "End", "2"),
+        ("Number of turns when talking to itself", "Home", "1"),
+        ("Maximum length of an answer or question, in tokens", "End", "1024"),
+        ("Sampling temperature for answers (0: greedy)", "End", "2"),
     ):
         visitor.page.get_by_role("slider", name=label).press(key)
         visitor.page.wait_for_function(

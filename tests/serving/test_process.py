@@ -170,7 +170,7 @@ def test_one_request_too_many_is_told_to_come_again():
         with ThreadPoolExecutor(2) as pool:
             replies = [pool.submit(ask_for, client, user("Hello."), max_tokens=60) for _ in range(2)]
             until(lambda: metric("requests_under_way") == 2)
-            with pytest.raises(openai.RateLimitError, match="try again") as error:
+            with pytest.raises(openai.RateLimitError, match="Try again") as error:
                 ask_for(client, user("Hello.", *[tiny.picture(0, 400, 400)]))
             assert error.value.response.headers["Retry-After"] == "1"
             assert [reply.result().choices[0].finish_reason for reply in replies] == ["length"] * 2
