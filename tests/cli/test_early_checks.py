@@ -1,4 +1,4 @@
-"""What is not there is refused in one line, before the seconds that importing torch takes."""
+"""Missing files and models are refused in one line, before the seconds that importing torch takes."""
 
 import json
 import subprocess
@@ -67,7 +67,7 @@ for line in sys.stdin:
 
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory) -> dict[str, list]:
-    """What came of each command, all of them in one process that stands in a folder with a few things."""
+    """The outcome of each command. All of them run in one process, in a folder with a few files."""
     folder = tmp_path_factory.mktemp("early")
     for name in ("empty", "full", "model"):
         (folder / name).mkdir()
@@ -85,7 +85,7 @@ def outcomes(tmp_path_factory) -> dict[str, list]:
 
 
 @pytest.mark.parametrize("command", CASES)
-def test_what_is_not_there_is_refused_at_once_in_one_line(outcomes, command):
+def test_wrong_input_is_refused_at_once_in_one_line(outcomes, command):
     code, output, errors, large = outcomes[command]
     assert (code, output, large) == (1, "", [])
     assert errors.startswith(f"Error: {CASES[command]}") and errors.count("\n") == 1
@@ -103,7 +103,7 @@ def test_training_refuses_a_missing_recipe_before_it_imports_torch(arguments, me
 
 
 @pytest.mark.parametrize("device", ["foo", "cuda:7", "cpu:1"])
-def test_device_that_is_not_here_is_refused_with_those_that_are(device):
+def test_missing_device_is_refused_and_the_available_ones_are_named(device):
     with pytest.raises(ValueError, match=rf"device is '{device}', but this machine has only cpu"):
         require_device(device)
 

@@ -1,4 +1,4 @@
-"""Ctrl-C and a closed output end each command in one line, at any moment, without a traceback."""
+"""Ctrl-C and a closed output end a command in one line, at any moment, without a traceback."""
 
 import os
 import pty
@@ -23,7 +23,7 @@ from tests.runs import arguments, in_step, make_parts, signal_self
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """A model that speaks until it is stopped, a picture, and what a training needs."""
+    """A model that never ends its text, pictures, and the models and data of a training."""
     folder = tmp_path_factory.mktemp("stopping")
     processor = tiny.tiny_processor(system_message="")
     model = tiny.tiny_model_for(processor)
@@ -33,7 +33,7 @@ def folder(tmp_path_factory) -> Path:
     return make_parts(folder)
 
 
-# While a module is imported, by its name.
+# Runs a program, and presses Ctrl-C when it imports the module of this name.
 INTERRUPTED_IMPORT = """
 import os, runpy, signal, sys
 
@@ -68,7 +68,7 @@ def test_ctrl_c_in_an_import_ends_in_one_line(module, command, folder):
 
 
 def stop_in(owner, name: str) -> None:
-    """Ctrl-C while this function runs."""
+    """Presses Ctrl-C when this function is called."""
     setattr(owner, name, lambda *args, **kwargs: signal_self(0, signal.SIGINT))
 
 
@@ -78,10 +78,6 @@ def test_ctrl_c_in_an_answer_ends_in_one_line(folder, tmp_path):
     children = fork(sq_llava, command, tmp_path / "log", (stop_in, Assistant, "answer_batch"))
     assert ended(children) == [130]
     assert (tmp_path / "log").read_text() == "Stopped.\n"
-
-
-def interrupt(*args, **kwargs):
-    raise KeyboardInterrupt
 
 
 @pytest.mark.slow
@@ -100,7 +96,7 @@ def test_ctrl_c_before_training_ends_in_one_line(folder, tmp_path):
         ({"stage": "alig"}, 2, "Error: argument --stage: invalid choice: 'alig'"),
     ],
 )
-def test_wrong_setting_of_a_training_is_told_in_one_line(settings, code, message, folder, tmp_path):
+def test_wrong_training_setting_is_refused_in_one_line(settings, code, message, folder, tmp_path):
     command = (str(ROOT / "train_sft.py"), *arguments(folder, tmp_path / "run", **settings))
     assert ended(fork(run_script, command, tmp_path / "log")) == [code]
     text = (tmp_path / "log").read_text()
@@ -119,14 +115,14 @@ def test_error_of_a_training_step_has_its_traceback(folder, tmp_path):
 
 
 def break_output() -> None:
-    """Standard output is a pipe that nobody reads."""
+    """Makes standard output a pipe that nobody reads."""
     reading, writing = os.pipe()
     os.close(reading)
     os.dup2(writing, 1)
 
 
 def fill_output() -> None:
-    """Standard output is on a full disk."""
+    """Makes standard output a file on a full disk."""
     os.dup2(os.open("/dev/full", os.O_WRONLY), 1)
 
 
@@ -153,18 +149,18 @@ def test_chat_without_standard_input_ends_at_once_in_one_line(folder):
     assert done.stderr == "Error: Standard input is closed, but chat reads your messages from it.\n"
 
 
-def test_interrupt_that_a_library_made_an_error_of_its_own_counts_as_one(monkeypatch, capsys):
+def test_error_of_a_library_that_was_interrupted_counts_as_ctrl_c(monkeypatch, capsys):
     monkeypatch.setattr(stopping.signal, "signal", lambda *_: None)
     with pytest.raises(SystemExit) as ending, stopping.one_line_when_stopped():
         try:
-            interrupt()
+            raise KeyboardInterrupt
         except KeyboardInterrupt as error:
             raise ImportError("numpy failed to import") from error
     assert ending.value.code == 130 and capsys.readouterr().err == "Stopped.\n"
 
 
 def sit_at(terminal: str) -> None:
-    """Makes a terminal this process' own, so that its Ctrl-C comes here; answers tell when they begin."""
+    """Gives this process a terminal of its own, whose Ctrl-C reaches it. Each answer prints a line when it starts."""
     os.setsid()
     os.dup2(os.open(terminal, os.O_RDWR), 0)
     ioctl(0, termios.TIOCSCTTY, 0)
@@ -207,7 +203,7 @@ def test_ctrl_c_stops_an_answer_of_chat_and_a_second_one_ends_it(folder, tmp_pat
     assert text.endswith("\nStopped.\n") and "Traceback" not in text
 
 
-def test_child_started_to_miss_interrupts_does(capfd):
+def test_child_process_ignores_ctrl_c(capfd):
     with stopping.children_miss_interrupts():
         child = subprocess.Popen(
             [sys.executable, "-c", "import os, signal; os.kill(os.getpid(), signal.SIGINT); print('alive')"]

@@ -1,4 +1,4 @@
-"""The server behind a port: clients at the same time, clients that go away, too many of them, and the end."""
+"""The server on a port: clients at the same time, clients that disconnect, too many clients, and the shutdown."""
 
 import json
 import os
@@ -20,11 +20,11 @@ from openai import OpenAI
 from typer.testing import CliRunner
 
 from sq_llava.cli import main as cli
-from sq_llava.inference.assistant import Assistant
 from sq_llava.serving.app import create_app
 from sq_llava.serving.chat import Limits
 from tests import ROOT, tiny
-from tests.serving.test_chat import ask_for, user
+from tests.assistants import tiny_assistant
+from tests.serving.test_chat import ask_for, metric_of, user
 from tests.warm_python import warm_python
 
 
@@ -44,7 +44,7 @@ def free_port() -> int:
 def until(condition, seconds: float = 20.0) -> None:
     end = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < end, "waited in vain"
+        assert time.monotonic() < end, "timeout"
         time.sleep(0.02)
 
 
@@ -57,9 +57,8 @@ def answers(port: int) -> bool:
 
 @contextmanager
 def slow_server(max_batch_size: int = 2, seconds_per_token: float = 0.01, **limits):
-    """In a thread of this process; yields its port and a function that reads one of its metrics."""
-    processor = tiny.tiny_processor(system_message="Be kind.")
-    assistant = Assistant(tiny.tiny_model_for(processor), processor)
+    """A server in a thread of this process. Yields its port, and a function that reads one of its metrics."""
+    assistant = tiny_assistant()
     forward = assistant.model.forward
 
     def slow_forward(**inputs):
@@ -74,8 +73,7 @@ def slow_server(max_batch_size: int = 2, seconds_per_token: float = 0.01, **limi
     thread.start()
 
     def metric(name: str) -> float:
-        lines = httpx2.get(f"http://127.0.0.1:{port}/metrics").text.splitlines()
-        return sum(float(line.split()[-1]) for line in lines if line.startswith(f"sq_llava_{name}"))
+        return metric_of(httpx2.get(f"http://127.0.0.1:{port}/metrics").text, name)
 
     until(lambda: server.started)
     try:
@@ -89,22 +87,20 @@ def slow_server(max_batch_size: int = 2, seconds_per_token: float = 0.01, **limi
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("model") / "tiny"
-    processor = tiny.tiny_processor(system_message="Be kind.")
-    model = tiny.tiny_model_for(processor)
-    # So that every text is as long as it may be: its end is never said.
-    model.generation_config.suppress_tokens.append(processor.tokenizer.eos_token_id)
-    model.save_pretrained(path)
-    processor.save_pretrained(path)
+    assistant = tiny_assistant()
+    # Without an end token, every text has its maximum length.
+    assistant.model.generation_config.suppress_tokens.append(assistant.processor.tokenizer.eos_token_id)
+    assistant.model.save_pretrained(path)
+    assistant.processor.save_pretrained(path)
     return path
 
 
 @contextmanager
 def server_process(folder: Path, *options: str):
-    """`sq-llava serve` as people start it; yields its port and the process."""
+    """`sq-llava serve` in a process of its own. Yields its port and the process."""
     port = free_port()
     command = [warm_python(), "-m", "sq_llava", "serve", str(folder), "--port", str(port), *options]
-    root = ROOT
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)}
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     process = subprocess.Popen(command, cwd=folder, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
         until(lambda: answers(port) or process.poll() is not None, 180)
@@ -115,18 +111,10 @@ def server_process(folder: Path, *options: str):
         process.communicate()
 
 
-def test_eight_clients_at_once_get_what_each_gets_alone_and_the_end_waits_for_them(folder):
-    requests = [
-        (
-            user(f"What is it? {'And what else? ' * (number % 3)}", *map(tiny.picture, range(number % 3))),
-            10 + 5 * number,
-        )
-        for number in range(8)
-    ]
-
+def test_eight_clients_get_the_same_together_as_alone_and_the_shutdown_waits_for_them(folder):
     def ask(port: int, number: int) -> str:
-        message, length = requests[number]
-        reply = ask_for(client_of(port), message, max_tokens=length, stream=number % 2 == 1)
+        message = user(f"What is it? {'And what else? ' * (number % 3)}", *map(tiny.picture, range(number % 3)))
+        reply = ask_for(client_of(port), message, max_tokens=10 + 5 * number, stream=number % 2 == 1)
         if number % 2:
             return "".join(chunk.choices[0].delta.content or "" for chunk in reply)
         return reply.choices[0].message.content
@@ -148,7 +136,7 @@ def test_eight_clients_at_once_get_what_each_gets_alone_and_the_end_waits_for_th
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_client_that_goes_away_stops_its_generation(stream):
+def test_client_that_disconnects_stops_its_generation(stream):
     with slow_server() as (port, metric):
         body = {"model": "tiny", "messages": [user("What is it?")], "temperature": 0, "max_tokens": 900}
         with (
@@ -164,7 +152,7 @@ def test_client_that_goes_away_stops_its_generation(stream):
         assert 5 < metric("generated_tokens_total") < 300
 
 
-def test_one_request_too_many_is_told_to_come_again():
+def test_one_request_too_many_gets_status_429():
     with slow_server(max_batch_size=1, max_waiting=1, seconds_per_token=0.02) as (port, metric):
         client = client_of(port)
         with ThreadPoolExecutor(2) as pool:
@@ -177,7 +165,7 @@ def test_one_request_too_many_is_told_to_come_again():
         assert ask_for(OpenAI(base_url=client.base_url, api_key="x"), user("Hello.")).usage.completion_tokens == 8
 
 
-def test_request_that_takes_too_long_is_ended():
+def test_request_that_takes_too_long_is_stopped():
     with slow_server(request_seconds=0.6) as (port, metric):
         with pytest.raises(openai.InternalServerError, match=r"more than 0\.6 seconds") as error:
             ask_for(client_of(port), user("Hello."), max_tokens=900)
@@ -193,7 +181,7 @@ def test_request_that_takes_too_long_is_ended():
         until(lambda: metric("rows_running") == 0 and metric("requests_under_way") == 0, 2)
 
 
-def test_client_that_does_not_read_is_cut_off(monkeypatch):
+def test_client_that_does_not_read_is_disconnected(monkeypatch):
     monkeypatch.setattr("sq_llava.serving.app.SECONDS_FOR_LAST_WORDS", 0.2)
     with slow_server(request_seconds=1.0, seconds_per_token=0) as (port, metric):
         body = json.dumps(
@@ -210,7 +198,7 @@ def test_client_that_does_not_read_is_cut_off(monkeypatch):
             until(lambda: metric("requests_under_way") == 0, 5)
 
 
-def test_large_body_is_refused_in_words():
+def test_large_body_is_refused_with_a_message():
     with (
         slow_server(max_body_bytes=100_000) as (port, _),
         pytest.raises(openai.APIStatusError, match="more than") as e,
@@ -242,7 +230,7 @@ def test_command_serves_the_folder_by_its_name_with_the_limits_given(folder, mon
         assert http.post("/v1/chat/completions", json={"model": "x" * 2000}).status_code == 413
 
 
-def test_key_that_is_not_set_is_said_before_a_model_is_loaded(monkeypatch):
+def test_api_key_that_is_not_set_is_refused_before_a_model_is_loaded(monkeypatch):
     monkeypatch.delenv("SECRET", raising=False)
     result = CliRunner().invoke(cli.app, ["serve", "none", "--api-key-env", "SECRET"])
     assert result.exit_code == 1 and "variable SECRET is not set" in " ".join(result.output.split())
