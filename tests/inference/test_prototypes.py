@@ -124,7 +124,7 @@ def test_every_pixel_under_the_tokens_is_painted_and_the_shares_are_the_areas(wi
 
 
 def test_model_without_prototypes_is_refused():
-    with pytest.raises(ValueError, match=r"prototype_variant of its .* is 'none'"):
+    with pytest.raises(ValueError, match=r"prototype_variant in its .* is 'none'"):
         look(tiny_assistant(prototype_variant="none"), picture())
 
 
