@@ -20,7 +20,7 @@ from sq_llava.serving.decoding import Prompt, Sampling
 from sq_llava.serving.engine import Engine, Failure, Generation, Piece
 from sq_llava.serving.images import decode_data_url, decode_image, fetch, num_pixels
 from sq_llava.serving.metrics import Metrics
-from sq_llava.serving.schema import ApiError, ChatCompletionRequest, ImagePart, error_body
+from sq_llava.serving.schema import ApiError, ChatCompletionRequest, ImagePart, TextPart, error_body
 from sq_llava.serving.settings import Limits
 
 
@@ -85,9 +85,9 @@ class ChatService:
         if (chat.n or 1) > self.engine.max_batch_size:
             message = f"n is {chat.n}, but this server generates at most {self.engine.max_batch_size} texts at a time."
             raise ApiError(400, message, param="n")
-        data = await self._read_images(chat)
+        images = await self._read_images(chat)
         answers_first = chat.self_question and chat.messages[-1].role != "assistant"
-        messages = await self._in_thread(self._place_images, chat, data)
+        messages = await self._in_thread(self._place_images, chat, images)
         if answers_first:
             _describe_unless_asked(messages)
         prompt = await self._in_thread(self._encode, messages, chat.self_question and not answers_first)
@@ -102,7 +102,8 @@ class ChatService:
         sampling = self._sampling(chat, len(prompt.input_ids))
         return Ready(chat, prompt, sampling, answer.content, answer.num_tokens)
 
-    async def _read_images(self, chat: ChatCompletionRequest) -> list[bytes]:
+    async def _read_images(self, chat: ChatCompletionRequest) -> list[tuple[str, bytes]]:
+        """The place of each image in the request, and its file."""
         places = [
             (f"messages[{index}].content[{part_index}].image_url.url", part.image_url.url)
             for index, message in enumerate(chat.messages)
@@ -133,28 +134,30 @@ class ChatService:
                     "total. Send smaller images."
                 )
                 raise ApiError(400, message, "image_too_large", place)
-            found.append(data)
+            found.append((place, data))
         return found
 
-    def _place_images(self, chat: ChatCompletionRequest, data: list[bytes]) -> list[dict]:
+    def _place_images(self, chat: ChatCompletionRequest, images: list[tuple[str, bytes]]) -> list[dict]:
         """Messages for the chat template, with decoded images. They contain no path and no URL."""
-        data = iter(data)
-        messages = []
-        for index, message in enumerate(chat.messages):
+        images, messages = iter(images), []
+        for message in chat.messages:
             role = "system" if message.role == "developer" else message.role
-            if isinstance(message.content, str):
-                parts = [{"type": "text", "text": message.content}]
-            else:
-                parts = []
-                for part_index, part in enumerate(message.content):
-                    if isinstance(part, ImagePart):
-                        place = f"messages[{index}].content[{part_index}].image_url.url"
-                        image = self.processor.image_processor.pad_and_resize(_decode_at(place, next(data)))
-                        parts.append({"type": "image", "image": image})
-                    else:
-                        parts.append({"type": "text", "text": part.text})
+            is_text = isinstance(message.content, str)
+            content = [TextPart(type="text", text=message.content)] if is_text else message.content
+            parts = [
+                {"type": "image", "image": self._decode(*next(images))}
+                if isinstance(part, ImagePart)
+                else {"type": "text", "text": part.text}
+                for part in content
+            ]
             messages.append({"role": role, "content": parts})
         return messages
+
+    def _decode(self, place: str, data: bytes) -> Image.Image:
+        try:
+            return self.processor.image_processor.pad_and_resize(decode_image(data))
+        except ValueError as error:
+            raise ApiError(400, f"{place} {error}.", "invalid_image", place) from error
 
     def _encode(self, messages: list[dict], ask: bool) -> Prompt:
         most = self.limits.max_prompt_tokens or self.context_length - 1
@@ -298,13 +301,6 @@ class _Text:
         self.content += piece.text
         self.num_tokens = piece.num_tokens
         self.finish_reason = piece.finish_reason
-
-
-def _decode_at(place: str, data: bytes) -> Image.Image:
-    try:
-        return decode_image(data)
-    except ValueError as error:
-        raise ApiError(400, f"{place} {error}.", "invalid_image", place) from error
 
 
 def _describe_unless_asked(messages: list[dict]) -> None:
