@@ -55,33 +55,23 @@ def merge(
     )
 )
 def convert(
-    source: Annotated[str, typer.Argument(help="Checkpoint folder, projector file, or a Hub id.", show_default=False)],
+    source: Annotated[str, typer.Argument(help="Checkpoint folder, projector file or Hub id.", show_default=False)],
     out: Annotated[str, typer.Option(help="New folder for the checkpoint.", show_default=False)],
     base: Annotated[
         str | None,
-        typer.Option(
-            help="Language model: folder or Hub id. Default: the one that the source names, if it is available."
-        ),
+        typer.Option(help="Language model: folder or Hub id. Default: the one named in the source, if available."),
     ] = None,
     vision: Annotated[
         str | None,
-        typer.Option(
-            help="Vision tower: folder or Hub id. Default: the one that the source names, if it is available."
-        ),
+        typer.Option(help="Vision tower: folder or Hub id. Default: the one named in the source, if available."),
     ] = None,
-    dtype: Annotated[
-        str, typer.Option(help="Data type: auto (as the language model), float32, bfloat16 or float16.")
-    ] = "auto",
+    dtype: Annotated[str, typer.Option(help="auto (as the language model), float32, bfloat16 or float16.")] = "auto",
     prototypes: Annotated[
         str | None, typer.Option(help="Add an untrained prototype extractor to a LLaVA: paper or released.")
     ] = None,
     max_shard_size: Annotated[str, typer.Option(help="Maximum size of a weights file.")] = "5GB",
-    verify: Annotated[
-        bool, typer.Option("--verify", help="After converting, compare the logits with those of the source.")
-    ] = False,
-    verify_dtype: Annotated[
-        str, typer.Option(help="Data type for --verify: float32, bfloat16 or float16.")
-    ] = "float32",
+    verify: Annotated[bool, typer.Option("--verify", help="Compare the result's logits with the source's.")] = False,
+    verify_dtype: Annotated[str, typer.Option(help="For --verify: float32, bfloat16 or float16.")] = "float32",
     verification_file: Annotated[
         bool, typer.Option("--verification-file", help="With --verify: also write OUT/verification.json.")
     ] = False,
@@ -183,12 +173,8 @@ def push(
     adapter_only: Annotated[
         bool, typer.Option("--adapter-only", help="Upload an adapter without merging it, for PEFT.")
     ] = False,
-    base_model: Annotated[
-        str | None, typer.Option(help="With --adapter-only: Hub id of the adapter's base model.")
-    ] = None,
-    eval_results: Annotated[
-        Path | None, typer.Option(help="results.json of an evaluation, for the model card.")
-    ] = None,
+    base_model: Annotated[str | None, typer.Option(help="With --adapter-only: Hub id of the base model.")] = None,
+    eval_results: Annotated[Path | None, typer.Option(help="results.json of an evaluation, for the card.")] = None,
     license: Annotated[str | None, typer.Option(help="License for the model card, e.g. apache-2.0.")] = None,
     language: Annotated[
         list[str] | None, typer.Option(help="Language for the model card, e.g. en. Can be repeated.")

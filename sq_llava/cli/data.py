@@ -27,17 +27,12 @@ app = typer.Typer()
 )
 def doctor(
     context: typer.Context,
-    config: Annotated[
-        str | None,
-        typer.Option(help="Recipe (YAML). Further options, such as --image_root, override its settings."),
-    ] = None,
+    config: Annotated[str | None, typer.Option(help="Recipe. Further options (--image_root ...) override it.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Check at most N rows, evenly spaced.")] = None,
     images: Annotated[bool, typer.Option(help="Check the image files.")] = True,
     lengths: Annotated[bool, typer.Option(help="Check the lengths in tokens.")] = True,
     fix: Annotated[Path | None, typer.Option(help="Write the rows without errors into this new folder.")] = None,
-    num_proc: Annotated[
-        int | None, typer.Option(min=1, help="Number of processes. Default: one for each CPU core.")
-    ] = None,
+    num_proc: Annotated[int | None, typer.Option(min=1, help="Number of processes. Default: one per core.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Check the training data of a recipe: every row, image header and length.

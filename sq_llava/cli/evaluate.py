@@ -34,15 +34,10 @@ app = typer.Typer()
 def evaluate(
     settings: Annotated[dict, OptionsOf(Evaluation, model=None)],
     judge: Annotated[dict, OptionsOf(JudgeSettings, prefix="judge", panel=JUDGE, model=None)],
-    tasks: Annotated[
-        str, typer.Option(help="Tasks, separated by commas. --tasks help lists all tasks, and needs no other option.")
-    ],
+    tasks: Annotated[str, typer.Option(help="Tasks, separated by commas. --tasks help only lists all tasks.")],
     data: Annotated[
         str | None,
-        typer.Option(
-            help="Folder with the data of one task, or with a folder for each task; a Hub id; or hub, which downloads "
-            "each task's own dataset."
-        ),
+        typer.Option(help="Folder of one task's data, or of a folder for each task; a Hub id; hub: each task's own."),
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Output folder. Default: runs/evaluation/<model>.")] = None,
     against: Annotated[

@@ -44,12 +44,10 @@ def curate(
         OptionsOf(ChatSettings, "repair", panel=REPAIR, without=(*SHARED, "base_url", "image_tokens"), model=None),
     ],
     repair_base_url: Annotated[
-        str | None,
-        typer.Option(help="URL of the server for the repair, up to /v1. Default: --base-url.", rich_help_panel=REPAIR),
+        str | None, typer.Option(help="URL of its server, up to /v1. Default: --base-url.", rich_help_panel=REPAIR)
     ] = None,
     describer: Annotated[
-        str | None,
-        typer.Option(help="SQ-LLaVA folder or Hub id that describes the images. Alternative: --model, on a server."),
+        str | None, typer.Option(help="SQ-LLaVA folder or Hub id that describes. On a server, use --model instead.")
     ] = None,
     prompts: PromptFolder = PROMPTS / "curate",
     shard: ShardOption = None,

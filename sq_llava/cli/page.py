@@ -27,7 +27,7 @@ def demo(
     model: ModelArgument,
     loading: Loading,
     host: Annotated[
-        str, typer.Option(help="Address to listen on. 0.0.0.0 makes the page reachable from other machines.")
+        str, typer.Option(help="Address to listen on. 0.0.0.0: reachable from other machines.")
     ] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.")] = 7860,
 ) -> None:
@@ -51,7 +51,7 @@ def prototypes(
     image: Annotated[Path, typer.Argument(help="Image file.", show_default=False)],
     model: Annotated[dict, OptionsOf(ModelOptions, without=("load_in_4bit", "load_in_8bit"))],
     out: Annotated[Path, typer.Option(help="PNG file to write.", show_default=False)],
-    top: Annotated[int | None, typer.Option(min=1, help="Show only the N largest prototypes. Default: all.")] = None,
+    top: Annotated[int | None, typer.Option(min=1, help="Show only the N largest prototypes.")] = None,
 ) -> None:
     """Paint a picture of the prototypes: each image token gets the colour of its prototype."""
     with errors_in_one_line():

@@ -29,28 +29,23 @@ def serve(
     loading: Loading,
     limits: Annotated[dict, OptionsOf(Limits, panel=LIMITS)],
     host: Annotated[
-        str, typer.Option(help="Address to listen on. 0.0.0.0 makes the server reachable from other machines.")
+        str, typer.Option(help="Address to listen on. 0.0.0.0: reachable from other machines.")
     ] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on.")] = 8000,
     model_name: Annotated[
         str | None, typer.Option(help="Name of the model for clients. Default: the folder's name.")
     ] = None,
     api_key_env: Annotated[
-        str | None,
-        typer.Option(help="Name of an environment variable with an API key. Clients must send this key."),
+        str | None, typer.Option(help="Name of the environment variable with the key that clients must send.")
     ] = None,
-    max_batch_size: Annotated[
-        int, typer.Option(min=1, help="Maximum number of texts generated at the same time.")
-    ] = 16,
+    max_batch_size: Annotated[int, typer.Option(min=1, help="Maximum number of texts generated at once.")] = 16,
     max_body_mb: Annotated[
         float, typer.Option(min=0.001, help="Maximum size of a request in megabytes.", rich_help_panel=LIMITS)
     ] = 20.0,
     max_megapixels: Annotated[
         float,
         typer.Option(
-            min=0.001,
-            help="Maximum size of all images in a request, padded to squares, in megapixels.",
-            rich_help_panel=LIMITS,
+            min=0.001, help="Maximum megapixels of all images in a request, as squares.", rich_help_panel=LIMITS
         ),
     ] = 64.0,
 ) -> None:
