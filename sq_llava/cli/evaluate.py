@@ -146,7 +146,7 @@ def show(results) -> None:
 def show_differences(differences, out: Path) -> None:
     """Prints the differences between this run and the one it is compared with."""
     for task in dict.fromkeys(each.task for each in differences):
-        table = _table(f"{task}, compared", "other", "this run", "difference", "95%", "num")
+        table = _table(f"{task}, compared with the other", "other", "this run", "difference", "95%", "num")
         for each in differences:
             if each.task == task:
                 values = (f"{each.first:.4f}", f"{each.second:.4f}", f"{each.difference:+.4f}")
