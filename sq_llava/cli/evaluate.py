@@ -37,7 +37,9 @@ def evaluate(
     tasks: Annotated[str, typer.Option(help="Tasks, separated by commas. --tasks help only lists all tasks.")],
     data: Annotated[
         str | None,
-        typer.Option(help="Folder of one task's data, or of a folder for each task; a Hub id; hub: each task's own."),
+        typer.Option(
+            help="Data folder, or a folder with one for each task; a Hub id; or hub (each task's own dataset)."
+        ),
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Output folder. Default: runs/evaluation/<model>.")] = None,
     against: Annotated[
