@@ -67,6 +67,12 @@ def test_ctrl_c_in_an_import_ends_in_one_line(module, command, folder):
     assert done.stderr.splitlines()[-1] == "Stopped." and "Traceback" not in done.stderr
 
 
+def outcome(function, command: tuple[str, ...], folder: Path, prepare=None) -> tuple[int, str]:
+    """Exit code and output of a command in a process of its own."""
+    [code] = ended(fork(function, command, folder / "log", prepare))
+    return code, (folder / "log").read_text()
+
+
 def stop_in(owner, name: str) -> None:
     """Presses Ctrl-C when this function is called."""
     setattr(owner, name, lambda *args, **kwargs: signal_self(0, signal.SIGINT))
@@ -75,17 +81,14 @@ def stop_in(owner, name: str) -> None:
 @pytest.mark.slow
 def test_ctrl_c_in_an_answer_ends_in_one_line(folder, tmp_path):
     command = ("answer", str(folder / "1.png"), "Hi", "--model", str(folder / "model"))
-    children = fork(sq_llava, command, tmp_path / "log", (stop_in, Assistant, "answer_batch"))
-    assert ended(children) == [130]
-    assert (tmp_path / "log").read_text() == "Stopped.\n"
+    assert outcome(sq_llava, command, tmp_path, (stop_in, Assistant, "answer_batch")) == (130, "Stopped.\n")
 
 
 @pytest.mark.slow
 def test_ctrl_c_before_training_ends_in_one_line(folder, tmp_path):
     command = (str(ROOT / "train_sft.py"), *arguments(folder, tmp_path / "run"))
-    assert ended(fork(run_script, command, tmp_path / "log", (stop_in, SQLlavaTrainer, "__init__"))) == [130]
-    assert (tmp_path / "log").read_text().splitlines()[-1] == "Stopped."
-    assert "Traceback" not in (tmp_path / "log").read_text()
+    code, text = outcome(run_script, command, tmp_path, (stop_in, SQLlavaTrainer, "__init__"))
+    assert code == 130 and text.splitlines()[-1] == "Stopped." and "Traceback" not in text
 
 
 @pytest.mark.parametrize(
@@ -98,9 +101,9 @@ def test_ctrl_c_before_training_ends_in_one_line(folder, tmp_path):
 )
 def test_wrong_training_setting_is_refused_in_one_line(settings, code, message, folder, tmp_path):
     command = (str(ROOT / "train_sft.py"), *arguments(folder, tmp_path / "run", **settings))
-    assert ended(fork(run_script, command, tmp_path / "log")) == [code]
-    text = (tmp_path / "log").read_text()
-    assert text.splitlines()[-1].startswith(message) and "Traceback" not in text and "usage:" not in text
+    found, text = outcome(run_script, command, tmp_path)
+    assert found == code and text.splitlines()[-1].startswith(message)
+    assert "Traceback" not in text and "usage:" not in text
 
 
 def fail():
@@ -110,8 +113,8 @@ def fail():
 @pytest.mark.slow
 def test_error_of_a_training_step_has_its_traceback(folder, tmp_path):
     command = (str(ROOT / "train_sft.py"), *arguments(folder, tmp_path / "run", doctor="off"))
-    assert ended(fork(run_script, command, tmp_path / "log", (in_step, 1, fail))) == [1]
-    assert "Traceback" in (tmp_path / "log").read_text() and "ValueError: a bug" in (tmp_path / "log").read_text()
+    code, text = outcome(run_script, command, tmp_path, (in_step, 1, fail))
+    assert code == 1 and "Traceback" in text and "ValueError: a bug" in text
 
 
 def break_output() -> None:
@@ -137,8 +140,7 @@ def fill_output() -> None:
 @pytest.mark.parametrize("options", [[], ["--json"]], ids=["by rich", "by print"])
 def test_output_that_cannot_be_written_ends_in_one_line(prepare, line, options, folder, tmp_path):
     command = ("inspect", str(folder / "model"), *options)
-    assert ended(fork(sq_llava, command, tmp_path / "log", (prepare,))) == [1]
-    assert (tmp_path / "log").read_text() == line
+    assert outcome(sq_llava, command, tmp_path, (prepare,)) == (1, line)
 
 
 def test_chat_without_standard_input_ends_at_once_in_one_line(folder):

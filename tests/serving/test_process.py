@@ -31,8 +31,8 @@ from tests.warm_python import warm_python
 pytestmark = pytest.mark.slow
 
 
-def client_of(port: int, **settings) -> OpenAI:
-    return OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0, timeout=60, **settings)
+def client_of(port: int) -> OpenAI:
+    return OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0, timeout=60)
 
 
 def free_port() -> int:
@@ -109,10 +109,10 @@ def folder(tmp_path_factory) -> Path:
 
 
 @contextmanager
-def server_process(folder: Path, *options: str):
+def server_process(folder: Path):
     """`sq-llava serve` in a process of its own. Yields its port and the process."""
     port = free_port()
-    command = [warm_python(), "-m", "sq_llava", "serve", str(folder), "--port", str(port), *options]
+    command = [warm_python(), "-m", "sq_llava", "serve", str(folder), "--port", str(port)]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     process = subprocess.Popen(command, cwd=folder, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
