@@ -45,7 +45,7 @@ def doctor(
         if fix is not None:
             require_new_folder(fix)
             if limit is not None:
-                raise ValueError("--fix needs all rows, but --limit checks only some of them: leave out --limit.")
+                raise ValueError("--fix needs all rows, but --limit checks only some of them: leave --limit out.")
         with messages_console.status("Opening the data"):
             from sq_llava.doctor.check import data_check, examine
             from sq_llava.doctor.report import print_preview, print_report, write_sound_rows
