@@ -295,7 +295,7 @@ def test_shards_choose_together_what_one_run_chooses(captions, pipeline, whole, 
         assert result.exit_code == 0 and "This shard is done." in " ".join(result.stderr.split())
         assert not (tmp_path / "out" / "data.jsonl").exists()
     result = run(*command, "--shard", "3/3", "--dry-run")
-    assert "45 captions with an image, 45 still to be read" in result.stdout
+    assert "45 captions with an image, 45 of them not yet read" in result.stdout
     assert run(*command, "--shard", "3/3").exit_code == 0
     assert contents(tmp_path / "out") == contents(whole)
 
