@@ -312,7 +312,7 @@ def test_results_of_other_weights_are_refused(hub, pushed, monkeypatch):
     monkeypatch.setattr(publishing, "_load_fresh", lambda *arguments: None)
     options = ["org/new", "--dry-run", "--eval-results", results]
     output = command_here(["push", home / "second", *options], hub)
-    assert re.match(r"1: .*of_first.json: model_hash is \w{64}, but .*second has \w{64}\. The results belong to", output)
+    assert re.match(r"1: .*of_first.json: model_hash is \w{64}, but .*second has \w{64}\. The results belong", output)
     assert re.match(r"0: .*The model loads and answers\.", command_here(["push", home / "first", *options], hub))
 
 
