@@ -96,3 +96,8 @@ def tiny_processor():
 @pytest.fixture
 def image():
     return import_module("tests.tiny").picture()
+
+
+@pytest.fixture(scope="module")
+def assistant():
+    return import_module("tests.assistants").tiny_assistant()

@@ -174,7 +174,7 @@ def check_training(wheel: Installed) -> None:
 def check_model(wheel: Installed) -> None:
     """Lets the trained models answer and ask, and tries to publish one."""
     wheel.run("sq-llava", "inspect", "model", says="code")
-    wheel.run("sq-llava", "push", "model", "org/name", "--dry-run", says="Nothing was sent")
+    wheel.run("sq-llava", "push", "model", "org/name", "--dry-run", says="Nothing was uploaded")
     wheel.run("sq-llava", "answer", "images/a.png", "What is it?", "--model=model", "--max-new-tokens=4")
     wheel.run("sq-llava", "ask", "images", "--model=stage2", "--max-new-tokens=4", "--seed=0", says="a.png")
     wheel.run("sq-llava", "prototypes", "images/a.png", "--model=model", "--out=seen.png", says="Wrote seen.png")

@@ -180,7 +180,7 @@ def test_license_is_kept_and_scores_of_other_weights_are_not(hub, pushed):
 
 def test_command_reports_what_it_sends_and_that_the_result_is_equal(pushed):
     assert re.match(r"0: .*model.safetensors.index.json.*Not uploaded: .*optimizer.pt", pushed["output"])
-    assert "Published, equal to the last bit: http://127.0.0.1" in pushed["output"]
+    assert "Published, identical to the local files: http://127.0.0.1" in pushed["output"]
 
 
 def test_weights_of_an_earlier_model_are_deleted_in_the_newest_commit(hub, pushed):
@@ -247,8 +247,8 @@ def test_results_of_other_weights_are_refused(hub, pushed, monkeypatch):
     monkeypatch.setattr(publishing, "_load_fresh", lambda *arguments: None)
     options = ["org/new", "--dry-run", "--eval-results", results]
     output = command_here(["push", home / "second", *options], hub)
-    assert re.match(r"1: .*of_first.json: model_hash is \w{64}, but .*second has \w{64}: the results are of", output)
-    assert re.match(r"0: .*It loads, and answers.", command_here(["push", home / "first", *options], hub))
+    assert re.match(r"1: .*of_first.json: model_hash is \w{64}, but .*second has \w{64}\. The results belong", output)
+    assert re.match(r"0: .*The model loads and answers\.", command_here(["push", home / "first", *options], hub))
 
 
 def test_metadata_that_the_hub_refuses_end_a_push_before_a_repository_is_made(hub, pushed, monkeypatch):
@@ -324,7 +324,7 @@ def test_dry_run_loads_the_model_and_sends_nothing(hub, pushed):
     before = len(hub.log)
     output = command(["push", pushed["home"] / "first", "org/new", "--dry-run"], hub, pushed["home"], token=None)
     assert re.match(
-        r"0: .*model.safetensors.index.json.*Not uploaded: .*optimizer.pt.*It loads, and answers\.", output
+        r"0: .*model.safetensors.index.json.*Not uploaded: .*optimizer.pt.*The model loads and answers\.", output
     )
     assert hub.log[before:] == []
 

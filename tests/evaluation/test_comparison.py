@@ -184,7 +184,7 @@ def test_values_are_not_cut_on_a_narrow_terminal(capsys, monkeypatch):
     for figure in ("104.1667", "0.1235", "12,345", "133.3333", "+29.1667", "-10.1234 to +110.4321", "99.8% parsed"):
         assert figure in shown
     assert max(map(len, shown.splitlines())) <= 80
-    folded = shown.partition("beside the other")[2].splitlines()
+    folded = shown.partition("compared with the other")[2].splitlines()
     assert name in "".join(line[1:16].strip() for line in folded)
 
 
@@ -197,7 +197,7 @@ def test_command_compares_with_a_folder_or_with_another_model(tmp_path):
     assert (tmp_path / "a" / "against" / "results.json").is_file()
     content = json.loads((tmp_path / "a" / "comparison" / "comparison.json").read_text())
     assert (content["first"], content["second"]) == (str(tmp_path / "a" / "against"), str(tmp_path / "a"))
-    assert "easy_vqa, beside the other" in done.output
+    assert "easy_vqa, compared with the other" in done.output
     done = run_evaluate(model=other, out=tmp_path / "b", against=tmp_path / "a", **same)
     assert done.exit_code == 0, done.output
     assert (tmp_path / "b" / "comparison" / "comparison.md").is_file()

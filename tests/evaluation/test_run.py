@@ -180,7 +180,7 @@ def test_model_on_the_hub_is_identified_by_its_commit(tmp_path, monkeypatch):
     (repository / "refs" / "main").write_text(commit)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", tmp_path)
     assert hash_of_model("org/model") == commit
-    with pytest.raises(ValueError, match="org/other: not in the cache, and not to be had from the Hub"):
+    with pytest.raises(ValueError, match="org/other: not in the cache, and could not be downloaded from the Hub"):
         hash_of_model("org/other")
 
 

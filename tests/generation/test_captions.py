@@ -273,10 +273,10 @@ def test_shards_choose_together_what_one_run_chooses(captions, pipeline, whole, 
     command = options(captions, pipeline, tmp_path / "out")
     for shard in ("2/3", "1/3"):
         result = generate_data(*command, "--shard", shard)
-        assert result.exit_code == 0 and "nothing is chosen" in " ".join(result.stderr.split())
+        assert result.exit_code == 0 and "This shard is done." in " ".join(result.stderr.split())
         assert not (tmp_path / "out" / "data.jsonl").exists()
     result = generate_data(*command, "--shard", "3/3", "--dry-run")
-    assert "45 captions with an image, 45 still to be read" in result.stdout
+    assert "45 captions with an image, 45 of them not yet read" in result.stdout
     assert generate_data(*command, "--shard", "3/3").exit_code == 0
     assert made(tmp_path / "out") == made(whole)
 

@@ -305,7 +305,7 @@ def test_command_runs_with_a_local_model_and_reports_the_image_that_it_fails_on(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "Give either --describer, a model here, or --model"),
+        ([], "Give either --describer (a model on this machine) or --model"),
         (["--describer", "a", "--model", "b"], "Give either --describer"),
         (["--model", "b", "--images", "none"], "No such option"),
         (["--model", "b", "--prompts", "none"], "none: no such folder."),

@@ -145,7 +145,7 @@ def test_dry_run_asks_and_writes_nothing_and_needs_no_key(tmp_path, monkeypatch)
         result = run(tmp_path, server, "--dry-run", "--input-price", 2.5, "--output-price", 10)
         assert result.exit_code == 0, result.output
         assert "12 requests" in result.stdout
-        assert "at most 12,288 of answers: 0.15 if all are that long." in result.stdout
+        assert "at most 12,288 answer tokens, with a cost of up to 0.15." in result.stdout
         assert not server.requests and not (tmp_path / "out").exists()
         monkeypatch.setenv("OPENAI_API_KEY", "x")
         run(tmp_path, server, "--max-requests", 5)

@@ -73,7 +73,7 @@ def test_files_are_found_wherever_the_command_is_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert find_resource("model_card.md").read_bytes() == (ROOT / "model_card.md").read_bytes()
     assert [code_file(name).parent for name in CODE_FILES] == [ROOT] * len(CODE_FILES)
-    with pytest.raises(FileNotFoundError, match=r"no_card\.md is missing: this installation of sq-llava is damaged"):
+    with pytest.raises(FileNotFoundError, match=r"no_card\.md is missing\. Install sq-llava again"):
         find_resource("no_card.md")
 
 
