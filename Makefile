@@ -5,7 +5,7 @@ VLLM := .venv-vllm
 SEED ?= 0
 RUN ?= runs/demo
 
-# Waiting threads sleep instead of spinning: on a busy machine small models train many times faster.
+# Waiting threads sleep instead of spinning: small models then train many times faster on a busy machine.
 export OMP_WAIT_POLICY ?= PASSIVE
 export TOKENIZERS_PARALLELISM ?= false
 export HF_HUB_DISABLE_TELEMETRY ?= 1
@@ -16,7 +16,7 @@ export HF_HUB_DISABLE_TELEMETRY ?= 1
 help:  ## List the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
 
-setup: $(VENV)/.installed  ## Make .venv with the pinned packages
+setup: $(VENV)/.installed  ## Create .venv with the pinned packages
 
 $(VENV)/.installed: requirements.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -24,49 +24,49 @@ $(VENV)/.installed: requirements.txt pyproject.toml
 	$(BIN)/pip install --quiet --no-deps --editable .
 	touch $@
 
-demo: setup  ## Train, evaluate and use a small SQ-LLaVA: less than ten minutes on two CPU cores
+demo: setup  ## Train and evaluate a small SQ-LLaVA, in less than ten minutes on two CPU cores
 	$(BIN)/python -m demo.run --seed $(SEED) --output-dir $(RUN)
 
-demo-clean:  ## Remove what the demo made
+demo-clean:  ## Delete the output of the demo
 	rm -rf $(RUN)
 
-test: setup  ## Run the tests
+test: setup  ## Run all tests, in minutes on two cores
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-test-fast: setup  ## Run the quick half of the tests
+test-fast: setup  ## Run the tests that are not marked slow
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow"
 
-wheel: setup  ## Build a wheel into dist/
+wheel: setup  ## Build a wheel in dist/
 	rm -rf build
 	$(BIN)/pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .
 
-test-wheel: setup  ## Install a wheel beside .venv, and use it from an empty folder as the README says
+test-wheel: setup  ## Install a wheel in a new environment, and run the README's commands with it
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.wheel_checks
 
-test-versions: setup  ## Use the wheel with the oldest, the pinned and the newest packages that it allows (15 GB)
+test-versions: setup  ## Test a wheel with the oldest, the pinned and the newest packages (15 GB)
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.package_versions
 
-test-vllm: $(RUN)/model/config.json setup $(VLLM)/.installed  ## Compare vLLM with transformers, on the demo's model
+test-vllm: $(RUN)/model/config.json setup $(VLLM)/.installed  ## Compare vLLM with transformers on the demo's model
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.vllm_reference --model $(RUN)/model --output-dir $(RUN)/vllm
 	OMP_NUM_THREADS=1 $(VLLM)/bin/python -P tests/vllm_checks.py --dir $(RUN)/vllm
 
 $(RUN)/model/config.json:
-	@echo "$(RUN)/model is not there: run 'make demo' first."; exit 1
+	@echo "$(RUN)/model does not exist. Run 'make demo' first."; exit 1
 
 $(VLLM)/.installed: requirements-vllm.txt
 	$(PYTHON) -m venv $(VLLM)
 	$(VLLM)/bin/pip install --quiet --no-deps --requirement requirements-vllm.txt
 	touch $@
 
-lint: setup  ## Check style, formatting, and what may import what
+lint: setup  ## Check style, formatting and imports between packages
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
 
-# Of benchmarks/, those that need no GPU and take minutes.
+# The benchmarks that need no GPU and take minutes.
 BENCHMARKS := train_step lm_head batching memory ask generate prototype_extractor scaling image_pipeline \
 	doctor convert startup
 
-bench: setup  ## Run the benchmarks that need no GPU: under a quarter of an hour on two cores
+bench: setup  ## Run the benchmarks that need no GPU, in under a quarter of an hour on two cores
 	set -e; for name in $(BENCHMARKS); do $(BIN)/python -m benchmarks.$$name; done
 	$(BIN)/python -m benchmarks.readme

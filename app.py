@@ -1,14 +1,14 @@
-"""The page as a Hub Space runs it, and as it runs anywhere.
+"""Runs the chat page as a Hub Space, or on your own machine.
 
     MODEL=runs/demo/model python app.py
 
-As a Space, whose variable MODEL names the checkpoint (its own folder `model`, or an id on the Hub):
+To publish it as a Space, set the Space's variable MODEL to a folder in the Space or to a Hub id, and upload:
 
     mkdir -p runs/space
     cp -r app.py sq_llava *_sq_llava.py model_card.md space/* runs/space
     hf upload org/space runs/space --repo-type space --exclude "**/__pycache__/*"
 
-What this file does not do: take options; `sq-llava demo` does.
+This file takes no options; `sq-llava demo` does.
 """
 
 import os

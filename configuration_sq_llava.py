@@ -1,8 +1,11 @@
 """Configuration of SQ-LLaVA: a vision tower, a prototype extractor or a Q-Former, a projector and a causal LM.
 
 SQ-LLaVA: *Self-Questioning for Large Vision-Language Assistant* (ECCV 2024, https://arxiv.org/abs/2403.11299).
-One class covers its relatives too: `prototype_variant="none"` with `projector_type="mlp2x"` is LLaVA-1.5, with
-`projector_type="linear"` it is LLaVA, and with `resampler="qformer"` and the tower of BLIP-2 besides, MiniGPT-4.
+The same class describes related systems:
+
+- LLaVA-1.5: `prototype_variant="none"`.
+- LLaVA: `prototype_variant="none"` and `projector_type="linear"`.
+- MiniGPT-4: the fields of LLaVA, `resampler="qformer"`, and the vision tower of BLIP-2.
 
     >>> from transformers import AutoConfig
     >>> config = AutoConfig.from_pretrained("org/sq-llava-7b", trust_remote_code=True)
@@ -22,8 +25,8 @@ ProjectorType = Literal["mlp2x", "linear"]
 SelectStrategy = Literal["default", "full"]
 Resampler = Literal["qformer"]
 
-# CLIP ViT-L/14-336 and Vicuna-7B v1.5, whose vocabulary of 32,000 is followed by `<image>`, `[vusr]` and `<pad>` and
-# padded to a multiple of 64.
+# CLIP ViT-L/14-336 and Vicuna-7B v1.5. Vicuna has 32,000 tokens; `<image>`, `[vusr]` and `<pad>` are added, and the
+# total is rounded up to a multiple of 64.
 CLIP_VIT_L_14_336 = {
     "model_type": "clip_vision_model",
     "hidden_size": 1024,
@@ -35,17 +38,17 @@ CLIP_VIT_L_14_336 = {
     "projection_dim": 768,
 }
 VICUNA_7B = {"model_type": "llama", "vocab_size": 32064, "max_position_embeddings": 4096, "rms_norm_eps": 1e-5}
-# Factors by which some families (Cohere, Granite, ...) multiply or divide their logits; the head here does neither.
+# Some families (Cohere, Granite, ...) multiply or divide their logits by one of these factors. Our head does not.
 LOGIT_SCALES = ("logit_scale", "logits_scaling", "lm_head_multiplier", "output_multiplier")
-# What every configuration of transformers takes beside its fields and the settings of generation.
+# Keywords that every configuration of transformers accepts, besides its fields and the generation settings.
 TRANSFORMERS_KEYWORDS = {
     "attn_implementation", "auto_map", "distributed_config", "experts_implementation", "model_type", "name_or_path",
     "num_labels", "output_attentions", "per_layer_config", "quantization_config", "torch_dtype",
 }  # fmt: skip
 VISION_MODEL_TYPES = ("clip_vision_model", "siglip_vision_model", "blip_2_vision_model")
 
-# The code travels with every saved checkpoint, so the entries never name another repository. `AutoModel` gives a model
-# that can generate (see `SQLlavaAutoModel`).
+# Each checkpoint holds its own code, so no entry names another repository. `AutoModel` loads a model that can generate
+# (see `SQLlavaAutoModel`).
 AUTO_MAP = {
     "AutoConfig": "configuration_sq_llava.SQLlavaConfig",
     "AutoModel": "modeling_sq_llava.SQLlavaAutoModel",
@@ -58,44 +61,48 @@ class SQLlavaConfig(PreTrainedConfig):
     r"""
     Args:
         vision_config (`dict` or `PreTrainedConfig`, *optional*):
-            A configuration of one of `VISION_MODEL_TYPES`. Default: CLIP ViT-L/14-336.
+            Configuration of the vision tower, of one of `VISION_MODEL_TYPES`. Default: CLIP ViT-L/14-336.
         text_config (`dict` or `PreTrainedConfig`, *optional*):
-            Any causal language model of transformers. Default: Vicuna-7B v1.5.
+            Configuration of any causal language model of transformers. Default: Vicuna-7B v1.5.
         prototype_variant (`str`, defaults to `"paper"`):
-            `"paper"`: the extractor as the paper states it (learned prototypes). `"released"`: as the authors'
-            checkpoints need it (prototypes pooled from the image). `"none"`: no extractor.
+            `"paper"`: the extractor of the paper, with learned prototypes. `"released"`: the extractor of the authors'
+            code and checkpoints, with prototypes pooled from the image. `"none"`: no extractor.
         num_prototypes (`int`, defaults to 256):
             K, the number of prototypes (cluster centres).
         num_prototype_iterations (`int`, defaults to 2):
             T, the number of EM iterations.
         resampler (`str`, *optional*):
-            `"qformer"`: BLIP-2's Q-Former makes `num_query_tokens` tokens of the vision features, as in MiniGPT-4. It
-            is a frozen part, never in training mode. Default: none.
+            `"qformer"`: BLIP-2's Q-Former turns the vision features into `num_query_tokens` tokens, as in MiniGPT-4.
+            It is frozen and never in training mode. Default: no resampler.
         qformer_config (`dict` or `PreTrainedConfig`, *optional*):
-            A `blip_2_qformer` configuration, for that. Default: that of BLIP-2.
+            Configuration of the Q-Former, of type `blip_2_qformer`. Default: that of BLIP-2.
         num_query_tokens (`int`, defaults to 32):
-            Number of its queries.
+            Number of queries of the Q-Former.
         projector_type (`str`, defaults to `"mlp2x"`):
-            `"mlp2x"`: two linear layers with an activation between. `"linear"`: one linear layer.
+            `"mlp2x"`: two linear layers with an activation between them. `"linear"`: one linear layer.
         projector_hidden_act (`str`, *optional*):
             Activation of the MLP. Default: `"quick_gelu"` for the `"released"` variant, else `"gelu"`.
         vision_feature_layer (`int`, *optional*):
-            Index into the vision tower's hidden states (0 is the embeddings' output, -1 the last layer's). The layers
-            above it are never run. Default: -2; for a BLIP-2 tower -1, which is all that it takes.
+            Index into the vision tower's hidden states: 0 is the output of the embeddings, -1 that of the last layer.
+            Layers above it are not run. Default: -2; for a BLIP-2 tower -1, the only value that it supports.
         vision_feature_select_strategy (`str`, *optional*):
-            `"default"` drops the CLS token, `"full"` keeps every token. Default: `"default"` for CLIP, `"full"` for
-            SigLIP, which has no CLS token, and for BLIP-2, whose Q-Former reads it.
+            `"default"` drops the CLS token, `"full"` keeps every token. Default: `"default"` for CLIP; `"full"` for
+            SigLIP, which has no CLS token, and for BLIP-2, whose Q-Former reads the CLS token.
         image_token_id (`int`, defaults to 32000):
             Id of the `<image>` placeholder.
         vusr_token_id (`int`, *optional*, defaults to 32001):
-            Id of `[vusr]`, the marker of a turn in which the model asks; `None` where the marker is plain text, as
-            in the released checkpoints.
+            Id of `[vusr]`, the marker of a turn in which the model asks. `None` if the marker is plain text, as in the
+            authors' checkpoints.
         image_seq_length (`int`, *optional*):
-            Number of tokens of one image. It follows from the other fields, and is checked if given.
+            Number of tokens per image. It is computed from the other fields; a value that is given is checked.
         tie_word_embeddings (`bool`, *optional*):
-            Whether the LM head shares the input embeddings. Default: as `text_config` says.
+            Whether the LM head shares its weight with the input embeddings. Default: the value in `text_config`.
         initializer_range (`float`, defaults to 0.02):
-            Standard deviation of new weights of the extractor and the projector.
+            Standard deviation of the initial weights of the extractor, the projector and the Q-Former's queries.
+
+    Raises:
+        ValueError: if a field is unknown or its value is wrong.
+        TypeError: if a sub-configuration is neither a `dict` nor a `PreTrainedConfig`.
     """
 
     model_type = "sq_llava"
@@ -132,16 +139,16 @@ class SQLlavaConfig(PreTrainedConfig):
             scale = getattr(self.text_config, name, None)
             if scale not in (None, 1):
                 raise ValueError(
-                    f"text_config.{name} is {scale}: {self.text_config.model_type} scales its logits, which SQ-LLaVA "
-                    "does not. Take a language model that does not."
+                    f"text_config.{name} is {scale}: {self.text_config.model_type} scales its logits, and SQ-LLaVA "
+                    "does not support that. Choose another language model."
                 )
         _check_choice("prototype_variant", self.prototype_variant, PrototypeVariant)
         _check_choice("projector_type", self.projector_type, ProjectorType)
-        _check_positive_int("num_prototypes", self.num_prototypes)
-        _check_positive_int("num_prototype_iterations", self.num_prototype_iterations)
-        _check_token_id("image_token_id", self.image_token_id)
+        _check_int("num_prototypes", self.num_prototypes, lowest=1)
+        _check_int("num_prototype_iterations", self.num_prototype_iterations, lowest=1)
+        _check_int("image_token_id", self.image_token_id, lowest=0)
         if self.vusr_token_id is not None:
-            _check_token_id("vusr_token_id", self.vusr_token_id)
+            _check_int("vusr_token_id", self.vusr_token_id, lowest=0)
         if self.projector_hidden_act is None:
             self.projector_hidden_act = "quick_gelu" if self.prototype_variant == "released" else "gelu"
         if self.projector_hidden_act not in ACT2FN:
@@ -168,12 +175,12 @@ class SQLlavaConfig(PreTrainedConfig):
         layer = self.vision_feature_layer
         if type(layer) is not int or not -num_layers - 1 <= layer <= num_layers:
             raise ValueError(
-                f"vision_feature_layer is {layer!r}: the vision tower has {num_layers} layers, so it is an int from "
+                f"vision_feature_layer is {layer!r}: the vision tower has {num_layers} layers, so give an int from "
                 f"{-num_layers - 1} to {num_layers}."
             )
         if model_type == "blip_2_vision_model" and self.num_vision_layers_used != num_layers:
             raise ValueError(
-                f"vision_feature_layer is {layer}, but a BLIP-2 vision tower is read behind its last layer: use -1."
+                f"vision_feature_layer is {layer}, but a BLIP-2 vision tower supports only its last layer: use -1."
             )
         if self.vision_feature_select_strategy is None:
             self.vision_feature_select_strategy = "default" if model_type == "clip_vision_model" else "full"
@@ -185,7 +192,7 @@ class SQLlavaConfig(PreTrainedConfig):
             )
 
     def _check_resampler(self):
-        _check_positive_int("num_query_tokens", self.num_query_tokens)
+        _check_int("num_query_tokens", self.num_query_tokens, lowest=1)
         if self.resampler is None:
             if self.qformer_config is not None:
                 raise ValueError("qformer_config is given, but resampler is None: set resampler 'qformer'.")
@@ -193,8 +200,8 @@ class SQLlavaConfig(PreTrainedConfig):
         _check_choice("resampler", self.resampler, Resampler)
         if self.prototype_variant != "none":
             raise ValueError(
-                f"prototype_variant is {self.prototype_variant!r} and resampler {self.resampler!r}: a frozen Q-Former "
-                "reads the tower's own features. Set prototype_variant 'none'."
+                f"prototype_variant is {self.prototype_variant!r} and resampler {self.resampler!r}: the Q-Former is "
+                "frozen and needs the vision tower's own features. Set prototype_variant 'none'."
             )
         width = self.vision_config.hidden_size
         default = {"model_type": "blip_2_qformer", "encoder_hidden_size": width}
@@ -202,7 +209,7 @@ class SQLlavaConfig(PreTrainedConfig):
         if self.qformer_config.encoder_hidden_size != width:
             raise ValueError(
                 f"qformer_config.encoder_hidden_size is {self.qformer_config.encoder_hidden_size}, but the vision "
-                f"tower's features have {width} channels: take the Q-Former that was trained with this tower."
+                f"tower's features have {width} channels: use the Q-Former that was trained with this tower."
             )
 
     def _check_image_seq_length(self):
@@ -213,8 +220,8 @@ class SQLlavaConfig(PreTrainedConfig):
             self.image_seq_length = number
         elif type(self.image_seq_length) is not int or self.image_seq_length != number:
             raise ValueError(
-                f"image_seq_length is {self.image_seq_length!r}, but the {source} gives {number} tokens an image: "
-                "leave it out, it follows from vision_config, vision_feature_select_strategy and num_query_tokens."
+                f"image_seq_length is {self.image_seq_length!r}, but the {source} gives {number} tokens per image: "
+                "leave it out. It is computed from vision_config, vision_feature_select_strategy and num_query_tokens."
             )
 
     @property
@@ -223,21 +230,21 @@ class SQLlavaConfig(PreTrainedConfig):
 
     @property
     def num_vision_tokens(self) -> int:
-        """Number of the vision features of one image, before a resampler."""
+        """Number of vision features of one image, before the Q-Former if there is one."""
         patches = (self.vision_config.image_size // self.vision_config.patch_size) ** 2
         return patches + int(self._has_cls_token and self.vision_feature_select_strategy == "full")
 
     @property
     def num_vision_layers_used(self) -> int:
-        """Number of vision layers that `vision_feature_layer` needs, counted from the first."""
+        """Number of layers of the vision tower that are run, counted from the first."""
         layer = self.vision_feature_layer
         return layer if layer >= 0 else self.vision_config.num_hidden_layers + 1 + layer
 
 
 def _check_names(names: Iterable[str], is_saved: bool):
     """
-    transformers makes an attribute of any keyword, and a wrong name would do nothing. A saved configuration may have
-    fields of a later transformers, so there only a name that is nearly one of ours is refused.
+    Refuses unknown keywords: transformers would store them as attributes, and a misspelt field would have no effect.
+    A saved configuration may hold fields of a later transformers. There, only near misses of our own names are errors.
     """
     own = [field.name for field in fields(SQLlavaConfig)]
     known = {*own, *TRANSFORMERS_KEYWORDS, *GenerationConfig().to_dict()}
@@ -257,7 +264,9 @@ def _sub_config(name: str, value: dict | PreTrainedConfig | None, default: dict)
         raise TypeError(f"{name} is {value!r}: give a dict, a configuration object, or leave it out.")
     fields = {"model_type": default["model_type"], **value}
     if fields["model_type"] not in CONFIG_MAPPING:
-        raise ValueError(f"{name}.model_type is {fields['model_type']!r}, which this transformers does not know.")
+        raise ValueError(
+            f"{name}.model_type is {fields['model_type']!r}, which this version of transformers does not know."
+        )
     return CONFIG_MAPPING[fields["model_type"]](**fields)
 
 
@@ -266,14 +275,9 @@ def _check_choice(name: str, value, literal):
         raise ValueError(f"{name} is {value!r}: choose one of {', '.join(map(repr, get_args(literal)))}.")
 
 
-def _check_positive_int(name: str, value):
-    if type(value) is not int or value < 1:
-        raise ValueError(f"{name} is {value!r}: give an int of at least 1.")
-
-
-def _check_token_id(name: str, value):
-    if type(value) is not int or value < 0:
-        raise ValueError(f"{name} is {value!r}: give a token id, an int of at least 0.")
+def _check_int(name: str, value, lowest: int):
+    if type(value) is not int or value < lowest:
+        raise ValueError(f"{name} is {value!r}: give an int of at least {lowest}.")
 
 
 SQLlavaConfig.register_for_auto_class()

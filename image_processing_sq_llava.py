@@ -1,12 +1,12 @@
-"""Images as SQ-LLaVA sees them: one rule for training, inference, servers and everyone who loads a checkpoint.
+"""Image processor of SQ-LLaVA: the same pixels in training, inference and serving, and for any user of a checkpoint.
 
     >>> from transformers import AutoImageProcessor
     >>> image_processor = AutoImageProcessor.from_pretrained("org/sq-llava-7b", trust_remote_code=True)
     >>> image_processor("dog.png", return_tensors="pt")["pixel_values"].shape
     torch.Size([1, 3, 336, 336])
 
-A picture gives the same pixels however it comes: as a path, a URL, bytes, a PIL image or an array.
-`SQLlavaImageProcessor` says what is taken, `to_rgb` what becomes of each Pillow mode, and what is refused.
+An image gives the same pixels as a path, a URL, bytes, a PIL image or an array. [`SQLlavaImageProcessor`] lists the
+inputs that are accepted. [`to_rgb`] says how each Pillow mode is converted and which images are refused.
 """
 
 import base64
@@ -26,16 +26,17 @@ from transformers import LlavaImageProcessorPil
 from transformers.image_utils import ChannelDimension, infer_channel_dimension_format, is_valid_image
 
 
-# Pillow's own limit: about 9,460 x 9,460 pixels. A file of a few kilobytes can claim more than memory holds.
+# Pillow's own limit: about 9,460 x 9,460 pixels. A file of a few kilobytes can declare more pixels than fit in memory.
 MAX_IMAGE_PIXELS = 89_478_485
-# An image with a longer side is made smaller first: padded to a square, it would have more pixels than that.
+# An image with a longer side is downscaled first: padded to a square, it would exceed the limit above.
 MAX_IMAGE_SIDE = math.isqrt(MAX_IMAGE_PIXELS)
-# Of the longer side to the shorter one, which a centre crop resizes to the height of the model's image.
+# Longer side / shorter side. A centre crop first resizes the shorter side to the size of the model's input, so the
+# longer one would become very long.
 MAX_ASPECT_RATIO = 200
 DOWNLOAD_SECONDS = 60
 
-# How an image of each EXIF orientation is turned upright. Pillow's own `exif_transpose` also writes the EXIF data
-# anew, which fails on some.
+# The operation that turns an image of each EXIF orientation upright. Pillow's `exif_transpose` is not used: it also
+# rewrites the EXIF data, which fails for some files.
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -51,16 +52,17 @@ def open_in_rgb(
     image: str | Path | bytes | BinaryIO | Image.Image, formats: tuple[str, ...] | None = None
 ) -> Image.Image:
     """
-    Opens an image and makes it RGB by [`to_rgb`]; of an animation, the first frame.
+    Opens an image and converts it with [`to_rgb`]. Of an animated file, the first frame is used.
 
     Args:
-        image: A path; an http(s) or `data:` URL; base64; the bytes of an image file, or a stream of them; or a
+        image: A path, an http(s) or `data:` URL, base64, the bytes of an image file, a binary stream, or a
             `PIL.Image.Image`.
-        formats (`tuple[str, ...]`, *optional*): The only file formats to be read, by Pillow's names; default: those
-            of [`safe_formats`].
+        formats (`tuple[str, ...]`, *optional*): File formats to accept, by Pillow's names. Default:
+            [`safe_formats`].
 
     Raises:
-        ValueError: if it is no image, or one that [`to_rgb`] refuses. Of broken files, Pillow raises other errors too.
+        ValueError: if the input is not an image, or if [`to_rgb`] refuses it. Pillow raises other errors for broken
+            files.
     """
     if isinstance(image, Image.Image):
         return to_rgb(image)
@@ -70,19 +72,19 @@ def open_in_rgb(
         image = io.BytesIO(image)
     with Image.open(image, formats=formats or safe_formats()) as file:
         converted = to_rgb(file)
-        # Not the file itself, which would keep what it was read from.
+        # A copy, because the opened file would keep its source in memory.
         return converted.copy() if converted is file else converted
 
 
 @cache
 def safe_formats() -> tuple[str, ...]:
-    """All formats that Pillow reads but EPS, which it hands to Ghostscript: that runs what is in the file."""
+    """All formats that Pillow reads except EPS: EPS files are programs, which Pillow would run with Ghostscript."""
     Image.init()
     return tuple(sorted(Image.OPEN.keys() - {"EPS"}))
 
 
 def _locate(image: str) -> Path | bytes:
-    """The file or the bytes of what transformers' `load_image` takes as a string."""
+    """The path or the bytes of an image given as a string: a path, URL, `data:` URL or base64."""
     if image.startswith(("http://", "https://")):
         request = urllib.request.Request(image, headers={"Accept": "image/*", "User-Agent": "sq-llava"})
         with urllib.request.urlopen(request, timeout=DOWNLOAD_SECONDS) as response:
@@ -98,31 +100,32 @@ def _locate(image: str) -> Path | bytes:
 
 def to_rgb(image: Image.Image) -> Image.Image:
     """
-    An upright RGB image of 8 bits, the same for training, inference and serving; `docs/images.md` has the table.
+    Converts an image to upright 8-bit RGB. `docs/images.md` has a table of all modes.
 
-    - It is turned as its EXIF orientation says, as transformers' `load_image` does.
-    - What is transparent stands on white, as in transformers' `convert_to_rgb` since 5.21 and in vLLM: modes LA, La,
-      PA, RGBA and RGBa, palettes with transparent colours, and the transparent colour of a PNG or GIF.
-    - 16-bit grey levels (I;16 and its byte orders, and I) are divided by 256; Pillow would cut them off at 255.
-    - Modes 1, L, P, RGBX, CMYK, YCbCr, HSV and LAB are converted as Pillow does.
-    - One with a side of more than 9,459 pixels is made smaller.
+    - The EXIF orientation is applied, as in transformers' `load_image`.
+    - Transparent pixels are put on white, as in transformers' `convert_to_rgb` from 5.21 on and in vLLM. This applies
+      to modes LA, La, PA, RGBA and RGBa, to palettes with transparent colours, and to the transparent colour of a PNG
+      or GIF.
+    - 16-bit grey levels (mode I, and I;16 in any byte order) are divided by 256. Pillow would clip them at 255.
+    - Modes 1, L, P, RGBX, CMYK, YCbCr, HSV and LAB are converted by Pillow.
+    - An image with a side of more than 9,459 pixels is downscaled.
 
     Returns:
-        The image itself, if it is one already.
+        `PIL.Image.Image`: The input object itself if there is nothing to convert.
 
     Raises:
-        ValueError: for floating-point pixels (mode F) and levels of more than 16 bits, whose range is unknown, for
-            strips of more than 200 times their width, and for an image without pixels.
+        ValueError: for floating-point pixels (mode F) and for grey levels of more than 16 bits, because their range is
+            unknown; if one side is more than 200 times the other; if the image has no pixels.
         PIL.Image.DecompressionBombError: for more than 89,478,485 pixels.
     """
     check_size(image)
-    image.load()  # before getexif: EXIF data may stand behind the pixels
+    image.load()  # before getexif, because EXIF data may come after the pixels in the file
     turn = TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
     upright = image if turn is None else image.transpose(turn)
     if upright.mode.startswith(("I", "F")):
         rgb = _eight_bits(upright).convert("RGB")
     elif _is_transparent(upright):
-        if upright.mode == "La":  # which Pillow converts to this one only
+        if upright.mode == "La":  # Pillow converts La to LA only
             upright = upright.convert("LA")
         rgb = Image.new("RGBA", upright.size, "white")
         rgb = Image.alpha_composite(rgb, upright.convert("RGBA")).convert("RGB")
@@ -132,22 +135,25 @@ def to_rgb(image: Image.Image) -> Image.Image:
         rgb = rgb.copy()
         rgb.thumbnail((MAX_IMAGE_SIDE, MAX_IMAGE_SIDE))
     if rgb is not image:
-        rgb.info = {}  # it would be turned again, and made transparent
+        rgb.info = {}  # else a second call would rotate it again and read the old transparent colour
     return rgb
 
 
 def check_size(image: Image.Image) -> None:
     """
+    Checks the size of an image before any pixel is decoded.
+
     Raises:
-        PIL.Image.DecompressionBombError: before any pixel is decoded, if there are more than `MAX_IMAGE_PIXELS`.
-        ValueError: if it is a strip, or has no pixels.
+        PIL.Image.DecompressionBombError: if it has more than `MAX_IMAGE_PIXELS` pixels.
+        ValueError: if it has no pixels, or if one side is more than `MAX_ASPECT_RATIO` times the other.
     """
     width, height = image.size
     if min(width, height) == 0:
-        raise ValueError(f"{width} x {height} pixels: it is empty")
+        raise ValueError(f"{width} x {height} pixels: the image is empty")
     if max(width, height) > MAX_ASPECT_RATIO * min(width, height):
         raise ValueError(
-            f"{width} x {height} pixels: a side is more than {MAX_ASPECT_RATIO} times the other, cut it into pieces"
+            f"{width} x {height} pixels: one side is more than {MAX_ASPECT_RATIO} times the other, cut the image into "
+            "pieces"
         )
     if width * height > MAX_IMAGE_PIXELS:
         raise Image.DecompressionBombError(
@@ -160,20 +166,22 @@ def _is_transparent(image: Image.Image) -> bool:
         return True
     if image.mode == "P" and image.palette.mode.endswith("A"):
         return True
-    # A str is a text of that name in the file.
+    # A string is a text chunk that happens to be named "transparency".
     return isinstance(image.info.get("transparency"), (int, bytes, tuple))
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
     if image.mode == "F":
-        raise ValueError("it has floating-point pixels (mode F), whose range is unknown: make them 8 bits")
+        raise ValueError("floating-point pixels (mode F) have an unknown range: convert the image to 8 bits")
     transparent = image.info.get("transparency")
-    if image.mode == "I;16N":  # Pillow would cut its levels off
+    if image.mode == "I;16N":  # Pillow would clip its levels
         image = Image.frombytes("I;16" if sys.byteorder == "little" else "I;16B", image.size, image.tobytes())
     levels = image.convert("I")
     lowest, highest = levels.getextrema()
     if lowest < 0 or highest > 0xFFFF:
-        raise ValueError(f"it has grey levels from {lowest} to {highest}: at most 16 bits, 0 to 65535, are read")
+        raise ValueError(
+            f"grey levels from {lowest} to {highest}: at most 16 bits (0 to 65535) are supported, convert the image"
+        )
     grey = levels.point(lambda level: level / 256).convert("L")
     if isinstance(transparent, int):
         mask = ImageMath.lambda_eval(lambda of: of["convert"]((of["levels"] == transparent) * 255, "L"), levels=levels)
@@ -183,16 +191,16 @@ def _eight_bits(image: Image.Image) -> Image.Image:
 
 class SQLlavaImageProcessor(LlavaImageProcessorPil):
     """
-    LLaVA's image processor, which pads to a square and resizes (or resizes and crops the centre), behind one rule of
-    what an image is. It takes:
+    LLaVA's image processor, which pads an image to a square and resizes it, or resizes it and crops the centre. This
+    class first converts every input to RGB by the same rules. It accepts:
 
-    - what [`open_in_rgb`] opens: paths, http(s) and `data:` URLs, base64, bytes of a file, PIL images of any mode;
-    - arrays and tensors of one channel (grey), three (RGB) or four (RGBA), channels first or last; two dimensions are
-      grey. Integers are levels from 0 to 255, `uint16` ones from 0 to 65535. Floating-point ones are whole levels, or,
-      with `do_rescale=False`, lie between 0 and 1, as everywhere in transformers.
+    - anything that [`open_in_rgb`] opens: paths, http(s) and `data:` URLs, base64, the bytes of a file, PIL images;
+    - arrays and tensors with 1 (grey), 3 (RGB) or 4 (RGBA) channels, first or last; two dimensions are grey. Integers
+      are levels from 0 to 255, `uint16` from 0 to 65535. Floating-point values are whole levels; with
+      `do_rescale=False` they lie between 0 and 1, as everywhere in transformers.
 
-    It resizes by Pillow, also where torchvision is installed, which rounds otherwise: the same pixels on each machine.
-    Configurations name LLaVA's class, which is what loads them without this code.
+    Pillow does the resizing even if torchvision, which rounds differently, is installed. So every machine gives the
+    same pixels. Saved configurations name LLaVA's class, so they also load without this code.
     """
 
     def to_dict(self) -> dict[str, Any]:
@@ -202,7 +210,7 @@ class SQLlavaImageProcessor(LlavaImageProcessorPil):
         if isinstance(image_url_or_urls, (list, tuple)):
             return [self.fetch_images(image) for image in image_url_or_urls]
         if _is_array(image_url_or_urls):
-            # transformers refuses two dimensions.
+            # transformers does not accept two dimensions.
             return image_url_or_urls[None] if image_url_or_urls.ndim == 2 else image_url_or_urls
         return open_in_rgb(image_url_or_urls)
 
@@ -213,9 +221,12 @@ class SQLlavaImageProcessor(LlavaImageProcessorPil):
         input_data_format: str | ChannelDimension | None = None,
         **settings,
     ):
-        """One image as a square, or resized before the crop, channels first: levels of 8 bits."""
+        """
+        Converts, pads and resizes one image; `_preprocess` crops and normalizes it afterwards. Returns channels first:
+        levels from 0 to 255, or values from 0 to 1 if the input has such values.
+        """
         if do_convert_rgb is False:
-            raise ValueError("do_convert_rgb=False: the vision tower takes RGB images only.")
+            raise ValueError("do_convert_rgb=False: the vision tower takes RGB images only. Leave it out.")
         is_fraction = settings["do_rescale"] is False and _is_array(image) and "float" in str(image.dtype)
         if _is_array(image):
             image = _array_to_image(image, input_data_format, is_fraction)
@@ -231,13 +242,13 @@ class SQLlavaImageProcessor(LlavaImageProcessorPil):
         return self.rescale(levels, 1 / 255) if is_fraction else levels
 
     def _preprocess(self, images, **settings):
-        # Padded and resized they are: of floating-point images, LLaVA's class would not get the colour right.
+        # `process_image` has padded and resized them: LLaVA's class pads floating-point images with a wrong colour.
         return super()._preprocess(images, **{**settings, "do_pad": False, "do_resize": False})
 
     def pad_and_resize(self, image: Image.Image) -> Image.Image:
         """
-        The square of an RGB image, of which this processor makes the same pixels: it needs less memory to keep. If
-        the centre is cropped, the image itself.
+        Pads and resizes an RGB image, which then needs less memory. The processor gives the same pixels for
+        the result as for the image. If the processor crops the centre, the image is returned unchanged.
         """
         if not (self.do_pad and self.do_resize):
             return image
@@ -265,7 +276,7 @@ def _array_to_image(array, channels: str | ChannelDimension | None, is_fraction:
     """
     Args:
         array (`np.ndarray` or `torch.Tensor`): Of shape (1, 3 or 4, height, width) or (height, width, 1, 3 or 4).
-        channels: Which of the two; where it is not given, by the shape.
+        channels: `"channels_first"` or `"channels_last"`; inferred from the shape if it is `None`.
         is_fraction: Whether the values lie between 0 and 1.
     """
     if isinstance(array, torch.Tensor):
@@ -277,8 +288,10 @@ def _array_to_image(array, channels: str | ChannelDimension | None, is_fraction:
         raise ValueError(f"The last dimension of {array.shape} is not 1, 3 or 4 channels: check input_data_format.")
     lowest, highest = array.min(), array.max()
     if is_fraction:
-        if not (lowest >= 0 and highest <= 1):  # so that NaN is refused
-            raise ValueError(f"do_rescale=False: values must be between 0 and 1, but are {lowest} to {highest}.")
+        if not (lowest >= 0 and highest <= 1):  # written so that NaN is refused
+            raise ValueError(
+                f"do_rescale=False: values must lie between 0 and 1, but the array has {lowest} to {highest}."
+            )
         levels = (array.astype("float64") * 255).round()
     elif array.dtype.kind == "b":
         levels = array * 255
@@ -286,7 +299,7 @@ def _array_to_image(array, channels: str | ChannelDimension | None, is_fraction:
         levels = array // 256
     else:
         if array.dtype.kind == "f" and 0 < highest <= 1:
-            raise ValueError("The values are between 0 and 1: pass do_rescale=False, or levels from 0 to 255.")
+            raise ValueError("The values lie between 0 and 1: pass do_rescale=False, or give levels from 0 to 255.")
         if not (lowest >= 0 and highest <= 255 and (array == array.round()).all()):
             raise ValueError(f"Levels must be whole numbers from 0 to 255, but the array has {lowest} to {highest}.")
         levels = array

@@ -41,14 +41,14 @@ except ImportError:
     from configuration_sq_llava import SQLlavaConfig
 
 
-# The name of the key-value cache in outputs and keywords: `past_key_values` until transformers 5.23, then `cache`.
+# The name of the key-value cache in outputs and keywords: `past_key_values` up to transformers 5.23, then `cache`.
 CACHE_NAME = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"
 
 
 @dataclass
 class SQLlavaModelOutputWithPast(MoeModelOutputWithPast):
     """
-    The language model's output: `last_hidden_state`, the cache, `hidden_states`, `attentions` and, of a mixture of
+    The language model's output: `last_hidden_state`, the cache, `hidden_states`, `attentions` and, for a mixture of
     experts, `router_logits`.
 
     image_outputs (`BaseModelOutputWithPooling`, *optional*): The output of [`SQLlavaModel.get_image_features`].
@@ -66,12 +66,12 @@ class SQLlavaModelOutputWithPast(MoeModelOutputWithPast):
 class SQLlavaCausalLMOutputWithPast(MoeCausalLMOutputWithPast):
     """
     loss (`torch.Tensor` of shape `()`, *optional*, returned when `labels` is given):
-        Mean next-token cross entropy over the labelled tokens; of a mixture of experts that returns its router logits,
-        with `router_aux_loss_coef * aux_loss` added.
+        Mean next-token cross entropy over the labelled tokens. If a mixture of experts returns its router logits,
+        `router_aux_loss_coef * aux_loss` is added.
     logits (`torch.Tensor` of shape `(batch_size, sequence_length, vocab_size)`):
         Scores of the next token before the softmax.
     aux_loss (`torch.Tensor` of shape `()`, *optional*): The load-balancing loss of a mixture of experts.
-    The rest as in [`SQLlavaModelOutputWithPast`].
+    The other fields are those of [`SQLlavaModelOutputWithPast`].
     """
 
     image_outputs: BaseModelOutputWithPooling | None = None
@@ -81,8 +81,8 @@ class SQLlavaCausalLMOutputWithPast(MoeCausalLMOutputWithPast):
 
 class UpcastLinear(nn.Module):
     """
-    A linear layer that computes in the precision of its input: float32 clustering with bfloat16 weights. It is no
-    `nn.Linear`, because vLLM and quantizers put layers of their own in the place of those, which do not.
+    A linear layer that computes in the precision of its input, so that bfloat16 weights can cluster in float32. Not an
+    `nn.Linear`: vLLM and quantizers would replace it with a layer that loses the upcast.
     """
 
     def __init__(self, in_features: int, out_features: int):
@@ -96,26 +96,26 @@ class UpcastLinear(nn.Module):
 
 
 def _at_least_float32(features: torch.Tensor) -> torch.Tensor:
-    # In half precision nearly all prototypes tie before training, and the assignment would be decided by rounding.
+    # In half precision, nearly all prototypes of a new extractor have the same score, and rounding would decide.
     return features.to(torch.promote_types(features.dtype, torch.float32))
 
 
 def _cosine(prototypes_BKD: torch.Tensor, tokens_BND: torch.Tensor) -> torch.Tensor:
-    # The tokens' norms divide the [B, K, N] result, which is smaller than a normalised copy of the tokens.
+    # The token norms divide the [B, K, N] result, because it is smaller than the [B, N, D] of normalised tokens.
     norm_BN = torch.linalg.vector_norm(tokens_BND, dim=-1).clamp_min(1e-12)
     return F.normalize(prototypes_BKD, dim=-1) @ tokens_BND.mT / norm_BN.unsqueeze(1)
 
 
 class SQLlavaPaperPrototypeExtractor(nn.Module):
-    r"""The prototype extractor as the paper states it (section 3.2): K learned prototypes refined by T EM iterations.
+    r"""The prototype extractor of the paper (section 3.2): K learned prototypes, refined by T EM iterations.
 
         E-step   M(t)   = softmax(q(C(t)) k(Z)^T / sqrt(D))        [B, K, N]
         M-step   C(t+1) = (M(t) v(Z)) / (mass of M(t))             [B, K, D]
         spread   Z     <- Z + z((1/K) cos(C, Z)^T C)               [B, N, D]
 
-    The paper states neither the axis of the softmax nor a temperature. Here it is read as EM: the softmax runs over
-    the K prototypes, so each token spreads a mass of one over them; each prototype's update is divided by the mass
-    it received, so it is a weighted mean of values; and the logits are scaled by 1/sqrt(D), as in attention.
+    The paper gives neither the axis of the softmax nor a temperature. We read it as EM: the softmax runs over the K
+    prototypes, so each token spreads a mass of 1 over them. Each new prototype is divided by the mass that it got, so
+    it is a weighted mean of values. The scores are scaled by 1/sqrt(D), as in attention.
     """
 
     def __init__(self, config: SQLlavaConfig):
@@ -144,21 +144,22 @@ class SQLlavaPaperPrototypeExtractor(nn.Module):
 
     def assignment(self, features: torch.Tensor) -> torch.Tensor:
         """
-        What each prototype sees: the last E-step, whose weights the prototype's final value is the mean by. (The
-        cosine of the spread is no share: it can be negative, and gives each token something of every prototype.)
+        What each prototype sees: the soft assignment of the last E-step. The final prototypes are the means of the
+        values with these weights. (The cosine in the spread step is not a share: it can be negative.)
 
         Args:
             features (`torch.Tensor` of shape `(B, N, D)`): Vision features, any floating dtype.
 
         Returns:
-            `torch.Tensor` of shape `(B, K, N)`, float32 or better: the share of each token that each prototype has.
+            `torch.Tensor` of shape `(B, K, N)`, float32 or better: the share of token n that belongs to prototype k.
+            The shares of a token add up to 1.
         """
         with torch.autocast(features.device.type, enabled=False):
             return self._cluster(_at_least_float32(features))[1]
 
     def _cluster(self, tokens_BND: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         keys_BND, values_BND = self.k(tokens_BND), self.v(tokens_BND)
-        prototypes = self.prototypes.to(tokens_BND.dtype)  # [K, D], from the first iteration on [B, K, D]
+        prototypes = self.prototypes.to(tokens_BND.dtype)  # [K, D]; after the first iteration [B, K, D]
         for _ in range(self.num_iterations):
             queries = self.q(prototypes) * tokens_BND.shape[-1] ** -0.5
             assignment_BKN = (queries @ keys_BND.mT).softmax(dim=1)
@@ -169,16 +170,17 @@ class SQLlavaPaperPrototypeExtractor(nn.Module):
 
 
 class SQLlavaReleasedPrototypeExtractor(nn.Module):
-    r"""The prototype extractor as in the authors' code, with its quirks: what the released checkpoints need.
+    r"""The prototype extractor of the authors' code, quirks included: the released checkpoints need it.
 
         value = v(x),  feature = f(x),  C = pool_K(x),  Cf = pool_K(feature)           pool: adaptive average over N
         T times:  C <- c(C);  S = softmax_K((C / |C|_D) (value / |value|_N)^T);  C <- S feature
-        w       = sigmoid(beta + alpha cos(C, x)), kept for the best prototype of each token only
+        w       = sigmoid(beta + alpha cos(C, x)), kept only for the best prototype of each token
         y       = x + w A[best],   A = (sum of w feature over the members + Cf) / (members + 1)
 
-    The values are normalised over the tokens, not the channels; the M-step does not divide by the mass; `c` is applied
-    again in each iteration. The authors' code builds `[B, K, N, D]` tensors for the last two lines; as each token
-    has one winning prototype, they are rows added to rows and taken from them here.
+    The members of a prototype are the tokens whose best prototype it is. The quirks: the values are normalised over
+    the tokens, not over the channels; the M-step does not divide by the mass; `c` is applied again in each iteration.
+    The authors' code builds `[B, K, N, D]` tensors for the last two lines. Each token has only one best prototype, so
+    this class adds and reads rows instead.
     """
 
     def __init__(self, config: SQLlavaConfig):
@@ -191,7 +193,7 @@ class SQLlavaReleasedPrototypeExtractor(nn.Module):
         self.f = UpcastLinear(width, width)
         self.sim_alpha = nn.Parameter(torch.ones(1, 1, 1))
         self.sim_beta = nn.Parameter(torch.zeros(1, 1, 1))
-        # Released checkpoints hold a layer norm that their forward pass never applies.
+        # Released checkpoints hold a layer norm that the authors' forward pass never applies.
         self.register_load_state_dict_pre_hook(_drop_unused_layer_norm)
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
@@ -207,7 +209,7 @@ class SQLlavaReleasedPrototypeExtractor(nn.Module):
             feature_BND = self.f(tokens_BND)
             weight_BN1, best_BN = self._assign(tokens_BND, self._cluster(tokens_BND, feature_BND))
 
-            # The prototypes of all images as one list of B * K rows: each token adds to its row, then reads it.
+            # The prototypes of all images form one list of B * K rows. Each token adds to its row, then reads it.
             first_row_B1 = self.num_prototypes * torch.arange(best_BN.shape[0], device=best_BN.device).unsqueeze(1)
             row = (first_row_B1 + best_BN).flatten()  # [B * N]
             aggregate = self._pool(feature_BND).flatten(0, 1)  # [B * K, D]
@@ -218,7 +220,7 @@ class SQLlavaReleasedPrototypeExtractor(nn.Module):
 
     def assignment(self, features: torch.Tensor) -> torch.Tensor:
         """
-        What each prototype sees: the members that it is aggregated from and added to, with their weights.
+        What each prototype sees: its members, with their weights.
 
         Args:
             features (`torch.Tensor` of shape `(B, N, D)`): Vision features, any floating dtype.
@@ -234,7 +236,7 @@ class SQLlavaReleasedPrototypeExtractor(nn.Module):
 
     def _cluster(self, tokens_BND: torch.Tensor, feature_BND: torch.Tensor) -> torch.Tensor:
         value_BND = self.v(tokens_BND)
-        # The norm over the tokens divides the K prototypes, which are fewer than the N values.
+        # The prototypes are divided by the norm of the values over the tokens: they are fewer than the values.
         norm_B1D = value_BND.square().sum(dim=1, keepdim=True).clamp_min(1e-24).sqrt()
         prototypes_BKD = self._pool(tokens_BND)
         for _ in range(self.num_iterations):
@@ -266,19 +268,19 @@ PROTOTYPE_EXTRACTORS = {
 
 class SQLlavaQFormer(nn.Module):
     """
-    BLIP-2's Q-Former with its queries, which read the vision features by cross-attention. Names as in BLIP-2's own
-    checkpoints: `query_tokens` and `qformer`.
+    BLIP-2's Q-Former (https://arxiv.org/abs/2301.12597): learned queries read the vision features by cross-attention.
+    The names `query_tokens` and `qformer` are those of BLIP-2's checkpoints.
     """
 
     def __init__(self, config: SQLlavaConfig):
         super().__init__()
         width = config.qformer_config.hidden_size
         self.query_tokens = nn.Parameter(torch.empty(1, config.num_query_tokens, width))
-        # It has no FlashAttention, which the towers may be given.
+        # Always SDPA: the towers may use FlashAttention, which the Q-Former does not support.
         self.qformer = AutoModel.from_config(config.qformer_config, attn_implementation="sdpa")
 
     def train(self, mode: bool = True):
-        # It is a frozen part, as in MiniGPT-4: dropout in it would only blur what the projector learns from.
+        # The Q-Former is frozen, as in MiniGPT-4. Dropout would only add noise to the projector's input.
         return super().train(False)
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
@@ -294,7 +296,7 @@ class SQLlavaQFormer(nn.Module):
 
 
 class SQLlavaMultiModalProjector(nn.Module):
-    """Maps each feature `(B, N, D)` to an image token `(B, N, H)`: two linear layers, or one (`"linear"`)."""
+    """Maps features `(B, N, D)` to image tokens `(B, N, H)` by two linear layers (`"mlp2x"`) or one (`"linear"`)."""
 
     def __init__(self, config: SQLlavaConfig):
         super().__init__()
@@ -307,7 +309,7 @@ class SQLlavaMultiModalProjector(nn.Module):
             self.act = self.linear_2 = nn.Identity()
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
-        # An adapter may hold this module in float32 inside a bfloat16 model.
+        # In training, this module may be in float32 inside a bfloat16 model.
         features = features.to(self.linear_1.weight.dtype)
         return self.linear_2(self.act(self.linear_1(features)))
 
@@ -325,8 +327,8 @@ class SQLlavaPreTrainedModel(PreTrainedModel):
         "SQLlavaQFormer",
         "SQLlavaMultiModalProjector",
     ]
-    # Quantizers leave this as it is (transformers adds it to what they skip): its error would be in every image token.
-    # Both names, for the model with a head and without one. In float16, it is float32 then.
+    # transformers tells quantizers to skip these modules; a quantization error here would be in every image token. A
+    # model loaded in float16 has them in float32. Each has two names: in a model with a head and in one without.
     _keep_in_fp32_modules = ["model.multi_modal_projector", "multi_modal_projector", "model.resampler", "resampler"]
     _keys_to_ignore_on_load_unexpected = [r"prototype_extractor\.ln_1\."]
 
@@ -353,16 +355,16 @@ class SQLlavaPreTrainedModel(PreTrainedModel):
 
 def _the_one_cache(cache: Cache | None, past_key_values: Cache | None) -> Cache | None:
     if cache is not None and past_key_values is not None:
-        raise ValueError("cache and past_key_values are two names of the same thing: give one of them.")
+        raise ValueError("cache and past_key_values are two names for the same thing: give only one of them.")
     return past_key_values if cache is None else cache
 
 
 class SQLlavaModel(SQLlavaPreTrainedModel):
-    """The model without a language modelling head."""
+    """The model without the language modelling head."""
 
     def __init__(self, config: SQLlavaConfig):
         super().__init__(config)
-        if config.vision_config.model_type == "blip_2_vision_model":  # the one that AutoModel does not know
+        if config.vision_config.model_type == "blip_2_vision_model":  # AutoModel does not know this one
             self.vision_tower = Blip2VisionModel._from_config(config.vision_config)
         else:
             self.vision_tower = AutoModel.from_config(config.vision_config)
@@ -375,15 +377,9 @@ class SQLlavaModel(SQLlavaPreTrainedModel):
         self.language_model = AutoModel.from_config(config.text_config)
         self.post_init()
 
-    def get_input_embeddings(self) -> nn.Module:
-        return self.language_model.get_input_embeddings()
-
-    def set_input_embeddings(self, value: nn.Module):
-        self.language_model.set_input_embeddings(value)
-
     def get_vision_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """
-        Runs the vision tower up to `config.vision_feature_layer`; the layers above, and a pooling head, are not run.
+        Runs the vision tower up to `config.vision_feature_layer`. Later layers and a pooling head are not run.
 
         Args:
             pixel_values (`torch.Tensor` of shape `(B, channels, height, width)`): Processed images.
@@ -396,14 +392,14 @@ class SQLlavaModel(SQLlavaPreTrainedModel):
     def _run_vision_tower(
         self, pixel_values: torch.Tensor, output_hidden_states: bool = False
     ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...] | None]:
-        """The vision features, and if asked for the outputs of the embeddings and of each layer that is run."""
+        """Returns the vision features and, on demand, the outputs of the embeddings and of each layer that is run."""
         tower = self.vision_tower
         patch_weight = tower.embeddings.patch_embedding.weight
-        # Weights that are offloaded stand on the meta device; their hooks move the inputs.
+        # Offloaded weights are on the meta device; their hooks move the inputs.
         device = pixel_values.device if patch_weight.device.type == "meta" else patch_weight.device
         pixel_values = pixel_values.to(device=device, dtype=patch_weight.dtype)
         if self.config.vision_config.model_type == "blip_2_vision_model":
-            # All layers, the norm behind them, and the CLS token.
+            # All layers, the final norm, and the CLS token.
             outputs = tower(pixel_values, output_hidden_states=output_hidden_states, return_dict=True)
             return outputs.last_hidden_state, outputs.hidden_states
         hidden_states = tower.embeddings(pixel_values)
@@ -429,16 +425,16 @@ class SQLlavaModel(SQLlavaPreTrainedModel):
         Args:
             pixel_values (`torch.Tensor` of shape `(num_images, channels, height, width)`): Processed images.
             output_hidden_states (`bool`, *optional*):
-                Return the outputs of the vision tower's embeddings and of each of its layers that is run too.
+                Also return the outputs of the vision tower's embeddings and of each layer that is run.
 
         Returns:
             `BaseModelOutputWithPooling`: `last_hidden_state` `(num_images, N, D)`, the vision features;
-            `pooler_output` `(num_images, image_seq_length, H)`, the image tokens that take the place of the
-            placeholders; `hidden_states`, if asked for, `(num_images, N or N + 1, D)` each.
-            `None` for `None`, with which `generate(pixel_values=None)` asks.
+            `pooler_output` `(num_images, image_seq_length, H)`, the image tokens that replace the placeholders;
+            `hidden_states`, on demand, `(num_images, N or N + 1, D)` each. `None` if `pixel_values` is `None`, as in
+            `generate(pixel_values=None)`.
 
         Raises:
-            ValueError: for `output_attentions`: the vision tower's layers return no attention weights here.
+            ValueError: for `output_attentions`, because the vision tower returns no attention weights here.
         """
         if kwargs.get("output_attentions"):
             raise ValueError("output_attentions is True: the vision tower returns no attention weights. Leave it out.")
@@ -471,24 +467,29 @@ class SQLlavaModel(SQLlavaPreTrainedModel):
     ) -> tuple | SQLlavaModelOutputWithPast:
         """
         Args:
-            cache, past_key_values ([`Cache`], *optional*):
-                Two names of the key-value cache: the second is the one of transformers until 5.23.
             input_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`):
                 Token ids, with `config.image_seq_length` placeholders `config.image_token_id` for each image.
             pixel_values (`torch.FloatTensor` of shape `(num_images, channels, height, width)`, *optional*):
                 All images of the batch, in the order of their placeholders.
             mm_encoder_outputs (`dict`, *optional*):
-                `{"image": output of get_image_features}`, instead of `pixel_values`: images that were encoded before.
+                `{"image": output of get_image_features}` in place of `pixel_values`, for images already encoded.
             image_indices (`torch.LongTensor` of shape `(num_images,)`, *optional*):
-                For each image of the text, its index in `pixel_values`: what is shown several times is
-                encoded once. For a forward pass; `generate` does not take it.
+                For each image of the text, its index in `pixel_values`. An image that is shown several times is then
+                encoded once. Only for a forward pass; `generate` does not support it.
             positions_to_keep (`torch.BoolTensor` of shape `(batch_size, sequence_length)`, *optional*):
-                The positions whose hidden states are wanted, such as those with a label: `last_hidden_state` is
-                `(num_kept, hidden_size)` then, row by row, and a head on it costs no more than they do.
-            The rest as in the language model.
+                Mask of the positions to return, for example those with a label. `last_hidden_state` then has the shape
+                `(num_kept, hidden_size)`, row by row, and the head runs on these positions only.
+            cache, past_key_values ([`Cache`], *optional*):
+                Two names for the key-value cache; the second is that of transformers up to 5.23.
+            The other arguments are those of the language model.
+
+        Returns:
+            [`SQLlavaModelOutputWithPast`], or a tuple with `return_dict=False`.
 
         Raises:
-            ValueError: if the numbers of placeholders and of image features differ, or one is without the other.
+            ValueError: if the numbers of placeholders and image features differ, or only one of them is given; if both
+                or none of `input_ids` and `inputs_embeds`, both of `pixel_values` and `mm_encoder_outputs`, or both
+                names of the cache are given.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give exactly one of input_ids and inputs_embeds.")
@@ -505,12 +506,15 @@ class SQLlavaModel(SQLlavaPreTrainedModel):
 
         placeholders = self._find_placeholders(input_ids, inputs_embeds, needed=image_outputs is not None)
         if inputs_embeds is None:
-            # The placeholder's id may lie outside of the language model's vocabulary.
+            # The placeholder's id may lie outside the language model's vocabulary.
             text_ids = input_ids if placeholders is None else input_ids.masked_fill(placeholders, 0)
             inputs_embeds = self.get_input_embeddings()(text_ids)
 
         if image_outputs is not None:
-            image_tokens = self._as_one_tensor(image_outputs.pooler_output).to(inputs_embeds)
+            image_tokens = image_outputs.pooler_output
+            if not isinstance(image_tokens, torch.Tensor):  # a list of one tensor per image
+                image_tokens = torch.stack(tuple(image_tokens))
+            image_tokens = image_tokens.to(inputs_embeds)
             if image_indices is not None:
                 image_tokens = image_tokens[image_indices]
             num_placeholders, num_features = placeholders.sum(), image_tokens.shape[:-1].numel()
@@ -519,7 +523,7 @@ class SQLlavaModel(SQLlavaPreTrainedModel):
                 lambda: (
                     "Image features and image tokens do not match: the text has "
                     f"{int(num_placeholders)} image tokens, the images have {num_features} features. "
-                    f"Each image takes {self.config.image_seq_length} image tokens."
+                    f"The text needs {self.config.image_seq_length} image tokens per image."
                 ),
             )
             inputs_embeds = inputs_embeds.masked_scatter(placeholders.unsqueeze(-1), image_tokens)
@@ -544,7 +548,7 @@ class SQLlavaModel(SQLlavaPreTrainedModel):
     def _find_placeholders(
         self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None, needed: bool
     ) -> torch.BoolTensor | None:
-        """The mask of the image placeholders `(batch_size, sequence_length)`; `None` if it can be done without."""
+        """The mask of the image placeholders `(batch_size, sequence_length)`, or `None` if it is not needed."""
         image_token_id = self.config.image_token_id
         if input_ids is None:
             if not needed:
@@ -552,7 +556,7 @@ class SQLlavaModel(SQLlavaPreTrainedModel):
             image_token_id = torch.full((), image_token_id, dtype=torch.long, device=inputs_embeds.device)
             return (inputs_embeds == self.get_input_embeddings()(image_token_id)).all(dim=-1)
         placeholders = input_ids == image_token_id
-        # One generated token at a time: looking at it would make the device wait at every step.
+        # A single generated token is not checked: the check would synchronize with the device at every step.
         if not needed and input_ids.shape[1] > 1:
             num_placeholders = placeholders.sum()
             torch_compilable_check(
@@ -564,13 +568,9 @@ class SQLlavaModel(SQLlavaPreTrainedModel):
             )
         return placeholders
 
-    @staticmethod
-    def _as_one_tensor(pooler_output: torch.Tensor | list[torch.Tensor]) -> torch.Tensor:
-        return pooler_output if isinstance(pooler_output, torch.Tensor) else torch.stack(tuple(pooler_output))
-
     def _vision_side_weighted_by_zero(self) -> torch.Tensor:
-        # A process whose micro-batch is text-only must still give every trained weight a gradient, else the others
-        # wait for it forever (DDP, FSDP, ZeRO): https://github.com/deepspeedai/DeepSpeed/issues/7170.
+        # A process with a text-only micro-batch must still give every trained weight a gradient. Otherwise the other
+        # processes wait for it forever (DDP, FSDP, ZeRO): https://github.com/deepspeedai/DeepSpeed/issues/7170.
         side = self.config.vision_config.image_size
         channels = self.vision_tower.embeddings.patch_embedding.in_channels
         blank_image = torch.zeros(1, channels, side, side, device=self.device)
@@ -578,7 +578,7 @@ class SQLlavaModel(SQLlavaPreTrainedModel):
 
 
 class SQLlavaSuppressTokens(SuppressTokensLogitsProcessor):
-    """As its parent, which looks for the tokens in the whole vocabulary at each step, where this one does it once."""
+    """Same as its parent, but finds the suppressed tokens in the vocabulary once, not at every step."""
 
     is_suppressed: torch.BoolTensor | None = None
 
@@ -590,7 +590,7 @@ class SQLlavaSuppressTokens(SuppressTokensLogitsProcessor):
 
 
 class SQLlavaForConditionalGeneration(SQLlavaPreTrainedModel, GenerationMixin):
-    """The whole model: answers and asks, by `generate`."""
+    """The whole model. `generate` makes answers and, after the vusr marker, questions."""
 
     _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}
@@ -599,25 +599,13 @@ class SQLlavaForConditionalGeneration(SQLlavaPreTrainedModel, GenerationMixin):
         super().__init__(config)
         text_config = config.text_config
         self.model = SQLlavaModel(config)
-        # Phi-1 and Phi-2 are the one family with a bias here.
+        # Phi-1 and Phi-2 have a bias here, no other family does.
         self.lm_head = nn.Linear(text_config.hidden_size, text_config.vocab_size, bias=text_config.model_type == "phi")
         self.post_init()
-        # The markers are input only. An <image> that were generated (or proposed as a draft token by prompt look-up
-        # decoding, which copies from the prompt) would have no pixels.
+        # The markers are only input. A generated <image> would have no pixels; prompt lookup decoding, which copies
+        # draft tokens from the prompt, would propose one.
         markers = [config.image_token_id, config.vusr_token_id]
         self.generation_config.suppress_tokens = [token_id for token_id in markers if token_id is not None]
-
-    def get_input_embeddings(self) -> nn.Module:
-        return self.model.get_input_embeddings()
-
-    def set_input_embeddings(self, value: nn.Module):
-        self.model.set_input_embeddings(value)
-
-    def get_output_embeddings(self) -> nn.Module:
-        return self.lm_head
-
-    def set_output_embeddings(self, value: nn.Module):
-        self.lm_head = value
 
     def get_image_features(self, pixel_values: torch.Tensor, **kwargs) -> tuple | BaseModelOutputWithPooling:
         """See [`SQLlavaModel.get_image_features`]."""
@@ -626,7 +614,7 @@ class SQLlavaForConditionalGeneration(SQLlavaPreTrainedModel, GenerationMixin):
     def prepare_inputs_for_generation(
         self,
         input_ids: torch.LongTensor,
-        inputs_embeds: torch.FloatTensor | None = None,  # named, because `generate` looks for it in this signature
+        inputs_embeds: torch.FloatTensor | None = None,  # explicit, because `generate` inspects this signature
         is_first_iteration: bool = False,
         **kwargs,
     ):
@@ -637,8 +625,8 @@ class SQLlavaForConditionalGeneration(SQLlavaPreTrainedModel, GenerationMixin):
             return inputs
         is_draft = not is_first_iteration and inputs["input_ids"].shape[1] > 1
         if is_draft and not {"mm_encoder_outputs", "pixel_values"} & inputs.keys():
-            # An assistant model drafts without seeing: transformers hands the images to the first pass of the main
-            # model alone. What the draft reads in their place does not change the result.
+            # In assisted decoding, the assistant model gets no images: transformers passes them only to the first pass
+            # of the main model. What the assistant reads in their place does not change the result.
             inputs["input_ids"] = inputs["input_ids"].masked_fill(inputs["input_ids"] == self.config.image_token_id, 0)
         return inputs
 
@@ -667,10 +655,13 @@ class SQLlavaForConditionalGeneration(SQLlavaPreTrainedModel, GenerationMixin):
         """
         Args:
             labels (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
-                Token ids to predict, -100 where there is no loss; shifted inside.
+                The token ids `input_ids`, with -100 where there is no loss. The shift by one position is made inside.
             logits_to_keep (`int` or `torch.Tensor`, *optional*):
-                Number of last positions, or the positions, to compute logits for; 0 for all.
-            The rest as in [`SQLlavaModel`].
+                Compute logits only for this number of last positions, or for these positions; 0 for all.
+            The other arguments are those of [`SQLlavaModel.forward`].
+
+        Returns:
+            [`SQLlavaCausalLMOutputWithPast`], or a tuple with `return_dict=False`.
         """
         outputs = self.model(
             input_ids=input_ids,
@@ -702,16 +693,16 @@ class SQLlavaForConditionalGeneration(SQLlavaPreTrainedModel, GenerationMixin):
         self, router_logits: tuple[torch.Tensor, ...] | None, attention_mask: torch.Tensor | None
     ) -> torch.Tensor | None:
         """
-        The load-balancing loss of the language model's experts, https://arxiv.org/abs/2101.03961: the function is that
-        of all families of transformers. `None` for those that balance their experts in another way (DeepSeek), or do
-        not say how many there are (Llama 4).
+        The load-balancing loss of the language model's experts (https://arxiv.org/abs/2101.03961), with the function
+        that transformers uses for all families. `None` for families that balance their experts in another way
+        (DeepSeek) or whose configuration does not name the number of experts (Llama 4).
         """
         text_config = self.config.text_config
         needed = [getattr(text_config, name, None) for name in ("router_aux_loss_coef", "num_experts")]
         if router_logits is None or None in needed:
             return None
         if attention_mask is not None and attention_mask.ndim == 2:
-            # Behind a cache, the mask covers more positions than were routed.
+            # With a cache, the mask covers more positions than were routed.
             sequence_length = router_logits[0].shape[0] // attention_mask.shape[0]
             attention_mask = attention_mask[:, -sequence_length:]
         else:
@@ -723,9 +714,9 @@ class SQLlavaForConditionalGeneration(SQLlavaPreTrainedModel, GenerationMixin):
 
 class SQLlavaAutoModel(SQLlavaModel):
     """
-    What `AutoModel` maps to. People load a checkpoint with `AutoModel.from_pretrained` and expect to generate, so that
-    gives a [`SQLlavaForConditionalGeneration`]; inference engines (vLLM) build the headless base with
-    `AutoModel.from_config`, and get a [`SQLlavaModel`].
+    The class behind `AutoModel`. `AutoModel.from_pretrained` returns a [`SQLlavaForConditionalGeneration`], because
+    users expect to generate. `AutoModel.from_config` returns a [`SQLlavaModel`] without a head, because inference
+    engines (vLLM) add their own.
     """
 
     @classmethod

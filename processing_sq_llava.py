@@ -1,4 +1,4 @@
-"""Processor of SQ-LLaVA: images to square pixels, conversations to token ids and to the mask of what is in the loss.
+"""Processor of SQ-LLaVA: turns images into pixels, and conversations into token ids and the loss mask.
 
     >>> from transformers import AutoProcessor
     >>> processor = AutoProcessor.from_pretrained("org/sq-llava-7b", trust_remote_code=True)
@@ -13,14 +13,15 @@
     <s>SYSTEM USER: <image>
     What is it? ASSISTANT: A dog.</s>[vusr] What is it doing?</s> ASSISTANT: Running.</s>
 
-In the loss are the answers, the questions of `vusr` turns, and the delimiter after each; so says
-`apply_chat_template(..., return_assistant_tokens_mask=True)`.
+(SYSTEM stands for the system message.) The loss is on the answers, on the questions of `vusr` turns, and on the
+delimiter after each. `apply_chat_template(..., return_assistant_tokens_mask=True)` returns this mask.
 
-The layout of MiniGPT-4 (https://arxiv.org/abs/2304.10592), `SQLlavaProcessor(..., **PROMPT_LAYOUTS["minigpt4"])`:
+`SQLlavaProcessor(..., **PROMPT_LAYOUTS["minigpt4"])` gives the prompt layout of MiniGPT-4
+(https://arxiv.org/abs/2304.10592):
 
     <s>###Human: <Img><image></Img>What is it? ###Assistant: A dog.</s>
 
-What becomes of images is said in `image_processing_sq_llava.py`.
+`image_processing_sq_llava.py` processes the images.
 """
 
 import difflib
@@ -32,7 +33,7 @@ from transformers import AddedToken, LlamaTokenizer, ProcessorMixin
 from transformers.processing_utils import MultiModalData, ProcessingKwargs
 
 
-# Relative in a checkpoint's folder and on the Hub, absolute in this library.
+# In a Hub repository this file is part of a package, in a source checkout it is a top-level module.
 try:
     from .image_processing_sq_llava import SQLlavaImageProcessor
 except ImportError:
@@ -50,9 +51,9 @@ SYSTEM_MESSAGE = (
     "curious virtual user can ask complex questions that are relevant to the content in the image."
 )
 
-# Settings of the processor by the name of a layout. An answer ends in the end-of-sequence token, at which generation
-# stops, where MiniGPT-4 looked for the `###` of the next turn. Before `###Assistant:` stands a space, as in the prompt
-# by which the paper curates its data; the paper's template of stage 2 has none.
+# Name of a prompt layout -> settings of the processor. Here an answer ends with the end-of-sequence token, at which
+# generation stops; MiniGPT-4 itself stops at the `###` of the next turn. A space precedes `###Assistant:`, as in the
+# prompt that the MiniGPT-4 paper uses to curate its data; the paper's template for stage 2 has no space.
 PROMPT_LAYOUTS = {
     "minigpt4": {
         "system_message": "",
@@ -67,19 +68,19 @@ PROCESSOR_SETTINGS = (
     "image_seq_length", "image_aspect_ratio", "text_prefix", "image_begin", "image_end", "system_message",
     "user_marker", "vusr_marker", "assistant_marker",
 )  # fmt: skip
-# What transformers itself writes into, or reads out of, a processor_config.json.
+# Keys that transformers itself writes to, or reads from, a processor_config.json.
 TRANSFORMERS_KEYS = {"auto_map", "processor_class", "transformers_version", "audio_tokenizer", "video_processor"}
 
 TEMPLATE_HEADER = "{#- SQ-LLaVA: written by SQLlavaProcessor from its settings -#}\n"
-# `{% generation %}` marks what is in the loss. A user turn flagged `self_question` is a vusr turn. `plain=True` gives
-# the caption layout of stage 1, `ask=True` lets the prompt end in the vusr marker.
-# Servers (vLLM, SGLang) read from the loop over `message['content']`, spelled so, that content may be a list of parts;
-# else they write `<image>` into the text, which the template refuses.
+# `{% generation %}` marks the text that is in the loss. A user turn with `self_question` set is a vusr turn.
+# `plain=True` gives the caption layout of stage 1. `ask=True` ends the prompt with the vusr marker.
+# Servers (vLLM, SGLang) search the template for a loop over `message['content']`, in exactly this spelling, to learn
+# that content may be a list of parts. Without it they write `<image>` into the text, which the template refuses.
 TEMPLATE_BODY = r"""
 {%- macro text_of(message, images_only=false) -%}
     {%- set content = message['content'] -%}
     {%- if content is undefined or content is none -%}
-        {{- raise_exception("The turn of role '" ~ message['role'] ~ "' has no content: write '' if it is empty.") -}}
+        {{- raise_exception("The turn of role '" ~ message['role'] ~ "' has no content: give '' if it is empty.") -}}
     {%- endif -%}
     {%- set ns = namespace(text='', typed='') -%}
     {%- if content is string -%}
@@ -89,9 +90,9 @@ TEMPLATE_BODY = r"""
         {%- for part in message['content'] -%}
             {%- if part['type'] == 'image' -%}
                 {%- if message['role'] not in ['user', 'system'] or message['self_question'] -%}
-                    {{- raise_exception("An image stands in a turn of role '" ~ message['role'] ~ "'" ~
-                        (" flagged self_question" if message['self_question'] else "") ~
-                        ": what the model says cannot hold images. Put it into a user turn.") -}}
+                    {{- raise_exception("There is an image in a turn of role '" ~ message['role'] ~ "'" ~
+                        (" with self_question" if message['self_question'] else "") ~
+                        ": the model's own turns cannot hold images. Move it to a user turn.") -}}
                 {%- endif -%}
                 {%- if images_only -%}
                     {%- set ns.text = ns.text ~ image_token -%}
@@ -158,36 +159,41 @@ TEMPLATE_BODY = r"""
 
 
 class SQLlavaProcessorKwargs(ProcessingKwargs, total=False):
-    # The chat template writes the beginning of the sequence. With the tokenizer's own in front of it,
-    # `processor(text=processor.apply_chat_template(messages))` would begin twice.
+    # The chat template writes the begin-of-sequence token. If the tokenizer added its own as well,
+    # `processor(text=processor.apply_chat_template(messages))` would have two.
     _defaults = {"text_kwargs": {"add_special_tokens": False}}
 
 
 class SQLlavaProcessor(ProcessorMixin):
     r"""
-    Joins an image processor, a tokenizer and the chat template. Registers `<image>`, `[vusr]` and, where the tokenizer
-    has no padding token, `<pad>`; pads on the left, so that a batch generates what each prompt generates alone.
+    Joins an image processor, a tokenizer and the chat template. It registers the special tokens `<image>`, `[vusr]`
+    and, if the tokenizer has no padding token, `<pad>`. It pads on the left, as generation in batches needs.
 
     Args:
         image_processor: The vision tower's image processor (CLIP, SigLIP or BLIP-2), or that of a saved SQ-LLaVA.
-        tokenizer: A fast tokenizer with an end-of-sequence token, the delimiter.
-        image_seq_length (`int`, defaults to 576): Number of tokens of one image, as in the model's configuration.
+        tokenizer: A fast tokenizer with an end-of-sequence token, which is the delimiter.
+        image_seq_length (`int`, defaults to 576): Number of tokens per image, as in the model's configuration.
         image_aspect_ratio (`str`, defaults to `"pad"`):
             `"pad"`: pad to a square with the mean colour, then resize. `"crop"`: resize, then crop the centre.
         text_prefix (`str`, defaults to `""`):
-            What text begins with that follows the beginning of the sequence or an image. The authors' code tokenizes
-            such text apart, so that Llama's tokenizer puts a space before it: `" "` for checkpoints trained by it.
+            Prefix of text that starts the sequence or follows an image. Use `" "` for checkpoints trained by the
+            authors' code: it tokenizes such text separately, and Llama's tokenizer then puts a space before it.
         image_begin, image_end (`str`, default to `""` and a line break):
-            What stands around an image of a conversation. A line break alone is left out behind text.
-        system_message (`str`): Stands before the conversation, unless that begins with a system turn.
-        user_marker, assistant_marker (`str`): What a turn begins with; defaults as in Vicuna v1.
+            Text before and after each image of a conversation. With an empty `image_begin`, `image_end` is left out
+            if the turn has text before the image.
+        system_message (`str`): Text before the conversation, unless the conversation starts with a system turn.
+        user_marker, assistant_marker (`str`): Text that starts a turn. Defaults: those of Vicuna v1.
         vusr_marker (`str`, defaults to `"[vusr]"`):
-            What a turn in which the model asks begins with. `"[vusr]"` is registered as a special token; any other
-            marker, such as `"VUSER:"` of the released checkpoints, is plain text.
-        delimiter (`str`, *optional*): The end-of-sequence token behind each answer: one of the tokenizer's added
+            Text that starts a turn in which the model asks. `"[vusr]"` is registered as a special token; any other
+            marker, such as `"VUSER:"` of the authors' checkpoints, is plain text.
+        delimiter (`str`, *optional*): The end-of-sequence token after each answer: one of the tokenizer's added
             tokens, such as `"<|im_end|>"`. Default: the tokenizer's own. It is saved with the tokenizer.
         chat_template (`str` or `dict`, *optional*):
-            A Jinja template, or several by their names; `"default"` is written from the settings above, unless given.
+            A Jinja template, or a dict of named templates. The template `"default"` is written from the settings above
+            unless it is given.
+
+    Raises:
+        ValueError: if a setting is wrong, or the tokenizer has no end-of-sequence token.
     """
 
     valid_processor_kwargs = SQLlavaProcessorKwargs
@@ -213,18 +219,18 @@ class SQLlavaProcessor(ProcessorMixin):
         if delimiter is not None:
             if delimiter not in tokenizer.get_added_vocab():
                 raise ValueError(
-                    f"The delimiter (in a recipe eos_token) is {delimiter!r}, none of the tokenizer's added tokens: "
-                    f"give one of {', '.join(tokenizer.get_added_vocab())}."
+                    f"The delimiter (in a recipe: eos_token) is {delimiter!r}, which is not one of the tokenizer's "
+                    f"added tokens: give one of {', '.join(tokenizer.get_added_vocab())}."
                 )
             tokenizer.eos_token = delimiter
         if tokenizer.eos_token is None:
             raise ValueError("The tokenizer has no eos_token, which ends every answer: set tokenizer.eos_token first.")
         if text_prefix.strip():
-            raise ValueError(f"text_prefix is {text_prefix!r}: it may hold spaces only.")
+            raise ValueError(f"text_prefix is {text_prefix!r}: it may contain only spaces.")
         for name, marker in (("user", user_marker), ("vusr", vusr_marker), ("assistant", assistant_marker)):
             if not marker or marker != marker.strip():
-                raise ValueError(f"{name}_marker is {marker!r}: it must not be empty, nor begin or end with a space.")
-        # `from_pretrained` hands its keywords to the tokenizer too, which would save them as its own.
+                raise ValueError(f"{name}_marker is {marker!r}: it must not be empty or have white space at its ends.")
+        # `from_pretrained` also passes its keywords to the tokenizer, which would save them as its own settings.
         for name in ("delimiter", *PROCESSOR_SETTINGS):
             tokenizer.init_kwargs.pop(name, None)
         self.image_seq_length = image_seq_length
@@ -251,14 +257,15 @@ class SQLlavaProcessor(ProcessorMixin):
 
     @classmethod
     def from_args_and_dict(cls, args, processor_dict, **kwargs):
-        """As of transformers, which drops a setting that it does not know without a word."""
+        """Refuses unknown settings, which the method of transformers would silently drop."""
         known = {*inspect.signature(cls.__init__).parameters, *TRANSFORMERS_KEYS}
         for name in processor_dict:
             if name not in known and not name.startswith("_"):
                 raise ValueError(
                     f"processor_config.json: SQLlavaProcessor has no setting {name!r}{_meant(name, known)}."
                 )
-        # Those of `from_pretrained` may be meant for the tokenizer, the image processor or the download.
+        # A keyword of `from_pretrained` may be for the tokenizer, the image processor or the download, so only a near
+        # miss of our own names is an error.
         for name in kwargs:
             if name not in known and (meant := _meant(name, known)):
                 raise ValueError(f"SQLlavaProcessor has no setting {name!r}{meant}")
@@ -273,15 +280,16 @@ class SQLlavaProcessor(ProcessorMixin):
             tokenizer.pad_token = PAD_TOKEN
         tokenizer.padding_side = "left"
         if isinstance(tokenizer, LlamaTokenizer):
-            # transformers does not save this flag, and a reloaded tokenizer would give other tokens than it was
-            # trained with (Mistral's puts a space after each special token, Llama's does not).
+            # transformers does not save this flag. Without it, a reloaded tokenizer would give other tokens than in
+            # training: Mistral's puts a space after each special token, Llama's does not.
             tokenizer.init_kwargs["legacy"] = tokenizer.legacy
 
     def _find_control_tokens(self, tokenizer) -> list[str]:
         """
-        What no text of a message may contain: it would forge an image, a turn or its end. Of the tokenizer's special
-        tokens these are begin, end, padding and unknown token, and those that its chat template writes; other ones,
-        such as a user's `<box>`, are text. The template that is written lists them, so that they are found again.
+        The strings that the text of a message must not contain, because they would fake an image, a turn or its end:
+        `<image>`, the vusr markers, the tokenizer's begin, end, padding and unknown tokens, and every special token
+        that its chat template contains. Other special tokens, such as a user's `<box>`, are allowed. The template that
+        we write lists these strings, so a reloaded processor finds them again.
         """
         templates = tokenizer.chat_template or ""
         templates = "".join(templates.values()) if isinstance(templates, dict) else templates
@@ -292,8 +300,8 @@ class SQLlavaProcessor(ProcessorMixin):
         return sorted({IMAGE_TOKEN, VUSR_TOKEN, self.vusr_marker} | of_sequence | of_template)
 
     def _write_chat_template(self, tokenizer) -> str:
-        # Trainers and servers tokenize a rendered template without adding special tokens: so the template writes the
-        # beginning of the sequence, if this tokenizer begins with one.
+        # Trainers and servers tokenize the rendered template without adding special tokens. So the template itself
+        # writes the begin-of-sequence token, if this tokenizer uses one.
         begins_with_bos = tokenizer.bos_token_id is not None and tokenizer("a").input_ids[0] == tokenizer.bos_token_id
         settings = {
             "bos": tokenizer.bos_token if begins_with_bos else "",
@@ -311,11 +319,11 @@ class SQLlavaProcessor(ProcessorMixin):
         return TEMPLATE_HEADER + "".join(lines) + TEMPLATE_BODY
 
     def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs) -> str:
-        """The text that takes the place of the `image_idx`-th `<image>`: one placeholder for each image token."""
+        """The text that replaces one `<image>` of the prompt: one placeholder per image token."""
         return self.image_token * self.image_seq_length
 
     def _get_num_multimodal_tokens(self, image_sizes: list[list[int]] | None = None, **kwargs) -> MultiModalData:
-        """The number of placeholders of images of the given sizes; used by inference engines (vLLM)."""
+        """The number of placeholders for images of the given sizes. Inference engines such as vLLM call this."""
         if image_sizes is None:
             return MultiModalData()
         num_images = len(image_sizes)
@@ -330,8 +338,8 @@ def _meant(name: str, known: set[str]) -> str:
 
 
 def _square_image_processor(image_processor, image_aspect_ratio: ImageAspectRatio):
-    """Our image processor with the size, mean and interpolation of a CLIP, SigLIP, BLIP-2 or LLaVA one."""
-    # By name: remote code and an import are two classes.
+    """Makes our image processor with the settings of a CLIP, SigLIP, BLIP-2 or LLaVA one."""
+    # Compared by name: the class in remote code and the imported one are two classes.
     if type(image_processor).__name__.startswith("LlavaImageProcessor"):
         image_processor = SQLlavaImageProcessor.from_dict(image_processor.to_dict())
     elif type(image_processor).__name__ != "SQLlavaImageProcessor":

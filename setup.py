@@ -1,7 +1,7 @@
-"""Makes package data of `model_card.md` and `recipes/`, which stand at the top of the source tree for readers.
+"""Adds `model_card.md` and `recipes/`, which are at the top of the source tree, to the package data.
 
-A wheel gets them inside `sq_llava`; an editable install reads them where they are (`sq_llava/resources.py`). All else
-is in pyproject.toml.
+In a wheel they are inside `sq_llava`. An editable install reads them where they are (`sq_llava/resources.py`).
+Everything else is in pyproject.toml.
 """
 
 import shutil
@@ -12,7 +12,7 @@ from setuptools.command.build_py import build_py
 
 
 class BuildWithResources(build_py):
-    """Copies the two into the package that is built."""
+    """Copies the card template and the recipes into the package that is built."""
 
     def run(self) -> None:
         super().run()
@@ -20,7 +20,7 @@ class BuildWithResources(build_py):
             return
         package = Path(self.build_lib) / "sq_llava"
         shutil.copy("model_card.md", package)
-        shutil.rmtree(package / "recipes", ignore_errors=True)  # what an earlier build left may be outdated
+        shutil.rmtree(package / "recipes", ignore_errors=True)  # files of an earlier build may be outdated
         shutil.copytree("recipes", package / "recipes")
 
 

@@ -3,24 +3,25 @@
     accelerate launch -m train_sft --config recipes/sq-llava-7b/stage1.yaml
     accelerate launch -m train_sft --config recipes/sq-llava-7b/stage2.yaml
 
-Any setting of a recipe can be given on the command line too, and wins there:
+A setting on the command line replaces the one in the recipe:
 
     python -m train_sft --config recipes/sq-llava-7b/stage1.yaml --text_model_name_or_path Qwen/Qwen3-0.6B
 
-In Python, with the same settings:
+The same in Python:
 
     from sq_llava.training.settings import parse_recipe
     trainer = train_sft.train(*parse_recipe("recipes/sq-llava-7b/stage1.yaml", max_steps=100))
 
-Stopped by SIGTERM or SIGINT, it saves a checkpoint and ends with 75 (a launcher such as torchrun ends with 1 then). A
-run that was stopped or killed is resumed with `--resume`, and ends as if it had never stopped.
+On SIGTERM or SIGINT it saves a checkpoint and exits with code 75 (a launcher such as torchrun then exits with 1).
+`--resume` resumes a run that was stopped or killed; the result is the same as without the stop.
 
-The data is checked first, by a sample of its rows: see `sq-llava doctor` and the setting `doctor`.
+A sample of the data is checked before training: see `sq-llava doctor` and the setting `doctor`.
 
-`--dry_run real` trains one step on the longest rows and says what it takes; `--dry_run meta` says it without weights.
+`--dry_run real` trains one step on the longest rows and prints the memory it took. `--dry_run meta` estimates the
+memory without loading weights.
 
-It writes a PEFT adapter with the processor to `output_dir`; `sq-llava merge` makes a plain checkpoint of it. With
-`full_finetuning`, which trains the language model's own weights as LLaVA does, it writes a plain checkpoint itself.
+The result is a PEFT adapter and the processor in `output_dir`; `sq-llava merge` merges it into a plain checkpoint.
+With `full_finetuning`, which trains the language model's own weights as LLaVA does, the result is a plain checkpoint.
 What it does not do: train the vision tower's own weights; convert released checkpoints.
 """
 
@@ -32,7 +33,7 @@ from sq_llava.early_checks import require_recipe_of
 from sq_llava.stopping import one_line_when_stopped, stop_at_once
 
 
-if __name__ == "__main__":  # before the imports below, which take seconds
+if __name__ == "__main__":  # before the slow imports below
     signal.signal(signal.SIGINT, stop_at_once)
     with errors_in_one_line():
         require_recipe_of(sys.argv[1:])
@@ -79,12 +80,18 @@ def main(args: list[str] | None = None) -> SQLlavaTrainer | None:
 
 def train(arguments: SQLlavaArguments, training_args: SFTConfig, model_config: ModelConfig) -> SQLlavaTrainer | None:
     """
-    Trains a stage; with `dry_run`, tries one step of it, or only plans it, and returns no trainer then.
+    Trains one stage. With `dry_run`, it trains a single step (`real`) or only estimates the memory (`meta`).
 
     Args:
-        arguments, training_args, model_config: As `parse_settings` and `parse_recipe` give them. They are changed.
+        arguments, training_args, model_config: As returned by `parse_settings` or `parse_recipe`. Changed in place.
+
+    Returns:
+        [`SQLlavaTrainer`]: The trainer after training; `None` with `dry_run` `meta`.
+
+    Raises:
+        ValueError: for settings, data or models that cannot be trained as asked.
     """
-    # Before 5.18, the mask of what is in the loss is wrong behind an image.
+    # Before 5.18, the mask of the tokens in the loss is wrong after an image.
     require_version("transformers>=5.18")
     num_processes = complete_settings(arguments, training_args)
     if arguments.dry_run == "meta":
@@ -95,7 +102,7 @@ def train(arguments: SQLlavaArguments, training_args: SFTConfig, model_config: M
     resident_before = resident_peak()
     set_seed(training_args.seed)
     with PartialState().main_process_first():
-        # Read before the training that it is written after.
+        # Training may overwrite the folder it started from, so read the provenance first.
         came_from = read_provenance(fetch(start)) if start else {}
         checkpoint = find_checkpoint(training_args.output_dir, arguments.resume, training_args.resume_from_checkpoint)
         if checkpoint is not None:
@@ -129,7 +136,7 @@ def train(arguments: SQLlavaArguments, training_args: SFTConfig, model_config: M
 
 
 def check_data(arguments: SQLlavaArguments, training_args: SFTConfig, model_config: ModelConfig) -> None:
-    """The doctor's look at the rows, before a model is loaded."""
+    """Checks the rows with the doctor, before a model is loaded."""
     if arguments.doctor != "off" and PartialState().is_main_process:
         check = data_check(arguments, training_args, model_config)
         limit = SAMPLE_ROWS if arguments.doctor == "sample" else None
@@ -139,7 +146,7 @@ def check_data(arguments: SQLlavaArguments, training_args: SFTConfig, model_conf
 def read_rows(
     arguments: SQLlavaArguments, training_args: SFTConfig, processor: SQLlavaProcessor
 ) -> tuple[datasets.Dataset, datasets.Dataset | None]:
-    """The rows to train on, with the bounds of their lengths if they are packed, and those to evaluate on."""
+    """Loads the rows to train on (with upper bounds of their lengths, for packing) and the rows to evaluate on."""
     rows, eval_rows = load_rows(arguments.datasets, training_args.seed, processor.image_seq_length), None
     if arguments.eval_datasets:
         eval_rows = load_rows(arguments.eval_datasets, training_args.seed, processor.image_seq_length)
@@ -190,10 +197,10 @@ def make_trainer(
 
 
 def run(trainer: SQLlavaTrainer, checkpoint: str | None) -> None:
-    """Trains and saves. A run that is stopped ends the process, with its last checkpoint saved."""
+    """Trains and saves. A run stopped by a signal exits the process after its checkpoint is saved."""
     trainer.train(resume_from_checkpoint=checkpoint)
     if trainer.watch.stopped and trainer.state.global_step < trainer.state.max_steps:
-        # A launcher ends the others when the first has ended.
+        # A launcher kills the other processes as soon as one exits.
         trainer.accelerator.wait_for_everyone()
         is_saved = trainer.args.save_strategy != "no"
         saved = "Resume with --resume" if is_saved else "save_strategy is no, so nothing was saved"
@@ -207,5 +214,5 @@ if __name__ == "__main__":
     with one_line_when_stopped(), errors_in_one_line(traceback_of=SQLlavaTrainer.train):
         signal.signal(signal.SIGINT, signal.default_int_handler)
         main()
-    # A thread of gloo that lives longer than the interpreter aborts the process.
+    # A gloo thread that outlives the interpreter would abort the process.
     PartialState().destroy_process_group()

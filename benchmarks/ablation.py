@@ -1,17 +1,17 @@
-"""What prototypes and self-questioning are worth on easy-VQA: LLaVA beside SQ-LLaVA's parts, at equal budgets.
+"""The effect of prototypes and self-questions on easy-VQA: LLaVA compared with parts of SQ-LLaVA at equal budgets.
 
-    python -m benchmarks.ablation --plan      # what is done, what is left and how long it takes
-    python -m benchmarks.ablation --report    # of what is done, while it runs
+    python -m benchmarks.ablation --plan      # shows what is finished, what is missing and how long it takes
+    python -m benchmarks.ablation --report    # writes the report of the finished runs, also while others run
     python -m benchmarks.ablation --jobs 2    # writes benchmarks/results/ablation.{json,md,png}
 
-Every run begins with the base models of `make demo` and takes both stages of recipes/easy-vqa; only what `SETTINGS`
-says and the steps of stage 2, the budget, are changed. A seed draws the order of the turns and of the rows, the new
-weights and the self-questions, and its runs share stage 1 where that is equal, so differences are taken within a seed.
-One pair of base models serves all seeds, as one CLIP and one Vicuna serve the paper: what varies is the training.
+Every run starts from the base models of `make demo` and trains both stages of recipes/easy-vqa. It changes only what
+`SETTINGS` says, and the number of steps of stage 2, which is the budget. The seed decides the order of the turns and
+the rows, the new weights and the self-questions. The runs of one seed share stage 1 where it is equal, so differences
+are taken within a seed. All seeds use the same base models, as all of the paper's runs use one CLIP and one Vicuna.
 
-A finished run is a JSON file in `--work`; started again, the command does what is missing. The report holds all runs
-that are there: more seeds, budgets and settings can be added later. What this does not do: choose anything on the test
-questions; measure ViT-LoRA, which every run has.
+A finished run is a JSON file in `--work`, and the same command later runs only what is missing. The report includes
+all finished runs, so seeds, budgets and settings can be added later. Nothing is chosen on the test questions. The
+effect of ViT-LoRA is not measured: every run has it.
 """
 
 import argparse
@@ -29,7 +29,7 @@ import matplotlib
 import torch
 
 import train_sft
-from benchmarks.common import RESULTS, write
+from benchmarks.common import RESULTS, document, table, text, write
 from demo.data import blind_guess, image_root, write_data
 from demo.evaluate import measure_answers, measure_questions
 from demo.processes import end_with_parent, training_context
@@ -45,7 +45,7 @@ import matplotlib.pyplot as plt
 
 @dataclass(frozen=True)
 class Setting:
-    """What a run changes in the demo's recipe, and the settings that it is compared with."""
+    """What a run changes in the demo's recipe, and the settings it is compared with."""
 
     label: str
     prototype_variant: str = "none"
@@ -69,7 +69,7 @@ SETTINGS = {
 }
 COMMAND = "python -m benchmarks.ablation"
 RECIPES = Path(__file__).parent.parent / "recipes" / "easy-vqa"
-# Quantiles of Student's t for two-sided 95% intervals, by degrees of freedom from 1.
+# Quantiles of Student's t for two-sided 95% intervals, for 1, 2, 3, ... degrees of freedom.
 T_QUANTILES = (
     12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131, 2.120,
     2.110, 2.101, 2.093,
@@ -78,13 +78,13 @@ T_QUANTILES = (
 
 @dataclass(frozen=True)
 class Scale:
-    """What all runs of a work folder have in common."""
+    """What all runs of a work folder share."""
 
     base: str
     stage1_steps: int = 150
-    test_stride: int = 4  # every fourth test question: 2,419 of 9,673, about all 1,000 images
-    num_images: int = 25  # to ask four questions about
-    # As measured on one core, for the plan.
+    test_stride: int = 4  # every fourth test question: 2,419 of 9,673, which cover all 1,000 images
+    num_images: int = 25  # the model asks four questions about each
+    # Measured on one core; used to estimate the time.
     seconds_per_stage1_step: float = 0.4
     seconds_per_step: float = 0.35
     seconds_of_scoring: float = 20.0
@@ -92,7 +92,7 @@ class Scale:
 
 @dataclass(frozen=True)
 class Task:
-    """One piece of work; its note is the JSON file that says that it is done."""
+    """A piece of work. When it is finished, its result is in the JSON file `note`."""
 
     work: Path
 
@@ -106,7 +106,7 @@ class Task:
 
 @dataclass(frozen=True)
 class Stage1(Task):
-    """Stage 1 of a seed, which all its runs with the same prototypes start from."""
+    """Stage 1 of a seed. All runs of the seed with the same prototypes start from it."""
 
     scale: Scale
     seed: int
@@ -202,7 +202,7 @@ def train(stage: str, seed: int, steps: int, **settings):
 
 
 def score(assistant: Assistant, data: Path, scale: Scale) -> dict:
-    """Accuracies on every `test_stride`-th test question, asked alone, and the quality of its own questions."""
+    """Accuracy on every `test_stride`-th test question, asked alone, and the quality of the model's own questions."""
     evaluation = Evaluation("", ["easy_vqa"], str(data), data)
     examples = read_examples(easy_vqa.TASK, evaluation)[:: scale.test_stride]
     with tempfile.TemporaryDirectory() as folder:
@@ -213,7 +213,7 @@ def score(assistant: Assistant, data: Path, scale: Scale) -> dict:
 
 
 def list_tasks(work: Path, scale: Scale, seeds: list[int], budgets: list[int], settings: list[str]) -> list[Task]:
-    """Seed by seed, and in it the small budgets first: after each seed, the tables are complete."""
+    """All tasks, seed by seed, and within a seed by budget. So the tables are complete after each seed."""
     tasks = []
     for seed in seeds:
         runs = [Run(work, scale, seed, setting, budget) for budget in sorted(budgets) for setting in settings]
@@ -222,18 +222,20 @@ def list_tasks(work: Path, scale: Scale, seeds: list[int], budgets: list[int], s
 
 
 def read_note(task: Task) -> dict | None:
-    """The note of a finished task; `None` if it is not finished."""
+    """The note of a finished task, or `None`."""
     if not task.note.is_file():
         return None
     note = json.loads(task.note.read_text())
     for name, value in task.facts.items():
         if note[name] != value:
-            raise ValueError(f"{task.note}: {name} is {note[name]!r}, but now {value!r}: give another --work.")
+            raise ValueError(
+                f"{task.note}: this run had {name}={note[name]!r}, but {value!r} is asked for. Choose another --work."
+            )
     return note
 
 
 def run_task(task: Task) -> None:
-    """Runs a task in a process of its own; what it prints goes to a log."""
+    """Runs a task in its own process. Its output goes to a log file."""
     end_with_parent()
     torch.set_num_threads(1)
     start = time.time()
@@ -245,7 +247,7 @@ def run_task(task: Task) -> None:
 
 
 def run_all(tasks: list[Task], jobs: int) -> None:
-    """Runs what is not finished, in order, except that a run waits for its stage 1."""
+    """Runs the unfinished tasks in order. A run waits until its stage 1 is finished."""
     waiting = [task for task in tasks if read_note(task) is None]
     for task in waiting:
         if not (seed_data(task) / "test.json").is_file():
@@ -262,7 +264,7 @@ def run_all(tasks: list[Task], jobs: int) -> None:
                 try:
                     future.result()
                 except Exception as error:
-                    error.add_note(f"{task.name} failed, see {task.note.with_suffix('.log')}")
+                    error.add_note(f"{task.name} failed. Its output is in {task.note.with_suffix('.log')}.")
                     pool.shutdown(wait=False, cancel_futures=True)
                     raise
                 seconds = read_note(task)["seconds"]
@@ -274,16 +276,14 @@ def plan(tasks: list[Task], jobs: int) -> str:
     left = [task for task in tasks if read_note(task) is None]
     hours = sum(task.estimated_seconds for task in left) / 3600
     lines = [
-        f"{task.name}: " + (f"about {task.estimated_seconds:.0f} s" if task in left else "done") for task in tasks
+        f"{task.name}: " + (f"about {task.estimated_seconds:.0f} s" if task in left else "finished") for task in tasks
     ]
-    lines.append(
-        f"{len(left)} of {len(tasks)} to do: {hours:.1f} hours of one core, {hours / jobs:.1f} by {jobs} jobs"
-    )
-    return "\n".join(lines)
+    summary = f"{len(left)} of {len(tasks)} to run: {hours:.1f} hours on one core, {hours / jobs:.1f} with {jobs} jobs"
+    return "\n".join([*lines, summary])
 
 
 def interval(differences: list[float]) -> dict:
-    """The mean of paired differences and half the width of its 95% interval by Student's t."""
+    """The mean of paired differences, and half the width of its 95% interval (Student's t)."""
     if len(differences) < 2:
         return {"mean": differences[0], "half_width": None}
     error = statistics.stdev(differences) / len(differences) ** 0.5
@@ -292,8 +292,8 @@ def interval(differences: list[float]) -> dict:
 
 def summarize(runs: list[dict]) -> list[dict]:
     """
-    For each budget its seeds and a row for each setting. Only seeds count for which all settings of the budget are
-    finished, so that all rows are about the same seeds.
+    One table for each budget, with one row for each setting. A seed counts only when all settings of the budget are
+    finished for it, so that all rows cover the same seeds.
     """
     tables = []
     for budget in sorted({run["budget"] for run in runs}):
@@ -324,7 +324,7 @@ def summarize(runs: list[dict]) -> list[dict]:
 
 
 def points(value: dict) -> str:
-    """A difference in percentage points with its interval; bold if 0 is outside of it."""
+    """A difference in percentage points with its interval. It is bold if the interval does not include 0."""
     mean, half = 100 * value["mean"], value["half_width"]
     if half is None:
         return f"{mean:+.1f}"
@@ -332,55 +332,50 @@ def points(value: dict) -> str:
     return f"**{text}**" if abs(value["mean"]) > half else text
 
 
-def table_lines(table: dict) -> list[str]:
-    kinds = list(table["rows"][0]["accuracy_by_kind"])
-    header = ["", "accuracy", "seeds from, to", "beside LLaVA", "beside prototypes", *kinds]
-    header += ["questions valid", "distinct"]
-    seeds = ", ".join(map(str, table["seeds"]))
-    lines = [f"## {table['budget']} steps of stage 2: seeds {seeds}", ""]
-    lines += ["| " + " | ".join(header) + " |", "|---" + "|--:" * (len(header) - 1) + "|"]
-    for row in table["rows"]:
+def table_of(budget: dict) -> str:
+    kinds = list(budget["rows"][0]["accuracy_by_kind"])
+    header = ["", "accuracy", "lowest, highest seed", "minus LLaVA", "minus prototypes", *kinds]
+    rows = []
+    for row in budget["rows"]:
         accuracies, differences = row["accuracies"], row["differences"]
         cells = [SETTINGS[row["setting"]].label, f"{statistics.fmean(accuracies):.1%}"]
         cells += [f"{100 * min(accuracies):.1f}, {100 * max(accuracies):.1f}"]
         cells += [points(differences[other]) if other in differences else "" for other in ("baseline", "paper")]
         cells += [f"{value:.1%}" for value in row["accuracy_by_kind"].values()]
-        cells += [f"{row['questions_valid_share']:.1%}", f"{row['questions_distinct']:.0f}"]
-        lines.append("| " + " | ".join(cells) + " |")
-    return [*lines, ""]
+        rows.append([*cells, f"{row['questions_valid_share']:.1%}", f"{row['questions_distinct']:.0f}"])
+    return table([*header, "valid questions", "distinct"], rows)
 
 
 def to_markdown(report: dict) -> str:
-    comparisons = sum(len(row["differences"]) for table in report["tables"] for row in table["rows"])
-    first = report["runs"][0]
-    lines = [
-        "# What prototypes and self-questioning are worth on easy-VQA",
-        "",
-        f"Made by `{report['command']}` from {len(report['runs'])} runs, with {len(report['missing'])} more to do; "
-        f"torch {report['torch']}, a CPU thread each. Tables are of seeds for which all their rows are there.",
-        "",
-        f"Base models of `make demo`, stage 1 of {first['stage1_steps']} steps, stage 2 with batches of 16 "
-        f"conversations; all runs have ViT-LoRA. Accuracy: every {first['test_stride']}th test question "
-        f"({first['test_questions']:,}), each asked alone, greedy, exact match; the best blind guess has "
-        f"{report['blind_guess']:.1%}. Questions: {first['questions_asked']} sampled after one answered turn; valid "
-        "are those of a form of easy-VQA that presume nothing that the image does not hold.",
-        "",
-        "Differences are percentage points within a seed, with 95% intervals over the seeds by Student's t; bold "
-        f"where 0 is outside. They hold one by one: of the {comparisons} comparisons here, about one in twenty would "
-        "be bold by chance. A model that was never taught to ask (LLaVA, prototypes alone) has an untrained `[vusr]`.",
-        "",
+    comparisons = sum(len(row["differences"]) for budget in report["tables"] for row in budget["rows"])
+    first, missing = report["runs"][0], len(report["missing"])
+    blocks = [
+        "# The effect of prototypes and self-questions on easy-VQA",
+        f"Measured with `{report['command']}`: {len(report['runs'])} runs with torch {report['torch']} and one CPU "
+        f"thread each; {missing} runs are missing. A table has only seeds for which all its rows are finished.",
+        f"Base models of `make demo`; stage 1 of {first['stage1_steps']} steps; stage 2 with batches of 16 "
+        f"conversations. All runs have ViT-LoRA. Accuracy is exact match on every {first['test_stride']}th test "
+        f"question ({first['test_questions']:,}), each asked alone and answered greedily. The best blind guess has "
+        f"{report['blind_guess']:.1%}. {first['questions_asked']} questions are sampled from the model after one "
+        "answered turn. A question is valid if it has a form of easy-VQA and presumes nothing false about the image.",
+        "Differences are percentage points within a seed, with 95% intervals over the seeds by Student's t. They are "
+        f"bold where the interval does not include 0. The intervals are not corrected for the {comparisons} "
+        "comparisons: about one in twenty would be bold by chance. LLaVA and prototypes alone were never taught to "
+        "ask: their `[vusr]` is untrained.",
     ]
-    for table in report["tables"]:
-        lines += table_lines(table)
-    return "\n".join([*lines, "![Differences to LLaVA within a seed](ablation.png)", ""])
+    for budget in report["tables"]:
+        seeds = ", ".join(map(str, budget["seeds"]))
+        blocks += [f"## {budget['budget']} steps of stage 2: seeds {seeds}", table_of(budget)]
+    return text(*blocks, "![Accuracy minus LLaVA's, within a seed](ablation.png)")
 
 
-def draw(tables: list[dict], file: Path) -> None:
-    """Differences to LLaVA: a panel for each budget, a dot for each seed, means with intervals."""
+def draw(report: dict, file: Path) -> None:
+    """Draws the differences to LLaVA: a panel for each budget, a dot for each seed, the means with intervals."""
+    tables = report["tables"]
     figure, axes = plt.subplots(1, len(tables), figsize=(4 + 4 * len(tables), 4.5), squeeze=False)
-    for axis, table in zip(axes[0], tables):
-        baseline = next(row["accuracies"] for row in table["rows"] if row["setting"] == "baseline")
-        rows = [row for row in table["rows"] if "baseline" in row["differences"]]
+    for axis, budget in zip(axes[0], tables):
+        baseline = next(row["accuracies"] for row in budget["rows"] if row["setting"] == "baseline")
+        rows = [row for row in budget["rows"] if "baseline" in row["differences"]]
         for place, row in enumerate(rows):
             dots = [100 * (own - other) for own, other in zip(row["accuracies"], baseline)]
             value = row["differences"]["baseline"]
@@ -392,8 +387,8 @@ def draw(tables: list[dict], file: Path) -> None:
         labels = [SETTINGS[row["setting"]].label.replace("), ", "),\n") for row in rows]
         axis.set_yticks(range(len(rows)), labels if axis is axes[0, 0] else [])
         axis.set_ylim(len(rows) - 0.5, -0.5)
-        title = f"{table['budget']} steps (LLaVA {statistics.fmean(baseline):.1%}, {len(baseline)} seeds)"
-        axis.set(title=title, xlabel="accuracy beside LLaVA, points")
+        title = f"{budget['budget']} steps (LLaVA {statistics.fmean(baseline):.1%}, {len(baseline)} seeds)"
+        axis.set(title=title, xlabel="accuracy minus LLaVA's, percentage points")
         axis.grid(axis="x", alpha=0.3)
     figure.tight_layout()
     figure.savefig(file, dpi=110)
@@ -401,12 +396,12 @@ def draw(tables: list[dict], file: Path) -> None:
 
 
 def write_report(work: Path, tasks: list[Task], output_dir: Path) -> None:
-    """Writes what the runs of a work folder show, so many as there are, and how many of `tasks` are still to do."""
+    """Writes the report of all finished runs of a work folder. It also says how many of `tasks` are missing."""
     notes = [json.loads(file.read_text()) for file in sorted(work.glob("seed-*/*.json"))]
     runs = [note for note in notes if "accuracy" in note]
     tables = summarize(runs)
     if not any(row["setting"] == "baseline" for table in tables for row in table["rows"]):
-        print("No report yet: no seed has finished all its settings.")
+        print("No report yet: no seed is finished with all settings.")
         return
     data = work / f"seed-{tables[0]['seeds'][0]}" / "data"
     test = json.loads((data / "test.json").read_text())[:: runs[0]["test_stride"]]
@@ -420,39 +415,48 @@ def write_report(work: Path, tasks: list[Task], output_dir: Path) -> None:
         "tables": tables,
         "runs": runs,
     }
-    write(output_dir, "ablation", report, to_markdown(report))
-    draw(tables, output_dir / "ablation.png")
-    print(to_markdown(report))
+    markdown = document(report, to_markdown)
+    write(output_dir, "ablation", report, markdown)
+    draw(report, output_dir / "ablation.png")
+    print(markdown)
+
+
+def make_parser(doc: str, base: str, work: str, seeds: list[int]) -> argparse.ArgumentParser:
+    """The options of benchmarks that consist of many runs. `base` says what the folder `--base` must contain."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--base", type=Path, default=Path("runs/demo"), help=f"Folder of `make demo`, with {base}.")
+    parser.add_argument("--work", type=Path, default=Path(work), help="Folder for the finished runs.")
+    parser.add_argument("--output-dir", type=Path, default=RESULTS, help="Folder for the report.")
+    parser.add_argument("--seeds", type=int, nargs="+", default=seeds, help="Random seeds, at most 20.")
+    parser.add_argument("--jobs", type=int, default=2, help="Number of runs at a time, with one thread each.")
+    parser.add_argument("--quick", action="store_true", help="Few steps and questions, to see that it works.")
+    parser.add_argument("--plan", action="store_true", help="Only show what is missing.")
+    return parser
+
+
+def require_base(base: Path, *parts: str) -> None:
+    for part in parts:
+        if not (base / part).exists():
+            raise ValueError(f"{base / part} does not exist. Run `make demo` first, or set --base.")
 
 
 def main(args: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--base", type=Path, default=Path("runs/demo"), help="folder with clip and llama")
-    parser.add_argument("--work", type=Path, default=Path("runs/ablation"), help="folder of the finished runs")
-    parser.add_argument("--output-dir", type=Path, default=RESULTS, help="folder of the report")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4], help="at most 20")
-    parser.add_argument("--budgets", type=int, nargs="+", default=[60, 240], help="steps of stage 2")
-    parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS))
-    parser.add_argument("--jobs", type=int, default=2, help="runs at a time, each with one thread")
-    parser.add_argument("--quick", action="store_true", help="few steps and questions: only to see that it runs")
-    parser.add_argument("--plan", action="store_true", help="only say what is to do")
-    parser.add_argument("--report", action="store_true", help="only write the report of the runs that are finished")
+    parser = make_parser(__doc__, "clip and llama", "runs/ablation", [0, 1, 2, 3, 4])
+    parser.add_argument("--budgets", type=int, nargs="+", default=[60, 240], help="Numbers of steps of stage 2.")
+    parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS), help="Settings to compare.")
+    parser.add_argument("--report", action="store_true", help="Only write the report of the finished runs.")
     args = parser.parse_args(args)
     scale = Scale(str(args.base))
     if args.quick:
         scale = Scale(str(args.base), stage1_steps=2, test_stride=200, num_images=2)
     tasks = list_tasks(args.work, scale, args.seeds, args.budgets, args.settings)
-    if args.report:
-        write_report(args.work, tasks, args.output_dir)
-        return
-    print(plan(tasks, args.jobs))
-    if args.plan:
-        return
-    for part in ("clip", "llama"):
-        if not (args.base / part / "config.json").is_file():
-            raise ValueError(f"{args.base / part} holds no config.json: run `make demo` first, or give --base.")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    run_all(tasks, args.jobs)
+    if not args.report:
+        print(plan(tasks, args.jobs))
+        if args.plan:
+            return
+        require_base(args.base, "clip/config.json", "llama/config.json")
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+        run_all(tasks, args.jobs)
     write_report(args.work, tasks, args.output_dir)
 
 

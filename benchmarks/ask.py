@@ -1,21 +1,21 @@
-"""Sampling n questions about an image beside n generate calls, as the release asks; also about four images together.
+"""Sampling n questions about an image in one call, compared with n separate `generate` calls as in the release.
 
     python -m benchmarks.ask            # under two minutes on two cores; writes benchmarks/results/ask.{json,md}
-    python -m benchmarks.ask --quick    # small, writes nothing
 
-Both sides have the same random model (CLIP-B of 4 layers, 256 image tokens, prototypes; a language model with the
-width and vocabulary of SmolLM2-135M and 8 layers), the same pictures and conversation (one answered turn) and the
-release's sampling. All questions are equally long, and preprocessing is measured on both sides. What is not measured:
-real weights, the description that an image without a conversation gets first.
+Both sides use the same random model (CLIP-B with 4 layers, 256 image tokens, prototypes; a language model with the
+width and vocabulary of SmolLM2-135M and 8 layers), the same pictures, the same conversation of one answered turn, and
+the release's sampling settings. All questions have the same length. Preprocessing is included on both sides. Not
+measured: real weights, and the description that the model first writes for an image without a conversation.
 """
 
 import torch
 from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import CLIPImageProcessorPil, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from benchmarks import common
-from benchmarks.generate import configs
+from benchmarks.generate import DEVICE, sizes_of, without_end
+from benchmarks.random_models import square_image_processor
 from configuration_sq_llava import SQLlavaConfig
 from modeling_sq_llava import SQLlavaForConditionalGeneration
 from processing_sq_llava import SQLlavaProcessor
@@ -27,31 +27,28 @@ HISTORY = [
     {"role": "assistant", "content": "A dog is running through the green grass of a park, behind a red ball."},
 ]
 SAMPLING = {"temperature": 1.2, "top_k": 300, "top_p": 0.95}
-SHAPES = ((1, 1), (1, 4), (1, 16), (4, 2))  # images, questions about each
+SHAPES = ((1, 1), (1, 4), (1, 16), (4, 2))  # number of images, questions about each
 
 
 def make_assistant(vision_layers: int, text_layers: int) -> Assistant:
-    """A random model with a tokenizer of bytes."""
+    """A random model whose tokenizer has one token for each byte."""
     torch.manual_seed(0)
     letters = {letter: number for number, letter in enumerate(["</s>", *pre_tokenizers.ByteLevel.alphabet()])}
     tokenizer = Tokenizer(models.BPE(vocab=letters, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>")
-    size = {"size": {"shortest_edge": 224}, "crop_size": {"height": 224, "width": 224}}
-    # Bytes are many: a short system message leaves a prompt of the usual length.
+    # One token for each byte makes texts long. A short system message keeps the prompt at a usual length.
     processor = SQLlavaProcessor(
-        CLIPImageProcessorPil(**size), tokenizer, image_seq_length=256, system_message="A chat."
+        square_image_processor(224), tokenizer, image_seq_length=256, system_message="A chat."
     )
     markers = {"image_token_id": processor.image_token_id, "vusr_token_id": processor.vusr_token_id}
-    model = SQLlavaForConditionalGeneration(SQLlavaConfig(**configs(vision_layers, text_layers), **markers))
-    model.generation_config.eos_token_id = None  # each question has all its tokens
-    model.generation_config.pad_token_id = tokenizer.pad_token_id
-    return Assistant(model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), processor)
+    model = SQLlavaForConditionalGeneration(SQLlavaConfig(**sizes_of(vision_layers, text_layers), **markers))
+    return Assistant(without_end(model.to(DEVICE), tokenizer.pad_token_id), processor)
 
 
 @torch.inference_mode()
 def ask_separately(assistant: Assistant, images: list[Image.Image], num_questions: int, new_tokens: int) -> int:
-    """One call for each question. Returns the length of a prompt."""
+    """Makes one call for each question. Returns the length of a prompt in tokens."""
     for image in images:
         for _ in range(num_questions):
             inputs = assistant.processor.apply_chat_template(
@@ -67,20 +64,19 @@ def ask_separately(assistant: Assistant, images: list[Image.Image], num_question
 
 
 def to_markdown(report: dict) -> str:
-    lines = [
-        "# Questions about an image beside separate calls",
-        "",
-        f"Prompts of {report['prompt_tokens']} tokens, 256 of them the image's; {report['new_tokens']} tokens a "
-        f"question. Goal: 4 times faster for 16 questions. Median (lowest to highest) of {report['rounds']} rounds.",
-        "",
-        "| images | questions about each | separate calls, s | together, s | times faster |",
-        "|--:|--:|--:|--:|--:|",
-    ]
+    rows = []
     for row in report["rows"]:
         seconds = [common.with_spread(common.summary(row[name])) for name in ("separate", "together")]
-        times = common.with_spread(row["times_faster"])
-        lines.append(f"| {row['images']} | {row['questions']} | {seconds[0]} | {seconds[1]} | **{times}** |")
-    return "\n".join(lines)
+        rows.append([row["images"], row["questions"], *seconds, f"**{common.with_spread(row['times_faster'])}**"])
+    return common.text(
+        "# Many questions about an image in one call, compared with separate calls",
+        f"A prompt has {report['prompt_tokens']} tokens, of which 256 are the image's; a question has "
+        f"{report['new_tokens']} tokens. The goal is 4 times faster for 16 questions. Median (lowest to highest) of "
+        f"{report['rounds']} rounds.",
+        common.table(
+            ["images", "questions about each", "separate calls, s", "one call, s", "times faster"], rows, left=0
+        ),
+    )
 
 
 def main() -> None:
@@ -103,7 +99,7 @@ def main() -> None:
         rows.append({"images": num_images, "questions": num_questions, **times, "times_faster": times_faster})
     prompt_tokens = ask_separately(assistant, images[:1], 1, 1)
     report = {"prompt_tokens": prompt_tokens, "new_tokens": new_tokens, "rounds": rounds, "rows": rows}
-    common.save("ask", report, to_markdown(report), arguments)
+    common.save("ask", report, to_markdown, arguments)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
-"""What the benchmarks share: their options, runs in turn, ratios within a round, the machine, the saved result.
+"""What the benchmarks share: options, timing, memory, tables, and how a result is saved.
 
     from benchmarks import common
     arguments = common.parse_arguments(__doc__)
     times = common.interleave({"peer": run_peer, "project": run_project}, rounds=5)
     report = {"times": times, "times_faster": common.ratio(times, "peer", "project")}
-    common.save("name", report, markdown, arguments)
+    common.save("name", report, to_markdown, arguments)
 
-This is not a benchmark itself: `python -m benchmarks.NAME` runs one, `make bench` all that need no GPU.
+This module is not a benchmark. `python -m benchmarks.NAME` runs one benchmark; `make bench` runs all that need no GPU.
 """
 
 import argparse
@@ -17,35 +17,39 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("torch", "transformers", "trl", "peft", "datasets", "pillow")
+MEBIBYTE = 2**20
 
 
-def parse_arguments(doc: str, **options: int | str) -> argparse.Namespace:
+def parse_arguments(doc: str, **options: tuple[int | str | bool, str]) -> argparse.Namespace:
     """
     Args:
-        doc: the benchmark's docstring, which is its help.
-        options: further ones with their defaults: `rows=1000` is the option `--rows`, `tiny=False` a switch.
+        doc: The benchmark's docstring, which is shown as its help.
+        options: Further options, each with its default and its help. `rows=(1000, "Number of rows.")` becomes
+            `--rows`; an option with the default `False` becomes a switch.
 
     Returns:
-        `quick`, `output_dir`, the further options, and `machine`, which is `machine()` before any work.
+        `quick`, `output_dir`, the further options, and `machine`: `machine()` as it was before the run.
     """
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="small, under a minute: print, write nothing")
-    parser.add_argument("--output-dir", type=Path, default=RESULTS, help="default: benchmarks/results")
-    for name, default in options.items():
+    parser.add_argument("--quick", action="store_true", help="Small sizes, under a minute; prints, writes nothing.")
+    parser.add_argument("--output-dir", type=Path, default=RESULTS, help="Folder for the result: %(default)s.")
+    for name, (default, text) in options.items():
         kind = {"action": "store_true"} if default is False else {"type": type(default), "default": default}
-        parser.add_argument(f"--{name.replace('_', '-')}", **kind, help="default: %(default)s")
+        parser.add_argument(f"--{name.replace('_', '-')}", **kind, help=f"{text} Default: %(default)s.")
     arguments = parser.parse_args()
     arguments.machine = machine()
+    os.environ["KINETO_LOG_LEVEL"] = "6"  # PyTorch's profiler would print when it starts and stops
     return arguments
 
 
@@ -53,8 +57,16 @@ def interleave(
     functions: dict[str, Callable[[], object]], rounds: int, warm_up: bool = True
 ) -> dict[str, list[float]]:
     """
-    Seconds of each function in each round, after a warm-up of each (unless the like has run before): what else the
-    machine does meets all of them, so ratios within a round hold where seconds do not.
+    Runs the functions in turn and measures each call. Other work on the machine slows all of them alike, so ratios
+    within a round are reliable even where the seconds are not.
+
+    Args:
+        functions: The functions by name, each called once in every round.
+        rounds: Number of rounds.
+        warm_up: Call each function once first, without measuring it.
+
+    Returns:
+        The seconds of each function, one number for each round.
     """
     for function in functions.values() if warm_up else ():
         function()
@@ -66,7 +78,7 @@ def interleave(
 
 
 def seconds_of(function: Callable[[], object]) -> float:
-    """Wall seconds of one call, the work that it left to a GPU included."""
+    """Wall-clock seconds of one call, including the work that it started on a GPU."""
     synchronize()
     start = time.perf_counter()
     function()
@@ -80,28 +92,28 @@ def synchronize() -> None:
 
 
 def summary(values: list[float]) -> dict[str, float]:
-    """The median, and the lowest and highest value as its spread."""
+    """The median, the lowest and the highest value."""
     return {"median": statistics.median(values), "low": min(values), "high": max(values)}
 
 
 def ratio(times: dict[str, list[float]], of: str, to: str) -> dict[str, float]:
-    """The `summary` of `of / to` within each round: by how much `to` is faster than `of`."""
+    """The `summary` of `of / to` within each round: how many times faster `to` is than `of`."""
     return summary([one / other for one, other in zip(times[of], times[to], strict=True)])
 
 
 def with_spread(values: dict[str, float], form: str = ".3g") -> str:
-    """A `summary` for a table: `1.52 (1.49 to 1.60)`."""
+    """A `summary` as text for a table: `1.52 (1.49 to 1.60)`."""
     return f"{values['median']:{form}} ({values['low']:{form}} to {values['high']:{form}})"
 
 
 def in_fresh_process(function: Callable, *arguments):
-    """What `function` of a module returns in a process of its own, for peaks of memory and first calls."""
+    """Calls `function` in a new process and returns its result. Peaks of memory then start at zero."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         return pool.submit(function, *arguments).result()
 
 
 def resident_bytes(field: str) -> int:
-    """`VmRSS`, this process's resident memory, or `VmHWM`, its peak since the start or `begin_peak`. Linux only."""
+    """This process's resident memory (`VmRSS`), or its peak since `begin_peak` or the start (`VmHWM`). Linux only."""
     status = Path("/proc/self/status").read_text()
     return 1024 * int(status.partition(f"{field}:")[2].split()[0])
 
@@ -110,8 +122,20 @@ def begin_peak() -> None:
     Path("/proc/self/clear_refs").write_text("5")
 
 
+def allocated_peak(function: Callable[[], object]) -> int:
+    """The largest number of bytes that PyTorch has allocated and not yet freed while a function runs."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        function()
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    current = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        current += event.nbytes()
+        peak = max(peak, current)
+    return peak
+
+
 def machine() -> dict[str, str | int | float]:
-    """Hardware, versions, and the load: the processes that wanted a core in the minute before."""
+    """Hardware, versions, and the load average of the last minute."""
     facts = {
         "cores": os.cpu_count(),
         "cpu": processor_name(),
@@ -132,20 +156,20 @@ def processor_name() -> str:
     return names[0].partition(":")[2].strip() if names else platform.machine()
 
 
-def made_by(name: str, facts: dict) -> str:
-    """The line of a result that says how it was made and on what."""
-    command = " ".join(["python", "-m", f"benchmarks.{name}", *sys.argv[1:]])
-    gpu = f"{facts['gpu']} ({facts['gpu_memory_gib']} GiB), " if "gpu" in facts else ""
-    versions = ", ".join(f"{package} {facts[package]}" for package in PACKAGES)
-    return (
-        f"Made by `{command}` on {gpu}{facts['cores']} cores of {facts['cpu']} ({facts['vector_instructions']}, "
-        f"{facts['threads']} threads of torch, {facts['memory_gib']} GiB); the load was {facts['load']} before. "
-        f"{versions}, Python {facts['python']}."
-    )
+def table(header: list[str], rows: Iterable[list], left: int = 1) -> str:
+    """A markdown table. Its first `left` columns are aligned to the left, the others to the right."""
+    lines = [" | ".join(map(str, row)) for row in (header, *rows)]
+    lines = [f"| {line} |" for line in lines]
+    return "\n".join([lines[0], "|" + "---|" * left + "--:|" * (len(header) - left), *lines[1:]])
+
+
+def text(*blocks: str) -> str:
+    """Markdown of several blocks: paragraphs, tables, headings."""
+    return "\n\n".join(blocks)
 
 
 def to_json(value, depth: int = 2) -> str:
-    """JSON with one line for each record, which is what stands `depth` levels deep or holds no further level."""
+    """JSON with one line for each record. A record is `depth` levels deep, or holds no list or object."""
     parts = list(value.values() if isinstance(value, dict) else value) if isinstance(value, dict | list) else []
     if depth == 0 or not any(isinstance(part, dict | list) for part in parts):
         return json.dumps(value)
@@ -155,19 +179,45 @@ def to_json(value, depth: int = 2) -> str:
     return "{\n" + ",\n".join(f"{json.dumps(name)}: {line}" for name, line in zip(value, lines)) + "\n}"
 
 
-def save(name: str, report: dict, markdown: str, arguments: argparse.Namespace) -> None:
+def document(report: dict, to_markdown: Callable[[dict], str]) -> str:
+    """The markdown of a saved report, with the command and the machine below its title."""
+    title, _, rest = to_markdown(report).partition("\n")
+    facts, lines = report.get("machine"), [title, rest.strip()]
+    if facts is not None:
+        gpu = f"{facts['gpu']} ({facts['gpu_memory_gib']} GiB), " if "gpu" in facts else ""
+        versions = ", ".join(f"{package} {facts[package]}" for package in PACKAGES)
+        line = f"Measured with `{report['command']}` on {gpu}{facts['cores']} cores of {facts['cpu']} "
+        line += f"({facts['vector_instructions']}, {facts['threads']} torch threads, {facts['memory_gib']} GiB of "
+        line += f"memory). Load average before the run: {facts['load']}. {versions}, Python {facts['python']}."
+        lines.insert(1, line)
+    return text(*lines) + "\n"
+
+
+def save(
+    name: str,
+    report: dict,
+    to_markdown: Callable[[dict], str],
+    arguments: argparse.Namespace,
+    draw: Callable[[dict, Path], None] | None = None,
+) -> None:
     """
-    Prints the result and, unless `--quick`, writes `NAME.json` and `NAME.md` to the output folder, with the command
-    and the machine: in the report as `command` and `machine`, in the markdown below its first line, the title.
+    Prints a result and, unless `--quick` is given, writes `NAME.json`, `NAME.md` and perhaps a plot `NAME.png`.
+
+    Args:
+        name: Name of the benchmark's module.
+        report: What was measured. `command` and `machine` are added to it.
+        to_markdown: Makes the markdown of the report; its first line is the title.
+        arguments: As `parse_arguments` returned them.
+        draw: Draws the report into a file.
     """
-    title, _, rest = markdown.strip().partition("\n")
-    line = made_by(name, arguments.machine)
-    markdown = f"{title}\n\n{line}\n\n{rest.lstrip()}\n"
+    command = " ".join(["python", "-m", f"benchmarks.{name}", *sys.argv[1:]])
+    report = {"command": command, "machine": arguments.machine} | report
+    markdown = document(report, to_markdown)
     print(f"\n{markdown}")
-    if arguments.quick:
-        return
-    report = {"command": line.split("`")[1], "machine": arguments.machine} | report
-    write(arguments.output_dir, name, report, markdown)
+    if not arguments.quick:
+        write(arguments.output_dir, name, report, markdown)
+        if draw is not None:
+            draw(report, arguments.output_dir / f"{name}.png")
 
 
 def write(folder: Path, name: str, report: dict, markdown: str) -> None:
@@ -175,4 +225,4 @@ def write(folder: Path, name: str, report: dict, markdown: str) -> None:
     path = folder / f"{name}.json"
     path.write_text(to_json(report) + "\n")
     path.with_suffix(".md").write_text(markdown)
-    print(f"Written to {path} and .md")
+    print(f"Written: {path} and {path.with_suffix('.md')}")

@@ -1,32 +1,30 @@
-"""The data check and the opening of a large JSON file: rows, tokens and image headers a second, and memory.
+"""The data check and the opening of a large JSON file: rows, tokens and image headers per second, and memory.
 
     python -m benchmarks.doctor                   # a minute; writes benchmarks/results/doctor.{json,md}
-    python -m benchmarks.doctor --rows 665000     # as many as in llava_v1_5_mix665k; ten minutes, 2 GB of disk
-    python -m benchmarks.doctor --quick           # few rows, writes nothing
+    python -m benchmarks.doctor --rows 665000     # as many rows as llava_v1_5_mix665k; ten minutes, 2 GB of disk
 
-Rows are made to be like those of llava_v1_5_mix665k: five exchanges, about 1.5 KB. Files lie in the page cache, so
-that no disk is measured. The best of several rounds counts, as other work on the machine only adds time. The check
-runs in processes that have started already: the seconds that this takes stand apart. Beside it, in the same run:
-images decoded as a whole, and a file read by `json.loads`.
+The rows resemble those of llava_v1_5_mix665k: five exchanges, about 1.5 KB. The files are in the page cache, so no
+disk is measured. The best of several rounds counts, because other work on the machine only adds time. The processes of
+the check have already started; their start-up time is reported separately. For comparison, the same run decodes whole
+images, and reads the file with `json.loads`.
 """
 
 import json
 import multiprocessing
 import random
 import tempfile
-import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 from rich.progress import Progress
-from tokenizers import ByteLevelBPETokenizer
-from transformers import CLIPImageProcessorPil, PreTrainedTokenizerFast
+from transformers import CLIPImageProcessorPil
 
 from benchmarks import common
-from processing_sq_llava import SYSTEM_MESSAGE, SQLlavaProcessor
+from benchmarks.random_models import train_tokenizer
+from processing_sq_llava import SQLlavaProcessor
 from sq_llava.data.images import open_image
 from sq_llava.data.rows import load_rows
 from sq_llava.data.sources import DataSource
@@ -62,7 +60,7 @@ def write_rows(path: Path, number: int, images: list[str]) -> DataSource:
 
 
 def write_images(folder: Path, number: int) -> list[str]:
-    """JPEG files of 640 x 480: a random, blurred picture each."""
+    """Writes random, blurred pictures as JPEG files of 640 x 480 pixels."""
     generator = np.random.default_rng(0)
     (folder / "images").mkdir()
     names = [f"images/{index:06d}.jpg" for index in range(number)]
@@ -73,26 +71,33 @@ def write_images(folder: Path, number: int) -> list[str]:
 
 
 def make_processor() -> SQLlavaProcessor:
-    trained = ByteLevelBPETokenizer()
     texts = [turn["value"] for row in generate_rows(200, []) for turn in row["conversations"]]
-    trained.train_from_iterator(
-        [SYSTEM_MESSAGE, *texts], vocab_size=8_000, special_tokens=["</s>"], show_progress=False
-    )
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=trained._tokenizer, eos_token="</s>")
-    return SQLlavaProcessor(CLIPImageProcessorPil(), tokenizer)
+    return SQLlavaProcessor(CLIPImageProcessorPil(), train_tokenizer(texts, vocab_size=8_000))
+
+
+def fastest(function: Callable[[], object], rounds: int) -> float:
+    return min(common.seconds_of(function) for _ in range(rounds))
+
+
+def time_check(check: DataCheck, num_proc: int, rounds: int) -> tuple[float, float]:
+    """Seconds of the first pass over all rows, which starts the processes, and of the fastest pass after it."""
+    all_rows, quiet = choose_rows(check, None), Progress(disable=True)
+    with in_processes(check, num_proc) as map_in_order:
+
+        def run():
+            go_through(check, all_rows, map_in_order, quiet)
+
+        return common.seconds_of(run), fastest(run, rounds)
 
 
 def time_rows(source: DataSource, processor: SQLlavaProcessor, num_proc: int, rounds: int, with_tokens: bool) -> dict:
-    """Rows a second: of the JSON opened and every row checked, without images."""
-    settings = {"read_images": False, "measure_lengths": with_tokens, "max_length": 2048}
-    opening = min(common.seconds_of(lambda: DataCheck([source], processor, **settings)) for _ in range(rounds))
-    check = DataCheck([source], processor, **settings)
-    all_rows, quiet = choose_rows(check, None), Progress(disable=True)
-    with in_processes(check, num_proc) as map_in_order:
-        first, *others = (
-            common.seconds_of(lambda: go_through(check, all_rows, map_in_order, quiet)) for _ in range(1 + rounds)
-        )
-    checking = min(others)
+    """Rows per second: the JSON is opened and every row is checked, without images."""
+
+    def opened() -> DataCheck:
+        return DataCheck([source], processor, read_images=False, measure_lengths=with_tokens, max_length=2048)
+
+    opening, check = fastest(opened, rounds), opened()
+    first, checking = time_check(check, num_proc, rounds)
     number = len(check.opened[0])
     return {
         "rows": number,
@@ -105,19 +110,11 @@ def time_rows(source: DataSource, processor: SQLlavaProcessor, num_proc: int, ro
 
 
 def time_images(source: DataSource, processor: SQLlavaProcessor, num_proc: int, rounds: int) -> dict:
-    """Image headers a second, and images decoded a second as training does."""
-    check = DataCheck([source], processor, measure_lengths=False)
-    without = DataCheck([source], processor, measure_lengths=False, read_images=False)
-    all_rows, quiet = choose_rows(check, None), Progress(disable=True)
-    with in_processes(check, num_proc) as map_in_order, in_processes(without, num_proc) as map_rows:
-        go_through(check, all_rows, map_in_order, quiet)
-        go_through(without, all_rows, map_rows, quiet)
-        seconds = min(
-            common.seconds_of(lambda: go_through(check, all_rows, map_in_order, quiet)) for _ in range(rounds)
-        )
-        seconds -= min(
-            common.seconds_of(lambda: go_through(without, all_rows, map_rows, quiet)) for _ in range(rounds)
-        )
+    """Image headers per second, and images per second that are decoded as in training."""
+    with_images, without = (
+        time_check(DataCheck([source], processor, measure_lengths=False, read_images=read), num_proc, rounds)[1]
+        for read in (True, False)
+    )
     paths = [str(Path(source.path).parent / row["image"]) for row in json.loads(Path(source.path).read_text())]
     with ProcessPoolExecutor(num_proc, multiprocessing.get_context("spawn")) as pool:
 
@@ -125,10 +122,11 @@ def time_images(source: DataSource, processor: SQLlavaProcessor, num_proc: int, 
             list(pool.map(_decode, paths, chunksize=IMAGES_AT_A_TIME))
 
         decode()
-        decoding = min(common.seconds_of(decode) for _ in range(rounds))
+        decoding = fastest(decode, rounds)
+    headers_per_second = len(paths) / (with_images - without)
     return {
         "images": len(paths),
-        "headers_per_second": len(paths) / seconds,
+        "headers_per_second": headers_per_second,
         "decoded_per_second": len(paths) / decoding,
     }
 
@@ -138,82 +136,78 @@ def _decode(path: str) -> tuple[int, int]:
 
 
 def measure_opening(path: str, form: str) -> dict:
-    """Call it in a fresh process: the peak of its memory counts."""
-    before = common.resident_bytes("VmRSS")
-    start = time.perf_counter()
-    number = len(load_rows([DataSource(path)]) if form == "load_rows" else json.loads(Path(path).read_text()))
-    seconds = time.perf_counter() - start
+    """Seconds and memory for opening a file. Call it in a fresh process, so that the peak is its own."""
+    before, rows = common.resident_bytes("VmRSS"), []
+
+    def read():
+        rows.append(load_rows([DataSource(path)]) if form == "load_rows" else json.loads(Path(path).read_text()))
+
+    seconds = common.seconds_of(read)
     peak = common.resident_bytes("VmHWM")
-    return {"rows": number, "seconds": seconds, "peak_mib": peak / 2**20, "before_mib": before / 2**20}
-
-
-def time_opening(source: DataSource) -> dict:
-    result = {"bytes": Path(source.path).stat().st_size}
-    for form in ("load_rows", "json"):
-        result[form] = common.in_fresh_process(measure_opening, source.path, form)
-    return result
+    return {"rows": len(rows[0]), "seconds": seconds, "peak_mib": peak / 2**20, "before_mib": before / 2**20}
 
 
 def to_markdown(report: dict) -> str:
     checks, images, opening = (report[name] for name in ("rows", "images", "opening"))
     plain, tokens = checks["without_tokens"], checks["with_tokens"]
-    lines = [
-        "# The data check, and the opening of a large JSON file",
-        "",
-        f"The best of {report['rounds']} rounds, in {report['processes']} processes.",
-        "",
-        "| what | number | rate |",
-        "|---|--:|--:|",
-        f"| rows opened and checked, without tokens and images | {plain['rows']:,} | "
-        f"**{plain['rows_per_second']:,.0f} rows/s** |",
-        f"| the same, of a file opened already | {plain['rows']:,} | {plain['rows_per_second_opened']:,.0f} rows/s |",
-        f"| rows opened and checked, with their tokens counted | {tokens['rows']:,} | "
-        f"{tokens['rows_per_second']:,.0f} rows/s |",
-        f"| image headers (JPEG, 640 x 480), each file once | {images['images']:,} | "
-        f"**{images['headers_per_second']:,.0f} images/s** |",
-        f"| the same images decoded as training does | {images['images']:,} | "
-        f"{images['decoded_per_second']:,.0f} images/s |",
-        "",
-        f"Before that, the processes start, which takes about {plain['processes_start_seconds']:.0f} s. The tokenizer "
-        "is a byte-level BPE trained on the generated rows.",
-        "",
-        f"{opening['load_rows']['rows']:,} rows in a file of {opening['bytes'] / 1e9:.2f} GB, by a new process, once:",
-        "",
-        "| by | time | peak of resident memory, libraries included | before |",
-        "|---|--:|--:|--:|",
+    rates = [
+        ["rows opened and checked, without tokens and images", plain["rows"], "rows", plain["rows_per_second"]],
+        ["the same, when the file is already open", plain["rows"], "rows", plain["rows_per_second_opened"]],
+        ["rows opened and checked, with tokens counted", tokens["rows"], "rows", tokens["rows_per_second"]],
+        ["image headers (JPEG, 640 x 480)", images["images"], "images", images["headers_per_second"]],
+        ["the same images, decoded as in training", images["images"], "images", images["decoded_per_second"]],
     ]
-    for form, name in (("load_rows", "`load_rows`"), ("json", "`json.loads` of the whole file")):
-        run = opening[form]
-        lines.append(
-            f"| {name} | {run['seconds']:.1f} s | {run['peak_mib']:,.0f} MiB | {run['before_mib']:,.0f} MiB |"
-        )
-    return "\n".join(lines)
+    runs = {"`load_rows`": opening["load_rows"], "`json.loads` of the whole file": opening["json"]}
+    memory = [
+        [name, f"{run['seconds']:.1f} s", f"{run['peak_mib']:,.0f} MiB", f"{run['before_mib']:,.0f} MiB"]
+        for name, run in runs.items()
+    ]
+    return common.text(
+        "# The data check, and the opening of a large JSON file",
+        f"The best of {report['rounds']} rounds, in {report['processes']} processes.",
+        common.table(
+            ["what", "number", "rate"],
+            [[what, f"{number:,}", f"{rate:,.0f} {unit}/s"] for what, number, unit, rate in rates],
+        ),
+        f"Starting the processes takes about {plain['processes_start_seconds']:.0f} s more. The tokenizer is a "
+        "byte-level BPE that was trained on the generated rows.",
+        f"Opening {opening['load_rows']['rows']:,} rows in a file of {opening['bytes'] / 1e9:.2f} GB, once, in a new "
+        "process:",
+        common.table(["by", "time", "peak of resident memory, with libraries", "before"], memory),
+    )
 
 
 def main():
-    arguments = common.parse_arguments(__doc__, rows=20_000, rounds=2, processes=2)
+    arguments = common.parse_arguments(
+        __doc__,
+        rows=(20_000, "Number of rows."),
+        rounds=(2, "Number of rounds; the best counts."),
+        processes=(2, "Number of processes that check."),
+    )
     num_rows, rounds, num_proc = arguments.rows, arguments.rounds, arguments.processes
     if arguments.quick:
         num_rows, rounds, num_proc = 5_000, 1, 1
     num_images = min(4_000, num_rows // 50)
-    report = {"processes": num_proc, "rounds": rounds}
     with tempfile.TemporaryDirectory() as temporary:
         folder, processor = Path(temporary), make_processor()
-        print("making files", flush=True)
+        print("writing files", flush=True)
         names = write_images(folder, num_images)
         many = write_rows(folder / "many.json", num_rows, names)
         some = write_rows(folder / "some.json", num_rows // 10, names)
         illustrated = write_rows(folder / "images.json", num_images, names)
-        print("rows", flush=True)
-        report["rows"] = {
+        print("checking rows", flush=True)
+        checks = {
             "without_tokens": time_rows(many, processor, num_proc, rounds, with_tokens=False),
             "with_tokens": time_rows(some, processor, num_proc, rounds, with_tokens=True),
         }
-        print("images", flush=True)
-        report["images"] = time_images(illustrated, processor, num_proc, rounds)
-        print("opening", flush=True)
-        report["opening"] = time_opening(many)
-    common.save("doctor", report, to_markdown(report), arguments)
+        print("checking images", flush=True)
+        images = time_images(illustrated, processor, num_proc, rounds)
+        print("opening a file", flush=True)
+        opening = {"bytes": Path(many.path).stat().st_size}
+        for form in ("load_rows", "json"):
+            opening[form] = common.in_fresh_process(measure_opening, many.path, form)
+    report = {"processes": num_proc, "rounds": rounds, "rows": checks, "images": images, "opening": opening}
+    common.save("doctor", report, to_markdown, arguments)
 
 
 if __name__ == "__main__":

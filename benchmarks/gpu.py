@@ -1,21 +1,23 @@
-"""Training, asking and generating of a 7B model on one NVIDIA GPU. It was never run on a GPU yet: read its figures so.
+"""Training, asking and generating with a 7B model on one NVIDIA GPU.
 
-    python -m benchmarks.gpu           # writes benchmarks/results/gpu.{json,md}, planned for under 8 minutes on 80 GB
-    python -m benchmarks.gpu --tiny    # the same code with tiny sizes on a CPU: its figures mean nothing
+    python -m benchmarks.gpu           # writes benchmarks/results/gpu.{json,md}; planned for under 8 minutes on 80 GB
+    python -m benchmarks.gpu --tiny    # the same code with tiny sizes on a CPU; its figures mean nothing
 
-Random weights in bfloat16, built on the device; CLIP ViT-L/14-336, Vicuna-7B's sizes, K = 256, LoRA as in
+The weights are random, in bfloat16, and made on the device: CLIP ViT-L/14-336, Vicuna-7B's sizes, K = 256, LoRA as in
 recipes/sq-llava-7b/stage{1,2}.yaml. A step is forward, backward, clipping and AdamW over 16 rows of a simulated mix
-(of `benchmarks.batching`), half of their text labelled: ours packed, with and without gradient checkpointing; the
-stock one, transformers' LlavaForConditionalGeneration under TRL's fused head, padded, with checkpointing. Both with
-FlashAttention 2 where that is installed, else SDPA.
+(see `benchmarks.batching`); half of their text has labels. Ours is packed, with and without gradient checkpointing.
+The stock one is transformers' LlavaForConditionalGeneration under TRL's fused head, padded, with checkpointing. Both
+use FlashAttention 2 if it is installed, and SDPA otherwise.
 
-Model FLOPs utilisation counts what the model needs and not what is computed again: for each token, 4 operations a
-frozen weight (2 forward, 2 backward to the inputs: frozen weights have no gradient) and 6 a trained one, for the head
-only tokens with a label; attention 2 forward and 4 backward a pair of positions and width, twice (scores and values),
-half of it in the language model (causal), within each row alone; the extractor's products of K, N and D. The peak is
-TRL's figure for the device, or `--peak-tflops`.
+Model FLOPs utilisation counts the operations that the model needs, not those that are computed again:
 
-What it does not do: load images, several GPUs, a model with meaning.
+- For each token, 4 operations for a frozen weight (2 forward, 2 backward to the inputs; frozen weights have no
+  gradient) and 6 for a trained one. The head counts only tokens with a label.
+- For each pair of positions and each unit of width, attention takes 2 operations forward and 4 backward, twice (scores
+  and values), within each row only. In the language model half of the pairs count, because it is causal.
+- The extractor's products of K, N and D.
+
+The peak is TRL's figure for the device, or `--peak-tflops`. Not measured: loading images, several GPUs, real weights.
 """
 
 import gc
@@ -30,13 +32,14 @@ import yaml
 from peft import LoraConfig, PeftModel, get_peft_model
 from PIL import Image
 from torch.nn.utils.rnn import pad_sequence
-from transformers import CLIPImageProcessorPil, LlavaConfig, LlavaForConditionalGeneration
+from transformers import LlavaConfig, LlavaForConditionalGeneration
 from transformers.utils import is_flash_attn_2_available
 from trl.trainer.utils import add_fused_lm_head, get_peak_flops
 
 from benchmarks import common
 from benchmarks.batching import simulated_mix
-from benchmarks.random_models import loss_of, make_model, with_adapter
+from benchmarks.generate import without_end
+from benchmarks.random_models import loss_of, make_model, square_image_processor, with_adapter
 from configuration_sq_llava import CLIP_VIT_L_14_336, VICUNA_7B
 from modeling_sq_llava import SQLlavaForConditionalGeneration
 from processing_sq_llava import SQLlavaProcessor
@@ -62,7 +65,7 @@ class Sizes:
     text: dict
     prototypes: int
     rows: int
-    shorter: int  # rows of text are divided by this
+    shorter: int  # the length of the text is divided by this
     max_length: int
     rounds: int
     new_tokens: int
@@ -74,7 +77,7 @@ TINY = Sizes(TINY_VISION, TINY_TEXT, 8, rows=4, shorter=16, max_length=128, roun
 
 @dataclass(frozen=True)
 class Setting:
-    """What all parts run with."""
+    """What all parts of the benchmark share."""
 
     sizes: Sizes
     device: str
@@ -90,8 +93,12 @@ class Setting:
             vusr_token_id=processor.vusr_token_id, attn_implementation=self.attention,
         )  # fmt: skip
 
+    @property
+    def pad_token_id(self) -> int:
+        return self.processor.tokenizer.pad_token_id
+
     def reset_peak(self) -> None:
-        gc.collect()  # TRL's head makes a model refer to itself
+        gc.collect()  # with TRL's head, a model refers to itself
         if self.device == "cuda":
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
@@ -108,7 +115,7 @@ def lora_of(stage: str) -> dict[str, LoraSize]:
 
 
 def make_rows(setting: Setting, image_seq_length: int, captions: bool) -> list[dict[str, torch.Tensor]]:
-    """Rows of token ids and labels: with captions of 30 words, or as in a mix of conversations, text-only ones too."""
+    """Rows of token ids and labels: captions of 30 words, or a mix of conversations with text-only rows."""
     generator = torch.Generator().manual_seed(0)
     lengths, num_images = simulated_mix(setting.sizes.rows)
     rows = []
@@ -130,7 +137,7 @@ def pixels_for(rows: list[dict], setting: Setting) -> dict[str, torch.Tensor]:
 
 
 def packed(rows: list[dict], setting: Setting) -> dict[str, torch.Tensor | int]:
-    """As `PackingCollator` lays rows out: packs as rows, or all flat for FlashAttention."""
+    """A batch as `PackingCollator` makes it: a row for each pack, or one flat row for FlashAttention."""
     flat = "flash" in setting.attention
     lengths = [len(row["input_ids"]) for row in rows]
     packs = pack_rows(list(range(len(rows))), lengths, setting.sizes.max_length)
@@ -162,7 +169,7 @@ def padded(rows: list[dict], setting: Setting) -> dict[str, torch.Tensor]:
 
 
 def model_flops(model: PeftModel, rows: list[dict]) -> float:
-    """Of forward and backward over all rows, counted as the module's docstring says."""
+    """Operations of forward and backward over all rows, counted as the module's docstring says."""
     config = model.config
     vision, text = config.vision_config, config.text_config
     lengths = [len(row["input_ids"]) for row in rows]
@@ -175,11 +182,11 @@ def model_flops(model: PeftModel, rows: list[dict]) -> float:
         if ".language_model." in name:
             tokens = sum(lengths)
         elif "lm_head" in name:
-            tokens = sum(int((row["labels"] != -100).sum()) for row in rows)
+            tokens = num_labels(rows)
         elif ".vision_tower." in name:
             tokens = images * (patches + 1) if any(layer in name for layer in used) else 0
         else:
-            tokens = images * patches  # nearly: of the extractor, q runs on prototypes
+            tokens = images * patches  # approximately: the q of the extractor runs on prototypes
         total += (6 if weight.requires_grad else 4) * weight.numel() * tokens
     total += 6 * text.num_hidden_layers * text.hidden_size * sum(length**2 for length in lengths)
     total += 12 * len(used) * vision.hidden_size * images * (patches + 1) ** 2
@@ -192,7 +199,7 @@ def stock_loss(model: PeftModel, batch: dict) -> torch.Tensor:
 
 
 def time_steps(model: PeftModel, batch: dict, loss: Callable, setting: Setting) -> dict | None:
-    """Seconds and peak memory of training steps; `None` if they do not fit."""
+    """Seconds and peak memory of training steps, or `None` if they do not fit into memory."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-5)
 
@@ -212,6 +219,10 @@ def time_steps(model: PeftModel, batch: dict, loss: Callable, setting: Setting) 
     return {"seconds": common.summary(times), "peak_gib": setting.peak_gib()}
 
 
+def num_labels(rows: list[dict]) -> int:
+    return sum(int((row["labels"] != -100).sum()) for row in rows)
+
+
 def train_ours(setting: Setting, stage: str, checkpointing: bool) -> dict | None:
     model = with_adapter(setting.model(), **lora_of(stage), checkpointing=checkpointing)
     rows = make_rows(setting, model.config.image_seq_length, captions=stage == "stage1")
@@ -220,7 +231,7 @@ def train_ours(setting: Setting, stage: str, checkpointing: bool) -> dict | None
     if result is not None:
         seconds = result["seconds"]["median"]
         flops = model_flops(model, rows)
-        result["label_tokens_per_second"] = sum(int((row["labels"] != -100).sum()) for row in rows) / seconds
+        result["label_tokens_per_second"] = num_labels(rows) / seconds
         result["tflops"] = flops / seconds / 1e12
         result["utilisation"] = None if setting.peak_flops is None else flops / seconds / setting.peak_flops
     return result
@@ -239,7 +250,7 @@ def stock_model(setting: Setting) -> LlavaForConditionalGeneration:
 
 
 def train_stock(setting: Setting) -> dict | None:
-    """The rows of stage 2, padded, with as much LoRA, under TRL's fused head."""
+    """Trains on the rows of stage 2, padded, with the same LoRA, under TRL's fused head."""
     model = stock_model(setting)
     add_fused_lm_head(model, outputs=("log_probs", "entropy", "is_top1"))
     lora = lora_of("stage2")
@@ -258,8 +269,7 @@ def train_stock(setting: Setting) -> dict | None:
     rows = make_rows(setting, patches, captions=False)
     result = time_steps(model, padded(rows, setting), stock_loss, setting)
     if result is not None:
-        labels = sum(int((row["labels"] != -100).sum()) for row in rows)
-        result["label_tokens_per_second"] = labels / result["seconds"]["median"]
+        result["label_tokens_per_second"] = num_labels(rows) / result["seconds"]["median"]
     return result
 
 
@@ -278,16 +288,9 @@ def extractor_share(setting: Setting) -> dict:
     }
 
 
-def never_ending(model: torch.nn.Module, setting: Setting) -> torch.nn.Module:
-    """Random weights may say at any place that a text ends."""
-    model.generation_config.eos_token_id = None
-    model.generation_config.pad_token_id = setting.processor.tokenizer.pad_token_id
-    return model.eval()
-
-
 def ask(setting: Setting) -> list[dict]:
-    """n questions about one image at once, and in n calls."""
-    assistant = Assistant(never_ending(setting.model(), setting), setting.processor)
+    """Times n questions about one image in one call, and in n calls."""
+    assistant = Assistant(without_end(setting.model(), setting.pad_token_id), setting.processor)
     image = Image.new("RGB", (640, 480), (120, 80, 40))
     history = [{"role": "user", "content": "What is this?"}, {"role": "assistant", "content": "A dog in the grass."}]
     once = partial(assistant.ask, image, history, max_new_tokens=setting.sizes.new_tokens, seed=0)
@@ -301,17 +304,17 @@ def ask(setting: Setting) -> list[dict]:
 
 
 def generate(setting: Setting) -> dict:
-    """Tokens per second of one answer, beside transformers' own LLaVA of the same sizes."""
+    """Tokens per second of one answer, compared with transformers' LLaVA of the same sizes."""
     models = {"ours": setting.model(), "without extractor": setting.model("none"), "stock": stock_model(setting)}
     image_tokens = models["ours"].config.image_seq_length
     ids = torch.randint(3, setting.processor.image_token_id, (1, 32))
     placeholders = torch.full((1, image_tokens), setting.processor.image_token_id)
     input_ids = torch.cat([ids[:, :1], placeholders, ids[:, 1:]], dim=1).to(setting.device)
     inputs = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
-    inputs |= pixels_for([{"images": 1}], setting)
+    inputs |= pixels_for([{"images": 1}], setting) | {"do_sample": False}
     new_tokens = 2 * setting.sizes.new_tokens
     functions = {
-        name: partial(never_ending(model, setting).generate, **inputs, do_sample=False, max_new_tokens=new_tokens)
+        name: partial(without_end(model, setting.pad_token_id).generate, **inputs, max_new_tokens=new_tokens)
         for name, model in models.items()
     }
     times = common.interleave(functions, setting.sizes.rounds)
@@ -323,9 +326,8 @@ def make_setting(tiny: bool, peak_tflops: int) -> Setting:
     sizes = TINY if tiny else FULL
     device = "cpu" if tiny else "cuda"
     side = sizes.vision["image_size"]
-    image_processor = CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
     tokens = (side // sizes.vision["patch_size"]) ** 2
-    processor = SQLlavaProcessor(image_processor, llama_tokenizer(), image_seq_length=tokens)
+    processor = SQLlavaProcessor(square_image_processor(side), llama_tokenizer(), image_seq_length=tokens)
     attention = "flash_attention_2" if device == "cuda" and is_flash_attn_2_available() else "sdpa"
     peak = peak_tflops * 1e12 or None
     if peak is None and device == "cuda":
@@ -350,35 +352,34 @@ def or_dash(value: float | None, form: str) -> str:
 
 
 def to_markdown(report: dict) -> str:
-    parts = report["parts"]
-    tflops = or_dash(report["peak_tflops"], ".0f")
-    lines = [
-        "# One GPU: training, asking and generating",
-        "",
-        f"Attention: {report['attention']}; peak {tflops} TFLOPS in bfloat16. All took {report['seconds']:.0f} s.",
-        "",
-        "| step | seconds | label tokens / s | peak memory, GiB | TFLOPS | model FLOPs utilisation |",
-        "|---|--:|--:|--:|--:|--:|",
-    ]
+    parts, steps = report["parts"], []
     for name, result in parts.items():
-        if not name.startswith("stage"):
-            continue
-        if result is None:
-            lines.append(f"| {name} | does not fit | | | | |")
-            continue
-        cells = [common.with_spread(result["seconds"]), f"{result['label_tokens_per_second']:,.0f}"]
-        cells += [or_dash(result["peak_gib"], ".1f"), or_dash(result.get("tflops"), ".1f")]
-        lines.append("| " + " | ".join([name, *cells, or_dash(result.get("utilisation"), ".1%")]) + " |")
-    share = common.with_spread(parts["extractor"]["share"], ".2%")
-    lines += ["", f"The extractor takes {share} of the vision tower's time.", ""]
-    lines += ["| questions about an image | together | in calls of their own | faster |", "|--:|--:|--:|--:|"]
-    for row in parts["ask"]:
-        cells = [f"{row[name]['median']:.2f} s" for name in ("together", "apart")]
-        lines.append(f"| {row['questions']} | {cells[0]} | {cells[1]} | {row['times_faster']['median']:.1f}x |")
-    lines += ["", "| generating, one row | tokens / s |", "|---|--:|"]
-    for name, rate in parts["generate"]["tokens_per_second"].items():
-        lines.append(f"| {name} | {common.with_spread(rate)} |")
-    return "\n".join([*lines, "", f"Ours takes {common.with_spread(parts['generate']['slower'])} of the stock time."])
+        if name.startswith("stage") and result is None:
+            steps.append([name, "does not fit into memory", *[""] * 4])
+        elif name.startswith("stage"):
+            cells = [common.with_spread(result["seconds"]), f"{result['label_tokens_per_second']:,.0f}"]
+            cells += [or_dash(result["peak_gib"], ".1f"), or_dash(result.get("tflops"), ".1f")]
+            steps.append([name, *cells, or_dash(result.get("utilisation"), ".1%")])
+    asked = [
+        [
+            row["questions"],
+            *(f"{row[name]['median']:.2f} s" for name in ("together", "apart")),
+            f"{row['times_faster']['median']:.1f}x",
+        ]
+        for row in parts["ask"]
+    ]
+    rates = [[name, common.with_spread(rate)] for name, rate in parts["generate"]["tokens_per_second"].items()]
+    header = ["step", "seconds", "label tokens / s", "peak memory, GiB", "TFLOPS", "model FLOPs utilisation"]
+    return common.text(
+        "# One GPU: training, asking and generating",
+        f"Attention: {report['attention']}. Peak: {or_dash(report['peak_tflops'], '.0f')} TFLOPS in bfloat16. The "
+        f"whole run took {report['seconds']:.0f} s.",
+        common.table(header, steps),
+        f"The extractor takes {common.with_spread(parts['extractor']['share'], '.2%')} of the vision tower's time.",
+        common.table(["questions about an image", "one call", "separate calls", "faster"], asked, left=0),
+        common.table(["generating, one row", "tokens / s"], rates),
+        f"Ours takes {common.with_spread(parts['generate']['slower'])} of the stock time.",
+    )
 
 
 def measure(setting: Setting) -> dict:
@@ -396,12 +397,16 @@ def measure(setting: Setting) -> dict:
 
 
 def main():
-    arguments = common.parse_arguments(__doc__, tiny=False, peak_tflops=0)
+    arguments = common.parse_arguments(
+        __doc__,
+        tiny=(False, "Run tiny sizes on a CPU, to see that the code works."),
+        peak_tflops=(0, "Peak of the GPU in bfloat16, in TFLOPS; 0 takes TRL's figure for the device."),
+    )
     arguments.quick = arguments.quick or arguments.tiny
     if not arguments.quick and not torch.cuda.is_available():
-        raise SystemExit("No NVIDIA GPU is seen: run it on one, or with --tiny, which tries the same code on a CPU.")
+        raise SystemExit("No NVIDIA GPU was found. Run this on a GPU, or try the same code on a CPU with --tiny.")
     report = measure(make_setting(arguments.quick, arguments.peak_tflops))
-    common.save("gpu", report, to_markdown(report), arguments)
+    common.save("gpu", report, to_markdown, arguments)
 
 
 if __name__ == "__main__":

@@ -1,18 +1,18 @@
-"""From the bytes of a photo to the pixels of a vision tower: what each step costs, and how many cores a GPU needs.
+"""From the bytes of a photo to the pixels of a vision tower: the cost of each step, and the cores that a GPU needs.
 
     python -m benchmarks.image_pipeline            # a minute; writes benchmarks/results/image_pipeline.{json,md}
-    python -m benchmarks.image_pipeline --quick    # fewer rounds, writes nothing
 
-Photos are JPEG files of 640 x 480 pixels, the size of COCO's, and of 2000 x 1500, mosaics of one real photo, for a
-tower of 336 x 336. The steps run in turn on one core. Beside them stand two short cuts that are not exact, with their
-largest and mean difference in 8-bit levels at 336 x 336: the image padded after it is resized, and JPEG's draft mode,
-which decodes at half the size where that is still twice the tower's. Neither is used in training.
+The photos are JPEG files of 640 x 480 pixels, the size of COCO's, and of 2000 x 1500. Both are mosaics of one real
+photo; the tower takes 336 x 336 pixels. The steps run in turn on one core. Two short cuts that are not exact are
+measured too, with their largest and mean difference in 8-bit levels at 336 x 336: padding the image after it is
+resized, and JPEG's draft mode, which decodes at half the size where that is still twice the tower's size. Training
+uses neither.
 
-Then the collator makes whole rows, text included, and a loop that does nothing but wait as long as a step of a GPU
-takes its batches from workers: what it waits beyond that is what a GPU would. The step is assumed, not measured: 6.7e9
-parameters, 843 tokens a row, three passes of two operations a parameter and token (forward, recomputed, backward; LoRA
-asks for no gradients of the large matrices), at half of the 989e12 operations a second of an H100. Disks are not
-measured: the files' bytes are in memory.
+Then the collator makes whole rows, with text, and workers deliver its batches to a loop that only sleeps for the time
+of a GPU step. What the loop waits for beyond that is what a GPU would wait. The time of a step is assumed, not
+measured: 6.7e9 parameters, 843 tokens a row, three passes of two operations for each parameter and token (forward,
+recomputed forward, backward; LoRA needs no gradients of the large matrices), at half of an H100's 989e12 operations
+per second. Disks are not measured: the files' bytes are in memory.
 """
 
 import io
@@ -23,13 +23,13 @@ import numpy as np
 import torch
 from matplotlib.cbook import get_sample_data
 from PIL import Image
-from tokenizers import ByteLevelBPETokenizer
 from torch.utils.data import DataLoader
-from transformers import CLIPImageProcessorPil, LlavaImageProcessorPil, PreTrainedTokenizerFast
+from transformers import LlavaImageProcessorPil
 
 from benchmarks import common
+from benchmarks.random_models import square_image_processor, train_tokenizer
 from image_processing_sq_llava import SQLlavaImageProcessor
-from processing_sq_llava import SYSTEM_MESSAGE, SQLlavaProcessor
+from processing_sq_llava import SQLlavaProcessor
 from sq_llava.data.images import open_image
 from sq_llava.training.collator import SelfQuestioningCollator
 
@@ -40,25 +40,18 @@ PARAMETERS, TOKENS, PASSES, OPERATIONS_PER_SECOND = 6.7e9, 843, 3, 0.5 * 989e12
 SECONDS_PER_ROW = PARAMETERS * TOKENS * PASSES * 2 / OPERATIONS_PER_SECOND
 BATCH = 16
 STEPS = {
-    "decode": "decoded, turned, RGB",
-    "stock": "padded, resized, normalised by transformers' processor",
-    "project": "the same by the checkpoint's processor, equal to the last bit",
-    "stock_whole": "**all, transformers' processor**",
-    "project_whole": "**all, as training does it**",
-    "padded_after": "all, resized before it is padded (not exact)",
-    "draft": "all, JPEG's draft mode (not exact)",
+    "decode": "decode, rotate, convert to RGB",
+    "stock": "pad, resize, normalise: transformers' processor",
+    "project": "pad, resize, normalise: this project's processor (identical pixels)",
+    "stock_whole": "**all steps, transformers' processor**",
+    "project_whole": "**all steps, as in training**",
+    "padded_after": "all steps, padding after resizing (not exact)",
+    "draft": "all steps, JPEG's draft mode (not exact)",
 }
 
 
-def make_processor() -> SQLlavaProcessor:
-    trained = ByteLevelBPETokenizer()
-    trained.train_from_iterator([SYSTEM_MESSAGE], special_tokens=["</s>"], show_progress=False)
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=trained._tokenizer, eos_token="</s>")
-    image_processor = CLIPImageProcessorPil(size={"shortest_edge": SIDE}, crop_size={"height": SIDE, "width": SIDE})
-    return SQLlavaProcessor(image_processor, tokenizer)
-
-
 def make_photo(width: int, height: int) -> dict[str, bytes]:
+    """A JPEG file in memory."""
     tile = Image.open(get_sample_data("grace_hopper.jpg", asfileobj=True)).convert("RGB")
     photo = Image.new("RGB", (width, height))
     for left in range(0, width, tile.width):
@@ -88,7 +81,7 @@ def time_steps(photo: dict[str, bytes], image_processor: SQLlavaImageProcessor, 
         return image_processor(image, return_tensors="pt")["pixel_values"]
 
     if not torch.equal(pixels(image), pixels(image, stock)):
-        raise AssertionError("The pixels differ from those of transformers' processor.")
+        raise AssertionError("This project's pixels differ from those of transformers' processor.")
     functions = {
         "decode": partial(open_image, photo),
         "stock": partial(pixels, image, stock),
@@ -110,7 +103,7 @@ def time_steps(photo: dict[str, bytes], image_processor: SQLlavaImageProcessor, 
 
 
 def difference(image: Image.Image, other: Image.Image, image_processor) -> dict[str, float]:
-    """Of the squares of two images, in levels of 0 to 255."""
+    """The largest and the mean difference of two images after padding and resizing, in levels of 0 to 255."""
     exact, found = (np.asarray(image_processor.pad_and_resize(each), dtype=int) for each in (image, other))
     levels = np.abs(exact - found)
     return {"largest": int(levels.max()), "mean": float(levels.mean())}
@@ -119,20 +112,20 @@ def difference(image: Image.Image, other: Image.Image, image_processor) -> dict[
 def make_row(index: int, photo: dict[str, bytes]) -> dict:
     content = [{"type": "image"}, {"type": "text", "text": f"What stands at the place {index} of the picture?"}]
     answer = {"role": "assistant", "content": [{"type": "text", "text": "There is a person before a flag. " * 20}]}
-    # Bytes of its own: the collator opens equal images of a batch once.
+    # Every image gets different bytes: the collator opens equal images of a batch only once.
     image = {"bytes": photo["bytes"] + index.to_bytes(4, "little")}
     return {"row_id": index, "messages": [{"role": "user", "content": content}, answer], "images": [image]}
 
 
 def time_loading(photo: dict[str, bytes], collator: SelfQuestioningCollator, steps: int) -> dict:
-    """Rows a second of the collator on one core, and the share of the time that a loop of steps waits for batches."""
+    """Rows per second of the collator on one core, and the share of time that a training loop waits."""
     rows = [make_row(index, photo) for index in range(BATCH * (steps + 1))]
     collator(rows[:BATCH])
     seconds = min(common.seconds_of(lambda: collator(rows[:BATCH])) for _ in range(3))
     result = {"rows_per_second": BATCH / seconds, "waiting_share": {}}
     for workers in (0, 1):
         loader = iter(DataLoader(rows, BATCH, collate_fn=collator, num_workers=workers))
-        next(loader)  # the workers start
+        next(loader)  # starts the workers
         waited = 0.0
         for _ in range(steps):
             time.sleep(BATCH * SECONDS_PER_ROW)
@@ -143,53 +136,48 @@ def time_loading(photo: dict[str, bytes], collator: SelfQuestioningCollator, ste
 
 def to_markdown(report: dict) -> str:
     sizes = report["sizes"]
-    lines = [
-        "# Images on their way to the vision tower",
-        "",
-        f"One core; medians of {report['rounds']} rounds in which the steps run in turn, with the lowest and highest.",
-        "",
-        "| milliseconds a photo | " + " | ".join(sizes) + " |",
-        "|---|" + "--:|" * len(sizes),
+    steps = [
+        [title, *(common.with_spread(size["milliseconds"][step]) for size in sizes.values())]
+        for step, title in STEPS.items()
     ]
-    for step, title in STEPS.items():
-        cells = [common.with_spread(size["milliseconds"][step]) for size in sizes.values()]
-        lines.append(f"| {title} | " + " | ".join(cells) + " |")
     faster = [f"**{common.with_spread(size['times_faster'])}**" for size in sizes.values()]
-    lines.append("| times faster than transformers' processor | " + " | ".join(faster) + " |")
+    steps.append(["times faster than transformers' processor", *faster])
     for step, title in (("padded_after", "padding after resizing"), ("draft", "draft mode")):
         found = [size["differences"][step] for size in sizes.values()]
         cells = [f"{each['largest']}, {each['mean']:.2f}" for each in found]
-        lines.append(f"| difference by {title} of 255 levels: largest, mean | " + " | ".join(cells) + " |")
-    lines += [
-        "",
-        "Whole rows, by the collator (the best of three times), beside an assumed step of a 7B model: "
-        f"{1 / SECONDS_PER_ROW:.1f} rows a second on one GPU ({PARAMETERS:.1e} parameters, {TOKENS} tokens a row, "
-        f"{PASSES} passes, {OPERATIONS_PER_SECOND / 1e12:.0f}e12 operations a second). Recipes of 7B and 13B have "
-        "four workers a GPU.",
-        "",
-        "| photos | rows/s of a core | workers that a GPU needs | it waits, no worker | one worker |",
-        "|---|--:|--:|--:|--:|",
-    ]
+        steps.append([f"difference by {title}, of 255 levels: largest, mean", *cells])
+    loads = []
     for name, size in sizes.items():
-        loading = size["loading"]
-        needed = 1 / SECONDS_PER_ROW / loading["rows_per_second"]
-        shares = [f"{share:.1%}" for share in loading["waiting_share"].values()]
-        lines.append(f"| {name} | {loading['rows_per_second']:.0f} | {needed:.2f} | " + " | ".join(shares) + " |")
-    return "\n".join(lines)
+        needed = 1 / SECONDS_PER_ROW / size["loading"]["rows_per_second"]
+        shares = [f"{share:.1%}" for share in size["loading"]["waiting_share"].values()]
+        loads.append([name, f"{size['loading']['rows_per_second']:.0f}", f"{needed:.2f}", *shares])
+    return common.text(
+        "# Images on their way to the vision tower",
+        f"On one core; medians (lowest to highest) of {report['rounds']} rounds in which the steps run in turn.",
+        common.table(["milliseconds per photo", *sizes], steps),
+        "The collator makes whole rows (the best of three times) for an assumed 7B model on one GPU that trains on "
+        f"{1 / SECONDS_PER_ROW:.1f} rows per second ({PARAMETERS:.1e} parameters, {TOKENS} tokens per row, {PASSES} "
+        f"passes, {OPERATIONS_PER_SECOND / 1e12:.0f}e12 operations per second). The recipes for 7B and 13B use four "
+        "workers per GPU.",
+        common.table(
+            ["photos", "rows/s per core", "workers needed per GPU", "waiting without a worker", "with one worker"],
+            loads,
+        ),
+    )
 
 
 def main():
     arguments = common.parse_arguments(__doc__)
     rounds, steps = (3, 1) if arguments.quick else (15, 3)
     torch.set_num_threads(1)
-    processor = make_processor()
+    processor = SQLlavaProcessor(square_image_processor(SIDE), train_tokenizer([]))
     collator = SelfQuestioningCollator(processor)
     report = {"rounds": rounds, "seconds_per_row_of_a_gpu": SECONDS_PER_ROW, "sizes": {}}
     for width, height in SIZES:
         photo = make_photo(width, height)
         result = time_steps(photo, processor.image_processor, rounds)
         report["sizes"][f"{width} x {height}"] = result | {"loading": time_loading(photo, collator, steps)}
-    common.save("image_pipeline", report, to_markdown(report), arguments)
+    common.save("image_pipeline", report, to_markdown, arguments)
 
 
 if __name__ == "__main__":

@@ -1,20 +1,18 @@
-"""The loss of a step from the last hidden states: TRL's fused head on every position, or on labelled ones alone.
+"""The loss of a step from its last hidden states: TRL's fused head on all positions, or on labelled positions only.
 
     python -m benchmarks.lm_head            # writes benchmarks/results/lm_head.{json,md}, under 90 seconds
-    python -m benchmarks.lm_head --quick    # small, writes nothing
 
-Four forms of the same loss, forward and backward down to the hidden states, the head frozen as under LoRA:
+Four forms of the same loss run forward and backward to the hidden states. The head is frozen, as under LoRA:
 
-    stock      TRL's fused head as its trainer runs it on a CPU: in tiles, every position
+    stock      TRL's fused head as its trainer runs it on a CPU: in tiles, on all positions
     ours       the same on the labelled positions, as `SQLlavaTrainer` does
-    logits     cross entropy of all logits at once, as a model's own forward computes it
+    logits     cross entropy of all logits at once, as a model's own forward pass computes it
     labelled   cross entropy of the logits of the labelled positions at once
 
-They must agree first. Memory is the peak of what PyTorch allocates in one pass, inputs and weights not counted. What
-it does not measure: a GPU, where TRL's kernel picks the labelled positions itself; the rest of a step.
+The benchmark first checks that they agree. Memory is the peak of what PyTorch allocates in one pass, without inputs
+and weights. Not measured: a GPU, where TRL's kernel selects the labelled positions itself; the rest of a step.
 """
 
-import os
 from collections.abc import Callable
 from functools import partial
 
@@ -24,11 +22,10 @@ from trl.kernels import ChunkedLogProbFunction
 from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE as TILE
 
 from benchmarks import common
-from benchmarks.prototype_extractor import MEBIBYTE, allocated_peak
 
 
 def fused(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """As trl/trainer/utils.py calls it, with the outputs that its trainer asks for."""
+    """The call in trl/trainer/utils.py, with the outputs that TRL's trainer asks for."""
     outputs = ("log_probs", "entropy", "is_top1")
     targets = labels.clamp(min=0)
     log_probs = ChunkedLogProbFunction.apply(hidden, weight, None, targets, 1.0, TILE, None, 1.0, outputs)[0]
@@ -79,39 +76,39 @@ def memory_of_cases(vocabularies: tuple[int, ...], width: int, positions: int, n
     for vocabulary in vocabularies:
         inputs = make_inputs(vocabulary, width, positions, num_labels)
         row = {"vocabulary": vocabulary, "positions": positions, "labels": num_labels, "width": width}
-        row["mebibytes"] = {form: allocated_peak(partial(run, form, *inputs)) / MEBIBYTE for form in FORMS}
+        row["mebibytes"] = {
+            form: common.allocated_peak(partial(run, form, *inputs)) / common.MEBIBYTE for form in FORMS
+        }
         rows.append(row)
     return rows
 
 
 def to_markdown(report: dict) -> str:
-    first = report["times"][0]
-    lines = [
-        "# The head's loss: every position, or the labelled ones alone",
-        "",
-        f"Seconds forward and backward, {first['positions']:,} positions of width {first['width']}, float32, medians "
-        f"of {report['rounds']} rounds in turn; behind them how much faster ours is, with the spread of the rounds:",
-        "",
-        "| vocabulary | labelled | stock: TRL, every position | all logits | labelled logits | ours: TRL, labelled "
-        "| stock / ours |",
-        "|--:|--:|--:|--:|--:|--:|--:|",
+    forms = ["stock: TRL, all positions", "all logits", "labelled logits", "ours: TRL, labelled"]
+    order = ("stock", "logits", "labelled", "ours")
+    times = [
+        [
+            f"{row['vocabulary']:,}",
+            f"{row['share']:.0%}",
+            *(f"{row['seconds'][form]['median']:.3f} s" for form in order),
+            f"**{common.with_spread(row['times_faster']['stock'])}**",
+        ]
+        for row in report["times"]
     ]
-    for row in report["times"]:
-        cells = [f"{row['vocabulary']:,}", f"{row['share']:.0%}"]
-        cells += [f"{row['seconds'][form]['median']:.3f} s" for form in ("stock", "logits", "labelled", "ours")]
-        lines.append("| " + " | ".join([*cells, f"**{common.with_spread(row['times_faster']['stock'])}**"]) + " |")
-    labels = report["memory"][0]["labels"]
-    lines += [
-        "",
-        f"Peak of what one pass allocates, {labels:,} labels in {report['memory'][0]['positions']:,} positions:",
-        "",
-        "| vocabulary | stock: TRL, every position | all logits | labelled logits | ours: TRL, labelled |",
-        "|--:|--:|--:|--:|--:|",
+    memory = [
+        [f"{row['vocabulary']:,}", *(f"{row['mebibytes'][form]:,.0f} MiB" for form in order)]
+        for row in report["memory"]
     ]
-    for row in report["memory"]:
-        cells = [f"{row['mebibytes'][form]:,.0f} MiB" for form in ("stock", "logits", "labelled", "ours")]
-        lines.append("| " + " | ".join([f"{row['vocabulary']:,}", *cells]) + " |")
-    return "\n".join(lines)
+    first, sizes = report["times"][0], report["memory"][0]
+    return common.text(
+        "# The loss of the head: all positions, or labelled positions only",
+        f"Seconds forward and backward for {first['positions']:,} positions of width {first['width']} in float32, "
+        f"medians of {report['rounds']} rounds in turn. The last column says how many times faster ours is than "
+        "stock, with the lowest and the highest round:",
+        common.table(["vocabulary", "labelled", *forms, "stock / ours"], times, left=0),
+        f"Peak of what one pass allocates, with {sizes['labels']:,} labels in {sizes['positions']:,} positions:",
+        common.table(["vocabulary", *forms], memory, left=0),
+    )
 
 
 def main():
@@ -125,9 +122,8 @@ def main():
             report["times"].append(time_case(vocabulary, width, positions, share, rounds))
     print("memory", flush=True)
     sizes = (312, 250) if arguments.quick else (1250, 1000)
-    os.environ["KINETO_LOG_LEVEL"] = "6"  # the profiler of the process to come would print its start and stop
     report["memory"] = common.in_fresh_process(memory_of_cases, vocabularies, 64, *sizes)
-    common.save("lm_head", report, to_markdown(report), arguments)
+    common.save("lm_head", report, to_markdown, arguments)
 
 
 if __name__ == "__main__":

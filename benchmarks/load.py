@@ -1,16 +1,14 @@
-"""Clients of `sq-llava serve` for a while: requests, errors by kind, seconds, and the server's memory.
+"""Load test of a running `sq-llava serve`: requests, errors by kind, seconds per request, and the server's memory.
 
     sq-llava serve runs/demo/model --port 8000 &
     python -m benchmarks.load --model model --pid $! --seconds 600 --clients 16
 
-Each client asks about a picture that is made anew, one request after another: whole and streamed, greedy and sampled,
-short and long, several texts at once, self-questions; one in 20 goes away in the middle, and one in 20 is wrong. What
-this does not do: check the answers, which the tests do; measure speed (benchmarks/serving.py).
+Each client sends one request after another, each with a new picture: whole and streamed, greedy and sampled, short and
+long, several texts at once, self-questions. One client request in 20 stops reading in the middle, and one in 20 is
+invalid. It does not check the answers, which the tests do, and does not measure speed (see benchmarks/serving.py).
 """
 
 import argparse
-import base64
-import io
 import random
 import threading
 import time
@@ -21,10 +19,12 @@ import openai
 import psutil
 from PIL import Image, ImageDraw
 
+from benchmarks.serving import message_about
+
 
 @dataclass
 class Seen:
-    """What the clients saw, all of them."""
+    """What all clients have seen."""
 
     outcomes: Counter = field(default_factory=Counter)
     seconds: list[float] = field(default_factory=list)
@@ -32,28 +32,19 @@ class Seen:
     lock: threading.Lock = field(default_factory=threading.Lock)
 
 
-def picture(generator: random.Random) -> str:
+def picture(generator: random.Random) -> Image.Image:
+    """A coloured ellipse on a coloured ground."""
     image = Image.new("RGB", (224, 224), tuple(generator.choices(range(256), k=3)))
-    box = (
-        generator.randint(0, 100),
-        generator.randint(0, 100),
-        generator.randint(110, 224),
-        generator.randint(110, 224),
-    )
+    box = [generator.randint(low, high) for low, high in ((0, 100), (0, 100), (110, 224), (110, 224))]
     ImageDraw.Draw(image).ellipse(box, fill=tuple(generator.choices(range(256), k=3)))
-    stream = io.BytesIO()
-    image.save(stream, "JPEG")
-    return "data:image/jpeg;base64," + base64.b64encode(stream.getvalue()).decode()
+    return image
 
 
 def request(generator: random.Random, model: str) -> dict:
-    content = [
-        {"type": "image_url", "image_url": {"url": picture(generator)}},
-        {"type": "text", "text": generator.choice(["what color is the shape?", "what shape is it?", "describe it"])},
-    ]
+    question = generator.choice(["what color is the shape?", "what shape is it?", "describe it"])
     body = {
         "model": model,
-        "messages": [{"role": "user", "content": content}],
+        "messages": [message_about(picture(generator), question, "JPEG")],
         "max_tokens": generator.choice([1, 16, 64]),
         "temperature": generator.choice([0, 0, 1]),
         "n": generator.choice([1, 1, 1, 3]),
@@ -66,7 +57,7 @@ def request(generator: random.Random, model: str) -> dict:
 
 
 def send(client: openai.OpenAI, body: dict, goes_away: bool) -> tuple[str, int]:
-    """What came of a request, and how many tokens."""
+    """Sends a request. Returns its outcome and its number of tokens."""
     try:
         reply = client.chat.completions.create(**body)
         if not body["stream"]:
@@ -84,7 +75,7 @@ def send(client: openai.OpenAI, body: dict, goes_away: bool) -> tuple[str, int]:
         return type(error).__name__, 0
 
 
-def be_client(number: int, arguments: argparse.Namespace, end: float, seen: Seen) -> None:
+def run_client(number: int, arguments: argparse.Namespace, end: float, seen: Seen) -> None:
     generator = random.Random(number)
     client = openai.OpenAI(base_url=arguments.url, api_key=arguments.api_key, max_retries=0, timeout=120)
     while time.monotonic() < end:
@@ -100,21 +91,21 @@ def be_client(number: int, arguments: argparse.Namespace, end: float, seen: Seen
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--url", default="http://127.0.0.1:8000/v1")
-    parser.add_argument("--model", required=True, help="its name, as the server says it")
-    parser.add_argument("--pid", type=int, required=True, help="of the server")
-    parser.add_argument("--api_key", default="none")
-    parser.add_argument("--clients", type=int, default=16)
-    parser.add_argument("--seconds", type=float, default=600)
+    parser.add_argument("--url", default="http://127.0.0.1:8000/v1", help="Address of the server's API: %(default)s.")
+    parser.add_argument("--model", required=True, help="Name of the model, as the server lists it.")
+    parser.add_argument("--pid", type=int, required=True, help="Process id of the server.")
+    parser.add_argument("--api_key", default="none", help="API key of the server.")
+    parser.add_argument("--clients", type=int, default=16, help="Number of clients: %(default)s.")
+    parser.add_argument("--seconds", type=float, default=600, help="Length of the test: %(default)s.")
     arguments = parser.parse_args()
 
     server, seen = psutil.Process(arguments.pid), Seen()
-    # The first requests bring in what stays: libraries, buffers, threads.
-    be_client(-1, arguments, time.monotonic() + 5, Seen())
+    # The first requests load libraries and allocate buffers that stay. They are not counted.
+    run_client(-1, arguments, time.monotonic() + 5, Seen())
     memory = [server.memory_info().rss]
     end = time.monotonic() + arguments.seconds
     threads = [
-        threading.Thread(target=be_client, args=(number, arguments, end, seen)) for number in range(arguments.clients)
+        threading.Thread(target=run_client, args=(number, arguments, end, seen)) for number in range(arguments.clients)
     ]
     for thread in threads:
         thread.start()
@@ -127,8 +118,8 @@ def main() -> None:
         print(f"  {outcome:40} {number}")
     seconds = sorted(seen.seconds)
     for share in (0.5, 0.95, 0.99):
-        print(f"  seconds of a request, {share:.0%}: {seconds[int(share * (len(seconds) - 1))]:.2f}")
-    print("memory of the server, MiB:", " ".join(f"{size / 2**20:.0f}" for size in memory))
+        print(f"  {share:.0%} of the requests took at most {seconds[int(share * (len(seconds) - 1))]:.2f} s")
+    print("resident memory of the server, MiB:", " ".join(f"{size / 2**20:.0f}" for size in memory))
 
 
 if __name__ == "__main__":

@@ -1,17 +1,14 @@
-"""What the forward pass of a training step keeps for the backward pass, by part, with and without checkpointing.
+"""The memory that a training step keeps for its backward pass, by part, with and without gradient checkpointing.
 
     python -m benchmarks.memory            # writes benchmarks/results/memory.{json,md}, under 60 seconds
-    python -m benchmarks.memory --quick    # small, writes nothing
 
-A step of stage 2 (LoRA on both towers, extractor and projector whole) of a small random model, float32, CPU. The bytes
-that autograd saves are summed over the tensors' storages, each counted where it is first saved: in the vision tower,
-the extractor and projector, or the language model and its loss; weights are not counted. The peak is that of what
-PyTorch allocates in the step. Gradient checkpointing keeps the input of each layer and computes the rest again.
-
-What it does not measure: a GPU; the memory of weights and optimizer, which `--dry_run meta` adds up exactly.
+A step of stage 2 (LoRA on both towers, extractor and projector trained in full) of a small random model in float32 on
+the CPU. The bytes that autograd saves are summed over the tensors' storages. Each storage counts for the part that
+saves it first: the vision tower, the extractor and projector, or the language model and its loss. Weights do not
+count. The peak is that of what PyTorch allocates in the step. Gradient checkpointing keeps the input of each layer and
+computes the rest again. Not measured: a GPU; weights and optimizer, which `--dry_run meta` adds up exactly.
 """
 
-import os
 from collections import defaultdict
 from functools import partial
 
@@ -19,8 +16,15 @@ import torch
 from torch.autograd.graph import saved_tensors_hooks
 
 from benchmarks import common
-from benchmarks.prototype_extractor import MEBIBYTE, allocated_peak
-from benchmarks.random_models import SMALL_TEXT, SMALL_VISION, loss_of, make_batch, make_model, with_adapter
+from benchmarks.random_models import (
+    SMALL_TEXT,
+    SMALL_VISION,
+    compute_gradients,
+    loss_of,
+    make_batch,
+    make_model,
+    with_adapter,
+)
 from sq_llava.training.adapter import LoraSize
 
 
@@ -31,7 +35,7 @@ LORA = LoraSize(8, 16, 0.05)
 
 
 def checkpoint_only(model: torch.nn.Module, towers: tuple[str, ...]) -> None:
-    """Of the towers that `gradient_checkpointing: true` checkpoints, both of them, takes some back."""
+    """Checkpoints these towers only. `gradient_checkpointing: true` checkpoints both."""
     base = model.get_base_model().model
     layers = {"vision": base.vision_tower.encoder.layers, "text": base.language_model.layers}
     for name, members in layers.items():
@@ -40,7 +44,7 @@ def checkpoint_only(model: torch.nn.Module, towers: tuple[str, ...]) -> None:
 
 
 def saved_bytes(model: torch.nn.Module, batch: dict) -> dict[str, int]:
-    """Bytes kept by each part."""
+    """The bytes that each part saves."""
     base = model.get_base_model().model
     part, seen, sizes = [PARTS[2]], set(), defaultdict(int)
     seen |= {tensor.untyped_storage().data_ptr() for tensor in [*model.parameters(), *model.buffers()]}
@@ -53,7 +57,7 @@ def saved_bytes(model: torch.nn.Module, batch: dict) -> dict[str, int]:
                          (PARTS[2], base.language_model)):  # fmt: skip
         hooks.append(module.register_forward_pre_hook(enter(name)))
 
-    kept = []  # so that no storage is freed and its place taken by another
+    kept = []  # keeps storages alive, so that no other storage gets the same address
 
     def pack(tensor):
         storage = tensor.untyped_storage()
@@ -70,11 +74,6 @@ def saved_bytes(model: torch.nn.Module, batch: dict) -> dict[str, int]:
     return dict(sizes)
 
 
-def step(model: torch.nn.Module, batch: dict) -> None:
-    model.zero_grad()
-    loss_of(model, batch).backward()
-
-
 def measure(rows: int, words: int, variants: tuple[str, ...], rounds: int) -> list[dict]:
     measured = []
     for variant in variants:
@@ -85,42 +84,40 @@ def measure(rows: int, words: int, variants: tuple[str, ...], rounds: int) -> li
             )
             checkpoint_only(models[name], towers)
         batch = make_batch(models["nothing"].config, rows, words, share_labelled=0.3)
-        times = common.interleave({name: partial(step, model, batch) for name, model in models.items()}, rounds)
+        times = common.interleave(
+            {name: partial(compute_gradients, model, batch) for name, model in models.items()}, rounds
+        )
         for name, model in models.items():
             row = {"variant": variant, "checkpointed": name, "rows": rows, "words": words}
-            row["saved_mib"] = {part: size / MEBIBYTE for part, size in saved_bytes(model, batch).items()}
-            row["peak_mib"] = allocated_peak(partial(step, model, batch)) / MEBIBYTE
+            row["saved_mib"] = {part: size / common.MEBIBYTE for part, size in saved_bytes(model, batch).items()}
+            row["peak_mib"] = common.allocated_peak(partial(compute_gradients, model, batch)) / common.MEBIBYTE
             row["slower"] = common.ratio(times, name, "nothing")
             measured.append(row)
     return measured
 
 
 def to_markdown(report: dict) -> str:
-    rows = report["rows"]
-    lines = [
-        "# What a step keeps for its backward pass",
-        "",
-        f"{rows[0]['rows']} rows with an image of 576 tokens and {rows[0]['words']} words; vision width "
-        f"{VISION['hidden_size']}, {VISION['num_hidden_layers']} layers, K = 256; language model width "
-        f"{SMALL_TEXT['hidden_size']}, {SMALL_TEXT['num_hidden_layers']} layers. MiB saved by each part, MiB "
-        "allocated at the peak, and the time beside that without checkpointing.",
-        "",
-        "| extractor | checkpointed | vision tower | extractor, projector | language model, loss | peak | time |",
-        "|---|---|--:|--:|--:|--:|--:|",
-    ]
-    for row in rows:
-        cells = [row["variant"], row["checkpointed"], *(f"{row['saved_mib'].get(part, 0):.1f}" for part in PARTS)]
-        cells += [f"{row['peak_mib']:.0f}", f"{common.with_spread(row['slower'])}x"]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+    rows = []
+    for row in report["rows"]:
+        saved = [f"{row['saved_mib'].get(part, 0):.1f}" for part in PARTS]
+        peak, slower = f"{row['peak_mib']:.0f}", f"{common.with_spread(row['slower'])}x"
+        rows.append([row["variant"], row["checkpointed"], *saved, peak, slower])
+    first = report["rows"][0]
+    return common.text(
+        "# The memory that a step keeps for its backward pass",
+        f"Rows: {first['rows']}, each with an image of 576 tokens and {first['words']} words. Vision tower: width "
+        f"{VISION['hidden_size']}, {VISION['num_hidden_layers']} layers, K = 256. Language model: width "
+        f"{SMALL_TEXT['hidden_size']}, {SMALL_TEXT['num_hidden_layers']} layers. The table has the MiB that each part "
+        "saves, the peak of allocated MiB, and the time relative to a step without checkpointing.",
+        common.table(["extractor", "checkpointed", *PARTS, "peak", "time"], rows, left=2),
+    )
 
 
 def main():
     arguments = common.parse_arguments(__doc__)
-    os.environ["KINETO_LOG_LEVEL"] = "6"  # the profiler of the process to come would print its start and stop
     sizes = (1, 60, ("paper",), 1) if arguments.quick else (1, 200, ("paper", "released"), 3)
     report = {"rows": common.in_fresh_process(measure, *sizes)}
-    common.save("memory", report, to_markdown(report), arguments)
+    common.save("memory", report, to_markdown, arguments)
 
 
 if __name__ == "__main__":

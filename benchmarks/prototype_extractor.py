@@ -1,21 +1,20 @@
-"""Time and memory of the prototype extractors beside a literal form that builds [B, K, N, D] tensors.
+"""Time and memory of the prototype extractors, compared with a literal form that builds [B, K, N, D] tensors.
 
     python -m benchmarks.prototype_extractor            # writes benchmarks/results/prototype_extractor.{json,md}
-    python -m benchmarks.prototype_extractor --quick    # small sizes, under a minute, writes nothing
 
-The literal form multiplies elementwise and sums where a token or a prototype gathers from many others, as the authors'
-code does: in the "released" variant for the aggregation and the spread (its iterations are matrix products there too),
-in the "paper" variant for each M-step and the spread. All else is the same in both forms. First they must agree in
-output and gradients; then they run in turn: float32, CPU, without the projector.
+The literal form multiplies elementwise and sums wherever a token or a prototype gathers from many others, as the
+authors' code does. In the "released" variant these are the aggregation and the spread (its iterations are matrix
+products there too); in the "paper" variant each M-step and the spread. Everything else is the same in both forms. The
+benchmark first checks that outputs and gradients agree, and then runs both forms in turn, in float32 on the CPU,
+without the projector.
 
-Memory is what a pass needs beyond its start, inputs and weights not counted, in a fresh process for each case:
-"allocated" is the peak of PyTorch's allocations as its profiler sees them, "resident" the growth of the process' peak
-resident set, with the matrix library's buffers and what malloc keeps (read from /proc: Linux only).
+Memory is what a pass needs beyond its start, without inputs and weights, in a fresh process for each case. "Allocated"
+is the peak of PyTorch's allocations as its profiler sees them. "Resident" is the growth of the process's peak resident
+memory, which includes the buffers of the matrix library and what malloc keeps (read from /proc: Linux only).
 
-It runs on the CPU alone, and measures neither the projector nor half precision.
+Not measured: a GPU, half precision, the projector.
 """
 
-import os
 import statistics
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -24,14 +23,13 @@ from functools import partial
 import torch
 from torch import nn
 from torch.nn import functional as F
-from torch.profiler import ProfilerActivity, profile
 
 from benchmarks import common
+from benchmarks.random_models import llama_sizes
 from configuration_sq_llava import CLIP_VIT_L_14_336, SQLlavaConfig
 from modeling_sq_llava import SQLlavaModel, SQLlavaPaperPrototypeExtractor, SQLlavaReleasedPrototypeExtractor
 
 
-MEBIBYTE = 2**20
 PASSES = ("forward", "forward+backward")
 RELATIVE_TOLERANCE, ABSOLUTE_TOLERANCE = 1e-8, 1e-11
 
@@ -72,7 +70,7 @@ def literal_released(extractor: SQLlavaReleasedPrototypeExtractor, x_BND: torch.
 
 
 def literal_paper(extractor: SQLlavaPaperPrototypeExtractor, z_BND: torch.Tensor) -> torch.Tensor:
-    """The paper's equations, each weighted sum of vectors written as one."""
+    """The paper's equations, with each weighted sum of vectors written out."""
     keys_BND, values_BND = extractor.k(z_BND), extractor.v(z_BND)
     prototypes_BKD = extractor.prototypes.expand(z_BND.shape[0], -1, -1)
     for _ in range(extractor.num_iterations):
@@ -121,8 +119,8 @@ def run_pass(function: Callable, extractor: nn.Module, which: str, features: tor
 
 def check_agreement(variant: str, sizes: Sizes):
     """
-    Raises an AssertionError unless both forms give the same output and gradients, in float64: in float32 a token
-    between two prototypes goes to one or the other by rounding alone.
+    Raises an AssertionError unless both forms give the same output and gradients. This is checked in float64: in
+    float32, rounding decides which prototype a token between two prototypes goes to.
     """
     extractor = make_extractor(variant, sizes).double()
     features, upstream = torch.randn(2, 1, sizes.tokens, sizes.width, dtype=torch.float64)
@@ -134,7 +132,7 @@ def check_agreement(variant: str, sizes: Sizes):
 
 
 def time_case(variant: str, which: str, sizes: Sizes, repeats: int) -> dict[str, float]:
-    """Seconds: in each round the literal form runs once and the project's several times, half before, half after."""
+    """Seconds. In each round the literal form runs once, and this project's form three times before and after it."""
     extractor = make_extractor(variant, sizes)
     features, upstream = torch.randn(2, sizes.batch, sizes.tokens, sizes.width)
 
@@ -156,20 +154,8 @@ def time_case(variant: str, which: str, sizes: Sizes, repeats: int) -> dict[str,
     }
 
 
-def allocated_peak(function: Callable[[], object]) -> int:
-    """The largest sum of bytes that are allocated and not yet freed while a function runs."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        function()
-    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
-    current = peak = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        current += event.nbytes()
-        peak = max(peak, current)
-    return peak
-
-
 def memory_of_case(variant: str, form: str, which: str, sizes: Sizes, threads: int) -> dict[str, float]:
-    """Mebibytes. Call it in a fresh process: what malloc kept from an earlier pass would hide the growth."""
+    """Mebibytes. Call it in a fresh process: memory that malloc kept from an earlier pass would hide the growth."""
     torch.set_num_threads(threads)
     tiny = Sizes(batch=1, tokens=8, width=16, prototypes=4)
     small, large = (make_extractor(variant, each) for each in (tiny, sizes))
@@ -183,8 +169,8 @@ def memory_of_case(variant: str, form: str, which: str, sizes: Sizes, threads: i
     run_pass(function, large, which, features, upstream)
     resident = common.resident_bytes("VmHWM") - start
     large.zero_grad()
-    allocated = allocated_peak(lambda: run_pass(function, large, which, features, upstream))
-    return {"allocated": allocated / MEBIBYTE, "resident": resident / MEBIBYTE}
+    allocated = common.allocated_peak(lambda: run_pass(function, large, which, features, upstream))
+    return {"allocated": allocated / common.MEBIBYTE, "resident": resident / common.MEBIBYTE}
 
 
 def measure_memory(variant: str, which: str, sizes: Sizes) -> dict[str, float]:
@@ -200,10 +186,8 @@ def measure_memory(variant: str, which: str, sizes: Sizes) -> dict[str, float]:
 def time_beside_vision(batch: int, repeats: int) -> dict[str, float]:
     """Seconds of CLIP ViT-L/14-336 up to the layer that SQ-LLaVA reads, and of the extractors on its features."""
     torch.manual_seed(0)
-    # The language model is not run.
-    text_config = {"model_type": "llama", "vocab_size": 64, "hidden_size": 64, "num_hidden_layers": 1}
-    text_config |= {"intermediate_size": 64, "num_attention_heads": 2}
-    config = SQLlavaConfig(text_config=text_config, image_token_id=62, vusr_token_id=63)
+    unused = llama_sizes(64, inner=64, layers=1, heads=2, vocabulary=64)
+    config = SQLlavaConfig(text_config=unused, image_token_id=62, vusr_token_id=63)
     model = SQLlavaModel(config).eval()
     extractors = {variant: make_extractor(variant, Sizes()) for variant in EXTRACTORS}
     pixel_values = torch.randn(batch, 3, 336, 336)
@@ -221,61 +205,53 @@ def time_beside_vision(batch: int, repeats: int) -> dict[str, float]:
 
 def to_markdown(report: dict) -> str:
     sizes, vision = report["sizes"], report["vision"]
-    lines = [
-        "# Prototype extractor: the project's form beside the literal one",
-        "",
-        f"Medians of {report['repeats']} rounds in which both forms run in turn.",
-        f"B={sizes['batch']}, N={sizes['tokens']}, D={sizes['width']}, K={sizes['prototypes']}, "
-        f"T={sizes['iterations']}, float32, without the projector; memory beyond the start of the pass.",
-        "If the machine has other work to do, the ratios say more than the seconds.",
-        "",
-        "| variant | pass | time, literal | time, project | faster | allocated, literal | project | less "
-        "| resident, literal | project | less |",
-        "|---|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
-    ]
+    rows = []
     for row in report["rows"]:
         cells = [
-            row["variant"],
-            row["pass"],
             f"{row['literal_seconds']:.2f} s",
             f"{row['project_seconds']:.3f} s",
             f"**{row['times_faster']:.1f}x**",
         ]
         for kind in ("allocated", "resident"):
-            cells += [f"{row[f'literal_{kind}_mib']:,.0f} MiB", f"{row[f'project_{kind}_mib']:,.0f} MiB"]
+            cells += [f"{row[f'{form}_{kind}_mib']:,.0f} MiB" for form in ("literal", "project")]
             cells.append(f"**{row[f'times_less_{kind}']:.1f}x**")
-        lines.append("| " + " | ".join(cells) + " |")
-    lines += [
-        "",
-        "Checked first: the outputs and all gradients of both forms agree, one image in float64 "
-        f"(rtol {RELATIVE_TOLERANCE:.0e}, atol {ABSOLUTE_TOLERANCE:.0e}).",
-        "",
-        f"Beside a forward pass of CLIP ViT-L/14-336 ({vision['vision_layers']} layers, B={vision['batch']}, "
-        f"{vision['vision_seconds']:.2f} s), the extractor takes",
-        "",
-        "| variant | time | share of the vision pass |",
-        "|---|--:|--:|",
+        rows.append([row["variant"], row["pass"], *cells])
+    shares = [
+        [variant, f"{vision[f'{variant}_seconds']:.3f} s", f"{vision[f'{variant}_share']:.1%}"]
+        for variant in EXTRACTORS
     ]
-    for variant in EXTRACTORS:
-        lines.append(f"| {variant} | {vision[f'{variant}_seconds']:.3f} s | {vision[f'{variant}_share']:.1%} |")
-    return "\n".join(lines)
+    header = ["variant", "pass", "time, literal", "time, project", "faster"]
+    for kind in ("allocated", "resident"):
+        header += [f"{kind}, literal", "project", "less"]
+    return common.text(
+        "# Prototype extractor: this project's form and the literal form",
+        f"Medians of {report['repeats']} rounds in which both forms run in turn. B={sizes['batch']}, "
+        f"N={sizes['tokens']}, D={sizes['width']}, K={sizes['prototypes']}, T={sizes['iterations']}, float32, without "
+        "the projector. Memory is what a pass needs beyond its start. On a busy machine the ratios are more reliable "
+        "than the seconds.",
+        common.table(header, rows, left=2),
+        "Checked first: outputs and all gradients of both forms agree for one image in float64 "
+        f"(rtol {RELATIVE_TOLERANCE:.0e}, atol {ABSOLUTE_TOLERANCE:.0e}).",
+        f"A forward pass of CLIP ViT-L/14-336 ({vision['vision_layers']} layers, B={vision['batch']}) takes "
+        f"{vision['vision_seconds']:.2f} s. The extractor takes:",
+        common.table(["variant", "time", "share of the vision pass"], shares),
+    )
 
 
 def main():
-    arguments = common.parse_arguments(__doc__, repeats=2)
-    os.environ["KINETO_LOG_LEVEL"] = "6"  # the profiler of the processes to come would print its start and stop
+    arguments = common.parse_arguments(__doc__, repeats=(2, "Number of rounds."))
     sizes, repeats = (QUICK_SIZES, 1) if arguments.quick else (Sizes(), arguments.repeats)
     report = {"sizes": asdict(sizes), "repeats": repeats, "rows": []}
     for variant in EXTRACTORS:
-        print(f"{variant}: do both forms agree?", flush=True)
+        print(f"{variant}: checking that both forms agree", flush=True)
         check_agreement(variant, sizes)
         for which in PASSES:
-            print(f"{variant}, {which}: time and memory", flush=True)
+            print(f"{variant}, {which}: measuring time and memory", flush=True)
             row = {"variant": variant, "pass": which, **time_case(variant, which, sizes, repeats)}
             report["rows"].append(row | measure_memory(variant, which, sizes))
-    print("beside the vision tower", flush=True)
+    print("measuring the vision tower", flush=True)
     report["vision"] = time_beside_vision(1 if arguments.quick else sizes.batch, repeats)
-    common.save("prototype_extractor", report, to_markdown(report), arguments)
+    common.save("prototype_extractor", report, to_markdown, arguments)
 
 
 if __name__ == "__main__":

@@ -1,45 +1,34 @@
-"""Writes benchmarks/README.md from benchmarks/results/*.md: a section for each benchmark, in the order given here.
+"""Writes results/*.md from results/*.json, and benchmarks/README.md from those: one section for each benchmark.
 
     python -m benchmarks.readme
 
-A result that is not there yet is said to be so. It measures nothing.
+It measures nothing: after a change of words in a benchmark's `to_markdown`, the numbers stay as they were measured.
 """
 
 import ast
+import json
 import re
+from importlib import import_module
 from pathlib import Path
 
 from benchmarks import common
 
 
 ORDER = (
-    "train_step",
-    "lm_head",
-    "batching",
-    "memory",
-    "ask",
-    "generate",
-    "prototype_extractor",
-    "scaling",
-    "image_pipeline",
-    "doctor",
-    "convert",
-    "startup",
-    "serving",
-    "gpu",
-    "ablation",
-    "self_training",
-    "three_systems",
-)
+    "train_step", "lm_head", "batching", "memory", "ask", "generate", "prototype_extractor", "scaling",
+    "image_pipeline", "doctor", "convert", "startup", "serving", "gpu", "ablation", "self_training", "three_systems",
+)  # fmt: skip
 HEAD = """# Benchmarks
 
-<!-- Written by `python -m benchmarks.readme` from results/*.md: change those, or that. -->
+<!-- Written by `python -m benchmarks.readme`. Do not edit: change `to_markdown` of a benchmark instead. -->
 
-Each stands beside a peer in the same run, with models of the same sizes and the same rows: ratios can be compared
-between machines, seconds cannot. `(a to b)` behind a median is the lowest and the highest round. `make bench` runs
-those that need no GPU, in 13 minutes on two cores, then writes this page; each runs alone as
-`python -m benchmarks.NAME`, with `--quick` to see that it works. `gpu` needs a GPU; `serving`, `ablation`,
-`self_training` and `three_systems` what `make demo` leaves; `ablation` takes hours. None is a test."""
+Most benchmarks compare this project with a peer in the same run, with models of the same sizes and the same rows. So
+ratios can be compared between machines; seconds cannot. `1.5 (1.4 to 1.6)` is the median with the lowest and the
+highest round.
+
+`make bench` runs the benchmarks that need no GPU, in 13 minutes on two cores, and then writes this page.
+`python -m benchmarks.NAME` runs one of them, and `--quick` is a short trial. `gpu` needs a GPU. `serving`, `ablation`,
+`self_training` and `three_systems` need the output of `make demo`; `ablation` takes hours."""
 
 
 def what_it_is(name: str) -> str:
@@ -47,10 +36,16 @@ def what_it_is(name: str) -> str:
     return ast.get_docstring(ast.parse((Path(__file__).parent / f"{name}.py").read_text())).partition("\n")[0]
 
 
+def markdown_of(name: str) -> str:
+    """The markdown of a saved result."""
+    report = json.loads((common.RESULTS / f"{name}.json").read_text())
+    return common.document(report, import_module(f"benchmarks.{name}").to_markdown)
+
+
 def section(name: str) -> str:
     result = common.RESULTS / f"{name}.md"
     if not result.is_file():
-        return f"## `{name}`\n\n{what_it_is(name)}\n\nNot measured yet: `python -m benchmarks.{name}`."
+        return f"## `{name}`\n\n{what_it_is(name)}\n\nNot measured yet. The command is `python -m benchmarks.{name}`."
     text = re.sub(r"^#", "##", result.read_text().strip(), flags=re.MULTILINE)
     text = re.sub(r"\]\((?=[^)/:]+\.png\))", "](results/", text)
     title, _, rest = text.partition("\n")
@@ -58,9 +53,11 @@ def section(name: str) -> str:
 
 
 def main():
+    for file in common.RESULTS.glob("*.json"):
+        file.with_suffix(".md").write_text(markdown_of(file.stem))
     path = Path(__file__).parent / "README.md"
     path.write_text("\n\n".join([HEAD, *(section(name) for name in ORDER)]) + "\n")
-    print(f"Written to {path}")
+    print(f"Written: {path}")
 
 
 if __name__ == "__main__":

@@ -1,16 +1,16 @@
-"""What a step costs as its sizes grow: tokens of an image, prototypes, images, rows.
+"""How the cost of a step grows with image tokens, prototypes, images and rows.
 
     python -m benchmarks.scaling            # writes benchmarks/results/scaling.{json,md,png}, under 90 seconds
-    python -m benchmarks.scaling --quick    # two sizes of each, writes nothing
 
-Forward and backward on the CPU, float32, in a small random model (vision width 256, 4 layers, a language model of
-width 256 with 4 layers), with the adapter of stage 2. Against N tokens, K prototypes and the number of images it is
-the vision side alone, tower, extractor and projector, in the three `prototype_variant`s; against the number of rows,
-each with one image, the whole step up to the gradients. The exponent is that of the power law through the first and
-the last point: 1 is a cost in proportion. What it does not measure: a GPU, the optimizer, data loading.
+Forward and backward on the CPU in float32, in a small random model (vision width 256, 4 layers; a language model of
+width 256 with 4 layers) with the adapter of stage 2. Against N tokens, K prototypes and the number of images, only the
+vision side runs (tower, extractor, projector), in the three `prototype_variant`s. Against the number of rows, each
+with one image, the whole step up to the gradients runs. The exponent is that of the power law through the first and
+the last point; 1 means that the cost grows in proportion. Not measured: a GPU, the optimizer, data loading.
 """
 
 import math
+from functools import partial
 from pathlib import Path
 
 import matplotlib
@@ -23,13 +23,13 @@ from matplotlib import pyplot as plt
 from matplotlib.ticker import LogLocator
 
 from benchmarks import common
-from benchmarks.random_models import SMALL_TEXT, SMALL_VISION, loss_of, make_batch, make_model, with_adapter
+from benchmarks.random_models import SMALL_TEXT, SMALL_VISION, compute_gradients, make_batch, make_model, with_adapter
 from sq_llava.training.adapter import LoraSize
 
 
 VARIANTS = ("none", "paper", "released")
 LORA = LoraSize(8, 16, 0.0)
-# Pixels of a side; with patches of 14 pixels, 64 to 1,024 tokens.
+# Side of an image in pixels; with patches of 14 pixels, 64 to 1,024 tokens.
 SIDES = (112, 168, 252, 336, 448)
 PROTOTYPES = (16, 64, 256, 1024)
 IMAGES = (1, 2, 4, 8)
@@ -37,7 +37,7 @@ ROWS = (1, 2, 4, 8)
 
 
 def vision_side(variant: str, side: int, prototypes: int, images: int):
-    """A function that encodes images and goes back to the gradients."""
+    """Returns a function that encodes images and computes the gradients."""
     text = SMALL_TEXT | {"num_hidden_layers": 1}
     model = make_model(SMALL_VISION | {"image_size": side}, text, prototype_variant=variant, num_prototypes=prototypes)
     model = with_adapter(model, LORA, LORA).get_base_model()
@@ -51,19 +51,14 @@ def vision_side(variant: str, side: int, prototypes: int, images: int):
 
 
 def whole_step(variant: str, rows: int):
+    """Returns a function that computes the loss of rows and its gradients."""
     text = SMALL_TEXT | {"num_hidden_layers": 4}
     model = with_adapter(make_model(SMALL_VISION, text, prototype_variant=variant), LORA, LORA)
-    batch = make_batch(model.config, rows, 100, share_labelled=0.3)
-
-    def run():
-        model.zero_grad()
-        loss_of(model, batch).backward()
-
-    return run
+    return partial(compute_gradients, model, make_batch(model.config, rows, 100, share_labelled=0.3))
 
 
 def measure(make, sizes: tuple[int, ...], rounds: int) -> dict[str, list[dict]]:
-    """Seconds of each variant at each size; all run in turn."""
+    """Seconds of each variant at each size. All of them run in turn."""
     functions = {f"{variant} {size}": make(variant, size) for size in sizes for variant in VARIANTS}
     times = common.interleave(functions, rounds)
     return {variant: [common.summary(times[f"{variant} {size}"]) for size in sizes] for variant in VARIANTS}
@@ -73,9 +68,9 @@ def exponent(sizes: list[int], seconds: list[dict]) -> float:
     return math.log(seconds[-1]["median"] / seconds[0]["median"]) / math.log(sizes[-1] / sizes[0])
 
 
-def draw(panels: list[dict], path: Path) -> None:
+def draw(report: dict, path: Path) -> None:
     figure, axes = plt.subplots(2, 2, figsize=(9, 7), layout="constrained")
-    for panel, axis in zip(panels, axes.flat):
+    for panel, axis in zip(report["panels"], axes.flat):
         for variant, marker in zip(VARIANTS, "o^s"):
             points = panel["seconds"][variant]
             medians = [point["median"] for point in points]
@@ -90,21 +85,24 @@ def draw(panels: list[dict], path: Path) -> None:
         axis.yaxis.set_major_formatter("{x:g}")
         axis.grid(alpha=0.3)
     axes[0, 0].legend(title="prototype_variant")
-    figure.suptitle("Forward and backward, CPU: medians, lowest and highest of the rounds")
+    figure.suptitle("Forward and backward on the CPU: median, lowest and highest round")
     figure.savefig(path, dpi=120)
     plt.close(figure)
 
 
 def to_markdown(report: dict) -> str:
-    lines = ["# What a step costs as its sizes grow", "", f"Seconds, medians of {report['rounds']} rounds in turn."]
+    blocks = [
+        "# How the cost of a step grows with its sizes",
+        f"Seconds; medians of {report['rounds']} rounds in turn.",
+    ]
     for panel in report["panels"]:
-        sizes = [f"{size:,}" for size in panel["sizes"]]
-        lines += ["", f"{panel['what']}, against {panel['size']}:", ""]
-        lines += ["| " + " | ".join(["variant", *sizes, "exponent"]) + " |", "|---|" + "--:|" * (len(sizes) + 1)]
-        for variant, seconds in panel["seconds"].items():
-            cells = [variant, *(f"{point['median']:.3f}" for point in seconds)]
-            lines.append("| " + " | ".join([*cells, f"{exponent(panel['sizes'], seconds):.2f}"]) + " |")
-    return "\n".join([*lines, "", "![cost against sizes](scaling.png)"])
+        header = ["variant", *(f"{size:,}" for size in panel["sizes"]), "exponent"]
+        rows = [
+            [name, *(f"{point['median']:.3f}" for point in seconds), f"{exponent(panel['sizes'], seconds):.2f}"]
+            for name, seconds in panel["seconds"].items()
+        ]
+        blocks += [f"{panel['what']}, against {panel['size']}:", common.table(header, rows)]
+    return common.text(*blocks, "![Cost against sizes](scaling.png)")
 
 
 def main():
@@ -127,10 +125,7 @@ def main():
         print(f"{what}, against {size}", flush=True)
         panels.append({"what": what, "size": size, "sizes": list(labels), "seconds": measure(make, values, rounds)})
     report = {"rounds": rounds, "panels": panels}
-    if not arguments.quick:
-        arguments.output_dir.mkdir(parents=True, exist_ok=True)
-        draw(panels, arguments.output_dir / "scaling.png")
-    common.save("scaling", report, to_markdown(report), arguments)
+    common.save("scaling", report, to_markdown, arguments, draw)
 
 
 if __name__ == "__main__":

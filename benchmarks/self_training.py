@@ -1,17 +1,17 @@
-"""What data is worth that a model made of images alone: a fresh stage 2 on it, beside one on people's questions.
+"""The value of data that a model makes from images alone: a new stage 2 on it, compared with people's questions.
 
-    python -m benchmarks.self_training --plan     # what is to do; needs runs/demo, of `make demo`
+    python -m benchmarks.self_training --plan     # shows what is missing; needs runs/demo, the output of `make demo`
     python -m benchmarks.self_training --jobs 2   # writes benchmarks/results/self_training.{json,md}
 
-The images are the 200 of easy-VQA's training half that the demo keeps out of both stages: nothing was trained on
-their questions. A model asks and answers about them as `sq-llava generate-data self` does; a stage 2 from the demo's
-stage 1 trains on what came out, unfiltered and filtered, or on the real questions about the same images, for the same
-number of steps; its accuracy is taken on test images. Two models make data: the demo's, and a weak one, whose stage 2
-was short and whose answers are often wrong.
+The images are the 200 of easy-VQA's training half that the demo keeps out of both stages. A model asks and answers
+questions about them as `sq-llava generate-data self` does. Then a stage 2, started from the demo's stage 1, trains on
+the result, unfiltered or filtered, or on the real questions about the same images, always for the same number of
+steps. Its accuracy is measured on test images. Two models make data: the demo's model, and a weak model with a short
+stage 2, whose answers are often wrong.
 
-A finished run is a JSON file in `--work`; started again, the command does what is missing. "Sure" is 95% a token,
-chosen by the answers of the demo's model to its own questions, before anything was trained on them. The balanced sets
-were added when the others had been measured.
+A finished run is a JSON file in `--work`, and the same command later runs only what is missing. "Sure" means 95% per
+token; it was chosen on the answers of the demo's model to its own questions, before anything was trained on them. The
+balanced sets were added after the others had been measured.
 """
 
 import argparse
@@ -23,6 +23,7 @@ import shutil
 import statistics
 import tempfile
 import time
+from collections import Counter
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -30,7 +31,7 @@ import torch
 
 from benchmarks import ablation
 from benchmarks.ablation import Scale, interval, points, read_note, run_all, score, seed_data, train
-from benchmarks.common import RESULTS, write
+from benchmarks.common import document, table, text, write
 from demo.data import conversation_rows, image_root
 from demo.evaluate import FIRST_QUESTION
 from sq_llava.evaluation.questions import AskSettings, captions_of, easy_vqa_figures, read_pictures
@@ -48,13 +49,15 @@ FILTERS = {
     "filtered, sure, balanced": FilterSettings(min_log_probability=math.log(0.95), balance_yes_no=True),
     "filtered, blank test of each turn": FilterSettings("turn"),
 }
-# Of the data that a model made, what is trained on.
+# Turns, valid questions, right answers and the share of yes of the real questions.
+REAL_QUALITY = ["1,961", "100%", "100%", "49%"]
+# The sets of each model's data that are trained on.
 GENERATORS = {"demo": ["unfiltered", "filtered"], "weak": list(FILTERS)}
 
 
 @dataclass(frozen=True)
 class Task(ablation.Task):
-    """One piece of work with a model of the demo."""
+    """A piece of work. `generator` is the model that makes the data, `data` the name of the set."""
 
     base: str
     seed: int
@@ -80,7 +83,7 @@ class Task(ablation.Task):
 
 @dataclass(frozen=True)
 class WeakModel(Task):
-    """A short stage 2 on the demo's data."""
+    """The weak model: a short stage 2 on the demo's data."""
 
     def run(self) -> dict:
         data = seed_data(self) / "stage2_train.json"
@@ -89,7 +92,7 @@ class WeakModel(Task):
 
 @dataclass(frozen=True)
 class Generation(Task):
-    """A model makes data, once; each of the `FILTERS` makes a set of it."""
+    """A model makes data once; each of the `FILTERS` makes a set from it."""
 
     @property
     def weak_model(self) -> WeakModel:
@@ -123,7 +126,7 @@ class Generation(Task):
 
 @dataclass(frozen=True)
 class Training(Task):
-    """A stage 2 on real questions, on data that a model made, or none at all; and its accuracy."""
+    """A stage 2 on real questions or on a model's data, or no stage 2 at all; and its accuracy."""
 
     def is_ready(self) -> bool:
         return self.generator is None or self.generation.note.is_file()
@@ -164,7 +167,7 @@ def train_and_score(task: Task, data: Path, steps: int, folder: Path) -> dict:
 
 
 def quality(data: Path, holdout: str) -> dict:
-    """What a set holds: questions that presume nothing false, right answers, the share of "yes"."""
+    """Quality of a set: valid questions, right answers, distinct questions, the share of "yes"."""
     pictures = read_pictures(holdout, str(image_root()))
     captions = dict(zip((Path(picture.image).stem for picture in pictures), captions_of(pictures), strict=True))
     known = {question for picture in pictures for question, _ in picture.pairs}
@@ -181,7 +184,7 @@ def quality(data: Path, holdout: str) -> dict:
 
 
 def list_tasks(arguments: argparse.Namespace) -> list[Task]:
-    """Seed by seed: after each, the tables are complete."""
+    """All tasks, seed by seed, so that the tables are complete after each seed."""
     shared = {"work": arguments.work, "base": str(arguments.base), "budget": arguments.budget}
     shared |= {"weak_steps": arguments.weak_steps, "num_questions": arguments.num_questions}
     shared |= {"test_stride": arguments.test_stride}
@@ -198,105 +201,91 @@ def list_tasks(arguments: argparse.Namespace) -> list[Task]:
     return [Training(**shared, seed=arguments.seeds[0], data="no stage 2"), *tasks]
 
 
-def to_markdown(tasks: list[Task], notes: dict[str, dict]) -> str:
-    seeds = sorted({task.seed for task in tasks})
-    first = tasks[-1]
-    none = notes[tasks[0].name]
-    lines = [
-        "# What data is worth that a model makes by itself",
-        "",
-        f"Made by `{COMMAND}`, seeds {', '.join(map(str, seeds))}; torch {torch.__version__}, a CPU thread each run.",
-        "",
-        "200 images of easy-VQA's training half, of which neither stage of the demo saw a question; "
-        f"{first.num_questions} questions an image, filters at their defaults. Each training is {first.budget} steps "
-        f"of stage 2 from the demo's stage 1, on batches of 16 conversations. Accuracy: every {first.test_stride}th "
-        f"test question ({none['test_questions']:,}), asked alone, greedy, exact match; without a stage 2 it is "
-        f"{none['accuracy']:.1%}. Differences are within a seed, in points, with 95% intervals by Student's t; bold "
-        "where 0 is outside. Balanced, which was added when the others had been measured, is as many yes as no; sure "
-        "is a mean log-probability of log(0.95) and more.",
-        "",
-        "| trained on | turns | questions valid | answers right | yes, of yes/no | accuracy | beside real | beside "
-        "unfiltered |",
-        "|---|--:|--:|--:|--:|--:|--:|--:|",
-    ]
+def to_markdown(report: dict) -> str:
+    runs = {(run["generator"], run["data"], run["seed"]): run for run in report["runs"].values()}
+    seeds = sorted({seed for _, _, seed in runs})
+    first, none = next(iter(runs.values())), runs[None, "no stage 2", seeds[0]]
     accuracies = {
-        (task.generator, task.data): [notes[replace(task, seed=seed).name]["accuracy"] for seed in seeds]
-        for task in tasks
-        if isinstance(task, Training) and task.data != "no stage 2" and task.seed == seeds[0]
+        (generator, data): [runs[generator, data, each]["accuracy"] for each in seeds]
+        for generator, data, seed in runs
+        if seed == seeds[0] and data not in (None, "model", "no stage 2")
     }
+    sets = {generator: [runs[generator, None, seed]["sets"] for seed in seeds] for generator in GENERATORS}
+    rows = []
     for (generator, data), values in accuracies.items():
         cells = [f"{data}, by the {generator} model" if generator else data]
-        cells += _cells_of_set(notes, seeds, generator, data) if generator else ["1,961", "100%", "100%", "49%"]
+        cells += quality_cells([each[data] for each in sets[generator]]) if generator else REAL_QUALITY
         cells.append(f"{statistics.fmean(values):.1%} ({100 * min(values):.1f} to {100 * max(values):.1f})")
         for other in ((None, "real questions"), (generator, "unfiltered")):
             is_other = other in accuracies and other != (generator, data)
-            differences = [own - beside for own, beside in zip(values, accuracies.get(other, values))]
+            differences = [own - theirs for own, theirs in zip(values, accuracies.get(other, values))]
             cells.append(points(interval(differences)) if is_other else "")
-        lines.append("| " + " | ".join(cells) + " |")
-    weak = [notes[f"seed-{seed}/weak-model"]["accuracy"] for seed in seeds]
-    lines += ["", f"The weak model had {first.weak_steps} steps; its own accuracy is {statistics.fmean(weak):.1%}."]
-    return "\n".join([*lines, "", *_left_out(notes, seeds)])
+        rows.append(cells)
+    removed = []
+    for generator in GENERATORS:
+        for data in list(FILTERS)[1:]:
+            counts = Counter()
+            for each in sets[generator]:
+                counts.update(each[data]["left_out"])
+            removed += [[generator, data, rule, f"{count:,}"] for rule, count in sorted(counts.items())]
+    weak = statistics.fmean(runs["weak", "model", seed]["accuracy"] for seed in seeds)
+    header = ["trained on", "turns", "valid questions", "right answers", "yes, of yes/no", "accuracy"]
+    return text(
+        "# The value of data that a model makes by itself",
+        f"Measured with `{report['command']}` for the seeds {', '.join(map(str, seeds))}; torch {report['torch']}, "
+        "one CPU thread per run.",
+        "200 images of easy-VQA's training half, whose questions neither stage of the demo has seen; "
+        f"{first['num_questions']} questions per image; filters at their defaults. Each training is {first['budget']} "
+        "steps of stage 2 from the demo's stage 1, with batches of 16 conversations. Accuracy is exact match on every "
+        f"{first['test_stride']}th test question ({none['test_questions']:,}), asked alone and answered greedily; "
+        f"without a stage 2 it is {none['accuracy']:.1%}. Differences are percentage points within a seed, with 95% "
+        "intervals by Student's t; they are bold where the interval does not include 0. Balanced means as many yes as "
+        "no; these sets were added after the others had been measured. Sure means a mean log-probability of at least "
+        "log(0.95).",
+        table([*header, "minus real questions", "minus unfiltered"], rows),
+        f"The weak model had {first['weak_steps']} steps; its own accuracy is {weak:.1%}.",
+        "What each filter removed, over all seeds:",
+        table(["model", "filters", "rule", "turns"], removed, left=3),
+    )
 
 
-def _cells_of_set(notes: dict[str, dict], seeds: list[int], generator: str, data: str) -> list[str]:
-    sets = [notes[f"seed-{seed}/{generator}"]["sets"][data] for seed in seeds]
-    turns = f"{statistics.fmean(each['num_kept'] for each in sets):,.0f}"
-    cells = [turns]
+def quality_cells(sets: list[dict]) -> list[str]:
+    """Turns, valid questions, right answers and the share of yes of one set, as means over the seeds."""
+    cells = [f"{statistics.fmean(each['num_kept'] for each in sets):,.0f}"]
     for name in ("premise_is_true", "own_answer_is_right", "yes_of_yes_no"):
-        values = [each[name] for each in sets if each[name] is not None]  # of no valid question, no answer is right
+        values = [each[name] for each in sets if each[name] is not None]  # without a valid question, there is no value
         cells.append(f"{statistics.fmean(values):.1%}" if values else "")
         if name == "yes_of_yes_no":
             cells[-1] += f" ({100 * min(values):.0f} to {100 * max(values):.0f})"
     return cells
 
 
-def _left_out(notes: dict[str, dict], seeds: list[int]) -> list[str]:
-    lines = ["What each filter left out, of all seeds:", "", "| model | filters | rule | turns |", "|---|---|---|--:|"]
-    for generator in GENERATORS:
-        for data in list(FILTERS)[1:]:
-            counts: dict[str, int] = {}
-            for seed in seeds:
-                for rule, count in notes[f"seed-{seed}/{generator}"]["sets"][data]["left_out"].items():
-                    counts[rule] = counts.get(rule, 0) + count
-            lines += [f"| {generator} | {data} | {rule} | {count:,} |" for rule, count in sorted(counts.items())]
-    return lines
-
-
 def write_report(tasks: list[Task], output_dir: Path | None) -> None:
     notes = {task.name: read_note(task) for task in tasks}
-    markdown = to_markdown(tasks, notes)
+    runs = {name: {key: value for key, value in note.items() if key != "base"} for name, note in notes.items()}
+    report = {"command": COMMAND, "torch": torch.__version__, "runs": runs}
+    markdown = document(report, to_markdown)
     print(markdown)
     if output_dir is not None:
-        runs = {name: {key: value for key, value in note.items() if key != "base"} for name, note in notes.items()}
-        report = {"command": COMMAND, "torch": torch.__version__, "runs": runs}
-        write(output_dir, "self_training", report, markdown + "\n")
+        write(output_dir, "self_training", report, markdown)
 
 
 def main(args: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--base", type=Path, default=Path("runs/demo"), help="folder with model and stage1")
-    parser.add_argument("--work", type=Path, default=Path("runs/self_training"), help="folder of the finished runs")
-    parser.add_argument("--output-dir", type=Path, default=RESULTS, help="folder of the report")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="at most 20")
-    parser.add_argument("--budget", type=int, default=60, help="steps of stage 2")
-    parser.add_argument("--weak-steps", type=int, default=40, help="of the stage 2 that the weak model had")
-    parser.add_argument("--num-questions", type=int, default=10, help="for each image")
-    parser.add_argument("--test-stride", type=int, default=10, help="every so many of the test questions")
-    parser.add_argument("--jobs", type=int, default=2, help="runs at a time, each with one thread")
-    parser.add_argument("--quick", action="store_true", help="one seed, few steps: only to see that it runs")
-    parser.add_argument("--plan", action="store_true", help="only say what is to do")
+    parser = ablation.make_parser(__doc__, "model and stage1", "runs/self_training", [0, 1, 2])
+    parser.add_argument("--budget", type=int, default=60, help="Number of steps of stage 2.")
+    parser.add_argument("--weak-steps", type=int, default=40, help="Number of steps of the weak model's stage 2.")
+    parser.add_argument("--num-questions", type=int, default=10, help="Number of questions per image.")
+    parser.add_argument("--test-stride", type=int, default=10, help="Evaluate on every N-th test question.")
     arguments = parser.parse_args(args)
     if arguments.quick:
         arguments.seeds, arguments.budget, arguments.weak_steps = arguments.seeds[:1], 2, 2
         arguments.num_questions, arguments.test_stride = 2, 200
     tasks = list_tasks(arguments)
     left = [task.name for task in tasks if read_note(task) is None]
-    print(f"{len(left)} of {len(tasks)} to do: {', '.join(left)}")
+    print(f"{len(left)} of {len(tasks)} to run: {', '.join(left)}")
     if arguments.plan:
         return
-    for part in ("model/config.json", "stage1/adapter_config.json"):
-        if not (arguments.base / part).is_file():
-            raise ValueError(f"{arguments.base / part} is not there: run `make demo` first, or give --base.")
+    ablation.require_base(arguments.base, "model/config.json", "stage1/adapter_config.json")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     run_all(tasks, arguments.jobs)
     write_report(tasks, None if arguments.quick else arguments.output_dir)

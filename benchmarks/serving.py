@@ -1,13 +1,12 @@
-"""Throughput of `sq-llava serve` with 1, 4 and 16 clients at a time, beside the same requests one after another.
+"""Throughput of `sq-llava serve` with 1, 4 and 16 clients at a time.
 
-    python -m benchmarks.serving            # of runs/demo/model; writes benchmarks/results/serving.{json,md}
-    python -m benchmarks.serving --quick
+    python -m benchmarks.serving            # needs runs/demo/model; writes benchmarks/results/serving.{json,md}
 
-One server process, in which everything is measured, in rounds that take turns; the best round counts, as other work on
-the machine only adds time. As it can add much, the server's own CPU seconds stand beside, and the ratio is of them.
-Each request has its own picture. Two kinds: the answer as short as it is, and a text of 64 tokens (of the same model
-without an end of its texts). Answers are compared too: greedy ones must not depend on who else asks. What this does
-not do: compare with vLLM, whose place is production.
+All numbers of clients are measured on one server process, in rounds that take turns. The best round counts, because
+other work on the machine only adds time. Because it can add much, the server's own CPU seconds are counted too, and
+the ratios are ratios of those. Each request has its own picture. There are two kinds: short answers, and texts of 64
+tokens (by the same model without an end-of-text token). Greedy answers are compared as well: they must not depend on
+the other requests. Not measured: vLLM, which is the choice for production.
 """
 
 import base64
@@ -19,6 +18,7 @@ import tempfile
 import time
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -34,19 +34,29 @@ CLIENTS = (1, 4, 16)
 NEW_TOKENS = 64
 
 
-def pictures(number: int) -> list[str]:
+def message_about(image: Image.Image, question: str, form: str) -> dict:
+    """A user's message with an image as a data URL. `form` is PNG or JPEG."""
+    stream = io.BytesIO()
+    image.save(stream, form)
+    url = f"data:image/{form.lower()};base64," + base64.b64encode(stream.getvalue()).decode()
+    return {
+        "role": "user",
+        "content": [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": question}],
+    }
+
+
+def make_messages(number: int) -> list[dict]:
+    """A question about `number` random pictures of 8 x 8 squares."""
     generator = np.random.default_rng(0)
-    urls = []
+    messages = []
     for _ in range(number):
         pixels = np.kron(generator.integers(0, 256, (8, 8, 3), dtype=np.uint8), np.ones((28, 28, 1), dtype=np.uint8))
-        stream = io.BytesIO()
-        Image.fromarray(pixels).save(stream, "PNG")
-        urls.append("data:image/png;base64," + base64.b64encode(stream.getvalue()).decode())
-    return urls
+        messages.append(message_about(Image.fromarray(pixels), "what color is the shape?", "PNG"))
+    return messages
 
 
 def save_endless(model: str, folder: Path) -> None:
-    """The same model without an end of its texts: each has as many tokens as it may."""
+    """Saves the model without its end-of-text token: each of its texts then has the maximum length."""
     assistant = load(model, device="cpu")
     assistant.model.generation_config.eos_token_id = None
     assistant.model.save_pretrained(folder)
@@ -66,39 +76,32 @@ def start_server(model: str) -> tuple[subprocess.Popen, str]:
             return process, f"{url}/v1"
         except OSError:
             time.sleep(0.5)
-    raise TimeoutError(f"The server of {model} does not answer.")
+    process.terminate()
+    raise TimeoutError(f"The server of {model} did not answer {url}/health within five minutes.")
 
 
-def measure(url: str, images: list[str], num_clients: int) -> tuple[float, int, list[str]]:
-    """Seconds for all images, tokens generated, and the texts."""
+def measure(url: str, messages: list[dict], num_clients: int) -> tuple[float, int, list[str]]:
+    """Seconds until all messages are answered, the number of generated tokens, and the answers."""
     client = openai.OpenAI(base_url=url, api_key="none", max_retries=0)
-
-    def ask(image: str):
-        content = [
-            {"type": "image_url", "image_url": {"url": image}},
-            {"type": "text", "text": "what color is the shape?"},
-        ]
-        messages = [{"role": "user", "content": content}]
-        return client.chat.completions.create(model="model", messages=messages, temperature=0, max_tokens=NEW_TOKENS)
-
+    ask = partial(client.chat.completions.create, model="model", temperature=0, max_tokens=NEW_TOKENS)
     with ThreadPoolExecutor(num_clients) as pool:
         began = time.perf_counter()
-        replies = list(pool.map(ask, images))
+        replies = list(pool.map(lambda message: ask(messages=[message]), messages))
         seconds = time.perf_counter() - began
     texts = [reply.choices[0].message.content for reply in replies]
     return seconds, sum(reply.usage.completion_tokens for reply in replies), texts
 
 
-def compare(model: str, images: list[str], rounds: int) -> dict:
+def compare(model: str, messages: list[dict], rounds: int) -> dict:
     process, url = start_server(model)
     server = psutil.Process(process.pid)
     best, best_cpu, texts, tokens = {}, {}, {}, 0
     try:
-        measure(url, images[:4], 4)
+        measure(url, messages[:4], 4)
         for _ in range(rounds):
             for num_clients in CLIENTS:
                 before = sum(server.cpu_times()[:2])
-                seconds, tokens, texts[num_clients] = measure(url, images, num_clients)
+                seconds, tokens, texts[num_clients] = measure(url, messages, num_clients)
                 cpu_seconds = sum(server.cpu_times()[:2]) - before
                 best[num_clients] = min(best.get(num_clients, seconds), seconds)
                 best_cpu[num_clients] = min(best_cpu.get(num_clients, cpu_seconds), cpu_seconds)
@@ -106,7 +109,7 @@ def compare(model: str, images: list[str], rounds: int) -> dict:
         process.terminate()
         process.wait()
     return {
-        "requests": len(images),
+        "requests": len(messages),
         "tokens": tokens,
         "seconds": best,
         "cpu_seconds": best_cpu,
@@ -114,46 +117,34 @@ def compare(model: str, images: list[str], rounds: int) -> dict:
     }
 
 
-def table(kinds: dict) -> str:
-    columns = (
-        "texts",
-        "clients",
-        "requests/s",
-        "tokens/s",
-        "requests per CPU second",
-        "to one client",
-        "equal answers",
+def to_markdown(report: dict) -> str:
+    header = ["texts", "clients", "requests/s", "tokens/s", "requests per CPU second", "relative to one client"]
+    rows = []
+    for kind, result in report["kinds"].items():
+        requests, cpu_seconds = result["requests"], list(result["cpu_seconds"].values())
+        for (clients, seconds), cpu in zip(result["seconds"].items(), cpu_seconds):
+            rates = [f"{requests / seconds:.1f}", f"{result['tokens'] / seconds:.0f}", f"{requests / cpu:.1f}"]
+            equal = "yes" if result["equal_answers"] else "**no**"
+            rows.append([kind, clients, *rates, f"{cpu_seconds[0] / cpu:.2f}", equal])
+    return common.text(
+        "# `sq-llava serve`: the demo's model with 1, 4 and 16 clients, one picture in each request",
+        common.table([*header, "equal answers"], rows),
     )
-    rows = [columns, ["---"] * len(columns)]
-    for kind, result in kinds.items():
-        for num_clients, seconds in result["seconds"].items():
-            cpu_seconds = result["cpu_seconds"][num_clients]
-            rows.append(
-                (
-                    kind,
-                    num_clients,
-                    f"{result['requests'] / seconds:.1f}",
-                    f"{result['tokens'] / seconds:.0f}",
-                    f"{result['requests'] / cpu_seconds:.1f}",
-                    f"{next(iter(result['cpu_seconds'].values())) / cpu_seconds:.2f}",
-                    "yes" if result["equal_answers"] else "**no**",
-                )
-            )
-    return "\n".join(f"| {' | '.join(map(str, row))} |" for row in rows)
 
 
 def main() -> None:
-    arguments = common.parse_arguments(__doc__, model="runs/demo/model", rounds=2)
-    images = pictures(16 if arguments.quick else 32)
+    arguments = common.parse_arguments(
+        __doc__, model=("runs/demo/model", "Folder of the model."), rounds=(2, "Number of rounds; the best counts.")
+    )
+    messages = make_messages(16 if arguments.quick else 32)
     rounds = 1 if arguments.quick else arguments.rounds
     with tempfile.TemporaryDirectory() as folder:
         save_endless(arguments.model, Path(folder))
         kinds = {
-            "short answers": compare(arguments.model, images, rounds),
-            f"{NEW_TOKENS} tokens": compare(folder, images, rounds),
+            "short answers": compare(arguments.model, messages, rounds),
+            f"{NEW_TOKENS} tokens": compare(folder, messages, rounds),
         }
-    title = "# `sq-llava serve`: the demo's model under 1, 4 and 16 clients, one picture in each request"
-    common.save("serving", {"kinds": kinds}, f"{title}\n\n{table(kinds)}", arguments)
+    common.save("serving", {"kinds": kinds}, to_markdown, arguments)
 
 
 if __name__ == "__main__":

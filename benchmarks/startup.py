@@ -1,10 +1,9 @@
-"""How long `sq-llava --help` and `import sq_llava` take, beside the commands of transformers and TRL.
+"""CPU time of `sq-llava --help` and `import sq_llava`, compared with the commands of transformers and TRL.
 
     python -m benchmarks.startup            # a minute; writes benchmarks/results/startup.{json,md}
-    python -m benchmarks.startup --quick    # one round, writes nothing
 
-Seconds are of the processor, user and system, in fresh processes that run in turn: what else the machine does hardly
-counts, and reading from a cold disk does not count at all. The start of Python itself is in all of them.
+Measured are CPU seconds, user and system, of fresh processes that run in turn. So other work on the machine hardly
+counts, and reading from a cold disk does not count at all. All figures include the start of Python itself.
 """
 
 import os
@@ -29,7 +28,7 @@ COMMANDS = {
 OURS = "`sq-llava --help`"
 
 
-def processor_seconds(command: list[str]) -> float:
+def cpu_seconds(command: list[str]) -> float:
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env={**os.environ, "HF_HUB_OFFLINE": "1"})
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -38,24 +37,22 @@ def processor_seconds(command: list[str]) -> float:
 
 def measure(rounds: int) -> dict[str, list[float]]:
     for command in COMMANDS.values():
-        processor_seconds(command)  # writes what Python compiles
-    turns = [{name: processor_seconds(command) for name, command in COMMANDS.items()} for _ in range(rounds)]
+        cpu_seconds(command)  # lets Python write its compiled files
+    turns = [{name: cpu_seconds(command) for name, command in COMMANDS.items()} for _ in range(rounds)]
     return {name: [turn[name] for turn in turns] for name in COMMANDS}
 
 
 def to_markdown(report: dict) -> str:
-    lines = [
-        "# Start-up",
-        "",
-        f"Seconds of the processor in a fresh process: medians of {report['rounds']} rounds in which the commands run "
-        "in turn, with the lowest and highest.",
-        "",
-        f"| command | seconds | times as long as {OURS} |",
-        "|---|--:|--:|",
+    rows = [
+        [name, common.with_spread(seconds), common.with_spread(report["ratios"][name])]
+        for name, seconds in report["seconds"].items()
     ]
-    for name, seconds in report["seconds"].items():
-        lines.append(f"| {name} | {common.with_spread(seconds)} | {common.with_spread(report['ratios'][name])} |")
-    return "\n".join(lines)
+    return common.text(
+        "# Start-up",
+        "CPU seconds of a fresh process: medians (lowest to highest) of "
+        f"{report['rounds']} rounds in which the commands run in turn.",
+        common.table(["command", "CPU seconds", f"relative to {OURS}"], rows),
+    )
 
 
 def main():
@@ -67,7 +64,7 @@ def main():
         "seconds": {name: common.summary(values) for name, values in times.items()},
         "ratios": {name: common.ratio(times, name, OURS) for name in times},
     }
-    common.save("startup", report, to_markdown(report), arguments)
+    common.save("startup", report, to_markdown, arguments)
 
 
 if __name__ == "__main__":

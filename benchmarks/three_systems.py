@@ -1,16 +1,14 @@
-"""LLaVA, MiniGPT-4 and SQ-LLaVA side by side on easy-VQA: tiny ones, trained on the same rows in as many steps.
+"""LLaVA, MiniGPT-4 and SQ-LLaVA on easy-VQA: tiny models, trained on the same rows for the same number of steps.
 
     python -m benchmarks.three_systems            # after `make demo`; about half an hour on two cores
-    python -m benchmarks.three_systems --quick    # only to see that it runs
 
-All begin with the Llama of `make demo`; LLaVA and SQ-LLaVA with its CLIP, MiniGPT-4 with a BLIP-2 that has seen the
-same captions as often. Each takes both stages of recipes/easy-vqa with what `SYSTEMS` says in the place
-of the recipe's. Its learning rates were chosen for SQ-LLaVA and stay, but for a language model that is trained in
-full, which has half of LoRA's; nothing was chosen on test questions. The prompt is the Llama's for all, which has no
-words for MiniGPT-4's markers.
+All start from the Llama of `make demo`. LLaVA and SQ-LLaVA use its CLIP; MiniGPT-4 uses a BLIP-2 that was trained on
+the same captions for as long. Each trains both stages of recipes/easy-vqa with the changes in `SYSTEMS`. The learning
+rates were chosen for SQ-LLaVA and are the same for all, except that a language model trained in full has half of
+LoRA's. Nothing was chosen on test questions. All use the Llama's prompt, which has no words for MiniGPT-4's markers.
 
-A finished run is a file in `--work`; started again, the command does what is missing. What this does not do: say which
-system is better at size, where towers, data and budgets are others.
+A finished run is a file in `--work`, and the same command later runs only what is missing. The result does not say
+which system is better at full size, with other towers, data and budgets.
 """
 
 import json
@@ -20,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from benchmarks import common
-from benchmarks.ablation import train
+from benchmarks.ablation import require_base, train
 from demo.base_models import pretrain_blip2
 from demo.data import blind_guess, caption_rows, read_questions, write_data
 from demo.evaluate import BLANK_SHARE, measure_answers, measure_blank
@@ -34,7 +32,7 @@ from sq_llava.training.adapter import count_parameters
 
 @dataclass(frozen=True)
 class System:
-    """What a system has in place of the demo's recipe, in both stages and in the second."""
+    """What a system trains, and how its stages differ from the demo's recipes."""
 
     trains: str
     blip2: bool = False
@@ -59,19 +57,19 @@ SYSTEMS = {
 
 
 def make_blip2(base: Path, work: Path, num_steps: int) -> Path:
-    """The towers of MiniGPT-4, trained on the captions that the demo's CLIP was trained on."""
+    """Trains the towers of MiniGPT-4 on the captions that the demo's CLIP was trained on."""
     folder = work / "blip2"
     if not (folder / "preprocessor_config.json").is_file():
         captions = json.loads((base / "data" / "stage1_train.json").read_text())
         held_out = {row["image"] for row in json.loads((base / "data" / "holdout.json").read_text())}
         holdout = [row for row in caption_rows(read_questions("train")) if row["image"] in held_out]
         accuracy = pretrain_blip2(captions, holdout, folder, num_steps=num_steps)
-        print(f"BLIP-2: {accuracy:.1%} of held-out images are closest to their own caption, of 24")
+        print(f"BLIP-2 picks the right one of 24 captions for {accuracy:.1%} of the held-out images")
     return folder
 
 
 def run(name: str, seed: int, arguments) -> dict:
-    """Both stages of a system, and its accuracy on the test questions."""
+    """Trains both stages of a system and evaluates it on the test questions."""
     system, folder = SYSTEMS[name], arguments.work / f"seed-{seed}"
     note = folder / f"{name}-{arguments.stage1_steps}-{arguments.steps}.json"
     if note.is_file():
@@ -111,47 +109,43 @@ def run(name: str, seed: int, arguments) -> dict:
 
 
 def to_markdown(report: dict) -> str:
-    seeds, runs = report["seeds"], report["runs"]
-    lines = [
-        "# Three systems on easy-VQA, tiny, at one budget",
-        "",
-        f"{report['stage1_steps']} steps of 64 captions, then {report['steps']} of 16 conversations; seeds "
-        f"{', '.join(map(str, seeds))}, mean (lowest to highest); {report['num_questions']:,} test questions, asked "
-        f"alone. The best guess without an image has {report['blind_guess']:.1%}.",
-        "",
-        f"| | trained | trained parameters, stage 1; 2 | tokens an image | accuracy | {' | '.join(KINDS)} "
-        "| image blanked |",
-        "|---|---|--:|--:|--:" + "|--:" * (len(KINDS) + 1) + "|",
-    ]
+    rows = []
     for name, system in SYSTEMS.items():
-        own = runs[name]
+        own = report["runs"][name]
         accuracies = [run["accuracy"]["all"] for run in own]
         cells = [f"**{name}**", system.trains, "; ".join(f"{number:,}" for number in own[0]["trained_parameters"])]
-        cells += [str(own[0]["image_tokens"])]
+        cells += [own[0]["image_tokens"]]
         cells += [f"**{statistics.fmean(accuracies):.1%}** ({min(accuracies):.1%} to {max(accuracies):.1%})"]
         cells += [f"{statistics.fmean(run['accuracy'][kind] for run in own):.1%}" for kind in KINDS]
-        cells += [f"{statistics.fmean(run['blank_image_accuracy'] for run in own):.1%}"]
-        lines.append("| " + " | ".join(cells) + " |")
-    lines += [
-        "",
-        "SQ-LLaVA trains its vision tower too, the others do not: the table compares recipes. What its prototypes and "
-        "questions are worth by themselves is in `ablation`.",
-    ]
-    return "\n".join(lines)
+        rows.append([*cells, f"{statistics.fmean(run['blank_image_accuracy'] for run in own):.1%}"])
+    header = ["", "trained parts", "trained parameters, stage 1; 2", "tokens per image", "accuracy", *KINDS]
+    return common.text(
+        "# Three systems on easy-VQA: tiny models at one budget",
+        f"{report['stage1_steps']} steps with 64 captions each, then {report['steps']} with 16 conversations each. "
+        f"Seeds {', '.join(map(str, report['seeds']))}: mean (lowest to highest). {report['num_questions']:,} test "
+        f"questions, each asked alone. The best guess without an image reaches {report['blind_guess']:.1%}.",
+        common.table([*header, "blank image"], rows, left=2),
+        "Only SQ-LLaVA trains its vision tower, so the table compares recipes. The effect of its prototypes and "
+        "questions by themselves is in `ablation`.",
+    )
 
 
 def main() -> None:
     arguments = common.parse_arguments(
-        __doc__, base="runs/demo", work="runs/three_systems", num_seeds=3, steps=120, stage1_steps=100,
-        blip2_steps=900, test_stride=4,
-    )  # fmt: skip
+        __doc__,
+        base=("runs/demo", "Folder of `make demo`."),
+        work=("runs/three_systems", "Folder for the finished runs."),
+        num_seeds=(3, "Number of seeds."),
+        steps=(120, "Number of steps of stage 2."),
+        stage1_steps=(100, "Number of steps of stage 1."),
+        blip2_steps=(900, "Number of steps of BLIP-2's pretraining."),
+        test_stride=(4, "Evaluate on every N-th test question."),
+    )
     if arguments.quick:
         arguments.work, arguments.num_seeds, arguments.test_stride = "runs/three_systems_quick", 1, 40
         arguments.steps = arguments.stage1_steps = arguments.blip2_steps = 2
     arguments.base, arguments.work = Path(arguments.base), Path(arguments.work)
-    for part in ("clip", "llama", "data"):
-        if not (arguments.base / part).is_dir():
-            raise ValueError(f"{arguments.base / part} is not there: run `make demo` first, or give --base.")
+    require_base(arguments.base, "clip", "llama", "data")
     make_blip2(arguments.base, arguments.work, arguments.blip2_steps)
     seeds = list(range(arguments.num_seeds))
     runs = {name: [] for name in SYSTEMS}
@@ -169,7 +163,7 @@ def main() -> None:
         "blind_guess": blind_guess(json.loads((data / "stage2_train.json").read_text()), asked)["all"],
         "runs": runs,
     }
-    common.save("three_systems", report, to_markdown(report), arguments)
+    common.save("three_systems", report, to_markdown, arguments)
 
 
 if __name__ == "__main__":

@@ -1,24 +1,22 @@
-"""Training on one mix of rows: TRL's stock SFTTrainer, this project's batches of like length, and its packs.
+"""Training speed on the same rows: TRL's stock SFTTrainer, this project's batches of similar length, and its packs.
 
     python -m benchmarks.train_step            # writes benchmarks/results/train_step.{json,md,png}, under 4 minutes
-    python -m benchmarks.train_step --quick    # few rows, one round, writes nothing
 
-Tokens with loss in a second, over whole epochs of the same rows by `trainer.train()`: data loading, forward, backward
-and optimizer, on the CPU in float32.
+Measured are tokens with loss per second over whole epochs of `trainer.train()`: data loading, forward, backward and
+optimizer, on the CPU in float32.
 
     stock     TRL's SFTTrainer and vision collator, transformers' LlavaForConditionalGeneration, rows in random order
     padded    SQLlavaTrainer with train_sampling_strategy group_by_length, and prototypes
     packed    SQLlavaTrainer with packing, and prototypes
 
-The rows are a simulated mix as of llava_v1_5_mix665k at a ninth of its lengths: 6% text-only, 64 tokens an image, one
-to three exchanges, no row above 228 tokens, packs of 228. The towers' sizes (not their random weights), LoRA,
-optimizer, rows and labels (no self-questions) are the same; the extractor is this project's own. A step has 8 rows, or
-the packs that hold about as many. The head is a tenth of the language model's multiplications (Vicuna-7B: 2%,
-Qwen3-0.6B: 26%). What it does not measure: a GPU.
+The rows simulate llava_v1_5_mix665k at a ninth of its lengths: 6% text-only, 64 tokens an image, one to three
+exchanges, at most 228 tokens a row, packs of 228. The sizes of the towers (but not their random weights), LoRA,
+optimizer, rows and labels (no self-questions) are the same for all; only this project has an extractor. A step has 8
+rows, or the packs that hold about 8 rows. The head has a tenth of the language model's multiplications (Vicuna-7B: 2%,
+Qwen3-0.6B: 26%). Not measured: a GPU.
 """
 
 import json
-import os
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,7 +35,6 @@ from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch.profiler import ProfilerActivity, profile
 from transformers import (
-    CLIPImageProcessorPil,
     LlavaConfig,
     LlavaForConditionalGeneration,
     PreTrainedTokenizerFast,
@@ -48,7 +45,7 @@ from transformers import (
 from trl import SFTConfig, SFTTrainer
 
 from benchmarks import common
-from benchmarks.random_models import make_model
+from benchmarks.random_models import clip_sizes, llama_sizes, make_model, square_image_processor
 from processing_sq_llava import SQLlavaProcessor
 from sq_llava.data.lengths import LengthBound, with_length_bounds
 from sq_llava.data.packing import pack_in_windows
@@ -60,38 +57,22 @@ from sq_llava.training.trainer import SQLlavaTrainer
 
 
 SIDE, MAX_LENGTH, NUM_WORDS = 112, 228, 1000
-VISION = {
-    "model_type": "clip_vision_model",
-    "hidden_size": 96,
-    "intermediate_size": 384,
-    "num_hidden_layers": 6,
-    "num_attention_heads": 4,
-    "image_size": SIDE,
-    "patch_size": 14,
-}
-TEXT = {
-    "model_type": "llama",
-    "hidden_size": 192,
-    "intermediate_size": 512,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "max_position_embeddings": 1024,
-}
+VISION = clip_sizes(96, layers=6, heads=4, side=SIDE)
+TEXT = llama_sizes(192, inner=512, layers=4, heads=4, vocabulary=NUM_WORDS)
 LORA = LoraSize(8, 16, 0.0)
-# The share of the head among the multiplications is then as of Qwen3-0.6B.
+# With this vocabulary, the head's share of the multiplications is that of Qwen3-0.6B.
 BIG_VOCABULARY = 3200
 PATHS = ("stock", "padded", "packed")
 PROTOTYPES = 32
 TOP_OPERATORS = 10
-# Mean and shape of the gamma distribution of a row's words: all rows alike, the mix, and a few very long rows.
+# Mean and shape of the gamma distribution of the words per row: equal rows, the mix, and a few very long rows.
 MIXES = {"even": (28, 200.0), "as of LLaVA": (31, 1.6), "long tail": (31, 0.5)}
 
 
 @dataclass
 class Data:
-    """Rows on disk, their processor, and how many tokens of them have a loss."""
+    """Rows, their processor, the number of their tokens with loss, and of all their tokens."""
 
-    path: Path
     processor: SQLlavaProcessor
     rows: datasets.Dataset
     num_labels: int
@@ -99,13 +80,12 @@ class Data:
 
 
 def word_processor(vocabulary: int) -> SQLlavaProcessor:
-    """A token for each word: lengths are as drawn."""
+    """A processor with one token for each word, so that lengths are exactly as drawn."""
     words = [f"w{number}" for number in range(vocabulary)] + ["USER:", "ASSISTANT:", "<unk>", "</s>"]
     tokenizer = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", unk_token="<unk>")
-    images = CLIPImageProcessorPil(size={"shortest_edge": SIDE}, crop_size={"height": SIDE, "width": SIDE})
-    return SQLlavaProcessor(images, tokenizer, image_seq_length=64, system_message="")
+    return SQLlavaProcessor(square_image_processor(SIDE), tokenizer, image_seq_length=64, system_message="")
 
 
 def make_data(folder: Path, num_rows: int, mix: str = "as of LLaVA", vocabulary: int = NUM_WORDS) -> Data:
@@ -115,7 +95,7 @@ def make_data(folder: Path, num_rows: int, mix: str = "as of LLaVA", vocabulary:
     for number in range(num_rows):
         num_words = min(3 + int(generator.gamma(shape, mean / shape)), MAX_LENGTH - 64 - 3 * 4)
         words = [f"w{word}" for word in generator.integers(NUM_WORDS, size=num_words)]
-        # Of each exchange, a third is asked and the rest answered.
+        # A third of each exchange is the question, the rest the answer.
         turns = []
         for piece in np.array_split(words, min(generator.integers(1, 4), max(1, num_words // 3))):
             asked = max(1, len(piece) // 3)
@@ -133,7 +113,7 @@ def make_data(folder: Path, num_rows: int, mix: str = "as of LLaVA", vocabulary:
     rows = load_rows([DataSource(str(path))], image_seq_length=64)
     rows = with_length_bounds(rows, LengthBound(processor, MAX_LENGTH, self_question_ratio=0.0))
     batch = SelfQuestioningCollator(processor, self_question_ratio=0.0)([rows[index] for index in range(num_rows)])
-    return Data(path, processor, rows, int((batch["labels"] != -100).sum()), int(batch["attention_mask"].sum()))
+    return Data(processor, rows, int((batch["labels"] != -100).sum()), int(batch["attention_mask"].sum()))
 
 
 def settings(folder: Path, batch_size: int, **more) -> SFTConfig:
@@ -166,8 +146,8 @@ def stock_trainer(data: Data, folder: Path, rows_per_step: int) -> Trainer:
     lora = LoraConfig(
         r=LORA.rank,
         lora_alpha=LORA.alpha,
-        target_modules=r".*(vision_tower\.encoder\.layers\.[0-4]\..*|language_model\..*)\b(q_proj|k_proj|v_proj|out_proj"
-        r"|o_proj|fc1|fc2|gate_proj|up_proj|down_proj)",
+        target_modules=r".*(vision_tower\.encoder\.layers\.[0-4]\..*|language_model\..*)\b"
+        r"(q_proj|k_proj|v_proj|out_proj|o_proj|fc1|fc2|gate_proj|up_proj|down_proj)",
         modules_to_save=["multi_modal_projector"],
     )
     rows = datasets.Dataset.from_list(
@@ -182,7 +162,7 @@ def stock_trainer(data: Data, folder: Path, rows_per_step: int) -> Trainer:
 
 
 def stock_messages(messages: list[dict]) -> list[dict]:
-    """TRL writes the images in front of the first user turn by itself."""
+    """Messages of text only: TRL itself adds the images before the first user turn."""
     return [{"role": m["role"], "content": "".join(part.get("text", "") for part in m["content"])} for m in messages]
 
 
@@ -223,14 +203,14 @@ def make_trainers(data: Data, folder: Path, rows_per_step: int, prototypes: int 
 
 
 def check_labels(data: Data, trainers: dict[str, Trainer]) -> dict[str, float]:
-    """All paths train on the same labels; returns the share of what they compute that is no padding."""
+    """Checks that all paths train on the same labels. Returns the share of positions that are not padding."""
     shares = {}
     for name, trainer in trainers.items():
         labels = positions = 0
         for batch in trainer.get_train_dataloader():
             labels += int((batch["labels"] != -100).sum())
             positions += batch["input_ids"].numel()
-        assert labels == data.num_labels, f"{name} has {labels} labels of {data.num_labels}"
+        assert labels == data.num_labels, f"{name} has {labels} labels, expected {data.num_labels}"
         shares[name] = data.num_tokens / positions
     return shares
 
@@ -247,7 +227,7 @@ def measure(data: Data, trainers: dict[str, Trainer], rounds: int) -> dict:
 
 
 def operators(data: Data, trainer: Trainer) -> dict[str, float]:
-    """Milliseconds of the processor in each operator itself, per thousand tokens with loss."""
+    """CPU milliseconds spent in each operator itself, per thousand tokens with loss."""
     trainer.train()
     with profile(activities=[ProfilerActivity.CPU]) as profiler:
         trainer.train()
@@ -259,28 +239,30 @@ def operators(data: Data, trainer: Trainer) -> dict[str, float]:
 
 
 def scale(root: Path, num_rows: int, quick: bool) -> dict[str, dict]:
-    """Against the rows of a step, the mix of lengths, the number of prototypes (0 for no extractor), and the head."""
-    found = {}
-    for rows_per_step in () if quick else (2, 16):
-        found[f"{rows_per_step} rows a step"] = scale_case(root, num_rows, rows_per_step=rows_per_step)
-    for mix in ("long tail",) if quick else ("even", "long tail"):
-        found[f"lengths: {mix}"] = scale_case(root, num_rows, mix=mix)
-    for prototypes in () if quick else (0, 128):
-        found[f"{prototypes} prototypes"] = scale_case(root, num_rows, prototypes=prototypes)
-    if not quick:
-        found["a head of 26% of the language model"] = scale_case(root, num_rows, vocabulary=BIG_VOCABULARY)
-    return found
+    """Varies the rows of a step, the mix of lengths, the number of prototypes (0: no extractor), and the head."""
+    cases = {
+        "2 rows a step": {"rows_per_step": 2},
+        "16 rows a step": {"rows_per_step": 16},
+        "lengths: even": {"mix": "even"},
+        "lengths: long tail": {"mix": "long tail"},
+        "0 prototypes": {"prototypes": 0},
+        "128 prototypes": {"prototypes": 128},
+        "a head of 26% of the language model": {"vocabulary": BIG_VOCABULARY},
+    }
+    names = ["lengths: long tail"] if quick else list(cases)
+    return {name: scale_case(root, name, num_rows, **cases[name]) for name in names}
 
 
 def scale_case(
     root: Path,
+    name: str,
     num_rows: int,
     rows_per_step: int = 8,
     mix: str = "as of LLaVA",
     prototypes: int = PROTOTYPES,
     vocabulary: int = NUM_WORDS,
 ) -> dict:
-    print(f"scaling: {rows_per_step} rows, lengths {mix}, {prototypes} prototypes, {vocabulary} words", flush=True)
+    print(f"varying the settings: {name}", flush=True)
     folder = root / f"{mix}-{num_rows}"
     folder.mkdir(exist_ok=True)
     data = make_data(folder, num_rows, mix, vocabulary)
@@ -289,45 +271,41 @@ def scale_case(
 
 def to_markdown(report: dict) -> str:
     main = report["main"]
-    lines = [
-        "# Training on one mix of rows: stock, padded by length, packed",
-        "",
-        f"{main['rows']} rows with {main['tokens_with_loss']:,} tokens with loss, whole epochs, median of "
-        f"{report['rounds']} rounds in turn (lowest to highest); at the right, the share of the positions that the "
-        "language model computes which is no padding:",
-        "",
-        "| path | tokens with loss a second | times faster than stock | no padding |",
-        "|---|--:|--:|--:|",
+    paths = [
+        [
+            path,
+            common.with_spread(main["per_second"][path]),
+            f"**{common.with_spread(main['times_faster'][path])}**",
+            f"{report['not_padding'][path]:.0%}",
+        ]
+        for path in PATHS
     ]
-    for path in PATHS:
-        faster = common.with_spread(main["times_faster"][path])
-        lines.append(
-            f"| {path} | {common.with_spread(main['per_second'][path])} | **{faster}** "
-            f"| {report['not_padding'][path]:.0%} |"
-        )
-    lines += [
-        "",
-        f"Of {report['scaling_rows']} rows, median of two rounds in turn; above, a step has 8 rows and the extractor "
-        f"{PROTOTYPES} prototypes, where stock has none:",
-        "",
-        "| | stock, tokens a second | padded / stock | packed / stock |",
-        "|---|--:|--:|--:|",
+    cases = [
+        [
+            name,
+            f"{found['per_second']['stock']['median']:,.0f}",
+            *(f"{found['times_faster'][path]['median']:.2f}" for path in ("padded", "packed")),
+        ]
+        for name, found in report["scaling"].items()
     ]
-    for name, found in report["scaling"].items():
-        cells = [f"{found['per_second']['stock']['median']:,.0f}"]
-        cells += [f"{found['times_faster'][path]['median']:.2f}" for path in ("padded", "packed")]
-        lines.append("| " + " | ".join([name, *cells]) + " |")
-    lines += [
-        "",
-        f"Where the processor's time goes, milliseconds of each operator itself per thousand tokens with loss, under "
-        f"the profiler, on {report['profiled_rows']} rows:",
-        "",
-        "| operator | stock | padded | packed |",
-        "|---|--:|--:|--:|",
+    operators = [
+        [f"`{name}`", *(f"{milliseconds[path]:,.0f}" for path in PATHS)]
+        for name, milliseconds in report["profile"].items()
     ]
-    for name, milliseconds in report["profile"].items():
-        lines.append("| " + " | ".join([f"`{name}`", *(f"{milliseconds[path]:,.0f}" for path in PATHS)]) + " |")
-    return "\n".join(lines)
+    return common.text(
+        "# Training speed on the same rows: stock, padded, packed",
+        f"{main['rows']} rows with {main['tokens_with_loss']:,} tokens with loss, whole epochs, median (lowest to "
+        f"highest) of {report['rounds']} rounds in turn. The last column is the share of the language model's "
+        "positions that are not padding:",
+        common.table(["path", "tokens with loss per second", "times faster than stock", "not padding"], paths),
+        f"The same with other settings, on {report['scaling_rows']} rows, median of two rounds in turn. Above, a step "
+        f"has 8 rows and the extractor {PROTOTYPES} prototypes; stock has none:",
+        common.table(["", "stock, tokens with loss per second", "padded / stock", "packed / stock"], cases),
+        "Where the CPU time goes: milliseconds in each operator itself per thousand tokens with loss, under the "
+        f"profiler, on {report['profiled_rows']} rows:",
+        common.table(["operator", *PATHS], operators),
+        "![Tokens with loss per second, relative to stock](train_step.png)",
+    )
 
 
 def draw(report: dict, path: Path) -> None:
@@ -339,14 +317,14 @@ def draw(report: dict, path: Path) -> None:
     axes.axvline(1, color="black", linewidth=1)
     axes.set_yticks(np.arange(len(names)), names)
     axes.invert_yaxis()
-    axes.set_xlabel("tokens with loss a second, beside TRL's stock trainer on the same rows")
+    axes.set_xlabel("tokens with loss per second, relative to TRL's stock trainer")
     axes.legend()
     figure.savefig(path, dpi=120)
     plt.close(figure)
 
 
 def profile_paths(data: Data, trainers: dict[str, Trainer]) -> dict[str, dict[str, float]]:
-    """The operators that take the most in any path, and all others together."""
+    """CPU time of the operators that take the most time in any path, and of all others together."""
     found = {name: operators(data, trainer) for name, trainer in trainers.items()}
     every = {operator for of_path in found.values() for operator in of_path}
     most = sorted(every, key=lambda operator: -max(of_path.get(operator, 0) for of_path in found.values()))
@@ -361,25 +339,21 @@ def main():
     quick = arguments.quick
     num_rows, scaling_rows, profiled_rows, rounds = (16, 8, 8, 1) if quick else (96, 16, 16, 2)
     logging.set_verbosity_error()
-    os.environ["KINETO_LOG_LEVEL"] = "6"  # the profiler would print its start and stop
     datasets.disable_progress_bars()
     with tempfile.TemporaryDirectory() as name:
         root = Path(name)
         data = make_data(root, num_rows)
         trainers = make_trainers(data, root, 8)
         report = {"rounds": rounds, "not_padding": check_labels(data, trainers)}
-        print("main comparison", flush=True)
+        print("comparing the three paths", flush=True)
         report["main"] = measure(data, trainers, rounds)
         report["scaling_rows"], report["profiled_rows"] = scaling_rows, profiled_rows
         report["scaling"] = scale(root, scaling_rows, quick)
-        print("profile", flush=True)
+        print("profiling", flush=True)
         (root / "profile").mkdir()
         data = make_data(root / "profile", profiled_rows)
         report["profile"] = profile_paths(data, make_trainers(data, root, 8))
-    if not quick:
-        arguments.output_dir.mkdir(parents=True, exist_ok=True)
-        draw(report, arguments.output_dir / "train_step.png")
-    common.save("train_step", report, to_markdown(report), arguments)
+    common.save("train_step", report, to_markdown, arguments, draw)
 
 
 if __name__ == "__main__":

@@ -1,1 +1,1 @@
-"""A complete SQ-LLaVA in ten minutes on two CPU cores, from data and base models to both stages and an evaluation."""
+"""Trains and evaluates a complete small SQ-LLaVA in ten minutes on two CPU cores, including data and base models."""

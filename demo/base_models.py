@@ -1,14 +1,15 @@
 """Pretrains the demo's two base models from scratch and saves them as ordinary transformers folders.
 
-Called by `python -m demo.run`, it writes what a real run has from the Hub:
+`python -m demo.run` calls this module. It writes what a real training downloads from the Hub:
 
-    clip/     CLIPModel, image processor and tokenizer, as `openai/clip-vit-large-patch14-336` has
-    llama/    LlamaForCausalLM and tokenizer, as `lmsys/vicuna-7b-v1.5` has
+    clip/     CLIPModel, image processor and tokenizer, like `openai/clip-vit-large-patch14-336`
+    llama/    LlamaForCausalLM and tokenizer, like `lmsys/vicuna-7b-v1.5`
 
-(`python -m benchmarks.three_systems` makes a third: `pretrain_blip2`.)
+(`python -m benchmarks.three_systems` makes a third model with `pretrain_blip2`.)
 
-Neither knows of SQ-LLaVA: `<image>` and `[vusr]` are not in the vocabulary, and the LLM has never seen an image. Like
-a real LLM it has learned from text alone to answer questions about what the text before them tells: see `draw_text`.
+The base models know nothing about SQ-LLaVA: `<image>` and `[vusr]` are not in the vocabulary, and the LLM has never
+seen an image. Like a real LLM, it has learned from text alone to answer questions about the text before them; see
+`draw_text`.
 """
 
 import random
@@ -46,20 +47,20 @@ CAPTIONS = [f"a {colour} {shape}" for colour in COLOURS for shape in SHAPES]
 
 
 def build_tokenizer(texts: list[str], adds_end: bool) -> PreTrainedTokenizerFast:
-    """Builds a word-level tokenizer; a question mark and a newline are words of their own.
+    """Builds a word-level tokenizer. Question marks and newlines are separate words.
 
     Args:
-        texts: Texts whose words make the vocabulary, beside the role names.
-        adds_end: Whether `</s>` is added after a text, as CLIP needs. `<s>` is added before it in any case.
+        texts: Texts whose words make up the vocabulary, together with the role names.
+        adds_end: Add `</s>` after a text, as CLIP needs. `<s>` is always added before it.
     """
     word = Regex(r"\n|\?|[^\s?]+")
     words = sorted({match for text in texts for match in text.replace("?", " ?").split()})
-    # CLIP's text tower reads its output at `</s>`, but at the highest token id where the config says eos_token_id=2, a
-    # left-over of early checkpoints. So `</s>` must not have number 2.
+    # CLIP's text tower takes its output at `</s>`. But if the configuration says eos_token_id=2, as in early
+    # checkpoints, it takes it at the highest token id. So `</s>` must not have the id 2.
     vocabulary = [UNKNOWN, PADDING, BEGIN, END, "\n", "USER:", "ASSISTANT:", *words]
     backend = Tokenizer(models.WordLevel({word: number for number, word in enumerate(vocabulary)}, unk_token=UNKNOWN))
     backend.pre_tokenizer = pre_tokenizers.Split(word, behavior="removed", invert=True)
-    backend.decoder = decoders.WordPiece(prefix="##", cleanup=True)  # joins words with spaces, but none before "?"
+    backend.decoder = decoders.WordPiece(prefix="##", cleanup=True)  # joins words with spaces, without one before "?"
     backend.post_processor = processors.TemplateProcessing(
         single=f"{BEGIN} $A {END}" if adds_end else f"{BEGIN} $A",
         special_tokens=[(BEGIN, vocabulary.index(BEGIN)), (END, vocabulary.index(END))],
@@ -80,12 +81,12 @@ def train(
     """Trains all of `model` with AdamW, a short warm-up and a cosine decay.
 
     Args:
-        model: Model to train in place.
-        compute_loss: Called without arguments once a step; returns the loss of a fresh batch.
-        num_steps: Optimizer steps.
-        learning_rate: Highest learning rate.
-        betas: Those of AdamW.
-        description: Name on the progress bar.
+        model: The model; it is changed in place.
+        compute_loss: Function without arguments that returns the loss of a new batch. Called once per step.
+        num_steps: Number of optimizer steps.
+        learning_rate: Peak learning rate.
+        betas: AdamW's betas.
+        description: Label of the progress bar.
     """
     model.train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=betas, weight_decay=0.01)
@@ -137,12 +138,12 @@ def embed_images(model: CLIPModel, pixel_values: torch.Tensor) -> torch.Tensor:
 
 
 def caption_numbers(rows: list[dict]) -> torch.Tensor:
-    """[num_rows], each row's caption as its place in `CAPTIONS`."""
+    """The index in `CAPTIONS` of each row's caption: [num_rows]."""
     return torch.tensor([CAPTIONS.index(row["conversations"][1]["value"]) for row in rows])
 
 
 def draw_images(pixel_values: torch.Tensor, batch_size: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """A batch's places and its images. Mirrored ones keep their captions, and double the few that there are."""
+    """Draws a batch: its indices [batch_size] and its images. Half are mirrored, because there are few images."""
     batch = torch.randint(len(pixel_values), (batch_size,), device=pixel_values.device)
     images = pixel_values[batch]
     is_mirrored = torch.rand(batch_size, 1, 1, 1, device=pixel_values.device) < 0.5
@@ -155,11 +156,11 @@ def load_images(image_processor: CLIPImageProcessor, rows: list[dict]) -> torch.
 
 
 def contrastive_loss(logits: torch.Tensor, caption_of_image: torch.Tensor) -> torch.Tensor:
-    """CLIP's loss where several images of a batch share a caption: all of them are its positives.
+    """CLIP's loss for batches in which several images share a caption: all of them are its positives.
 
     Args:
-        logits: [num_images, num_captions], over all captions there are.
-        caption_of_image: [num_images], number of each image's caption.
+        logits: [num_images, num_captions], for all captions.
+        caption_of_image: [num_images], the index of each image's caption.
     """
     to_captions = F.cross_entropy(logits, caption_of_image)
     is_pair = F.one_hot(caption_of_image, logits.shape[1]).to(logits.dtype)  # [num_images, num_captions]
@@ -180,21 +181,21 @@ def pretrain_clip(
     learning_rate: float = 2e-3,
     device: str = "cpu",
 ) -> float:
-    """Trains a CLIP on images and their captions and saves it with its image processor and tokenizer.
+    """Trains a CLIP on images and captions, and saves it with its image processor and tokenizer.
 
     Args:
         train_rows: Caption rows, as in `stage1_train.json`.
-        holdout_rows: Caption rows of other images, to measure the zero-shot accuracy on.
+        holdout_rows: Caption rows of other images, for the zero-shot accuracy.
         tokenizer: Tokenizer that adds `</s>`.
         output_dir: Folder to save to.
-        seed: Draws the weights and the batches.
-        num_steps: Optimizer steps.
-        batch_size: Images a step.
-        learning_rate: Highest learning rate.
+        seed: Random seed for the weights and the batches.
+        num_steps: Number of optimizer steps.
+        batch_size: Number of images per step.
+        learning_rate: Peak learning rate.
         device: Device to train on.
 
     Returns:
-        The share of held-out images whose own caption is the closest of all captions.
+        The share of held-out images that are closer to their own caption than to any other.
     """
     set_seed(seed)
     image_processor = CLIPImageProcessor(
@@ -219,15 +220,15 @@ def pretrain_clip(
 
 @torch.no_grad()
 def guess_captions(model: CLIPModel, caption_inputs: dict, pixel_values: torch.Tensor) -> torch.Tensor:
-    """[num_images], the number of the caption that is closest to each image."""
+    """The index of the caption that is closest to each image: [num_images]."""
     text_embeddings = embed_captions(model, caption_inputs)
     distances = torch.cdist(text_embeddings, text_embeddings) + torch.eye(len(CAPTIONS), device=pixel_values.device)
-    assert distances.min() > 1e-3, "two captions have one text embedding"
+    assert distances.min() > 1e-3, "two captions have the same text embedding"
     return (embed_images(model, pixel_values) @ text_embeddings.T).argmax(dim=-1)
 
 
 def build_blip2() -> Blip2VisionModelWithProjection:
-    """A tower of the size of `build_clip`'s and a Q-Former of 32 queries."""
+    """A vision tower with the size of `build_clip`'s, and a Q-Former with 32 queries."""
     towers = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "initializer_range": 0.02}
     config = Blip2Config(
         vision_config={**towers, "num_hidden_layers": 3, "image_size": IMAGE_SIZE, "patch_size": PATCH_SIZE},
@@ -238,7 +239,7 @@ def build_blip2() -> Blip2VisionModelWithProjection:
         image_text_hidden_size=64,
     )  # fmt: skip
     model = Blip2VisionModelWithProjection(config)
-    nn.init.normal_(model.query_tokens)  # they are zero before, and all alike would stay so
+    nn.init.normal_(model.query_tokens)  # they start at zero, and equal queries would stay equal
     return model
 
 
@@ -252,12 +253,11 @@ def pretrain_blip2(
     learning_rate: float = 2e-3,
     device: str = "cpu",
 ) -> float:
-    """Trains BLIP-2's tower and Q-Former on images and their captions and saves them with their image processor.
+    """Trains BLIP-2's vision tower and Q-Former on images and captions, and saves them with their image processor.
 
-    Of BLIP-2's losses, the contrastive one, with an embedding for each of the captions. An image is the mean of its
-    queries, where BLIP-2 takes the closest of them: so all of them learn.
-
-    Args, returns: As `pretrain_clip`.
+    The loss is BLIP-2's contrastive loss, with one embedding for each caption. An image is represented by the mean of
+    its queries, so that all of them learn; BLIP-2 takes the closest query. Arguments and result are those of
+    `pretrain_clip`.
     """
     set_seed(seed)
     image_processor = BlipImageProcessor(size={"height": IMAGE_SIZE, "width": IMAGE_SIZE})
@@ -284,17 +284,18 @@ def pretrain_blip2(
 
 
 def draw_scene(colour: str, shape: str, draw: random.Random) -> str:
-    """Draws a caption's words in any order and number: they stand where an image's tokens will stand."""
+    """Draws a caption's words in random order and number. They take the place of an image's tokens."""
     words = [colour, shape, *draw.choices(["a", colour, shape], weights=[2, 1, 1], k=draw.randint(2, 22))]
     draw.shuffle(words)
     return " ".join(words)
 
 
 def draw_question(questions_of_kind: dict[str, list[str]], colour: str, shape: str, draw: random.Random) -> str:
-    """Draws a question that fits the scene: all kinds as frequent, three in ten yes/no questions about what is there.
+    """Draws a question that fits the scene. All kinds are equally frequent.
 
-    Few questions of easy-VQA are, and those few are what teaches to look. With half of them, though, "yes" and "no"
-    would be as likely after "is there" as after "is there not", and negation would be learned late.
+    Three in ten yes/no questions are about something that is there. In easy-VQA there are fewer, but they teach the
+    model to look at the scene. With half of them, "yes" and "no" would be equally likely after "is there" and "is
+    there not", and the model would learn negation late.
     """
     kind = draw.choice(sorted(questions_of_kind))
     is_about_scene = draw.random() < 0.3
@@ -309,16 +310,16 @@ def draw_question(questions_of_kind: dict[str, list[str]], colour: str, shape: s
 def draw_text(
     questions_of_kind: dict[str, list[str]], question_weight: float, draw: random.Random
 ) -> list[tuple[str, float]]:
-    """Draws a text to pretrain the LLM on, as (segment, loss weight) pairs.
+    """Draws a text for the LLM's pretraining, as pairs of a segment and its loss weight.
 
-    There are three sorts, each about a scene that stands where a prompt of the demo has its image tokens:
+    There are three kinds of text. In each, a scene stands where the demo's prompts have their image tokens:
 
         red a circle red a\\na red circle\\n                                                         caption
         USER: red a circle red a\\nblue? no circle? yes ...                                         word list
         USER: red a circle red a\\nis there a circle? ASSISTANT: yes</s>USER: what color ...        conversation
 
-    The word lists are what makes the yes/no rules come soon: with captions and conversations alone, the LLM does not
-    look for a question's word in the scene after 600 steps, and with word lists it does after 300.
+    The word lists teach the yes/no rules early: with them, the LLM looks for a question's word in the scene after 300
+    steps; with captions and conversations alone, it does not even after 600.
     """
     colour, shape = draw.choice(COLOURS), draw.choice(SHAPES)
     scene = draw_scene(colour, shape, draw)
@@ -340,12 +341,12 @@ def draw_text(
 
 
 def weighted_loss(logits: torch.Tensor, input_ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """Cross-entropy of each next token, averaged with the weight of that token.
+    """The weighted mean of the cross-entropy of each next token.
 
     Args:
         logits: [batch, tokens, vocabulary]
         input_ids: [batch, tokens]
-        weights: [batch, tokens]
+        weights: [batch, tokens], the weight of each token in the mean
     """
     losses = F.cross_entropy(logits[:, :-1].flatten(0, 1), input_ids[:, 1:].flatten(), reduction="none")
     return (losses * weights[:, 1:].flatten()).sum() / weights[:, 1:].sum()
@@ -360,7 +361,7 @@ def build_llama(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
         num_attention_heads=3,  # of size 32
         num_key_value_heads=3,
         max_position_embeddings=512,
-        initializer_range=0.1,  # about 1 / sqrt(hidden_size): such a small model starts slowly from the usual 0.02
+        initializer_range=0.1,  # about 1 / sqrt(hidden_size): from the usual 0.02, such a small model learns slowly
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
@@ -369,7 +370,7 @@ def build_llama(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
 
 
 class TextBatches:
-    """Batches of texts of `draw_text`, drawn by `seed`."""
+    """Batches of texts from `draw_text`, with a random seed."""
 
     def __init__(self, questions: list[str], tokenizer: PreTrainedTokenizerFast, question_weight: float, seed: int):
         self.tokenizer, self.question_weight, self.generator = tokenizer, question_weight, random.Random(seed)
@@ -379,7 +380,7 @@ class TextBatches:
             self.questions_of_kind.setdefault(question_kind(question), []).append(question)
 
     def draw(self, num_texts: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """`input_ids` and the weight of each token in the loss, both [num_texts, tokens]."""
+        """Returns the token ids and the loss weight of each token, both [num_texts, tokens]."""
         rows, row_weights = [], []
         for _ in range(num_texts):
             ids, weights = [self.tokenizer.bos_token_id], [0.0]
@@ -403,21 +404,21 @@ def pretrain_llama(
     question_weight: float = 0.1,
     device: str = "cpu",
 ) -> float:
-    """Trains a Llama on texts about made-up scenes and saves it with its tokenizer.
+    """Trains a Llama on texts about invented scenes and saves it with its tokenizer.
 
     Args:
-        questions: Questions of the train data; only their wording is used, the answers follow from each scene.
+        questions: Questions of the training data. Only their wording is used; the answers follow from each scene.
         tokenizer: Tokenizer that does not add `</s>`.
         output_dir: Folder to save to.
-        seed: Draws the weights and the texts.
-        num_steps: Optimizer steps.
-        batch_size: Texts a step.
-        learning_rate: Highest learning rate.
-        question_weight: Weight of a question's tokens in the loss, where an answer's have 1.
+        seed: Random seed for the weights and the texts.
+        num_steps: Number of optimizer steps.
+        batch_size: Number of texts per step.
+        learning_rate: Peak learning rate.
+        question_weight: Loss weight of the tokens of a question; those of an answer have weight 1.
         device: Device to train on.
 
     Returns:
-        The share of questions about fresh scenes whose answer is the likeliest next word.
+        The share of questions about new scenes whose answer is the most likely next word.
     """
     set_seed(seed)
     texts = TextBatches(questions, tokenizer, question_weight, seed)

@@ -2,15 +2,16 @@
 
     python -m demo.data --output-dir demo/out/data --images demo/out/images
 
-writes four files, whose image paths are relative to the folder `images`, where the package's images are linked:
+writes four files. Their image paths are relative to the folder `images`, which gets links to the package's images:
 
     stage1_train.json    one caption per image
     stage2_train.json    an image's questions as multi-turn conversations
-    holdout.json         single questions about held-out train images: hyperparameters are chosen on these
-    test.json            single questions about the test images: looked at only to report
+    holdout.json         single questions about held-out training images, for choosing hyperparameters
+    test.json            single questions about the test images, for the final evaluation only
 
-easy-VQA has 4,000 train and 1,000 test images of 64 x 64 pixels, each with one circle, rectangle or triangle in one of
-eight colours, and 38,575 and 9,673 templated questions. It has no captions, so they are worked out from the answers:
+easy-VQA has 4,000 training and 1,000 test images of 64 x 64 pixels, with 38,575 and 9,673 templated questions. Each
+image shows a circle, rectangle or triangle in one of eight colours. The package has no captions; they are derived from
+the answers:
 
     "is there a red shape?" yes, "what shape is present?" circle   ->   "a red circle"
     "is there a red shape?" no,  "what shape is present?" circle   ->   no caption (any of seven colours)
@@ -31,7 +32,7 @@ from sq_llava.evaluation.easy_vqa import KINDS, derive_caption, question_kind
 
 
 def image_root() -> Path:
-    """Returns the package's own folder of images, which the image paths in the JSON files are relative to."""
+    """The package's folder of images. The image paths in the JSON files are relative to it."""
     return Path(easy_vqa.__file__).parent / "data"
 
 
@@ -42,7 +43,7 @@ def read_questions(split: str) -> dict[int, list[tuple[str, str]]]:
         split: "train" or "test".
 
     Returns:
-        For each image number, in ascending order, its (question, answer) pairs in the order of the package.
+        The (question, answer) pairs of each image, by the image's number in ascending order.
     """
     readers = {"train": easy_vqa.get_train_questions, "test": easy_vqa.get_test_questions}
     questions_of_image = defaultdict(list)
@@ -56,7 +57,7 @@ def image_path(split: str, image: int) -> str:
 
 
 def caption_rows(questions_of_image: dict[int, list[tuple[str, str]]]) -> list[dict]:
-    """Makes one stage 1 row per train image whose caption can be derived."""
+    """Makes one row of stage 1 for each training image whose caption can be derived."""
     rows = []
     for image, questions in questions_of_image.items():
         caption = derive_caption(questions)
@@ -69,7 +70,7 @@ def caption_rows(questions_of_image: dict[int, list[tuple[str, str]]]) -> list[d
 def conversation_rows(
     questions_of_image: dict[int, list[tuple[str, str]]], max_turns: int, shuffler: random.Random
 ) -> list[dict]:
-    """Makes stage 2 rows: an image's questions in random order, in as few conversations as `max_turns` allows.
+    """Makes the rows of stage 2: an image's questions in random order, in as few conversations as `max_turns` allows.
 
     Example:
         {"id": "chat-7-0", "image": "train/images/7.png", "conversations": [
@@ -90,7 +91,7 @@ def conversation_rows(
 
 
 def question_rows(split: str, questions_of_image: dict[int, list[tuple[str, str]]]) -> list[dict]:
-    """Makes evaluation rows, one per question, each with its `kind` beside the conversation."""
+    """Makes evaluation rows: one row per question, with its `kind`."""
     rows = []
     for image, questions in questions_of_image.items():
         for number, (question, answer) in enumerate(questions):
@@ -112,10 +113,10 @@ def write_data(
     """Writes the four JSON files of the demo.
 
     Args:
-        output_dir: Folder to write to; made if it is missing.
-        seed: Draws the order of the turns. The held-out images are the same for every seed.
-        num_holdout_images: Train images kept out of both stages, to choose hyperparameters on.
-        max_turns: Most questions in one conversation; an image with more gets several conversations.
+        output_dir: Folder to write to. It is created if it does not exist.
+        seed: Random seed for the order of the turns. The held-out images are the same for every seed.
+        num_holdout_images: Number of training images that both stages leave out, for choosing hyperparameters.
+        max_turns: Maximum number of questions in a conversation. An image with more gets several conversations.
 
     Returns:
         The path of each file by its name: `stage1_train`, `stage2_train`, `holdout` and `test`.
@@ -139,7 +140,7 @@ def write_data(
 
 
 def provide_images(folder: str | Path) -> None:
-    """Gives the package's 5,000 images a second name in `folder`, by hard links: symbolic ones leave an image root."""
+    """Hard-links the package's 5,000 images into `folder`. Symbolic links would point outside the image root."""
     for split in ("train", "test"):
         shutil.copytree(image_root() / split / "images", Path(folder) / split / "images", copy_function=_link_or_copy)
 
@@ -147,12 +148,12 @@ def provide_images(folder: str | Path) -> None:
 def _link_or_copy(source: str, target: str) -> None:
     try:
         os.link(source, target)
-    except OSError:  # another file system, or one without hard links
+    except OSError:  # on another file system, or hard links are not supported
         shutil.copyfile(source, target)
 
 
 def questions_and_answers(rows: list[dict]) -> list[tuple[str, str]]:
-    """Returns the (question, answer) pairs of LLaVA rows, without the image placeholder."""
+    """The (question, answer) pairs of LLaVA rows, without the image placeholder."""
     pairs = []
     for row in rows:
         turns = [turn["value"].removeprefix("<image>\n") for turn in row["conversations"]]
@@ -161,14 +162,14 @@ def questions_and_answers(rows: list[dict]) -> list[tuple[str, str]]:
 
 
 def blind_guess(train_rows: list[dict], test_rows: list[dict]) -> dict[str, float]:
-    """Accuracy of guessing without the image: to each question, the answer it has most often in the train rows.
+    """Accuracy without the image: each question gets its most frequent answer in the training rows.
 
     Args:
         train_rows: Rows of `stage2_train.json`.
         test_rows: Rows of `test.json` or `holdout.json`.
 
     Returns:
-        The accuracy over all questions as "all", and over each of the four `KINDS`.
+        The accuracy over all questions ("all"), and over each of the four `KINDS`.
     """
     counts = defaultdict(Counter)
     for question, answer in questions_and_answers(train_rows):
@@ -183,11 +184,11 @@ def blind_guess(train_rows: list[dict], test_rows: list[dict]) -> dict[str, floa
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output-dir", type=Path, default=Path("demo/out/data"))
-    parser.add_argument("--images", type=Path, help="new folder for the images; default: they stay in the package")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--num-holdout-images", type=int, default=200)
-    parser.add_argument("--max-turns", type=int, default=8)
+    parser.add_argument("--output-dir", type=Path, default=Path("demo/out/data"), help="Folder for the JSON files.")
+    parser.add_argument("--images", type=Path, help="New folder for the images. Default: they stay in the package.")
+    parser.add_argument("--seed", type=int, default=0, help="Random seed.")
+    parser.add_argument("--num-holdout-images", type=int, default=200, help="Number of held-out training images.")
+    parser.add_argument("--max-turns", type=int, default=8, help="Maximum number of questions in a conversation.")
     args = parser.parse_args()
     if args.images is not None:
         provide_images(args.images)

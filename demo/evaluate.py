@@ -1,10 +1,10 @@
-"""Measures the demo's model on images it never saw: its answers, its answers to a blank image, and its questions.
+"""Evaluates the demo's model on unseen images: its answers, its answers about a blank image, and its questions.
 
     python -m demo.evaluate --model runs/demo/model --data runs/demo/data
 
-Answers are those of `sq-llava evaluate --tasks easy_vqa`, whose report stands in `evaluation/` beside the model: every
-test question is asked alone, in a prompt of its own, and decoded greedily. Questions are sampled with the release's
-settings after one answered turn: training never puts a self-question first.
+The answers are those of `sq-llava evaluate --tasks easy_vqa`, whose report is in `evaluation/` beside the model. Every
+test question has its own prompt and is answered greedily. The model's own questions are sampled with the release's
+settings after one answered turn, because the first question of a conversation is never a self-question in training.
 """
 
 import argparse
@@ -28,7 +28,7 @@ from sq_llava.evaluation.task import Example, Metric, summarize
 FIRST_QUESTION = "what color is the shape?"
 NUM_SHEET_IMAGES = 12
 BATCH_SIZE = 128
-BLANK_SHARE = 4  # every fourth question is asked about a blank image too
+BLANK_SHARE = 4  # every fourth question is also asked about a blank image
 
 
 def accuracy_by_kind(metrics: list[Metric]) -> dict[str, float]:
@@ -38,7 +38,7 @@ def accuracy_by_kind(metrics: list[Metric]) -> dict[str, float]:
 
 
 def measure_answers(assistant, examples: list[Example], folder: Path) -> dict[str, float]:
-    """Accuracies of a model that is loaded, as `sq-llava evaluate` takes them; answers are kept in `folder`."""
+    """Accuracies of a loaded model, measured as `sq-llava evaluate` does. The answers are written to `folder`."""
     settings = AnswerSettings(easy_vqa.TASK.max_new_tokens, BATCH_SIZE)
     records = answer_examples(assistant, examples, folder, settings, "Answering")
     return accuracy_by_kind(
@@ -47,7 +47,7 @@ def measure_answers(assistant, examples: list[Example], folder: Path) -> dict[st
 
 
 def measure_blank(assistant, examples: list[Example], folder: Path) -> float:
-    """Accuracy with the same questions about a blank image."""
+    """Accuracy on the same questions about a blank image."""
     folder.mkdir(exist_ok=True)
     mean_colour = tuple(int(255 * mean) for mean in assistant.processor.image_processor.image_mean)
     Image.new("RGB", (64, 64), mean_colour).save(folder / "blank.png")
@@ -56,7 +56,7 @@ def measure_blank(assistant, examples: list[Example], folder: Path) -> float:
 
 
 def is_valid(question: str, known: set[str], caption: str) -> bool:
-    """Whether a question has a form of easy-VQA, and presumes nothing that the image does not hold."""
+    """Whether a question has a form of easy-VQA and presumes nothing false about the image."""
     _, colour, shape = caption.split()
     return question in known and answer_question(question, colour, shape) is not None
 
@@ -64,7 +64,7 @@ def is_valid(question: str, known: set[str], caption: str) -> bool:
 def measure_questions(
     assistant, image_root: Path, num_images: int, questions_per_image: int, seed: int, batch_size: int = 25
 ) -> dict:
-    """Samples questions about the first test images whose content is known for sure, and judges them."""
+    """Samples questions about the first test images with a derivable caption, and counts the valid ones."""
     test = read_questions("test")
     known = {
         question for split in (test, read_questions("train")) for pairs in split.values() for question, _ in pairs
@@ -97,7 +97,7 @@ def measure_questions(
 
 
 def evaluate_answers(model_dir: Path, data_dir: Path, folder: Path, max_rows: int | None = None) -> dict[str, float]:
-    """Accuracies of a checkpoint on the test questions; answers are kept in `folder`."""
+    """Accuracies of a checkpoint on the test questions. The answers are written to `folder`."""
     evaluation = Evaluation("", ["easy_vqa"], str(data_dir), folder, limit=max_rows)
     return measure_answers(load(str(model_dir)), read_examples(easy_vqa.TASK, evaluation), folder)
 
@@ -112,12 +112,16 @@ def evaluate(
     num_images: int = 100,
 ) -> dict:
     """
-    Runs all measurements and writes them to `output` as JSON.
+    Runs all measurements, writes them to `output` as JSON, and returns them.
 
     Args:
-        split: `"test"`, or `"holdout"`, without questions: to choose settings on.
-        max_rows: Evaluate at most this many questions of the split, evenly spaced; default: all.
-        num_images: How many images to ask questions about, four each.
+        model_dir: Checkpoint.
+        data_dir: Folder with the files of `demo.data.write_data`.
+        output: JSON file to write.
+        seed: Random seed for sampling questions.
+        split: `"test"`, or `"holdout"` for choosing settings; then no questions are sampled.
+        max_rows: Evaluate at most this many questions of the split, evenly spaced. Default: all.
+        num_images: Number of images that the model asks four questions about.
     """
     folder = output.parent / "evaluation"
     settings = {"split": split, "limit": max_rows, "batch_size": BATCH_SIZE, "seed": seed}
@@ -145,7 +149,7 @@ def evaluate(
 
 
 def blind_accuracy(data_dir: Path, split: str, examples: list[Example]) -> dict[str, float]:
-    """Accuracies of [`blind_guess`] on these questions."""
+    """Accuracies of `blind_guess` on these questions."""
     rows = {row["id"]: row for row in json.loads((data_dir / f"{split}.json").read_text())}
     train_rows = json.loads((data_dir / "stage2_train.json").read_text())
     return blind_guess(train_rows, [rows[example.id] for example in examples])
@@ -153,12 +157,12 @@ def blind_accuracy(data_dir: Path, split: str, examples: list[Example]) -> dict[
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, default=Path("runs/demo/model"))
-    parser.add_argument("--data", type=Path, default=Path("runs/demo/data"))
-    parser.add_argument("--output", type=Path, help="default: evaluation.json beside the model")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--split", choices=("test", "holdout"), default="test", help="holdout: to choose settings on")
-    parser.add_argument("--limit", type=int, help="evaluate at most N questions, evenly spaced; default: all")
+    parser.add_argument("--model", type=Path, default=Path("runs/demo/model"), help="Checkpoint.")
+    parser.add_argument("--data", type=Path, default=Path("runs/demo/data"), help="Folder with the data.")
+    parser.add_argument("--output", type=Path, help="JSON file to write. Default: evaluation.json beside the model.")
+    parser.add_argument("--seed", type=int, default=0, help="Random seed for sampling questions.")
+    parser.add_argument("--split", choices=("test", "holdout"), default="test", help="Questions to evaluate on.")
+    parser.add_argument("--limit", type=int, help="Evaluate at most N questions, evenly spaced. Default: all.")
     args = parser.parse_args()
     output = args.output or args.model.parent / "evaluation.json"
     result = evaluate(args.model, args.data, output, args.seed, args.split, args.limit)

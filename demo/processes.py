@@ -1,7 +1,9 @@
-"""Processes that train: each begins at once where that is safe, and none outlives the command that started it.
+"""Training processes that start quickly and never outlive the command that started them.
 
-context = training_context()
-context.Process(target=work).start()      # whose first line is end_with_parent()
+Example:
+
+    context = training_context()
+    context.Process(target=work).start()      # the first line of `work` is end_with_parent()
 """
 
 import multiprocessing
@@ -15,9 +17,9 @@ import torch
 
 def training_context() -> BaseContext:
     """
-    How processes are started: forked from a server that has imported the libraries, which takes longer than many a
-    small step; anew where a fork does not work: bitsandbytes, which PEFT imports, asks a GPU what it can, after which
-    no fork can use it, and macOS' libraries start threads.
+    The way to start processes. They are forked from a server that has already imported the libraries, because
+    importing takes longer than many of the small steps. Where forking does not work, they are started anew: with a
+    GPU, because bitsandbytes, which PEFT imports, initialises CUDA; and on macOS, because its libraries start threads.
     """
     if sys.platform != "linux" or torch.cuda.is_available():
         return multiprocessing.get_context("spawn")
@@ -27,12 +29,12 @@ def training_context() -> BaseContext:
 
 
 def threads_of_each() -> int:
-    """Threads of each of two processes that run at the same time: half of those that one would have."""
+    """Number of threads for each of two processes that run at the same time: half of the threads of one."""
     return max(1, torch.get_num_threads() // 2)
 
 
 def end_with_parent() -> None:
-    """Else, a killed command would leave processes behind that write to the folders of its successor's."""
+    """Ends this process when its parent ends. Otherwise it would write into the folders of the next run."""
 
     def wait() -> None:
         multiprocessing.parent_process().join()

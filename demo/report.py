@@ -1,6 +1,8 @@
 """Writes the demo's report: `report.md`, `report.json`, the loss curves and a contact sheet.
 
-python -m demo.report --run runs/demo
+The demo writes it at its end. This command writes it again from the same results:
+
+    python -m demo.report --run runs/demo
 """
 
 import argparse
@@ -26,28 +28,28 @@ STAGES = {"stage1": "Stage 1: alignment on captions", "stage2": "Stage 2: conver
 
 REPORT = """# A small SQ-LLaVA on easy-VQA
 
-Trained in both stages from a tiny CLIP and a tiny Llama, which were pretrained a few minutes before. Seed
-{seed}, {device}, {version_list}; {seconds:.0f} s in all.
+A tiny CLIP and a tiny Llama were pretrained, and SQ-LLaVA was trained from them in both stages. Seed {seed},
+{device}, {version_list}. The whole demo took {seconds:.0f} s.
 
-## Answers to questions about images it never saw
+## Answers about unseen images
 
-One question per prompt, greedy, exact match; {num_test_questions:,} test questions. The best blind guess is
-each question's most frequent answer in training. [More](evaluation/report.md), with every answer.
+Exact match on {num_test_questions:,} test questions, one question per prompt, answered greedily. The best blind guess
+is each question's most frequent answer in training. [The evaluation report](evaluation/report.md) has every answer.
 
 | kind of question | SQ-LLaVA | LLaVA | best blind guess |
 |---|---|---|---|
 {accuracy_table}
 
-SQ-LLaVA with the image blanked: {blank_image_accuracy:.1%} (every fourth question, {num_blank_questions:,}).
-LLaVA has the same parts, rows and steps; a linear projector, and then its language model in full.
+With a blank image, SQ-LLaVA reaches {blank_image_accuracy:.1%} (every fourth question, {num_blank_questions:,}).
+LLaVA has the same parts, rows and steps. It trains a linear projector, and then its whole language model.
 
-## Questions it asks itself
+## Questions that the model asks
 
-{questions_asked} questions about test images, sampled after one answered turn (temperature 1.2, top-k 300,
-top-p 0.95): {questions_distinct} distinct, {questions_valid_share:.1%} well formed and about
-the image (a form of easy-VQA that presumes nothing the image does not hold).
+The model was asked for {questions_asked} questions about test images, after one answered turn (temperature 1.2,
+top-k 300, top-p 0.95). {questions_distinct} are distinct. {questions_valid_share:.1%} are valid: they have a form of
+easy-VQA and presume nothing false about the image.
 
-![Unseen test images with answers, own questions and answers to them](contact_sheet.png)
+![Unseen test images with answers, the model's questions and its answers to them](contact_sheet.png)
 
 ## Losses
 
@@ -59,17 +61,17 @@ the image (a form of easy-VQA that presumes nothing the image does not hold).
 |---|---|---|
 {step_table}
 
-CLIP and Llama are trained at the same time, and LLaVA, from the first stage to its evaluation, beside the three steps
-above it.
+CLIP and Llama are trained at the same time. LLaVA, with its evaluation, runs at the same time as the three steps above
+it.
 
-The model stands in `model/`, a whole checkpoint with its code:
+The model is in `model/`, as a complete checkpoint with its code:
 
     sq-llava ask IMAGE --model runs/demo/model
 """
 
 
 def draw_losses(run: Path) -> None:
-    """Draws the losses on answers and on questions of both stages into `losses.png`."""
+    """Draws the losses on answers and questions of both stages into `losses.png`."""
     figure, axes = plt.subplots(1, len(STAGES), figsize=(11, 3.8))
     for axis, (stage, title) in zip(axes, STAGES.items()):
         log = json.loads((run / stage / "trainer_state.json").read_text())["log_history"]
@@ -87,7 +89,7 @@ def draw_losses(run: Path) -> None:
 
 
 def draw_contact_sheet(run: Path, sheet: list[dict]) -> None:
-    """Draws unseen test images with the model's answers, its own questions and its answers to them."""
+    """Draws test images with the model's answers, its own questions and its answers to them."""
     figure, axes = plt.subplots(3, 4, figsize=(12, 10.5))
     for axis, entry in zip(axes.flat, sheet):
         with Image.open(entry["image"]) as image:
@@ -102,7 +104,7 @@ def draw_contact_sheet(run: Path, sheet: list[dict]) -> None:
 
 
 def seconds_of(steps: dict[str, dict]) -> float:
-    """The time in which a step ran; some run at the same time."""
+    """The time during which at least one step ran. Some steps run at the same time."""
     total, end = 0.0, 0.0
     for step in sorted(steps.values(), key=lambda step: step["begin"]):
         step_end = step["begin"] + step["seconds"]
@@ -115,8 +117,8 @@ def write_report(run: Path, steps: dict[str, dict], seed: int) -> None:
     """
     Args:
         run: Folder of the demo.
-        steps: For each step `begin` (seconds since the epoch), `seconds` and `peak_memory_mib`.
-        seed: Of the run.
+        steps: `begin` (seconds since the epoch), `seconds` and `peak_memory_mib` of each step.
+        seed: Random seed of the run.
     """
     result = json.loads((run / "evaluation.json").read_text())
     draw_losses(run)
@@ -159,7 +161,7 @@ def to_markdown(result: dict) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--run", type=Path, default=Path("runs/demo"))
+    parser.add_argument("--run", type=Path, default=Path("runs/demo"), help="Folder of the demo.")
     run = parser.parse_args().run
     report = json.loads((run / "report.json").read_text())
     write_report(run, report["steps"], report["seed"])

@@ -1,13 +1,13 @@
-"""The demo: a small SQ-LLaVA from nothing to asking and answering, in minutes on a CPU, and a LLaVA beside it.
+"""The demo: trains a small SQ-LLaVA from scratch in minutes on a CPU, and a LLaVA for comparison.
 
-    python -m demo.run                                          into runs/demo
-    python -m demo.run --seed 1 --output-dir runs/demo-seed1    another seed
-    python -m demo.run --quick --output-dir runs/quick          a few training steps: only to see that it runs
+    python -m demo.run                                          writes to runs/demo
+    python -m demo.run --seed 1 --output-dir runs/demo-seed1    uses another seed
+    python -m demo.run --quick --output-dir runs/quick          runs a few training steps, to see that it works
 
-Steps: write the data, pretrain a tiny CLIP and a tiny Llama, train both stages with `train_sft.py`, merge, evaluate,
-report; and at the same time the same for a LLaVA of the same parts and budget. Each step runs in a process of its own
-and leaves a note when it is complete: run again, the demo resumes after the last complete step. Two processes with
-half of the cores each are faster than one after the other on all cores, because the models are small.
+The steps are: write the data, pretrain a tiny CLIP and a tiny Llama, train both stages with `train_sft.py`, merge,
+evaluate, report. A LLaVA of the same parts and budget is trained at the same time. Each step runs in its own process
+and writes a note when it is complete, so the demo resumes after the last complete step when it is run again. Two
+processes with half of the cores each are faster than one after the other on all cores, because the models are small.
 """
 
 import argparse
@@ -32,8 +32,8 @@ from sq_llava.resources import find_resource
 
 
 RECIPES = find_resource("recipes") / "easy-vqa"
-# What LLaVA has in place of the recipes' settings. The learning rates were chosen for SQ-LLaVA and stay, but for a
-# language model that is trained in full, which has half of LoRA's.
+# LLaVA's changes to the recipes. The learning rates were chosen for SQ-LLaVA and are kept, except that the language
+# model, which LLaVA trains in full, has half of LoRA's.
 PLAIN = {"prototype_variant": "none", "projector_type": "linear", "vision_lora_r": 0}
 LLAVA = {
     "stage1": PLAIN,
@@ -51,7 +51,7 @@ def read_data(run: Path, name: str) -> list[dict]:
 
 
 def read_texts(run: Path) -> tuple[list[str], list[str]]:
-    """The questions of stage 2, and the texts whose words the base models know."""
+    """The questions of stage 2, and the texts with all words that the base models know."""
     questions = [question for question, _ in questions_and_answers(read_data(run, "stage2_train"))]
     captions = [row["conversations"][1]["value"] for row in read_data(run, "stage1_train")]
     return questions, [*captions, *questions, "yes", "no"]
@@ -73,7 +73,7 @@ def make_clip(run: Path, seed: int, quick: bool) -> None:
     accuracy = pretrain_clip(
         read_data(run, "stage1_train"), holdout, tokenizer, run / "clip", **pretraining_settings(seed, quick)
     )
-    print(f"CLIP: {accuracy:.1%} of held-out images are closest to their own caption, of 24")
+    print(f"CLIP picks the right one of 24 captions for {accuracy:.1%} of the held-out images")
 
 
 def make_llama(run: Path, seed: int, quick: bool) -> None:
@@ -82,15 +82,20 @@ def make_llama(run: Path, seed: int, quick: bool) -> None:
     questions, texts = read_texts(run)
     tokenizer = build_tokenizer(texts, adds_end=False)
     accuracy = pretrain_llama(questions, tokenizer, run / "llama", **pretraining_settings(seed, quick))
-    print(f"Llama: {accuracy:.1%} of questions about written scenes are answered right")
+    print(f"Llama answers {accuracy:.1%} of the questions about written scenes correctly")
 
 
 def train_stage(run: Path, seed: int, quick: bool, stage: str, out: Path | None = None, **more) -> None:
     """
-    Trains a stage: the recipe, and what it leaves open.
+    Trains a stage with its recipe.
 
     Args:
-        out (`Path`, *optional*): For the stages of another system, whose settings are `more`; default: `run`.
+        run: Folder of the demo.
+        seed: Random seed.
+        quick: Train three steps only.
+        stage: `"stage1"` or `"stage2"`.
+        out: Folder for the stages, if they are not those of SQ-LLaVA. Default: `run`.
+        more: Settings that replace those of the recipe.
     """
     import train_sft
     from sq_llava.training.settings import parse_recipe
@@ -113,7 +118,7 @@ def train_stage(run: Path, seed: int, quick: bool, stage: str, out: Path | None 
 
 
 def merge_and_evaluate(run: Path, seed: int, quick: bool) -> None:
-    """Makes the plain checkpoint and measures it."""
+    """Merges stage 2 into a plain checkpoint and evaluates it."""
     from demo.evaluate import evaluate
     from sq_llava.checkpoints.load import merge_adapter
 
@@ -123,7 +128,7 @@ def merge_and_evaluate(run: Path, seed: int, quick: bool) -> None:
 
 
 def make_llava(run: Path, seed: int, quick: bool) -> None:
-    """A LLaVA of the same parts, on the same rows, in as many steps."""
+    """Trains a LLaVA of the same parts on the same rows for the same number of steps, and evaluates it."""
     from demo.evaluate import evaluate_answers
 
     folder = run / "llava"
@@ -133,7 +138,7 @@ def make_llava(run: Path, seed: int, quick: bool) -> None:
     (folder / "evaluation.json").write_text(json.dumps(accuracy, indent=2) + "\n")
 
 
-# What each step runs, and what it writes.
+# The function of each step, and what it writes.
 STEPS = {
     "data": (make_data, ["data", "images"]),
     "CLIP": (make_clip, ["clip"]),
@@ -143,7 +148,7 @@ STEPS = {
     "evaluation": (merge_and_evaluate, ["model", "evaluation", "evaluation.json"]),
     "LLaVA": (make_llava, ["llava"]),
 }
-# Steps that come one after another, and the one that runs at the same time.
+# Steps that run one after another, and a step that runs at the same time.
 ROUNDS = [(["data"], None), (["CLIP"], "Llama"), (["stage 1", "stage 2", "evaluation"], "LLaVA")]
 
 
@@ -152,13 +157,13 @@ def note_of(run: Path, name: str) -> Path:
 
 
 def work(name: str, run: Path, seed: int, quick: bool, log: Path | None, begin: float) -> None:
-    """Body of a step's process."""
+    """Runs a step in its process and writes its note. Its output goes to `log`, if there is one."""
     import torch
 
     from demo.processes import end_with_parent, threads_of_each
 
     end_with_parent()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent, which Ctrl-C stops too, ends this process
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C stops the parent too, which ends this process
     if log is not None:
         with log.open("w") as stream:
             os.dup2(stream.fileno(), 1)
@@ -174,31 +179,33 @@ def work(name: str, run: Path, seed: int, quick: bool, log: Path | None, begin: 
 
 
 class Step:
-    """A step in a process of its own, unless its note says that it is complete; `log` takes its output."""
+    """A step in its own process. It is not started if its note says that it is complete."""
 
     def __init__(self, name: str, run: Path, seed: int, quick: bool, log: Path | None = None):
         from demo.processes import training_context
 
         self.name, self.note, self.log, self.process = name, note_of(run, name), log, None
         if self.note.is_file():
-            print(f"=== {name}: done before")
+            print(f"=== {name}: already complete")
             return
         for output in STEPS[name][1]:
             shutil.rmtree(run / output, ignore_errors=True)
-        print(f"=== {name}" + (f", at the same time: its output goes to {log}" if log else ""), flush=True)
+        print(f"=== {name}" + (f" (at the same time; its output goes to {log})" if log else ""), flush=True)
         arguments = (name, run, seed, quick, log, time.time())
         self.process = training_context().Process(target=work, args=arguments)
         self.process.start()
 
     def end(self) -> dict:
-        """Waits for it; returns the note."""
+        """Waits until the step is complete and returns its note."""
         if self.process is not None:
             if self.log is not None and self.process.is_alive():
-                print(f"=== {self.name}: waiting for its end", flush=True)
+                print(f"=== {self.name}: waiting until it is complete", flush=True)
             self.process.join()
             if self.process.exitcode != 0:
-                where = self.log or "above"
-                raise SystemExit(f"Step '{self.name}' failed, see {where}. Run the demo again to resume there.")
+                where = f"in {self.log}" if self.log else "above"
+                raise SystemExit(
+                    f"Step '{self.name}' failed. Its error is {where}. Run the demo again to resume there."
+                )
         return json.loads(self.note.read_text())
 
     def stop(self) -> None:
@@ -207,7 +214,7 @@ class Step:
 
 
 def run_steps(run: Path, seed: int, quick: bool) -> dict[str, dict]:
-    """What each step took."""
+    """Runs all steps. Returns the note of each: when it began, its seconds and its peak memory."""
     begun = []
 
     def begin(name: str, log: Path | None = None) -> Step:
@@ -228,13 +235,13 @@ def run_steps(run: Path, seed: int, quick: bool) -> dict[str, dict]:
 
 
 def check_settings(run: Path, settings: list[str]) -> None:
-    """Notes the settings of a new run, and refuses to resume one with other settings."""
+    """Writes down the settings of a new run. A run with other settings is not resumed."""
     note = run / "settings.txt"
     text = f"{' '.join(settings)}; steps: {', '.join(STEPS)}"
     if note.is_file() and note.read_text().strip() != text:
         raise SystemExit(
-            f"{run} holds a run with other settings ({note.read_text().strip()}): give another --output-dir, or "
-            "remove it (make demo-clean)."
+            f"{run} has a run with other settings ({note.read_text().strip()}). Choose another --output-dir, or "
+            "remove this run with `make demo-clean`."
         )
     run.mkdir(parents=True, exist_ok=True)
     note.write_text(text + "\n")
@@ -242,9 +249,9 @@ def check_settings(run: Path, settings: list[str]) -> None:
 
 def main(args: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output-dir", type=Path, default=Path("runs/demo"))
-    parser.add_argument("--quick", action="store_true", help="a few training steps: only to see that it runs")
+    parser.add_argument("--seed", type=int, default=0, help="Random seed.")
+    parser.add_argument("--output-dir", type=Path, default=Path("runs/demo"), help="Folder of the run: %(default)s.")
+    parser.add_argument("--quick", action="store_true", help="Run a few training steps, to see that it works.")
     args = parser.parse_args(args)
     run = args.output_dir
     settings = ["--seed", str(args.seed)] + ["--quick"] * args.quick
@@ -258,7 +265,7 @@ def main(args: list[str] | None = None) -> None:
     from demo.report import write_report
 
     write_report(run, steps, args.seed)
-    print(f"=== Report: {run / 'report.md'}")
+    print(f"=== The report is {run / 'report.md'}")
     print((run / "report.md").read_text())
 
 

@@ -1,9 +1,9 @@
-"""SQ-LLaVA around the code of a checkpoint: data, training, checkpoints, inference, evaluation, serving.
+"""The SQ-LLaVA library: data, training, checkpoints, inference, evaluation and serving.
 
     >>> from sq_llava import load
     >>> load("org/sq-llava-7b").answer("photo.jpg", "What is it?")
 
-The names below are imported when they are first used: the import of this package alone takes no time.
+The names below are imported on first use, so that importing this package is fast.
 """
 
 from importlib import import_module

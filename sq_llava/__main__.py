@@ -1,4 +1,4 @@
-"""The `sq-llava` command: `python -m sq_llava`, `torchrun -m sq_llava`."""
+"""The `sq-llava` command, also as `python -m sq_llava` and `torchrun -m sq_llava`."""
 
 import signal
 

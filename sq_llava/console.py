@@ -1,4 +1,4 @@
-"""What the commands share: where they print, how they fail, how their help shows examples, which extra is missing."""
+"""What all commands share: consoles for output and messages, errors in one line, examples in the help."""
 
 import errno
 import os
@@ -14,13 +14,13 @@ from rich.markup import escape
 from sq_llava.stopping import is_caused_by
 
 
-# Of torchrun's processes, the first one speaks at once. torchrun ends the others before they say the same.
+# With torchrun, the first process prints an error at once. torchrun ends the others before they print the same.
 SECONDS_FOR_THE_FIRST = 3
 
 
 class _Console(Console):
     def on_broken_pipe(self) -> None:
-        raise  # the BrokenPipeError, for `one_line_when_stopped`; rich would end the process here, without a word
+        raise  # rich would exit silently; `one_line_when_stopped` handles the BrokenPipeError
 
 
 console = _Console()
@@ -28,17 +28,17 @@ messages_console = _Console(stderr=True)
 
 
 def examples(*lines: str) -> str:
-    # Empty lines keep each example on a line of its own.
+    """The epilog of a command's help. Empty lines keep each example on its own line."""
     return "Examples:\n\n" + "\n\n".join(lines)
 
 
 @contextmanager
 def needs_extra(extra: str) -> Iterator[None]:
     """
-    Around an import of optional packages.
+    Wraps an import of optional packages.
 
     Raises:
-        ValueError: if one of them is not installed: with the extra of sq-llava that has it.
+        ValueError: if a package is not installed. The message names the extra of sq-llava that installs it.
     """
     try:
         yield
@@ -49,15 +49,15 @@ def needs_extra(extra: str) -> Iterator[None]:
 @contextmanager
 def errors_in_one_line(traceback_of: Callable | None = None) -> Iterator[None]:
     """
-    Ends the process with the exit code 1 where the input is wrong, without a traceback.
+    Prints errors about the input (`ValueError`, `OSError`) in one line, and exits with code 1, without a traceback.
 
     Args:
-        traceback_of (`Callable`, *optional*): A function whose errors are not about the input: they pass.
+        traceback_of (`Callable`, *optional*): Errors raised inside this function are bugs: they keep their traceback.
     """
     try:
         yield
     except (ValueError, OSError) as error:
-        # Output that cannot be written is told by `one_line_when_stopped`, which sees what is left of it, too.
+        # Output that cannot be written is handled by `one_line_when_stopped`, which also flushes the rest of it.
         if isinstance(error, OSError) and error.errno in (errno.EPIPE, errno.ENOSPC):
             raise
         if is_caused_by(error, KeyboardInterrupt) or (traceback_of is not None and _ran_in(traceback_of, error)):

@@ -1,32 +1,18 @@
-"""What a command refuses at once: it imports neither torch nor transformers, whose import takes seconds.
+"""Checks that a command makes at once, without the seconds that importing torch and transformers takes.
 
-    require_model("nope")                  # nope: no such folder. Give one with a model, or a Hub id such as org/name.
-    require_new_folder(Path("full"))       # full is not empty: give a new folder.
+    require_new_folder("full")  # ValueError: full is not empty: give a new folder.
 
-What it does not do: read weights or data. The library checks those when it opens them.
+Weights and data are not read: the library checks them when it opens them.
 """
 
 import os
 import warnings
 from pathlib import Path
 
-from sq_llava.locations import find_config, require_folder_or_id
-
 
 DTYPES = ("float32", "bfloat16", "float16")
-# The files that a folder of images is taken to hold.
+# Files with these suffixes are the images of a folder.
 IMAGE_SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
-
-
-def require_model(model: str, revision: str | None = None) -> str:
-    """
-    Returns the folder or the Hub id of a model.
-
-    Raises:
-        ValueError: if there is no such folder, it holds no model, or the Hub has no such model.
-    """
-    find_config(model, revision)
-    return str(require_folder_or_id(model) or model)
 
 
 def require_folder(folder: str | os.PathLike) -> None:
@@ -50,7 +36,7 @@ def require_file(path: str | os.PathLike, role: str) -> None:
 def require_image(path: str | os.PathLike) -> None:
     """
     Raises:
-        ValueError: if there is no such file, or no header of an image in it. Pixels are decoded when it is opened.
+        ValueError: if there is no such file, or it does not start with the header of an image. Pixels are not decoded.
     """
     from PIL import Image, UnidentifiedImageError
 
@@ -61,23 +47,23 @@ def require_image(path: str | os.PathLike) -> None:
             pass
     except UnidentifiedImageError as error:
         raise ValueError(
-            f"{path}: is of no known image format, or its header is broken. Save it anew as PNG or JPEG."
+            f"{path}: unknown image format, or a broken header. Save the image again as PNG or JPEG."
         ) from error
 
 
 def find_images(paths: list[Path]) -> list[Path]:
     """
-    The files of `paths`, and the images in its folders, sorted by name.
+    The image files among `paths`, and those in its folders, sorted by name.
 
     Raises:
-        ValueError: for a path that is not there, a folder without an image, or a file that is no image.
+        ValueError: for a path that does not exist, a folder without images, or a file that is not an image.
     """
     found = []
     for path in paths:
         if path.is_dir():
             images = sorted(file for file in path.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES)
             if not images:
-                raise ValueError(f"{path} is a folder without images ({', '.join(sorted(IMAGE_SUFFIXES))}).")
+                raise ValueError(f"{path}: a folder without images ({', '.join(sorted(IMAGE_SUFFIXES))}).")
             found += images
         else:
             found.append(path)
@@ -89,7 +75,7 @@ def find_images(paths: list[Path]) -> list[Path]:
 def require_recipe(path: str | os.PathLike) -> None:
     """
     Raises:
-        ValueError: if there is no such file, or it holds no settings in YAML.
+        ValueError: if there is no such file, or it is not a mapping of settings in YAML.
     """
     require_file(path, "--config")
     import yaml
@@ -97,24 +83,24 @@ def require_recipe(path: str | os.PathLike) -> None:
     try:
         settings = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"--config {path}: cannot be read as YAML: {' '.join(str(error).split())}") from error
+        raise ValueError(f"--config {path}: not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(settings, dict):
-        raise ValueError(f"--config {path}: holds {str(settings)[:40]!r}, not settings (name: value).")
+        raise ValueError(f"--config {path}: contains {str(settings)[:40]!r}. Write settings as `name: value`.")
 
 
 def require_recipe_of(args: list[str]) -> None:
-    """As `require_recipe`, for the recipe that the arguments of a script name, if they name one."""
+    """Checks the recipe that follows `--config` in the arguments of a script, if there is one."""
     if "--config" in args:
         given = args[args.index("--config") + 1 :]
         if not given:
-            raise ValueError("--config: which recipe?")
+            raise ValueError("--config needs the path of a recipe.")
         require_recipe(given[0])
 
 
 def require_new_folder(folder: str | os.PathLike) -> None:
     """
     Raises:
-        ValueError: if something would be written over.
+        ValueError: if the folder is a file, or is not empty.
     """
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
@@ -125,8 +111,12 @@ def require_new_folder(folder: str | os.PathLike) -> None:
 
 def require_dtype(dtype: str, option: str = "dtype", automatic: bool = True) -> None:
     """
+    Args:
+        option (`str`): Name of the option, for the error message.
+        automatic (`bool`): Whether `"auto"` is allowed too.
+
     Raises:
-        ValueError: for a name that is not one of [`DTYPES`] (or `"auto"`).
+        ValueError: if the name is not one of [`DTYPES`].
     """
     names = ("auto", *DTYPES) if automatic else DTYPES
     if dtype not in names:
@@ -138,13 +128,13 @@ def require_device(device: str | None) -> None:
     Raises:
         ValueError: if this machine has no such device.
     """
-    if device in (None, "cpu", "cpu:0"):  # the last is what launchers give the first process
+    if device in (None, "cpu", "cpu:0"):  # launchers give the first process cpu:0
         return
-    import torch  # it alone knows
+    import torch  # only torch knows the other devices
 
     there = ["cpu"]
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     if accelerator is not None:
         there += [f"{accelerator.type}:{number}" for number in range(torch.accelerator.device_count())]
     if f"{device}:0" not in there and device not in there:
-        raise ValueError(f"device is {device!r}, which is not here. This machine has {', '.join(there)}.")
+        raise ValueError(f"device is {device!r}, but this machine has only {', '.join(there)}.")

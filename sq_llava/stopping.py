@@ -1,9 +1,9 @@
-"""How a command ends that is stopped by Ctrl-C, or whose output nobody reads any more: one line, and no traceback.
+"""Ends a command with one line and no traceback, on Ctrl-C and when its output cannot be written.
 
     with one_line_when_stopped():
         main()
 
-Nothing but the standard library is imported here, so that Ctrl-C is heard from a command's first import on.
+Only the standard library is imported here, so that Ctrl-C works even while a command imports its libraries.
 """
 
 import errno
@@ -15,14 +15,14 @@ from contextlib import contextmanager, suppress
 from types import FrameType
 
 
-STOPPED = 128 + signal.SIGINT  # what shells show for a process that Ctrl-C ended
-# The outcome of a run that Ctrl-C stopped, where what was done is written all the same.
-INTERRUPTED = "stopped by Ctrl-C. Run again: what was done is kept."
+STOPPED = 128 + signal.SIGINT  # the exit code that shells show for a process ended by Ctrl-C
+# The outcome of resumable work that was stopped by Ctrl-C.
+INTERRUPTED = "stopped by Ctrl-C. Finished work is kept: run the same command again to resume."
 
 
 @contextmanager
 def one_line_when_stopped() -> Iterator[None]:
-    """Ends the process with the code 130 on Ctrl-C, and with 1 where standard output is closed or a disk is full."""
+    """Exits with code 130 on Ctrl-C, and with code 1 if standard output is closed or a disk is full."""
     try:
         yield
     except BaseException as error:
@@ -42,7 +42,7 @@ def one_line_when_stopped() -> Iterator[None]:
 
 
 def _ending_of(error: BaseException | None) -> tuple[int, str] | None:
-    """The exit code and the line for a command that was stopped; `None` for one that ends as it would."""
+    """Exit code and message of a command that was stopped; `None` if it ended in any other way."""
     if is_caused_by(error, KeyboardInterrupt):
         return STOPPED, "Stopped."
     if error is None or isinstance(error, SystemExit):
@@ -52,7 +52,7 @@ def _ending_of(error: BaseException | None) -> tuple[int, str] | None:
         except OSError as reason:
             error = reason
     if isinstance(error, SystemExit | BrokenPipeError) and is_caused_by(error, BrokenPipeError):
-        return 1, "Stopped: nobody reads the output any more."
+        return 1, "Stopped: standard output was closed."
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
         return 1, f"Error: {error}"
     return None
@@ -60,8 +60,8 @@ def _ending_of(error: BaseException | None) -> tuple[int, str] | None:
 
 def is_caused_by(error: BaseException | None, kind: type[BaseException]) -> bool:
     """
-    Whether an error is of a kind, or was raised while one of that kind was handled: libraries turn a KeyboardInterrupt
-    in the middle of an import into errors of their own, and typer turns it into an exit code.
+    Whether an error is of this kind, or was raised while one of this kind was handled. Libraries that are interrupted
+    during their import raise errors of their own, and typer turns a KeyboardInterrupt into an exit code.
     """
     while error is not None:
         if isinstance(error, kind):
@@ -72,7 +72,7 @@ def is_caused_by(error: BaseException | None, kind: type[BaseException]) -> bool
 
 @contextmanager
 def children_miss_interrupts() -> Iterator[None]:
-    """Processes that are started inside never see Ctrl-C, which a terminal sends to all: their parent ends them."""
+    """Processes started inside ignore Ctrl-C, which a terminal sends to all processes. Their parent ends them."""
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
@@ -81,13 +81,16 @@ def children_miss_interrupts() -> Iterator[None]:
 
 
 def stop_at_once(number: int, frame: FrameType | None) -> None:
-    """A handler of SIGINT for a process that has nothing to clean up, such as one that imports its libraries."""
+    """SIGINT handler for a process with nothing to clean up, e.g. while it imports its libraries."""
     os.write(2, b"Stopped.\n")
     os._exit(STOPPED)
 
 
 def _drop_unwritable_output() -> None:
-    """Else, the interpreter complains at its end about what it cannot write (docs.python.org, note on SIGPIPE)."""
+    """Discards output that cannot be written. Otherwise Python complains when it exits.
+
+    Source: https://docs.python.org/3/library/signal.html#note-on-sigpipe
+    """
     for stream in (sys.__stdout__, sys.__stderr__):
         try:
             if stream is not None:

@@ -1,4 +1,4 @@
-"""Tests, in folders named after the packages that they are of. What they share stands beside the folders."""
+"""The tests, in one folder for each package. The modules beside the folders are shared by all tests."""
 
 from pathlib import Path
 

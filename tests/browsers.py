@@ -1,4 +1,4 @@
-"""The browser that tests of pages drive: Debian's."""
+"""The browser that the tests of web pages use."""
 
 from pathlib import Path
 

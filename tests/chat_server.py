@@ -1,4 +1,4 @@
-"""A chat completions server on this machine that answers, and fails, as a test says."""
+"""A server for chat completions on this machine. The test decides how it answers or fails."""
 
 import json
 import threading
@@ -14,7 +14,16 @@ KEY = "sk-secret-0123456789"
 
 @dataclass
 class Reply:
-    """What the server does with a request: an answer, another body, a refusal, or nothing at all."""
+    """
+    What the server does with a request.
+
+    Args:
+        text (`str`): Text of the answer.
+        body (`str`, *optional*): The whole body, instead of `text`.
+        seconds (`float`): Time before the answer.
+        closes (`bool`): Close the connection without an answer.
+        cuts (`bool`): Send half of the body, then close the connection.
+    """
 
     text: str = ""
     body: str | None = None
@@ -27,9 +36,7 @@ class Reply:
 
 @dataclass
 class ChatServer:
-    """
-    `requests` are the bodies that came in; `most_at_once` is how many were under way at a time.
-    """
+    """The requests (their bodies) that came in, and the highest number of requests at the same time."""
 
     url: str
     requests: list[dict] = field(default_factory=list)
@@ -45,16 +52,11 @@ def completion(text: str | None, prompt_tokens: int = 100, completion_tokens: in
     return json.dumps(body, ensure_ascii=False)
 
 
-def encoded(body: str) -> bytes:
-    """With characters as they are; half a surrogate pair as JSON's escape."""
-    return body.encode("utf-8", "backslashreplace")
-
-
 @contextmanager
 def chat_server(reply: Callable[[dict, int], Reply | str]) -> Iterator[ChatServer]:
     """
     Args:
-        reply (`Callable`): (body of the request, how often the same body came before) -> what to do.
+        reply (`Callable`): (body of the request, how often the same body came before) -> [`Reply`], or its text.
     """
     lock = threading.Lock()
     under_way = 0
@@ -85,7 +87,8 @@ def chat_server(reply: Callable[[dict, int], Reply | str]) -> Iterator[ChatServe
             if said.closes:
                 self.close_connection = True
                 return
-            body = encoded(completion(said.text) if said.body is None else said.body)
+            body = completion(said.text) if said.body is None else said.body
+            body = body.encode("utf-8", "backslashreplace")  # half surrogate pairs become JSON escapes
             self.send_response(said.status)
             for name, value in {"Content-Type": "application/json", **said.headers}.items():
                 self.send_header(name, value)
@@ -95,7 +98,7 @@ def chat_server(reply: Callable[[dict, int], Reply | str]) -> Iterator[ChatServe
             self.close_connection = self.close_connection or said.cuts
 
         def log_message(self, *args):
-            pass  # nothing on the tests' standard error
+            pass  # by default, it writes to standard error
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.daemon_threads = True

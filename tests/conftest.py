@@ -1,6 +1,6 @@
-"""Fixtures of all tests; the functions behind them are in `tests/tiny.py`. Nothing here needs a network.
+"""Fixtures for all tests. The functions behind them are in `tests/tiny.py`. No test needs a network.
 
-Libraries are imported late: the process that deals the tests out to workers needs none.
+Libraries are imported late, because the process that distributes the tests to workers needs none of them.
 """
 
 import multiprocessing
@@ -9,10 +9,10 @@ from collections import Counter
 from importlib import import_module
 
 
-# Before transformers is imported: a test that would reach for the network fails instead.
+# Set before transformers is imported: a test that tries to use the network then fails.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
-# Also for the processes that tests start: sums over another number of threads differ in their last bits.
+# The processes that tests start inherit this: with another number of threads, sums differ in their last bits.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
@@ -23,7 +23,7 @@ from tests.warm_python import warm_python
 
 
 def pytest_collection_modifyitems(items):
-    """Files with slow tests come first: each file runs on one worker, and none is to begin a long one at the end."""
+    """Runs files with slow tests first. Each file runs on one worker, and none should start a long file at the end."""
     num_slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
     items.sort(key=lambda item: -num_slow[item.path])
 
@@ -35,13 +35,13 @@ def warm_processes():
 
 @pytest.fixture(scope="session", autouse=True)
 def one_thread():
-    # The models are so small that a second thread costs more than it brings.
+    # The models are so small that a second thread costs more time than it saves.
     import_module("torch").set_num_threads(1)
 
 
 @pytest.fixture(params=["parquet", "folder"])
 def layout(request):
-    """The data of a benchmark as the Hub has it, and as LLaVA's folders do."""
+    """The layout of a benchmark's data: as on the Hub, or as in LLaVA's folders."""
     return request.param
 
 
@@ -57,7 +57,7 @@ def browser():
 
 @pytest.fixture
 def api_key(monkeypatch):
-    """What a client of `chat_server` needs: a key, and no server of the environment."""
+    """Sets the API key that a client of `chat_server` needs, and removes any server from the environment."""
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
 
@@ -74,7 +74,7 @@ def llama_tokenizer():
 
 @pytest.fixture(params=["byte_level", "byte_level_trimmed", "llama", "llama_legacy"])
 def any_tokenizer(request):
-    """Each kind of tokenizer in turn."""
+    """Runs the test with each kind of tokenizer."""
     return import_module("tests.tiny").TOKENIZERS[request.param]()
 
 
@@ -96,3 +96,8 @@ def tiny_processor():
 @pytest.fixture
 def image():
     return import_module("tests.tiny").picture()
+
+
+@pytest.fixture(scope="module")
+def assistant():
+    return import_module("tests.assistants").tiny_assistant()

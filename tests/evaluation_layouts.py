@@ -1,17 +1,20 @@
-"""Tiny data sets in the layouts of benchmarks, and scores of answers to them without a model."""
+"""Tiny datasets in the layouts of benchmarks, and scores of answers to them without a model."""
 
 import io
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import datasets
+from click.testing import Result
+from typer.testing import CliRunner
 
+from sq_llava.cli.main import app
 from sq_llava.evaluation.judge import Judge
 from sq_llava.evaluation.results import TaskResult
 from sq_llava.evaluation.run import Evaluation, assess, find_task, read_examples
-from sq_llava.evaluation.task import Example, Record
+from sq_llava.evaluation.task import Example, Metric, Record
 from tests import tiny
 
 
@@ -27,12 +30,16 @@ def write_image(path: Path, seed: int = 0) -> None:
 
 
 def write_parquet(path: Path, rows: list[dict[str, Any]]) -> None:
-    """A table as the Hub has it: images are bytes in it, of the feature `Image`."""
+    """A table in the Hub's layout: `image` has the type `Image`, with the bytes in the table."""
     table = datasets.Dataset.from_list(rows)
     if "image" in table.column_names:
         table = table.cast_column("image", datasets.Image())
     path.parent.mkdir(parents=True, exist_ok=True)
     table.to_parquet(str(path))
+
+
+def write_split(folder: Path, split: str, rows: list[dict[str, Any]]) -> None:
+    write_parquet(folder / f"{split}-00000-of-00001.parquet", rows)
 
 
 def stored(seed: int = 0) -> dict[str, Any]:
@@ -49,6 +56,19 @@ def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
+def write_easy_vqa(folder: Path, questions: Sequence[str], num_images: int = 1) -> Path:
+    """easy-VQA data: questions q0, q1, ... about the images in turn, each with the answer "yes"."""
+    rows = []
+    for number, question in enumerate(questions):
+        turns = [{"from": "human", "value": f"<image>\n{question}"}, {"from": "gpt", "value": "yes"}]
+        image = f"{number % num_images}.png"
+        rows.append({"id": f"q{number}", "image": image, "kind": "shape", "conversations": turns})
+    write_json(folder / "test.json", rows)
+    for number in range(num_images):
+        write_image(folder / "images" / f"{number}.png", number)
+    return folder
+
+
 def examples_of(task: str, data: Path | str, split: str | None = None) -> list[Example]:
     return read_examples(find_task(task), Evaluation("no model", [task], str(data), Path("-"), split=split))
 
@@ -61,9 +81,7 @@ def assess_answers(
     split: str | None = None,
     judge: Judge | None = None,
 ) -> TaskResult:
-    """
-    What an evaluation makes of answers: a text for each id, or a function of an example; `None` is one that failed.
-    """
+    """The result of an evaluation with these answers: id -> text, or a function of an example. `None` has failed."""
     evaluation = Evaluation("no model", [task], str(data), out, split=split)
     records = []
     for example in read_examples(find_task(task), evaluation):
@@ -73,9 +91,22 @@ def assess_answers(
     return assess(find_task(task), records, evaluation, {"data_hashes": {task: "-"}}, judge)
 
 
+def metrics_of(result: TaskResult) -> dict[str, Metric]:
+    return {metric.name: metric for metric in result.metrics}
+
+
 def figures(result: TaskResult) -> dict[str, float]:
     return {metric.name: metric.value for metric in result.metrics}
 
 
 def image_bytes(example: Example) -> list[bytes]:
     return [image.read_bytes() if isinstance(image, Path) else image.read()["bytes"] for image in example.images]
+
+
+def evaluate_command(**options: Any) -> list[str]:
+    """The arguments of `sq-llava evaluate` on the CPU: `judge_model="x"` becomes `--judge-model=x`."""
+    return ["evaluate", "--device=cpu", *(f"--{name.replace('_', '-')}={value}" for name, value in options.items())]
+
+
+def run_evaluate(**options: Any) -> Result:
+    return CliRunner().invoke(app, evaluate_command(**options))

@@ -1,16 +1,14 @@
-"""What a stranger does with what was pushed: run by `test_publishing.py` in a fresh process, without the sources.
+"""Uses a pushed model without this project: `test_push.py` runs this file in a process of its own.
 
     python -P tests/hub_checks.py FOLDER
 
 HF_ENDPOINT is a small Hub. FOLDER, the working directory, holds `image.png`, the cards as `model.md` and `lora.md`,
-and `expected.pt`; it gets `results.json`: for each check of `CHECKS` its traceback, or "" if it passed.
+and `expected.pt`. The outcome of each check of `CHECKS` is written to `results.json`.
 """
 
-import json
 import re
 import runpy
 import sys
-import traceback
 from pathlib import Path
 
 
@@ -22,7 +20,7 @@ def snippets(card):
 
 
 def assert_code_is_pinned(card):
-    """No code was run but that of commits which the card's snippets name."""
+    """Only code of the commits in the card's examples was run."""
     named = set(re.findall(r'revision="([0-9a-f]{40})"', Path(card).read_text()))
     modules = [name.split(".") for name in sys.modules if name.startswith("transformers_modules.org.")]
     run = {part for module in modules for part in module if re.fullmatch("[0-9a-f]{40}", part)}
@@ -36,7 +34,7 @@ def logits_of(model, expected):
         return model(**expected["inputs"]).logits
 
 
-def snippets_of_the_card_run_as_they_stand(expected):
+def snippets_of_the_card_run_unchanged(folder, expected):
     import torch
 
     namespace = {}
@@ -50,10 +48,10 @@ def snippets_of_the_card_run_as_they_stand(expected):
     linears = {name: type(module).__name__ for name, module in namespace["model"].named_modules()}
     assert linears["model.language_model.layers.0.self_attn.q_proj"] == "Linear4bit"
     assert "Linear4bit" not in {kind for name, kind in linears.items() if "language_model" not in name}
-    compile(vllm, "vllm", "exec")  # vLLM needs an environment of its own
+    compile(vllm, "vllm", "exec")  # vLLM needs its own environment
 
 
-def snippets_of_an_adapters_card_run_as_they_stand(expected):
+def snippets_of_an_adapters_card_run_unchanged(folder, expected):
     import torch
 
     namespace = {}
@@ -62,7 +60,7 @@ def snippets_of_an_adapters_card_run_as_they_stand(expected):
     assert torch.equal(logits_of(namespace["model"], expected), expected["adapted"])
 
 
-def automodel_for_peft_finds_the_base_by_itself(expected):
+def automodel_for_peft_finds_the_base_by_itself(folder, expected):
     import torch
     from peft import AutoPeftModel
 
@@ -70,7 +68,7 @@ def automodel_for_peft_finds_the_base_by_itself(expected):
     assert torch.equal(logits_of(model, expected), expected["adapted"])
 
 
-def newest_and_pinned_revisions_load_their_own_weights(expected):
+def newest_and_pinned_revisions_load_their_own_weights(folder, expected):
     import torch
     from transformers import AutoModel
 
@@ -83,7 +81,7 @@ def newest_and_pinned_revisions_load_their_own_weights(expected):
     assert torch.equal(logits_of(model, expected), expected["first"])
 
 
-def private_repository_is_refused_without_a_token(expected):
+def private_repository_is_refused_without_a_token(folder, expected):
     from transformers import AutoModel
 
     try:
@@ -94,7 +92,7 @@ def private_repository_is_refused_without_a_token(expected):
         raise AssertionError("org/secret was loaded")
 
 
-def nothing_runs_without_trust(expected):
+def nothing_runs_without_trust(folder, expected):
     from transformers import AutoModel, AutoProcessor
 
     for auto_class in (AutoModel, AutoProcessor):
@@ -108,29 +106,13 @@ def nothing_runs_without_trust(expected):
 
 CHECKS = [
     nothing_runs_without_trust,
-    snippets_of_the_card_run_as_they_stand,  # before anything unpinned is loaded
+    snippets_of_the_card_run_unchanged,  # before anything unpinned is loaded
     newest_and_pinned_revisions_load_their_own_weights,
-    snippets_of_an_adapters_card_run_as_they_stand,
+    snippets_of_an_adapters_card_run_unchanged,
     automodel_for_peft_finds_the_base_by_itself,
     private_repository_is_refused_without_a_token,
 ]
 
 
-def main():
-    OUT_OF_REACH["hide_sources"]()
-    import torch
-
-    torch.set_num_threads(1)
-    expected = torch.load("expected.pt", weights_only=False)
-    results = {}
-    for check in CHECKS:
-        try:
-            check(expected)
-            results[check.__name__] = ""
-        except Exception:
-            results[check.__name__] = traceback.format_exc()
-    Path("results.json").write_text(json.dumps(results))
-
-
 if __name__ == "__main__":
-    main()
+    OUT_OF_REACH["run_checks"](CHECKS, Path(sys.argv[1]))

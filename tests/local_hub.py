@@ -1,25 +1,29 @@
-"""A small Hub on this machine, for tests of what is pushed to it and pulled from it.
+"""A small Hub on this machine, for tests that upload and download.
 
     with LocalHub() as hub:
         subprocess.run([...], env={**hub.environment("writer"), "HF_HOME": ...})
 
-Repositories of models and datasets with branches and commits; files by the hashes of their contents, large ones by
-LFS, each upload checked against its hash; private repositories; tokens that may write, read, or write elsewhere. It
-has the calls that huggingface_hub, transformers, PEFT and datasets make, without Xet. Not a Hub to keep anything in:
-all is in memory.
+It has repositories of models and datasets with branches and commits; private repositories; uploads of large files by
+LFS, which are checked against their hashes; tokens that may write, read, or write elsewhere. It answers the requests
+of huggingface_hub, transformers, PEFT and datasets, but has no Xet. Everything is kept in memory.
 """
 
 import base64
 import hashlib
 import json
+import os
 import re
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import parse_qs, parse_qsl, unquote, urlsplit
 
+import pytest
 import yaml
+from huggingface_hub import HfApi, constants
 from huggingface_hub.utils.sha import git_hash
 
 
@@ -32,7 +36,7 @@ LIBRARIES = ("transformers", "peft")
 
 
 class File(NamedTuple):
-    """Its content is known by the SHA-256; a small file goes by Git's hash, as on the Hub."""
+    """The SHA-256 is the key of its content. `oid` is Git's hash, which the Hub reports for small files."""
 
     sha256: str
     oid: str
@@ -65,10 +69,10 @@ class HubError(Exception):
 class LocalHub:
     """
     Attributes:
-        repositories (`dict[str, Repository]`): Those of datasets have keys such as "datasets/org/name".
+        repositories (`dict[str, Repository]`): By Hub id; datasets have keys such as "datasets/org/name".
         log (`list[tuple[str, str]]`): Method and path of each request.
-        stored (`list[str]`): SHA-256 of each large file that came in whole, in order.
-        hold_after (`int`, *optional*): After so many large files, the next hang; `held` is set then.
+        stored (`list[str]`): SHA-256 of each large file that arrived completely, in order.
+        hold_after (`int`, *optional*): After this number of large files, the next upload hangs, and `held` is set.
     """
 
     def __init__(self):
@@ -93,16 +97,29 @@ class LocalHub:
         self.server.server_close()
 
     def environment(self, token: str | None = "writer") -> dict[str, str]:
-        """Variables of a process that takes this for the Hub."""
+        """Environment variables for a process that uses this as its Hub."""
         variables = {"HF_ENDPOINT": self.url, "HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0"}
         return variables | ({"HF_TOKEN": token} if token else {})
 
+    @contextmanager
+    def online(self, token: str = "writer") -> Iterator[HfApi]:
+        """Makes this the Hub of this process, which is offline in tests otherwise; `""` for no token."""
+        template = self.url + "/{repo_id}/resolve/{revision}/{filename}"
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(constants, "HF_HUB_OFFLINE", False)
+            patch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+            patch.setattr(constants, "ENDPOINT", self.url)
+            patch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+            patch.setattr(constants, "HF_TOKEN_PATH", os.devnull)
+            patch.setenv("HF_TOKEN", token)
+            yield HfApi(endpoint=self.url)
+
     def add(self, repo_id: str, folder: Path) -> str:
-        """Puts the files of a folder into a model repository, which need not exist yet, and returns the commit."""
+        """Commits the files of a folder to a model repository, creates it if needed, and returns the commit."""
         return self._commit(repo_id, {file.name: file.read_bytes() for file in folder.iterdir()}, "main", False)
 
     def add_dataset(self, repo_id: str, files: dict[str, bytes], branch: str = "main", private: bool = False) -> str:
-        """Commits files to a dataset, which need not exist yet, and returns the commit."""
+        """Commits files to a dataset, creates it if needed, and returns the commit."""
         return self._commit(f"datasets/{repo_id}", files, branch, private)
 
     def _commit(self, name: str, files: dict[str, bytes], branch: str, private: bool) -> str:
@@ -117,9 +134,6 @@ class LocalHub:
         repository = self.repositories[repo_id]
         files = repository.commits[repository.branches.get(revision, revision)]
         return {path: self.contents[file.sha256] for path, file in files.items()}
-
-    def writes(self) -> list[tuple[str, str]]:
-        return [(method, path) for method, path in self.log if method not in ("GET", "HEAD")]
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -141,7 +155,7 @@ class Handler(BaseHTTPRequestHandler):
                 match = re.fullmatch(pattern, self.path)
                 if match and method == (self.command if self.command != "HEAD" else "GET"):
                     return function(self, body, **match.groupdict())
-            raise HubError(404, message=f"{self.command} {self.path} is not known here")
+            raise HubError(404, message=f"{self.command} {self.path} is not implemented here")
         except HubError as error:
             self.send(error.status, {"error": error.message}, {"X-Error-Code": error.code})
 

@@ -1,17 +1,17 @@
-"""Uses this library with the oldest and the newest packages that it allows: run by `make test-versions`.
+"""Tests this library with the oldest and the newest packages that it allows. `make test-versions` runs this.
 
-    python -m tests.package_versions                  # all
+    python -m tests.package_versions                  # all versions
     python -m tests.package_versions oldest           # one of them
-    python -m tests.package_versions 5.17.0           # a checkpoint alone, in that version of transformers
+    python -m tests.package_versions 5.17.0           # only a checkpoint, with this version of transformers
 
-`oldest` has the lower bound of each requirement in `pyproject.toml`, `newest` what the package registry serves within
-the bounds, `pinned` is the environment that runs this. In each of them a wheel is installed, and then
+`oldest` has the lower bound of each requirement in `pyproject.toml`. `newest` has what the package registry offers
+within the bounds. `pinned` is the environment that runs this. Each gets a wheel, and then
 
-- a checkpoint with its code is loaded by strangers (`tests/remote_code_checks.py`): generation of every kind;
-- a user's walk is done (`tests/wheel_checks.py`): both stages, merge, answer, ask, serve.
+- loads a checkpoint through its remote code and generates in every way (`tests/remote_code_checks.py`);
+- runs a user's commands (`tests/wheel_checks.py`): both stages, merge, answer, ask, serve.
 
-A checkpoint's code runs on its user's transformers, which may be older than what training needs: so two older versions
-load and run a checkpoint too. The environments are kept in `--dir`, 6 GB each.
+A checkpoint's code runs with its user's transformers, which may be older than training needs. So two older versions
+load and run a checkpoint, too. The environments stay in `--dir` and take 6 GB each.
 """
 
 import argparse
@@ -33,13 +33,13 @@ from tests.wheel_checks import ROOT, build_wheel
 
 
 CHECKPOINT_ONLY = ["5.16.1", "5.17.0"]
-# Before 5.18, AutoImageProcessor itself needs torchvision, which is not there; AutoProcessor does not.
+# Before 5.18, AutoImageProcessor needs torchvision, which is not installed. AutoProcessor does not need it.
 NEEDS_TORCHVISION = {(version, "image_processor_gives_the_same_pixels") for version in CHECKPOINT_ONLY}
 EXTRAS = ["metrics", "page", "tracking"]
 
 
 def lower_bounds() -> list[str]:
-    """`name==version` of each requirement, the extras' too."""
+    """`name==version` with the lower bound of each requirement, including those of the extras."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     listed = [
         *project["dependencies"],
@@ -53,7 +53,7 @@ def lower_bounds() -> list[str]:
 
 
 def make_environment(folder: Path, wheel: Path, constraints: list[str]) -> Path:
-    """Returns the Python of an environment with the wheel. What was installed before is kept."""
+    """Installs the wheel into an environment, which is made if it does not exist. Returns its Python."""
     python = folder / "bin" / "python"
     if not python.exists():
         subprocess.run([sys.executable, "-m", "venv", folder], check=True)
@@ -67,7 +67,7 @@ def make_environment(folder: Path, wheel: Path, constraints: list[str]) -> Path:
 
 
 def make_packages(folder: Path, version: str) -> Path:
-    """A folder of packages with a version of transformers and all that it needs; torch is this environment's."""
+    """Installs a version of transformers and its requirements into a folder. Torch is this environment's."""
     if not folder.is_dir():
         part = folder.with_name(f"{folder.name}.part")
         shutil.rmtree(part, ignore_errors=True)
@@ -105,33 +105,33 @@ def check_checkpoint(name: str, python: Path, packages: Path | None = None) -> b
     return failed.keys() == known
 
 
-def check_walk(name: str, python: Path | None) -> bool:
-    """The walk of a user; of a new environment with a wheel beside this one, if no Python is given."""
+def check_user_commands(name: str, python: Path | None) -> bool:
+    """Runs a user's commands with this Python. Without one, `tests.wheel_checks` makes a new environment."""
     command = [sys.executable, "-m", "tests.wheel_checks", *(() if python is None else ("--python", python))]
     is_fine = subprocess.run(command, cwd=ROOT).returncode == 0
-    print(f"{name}: the walk of a user {'passes' if is_fine else 'FAILS'}", flush=True)
+    print(f"{name}: the commands of a user {'work' if is_fine else 'FAIL'}", flush=True)
     return is_fine
 
 
 def check(name: str, folder: Path, wheel: Path) -> bool:
     if name == "pinned":
-        return check_checkpoint(name, Path(sys.executable)) & check_walk(name, None)
+        return check_checkpoint(name, Path(sys.executable)) & check_user_commands(name, None)
     if name not in ("oldest", "newest"):
         return check_checkpoint(name, Path(sys.executable), make_packages(folder / f"transformers-{name}", name))
     python = make_environment(folder / name, wheel, lower_bounds() if name == "oldest" else [])
     versions = "import torch, transformers, trl; print(torch.__version__, transformers.__version__, trl.__version__)"
     print(f"{name}: torch, transformers, TRL", end=" ", flush=True)
     subprocess.run([python, "-c", versions], check=True)
-    return check_checkpoint(name, python) & check_walk(name, python)
+    return check_checkpoint(name, python) & check_user_commands(name, python)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", default=[*CHECKPOINT_ONLY, "oldest", "pinned", "newest"])
-    parser.add_argument("--dir", type=Path, default=Path("runs/versions"))
+    parser.add_argument("names", nargs="*", default=[*CHECKPOINT_ONLY, "oldest", "pinned", "newest"], help="Versions.")
+    parser.add_argument("--dir", type=Path, default=Path("runs/versions"), help="Folder for the environments.")
     args = parser.parse_args()
     args.dir.mkdir(parents=True, exist_ok=True)
-    torch.set_num_threads(1)  # as those who load the checkpoints
+    torch.set_num_threads(1)  # as in the processes that load the checkpoints
     with tempfile.TemporaryDirectory() as folder:
         wheel = build_wheel(Path(folder))
         passed = [check(name, args.dir, wheel) for name in args.names]

@@ -1,4 +1,4 @@
-"""A picture for every row of the table in `docs/images.md`, and what the model is to see of it."""
+"""A picture for every row of the table in `docs/images.md`, and what the model must see of it."""
 
 import base64
 import io
@@ -22,8 +22,9 @@ LEVELS = np.linspace(0, 65535, WIDTH * HEIGHT).astype(np.uint16).reshape(HEIGHT,
 class Picture:
     """
     Args:
-        file (`bytes`, *optional*): Of an image file, if a format holds this mode.
-        rgb (`PIL.Image.Image`, *optional*): What the model sees before the padding; `None` if it is refused.
+        row (`str`): First cell of the row.
+        file (`bytes`, *optional*): The image file, if a file format supports this mode.
+        rgb (`PIL.Image.Image`, *optional*): What the model sees, before padding. `None` if the picture is refused.
     """
 
     row: str
@@ -37,7 +38,7 @@ class Picture:
 
 
 def table() -> dict[str, str]:
-    """What the model sees, by the first column."""
+    """The last column of the table (what the model sees), by the first column."""
     text = (Path(__file__).parent.parent / "docs/images.md").read_text().split("\n\n")
     rows = next(part for part in text if part.startswith("| Pillow mode")).splitlines()[2:]
     cells = [[cell.strip().replace("`", "") for cell in re.split(r" \| ?", row.strip("| "))] for row in rows]
@@ -62,7 +63,7 @@ def on_white(rgb: np.ndarray, alpha: np.ndarray) -> Image.Image:
 
 
 def _files() -> dict[str, bytes]:
-    """By row: of formats that hold the mode."""
+    """Image files of the modes that a file format supports, by row."""
     grey, palette = COLOURS.convert("L"), COLOURS.quantize(16)
     rgba, deep = COLOURS.copy(), Image.fromarray(LEVELS)
     rgba.putalpha(ALPHA)
@@ -90,7 +91,7 @@ def _files() -> dict[str, bytes]:
 
 
 def _in_memory() -> dict[str, Image.Image]:
-    """By row: of modes that no format holds."""
+    """Images of the modes that no file format supports, by row."""
     rgba = COLOURS.copy()
     rgba.putalpha(ALPHA)
     with_palette = COLOURS.quantize(16).convert("PA")
@@ -125,7 +126,7 @@ def _seen(image: Image.Image, rule: str) -> Image.Image | None:
 
 
 def pictures() -> list[Picture]:
-    """One for each row, in the order of the table."""
+    """One picture for each row, in the order of the table."""
     files = _files()
     images = {row: opened(file) for row, file in files.items()} | _in_memory()
     for row, image in images.items():
@@ -136,7 +137,7 @@ def pictures() -> list[Picture]:
 
 
 def turned() -> list[Picture]:
-    """A photo of each EXIF orientation. The EXIF standard says where its first row and column are seen."""
+    """A photo of each EXIF orientation. The EXIF standard says where its first row and column must appear."""
     pixels, found = np.asarray(COLOURS), []
     # https://www.cipa.jp/std/documents/e/DC-008-2012_E.pdf, 4.6.4 A
     upright = {

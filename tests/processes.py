@@ -1,6 +1,7 @@
 """Processes that tests start, kill and wait for, without the seconds that importing the libraries takes.
 
-A child is forked from a server that has imported everything and run nothing: it starts at once, and a kill is real.
+A child is forked from a server that has imported everything but run nothing. So it starts at once, and a kill is a
+real kill.
 """
 
 import gc
@@ -30,24 +31,32 @@ def lines_of(path: Path) -> list[dict]:
 
 
 def sq_llava(*arguments: str) -> None:
-    """The command, as a process runs it."""
+    """Runs the `sq-llava` command in this process."""
     sys.argv = ["sq-llava", *arguments]
     main()
 
 
 def run_script(file: str, *arguments: str) -> None:
-    """A script, as `python FILE` runs it."""
+    """Runs a script in this process, as `python FILE` does."""
     sys.argv = [file, *arguments]
     runpy.run_path(file, run_name="__main__")
 
 
 def run_child(function: Callable, arguments: tuple, log: str, environment: dict[str, str], prepare) -> None:
-    """Body of a child process: `prepare` is a function, or one with its arguments, that is called first."""
-    gc.freeze()  # else, collecting garbage copies all the memory that is shared with the server
+    """
+    Runs in a child process.
+
+    Args:
+        function, arguments: What the child runs.
+        log: File that the child's output is appended to.
+        environment: Environment variables to set.
+        prepare: A function and its arguments, called before `function`; or `None`.
+    """
+    gc.freeze()  # otherwise the garbage collector would copy all the memory shared with the server
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
-    sys.stdout.reconfigure(line_buffering=True)  # whoever waits for a line sees it at once
+    sys.stdout.reconfigure(line_buffering=True)  # a test that waits for a line then sees it at once
     os.environ.update(environment)
     torch.set_num_threads(1)
     if prepare is not None:
@@ -56,13 +65,17 @@ def run_child(function: Callable, arguments: tuple, log: str, environment: dict[
     function(*arguments)
 
 
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
 def environments_of(processes: int) -> list[dict[str, str]]:
-    """What torchrun gives each of several processes; nothing for one."""
+    """The variables that torchrun sets for each of several processes. A single process gets none."""
     if processes == 1:
         return [{}]
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     shared |= {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
     return [{"RANK": str(rank), "LOCAL_RANK": str(rank), **shared} for rank in range(processes)]
 
@@ -75,11 +88,17 @@ def fork(
     processes: int = 1,
     environment: dict[str, str] | None = None,
 ) -> list[multiprocessing.Process]:
-    """Calls `function` in as many processes; what they print is added to `log`."""
+    """
+    Calls `function` in this many child processes. Their output is appended to `log`.
+
+    Args:
+        prepare: A function and its arguments, called in each child before.
+        environment: Added to the environment of this process.
+    """
     outer = os.environ | (environment or {})
     PROCESSES.set_forkserver_preload(PRELOADED)
     children = [
-        # The server's own environment is that of its start.
+        # The server keeps the environment that it was started with, so the child is given this one.
         PROCESSES.Process(target=run_child, args=(function, arguments, str(log), outer | own, prepare))
         for own in environments_of(processes)
     ]
@@ -89,7 +108,7 @@ def fork(
 
 
 def ended(children: list[multiprocessing.Process]) -> list[int]:
-    """Exit codes of the processes; a negative one is the number of the signal that ended it."""
+    """Waits for the processes and returns their exit codes. A negative code is the signal that ended the process."""
     for child in children:
         child.join(60)
         if child.is_alive():

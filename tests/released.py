@@ -1,21 +1,22 @@
-"""Tiny random checkpoints in the layouts of the public releases: the same files, the same names of keys.
+"""Writes tiny random checkpoints with the files and the names of weights of the public releases.
 
     base = write_language_model(tmp_path / "base")
     tower = write_clip(tmp_path / "clip")
     source = write_sq_llava_lora(tmp_path / "sqllava-lora", base=base, vision=tower)
 
 Sizes are those of `tests/tiny.py`: 9 image tokens, 5 prototypes. Weights are float32 with a standard deviation of 0.2,
-so that logits depend on all of them. The values hang on `seed` and the order of the tensors only, so two folders that
-are written with the same arguments are equal. `.bin` files are pickles, as in the releases.
+so that logits depend on all of them. Values depend only on `seed` and the order of the tensors: the same arguments
+give equal folders. `.bin` files are pickles, as in the releases.
 """
 
 import io
 import json
+from functools import partial
 from pathlib import Path
 
 import sentencepiece
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers import LlamaTokenizer
 
 from tests.released_weights import (
@@ -37,13 +38,28 @@ from tests.tiny import CORPUS
 CLIP_MEAN = [0.48145466, 0.4578275, 0.40821073]
 CLIP_STD = [0.26862954, 0.26130258, 0.27577711]
 NUM_LATENTS = 5
-# The names in the releases' configurations; pass folders instead for sources that are complete on one machine.
+# Names in the releases' configurations. Pass folders instead to make sources whose parts are all on this machine.
 RELEASED_BASE = "Lin-Chen/ShareGPT4V-7B_Pretrained_vit-large336-l12_vicuna-7b-v1.5"
 RELEASED_TOWER = "openai/clip-vit-large-patch14-336"
 
 
 def _write_json(path: Path, content: dict) -> None:
     path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
+
+
+def edit_json(path: Path, **fields) -> None:
+    """Sets fields in a JSON file."""
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+
+def edit_weights(path: Path, change) -> None:
+    """Calls `change` with the tensors of a `.bin` or `.safetensors` file, and writes them back."""
+    weights = torch.load(path) if path.suffix == ".bin" else load_file(path)
+    change(weights)
+    if path.suffix == ".bin":
+        torch.save(weights, path)
+    else:
+        save_file(weights, path, metadata={"format": "pt"})
 
 
 def _write_weights(
@@ -68,7 +84,7 @@ def _write_weights(
 
 
 def sentencepiece_model() -> bytes:
-    """A BPE model with Llama's settings: bytes for what it lacks, `<unk> <s> </s>` first, 450 pieces."""
+    """A BPE model with Llama's settings: `<unk> <s> </s>` first, bytes for unknown characters, 450 pieces."""
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(CORPUS * 20),
@@ -87,7 +103,11 @@ def sentencepiece_model() -> bytes:
 
 
 def write_tokenizer(folder: Path, kind: str = "slow") -> None:
-    """`slow`: `tokenizer.model` and its two JSON files, as Vicuna's; `fast`: `tokenizer.json`, too; `fast_only`."""
+    """
+    Args:
+        kind: `"slow"`: `tokenizer.model` and two JSON files, as Vicuna has; `"fast"`: also `tokenizer.json`;
+            `"fast_only"`: no `tokenizer.model`.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "tokenizer.model").write_bytes(sentencepiece_model())
     token = {"__type": "AddedToken", "lstrip": False, "normalized": False, "rstrip": False, "single_word": False}
@@ -109,7 +129,7 @@ def write_tokenizer(folder: Path, kind: str = "slow") -> None:
     )
     _write_json(folder / "special_tokens_map.json", special_tokens | {"pad_token": "<unk>"})
     if kind != "slow":
-        # Not AutoTokenizer: beside a config.json of model_type llava it gives other ids than SentencePiece.
+        # With a config.json of model_type llava, AutoTokenizer would give other ids than SentencePiece.
         LlamaTokenizer.from_pretrained(folder).save_pretrained(folder)
         if kind == "fast_only":
             (folder / "tokenizer.model").unlink()
@@ -135,7 +155,7 @@ def _llama_config(**changes) -> dict:
 
 
 def _llava_config(projector: str, vision: str | Path, **changes) -> dict:
-    """A configuration as the code of LLaVA and of SQ-LLaVA writes it: Llama's with fields `mm_*`."""
+    """A configuration as written by the code of LLaVA and SQ-LLaVA: Llama's, with fields `mm_*`."""
     config = _llama_config(
         architectures=["LlavaLlamaForCausalLM"],
         model_type="llava",
@@ -159,7 +179,7 @@ def _llava_config(projector: str, vision: str | Path, **changes) -> dict:
 
 
 def _write_generation_config(folder: Path) -> None:
-    # As Vicuna's: a temperature without sampling.
+    # As in Vicuna: a temperature without sampling.
     settings = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "max_length": 4096}
     settings |= {"temperature": 0.9, "top_p": 0.6, "transformers_version": "4.31.0", "_from_model_config": True}
     _write_json(folder / "generation_config.json", settings)
@@ -178,8 +198,7 @@ def write_language_model(
     **changes,
 ) -> Path:
     """
-    A base: Vicuna, or (`llava`) the ShareGPT4V base of the release, whose configuration is LLaVA's and whose files
-    hold a projector of their own.
+    Vicuna, or with `llava` the ShareGPT4V base of the release: it has LLaVA's configuration and its own projector.
     """
     folder.mkdir(parents=True)
     weights = text_weights(seed, inv_freq, **changes)
@@ -202,7 +221,7 @@ def write_clip(
     dtype: torch.dtype = torch.float32,
     seed: int = 1,
 ) -> Path:
-    """`openai/clip-vit-large-patch14-336`: a whole CLIP, or its vision part alone, as ShareGPT4V's tower."""
+    """`openai/clip-vit-large-patch14-336`: a complete CLIP, or only its vision part, as ShareGPT4V's tower."""
     folder.mkdir(parents=True)
     weights = prefixed("vision_model.", vision_weights(seed, position_ids))
     vision_config = {**VISION, "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5, "projection_dim": 24}
@@ -270,53 +289,32 @@ def write_sq_llava_lora(
     The authors' LoRA release.
 
     Args:
-        base, vision: What the configurations name.
-        vision_lora: Where the ViT-LoRA stands: in `adapter_model.bin` ("inside"), in `Vit-lora` ("folder"), in "both",
+        base, vision: Names in the configurations.
+        vision_lora: Where the ViT-LoRA is: in `adapter_model.bin` ("inside"), in `Vit-lora` ("folder"), in "both",
             or nowhere (`None`).
-        zero_vision_b: Whether it never learned, as the authors' code left it.
+        zero_vision_b: Whether its B matrices are zero, as in a run of the authors' code.
         differing: Whether the two places hold different values.
         changes: Fields of `config.json`.
     """
-    folder.mkdir(parents=True)
-    weights = lora_weights("base_model.model.model", TEXT_LINEARS, TEXT, rank, seed)
+    write_llava_lora(folder, base, vision, "cluster", rank, alpha, seed, **changes)
+    if use_rslora:
+        edit_json(folder / "adapter_config.json", use_rslora=True)
     tower = ("encoder", VISION_LINEARS, VISION, vision_rank)
-    vision_weights_inside = lora_weights(*tower, seed + 1, zero_vision_b)
     if vision_lora in ("inside", "both"):
         prefix = "base_model.model.model.vision_tower.vision_tower.vision_model."
-        weights |= prefixed(prefix, vision_weights_inside)
-    adapter = _lora_config(rank, alpha, base, TEXT_LINEARS, 0.05, "CAUSAL_LM")
-    if use_rslora:
-        adapter["use_rslora"] = True
-    torch.save(weights, folder / "adapter_model.bin")
-    _write_json(folder / "adapter_config.json", adapter)
+        inside = prefixed(prefix, lora_weights(*tower, seed + 1, zero_vision_b))
+        edit_weights(folder / "adapter_model.bin", lambda weights: weights.update(inside))
     if vision_lora in ("folder", "both"):
         vit_lora = folder / "Vit-lora"
         vit_lora.mkdir()
-        # The authors put this adapter on their wrapper of the tower.
+        # The authors add this adapter to their wrapper of the tower.
         weights = lora_weights(*tower, seed + 2 if differing else seed + 1, zero_vision_b)
         torch.save(prefixed("base_model.model.vision_tower.vision_model.", weights), vit_lora / "adapter_model.bin")
         _write_json(
             vit_lora / "adapter_config.json",
             _lora_config(vision_rank, vision_alpha, vision, VISION_LINEARS, 0.2, None),
         )
-    projector = prefixed("base_model.model.model.mm_projector.", projector_weights("cluster", seed + 3))
-    torch.save(projector, folder / "non_lora_trainables.bin")
-    _write_json(folder / "config.json", _llava_config("cluster", vision, _name_or_path=str(base), **changes))
     return folder
-
-
-def write_sq_llava_merged(
-    folder: Path,
-    vision: str | Path = RELEASED_TOWER,
-    tower_inside: bool = True,
-    shards: int = 2,
-    safetensors: bool = False,
-    tokenizer: str = "slow",
-    seed: int = 20,
-    **changes,
-) -> Path:
-    """A SQ-LLaVA that the authors' code merged and saved; see [`write_llava`]."""
-    return write_llava(folder, vision, "cluster", tower_inside, shards, safetensors, tokenizer, seed, **changes)
 
 
 def write_llava(
@@ -330,7 +328,7 @@ def write_llava(
     seed: int = 30,
     **changes,
 ) -> Path:
-    """`liuhaotian/llava-v1.5-7b`: all weights in the names of the original code; the tower's may be left out."""
+    """`liuhaotian/llava-v1.5-7b`: all weights with the names of the original code. The tower can be left out."""
     folder.mkdir(parents=True)
     weights = text_weights(seed, **changes)
     weights |= prefixed("model.mm_projector.", projector_weights(projector, seed + 2))
@@ -341,6 +339,10 @@ def write_llava(
     _write_generation_config(folder)
     write_tokenizer(folder, tokenizer)
     return folder
+
+
+# A SQ-LLaVA that the authors' code merged and saved.
+write_sq_llava_merged = partial(write_llava, projector="cluster", seed=20)
 
 
 def write_llava_lora(
@@ -372,7 +374,7 @@ def write_projector(
     config: bool = True,
     seed: int = 50,
 ) -> Path:
-    """What stage 1 of the original code leaves: `mm_projector.bin`, and a `config.json` (which may have been lost)."""
+    """The output of stage 1 of the original code: `mm_projector.bin`, and a `config.json` that can be left out."""
     folder.mkdir(parents=True)
     weights = prefixed("model.mm_projector.", projector_weights(projector, seed))
     torch.save(weights, folder / "mm_projector.bin")
@@ -390,11 +392,12 @@ def write_llava_hf(
     seed: int = 60,
 ) -> Path:
     """
-    `llava-hf/llava-1.5-7b-hf`, with the ids of `<image>` and `<pad>` behind the vocabulary and matrices of 512 rows.
+    `llava-hf/llava-1.5-7b-hf`: the ids of `<image>` and `<pad>` follow the vocabulary, and matrices have 512 rows.
 
     Args:
-        layout: Names of keys: "older" as on the Hub (`language_model.model.*`, `vision_tower.vision_model.*`), "newer"
-            as transformers 4.52 saves (`model.language_model.*`), "transformers5" as 5.x saves (`vision_tower.*`).
+        layout: Names of weights: "older" as on the Hub (`language_model.model.*`, `vision_tower.vision_model.*`),
+            "newer" as saved by transformers 4.52 (`model.language_model.*`), "transformers5" as saved by 5.x
+            (`vision_tower.*`).
     """
     folder.mkdir(parents=True)
     _write_weights(folder, llava_hf_weights(layout, seed), shards, True, dtype)
@@ -440,7 +443,7 @@ def write_llava_hf(
     return folder
 
 
-# What writes a checkpoint of each layout.
+# Functions that write a checkpoint of each released kind.
 WRITERS = {
     "sq_llava_lora": write_sq_llava_lora,
     "sq_llava": write_sq_llava_merged,

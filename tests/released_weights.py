@@ -1,4 +1,4 @@
-"""Random weights under the names of the public releases, for `tests/released.py`, which writes them into files."""
+"""Random weights with the names of the public releases. `tests/released.py` writes them into files."""
 
 import torch
 
@@ -42,7 +42,7 @@ VISION_LINEARS = {
 
 
 class _Random:
-    """Tensors with a standard deviation of 0.2; norms' weights lie around one."""
+    """Tensors with a standard deviation of 0.2. Weights of norms have a mean of one."""
 
     def __init__(self, seed: int):
         self.generator = torch.Generator().manual_seed(seed)
@@ -106,7 +106,7 @@ def vision_weights(seed: int = 1, position_ids: bool = False) -> dict[str, torch
 
 
 def projector_weights(kind: str = "cluster", seed: int = 2) -> dict[str, torch.Tensor]:
-    """Names inside of the authors' `mm_projector`: of `cluster`, `mlp2x_gelu` or `linear`."""
+    """Names inside the authors' `mm_projector` of type `cluster`, `mlp2x_gelu` or `linear`."""
     random, width, hidden = _Random(seed), VISION["hidden_size"], TEXT["hidden_size"]
     if kind == "linear":
         return {"weight": random(hidden, width), "bias": random(hidden)}
@@ -122,7 +122,7 @@ def projector_weights(kind: str = "cluster", seed: int = 2) -> dict[str, torch.T
 def lora_weights(
     prefix: str, linears: dict, config: dict, rank: int, seed: int = 3, zero_b: bool = False
 ) -> dict[str, torch.Tensor]:
-    """Names as PEFT 0.4 wrote them, without the adapter's name: `{prefix}.layers.0.mlp.fc1.lora_A.weight`."""
+    """Names as written by PEFT 0.4, without the adapter's name: `{prefix}.layers.0.mlp.fc1.lora_A.weight`."""
     random, size = _Random(seed), _sizes(config)
     weights = {}
     for layer in range(size["num_hidden_layers"]):

@@ -1,4 +1,4 @@
-"""Runs of `train_sft.py` with tiny models, in processes of their own, and what can be done to such a process."""
+"""Runs `train_sft.py` with tiny models, in this process or in others, and breaks such a process in many ways."""
 
 import json
 import math
@@ -8,6 +8,7 @@ import resource
 import signal
 from pathlib import Path
 
+import pytest
 import torch
 import transformers
 from safetensors.torch import load_file
@@ -22,7 +23,7 @@ from tests import tiny
 from tests.processes import ended, fork
 
 
-# Four optimizer steps an epoch; dropout in both towers, so that the random states matter.
+# Four optimizer steps per epoch. Both towers have dropout, so that the random states matter.
 SETTINGS = {
     "stage": "instruct",
     "num_prototypes": 5,
@@ -46,31 +47,86 @@ SETTINGS = {
     "report_to": "none",
     "disable_tqdm": True,
 }
+NO_DROPOUT = {"vision_lora_dropout": 0.0, "lora_dropout": 0.0}
+# With plain gradient descent, a wrong gradient shows in the weights. Adam would divide its scale away.
+PLAIN_DESCENT = NO_DROPOUT | {"optim": "sgd", "learning_rate": 0.1}
 
 
 def make_parts(root: Path) -> Path:
-    """A CLIP, a Llama, and 16 rows, every third of them text-only."""
+    """Writes a CLIP, a Llama, and 16 rows. Every third row is text-only."""
     tiny.save_towers(root)
     return tiny.write_rows(root, lambda index: [("What is this?", f"A dog {index}.")] * 3)
 
 
-def arguments(parts: Path, output_dir: Path, **overrides) -> list[str]:
-    settings = SETTINGS | {
-        "dataset_path": parts / "train.json",
-        "output_dir": output_dir,
-        "vision_model_name_or_path": parts / "clip",
-        "text_model_name_or_path": parts / "llama",
-    }
-    return [text for name, value in (settings | overrides).items() for text in (f"--{name}", str(value))]
+def write_in_order(parts: Path, file: Path) -> dict:
+    """Writes rows, in turn two with an image and two without, so that the second of two processes sees no image."""
+    rows = json.loads((parts / "train.json").read_text())
+    with_image, text_only = ([row for row in rows if ("image" in row) == kind] for kind in (True, False))
+    ordered = [row for at in range(0, 6, 2) for row in (*with_image[at : at + 2], *text_only[at : at + 2])]
+    file.write_text(json.dumps(ordered))
+    return {"dataset_path": file, "image_root": parts, "train_sampling_strategy": "sequential"}
 
 
-def start(args: list[str], log: Path, prepare=None, processes: int = 1, environment=None):
-    return fork(train_sft.main, (args,), log, prepare, processes, environment)
+def command_line(settings: dict) -> list[str]:
+    """Settings as options. A tuple is several words."""
+    words = []
+    for name, value in settings.items():
+        words += [f"--{name}", *map(str, value if isinstance(value, tuple) else (value,))]
+    return words
 
 
-def run(args: list[str], log: Path, prepare=None, processes: int = 1, environment=None) -> list[int]:
-    """Exit codes of the processes; a negative one is the number of the signal that ended it."""
-    return ended(start(args, log, prepare, processes, environment))
+def arguments(parts: Path, output_dir: Path, previous: Path | None = None, **overrides) -> list[str]:
+    """A command line that starts from `previous`, the folder of a stage, or else from a new model."""
+    settings = SETTINGS | {"dataset_path": parts / "train.json", "output_dir": output_dir}
+    if previous is None:
+        settings |= {"vision_model_name_or_path": parts / "clip", "text_model_name_or_path": parts / "llama"}
+    else:
+        settings["model_name_or_path"] = previous
+    return command_line(settings | overrides)
+
+
+def train(parts: Path, output_dir: Path, previous: Path | None = None, **overrides) -> SQLlavaTrainer:
+    """Trains in this process."""
+    settings = {"max_steps": 3, "lr_scheduler_type": "constant"} | overrides
+    return train_sft.main(arguments(parts, output_dir, previous, **settings))
+
+
+class Run:
+    """
+    Trains in processes of its own, into `folder/run`. What they print is added to `folder/log`.
+
+    Args:
+        environment: What a launcher adds to the environment of the processes.
+    """
+
+    def __init__(
+        self, parts: Path, folder: Path, processes: int = 1, environment: dict[str, str] | None = None, **settings
+    ):
+        self.environment = environment
+        folder.mkdir(exist_ok=True)
+        self.output_dir, self.log, self.processes = folder / "run", folder / "log", processes
+        self.log.touch()
+        self.args = arguments(parts, self.output_dir, **settings)
+
+    def start(self, *prepare) -> list[multiprocessing.Process]:
+        """`prepare` is a function and its arguments, called in each process before it trains."""
+        return fork(train_sft.main, (self.args,), self.log, prepare or None, self.processes, self.environment)
+
+    def exit_codes(self, *prepare) -> list[int]:
+        """Minus the number of the signal for a process that was killed."""
+        return ended(self.start(*prepare))
+
+    def finish(self, *prepare) -> Path:
+        assert self.exit_codes(*prepare) == [0] * self.processes, self.text[-3000:]
+        return self.output_dir
+
+    @property
+    def text(self) -> str:
+        return self.log.read_text()
+
+    @property
+    def steps_saved(self) -> list[int]:
+        return steps_saved(self.output_dir)
 
 
 def history(output_dir: Path) -> list[dict]:
@@ -81,26 +137,57 @@ def losses(output_dir: Path) -> list[dict]:
     return [entry for entry in history(output_dir) if "loss" in entry]
 
 
+def adapter_weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "adapter_model.safetensors")
+
+
+def assert_close(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor], rtol=0.0, atol=1e-5) -> None:
+    """Compares two dicts of tensors, and names the one that differs."""
+    assert left.keys() == right.keys()
+    for name in left:
+        torch.testing.assert_close(left[name], right[name], rtol=rtol, atol=atol, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def assert_similar_runs(left: Path, right: Path) -> None:
+    """The same run on another number of processes: sums in another order differ in their last bits."""
+    for ours, theirs in zip(losses(left), losses(right), strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-5)
+    assert_close(adapter_weights(left), adapter_weights(right))
+
+
 def assert_equal_runs(left: Path, right: Path) -> None:
     assert losses(left) == losses(right)
     assert [entry["step"] for entry in losses(left)] == list(range(1, len(losses(left)) + 1))
-    ours, theirs = (load_file(folder / "adapter_model.safetensors") for folder in (left, right))
-    assert ours.keys() == theirs.keys()
-    for name in ours:
-        assert torch.equal(ours[name], theirs[name]), name
+    assert_close(adapter_weights(left), adapter_weights(right), atol=0)
 
 
 def steps_saved(output_dir: Path) -> list[int]:
     return sorted(step for folder in output_dir.iterdir() if (step := step_of(folder)) is not None)
 
 
-def train(parts: Path, output_dir: Path, **overrides) -> SQLlavaTrainer:
-    return train_sft.main(
-        arguments(parts, output_dir, **{"max_steps": 3, "lr_scheduler_type": "constant"} | overrides)
-    )
+def gradients(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
-# What is done to a process before it trains.
+def perturbed(model: torch.nn.Module) -> torch.nn.Module:
+    """Adds noise to the trained weights: LoRA's B matrices start at zero."""
+    generator = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.02 * torch.randn(parameter.shape, generator=generator)
+    return model
+
+
+@torch.no_grad()
+def logits(model, processor: SQLlavaProcessor) -> torch.Tensor:
+    """The logits of a question about an image."""
+    content = [{"type": "image", "image": tiny.picture()}, {"type": "text", "text": "What is it?"}]
+    messages = [{"role": "user", "content": content}]
+    inputs = processor.apply_chat_template(messages, tokenize=True, return_dict=True, return_tensors="pt")
+    return model.eval()(**inputs).logits
+
+
+# Functions that are called in a process before it trains.
 
 
 def die(*args, **kwargs):
@@ -108,7 +195,7 @@ def die(*args, **kwargs):
 
 
 def in_step(step: int, action, *args) -> None:
-    """Calls `action` in the forward pass of an optimizer step (with one batch a step), counted from the beginning."""
+    """Calls `action` in the forward pass of an optimizer step that has one batch. Steps count from 1."""
     original = SQLlavaTrainer.compute_loss
 
     def compute_loss(self, *inputs, **kwargs):
@@ -119,8 +206,8 @@ def in_step(step: int, action, *args) -> None:
     SQLlavaTrainer.compute_loss = compute_loss
 
 
-def note_rows(folder: Path) -> None:
-    """Writes the rows of each step of this process into a file."""
+def write_row_ids(folder: Path) -> None:
+    """Writes the row ids of each batch of this process to a file."""
     original = SQLlavaTrainer.compute_loss
 
     def compute_loss(self, model, inputs, **kwargs):
@@ -129,6 +216,11 @@ def note_rows(folder: Path) -> None:
         return original(self, model, inputs, **kwargs)
 
     SQLlavaTrainer.compute_loss = compute_loss
+
+
+def row_ids(folder: Path) -> list[list[list[int]]]:
+    """What `write_row_ids` wrote: the row ids of each batch of each of two processes."""
+    return [list(map(json.loads, (folder / f"rows{rank}").read_text().splitlines())) for rank in (0, 1)]
 
 
 def kill_in_adapter_file() -> None:
@@ -179,7 +271,7 @@ def signal_self(rank: int, *numbers: int) -> None:
 
 
 def signal_all() -> None:
-    """As a scheduler does: to the workers of the data loader, too."""
+    """Sends SIGTERM to the dataloader workers too, as a scheduler does."""
     workers = [process.pid for process in multiprocessing.active_children()]
     assert len(workers) == 2
     for process in (*workers, os.getpid()):
@@ -187,7 +279,7 @@ def signal_all() -> None:
 
 
 def limit_file_size(size: int) -> None:
-    """A disk that is full behind `size` bytes of each file: what is written beyond fails, as on a full disk."""
+    """Imitates a full disk: writing more than `size` bytes to a file fails."""
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
 
 
@@ -204,7 +296,7 @@ def poison_row(row_id: int) -> None:
 
 
 def break_row(row_id: int) -> None:
-    """A row that turns out to be wrong when it is fetched for the second time."""
+    """Makes a row invalid when it is loaded for the second time."""
     original, seen = SelfQuestioningCollator._sample, []
 
     def sample(self, row):

@@ -1,4 +1,4 @@
-"""Tiny random models, tokenizers, processors and pictures, made offline in a moment."""
+"""Tiny random models, tokenizers, processors and pictures, made offline within a moment."""
 
 import json
 from collections.abc import Callable
@@ -50,7 +50,7 @@ TINY_QFORMER = {
     "initializer_range": 0.2,
 }
 TINY_VOCAB_SIZE = 512
-# Weights ten times larger than usual: a tiny model whose logits depend on every token and on the image.
+# Weights are ten times larger than usual, so that the logits of a tiny model depend on every token and on the image.
 TINY_LLAMA = {
     "model_type": "llama",
     "vocab_size": TINY_VOCAB_SIZE,
@@ -72,7 +72,7 @@ CORPUS = [
 
 
 def tiny_config(**overrides) -> SQLlavaConfig:
-    """SQ-LLaVA with 9 image tokens and 5 prototypes. `overrides` are fields of `SQLlavaConfig`."""
+    """An SQ-LLaVA with 9 image tokens and 5 prototypes. `overrides` are fields of `SQLlavaConfig`."""
     fields = {
         "vision_config": dict(TINY_CLIP),
         "text_config": dict(TINY_LLAMA),
@@ -85,7 +85,7 @@ def tiny_config(**overrides) -> SQLlavaConfig:
 
 
 def tiny_minigpt4_config(**overrides) -> SQLlavaConfig:
-    """MiniGPT-4 with 4 queries."""
+    """A MiniGPT-4 with 4 queries."""
     fields = {
         "vision_config": dict(TINY_BLIP2),
         "resampler": "qformer",
@@ -103,7 +103,7 @@ def tiny_model(config: SQLlavaConfig | None = None, seed: int = 0) -> SQLlavaFor
 
 
 def tiny_model_for(processor: SQLlavaProcessor, **overrides) -> SQLlavaForConditionalGeneration:
-    """A tiny model that knows the ids of a processor's special tokens."""
+    """A tiny model with the special token ids of this processor."""
     model = tiny_model(
         tiny_config(image_token_id=processor.image_token_id, vusr_token_id=processor.vusr_token_id, **overrides)
     )
@@ -114,7 +114,7 @@ def tiny_model_for(processor: SQLlavaProcessor, **overrides) -> SQLlavaForCondit
 
 
 def save_model(folder: Path, **settings) -> str:
-    """Writes a tiny checkpoint with its processor, of these `settings`. Returns the folder as text."""
+    """Writes a tiny checkpoint. `settings` are those of its processor. Returns the folder as text."""
     processor = tiny_processor(**settings)
     tiny_model_for(processor).save_pretrained(folder)
     processor.save_pretrained(folder)
@@ -122,7 +122,7 @@ def save_model(folder: Path, **settings) -> str:
 
 
 def byte_level_tokenizer(trim_offsets: bool = False) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer as GPT-2's and Qwen's: no token before the text, no padding token."""
+    """A byte-level BPE tokenizer like those of GPT-2 and Qwen: no token before the text, no padding token."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.post_processor = processors.ByteLevel(trim_offsets=trim_offsets)
@@ -139,9 +139,9 @@ def byte_level_tokenizer(trim_offsets: bool = False) -> PreTrainedTokenizerFast:
 
 def llama_tokenizer(legacy: bool = False) -> LlamaTokenizer:
     """
-    A tokenizer as Llama's, which SentencePiece trained: `▁` for a space and only in front of a piece, bytes for what
-    the vocabulary lacks (a line break, too), `<s>` before the text, no padding token. `legacy`, as Mistral's: a `▁`
-    after each special token.
+    A tokenizer like Llama's, from SentencePiece: `▁` stands for a space and only before a piece, characters outside
+    the vocabulary (also line breaks) become bytes, `<s>` comes before the text, and there is no padding token. With
+    `legacy`, it adds a `▁` after each special token, like Mistral's.
     """
     trained = Tokenizer(models.BPE(byte_fallback=True))
     trained.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always", split=True)
@@ -173,13 +173,13 @@ def tiny_image_processor() -> CLIPImageProcessorPil:
 
 
 def tiny_processor(tokenizer=None, **settings) -> SQLlavaProcessor:
-    """A processor for `tiny_config`, by default with the Llama tokenizer."""
+    """A processor for `tiny_config`. The default tokenizer is Llama's."""
     tokenizer = tokenizer or llama_tokenizer()
     return SQLlavaProcessor(tiny_image_processor(), tokenizer, **{"image_seq_length": 9, **settings})
 
 
 def tiny_inputs(config: SQLlavaConfig, num_images: int = 1, num_words: int = 12, seed: int = 0) -> dict:
-    """One prompt: four random ids, the images' placeholders one after another, the other random ids; and pixels."""
+    """One prompt with random pixels: four random ids, the placeholders of all images, the other random ids."""
     generator = torch.Generator().manual_seed(seed)
     words = torch.randint(3, TINY_VOCAB_SIZE - 100, (1, num_words), generator=generator)
     placeholders = torch.full((1, num_images * config.image_seq_length), config.image_token_id)
@@ -192,7 +192,7 @@ def tiny_inputs(config: SQLlavaConfig, num_images: int = 1, num_words: int = 12,
 
 
 def left_padded(prompts: list[dict]) -> dict:
-    """A batch of prompts of different lengths and numbers of images."""
+    """A left-padded batch of prompts with different lengths and numbers of images."""
     length = max(prompt["input_ids"].shape[1] for prompt in prompts)
     batch = {
         name: torch.cat([F.pad(prompt[name], (length - prompt[name].shape[1], 0)) for prompt in prompts])
@@ -205,14 +205,14 @@ def left_padded(prompts: list[dict]) -> dict:
 
 
 def picture(seed: int = 0, width: int = 60, height: int = 40) -> Image.Image:
-    """Random pixels."""
+    """An image of random pixels."""
     generator = torch.Generator().manual_seed(seed)
     pixels = torch.randint(0, 256, (height, width, 3), generator=generator, dtype=torch.uint8)
     return Image.fromarray(pixels.numpy())
 
 
 def save_towers(root: Path) -> None:
-    """Writes a CLIP to `root/clip` and a Llama to `root/llama`, as people have them."""
+    """Writes a CLIP to `root/clip` and a Llama to `root/llama`, as they are on the Hub."""
     set_seed(0)
     tokenizer = llama_tokenizer()
     clip = CLIPConfig(text_config={"num_hidden_layers": 1, "hidden_size": 32}, vision_config=TINY_VISION)
@@ -224,10 +224,12 @@ def save_towers(root: Path) -> None:
 
 def write_rows(root: Path, exchanges_of: Callable[[int], list[tuple[str, str]]], num_rows: int = 16) -> Path:
     """
-    Writes `root/train.json` in LLaVA's layout, with pictures beside it; every third row is of text only.
+    Writes `root/train.json` in LLaVA's layout, and pictures into the same folder. Every third row has no image.
 
     Args:
-        exchanges_of (`Callable`): Gives the questions and answers of a row by its number.
+        root: Folder to write to.
+        exchanges_of: Function from a row's number to its questions and answers.
+        num_rows: Number of rows.
     """
     rows = []
     for index in range(num_rows):
@@ -243,7 +245,7 @@ def write_rows(root: Path, exchanges_of: Callable[[int], list[tuple[str, str]]],
 
 
 def save_blip2(folder: Path) -> Blip2ForConditionalGeneration:
-    """Writes a BLIP-2 as transformers has it, its own language model included, and its image processor."""
+    """Writes a BLIP-2 in transformers' layout, with its own language model and its image processor."""
     set_seed(1)
     opt = {"model_type": "opt", "vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 1, "ffn_dim": 16}
     opt |= {"num_attention_heads": 2, "word_embed_proj_dim": 16, "max_position_embeddings": 32}
@@ -255,7 +257,7 @@ def save_blip2(folder: Path) -> Blip2ForConditionalGeneration:
         image_token_index=39,
     )
     model = Blip2ForConditionalGeneration(config).eval()
-    torch.nn.init.normal_(model.query_tokens)  # zero before training, so that all queries would be one
+    torch.nn.init.normal_(model.query_tokens)  # they start at zero, and equal queries would act as one
     model.save_pretrained(folder)
     side = TINY_VISION["image_size"]
     BlipImageProcessorPil(size={"height": side, "width": side}).save_pretrained(folder)

@@ -1,10 +1,10 @@
-"""vLLM beside transformers, on a CPU: run by `make test-vllm`, with the Python of `.venv-vllm`.
+"""Compares vLLM with transformers on a CPU. `make test-vllm` runs it, with the Python of `.venv-vllm`.
 
     .venv-vllm/bin/python -P tests/vllm_checks.py --dir runs/vllm
 
-DIR is what `vllm_reference.py` wrote. The engine runs in float32, where greedy tokens must be equal, one request
-after another, all at once, and again from the prefix cache; the OpenAI server in bfloat16, as people serve. Prints a
-line for each check; exit code 1 if one fails. What it does not do: measure speed, or run on a GPU.
+DIR is the output of `vllm_reference.py`. The engine runs in float32, where greedy tokens must be equal: one request
+after another, all at once, and again from the prefix cache. The OpenAI server runs in bfloat16, as in practice. Each
+check prints a line. Exit code 1: a check failed. Speed is not measured, and no GPU is used.
 """
 
 import argparse
@@ -19,7 +19,7 @@ import urllib.request
 from pathlib import Path
 
 
-# Before vLLM is imported; its default is to bind threads to cores, and to reserve gigabytes for the cache.
+# Set before vLLM is imported. By default, it binds threads to cores and reserves gigabytes for the cache.
 os.environ.update(
     HF_HUB_OFFLINE="1",
     VLLM_CPU_KVCACHE_SPACE="1",
@@ -35,14 +35,14 @@ from PIL import Image
 from vllm import LLM, SamplingParams
 
 
-# The default block of 128 tokens is longer than the demo's prompts: nothing of them would be cached.
+# The default block of 128 tokens is longer than the demo's prompts, so nothing would be cached.
 BLOCK_SIZE = 32
 NUM_QUESTIONS = 8
 ENGINE = {"max_model_len": 512, "enforce_eager": True, "limit_mm_per_prompt": {"image": 2}, "block_size": BLOCK_SIZE}
 
 
 class Report:
-    """Prints a line for each check as it is made."""
+    """Prints a line for each check."""
 
     def __init__(self):
         self.all_passed = True
@@ -53,7 +53,7 @@ class Report:
 
 
 def with_images(messages: list[dict], as_part) -> list[dict]:
-    """Messages whose images of a path are what `as_part(path)` says."""
+    """Replaces each image part that has a path by `as_part(path)`."""
     return [
         {**message, "content": [as_part(part["path"]) if "path" in part else part for part in message["content"]]}
         if isinstance(message["content"], list)
@@ -72,7 +72,7 @@ def as_data_url(path: str) -> dict:
 
 
 def chat(llm: LLM, requests: list[dict], together: bool, **sampling) -> list:
-    """vLLM's outputs; a batch has one setting of `ask`, so those who ask are a batch of their own."""
+    """vLLM's outputs. A batch has one setting of `ask`, so requests with `ask` are a batch of their own."""
     outputs = {}
     batches = [[number] for number in range(len(requests))]
     if together:
@@ -89,13 +89,13 @@ def chat(llm: LLM, requests: list[dict], together: bool, **sampling) -> list:
 
 
 def cached_tokens(llm: LLM) -> tuple[int, int]:
-    """Prompt tokens found in the prefix cache, and looked for, since the engine began."""
+    """Prompt tokens found in the prefix cache, and all that were looked up, since the engine started."""
     counters = {metric.name: metric.value for metric in llm.get_metrics() if "prefix_cache" in metric.name}
     return counters["vllm:prefix_cache_hits"], counters["vllm:prefix_cache_queries"]
 
 
 def compare(report: Report, name: str, requests: list[dict], outputs: list, seconds: float) -> None:
-    """Whether prompts and greedy tokens are those of transformers, and the log-probabilities near."""
+    """Checks that prompts and greedy tokens equal those of transformers, and log-probabilities are close."""
     equal, total, difference = 0, 0, 0.0
     prompts_equal = all(list(out.prompt_token_ids) == req["prompt_ids"] for req, out in zip(requests, outputs))
     for request, output in zip(requests, outputs, strict=True):
@@ -136,7 +136,7 @@ def check_engine(report: Report, model: str, requests: list[dict]) -> None:
     outputs = chat(llm, requests, together=True, **greedy)
     compare(report, "again, from the prefix cache", requests, outputs, time.monotonic() - start)
     found, asked = (now - before for now, before in zip(cached_tokens(llm), (hits, queries)))
-    # The last token is always computed, and only whole blocks are kept.
+    # The last token is always computed, and only whole blocks are cached.
     expected = sum((len(request["prompt_ids"]) - 1) // BLOCK_SIZE * BLOCK_SIZE for request in requests)
     report.add(found == expected, "cached prompt tokens", f"{found} of {asked}; in whole blocks: {expected}")
 
@@ -170,7 +170,7 @@ def start_server(model: str, log) -> tuple[subprocess.Popen, str]:
     url = f"http://127.0.0.1:{port}"
     for _ in range(180):
         if server.poll() is not None:
-            raise ValueError(f"The server ended with {server.returncode}: see {log.name}.")
+            raise ValueError(f"The server exited with code {server.returncode}: see {log.name}.")
         try:
             urllib.request.urlopen(f"{url}/health", timeout=1)
             return server, url

@@ -1,11 +1,11 @@
-"""What transformers generates, for `vllm_checks.py` to compare vLLM with: run by `make test-vllm`.
+"""Generates with transformers what `vllm_checks.py` compares vLLM with. `make test-vllm` runs it.
 
     python -m tests.vllm_reference --model runs/demo/model --output-dir runs/vllm
 
 writes OUTPUT_DIR/model, the checkpoint with the code and the chat template of this checkout, and
-OUTPUT_DIR/requests.json: conversations about images of easy-VQA's test set, with the prompt's token ids and the
-greedy tokens of the model in float32, each conversation alone. The end-of-sequence token does not end them: all are
-equally long, and what follows it is compared too.
+OUTPUT_DIR/requests.json: conversations about images of easy-VQA's test set, with the token ids of each prompt and the
+greedy tokens of the model in float32, one conversation at a time. The end-of-sequence token does not stop them: all
+have the same length, and the tokens after it are compared too.
 """
 
 import argparse
@@ -31,7 +31,7 @@ QUESTIONS = [
 
 
 def conversations() -> list[dict]:
-    """Images, messages, and whether the model asks next."""
+    """Requests: messages with image paths, and whether the model asks next."""
 
     def turn(text: str, *images: str) -> dict:
         parts = [{"type": "image", "path": image} for image in images]
@@ -51,7 +51,7 @@ def conversations() -> list[dict]:
 
 @torch.inference_mode()
 def generate(assistant, request: dict) -> dict:
-    """The request with the ids of its prompt, the tokens generated, and their log-probabilities."""
+    """The request with its prompt ids, the generated tokens, their log-probabilities and their text."""
     inputs = assistant.processor.apply_chat_template(
         request["messages"],
         add_generation_prompt=True,

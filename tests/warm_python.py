@@ -1,12 +1,12 @@
-"""A `python` whose processes have imported PyTorch before they begin: its import takes most of a process's start.
+"""A program that replaces `python` in tests and starts fast, because PyTorch is already imported.
 
     subprocess.run([warm_python(), "-m", "sq_llava", "ask", ...])
 
-Tests start dozens of processes. What `warm_python()` names does what `python` does with the same arguments, folder,
-environment and open files, in a process forked from a server that has imported PyTorch, but nothing that reads the
-environment and nothing of this library. A kill of it kills that process, a moment later; `multiprocessing` can start
-its own by it. What it does not do: options of Python other than -B, -c, -m, -P and -u. Real starts are walked by
-`make test-wheel`.
+Tests start dozens of processes, and importing PyTorch is most of their start-up time. The program passes its
+arguments, folder, environment and open files to a server, which forks a process that behaves like `python`. The server
+has imported PyTorch, but nothing that reads the environment and nothing of this library. Killing the program also
+kills the process, a moment later. `multiprocessing` can use the program to start its processes. Of Python's options it
+knows only -B, -c, -m, -P and -u. `make test-wheel` tests real starts.
 """
 
 import array
@@ -32,13 +32,13 @@ from pathlib import Path
 
 MOST_FILES = 250
 FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-# What takes long to import, whatever the environment says.
+# Modules that take long to import and do not depend on the environment.
 PRELOADED = ("torch", "torch._inductor.compile_fx", "torch.nn.attention.flex_attention", "pandas", "PIL.Image")
 
 
 @functools.cache
 def warm_python() -> str:
-    """Starts the server of this process, and gives the program that stands for `python`."""
+    """Starts the server, once for each process. Returns the path of the program."""
     if sys.platform != "linux":
         return sys.executable
     folder = Path(tempfile.mkdtemp(prefix="warm-python-"))
@@ -50,17 +50,17 @@ def warm_python() -> str:
         f"runpy.run_path({__file__!r})['ask_server']({str(socket_file)!r}, sys.argv)\n"
     )
     program.chmod(0o755)
-    # It ends with this process: nobody holds the other end of its standard input then.
+    # The server ends with this process: the other end of its standard input is then closed.
     server = subprocess.Popen([sys.executable, "-P", __file__, str(socket_file)], stdin=subprocess.PIPE)
     while not socket_file.exists():
         if server.poll() is not None:
-            raise RuntimeError("the server of warm processes did not start")
+            raise RuntimeError(f"The server of {__file__} did not start: it ended with code {server.returncode}.")
         time.sleep(0.02)
     return str(program)
 
 
 def ask_server(socket_file: str, argv: list[str]) -> None:
-    """The program: hands arguments, folder, environment and files to the server, and ends as that process ends."""
+    """Runs in the program: sends the request to the server, and ends as the forked process ends."""
     with socket.socket(socket.AF_UNIX) as server:
         server.connect(socket_file)
         files = [file for file in map(int, os.listdir("/proc/self/fd")) if is_inherited(file)]
@@ -80,18 +80,18 @@ def ask_server(socket_file: str, argv: list[str]) -> None:
 
 
 def is_inherited(file: int) -> bool:
-    """Whether a process that is started here gets this open file."""
+    """Whether a child process inherits this open file."""
     try:
         return os.get_inheritable(file)
-    except OSError:  # the folder that was listed
+    except OSError:  # the listing itself, which is closed
         return False
 
 
 def serve(path: str) -> list[str]:
-    """Forks a process for each request. Returns in those, with their arguments; the server itself goes on."""
+    """Forks a process for each request. Returns the arguments in the forked process; the server runs on."""
     for name in PRELOADED:
         __import__(name)
-    gc.freeze()  # else, collecting garbage copies all the memory that a process shares with this one
+    gc.freeze()  # otherwise the garbage collector would copy all the memory shared with the forked processes
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(path + "~")
     listener.listen(64)
@@ -109,7 +109,7 @@ def serve(path: str) -> list[str]:
 
 
 def keep(connection: socket.socket) -> list[str]:
-    """Forks the process, tells how it ended, and kills it if the program that stands for it was killed."""
+    """Forks the process, reports how it ended, and kills it if its program was killed."""
     size, ancillary, _, _ = connection.recvmsg(8, socket.CMSG_SPACE(MOST_FILES * 4))
     files = array.array("i", ancillary[0][2])
     request = connection.recv(int.from_bytes(size, "big"), socket.MSG_WAITALL)
@@ -117,7 +117,7 @@ def keep(connection: socket.socket) -> list[str]:
     process = os.fork()
     if process == 0:
         connection.close()
-        # Out of the way of the numbers that they are to have.
+        # Moved to high numbers first, so that they do not overwrite each other.
         files = [fcntl.fcntl(file, fcntl.F_DUPFD_CLOEXEC, MOST_FILES) for file in files]
         os.closerange(3, MOST_FILES)
         for number, file in zip(numbers, files, strict=True):
@@ -136,6 +136,7 @@ def keep(connection: socket.socket) -> list[str]:
 
 
 def become(folder: str, environment: dict[str, str], program: str) -> None:
+    """Gives this process the folder, the environment and the standard streams of the program."""
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(environment)
@@ -152,7 +153,7 @@ def become(folder: str, environment: dict[str, str], program: str) -> None:
 
 
 def run(arguments: list[str]) -> None:
-    """What `python ARGUMENTS` does."""
+    """Does what `python ARGUMENTS` does."""
     is_safe = False
     while arguments[0] in ("-B", "-P", "-u"):
         is_safe = is_safe or arguments[0] == "-P"
@@ -173,7 +174,7 @@ def run(arguments: list[str]) -> None:
 
 
 def run_to_the_end(arguments: list[str]) -> int:
-    """The exit code of `python ARGUMENTS`, once all that it leaves to its end is done."""
+    """Does what `python ARGUMENTS` does, with its exit handlers. Returns its exit code."""
     status = 0
     try:
         run(arguments)
@@ -192,5 +193,5 @@ def run_to_the_end(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    # The interpreter's own end would take each object apart: seconds, for what PyTorch has.
+    # The interpreter's normal end would free every object, which takes seconds with PyTorch.
     os._exit(run_to_the_end(serve(sys.argv[1])))

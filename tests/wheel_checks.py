@@ -1,11 +1,10 @@
-"""What a user does with an installed wheel: `make test-wheel`.
+"""Uses an installed wheel as a user would. `make test-wheel` runs this.
 
     python -m tests.wheel_checks                          builds a wheel and installs it into a new environment
-    python -m tests.wheel_checks --python ENV/bin/python  takes an environment in which a wheel is installed already
+    python -m tests.wheel_checks --python ENV/bin/python  uses an environment that already has a wheel
 
-The new environment sees the packages of the one that runs this, but not its sources. Every command is run from an
-empty folder, with tiny models, and must end as it should; the first that does not ends the checks. What they do not
-do: judge what the models say.
+The new environment sees the packages of the environment that runs this, but not its sources. Every command runs from
+an empty folder with tiny models. The first command that fails ends the checks. What the models say is not checked.
 """
 
 import argparse
@@ -53,7 +52,7 @@ print(*(" ".join(path) for path in names(typer.main.get_command(app))), sep=chr(
 
 
 def build_wheel(folder: Path, tree: Path = ROOT) -> Path:
-    """By way of a source distribution, so that both are known to hold what is needed, and no leftover of a build."""
+    """Builds a wheel from a source distribution: this tests both, and leaves out files of an earlier build."""
     build = f"from setuptools.build_meta import build_sdist; build_sdist({str(folder)!r})"
     subprocess.run([sys.executable, "-c", build], cwd=tree, check=True, stdout=subprocess.DEVNULL)
     (sdist,) = folder.glob("*.tar.gz")
@@ -64,7 +63,7 @@ def build_wheel(folder: Path, tree: Path = ROOT) -> Path:
 
 
 def make_environment(folder: Path, wheel: Path) -> Path:
-    """Returns the Python of a new environment with the wheel, which sees all packages of this one."""
+    """Makes an environment with the wheel and with all packages of this one. Returns its Python."""
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True)
     python = folder / "bin" / "python"
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--python", python, "install", "--quiet"]
@@ -73,7 +72,7 @@ def make_environment(folder: Path, wheel: Path) -> Path:
         Path(sysconfig.get_path("purelib", vars={"base": str(base), "platbase": str(base)}))
         for base in (sys.prefix, folder)
     )
-    # The files of a folder that is named in a .pth are found; its own .pth, of the editable install, is not read.
+    # A .pth file makes the packages of a folder importable, but not the .pth file of the editable install in it.
     (there / "packages.pth").write_text(f"{here}\n")
     for launcher in ("accelerate", "torchrun"):
         script = (Path(sys.prefix) / "bin" / launcher).read_text().partition("\n")[2]
@@ -84,7 +83,7 @@ def make_environment(folder: Path, wheel: Path) -> Path:
 
 @dataclass
 class Installed:
-    """An environment with a wheel, and an empty folder to use it from."""
+    """An environment with a wheel, and the folder that its commands run in."""
 
     python: Path
     folder: Path
@@ -102,7 +101,7 @@ class Installed:
         }
 
     def run(self, *command, says: str = "") -> str:
-        """The output of a command, which must be fine and contain `says`."""
+        """Runs a command. It must succeed, and its output, which is returned, must contain `says`."""
         command = [str(part) for part in command]
         begin = time.monotonic()
         done = subprocess.run(
@@ -112,18 +111,20 @@ class Installed:
         )  # fmt: skip
         seconds = time.monotonic() - begin
         if done.returncode != 0 or says not in done.stdout:
-            raise SystemExit(f"FAILED: {' '.join(command)}\n{done.stdout}\n(exit code {done.returncode}; {says=})")
+            raise SystemExit(
+                f"FAILED: {' '.join(command)}\n{done.stdout}\nExit code {done.returncode}; expected output: {says!r}"
+            )
         print(f"{seconds:5.1f} s  {' '.join(command)[:150]}".replace("\n", " "), flush=True)
         return done.stdout
 
 
 def check_imports(wheel: Installed) -> None:
-    """That what is tested is the wheel's."""
+    """Checks that the wheel is imported, and not the sources."""
     code = f"from importlib.util import find_spec\nfor name in {SOURCES}: print(find_spec(name).origin)"
     inside = Path(wheel.run("python", "-c", "import sysconfig; print(sysconfig.get_path('purelib'))").strip())
     for file in wheel.run("python", "-c", code).splitlines():
         if inside not in Path(file).parents:
-            raise SystemExit(f"FAILED: {file} is imported, which is not in {inside}: this is not the wheel.")
+            raise SystemExit(f"FAILED: {file} is imported, but it is not in {inside}: this is not the wheel.")
         print(f"         {file}", flush=True)
 
 
@@ -135,7 +136,7 @@ def check_help(wheel: Installed) -> None:
 
 
 def check_files(wheel: Installed) -> None:
-    """Recipes and prompts come out of the wheel."""
+    """Checks that recipes and prompts are in the wheel."""
     wheel.run("sq-llava", "recipes", says="tiny/sq-llava-7b/stage1")
     for name in ("sq-llava-7b", "tiny/sq-llava-7b", "tiny/llava-7b"):
         wheel.run("sq-llava", "recipes", "copy", name, says="recipes/accelerate/ddp.yaml")
@@ -161,7 +162,7 @@ PARTS = {"vision_model_name_or_path": "clip", "text_model_name_or_path": "llama"
 
 
 def check_training(wheel: Installed) -> None:
-    """Both stages and their merge."""
+    """Runs both stages and merges the result."""
     wheel.run("sq-llava", "doctor", *training("sq-llava-7b/stage1", **PARTS), says="rows")
     stage1 = training("sq-llava-7b/stage1", **PARTS, output_dir="stage1")
     wheel.run("accelerate", "launch", "--num_processes=1", "-m", "train_sft", *stage1)
@@ -171,27 +172,27 @@ def check_training(wheel: Installed) -> None:
 
 
 def check_model(wheel: Installed) -> None:
-    """What the stages made answers, asks, and can be published."""
+    """Lets the trained models answer and ask, and tries to publish one."""
     wheel.run("sq-llava", "inspect", "model", says="code")
-    wheel.run("sq-llava", "push", "model", "org/name", "--dry-run", says="Nothing was sent")
+    wheel.run("sq-llava", "push", "model", "org/name", "--dry-run", says="Nothing was uploaded")
     wheel.run("sq-llava", "answer", "images/a.png", "What is it?", "--model=model", "--max-new-tokens=4")
     wheel.run("sq-llava", "ask", "images", "--model=stage2", "--max-new-tokens=4", "--seed=0", says="a.png")
     wheel.run("sq-llava", "prototypes", "images/a.png", "--model=model", "--out=seen.png", says="Wrote seen.png")
 
 
 def check_full_finetuning(wheel: Installed) -> None:
-    """A conversion, and a stage that writes a plain checkpoint itself: both end in a card."""
+    """Checks that a conversion and full fine-tuning, which write plain checkpoints, also write a card."""
     wheel.run("sq-llava", "convert", "llava_hf", "--out=converted", says="Wrote converted")
     full = training("llava-7b/scienceqa", model_name_or_path="converted", output_dir="finetuned")
     wheel.run("python", "-m", "train_sft", *full)
     for folder in ("converted", "finetuned"):
         if not (wheel.folder / folder / "README.md").is_file():
-            raise SystemExit(f"FAILED: {folder} has no card.")
+            raise SystemExit(f"FAILED: {folder} has no card (README.md).")
 
 
 @contextmanager
 def background(wheel: Installed, *command: str, path: str) -> Iterator[str]:
-    """Yields the address of a server that was started, once `path` answers; then ends it."""
+    """Starts a server and yields its address once `path` answers. Ends the server afterwards."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -231,7 +232,7 @@ def check_serving(wheel: Installed) -> None:
 
 
 def write_parts(folder: Path) -> None:
-    """Towers, a LLaVA of transformers, pictures and rows."""
+    """Writes towers, a LLaVA in transformers' layout, pictures and rows."""
     disable_progress_bar()
     tiny.save_towers(folder)
     write_llava_hf(folder / "llava_hf")
@@ -245,7 +246,7 @@ def write_parts(folder: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--python", type=Path, help="of an environment with a wheel; default: one is made")
+    parser.add_argument("--python", type=Path, help="Python of an environment with a wheel. Default: make one.")
     arguments = parser.parse_args()
     begin = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="sq-llava-wheel-") as folder:
@@ -271,7 +272,7 @@ def main() -> None:
     cpu = resource.getrusage(resource.RUSAGE_CHILDREN)
     print(
         f"All commands work from the wheel: {time.monotonic() - begin:.0f} s, "
-        f"{cpu.ru_utime + cpu.ru_stime:.0f} s of the processors"
+        f"{cpu.ru_utime + cpu.ru_stime:.0f} CPU seconds"
     )
 
 

@@ -1,1 +1,1 @@
-"""Checkpoints: made from parts, loaded, merged, converted, verified, inspected, published."""
+"""Checkpoints: compose from parts, load, merge, convert, verify, inspect and publish them."""

@@ -1,7 +1,8 @@
-"""The model card of a checkpoint or an adapter, from the template `model_card.md`.
+"""Writes the model card of a checkpoint or an adapter from the template `model_card.md`.
 
-All of it is read from the folder: configurations, the headers of the weights, the code files, `provenance.yaml`. What
-it does not do: measure. Scores are those of an evaluation's JSON; without one, the card says that there are none.
+Everything in the card is read from the folder: configurations, headers of the weights, code files, `provenance.yaml`.
+This module measures nothing: scores come from the JSON file of an evaluation. Without one, the card says that it has
+no scores.
 """
 
 import json
@@ -25,17 +26,17 @@ from sq_llava.locations import is_hub_id
 from sq_llava.resources import code_digests, find_resource
 
 
-# Read on import: what ends in a card fails here, before hours of work, if this installation lacks the template.
+# Read at import: an installation without the template fails at once, not after hours of work that end with a card.
 TEMPLATE = find_resource("model_card.md").read_text(encoding="utf-8")
-# The picture that the published example asks about, in the repository itself.
+# Picture for the card's examples. It is published in the repository.
 EXAMPLE_IMAGE = "image.png"
 EXAMPLE_QUESTION = "What is in this picture?"
 
 
 def write_card(folder: str | Path) -> None:
     """
-    Writes `README.md` into a folder with a checkpoint, as it is before it is published: its snippets load the folder
-    that they are run in, as a made-up id could be somebody's on the Hub.
+    Writes the card of a checkpoint that is not published yet as `README.md` into its folder. The card's examples load
+    the current folder: an invented Hub id could belong to somebody.
     """
     folder = Path(folder)
     render_card(folder, ".").save(folder / "README.md")
@@ -51,13 +52,18 @@ def render_card(
     example_url: str | None = None,
 ) -> ModelCard:
     """
+    Renders the card of a plain checkpoint or an adapter.
+
     Args:
-        folder: A plain checkpoint, or an adapter whose base is named by its Hub id.
-        repo_id (`str`): Where the card's snippets load from: an id of the Hub, or a folder.
-        revision (`str`, *optional*): The commit that they load.
-        results (`dict`, *optional*): As [`read_results`] gives them.
-        license, languages: Metadata, if the owner says them.
-        example_url (`str`, *optional*): Of a picture for the Hub's widget.
+        folder: A plain checkpoint, or an adapter that names its base by a Hub id.
+        repo_id (`str`): What the card's examples load: a Hub id or a folder.
+        revision (`str`, *optional*): The commit that the examples load.
+        results (`dict`, *optional*): Scores, as returned by [`read_results`].
+        license, languages: Metadata for the Hub. Left out unless given.
+        example_url (`str`, *optional*): URL of a picture for the Hub's widget.
+
+    Raises:
+        ValueError: if a configuration that the card needs is missing.
     """
     folder = Path(folder)
     adapter, config, processor = _read_configs(folder)
@@ -65,6 +71,7 @@ def render_card(
     has_extractor = (
         "prototype_extractor" in adapter["modules_to_save"] if adapter else config["prototype_variant"] != "none"
     )
+    towers = {name: config.get(f"{name}_config", {}).get("_name_or_path") for name in ("vision", "text")}
     return ModelCard.from_template(
         _metadata(adapter, config, provenance, license, languages, example_url),
         template_str=TEMPLATE,
@@ -74,7 +81,7 @@ def render_card(
         pin=f',\n    revision="{revision}"' if revision else "",
         adapter=adapter,
         config=config,
-        towers={name: _tower_name(config.get(f"{name}_config", {})) for name in ("vision", "text")},
+        towers={name: public_name(path) if path else "unknown" for name, path in towers.items()},
         vusr_marker=processor["vusr_marker"],
         has_extractor=has_extractor,
         asks=_is_trained_to_ask(provenance, has_extractor),
@@ -88,13 +95,14 @@ def render_card(
 
 
 def _read_configs(folder: Path) -> tuple[dict, dict, dict]:
-    """The configurations of adapter, model and processor; of the first two, one may be missing."""
+    """The configurations of adapter, model and processor. Either the adapter's or the model's may be missing."""
     names = ("adapter_config.json", "config.json", "processor_config.json")
     adapter, config, processor = (read_json_if_there(folder / name) or {} for name in names)
     if not processor or not (adapter or config):
         missing = "config.json" if processor else "processor_config.json"
         raise ValueError(
-            f"{folder} holds no {missing}, which its card is written from: save model and processor anew."
+            f"{folder}: {missing} is missing, and the card cannot be written without it. Save the model and the "
+            "processor there again."
         )
     return adapter, config, processor
 
@@ -112,7 +120,7 @@ def _metadata(
     return ModelCardData(
         library_name="peft" if adapter else "transformers",
         pipeline_tag="image-text-to-text",
-        # The Hub's metadata can name what is on the Hub only.
+        # The Hub's metadata can only name what is on the Hub.
         base_model=[name for name in base_models if is_hub_id(name)] or None,
         datasets=list(dict.fromkeys(name for name in datasets if is_hub_id(name))) or None,
         license=license,
@@ -123,7 +131,7 @@ def _metadata(
 
 
 def draw_example() -> Image.Image:
-    """A picture that one can say something about, for the card's snippets and for the comparison of the logits."""
+    """A simple scene, 336 x 336 pixels, for the card's examples and for the comparison of logits in a push."""
     image = Image.new("RGB", (336, 336), "white")
     pen = ImageDraw.Draw(image)
     pen.rectangle((0, 220, 336, 336), fill="green")
@@ -134,7 +142,7 @@ def draw_example() -> Image.Image:
 
 
 def count_saved_parameters(folder: Path) -> dict[str, int]:
-    """Numbers of parameters of each part in a folder's files of weights."""
+    """Number of parameters in a folder's `.safetensors` files, for vision tower, connector and text."""
     counts = dict.fromkeys(GROUPS, 0)
     for file in sorted(folder.glob("*.safetensors")):
         for tensor in WeightFile(file).headers():
@@ -144,11 +152,14 @@ def count_saved_parameters(folder: Path) -> dict[str, int]:
 
 def read_results(file: str | Path) -> dict[str, Any]:
     """
-    Reads an evaluation's JSON: `results`, a list of `{"task", "metric", "value", "num"}`, and what was run beside it;
-    or that of `python -m demo.evaluate`.
+    Reads the JSON file of an evaluation. Its `results` is a list of `{"task", "metric", "value", "num"}`; other fields
+    say what was run. The file that `python -m demo.evaluate` writes is read, too.
+
+    Returns:
+        The content of the file, and as `eval_results` the files `.eval_results/*.yaml` from the same folder.
 
     Raises:
-        ValueError: if an entry lacks one of them.
+        ValueError: if there are no results, or an entry lacks one of the four fields.
     """
     content = json.loads(Path(file).read_text())
     if isinstance(content, list):
@@ -156,12 +167,14 @@ def read_results(file: str | Path) -> dict[str, Any]:
     elif "test_accuracy" in content:
         content = {"results": list(_demo_results(content)), "command": "python -m demo.evaluate"}
     if not isinstance(content.get("results"), list) or not content["results"]:
-        raise ValueError(f"{file} has no list `results`: give the results.json of an evaluation.")
+        raise ValueError(f"{file} has no list `results`. Give the results.json of an evaluation.")
     for number, entry in enumerate(content["results"]):
         for name, kind in (("task", str), ("metric", str), ("value", (int, float)), ("num", int)):
             if not isinstance(entry.get(name), kind):
-                raise ValueError(f"{file}, results, entry {number}: {name} is {entry.get(name)!r}: evaluate again.")
-    # What `sq-llava evaluate` wrote beside it.
+                raise ValueError(
+                    f"{file}, results, entry {number}: {name} is {entry.get(name)!r}. Run the evaluation again."
+                )
+    # `sq-llava evaluate` writes these next to results.json.
     beside = sorted((Path(file).parent / ".eval_results").glob("*.yaml"))
     return {
         **content,
@@ -177,9 +190,9 @@ def _demo_results(content: dict[str, Any]):
 
 def eval_result_files(results: dict[str, Any]) -> dict[str, list[dict]]:
     """
-    `.eval_results/*.yaml` as the Hub reads them, https://huggingface.co/docs/hub/eval-results: a file for each task.
-    Those that an evaluation wrote beside its JSON, and entries of the JSON that name their benchmark there, as
-    `dataset_id`: the Hub can place no others. The card has all of them.
+    The files `.eval_results/*.yaml` that the Hub reads (https://huggingface.co/docs/hub/eval-results), one for each
+    task. They come from the evaluation itself, or from entries in its JSON that have a `dataset_id`: the Hub cannot
+    show other scores. The card lists all scores.
     """
     files: dict[str, list[EvalResultEntry]] = {}
     for entry in results["results"]:
@@ -198,7 +211,7 @@ def eval_result_files(results: dict[str, Any]) -> dict[str, list[dict]]:
 
 
 def _is_trained_to_ask(provenance: dict, has_extractor: bool) -> bool:
-    """Not if it is known to be a LLaVA, or to have done its first stage only."""
+    """`False` if the provenance shows a converted LLaVA, or a model that only did the first training stage."""
     if not provenance:
         return True
     is_released_sq_llava = "converted_from" in provenance and has_extractor and "new_extractor" not in provenance
@@ -212,8 +225,3 @@ def _base_models(config: dict, provenance: dict) -> list[str]:
     if "converted_from" in provenance and is_hub_id(provenance["converted_from"]):
         return [provenance["converted_from"]]
     return [config[tower].get("_name_or_path", "") for tower in ("vision_config", "text_config")]
-
-
-def _tower_name(config: dict) -> str:
-    name = config.get("_name_or_path")
-    return public_name(name) if name else "not named"

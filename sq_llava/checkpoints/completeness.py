@@ -1,9 +1,9 @@
-"""Whether a checkpoint of a training run is whole: by its files and their sizes, without reading weights.
+"""Checks whether a checkpoint of a training run is complete, by its files and their sizes. No weights are read.
 
     >>> checkpoint_faults(Path("runs/sq-llava-7b/stage2/checkpoint-500"))
     ['optimizer.pt has 1024 bytes of 4096']
 
-What it does not do: choose the checkpoint that a run resumes from (`sq_llava/training/recovery.py`).
+The choice of the checkpoint to resume from is in `sq_llava/training/recovery.py`.
 """
 
 import json
@@ -13,25 +13,25 @@ from pathlib import Path
 
 # The Trainer writes this file last.
 STATE_FILE = "trainer_state.json"
-# [`SQLlavaTrainer`] writes it before that one, when all processes have written: the files of the checkpoint with their
-# sizes, and what the losses depend on.
+# [`SQLlavaTrainer`] writes this file just before, after all processes have written their files. It lists the files of
+# the checkpoint with their sizes, and the settings that the losses depend on.
 RUN_FILE = "run.json"
 
 
 def step_of(folder: Path) -> int | None:
-    """The optimizer step that a folder is a checkpoint of, by its name; `None` if it is none."""
+    """The optimizer step in the name of a checkpoint folder, such as 500; `None` for any other folder."""
     match = re.fullmatch(r"checkpoint-(\d+)", folder.name)
     return int(match[1]) if match and folder.is_dir() else None
 
 
 def file_sizes(folder: Path) -> dict[str, int]:
-    """In bytes, of all files of a checkpoint, except those that are written last."""
+    """Sizes in bytes of all files of a checkpoint, by relative path, without the two files that are written last."""
     files = (file for file in folder.rglob("*") if file.is_file() and file.name not in (STATE_FILE, RUN_FILE))
     return {str(file.relative_to(folder)): file.stat().st_size for file in files}
 
 
 def checkpoint_faults(folder: Path) -> list[str]:
-    """What a checkpoint lacks to resume from it; empty if it is complete."""
+    """Reasons why a checkpoint cannot be resumed; empty if it is complete."""
     faults = [fault for name in (STATE_FILE, RUN_FILE) if (fault := json_fault(folder / name))]
     if json_fault(folder / RUN_FILE):
         return faults
@@ -45,7 +45,7 @@ def checkpoint_faults(folder: Path) -> list[str]:
 
 
 def json_fault(file: Path) -> str | None:
-    """What is wrong with a JSON file; `None` if it can be read."""
+    """Why a JSON file cannot be read; `None` if it can."""
     if not file.is_file():
         return f"{file.name} is missing"
     try:

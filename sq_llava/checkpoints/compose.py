@@ -1,4 +1,4 @@
-"""A SQ-LLaVA from its parts: a vision model and a causal language model; extractor and projector are new.
+"""Composes a SQ-LLaVA from a vision model and a causal language model. Prototype extractor and projector are new.
 
 >>> model, processor = compose("openai/clip-vit-large-patch14-336", "lmsys/vicuna-7b-v1.5")
 >>> model, processor = compose(blip2, "lmsys/vicuna-7b-v1.5", blip2, prototype_variant="none")  # MiniGPT-4's parts
@@ -23,51 +23,68 @@ from processing_sq_llava import SQLlavaProcessor
 from sq_llava.checkpoints.provenance import public_name
 
 
-# The vocabulary is padded to a multiple of this, so that the LM head's matrix product runs on whole tiles.
+# The vocabulary is padded to a multiple of this: the matrix product of the LM head is faster on whole tiles.
 VOCABULARY_MULTIPLE = 64
-
-
-# What the processor adds to a language model's tokenizer, at most.
+# Tokens that the processor adds if the tokenizer of the language model lacks them.
 NEW_TOKENS = ("<image>", "[vusr]", "<pad>")
 
 
 def stop_token_ids(own: int | list[int] | None, processor: SQLlavaProcessor) -> int | list[int]:
     """
-    The ids at which generation stops: the delimiter that the chat template writes behind each answer, and those that
-    the language model names itself, which may be others (a base model's end of text, or one of three of Llama 3).
+    Token ids at which generation stops: the delimiter that the chat template writes after each answer, and the
+    language model's own stop tokens. They can differ: a base model has an end-of-text token, Llama 3 has three.
+
+    Args:
+        own (`int` or `list[int]`, *optional*): `eos_token_id` of the language model's generation config.
     """
     own = [] if own is None else [own] if isinstance(own, int) else own
     ids = list(dict.fromkeys([processor.tokenizer.eos_token_id, *own]))
     return ids[0] if len(ids) == 1 else ids
 
 
+def set_special_tokens(
+    model: SQLlavaForConditionalGeneration, processor: SQLlavaProcessor, own: int | list[int] | None
+) -> None:
+    """Writes the tokens of begin, stop and padding into the generation config; `own` as in [`stop_token_ids`]."""
+    model.generation_config.update(
+        bos_token_id=processor.tokenizer.bos_token_id,
+        eos_token_id=stop_token_ids(own, processor),
+        pad_token_id=processor.tokenizer.pad_token_id,
+    )
+
+
+def padded_size(num_tokens: int) -> int:
+    """The size of a vocabulary for this number of tokens."""
+    return -(-num_tokens // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
+
+
 def _vision_config(vision_model: str) -> PreTrainedConfig:
     config = AutoConfig.from_pretrained(vision_model)
     config = getattr(config, "vision_config", config)
-    config.name_or_path = public_name(vision_model)  # the configuration is published
+    config.name_or_path = public_name(vision_model)  # may be published: no path of this machine
     return config
 
 
 def text_config_of(text_model: str) -> PreTrainedConfig:
     """
-    The configuration of a language model, or of the text part of a multimodal one that transformers loads as a causal
-    language model, such as Gemma 3 or Llama 4.
+    The configuration of a causal language model. Multimodal models that transformers can load as one, such as Gemma 3
+    or Llama 4, give the configuration of their text part.
 
     Raises:
-        ValueError: if it loads none from there, or the text part needs more than embeddings.
+        ValueError: if transformers cannot load it as a causal language model, or if its layers read token ids.
     """
     config = AutoConfig.from_pretrained(text_model)
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise ValueError(
-            f"The language model {text_model} is a {config.model_type}, from which transformers loads no causal "
-            "language model (AutoModelForCausalLM). Give one, or a multimodal model whose text part it loads, such as "
-            "Gemma 3."
+            f"The language model {text_model} is a {config.model_type}, which transformers cannot load as a causal "
+            "language model (AutoModelForCausalLM). Give a causal language model, or a multimodal model that loads as "
+            "one, such as Gemma 3."
         )
     text_config = config.get_text_config(decoder=True)
     if getattr(text_config, "hidden_size_per_layer_input", None):  # Gemma 3n and the small ones of Gemma 4
         raise ValueError(
-            f"The language model {text_model} is a {config.model_type} that reads token ids in each of its layers, "
-            "where an image has none. Give another one."
+            f"The language model {text_model} is a {config.model_type}, whose layers read token ids. Images have no "
+            "token ids, only embeddings. Give another language model."
         )
     if text_config is not config:
         text_config.name_or_path = config.name_or_path
@@ -76,14 +93,14 @@ def text_config_of(text_model: str) -> PreTrainedConfig:
 
 
 def _qformer_fields(qformer_model: str | None) -> dict:
-    """What the configuration says of the Q-Former of a BLIP-2 model."""
+    """Fields of [`SQLlavaConfig`] for the Q-Former of a BLIP-2 model; empty without one."""
     if qformer_model is None:
         return {}
     config = AutoConfig.from_pretrained(qformer_model)
     if config.model_type != "blip-2":
         raise ValueError(
-            f"qformer_model_name_or_path is {str(qformer_model)!r}, a {config.model_type}: give a BLIP-2 model of "
-            "transformers, such as Salesforce/blip2-flan-t5-xxl."
+            f"qformer_model_name_or_path is {str(qformer_model)!r}, a {config.model_type}. Give a BLIP-2 model in "
+            "the format of transformers, such as Salesforce/blip2-flan-t5-xxl."
         )
     return {
         "resampler": "qformer",
@@ -93,17 +110,17 @@ def _qformer_fields(qformer_model: str | None) -> dict:
 
 
 class _Blip2ImageSide(Blip2VisionModelWithProjection):
-    """Tower, queries and Q-Former of a BLIP-2 of any kind; its language model, which may be large, stays on disk."""
+    """Vision tower, queries and Q-Former of any BLIP-2. Its language model, which can be large, is not loaded."""
 
     _keys_to_ignore_on_load_unexpected = [r"^(language_|text_|embeddings|itm_head)"]
     _keys_to_ignore_on_load_missing = [r"^vision_projection"]
 
 
 def load_vision_tower(vision_model: str, attn_implementation: str | None = None, **kwargs) -> torch.nn.Module:
-    """The vision tower of a vision model, with pretrained weights."""
+    """Loads the pretrained vision tower of a vision model or a BLIP-2; `kwargs` go to `from_pretrained`."""
     if AutoConfig.from_pretrained(vision_model).model_type == "blip-2":
         tower = _Blip2ImageSide.from_pretrained(vision_model, **kwargs).vision_model
-        # To the tower alone: the Q-Former, loaded with it, has no FlashAttention.
+        # Only for the tower: the Q-Former, which is loaded with it, does not support FlashAttention.
         if attn_implementation is not None:
             tower.set_attn_implementation(attn_implementation)
         return tower
@@ -115,13 +132,12 @@ def compose_config(
     vision_model: str, text_model: str, qformer_model: str | None = None, **config_kwargs
 ) -> SQLlavaConfig:
     """
-    The configuration that [`compose`] would give, without tokenizer and weights: for planning. The vocabulary has room
-    for the new tokens, whether or not the model's own has.
+    The configuration of the model that [`compose`] builds, without loading tokenizer or weights: for planning. The
+    vocabulary always grows by the new tokens, even where the language model already has free rows.
     """
     text_config = text_config_of(text_model)
     image_token_id = text_config.vocab_size
-    grown = image_token_id + len(NEW_TOKENS)
-    text_config.vocab_size = -(-grown // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
+    text_config.vocab_size = padded_size(image_token_id + len(NEW_TOKENS))
     return SQLlavaConfig(
         vision_config=_vision_config(vision_model),
         text_config=text_config,
@@ -135,11 +151,11 @@ def compose_config(
 def compose_processor(
     vision_model: str, text_model: str, qformer_model: str | None = None, **processor_kwargs
 ) -> SQLlavaProcessor:
-    """The processor that [`compose`] would give, without any weights."""
+    """The processor that [`compose`] returns, without loading weights."""
     config = SQLlavaConfig(
         vision_config=_vision_config(vision_model),
         text_config=text_config_of(text_model),
-        prototype_variant="none",  # it makes no difference to what is asked here
+        prototype_variant="none",  # does not change image_seq_length
         **_qformer_fields(qformer_model),
     )
     return SQLlavaProcessor(
@@ -160,22 +176,25 @@ def compose(
     **config_kwargs,
 ) -> tuple[SQLlavaForConditionalGeneration, SQLlavaProcessor]:
     """
-    Builds a SQ-LLaVA from a vision model and a causal language model; the extractor and the projector are new.
+    Builds a SQ-LLaVA from a vision model and a causal language model. Extractor and projector get new random weights.
 
     Args:
-        vision_model (`str`): Path or Hub id of a CLIP or SigLIP model, whole or its vision part, or of a BLIP-2 model.
-        text_model (`str`): Path or Hub id of any causal language model of transformers, or of a multimodal model that
-            it loads as one, whose text part is taken: Gemma 3, Llama 4.
-        qformer_model (`str`, *optional*): Path or Hub id of a BLIP-2 model, for its Q-Former.
+        vision_model (`str`): Folder or Hub id of a CLIP or SigLIP (complete, or its vision part), or of a BLIP-2.
+        text_model (`str`): Folder or Hub id of a causal language model, or of a multimodal model that transformers
+            loads as one, such as Gemma 3 or Llama 4. Of these, the text part is used.
+        qformer_model (`str`, *optional*): Folder or Hub id of a BLIP-2 model whose Q-Former is used.
         dtype, attn_implementation: As for `from_pretrained`.
         processor_kwargs (`dict`, *optional*): Settings of [`SQLlavaProcessor`]: `image_aspect_ratio`, ...
         config_kwargs: Fields of [`SQLlavaConfig`]: `prototype_variant`, `num_prototypes`, ...
 
     Returns:
         The model, on the CPU, and its processor.
+
+    Raises:
+        ValueError: if one of the models is of a kind that cannot be used.
     """
     processor = compose_processor(vision_model, text_model, qformer_model, **(processor_kwargs or {}))
-    # For a multimodal model this is the whole model, of which the text part is taken.
+    # A multimodal model is loaded completely; only its text part is used.
     whole = AutoModelForCausalLM.from_pretrained(text_model, dtype=dtype, attn_implementation=attn_implementation)
     config = SQLlavaConfig(
         vision_config=_vision_config(vision_model),
@@ -188,16 +207,12 @@ def compose(
         config, dtype=whole.dtype, attn_implementation=attn_implementation
     )
     _copy_weights(model, vision_model, whole, qformer_model)
-    model.generation_config.update(
-        bos_token_id=processor.tokenizer.bos_token_id,
-        eos_token_id=stop_token_ids(whole.generation_config.eos_token_id, processor),
-        pad_token_id=processor.tokenizer.pad_token_id,
-    )
+    set_special_tokens(model, processor, whole.generation_config.eos_token_id)
     return model, processor
 
 
 def _text_config_for(whole: PreTrainedModel, processor: SQLlavaProcessor) -> PreTrainedConfig:
-    """The configuration of a language model, whose vocabulary grows where the processor has more tokens."""
+    """The configuration of a loaded language model. Its embeddings grow if the processor has more tokens."""
     text_config = whole.config.get_text_config(decoder=True)
     text_config.name_or_path = public_name(whole.config.name_or_path)
     text_config.tie_word_embeddings = whole.config.tie_word_embeddings

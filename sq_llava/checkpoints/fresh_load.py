@@ -1,9 +1,9 @@
-"""Loads a checkpoint as a stranger does, in a process of its own: by its own code, without this library's sources.
+"""Loads a checkpoint in a separate process by the checkpoint's own code, as on a machine without this library.
 
     python -P fresh_load.py '{"model": "org/name", "revision": "0123...", "output": "logits", ...}'
 
-`sq_llava/checkpoints/push.py` runs it before an upload and after it. It writes the logits of one prompt with a
-picture, and one generated token. With `base`, `model` is an adapter that stands on it. What it does not do: compare.
+`sq_llava/checkpoints/push.py` runs it before and after an upload, and compares the results. It writes the logits of
+one prompt with a picture, and one generated token, to `output`. With `base`, `model` is an adapter for this base.
 """
 
 import json
@@ -24,23 +24,23 @@ SOURCES = {
 
 
 class SourcesOutOfReach:
-    """An import hook: what a folder lacks must not come from where this library is installed."""
+    """An import hook that hides this library: code that is missing in the folder must not be found elsewhere."""
 
     def find_spec(self, name, path=None, target=None):
         if name.partition(".")[0] in SOURCES:
-            raise ModuleNotFoundError(f"{name} is out of reach", name=name)
+            raise ModuleNotFoundError(f"{name} is hidden in this process", name=name)
 
 
 def load(model: str, revision: str | None, base: str | None, base_revision: str | None):
-    """The model, and the processor."""
+    """Loads the model, with its adapter if there is one, and the processor."""
     whole, whole_revision = (model, revision) if base is None else (base, base_revision)
     loaded, report = AutoModel.from_pretrained(
         whole, revision=whole_revision, trust_remote_code=True, dtype="auto", output_loading_info=True
     )
-    # transformers only warns of these, and draws random weights.
+    # transformers only warns about these and uses random weights.
     faults = {kind: sorted(report[kind])[:3] for kind in ("missing_keys", "mismatched_keys") if report[kind]}
     if faults:
-        raise ValueError(f"{whole} does not hold the weights that its code asks for: {faults}")
+        raise ValueError(f"The weights of {whole} do not match its code: {faults}")
     if base is not None:
         from peft import PeftModel
 
@@ -71,7 +71,7 @@ def main(
         logits = loaded(**inputs).logits.float()
         generated = loaded.generate(**inputs, do_sample=False, max_new_tokens=1)
     if not logits.isfinite().all():
-        raise ValueError(f"{model} gives logits that are not finite numbers.")
+        raise ValueError(f"The logits of {model} are not finite numbers.")
     save_file({"logits": logits, "generated": generated}, output)
 
 

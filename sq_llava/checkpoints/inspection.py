@@ -1,11 +1,10 @@
-"""Says what a folder with a checkpoint is, what it holds and what it lacks; reads headers, never the weights.
+"""Inspects a folder with a checkpoint: what it is, what it holds and what is missing. Only headers are read.
 
     sq-llava inspect runs/demo/model
     sq-llava inspect liuhaotian/llava-v1.5-7b --json
 
-Understands plain checkpoints, outputs of training stages, every released layout (`sq_llava/checkpoints/layouts.py`),
-and what is left of them when something was interrupted. What it does not do: download, load a model, say how well it
-answers.
+It understands plain checkpoints, outputs of training stages, all released kinds (`sq_llava/checkpoints/layouts.py`),
+and folders that are incomplete because something was interrupted. It downloads nothing and loads no model.
 """
 
 import json
@@ -50,13 +49,13 @@ ADDED_TOKENS = {"<image>": "image_token_id", "[vusr]": "vusr_token_id", "<pad>":
 @dataclass
 class Inspection:
     """
-    What a folder is.
+    The outcome of an inspection.
 
     Attributes:
-        parts (`dict`): Parameters and dtypes of each part; LoRA counts apart.
-        loras (`list[dict]`): Tower, ranks (of the tensors), alpha (of the configuration) and file of each.
-        missing (`list[str]`): What one would look for here in vain.
-        faults (`list[str]`): What is broken; with any, the folder is of no use as it is.
+        parts (`dict`): Parameters and dtypes of each part of the model. LoRA is counted separately.
+        loras (`list[dict]`): For each LoRA its tower, ranks (from the tensors), alphas (from the configuration), file.
+        missing (`list[str]`): Expected files or settings that are missing.
+        faults (`list[str]`): What is broken. A folder with faults cannot be used as it is.
     """
 
     path: str
@@ -84,13 +83,16 @@ class Inspection:
 
 def inspect(path: str | Path, base: Path | None = None, only_loaded: bool = False) -> Inspection:
     """
+    Inspects a folder.
+
     Args:
-        path: A folder, or the Hub id of one that is in the local cache.
-        base (`Path`, *optional*): Folder of the base of an adapter. Default: what it names, if that is here.
-        only_loaded (`bool`): Leave out the JSON and the weights that loading a SQ-LLaVA or an adapter does not read.
+        path: A folder, or the Hub id of a model in the local cache.
+        base (`Path`, *optional*): Folder of an adapter's base. Default: what the adapter names, if it is on this
+            machine.
+        only_loaded (`bool`): Skip JSON and weight files that are not read when a SQ-LLaVA or an adapter is loaded.
 
     Raises:
-        ValueError: if there is no such folder, and nothing of that id in the cache.
+        ValueError: if there is no such folder, and no such id in the cache.
     """
     folder = _local_folder(str(path))
     inspection = Inspection(str(path))
@@ -128,28 +130,28 @@ def _local_folder(path: str) -> Path:
     try:
         return Path(snapshot_download(path, local_files_only=True))
     except (LocalEntryNotFoundError, HFValidationError) as error:
-        raise ValueError(f"{path}: no such folder, and no such id in the local cache of the Hub.") from error
+        raise ValueError(f"{path} is neither a folder nor an id in the local cache of the Hub.") from error
 
 
 def _read_configs(folder: Path, inspection: Inspection, patterns: Sequence[str]) -> dict[str, dict]:
-    """The JSON files at the top of the folder and of `Vit-lora`, by relative name."""
+    """The JSON files that match, by their path in the folder."""
     configs = {}
     for file in sorted({file for pattern in patterns for file in folder.glob(pattern)}):
         name = str(file.relative_to(folder))
         try:
             fields = json.loads(file.read_bytes())
         except ValueError:
-            inspection.faults.append(f"{name} is no JSON: it is cut off or damaged")
+            inspection.faults.append(f"{name} is not valid JSON: it is cut off or damaged")
             continue
         if isinstance(fields, dict):
             configs[name] = fields
         elif file.name.endswith(("config.json", "index.json")) or name == "tokenizer.json":
-            inspection.faults.append(f"{name} holds {str(fields)[:40]!r}, not the fields of an object")
+            inspection.faults.append(f"{name} holds {str(fields)[:40]!r}, not a JSON object")
     return configs
 
 
 def _read_headers(folder: Path, inspection: Inspection, patterns: Sequence[str]) -> dict[str, list[Tensor]]:
-    """The weights of each file, without reading them into memory; `.bin` files are pickles, whose code is not run."""
+    """The headers of each weight file. Code in `.bin` files, which are pickles, is not run."""
     headers = {}
     for file in sorted({file for pattern in patterns for file in folder.glob(pattern)}):
         name = str(file.relative_to(folder))
@@ -163,7 +165,7 @@ def _read_headers(folder: Path, inspection: Inspection, patterns: Sequence[str])
 def _count_parameters(headers: dict[str, list[Tensor]], inspection: Inspection) -> None:
     parts = {}
     for file, tensors in headers.items():
-        # The release holds its ViT-LoRA twice: apart, and among the LoRA of the language model.
+        # The release holds its ViT-LoRA twice: in Vit-lora, and together with the LoRA of the language model.
         place = " (Vit-lora)" if file.startswith("Vit-lora") else ""
         for tensor in tensors:
             part = ("LoRA of " if ".lora_" in tensor.name else "") + part_of(tensor.name) + place
@@ -194,7 +196,7 @@ def _describe_settings(configs: dict[str, dict], inspection: Inspection) -> None
     if "prototype_variant" in config:
         names = ("prototype_variant", "num_prototypes", "num_prototype_iterations", "projector_type")
         inspection.prototypes = {name: config[name] for name in names if name in config}
-        inspection.missing += [f"{name} in config.json: the default counts" for name in names if name not in config]
+        inspection.missing += [f"{name} in config.json: the default is used" for name in names if name not in config]
     elif config.get("mm_projector_type") == "cluster":
         inspection.prototypes = {"prototype_variant": "released", "num_prototypes": config.get("num_latents", 256)}
     inspection.markers = {name: processor[name] for name in MARKERS if name in processor}
@@ -208,7 +210,9 @@ def _describe_settings(configs: dict[str, dict], inspection: Inspection) -> None
         if token in added:
             inspection.token_ids[token] = added[token]
             if config.get("model_type") == "sq_llava" and config.get(name) not in (None, added[token]):
-                inspection.faults.append(f"{token} is {added[token]} in tokenizer.json, {config[name]} in config.json")
+                inspection.faults.append(
+                    f"{token} has the id {added[token]} in tokenizer.json, but {config[name]} in config.json"
+                )
 
 
 def _describe_bases(layout: Layout, inspection: Inspection) -> None:
@@ -217,7 +221,7 @@ def _describe_bases(layout: Layout, inspection: Inspection) -> None:
         if name:
             inspection.bases[role] = str(folder or name)
         if name and folder is None:
-            inspection.missing.append(f"the {role}: {name} is no folder here, nor in the local cache of the Hub")
+            inspection.missing.append(f"the {role}: {name} is neither a folder nor in the local cache of the Hub")
 
 
 def _check_weights(
@@ -228,7 +232,7 @@ def _check_weights(
     inspection: Inspection,
 ) -> None:
     if not headers and not inspection.checkpoints:
-        inspection.faults.append("there is no file with weights that could be read")
+        inspection.faults.append("there is no readable weight file")
     for index in (name for name in configs if name.endswith(".index.json")):
         try:
             places = read_weight_map(folder / index)
@@ -237,11 +241,11 @@ def _check_weights(
             continue
         absent = sorted(set(places.values()) - inspection.files.keys())
         if absent:
-            inspection.faults.append(f"{index} names {len(absent)} files that are not here: {', '.join(absent)}")
+            inspection.faults.append(f"{index} lists {len(absent)} files that are missing: {', '.join(absent)}")
         there = {(tensor.name, file) for file, tensors in headers.items() for tensor in tensors}
         lost = sorted(name for name, file in places.items() if file in headers and (name, file) not in there)
         if lost:
-            inspection.faults.append(f"{index}: {len(lost)} weights are not in the files it names: {lost[0]}, ...")
+            inspection.faults.append(f"{index}: {len(lost)} weights are not in the listed files: {lost[0]}, ...")
     if headers and not inspection.faults:
         if inspection.kind == "checkpoint":
             files = {file: tensors for file, tensors in headers.items() if file.startswith("model")}
@@ -252,7 +256,7 @@ def _check_weights(
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Without the reports and bars of transformers: what they say is told in another way."""
+    """Turns off the log and the progress bars of transformers: the caller reports the same in its own way."""
     verbosity, shows_bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity(logging.CRITICAL)
     logging.disable_progress_bar()
@@ -266,12 +270,17 @@ def quiet_transformers() -> Iterator[None]:
 
 def faults_of_weights(config: dict, headers: dict[str, list[Tensor]]) -> list[str]:
     """
-    What transformers would find wrong with the weights of a plain checkpoint, if it loaded them: weights that
-    `config.json` asks for and no file has, of another shape, or that it has no place for. It is shown tensors without
-    content; so it applies its own rules for tied weights, fused experts and old names.
+    Checks the weights of a plain checkpoint: which are missing, superfluous or of a wrong shape for `config.json`.
+
+    transformers loads tensors on the meta device and reports the differences. So its own rules apply for tied weights,
+    fused experts and old names.
+
+    Args:
+        config: Content of `config.json`.
+        headers: Headers of the weights, by file.
     """
     if "quantization_config" in config:
-        return []  # the names and shapes are those of the quantizer then
+        return []  # a quantizer has other names and shapes
     shapes = {tensor.name: tensor for tensors in headers.values() for tensor in tensors}
     weights = {
         name: torch.empty(tensor.shape, dtype=getattr(torch, TORCH_NAMES.get(tensor.dtype, "float32")), device="meta")
@@ -287,26 +296,26 @@ def faults_of_weights(config: dict, headers: dict[str, list[Tensor]]) -> list[st
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,
             )
-    except RuntimeError:  # transformers names the weights only in its log
-        return ["weights of experts, which are joined into one when they are loaded, are missing or do not fit"]
+    except RuntimeError:  # transformers names these weights only in its log
+        return ["weights of experts, which are fused when they are loaded, are missing or of a wrong shape"]
     return _describe_differences(
         report["missing_keys"], report["mismatched_keys"], report["unexpected_keys"], "config.json"
     )
 
 
-def _describe_differences(missing: Iterable, mismatched: Iterable, unexpected: Iterable, asker: str) -> list[str]:
+def _describe_differences(missing: Iterable, mismatched: Iterable, unexpected: Iterable, config: str) -> list[str]:
     return [
-        *(f"{name}, which {asker} asks for, is in no file" for name in sorted(missing)),
+        *(f"{name} is missing: {config} requires it, but it is in no file" for name in sorted(missing)),
         *(
-            f"{name} has the shape {list(found)}, {asker} asks for {list(wanted)}"
+            f"{name} has the shape {list(found)}, but {config} requires {list(wanted)}"
             for name, found, wanted in sorted(mismatched)
         ),
-        *(f"{name} is in a file, but {asker} has no place for it" for name in sorted(unexpected)),
+        *(f"{name} is in a file, but has no place in the model of {config}" for name in sorted(unexpected)),
     ]
 
 
 def faults_of_adapter(folder: Path, base: Path, headers: dict[str, list[Tensor]]) -> list[str]:
-    """The same of an adapter, by its `adapter_config.json` and the configuration of its base."""
+    """Like [`faults_of_weights`], for an adapter: by its `adapter_config.json` and the configuration of its base."""
     if not (base / "config.json").is_file():
         return [f"its base {base} holds no config.json"]
     fields = json.loads((base / "config.json").read_bytes())
@@ -315,7 +324,7 @@ def faults_of_adapter(folder: Path, base: Path, headers: dict[str, list[Tensor]]
     from peft import PeftConfig, get_peft_model, get_peft_model_state_dict  # see `load_checkpoint`
 
     peft_config = PeftConfig.from_pretrained(folder)
-    peft_config.init_lora_weights = False  # some ways of it compute with the weights of the base
+    peft_config.init_lora_weights = False  # some initialisations compute with the weights of the base
     with torch.device("meta"):
         model = SQLlavaForConditionalGeneration(SQLlavaConfig.from_dict(fields))
         model.name_or_path = peft_config.base_model_name_or_path
@@ -331,13 +340,13 @@ def faults_of_adapter(folder: Path, base: Path, headers: dict[str, list[Tensor]]
 
 
 def _list_missing(configs: dict[str, dict], inspection: Inspection) -> None:
-    """What a folder of this kind has, and this one has not."""
+    """Adds the files that a folder of this kind should have."""
     names = inspection.files.keys()
     is_ours = configs.get("config.json", {}).get("model_type") == "sq_llava"
     is_stage = inspection.kind == "adapter"
     is_whole = "config.json" in names and not {"adapter_config.json", "mm_projector.bin"} & names
     if is_ours or is_stage:
-        # Checkpoints that were saved before there was an image processor of our own have no file of it.
+        # Checkpoints from before this library had its own image processor do not have its file.
         is_older = "image_processing_sq_llava" not in str(configs.get("processor_config.json"))
         of_processor = [name for name in CODE_FILES if "processing" in name and not (is_older and "image" in name)]
         code = [name for name in CODE_FILES if "processing" not in name] if is_ours else []
@@ -349,10 +358,11 @@ def _list_missing(configs: dict[str, dict], inspection: Inspection) -> None:
 
 
 def print_inspection(inspection: Inspection, console: Console) -> None:
-    what = NAMES[inspection.kind] if inspection.kind else "not known"
+    """Prints what the folder is, a table of its parts, and the facts, missing and broken things below."""
+    what = NAMES[inspection.kind] if inspection.kind else "unknown"
     console.print(f"{inspection.path}: {what}", style="bold", markup=False, highlight=False)
     if inspection.evidence:
-        console.print(f"  by {inspection.evidence}", markup=False, highlight=False)
+        console.print(f"  recognised by: {inspection.evidence}", markup=False, highlight=False)
     console.print(f"  {len(inspection.files)} files, {decimal(sum(inspection.files.values()))}")
     if inspection.parts:
         console.print(_table_of_parts(inspection))
@@ -375,7 +385,7 @@ def _table_of_parts(inspection: Inspection) -> Table:
 
 
 def _facts(inspection: Inspection) -> dict[str, list[str]]:
-    """The lines below each title, empty where nothing is known."""
+    """Lines for each title. A title without lines is not printed."""
 
     def pairs(facts: dict) -> list[str]:
         return [f"{name}: {value}" for name, value in facts.items()]
@@ -389,7 +399,7 @@ def _facts(inspection: Inspection) -> dict[str, list[str]]:
         "prototypes": pairs(inspection.prototypes),
         "markers": pairs(inspection.markers),
         "token ids": pairs(inspection.token_ids),
-        "stands on": pairs(inspection.bases),
+        "based on": pairs(inspection.bases),
         "checkpoints": pairs(inspection.checkpoints),
         "code": [
             f"{name}: {'as in this library' if code['as_in_this_library'] else 'NOT as in this library'}, "

@@ -1,11 +1,11 @@
-"""What a folder holds, by its files: this library's own checkpoints, and those of SQ-LLaVA and LLaVA as released.
+"""Recognises what a folder holds by its files: a checkpoint of this library, or a released SQ-LLaVA or LLaVA.
 
     >>> layout = recognise("sqllava-lora-7b", base="lmsys/vicuna-7b-v1.5")
     >>> layout.kind, layout.evidence
     ('sq_llava_lora', 'adapter_config.json, and mm_projector_type "cluster" in config.json')
 
-Only JSON is read, and the names of the tensors in a lone projector. Hub ids are looked up in the local cache; nothing
-is downloaded unless it is asked for. What this module does not do: say whether the weights are complete.
+Only JSON files are read, and the names of the tensors in a separate projector file. Hub ids are looked up in the local
+cache; downloads only happen on request. Whether the weights are complete is checked elsewhere (`inspection.py`).
 """
 
 import sys
@@ -25,32 +25,37 @@ Kind = Literal[
 ]
 NAMES: dict[Kind, str] = {
     "checkpoint": "a checkpoint of this library",
-    "adapter": "an adapter that a training stage of this library wrote",
+    "adapter": "an adapter from a training stage of this library",
     "training": "the folder of a training run of this library",
     "sq_llava_lora": "the LoRA of the authors' SQ-LLaVA",
-    "sq_llava": "a whole SQ-LLaVA of the authors' code",
+    "sq_llava": "a complete SQ-LLaVA of the authors' code",
     "llava_lora": "the LoRA of an original LLaVA",
-    "llava": "a whole original LLaVA",
-    "projector": "a projector that stage 1 of the original code trained",
+    "llava": "a complete original LLaVA",
+    "projector": "a stage-1 projector of the original code",
     "llava_hf": "a LLaVA in the format of transformers",
 }
 WANTED_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "*.safetensors", "*.bin")
+# Number of prototypes in the release, for sources without a config.json.
+RELEASED_NUM_PROTOTYPES = 256
 
 
 @dataclass(frozen=True)
 class Layout:
     """
+    The files of a source, and the models that it is based on.
+
     Attributes:
-        path (`Path`): The folder; of a projector that was given as a file, the folder that it is in.
-        kind, evidence: What it is, and what shows it.
-        weight_files (`tuple[Path, ...]`): Of the folder itself, ViT-LoRA included; whether or not they are there, if
-            an index names them. `base_files` and `vision_files` are those of the other two.
-        config (`dict`): Its `config.json`; empty if it has none.
-        adapter_config, vision_adapter_config (`dict`, *optional*): Of a LoRA, and of the one in `Vit-lora`.
-        projector_type (`str`, *optional*): `"cluster"`, `"mlp2x_gelu"`, `"linear"`, or another that the source names.
-        base_name, vision_name (`str`, *optional*): The language model and the vision tower that it stands on, as the
-            caller or the configurations name them.
-        base, vision (`Path`, *optional*): Where these are; `None` if not on this machine, or not needed.
+        path (`Path`): The folder. For a projector that was given as a file, the folder of this file.
+        kind, evidence: What it is, and how it was recognised.
+        weight_files (`tuple[Path, ...]`): Weight files in the folder, with the ViT-LoRA. Files that an index lists may
+            be missing. `base_files` and `vision_files` are the weight files of the other two folders.
+        config (`dict`): Its `config.json`; empty if there is none.
+        adapter_config, vision_adapter_config (`dict`, *optional*): The LoRA's `adapter_config.json`, and the one in
+            `Vit-lora`.
+        projector_type (`str`, *optional*): `"cluster"`, `"mlp2x_gelu"`, `"linear"`, or another name in the source.
+        base_name, vision_name (`str`, *optional*): The language model and the vision tower that it is based on, as
+            named by the caller or by the configurations.
+        base, vision (`Path`, *optional*): Folders of these two; `None` if they are not on this machine or not needed.
     """
 
     path: Path
@@ -67,6 +72,36 @@ class Layout:
     vision: Path | None = None
 
     @property
+    def text_folder(self) -> Path:
+        """The folder with configuration, tokenizer and weights of the language model."""
+        return self.base or self.path
+
+    @property
+    def vision_folder(self) -> Path:
+        """The folder with configuration and preprocessing of the vision tower."""
+        return self.vision or self.path
+
+    @property
+    def feature_layer(self) -> int:
+        """The hidden state of the tower that an original projector reads."""
+        return self.config.get("mm_vision_select_layer", -2)
+
+    @property
+    def feature_select(self) -> str:
+        """The tokens of the tower that an original projector reads: `"patch"`, or with the CLS token `"cls_patch"`."""
+        return self.config.get("mm_vision_select_feature", "patch")
+
+    @property
+    def aspect_ratio(self) -> str | None:
+        """What the original code does to images that are not square; `"pad"`, or by default a crop."""
+        # LLaVA-1.5 pads. Its configuration for transformers does not say so.
+        return "pad" if self.kind == "llava_hf" or not self.config else self.config.get("image_aspect_ratio")
+
+    @property
+    def num_prototypes(self) -> int:
+        return self.config.get("num_latents", RELEASED_NUM_PROTOTYPES)
+
+    @property
     def base_files(self) -> tuple[Path, ...]:
         return find_weight_files(self.base) if self.base else ()
 
@@ -79,14 +114,16 @@ def recognise(
     source: str | Path, base: str | Path | None = None, vision: str | Path | None = None, download: bool = False
 ) -> Layout:
     """
+    Recognises the kind of a checkpoint and finds the models that it is based on.
+
     Args:
-        source (`str` or `Path`): A folder, a projector's file, or a Hub id.
-        base, vision (`str` or `Path`, *optional*): Folder or Hub id of the language model and the vision tower, if the
-            source is not whole. Default: what its configurations name, if that is on this machine.
-        download (`bool`): Whether to fetch from the Hub what was given by its id and is not in the cache.
+        source (`str` or `Path`): A folder, the file of a projector, or a Hub id.
+        base, vision (`str` or `Path`, *optional*): Folder or Hub id of the language model and the vision tower, for
+            sources without them. Default: the names in the source's configurations, if they are on this machine.
+        download (`bool`): Whether to download Hub ids that were given and are not in the cache.
 
     Raises:
-        ValueError: if it is none of the known layouts, or what was given is not there.
+        ValueError: if it is not a known kind of checkpoint, or a folder or Hub id cannot be found.
     """
     given = Path(source).expanduser()
     file = given if given.is_file() else None
@@ -132,15 +169,15 @@ def _recognise_projector(file: Path) -> dict:
     base = (read_json_if_there(file.parent / "config.json") or {}).get("_name_or_path")
     return {
         "kind": "projector",
-        "evidence": f"{file.name} holds mm_projector.* of the kind {projector_type}, and there is no model",
-        "weight_files": (file, *(lora for lora in [_adapter_file(file.parent / "Vit-lora")] if lora.is_file())),
+        "evidence": f"{file.name} holds mm_projector.* of type {projector_type}, and there is no model",
+        "weight_files": (file, *filter(Path.is_file, [_adapter_file(file.parent / "Vit-lora")])),
         "projector_type": projector_type,
         "base_name": base,
     }
 
 
 def projector_type_of(names: list[str]) -> str | None:
-    """The kind of an original projector by the names of its tensors, whatever stands before and around them."""
+    """The type of an original projector by the names of its tensors, with any prefix; `None` without a projector."""
     inside = {name.partition("mm_projector.")[2] for name in names if "mm_projector." in name}
     for projector_type, name in (("cluster", "sim_alpha"), ("mlp2x_gelu", "2.weight"), ("linear", "weight")):
         if name in inside:
@@ -151,21 +188,21 @@ def projector_type_of(names: list[str]) -> str | None:
 def _recognise_adapter(folder: Path, config: dict | None, adapter_config: dict) -> dict:
     files = [_adapter_file(folder), folder / "non_lora_trainables.bin", _adapter_file(folder / "Vit-lora")]
     fields = {
-        "weight_files": tuple(file for file in files if file.is_file()),
+        "weight_files": tuple(filter(Path.is_file, files)),
         "base_name": adapter_config.get("base_model_name_or_path"),
     }
     if (adapter_config.get("auto_mapping") or {}).get("base_model_class") == "SQLlavaForConditionalGeneration":
         return {"kind": "adapter", "evidence": "adapter_config.json names the class of this library", **fields}
-    # Published, it names a class that everyone has.
+    # A published adapter names AutoModel instead.
     if "multi_modal_projector" in (adapter_config.get("modules_to_save") or []):
-        return {"kind": "adapter", "evidence": "adapter_config.json, by which the projector is trained", **fields}
+        return {"kind": "adapter", "evidence": "adapter_config.json has the projector in modules_to_save", **fields}
     if config is None or not is_original(config):
         raise ValueError(
-            _unknown(folder, "it has an adapter_config.json, but no config.json with the fields mm_* beside it")
+            _unknown(folder, "it has an adapter_config.json, but no config.json with fields mm_* next to it")
         )
-    projector_type = config.get("mm_projector_type", "linear")
+    projector_type, evidence = _projector_of(config)
     kind = "sq_llava_lora" if projector_type == "cluster" else "llava_lora"
-    evidence = f"adapter_config.json, and {_projector_evidence(config)}"
+    evidence = f"adapter_config.json, and {evidence}"
     return {"kind": kind, "evidence": evidence, "projector_type": projector_type, **fields}
 
 
@@ -182,28 +219,28 @@ def _recognise_whole(folder: Path, config: dict) -> dict:
     if model_type == "llava" and "text_config" in config:
         return {"kind": "llava_hf", "evidence": 'model_type "llava" and a text_config in config.json', **files}
     if is_original(config):
-        projector_type = config.get("mm_projector_type", "linear")
+        projector_type, evidence = _projector_of(config)
         kind = "sq_llava" if projector_type == "cluster" else "llava"
-        evidence = f"{_projector_evidence(config)}, and no adapter_config.json"
+        evidence = f"{evidence}, and no adapter_config.json"
         return {"kind": kind, "evidence": evidence, "projector_type": projector_type, **files}
-    raise ValueError(
-        _unknown(folder, f"its config.json has the model_type {model_type!r} and no fields mm_*: a base or a tower?")
-    )
+    reason = f"its config.json has the model_type {model_type!r} and no fields mm_*"
+    raise ValueError(_unknown(folder, f"{reason} (is it a language model or a vision tower?)"))
 
 
 def is_original(config: dict) -> bool:
-    """Whether a `config.json` was written by the code of LLaVA, or by one that was made from it."""
+    """Whether a `config.json` was written by the code of LLaVA, or by code derived from it."""
     return any(name.startswith("mm_") for name in config)
 
 
-def _projector_evidence(config: dict) -> str:
+def _projector_of(config: dict) -> tuple[str, str]:
+    """The projector type in an original `config.json`, and how it was recognised."""
     if "mm_projector_type" in config:
-        return f'mm_projector_type "{config["mm_projector_type"]}" in config.json'
-    return "fields mm_* without mm_projector_type in config.json, as LLaVA had before 1.5"
+        return config["mm_projector_type"], f'mm_projector_type "{config["mm_projector_type"]}" in config.json'
+    return "linear", "fields mm_* without mm_projector_type in config.json, as in LLaVA before 1.5"
 
 
 def _unknown(folder: Path, reason: str) -> str:
-    return f"{folder} is none of the known checkpoints: {reason}. Known are {'; '.join(NAMES.values())}."
+    return f"{folder} is not a known kind of checkpoint: {reason}. Known kinds: {'; '.join(NAMES.values())}."
 
 
 def _find(name: str, option: str, download: bool) -> Path:
@@ -216,11 +253,10 @@ def _find(name: str, option: str, download: bool) -> Path:
     if not download:
         raise ValueError(f"{name} ({option}): neither a folder nor in the local cache of the Hub. Download it first.")
     print(f"Downloading {name} from the Hub.", file=sys.stderr)
-    with hub_errors(f"{name} ({option}): not in the cache, and not to be had from the Hub"):
-        files = HfApi().list_repo_files(name)
-        # The same weights twice: the pickles are left where they are.
-        twice = any(fnmatch(file, "model*.safetensors") for file in files)
-        ignored = ["pytorch_model*.bin"] if twice else None
+    with hub_errors(f"{name} ({option}) is not in the cache and could not be downloaded"):
+        # Repositories may hold the same weights in both formats: then only the safetensors are downloaded.
+        has_safetensors = any(fnmatch(file, "model*.safetensors") for file in HfApi().list_repo_files(name))
+        ignored = ["pytorch_model*.bin"] if has_safetensors else None
         return Path(snapshot_download(name, allow_patterns=list(WANTED_FILES), ignore_patterns=ignored))
 
 
@@ -236,6 +272,6 @@ def _find_in_cache(hub_id: str) -> Path | None:
 
 
 def _is_partial(folder: Path) -> bool:
-    """Whether the cache has a repository's configuration, but not all weights that belong to it."""
+    """Whether a repository in the cache lacks weight files."""
     files = find_weight_files(folder) or [*folder.glob("*.bin"), *folder.glob("*.safetensors")]
     return not files or not all(file.is_file() for file in files)

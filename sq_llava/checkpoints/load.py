@@ -1,10 +1,10 @@
-"""Checkpoints loaded, and adapters merged into plain ones.
+"""Loads checkpoints, and merges adapters into plain checkpoints.
 
     >>> model, processor = load_checkpoint("runs/sq-llava-7b/stage2")
     >>> merge_adapter("runs/sq-llava-7b/stage2", "runs/sq-llava-7b/merged")
 
 A folder is either a plain checkpoint (`config.json`, weights, processor, code) or a PEFT adapter
-(`adapter_config.json`, which names its base). What this module does not do: convert released checkpoints
+(`adapter_config.json`, which names its base). Released checkpoints must be converted first
 (`sq_llava/checkpoints/convert.py`).
 """
 
@@ -32,28 +32,31 @@ from sq_llava.early_checks import require_new_folder
 from sq_llava.locations import base_of_adapter, fetch, find_config, is_adapter, is_hub_id, revision_of_base
 
 
-# The library's own classes load a checkpoint; the code inside its folder is for those who do not have the library.
+# This library loads checkpoints with its own classes. The code in a checkpoint is for machines without this library.
 AutoConfig.register("sq_llava", SQLlavaConfig, exist_ok=True)
 AutoModelForImageTextToText.register(SQLlavaConfig, SQLlavaForConditionalGeneration, exist_ok=True)
 AutoProcessor.register(SQLlavaConfig, SQLlavaProcessor, exist_ok=True)
 
-# Files without which a processor cannot be loaded, as an inspection names what is missing.
+# Files that loading a processor needs, as named in `Inspection.missing`.
 NEEDED = ("processor_config.json", TOKENIZER)
 SHOWN_FAULTS = 3
 
 
 def require_kind(model: str | os.PathLike, revision: str | None = None) -> str:
     """
-    `"checkpoint"` or `"adapter"`, by the configuration alone; of a Hub id nothing else is fetched.
+    The kind of a model, by its configuration. For a Hub id, only the configuration is downloaded.
+
+    Returns:
+        `"checkpoint"` or `"adapter"`.
 
     Raises:
-        ValueError: if there is no such model, or it is one of another kind.
+        ValueError: if there is no such model, or it is of another kind.
     """
     folder = find_config(model, revision).parent
     try:
         kind = recognise(str(folder)).kind
     except ValueError as error:
-        raise ValueError(f"{model} is no SQ-LLaVA. {error}") from error
+        raise ValueError(f"{model} is not a SQ-LLaVA. {error}") from error
     if kind not in ("checkpoint", "adapter"):
         raise ValueError(
             f"{model} is {NAMES[kind]}, not a SQ-LLaVA of this library. Convert it first: "
@@ -64,10 +67,10 @@ def require_kind(model: str | os.PathLike, revision: str | None = None) -> str:
 
 def require_model(model: str | os.PathLike, revision: str | None = None) -> Path:
     """
-    The folder of a SQ-LLaVA or an adapter, fetched from the Hub if needed. The weights are not read.
+    The folder of a SQ-LLaVA or an adapter, downloaded from the Hub if needed. The weights are not read.
 
     Raises:
-        ValueError: as [`require_kind`] and [`require_whole`].
+        ValueError: as in [`require_kind`] and [`require_whole`].
     """
     kind = require_kind(model, revision)
     folder = fetch(model, revision)
@@ -77,14 +80,15 @@ def require_model(model: str | os.PathLike, revision: str | None = None) -> Path
 
 def require_whole(folder: Path, base: Path | None = None, name: str | None = None) -> None:
     """
-    The check of `sq-llava inspect`, for the files that loading a SQ-LLaVA or an adapter reads.
+    Runs the check of `sq-llava inspect` on the files that are read when a SQ-LLaVA or an adapter is loaded.
 
     Args:
-        base (`Path`, *optional*): Folder of the base of an adapter. Default: what it names, if that is here.
-        name (`str`, *optional*): What errors call it. Default: the folder.
+        base (`Path`, *optional*): Folder of an adapter's base. Default: what the adapter names, if it is on this
+            machine.
+        name (`str`, *optional*): Name of the model in errors. Default: the folder.
 
     Raises:
-        ValueError: if files or weights are missing, of another shape or too many.
+        ValueError: if files or weights are missing, or weights are superfluous or of a wrong shape.
     """
     inspection = inspect(folder, base, only_loaded=True)
     faults = [*inspection.faults, *(f"{file} is missing" for file in inspection.missing if file in NEEDED)]
@@ -92,7 +96,7 @@ def require_whole(folder: Path, base: Path | None = None, name: str | None = Non
         more = f"; and {len(faults) - SHOWN_FAULTS} more" if len(faults) > SHOWN_FAULTS else ""
         raise ValueError(
             f"{name or folder} cannot be loaded: {'; '.join(faults[:SHOWN_FAULTS])}{more}. "
-            f"All of it: sq-llava inspect {folder}"
+            f"Show all: sq-llava inspect {folder}"
         )
 
 
@@ -100,17 +104,21 @@ def load_model(
     model: str | os.PathLike, processor: SQLlavaProcessor | None = None, revision: str | None = None, **kwargs
 ) -> SQLlavaForConditionalGeneration:
     """
-    Loads a plain checkpoint that [`require_model`] finds whole.
+    Loads a plain checkpoint.
 
     Args:
-        model: A folder, or a Hub id; the model keeps it as its name.
-        processor ([`SQLlavaProcessor`], *optional*): The model stops at its delimiter. Default: as it was saved.
+        model: A folder or a Hub id. The model keeps it as its name.
+        processor ([`SQLlavaProcessor`], *optional*): Its delimiter is added to the stop tokens. Default: the saved
+            stop tokens.
         revision (`str`, *optional*): Branch, tag or commit on the Hub.
         kwargs: As for `from_pretrained`: `dtype`, `device_map`, `attn_implementation`, ...
+
+    Raises:
+        ValueError: if it is an adapter, or incomplete, see [`require_model`].
     """
     folder = require_model(model, revision)
     if is_adapter(folder):
-        raise ValueError(f"{model} is an adapter, where a plain checkpoint is needed: merge it first.")
+        raise ValueError(f"{model} is an adapter, but a plain checkpoint is needed. Merge it first: sq-llava merge")
     return _load_plain(folder, str(model), processor, **kwargs)
 
 
@@ -120,7 +128,7 @@ def _load_plain(
     model = SQLlavaForConditionalGeneration.from_pretrained(folder, **kwargs)
     if processor is not None:
         model.generation_config.eos_token_id = stop_token_ids(model.generation_config.eos_token_id, processor)
-    # An adapter on it names its base by this: a Hub id, rather than its folder in the cache.
+    # An adapter that is trained on it names its base by this: the Hub id, not a folder in the cache.
     model.name_or_path = model.config.name_or_path = name
     return model
 
@@ -128,21 +136,21 @@ def _load_plain(
 def load_base_of(
     adapter: str | os.PathLike, processor: SQLlavaProcessor | None = None, **kwargs
 ) -> SQLlavaForConditionalGeneration:
-    """Loads the plain checkpoint that an adapter stands on, at the commit that the adapter names; see `load_model`."""
+    """Loads the base of an adapter at the commit that the adapter names; see [`load_model`]."""
     base, revision = _base_and_revision(adapter)
     with _errors_of_base(adapter):
         return load_model(base, processor, revision, **kwargs)
 
 
 def _find_base(adapter: str | os.PathLike) -> Path:
-    """The configuration of the checkpoint that an adapter stands on."""
+    """The configuration file of an adapter's base."""
     with _errors_of_base(adapter):
         return find_config(*_base_and_revision(adapter))
 
 
 def _base_and_revision(adapter: str | os.PathLike) -> tuple[str, str | None]:
     base = base_of_adapter(adapter)
-    # A commit is one of a repository; a folder has none.
+    # Only a repository on the Hub has commits, a folder has none.
     return base, revision_of_base(adapter) if is_hub_id(base) else None
 
 
@@ -156,23 +164,23 @@ def _errors_of_base(adapter: str | os.PathLike) -> Iterator[None]:
 
 def load_checkpoint(path: str, revision: str | None = None, **kwargs) -> tuple[torch.nn.Module, SQLlavaProcessor]:
     """
-    Loads a plain checkpoint, or an adapter on its base, and the processor.
+    Loads the processor, and a plain checkpoint or an adapter on its base.
 
     Args:
-        path (`str`): The folder, or a Hub id.
+        path (`str`): A folder or a Hub id.
         revision (`str`, *optional*): Branch, tag or commit on the Hub.
         kwargs: As for `from_pretrained` of the model: `dtype`, `device_map`, `attn_implementation`, ...
 
     Returns:
-        A [`SQLlavaForConditionalGeneration`], or of an adapter a `PeftModel` around it; and the processor.
+        A [`SQLlavaForConditionalGeneration`] (for an adapter, a `PeftModel` around it) and the processor.
 
     Raises:
-        ValueError: if it is no SQ-LLaVA, or not whole.
+        ValueError: if it is not a SQ-LLaVA, or incomplete.
     """
     model, processor, adapter = load_base_and_processor(path, revision, **kwargs)
     if adapter is None:
         return model, processor
-    from peft import PeftModel  # with what it imports it takes seconds, and most models need none of it
+    from peft import PeftModel  # the import takes seconds, and most models do not need it
 
     return PeftModel.from_pretrained(model, adapter), processor
 
@@ -181,17 +189,17 @@ def load_base_and_processor(
     path: str, revision: str | None = None, processor_settings: dict | None = None, **kwargs
 ) -> tuple[SQLlavaForConditionalGeneration, SQLlavaProcessor, Path | None]:
     """
-    Loads a plain checkpoint, or the one that an adapter stands on; and the processor.
+    Loads the processor, and a plain checkpoint or the base of an adapter.
 
     Args:
         path, revision, kwargs: As for [`load_checkpoint`].
-        processor_settings (`dict`, *optional*): Settings of the processor that replace those that were saved.
+        processor_settings (`dict`, *optional*): Settings that replace the saved ones of the processor.
 
     Returns:
-        The model, the processor, and the folder of the adapter, if it is one.
+        The model, the processor, and the folder of the adapter or `None`.
 
     Raises:
-        ValueError: if it is no SQ-LLaVA, or not whole.
+        ValueError: if it is not a SQ-LLaVA, or incomplete.
     """
     folder = require_model(path, revision)
     processor = SQLlavaProcessor.from_pretrained(folder, **(processor_settings or {}))
@@ -207,10 +215,13 @@ def merge_adapter(adapter: str, output_dir: str) -> None:
     Args:
         adapter (`str`): Folder that `train_sft.py` wrote, or a Hub id.
         output_dir (`str`): Folder for the checkpoint; it must be new or empty.
+
+    Raises:
+        ValueError: if it is not an adapter, or the folder is not empty.
     """
     if not is_adapter(adapter):
         raise ValueError(
-            f"{adapter} holds no adapter_config.json: give the output_dir of a training stage. (A stage with "
+            f"{adapter} holds no adapter_config.json. Give the output_dir of a training stage. (A stage with "
             "full_finetuning needs no merge: its output_dir is a plain checkpoint.)"
         )
     require_new_folder(output_dir)

@@ -1,6 +1,6 @@
-"""Where a checkpoint comes from: `provenance.yaml`, which travels with it from stage to stage, merged and published.
+"""Records where a checkpoint comes from: `provenance.yaml`, which is copied on by each stage, by merge and by push.
 
-    stages:            # trained here, in this order
+    stages:            # training stages, in this order
     - stage: align
       data: [{path: blip_laion_cc_sbu_558k.json}]
       rows: 558128
@@ -8,10 +8,10 @@
       settings: {learning_rate: 0.002, global_batch_size: 256, ...}
       versions: {torch: 2.13.0, ...}
     converted_from: liuhaotian/llava-v1.5-7b
-    new_extractor: paper       # of a converted LLaVA: it has seen no training yet
+    new_extractor: paper       # variant of a new, untrained extractor in a converted LLaVA
 
-The model card tells it. It holds names and numbers, no path of a machine. What it does not do: repeat a run (that
-takes the recipe, and data of the same content).
+The model card shows it. The file holds names and numbers, but no local paths. It is not enough to repeat a run: that
+needs the recipe and the same data.
 """
 
 import re
@@ -37,13 +37,13 @@ TRAINING_SETTINGS = (
     "loss_type", "neftune_noise_alpha",
 )  # fmt: skip
 MODEL_SETTINGS = ("dtype", "load_in_4bit", "load_in_8bit", "use_rslora", "use_dora")
-# Without a meaning in stage "align", which trains neither questions nor the language model.
+# Stage "align" trains neither questions nor the language model, so these do not apply to it.
 INSTRUCT_SETTINGS = ("self_question_ratio", "question_loss_weight")
 INSTRUCT_MODEL_SETTINGS = ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules")
 
 
 def public_name(path: str) -> str:
-    """A Hub id, also of its folder in the cache; of another path the last part, which tells nothing of the machine."""
+    """A name that can be published: the Hub id (also of a folder in the cache), or the last part of another path."""
     cached = CACHED.search(path)
     if cached:
         return cached[1].replace("--", "/")
@@ -51,13 +51,13 @@ def public_name(path: str) -> str:
 
 
 def read_provenance(folder: str | Path) -> dict:
-    """What is known of a folder's checkpoint; empty, if nothing is."""
+    """The content of a checkpoint's `provenance.yaml`; empty if there is none."""
     file = Path(folder) / PROVENANCE_FILE
     if not file.is_file():
         return {}
     provenance = yaml.safe_load(file.read_text())
     if not isinstance(provenance, dict):
-        raise ValueError(f"{file} holds {provenance!r}, not fields with values: write it as it was, or remove it.")
+        raise ValueError(f"{file} holds {provenance!r}, not a mapping of fields. Restore the file, or delete it.")
     return provenance
 
 
@@ -68,13 +68,13 @@ def write_provenance(folder: str | Path, provenance: dict) -> None:
 
 def record_stage(before: dict, arguments, training_args, model_config, run: dict[str, int], steps: int) -> None:
     """
-    Writes into a stage's `output_dir` what it began from, and was.
+    Writes `provenance.yaml` into the `output_dir` of a training stage: the earlier provenance, and this stage.
 
     Args:
-        before (`dict`): The provenance of what it began from.
-        arguments, training_args, model_config: As `parse_settings` gives them.
-        run (`dict[str, int]`): What the losses depend on, as `SQLlavaTrainer.run`.
-        steps (`int`): How many were done.
+        before (`dict`): Provenance of the model that the stage started from.
+        arguments, training_args, model_config: As returned by `parse_settings`.
+        run (`dict[str, int]`): `SQLlavaTrainer.run`: `num_rows`, `rows_per_step`, ...
+        steps (`int`): Number of optimizer steps that were done.
     """
     instruct = arguments.stage == "instruct"
     settings = _settings(arguments, STAGE_SETTINGS + (INSTRUCT_SETTINGS if instruct else ()))
@@ -95,7 +95,7 @@ def record_stage(before: dict, arguments, training_args, model_config, run: dict
 
 
 def _settings(source, names: tuple[str, ...]) -> dict:
-    """The settings that are given, no empty list; an enumeration as its value."""
+    """The attributes that are set (not `None`, `False` or an empty list). An enum is replaced by its value."""
     values = {name: getattr(source, name) for name in names}
     values = {name: getattr(value, "value", value) for name, value in values.items()}
     return {name: value for name, value in values.items() if value not in (None, []) and value is not False}

@@ -1,10 +1,10 @@
-"""Lays out the files that a push publishes: only those that a model needs, without paths of this machine.
+"""Collects the files that a push publishes: only those that a model needs, without local paths in them.
 
     with prepare("runs/demo/model", "org/name") as publication:
         print_publication(publication, console)
 
-They stand in a temporary folder, as links to the source where nothing changes. What this module does not do: upload
-(`sq_llava/checkpoints/push.py`).
+A temporary folder holds new files, and links to files that are not changed. The upload is in
+`sq_llava/checkpoints/push.py`.
 """
 
 import json
@@ -36,11 +36,11 @@ COMMON_FILES = (
     "processor_config.json", "preprocessor_config.json", "tokenizer*.json", "tokenizer.model", "chat_template.jinja",
     "special_tokens_map.json", "added_tokens.json", PROVENANCE_FILE, "LICENSE*", *CODE_FILES, EXAMPLE_IMAGE,
 )  # fmt: skip
-# The folder in which transformers saves the chat templates that have a name.
+# transformers saves named chat templates in this folder.
 NAMED_TEMPLATES = "additional_chat_templates"
 CHECKPOINT_FILES = ("config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json")
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
-# Of the model that was here before: beside the new one, they would be loaded in its place.
+# Files of an earlier model in the repository. They are deleted, because they could be loaded instead of the new ones.
 STALE_FILES = (*CHECKPOINT_FILES, *ADAPTER_FILES, "pytorch_model*", "adapter_model.bin")
 MACHINE_PATH = re.compile(r"(?:/|~|[A-Za-z]:\\)[^\s/\\]+[/\\]\S*")
 
@@ -48,13 +48,15 @@ MACHINE_PATH = re.compile(r"(?:/|~|[A-Za-z]:\\)[^\s/\\]+[/\\]\S*")
 @dataclass
 class Publication:
     """
-    What is to go up.
+    What will be uploaded.
 
     Attributes:
-        folder (`Path`): Exactly this, in files or links to them.
-        files (`dict[str, int]`): Their sizes.
-        left_out (`list[str]`): What of the source is not published.
-        base (`str`, *optional*): Of an adapter, where its base is found here, and by which revision.
+        workspace (`Path`): Temporary folder for this push.
+        folder (`Path`): Folder inside it with exactly the files to upload, or links to them.
+        files (`dict[str, int]`): Size in bytes of each file in it.
+        left_out (`list[str]`): Files and folders of the source that are not published.
+        notes (`list[str]`): Messages for the user.
+        base, base_revision (`str`, *optional*): Folder or Hub id of an adapter's base, and its commit.
     """
 
     repo_id: str
@@ -81,18 +83,21 @@ def prepare(
     trust_remote_code: bool = False,
 ) -> Iterator[Publication]:
     """
-    Lays out what is to go up, in a temporary folder that is removed at the end of the `with`.
+    Collects the files to upload in a temporary folder, which is removed at the end of the `with`.
 
     Args:
         source: A plain checkpoint, or the output of a training stage.
-        adapter_only (`bool`): The adapter as it is, for PEFT; else it is merged first.
-        base_model (`str`, *optional*): The Hub id that others find an adapter's base by.
-        api (`HfApi`, *optional*): To ask for the commit of that; without it, the Hub is asked nothing.
-        trust_remote_code (`bool`): Publish, and so run, code that is not this library's.
+        adapter_only (`bool`): Publish an adapter as it is, for PEFT. Otherwise it is merged into its base.
+        base_model (`str`, *optional*): Hub id of an adapter's base.
+        api (`HfApi`, *optional*): Used to find the commit of the base. Without it, no request is sent to the Hub.
+        trust_remote_code (`bool`): Publish and run code that differs from this library's.
+
+    Raises:
+        ValueError: if the folder cannot be published, for example because of a local path in a configuration.
     """
     source = Path(source).expanduser()
     _check_request(source, repo_id, adapter_only, base_model)
-    # They import torch and transformers, which the errors before do not wait for.
+    # These imports load torch and transformers. The errors before them come at once.
     from sq_llava.checkpoints.load import merge_adapter, require_kind, require_whole
 
     require_kind(source)
@@ -102,7 +107,7 @@ def prepare(
         publication = Publication(repo_id, workspace, workspace / "publication")
         publication.folder.mkdir()
         if is_adapter(source) and not adapter_only:
-            publication.notes.append(f"{source} is an adapter, and goes up merged into its base; or --adapter-only.")
+            publication.notes.append(f"The adapter {source} is merged into its base; --adapter-only keeps it apart.")
             merge_adapter(str(source), str(workspace / "merged"))
             source = workspace / "merged"
         _lay_out(source, publication)
@@ -119,13 +124,13 @@ def prepare(
 
 
 def _require_space(publication: Publication) -> None:
-    """What goes up is fetched again, into the workspace."""
+    """The uploaded files are downloaded again for the comparison, into the workspace."""
     folder = publication.workspace.parent
     free = shutil.disk_usage(folder).free
     if free < publication.size:
         raise ValueError(
-            f"{folder} has {decimal(free)} left, but {decimal(publication.size)} are fetched to be compared: make "
-            "room, or let the variable TMPDIR name a folder with more."
+            f"{folder} has {decimal(free)} left, but the comparison downloads {decimal(publication.size)}. Free some "
+            "space, or set the variable TMPDIR to a folder with more space."
         )
 
 
@@ -134,19 +139,19 @@ def _check_request(source: Path, repo_id: str, adapter_only: bool, base_model: s
         try:
             validate_repo_id(given)
         except HFValidationError as error:
-            raise ValueError(f"{given!r} ({name}) is no Hub id such as org/name: {error}") from error
+            raise ValueError(f"{given!r} ({name}) is not a Hub id such as org/name: {error}") from error
         if "/" not in given:
-            raise ValueError(f"{given!r} ({name}) is no Hub id such as org/name: say whose it is.")
+            raise ValueError(f"{given!r} ({name}) is not a Hub id such as org/name: the owner is missing.")
     if not (is_adapter(source) or (source / "config.json").is_file()):
-        raise ValueError(f"{source} holds neither config.json nor adapter_config.json: give a folder with a model.")
+        raise ValueError(f"{source} holds neither config.json nor adapter_config.json. Give a folder with a model.")
     if adapter_only and not is_adapter(source):
-        raise ValueError(f"{source} is no adapter: leave --adapter-only out.")
+        raise ValueError(f"{source} is not an adapter. Leave out --adapter-only.")
     if base_model is not None and not adapter_only:
-        raise ValueError(f"--base-model is {base_model}: it goes with --adapter-only; else the base is merged in.")
+        raise ValueError(f"--base-model is {base_model}, but it needs --adapter-only: else the adapter is merged.")
 
 
 def _lay_out(source: Path, publication: Publication) -> None:
-    """Links what is published of a folder; its configuration is written anew, without names of folders here."""
+    """Links the files to publish. `config.json` is written again without local paths."""
     wanted = COMMON_FILES + (ADAPTER_FILES if is_adapter(source) else CHECKPOINT_FILES)
     for file in sorted(source.iterdir()):
         target = publication.folder / file.name
@@ -162,7 +167,7 @@ def _lay_out(source: Path, publication: Publication) -> None:
                 name = part.get("_name_or_path")
                 if name and name != public_name(name):
                     part["_name_or_path"] = public_name(name)
-                    publication.notes.append(f"config.json: _name_or_path {name} goes up as {public_name(name)}.")
+                    publication.notes.append(f"config.json: _name_or_path {name} is published as {public_name(name)}.")
             target.write_text(json.dumps(config, indent=2) + "\n")
         else:
             target.symlink_to(file.resolve())
@@ -171,12 +176,12 @@ def _lay_out(source: Path, publication: Publication) -> None:
 
 
 def _name_base(publication: Publication, source: Path, base_model: str | None, api: HfApi | None) -> None:
-    """Lets an adapter name its base by a Hub id and a commit, and a class that everyone has."""
+    """Writes the Hub id and the commit of the base into an adapter's configuration, and `AutoModel` as its class."""
     publication.base = base_of_adapter(source)
     if base_model is None and not is_hub_id(publication.base):
         raise ValueError(
-            f"{source}/adapter_config.json: base_model_name_or_path is {publication.base}, a folder of this machine. "
-            "Push that folder first, then give its id as --base-model org/base."
+            f"{source}/adapter_config.json: base_model_name_or_path is {publication.base}, a folder on this machine. "
+            "Push that folder first, then give its Hub id as --base-model org/base."
         )
     file = publication.folder / "adapter_config.json"
     config = json.loads(file.read_text())
@@ -185,15 +190,15 @@ def _name_base(publication: Publication, source: Path, base_model: str | None, a
     trained_on = config.get("revision")
     if is_hub_id(publication.base):
         publication.base_revision = trained_on
-        trained_on = trained_on if name == publication.base else None  # it is no commit of another repository
-    # The stage wrote the class of this library; AutoPeftModel imports what is named here.
+        trained_on = trained_on if name == publication.base else None  # another repository has other commits
+    # The stage wrote a class of this library. AutoPeftModel imports the class that is named here.
     config["auto_mapping"] = {"base_model_class": "AutoModel", "parent_library": "transformers"}
     if api is not None:
-        with hub_errors(f"The base {name} is not to be had from the Hub"):
+        with hub_errors(f"The base {name} was not found on the Hub"):
             newest = api.model_info(name).sha
             config["revision"] = api.model_info(name, revision=trained_on).sha if trained_on else newest
         if config["revision"] != newest:
-            publication.notes.append(f"The base is {name} as of {config['revision']}; the newest commit is {newest}.")
+            publication.notes.append(f"The base is {name} at commit {config['revision']}. Its newest is {newest}.")
         if name == publication.base:
             publication.base_revision = config["revision"]
     file.unlink()  # a link to the source
@@ -210,22 +215,23 @@ def _refuse_machine_paths(publication: Publication) -> None:
             continue
         for place, text in _texts(content, file.name):
             if MACHINE_PATH.fullmatch(text):
-                raise ValueError(f"{place} is {text}, a path of this machine: write a name there, or take it out.")
+                raise ValueError(f"{place} is {text}, a path on this machine. Replace it by a name, or remove it.")
 
 
 def _refuse_other_code(publication: Publication, source: Path) -> None:
-    """Loading runs the code of the folder, and of the folder of an adapter's base."""
+    """Refuses changed code: the check of the upload runs the code in the folder and in the base of an adapter."""
     own = code_digests()
     for folder in (source, *([Path(publication.base)] if publication.base else [])):
         for name, digest in code_digests(folder).items():
             if digest != own[name]:
                 raise ValueError(
-                    f"{folder / name} is other code than this library's, and would be run: merge or convert the model "
-                    "anew, or give --trust-remote-code if you trust it."
+                    f"{folder / name} differs from this library's code, and would be run. Merge or convert the model "
+                    "again, or give --trust-remote-code if you trust it."
                 )
 
 
 def _texts(content: Any, place: str) -> Iterator[tuple[str, str]]:
+    """All texts in nested lists and dictionaries, each with its place, such as "config.json, text_config, name"."""
     if isinstance(content, str):
         yield place, content
     elif isinstance(content, dict):
@@ -237,14 +243,14 @@ def _texts(content: Any, place: str) -> Iterator[tuple[str, str]]:
 
 
 def print_publication(publication: Publication, console: Console) -> None:
-    """A table of what goes up, and what does not."""
+    """Prints a table of the files to upload, and what is left out."""
     table = Table("file", "size", title=f"To {publication.repo_id}")
     table.columns[1].justify = "right"
     for name, size in publication.files.items():
         table.add_row(escape(name), f"{size:,}")
-    table.add_row("[bold]together[/bold], and README.md", f"[bold]{publication.size:,}[/bold]")
+    table.add_row("[bold]total[/bold], without README.md", f"[bold]{publication.size:,}[/bold]")
     console.print(table)
     if publication.left_out:
-        console.print("Stays here: " + ", ".join(publication.left_out), markup=False, soft_wrap=True)
+        console.print("Not uploaded: " + ", ".join(publication.left_out), markup=False, soft_wrap=True)
     for note in publication.notes:
         console.print(note, markup=False, soft_wrap=True)

@@ -1,17 +1,22 @@
-"""Publishes a checkpoint, or the adapter of a training stage, on the Hub, and proves that others can load it.
+"""Publishes a checkpoint or an adapter on the Hub, and checks that others can load it.
 
     sq-llava push runs/demo/model org/name --dry-run
     sq-llava push runs/sq-llava-7b/stage2 org/name                      # merged first
     sq-llava push runs/sq-llava-7b/stage2 org/name-lora --adapter-only --base-model org/base
 
-What goes up is laid out in a folder of its own (`sq_llava/checkpoints/publication.py`). A process without this library
-loads that folder; it is uploaded; the commit is fetched again, compared byte by byte, and loaded by its id in another
-such process, whose logits must be the same bits. Then a second commit adds the card: its snippets name the first one,
-whose hash cannot stand inside itself. If nothing but the card would change, nothing does.
+The steps:
 
-The same command resumes an interrupted push: what has arrived is not sent again. The code in the folder is run, as
-everyone will run it who loads it: if it is not this library's, only with `--trust-remote-code`. What it does not do:
-publish a folder's `README.md`, which is written anew.
+1. The files are collected in a temporary folder (`sq_llava/checkpoints/publication.py`).
+2. A process without this library loads that folder. This runs the code in the folder; if it differs from this
+   library's, `--trust-remote-code` is needed.
+3. The folder is uploaded as a commit. Files that are on the Hub already are not sent again, so the same command
+   resumes an interrupted push.
+4. The commit is downloaded and compared byte by byte. A second process loads it by its Hub id; its logits must be
+   equal to the last bit.
+5. A second commit adds the card. The card's examples load the first commit; a commit cannot contain its own hash.
+
+The folder's own `README.md` is not published: the card is always written anew. If the same model with the same card is
+on the Hub already, nothing changes.
 """
 
 import filecmp
@@ -51,10 +56,13 @@ PINNED = re.compile(r'revision="([0-9a-f]{40})"')
 
 def check_rights(api: HfApi, repo_id: str, private: bool) -> None:
     """
+    Checks that the token may write to a repository, which need not exist yet.
+
     Raises:
-        ValueError: if there is no token, or it may not write to `repo_id`, or that is public and should be private.
+        ValueError: if there is no valid token, it may not write to `repo_id`, or a private repository is wanted but
+            the existing one is public.
     """
-    with hub_errors("The Hub does not know who you are; `hf auth login` or the variable HF_TOKEN tells it"):
+    with hub_errors("You are not logged in to the Hub. Run `hf auth login`, or set the variable HF_TOKEN"):
         user = api.whoami()
     name = repo_id.partition("/")[0]
     owners = {user["name"], *(org["name"] for org in user.get("orgs", []) if org.get("roleInOrg") != "read")}
@@ -62,7 +70,7 @@ def check_rights(api: HfApi, repo_id: str, private: bool) -> None:
         raise ValueError(f"{user['name']} may not write to {name}, only to {', '.join(sorted(owners))}.")
     role = user.get("auth", {}).get("accessToken", {}).get("role")
     if role == "read":
-        raise ValueError("The token can only read: make one that writes, at https://huggingface.co/settings/tokens.")
+        raise ValueError("The token can only read. Create one that can write: https://huggingface.co/settings/tokens")
     with hub_errors(f"{repo_id} cannot be written to with this token"):
         try:
             info = api.model_info(repo_id)
@@ -70,13 +78,13 @@ def check_rights(api: HfApi, repo_id: str, private: bool) -> None:
         except RepositoryNotFoundError:
             return  # it will be created
     if private and not info.private:
-        raise ValueError(f"{repo_id} is there and public: leave --private out, or change it in its settings first.")
+        raise ValueError(f"{repo_id} exists and is public. Leave out --private, or change its settings first.")
 
 
 def _card_files(
     publication: Publication, commit: str, url: str, results: dict[str, Any] | None = None, **metadata
 ) -> dict[str, str]:
-    """The card that names a commit, and the files of an evaluation's results."""
+    """The card, whose examples load a commit, and the files with an evaluation's results; text by file name."""
     example_url = f"{url}/resolve/{commit}/{EXAMPLE_IMAGE}"
     card = render_card(publication.folder, publication.repo_id, commit, results, example_url=example_url, **metadata)
     entries = eval_result_files(results or {"results": []})
@@ -85,21 +93,23 @@ def _card_files(
 
 def check_card(publication: Publication, is_dry_run: bool, **about_model) -> None:
     """
-    Writes the card once before the upload that it follows, and throws it away: no repository is left without one.
+    Writes the card once before the upload and discards it, so that no upload ends without a card.
 
     Raises:
-        ValueError: if it cannot be written, or the Hub, which a dry run does not ask, refuses its metadata.
+        ValueError: if it cannot be written, or the Hub refuses its metadata. A dry run does not ask the Hub.
     """
     files = _card_files(publication, "0" * 40, publication.repo_id, **about_model)
     if not is_dry_run:
-        with hub_errors("The Hub could not be asked about the metadata of the card"):
+        with hub_errors("The Hub could not check the metadata of the card"):
             ModelCard(files["README.md"]).validate()
 
 
 def check_loading(publication: Publication) -> None:
     """
+    Loads and runs the files to upload in a process without this library, and without a token if it needs no Hub.
+
     Raises:
-        ValueError: if a process without this library cannot load and run what is to go up.
+        ValueError: if that fails.
     """
     request = {
         "model": str(publication.folder),
@@ -108,15 +118,21 @@ def check_loading(publication: Publication) -> None:
     }
     offline = publication.base is None or not is_hub_id(publication.base)
     environment = {"HF_HUB_OFFLINE": "1", **dict.fromkeys(TOKENS)} if offline else {}
-    _load_fresh(publication, "local", request, environment, f"{publication.repo_id} does not load, before any upload")
+    failed = f"{publication.repo_id} cannot be loaded; nothing was uploaded"
+    _load_fresh(publication, "local", request, environment, failed)
 
 
 def _load_fresh(
     publication: Publication, name: str, request: dict, environment: dict[str, str | None], failed: str
 ) -> None:
     """
-    Runs `fresh_load.py`, in a folder of its own; its output is `name` in the workspace. A variable that is `None` in
-    `environment` is unset.
+    Runs `fresh_load.py` in an empty folder.
+
+    Args:
+        name (`str`): Name of its output file in the workspace.
+        request (`dict`): What to load: `model`, `revision`, `base`, `base_revision`.
+        environment: Environment variables to set; those with the value `None` are unset.
+        failed (`str`): Start of the error message.
     """
     away = publication.workspace / f"{name}_away"
     environment = {**os.environ, "HF_MODULES_CACHE": str(away / "modules"), **environment}
@@ -135,20 +151,25 @@ def _load_fresh(
         text=True,
     )
     if process.returncode != 0:
-        reason = process.stderr.strip().splitlines()[-1:] or [f"it ended with the code {process.returncode}"]
+        reason = process.stderr.strip().splitlines()[-1:] or [f"the process ended with code {process.returncode}"]
         raise ValueError(f"{failed}: {reason[0]}")
 
 
 def upload(
     api: HfApi, publication: Publication, private: bool = False, branch: str | None = None, message: str | None = None
 ) -> str:
-    """Uploads all but the card, and returns the commit that holds it: the present one, if nothing is new."""
+    """
+    Uploads everything except the card.
+
+    Returns:
+        The commit with the files. If nothing has changed, this is the commit that the present card names.
+    """
     repo_id = publication.repo_id
     with hub_errors(f"{repo_id} could not be created"):
         api.create_repo(repo_id, private=private or None, exist_ok=True)
         if branch is not None:
             api.create_branch(repo_id, branch=branch, exist_ok=True)
-    with hub_errors("The upload was interrupted; run the command again, what has arrived is not sent again"):
+    with hub_errors("The upload was interrupted. Run the command again: files that arrived are not sent again"):
         before = api.model_info(repo_id, revision=branch).sha
         there = api.list_repo_files(repo_id, revision=branch)
         stale = [name for name in there if _is_stale(name) and name not in publication.files]
@@ -162,16 +183,16 @@ def upload(
     if commit == before:
         card = _present_card(api, publication, commit)
         pinned = PINNED.findall(card.content)[-1:] if card else []
-        # An upload whose card did not follow is newer than what the card names.
+        # After an upload that was interrupted before its card, the card names older files.
         if pinned and _model_files(api, publication, pinned[0]) == _model_files(api, publication, commit):
             return pinned[0]
     return commit
 
 
 def _model_files(api: HfApi, publication: Publication, commit: str) -> dict[str, str] | None:
-    """What a commit holds of a model, by Git's hashes; `None` if there is no such commit."""
+    """Git hashes of a commit's model files, by name; `None` if there is no such commit."""
     repo_id = publication.repo_id
-    with hub_errors(f"{repo_id}, commit {commit}, could not be listed; run the command again"):
+    with hub_errors(f"{repo_id}, commit {commit}, could not be listed. Run the command again"):
         try:
             entries = list(api.list_repo_tree(repo_id, revision=commit, recursive=True))
         except RevisionNotFoundError:
@@ -181,13 +202,13 @@ def _model_files(api: HfApi, publication: Publication, commit: str) -> dict[str,
 
 
 def _is_stale(name: str) -> bool:
-    """Whether a file that is not published anew belongs to the model before."""
+    """Whether a file on the Hub would belong to an earlier model if it is not in this upload."""
     return "/" not in name and any(fnmatch(name, pattern) for pattern in STALE_FILES)
 
 
 def _present_card(api: HfApi, publication: Publication, revision: str | None) -> ModelCard | None:
-    """The card that a repository has."""
-    with hub_errors(f"The card of {publication.repo_id} could not be read; run the command again"):
+    """The card in the repository; `None` if there is none."""
+    with hub_errors(f"The card of {publication.repo_id} could not be read. Run the command again"):
         try:
             file = hf_hub_download(
                 publication.repo_id, "README.md", revision=revision, cache_dir=publication.workspace / "card",
@@ -200,13 +221,13 @@ def _present_card(api: HfApi, publication: Publication, revision: str | None) ->
 
 def check_published(api: HfApi, publication: Publication, commit: str) -> None:
     """
-    Fetches a commit, and loads it by its id in a fresh process.
+    Downloads a commit, and loads it by its Hub id in a process without this library.
 
     Raises:
-        ValueError: if a byte or a logit is another than here.
+        ValueError: if a byte or a logit differs from the local files.
     """
     cache = publication.workspace / "cache"
-    with hub_errors(f"{publication.repo_id}, commit {commit}, could not be fetched; run the command again"):
+    with hub_errors(f"{publication.repo_id}, commit {commit}, could not be downloaded. Run the command again"):
         snapshot = snapshot_download(
             publication.repo_id, revision=commit, cache_dir=cache, endpoint=api.endpoint, token=api.token
         )
@@ -214,8 +235,8 @@ def check_published(api: HfApi, publication: Publication, commit: str) -> None:
         file = Path(snapshot) / name
         if not (file.is_file() and filecmp.cmp(file, publication.folder / name, shallow=False)):
             raise ValueError(
-                f"{publication.repo_id}, commit {commit}: {name} came back other than it was sent. The card still "
-                "names the commit before, if there is one. Delete that file on the Hub, and run the command again."
+                f"{publication.repo_id}, commit {commit}: {name} differs from the file that was sent. The card still "
+                "names the previous commit, if there is one. Delete the file on the Hub and run the command again."
             )
     request = {"model": publication.repo_id, "revision": commit}
     if publication.base is not None:
@@ -223,12 +244,12 @@ def check_published(api: HfApi, publication: Publication, commit: str) -> None:
         request |= {"base": config["base_model_name_or_path"], "base_revision": config["revision"]}
     environment = {"HF_HUB_CACHE": str(cache), "HF_HUB_OFFLINE": "0"}
     where = f"{publication.repo_id}, commit {commit}"
-    _load_fresh(publication, "published", request, environment, f"{where}, does not load from the Hub")
+    _load_fresh(publication, "published", request, environment, f"{where}, cannot be loaded from the Hub")
     here, there = (load_file(publication.workspace / name) for name in ("local", "published"))
     if not all(np.array_equal(here[name], there[name]) for name in here):
         difference = np.abs(here["logits"] - there["logits"]).max()
-        reason = "is the base on the Hub another than the one here?" if publication.base else "is this machine sound?"
-        raise ValueError(f"{where}: the logits differ from those here by up to {difference:.2g}: {reason}")
+        reason = "Does its base on the Hub differ from the local one?" if publication.base else "Run it again."
+        raise ValueError(f"{where}: the logits differ from the local ones by up to {difference:.2g}. {reason}")
 
 
 def publish_card(
@@ -241,9 +262,13 @@ def publish_card(
     languages: Sequence[str] = (),
 ) -> str:
     """
-    Uploads the card that names a commit, and an evaluation's results; returns the URL of the repository. The license
-    and the languages of the present card are kept, unless others are given; results that the Hub reads are deleted,
-    unless they are of the same model and no others are given.
+    Uploads the card, whose examples load `commit`, and an evaluation's results.
+
+    License and languages of the present card are kept unless others are given. Result files of an earlier model, or of
+    an earlier evaluation when new results are given, are deleted.
+
+    Returns:
+        The URL of the repository.
     """
     repo_id = publication.repo_id
     url = f"{api.endpoint}/{repo_id}"
@@ -252,7 +277,7 @@ def publish_card(
         license, languages = license or present.data.license, languages or present.data.language or ()
     files = _card_files(publication, commit, url, results, license=license, languages=languages)
     is_new = present is None or commit not in PINNED.findall(present.content)
-    with hub_errors("The model is on the Hub, but not its card; run the command again"):
+    with hub_errors("The model is on the Hub, but its card is not. Run the command again"):
         there = api.list_repo_files(repo_id, revision=branch) if is_new or results is not None else []
         outdated = [name for name in there if fnmatch(name, ".eval_results/*.yaml") and name not in files]
         api.create_commit(

@@ -1,12 +1,13 @@
-"""Runs a released checkpoint as it stands: what a conversion of it must equal.
+"""Runs a released checkpoint without converting it. A conversion must give the same results.
 
-Nothing of the conversion and of `modeling_sq_llava.py` is used. The towers are transformers' own, PEFT adds LoRA
-without merging it, and the authors' extractor stands below in the form that builds `[B, K, N, D]`; `llava-hf`
-checkpoints run in transformers' own LLaVA. What this module does not do: generate, train, batch.
+No code of the conversion or of `modeling_sq_llava.py` is used. Vision tower and language model are the classes of
+transformers, PEFT adds LoRA without merging it, and the authors' extractor is written below in its direct form, which
+builds `[B, K, N, D]`. `llava-hf` checkpoints run in the LLaVA of transformers. There is only a forward pass for single
+prompts: no generation, training or batches.
 """
 
 import json
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -31,20 +32,17 @@ from sq_llava.checkpoints.weight_files import TORCH_NAMES, WeightFile, read_head
 @dataclass
 class Prompt:
     """
-    One prompt and what a model made of it.
+    One prompt to compare on.
 
     Attributes:
-        input_ids (`torch.LongTensor` of shape `(1, length)`): With a placeholder for each image token.
-        pixel_values (`torch.Tensor` of shape `(num_images, 3, height, width)`, *optional*).
-        stages (`dict[str, torch.Tensor]`): Outputs by place, in the order in which they were computed, on the CPU; the
-            last are the `"logits"`.
+        input_ids (`torch.LongTensor` of shape `(1, length)`): With one placeholder for each image token.
+        pixel_values (`torch.Tensor` of shape `(num_images, 3, height, width)`, *optional*): The images.
     """
 
     name: str
     input_ids: torch.Tensor
     pixel_values: torch.Tensor | None
     image_token_id: int
-    stages: dict[str, torch.Tensor] = field(default_factory=dict)
 
     @property
     def num_images(self) -> int:
@@ -54,9 +52,11 @@ class Prompt:
 @dataclass(frozen=True)
 class Precision:
     """
-    In float32, LoRA is added to the outputs of the layers. A result stored in half precision has rounded weights, with
-    which no layer gives what the source's gives: then LoRA is merged by PEFT and the weights are rounded as in the
-    result, so that the comparison stays sharp.
+    The dtype to compute in, and the dtype in which the result is stored.
+
+    If both are float32, LoRA is added to the outputs of the layers. Weights that are stored in half precision are
+    rounded, which changes the output of every layer. Then PEFT merges LoRA, and the reference's weights are rounded in
+    the same way, so that the comparison still finds small differences.
     """
 
     compute: torch.dtype
@@ -67,7 +67,7 @@ class Precision:
         return self.compute == self.stored == torch.float32
 
     def load_dtype(self, folder: Path) -> torch.dtype:
-        """For reading weights without rounding them before LoRA is merged; what a configuration says may be wrong."""
+        """The dtype to load a folder in, so that weights are not rounded before LoRA is merged."""
         return torch.float32 if self.compute == torch.float32 else stored_dtype(folder)
 
     def round(self, weight: torch.Tensor) -> torch.Tensor:
@@ -80,7 +80,7 @@ class Precision:
                 weight.data = weight.data.float()
                 module.merge()
                 weight.data = self.round(weight.data)
-        # Not `model.to`: that would round the buffers of the rotary positions, too.
+        # `model.to` would also round the buffers of the rotary positions.
         for parameter in model.parameters():
             parameter.data = self.round(parameter.data)
         return model.eval()
@@ -88,18 +88,40 @@ class Precision:
 
 @torch.inference_mode()
 def run_original(layout: Layout, prompts: list[Prompt], precision: Precision) -> list[dict[str, torch.Tensor]]:
-    """The stages of each prompt (see [`Prompt`]), by the checkpoint as it was released."""
+    """
+    Runs the released checkpoint on each prompt.
+
+    Returns:
+        For each prompt the outputs of embeddings, layers, extractor and projector by name, in the order in which they
+        were computed. The last entry is `"logits"`.
+
+    Raises:
+        ValueError: if the source is incomplete.
+    """
     if layout.kind == "llava_hf":
         return _run_llava(layout, prompts, precision)
-    stages = [{} for _ in prompts]
-    features = _run_tower(layout, prompts, stages, precision)
-    image_tokens = _run_connector(layout, features, stages, precision)
-    _run_language_model(layout, prompts, image_tokens, stages, precision)
+    tower, model = _original_tower(layout, precision), _original_language_model(layout, precision)
+    # A base that is a LLaVA has a projector, too; the trained one replaces it.
+    weights = read_weights(layout.weight_files, "mm_projector.") or read_weights(layout.base_files, "mm_projector.")
+    weights = {name: precision.round(tensor) for name, tensor in weights.items()}
+    stages = []
+    for prompt in prompts:
+        found = {}
+        placeholders = prompt.input_ids == prompt.image_token_id
+        embeddings = model.get_input_embeddings()(prompt.input_ids.masked_fill(placeholders, 0))
+        if prompt.num_images:
+            hidden_states = tower(prompt.pixel_values.to(precision.compute), output_hidden_states=True).hidden_states
+            features = _keep_vision_states(found, hidden_states, layout.feature_layer)
+            features = features if layout.feature_select == "cls_patch" else features[:, 1:]
+            found |= run_projector(weights, features, layout.num_prototypes)
+            embeddings[placeholders] = found["projector"].flatten(0, 1)
+        keep_language_states(found, model(inputs_embeds=embeddings, output_hidden_states=True, use_cache=False))
+        stages.append(found)
     return stages
 
 
 def stored_dtype(folder: Path) -> torch.dtype:
-    """The floating dtype of most of a folder's weights; reads headers only."""
+    """The dtype of most weights in a folder, from their headers: what the configuration says can be wrong."""
     sizes = dict.fromkeys(("F32", "F16", "BF16"), 0)
     for tensor in read_headers(folder):
         if tensor.dtype in sizes:
@@ -108,7 +130,7 @@ def stored_dtype(folder: Path) -> torch.dtype:
 
 
 def read_weights(files: tuple[Path, ...], infix: str) -> dict[str, torch.Tensor]:
-    """The tensors whose names hold `infix`, under the names behind it."""
+    """The tensors whose names contain `infix`, by the part of the name after it."""
     tensors = {}
     for weights in map(WeightFile, files):
         for name in (tensor.name for tensor in weights.headers() if infix in tensor.name):
@@ -144,9 +166,9 @@ def _run_llava(layout: Layout, prompts: list[Prompt], precision: Precision) -> l
 
 
 def keep_language_states(stages: dict[str, torch.Tensor], outputs) -> None:
-    """Adds embeddings, layers and logits of a language model's outputs."""
+    """Adds the embeddings, the outputs of the layers and the logits of a language model to `stages`."""
     stages["embeddings"] = outputs.hidden_states[0]
-    # The last one has gone through the final norm.
+    # The last hidden state is after the final norm.
     for index, states in enumerate(outputs.hidden_states[1:]):
         stages[f"language layer {index}"] = states
     stages["logits"] = outputs.logits
@@ -164,35 +186,16 @@ def _require_complete(path: Path, report: dict) -> None:
     if report["missing_keys"] or report["mismatched_keys"]:
         missing = sorted([*report["missing_keys"], *map(str, report["mismatched_keys"])])
         raise ValueError(
-            f"{path}: {len(missing)} weights are not in its files or have another shape, {missing[0]} the first: "
-            "the source is not complete."
+            f"{path}: {len(missing)} weights are missing or have a wrong shape, the first is {missing[0]}. The source "
+            "is incomplete."
         )
-
-
-def _run_tower(
-    layout: Layout, prompts: list[Prompt], stages: list[dict], precision: Precision
-) -> list[torch.Tensor | None]:
-    tower = _original_tower(layout, precision)
-    layer = layout.config.get("mm_vision_select_layer", -2)
-    with_cls = layout.config.get("mm_vision_select_feature", "patch") == "cls_patch"
-    features = []
-    for prompt, found in zip(prompts, stages):
-        if not prompt.num_images:
-            features.append(None)
-            continue
-        hidden_states = tower(prompt.pixel_values.to(precision.compute), output_hidden_states=True).hidden_states
-        states = _keep_vision_states(found, hidden_states, layer)
-        features.append(states if with_cls else states[:, 1:])
-    return features
 
 
 def _original_tower(layout: Layout, precision: Precision) -> nn.Module:
     if layout.vision is None:
-        raise ValueError(
-            f"{layout.path} stands on the vision tower {layout.vision_name}: give its folder by --vision."
-        )
+        raise ValueError(f"{layout.path} needs the vision tower {layout.vision_name}. Give its folder as --vision.")
     config = CLIPVisionConfig.from_pretrained(layout.vision)
-    # As with the projector, a tower in a base comes before one of its own.
+    # A tower in the source or in its base wins over the separate one.
     inside = _inside_tower(layout.weight_files) or _inside_tower(layout.base_files)
     if inside:
         tower = CLIPVisionModel(config)
@@ -204,11 +207,7 @@ def _original_tower(layout: Layout, precision: Precision) -> nn.Module:
         )
         _require_complete(layout.vision, report)
     folder = layout.path / "Vit-lora" if (layout.path / "Vit-lora").is_dir() else layout.path
-    lora = {}
-    if (folder / "adapter_config.json").is_file():
-        adapter_files = tuple(folder.glob("adapter_model.*"))
-        lora = read_weights(adapter_files, "vision_tower.")
-    return precision.apply(_with_lora(tower, folder, lora, "encoder.layers."))
+    return precision.apply(_with_lora(tower, folder, in_tower=True))
 
 
 def _inside_tower(files: tuple[Path, ...]) -> dict[str, torch.Tensor]:
@@ -216,46 +215,42 @@ def _inside_tower(files: tuple[Path, ...]) -> dict[str, torch.Tensor]:
     return {name: tensor for name, tensor in weights.items() if ".lora_" not in name}
 
 
-def _with_lora(model: PreTrainedModel, folder: Path, weights: dict[str, torch.Tensor], root: str) -> nn.Module:
-    """The model with the LoRA of a folder beside its weights, not merged; `root` begins the names in the model."""
-    weights = {f"base_model.model.{name[name.index(root) :]}": w for name, w in weights.items() if ".lora_" in name}
+def _with_lora(model: PreTrainedModel, folder: Path, in_tower: bool) -> nn.Module:
+    """Adds a folder's LoRA of the vision tower, or of the language model, to a model without merging it."""
+    if not (folder / "adapter_config.json").is_file():
+        return model
+    root = "encoder.layers." if in_tower else "model.layers."
+    weights = {
+        f"base_model.model.{name[name.index(root) :]}": tensor
+        for name, tensor in read_weights(tuple(folder.glob("adapter_model.*")), "").items()
+        if ".lora_" in name and ("vision_tower." in name) == in_tower
+    }
     if not weights:
         return model
     targets = sorted({name.removeprefix("base_model.model.").partition(".lora_")[0] for name in weights})
     config = LoraConfig.from_pretrained(folder)
-    # A task would make PEFT look for a language model, which a tower is not; a base's name, warn of this one's path.
+    # With a task, PEFT expects a language model, which a tower is not. With a base's name, it warns of another path.
     config = replace(config, target_modules=targets, task_type=None, base_model_name_or_path=None, inference_mode=True)
     peft_model = get_peft_model(model, config)
     set_peft_model_state_dict(peft_model, weights)
     absent = get_peft_model_state_dict(peft_model).keys() ^ weights.keys()
     if absent:
-        raise ValueError(f"{folder}: {sorted(absent)[0]} and {len(absent) - 1} more have no counterpart.")
+        raise ValueError(f"{folder}: the LoRA does not fit the model in {len(absent)} weights such as {min(absent)}.")
     return peft_model
 
 
-def _run_connector(
-    layout: Layout, features: list[torch.Tensor | None], stages: list[dict], precision: Precision
-) -> list[torch.Tensor | None]:
-    # A base of LLaVA's kind has a projector, too, in whose place the trained one stands.
-    weights = read_weights(layout.weight_files, "mm_projector.") or read_weights(layout.base_files, "mm_projector.")
-    weights = {name: precision.round(tensor) for name, tensor in weights.items()}
-    image_tokens = []
-    for states, found in zip(features, stages):
-        if states is None:
-            image_tokens.append(None)
-            continue
-        if "sim_alpha" in weights:
-            states = cluster(weights, states, layout.config.get("num_latents", 256)).to(states.dtype)
-            found["prototype extractor"] = states
-            hidden = _linear(weights, "mlp.0", states)
-            states = _linear(weights, "mlp.2", hidden * torch.sigmoid(1.702 * hidden))
-        elif "weight" in weights:
-            states = F.linear(states, weights["weight"], weights["bias"])
-        else:
-            states = _linear(weights, "2", F.gelu(_linear(weights, "0", states)))
-        found["projector"] = states
-        image_tokens.append(states)
-    return image_tokens
+def run_projector(
+    weights: dict[str, torch.Tensor], states: torch.Tensor, num_prototypes: int
+) -> dict[str, torch.Tensor]:
+    """The outputs of the authors' projector of any type, by name. `"projector"` is the last."""
+    if "sim_alpha" in weights:
+        enriched = cluster(weights, states, num_prototypes).to(states.dtype)
+        hidden = _linear(weights, "mlp.0", enriched)
+        tokens = _linear(weights, "mlp.2", hidden * torch.sigmoid(1.702 * hidden))
+        return {"prototype extractor": enriched, "projector": tokens}
+    if "weight" in weights:
+        return {"projector": F.linear(states, weights["weight"], weights["bias"])}
+    return {"projector": _linear(weights, "2", F.gelu(_linear(weights, "0", states)))}
 
 
 def _linear(weights: dict[str, torch.Tensor], name: str, inputs: torch.Tensor) -> torch.Tensor:
@@ -264,11 +259,15 @@ def _linear(weights: dict[str, torch.Tensor], name: str, inputs: torch.Tensor) -
 
 def cluster(weights: dict[str, torch.Tensor], features: torch.Tensor, num_prototypes: int) -> torch.Tensor:
     """
-    The authors' extractor in its direct form, in float32; an image at a time, as `[K, N, D]` is large.
+    The authors' extractor in its direct form, in float32. One image at a time, because `[K, N, D]` is large.
 
     Args:
-        weights: Of `mm_projector`: `c`, `v`, `f`, `sim_alpha`, `sim_beta`.
-        features (`torch.Tensor` of shape `(B, N, D)`).
+        weights: The weights of `mm_projector`, among them `c`, `v`, `f`, `sim_alpha`, `sim_beta`.
+        features (`torch.Tensor` of shape `(B, N, D)`): Image tokens of the vision tower.
+        num_prototypes (`int`): K.
+
+    Returns:
+        Enriched image tokens of shape `(B, N, D)`.
     """
     enriched = []
     for tokens in features.float()[:, None]:
@@ -287,28 +286,11 @@ def cluster(weights: dict[str, torch.Tensor], features: torch.Tensor, num_protot
     return torch.cat(enriched)
 
 
-def _run_language_model(
-    layout: Layout,
-    prompts: list[Prompt],
-    image_tokens: list[torch.Tensor | None],
-    stages: list[dict],
-    precision: Precision,
-) -> None:
-    model = _original_language_model(layout, precision)
-    for prompt, tokens, found in zip(prompts, image_tokens, stages):
-        placeholders = prompt.input_ids == prompt.image_token_id
-        embeddings = model.get_input_embeddings()(prompt.input_ids.masked_fill(placeholders, 0))
-        if tokens is not None:
-            embeddings[placeholders] = tokens.flatten(0, 1)
-        outputs = model(inputs_embeds=embeddings, output_hidden_states=True, use_cache=False)
-        keep_language_states(found, outputs)
-
-
 def _original_language_model(layout: Layout, precision: Precision) -> nn.Module:
-    folder = layout.base or layout.path
+    folder = layout.text_folder
     fields = json.loads((folder / "config.json").read_text())
     if fields.get("model_type", "llava").startswith("llava"):
-        # LLaVA's configuration is Llama's with more fields, under a name that means another class in transformers.
+        # LLaVA's configuration is Llama's with more fields. Its model_type means another class in transformers.
         fields.pop("model_type", None)
         config = LlamaConfig(**{name: value for name, value in fields.items() if not name.startswith("mm_")})
     else:
@@ -317,8 +299,4 @@ def _original_language_model(layout: Layout, precision: Precision) -> nn.Module:
         folder, config=config, dtype=precision.load_dtype(folder), output_loading_info=True
     )
     _require_complete(folder, report)
-    lora = {}
-    if (layout.path / "adapter_config.json").is_file():
-        lora = read_weights(tuple(layout.path.glob("adapter_model.*")), "base_model.model.")
-        lora = {name: tensor for name, tensor in lora.items() if "vision_tower" not in name}
-    return precision.apply(_with_lora(model, layout.path, lora, "model.layers."))
+    return precision.apply(_with_lora(model, layout.path, in_tower=False))

@@ -1,12 +1,11 @@
-"""Proof that a converted checkpoint equals its source: both are run on the same prompts and compared.
+"""Verifies a converted checkpoint: runs source and result on the same prompts and compares them.
 
     sq-llava convert sqllava-lora-7b --base base --out sq-llava-7b --verify
 
-The source runs by other code than the result (`sq_llava/checkpoints/reference_models.py`), and nothing of the
-conversion's table of names is used. Compared are the text's token ids (with the source's own tokenizer file), the
-pixels (with CLIP's own preprocessing) and the logits of prompts with one image, two, none, and one in which the model
-asks. Where the logits differ, the first layer that does is named. What this does not do: compare generated text, or
-run in batches.
+The source is run by other code than the result (`sq_llava/checkpoints/reference_models.py`), and the conversion's
+table of names is not used. Compared are token ids (with the source's own tokenizer file), pixels (with CLIP's own
+preprocessing) and logits. The prompts have one image, two images, no image, and a question by the model. Where logits
+differ, the first layer with a difference is named. Generated texts and batches are not compared.
 """
 
 import os
@@ -31,25 +30,25 @@ from sq_llava.checkpoints.reference_models import Precision, Prompt, keep_langua
 from sq_llava.checkpoints.weight_files import read_headers
 
 
-# Largest difference of two logits, as a share of the largest logit; in half precision a sum hangs on its order.
+# Largest allowed difference of logits, relative to the largest logit. In half precision, sums depend on their order.
 TOLERANCES = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 2e-2}
-# The least for a result stored in half precision: here and there merged LoRA falls on the other side of a rounding.
+# Minimum tolerance for a result stored in half precision: merged LoRA can be rounded up in one and down in the other.
 ROUNDED_TOLERANCE = 2e-3
-# Two roundings to 255 grey levels: PIL and torchvision resize alike, not equally.
+# In grey levels of 255: PIL and torchvision can differ by a rounding in each of two steps.
 PIXEL_TOLERANCE = 2.0
 TEXTS = ("What animal is this?\nA dog, two cats, 365 mice.", "Überall 猫 🐈  and  \t spaces")
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """One prompt: its logits by source and result."""
+    """Logits of source and result for one prompt."""
 
     prompt: str
     num_tokens: int
     num_images: int
     largest_difference: float
     largest_logit: float
-    same_argmax: float  # share of the positions
+    same_argmax: float  # share of positions, 0 to 1
 
     @property
     def relative_difference(self) -> float:
@@ -59,13 +58,14 @@ class Comparison:
 @dataclass
 class Verification:
     """
-    What was compared, and how it came out.
+    The outcome of a comparison.
 
     Attributes:
-        dtype (`str`): In which both were run.
-        tolerance (`float`): For `relative_difference`.
-        faults (`list[str]`): Why it fails; empty if it passes.
-        notes (`list[str]`): What was left out of the comparison, and why.
+        dtype (`str`): Dtype in which both were run.
+        tolerance (`float`): Largest allowed `relative_difference`.
+        pixel_difference (`float`): Largest difference of pixels, in grey levels of 255.
+        faults (`list[str]`): Differences beyond the tolerance; empty if it passed.
+        notes (`list[str]`): What was not compared, and why.
     """
 
     source: str
@@ -87,18 +87,20 @@ class Verification:
 
 def verify(layout: Layout, folder: str | Path, dtype: str = "float32") -> Verification:
     """
+    Runs source and result on the same prompts and compares token ids, pixels and logits.
+
     Args:
-        layout ([`~sq_llava.checkpoints.layouts.Layout`]): The source, as `recognise` gives it.
-        folder: What it was converted to.
-        dtype (`str`): What both are run in. Models that do not fit into the memory in float32 take "bfloat16", with a
-            coarser tolerance.
+        layout ([`~sq_llava.checkpoints.layouts.Layout`]): The source, from `recognise`.
+        folder: The converted checkpoint.
+        dtype (`str`): Dtype in which both are run. Use `"bfloat16"` for models that do not fit into memory in float32;
+            its tolerance is larger.
 
     Raises:
-        ValueError: if the memory does not suffice, or the source is not complete.
+        ValueError: if there is not enough memory, or the source is incomplete.
     """
     folder = Path(folder)
     require_memory(folder, sum(tensor.num_elements for tensor in read_headers(folder)), dtype)
-    # transformers remarks on weights of a source that belong to another of its towers.
+    # transformers would report the weights of other parts of the source as unexpected.
     with quiet_transformers(), warnings.catch_warnings(action="ignore", category=FutureWarning):
         return _verify(layout, folder, getattr(torch, dtype))
 
@@ -122,10 +124,10 @@ def _verify(layout: Layout, folder: Path, dtype: torch.dtype) -> Verification:
 
 def require_memory(folder: str | Path, num_parameters: int, dtype: str) -> None:
     """
-    Before anything is read, and before a result is written that is to be verified.
+    Checks before a conversion and before a comparison that a model of this size fits into memory.
 
     Raises:
-        ValueError: if models of that size cannot be run in `dtype` on this machine.
+        ValueError: if it does not fit in `dtype`, or this dtype cannot be used.
     """
     known = [str(known).removeprefix("torch.") for known in TOLERANCES]
     if dtype not in known:
@@ -134,27 +136,27 @@ def require_memory(folder: str | Path, num_parameters: int, dtype: str) -> None:
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if needed > 0.9 * memory:
         raise ValueError(
-            f"{folder}: {num_parameters:,} parameters take {decimal(needed)} in {dtype}, and this machine has "
-            f"{decimal(memory)}: verify in bfloat16, or on a larger machine."
+            f"{folder}: {num_parameters:,} parameters need {decimal(needed)} in {dtype}, but this machine has "
+            f"{decimal(memory)}. Use --verify-dtype bfloat16, or verify on a larger machine."
         )
 
 
 def unequal_name(folder: str | Path) -> Path:
     """
-    Where a result goes that is not equal to its source, so that nobody takes it for one that is.
+    The new name of a result that differs from its source, so that nobody uses it by mistake.
 
     Raises:
-        ValueError: if there is one of an earlier conversion.
+        ValueError: if this folder exists already.
     """
     folder = Path(folder).expanduser().absolute()
     unequal = folder.with_name(f"{folder.name}.not-equal")
     if unequal.exists():
-        raise ValueError(f"{unequal} is there from an earlier conversion: move it away.")
+        raise ValueError(f"{unequal} is left from an earlier conversion. Move it away.")
     return unequal
 
 
 def draw_picture(width: int, height: int) -> Image.Image:
-    """Shapes on a colour gradient: the same at each call, with edges and smooth areas for the preprocessing."""
+    """Shapes on a colour gradient, with edges and smooth areas to test the preprocessing. Always the same picture."""
     red = Image.linear_gradient("L").resize((width, height))
     green = Image.linear_gradient("L").rotate(90).resize((width, height))
     image = Image.merge("RGB", (red, green, Image.new("L", (width, height), 96)))
@@ -166,7 +168,12 @@ def draw_picture(width: int, height: int) -> Image.Image:
 
 
 def _make_prompts(layout: Layout, processor: SQLlavaProcessor) -> tuple[list[Prompt], float, list[str]]:
-    """The prompts with the pixels as CLIP's own preprocessing gives them; how far the result's are from them."""
+    """
+    Makes the prompts, with pixels from CLIP's own preprocessing.
+
+    Returns:
+        The prompts; the largest difference to the pixels of `processor`, in grey levels; and notes.
+    """
     wide, tall = draw_picture(320, 200), draw_picture(150, 400)
 
     def user(text: str, *images: Image.Image) -> dict:
@@ -184,11 +191,9 @@ def _make_prompts(layout: Layout, processor: SQLlavaProcessor) -> tuple[list[Pro
     notes = []
     if processor.vusr_token_id is not None:
         del conversations["self-question"]
-        notes.append("the prompt in which the model asks is left out: its marker [vusr] is new, the source has none")
+        notes.append("the self-question is left out: the marker [vusr] is new, and the source does not know it")
     if layout.kind == "llava_hf":
-        notes.append(
-            "both are given Vicuna's prompts and images padded to a square, not those of the source's processor"
-        )
+        notes.append("both get Vicuna's prompts and padded images; the source's own processor would differ")
     prompts, pixel_difference = [], 0.0
     for name, (messages, images, ask) in conversations.items():
         inputs = processor.apply_chat_template(
@@ -205,10 +210,9 @@ def _make_prompts(layout: Layout, processor: SQLlavaProcessor) -> tuple[list[Pro
 
 
 def _original_pixels(layout: Layout, images: list[Image.Image]) -> torch.Tensor:
-    """As LLaVA's `process_images`: padded to a square of the mean colour if the source says so, then CLIP's."""
-    image_processor = CLIPImageProcessorPil.from_pretrained(layout.vision or layout.path)
-    # LLaVA-1.5 pads; its configuration for transformers does not say so.
-    if layout.kind == "llava_hf" or layout.config.get("image_aspect_ratio") == "pad":
+    """As LLaVA's `process_images`: images are padded with the mean colour if the source does so, then as in CLIP."""
+    image_processor = CLIPImageProcessorPil.from_pretrained(layout.vision_folder)
+    if layout.aspect_ratio == "pad":
         colour = tuple(int(255 * mean) for mean in image_processor.image_mean)
         images = [_expand_to_square(image, colour) for image in images]
     return image_processor(images, return_tensors="pt")["pixel_values"]
@@ -222,8 +226,8 @@ def _expand_to_square(image: Image.Image, colour: tuple[int, ...]) -> Image.Imag
 
 
 def _check_tokens(layout: Layout, processor: SQLlavaProcessor, verification: Verification) -> None:
-    """Compares with the source's tokenizer file, read by the library that made it."""
-    folder = layout.base or layout.path
+    """Compares with the source's tokenizer file, read by SentencePiece or tokenizers without transformers."""
+    folder = layout.text_folder
     if (folder / "tokenizer.model").is_file():
         from sentencepiece import SentencePieceProcessor
 
@@ -239,16 +243,16 @@ def _check_tokens(layout: Layout, processor: SQLlavaProcessor, verification: Ver
         ids = processor.tokenizer(text, add_special_tokens=False).input_ids
         if ids != expected:
             verification.faults.append(
-                f"the text {text!r} has the token ids {ids[:8]}..., by the source's tokenizer {expected[:8]}..."
+                f"the text {text!r} has the token ids {ids[:8]}..., but the source's tokenizer gives {expected[:8]}..."
             )
-    # The original code tokenizes the text behind an image for itself.
+    # The original code tokenizes text after an image separately.
     expected = encode("\n" + TEXTS[0])
-    behind_image = f"{processor.image_token}{processor.text_prefix}\n{TEXTS[0]}"
-    ids = processor.tokenizer(behind_image, add_special_tokens=False).input_ids[1:]
+    after_image = f"{processor.image_token}{processor.text_prefix}\n{TEXTS[0]}"
+    ids = processor.tokenizer(after_image, add_special_tokens=False).input_ids[1:]
     if layout.kind != "llava_hf" and ids != expected:
         verification.faults.append(
-            f"the text behind an image has the token ids {ids[:8]}..., by the authors' code {expected[:8]}...: "
-            f"text_prefix is {processor.text_prefix!r}"
+            f"text after an image has the token ids {ids[:8]}..., but the authors' code gives {expected[:8]}... "
+            f"(text_prefix is {processor.text_prefix!r})"
         )
 
 
@@ -260,7 +264,7 @@ def _run_result(
     inner = model.model
     if model.config.prototype_variant != "none" and not any("prototype extractor" in stages for stages in expected):
         inner.prototype_extractor = nn.Identity()
-        notes.append("the prototype extractor is new, the source has none: it is left out of the result's run")
+        notes.append("the prototype extractor is new: the result is run without it, because the source has none")
     places = {layer: f"vision layer {index}" for index, layer in enumerate(inner.vision_tower.encoder.layers)}
     places |= {inner.prototype_extractor: "prototype extractor", inner.multi_modal_projector: "projector"}
     stages = [{} for _ in prompts]
@@ -287,7 +291,7 @@ def _compare(verification: Verification, prompts: list[Prompt], expected: list[d
     for prompt, source, result in zip(prompts, expected, found):
         source_logits, result_logits = source["logits"].float(), result["logits"].float()
         num_rows = source_logits.shape[-1]
-        result["logits"] = result_logits = result_logits[..., :num_rows]  # the rows behind are new
+        result["logits"] = result_logits = result_logits[..., :num_rows]  # further rows are new
         comparison = Comparison(
             prompt.name,
             prompt.input_ids.shape[1],
@@ -297,7 +301,7 @@ def _compare(verification: Verification, prompts: list[Prompt], expected: list[d
             same_argmax=(source_logits.argmax(-1) == result_logits.argmax(-1)).float().mean().item(),
         )
         verification.comparisons.append(comparison)
-        # Not `>`: a difference that is not a number is none to pass with.
+        # `not <=` also fails for NaN.
         if not comparison.relative_difference <= verification.tolerance:
             verification.faults.append(
                 f"{prompt.name}: the logits differ by up to {comparison.largest_difference:.2g}, "
@@ -306,22 +310,23 @@ def _compare(verification: Verification, prompts: list[Prompt], expected: list[d
 
 
 def first_difference(source: dict[str, torch.Tensor], result: dict[str, torch.Tensor], tolerance: float) -> str:
-    """Names the first place, in the order of computation, where a result is not the source's, and by how much."""
+    """Names the first output, in the order of computation, that differs between source and result, and by how much."""
     for place, expected in source.items():
         if place not in result:
-            return f"and the result has no {place}"
+            return f"and the result has no output of {place}"
         found = result[place].float()
         if found.shape != expected.shape:
-            return f"first in {place}: {list(found.shape)} for {list(expected.shape)}"
+            return f"first in {place}: the shape is {list(found.shape)}, not {list(expected.shape)}"
         difference, largest = (found - expected.float()).abs().max().item(), expected.float().abs().max().item()
         if not difference <= tolerance * largest:
             return f"first in {place}: by {difference:.2g}, where the largest value is {largest:.2g}"
-    raise ValueError("Nothing differs: the logits are the last place of both.")
+    raise ValueError("Source and result do not differ.")
 
 
 def print_verification(verification: Verification, console: Console) -> None:
-    table = Table(title=f"{verification.result} beside {verification.source}, in {verification.dtype}")
-    for column in ("prompt", "tokens", "images", "difference", "of the largest", "same argmax"):
+    """Prints a table of the logits, then notes, differences and the outcome."""
+    table = Table(title=f"{verification.result} compared with {verification.source}, in {verification.dtype}")
+    for column in ("prompt", "tokens", "images", "difference", "relative", "same argmax"):
         table.add_column(column, justify="left" if column == "prompt" else "right")
     for row in verification.comparisons:
         table.add_row(
@@ -334,8 +339,8 @@ def print_verification(verification: Verification, console: Console) -> None:
         )
     console.print(table)
     console.print(
-        f"tolerance: {verification.tolerance:g} of the largest logit; pixels: {verification.pixel_difference:.2g} of "
-        f"255 grey levels (tolerance {PIXEL_TOLERANCE:g})",
+        f"Tolerance: {verification.tolerance:g} of the largest logit. Pixels differ by up to "
+        f"{verification.pixel_difference:.2g} of 255 grey levels (tolerance {PIXEL_TOLERANCE:g}).",
         soft_wrap=True,
     )
     for note in verification.notes:

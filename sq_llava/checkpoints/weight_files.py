@@ -1,9 +1,9 @@
-"""Files with weights: which ones a model has, what their headers say, and their tensors, mapped into memory.
+"""Finds the weight files of a model, reads their headers, and maps their tensors into memory.
 
     >>> [header.name for file in find_weight_files(folder) for header in WeightFile(file).headers()]
 
-Both formats are read, `.safetensors` and `.bin`, and no code in a pickle is run. What this module does not do: say
-which weight of a model a tensor is (`sq_llava/checkpoints/weights.py`).
+It reads `.safetensors` and `.bin` files, and never runs code in a pickle. `sq_llava/checkpoints/weights.py` decides
+which weight of the model a tensor becomes.
 """
 
 import json
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 SINGLE_FILES = ("model.safetensors", "pytorch_model.bin")
-# What torch calls the dtypes of safetensors.
+# Torch's names for the dtypes of safetensors.
 TORCH_NAMES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64"}
 SAFETENSORS_NAMES = {f"torch.{ours}": name for name, ours in TORCH_NAMES.items()}
 
@@ -43,11 +43,11 @@ class Tensor:
 
 class WeightFile:
     """
-    The tensors of one `.bin` or `.safetensors` file by name. They are mapped into memory: what is not touched costs
-    nothing.
+    The tensors of one `.bin` or `.safetensors` file by name. The file is mapped into memory: a tensor is only read
+    when it is used.
 
     Raises:
-        ValueError: if there is no such file, it is damaged or cut off, or it holds anything else than tensors.
+        ValueError: if the file is missing, damaged or cut off, or holds anything other than tensors.
     """
 
     def __init__(self, file: Path):
@@ -70,13 +70,16 @@ class WeightFile:
 
 
 def read_headers(folder: Path) -> Iterator[Tensor]:
-    """The headers of all weights of a whole model."""
+    """The headers of all weights of a model."""
     for file in find_weight_files(folder):
         yield from WeightFile(file).headers()
 
 
 def find_weight_files(folder: Path) -> tuple[Path, ...]:
-    """The files of a whole model, whether or not all that its index names are there; safetensors before pickles."""
+    """
+    The weight files of a model, safetensors rather than pickles. With an index, these are all files that it lists,
+    even if some are missing.
+    """
     for index, single in zip(INDEXES, SINGLE_FILES):
         if (folder / index).is_file():
             return tuple(folder / name for name in sorted(set(read_weight_map(folder / index).values())))
@@ -87,17 +90,21 @@ def find_weight_files(folder: Path) -> tuple[Path, ...]:
 
 def read_weight_map(index: Path) -> dict[str, str]:
     """
-    The files that an index names, by tensor.
+    The file of each tensor, from an index.
 
     Raises:
-        ValueError: if it has none, or names one that is not beside it, which would be read from anywhere.
+        ValueError: if the index lists no files, or a file outside its own folder.
     """
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict):
-        raise ValueError(f"{index}: weight_map is {weight_map!r}, not the file of each tensor: fetch it anew.")
+        raise ValueError(
+            f"{index}: weight_map is {weight_map!r}, but must map each tensor to a file. Download it again."
+        )
     for name in weight_map.values():
         if not isinstance(name, str) or name in ("", "..") or Path(name).name != name:
-            raise ValueError(f"{index}: weight_map holds {name!r}, which is no file beside it: fetch it anew.")
+            raise ValueError(
+                f"{index}: weight_map holds {name!r}, which is not a file in the same folder. Download it again."
+            )
     return weight_map
 
 
@@ -106,14 +113,14 @@ def read_json(file: Path) -> dict:
     The fields of a JSON file.
 
     Raises:
-        ValueError: if it is cut off or damaged, or holds no object.
+        ValueError: if it is cut off or damaged, or does not hold an object.
     """
     try:
         fields = json.loads(file.read_text())
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{file} is no JSON ({error}): fetch it anew.") from error
+        raise ValueError(f"{file} is not valid JSON ({error}). Download it again.") from error
     if not isinstance(fields, dict):
-        raise ValueError(f"{file} holds {str(fields)[:40]!r}, not the fields of an object: fetch it anew.")
+        raise ValueError(f"{file} holds {str(fields)[:40]!r}, not a JSON object. Download it again.")
     return fields
 
 
@@ -123,26 +130,26 @@ def read_json_if_there(file: Path) -> dict | None:
 
 def read_pickle(file: Path) -> dict[str, "torch.Tensor"]:
     """
-    Tensors of a `.bin` file, mapped into memory and not read yet. No code in it is run.
+    The tensors of a `.bin` file, mapped into memory and not read yet. No code in it is run.
 
     Raises:
-        ValueError: if it holds anything else than tensors, or is cut off.
+        ValueError: if it holds anything other than tensors, or is cut off.
     """
-    import torch  # it takes seconds, and headers of safetensors need none of it
+    import torch  # takes seconds, and headers of safetensors do not need it
 
     try:
-        # Files of torch before 1.6 are no zip archives, and cannot be mapped.
+        # Files of torch before 1.6 are not zip archives and cannot be mapped.
         state = torch.load(file, map_location="cpu", weights_only=True, mmap=_is_zip(file))
     except FileNotFoundError as error:
         raise ValueError(f"{file}: no such file.") from error
-    except Exception as error:  # torch names no class for what damaged archives and pickles raise
+    except Exception as error:  # torch documents no common class for errors of damaged archives and pickles
         reason = str(error).partition("\n")[0]
         raise ValueError(
-            f"{file} is not read: it is damaged, or holds more than tensors, such as code that would be run "
-            f"({type(error).__name__}: {reason}). Fetch it anew from a source that you trust."
+            f"{file} was not loaded: it is damaged, or holds more than tensors, such as code that would be run "
+            f"({type(error).__name__}: {reason}). Download it again from a source that you trust."
         ) from error
     if not isinstance(state, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in state.values()):
-        raise ValueError(f"{file} holds something else than named tensors: give the weights of a model.")
+        raise ValueError(f"{file} does not hold named tensors. Give the weights of a model.")
     return state
 
 
@@ -152,10 +159,10 @@ def _is_zip(file: Path) -> bool:
 
 
 def _open_safetensors(file: Path):
-    """As `safe_open`, which finds a file that was cut off; the error names it."""
+    """Opens a file with `safe_open`, which also checks that it is not cut off. Errors name the file."""
     try:
         return safe_open(file, framework="pt")
     except FileNotFoundError as error:
         raise ValueError(f"{file}: no such file.") from error
     except SafetensorError as error:
-        raise ValueError(f"{file} is damaged or cut off ({error}): fetch it anew.") from error
+        raise ValueError(f"{file} is damaged or cut off ({error}). Download it again.") from error

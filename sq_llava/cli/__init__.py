@@ -1,1 +1,1 @@
-"""Every command of `sq-llava`. Nothing imports it."""
+"""The commands of `sq-llava`. No other package imports this one."""

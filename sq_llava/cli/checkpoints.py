@@ -1,4 +1,4 @@
-"""`sq-llava merge`, `convert`, `inspect` and `push`: what is done to checkpoints."""
+"""The commands for checkpoints: `sq-llava merge`, `convert`, `inspect` and `push`."""
 
 import json
 from pathlib import Path
@@ -9,19 +9,27 @@ from rich.progress import Progress
 
 from sq_llava.cli.options import AsJson
 from sq_llava.console import console, errors_in_one_line, examples, messages_console
-from sq_llava.early_checks import require_dtype, require_file, require_folder, require_model, require_new_folder
-from sq_llava.locations import require_folder_or_id
+from sq_llava.early_checks import require_dtype, require_file, require_folder, require_new_folder
+from sq_llava.locations import find_config, require_folder_or_id
 
 
 app = typer.Typer()
 
 
-@app.command(epilog=examples("sq-llava merge runs/sq-llava-7b/stage2 --out runs/sq-llava-7b/merged"))
+@app.command(
+    epilog=examples(
+        "sq-llava merge runs/demo/stage2 --out runs/demo/merged",
+        "sq-llava merge runs/sq-llava-7b/stage2 --out runs/sq-llava-7b/merged",
+    )
+)
 def merge(
-    adapter: Annotated[str, typer.Argument(help="Folder that a training stage wrote.", show_default=False)],
-    out: Annotated[str, typer.Option(help="Folder for the plain checkpoint.", show_default=False)],
+    adapter: Annotated[str, typer.Argument(help="Adapter folder, written by a training stage.", show_default=False)],
+    out: Annotated[str, typer.Option(help="New folder for the plain checkpoint.", show_default=False)],
 ) -> None:
-    """Merge an adapter into its base: a plain checkpoint, with processor, code and card."""
+    """Merge an adapter into its base model.
+
+    The result is a plain checkpoint with processor, code and model card.
+    """
     with errors_in_one_line():
         require_folder(adapter)
         require_new_folder(out)
@@ -33,43 +41,45 @@ def merge(
 
 @app.command(
     epilog=examples(
-        "A LoRA of the authors' SQ-LLaVA, on its base:",
+        "LoRA weights of the authors' SQ-LLaVA, with their base model:",
         "sq-llava convert sqllava-lora-7b --base base-7b --vision openai/clip-vit-large-patch14-336 --out sq-llava-7b",
-        "A whole SQ-LLaVA or LLaVA of the original code:",
+        "A whole SQ-LLaVA or LLaVA from the original code:",
         "sq-llava convert llava-v1.5-7b --vision openai/clip-vit-large-patch14-336 --out llava-7b --verify",
-        "The LoRA of an original LLaVA:",
+        "LoRA weights of an original LLaVA:",
         "sq-llava convert llava-v1.5-7b-lora --base vicuna-7b --vision clip-336 --out llava-7b",
-        "A projector that stage 1 trained, to go on with stage 2:",
+        "A projector from stage 1, to train stage 2 from it:",
         "sq-llava convert stage1/mm_projector.bin --base vicuna-7b --vision clip-336 --out stage1-7b",
-        "A LLaVA of transformers, as it is, and as a start of training with prototypes:",
+        "A LLaVA from transformers: as it is, or with new prototypes to train:",
         "sq-llava convert llava-hf/llava-1.5-7b-hf --out llava-7b",
         "sq-llava convert llava-hf/llava-1.5-7b-hf --prototypes paper --out start-7b",
     )
 )
 def convert(
-    source: Annotated[str, typer.Argument(help="Folder, file of a projector, or a Hub id.", show_default=False)],
+    source: Annotated[str, typer.Argument(help="Checkpoint folder, projector file or Hub id.", show_default=False)],
     out: Annotated[str, typer.Option(help="New folder for the checkpoint.", show_default=False)],
     base: Annotated[
         str | None,
-        typer.Option(help="Language model: folder or Hub id. Default: what the source names, if it is here."),
+        typer.Option(help="Language model: folder or Hub id. Default: the one named in the source, if available."),
     ] = None,
     vision: Annotated[
-        str | None, typer.Option(help="Vision tower: folder or Hub id. Default: what the source names, if it is here.")
+        str | None,
+        typer.Option(help="Vision tower: folder or Hub id. Default: the one named in the source, if available."),
     ] = None,
     dtype: Annotated[str, typer.Option(help="auto (as the language model), float32, bfloat16 or float16.")] = "auto",
     prototypes: Annotated[
-        str | None, typer.Option(help="Put a new prototype extractor into a LLaVA: paper or released.")
+        str | None, typer.Option(help="Add an untrained prototype extractor to a LLaVA: paper or released.")
     ] = None,
-    max_shard_size: Annotated[str, typer.Option(help="Maximum size of a file of weights.")] = "5GB",
-    verify: Annotated[
-        bool, typer.Option("--verify", help="Then compare the logits with those of the source.")
-    ] = False,
-    verify_dtype: Annotated[str, typer.Option(help="Type of the comparison: float32, or bfloat16.")] = "float32",
+    max_shard_size: Annotated[str, typer.Option(help="Maximum size of a weights file.")] = "5GB",
+    verify: Annotated[bool, typer.Option("--verify", help="Compare the result's logits with the source's.")] = False,
+    verify_dtype: Annotated[str, typer.Option(help="For --verify: float32, bfloat16 or float16.")] = "float32",
     verification_file: Annotated[
-        bool, typer.Option("--verification-file", help="Also write OUT/verification.json, with --verify.")
+        bool, typer.Option("--verification-file", help="With --verify: also write OUT/verification.json.")
     ] = False,
 ) -> None:
-    """Convert a released SQ-LLaVA or LLaVA: a whole checkpoint, with processor, code and card."""
+    """Convert a released SQ-LLaVA or LLaVA.
+
+    The result is a plain checkpoint with processor, code and model card.
+    """
     with errors_in_one_line():
         _check_places(source, base, vision, out)
         require_dtype(dtype, "--dtype")
@@ -122,17 +132,18 @@ def _verify_conversion(layout, out: Path, unequal: Path, dtype: str, keep_report
 
 @app.command(
     epilog=examples(
-        "sq-llava inspect runs/sq-llava-7b/merged",
-        "sq-llava inspect liuhaotian/llava-v1.5-7b --json > what.json",
+        "sq-llava inspect runs/demo/model",
+        "sq-llava inspect liuhaotian/llava-v1.5-7b --json > llava.json",
     )
 )
 def inspect(
-    folder: Annotated[
-        str, typer.Argument(help="A folder, or a Hub id that is in the local cache.", show_default=False)
-    ],
+    folder: Annotated[str, typer.Argument(help="Folder, or a Hub id that is in the local cache.", show_default=False)],
     as_json: AsJson = False,
 ) -> None:
-    """Say what a checkpoint is, holds and lacks; no weights are read. Exit code 1: it is broken, or not known."""
+    """Describe a checkpoint: its kind, its parts, and what is missing.
+
+    No weights are read. Exit code 1: the checkpoint is broken or of an unknown kind.
+    """
     with errors_in_one_line():
         require_folder_or_id(folder)
         with messages_console.status("Reading headers"):
@@ -155,31 +166,31 @@ def inspect(
     )
 )
 def push(
-    folder: Annotated[Path, typer.Argument(help="Checkpoint, or the output of a stage.", show_default=False)],
-    repo_id: Annotated[str, typer.Argument(help="Where to: org/name.", show_default=False)],
-    private: Annotated[bool, typer.Option("--private", help="Create the repository as private.")] = False,
-    revision: Annotated[str | None, typer.Option(help="Branch. Default: main.")] = None,
+    folder: Annotated[Path, typer.Argument(help="Checkpoint, or the output of a training stage.", show_default=False)],
+    repo_id: Annotated[str, typer.Argument(help="Repository on the Hub: org/name.", show_default=False)],
+    private: Annotated[bool, typer.Option("--private", help="Create a private repository.")] = False,
+    revision: Annotated[str | None, typer.Option(help="Branch on the Hub. Default: main.")] = None,
     adapter_only: Annotated[
-        bool, typer.Option("--adapter-only", help="Upload an adapter as it is, for PEFT. Default: merged.")
+        bool, typer.Option("--adapter-only", help="Upload an adapter without merging it, for PEFT.")
     ] = False,
-    base_model: Annotated[str | None, typer.Option(help="Hub id of the adapter's base, with --adapter-only.")] = None,
-    eval_results: Annotated[Path | None, typer.Option(help="JSON file of an evaluation, for the card.")] = None,
-    license: Annotated[str | None, typer.Option(help="License for the card, e.g. apache-2.0.")] = None,
+    base_model: Annotated[str | None, typer.Option(help="With --adapter-only: Hub id of the base model.")] = None,
+    eval_results: Annotated[Path | None, typer.Option(help="results.json of an evaluation, for the card.")] = None,
+    license: Annotated[str | None, typer.Option(help="License for the model card, e.g. apache-2.0.")] = None,
     language: Annotated[
-        list[str] | None, typer.Option(help="Language for the card, e.g. en. Can be repeated.")
+        list[str] | None, typer.Option(help="Language for the model card, e.g. en. Can be repeated.")
     ] = None,
     message: Annotated[str | None, typer.Option(help="Commit message.")] = None,
     trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run code in the folder that is not this library's.")
+        bool, typer.Option("--trust-remote-code", help="Run code in the folder that differs from this library's.")
     ] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check and show everything, send nothing.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check and show everything, but upload nothing.")] = False,
 ) -> None:
-    """Publish a model on the Hub, with a card, and prove that others can load it."""
+    """Publish a model on the Hub with a model card, and check that others can load it."""
     with errors_in_one_line():
         require_folder(folder)
         if eval_results is not None:
             require_file(eval_results, "--eval-results")
-        require_model(str(folder))
+        find_config(folder)
         from huggingface_hub import HfApi
 
         from sq_llava.checkpoints import push as publishing
@@ -195,20 +206,24 @@ def push(
         with prepare(folder, repo_id, adapter_only, base_model, api, trust_remote_code) as publication:
             print_publication(publication, messages_console)
             publishing.check_card(publication, dry_run, **about_model)
-            with messages_console.status("Loading it in a fresh process"):
+            with messages_console.status("Loading the model in a new process"):
                 publishing.check_loading(publication)
             if api is None:
-                messages_console.print("It loads, and answers. Nothing was sent.")
+                messages_console.print("The model loads and answers. Nothing was uploaded.")
                 return
             commit = publishing.upload(api, publication, private, revision, message)
-            messages_console.print(f"Uploaded as commit {commit}. It is fetched again, and compared.", soft_wrap=True)
+            messages_console.print(f"Uploaded as commit {commit}. Downloading it again to compare.", soft_wrap=True)
             publishing.check_published(api, publication, commit)
             url = publishing.publish_card(api, publication, commit, revision, **about_model)
-        messages_console.print(f"Published, equal to the last bit: {url}", markup=False, soft_wrap=True)
+        messages_console.print(f"Published, identical to the local files: {url}", markup=False, soft_wrap=True)
 
 
 def _check_results_are_of(folder: Path, file: Path | None, results: dict) -> None:
-    """Of an adapter, others may have been evaluated than the one that goes up: it, or what it is merged to."""
+    """
+    Raises:
+        ValueError: if the results of a plain checkpoint belong to other weights. Adapters are not checked: the results
+            may be those of the merged model.
+    """
     recorded = results.get("model_hash")
     if recorded is None or not (folder / "config.json").is_file() or (folder / "adapter_config.json").is_file():
         return
@@ -217,6 +232,6 @@ def _check_results_are_of(folder: Path, file: Path | None, results: dict) -> Non
     found = hash_of_model(str(folder))
     if found != recorded:
         raise ValueError(
-            f"{file}: model_hash is {recorded}, but {folder} has {found}: the results are of other weights, or a JSON "
-            "file in that folder has changed since: evaluate it, or leave --eval-results out."
+            f"{file}: model_hash is {recorded}, but {folder} has {found}. The results belong to other weights, or a "
+            "JSON file in that folder was changed. Evaluate it again, or leave out --eval-results."
         )

@@ -1,4 +1,4 @@
-"""`sq-llava doctor`: checks the data of a recipe."""
+"""`sq-llava doctor`: checks the training data of a recipe."""
 
 import json
 from pathlib import Path
@@ -19,34 +19,39 @@ app = typer.Typer()
     context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
     epilog=examples(
         "sq-llava doctor --config recipes/sq-llava-7b/stage2.yaml",
-        "sq-llava doctor --config recipe.yaml --dataset_path mine.json --image_root images --json > findings.json",
-        "sq-llava doctor --config recipe.yaml --fix mended",
+        "sq-llava doctor --config recipe.yaml --dataset_path mine.json --image_root images --fix fixed",
+        "The data of the demo:",
+        "sq-llava doctor --config recipes/easy-vqa/stage2.yaml --model_name_or_path runs/demo/stage1 "
+        "--dataset_path runs/demo/data/stage2_train.json --image_root runs/demo/images --limit 1000",
     ),
 )
 def doctor(
     context: typer.Context,
-    config: Annotated[str | None, typer.Option(help="Recipe. Settings that follow as options win.")] = None,
+    config: Annotated[str | None, typer.Option(help="Recipe. Further options (--image_root ...) override it.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Check at most N rows, evenly spaced.")] = None,
-    images: Annotated[bool, typer.Option(help="Open the image files.")] = True,
-    lengths: Annotated[bool, typer.Option(help="Count the tokens.")] = True,
-    fix: Annotated[Path | None, typer.Option(help="New folder for the rows without errors.")] = None,
-    num_proc: Annotated[int | None, typer.Option(min=1, help="Processes. Default: one for each core.")] = None,
+    images: Annotated[bool, typer.Option(help="Check the image files.")] = True,
+    lengths: Annotated[bool, typer.Option(help="Check the lengths in tokens.")] = True,
+    fix: Annotated[Path | None, typer.Option(help="Write the rows without errors into this new folder.")] = None,
+    num_proc: Annotated[int | None, typer.Option(min=1, help="Number of processes. Default: one per core.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Check the data of a recipe: every row, image header and length. Exit code 1: there are errors."""
+    """Check the training data of a recipe: every row, image header and length.
+
+    Exit code 1: there are errors.
+    """
     with errors_in_one_line():
         if config is not None:
             require_recipe(config)
         if fix is not None:
             require_new_folder(fix)
             if limit is not None:
-                raise ValueError("--fix is given with --limit, which looks at some rows only: leave --limit out.")
+                raise ValueError("--fix needs all rows, but --limit checks only some of them: leave --limit out.")
         with messages_console.status("Opening the data"):
             from sq_llava.doctor.check import data_check, examine
             from sq_llava.doctor.report import print_preview, print_report, write_sound_rows
             from sq_llava.training.settings import parse_settings
 
-            # Nothing is trained: a recipe for GPUs can be checked anywhere.
+            # Nothing is trained, so a recipe for GPUs can be checked on any machine.
             settings = [*(["--config", config] if config else []), *context.args, "--use_cpu", "true"]
             recipe = parse_settings(settings)
             check = data_check(*recipe, read_images=images, measure_lengths=lengths)
@@ -61,7 +66,7 @@ def doctor(
         if fix is not None:
             entries = write_sound_rows(check, report, fix)
             messages_console.print(
-                f"Wrote {fix}. Its sources, in the order of the recipe's:", markup=False, soft_wrap=True
+                f"Wrote {fix}. The fixed datasets, in the order of the recipe:", markup=False, soft_wrap=True
             )
             for entry in entries:
                 messages_console.print(f"  - {json.dumps(entry)}", markup=False, soft_wrap=True)

@@ -1,4 +1,4 @@
-"""`sq-llava evaluate` and `evaluate-questions`: what is asked for on the command line, and the figures."""
+"""`sq-llava evaluate` and `sq-llava evaluate-questions`: their options and their output."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -17,13 +17,14 @@ from sq_llava.inference.settings import AskSettings
 from sq_llava.locations import is_missing_folder, require_folder_or_id
 
 
-JUDGE = "Judge of mmvet, llava_bench, ..., if --judge-model is given"
+JUDGE = "Judge for mmvet, llava_bench, ... (needs --judge-model)"
 
 app = typer.Typer()
 
 
 @app.command(
     epilog=examples(
+        "sq-llava evaluate --tasks help",
         "sq-llava evaluate --model runs/demo/model --tasks easy_vqa --data runs/demo/data",
         "sq-llava evaluate --model org/sq-llava-7b --tasks pope,textvqa --data playground/data/eval --limit 100",
         "torchrun --nproc_per_node 8 -m sq_llava evaluate --model org/sq-llava-7b --tasks vqav2 --data hub",
@@ -31,32 +32,36 @@ app = typer.Typer()
 )
 @takes_options
 def evaluate(
-    settings: Annotated[dict, OptionsOf(Evaluation)],
+    settings: Annotated[dict, OptionsOf(Evaluation, model=None)],
     judge: Annotated[dict, OptionsOf(JudgeSettings, prefix="judge", panel=JUDGE, model=None)],
-    tasks: Annotated[str, typer.Option(help="Names of tasks, separated by commas. help lists them.")],
+    tasks: Annotated[str, typer.Option(help="Tasks, separated by commas. --tasks help only lists all tasks.")],
     data: Annotated[
         str | None,
-        typer.Option(help="Folder of a task's data, or of one for each task; a Hub id; hub: the tasks' own datasets."),
+        typer.Option(
+            help="Data folder, or a folder with one for each task; a Hub id; or hub (each task's own dataset)."
+        ),
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="Folder to write. Default: runs/evaluation/<model>.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Output folder. Default: runs/evaluation/<model>.")] = None,
     against: Annotated[
-        str | None, typer.Option(help="Compare in pairs with another model, or with the folder of an evaluation.")
+        str | None, typer.Option(help="Compare with another model, or with the output folder of an evaluation.")
     ] = None,
 ) -> None:
-    """Score a model on benchmarks. On several GPUs: torchrun --nproc_per_node 8 -m sq_llava evaluate ..."""
+    """Score a model on benchmarks.
+
+    On several GPUs: torchrun --nproc_per_node 8 -m sq_llava evaluate ...
+    """
+    if tasks == "help":
+        _list_tasks()
+        return
+    if settings["model"] is None:
+        raise typer.BadParameter("give a folder or a Hub id.", param_hint="'--model'")
     with errors_in_one_line():
-        if tasks != "help":
-            _check_places(data, against)
-            check_model_options(**settings)
+        _check_places(data, against)
+        check_model_options(**settings)
         with messages_console.status("Loading libraries"):
             from sq_llava.checkpoints.convert import VICUNA_SYSTEM_MESSAGE
-            from sq_llava.evaluation.run import TASKS
 
             quiet_libraries()
-        if tasks == "help":
-            for name, task in sorted(TASKS.items()):
-                console.print(f"{name:24}{task.title}", markup=False, highlight=False)
-            return
         if settings["system_message"] == "vicuna":
             settings["system_message"] = VICUNA_SYSTEM_MESSAGE
         evaluation = Evaluation(
@@ -71,15 +76,22 @@ def evaluate(
         raise typer.Exit(1)
 
 
+def _list_tasks() -> None:
+    with messages_console.status("Loading libraries"):
+        from sq_llava.evaluation.run import TASKS
+    for name, task in sorted(TASKS.items()):
+        console.print(f"{name:24}{task.title}", markup=False, highlight=False)
+
+
 def _check_places(data: str | None, against: str | None) -> None:
     """
     Raises:
-        ValueError: for data, or a model to compare with, that is not there.
+        ValueError: if the data, or the model to compare with, does not exist.
     """
     if data is None:
-        raise ValueError("--data is missing: a folder, a Hub id, or hub for the data sets of the tasks.")
+        raise ValueError("--data is missing: give a folder, a Hub id, or hub for the tasks' own datasets.")
     if data != "hub" and is_missing_folder(data):
-        raise ValueError(f"--data {data}: no such folder, and not the id of a data set on the Hub (org/name).")
+        raise ValueError(f"--data {data}: no such folder, and not the id of a dataset on the Hub (org/name).")
     if against is not None:
         require_folder_or_id(against, "--against")
 
@@ -88,12 +100,17 @@ def _judge_settings(judge: dict) -> JudgeSettings | None:
     if judge["model"] is not None:
         return JudgeSettings(**judge)
     if judge["base_url"] is not None:
-        raise ValueError("--judge-base-url needs --judge-model, as its server names the model.")
+        raise ValueError("--judge-base-url needs --judge-model: the name of the model on that server.")
     return None
 
 
 def _run_and_show(evaluation, against: str | None) -> bool:
-    """Whether every example has an answer, and a grade where a judge was named, in this run and in the other."""
+    """
+    Evaluates, and prints the results.
+
+    Returns:
+        Whether every example has an answer (and a grade, if there is a judge), also for `against`.
+    """
     from sq_llava.evaluation.comparison import check_comparable, compare
     from sq_llava.evaluation.run import evaluate as run
 
@@ -102,7 +119,7 @@ def _run_and_show(evaluation, against: str | None) -> bool:
         check_comparable(other, evaluation)
     elif other is not None:
         other = evaluation.out / "against"
-        # One cap holds for both, and what both ask the judge is asked once.
+        # Both share the judge's answers: its limits hold for both together, and no question is asked twice.
         others_results = run(replace(evaluation, model=against, out=other, judge_folder=evaluation.out))
     results = run(evaluation)
     if not results:  # a process other than the first
@@ -116,7 +133,7 @@ def _run_and_show(evaluation, against: str | None) -> bool:
 
 
 def show(results) -> None:
-    """Prints the figures of all tasks."""
+    """Prints the metrics of all tasks."""
     for result in results:
         if not result.metrics:
             continue
@@ -129,9 +146,9 @@ def show(results) -> None:
 
 
 def show_differences(differences, out: Path) -> None:
-    """Prints how far the run is from the one it was compared with."""
+    """Prints the differences between this run and the one it is compared with."""
     for task in dict.fromkeys(each.task for each in differences):
-        table = _table(f"{task}, beside the other", "other", "this run", "difference", "95%", "num")
+        table = _table(f"{task}, compared with the other", "other", "this run", "difference", "95%", "num")
         for each in differences:
             if each.task == task:
                 values = (f"{each.first:.4f}", f"{each.second:.4f}", f"{each.difference:+.4f}")
@@ -142,7 +159,7 @@ def show_differences(differences, out: Path) -> None:
 
 
 def _table(title: str, *names: str) -> Table:
-    """Of metrics, whose names take as many lines as they need: figures are never cut off."""
+    """A table with a row for each metric. Long names are wrapped, so that numbers are never cut off."""
     table = Table(title=title, title_justify="left", box=SIMPLE, pad_edge=False, padding=(0, 0, 0, 1))
     table.add_column("metric", overflow="fold")
     for name in names:
@@ -151,15 +168,20 @@ def _table(title: str, *names: str) -> Table:
 
 
 def _show_what_is_missing(results, out: Path | None) -> bool:
-    """Whether there is nothing to tell but what nobody asked for, as a grade without a judge."""
+    """
+    Prints what is missing in the results.
+
+    Returns:
+        Whether the results are complete. Without a judge, grades are not counted as missing.
+    """
     is_whole = True
     for result in results:
         if result.missing is not None:
             messages_console.print(f"{out}, {result.task}: {result.missing}", markup=False, soft_wrap=True)
         if result.num_unjudged:
             messages_console.print(
-                f"[red]{result.task}: {result.num_unjudged} of {result.num} answers have no grade[/red] and are in no "
-                f"figure: see judge_error in {escape(str(out / result.task / 'examples.jsonl'))}.",
+                f"[red]{result.task}: {result.num_unjudged} of {result.num} answers have no grade[/red] and do not "
+                f"count in the metrics: see judge_error in {escape(str(out / result.task / 'examples.jsonl'))}.",
                 soft_wrap=True,
             )
         if result.num_failed:
@@ -173,10 +195,10 @@ def _show_what_is_missing(results, out: Path | None) -> bool:
 
 def check_asking(images: str, image_root: str | None, clip: str | None, **model: Any) -> None:
     """
-    Checks where a model that asks, its images and its CLIP are.
+    Checks that the images, the model and the CLIP model exist. `images` may also be the Hub id of a dataset.
 
     Raises:
-        ValueError: for one that is not there; `images` may also be the Hub id of a data set.
+        ValueError: if one of them does not exist.
     """
     if not Path(images).is_file() and is_missing_folder(images):
         raise ValueError(f"{images}: no such folder or file.")
@@ -190,17 +212,20 @@ def check_asking(images: str, image_root: str | None, clip: str | None, **model:
 @app.command(
     epilog=examples(
         "sq-llava evaluate-questions --model org/sq-llava-7b --images photos/ --clip openai/clip-vit-base-patch32",
-        "sq-llava evaluate-questions --model runs/demo/model --images runs/demo/data/test.json --truth easy_vqa "
-        '--image-root IMAGES --after "what color is the shape?"',
+        "sq-llava evaluate-questions --model runs/demo/model --images runs/demo/data/test.json "
+        "--image-root runs/demo/images --truth easy_vqa --limit 10",
     )
 )
 @takes_options
 def evaluate_questions(
     settings: Annotated[dict, OptionsOf(QuestionEvaluation)],
     asking: Annotated[dict, OptionsOf(AskSettings)],
-    out: Annotated[Path | None, typer.Option(help="Folder to write. Default: runs/questions/<model>.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Output folder. Default: runs/questions/<model>.")] = None,
 ) -> None:
-    """Measure the questions that a model asks: variety, types, whether they need the image and fit it."""
+    """Measure the questions that a model asks.
+
+    How varied they are, of which types, whether they need the image, and whether they fit it.
+    """
     with errors_in_one_line():
         check_asking(**settings)
         with messages_console.status("Loading libraries"):

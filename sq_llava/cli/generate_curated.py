@@ -1,4 +1,4 @@
-"""`sq-llava generate-data curate`: what is asked for on the command line."""
+"""`sq-llava generate-data curate`: its options and its output."""
 
 from pathlib import Path
 from typing import Annotated
@@ -15,8 +15,8 @@ from sq_llava.llm_client.settings import ChatSettings
 from sq_llava.resumable.run_note import command_line
 
 
-REPAIR = "Repair, if --repair-model is given"
-# The repairer is asked as the describer is.
+REPAIR = "Repair of the descriptions (needs --repair-model)"
+# Settings that the repair shares with the server that describes.
 SHARED = ("temperature", "max_tokens", "concurrency", "timeout")
 
 app = typer.Typer()
@@ -27,9 +27,9 @@ app = typer.Typer()
         "sq-llava generate-data curate photos --describer org/sq-llava-7b --out described",
         "sq-llava generate-data curate photos --model gpt-4o --repair-model gpt-4o-mini --max-requests 10000 "
         "--repair-max-requests 5000 --out described",
-        "After a look at described/review.html, which saves decisions.json:",
+        "After a review in described/review.html, which saves decisions.json:",
         "sq-llava generate-data curate photos --describer org/sq-llava-7b --out described --decisions decisions.json",
-        "On many machines, each with a server of its own:",
+        "On several machines, each with its own server:",
         "sq-llava generate-data curate photos --model NAME --base-url http://127.0.0.1:8000/v1 --out /shared/photos "
         "--shard 3/8",
     )
@@ -47,13 +47,16 @@ def curate(
         str | None, typer.Option(help="URL of its server, up to /v1. Default: --base-url.", rich_help_panel=REPAIR)
     ] = None,
     describer: Annotated[
-        str | None, typer.Option(help="SQ-LLaVA folder or Hub id that describes; or give --model.")
+        str | None, typer.Option(help="SQ-LLaVA folder or Hub id that describes. On a server, use --model instead.")
     ] = None,
     prompts: PromptFolder = PROMPTS / "curate",
     shard: ShardOption = None,
     dry_run: DryRun = False,
 ) -> None:
-    """From images alone: detailed descriptions, continued, repaired, filtered, and checked by a person."""
+    """Make detailed descriptions from images.
+
+    They are continued, repaired, filtered, and checked by a person.
+    """
     with errors_in_one_line():
         _check_curation(settings, local, server, describer, prompts)
         with messages_console.status("Loading libraries"):
@@ -88,7 +91,7 @@ def curate(
 
 def _check_curation(settings: dict, local: dict, server: dict, describer: str | None, prompts: Path) -> None:
     if (describer is None) == (server["model"] is None):
-        raise ValueError("Give either --describer, a model here, or --model, one behind a server.")
+        raise ValueError("Give either --describer (a model on this machine) or --model (a model on a server).")
     require_folder(settings["images"])
     if settings["decisions"] is not None:
         require_file(settings["decisions"], "--decisions")
@@ -98,7 +101,7 @@ def _check_curation(settings: dict, local: dict, server: dict, describer: str | 
 
 
 def _show_curated(made, out: Path) -> None:
-    """Prints what was made of the images; exit code 1 where something is missing."""
+    """Prints what was made of the images. Exit code 1: something is missing."""
     counts = f"{made.num_images:,} images, {made.num_continued:,} described in two steps, {made.num_kept:,} kept"
     left_out = "Left out:" if made.reasons else "None was left out."
     console.print(f"{counts}, {made.num_checked:,} of these checked by a person. {left_out}", highlight=False)

@@ -1,9 +1,9 @@
-"""`sq-llava generate-data`: what is asked for on the command line.
+"""`sq-llava generate-data llava`, `captions` and `prompts`: their options and their output.
 
     sq-llava generate-data llava captions_train2017.json --instances instances_train2017.json \
         --model gpt-4o --max-cost 20 --input-price 2.5 --output-price 10 --out runs/coco
 
-The options of each way of making data stand in `sq_llava/generation/settings.py`.
+The options of each method are in `sq_llava/generation/settings.py`.
 """
 
 import shutil
@@ -25,9 +25,9 @@ from sq_llava.stopping import INTERRUPTED, STOPPED
 
 SERVER = "Server"
 ShardOption = Annotated[
-    str | None, typer.Option("--shard", help="i/n: use only part i of n of the input; all parts share one --out.")
+    str | None, typer.Option("--shard", help="i/n: process only part i of n of the input. All parts share one --out.")
 ]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Only say what would be asked, and what it would cost.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Only print how much is left to do, and its cost.")]
 
 app = typer.Typer()
 
@@ -38,7 +38,7 @@ app = typer.Typer()
         "--model gpt-4o --out runs/coco --dry-run",
         "sq-llava generate-data llava mine.jsonl --model gpt-4o --out runs/mine --max-cost 5 --input-price 2.5 "
         "--output-price 10",
-        "On many machines, each with a server of its own:",
+        "On several machines, each with its own server:",
         "sq-llava generate-data llava mine.jsonl --model NAME --base-url http://127.0.0.1:8000/v1 --out /shared/mine "
         "--shard 3/8",
     )
@@ -50,7 +50,10 @@ def llava(
     shard: ShardOption = None,
     dry_run: DryRun = False,
 ) -> None:
-    """From captions and boxes: conversations, descriptions and reasoning, by a text-only language model."""
+    """Make conversations, descriptions and reasoning from captions and boxes.
+
+    A text-only language model on a server writes them.
+    """
     with errors_in_one_line():
         require_file(settings["captions"], "The captions")
         if settings["instances"] is not None:
@@ -69,17 +72,20 @@ def llava(
 
 @app.command(epilog=examples("sq-llava generate-data prompts llava my-prompts"))
 def prompts(
-    way: Annotated[str, typer.Argument(help="Way of making data: llava, ...", show_default=False)],
+    method: Annotated[str, typer.Argument(help="Method whose prompts are copied, e.g. llava.", show_default=False)],
     folder: Annotated[Path, typer.Argument(help="New folder.", show_default=False)],
 ) -> None:
-    """Copy the prompts and examples of a way of making data, to edit them and give them as --prompts."""
+    """Copy the prompts and examples of a method, to edit them.
+
+    Then give the folder to that method with --prompts.
+    """
     with errors_in_one_line():
-        ways = sorted(path.name for path in PROMPTS.iterdir() if path.is_dir())
-        if way not in ways:
-            raise ValueError(f"{way}: has no prompts; there are some for {', '.join(ways)}.")
+        methods = sorted(path.name for path in PROMPTS.iterdir() if path.is_dir())
+        if method not in methods:
+            raise ValueError(f"{method}: no such prompts. Give one of {', '.join(methods)}.")
         if folder.exists():
-            raise ValueError(f"{folder} is there already: give a new folder.")
-        shutil.copytree(PROMPTS / way, folder)
+            raise ValueError(f"{folder} exists already: give a new folder.")
+        shutil.copytree(PROMPTS / method, folder)
     messages_console.print(f"Wrote {folder}", markup=False, soft_wrap=True)
 
 
@@ -87,7 +93,7 @@ def prompts(
     epilog=examples(
         "python -m spacy download en_core_web_sm",
         "sq-llava generate-data captions cc3m.jsonl --image-root images --spacy-model en_core_web_sm --out chosen",
-        "On many machines, which read a part each; the last one to be ready chooses:",
+        "On several machines, each with a part of the input. The last one to finish chooses the captions:",
         "sq-llava generate-data captions cc3m.tsv --image-root images --spacy-model en_core_web_sm --out /shared/cc3m "
         "--shard 3/8",
     )
@@ -96,9 +102,12 @@ def prompts(
 def captions(
     settings: Annotated[dict, OptionsOf(CaptionSettings)],
     shard: ShardOption = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only check the input, and count.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only check the input and count captions.")] = False,
 ) -> None:
-    """From captions: LLaVA's filter by noun phrases, and an instruction before each caption, for stage 1."""
+    """Make stage 1 data from captions.
+
+    LLaVA's filter by noun phrases chooses captions, and each one gets an instruction.
+    """
     with errors_in_one_line():
         require_file(settings["captions"], "The captions")
         require_folder(settings["image_root"])
@@ -111,28 +120,29 @@ def captions(
         if dry_run:
             num_captions, num_left = choosing.count(run)
             console.print(
-                f"{num_captions:,} captions with an image, {num_left:,} still to be read by spaCy.", highlight=False
+                f"{num_captions:,} captions with an image, {num_left:,} of them not yet read by spaCy.",
+                highlight=False,
             )
             return
         with Progress(console=messages_console, transient=True) as progress:
             choice = choosing.generate(run, command_line(), progress)
     if choice is None:
-        messages_console.print("The phrases of this shard are there; those of others are missing: nothing is chosen.")
+        messages_console.print("This shard is done. The captions are chosen when the other shards are done too.")
         return
     console.print(
-        f"{choice.taken.sum():,} of {len(choice.taken):,} captions, by {choice.num_phrases:,} noun phrases.",
+        f"Chose {choice.taken.sum():,} of {len(choice.taken):,} captions, by {choice.num_phrases:,} noun phrases.",
         highlight=False,
     )
     messages_console.print(f"Wrote {run.out}", markup=False, soft_wrap=True)
 
 
 def end_run(out: Path, num_failed: int, num_open: int, stopped: str | None) -> None:
-    """Says how a run ended. Exit code 1: some failed, or there is more to be asked; 130: stopped by Ctrl-C."""
+    """Prints how a run ended. Exit code 1: some requests failed or are still open; 130: stopped by Ctrl-C."""
     messages_console.print(f"Wrote {out}", markup=False, soft_wrap=True)
     if num_failed:
         place = escape(f"{out}/failures*.jsonl")
         messages_console.print(
-            f"[red]{num_failed:,} failed[/red]: see {place}. The same command tries them again.", soft_wrap=True
+            f"[red]{num_failed:,} failed[/red]: see {place}. Run the same command again to retry them.", soft_wrap=True
         )
     if stopped is not None:
         messages_console.print(f"{num_open:,} are open: {stopped}", markup=False, soft_wrap=True)
@@ -141,11 +151,11 @@ def end_run(out: Path, num_failed: int, num_open: int, stopped: str | None) -> N
 
 
 def print_estimate(estimate) -> None:
-    """What a dry run says of what is still to be asked."""
-    cost = f": {estimate.cost:,.2f} if all are that long" if estimate.cost else ""
+    """Prints how many requests a run would still send, and their cost."""
+    cost = f", with a cost of up to {estimate.cost:,.2f}" if estimate.cost else ""
     console.print(
-        f"{estimate.num_requests:,} requests, about {estimate.prompt_tokens:,} tokens of prompts and at most "
-        f"{estimate.completion_tokens:,} of answers{cost}. Nothing was asked.",
+        f"{estimate.num_requests:,} requests, about {estimate.prompt_tokens:,} prompt tokens and at most "
+        f"{estimate.completion_tokens:,} answer tokens{cost}. Nothing was sent.",
         highlight=False,
         soft_wrap=True,
     )

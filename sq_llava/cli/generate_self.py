@@ -1,4 +1,4 @@
-"""`sq-llava generate-data self`: what is asked for on the command line."""
+"""`sq-llava generate-data self`: its options and its output."""
 
 from pathlib import Path
 from typing import Annotated
@@ -16,8 +16,8 @@ from sq_llava.inference.settings import AskSettings
 from sq_llava.llm_client.settings import ChatSettings
 
 
-FILTERS = "Filters: with others, the same command makes the set anew without a model"
-JUDGE = "Judge of what passed, if --judge-model is given; --prompts has judge.txt"
+FILTERS = "Filters (the same command with other filters does not run the model again)"
+JUDGE = "Judge of the filtered rows (needs --judge-model)"
 
 app = typer.Typer()
 
@@ -43,7 +43,10 @@ def generate_self(
     shard: ShardOption = None,
     dry_run: DryRun = False,
 ) -> None:
-    """Images alone: a SQ-LLaVA asks about them, answers, and what passes the filters is kept."""
+    """Make conversations from images: a SQ-LLaVA asks and answers.
+
+    Turns that pass the filters are kept.
+    """
     with errors_in_one_line():
         check_asking(**settings)
         require_folder(settings["prompts"])
@@ -61,7 +64,7 @@ def generate_self(
         if dry_run:
             num_images, num_left, estimate = self_generation.estimate(run)
             console.print(
-                f"{num_left:,} of {num_images:,} images are to be asked about, {run.ask.num_questions} questions each."
+                f"{num_left:,} of {num_images:,} images are still open, with {run.ask.num_questions} questions each."
             )
             if estimate is not None:
                 print_estimate(estimate)
@@ -72,9 +75,9 @@ def generate_self(
 
 
 def _show_made(made, out: Path) -> None:
-    """Prints what was made of images; exit code 1 where something is missing."""
+    """Prints what was made of the images. Exit code 1: something is missing."""
     counts = f"{made.num_turns:,} turns about {made.num_images:,} images, {made.num_kept:,} kept"
-    console.print(f"{counts} in {made.num_rows:,} rows; left out:", highlight=False)
+    console.print(f"{counts} in {made.num_rows:,} rows. Left out:", highlight=False)
     for reason, count in sorted(made.left_out.items()):
         console.print(f"  {count:>7,}  {reason}", highlight=False)
     end_run(out, made.num_failed, made.num_open, made.stopped)

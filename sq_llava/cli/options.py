@@ -1,4 +1,4 @@
-"""Options of the commands that stand in dataclasses, and how a command loads a model.
+"""Options of commands from the fields of dataclasses, and how a command loads a model.
 
     @dataclass(frozen=True)
     class AskSettings:
@@ -9,8 +9,8 @@
     def ask(image: Path, asking: Annotated[dict, OptionsOf(AskSettings, num_questions=1)]) -> None:
         settings = AskSettings(**asking)
 
-Each field with an `Option` (or an `Argument`) is one of the command; fields without one are the command's to fill in.
-Nothing large is imported before a command needs it: `--help` answers at once.
+Each field with an `Option` (or an `Argument`) becomes an option of the command. The command itself fills in the other
+fields. Large libraries are imported only when a command needs them, so that `--help` is fast.
 """
 
 from collections.abc import Callable, Iterator
@@ -24,20 +24,21 @@ from typer import Argument, Option
 from typer.models import OptionInfo, ParameterInfo
 
 from sq_llava.console import messages_console
-from sq_llava.early_checks import require_device, require_dtype, require_model
+from sq_llava.early_checks import require_device, require_dtype
 from sq_llava.inference.settings import Device, Dtype
+from sq_llava.locations import find_config
 
 
 class OptionsOf:
     """
-    In the annotation of a command's parameter: it is a dictionary of what was given for the fields of a dataclass.
+    Annotates a parameter of a command. The parameter is a dictionary of the values given for a dataclass's fields.
 
     Args:
         settings (`type`): The dataclass.
-        prefix (`str`): What its options begin with: `judge` makes `--judge-model` of the field `model`.
-        panel (`str`, *optional*): Title above its options in the help.
-        without (`tuple[str, ...]`): Fields that are no option of this command.
-        defaults: Defaults that differ from those of the dataclass.
+        prefix (`str`): Prefix of the options: with `judge`, the field `model` becomes `--judge-model`.
+        panel (`str`, *optional*): Title above the options in the help.
+        without (`tuple[str, ...]`): Fields that are not options of this command.
+        defaults: Defaults that replace those of the dataclass.
     """
 
     def __init__(
@@ -65,7 +66,7 @@ class OptionsOf:
             info = copy(info)
             info.rich_help_panel = self.panel or info.rich_help_panel
             if isinstance(info, OptionInfo):
-                # Typer keeps the first name in `default`: here a short one, which no two prefixes could share.
+                # Typer keeps the first name in `default`: here a short one (-n). A prefix leaves no short name.
                 short = () if self.prefix or info.default is ... else (info.default,)
                 info.default, info.param_decls = f"--{name.replace('_', '-')}", short
             default = self.defaults.get(field.name, field.default)
@@ -74,7 +75,7 @@ class OptionsOf:
 
 
 def takes_options(command: Callable[..., None]) -> Callable[..., None]:
-    """The command as Typer reads it: with a parameter for each option of its `OptionsOf`, required ones first."""
+    """Replaces each `OptionsOf` parameter of a command by one parameter for each option. Required ones come first."""
     parameters, groups = [], {}
     for parameter in signature(command).parameters.values():
         options = next((each for each in get_args(parameter.annotation) if isinstance(each, OptionsOf)), None)
@@ -105,19 +106,19 @@ class ModelOptions:
     model: Annotated[str, Option("-m", help="Checkpoint or adapter folder, or a Hub id.")]
     device: Device = None
     dtype: Dtype = "auto"
-    load_in_4bit: Annotated[bool, Option(help="Load the towers' weights in 4 bits, with bitsandbytes.")] = False
-    load_in_8bit: Annotated[bool, Option(help="Load the towers' weights in 8 bits, with bitsandbytes.")] = False
+    load_in_4bit: Annotated[bool, Option(help="Load both towers in 4 bits, with bitsandbytes.")] = False
+    load_in_8bit: Annotated[bool, Option(help="Load both towers in 8 bits, with bitsandbytes.")] = False
 
 
 Model = Annotated[dict, OptionsOf(ModelOptions)]
-# Where the model is an argument.
+# For commands whose model is an argument.
 ModelArgument = Annotated[str, Argument(help="Checkpoint or adapter folder, or a Hub id.", show_default=False)]
 Loading = Annotated[dict, OptionsOf(ModelOptions, without=("model",))]
-AsJson = Annotated[bool, Option("--json", help="Print one JSON document.")]
+AsJson = Annotated[bool, Option("--json", help="Print the result as JSON.")]
 
 
 def quiet_libraries() -> None:
-    """Leaves standard error to the command's own messages and bars."""
+    """Turns off the messages and progress bars of transformers, so that only the command's own are shown."""
     from transformers.utils import logging
 
     logging.set_verbosity_error()
@@ -126,16 +127,18 @@ def quiet_libraries() -> None:
 
 def check_model_options(model: str, device: str | None, dtype: str, **_: Any) -> None:
     """
+    Checks the options of a model without importing a large library.
+
     Raises:
-        ValueError: before a large library is imported, for a model that is not there or a wrong device or dtype.
+        ValueError: if the model, the device or the dtype does not exist.
     """
     require_dtype(dtype, "--dtype")
-    require_model(model)
+    find_config(model)
     require_device(device)
 
 
 def load_model(model: str, device: str | None, dtype: str, load_in_4bit: bool = False, load_in_8bit: bool = False):
-    """An [`Assistant`], loaded while the terminal says so."""
+    """Loads an [`Assistant`], with a message on standard error."""
     check_model_options(model, device, dtype)
     with messages_console.status("Loading the model"):
         quiet_libraries()

@@ -1,4 +1,4 @@
-"""`sq-llava demo` and `sq-llava prototypes`."""
+"""`sq-llava demo` (the web page) and `sq-llava prototypes`."""
 
 from pathlib import Path
 from typing import Annotated
@@ -27,11 +27,11 @@ def demo(
     model: ModelArgument,
     loading: Loading,
     host: Annotated[
-        str, typer.Option(help="Address to listen on; 0.0.0.0 is reached from other machines.")
+        str, typer.Option(help="Address to listen on. 0.0.0.0: reachable from other machines.")
     ] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.")] = 7860,
 ) -> None:
-    """Open a page on which people chat about pictures, and the model asks: http://HOST:PORT."""
+    """Start a web page to chat about pictures, at http://HOST:PORT."""
     with errors_in_one_line():
         check_model_options(model, **loading)
         with needs_extra("page"):
@@ -42,6 +42,7 @@ def demo(
 
 @app.command(
     epilog=examples(
+        "sq-llava prototypes runs/demo/images/test/images/0.png --model runs/demo/model --out seen.png",
         "sq-llava prototypes dog.png --model org/sq-llava-7b --out seen.png --top 8",
     )
 )
@@ -49,16 +50,16 @@ def demo(
 def prototypes(
     image: Annotated[Path, typer.Argument(help="Image file.", show_default=False)],
     model: Annotated[dict, OptionsOf(ModelOptions, without=("load_in_4bit", "load_in_8bit"))],
-    out: Annotated[Path, typer.Option(help="PNG to write.", show_default=False)],
+    out: Annotated[Path, typer.Option(help="PNG file to write.", show_default=False)],
     top: Annotated[int | None, typer.Option(min=1, help="Show only the N largest prototypes.")] = None,
 ) -> None:
-    """Show what the prototypes see: the image's tokens, coloured by the prototype of each."""
+    """Paint a picture of the prototypes: each image token gets the colour of its prototype."""
     with errors_in_one_line():
         if out.suffix.lower() != ".png":
-            raise ValueError(f"--out {out}: it is a PNG that is written, so end it in .png.")
+            raise ValueError(f"--out {out}: the file name must end in .png.")
         require_folder(out.parent)
         if out.exists() and image.exists() and out.samefile(image):
-            raise ValueError(f"--out {out} is the image itself: give another file.")
+            raise ValueError(f"--out {out} is the input image: give another file.")
         require_image(image)
         check_model_options(**model)
         from sq_llava.data.images import open_image
@@ -67,10 +68,10 @@ def prototypes(
         assistant = load_model(**model)
         from sq_llava.inference.prototypes import colour_of_rank, look, paint
 
-        sight = look(assistant, picture)
-        chosen = [*sight.shares][:top]
-        paint(picture, sight, chosen).save(out)
+        seen = look(assistant, picture)
+        chosen = [*seen.shares][:top]
+        paint(picture, seen, chosen).save(out)
         for rank, prototype in enumerate(chosen):
             red, green, blue = colour_of_rank(rank)
-            console.print(f"[rgb({red},{green},{blue})]■[/] prototype {prototype}: {sight.shares[prototype]:.1%}")
+            console.print(f"[rgb({red},{green},{blue})]■[/] prototype {prototype}: {seen.shares[prototype]:.1%}")
     messages_console.print(f"Wrote {out}", markup=False, soft_wrap=True)

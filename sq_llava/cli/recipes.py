@@ -1,10 +1,10 @@
-"""`sq-llava recipes`: lists the recipes that the library brings along, and copies them to where they can be edited.
+"""`sq-llava recipes`: lists the recipes of the library, and copies them into a folder where they can be edited.
 
     sq-llava recipes
     sq-llava recipes copy sq-llava-7b
 
-They name one another by paths such as `recipes/sq-llava-7b/stage1.yaml`, so a copy in a folder `recipes` works as
-it is; in another folder, the paths in its comments are those of that folder.
+Recipes refer to each other by paths such as `recipes/sq-llava-7b/stage1.yaml`. A copy in a folder `recipes` works
+unchanged. In a copy to another folder, `recipes/` is replaced by the path of that folder.
 """
 
 import re
@@ -17,7 +17,7 @@ from sq_llava.console import console, errors_in_one_line, examples, messages_con
 from sq_llava.resources import find_resource
 
 
-# Settings of `accelerate launch`, and a script for Slurm: they go along with every recipe.
+# Settings for `accelerate launch` and a Slurm script. They are copied with every recipe.
 LAUNCH = "accelerate"
 SUFFIXES = (".yaml", ".sbatch")
 
@@ -25,14 +25,14 @@ app = typer.Typer(name="recipes")
 
 
 def list_recipes() -> dict[str, Path]:
-    """The files by their names, such as `sq-llava-7b/stage1`."""
+    """The files of all recipes, by their names, such as `sq-llava-7b/stage1`."""
     root = find_resource("recipes")
     files = sorted(path for path in root.rglob("*") if path.suffix in SUFFIXES)
     return {path.relative_to(root).with_suffix("").as_posix(): path for path in files}
 
 
 def summary(file: Path) -> str:
-    """The first sentence of the comment that a file begins with."""
+    """The first sentence of the comment at the start of a file."""
     lines = file.read_text(encoding="utf-8").splitlines()
     start = lines[0].startswith("#!")
     header = lines[start : next((number for number, line in enumerate(lines) if line[:1] != "#"), None)]
@@ -42,19 +42,23 @@ def summary(file: Path) -> str:
 
 def copy_recipes(name: str, folder: Path) -> tuple[list[Path], list[Path]]:
     """
-    Copies the recipe `name`, or all of a folder of them, and the launch settings.
+    Copies a recipe, or a folder of recipes, together with the launch settings.
+
+    Args:
+        name (`str`): A name from [`list_recipes`], or a folder of recipes such as `sq-llava-7b`.
+        folder (`Path`): Where to copy them.
 
     Returns:
-        The files that were written, and those that were there already: launch settings, and equal recipes.
+        The files that were written, and the existing files that were kept: launch settings and identical recipes.
 
     Raises:
-        ValueError: for an unknown name, or if a recipe would have to be overwritten; nothing is written then.
+        ValueError: if the name is unknown, or a recipe would be overwritten. Nothing is written then.
     """
     recipes = list_recipes()
     wanted = name.removeprefix("recipes/").removesuffix(".yaml").rstrip("/")
     chosen = {key for key in recipes if f"{key}/".startswith(f"{wanted}/")}
     if not chosen:
-        raise ValueError(f"{name}: no such recipe or folder of recipes; `sq-llava recipes` lists them.")
+        raise ValueError(f"{name}: no such recipe or folder of recipes. `sq-llava recipes` lists them.")
     root, texts = find_resource("recipes"), {}
     for key in sorted(chosen | {key for key in recipes if key.startswith(f"{LAUNCH}/")}):
         text = recipes[key].read_text(encoding="utf-8").replace("recipes/", f"{folder.as_posix()}/")
@@ -62,7 +66,7 @@ def copy_recipes(name: str, folder: Path) -> tuple[list[Path], list[Path]]:
         texts[target] = text
         is_edited = target.exists() and (not target.is_file() or target.read_text(encoding="utf-8") != text)
         if is_edited and key in chosen:
-            raise ValueError(f"{target} is there already, and differs: move it away, or name another folder.")
+            raise ValueError(f"{target} exists already and is different. Move it, or give another folder.")
     written = [target for target in texts if not target.exists()]
     for target in written:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -72,7 +76,7 @@ def copy_recipes(name: str, folder: Path) -> tuple[list[Path], list[Path]]:
 
 @app.callback(invoke_without_command=True, epilog=examples("sq-llava recipes", "sq-llava recipes copy sq-llava-7b"))
 def recipes(context: typer.Context) -> None:
-    """List the recipes and launch settings that come with the library, or copy them."""
+    """List the recipes and launch settings of the library, or copy them."""
     if context.invoked_subcommand is not None:
         return
     with errors_in_one_line():
@@ -91,14 +95,15 @@ def recipes(context: typer.Context) -> None:
 )
 def copy(
     name: Annotated[
-        str, typer.Argument(help="A recipe of the list, or a folder of them: sq-llava-7b.", show_default=False)
+        str,
+        typer.Argument(help="A recipe or a folder of recipes from the list, e.g. sq-llava-7b.", show_default=False),
     ],
-    folder: Annotated[Path, typer.Argument(help="Where to.")] = Path("recipes"),
+    folder: Annotated[Path, typer.Argument(help="Folder to copy to.")] = Path("recipes"),
 ) -> None:
-    """Copy recipes and launch settings into a folder, to be edited there. No file is overwritten."""
+    """Copy recipes and launch settings into a folder, to edit them. No file is overwritten."""
     with errors_in_one_line():
         written, kept = copy_recipes(name, folder)
     for path in written:
         messages_console.print(f"Wrote {path}", markup=False, soft_wrap=True)
     for path in kept:
-        messages_console.print(f"Kept {path}, which is there already", markup=False, soft_wrap=True)
+        messages_console.print(f"Kept {path}, which exists already", markup=False, soft_wrap=True)

@@ -1,4 +1,4 @@
-"""`sq-llava serve`: the options of the server."""
+"""`sq-llava serve`: starts the server."""
 
 import os
 from pathlib import Path
@@ -29,7 +29,7 @@ def serve(
     loading: Loading,
     limits: Annotated[dict, OptionsOf(Limits, panel=LIMITS)],
     host: Annotated[
-        str, typer.Option(help="Address to listen on; 0.0.0.0 is reached from other machines.")
+        str, typer.Option(help="Address to listen on. 0.0.0.0: reachable from other machines.")
     ] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on.")] = 8000,
     model_name: Annotated[
@@ -38,18 +38,18 @@ def serve(
     api_key_env: Annotated[
         str | None, typer.Option(help="Name of the environment variable with the key that clients must send.")
     ] = None,
-    max_batch_size: Annotated[int, typer.Option(min=1, help="Maximum number of texts generated side by side.")] = 16,
+    max_batch_size: Annotated[int, typer.Option(min=1, help="Maximum number of texts generated at once.")] = 16,
     max_body_mb: Annotated[
         float, typer.Option(min=0.001, help="Maximum size of a request in megabytes.", rich_help_panel=LIMITS)
     ] = 20.0,
     max_megapixels: Annotated[
         float,
         typer.Option(
-            min=0.001, help="Maximum size of all images of a request, padded to squares.", rich_help_panel=LIMITS
+            min=0.001, help="Maximum megapixels of all images in a request, as squares.", rich_help_panel=LIMITS
         ),
     ] = 64.0,
 ) -> None:
-    """Serve a model to OpenAI clients, with images: http://HOST:PORT/v1."""
+    """Serve a model to OpenAI clients, with images, at http://HOST:PORT/v1."""
     with errors_in_one_line():
         api_key = _read_key(api_key_env)
         check_model_options(model, **loading)
@@ -62,9 +62,9 @@ def serve(
         name = model_name or (Path(model).resolve().name if Path(model).is_dir() else model)
         app = create_app(assistant, name, limits, max_batch_size, api_key)
         if host not in LOOPBACK and api_key is None:
-            messages_console.print("Anybody who reaches this port can use the model: see --api-key-env.")
-    messages_console.print(f"The model's name is {name}.", markup=False, soft_wrap=True)
-    # SIGTERM and Ctrl-C: no new requests, and those that are under way are finished.
+            messages_console.print("Warning: without --api-key-env, anyone who can reach this port can use it.")
+    messages_console.print(f"The name of the model is {name}.", markup=False, soft_wrap=True)
+    # On SIGTERM and Ctrl-C, no new requests are accepted, and running requests are finished.
     seconds = int(limits.request_seconds) + 5
     uvicorn.run(app, host=host, port=port, timeout_graceful_shutdown=seconds, server_header=False)
 

@@ -1,4 +1,4 @@
-"""`sq-llava ask`, `answer` and `chat`: a model talks about images."""
+"""`sq-llava ask`, `sq-llava answer` and `sq-llava chat`."""
 
 import json
 import sys
@@ -17,17 +17,16 @@ from sq_llava.early_checks import find_images, require_image
 from sq_llava.inference.settings import AskSettings
 
 
-Images = Annotated[list[Path], typer.Argument(help="Image files, or folders of them.", show_default=False)]
-BatchSize = Annotated[int, typer.Option(min=1, help="Number of images at a time.")]
+Images = Annotated[list[Path], typer.Argument(help="Image files, or folders of images.", show_default=False)]
+BatchSize = Annotated[int, typer.Option(min=1, help="Number of images in a batch.")]
 
 app = typer.Typer()
 
 
 @app.command(
     epilog=examples(
-        "sq-llava ask dog.png --model org/sq-llava-7b -n 5",
-        "sq-llava ask photos/ --model runs/demo/model --seed 0 --json > questions.json",
-        'sq-llava ask shape.png --model runs/demo/model --after "what color is the shape?"',
+        "sq-llava ask runs/demo/images/test/images/0.png --model runs/demo/model -n 5",
+        "sq-llava ask photos/ --model org/sq-llava-7b --seed 0 --json > questions.json",
     )
 )
 @takes_options
@@ -38,7 +37,7 @@ def ask(
     batch_size: BatchSize = 8,
     as_json: AsJson = False,
 ) -> None:
-    """Let the model ask questions about each image."""
+    """Let the model ask questions about images."""
     with errors_in_one_line():
         files, assistant = _open(images, model)
         results = _in_batches(files, batch_size, "Asking", partial(_ask, assistant, **asking))
@@ -52,7 +51,7 @@ def _ask(
     if after is not None:
         firsts = assistant.answer_batch([(file, after) for file in files], max_new_tokens)
         histories = [[{"role": "user", "content": after}, {"role": "assistant", "content": first}] for first in firsts]
-    # The same seed for each image: its questions are those that are asked about it alone.
+    # Each image gets the same seed, so that its questions do not depend on the other images.
     seeds = None if seed is None else [seed] * len(files)
     asked = assistant.ask_batch(files, histories, max_new_tokens=max_new_tokens, seeds=seeds, **sampling)
     return [{"image": str(file), "questions": questions} for file, questions in zip(files, asked, strict=True)]
@@ -60,20 +59,20 @@ def _ask(
 
 @app.command(
     epilog=examples(
-        'sq-llava answer dog.png "What is the dog doing?" --model org/sq-llava-7b',
-        'sq-llava answer photos/ "What is it?" --model runs/demo/model --json',
+        'sq-llava answer runs/demo/images/test/images/0.png "what color is the shape?" --model runs/demo/model',
+        'sq-llava answer photos/ "What is it?" --model org/sq-llava-7b --json > answers.json',
     )
 )
 @takes_options
 def answer(
     images: Images,
-    question: Annotated[str, typer.Argument(help="The question, asked of each image.", show_default=False)],
+    question: Annotated[str, typer.Argument(help="Question about each image.", show_default=False)],
     model: Model,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Maximum length of an answer, in tokens.")] = 512,
     batch_size: BatchSize = 8,
     as_json: AsJson = False,
 ) -> None:
-    """Answer a question about each image, greedily."""
+    """Answer a question about images, greedily."""
     with errors_in_one_line():
         files, assistant = _open(images, model)
 
@@ -86,7 +85,7 @@ def answer(
 
 
 def _open(images: list[Path], model: dict):
-    """The image files and the [`Assistant`], once what is wrong with either has been told: cheap checks first."""
+    """Checks the images and the model, the cheap checks first. Returns the image files and an [`Assistant`]."""
     files = find_images(images)
     check_model_options(**model)
     from sq_llava.data.images import require_whole_images
@@ -98,7 +97,7 @@ def _open(images: list[Path], model: dict):
 def _in_batches(
     files: list[Path], batch_size: int, description: str, work: Callable[[list[Path]], list[dict]]
 ) -> list[dict]:
-    """What `work` gives for all files, beside a bar."""
+    """Calls `work` on batches of the files, with a progress bar, and returns all results."""
     results = []
     with Progress(console=messages_console, transient=True, disable=len(files) == 1) as progress:
         bar = progress.add_task(description, total=len(files))
@@ -111,10 +110,10 @@ def _in_batches(
 
 def _together_or_alone(batch: list[Path], work: Callable[[list[Path]], list[dict]]) -> list[dict]:
     """
-    What `work` gives for a batch. If it fails, it is tried with each file alone.
+    Calls `work` on a batch. If that fails, it is called on each file alone.
 
     Raises:
-        ValueError: if it fails with a file alone: with the name of the file.
+        ValueError: if it fails on a single file. The message names the file.
     """
     try:
         return work(batch)
@@ -135,26 +134,33 @@ def _show(results: list[dict], as_json: bool, text_of: Callable[[dict], str]) ->
         console.print(text_of(result), markup=False, highlight=False)
 
 
-@app.command(epilog=examples("sq-llava chat dog.png --model org/sq-llava-7b"))
+@app.command(
+    epilog=examples(
+        "sq-llava chat runs/demo/images/test/images/0.png --model runs/demo/model",
+        "sq-llava chat dog.png --model org/sq-llava-7b --load-in-4bit",
+    )
+)
 @takes_options
 def chat(
-    image: Annotated[Path, typer.Argument(help="An image file.", show_default=False)],
+    image: Annotated[Path, typer.Argument(help="Image file.", show_default=False)],
     model: Model,
     asking: Annotated[dict, OptionsOf(AskSettings, without=("num_questions", "after"), max_new_tokens=512, seed=None)],
 ) -> None:
-    """Talk about an image. /ask lets the model ask and answer, /new starts over, /quit ends.
+    """Chat about an image.
 
-    Ctrl-C stops an answer; the conversation goes on as if that turn had not been.
+    /ask: the model asks itself a question and answers it. /new: start over. /quit: end.
+    Ctrl-C stops an answer: that turn is then dropped.
     """
     with errors_in_one_line():
         require_image(image)
         if sys.stdin is None:
-            raise ValueError("Standard input is closed: chat reads what you say from it.")
+            raise ValueError("Standard input is closed, but chat reads your messages from it.")
         assistant = load_model(**model)
     from sq_llava.inference.dialogues import Dialogues
 
     console.print(
-        "Ask about the image. /ask: the model asks itself. /new: start over. /quit: end. Ctrl-C: stop an answer.",
+        "Ask about the image. /ask: the model asks itself a question. /new: start over. /quit: end. "
+        "Ctrl-C: stop an answer.",
         style="dim",
     )
     start = partial(Dialogues, assistant.model, assistant.processor)
@@ -166,17 +172,17 @@ def chat(
                 dialogue = start([[]])
             elif line:
                 _reply(dialogue, image, line, **asking)
-        except ValueError as error:  # such as a control token in what was typed
+        except ValueError as error:  # e.g. a control token in the message
             messages_console.print(f"[red]Error:[/red] {escape(str(error))}", soft_wrap=True)
             dialogue = start([history])
         except KeyboardInterrupt:
-            messages_console.print("Stopped. The conversation goes on without this turn.")
-            # Without a cache, which may hold half of a step.
+            messages_console.print("Stopped. This turn was dropped.")
+            # Start with an empty cache: the old one may hold half of a step.
             dialogue = start([history])
 
 
 def _reply(dialogue, image: Path, line: str, max_new_tokens: int, seed: int | None, **sampling) -> None:
-    """Lets the model ask and answer (`/ask`), or answer `line`, and prints what is new."""
+    """Lets the model answer `line`, or ask and answer (`/ask`), and prints the new turns."""
     from sq_llava.data.messages import place_images
     from sq_llava.inference.dialogues import DESCRIBE
 

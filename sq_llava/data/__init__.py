@@ -1,1 +1,1 @@
-"""Files of several formats -> checked rows: layouts, images, messages, lengths, turns that ask, packing."""
+"""Training data: files of several formats -> checked rows; images, messages, lengths, self-questions, packing."""

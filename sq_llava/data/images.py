@@ -1,12 +1,12 @@
-"""Image files -> RGB images, the same for training, the doctor and inference.
+"""Opens image files as RGB images, in the same way for training, the doctor and inference.
 
     >>> open_image("photo.jpg").mode
     'RGB'
-    >>> [fault.code for fault in image_faults("dance.gif")]  # by its header and its end; no pixels are decoded
+    >>> [fault.code for fault in image_faults("dance.gif")]  # reads header and last bytes; decodes no pixels
     ['image_animated']
 
-What becomes of an image that is not plain 8-bit RGB is decided by `to_rgb` of `image_processing_sq_llava.py`, which
-travels with every checkpoint. Here are the images of data sets: their names in errors, and their faults.
+`to_rgb` converts an image to 8-bit RGB. It stands in `image_processing_sq_llava.py`, which is saved with every
+checkpoint. This module adds what a dataset needs: a name for each image in errors, and a list of its faults.
 """
 
 import base64
@@ -23,19 +23,24 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 from image_processing_sq_llava import check_size, open_in_rgb, safe_formats
 
 
-# The last bytes of a whole file. GIF's own is a single one: here with the end of the block before it.
+# The last bytes of a complete file. A GIF ends with the one byte ";"; the zero before it ends its last block.
 END_MARKERS = {"JPEG": b"\xff\xd9", "MPO": b"\xff\xd9", "PNG": b"\0\0\0\0IEND\xaeB`\x82", "GIF": b"\0;"}
 
-
-# How images are sent to a chat server: pixels of the longest side, and JPEG quality.
+# Images for a chat server: longest side in pixels, and JPEG quality.
 CHAT_SIDE, CHAT_QUALITY = 1024, 90
 
 
 @dataclass(frozen=True)
 class Fault:
     """
-    What is to be known of a row or an image. Its `level` is "error" (it cannot be trained on), "warning" (it can, but
-    hardly as it was meant) or "info" (it is unusual, and taken care of).
+    One remark about a row or an image.
+
+    Args:
+        code (`str`): Short name of the kind of fault. `docs/data.md` lists all codes.
+        message (`str`): What is wrong.
+        fix (`str`): What to do about it.
+        level (`str`): "error" (the row cannot be used for training), "warning" (it can, but the result is probably not
+            what its author wanted) or "info" (it is unusual, and handled).
     """
 
     code: str
@@ -48,36 +53,44 @@ def open_image(
     image: str | Path | dict[str, Any] | bytes | io.BytesIO | Image.Image, formats: tuple[str, ...] | None = None
 ) -> Image.Image:
     """
-    Opens an image in RGB, by the rule of [`to_rgb`], with errors that name it.
+    Opens an image in RGB, converted as [`to_rgb`] does. Errors name the image.
 
     Args:
         image: A path; the `{"bytes": ..., "path": ...}` of an undecoded `datasets.Image`; the bytes of a file, or a
             stream of them; or a `PIL.Image.Image`.
-        formats (`tuple[str, ...]`, *optional*): The only ones to be read, by Pillow's names; default: all but EPS.
+        formats (`tuple[str, ...]`, *optional*): Pillow's names of the allowed formats; default: all but EPS.
+
+    Returns:
+        A new `PIL.Image.Image` in mode "RGB". The caller may draw on it.
 
     Raises:
-        ValueError: if the file is missing, broken, truncated, or large enough to be an attack.
+        ValueError: if the file is missing, broken or truncated, or has so many pixels that it may be an attack.
     """
     name = image_name(image)
     try:
-        # Neither a URL nor base64: a path of a data set is a path.
+        # A string is always a path here, never a URL or base64.
         opened = open_in_rgb(image if isinstance(image, Image.Image) else image_stream(image), formats)
     except FileNotFoundError as error:
         raise ValueError(f"{name}: no such image file.") from error
-    # Of a broken file, Pillow's parsers and converters raise whatever comes, TypeError and MemoryError among it.
+    # For a broken file, Pillow raises exceptions of many kinds, also TypeError and MemoryError.
     except Exception as error:
-        raise ValueError(f"{name}: cannot be read as an image ({error}). Save it anew as PNG or JPEG.") from error
-    # Of its own: whoever gave the image may draw on it.
+        raise ValueError(f"{name}: cannot be read as an image ({error}). Save it again as PNG or JPEG.") from error
     return opened.copy() if opened is image else opened
 
 
 def chat_part(image: str | Path | dict[str, Any] | Image.Image) -> dict[str, Any]:
-    """An image as a part of a message to an OpenAI-compatible server."""
+    """Returns the message part with which an OpenAI-compatible server gets the image."""
     return {"type": "image_url", "image_url": {"url": jpeg_data_url(open_image(image), CHAT_SIDE, CHAT_QUALITY)}}
 
 
 def jpeg_data_url(image: Image.Image, longest_side: int, quality: int) -> str:
-    """An RGB image as `data:image/jpeg;base64,...`, made smaller where it is larger than that."""
+    """
+    Encodes an RGB image as `data:image/jpeg;base64,...`.
+
+    Args:
+        longest_side (`int`): In pixels. A larger image is made smaller.
+        quality (`int`): JPEG quality, up to 95.
+    """
     image = image.copy()
     image.thumbnail((longest_side, longest_side))
     file = io.BytesIO()
@@ -86,7 +99,7 @@ def jpeg_data_url(image: Image.Image, longest_side: int, quality: int) -> str:
 
 
 def image_name(image: str | Path | dict[str, Any] | bytes | io.BytesIO | Image.Image) -> str:
-    """What an error calls the image."""
+    """Returns the name of the image for error messages."""
     if isinstance(image, dict):
         return image.get("path") or "embedded image"
     if isinstance(image, (bytes, io.BytesIO)):
@@ -95,7 +108,7 @@ def image_name(image: str | Path | dict[str, Any] | bytes | io.BytesIO | Image.I
 
 
 def image_key(image: str | Path | dict[str, Any] | bytes | Image.Image) -> Hashable:
-    """Equal for two images of a batch if they are the same: the same path, bytes or object."""
+    """Returns a key that two images of a batch share if they are the same path, bytes or object."""
     if isinstance(image, dict):
         return image.get("path"), image.get("bytes")
     if isinstance(image, bytes):
@@ -104,7 +117,7 @@ def image_key(image: str | Path | dict[str, Any] | bytes | Image.Image) -> Hasha
 
 
 def image_stream(image: str | Path | dict[str, Any] | bytes | io.BytesIO) -> Path | io.BytesIO:
-    """What `PIL.Image.open` takes."""
+    """Returns the path or stream that `PIL.Image.open` reads."""
     if isinstance(image, io.BytesIO):
         return image
     if isinstance(image, bytes):
@@ -116,48 +129,53 @@ def image_stream(image: str | Path | dict[str, Any] | bytes | io.BytesIO) -> Pat
 
 def image_faults(image: str | Path | dict[str, Any]) -> Iterator[Fault]:
     """
-    What is wrong with an image, or unusual, by its header and its end. All of it is decoded only where these do not
-    settle it: without the usual end, or in other formats than JPEG, PNG, GIF and WebP.
+    Yields what is wrong with an image, or unusual about it.
+
+    It reads the header and the last bytes. It decodes the pixels only if these do not show that the file is complete:
+    when the usual last bytes are missing, or the format is not JPEG, PNG, GIF or WebP.
 
     Args:
         image: A path, or the `{"bytes": ..., "path": ...}` of an undecoded `datasets.Image`.
     """
-    name, anew = f"image {image_name(image)!r}", "Save it anew as PNG or JPEG."
+    name, save_again = f"image {image_name(image)!r}", "Save it again as PNG or JPEG."
     try:
         with warnings.catch_warnings(action="ignore"):
-            unusual, is_settled = _look_at(image, name)
+            unusual, is_complete = _read_header(image, name)
     except FileNotFoundError:
-        dataset = re.search(r"/datasets--([^/]+?)--([^/]+)/", str(image))  # in the Hub's cache
-        fix = "Bring it back, or mend the path or image_root."
+        dataset = re.search(r"/datasets--([^/]+?)--([^/]+)/", str(image))  # a folder of the Hub's cache
+        fix = "Restore the file, or correct the path or image_root."
         if dataset:
             command = f"`hf download {dataset[1]}/{dataset[2]} --repo-type dataset --local-dir DIR`"
-            fix = f"The rows have paths alone. Fetch the images by {command}, unpack them, and give image_root DIR."
+            fix = f"The rows hold only paths. Download the images with {command}, unpack them, set image_root to DIR."
         yield Fault("image_missing", f"{name}: no such file.", fix)
         return
     except Image.DecompressionBombError as error:
-        yield Fault("image_huge", f"{name} claims to be huge: {str(error).rstrip('.')}.", "Save it anew, smaller.")
+        yield Fault("image_huge", f"{name} is too large: {str(error).rstrip('.')}.", "Save it with fewer pixels.")
         return
     except UnidentifiedImageError:
-        yield Fault("image_unreadable", f"{name} is of no known format, or its header is broken.", anew)
+        yield Fault("image_unreadable", f"{name} has an unknown format or a broken header.", save_again)
         return
     except Exception as error:  # see open_image
-        yield Fault("image_unreadable", f"{name} cannot be read: {error}.", anew)
+        yield Fault("image_unreadable", f"{name} cannot be read: {error}.", save_again)
         return
-    if not is_settled and all(fault.level != "error" for fault in unusual):
+    if not is_complete and all(fault.level != "error" for fault in unusual):
         try:
             with warnings.catch_warnings(action="ignore"):
                 open_image(image)
         except ValueError as error:
             reason = error.__cause__ or error
-            yield Fault("image_truncated", f"{name} is cut off or broken: {reason}.", f"Bring it back. {anew}")
+            fix = f"Restore the file. {save_again}"
+            yield Fault("image_truncated", f"{name} is truncated or broken: {reason}.", fix)
             return
     yield from unusual
 
 
 def require_whole_images(images: list[Path]) -> None:
     """
+    Checks images by [`image_faults`].
+
     Raises:
-        ValueError: for the first image that cannot be opened, or is large enough to be an attack.
+        ValueError: for the first image that has an error.
     """
     for image in images:
         for fault in image_faults(image):
@@ -165,40 +183,40 @@ def require_whole_images(images: list[Path]) -> None:
                 raise ValueError(f"{fault.message} {fault.fix}")
 
 
-def _look_at(image: str | Path | dict[str, Any], name: str) -> tuple[list[Fault], bool]:
-    """What is unusual in the header, and whether header and end are enough to tell that the image can be opened."""
+def _read_header(image: str | Path | dict[str, Any], name: str) -> tuple[list[Fault], bool]:
+    """Returns the faults that the header shows, and whether header and last bytes show that the file is complete."""
     source = image_stream(image)
     with source if isinstance(source, io.BytesIO) else source.open("rb") as stream:
         num_bytes = stream.seek(0, io.SEEK_END)
         if num_bytes == 0:
-            return [Fault("image_empty", f"{name} has no bytes.", "Bring it back.")], True
+            return [Fault("image_empty", f"{name} is an empty file.", "Restore the file.")], True
         stream.seek(0)
         begin = stream.read(8)
         claimed = int.from_bytes(begin[4:], "little") + 8 if begin.startswith(b"RIFF") else 0  # WebP
         if claimed > num_bytes:
-            return [Fault("image_truncated", f"{name} has {num_bytes} bytes of {claimed}.", "Bring it back.")], True
+            message = f"{name} has {num_bytes} bytes, but its header says {claimed}."
+            return [Fault("image_truncated", message, "Restore the file.")], True
         stream.seek(-min(num_bytes, 12), io.SEEK_END)
         end = stream.read()
         with Image.open(stream, formats=safe_formats()) as file:
             check_size(file)
-            # Not file.getexif(): of a PNG, it would decode all pixels first.
+            # Not file.getexif(): for a PNG, it decodes all pixels first.
             orientation = Image.Image.getexif(file).get(ExifTags.Base.Orientation, 1)
             unusual = list(_unusual(file, orientation, name))
             marker = END_MARKERS.get(file.format)
-            is_whole = file.format == "WEBP" or (marker is not None and end.endswith(marker))
-            return unusual, is_whole
+            return unusual, file.format == "WEBP" or (marker is not None and end.endswith(marker))
 
 
 def _unusual(file: Image.Image, orientation: int, name: str) -> Iterator[Fault]:
     if getattr(file, "is_animated", False):  # Pillow: "if defined"
-        yield Fault("image_animated", f"{name} holds several frames.", "The first is taken.", "info")
+        yield Fault("image_animated", f"{name} has several frames.", "The first frame is used.", "info")
     if file.mode == "CMYK":
         yield Fault("image_cmyk", f"{name} is CMYK.", "It is converted to RGB.", "info")
     if file.mode.startswith("I"):
-        yield Fault("image_16_bit", f"{name} has 16 bits a pixel.", "They are scaled to 8 bits.", "info")
-    if file.mode in ("P", "PA") and file.format != "GIF":  # each GIF has one
+        yield Fault("image_16_bit", f"{name} has 16 bits per pixel.", "They are scaled to 8 bits.", "info")
+    if file.mode in ("P", "PA") and file.format != "GIF":  # every GIF has a palette
         yield Fault("image_palette", f"{name} has a palette.", "It is converted to RGB.", "info")
     if orientation != 1:
-        yield Fault("image_rotated", f"{name} has EXIF orientation {orientation}.", "It is turned upright.", "info")
+        yield Fault("image_rotated", f"{name} has EXIF orientation {orientation}.", "It is rotated upright.", "info")
     if file.mode == "F":
-        yield Fault("image_float", f"{name} has floating-point pixels of unknown range.", "Save it with 8 bits.")
+        yield Fault("image_float", f"{name} has floating-point pixels of unknown range.", "Save it in 8 bits.")

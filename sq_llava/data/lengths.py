@@ -1,13 +1,15 @@
-"""Tokens of rows, and the most that a row can have, whichever turns become self-questions: counted once, kept on disk.
+"""Counts the tokens of rows, and the largest number that a row can have in any epoch. Counts are cached on disk.
 
     >>> rows = with_length_bounds(rows, LengthBound(processor, max_length=2048))
-    >>> rows[0]["length"]  # in no epoch will row 0 have more
+    >>> rows[0]["length"]  # row 0 never has more tokens than this
     812
 
-A turn has other tokens as a self-question (`[vusr] text</s>`) than as a user's (` USER: text`). Each exchange ends
-with the token that ends an answer. No text may hold it, and no token reaches across it. So the tokens of a row are the
-sum of the tokens of its exchanges, and two counts, one with no turn drawn and one with all, give the most of any draw.
-What it does not do: read images. Each has `image_seq_length` tokens.
+In each epoch, other turns become self-questions. A turn has other tokens as a self-question (`[vusr] text</s>`) than
+as a user's turn (` USER: text`). Each exchange (a question and its answer) ends with the end-of-sequence token. No
+text may contain that token, and no other token crosses it, so the tokens of a row are the sum of the tokens of its
+exchanges. Two counts are enough to find the largest number: one with no turn drawn, one with all turns drawn.
+
+What it does not do: read images. Each image has `image_seq_length` tokens.
 """
 
 import hashlib
@@ -27,12 +29,21 @@ from sq_llava.data.sources import JsonFile, Table
 
 
 ROWS_AT_A_TIME = 256
-# Below this number of rows, one process is faster: others would have to be started.
+# Below this number of rows, one process is faster than starting others.
 ROWS_FOR_PROCESSES = 20_000
 
 
 def token_ids(processor: SQLlavaProcessor, conversations: list[list[dict]], plain: bool) -> list[np.ndarray]:
-    """Ids as the collator will have them, except that one `<image>` stands for all tokens of an image."""
+    """
+    Tokenizes conversations as the collator does, except that each image is one `<image>` token.
+
+    Args:
+        conversations (`list[list[dict]]`): Messages of each row.
+        plain (`bool`): Whether to use the caption template of stage 1.
+
+    Returns:
+        Token ids of each conversation: arrays of shape `(num_tokens,)`.
+    """
     if not conversations:
         return []
     texts = processor.apply_chat_template(conversations, plain=plain)
@@ -40,12 +51,12 @@ def token_ids(processor: SQLlavaProcessor, conversations: list[list[dict]], plai
 
 
 def token_counts(processor: SQLlavaProcessor, conversations: list[list[dict]], plain: bool) -> list[int]:
-    """Tokens of conversations, images included, with the turns as they are flagged."""
+    """Counts the tokens of each conversation, images included. Turns flagged as self-questions count as such."""
     return [int(_sizes(processor, ids).sum()) for ids in token_ids(processor, conversations, plain)]
 
 
 def prefix_lengths(processor: SQLlavaProcessor, conversations: list[list[dict]], plain: bool) -> list[np.ndarray]:
-    """For each conversation: tokens of its first exchange, of its first two, and so on; images included."""
+    """Counts, for each conversation, the tokens of its first exchange, of its first two, and so on, with images."""
     prefixes = [
         [messages[:end] for end in range(first_exchange(messages), len(messages) + 1, 2)] for messages in conversations
     ]
@@ -55,13 +66,15 @@ def prefix_lengths(processor: SQLlavaProcessor, conversations: list[list[dict]],
 
 def kept_exchanges(lengths: np.ndarray, max_length: int, row_id: int | str | None) -> int:
     """
-    How many exchanges are kept of a row that may be too long: whole ones go from its end.
+    Returns how many exchanges of a row fit into `max_length`. The others are cut off at its end.
 
     Args:
-        lengths (`np.ndarray`): Of the row, as [`prefix_lengths`] counts them.
+        lengths (`np.ndarray` of shape `(num_exchanges,)`): From [`prefix_lengths`].
+        max_length (`int`): In tokens.
+        row_id (`int` or `str`, *optional*): Names the row in the error.
 
     Raises:
-        ValueError: if not even the first one fits.
+        ValueError: if the first exchange alone does not fit.
     """
     if lengths[0] > max_length:
         raise ValueError(
@@ -78,13 +91,13 @@ def _sizes(processor: SQLlavaProcessor, ids: np.ndarray) -> np.ndarray:
 @dataclass(frozen=True)
 class LengthBound:
     """
-    The most tokens that the collator can make of a row.
+    Computes the largest number of tokens that a row can have in the collator.
 
     Args:
-        processor ([`SQLlavaProcessor`]): Of the run.
-        max_length (`int`): A longer row loses its last exchanges, as in the collator.
-        plain (`bool`): The caption layout of stage 1, in which nothing is drawn.
-        self_question_ratio (`float`): With 0, nothing is drawn either.
+        processor ([`SQLlavaProcessor`]): The processor of the run.
+        max_length (`int`): In tokens. A longer row loses its last exchanges, as in the collator.
+        plain (`bool`): The caption template of stage 1, which has no self-questions.
+        self_question_ratio (`float`): With 0, there are no self-questions either.
     """
 
     processor: SQLlavaProcessor
@@ -94,18 +107,20 @@ class LengthBound:
 
     def of_rows(self, conversations: list[list[dict]], row_ids: list[int]) -> list[int]:
         """
+        Returns the largest number of tokens of each row, at most `max_length`.
+
         Raises:
-            ValueError: for a row of which the first exchange alone does not fit into `max_length`.
+            ValueError: for a row whose first exchange alone does not fit into `max_length`.
         """
         bounds = []
         for row_id, (least, most) in zip(row_ids, self._of_prefixes(conversations)):
             kept = kept_exchanges(least, self.max_length, row_id)
-            # A draw under which more is kept than under another is no longer than max_length either.
+            # Another draw of turns may keep more exchanges, but never more than max_length tokens.
             bounds.append(min(self.max_length, int(most[kept - 1])))
         return bounds
 
     def _of_prefixes(self, conversations: list[list[dict]]) -> list[tuple[np.ndarray, np.ndarray]]:
-        """Fewest and most tokens of the first exchange, the first two, ..., over all draws, for each conversation."""
+        """Returns, for each conversation, fewest and most tokens of its first exchange, its first two, and so on."""
         if self.plain:
             return [(lengths, lengths) for lengths in prefix_lengths(self.processor, conversations, plain=True)]
         ratio = float(self.self_question_ratio > 0)
@@ -117,21 +132,21 @@ class LengthBound:
         ]
 
     def _by_exchange(self, conversations: list[list[dict]]) -> list[np.ndarray]:
-        """Tokens of each exchange; what stands before the first belongs to it."""
+        """Counts the tokens of each exchange. A system message is counted with the first exchange."""
         counts = []
         for messages, ids in zip(conversations, token_ids(self.processor, conversations, plain=False)):
-            # The first token of some tokenizers' texts is the one that ends an answer, too.
+            # Some tokenizers begin a text with the end-of-sequence token. That one ends no exchange.
             ends = 1 + np.flatnonzero(ids[1:] == self.processor.tokenizer.eos_token_id)
             asked = np.array([bool(m.get("self_question")) for m in messages if m["role"] == "user"])
-            last = (1 + asked).cumsum() - 1  # a self-question has an end of its own
-            assert len(ends) == last[-1] + 1 and ends[-1] == len(ids) - 1, "an exchange does not end as it should"
+            last = (1 + asked).cumsum() - 1  # a self-question ends with this token, too
+            assert len(ends) == last[-1] + 1 and ends[-1] == len(ids) - 1, "an exchange has no end token"
             counts.append(np.diff(_sizes(self.processor, ids).cumsum()[ends[last]], prepend=0))
         return counts
 
 
 @dataclass(frozen=True)
 class CountTokens:
-    """Body of `datasets.map` over the places of rows."""
+    """Counts the tokens of a batch of rows; the function that `datasets.map` calls."""
 
     reader: RowReader
     bound: LengthBound
@@ -151,16 +166,18 @@ class CountTokens:
 
 def with_length_bounds(rows: datasets.Dataset, bound: LengthBound, num_proc: int | None = None) -> datasets.Dataset:
     """
-    Rows of [`load_rows`] whose `length` is the most tokens that each can have, in place of a rough number.
+    Replaces the estimated `length` of each row by the largest number of tokens that it can have.
 
-    The lengths are kept in the cache of `datasets`, and counted again when data, tokenizer, template, `max_length` or
-    the choice of rows changes.
+    The counts are kept in the cache of `datasets`. They are made again when the data, the tokenizer, its chat
+    template, `max_length` or the choice of rows changes.
 
     Args:
-        num_proc (`int`, *optional*): Processes; by default one for each core, and one alone for few rows.
+        rows (`datasets.Dataset`): From [`load_rows`].
+        bound ([`LengthBound`]): How to count.
+        num_proc (`int`, *optional*): Number of processes. Default: one per core, or one if there are few rows.
 
     Raises:
-        ValueError: for a wrong row, and for one that is too long.
+        ValueError: for a row that is wrong or too long.
     """
     reader = rows.format["format_kwargs"]["transform"]
     places = rows.with_format(None).select_columns(["row_id", "source", "index"])
@@ -196,7 +213,7 @@ def _fingerprint(places: datasets.Dataset, reader: RowReader, bound: LengthBound
 
 
 def _identity(source: JsonFile | Table) -> str:
-    """Another, if the data changed. A file is known by its size and time: to read it takes as long as to count."""
+    """Returns a text that changes with the data. Of a JSON file it has size and time: reading it would be slow."""
     if isinstance(source, Table):
         return source.dataset._fingerprint
     stat = os.stat(source.path)

@@ -1,4 +1,4 @@
-"""Which rows share a pack of at most `max_length` tokens: arithmetic on lengths alone.
+"""Chooses which rows share a pack of at most `max_length` tokens. It needs only the lengths of the rows.
 
 >>> pack_rows([0, 1, 2], lengths=[60, 50, 30], max_length=100)
 [[0, 2], [1]]
@@ -10,14 +10,24 @@ from heapq import heapify, heappop, heappush
 import numpy as np
 
 
-# Rows that are packed together, at most and at least. More fill the packs better; a window of nearly all rows would
-# make nearly the same packs in each epoch, so a small set has four.
+# Largest and smallest number of rows that are packed together. A larger window fills the packs better. But a window of
+# nearly all rows makes nearly the same packs in each epoch, so a small dataset is divided into four windows.
 LARGEST_WINDOW, SMALLEST_WINDOW = 512, 64
 
 
 def pack_rows(rows: list[int], lengths: list[int], max_length: int) -> list[list[int]]:
-    """Best-fit decreasing: from long to short, each row goes where it leaves the least room."""
-    packs, rooms = [], []  # rooms: (tokens left, pack), in order
+    """
+    Packs rows by best-fit decreasing: from long to short, each row goes into the pack where it leaves the least room.
+
+    Args:
+        rows (`list[int]`): Indices into `lengths`.
+        lengths (`list[int]`): Tokens of each row, at most `max_length`.
+        max_length (`int`): Tokens of a pack.
+
+    Returns:
+        The rows of each pack.
+    """
+    packs, rooms = [], []  # rooms: (tokens left, pack), sorted
     for row in sorted(rows, key=lambda row: -lengths[row]):
         place = bisect_left(rooms, (lengths[row],))
         if place == len(rooms):
@@ -30,7 +40,7 @@ def pack_rows(rows: list[int], lengths: list[int], max_length: int) -> list[list
 
 
 def pack_in_windows(order: np.ndarray, lengths: list[int], max_length: int) -> list[list[int]]:
-    """The rows of `order`, packed by [`pack_rows`] a window at a time."""
+    """Packs the rows of `order` by [`pack_rows`], one window of neighbours at a time."""
     window = min(LARGEST_WINDOW, max(SMALLEST_WINDOW, len(order) // 4))
     packs = []
     for begin in range(0, len(order), window):
@@ -39,13 +49,13 @@ def pack_in_windows(order: np.ndarray, lengths: list[int], max_length: int) -> l
 
 
 def split_packs(packs: list[list[int]], count: int) -> list[list[int]]:
-    """Halves of the packs with the most rows, until there are `count`."""
+    """Halves the packs that have the most rows until there are `count` packs."""
     packs = list(packs)
     largest = [(-len(pack), number) for number, pack in enumerate(packs)]
     heapify(largest)
     while len(packs) < count:
         _, number = heappop(largest)
-        # Every second row: they stand from long to short.
+        # Rows are sorted from long to short: every second row makes halves of like length.
         packs[number], half = packs[number][::2], packs[number][1::2]
         packs.append(half)
         heappush(largest, (-len(packs[number]), number))

@@ -1,6 +1,6 @@
-"""Training data: files of several formats -> checked rows with `row_id`, `id`, `messages` and `images`.
+"""Reads and mixes training data: files of several formats -> checked rows of `row_id`, `id`, `messages`, `images`.
 
-A row of LLaVA's JSON (a list in `.json`, one object a line in `.jsonl`)
+A row in LLaVA's layout (`.json` holds a list of rows, `.jsonl` one row per line)
 
     {"id": "17", "image": "17.png", "conversations": [
         {"from": "human", "value": "<image>\\nWhat animal is this?"}, {"from": "gpt", "value": "A dog."}]}
@@ -11,23 +11,12 @@ becomes
         {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What animal is this?"}]},
         {"role": "assistant", "content": [{"type": "text", "text": "A dog."}]}]}
 
-and, by the chat template, the text of `sq_llava/training/collator.py`. A single `<image>` is moved to the front of its
-turn, as LLaVA does; where a turn holds several they stay in place. `image` may be a path, a list, or absent.
+and the chat template makes of it the text that `sq_llava/training/collator.py` shows. A single `<image>` is moved to
+the front of its turn, as in LLaVA. Several of them in one turn stay in their places. `image` may be a path, a list, or
+absent. `docs/data.md` shows the other layouts, the kinds of files, and how a recipe mixes several sources.
 
-The layouts of TRL, ms-swift, LLaMA-Factory, axolotl and others are read too (`sq_llava/data/row_layouts.py` has the
-table), and all of them in Parquet, in a folder of `Dataset.save_to_disk` or of data files, and in a dataset of the
-Hub; images may also stand in the rows, as bytes or base64. A recipe mixes several sources:
-
-    datasets:
-      - {path: mix665k.json, image_root: images}
-      - {path: documents.jsonl, weight: 2.0}                # each row twice an epoch
-      - {path: org/charts, split: train, num_rows: 10000}   # this many an epoch
-      - {path: org/vqa, name: docs, split: "train[:10%]", revision: v1.0}
-      - {path: captions.json, instructions: ["Describe it.", "What is it?"]}   # where a question is "<image>" alone
-
-Nothing is held decoded: of a JSON file only the place of each row is kept in memory, tables are mapped from disk, and
-images are opened when a batch is made. What it does not do: check image files and lengths
-(`sq_llava/doctor/check.py`).
+Memory stays small: of a JSON file only the position of each row is kept, tables are mapped from disk, and images are
+opened when a batch is made. What it does not do: check image files and lengths (`sq_llava/doctor/check.py`).
 """
 
 import os
@@ -47,36 +36,36 @@ from sq_llava.data.row_layouts import IMAGE_PART, is_unicode, normalize, shown
 from sq_llava.data.sources import DataSource, JsonFile, Table, image_root_of, open_source
 
 
-# A rough measure, for grouping rows of like length: of English text under Llama's tokenizer, its JSON included.
+# A rough estimate for English text in JSON under Llama's tokenizer. It serves to group rows of like length.
 BYTES_PER_TOKEN = 4
 
 
 def load_rows(sources: list[DataSource], seed: int = 0, image_seq_length: int = 576) -> datasets.Dataset:
     """
-    Opens and mixes sources of rows. A row is parsed and checked when it is fetched.
+    Opens and mixes sources of rows. A row is parsed and checked when it is read.
 
     Args:
         sources (`list[DataSource]`): At least one.
-        seed (`int`): Of the draw where a source gives a part of its rows.
-        image_seq_length (`int`): Tokens of one image, for the lengths.
+        seed (`int`): Random seed; draws the rows of a source that gives only a part of them.
+        image_seq_length (`int`): Tokens of one image, for `length`.
 
     Returns:
-        `datasets.Dataset`, whose rows have `row_id` (int, the place in the mix), `id`, `messages`, `images`, `length`
-        (int, a rough number of tokens) and `num_images` (int).
+        `datasets.Dataset` whose rows have `row_id` (int, position in the mix), `id`, `messages`, `images`, `length`
+        (int, estimated tokens) and `num_images` (int).
 
     Raises:
-        ValueError: for a source that cannot be opened; on fetching, for a wrong row: with file, row, id, field, value
-            and mend.
+        ValueError: for a source that cannot be opened. Reading a wrong row raises it too, and says file, row, id,
+            field, value and what to do.
     """
     if not sources:
-        raise ValueError("No data: give dataset_path, or datasets in the recipe.")
+        raise ValueError("There is no data: set dataset_path or datasets in the recipe.")
     opened = []
     for source in sources:
         rows = open_source(source)
         if rows.broken:
-            raise ValueError(f"{rows.path}, behind row {len(rows) - 1}: cannot be read as JSON: {rows.broken}.")
+            raise ValueError(f"{rows.path}, after row {len(rows) - 1}: cannot be read as JSON: {rows.broken}.")
         if not len(rows):
-            raise ValueError(f"{rows.path}: no rows.")
+            raise ValueError(f"{rows.path}: the file has no rows.")
         opened.append(rows)
     generator = np.random.default_rng(seed)
     columns = {"row_id": [], "source": [], "index": [], "length": [], "num_images": []}
@@ -95,11 +84,12 @@ def load_rows(sources: list[DataSource], seed: int = 0, image_seq_length: int = 
 
 
 def rows_per_epoch(source: DataSource, available: int) -> int:
+    """Returns how many rows of a source with `available` rows are in one epoch."""
     return source.num_rows or round((source.weight or 1.0) * available)
 
 
 def _choose_rows(source: DataSource, available: int, generator: np.random.Generator) -> np.ndarray:
-    """Whole copies of all rows, and a drawn part of them, in their order."""
+    """Returns the indices of the rows of an epoch: full copies of all rows, then a drawn part of them, sorted."""
     copies, rest = divmod(rows_per_epoch(source, available), available)
     drawn = np.sort(generator.permutation(available)[:rest])
     return np.concatenate([np.tile(np.arange(available), copies), drawn])
@@ -107,8 +97,15 @@ def _choose_rows(source: DataSource, available: int, generator: np.random.Genera
 
 def hold_out(rows: datasets.Dataset, num_rows: int, seed: int = 0) -> tuple[datasets.Dataset, datasets.Dataset]:
     """
-    Splits rows of [`load_rows`] into those to train on and `num_rows` others. All copies of a row that a weight makes
-    stand on one side.
+    Splits rows into training rows and evaluation rows. All copies of a row (see `weight`) stay in the same part.
+
+    Args:
+        rows (`datasets.Dataset`): From [`load_rows`].
+        num_rows (`int`): Number of evaluation rows.
+        seed (`int`): Random seed of the split.
+
+    Returns:
+        The training rows and the evaluation rows.
 
     Raises:
         ValueError: if there are not enough rows.
@@ -118,7 +115,7 @@ def hold_out(rows: datasets.Dataset, num_rows: int, seed: int = 0) -> tuple[data
         np.stack([places["source"], places["index"]]), axis=1, return_index=True, return_inverse=True
     )
     if num_rows >= unique.shape[1]:
-        raise ValueError(f"{num_rows} rows are to be held out, but there are only {unique.shape[1]}.")
+        raise ValueError(f"num_eval_rows is {num_rows}, but there are only {unique.shape[1]} rows: lower it.")
     chosen = np.random.default_rng(seed).permutation(unique.shape[1])[:num_rows]
     train = np.flatnonzero(~np.isin(place_of_row.ravel(), chosen))
     return rows.select(train), rows.select(np.sort(first[chosen]))
@@ -126,7 +123,7 @@ def hold_out(rows: datasets.Dataset, num_rows: int, seed: int = 0) -> tuple[data
 
 @dataclass
 class RowReader:
-    """Makes rows of the places in a mix; the `datasets` transform of [`load_rows`]."""
+    """Reads the rows at given positions of the sources; the transform of the dataset that [`load_rows`] returns."""
 
     sources: list[JsonFile | Table]
     image_roots: list[Path]
@@ -148,7 +145,7 @@ class RowReader:
 
 
 def with_instruction(messages: list[dict], instructions: list[str], index: int) -> list[dict]:
-    """The messages of row `index`, whose first question is one of `instructions` if it is images alone."""
+    """Gives a row one of the `instructions` as its first question, if that has only images. `index` chooses which."""
     first = next((number for number, message in enumerate(messages) if message["role"] == "user"), None)
     if not instructions or first is None:
         return messages
@@ -163,7 +160,7 @@ def with_instruction(messages: list[dict], instructions: list[str], index: int) 
 
 
 class Row(NamedTuple):
-    """A row in one form, and all that is wrong with it by itself. `messages` is empty if its turns cannot be read."""
+    """A row in the common form, and its faults. `messages` is empty if the turns cannot be read."""
 
     faults: list[Fault]
     messages: list[dict]
@@ -172,10 +169,15 @@ class Row(NamedTuple):
 
 def parse_row(raw: Any, place: str, image_root: Path) -> dict:
     """
-    One row of any layout as `id`, `messages` and `images`. See the module's example.
+    Converts one row of any layout to `id`, `messages` and `images`; the module's docstring has an example.
+
+    Args:
+        raw: The row as its file has it.
+        place (`str`): File and row, for the error.
+        image_root (`Path`): Resolved folder of the images.
 
     Raises:
-        ValueError: with `place`, the id, the value and the mend, for the first fault.
+        ValueError: for the first fault, with `place`, the id, the value and what to do.
     """
     faults, messages, images = read_row(raw, image_root)
     for fault in faults:
@@ -193,14 +195,16 @@ def _quote_id(raw: Any) -> str:
 
 
 def is_embedded(image: Any) -> bool:
-    """Whether an image stands in the row itself, as bytes."""
+    """Returns whether the row holds the bytes of the image, not a path."""
     return isinstance(image, dict) and isinstance(image.get("bytes"), bytes)
 
 
 def read_row(raw: Any, image_root: Path) -> Row:
     """
-    All that is wrong with a row by itself, its turns, its images' paths and their number, though no file is opened;
-    its messages, in the roles and parts that the chat template takes; and its images, one for each image part.
+    Converts one row of any layout, and lists the faults of its turns, its image paths and their number.
+
+    No image file is opened. The messages have the roles and parts that the chat template needs; there is one image for
+    each image part.
     """
     row = normalize(raw)
     order_faults = _order_faults(row.messages, row.layout) if row.messages else ()
@@ -214,21 +218,21 @@ def _order_faults(messages: list[dict], layout: str) -> Iterator[Fault]:
     if len(roles) == begin or roles[begin:] != ["user", "assistant"] * ((len(roles) - begin) // 2):
         yield Fault(
             "turn_order",
-            f"read as {layout}: the turns are from {', '.join(roles[:20])}.",
-            "They must alternate, user (human) then assistant (gpt), and end with assistant (a system turn may "
-            "stand first).",
+            f"read as {layout}: the roles of the turns are {', '.join(roles[:20])}.",
+            "They must alternate between user (human) and assistant (gpt), begin with user and end with assistant. "
+            "One system turn may come first.",
         )
         return
     is_empty = [_is_empty(message["content"]) for message in messages]
     if all(is_empty[begin + 1 :: 2]):
-        yield Fault("no_label", "no answer holds any text: nothing can be learned.", "Write an answer.")
+        yield Fault("no_label", "all answers are empty: nothing can be learned.", "Write an answer.")
         return
     for index, message in enumerate(messages):
         if message["role"] == "assistant" and IMAGE_PART in message["content"]:
-            fix = "Put it into a question."
-            yield Fault("image_in_answer", f"turn {index} is an answer, but holds {IMAGE_TOKEN}.", fix)
+            fix = "Move the image to a question."
+            yield Fault("image_in_answer", f"turn {index} is an answer, but has an {IMAGE_TOKEN}.", fix)
         if is_empty[index]:
-            yield Fault("empty_turn", f"turn {index} is empty.", "Write its text, or take the turn out.", "warning")
+            yield Fault("empty_turn", f"turn {index} is empty.", "Write its text, or remove the exchange.", "warning")
 
 
 def _is_empty(content: list[dict]) -> bool:
@@ -240,17 +244,17 @@ def _image_path_faults(path: Any, image_root: Path) -> Iterator[Fault]:
     if is_embedded(path):
         return
     if not isinstance(path, str) or not path or "\0" in path or not is_unicode(path):
-        fix = f"Expected a path relative to {image_root}, or bytes or base64 of an image."
+        fix = f"Give a path relative to {image_root}, or the bytes or base64 of an image."
         yield Fault("wrong_image", f"an image is {shown(path)}.", fix)
         return
     if "://" in path:
-        yield Fault("image_is_url", f"image {shown(path)} is an address.", "Download it, and give its path.")
+        yield Fault("image_is_url", f"image {shown(path)} is a URL.", "Download it and give its path.")
         return
     if not _stays_inside(path, str(image_root)):
         yield Fault(
             "image_outside_root",
-            f"image {shown(path)} leaves the image root {image_root}.",
-            "Give a path inside of it.",
+            f"image {shown(path)} is outside the image root {image_root}.",
+            "Move the image into that folder, or set image_root to a folder that contains it.",
         )
 
 
@@ -262,6 +266,6 @@ def _stays_inside(path: str, image_root: str) -> bool:
     return _folder_is_inside(folder, image_root)
 
 
-@lru_cache(maxsize=2**16)  # to resolve a path takes as long as all else that is checked of a row
+@lru_cache(maxsize=2**16)  # resolving a path takes as long as all other checks of a row
 def _folder_is_inside(folder: str, image_root: str) -> bool:
     return Path(os.path.realpath(folder)).is_relative_to(image_root)

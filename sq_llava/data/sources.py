@@ -1,7 +1,10 @@
-"""Where rows come from: JSON files, Parquet, folders of `save_to_disk` and datasets of the Hub, opened lazily.
+"""Opens the sources of rows: JSON files, Parquet, folders of `save_to_disk` and datasets of the Hub.
 
-Of a JSON file only the place of each row is kept in memory; tables are mapped from disk, their images undecoded. What
-stands in a row is the matter of `sq_llava/data/rows.py`.
+    >>> rows = open_source(DataSource("mix665k.json", image_root="images"))
+    >>> rows[0]["id"]
+
+Of a JSON file only the position of each row is kept in memory. Tables are mapped from disk, with undecoded images.
+What it does not do: read the content of a row (`sq_llava/data/rows.py`).
 """
 
 import json
@@ -30,13 +33,13 @@ from sq_llava.data.row_layouts import (
 from sq_llava.locations import is_hub_id
 
 
-# Bytes of JSON read at a time, and the longest row that is believed.
+# Bytes of JSON read at a time, and the largest size of a row. A longer one is taken for broken JSON.
 WINDOW = 2**24
 MAX_ROW_BYTES = 2**26
-# Rows of a table read at a time: they may hold images.
+# Rows of a table read at a time. Few, because they may hold images.
 TABLE_ROWS = 32
 BOM = b"\xef\xbb\xbf"
-# One of these is in a folder that `datasets.load_dataset` can load.
+# `datasets.load_dataset` can load a folder that has a file of one of these types.
 DATA_SUFFIXES = {".parquet", ".json", ".jsonl", ".csv", ".arrow", ".tar"}
 FILE_SUFFIXES = {*DATA_SUFFIXES, ".tsv", ".txt", ".zip", ".gz", ".xlsx", ".pkl"}
 
@@ -48,17 +51,18 @@ class DataSource:
 
     Args:
         path (`str`): A `.json`, `.jsonl` or `.parquet` file; a folder of `save_to_disk`, or one that
-            `datasets.load_dataset` loads; or the id of a dataset on the Hub. That is downloaded as a whole and kept in
-            the cache. Of a very large one, fetch the files wanted and give their folder:
+            `datasets.load_dataset` can load; or the id of a dataset on the Hub, which is downloaded completely. From a
+            very large one, download a part and give its folder:
             `hf download org/name --repo-type dataset --include "data/train-0000*" --local-dir DIR`.
-        image_root (`str`, *optional*): Folder that image paths are relative to and must stay inside of. Default: the
-            folder of `path`. A dataset of the Hub needs it only if its rows have paths of images.
-        split (`str`, *optional*): Needed if the dataset has several; also a part, such as "train[:10%]".
-        name (`str`, *optional*): The configuration (subset), if the dataset has several.
+        image_root (`str`, *optional*): Folder of the images. Image paths are relative to it and must stay inside it.
+            Default: the folder of `path`. A dataset of the Hub needs it only if its rows hold paths of images.
+        split (`str`, *optional*): Required if the dataset has several splits; also a part, such as "train[:10%]".
+        name (`str`, *optional*): Configuration (subset). Required if the dataset has several.
         revision (`str`, *optional*): Branch, tag or commit on the Hub.
-        weight (`float`): How often each row is seen in an epoch; 0.5 takes half of the rows, drawn once by the seed.
-        num_rows (`int`, *optional*): Instead of `weight`: the number of rows in an epoch.
-        instructions (`list[str]`): What rows are asked whose question is an image alone: one of them, drawn for each.
+        weight (`float`, *optional*): How often each row is used in an epoch. With 0.5, half of the rows are used,
+            drawn once by the seed. Default: 1.
+        num_rows (`int`, *optional*): Number of rows in an epoch, in place of `weight`.
+        instructions (`list[str]`): Questions for rows whose question is only an image. Each such row gets one of them.
     """
 
     path: str
@@ -72,23 +76,23 @@ class DataSource:
 
     def __post_init__(self):
         if self.weight is not None and self.num_rows is not None:
-            raise ValueError(f"datasets, {self.path}: both weight and num_rows are given: leave one out.")
+            raise ValueError(f"datasets, {self.path}: weight and num_rows are both set: remove one of them.")
         for name in ("weight", "num_rows"):
             value = getattr(self, name)
             if value is not None and not value > 0:
-                raise ValueError(f"datasets, {self.path}: {name} is {value}: give a number above 0.")
+                raise ValueError(f"datasets, {self.path}: {name} is {value}: it must be greater than 0.")
 
 
 class JsonFile:
     """
-    The rows of a `.json` or `.jsonl` file, parsed when they are asked for.
+    The rows of a `.json` or `.jsonl` file. A row is parsed when it is read.
 
     Attributes:
-        offsets, sizes (`np.ndarray` of int64): Where each row stands, in bytes.
-        num_images (`np.ndarray` of int64): Images of each row.
-        text_bytes (`np.ndarray` of int64): Size of each row's text; here of its JSON, without images in base64.
-        folder (`Path`): What image paths are relative to by default.
-        broken (`str` or `None`): What ends a `.json` file early, so that no row behind it could be found.
+        offsets, sizes (`np.ndarray` of int64): Position and size of each row, in bytes.
+        num_images (`np.ndarray` of int64): Number of images of each row.
+        text_bytes (`np.ndarray` of int64): Size of the text of each row; here of its JSON without images in base64.
+        folder (`Path`): Default folder of the images.
+        broken (`str` or `None`): The error that makes the rest of a `.json` file unreadable.
     """
 
     def __init__(self, path: str):
@@ -118,7 +122,7 @@ class JsonFile:
                 yield stream.read(self.sizes[index])
 
     def rows(self, indices: Iterable[int]) -> Iterator[Any]:
-        """Several rows, faster than one by one; a `ValueError` stands in place of a row that cannot be read."""
+        """Yields several rows, faster than one by one. In place of a row that cannot be read it yields the error."""
         for data in self._read_several(indices):
             try:
                 yield json.loads(data.decode("utf-8"))
@@ -145,18 +149,18 @@ def _scan_lines(path: str) -> Iterator[tuple[int, int, int, int]]:
             try:
                 measures = measure(json.loads(text))
             except ValueError:
-                measures = (0, 0)  # the row itself is an error for whoever asks for it
+                measures = (0, 0)  # reading the row reports the error
             yield begin, len(text.strip()), *measures
 
 
 _SPACE = re.compile(r"[ \t\r\n]*")
-_EXPECTED = {"[": "expected [ (one row a line goes into a .jsonl file)", ",]": "expected , or ]"}
+_EXPECTED = {"[": "expected [ (a file with one row per line must be named .jsonl)", ",]": "expected , or ]"}
 
 
 def _scan_list(path: str) -> Iterator[tuple[int, int, int, int]]:
     """
-    Finds the objects of a JSON list without holding the list. Bytes are read as Latin-1, so that characters and bytes
-    have the same places; the texts are wrong by that, but not their ends.
+    Finds the rows of a JSON list without loading the list. Bytes are decoded as Latin-1, because then a character and
+    its byte have the same position. This gives wrong texts, but correct ends of rows.
     """
     decoder = json.JSONDecoder()
     with open(path, "rb") as stream:
@@ -172,7 +176,9 @@ def _scan_list(path: str) -> Iterator[tuple[int, int, int, int]]:
                     if text[at] == "]":
                         rest = (text[at + 1 :] + stream.read(WINDOW).decode("latin-1")).strip()
                         if rest:
-                            raise ValueError(f"{_line_of(path, start + at + 1)}: more stands behind the list's end")
+                            raise ValueError(
+                                f"{_line_of(path, start + at + 1)}: there is text after the end of the list"
+                            )
                         return
                     at, wanted, first = at + 1, "row", wanted == "["
                     continue
@@ -193,32 +199,30 @@ def _scan_list(path: str) -> Iterator[tuple[int, int, int, int]]:
 
 
 def _line_of(path: str, place: int) -> str:
+    line, line_start, position = 1, 0, 0
     with open(path, "rb") as stream:
-        before = 0
-        line_start = 0
-        position = 0
         while position < place and (block := stream.read(min(WINDOW, place - position))):
-            before += block.count(b"\n")
+            line += block.count(b"\n")
             if (last := block.rfind(b"\n")) >= 0:
                 line_start = position + last + 1
             position += len(block)
-    return f"line {before + 1}, column {place - line_start + 1}"
+    return f"line {line}, column {place - line_start + 1}"
 
 
 class Table:
-    """The rows of a `datasets.Dataset`, mapped from disk; images stay undecoded. Attributes as of [`JsonFile`]."""
+    """The rows of a `datasets.Dataset`, mapped from disk, with undecoded images. Attributes are as in [`JsonFile`]."""
 
     broken = None
 
     def __init__(self, dataset: datasets.Dataset, path: str, folder: Path):
         self.path, self.folder = path, folder
-        # As Arrow has them, images are undecoded. A cast to that would write lists of images anew, all of them.
+        # The Arrow format leaves images undecoded. Casting the image columns instead would copy all images of lists.
         self.dataset = dataset.with_format("arrow")
         columns = dataset.column_names
         if recognize(dict.fromkeys(columns, True)) is None:
-            raise ValueError(f"{path}: the columns are {', '.join(columns)}: they are of no layout. {EXPECTED}")
+            raise ValueError(f"{path}: the columns are {', '.join(columns)}: this is no known layout. {EXPECTED}")
         texts = [name for name in columns if name in TEXT_FIELDS]
-        # Without texts and the images themselves, a row is quickly made and its images counted.
+        # Counting images is fast once the images and texts are replaced by marks of their presence.
         images = [name for name in columns if name in IMAGE_FIELDS]
         if any(_holds_parts(self.dataset.data.schema.field(name)) for name in texts):
             images += texts
@@ -241,7 +245,7 @@ class Table:
         return self.dataset[int(index) : int(index) + 1].to_pylist()[0]
 
     def rows(self, indices: Iterable[int]) -> Iterator[Any]:
-        """Several rows, as of [`JsonFile`]."""
+        """Yields several rows, as in [`JsonFile`]."""
         for batch in self.dataset.select(indices).iter(TABLE_ROWS):
             yield from batch.to_pylist()
 
@@ -255,7 +259,7 @@ def _is_string(kind: pa.DataType) -> bool:
 
 
 def _holds_parts(field: pa.Field) -> bool:
-    """Whether a column is a list of turns whose content is a list of parts."""
+    """Returns whether a column is a list of turns whose content is a list of parts."""
     turn = field.type.value_type if _is_list(field.type) else None
     if turn is None or not pa.types.is_struct(turn) or turn.get_field_index("content") < 0:
         return False
@@ -264,8 +268,8 @@ def _holds_parts(field: pa.Field) -> bool:
 
 def _marks(column: pa.Array) -> pa.Array:
     """
-    The column with `True` for what is there in place of images and texts, and null for what is not. Turns, parts and
-    the types of parts stay.
+    Replaces each image and text of a column by `True`, and each absent one by null. Turns, parts and the types of
+    parts are kept.
     """
     if _is_list(column.type):
         lengths = pc.fill_null(pc.list_value_length(column), 0).to_numpy(zero_copy_only=False)
@@ -287,7 +291,7 @@ def _marks(column: pa.Array) -> pa.Array:
 
 
 def _string_bytes(column: pa.Array) -> np.ndarray:
-    """Bytes of all texts inside each element of a nested column."""
+    """Counts the bytes of all texts inside each element of a nested column."""
     if _is_string(column.type):
         return pc.fill_null(pc.binary_length(column), 0).to_numpy(zero_copy_only=False).astype(np.int64)
     if pa.types.is_struct(column.type):
@@ -303,11 +307,11 @@ def _string_bytes(column: pa.Array) -> np.ndarray:
 
 def open_source(source: DataSource) -> JsonFile | Table:
     """
-    Opens one source, without checking its rows. A dataset of the Hub is downloaded, unless it is in the cache.
+    Opens one source, without checking its rows. A dataset of the Hub is downloaded if it is not in the cache.
 
     Raises:
-        ValueError: if there is no such file, folder, dataset, configuration, revision or split, or it is of no known
-            format.
+        ValueError: if there is no such file, folder, dataset, configuration, revision or split, or its format is
+            unknown.
     """
     path = Path(source.path).expanduser()
     if path.suffix in (".json", ".jsonl", ".parquet"):
@@ -325,48 +329,58 @@ def open_source(source: DataSource) -> JsonFile | Table:
         _refuse(source, "a folder", "revision")
         if not holds_dataset(path):
             raise ValueError(
-                f"{path}: holds neither data files ({', '.join(sorted(DATA_SUFFIXES))}) nor a dataset of save_to_disk."
+                f"{path}: the folder has neither data files ({', '.join(sorted(DATA_SUFFIXES))}) nor a dataset of "
+                "save_to_disk."
             )
         return Table(_load_dataset(source, str(path)), _label(source), path)
     if not is_hub_id(source.path) or path.suffix.lower() in FILE_SUFFIXES:
-        raise ValueError(f"{path}: no such file or folder, and not the id of a dataset on the Hub (org/name).")
+        raise ValueError(f"{path}: no such file or folder, and this is no id of a dataset on the Hub (org/name).")
     return Table(_load_dataset(source, source.path), _label(source), _hub_folder(source.path))
 
 
 def holds_dataset(folder: Path) -> bool:
-    """Whether there is a file that `datasets` can load."""
+    """Returns whether a folder has a file that `datasets` can load."""
     return any(file.suffix in DATA_SUFFIXES for file in folder.rglob("*"))
 
 
 def _label(source: DataSource) -> str:
-    """What errors call the source."""
+    """Returns the name of the source for error messages."""
     details = [value for value in (source.name, source.split) if value is not None]
     return f"{source.path} ({', '.join(details)})" if details else source.path
 
 
 def _refuse(source: DataSource, what: str, *fields: str) -> None:
+    """
+    Raises:
+        ValueError: if one of the fields is set, though `what` has no such thing.
+    """
     for field_name in fields:
         if (value := getattr(source, field_name)) is not None:
             kind = {"split": "splits", "name": "configurations", "revision": "revisions"}[field_name]
-            raise ValueError(f"{source.path}: {field_name} is {value!r}, but {what} has no {kind}: leave it out.")
+            raise ValueError(f"{source.path}: {field_name} is {value!r}, but {what} has no {kind}: remove it.")
 
 
 def _complain(source: DataSource, load: Callable[[], Any]) -> Any:
-    """Loads, and says in one line what `datasets` has against it."""
+    """
+    Calls `load`.
+
+    Raises:
+        ValueError: with the error of `datasets` in one line.
+    """
     try:
         return load()
-    # `datasets` raises RuntimeError for a dataset that is a script. It is never run.
+    # `datasets` raises RuntimeError for a dataset that is a script. The script is never run.
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         says_nothing = isinstance(error, datasets.exceptions.DatasetGenerationError) and error.__cause__ is not None
         reason = error.__cause__ if says_nothing else error
         reason = " ".join(str(reason).partition("Example of usage")[0].split())
         is_missing = isinstance(error, (FileNotFoundError, ConnectionError)) and not Path(source.path).exists()
-        here = " There is no such folder here either." if is_missing else ""
+        here = " There is no folder of this name either." if is_missing else ""
         raise ValueError(f"{_label(source)}: cannot be loaded: {reason}{here}") from error
 
 
 def _load_saved(source: DataSource, path: Path) -> datasets.Dataset:
-    """A folder of `save_to_disk`."""
+    """Loads a folder of `save_to_disk`."""
     _refuse(source, "a folder of save_to_disk", "name", "revision")
     loaded = _complain(source, lambda: datasets.load_from_disk(str(path)))
     if isinstance(loaded, datasets.Dataset):
@@ -382,7 +396,7 @@ def _load_saved(source: DataSource, path: Path) -> datasets.Dataset:
 
 
 def _load_dataset(source: DataSource, path: str) -> datasets.Dataset:
-    """A dataset of the Hub, or a folder that looks like one, as `datasets.load_dataset` loads it."""
+    """Loads a dataset of the Hub, or a folder with its files, as `datasets.load_dataset` does."""
     builder = _complain(
         source, lambda: datasets.load_dataset_builder(path, name=source.name, revision=source.revision)
     )
@@ -400,7 +414,7 @@ def _choose_split(source: DataSource, names: list[str]) -> str:
     asked = [piece.partition("[")[0].strip() for piece in (source.split or "").split("+")]
     if not set(asked) <= set(names):
         raise ValueError(
-            f"{source.path}: split is {source.split!r}: give one of {', '.join(names)}, or a part such as "
+            f"{source.path}: split is {source.split!r}: use one of {', '.join(names)}, or a part such as "
             f"{names[0]}[:10%]. In a recipe: datasets: [{{path: {source.path}, split: {names[0]}}}]"
         )
     return source.split
@@ -408,18 +422,18 @@ def _choose_split(source: DataSource, names: list[str]) -> str:
 
 def _of_revision(source: DataSource, builder: Cache) -> Cache:
     """
-    Of what the Hub does not give, `datasets` takes the newest configuration and revision that is in its cache. This
-    takes those that were asked for.
+    Finds the requested configuration and revision in the cache. If the Hub cannot be reached, `datasets` takes the
+    newest ones of the cache instead of those requested.
 
     Raises:
-        ValueError: if these are not in the cache, or it is not clear which are meant.
+        ValueError: if they are not in the cache, or there are several configurations and none is named.
     """
     newest = Path(builder.cache_dir)
     names = sorted(folder.name for folder in newest.parents[1].iterdir() if folder.is_dir())
     if source.name is None and len(names) > 1:
         raise ValueError(
-            f"{source.path}: the Hub cannot be reached, and the cache has the configurations {', '.join(names)}: give "
-            "one of them as name."
+            f"{source.path}: the Hub cannot be reached, and the cache has the configurations {', '.join(names)}: set "
+            "name to one of them."
         )
     if source.revision is None:
         return builder
@@ -428,8 +442,8 @@ def _of_revision(source: DataSource, builder: Cache) -> Cache:
     if not (newest.parent / commit).is_dir():
         commits = sorted(folder.name for folder in newest.parent.iterdir() if folder.is_dir())
         raise ValueError(
-            f"{source.path}: the Hub gives no revision {source.revision!r}, and the cache has only the commits "
-            f"{', '.join(commits)}."
+            f"{source.path}: the Hub does not give revision {source.revision!r}, and the cache has only the commits "
+            f"{', '.join(commits)}: use one of them, or connect to the Hub."
         )
     version, name = newest.parent.name, builder.config.name
     return Cache(
@@ -438,16 +452,16 @@ def _of_revision(source: DataSource, builder: Cache) -> Cache:
 
 
 def _hub_folder(dataset: str) -> Path:
-    """Where `datasets` puts the files of a dataset of the Hub that stay files, such as images."""
+    """Returns the folder of the Hub's cache with the files of a dataset, such as images."""
     return Path(constants.HF_HUB_CACHE) / f"datasets--{dataset.replace('/', '--')}"
 
 
 def image_root_of(source: DataSource, rows: JsonFile | Table) -> Path:
     """
-    The resolved folder that the images of a source must stay inside of.
+    Returns the resolved folder in which the images of a source must be.
 
     Raises:
-        ValueError: if `image_root` is given and does not exist.
+        ValueError: if `image_root` is set and does not exist.
     """
     if source.image_root is None:
         return rows.folder.resolve()

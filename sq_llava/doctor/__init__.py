@@ -1,1 +1,1 @@
-"""Checks the data of a recipe before it costs anything."""
+"""Checks the data of a recipe before a run spends time on it."""

@@ -1,13 +1,15 @@
-"""The data check: reads every row, the header of every image and the length of every row before training meets them.
+"""Checks training data: reads every row and the header of every image, and counts the tokens of every row.
 
     sq-llava doctor --config recipes/sq-llava-7b/stage2.yaml
     sq-llava doctor --config recipes/sq-llava-7b/stage2.yaml --dataset_path mine.json --image_root images --json
-    sq-llava doctor --config recipes/sq-llava-7b/stage2.yaml --fix mended
+    sq-llava doctor --config recipes/sq-llava-7b/stage2.yaml --fix clean
 
-`train_sft.py` looks at a sample of the rows before it loads a model, and at all of them with `--doctor full`. What is
-wrong with a row by itself is said by `read_row` of `sq_llava/data/rows.py`, with an image by `image_faults` of
-`sq_llava/data/images.py`; here stands what needs the processor, the other rows, or several processes. What it does not
-do: decode the pixels of an image whose header and end are whole; judge what a text says.
+`train_sft.py` checks a sample of the rows before it loads a model; `--doctor full` checks all of them. `read_row` of
+`sq_llava/data/rows.py` finds the faults of a single row, and `image_faults` of `sq_llava/data/images.py` those of an
+image. This module adds the checks that need the processor or other rows, and runs all checks in several processes.
+`docs/data.md` lists the codes of all faults.
+
+What it does not do: decode the pixels of an image whose header and last bytes are fine; judge what a text says.
 """
 
 import multiprocessing
@@ -30,29 +32,29 @@ from processing_sq_llava import SQLlavaProcessor
 from sq_llava.data.images import Fault, image_faults
 from sq_llava.data.lengths import kept_exchanges, prefix_lengths, token_counts
 from sq_llava.data.packing import pack_in_windows
-from sq_llava.data.row_layouts import IMAGE_PART
 from sq_llava.data.rows import is_embedded, read_row, rows_per_epoch, with_instruction
+from sq_llava.data.self_questions import askable_turns
 from sq_llava.data.sources import DataSource, JsonFile, Table, image_root_of, open_source
 from sq_llava.stopping import children_miss_interrupts
 from sq_llava.training.settings import SQLlavaArguments
 from sq_llava.training.stage_model import composed_processor
 
 
-# Rows, and images, that a process is given at a time.
+# Number of rows, and of images, that a process gets at a time.
 ROWS_AT_A_TIME = 256
 IMAGES_AT_A_TIME = 64
-# A new process takes seconds to import the libraries: below this number of rows, one process is faster.
+# Below this number of rows, one process is faster: a new process takes seconds to import the libraries.
 ROWS_FOR_PROCESSES = 20_000
 PREVIEWED_ROWS = 3
 HISTOGRAM_BARS = 12
-# All but tab and line breaks.
+# Control characters except tab and line breaks.
 CONTROL_CHARACTER = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
 CONTROL_BYTES = bytes(byte for byte in range(128) if CONTROL_CHARACTER.match(chr(byte)))
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of the report. `row` counts from 0 in its `file`; `level` is as of [`Fault`]."""
+    """One line of the report: a [`Fault`] and its place. `row` counts from 0 within `file`."""
 
     level: str
     code: str
@@ -64,7 +66,7 @@ class Finding:
 
 
 class CheckedRow(NamedTuple):
-    """What one row gives: `paths` are its image files, still to be looked at. `None` and 0 tokens: not known."""
+    """The result for one row. `paths` are its image files, not checked yet; `None` and 0 tokens mean unknown."""
 
     id: str | None
     faults: list[Fault]
@@ -76,7 +78,7 @@ class CheckedRow(NamedTuple):
 
 
 class Place(NamedTuple):
-    """Where a row stands: the number of its source, its own number there, and its id."""
+    """The place of a row: index of its source, index within the source, and id."""
 
     source: int
     row: int
@@ -86,20 +88,20 @@ class Place(NamedTuple):
 @dataclass
 class DataCheck:
     """
-    What is checked, and what for; it travels to every process.
+    The opened sources and the settings of a check. Every process gets a copy.
 
     Args:
-        sources (`list[DataSource]`): To train on, as in the recipe. They are opened here.
-        processor ([`SQLlavaProcessor`]): Of the model to train.
-        plain (`bool`): The caption layout of stage 1.
-        max_length (`int`, *optional*): Of a row, in tokens.
-        self_question_ratio (`float`): Probability that a turn after the first is asked by the model.
-        packing (`bool`): Whether rows will be packed: how full the packs are is told then.
-        eval_sources (`list[DataSource]`): Checked too, behind the others.
+        sources (`list[DataSource]`): Training data, as in the recipe. The sources are opened here.
+        processor ([`SQLlavaProcessor`]): The processor of the model to train.
+        plain (`bool`): The caption template of stage 1.
+        max_length (`int`, *optional*): Maximum length of a row in tokens.
+        self_question_ratio (`float`): Probability that a turn after the first becomes a self-question.
+        packing (`bool`): Whether rows will be packed. The summary then says how full the packs are.
+        eval_sources (`list[DataSource]`): Evaluation data; checked after the training data.
         read_images, measure_lengths (`bool`): Whether image files are opened, and rows are tokenized.
 
     Raises:
-        ValueError: if a source cannot be opened at all, or its image_root is no folder.
+        ValueError: if a source cannot be opened, or its image_root is no folder.
     """
 
     sources: list[DataSource]
@@ -120,11 +122,11 @@ class DataCheck:
         self.opened = [open_source(source) for source in self.sources]
         self.image_roots = [image_root_of(source, rows) for source, rows in zip(self.sources, self.opened)]
         self._markers = [] if self.plain else [self.processor.user_marker, self.processor.assistant_marker]
-        # Without any of these, a text holds no control token: most have none.
+        # A text without any of these characters has no control token. That is quick to see, and true for most.
         self._first_characters = {token[0] for token in self.processor.control_tokens}
 
     def check_rows(self, source: int, indices: Sequence[int]) -> list[CheckedRow]:
-        """The rows of these places in a source, in their order."""
+        """Checks the rows of a source at these indices, in this order."""
         checked, to_measure = [], {}
         for index, raw in zip(indices, self.opened[source].rows(indices)):
             row, messages = self._check_row(raw, source)
@@ -137,10 +139,14 @@ class DataCheck:
         return checked
 
     def _check_row(self, raw: Any, source: int) -> tuple[CheckedRow, list[dict] | None]:
-        """The row, and its messages if they can be tokenized."""
+        """Checks everything but the length. Returns the result, and the messages if they can be tokenized."""
         if isinstance(raw, ValueError):
-            code = "broken_encoding" if isinstance(raw, UnicodeDecodeError) else "broken_json"
-            return CheckedRow(None, [Fault(code, f"cannot be read as JSON: {raw}.", "Write the row anew.")]), None
+            fault = Fault(
+                "broken_encoding" if isinstance(raw, UnicodeDecodeError) else "broken_json",
+                f"the row cannot be read as JSON: {raw}.",
+                "Write it again as JSON in UTF-8.",
+            )
+            return CheckedRow(None, [fault]), None
         row_id = str(raw["id"]) if isinstance(raw, dict) and raw.get("id") is not None else None
         faults, messages, images = read_row(raw, self.image_roots[source])
         if any(fault.level == "error" for fault in faults):
@@ -155,23 +161,23 @@ class DataCheck:
                     faults += image_faults(image)
                 else:
                     paths.append(os.path.join(self.image_roots[source], image))
-        num_askable = self._num_askable(messages) if images else 0
+        num_askable = 0 if self.plain else len(askable_turns(messages))
         row = CheckedRow(row_id, faults, paths, len(images), num_askable=num_askable)
         return row, messages if can_be_tokenized else None
 
     def _text_faults(self, messages: list[dict]) -> Iterator[Fault]:
-        # As the chat template does, which refuses a row with a control token.
+        # Joined without the images, as in the chat template, which refuses a row with a control token.
         texts = ["".join([part["text"] for part in m["content"] if part["type"] == "text"]) for m in messages]
         whole = "\n".join(texts)
         encoded = whole.encode()
-        # Faster than the expression, which only the texts of a few rows need.
+        # This test is faster than the regular expression, which few rows need.
         if b"\xc2" in encoded or len(encoded.translate(None, CONTROL_BYTES)) < len(encoded):
             for index, text in enumerate(texts):
                 if found := sorted(set(CONTROL_CHARACTER.findall(text))):
                     yield Fault(
                         "control_character",
-                        f"turn {index} holds {', '.join(map(ascii, found))}, which no keyboard writes.",
-                        "Take it out.",
+                        f"turn {index} has control characters: {', '.join(map(ascii, found))}.",
+                        "Remove them.",
                         "warning",
                     )
         if not any(beginning in whole for beginning in (*self._first_characters, *self._markers)):
@@ -180,27 +186,19 @@ class DataCheck:
             if found := [token for token in self.processor.control_tokens if token in text]:
                 yield Fault(
                     "control_token",
-                    f"turn {index} holds {', '.join(map(repr, found))}, which the model reads as a command.",
-                    "Take it out, or write it otherwise.",
+                    f"turn {index} has control tokens of this model: {', '.join(map(repr, found))}.",
+                    "Remove them or write them differently.",
                 )
             if found := [marker for marker in self._markers if marker in text]:
                 yield Fault(
                     "role_marker",
-                    f"turn {index} holds {', '.join(map(repr, found))}, as if another turn began there.",
-                    "Make turns of it, or write it otherwise.",
+                    f"turn {index} has markers with which a turn begins in the prompt: {', '.join(map(repr, found))}.",
+                    "Make separate turns of them, or write them differently.",
                     "warning",
                 )
 
-    def _num_askable(self, messages: list[dict]) -> int:
-        """Turns that may be drawn as self-questions."""
-        holds_image = [IMAGE_PART in message["content"] for message in messages]
-        if self.plain or not any(holds_image):
-            return 0
-        user_turns = [index for index, message in enumerate(messages) if message["role"] == "user"]
-        return sum(not holds_image[index] for index in user_turns[1:])
-
     def _with_length(self, row: CheckedRow, messages: list[dict], length: int) -> CheckedRow:
-        """The row with its length while no turn is a self-question, and with what the collator cuts off."""
+        """Adds the length of a row without self-questions, and what the collator cuts off from it."""
         row = row._replace(num_tokens=length)
         if self.max_length is None or length <= self.max_length:
             return row
@@ -209,32 +207,29 @@ class DataCheck:
             fault = Fault(
                 "too_long",
                 f"its first question and answer have {lengths[0]} tokens, more than max_length {self.max_length}.",
-                "Raise max_length, or shorten them.",
+                "Raise max_length or shorten them.",
             )
             return row._replace(faults=[*row.faults, fault])
         kept = kept_exchanges(lengths, self.max_length, row.id)
         num_turns, num_cut = 2 * (len(lengths) - kept), length - int(lengths[kept - 1])
         fault = Fault(
             "cut",
-            f"has {length} tokens: its last {num_turns} turns, {num_cut} tokens, are cut off.",
-            f"Raise max_length, {self.max_length}, or split the row.",
+            f"the row has {length} tokens, so its last {num_turns} turns ({num_cut} tokens) are cut off.",
+            f"Raise max_length ({self.max_length}) or split the row.",
             "warning",
         )
-        num_askable = self._num_askable(messages[:-num_turns])
+        num_askable = 0 if self.plain else len(askable_turns(messages[:-num_turns]))
         return row._replace(faults=[*row.faults, fault], num_cut=num_cut, num_askable=num_askable)
-
-    def check_images(self, paths: Sequence[str]) -> list[list[Fault]]:
-        return [list(image_faults(path)) for path in paths]
 
 
 @dataclass
 class Report:
     """
     Attributes:
-        findings (`list[Finding]`): In the order of sources and rows.
-        summary (`dict`): Numbers of the whole, as JSON has them.
-        left_out (`list[set[int]]`): The rows with errors, for each source.
-        sound (`list[tuple[int, int]]`): Source and row of the first few without errors.
+        findings (`list[Finding]`): Sorted by source and row.
+        summary (`dict`): Counts over all sources, as `--json` prints them.
+        left_out (`list[set[int]]`): Indices of the rows with errors, for each source.
+        sound (`list[tuple[int, int]]`): Source and index of the first few rows without errors.
     """
 
     findings: list[Finding]
@@ -251,7 +246,7 @@ class Report:
 
 
 def choose_rows(check: DataCheck, limit: int | None) -> list[Sequence[int]]:
-    """The rows to look at in each source: all, or about `limit` in all, spread evenly."""
+    """Returns the indices of the rows to check in each source: all, or in total about `limit`, evenly spaced."""
     sizes = [len(rows) for rows in check.opened]
     if limit is None or limit >= sum(sizes):
         return [range(size) for size in sizes]
@@ -259,7 +254,7 @@ def choose_rows(check: DataCheck, limit: int | None) -> list[Sequence[int]]:
     return [np.linspace(0, size - 1, count).astype(int).tolist() for size, count in zip(sizes, wanted)]
 
 
-_check: DataCheck | None = None  # of this process
+_check: DataCheck | None = None  # the check of this process
 
 
 def _begin(check: DataCheck) -> None:
@@ -273,12 +268,12 @@ def _check_rows(task: tuple[int, Sequence[int]]) -> list[CheckedRow]:
 
 
 def _check_images(paths: Sequence[str]) -> list[list[Fault]]:
-    return _check.check_images(paths)
+    return [list(image_faults(path)) for path in paths]
 
 
 @contextmanager
 def in_processes(check: DataCheck, num_proc: int) -> Iterator[Callable[[Callable, Iterable], Iterator]]:
-    """Gives a `map` over processes that have the check, whose results come in the order of the tasks."""
+    """Provides a `map` over processes that know the check. The results come in the order of the tasks."""
     global _check
     if num_proc == 1:
         _check = check
@@ -293,7 +288,7 @@ def in_processes(check: DataCheck, num_proc: int) -> Iterator[Callable[[Callable
     try:
         yield pool.map
     except KeyboardInterrupt:
-        for process in multiprocessing.active_children():  # else, their seconds of imports are waited for
+        for process in multiprocessing.active_children():  # do not wait until they have imported the libraries
             process.terminate()
         raise
     finally:
@@ -302,12 +297,13 @@ def in_processes(check: DataCheck, num_proc: int) -> Iterator[Callable[[Callable
 
 def examine(check: DataCheck, progress: Progress, limit: int | None = None, num_proc: int | None = None) -> Report:
     """
-    Looks at rows and images. The report does not depend on the number of processes.
+    Checks rows and images. The report does not depend on the number of processes.
 
     Args:
-        progress (`rich.progress.Progress`): Where to show how far it is.
-        limit (`int`, *optional*): Look at about this many rows, evenly spaced.
-        num_proc (`int`, *optional*): Processes; by default one for each core, and one alone for few rows.
+        check ([`DataCheck`]): What to check.
+        progress (`rich.progress.Progress`): Shows the progress.
+        limit (`int`, *optional*): Check about this many rows, evenly spaced.
+        num_proc (`int`, *optional*): Number of processes. Default: one per core, or one if there are few rows.
     """
     chosen = choose_rows(check, limit)
     if num_proc is None:
@@ -317,7 +313,7 @@ def examine(check: DataCheck, progress: Progress, limit: int | None = None, num_
 
 
 def go_through(check: DataCheck, chosen: list[Sequence[int]], map_in_order: Callable, progress: Progress) -> Report:
-    """Looks at these rows of each source, then at their image files, each once."""
+    """Checks these rows of each source, then each of their image files once."""
     tally = Tally(check, chosen)
     bar = progress.add_task("Rows", total=sum(map(len, chosen)))
     tasks = [
@@ -341,13 +337,13 @@ def go_through(check: DataCheck, chosen: list[Sequence[int]], map_in_order: Call
 
 
 class Tally:
-    """Joins what the processes found. Rows come in their order, then images."""
+    """Collects the results of the processes: first those of the rows, in their order, then those of the images."""
 
     def __init__(self, check: DataCheck, chosen: list[Sequence[int]]):
         self.check, self.chosen = check, chosen
         self.faults: dict[Place, list[Fault]] = {}
         self.first_of_id: list[dict[str, int]] = [{} for _ in check.sources]
-        # The rows that use an image file: it is looked at once.
+        # The rows that use an image file. The file is checked once.
         self.users: dict[str, list[Place]] = {}
         self.lengths: list[int] = []
         self.num_cut: list[int] = []
@@ -355,10 +351,11 @@ class Tally:
         self.num_images = self.num_readable = self.num_text_only = 0
         for source, rows in enumerate(check.opened):
             if rows.broken:
-                fault = Fault("broken_json", f"{rows.broken}. No row behind can be found.", "Mend the file there.")
+                message = f"the file cannot be read as JSON from here on: {rows.broken}."
+                fault = Fault("broken_json", message, "Correct the file there.")
                 self._add(Place(source, len(rows), None), [fault])
             elif not len(rows):
-                self._add(Place(source, 0, None), [Fault("no_rows", "the file has no rows.", "Take it out.")])
+                self._add(Place(source, 0, None), [Fault("no_rows", "the file has no rows.", "Remove this source.")])
 
     def _add(self, place: Place, faults: list[Fault]) -> None:
         if faults:
@@ -370,7 +367,7 @@ class Tally:
         if row.id is not None:
             first = self.first_of_id[source].setdefault(row.id, index)
             if first != index:
-                fix = "Give it another, to find it again; training does not use ids."
+                fix = "Give each row its own id. You need ids to find rows; training ignores them."
                 self._add(place, [Fault("duplicate_id", f"row {first} has the same id.", fix, "warning")])
         for path in row.paths:
             self.users.setdefault(path, []).append(place)
@@ -389,15 +386,7 @@ class Tally:
 
     def report(self) -> Report:
         findings = [
-            Finding(
-                fault.level,
-                fault.code,
-                place.id,
-                place.row,
-                self.check.opened[place.source].path,
-                fault.message,
-                fault.fix,
-            )
+            Finding(id=place.id, row=place.row, file=self.check.opened[place.source].path, **asdict(fault))
             for place in sorted(self.faults, key=lambda place: (place.source, place.row))
             for fault in self.faults[place]
         ]
@@ -428,7 +417,7 @@ class Tally:
         return Report(findings, summary, left_out, list(islice(sound, PREVIEWED_ROWS)))
 
     def _self_questions(self) -> float:
-        """Expected in an epoch; where rows were left out of the look, the others stand for them."""
+        """Estimates the self-questions in one epoch, from the rows that were checked."""
         return self.check.self_question_ratio * sum(
             number * rows_per_epoch(source, len(rows)) / len(looked_at)
             for number, source, rows, looked_at in zip(
@@ -441,7 +430,7 @@ class Tally:
         lengths, num_cut = np.array(self.lengths), np.array(self.num_cut)
         width = max(1, -(-int(lengths.max()) // HISTOGRAM_BARS))
         digit = 10 ** (len(str(width)) - 1)
-        width = -(-width // digit) * digit  # a round number
+        width = -(-width // digit) * digit  # rounded up to one digit and zeros
         counts = np.bincount(lengths // width)
         packing, kept = None, lengths - num_cut
         if self.check.packing and (kept <= self.check.max_length).any():
@@ -470,7 +459,7 @@ class Tally:
 def data_check(
     arguments: SQLlavaArguments, training_args: SFTConfig, model_config: ModelConfig, **looked_at: bool
 ) -> DataCheck:
-    """What the doctor needs of a recipe: the data and the processor, but no weights."""
+    """Makes the check of a recipe. It needs the data and the processor, but no weights."""
     return DataCheck(
         arguments.datasets,
         composed_processor(arguments, model_config),

@@ -1,16 +1,18 @@
-"""What the data check found, for people: findings, token lengths, three rows as training sees them, a mended set.
+"""Prints the result of a data check: findings, token lengths, three rows as training sees them. Writes a clean set.
 
     check = DataCheck([DataSource("mine.json", "images")], processor, max_length=2048)
     with Progress() as progress:
         report = examine(check, progress)
     print_report(report, Console())
-    write_sound_rows(check, report, Path("mended"))
+    write_sound_rows(check, report, Path("clean"))
 
-What it does not do: look at the data itself, which `sq_llava/doctor/check.py` does.
+What it does not do: check the data (`sq_llava/doctor/check.py`).
 """
 
 import json
 from collections import Counter, defaultdict
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import datasets
@@ -37,16 +39,17 @@ TURN_STYLES = {ANSWER: "green", QUESTION: "cyan"}
 
 
 def print_report(report: Report, console: Console) -> None:
-    """The findings, the first few of each code, and the numbers of the whole."""
+    """Prints the first few findings of each code, and a summary."""
     by_code = defaultdict(list)
     for finding in report.findings:
         by_code[finding.level, finding.code].append(finding)
     for level, style in LEVEL_STYLES.items():
         for (_, code), findings in sorted(item for item in by_code.items() if item[0][0] == level):
             _print_code(code, findings, style, console)
-    _print_summary(report.summary, console)
+    say = partial(console.print, highlight=False, markup=False, soft_wrap=True)
+    _print_summary(report.summary, say)
     if report.summary["tokens"] is not None:
-        _print_tokens(report.summary["tokens"], console)
+        _print_tokens(report.summary["tokens"], say)
 
 
 def _print_code(code: str, findings: list[Finding], style: str, console: Console) -> None:
@@ -57,7 +60,7 @@ def _print_code(code: str, findings: list[Finding], style: str, console: Console
         fix = f" {finding.fix}" if fixes else ""
         console.print(Text(f"    {_line(finding)}{fix}"), soft_wrap=True)
     if len(findings) > SHOWN_OF_EACH_CODE:
-        console.print(f"    and {len(findings) - SHOWN_OF_EACH_CODE:,} more: --json has them all", style="dim")
+        console.print(f"    and {len(findings) - SHOWN_OF_EACH_CODE:,} more: --json prints all of them", style="dim")
 
 
 def _line(finding: Finding) -> str:
@@ -65,52 +68,41 @@ def _line(finding: Finding) -> str:
     return f"{finding.file}, row {finding.row}{name}: {finding.message}"
 
 
-def _print_summary(summary: dict, console: Console) -> None:
-    console.print()
+def _print_summary(summary: dict, say: Callable) -> None:
+    say()
     for source in summary["sources"]:
-        console.print(
-            Text(
-                f"{source['file']}: {source['rows_looked_at']:,} of {source['rows']:,} rows looked at, "
-                f"{source['rows_with_errors']:,} with errors"
-            ),
-            soft_wrap=True,
+        say(
+            f"{source['file']}: {source['rows_looked_at']:,} of {source['rows']:,} rows checked, "
+            f"{source['rows_with_errors']:,} with errors"
         )
-    console.print(
+    say(
         f"{summary['images']:,} images in {summary['image_files']:,} files; text-only rows: "
-        f"{summary['text_only_share']:.1%}; questions that the model asks itself: about "
-        f"{summary['self_questions_per_epoch']:,.0f} an epoch",
-        highlight=False,
-        soft_wrap=True,
+        f"{summary['text_only_share']:.1%}; self-questions per epoch: about "
+        f"{summary['self_questions_per_epoch']:,.0f}"
     )
 
 
-def _print_tokens(tokens: dict, console: Console) -> None:
-    console.print(
-        f"Tokens of a row: {tokens['mean']:,.0f} on average, median {tokens['median']:,.0f}, 95% up to "
+def _print_tokens(tokens: dict, say: Callable) -> None:
+    say(
+        f"Tokens of a row: {tokens['mean']:,.0f} on average, median {tokens['median']:,.0f}, 95% have at most "
         f"{tokens['percentile_95']:,.0f}, longest {tokens['longest']:,}; max_length {tokens['max_length']} cuts "
-        f"{tokens['tokens_cut']:,} tokens off {tokens['rows_cut']:,} rows",
-        highlight=False,
-        soft_wrap=True,
+        f"{tokens['tokens_cut']:,} tokens off {tokens['rows_cut']:,} rows"
     )
     if tokens["packing"]:
-        console.print(
-            f"Packed: about {tokens['rows'] / tokens['packing']['packs']:.1f} of these rows in a pack of "
-            f"{tokens['max_length']} tokens, fill {tokens['packing']['fill']:.2f}",
-            highlight=False,
-            soft_wrap=True,
+        say(
+            f"Packing: about {tokens['rows'] / tokens['packing']['packs']:.1f} of these rows per pack of "
+            f"{tokens['max_length']} tokens, fill {tokens['packing']['fill']:.2f}"
         )
     most = max(bar["rows"] for bar in tokens["histogram"])
     width = len(f"{tokens['histogram'][-1]['to']:,}")
     for bar in tokens["histogram"]:
-        # A bar that is not empty is seen.
+        # Rounded up: a count above 0 has at least one mark.
         marks = "█" * -(-bar["rows"] * BAR_WIDTH // most)
-        console.print(
-            f"  {bar['from']:>{width},} - {bar['to']:>{width},} {marks:<{BAR_WIDTH}} {bar['rows']:,}", highlight=False
-        )
+        say(f"  {bar['from']:>{width},} - {bar['to']:>{width},} {marks:<{BAR_WIDTH}} {bar['rows']:,}")
 
 
 def print_preview(check: DataCheck, report: Report, seed: int, console: Console) -> None:
-    """Rows as training sees them in its first epoch: between stars, and coloured, is what is in the loss."""
+    """Prints rows as training sees them in its first epoch. The text in the loss is coloured and between stars."""
     collator = SelfQuestioningCollator(
         check.processor, check.plain, check.self_question_ratio, seed, max_length=check.max_length
     )
@@ -124,11 +116,18 @@ def print_preview(check: DataCheck, report: Report, seed: int, console: Console)
         console.print(spell_out(check, ids, kinds), soft_wrap=True)
         console.print()
     if report.sound:
-        console.print("Between stars is what is in the loss: answers green, self-questions cyan.", style="dim")
+        console.print("The text between stars is in the loss: answers in green, self-questions in cyan.", style="dim")
 
 
 def spell_out(check: DataCheck, ids: list[int], kinds: list[int]) -> Text:
-    """The text of tokens, those in the loss marked; an image's tokens are counted."""
+    """
+    Returns the text of a tokenized row, with stars around the text in the loss.
+
+    Args:
+        check ([`DataCheck`]): Has the processor.
+        ids (`list[int]`): Token ids. The tokens of an image are shown as their number.
+        kinds (`list[int]`): Kind of each token: `NOT_SPOKEN`, `ANSWER` or `QUESTION`.
+    """
     text, begin, decoded = Text(), 0, ""
     image_token_id = check.processor.image_token_id
     keys = [(kind, token == image_token_id) for kind, token in zip(kinds, ids)]
@@ -136,13 +135,13 @@ def spell_out(check: DataCheck, ids: list[int], kinds: list[int]) -> Text:
         if end < len(ids) and keys[end] == keys[begin]:
             continue
         kind, is_image = keys[begin]
-        # From the beginning: by itself, a piece would lose the space in front of it.
+        # Decoded from the beginning: decoded alone, a piece would lose the space before it.
         before, decoded = decoded, check.processor.tokenizer.decode(ids[:end], clean_up_tokenization_spaces=False)
         if is_image:
             text.append(f"<image> x {end - begin}", "magenta")
         else:
             piece = decoded[len(before) :]
-            # A text could move the cursor or recolour the terminal.
+            # Escaped, because control characters could move the cursor or change colours of the terminal.
             piece = "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in piece)
             text.append(f"*{piece}*" if kind else piece, TURN_STYLES.get(kind, "dim"))
         begin = end
@@ -151,18 +150,23 @@ def spell_out(check: DataCheck, ids: list[int], kinds: list[int]) -> Text:
 
 def write_sound_rows(check: DataCheck, report: Report, folder: Path) -> list[dict]:
     """
-    Writes the rows without errors, as they are, and `left_out.jsonl` with every other one and why.
+    Writes the rows without errors, unchanged, and `left_out.jsonl`, which lists the other rows with their errors.
+
+    Args:
+        check ([`DataCheck`]): What was checked.
+        report ([`Report`]): From [`examine`], without a limit.
+        folder (`Path`): New or empty folder.
 
     Returns:
-        Entries for a recipe's `datasets`; sources of which no row is left have none.
+        Entries for `datasets` of a recipe, one for each source with at least one row left.
 
     Raises:
-        ValueError: if the folder has files already, or rows were not looked at.
+        ValueError: if the folder has files already, or some rows were not checked.
     """
     require_new_folder(folder)
     for source in report.summary["sources"]:
         if source["rows_looked_at"] < source["rows"]:
-            raise ValueError(f"{source['file']}: only some rows were looked at: leave out --limit.")
+            raise ValueError(f"{source['file']}: only a part of the rows was checked: remove --limit.")
     folder.mkdir(parents=True, exist_ok=True)
     entries = []
     for number, (source, rows) in enumerate(zip(check.sources, check.opened)):
@@ -194,14 +198,14 @@ def write_sound_rows(check: DataCheck, report: Report, folder: Path) -> list[dic
 def _write_lines(path: Path, rows) -> None:
     with path.open("wb") as stream:
         for row in rows:
-            # Half a character in a field that is not a text stays the escape that it was.
+            # A lone surrogate in a field that is not read is written as the same escape again.
             stream.write(json.dumps(row, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n")
 
 
 def _write_table(table: Table, kept: list[int], path: Path) -> Path:
     dataset = table.dataset.select(kept).with_format(None)
     if not all(map(_is_embedded, (chunk for column in dataset.data.columns for chunk in column.chunks))):
-        # As plain structs: an image column would be looked for in the working directory, to copy its files in.
+        # Cast to plain structs: for an image column, `datasets` would search the working directory for the files.
         dataset = dataset.cast(datasets.Features.from_arrow_schema(dataset.data.schema.remove_metadata()))
     if table.path.endswith(".parquet"):
         path = path.with_name(f"{path.name}.parquet")
@@ -212,7 +216,7 @@ def _write_table(table: Table, kept: list[int], path: Path) -> Path:
 
 
 def _is_embedded(column: pa.Array) -> bool:
-    """Whether no image inside is a path alone."""
+    """Returns whether each image inside has its bytes, not only a path."""
     if pa.types.is_list(column.type) or pa.types.is_large_list(column.type):
         return _is_embedded(column.flatten())
     if not pa.types.is_struct(column.type):
@@ -225,10 +229,15 @@ def _is_embedded(column: pa.Array) -> bool:
 
 def check_before_training(check: DataCheck, limit: int | None, command: str) -> None:
     """
-    Looks at rows before a model is loaded, and says what is worth a warning.
+    Checks rows before a model is loaded, and prints how many warnings there are.
+
+    Args:
+        check ([`DataCheck`]): What to check.
+        limit (`int`, *optional*): Check about this many rows, evenly spaced.
+        command (`str`): The `sq-llava doctor` command that prints all findings.
 
     Raises:
-        ValueError: if a row could not be trained on, with the first few and the command that tells all.
+        ValueError: if a row has an error, with the first few errors and the command.
     """
     with Progress(console=Console(stderr=True), transient=True) as progress:
         report = examine(check, progress, limit)
@@ -238,9 +247,9 @@ def check_before_training(check: DataCheck, limit: int | None, command: str) -> 
         more = [f"and {len(lines) - SHOWN_ERRORS} more."] if len(lines) > SHOWN_ERRORS else []
         shown = "\n  ".join([f"{len(lines)} errors in {looked_at:,} rows of the data:", *lines[:SHOWN_ERRORS], *more])
         raise ValueError(
-            f"{shown}\nTo see all, in all rows: {command}\nThe same with --fix FOLDER writes a set without them."
+            f"{shown}\nTo see all errors of all rows: {command}\nAdd --fix FOLDER to write a copy without these rows."
         )
     warned = Counter(finding.code for finding in report.findings if finding.level == "warning")
     if warned:
         counts = ", ".join(f"{code} {number:,}" for code, number in warned.items())
-        print(f"Warnings in {looked_at:,} rows of the data: {counts}. Which: {command}")
+        print(f"Warnings in {looked_at:,} rows of the data: {counts}. To see them: {command}")

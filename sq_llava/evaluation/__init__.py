@@ -1,1 +1,1 @@
-"""Scores a model on benchmarks: one module for each task, and what they share."""
+"""Scores models on benchmarks: one module per task, and the code that all tasks share."""

@@ -1,6 +1,6 @@
-"""Answers of a model to the examples of a task: in batches, over processes, resumed from what was written.
+"""Generates a model's answers to the examples of a task: in batches, on several processes, resumable.
 
-The answers are appended to `answers-<rank>.jsonl` as they come (`sq_llava/resumable/resume.py`).
+Answers are appended to `answers-<rank>.jsonl` as they are generated (`sq_llava/resumable/resume.py`).
 """
 
 from collections.abc import Sequence
@@ -21,7 +21,7 @@ from sq_llava.resumable.resume import run_resumable
 
 @dataclass(frozen=True)
 class AnswerSettings:
-    """How examples are asked; without a `system_message`, the model uses its own."""
+    """How answers are generated. Without a `system_message`, the model uses its own."""
 
     max_new_tokens: int
     batch_size: int = 8
@@ -32,13 +32,15 @@ def answer_examples(
     assistant: Assistant, examples: Sequence[Example], folder: Path, settings: AnswerSettings, description: str
 ) -> list[Record]:
     """
-    Answers every example, greedily.
+    Answers every example with greedy decoding.
 
     Args:
-        folder (`Path`): For the answers; those that it holds already are kept.
+        examples (`Sequence[Example]`): Examples with unique ids.
+        folder (`Path`): Folder for the answers. Answers that are already in it are not generated again.
+        description (`str`): Label of the progress bar.
 
     Returns:
-        One unscored record for each example, in their order; on every process.
+        One unscored record per example, in the order of `examples`, on every process.
     """
     prompts = {example.id: render(assistant, example, settings.system_message) for example in examples}
 
@@ -46,7 +48,12 @@ def answer_examples(
         return _same_number_of_images(by_images(left, prompts), settings.batch_size)
 
     def answer(batch: Sequence[Example]) -> list[dict[str, str]]:
-        return [{"answer": text} for text in _answer(assistant, batch, settings)]
+        images = {image: open_task_image(image) for example in batch for image in example.images}
+        requests = [
+            ([images[image] for image in example.images] or None, conversation(example, settings.system_message))
+            for example in batch
+        ]
+        return [{"answer": text} for text in assistant.answer_batch(requests, settings.max_new_tokens)]
 
     lines = run_resumable(
         examples, answer, folder, "answers", description, make_batches=make_batches, failed={"answer": ""}
@@ -59,9 +66,12 @@ def answer_examples(
 
 def by_images(examples: Sequence[Example], prompts: dict[str, str]) -> list[Example]:
     """
-    Sorts examples so that those about the same images, which share a pass of the model, follow one another. Within a
-    group, and among the groups, the longest come first, so that too little memory shows at once. Examples without
-    images come last.
+    Puts examples about the same images next to each other, because a batch processes their common beginning once. The
+    longest prompts come first, within a group and among groups, so that a lack of memory shows at once. Examples
+    without images come last.
+
+    Args:
+        prompts (`dict[str, str]`): Example id -> its whole prompt.
     """
     groups: dict[tuple[TaskImage, ...], list[Example]] = {}
     for example in examples:
@@ -76,7 +86,7 @@ def by_images(examples: Sequence[Example], prompts: dict[str, str]) -> list[Exam
 
 
 def conversation(example: Example, system_message: str | None) -> list[dict[str, Any]]:
-    """The messages of an example, with placeholders for its images."""
+    """The chat messages of an example, with placeholders for its images."""
     content = [{"type": "image"} for _ in example.images]
     messages = [{"role": "user", "content": [*content, {"type": "text", "text": example.prompt}]}]
     if system_message is not None:
@@ -89,7 +99,7 @@ def render(assistant: Assistant, example: Example, system_message: str | None) -
     The prompt as text.
 
     Raises:
-        ValueError: if the model's template refuses the example.
+        ValueError: If the model's chat template rejects the example.
     """
     try:
         return assistant.processor.apply_chat_template(
@@ -110,15 +120,6 @@ def _same_number_of_images(examples: Sequence[Example], batch_size: int) -> list
     return batches
 
 
-def _answer(assistant: Assistant, batch: Sequence[Example], settings: AnswerSettings) -> list[str]:
-    images = {image: open_task_image(image) for example in batch for image in example.images}
-    requests = [
-        ([images[image] for image in example.images] or None, conversation(example, settings.system_message))
-        for example in batch
-    ]
-    return assistant.answer_batch(requests, settings.max_new_tokens)
-
-
 def open_task_image(image: TaskImage) -> Image.Image:
-    """An image of an example, in RGB."""
+    """Opens an image of an example, in RGB."""
     return open_image(image if isinstance(image, Path) else image.read())

@@ -1,12 +1,12 @@
-"""Figures of captions over a whole corpus, with pycocoevalcap, and the words that they count.
+"""Caption metrics over a whole corpus (CIDEr-D, BLEU, METEOR; with pycocoevalcap), and the tokenizers for them.
 
     >>> words("A man's dog, running -- in the park.")
     ['a', "man's", 'dog', 'running', 'in', 'the', 'park']
 
-The tokeniser is part of a figure. `words` needs nothing; that of the Penn Treebank (`ptb_words`), which published
-figures use, and METEOR are programs in Java, which come with pycocoevalcap and need a Java runtime. SPICE is not
-here: pycocoevalcap downloads 400 MB of models for it when it is first used. The captions that a task writes
-(`captions.json`) are in the format of COCO's results, which scorers of SPICE take.
+The value of a metric depends on the tokenizer. `words` is plain Python. `ptb_words` is the Penn Treebank tokenizer,
+which published results use; it and METEOR are Java programs inside pycocoevalcap and need a Java runtime. SPICE is not
+included, because pycocoevalcap downloads 400 MB of models for it at first use. `captions.json`, which each caption
+task writes, has the COCO results format that other SPICE scorers read.
 """
 
 import re
@@ -23,7 +23,7 @@ from pycocoevalcap.tokenizer import ptbtokenizer
 
 
 def words(text: str) -> list[str]:
-    """Runs of letters and digits in lower case; an apostrophe inside of one stays, all other marks separate."""
+    """Lower-cased runs of letters and digits. An apostrophe inside a word stays; all other marks separate words."""
     return re.findall(r"[^\W_]+(?:'[^\W_]+)*", text.lower().replace("’", "'"))
 
 
@@ -33,11 +33,14 @@ def has_java() -> bool:
 
 def ptb_words(texts: Sequence[str]) -> list[str]:
     """
-    Texts in the words of Stanford's Penn Treebank tokeniser, with spaces between them, in lower case and without
-    punctuation, as COCO's evaluation code has them (which leaves "-lrb-" for a bracket).
+    Tokenizes texts with Stanford's Penn Treebank tokenizer, lower-cased and without punctuation, as COCO's evaluation
+    code does (it keeps "-lrb-" for a bracket).
+
+    Returns:
+        One text per input, its words separated by spaces.
 
     Raises:
-        RuntimeError: if the program fails.
+        RuntimeError: If the Java program fails.
     """
     lines = [" ".join(text.split()) for text in texts]
     command = ["java", "-cp", ptbtokenizer.STANFORD_CORENLP_3_4_1_JAR, "edu.stanford.nlp.process.PTBTokenizer"]
@@ -49,41 +52,47 @@ def ptb_words(texts: Sequence[str]) -> list[str]:
     )
     tokenized = run.stdout.decode().split("\n")[:-1]
     if run.returncode or len(tokenized) != len(lines):
-        raise RuntimeError(f"The tokeniser gave {len(tokenized)} lines for {len(lines)}: {run.stderr.decode()}")
+        raise RuntimeError(
+            f"The Penn Treebank tokenizer (Java) returned {len(tokenized)} lines for {len(lines)} texts. "
+            f"Its error output: {run.stderr.decode()}"
+        )
     return [" ".join(word for word in line.split() if word not in ptbtokenizer.PUNCTUATIONS) for line in tokenized]
 
 
 def cider_d(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> float:
     """
-    CIDEr-D, from 0 to 10 (papers give a hundred times that), with document frequencies of these references.
+    CIDEr-D (https://arxiv.org/abs/1411.5726), from 0 to 10. Papers report 100 times that value. Document frequencies
+    are computed from `references`.
 
     Args:
-        predictions: Words with spaces between them, one text for each image.
-        references: As many lists of them.
+        predictions: One text per image, its words separated by spaces.
+        references: One list of such texts per image.
     """
     return float(Cider().compute_score(*_numbered(predictions, references))[0])
 
 
 def bleu(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> list[float]:
-    """BLEU-1 to BLEU-4 of the corpus, each against the reference that is closest in length."""
+    """BLEU-1 to BLEU-4 of the corpus, from 0 to 1. The brevity penalty uses the reference closest in length."""
     return [float(value) for value in Bleu(4).compute_score(*_numbered(predictions, references), verbose=0)[0]]
 
 
 def meteor(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> float:
-    """METEOR 1.5 of the corpus: from the matches of all images together."""
+    """METEOR 1.5 of the corpus, from 0 to 1, computed from the matches of all images together."""
     statistics = [_matches(text, tuple(each)) for text, each in zip(predictions, references, strict=True)]
     process = _meteor_process()
     process.stdin.write(" ||| ".join(["EVAL", *statistics]) + "\n")
     process.stdin.flush()
-    lines = [process.stdout.readline() for _ in range(len(statistics) + 1)]  # of each image, then of all
+    lines = [process.stdout.readline() for _ in range(len(statistics) + 1)]  # one per image, then the corpus
     if not lines[-1]:
-        raise RuntimeError("METEOR has ended: is there memory for 2 GB of Java?")
+        raise RuntimeError("The Java process of METEOR ended. It needs 2 GB of free memory.")
     return float(lines[-1])
 
 
 def _numbered(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> tuple[dict, dict]:
     if len(predictions) != len(references):
-        raise ValueError(f"{len(predictions)} captions and {len(references)} lists of references: give as many.")
+        raise ValueError(
+            f"Got {len(predictions)} captions and {len(references)} lists of references. Their numbers must be equal."
+        )
     return dict(enumerate(map(list, references))), {number: [text] for number, text in enumerate(predictions)}
 
 

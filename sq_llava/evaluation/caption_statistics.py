@@ -1,12 +1,12 @@
-"""BLEU and CIDEr-D of a corpus in which images count several times or not at all, for intervals by resampling.
+"""BLEU and CIDEr-D of a corpus with a weight for each image, for confidence intervals by resampling.
 
     >>> statistics = CaptionStatistics(["a dog", "a red cat"], [["a dog runs"], ["the red cat", "a cat"]])
     >>> statistics.figures(np.array([1, 1])) == statistics.figures(np.array([2, 2]))
     True
 
-The n-grams are counted once; what is left for a resample are a few sums: 0.12 s for 5,000 images with 5 references,
-where pycocoevalcap takes 15 s on the same core. Document frequencies are those of the resample. The figures are
-pycocoevalcap's, which a test holds.
+The n-grams are counted once, so each resample needs only a few sums: 0.12 s for 5,000 images with 5 references, where
+pycocoevalcap takes 15 s on the same core. Document frequencies are those of the resample. A test checks that the
+values equal those of pycocoevalcap.
 """
 
 from collections import Counter
@@ -16,7 +16,7 @@ import numpy as np
 
 
 MAX_ORDER = 4
-SIGMA = 6.0  # of CIDEr-D's penalty for another length
+SIGMA = 6.0  # width of CIDEr-D's penalty for a different length
 
 
 def ngrams(text: str) -> Counter[tuple[str, ...]]:
@@ -30,9 +30,11 @@ def ngrams(text: str) -> Counter[tuple[str, ...]]:
 
 class CaptionStatistics:
     """
+    The n-gram counts of a corpus.
+
     Args:
-        predictions (`Sequence[str]`): Words with spaces between them, one text for each image.
-        references (`Sequence[Sequence[str]]`): As many lists of them.
+        predictions (`Sequence[str]`): One text per image, its words separated by spaces.
+        references (`Sequence[Sequence[str]]`): One list of such texts per image.
     """
 
     def __init__(self, predictions: Sequence[str], references: Sequence[Sequence[str]]) -> None:
@@ -65,7 +67,10 @@ class CaptionStatistics:
     def figures(self, weights: np.ndarray) -> dict[str, float]:
         """
         Args:
-            weights (`np.ndarray`): How often each image counts, of shape [number of images].
+            weights (`np.ndarray`): How often each image counts, of shape `(num_images,)`.
+
+        Returns:
+            `CIDEr-D` and `BLEU-1` to `BLEU-4`.
         """
         precision = {f"BLEU-{order}": value for order, value in enumerate(self._bleu_of(weights), start=1)}
         return {"CIDEr-D": self._cider_d(weights), **precision}
@@ -77,7 +82,7 @@ class CaptionStatistics:
         num_references = len(self._image_of_reference)
 
         def sums(columns: np.ndarray, num_owners: int, power: int) -> np.ndarray:
-            """Of counts and rarities, for each owner and order: [num_owners, 4]."""
+            """Sums of counts**power * rarity**2 for each owner (text) and n-gram order: `(num_owners, 4)`."""
             owners, grams, counts = columns
             values = counts**power * rarity[grams] ** 2
             index = owners * MAX_ORDER + self._orders[grams]
@@ -94,7 +99,7 @@ class CaptionStatistics:
     def _bleu_of(self, weights: np.ndarray) -> list[float]:
         length, reference_length, *counts = weights @ self._bleu
         guessed, right = np.array(counts[:MAX_ORDER]), np.array(counts[MAX_ORDER:])
-        # The two small numbers are pycocoevalcap's: without a right one, the figure is 0.
+        # The small constants are those of pycocoevalcap. Without a correct n-gram, BLEU is about 0.
         precisions = (right + 1e-15) / (guessed + 1e-9)
         ratio = (length + 1e-15) / (reference_length + 1e-9)
         brevity = np.exp(1 - 1 / ratio) if ratio < 1 else 1.0
@@ -106,12 +111,12 @@ def _columns(rows: list[tuple[int, int, int]]) -> np.ndarray:
 
 
 def _pairs(counts: Counter[tuple[str, ...]]) -> int:
-    """CIDEr-D takes the number of pairs of words as the length of a text."""
+    """The number of bigrams, which CIDEr-D uses as the length of a text."""
     return sum(count for gram, count in counts.items() if len(gram) == 2)
 
 
 def _bleu_counts(prediction: str, counts: Counter, texts: Sequence[str], others: Sequence[Counter]) -> list[int]:
-    """Length, that of the reference closest to it, n-grams of each order, and those of them that a reference has."""
+    """Length, length of the closest reference, n-grams of each order, and how many of them a reference has."""
     length = len(prediction.split())
     closest = min((len(text.split()) for text in texts), key=lambda each: (abs(each - length), each))
     guessed = [max(0, length - order) for order in range(MAX_ORDER)]

@@ -2,33 +2,34 @@
 
     sq-llava evaluate --model M --tasks coco_captions,flickr30k,nocaps,conceptual_captions --data DIR
 
-All are asked with the words of LLaVA's and lmms-eval's caption tasks ("Describe the image briefly." is lmms-eval's for
-Karpathy's split alone). Predictions are lower-cased, without punctuation, cut to 20 words, as the SQ-LLaVA paper has
-them; figures are of the whole corpus, with three tokenisers, and not comparable with one another:
+All tasks use the prompt of LLaVA's and lmms-eval's caption tasks. (For Karpathy's split, lmms-eval uses another one:
+"Describe the image briefly.") Predictions are lower-cased, stripped of punctuation and cut to 20 words, as in the
+SQ-LLaVA paper. Metrics are computed over the whole corpus. They come in three forms that cannot be compared with each
+other:
 
-    plain/       `caption_metrics.words`; needs nothing else
-    ptb/         Penn Treebank's, and METEOR; only where there is a Java runtime
-    lmms_eval/   the same without the cut, on the text as it came
+    plain/       tokenized by `caption_metrics.words`; always available
+    ptb/         tokenized by the Penn Treebank tokenizer, and METEOR; needs a Java runtime
+    lmms_eval/   as ptb/, but on the whole answer as the model wrote it
 
-SPICE is not computed here. `captions.json` holds the captions in the format of COCO's results: for the server of
-NoCaps (https://eval.ai/web/challenges/challenge-page/355), whose test captions nobody else has, and for other scorers.
+SPICE is not computed. `captions.json` holds the captions in the COCO results format, for other scorers and for the
+NoCaps server (https://eval.ai/web/challenges/challenge-page/355), which alone has the captions of the test split.
 
-The Hub's columns:
-    coco_captions         cocoid, sentences (texts, or objects with `raw`), and image, or filepath and filename of a
-                          picture beside the files: the table of the Hub (yerevann/coco-karpathy) has no pictures
-    flickr30k             img_id, image, caption (texts); a column `split` picks Karpathy's 1,000. Without it all rows
-                          are taken: the 31,783 of lmms-lab-encoder/flickr30k, as lmms-eval does
-    nocaps                image_id, image, annotations_captions; domains are read from nocaps_val_4500_captions.json
-                          beside them, if it is there
+Columns in the Hub's layout:
+    coco_captions         cocoid, sentences (strings, or objects with `raw`), and either image, or filepath and
+                          filename of an image file beside the table (yerevann/coco-karpathy on the Hub has no images)
+    flickr30k             img_id, image, caption (strings). A column `split` selects Karpathy's 1,000 test images.
+                          Without it all rows are used, as in lmms-eval: lmms-lab-encoder/flickr30k has 31,783
+    nocaps                image_id, image, annotations_captions. The domains are read from
+                          nocaps_val_4500_captions.json beside the table, if it exists
     conceptual_captions   image, caption
 The authors' files:
-    coco_captions         dataset_coco.json of Karpathy and val2014/
-    flickr30k             dataset_flickr30k.json of Karpathy and flickr30k-images/
+    coco_captions         Karpathy's dataset_coco.json, and val2014/
+    flickr30k             Karpathy's dataset_flickr30k.json, and flickr30k-images/
     nocaps                nocaps_val_4500_captions.json (images: id, file_name, domain; annotations: image_id, caption)
-                          and val/; --split test: nocaps_test_image_info.json and test/
-    conceptual_captions   Validation_GCC-1.1.0-Validation.tsv (caption, url) and images/<row, from 0>.jpg. A picture
-                          that is not there is a failed example: to score those that can still be downloaded, leave
-                          the others out and name the pictures in a third column
+                          and val/; with --split test: nocaps_test_image_info.json and test/
+    conceptual_captions   Validation_GCC-1.1.0-Validation.tsv (caption, url) and images/<row, from 0>.jpg. A missing
+                          image makes its example fail. To score only the images that can still be downloaded, remove
+                          the other rows and add a third column with the image names
 """
 
 import csv
@@ -48,17 +49,17 @@ from sq_llava.evaluation.task import Example, Record, Score, Task
 PROMPT = "Provide a one-sentence caption for the provided image."
 MAX_WORDS = 20
 NOTE = """\
-Tokenisers: `plain/` is this project's own (lower case, no punctuation) and not comparable with published figures;
-`ptb/` is the Penn Treebank's, on predictions cut to 20 words; `lmms_eval/` the same on whole ones. The last two, and
-METEOR, are there only if the run had a Java runtime. SPICE is not computed: it needs models that are not here.
+Tokenizers: `plain/` is this project's own (lower case, no punctuation); do not compare it with published results.
+`ptb/` is the Penn Treebank tokenizer on predictions cut to 20 words, and `lmms_eval/` the same on whole predictions.
+These two and METEOR are present only if the run had a Java runtime. SPICE is not computed.
 """
 NOCAPS_CAPTIONS = "nocaps_val_4500_captions.json"
 
 
 def _example(number: Any, image: TaskImage, captions: Any, **details: str) -> Example:
-    """`captions`: a text, a list of texts or of objects with `raw`, or none where only a server has them."""
+    """`captions`: a string, a list of strings or of objects with `raw`, or `None` if only a server has them."""
     if not str(number).isdecimal():
-        raise ValueError(f"the id of an image is {number!r}: expected a number, as scorers and servers take it.")
+        raise ValueError(f"Image id {number!r} is not a number, which scorers and servers require.")
     texts = [captions] if isinstance(captions, str) else captions or []
     reference = [
         each if isinstance(each, str) else check_fields(each, ["raw"], f"image {number}")["raw"] for each in texts
@@ -67,7 +68,7 @@ def _example(number: Any, image: TaskImage, captions: Any, **details: str) -> Ex
 
 
 def _karpathy_reader(file_name: str, folder: str | None) -> Callable[[Data], list[Example]]:
-    """Reads Karpathy's JSON; pictures lie in `folder`, or in the one that the row names."""
+    """A reader of Karpathy's JSON. The images are in `folder`, or in each row's own `filepath` if it is `None`."""
 
     def read(data: Data) -> list[Example]:
         file = data.file(file_name)
@@ -89,7 +90,10 @@ def read_coco(data: Data) -> list[Example]:
     examples = []
     for row in data.rows(["cocoid", "sentences"], default_split="test"):
         if "image" not in row and (data.folder is None or not {"filepath", "filename"} <= row.keys()):
-            raise ValueError(f"{data}: has no column image, nor filepath and filename of pictures beside it.")
+            raise ValueError(
+                f"{data}: needs a column image, or columns filepath and filename of image files beside the table. "
+                f"Its columns are: {', '.join(row)}."
+            )
         image = row["image"] if "image" in row else data.image(data.folder, f"{row['filepath']}/{row['filename']}")
         examples.append(_example(row["cocoid"], image, row["sentences"]))
     return examples
@@ -134,7 +138,7 @@ def _read_nocaps_files(data: Data) -> list[Example]:
     for number, row in enumerate(content["images"]):
         check_fields(row, ["id", "file_name"] if is_test else ["id", "file_name", "domain"], f"{file}, image {number}")
         if not is_test and row["id"] not in captions:
-            raise ValueError(f"{file}: has no caption of image {row['id']}.")
+            raise ValueError(f"{file}: has no caption for image {row['id']}.")
         image = data.image(file.parent / ("test" if is_test else "val"), row["file_name"])
         domain = {"domain": row["domain"]} if "domain" in row else {}
         examples.append(_example(row["id"], image, captions.get(row["id"]), **domain))
@@ -150,7 +154,9 @@ def read_conceptual_captions(data: Data) -> list[Example]:
     with file.open(encoding="utf-8", newline="") as lines:
         for number, row in enumerate(csv.reader(lines, delimiter="\t", quoting=csv.QUOTE_NONE)):
             if len(row) not in (2, 3):
-                raise ValueError(f"{file}, row {number}: has {len(row)} fields, not caption, url and maybe a picture.")
+                raise ValueError(
+                    f"{file}, row {number}: has {len(row)} fields, expected caption, url and, optionally, image name."
+                )
             name = row[2] if len(row) == 3 else f"{number}.jpg"
             examples.append(_example(number, data.image(file.parent / "images", name), [row[0]]))
     return examples
@@ -158,7 +164,7 @@ def read_conceptual_captions(data: Data) -> list[Example]:
 
 def shorten(answer: str) -> str:
     """
-    A prediction as the paper has it.
+    Lower-cases a prediction, removes punctuation and cuts it to 20 words, as in the paper.
 
         >>> shorten("A dog runs, fast.")
         'a dog runs fast'
@@ -167,7 +173,7 @@ def shorten(answer: str) -> str:
 
 
 def score(example: Example, answer: str) -> Score:
-    """What is counted of one caption: that there is one. The figures are of the corpus."""
+    """Only parses the caption. The metrics are computed over the whole corpus."""
     return Score({}, is_parsed=bool(words(answer)), prediction=shorten(answer))
 
 
@@ -175,7 +181,7 @@ def corpus_metrics(records: Sequence[Record]) -> dict[str, float]:
     if records[0].example.reference is None:
         return {}
     figures = {}
-    for name, predictions, references in _in_words(records):
+    for name, predictions, references in _tokenize(records):
         figures |= corpus_figures(name, predictions, references)
         if name != "plain":
             figures[f"{name}/METEOR"] = meteor(predictions, references)
@@ -183,10 +189,10 @@ def corpus_metrics(records: Sequence[Record]) -> dict[str, float]:
 
 
 def weighted_metrics(records: Sequence[Record]) -> Callable[[np.ndarray], dict[str, float]]:
-    """The same without METEOR, for images that count several times."""
+    """As `corpus_metrics`, but without METEOR and with a weight for each image."""
     statistics = {}
     if records[0].example.reference is not None:
-        statistics = {name: CaptionStatistics(said, known) for name, said, known in _in_words(records)}
+        statistics = {name: CaptionStatistics(*texts) for name, *texts in _tokenize(records)}
 
     def figures(weights: np.ndarray) -> dict[str, float]:
         found = {name: each.figures(weights) for name, each in statistics.items()}
@@ -195,8 +201,8 @@ def weighted_metrics(records: Sequence[Record]) -> Callable[[np.ndarray], dict[s
     return figures
 
 
-def _in_words(records: Sequence[Record]) -> Iterator[tuple[str, list[str], list[list[str]]]]:
-    """The name of each tokeniser, with predictions and references in its words."""
+def _tokenize(records: Sequence[Record]) -> Iterator[tuple[str, list[str], list[list[str]]]]:
+    """Yields the name of each tokenizer with the tokenized predictions and references."""
     answers = [record.answer for record in records]
     references = [record.example.reference for record in records]
     short = [shorten(answer) for answer in answers]
@@ -211,13 +217,13 @@ def _in_words(records: Sequence[Record]) -> Iterator[tuple[str, list[str], list[
 
 
 def corpus_figures(name: str, predictions: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, float]:
-    """BLEU and CIDEr-D of texts in the words of the tokeniser `name`."""
+    """BLEU and CIDEr-D of texts that the tokenizer `name` has tokenized."""
     precision = {f"{name}/BLEU-{number}": value for number, value in enumerate(bleu(predictions, references), start=1)}
     return {f"{name}/CIDEr-D": cider_d(predictions, references), **precision}
 
 
 def write_submission(records: Sequence[Record], folder: Path) -> Path:
-    """`[{image_id, caption}, ...]`, the captions as they came."""
+    """Writes `[{image_id, caption}, ...]` with the unchanged answers of the model."""
     return write_upload(
         folder / "captions.json", {int(record.example.id): record.answer for record in records}, "image_id", "caption"
     )

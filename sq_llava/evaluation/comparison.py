@@ -1,13 +1,13 @@
-"""Two evaluations beside each other: how far apart they are, in pairs, and which examples flipped.
+"""Compares two evaluations: paired differences with 95% intervals, and the examples whose score changed.
 
     >>> differences = compare(Path("runs/evaluation/a"), Path("runs/evaluation/b"))
 
-Both answered the same examples, so the difference of each is taken and the examples are drawn anew with replacement
-(a paired bootstrap): the interval holds 95% of the differences of these draws. It tells the chance of the examples,
-not that of training again. Written to OUT:
+Both models answered the same examples, so the examples are resampled in pairs, with replacement (paired bootstrap).
+The interval holds 95% of the resampled differences. It covers the random choice of examples, but not the randomness of
+training. Written to OUT:
 
-    comparison.json, comparison.md   every figure of both, their difference and its interval
-    <task>.flipped.jsonl             the examples whose score differs, those that change most first
+    comparison.json, comparison.md   each metric of both, its difference and its interval
+    <task>.flipped.jsonl             the examples whose score changed, largest change first
 """
 
 import json
@@ -26,14 +26,14 @@ from sq_llava.evaluation.task import Record, Task, main_score
 from sq_llava.resumable.jsonl import write_jsonl
 
 
-NUM_SHOWN = 5
-NUM_LETTERS = 300  # of a prompt: its end
-BOUNDS = (2.5, 97.5)
+NUM_SHOWN = 5  # changed examples in the report
+NUM_LETTERS = 300  # the report shows this many last characters of a prompt
+BOUNDS = (2.5, 97.5)  # percentiles of a 95% interval
 
 
 @dataclass(frozen=True)
 class Difference:
-    """A figure of both evaluations; `difference` is second - first, and lies from `low` to `high` with 95%."""
+    """A metric of both evaluations. `difference` is second - first; its 95% interval is from `low` to `high`."""
 
     task: str
     metric: str
@@ -46,42 +46,42 @@ class Difference:
 
     @property
     def is_clear(self) -> bool:
-        """Whether the interval is on one side of 0."""
+        """Whether the interval excludes 0."""
         return self.low > 0 or self.high < 0
 
 
 def check_comparable(other: Path, evaluation: Evaluation) -> None:
     """
-    Before a run that will be compared with the folder `other`.
+    Checks, before a run, that it can be compared with the evaluation in the folder `other`.
 
     Raises:
-        ValueError: if that is the run's own folder, lacks a task, or has other examples or another judge.
+        ValueError: If `other` is the run's own folder, lacks a task, or has other examples or another judge.
     """
     if other.resolve() == evaluation.out.resolve():
-        raise ValueError(f"--against {other}: is the folder that this run writes to: give another --out.")
+        raise ValueError(f"--against {other}: this run writes to the same folder. Choose another --out.")
     judges = _judges(json.loads((other / "results.json").read_text()))
     for name in evaluation.tasks:
         path = other / name / "examples.jsonl"
         if not path.is_file():
-            raise ValueError(f"--against {other}: was not evaluated on {name}: leave it out of --tasks.")
+            raise ValueError(f"--against {other}: has no results for {name}. Remove it from --tasks.")
         theirs = {record.example.id: record.example.reference for record in read_records(path)}
         ours = {example.id: example.reference for example in read_examples(find_task(name), evaluation)}
-        # As they will be read from its file: a tuple becomes a list there.
+        # Through JSON, because a tuple becomes a list in the file.
         check_same_examples(theirs, json.loads(json.dumps(ours)), str(path), evaluation.data)
         if evaluation.judge is not None:
             _check_same_judge(name, judges.get(name), evaluation.judge.model, other)
 
 
 def _judges(run: Mapping[str, Any]) -> dict[str, str]:
-    """The model that graded each task of a `results.json` that has grades."""
+    """Task -> name of the judge, for the tasks of a `results.json` that a judge graded."""
     return {each["task"]: each["judge"]["model"] for each in run["results"] if each["judge"] is not None}
 
 
 def _check_same_judge(task: str, first: str | None, second: str | None, place: Path) -> None:
     if first is not None and second is not None and first != second:
         raise ValueError(
-            f"{place}: {task} was graded by {first}, here it is {second}: figures of different judges cannot be "
-            "compared."
+            f"{place}: {task} was graded by {first}, but the other run uses {second}. Grades of different judges "
+            "cannot be compared."
         )
 
 
@@ -89,11 +89,13 @@ def check_same_examples(
     first: Mapping[str, Any], second: Mapping[str, Any], first_place: str, second_place: str
 ) -> None:
     """
+    Checks that two evaluations have the same examples.
+
     Args:
-        first, second (`Mapping[str, Any]`): id of an example -> its reference.
+        first, second (`Mapping[str, Any]`): Example id -> reference.
 
     Raises:
-        ValueError: if one has an example that the other has not, or one with another reference.
+        ValueError: If an example is missing in one of them, or has another reference.
     """
     for place, lacking, other, whole in (
         (first_place, first, second_place, second),
@@ -102,12 +104,12 @@ def check_same_examples(
         missing = [id for id in whole if id not in lacking]
         if missing:
             raise ValueError(
-                f"{place}: has no example {missing[0]!r}, which {other} has, nor {len(missing) - 1:,} more of it: "
-                "give the same data, --split and --limit."
+                f"{place}: lacks {len(missing):,} of the examples in {other}, such as {missing[0]!r}. Use the same "
+                "--data, --split and --limit for both."
             )
     for id, reference in second.items():
         if first[id] != reference:
-            raise ValueError(f"{first_place}: example {id!r} has another reference than in {second_place}.")
+            raise ValueError(f"{first_place}: example {id!r} has a different reference than in {second_place}.")
 
 
 def compare(
@@ -119,20 +121,22 @@ def compare(
     seed: int = 0,
 ) -> list[Difference]:
     """
-    Compares the tasks that two folders of evaluations share.
+    Compares the tasks that two evaluations have in common.
 
     Args:
-        out (`Path`, *optional*): Folder to write; default: `comparison` in the second's.
-        num_resamples (`int`): For means over examples.
-        num_corpus_resamples (`int`): For figures of the whole corpus, which are computed anew for each.
+        first, second (`Path`): Folders of evaluations.
+        out (`Path`, *optional*): Output folder. Default: `comparison` in the second folder.
+        num_resamples (`int`): Bootstrap resamples for metrics that are means over examples.
+        num_corpus_resamples (`int`): Bootstrap resamples for corpus metrics, which take longer.
+        seed (`int`): Random seed of the resampling.
 
     Raises:
-        ValueError: if they share no task, or answered other examples or had other judges in one that they share.
+        ValueError: If they have no task in common, or a common task has other examples or another judge.
     """
     names = [path.parent.name for path in sorted(second.glob("*/examples.jsonl"))]
     names = [name for name in names if name in TASKS and (first / name / "examples.jsonl").is_file()]
     if not names:
-        raise ValueError(f"{first} and {second} share no task: each needs <task>/examples.jsonl of the same task.")
+        raise ValueError(f"{first} and {second} have no task in common: no <task>/examples.jsonl is in both.")
     out = out or second / "comparison"
     out.mkdir(parents=True, exist_ok=True)
     differences = []
@@ -147,7 +151,7 @@ def compare(
         differences += compare_task(TASKS[name], pairs, num_resamples, num_corpus_resamples, seed)
     about = {"first": str(first), "second": str(second), "seed": seed, "num_resamples": num_resamples}
     about |= {"num_corpus_resamples": num_corpus_resamples, "differences": [asdict(each) for each in differences]}
-    # Of each, all that it takes to repeat it; the figures are in `differences`.
+    # What is needed to repeat both runs. Their metrics are in `differences`.
     about["runs"] = [{name: value for name, value in run.items() if name != "results"} for run in runs]
     (out / "comparison.json").write_text(json.dumps(about, indent=2) + "\n")
     (out / "comparison.md").write_text(to_markdown(first, second, runs, differences, flipped), encoding="utf-8")
@@ -158,7 +162,12 @@ Pair = tuple[Record, Record]
 
 
 def match(first: Path, second: Path) -> list[Pair]:
-    """The records of two `examples.jsonl` by their id, in the second's order; they must be of the same examples."""
+    """
+    Pairs the records of two `examples.jsonl` by id, in the order of the second.
+
+    Raises:
+        ValueError: If the files are not about the same examples.
+    """
     theirs = {record.example.id: record for record in read_records(first)}
     ours = {record.example.id: record for record in read_records(second)}
     references = [{id: record.example.reference for id, record in each.items()} for each in (theirs, ours)]
@@ -169,7 +178,7 @@ def match(first: Path, second: Path) -> list[Pair]:
 def compare_task(
     task: Task, pairs: Sequence[Pair], num_resamples: int, num_corpus_resamples: int, seed: int
 ) -> list[Difference]:
-    """The differences of the figures that both have; pairs of which one has no score or no grade are left out."""
+    """The differences of the metrics that both have. Pairs in which one record has no score or grade are left out."""
     pairs = [pair for pair in pairs if all(record.score and record.score.judge_error is None for record in pair)]
     differences = []
     for name in dict.fromkeys(name for pair in pairs for name in pair[0].score.values):
@@ -182,7 +191,7 @@ def compare_task(
 
 
 def mean_interval(differences: np.ndarray, num_resamples: int, seed: int) -> tuple[float, float]:
-    """The 95% interval of the mean of paired differences: percentiles of a bootstrap."""
+    """The 95% interval of the mean of paired differences, by percentile bootstrap. `differences` is `(num_pairs,)`."""
     draw = np.random.default_rng(seed)
     num = len(differences)
     means = [differences[draw.integers(num, size=num)].mean() for _ in range(num_resamples)]
@@ -206,7 +215,7 @@ def _compare_corpus(task: Task, pairs: Sequence[Pair], num_resamples: int, seed:
     for _ in range(num_resamples):
         times = np.bincount(draw.integers(len(number_of), size=len(number_of)), minlength=len(number_of))
         figures = [each(times[unit_numbers]) for each in figures_of]
-        # A figure that few examples decide may not be in a draw without them.
+        # A resample can lack a metric, if it lacks the few examples that the metric needs.
         drawn.append([figures[1].get(name, np.nan) - figures[0].get(name, np.nan) for name in shared])
     intervals = np.nanpercentile(np.array(drawn), BOUNDS, axis=0).T
     return [
@@ -229,7 +238,7 @@ def _difference(
 
 
 def flips(task: Task, pairs: Sequence[Pair]) -> list[dict[str, Any]]:
-    """The examples whose [`main_score`] differs, those that change most first."""
+    """The examples whose [`main_score`] changed, largest change first."""
     lines = []
     for first, second in pairs:
         before, after = main_score(task, first), main_score(task, second)
@@ -266,13 +275,14 @@ def to_markdown(
         for each in differences
     )
     parts = [
-        f"# {second} beside {first}\n\n{about}\n\nDifferences in pairs, with 95% of a bootstrap over examples.\n",
+        f"# {second} compared with {first}\n\n{about}\n\n"
+        "Paired differences with 95% intervals (bootstrap over examples). clear: the interval excludes 0.\n",
         f"| task | metric | {as_text(names[0])} | {as_text(names[1])} | difference | 95% | clear | examples |\n"
         f"|---|---|---|---|---|---|---|---|\n{rows}\n",
     ]
     for task, lines in flipped.items():
         if not any(each.task == task for each in differences):
-            parts.append(f"## {task}: nothing to compare\n\nNo example of it has a score in both.\n")
+            parts.append(f"## {task}: nothing to compare\n\nNo example has a score in both evaluations.\n")
             continue
         gained = sum(line["change"] > 0 for line in lines)
         parts.append(f"## {task}: {gained} examples better, {len(lines) - gained} worse\n")

@@ -1,13 +1,14 @@
-"""easy-VQA: questions about one coloured shape (https://github.com/vzhou842/easy-VQA), the demo's data.
+"""easy-VQA: questions about images with one coloured shape (https://github.com/vzhou842/easy-VQA), the demo's data.
 
     sq-llava evaluate --model runs/demo/model --tasks easy_vqa --data runs/demo/data
 
-Reads `test.json` (or `<split>.json`) as `python -m demo.data` writes it: LLaVA's rows with a single question, and
-`kind`, the kind of question. Images stand in `images`, beside the file or beside its folder, else in the package
-`easy_vqa`. An answer is right if it equals the reference, case and a trailing period aside.
+Reads `test.json` (or `<split>.json`) as `python -m demo.data` writes it: rows in LLaVA's format with one question
+each, and a field `kind` with the kind of question. The images are in a folder `images` beside the file or beside its
+folder, otherwise in the installed package `easy_vqa`. An answer is correct if it equals the reference, ignoring case
+and a trailing period.
 
-What an image holds follows from the answers to its questions, so it can be told whether a new question about it
-presumes what is not there.
+The answers to an image's questions tell what the image contains. So this module can also tell whether a new question
+assumes something that is not in the image.
 """
 
 import re
@@ -30,7 +31,7 @@ def words_of(text: str) -> set[str]:
 
 
 def question_kind(question: str) -> str:
-    """Returns which of the four `KINDS` a question is: it asks yes/no about, or for, a shape or a colour.
+    """The kind of a question, one of the four `KINDS`: yes/no or open, about a shape or a colour.
 
     Example:
         >>> question_kind("is no teal shape present?"), question_kind("what is the blue shape?")
@@ -43,14 +44,14 @@ def question_kind(question: str) -> str:
         return "yes/no shape"
     if words & set(COLOURS):
         return "yes/no colour"
-    raise ValueError(f"question is of no known kind: {question!r}")
+    raise ValueError(f"Question {question!r} does not have the form of an easy-VQA question.")
 
 
 def answer_question(question: str, colour: str, shape: str) -> str | None:
-    """Answers a question about an image that holds one shape.
+    """Answers a question about an image with one shape.
 
     Returns:
-        The answer, or None where the question presumes a shape or colour that the image does not hold.
+        The answer, or `None` if the question assumes a shape or colour that is not in the image.
 
     Example:
         >>> answer_question("is no teal shape present?", "red", "circle")
@@ -68,22 +69,22 @@ def answer_question(question: str, colour: str, shape: str) -> str | None:
 
 
 def presumes(question: str) -> bool:
-    """Whether a question takes a shape or a colour for granted, as "what is the red shape?" does."""
+    """Whether a question assumes a shape or a colour, as "what is the red shape?" does."""
     is_open = not question_kind(question).startswith("yes/no")
     return is_open and bool(words_of(question) & {*SHAPES, *COLOURS})
 
 
 def derive_caption(questions: list[tuple[str, str]]) -> str | None:
-    """Works out an image's caption from the answers to its questions.
+    """Derives an image's caption from the answers to its questions.
 
     Args:
         questions: (question, answer) pairs about one image.
 
     Returns:
-        A caption such as "a red circle", or None where several shapes or colours fit all the answers.
+        A caption such as "a red circle", or `None` if several shapes or colours fit all answers.
 
     Raises:
-        ValueError: The answers contradict each other.
+        ValueError: If the answers contradict each other.
     """
     fitting = [
         (colour, shape)
@@ -91,7 +92,7 @@ def derive_caption(questions: list[tuple[str, str]]) -> str | None:
         if all(answer_question(question, colour, shape) == answer for question, answer in questions)
     ]
     if not fitting:
-        raise ValueError(f"no shape and colour fit all of these answers: {questions}")
+        raise ValueError(f"The answers contradict each other, no shape and colour fit all of them: {questions}")
     return "a {} {}".format(*fitting[0]) if len(fitting) == 1 else None
 
 
@@ -102,7 +103,7 @@ def read(data: Data) -> list[Example]:
     for number, row in enumerate(read_json_rows(file, ["id", "image", "kind", "conversations"])):
         turns = row["conversations"]
         if len(turns) != 2:
-            raise ValueError(f"{file}, row {number}: has {len(turns)} turns: expected a question and its answer.")
+            raise ValueError(f"{file}, row {number}: has {len(turns)} turns, expected a question and its answer.")
         question, answer = (check_fields(turn, ["value"], f"{file}, row {number}")["value"] for turn in turns)
         examples.append(
             Example(
@@ -121,16 +122,16 @@ def image_root_of(file: Path) -> Path:
     The folder that a file's image paths are relative to.
 
     Raises:
-        ValueError: if there is none.
+        ValueError: If there is none.
     """
-    for folder in (file.parent, file.absolute().parent.parent):  # `make demo` puts them beside the folder of the data
+    for folder in (file.parent, file.absolute().parent.parent):  # `make demo` puts `images` beside the data folder
         if (folder / "images").is_dir():
             return folder / "images"
     package = find_spec("easy_vqa")
     if package is None:
         raise ValueError(
-            f"{file.parent}: has no folder images, nor is there one beside it. Put the images there, or install the "
-            "package that has them: pip install 'sq-llava[demo]'."
+            f"{file.parent}: found no folder images in it or beside it. Put the images there, or install the package "
+            "that contains them: pip install 'sq-llava[demo]'."
         )
     return Path(package.origin).parent / "data"
 

@@ -1,14 +1,14 @@
-"""GQA: compositional questions about real pictures, with one answer each (https://cs.stanford.edu/people/dorarad/gqa).
+"""GQA: compositional questions about photos, with one answer each (https://cs.stanford.edu/people/dorarad/gqa).
 
     sq-llava evaluate --model M --tasks gqa --data DIR
 
-`llava/accuracy` is GQA's own: the answer, without its case and a trailing period, equals the reference.
-`lmms_eval/accuracy` leaves all punctuation out of both. The predictions are written in the form that GQA's `eval.py`
-reads, too: `testdev_balanced_predictions.json`.
+`llava/accuracy` is GQA's own metric: the answer must equal the reference, ignoring case and a trailing period.
+`lmms_eval/accuracy` ignores all punctuation in both. The predictions are also written in the format of GQA's
+`eval.py`, as `testdev_balanced_predictions.json`.
 
-The Hub has questions (testdev_balanced_instructions: id, imageId, question, answer) and pictures
-(testdev_balanced_images: id, image) in two tables. LLaVA's folder: `llava_gqa_testdev_balanced.jsonl` (question_id,
-image, text), GQA's `data/testdev_balanced_questions.json` and `data/images`.
+The Hub's layout has two tables: questions (testdev_balanced_instructions: id, imageId, question, answer) and images
+(testdev_balanced_images: id, image). LLaVA's folder: `llava_gqa_testdev_balanced.jsonl` (question_id, image, text),
+GQA's `data/testdev_balanced_questions.json` and `data/images`.
 """
 
 import string
@@ -53,11 +53,11 @@ def _read_folder(data: Data) -> list[Example]:
     for row in read_jsonl(file, ["question_id", "image", "text"]):
         id = str(row["question_id"])
         if id not in answers:
-            raise ValueError(f"{answer_file}: has no question {id!r}, which {file} asks.")
+            raise ValueError(f"{answer_file}: has no question {id!r}, which is in {file}.")
         examples.append(
             Example(
                 id=id,
-                prompt=row["text"],  # LLaVA's file has the instruction in it
+                prompt=row["text"],  # includes the instruction
                 images=[data.image(answer_file.parent / "images", row["image"])],
                 reference=str(check_fields(answers[id], ["answer"], f"{answer_file}, {id}")["answer"]),
             )
@@ -66,7 +66,7 @@ def _read_folder(data: Data) -> list[Example]:
 
 
 def prediction_of(answer: str) -> str:
-    """As LLaVA writes it for GQA's evaluation."""
+    """The answer as LLaVA writes it for GQA's evaluation: lower case, without a trailing period."""
     return answer.strip().rstrip(".").lower()
 
 

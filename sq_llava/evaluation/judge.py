@@ -1,12 +1,12 @@
-"""A judge: a language model behind an OpenAI-compatible server that grades answers.
+"""A judge: a language model on an OpenAI-compatible server that grades answers.
 
     export OPENAI_API_KEY=...
     sq-llava evaluate --model M --tasks llava_bench,mmvet --data DIR --judge-model gpt-4o \
         --judge-max-cost 5 --judge-input-price 2.5 --judge-output-price 10
 
-Every answer of the judge is kept in `OUT/judge.jsonl` (`sq_llava/llm_client/client.py`), so a run that was killed does
-not pay twice. The judge is asked again for an answer that cannot be read, up to `attempts` times. Examples without a
-grade are listed and counted, and enter no mean.
+Every answer of the judge is kept in `OUT/judge.jsonl` (`sq_llava/llm_client/client.py`), so an interrupted run does
+not pay twice when it is repeated. If an answer cannot be parsed, the judge is asked again, up to `attempts` times.
+Examples without a grade are listed and counted, but they are in no mean.
 """
 
 from collections.abc import Callable, Mapping
@@ -20,7 +20,7 @@ from sq_llava.llm_client.client import ChatClient, ChatFailure, Messages, Unusab
 
 @dataclass(frozen=True)
 class Verdict:
-    """The `value` that was read out of the judge's answer `text`, or `None` and the `error` why there is none."""
+    """The judge's answer `text` and the `value` parsed from it, or `None` with the `error` that prevented one."""
 
     value: Any
     text: str
@@ -29,35 +29,43 @@ class Verdict:
 
 class Judge:
     """
+    Asks the judge and parses its grades.
+
     Args:
-        settings (`JudgeSettings`): Whom to ask, and how much.
-        folder (`Path`): For `judge.jsonl`, the answers that were paid for.
+        settings (`JudgeSettings`): Model, server and limits.
+        folder (`Path`): Folder of `judge.jsonl`, the answers received so far.
 
     Raises:
-        ValueError: if `OPENAI_API_KEY` is not set.
+        ValueError: If `OPENAI_API_KEY` is not set.
     """
 
     def __init__(self, settings: JudgeSettings, folder: Path):
         self.settings = settings
-        # Figures are compared by their judge, and several servers may name their models alike.
+        # Different servers may use the same model name. Their grades must not be mixed.
         self._client = ChatClient(settings, folder / "judge.jsonl", server_matters=True)
 
     def complete_all(
         self, conversations: Mapping[str, Messages], parse: Callable[[str], Any], description: str
     ) -> dict[str, Verdict]:
         """
-        A verdict for each conversation, by its id.
+        Asks for a verdict on each conversation.
 
         Args:
-            parse (`Callable`): The judge's answer -> its value; raises a `ValueError` if it cannot be read.
+            conversations (`Mapping[str, Messages]`): Id -> messages to the judge.
+            parse (`Callable`): Judge's answer -> value. Raises a `ValueError` if the answer cannot be parsed.
+            description (`str`): Label of the progress bar.
+
+        Returns:
+            Id -> verdict.
 
         Raises:
-            ChatStopped: once the requests under way have been answered and kept.
+            ChatStopped: If a limit is reached or the server refuses. Requests in progress are completed and kept
+                before.
         """
         return dict(self._client.work_on(conversations, lambda each: self._verdict(each, parse), description))
 
     def report(self) -> dict[str, Any]:
-        """Who judged and when, for a result; of what was asked since the last report."""
+        """The judge's name and the dates of its answers, for what was asked since the last report."""
         return self._client.report()
 
     def _verdict(self, messages: Messages, parse: Callable[[str], Any]) -> Verdict:
@@ -70,4 +78,4 @@ class Judge:
                 reason = str(error)
             except ChatFailure as error:
                 return Verdict(None, text, str(error))
-        return Verdict(None, text, f"not readable in {self.settings.attempts} attempts: {reason}")
+        return Verdict(None, text, f"no answer could be parsed in {self.settings.attempts} attempts: {reason}")

@@ -1,22 +1,25 @@
-"""LLaVA-Bench: a judge compares a model's answers with those of a text-only GPT-4 that read what is in the image.
+"""LLaVA-Bench: a judge compares a model's answers with those of a text-only GPT-4 that read image descriptions.
 
     sq-llava evaluate --model M --tasks llava_bench,llava_bench_coco --data DIR --judge-model gpt-4o
 
-`llava_bench` (In-the-Wild) has 60 questions about 24 images with captions by people, `llava_bench_coco` 90 about 30
-images of COCO val2014 with captions and boxes; a third each asks for conversation, detail and complex reasoning
-(https://arxiv.org/abs/2304.08485, section 5). The judge reads these captions in place of the image, the question, the
-reference answer and then the model's, and scores both from 1 to 10. `relative_score` is 100 * mean(model) /
-mean(reference), over all and per category. `--judge-swap` judges the model's answer first as well: `swapped/`,
-`both_orders/` (the mean) and `position_bias` (swapped less unswapped). Standard errors of ratios are by bootstrap.
+`llava_bench` (In-the-Wild) has 60 questions about 24 images with human captions. `llava_bench_coco` has 90 questions
+about 30 images of COCO val2014 with captions and boxes. The categories are conversation, detail and complex reasoning
+(https://arxiv.org/abs/2304.08485, section 5).
 
-Rubric and scale are those of LLaVA in our own words; figures of different judges are not comparable. LLaVA gives a
-review that cannot be read -1 in its means; here it has no part in them. An example without an answer is not sent and
-scored 1 beside 10. `reviews.jsonl` (and `reviews_swapped.jsonl`, whose first score is the model's) is in LLaVA's form.
+The judge does not see the image. It reads the captions, the question, the reference answer and the model's answer, and
+scores both answers from 1 to 10. `relative_score` is 100 * mean(model) / mean(reference), overall and per category.
+Its standard error is bootstrapped. With `--judge-swap`, the judge also reads the answers in the other order. This adds
+`swapped/`, `both_orders/` (the mean) and `position_bias` (swapped minus unswapped).
+
+Differences from LLaVA: the rubric and the scale are the same, but the wording is our own. Reviews that cannot be
+parsed are left out (LLaVA counts them as -1). An example without an answer is not sent to the judge; the model gets 1
+and the reference 10. Scores of different judges cannot be compared. `reviews.jsonl` has LLaVA's format; in
+`reviews_swapped.jsonl` the first score is the model's.
 
 LLaVA's folder: questions.jsonl (question_id, image, text, category), context.jsonl (image, caption),
-answers_gpt4.jsonl (question_id, text) and images; of COCO qa90_questions.jsonl, caps_boxes_coco2014_val_80.jsonl
-(image, captions, instances), qa90_gpt4_answer.jsonl, and val2014 or images, whose names may begin in COCO_val2014_. A
-Hub table without question_id numbers its rows from 0.
+answers_gpt4.jsonl (question_id, text) and images. For COCO: qa90_questions.jsonl, caps_boxes_coco2014_val_80.jsonl
+(image, captions, instances), qa90_gpt4_answer.jsonl, and val2014 or images; file names may start with COCO_val2014_.
+In a Hub table without question_id, the id is the row number, from 0.
 """
 
 import re
@@ -99,16 +102,16 @@ def read_coco_folder(data: Data) -> list[Example]:
 
 
 def _join(questions: Path, contexts: Path, answers: Path, fields: Sequence[str]):
-    """Each question with its reference answer, the context of its image, and its place; matched by their ids."""
+    """Yields each question with its reference answer, the context of its image, and its place for error messages."""
     rows = read_jsonl(questions, ["question_id", "image", "text", "category"])
     context_of = unique_by(read_jsonl(contexts, fields), "image", str(contexts))
     answer_of = unique_by(read_jsonl(answers, ["question_id", "text"]), "question_id", str(answers))
     for row in rows:
         id = row["question_id"]
         if id not in answer_of:
-            raise ValueError(f"{answers}: has no answer to the question_id {id!r} of {questions}.")
+            raise ValueError(f"{answers}: has no answer for question_id {id!r} of {questions}.")
         if row["image"] not in context_of:
-            raise ValueError(f"{contexts}: has no image {row['image']!r}, which {questions} asks about ({id!r}).")
+            raise ValueError(f"{contexts}: has no image {row['image']!r}, which question_id {id!r} is about.")
         answer = answer_of[id]
         joined = {**row, "reference": answer["text"], "reference_id": answer.get("answer_id", id)}
         yield joined, context_of[row["image"]], f"{questions}, question_id {id!r}"
@@ -116,7 +119,7 @@ def _join(questions: Path, contexts: Path, answers: Path, fields: Sequence[str])
 
 def _example(row: dict[str, Any], image: TaskImage, context: str, place: str) -> Example:
     if row["category"] not in CATEGORIES:
-        raise ValueError(f"{place}: the category is {row['category']!r}: expected one of {', '.join(CATEGORIES)}.")
+        raise ValueError(f"{place}: category is {row['category']!r}, expected one of {', '.join(CATEGORIES)}.")
     return Example(
         id=str(row["question_id"]),
         prompt=row["text"],
@@ -148,32 +151,32 @@ def question_for_judge(record: Record, swapped: bool = False) -> Messages:
 
 def parse_review(text: str) -> tuple[float, float]:
     """
-    The two scores on the first line.
+    The two scores on the first line of the judge's answer.
 
         >>> parse_review("8 6.5\\nAssistant 1 is right."), parse_review("9, 7")
         ((8.0, 6.5), (9.0, 7.0))
 
     Raises:
-        ValueError: if the line holds anything else, or a score that is not from 1 to 10.
+        ValueError: If the line has anything else, or a score is not from 1 to 10.
     """
     first = text.strip().split("\n")[0].strip()
     found = re.fullmatch(r"(\d+(?:\.\d+)?)[,\s]+(\d+(?:\.\d+)?)", first)
     if found is None:
-        raise ValueError(f"the first line is {first[:80]!r}, not two scores")
+        raise ValueError(f"the first line is {first[:80]!r}, expected two scores")
     scores = float(found[1]), float(found[2])
     if not all(LOWEST <= score <= HIGHEST for score in scores):
-        raise ValueError(f"the scores {first!r} are not from 1 to 10")
+        raise ValueError(f"the scores are {first!r}, expected numbers from 1 to 10")
     return scores
 
 
 def judge(records: Sequence[Record], judge: Judge, folder: Path, category_prefix: str) -> list[Score]:
     verdicts = {}
     for swapped in (False, True) if judge.settings.swap else (False,):
-        order = "the model's answer first" if swapped else "the reference first"
+        order = "model's answer first" if swapped else "reference first"
         questions = {
             record.example.id: question_for_judge(record, swapped) for record in records if record.error is None
         }
-        verdicts[swapped] = judge.complete_all(questions, parse_review, f"LLaVA-Bench: the judge reads, {order}")
+        verdicts[swapped] = judge.complete_all(questions, parse_review, f"LLaVA-Bench: judging, {order}")
         path = folder / ("reviews_swapped.jsonl" if swapped else "reviews.jsonl")
         _write_reviews(records, verdicts[swapped], path, category_prefix)
     return [
@@ -183,7 +186,12 @@ def judge(records: Sequence[Record], judge: Judge, folder: Path, category_prefix
 
 
 def score(record: Record, verdicts: dict[bool, Verdict | None]) -> Score:
-    """Both scores in each order, of which `verdicts` has one: whether it is swapped -> what the judge said."""
+    """
+    The score of an answer, from one verdict for each order.
+
+    Args:
+        verdicts: Whether the order was swapped -> the judge's verdict; `None` for an example without an answer.
+    """
     values, texts = {}, []
     for swapped, verdict in verdicts.items():
         if verdict is not None and verdict.error is not None:
@@ -214,7 +222,7 @@ def corpus_metrics(records: Sequence[Record]) -> dict[str, float]:
 
 
 def _write_reviews(records: Sequence[Record], verdicts: dict[str, Verdict], path: Path, category_prefix: str) -> None:
-    """The reviews that could be read, as LLaVA's summary takes them."""
+    """Writes the reviews that could be parsed, in the format of LLaVA's summary script."""
     lines = []
     for number, record in enumerate(records, start=1):
         details, verdict = record.example.details, verdicts.get(record.example.id)

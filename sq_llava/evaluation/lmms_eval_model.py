@@ -1,7 +1,7 @@
-"""The model that lmms-eval asks: an [`Assistant`] in batches. `lmms_eval_plugin.py` has the command.
+"""The model class for lmms-eval. It answers in batches with an [`Assistant`]; `lmms_eval_plugin.py` has the command.
 
-Prompts, metrics and data are lmms-eval's own, and so are its figures; where they differ from those of `sq-llava
-evaluate`, that names its own `lmms_eval/...`. Text and images only; what needs likelihoods is refused.
+Prompts, metrics and data are those of lmms-eval. Where `sq-llava evaluate` computes a metric differently, it also
+reports lmms-eval's version as `lmms_eval/...`. Only text and images are supported, and only tasks that generate text.
 """
 
 import json
@@ -18,20 +18,22 @@ from sq_llava.evaluation.other_models import load_any
 
 
 MAX_NEW_TOKENS = 1024
-# What generation takes of a task's settings. `until` is none of them: where a task gives none, lmms-eval sets a blank
-# line, which would cut long answers, and its own models ignore it too.
+# Settings of a task that are passed to `generate`. `until` is ignored, as in lmms-eval's own models: its default is a
+# blank line, which would cut long answers.
 SETTINGS = ("temperature", "top_p", "top_k", "num_beams")
 NO_SETTINGS = ("until", "max_new_tokens", "do_sample", "image_aspect_ratio")
 
 
 class SQLlava(lmms):
     """
+    SQ-LLaVA as a chat model of lmms-eval.
+
     Args:
-        pretrained (`str`): A plain checkpoint, an adapter folder, or a Hub id.
-        batch_size (`int`): Prompts at a time, on each process.
-        device (`str`, *optional*): Default: that of the process.
-        dtype (`str`): As of `sq_llava.inference.assistant.load`.
-        system_message (`str`, *optional*): In place of the model's own.
+        pretrained (`str`): A checkpoint folder, an adapter folder, or a Hub id.
+        batch_size (`int`): Batch size per process, in prompts.
+        device (`str`, *optional*): Default: the device of the process.
+        dtype (`str`): As for `sq_llava.inference.assistant.load`.
+        system_message (`str`, *optional*): Replaces the model's own system message.
     """
 
     is_simple = False
@@ -40,7 +42,7 @@ class SQLlava(lmms):
         self,
         pretrained: str,
         batch_size: int | str = 1,
-        max_batch_size: int | None = None,  # lmms-eval gives it to every model
+        max_batch_size: int | None = None,  # not used, but lmms-eval passes it to every model
         device: str | None = None,
         dtype: str = "auto",
         system_message: str | None = None,
@@ -60,7 +62,7 @@ class SQLlava(lmms):
         asked = [self._conversation(request) for request in requests]
         groups: dict[Any, list[int]] = {}
         for number, (request, (images, _)) in enumerate(zip(requests, asked)):
-            # Text alone goes apart from images.
+            # A batch has the same settings and the same number of images throughout.
             groups.setdefault((json.dumps(request.args[2], sort_keys=True), len(images)), []).append(number)
         batches = [
             numbers[start : start + self.batch_size]
@@ -78,12 +80,12 @@ class SQLlava(lmms):
         return [answers[number] for number in range(len(requests))]
 
     def _conversation(self, request: Instance) -> tuple[list[Any], list[dict[str, Any]]]:
-        """The images of a request, and its messages with places for them."""
+        """The images of a request, and its messages with placeholders for them."""
         _, doc_to_messages, _, doc_id, task, split = request.args
         messages = ChatMessages(messages=doc_to_messages(self.task_dict[task][split][doc_id]))
         images, videos, audios = messages.extract_media()
         if videos or audios:
-            raise ValueError(f"{task}, {doc_id}: has video or audio: SQ-LLaVA sees images only.")
+            raise ValueError(f"{task}, document {doc_id}: has video or audio. SQ-LLaVA supports only images and text.")
         conversation = [
             {
                 "role": message.role,
@@ -100,25 +102,25 @@ class SQLlava(lmms):
         return images, conversation
 
     def loglikelihood(self, requests: Sequence[Instance]) -> list[tuple[float, bool]]:
-        raise NotImplementedError("SQ-LLaVA is asked for answers only: choose a task of generate_until.")
+        raise NotImplementedError("SQ-LLaVA supports only tasks with output_type generate_until.")
 
     def generate_until_multi_round(self, requests: Sequence[Instance]) -> list[str]:
-        raise NotImplementedError("SQ-LLaVA is asked in one round only: choose a task of generate_until.")
+        raise NotImplementedError("SQ-LLaVA supports only tasks of a single round, with output_type generate_until.")
 
 
 def generation_settings(settings: dict[str, Any]) -> dict[str, Any]:
     """
-    What `generate` takes of a task's settings: a temperature of 0, which many tasks give, is greedy decoding.
+    Converts a task's settings for `generate`. A temperature of 0, which many tasks set, means greedy decoding.
 
         >>> generation_settings({"temperature": 0, "top_p": 1.0, "max_new_tokens": 16, "until": ["."]})
         {'max_new_tokens': 16, 'do_sample': False}
 
     Raises:
-        ValueError: for a setting that is not known here.
+        ValueError: For an unknown setting.
     """
     unknown = settings.keys() - {*SETTINGS, *NO_SETTINGS}
     if unknown:
-        raise ValueError(f"generation_kwargs: {', '.join(sorted(unknown))} cannot be given to SQ-LLaVA.")
+        raise ValueError(f"generation_kwargs: {', '.join(sorted(unknown))} is not supported by SQ-LLaVA.")
     do_sample = bool(settings.get("do_sample")) and bool(settings.get("temperature", 1.0))
     names = SETTINGS if do_sample else ("num_beams",)
     chosen = {name: settings[name] for name in names if settings.get(name) is not None}

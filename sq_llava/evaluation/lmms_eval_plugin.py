@@ -1,11 +1,11 @@
-"""SQ-LLaVA as a model of lmms-eval: what its entry point `lmms_eval.models` loads.
+"""SQ-LLaVA as a model for lmms-eval, loaded through the entry point `lmms_eval.models`.
 
     pip install --no-deps lmms-eval==0.7.3
     pip install sacrebleu pytablewriter tenacity loguru
     lmms-eval --model sq_llava --model_args pretrained=runs/demo/model --tasks pope --batch_size 8
 
-`--no-deps`, as it would bring 48 packages and a CUDA build of torchvision. Its own list of models is read at every
-start, so nothing heavy is imported here: the model is in `lmms_eval_model.py`.
+`--no-deps`, because the dependencies are 48 packages and a CUDA build of torchvision. lmms-eval loads this module at
+every start, so it imports nothing large. The model class is in `lmms_eval_model.py`.
 """
 
 from lmms_eval.models.registry_v2 import ModelManifest

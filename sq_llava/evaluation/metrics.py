@@ -1,11 +1,11 @@
-"""Scores of single answers: pure functions of (prediction, references), without a model or a data set.
+"""Metrics of single answers: pure functions of (prediction, references), without a model or a dataset.
 
     >>> vqa_accuracy("Red.", ["red"] * 3 + ["crimson"] * 7, normalize=normalize_m4c)
     0.9
 
-Two normalisers of answers are in use, which can turn 1 into 0, so a figure names its own: `m4c` (EvalAI;
-LLaVA's figures for TextVQA, VQAv2 and VizWiz) and `official` (the evaluation code of VQA v2). What this module does
-not do: read what a model said beyond the rules of a metric; each task's module has the parser of its own answers.
+Two ways to normalize answers are in use: `m4c` (EvalAI; LLaVA's results for TextVQA, VQAv2 and VizWiz) and `official`
+(the evaluation code of VQA v2). The choice can turn a score of 1 into 0, so metric names include it. This module does
+not parse answers beyond the rules of a metric: each task's module has its own parser.
 """
 
 import math
@@ -19,8 +19,8 @@ from typing import TypeVar
 
 Item = TypeVar("Item")
 
-# Right spellings of the official VQA evaluation: each is restored where exactly one of its apostrophes is missing.
-# Its entries with a capital I never match, as they are looked up in lower-cased text.
+# Correct spellings from the official VQA evaluation. A word that lacks exactly one of its apostrophes is corrected.
+# The official entries with a capital I are left out: they never match, because the text is lower-cased before.
 CONTRACTIONS = """
 ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't haven't he'd he'd've he's
 how'd how'll how's isn't it'd it'd've it'll ma'am mightn't mightn't've might've mustn't must've needn't not've o'clock
@@ -35,7 +35,7 @@ MISSPELLINGS = {
     for word in CONTRACTIONS.split()
     for match in re.finditer("'", word)
 }
-# A slip of the official table, kept: it takes the apostrophe away.
+# An error in the official table, kept for equal results: it removes the apostrophe.
 MISSPELLINGS["somebody'd"] = "somebodyd"
 NUMBER_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 NUMBERS = {"none": "0", **{word: str(number) for number, word in enumerate(NUMBER_WORDS)}}
@@ -43,12 +43,12 @@ ARTICLES = {"a", "an", "the"}
 PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 
 
-# By a slip, the official code gives a regular expression's flag as its count.
+# The official code passes a regular expression's flag (32) as its `count` by mistake. Kept for equal results.
 MAX_PERIODS = 32
 
 
 def _apply_rules(text: str) -> str:
-    """The steps that both normalisers have: punctuation, periods, numbers, articles, contractions."""
+    """The steps that both normalizers share: punctuation, periods, numbers, articles, contractions."""
     result = text
     has_grouped_digits = re.search(r"\d,\d", text) is not None
     for mark in PUNCTUATION:
@@ -59,11 +59,11 @@ def _apply_rules(text: str) -> str:
     return " ".join(MISSPELLINGS.get(word, word) for word in words if word not in ARTICLES)
 
 
-# Answers repeat: VQA v2 has two million of them in its validation split.
+# Cached because answers repeat: the validation split of VQA v2 has two million.
 @lru_cache(maxsize=2**16)
 def normalize_m4c(answer: str) -> str:
     """
-    As EvalAI and the TextVQA code (m4c) normalise an answer.
+    Normalizes an answer as EvalAI and the TextVQA code (m4c) do.
 
         >>> normalize_m4c("red,blue"), normalize_m4c("it's"), normalize_m4c("$1,000")
         ('redblue', "it 's", '$1000')
@@ -75,7 +75,7 @@ def normalize_m4c(answer: str) -> str:
 @lru_cache(maxsize=2**16)
 def normalize_official(answer: str) -> str:
     """
-    The steps of the official VQA evaluation; [`official_vqa_answers`] says when it takes them.
+    Normalizes an answer as the official VQA evaluation does; [`vqa_accuracy_official`] says when.
 
         >>> normalize_official("red,blue"), normalize_official("it's"), normalize_official("1,2-3")
         ('red blue', "it's", '123')
@@ -89,8 +89,8 @@ def _strip_official(answer: str) -> str:
 
 def leave_one_out(matches: int, num_answers: int) -> float:
     """
-    VQA accuracy of a prediction that equals `matches` of `num_answers` human answers: the mean of min(1, m / 3), with
-    m counted over all answers but one, each left out in turn (https://visualqa.org/evaluation.html).
+    VQA accuracy of a prediction that equals `matches` of `num_answers` human answers: leave out each answer in turn,
+    count the matches m among the others, and average min(1, m / 3) (https://visualqa.org/evaluation.html).
 
         >>> [round(leave_one_out(matches, 10), 2) for matches in range(5)]
         [0.0, 0.3, 0.6, 0.9, 1.0]
@@ -101,7 +101,7 @@ def leave_one_out(matches: int, num_answers: int) -> float:
 
 
 def short_form(matches: int, num_answers: int) -> float:
-    """VQA accuracy in the short form of its definition, min(1, matches / 3): 0.333 for one match, not 0.3."""
+    """VQA accuracy in its simplified form, min(1, matches / 3): 0.333 for one match, where `leave_one_out` has 0.3."""
     return min(1.0, matches / 3)
 
 
@@ -112,14 +112,19 @@ def vqa_accuracy(
     accuracy: Callable[[int, int], float] = leave_one_out,
 ) -> float:
     """
-    VQA accuracy with every text normalised, as EvalAI does for TextVQA, VQAv2 and VizWiz.
+    VQA accuracy with all texts normalized, as EvalAI does for TextVQA, VQAv2 and VizWiz.
 
     Args:
         prediction (`str`): The model's answer.
-        answers (`Sequence[str]`): Those of people, usually ten.
+        answers (`Sequence[str]`): Human answers, usually ten.
+        normalize (`Callable`): Applied to the prediction and to each answer.
+        accuracy (`Callable`): (matches, number of answers) -> accuracy.
 
     Returns:
         `float` from 0 to 1.
+
+    Raises:
+        ValueError: If `answers` is empty.
     """
     if not answers:
         raise ValueError("answers is empty: VQA accuracy needs at least one human answer.")
@@ -132,15 +137,15 @@ def vqa_accuracy_official(
     prediction: str, answers: Sequence[str], accuracy: Callable[[int, int], float] = leave_one_out
 ) -> float:
     """
-    VQA accuracy as the official code of VQA v2 computes it: if all human answers are the same text, it compares the
-    texts as they are, so that "Yes." against ten times "yes" scores 0.
+    VQA accuracy as in the official code of VQA v2. If all human answers are the same, it does not normalize: "Yes."
+    compared with ten times "yes" scores 0.
     """
     are_identical = len(set(answers)) == 1
     return vqa_accuracy(prediction, answers, _strip_official if are_identical else normalize_official, accuracy)
 
 
 def exact_match(prediction: str, reference: str) -> float:
-    """1 if the texts are equal after case and a trailing period are dropped, as GQA's predictions are written."""
+    """1 if the texts are equal, ignoring case and trailing periods; else 0. Used for GQA."""
     return float(_bare(prediction) == _bare(reference))
 
 
@@ -150,11 +155,14 @@ def _bare(text: str) -> str:
 
 def binary_scores(predictions: Sequence[bool], labels: Sequence[bool]) -> dict[str, float]:
     """
-    POPE's five: accuracy, precision, recall, F1 of "yes", and the share of predictions that say yes. Without a
-    positive prediction (or label), precision (or recall) is 0, and so is F1.
+    The five metrics of POPE: accuracy, precision, recall and F1 of "yes", and the share of predictions that are "yes".
+    Without a positive prediction (or label), precision (or recall) and F1 are 0.
+
+    Raises:
+        ValueError: If there are no labels, or not as many as predictions.
     """
     if len(predictions) != len(labels) or not labels:
-        raise ValueError(f"{len(predictions)} predictions and {len(labels)} labels: give as many of both, at least 1.")
+        raise ValueError(f"Got {len(predictions)} predictions and {len(labels)} labels. Pass the same number, not 0.")
     pairs = list(zip(predictions, labels))
     true_positives = sum(prediction and label for prediction, label in pairs)
     positives, actual = sum(predictions), sum(labels)
@@ -170,14 +178,14 @@ def binary_scores(predictions: Sequence[bool], labels: Sequence[bool]) -> dict[s
 
 
 def relative_score(candidate: Sequence[float], reference: Sequence[float]) -> float:
-    """A judge's scores of a model beside those of the reference answers: 100 * mean(candidate) / mean(reference)."""
+    """100 * mean(candidate) / mean(reference), for a judge's scores of a model's answers and of the references."""
     if len(candidate) != len(reference) or not reference:
-        raise ValueError(f"{len(candidate)} and {len(reference)} scores: give as many of both, at least 1.")
+        raise ValueError(f"Got {len(candidate)} and {len(reference)} scores. Pass the same number, not 0.")
     return 100 * math.fsum(candidate) / math.fsum(reference)
 
 
 def standard_error(values: Sequence[float]) -> float | None:
-    """Of the mean of independent values (the sample's standard deviation / sqrt(n)); `None` for fewer than two."""
+    """Standard error of the mean: sample standard deviation / sqrt(n). `None` for fewer than two values."""
     if len(values) < 2:
         return None
     mean = math.fsum(values) / len(values)
@@ -189,8 +197,14 @@ def bootstrap_errors(
     figures: Callable[[Sequence[Item]], dict[str, float]], items: Sequence[Item], num_resamples: int, seed: int = 0
 ) -> dict[str, float]:
     """
-    Standard errors of figures that are no means, such as a ratio of two: the standard deviation of each over resamples
-    of the items, drawn with replacement. Empty for fewer than two items or resamples.
+    Bootstrap standard errors, for metrics that are not means: the standard deviation over resamples of the items.
+
+    Args:
+        figures (`Callable`): Items -> `{name: value}`.
+        items (`Sequence`): Drawn with replacement, as many as there are.
+
+    Returns:
+        `{name: standard error}`; empty for fewer than two items or resamples.
     """
     if len(items) < 2 or num_resamples < 2:
         return {}

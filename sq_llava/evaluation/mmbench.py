@@ -1,19 +1,19 @@
-"""MMBench: questions with two to four options about twenty abilities, in English and Chinese
+"""MMBench: questions with two to four options that test twenty abilities, in English and Chinese
 (https://arxiv.org/abs/2307.06281).
 
     sq-llava evaluate --model M --tasks mmbench,mmbench_cn --data DIR
 
-`letter/accuracy` is over the questions as they are. The data has each question again with its options rotated, as rows
-with an index of a million and more; `circular/accuracy`, the paper's figure, counts a question as right if it is right
-in all its rotations, and is there if the rows are. An option is read out of an answer by MMBench's rules; where they
-find none, MMBench's server asks a language model, and here the answer is wrong and not parsed. `mmbench.xlsx` is what
-the server takes (https://mmbench.opencompass.org.cn/mmbench-submission), which alone has the answers of the test
-split.
+The data repeats each question with its options rotated, in rows with an index of 1,000,000 or more. `letter/accuracy`
+uses only the original questions. `circular/accuracy`, the metric in the paper, counts a question as correct if all its
+rotations are answered correctly; it is computed only if the data has rotations. Options are parsed by MMBench's
+rules. If they find no option, MMBench's server asks a language model; here the answer counts as wrong and not parsed.
+`mmbench.xlsx` is for the server, which alone has the answers of the test split
+(https://mmbench.opencompass.org.cn/mmbench-submission).
 
-`mmbench_cn` asks for a letter in LLaVA's words, `mmbench_cn_lmms_eval` has the whole prompt of lmms-eval. LLaVA's
-folder is `mmbench` for both languages, with the tables `mmbench_dev_20230712.tsv` and `mmbench_dev_cn_20231003.tsv`
-(index, question, hint, A to D, answer, category, image in base64, ...); the Hub's configurations are `en` and `cn`.
-The options of a question end at the first empty one; "nan" is an empty one, as LLaVA and the Hub's table have it.
+`mmbench_cn` uses LLaVA's prompt, `mmbench_cn_lmms_eval` that of lmms-eval. LLaVA's folder is `mmbench` for both
+languages, with the tables `mmbench_dev_20230712.tsv` and `mmbench_dev_cn_20231003.tsv` (index, question, hint, A to D,
+answer, category, image in base64, ...). The Hub's configurations are `en` and `cn`. The options of a question end
+before the first empty one. "nan" counts as empty, as in LLaVA's code and the Hub's table.
 """
 
 from collections import Counter
@@ -40,9 +40,9 @@ FILES = {
     "cn": ("mmbench_{split}_cn_*.tsv", "MMBench_{SPLIT}_CN*.tsv"),
 }
 UPLOAD_COLUMNS = ("index", "question", *LETTERS, "prediction", "answer", "split")
-# How a letter may be written, from the first to be looked for to the last.
+# How a letter may be written. The forms are tried in this order.
 FORMS = ("{}", "{}.", "{},", "{}:", "{})", "{}).", "({})", "({}).", ":{}", ":{},", ":{}.", ":{})", ":{}).")
-# The longest base64 text that is the index of the row with the same image.
+# An image field of at most this many characters may be the index of another row that has the same image.
 MAX_REFERENCE = 64
 
 
@@ -57,20 +57,17 @@ def prompt_of_lmms_eval(hint: str, question: str, choices: Sequence[str]) -> str
 
 
 def read(data: Data, language: str, prompt_of: Callable[[str, str, Sequence[str]], str]) -> list[Example]:
-    rows = _read_table(data, language) if data.is_table else _read_tsv(data, language)
-    num_rows: dict[int, int] = {}
-    for line, (row, _) in enumerate(rows):
+    if data.is_table:
+        rows = [(row, row["image"]) for row in data.rows(FIELDS, default_split="dev", config=language)]
+    else:
+        rows = _read_tsv(data, language)
+    for number, (row, _) in enumerate(rows):
         if not str(row["index"]).isdecimal():
-            raise ValueError(f"{data}, row {line}: index is {row['index']!r}: expected a number.")
-        number = int(row["index"]) % FIRST_ROTATION
-        num_rows[number] = num_rows.get(number, 0) + 1
+            raise ValueError(f"{data}, row {number}: index is {row['index']!r}, expected a number.")
+    num_rows = Counter(int(row["index"]) % FIRST_ROTATION for row, _ in rows)
     return [
         _example(row, image, prompt_of, num_rows, f"{data}, row {number}") for number, (row, image) in enumerate(rows)
     ]
-
-
-def _read_table(data: Data, language: str) -> list[tuple[dict[str, Any], TaskImage]]:
-    return [(row, row["image"]) for row in data.rows(FIELDS, default_split="dev", config=language)]
 
 
 def _read_tsv(data: Data, language: str) -> list[tuple[dict[str, Any], TaskImage]]:
@@ -96,7 +93,7 @@ def _example(row: dict[str, Any], image: TaskImage, prompt_of, num_rows: Mapping
         choices[letter] = _text(row, letter)
     answer = _text(row, "answer") or None
     if answer is not None and answer not in choices:
-        raise ValueError(f"{place}: answer is {answer!r}, and its options are {', '.join(choices) or 'none'}.")
+        raise ValueError(f"{place}: answer is {answer!r}, but the options are {', '.join(choices) or 'empty'}.")
     return Example(
         id=str(index),
         prompt=prompt_of(_text(row, "hint"), row["question"], list(choices.values())),
@@ -113,15 +110,16 @@ def _example(row: dict[str, Any], image: TaskImage, prompt_of, num_rows: Mapping
 
 
 def _text(row: dict[str, Any], field: str) -> str:
-    """A field that may be empty, or not there."""
+    """The value of a field; "" if it is empty or missing."""
     text = row.get(field)
     return "" if text is None or text == "nan" else text
 
 
 def option_of(answer: str, choices: Mapping[str, str]) -> str | None:
     """
-    The one letter that is a word of the answer, in the first of `FORMS` in which there is exactly one; else the one
-    option whose text is in it. In more than three words, a bare "A" is an article.
+    The option that an answer names, by MMBench's rules. For each form in `FORMS`: if exactly one letter is a word of
+    the answer in this form, it is that letter. Otherwise, if the answer contains the text of exactly one option, it is
+    that option. A bare "A" is taken as an article if the answer has more than three words.
 
         >>> choices = {"A": "cat", "B": "dog"}
         >>> [option_of(text, choices) for text in ("B", "(B).", "A dog, I think: B.", "a dog", "A or B", "E")]
@@ -146,7 +144,7 @@ def score(example: Example, answer: str) -> Score:
 
 
 def corpus_metrics(records: Sequence[Record]) -> dict[str, float]:
-    """Circular accuracy over the questions all of whose rows are here; one that is here twice counts twice."""
+    """Circular accuracy over the questions with all their rows. A question that is drawn twice counts twice."""
     if records[0].example.reference is None:
         return {}
     groups: dict[int, list[Record]] = {}
@@ -165,7 +163,7 @@ def corpus_metrics(records: Sequence[Record]) -> dict[str, float]:
 
 
 def write_submission(records: Sequence[Record], folder: Path) -> Path:
-    """An Excel file, as LLaVA uploads it: a row for each question, `prediction` as the model said it."""
+    """Writes the Excel file that LLaVA uploads: one row per question, `prediction` is the model's unchanged answer."""
     path = folder / "mmbench.xlsx"
     workbook = Workbook()
     sheet = workbook.active
@@ -174,7 +172,7 @@ def write_submission(records: Sequence[Record], folder: Path) -> Path:
         for column, value in enumerate(_upload_row(record), start=1):
             cell = sheet.cell(number, column, value)
             if isinstance(value, str):
-                cell.data_type = "s"  # else "=3" becomes a formula
+                cell.data_type = "s"  # otherwise "=3" becomes a formula
     workbook.save(path)
     check_upload(path, [int(record.example.id) for record in records])
     return path
@@ -188,14 +186,14 @@ def _upload_row(record: Record) -> list[Any]:
 
 
 def check_upload(path: Path, indices: Sequence[int]) -> None:
-    """Raises a `ValueError` if the file has other columns than the server wants, or not one row for each index."""
+    """Raises a `ValueError` if the file does not have the server's columns, or not exactly one row per index."""
     workbook = load_workbook(path, read_only=True)
     header, *rows = workbook.active.iter_rows(values_only=True)
     workbook.close()
     if header != UPLOAD_COLUMNS:
-        raise ValueError(f"{path}: has the columns {header}, not {UPLOAD_COLUMNS}.")
+        raise ValueError(f"{path}: has the columns {header}, expected {UPLOAD_COLUMNS}.")
     if Counter(row[0] for row in rows) != Counter(indices):
-        raise ValueError(f"{path}: has not one row for each of the {len(indices)} questions.")
+        raise ValueError(f"{path}: must have exactly one row for each of the {len(indices)} questions.")
 
 
 TASK = Task(

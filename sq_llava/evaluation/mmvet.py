@@ -1,18 +1,19 @@
-"""MM-Vet: open questions that take several abilities at once (https://arxiv.org/abs/2308.02490), graded by a judge.
+"""MM-Vet: open questions that need several abilities at once (https://arxiv.org/abs/2308.02490), graded by a judge.
 
     sq-llava evaluate --model M --tasks mmvet --data DIR --judge-model gpt-4o
 
-218 questions, each with the capabilities it takes: recognition (rec), OCR, knowledge (know), language generation
-(gen), spatial awareness (spat), math. The judge sees question, ground truth and prediction in a table with a few
-graded examples and gives 0 to 1; `score` is the mean, `ocr/score` that over the questions which take OCR. `mmvet` asks
-as LLaVA does, with the question alone, `mmvet_lmms_eval` with the prefix of lmms-eval.
+Each of the 218 questions lists the capabilities that it needs: recognition (rec), OCR, knowledge (know), language
+generation (gen), spatial awareness (spat), math. The judge reads question, ground truth and prediction in a table with
+a few graded examples, and gives a grade from 0 to 1. `score` is the mean, `ocr/score` the mean over the questions that
+need OCR. `mmvet` asks only the question, as LLaVA does. `mmvet_lmms_eval` adds lmms-eval's prefix.
 
-The table and its scale are those of MM-Vet, its words and examples are our own, so the paper's figures come from the
-file `mmvet.json` that is always written: https://huggingface.co/spaces/whyu/MM-Vet_Evaluator grades it.
+The judge's prompt has MM-Vet's format and scale, but its own wording and examples. For results that can be compared
+with the paper, upload `mmvet.json`, which is always written, to
+https://huggingface.co/spaces/whyu/MM-Vet_Evaluator.
 
-LLaVA's folder: `mm-vet.json` of the authors' zip (id -> imagename, question, answer, capability) and `images`; if
-`llava-mm-vet.jsonl` (question_id, image, text) is there too, it says what is asked. A Hub table without question_id
-has the rows in the order of the ids.
+LLaVA's folder: `mm-vet.json` from the authors' zip (id -> imagename, question, answer, capability) and `images`. If
+`llava-mm-vet.jsonl` (question_id, image, text) exists, the questions are read from it. In a Hub table without
+question_id, the id is the row number.
 """
 
 import json
@@ -72,7 +73,7 @@ def _read_folder(data: Data) -> list[Example]:
         questions = {_id(id): row for id, row in unique_by(asked, "question_id", str(questions_file)).items()}
         missing = sorted(questions.keys() - rows.keys())
         if missing:
-            raise ValueError(f"{file}: has no {', '.join(missing[:5])}, which {questions_file} asks.")
+            raise ValueError(f"{file}: lacks {', '.join(missing[:5])}, which {questions_file} asks.")
         rows = {
             id: {**rows[id], "imagename": question["image"], "question": question["text"]}
             for id, question in questions.items()
@@ -85,7 +86,7 @@ def _example(id: Any, image: TaskImage, row: dict[str, Any], place: str) -> Exam
     capability = row["capability"]
     capabilities = capability.split(",") if isinstance(capability, str) else list(capability)
     if not re.fullmatch(r"v1_\d+", _id(id)):
-        raise ValueError(f"{place}: the id is {id!r}: expected v1_<number>, or the number.")
+        raise ValueError(f"{place}: id is {id!r}, expected v1_<number> or a number.")
     return Example(
         id=_id(id),
         prompt=row["question"],
@@ -96,7 +97,7 @@ def _example(id: Any, image: TaskImage, row: dict[str, Any], place: str) -> Exam
 
 
 def _id(id: Any) -> str:
-    """The server's form of an id: LLaVA's files have the number alone."""
+    """The id in the server's form, `v1_<number>`. LLaVA's files have only the number."""
     return f"v1_{str(id).removeprefix('v1_')}"
 
 
@@ -112,28 +113,28 @@ def question_for_judge(record: Record) -> Messages:
 
 def parse_grade(text: str) -> float:
     """
-    The number that the judge's answer begins with.
+    The grade at the beginning of the judge's answer.
 
         >>> parse_grade("0.5"), parse_grade("1 - all there"), parse_grade("| 0.0 |")
         (0.5, 1.0, 0.0)
 
     Raises:
-        ValueError: if it is none from 0 to 1.
+        ValueError: If the answer does not begin with a number from 0 to 1.
     """
     found = re.match(r"[\s|*]*(0|1|[01]?\.\d+)(?=[.\s|*]*(\s|$))", text)
     if found is None or float(found[1]) > 1:
-        raise ValueError(f"no number from 0 to 1 at the beginning of {text[:80]!r}")
+        raise ValueError(f"{text[:80]!r} does not begin with a number from 0 to 1")
     return float(found[1])
 
 
 def judge(records: Sequence[Record], judge: Judge, folder: Path) -> list[Score]:
     questions = {record.example.id: question_for_judge(record) for record in records if record.error is None}
-    verdicts = judge.complete_all(questions, parse_grade, "MM-Vet: the judge grades")
+    verdicts = judge.complete_all(questions, parse_grade, "MM-Vet: judging")
     return [score(record, verdicts.get(record.example.id)) for record in records]
 
 
 def score(record: Record, verdict: Verdict | None) -> Score:
-    """An example without an answer, and so without a verdict, has the lowest grade."""
+    """The score of an answer. Without an answer there is no verdict, and the grade is 0."""
     if verdict is None:
         return Score(_values(record, 0.0), is_parsed=False)
     if verdict.error is not None:
@@ -146,7 +147,7 @@ def _values(record: Record, grade: float) -> dict[str, float]:
 
 
 def write_submission(records: Sequence[Record], folder: Path) -> Path:
-    """An object of id -> answer; an example that failed has an empty one."""
+    """Writes an object of id -> answer. The answer of a failed example is empty."""
     path = folder / "mmvet.json"
     answers = {record.example.id: record.answer for record in records}
     path.write_text(json.dumps(answers, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

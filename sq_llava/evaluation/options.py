@@ -1,4 +1,4 @@
-"""What the tasks with lettered options share: LLaVA's instruction, the options as text."""
+"""Shared by the tasks with lettered options: LLaVA's instruction, and the options as text."""
 
 from collections.abc import Sequence
 
@@ -9,7 +9,7 @@ LETTERS = "ABCDE"
 
 def lettered(options: Sequence[str]) -> str:
     """
-    One option a line.
+    One option per line.
 
         >>> lettered(["red", "blue"])
         'A. red\\nB. blue'

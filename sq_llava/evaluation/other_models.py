@@ -1,4 +1,4 @@
-"""Any image-text-to-text model of transformers, asked as a SQ-LLaVA is, so that both are scored by the same code.
+"""Any image-text-to-text model of transformers behind the interface of SQ-LLaVA, so that the same code scores both.
 
 >>> load_any("llava-hf/llava-1.5-7b-hf").answer("photo.jpg", "What is it?")
 """
@@ -18,11 +18,16 @@ def load_any(path: str, dtype: str = "auto", device: str | None = None, trust_re
     Loads a SQ-LLaVA as [`sq_llava.load`] does, or any other image-text-to-text model of transformers.
 
     Args:
-        path (`str`): A plain checkpoint, an adapter folder of this project, or a Hub id.
-        trust_remote_code (`bool`): For other models, whose code is not in transformers.
+        path (`str`): A checkpoint folder, an adapter folder of SQ-LLaVA, or a Hub id.
+        dtype (`str`): As for [`sq_llava.load`].
+        device (`str`, *optional*): Default: the best device available.
+        trust_remote_code (`bool`): Allow a model whose code is not in transformers to run its own.
+
+    Returns:
+        [`Assistant`].
 
     Raises:
-        ValueError: if weights are missing, which transformers would draw at random.
+        ValueError: If the checkpoint lacks weights. transformers would initialize them randomly.
     """
     if is_adapter(path):
         return load(path, device=device, dtype=dtype)
@@ -32,20 +37,20 @@ def load_any(path: str, dtype: str = "auto", device: str | None = None, trust_re
     model, report = AutoModelForImageTextToText.from_pretrained(
         path, dtype=dtype, trust_remote_code=trust_remote_code, output_loading_info=True
     )
-    if report["missing_keys"]:  # transformers only warns of these, and draws random weights
+    if report["missing_keys"]:  # transformers only warns about these
         missing = sorted(report["missing_keys"])
-        raise ValueError(f"{path} lacks {len(missing)} weights that it needs: {', '.join(missing[:3])}, ...")
+        raise ValueError(f"{path}: the checkpoint lacks {len(missing)} weights, such as {', '.join(missing[:3])}.")
     processor = AutoProcessor.from_pretrained(path, trust_remote_code=trust_remote_code)
     processor.tokenizer.padding_side = "left"
     return OtherModel(model.to(device or best_device()).eval(), processor)
 
 
 class OtherModel(Assistant):
-    """A model whose inputs its own processor makes, all of them in one call."""
+    """A model that is not a SQ-LLaVA. Its own processor prepares all inputs of a batch in one call."""
 
     @torch.inference_mode()
     def answer_batch(self, requests: list[tuple], max_new_tokens: int = 512, **generate_kwargs) -> list[str]:
-        """As [`Assistant.answer_batch`]; each prompt goes through the model as a whole."""
+        """As [`Assistant.answer_batch`], but common beginnings of prompts are not shared."""
         try:
             inputs = self.processor.apply_chat_template(
                 place_images_of_all(requests),
@@ -59,7 +64,7 @@ class OtherModel(Assistant):
             raise ValueError(str(error)) from error
         room = room_in_context(self.model, [int(inputs["attention_mask"].sum(dim=1).max())], max_new_tokens)
         if len(requests) > 1 and room < max_new_tokens:
-            # The context ends the answer to the longest prompt; the other answers are as long as alone.
+            # The context window cuts the answer to the longest prompt. One by one, the others keep their full length.
             return [self.answer(*request, max_new_tokens, **generate_kwargs) for request in requests]
         settings = {"do_sample": False, **generate_kwargs, "max_new_tokens": room}
         output = self.model.generate(**inputs.to(self.model.device), **settings)

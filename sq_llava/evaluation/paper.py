@@ -1,5 +1,5 @@
-"""Figures of the SQ-LLaVA paper (https://arxiv.org/abs/2403.11299), for the column beside a measurement. None of them
-was measured by this project.
+"""Results from the SQ-LLaVA paper (https://arxiv.org/abs/2403.11299), for comparison in reports. This project did not
+measure them.
 """
 
 TASKS = ("vqav2", "gqa", "vizwiz", "scienceqa", "textvqa", "pope", "mmbench", "mmbench_cn", "llava_bench", "mmvet")
@@ -15,7 +15,7 @@ FIGURES = {
 
 
 def figures_of(task: str) -> dict[str, float]:
-    """The paper's figures of a task, by model; empty for a task that is not in its tables."""
+    """The paper's results for a task, by model. Empty if the paper does not report the task."""
     if task not in TASKS:
         return {}
     return {model: figures[TASKS.index(task)] for model, figures in FIGURES.items()}

@@ -2,14 +2,14 @@
 
     sq-llava evaluate --model M --tasks pope --data DIR
 
-Yes/no questions about COCO val2014 pictures in three categories, by how the absent objects were chosen: random,
-popular, adversarial. `llava/` is the parser of POPE's authors, which LLaVA uses; the paper's figure is the mean of its
-three F1 scores. `lmms_eval/` is what lmms-eval gives: the answer must be "yes" or "no", and its yes-ratio is that of
-the labels.
+Yes/no questions about COCO val2014 images. The three categories differ in how the absent objects were chosen: random,
+popular, adversarial. `llava/` uses the parser of POPE's authors, as LLaVA does. The paper reports `llava/mean_f1`, the
+mean of the F1 scores of the three categories. `lmms_eval/` has the metrics of lmms-eval: the whole answer must be
+"yes" or "no", and its yes_ratio is computed from the labels.
 
-LLaVA's folder: `llava_pope_test.jsonl` (question_id, image, text, category), `coco/coco_pope_*.json` (JSON lines with
-image and label, those of an image in the order of its questions: their texts differ in places), and the pictures in
-`val2014`.
+LLaVA's folder: `llava_pope_test.jsonl` (question_id, image, text, category), the images in `val2014`, and
+`coco/coco_pope_*.json` (JSON Lines with image and label). Labels are matched by image, in the order of its questions,
+because the wording of the questions is not always the same in both files.
 """
 
 from collections.abc import Sequence
@@ -48,7 +48,7 @@ def _read_folder(data: Data) -> list[Example]:
         label_file = data.file(f"coco/coco_pope_{category}.json", f"coco_pope_{category}.json")
         labels = read_jsonl(label_file, ["image", "label"])
         if len(labels) != len(asked):
-            raise ValueError(f"{label_file}: has {len(labels)} labels for {len(asked)} questions of {file}.")
+            raise ValueError(f"{label_file}: has {len(labels)} labels, but {file} has {len(asked)} questions.")
         waiting: dict[str, list[str]] = {}
         for number, label in enumerate(labels, start=1):
             waiting.setdefault(label["image"], []).append(
@@ -56,13 +56,11 @@ def _read_folder(data: Data) -> list[Example]:
             )
         for row in asked:
             if not waiting.get(row["image"]):
-                raise ValueError(
-                    f"{label_file}: has no label (left) for {row['image']}, question {row['question_id']}."
-                )
+                raise ValueError(f"{label_file}: lacks a label for question {row['question_id']} on {row['image']}.")
             examples.append(
                 Example(
                     id=f"{category}/{row['question_id']}",
-                    prompt=row["text"],  # LLaVA's file has the suffix in it
+                    prompt=row["text"],  # includes the instruction
                     images=[data.image(data.folder / "val2014", row["image"])],
                     reference=waiting[row["image"]].pop(0),
                     details={"category": category},
@@ -73,13 +71,13 @@ def _read_folder(data: Data) -> list[Example]:
 
 def _checked_label(label: str, place: str) -> str:
     if label not in ("yes", "no"):
-        raise ValueError(f"{place}: the label is {label!r}: expected 'yes' or 'no'.")
+        raise ValueError(f"{place}: label is {label!r}, expected 'yes' or 'no'.")
     return label
 
 
 def says_yes(answer: str) -> bool:
     """
-    The parser of POPE's authors: of the first sentence, "No", "no" or "not" as a word means no, all else yes.
+    The parser of POPE's authors: an answer is "no" if its first sentence has the word "No", "no" or "not", else "yes".
 
         >>> says_yes("Yes, there is."), says_yes("There is not, I think. Yes."), says_yes("nothing")
         (True, False, True)
@@ -99,7 +97,7 @@ def score(example: Example, answer: str) -> Score:
 
 def corpus_metrics(records: Sequence[Record]) -> dict[str, float]:
     labels = [record.example.reference == "yes" for record in records]
-    # A question without an answer counts as answered wrongly.
+    # A failed example counts as a wrong answer.
     predictions = [
         record.score.prediction == "yes" if record.error is None else not label
         for record, label in zip(records, labels)

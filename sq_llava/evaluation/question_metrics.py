@@ -1,4 +1,4 @@
-"""Figures about questions that a model asks: pure functions of texts.
+"""Metrics of the questions that a model asks: pure functions of texts.
 
 >>> question_type("How many dogs are there?"), question_type("Is it a dog or a cat?")
 ('how many', 'choice')
@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from sacrebleu.metrics import BLEU
 
 
-# The first that fits, in this order.
+# Regular expressions of the types. The first one that matches decides.
 TYPES = {
     "request": r"^(can you |could you |please )?(describe|explain|tell|give|write|list|name|identify|provide)\b",
     "how many": r"\bhow (many|much)\b",
@@ -33,21 +33,21 @@ def words_of(text: str) -> list[str]:
 
 
 def question_type(question: str) -> str:
-    """One of `TYPES`, or "other". Of several question words, the one named first in `TYPES` decides."""
+    """The type of a question: the first of `TYPES` that matches, or "other"."""
     text = " ".join(words_of(question))
     return next((name for name, pattern in TYPES.items() if re.search(pattern, text)), "other")
 
 
 def type_shares(questions: Sequence[str]) -> dict[str, float]:
-    """The share of each type that occurs, the most frequent first."""
+    """The share of each type among the questions, most frequent first."""
     counts = Counter(map(question_type, questions))
     return {name: count / len(questions) for name, count in counts.most_common()}
 
 
 def distinct_n(texts: Sequence[str], n: int) -> float:
     """
-    Distinct n-grams over all n-grams of the texts together (Li et al. 2016, https://arxiv.org/abs/1510.03055): from 0,
-    all the same, to 1. It falls with the number of texts: compare equal numbers only.
+    Number of distinct n-grams / number of all n-grams in the texts (Li et al. 2016, https://arxiv.org/abs/1510.03055),
+    from 0 to 1. More texts give a lower value, so compare only equal numbers of texts.
     """
     grams = [gram for text in texts for gram in _grams(words_of(text), n)]
     return len(set(grams)) / len(grams) if grams else 0.0
@@ -59,8 +59,8 @@ def _grams(words: Sequence[str], n: int) -> Iterator[tuple[str, ...]]:
 
 def self_bleu(texts: Sequence[str]) -> float | None:
     """
-    The mean BLEU-4 of each text with the others as its references, from 0 to 100 (Zhu et al. 2018,
-    https://arxiv.org/abs/1802.01886): high for texts that are alike. `None` for fewer than two texts.
+    Mean BLEU-4 of each text with the other texts as references, from 0 to 100 (Zhu et al. 2018,
+    https://arxiv.org/abs/1802.01886). A high value means that the texts are similar. `None` for fewer than two texts.
     """
     if len(texts) < 2:
         return None

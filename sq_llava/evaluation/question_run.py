@@ -1,8 +1,8 @@
-"""`sq-llava evaluate-questions`: reads the pictures, lets the model ask, measures, writes figures and a report.
+"""`sq-llava evaluate-questions`: reads images, lets the model ask about them, measures the questions, writes a report.
 
-OUT/results.json      every figure, with what it takes to repeat it
-OUT/asked-*.jsonl     what was asked and answered, as it came; a run that was killed resumes from it
-OUT/report.md         the figures, with types.png, clip.png and pictures.png
+OUT/results.json      all metrics, and what is needed to repeat the run
+OUT/asked-*.jsonl     questions and answers as they were generated; an interrupted run resumes from them
+OUT/report.md         the metrics, with types.png, clip.png and pictures.png
 """
 
 import json
@@ -35,37 +35,37 @@ from sq_llava.evaluation.settings import QuestionEvaluation
 from sq_llava.inference.processes import join_processes
 
 
-NUM_SHOWN = 12
-# Of the text beside a picture, which has the room of another picture.
+NUM_SHOWN = 12  # images in the report
+# Size of the text beside an image. It has as much room as an image.
 LINE_LETTERS = 40
 NUM_LINES = 20
 IDENTITY = ("model", "model_hash", "images", "data_hash", "limit", "settings", "dtype")
 LABELS = {
     "num_images": "images",
-    "num_failed": "images that failed",
+    "num_failed": "failed images",
     "num_questions": "questions",
-    "distinct_questions": "share of questions that are distinct",
-    "distinct_1": "distinct words, of all",
-    "distinct_2": "distinct pairs of words, of all",
+    "distinct_questions": "share of distinct questions",
+    "distinct_1": "share of distinct words",
+    "distinct_2": "share of distinct word pairs",
     "self_bleu_of_an_image": "self-BLEU among the questions about an image (0 to 100)",
-    "mean_words": "words in a question",
-    "answer_changes_without_the_image": "share whose own answer changes on a blank image",
+    "mean_words": "words per question",
+    "answer_changes_without_the_image": "share of questions whose answer changes with a blank image",
 }
 
 
 def evaluate_questions(evaluation: QuestionEvaluation) -> dict[str, Any]:
     """
-    Measures the questions of a model, and writes `evaluation.out`.
+    Measures the questions of a model and writes `evaluation.out`.
 
     Returns:
-        The figures.
+        The metrics; an empty `dict` on all processes but the first.
 
     Raises:
-        ValueError: before the model is loaded, if there are no images, or none whose truth is known where that is
-            wanted, or the folder holds another run.
+        ValueError: If there are no images, if `truth` is set but known for none of them, or if the folder holds a
+            different run. Raised before the model is loaded.
     """
     if evaluation.truth not in (None, "easy_vqa"):
-        raise ValueError(f"--truth {evaluation.truth}: the one data set whose truth is known here is easy_vqa.")
+        raise ValueError(f"--truth {evaluation.truth}: unknown dataset. Only easy_vqa is supported.")
     state, device = join_processes(evaluation.device)
     everything = read_pictures(evaluation.images, evaluation.image_root)
     pictures = evenly_spaced(everything, evaluation.limit)
@@ -90,7 +90,7 @@ def evaluate_questions(evaluation: QuestionEvaluation) -> dict[str, Any]:
 
 
 def describe(evaluation: QuestionEvaluation, data_hash: str) -> dict[str, Any]:
-    """What it takes to repeat the run."""
+    """What `results.json` records so that the run can be repeated."""
     return {
         "model": evaluation.model,
         "model_hash": hash_of_model(evaluation.model),
@@ -114,13 +114,13 @@ def write_report(
     asked: Sequence[dict[str, Any]],
     pictures: Sequence[Picture],
 ) -> None:
-    """Writes `report.md` and its pictures."""
+    """Writes `report.md` and its charts."""
     lines = [f"# Questions of {about['model']}", "", f"    {about['command']}", ""]
     packages = ", ".join(f"{name} {version}" for name, version in about["packages"].items())
-    lines += [f"Date {about['date']}, model {about['model_hash']}, code {about['code_hash']}, pictures "]
+    lines += [f"Date {about['date']}, model {about['model_hash']}, code {about['code_hash']}, images "]
     lines += [f"{about['data_hash']}, seed {about['settings']['seed']}; Python {about['python']}, {packages}.", ""]
-    lines += ["| what | measured |", "|---|--:|"]
-    lines += [f"| {label} | {_shown(figures[name])} |" for name, label in LABELS.items()]
+    lines += ["| metric | value |", "|---|--:|"]
+    lines += [f"| {label} | {_formatted(figures[name])} |" for name, label in LABELS.items()]
     if "easy_vqa" in figures:
         lines += _truth_lines(figures["easy_vqa"])
     _save(_draw_types(figures["types"]), out / "types.png")
@@ -129,11 +129,11 @@ def write_report(
         lines += _clip_lines(figures["clip"], about["clip"])
         _save(_draw_cosines(cosines), out / "clip.png")
     _save(_draw_pictures(asked, pictures), out / "pictures.png")
-    lines += ["![Pictures with what the model asks, and answers itself](pictures.png)"]
+    lines += ["![Images with the model's questions and its own answers](pictures.png)"]
     (out / "report.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-def _shown(value: float | None) -> str:
+def _formatted(value: float | None) -> str:
     if value is None:
         return "-"
     return str(value) if isinstance(value, int) else f"{value:.3f}"
@@ -141,11 +141,11 @@ def _shown(value: float | None) -> str:
 
 def _truth_lines(truth: dict[str, Any]) -> list[str]:
     figures = {
-        f"share whose premise is true, of {truth['num_premises']}": truth["premise_is_true"],
-        f"the same, of the {truth['num_presuming']} that presume something": truth["presumed_is_true"],
-        f"own answers that are right, of {truth['num_own_answers']}": truth["own_answer_is_right"],
+        f"share with a true premise, of {truth['num_premises']} questions": truth["premise_is_true"],
+        f"the same, of the {truth['num_presuming']} questions that assume something": truth["presumed_is_true"],
+        f"share of correct own answers, of {truth['num_own_answers']}": truth["own_answer_is_right"],
     }
-    return [f"| {label} | {_shown(value)} |" for label, value in figures.items()]
+    return [f"| {label} | {_formatted(value)} |" for label, value in figures.items()]
 
 
 def _clip_lines(clip: dict[str, float], path: str) -> list[str]:
@@ -153,16 +153,16 @@ def _clip_lines(clip: dict[str, float], path: str) -> list[str]:
     rows = [
         f"| {name.replace('_', ' ')} | {clip[name]:.3f} | {clip[f'{name}_with_another_image']:.3f} |" for name in names
     ]
-    head = ["| cosine of text and image | with its image | with another one |", "|---|--:|--:|"]
-    cut = f"By the CLIP in {path}, which cut {clip['texts_cut']:.1%} of the texts at its longest length."
-    return [*head, *rows, "", cut, "", "![Cosines of texts and their images](clip.png)", ""]
+    head = ["| cosine similarity of text and image | with its image | with another image |", "|---|--:|--:|"]
+    cut = f"Measured by the CLIP in {path}. {clip['texts_cut']:.1%} of the texts were cut to its maximum length."
+    return [*head, *rows, "", cut, "", "![Cosine similarities of texts and their images](clip.png)", ""]
 
 
 def _draw_types(types: dict[str, float]) -> Figure:
     figure, axis = plt.subplots(figsize=(7, 0.6 + 0.32 * len(types)))
     axis.barh(list(types), list(types.values()), color="#4477aa")
     axis.invert_yaxis()
-    axis.set(xlabel="share of the questions", xlim=(0, 1))
+    axis.set(xlabel="share of questions", xlim=(0, 1))
     return figure
 
 
@@ -171,7 +171,7 @@ def _draw_cosines(cosines: dict[str, list[float]]) -> Figure:
     bins = np.histogram_bin_edges([value for values in cosines.values() for value in values], bins=40)
     for name, values in cosines.items():
         axis.hist(values, bins=bins, density=True, histtype="step", label=name.replace("_", " "))
-    axis.set(xlabel="cosine of text and image", ylabel="density")
+    axis.set(xlabel="cosine similarity of text and image", ylabel="density")
     axis.legend()
     return figure
 
@@ -187,13 +187,13 @@ def _draw_pictures(asked: Sequence[dict[str, Any]], pictures: Sequence[Picture])
         image, text = axes[number // 3, 2 * (number % 3) : 2 * (number % 3) + 2]
         image.imshow(open_image(picture.image))
         pairs = zip(line["questions"], line["answers"])
-        turns = [f"{_folded(question, '')}\n{_folded(answer, '   ')}" for question, answer in pairs]
+        turns = [f"{_wrapped(question, '')}\n{_wrapped(answer, '   ')}" for question, answer in pairs]
         text.text(0, 1, _cut("\n".join(turns)), va="top", fontsize=8, transform=text.transAxes, parse_math=False)
     return figure
 
 
-def _folded(text: str, indent: str) -> str:
-    """Matplotlib would wrap at the edge of the whole figure, over the next picture."""
+def _wrapped(text: str, indent: str) -> str:
+    """Wraps a text. Matplotlib's own wrapping would write over the next image."""
     printable = "".join(letter if letter.isprintable() else " " for letter in text)
     return textwrap.fill(printable, LINE_LETTERS, initial_indent=indent, subsequent_indent=indent)
 

@@ -1,11 +1,11 @@
-"""What a model asks about pictures, measured: the paper's claim for self-questioning.
+"""Measures the questions that a model asks about images, which is what the paper trains with self-questioning.
 
     sq-llava evaluate-questions --model runs/demo/model --images runs/demo/data/test.json --truth easy_vqa -n 4
 
-For each picture the model answers once (a description, or `after`), asks n questions, and answers them, with the
-picture and with a blank one in its place. A question that is answered the same without the picture was not about it.
-With a CLIP, its cosine of picture and text is given for questions and for answers (Figure 2 of the paper), beside that
-with another picture, which is what a text unrelated to the picture gets.
+For each image, the model first answers a prompt (a description, or `after`) and then asks n questions. It answers each
+question twice: with the image, and with a blank image. If both answers are equal, the question was not about the
+image. With a CLIP, the cosine similarity of image and text is computed for questions and answers (Figure 2 of the
+paper), and also with another image, as a baseline for a text that does not belong to the image.
 """
 
 import hashlib
@@ -35,13 +35,13 @@ from sq_llava.resumable.resume import run_resumable
 @dataclass(frozen=True)
 class Picture:
     """
-    A picture, and what a data set asks and answers about it.
+    An image, with the questions and answers that a dataset has about it.
 
     Args:
-        id (`str`): The picture's path, or its row.
-        image: As `sq_llava.data.images.open_image` takes it.
-        pairs (`Sequence[tuple[str, str]]`): Questions and answers of the data set.
-        number (`int`): The picture's own number, added to the seed.
+        id (`str`): Path of the image, or its row.
+        image: Any input of `sq_llava.data.images.open_image`.
+        pairs (`Sequence[tuple[str, str]]`): (question, answer) pairs of the dataset.
+        number (`int`): Number of the image. It is added to the seed.
     """
 
     id: str
@@ -52,10 +52,14 @@ class Picture:
 
 def read_pictures(place: str, image_root: str | None = None) -> list[Picture]:
     """
-    The images of a folder, or those of a data set in any layout that training reads.
+    The images of a folder, or of a dataset in any layout that training reads.
+
+    Args:
+        place (`str`): Folder of images, or path or Hub id of a dataset.
+        image_root (`str`, *optional*): Folder that the dataset's image paths are relative to.
 
     Raises:
-        ValueError: if there are none.
+        ValueError: If there are no images.
     """
     folder = Path(place)
     files = sorted(file for file in folder.glob("*") if file.suffix.lower() in IMAGE_SUFFIXES)
@@ -63,7 +67,7 @@ def read_pictures(place: str, image_root: str | None = None) -> list[Picture]:
         return [Picture(str(file), file, number=number) for number, file in enumerate(files)]
     if folder.is_dir() and not holds_dataset(folder):
         raise ValueError(
-            f"--images {place}: holds neither images ({', '.join(sorted(IMAGE_SUFFIXES))}) nor a data set."
+            f"--images {place}: contains neither images ({', '.join(sorted(IMAGE_SUFFIXES))}) nor a dataset."
         )
     return _pictures_of_rows(place, image_root)
 
@@ -75,7 +79,7 @@ def _pictures_of_rows(place: str, image_root: str | None) -> list[Picture]:
         if not row["images"]:
             continue
         image = row["images"][0]
-        # Rows about the same file are about one picture; an image inside a table is a picture of its own.
+        # Rows with the same image file are about one image. An image stored in a table belongs to its row alone.
         path = image["path"] if isinstance(image, dict) else image
         name = f"row {row['row_id']}" if isinstance(image, dict) and image.get("bytes") else str(path)
         images.setdefault(name, image)
@@ -85,7 +89,7 @@ def _pictures_of_rows(place: str, image_root: str | None) -> list[Picture]:
             if role == "assistant" and roles[index - 1] != "system":
                 pairs.setdefault(name, []).append((texts[index - 1], texts[index]))
     if not images:
-        raise ValueError(f"--images {place}: none of its rows has an image.")
+        raise ValueError(f"--images {place}: no row has an image.")
     return [
         Picture(name, image, tuple(pairs.get(name, ())), number) for number, (name, image) in enumerate(images.items())
     ]
@@ -95,13 +99,13 @@ def ask_about(
     assistant: Assistant, pictures: Sequence[Picture], folder: Path, settings: AskSettings, batch_size: int = 4
 ) -> list[dict[str, Any]]:
     """
-    Asks about every picture, over processes, resumed from what `folder` holds.
+    Lets the model ask about every image. Runs on several processes and resumes from what `folder` holds.
 
     Args:
-        batch_size (`int`): Pictures asked about together, each with `settings.num_questions` rows.
+        batch_size (`int`): Images per batch. The model gets `settings.num_questions` rows for each.
 
     Returns:
-        For each picture, in order: `id`, `first` (what was said first), `questions`, `answers`, `blank_answers`,
+        One `dict` per image, in order: `id`, `first` (the first answer), `questions`, `answers`, `blank_answers`,
         `error`.
     """
     failed = {"first": "", "questions": [], "answers": [], "blank_answers": []}
@@ -115,7 +119,7 @@ def ask_about(
 
 def _ask_together(assistant: Assistant, batch: Sequence[Picture], settings: AskSettings) -> list[dict[str, Any]]:
     images = [open_image(picture.image) for picture in batch]
-    # The seed belongs to the picture: the same questions in any batch, on one process and on many.
+    # Each image has its own seed, so its questions do not depend on the batch or on the number of processes.
     seeds = [settings.seed + picture.number for picture in batch]
     dialogues = Dialogues(
         assistant.model,
@@ -142,17 +146,17 @@ def _ask_together(assistant: Assistant, batch: Sequence[Picture], settings: AskS
 
 
 def blank_like(assistant: Assistant, image: Image.Image) -> Image.Image:
-    """A picture of the same size in the mean colour of the vision tower's training, which it sees as zeros."""
+    """A blank image of the same size, in the mean colour of the image processor: all zeros after normalization."""
     mean_colour = tuple(int(255 * mean) for mean in assistant.processor.image_processor.image_mean)
     return Image.new("RGB", image.size, mean_colour)
 
 
 def figures_of(asked: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The figures that need neither a CLIP nor the truth. Pictures that failed are counted but enter no mean."""
+    """The metrics that need neither a CLIP nor the truth. Failed images are counted, but they are in no mean."""
     whole = [line for line in asked if line["error"] is None]
     questions = [question for line in whole for question in line["questions"]]
     if not questions:
-        raise ValueError("The model asked nothing: see the errors in asked-*.jsonl.")
+        raise ValueError("The model asked no questions. See the errors in asked-*.jsonl.")
     changed = [
         answer != blank for line in whole for answer, blank in zip(line["answers"], line["blank_answers"], strict=True)
     ]
@@ -172,7 +176,7 @@ def figures_of(asked: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def hash_of_pictures(pictures: Sequence[Picture]) -> str:
-    """SHA-256 over the ids, questions, answers and image files of all pictures."""
+    """SHA-256 over the ids, questions, answers and files of all images."""
     digest = hashlib.sha256()
     for picture in pictures:
         digest.update(json.dumps([picture.id, picture.pairs]).encode())
@@ -184,19 +188,20 @@ def _content_of(image: Any) -> bytes:
     if isinstance(image, dict) and image.get("bytes"):
         return image["bytes"]
     path = Path(image["path"] if isinstance(image, dict) else image)
-    return path.read_bytes() if path.is_file() else b"missing"  # the picture will be recorded as failed
+    return path.read_bytes() if path.is_file() else b"missing"  # the run will record the image as failed
 
 
 def captions_of(pictures: Sequence[Picture]) -> list[str | None]:
     """
-    What each picture of easy-VQA holds, such as "a red circle"; `None` where its questions and answers do not tell.
+    The content of each easy-VQA image, such as "a red circle"; `None` if its questions and answers do not tell.
 
     Raises:
-        ValueError: if they tell it of no picture, or contradict each other.
+        ValueError: If the content of no image can be determined, or if the answers about an image contradict each
+            other.
     """
     captions = [derive_caption(list(picture.pairs)) if picture.pairs else None for picture in pictures]
     if not any(captions):
-        raise ValueError("--truth easy_vqa: no picture comes with the questions and answers of easy-VQA.")
+        raise ValueError("--truth easy_vqa: no image has questions and answers of easy-VQA. Check --images.")
     return captions
 
 
@@ -204,13 +209,19 @@ def easy_vqa_figures(
     asked: Sequence[dict[str, Any]], captions: Sequence[str | None], known: set[str]
 ) -> dict[str, Any]:
     """
-    Where the truth is known: the share of questions whose premise is true, which are questions of easy-VQA's forms
-    that presume no shape or colour that the picture does not hold; the same among those that presume one at all, as
-    "what is the red shape?" does; and how many of the model's answers to its questions are right.
+    The metrics that need the truth about the images.
+
+    A question has a true premise if it has the form of an easy-VQA question and assumes no shape or colour that is
+    not in the image.
 
     Args:
-        captions: As of [`captions_of`]; pictures without one have no part in the figures.
-        known (`set[str]`): All questions of the data set, whose forms are understood.
+        captions: From [`captions_of`]. Images without a caption are left out.
+        known (`set[str]`): All questions of the dataset, whose forms are understood.
+
+    Returns:
+        `premise_is_true`: share of questions with a true premise. `presumed_is_true`: the same, among questions that
+        assume something, as "what is the red shape?" does. `own_answer_is_right`: share of correct answers by the
+        model to its own questions with a true premise. Each has its number of questions beside it.
     """
     premises, presumed, right = [], [], []
     for line, caption in zip(asked, captions, strict=True):
@@ -236,23 +247,27 @@ def easy_vqa_figures(
 
 class ClipScorer:
     """
-    Cosines of pictures and texts by a CLIP of transformers, without a factor (CLIPScore's is 2.5). Texts longer than
-    its text tower reads are cut; the share of them is told.
+    Cosine similarities of images and texts by a CLIP of transformers, not rescaled (CLIPScore multiplies by 2.5).
+    Texts are cut to the maximum length of the text tower.
 
     Args:
-        path (`str`): Folder or Hub id of a whole CLIP, with its processor's files.
+        path (`str`): Folder or Hub id of a complete CLIP (both towers) with the files of its processor.
+        device (`str`): Device to run on.
+
+    Raises:
+        ValueError: If the model is not a complete CLIP.
     """
 
     def __init__(self, path: str, device: str):
         if AutoConfig.from_pretrained(path).model_type != "clip":
-            raise ValueError(f"--clip {path}: is no whole CLIP: give one with both towers.")
+            raise ValueError(f"--clip {path}: is not a complete CLIP. Use a model with both towers.")
         self.model = CLIPModel.from_pretrained(path).to(device).eval()
         self.processor = CLIPProcessor.from_pretrained(path)
         self.max_length = self.model.config.text_config.max_position_embeddings
 
     @torch.inference_mode()
     def cosines(self, images: Sequence[Image.Image], texts: Sequence[str]) -> torch.Tensor:
-        """Cosines `(len(texts), len(images))`."""
+        """Cosine similarities of shape `(len(texts), len(images))`."""
         pixel_values = self.processor.image_processor(list(images), return_tensors="pt")["pixel_values"]
         tokens = self.processor.tokenizer(
             list(texts), padding=True, truncation=True, max_length=self.max_length, return_tensors="pt"
@@ -262,6 +277,7 @@ class ClipScorer:
         return torch.nn.functional.normalize(text, dim=-1) @ torch.nn.functional.normalize(picture, dim=-1).T
 
     def is_cut(self, text: str) -> bool:
+        """Whether a text is longer than the text tower allows."""
         return len(self.processor.tokenizer(text)["input_ids"]) > self.max_length
 
 
@@ -269,10 +285,11 @@ def clip_figures(
     scorer: ClipScorer, asked: Sequence[dict[str, Any]], pictures: Sequence[Picture]
 ) -> tuple[dict[str, Any], dict[str, list[float]]]:
     """
-    Mean cosines of texts with their picture, and with the next one's; and all the single cosines, for a histogram.
+    Mean cosine similarities of texts with their own image, and with the next image as a baseline.
 
     Returns:
-        Figures, and cosines, for `questions` and `answers` of the model, `data_questions` and `data_answers`.
+        The means, and all single values for a histogram; for `questions` and `answers` of the model, and for
+        `data_questions` and `data_answers` of the dataset.
     """
     whole = [(line, picture) for line, picture in zip(asked, pictures, strict=True) if line["error"] is None]
     cosines: dict[str, list[float]] = {}

@@ -1,12 +1,13 @@
-"""What a run says of itself: `report.md` with charts and examples, and entries for a model card on the Hub.
+"""The report of a run: `report.md` with charts and examples, and entries for a model card on the Hub.
 
     >>> write_report(Path("runs/evaluation/model"), TASKS)
 
-Everything is read from `results.json` and `examples.jsonl`; the pictures of the examples that are shown are saved
-while the run has them ([`save_pictures`]). The paper's figures stand beside a run's and are never measured here.
+The report is made from `results.json` and `examples.jsonl`. [`save_pictures`] must run first: it saves the pictures of
+the examples that the report shows. The paper's results are copied from the paper, not measured here.
 """
 
 import json
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,9 +24,9 @@ from sq_llava.evaluation.results import read_records
 from sq_llava.evaluation.task import Example, Record, Task, main_score
 
 
-NUM_SHOWN = 3  # of the best, and of the worst
-PICTURE_SIDE = 240
-MAX_LENGTH = 400
+NUM_SHOWN = 3  # best examples, and as many worst ones
+PICTURE_SIDE = 240  # pixels
+MAX_LENGTH = 400  # characters of a text
 
 
 def write_report(out: Path, tasks: Mapping[str, Task]) -> Path:
@@ -33,12 +34,16 @@ def write_report(out: Path, tasks: Mapping[str, Task]) -> Path:
     Writes `report.md`, `figures.png`, `<task>/breakdown.png` and `.eval_results/<task>.yaml` into a run's folder.
 
     Args:
-        tasks: Those that the run may have, by name.
+        out (`Path`): Folder of the run.
+        tasks (`Mapping[str, Task]`): All tasks that the run may contain, by name.
+
+    Returns:
+        `Path` of `report.md`.
     """
     run = json.loads((out / "results.json").read_text())
     names = list(run["data_hashes"])
     records = {name: read_records(out / name / "examples.jsonl") for name in names}
-    parts = [_heading(run), _draw_figures(run, tasks, out), _beside_the_paper(run, tasks), _all_figures(run)]
+    parts = [_heading(run), _draw_main_metrics(run, tasks, out), _paper_table(run, tasks), _metrics_table(run)]
     parts += [_task_part(tasks[name], run, records[name], out) for name in names]
     write_eval_results(run, tasks, out)
     path = out / "report.md"
@@ -47,25 +52,31 @@ def write_report(out: Path, tasks: Mapping[str, Task]) -> Path:
 
 
 def choose(task: Task, records: Sequence[Record]) -> dict[str, list[int]]:
-    """The numbers of the examples to show: the first of those that score highest, and of those that score lowest."""
+    """
+    Chooses the examples to show: some of those with the highest and with the lowest score.
+
+    Returns:
+        Heading -> indices into `records`.
+    """
     scores = [(main_score(task, record), number) for number, record in enumerate(records)]
     scores = [(value, number) for value, number in scores if value is not None]
     if not scores:
         return {"Examples": list(range(min(2 * NUM_SHOWN, len(records))))}
     highest, lowest = max(scores)[0], min(scores)[0]
     if highest == lowest:
-        return {f"All score {highest:g}": [number for _, number in scores[: 2 * NUM_SHOWN]]}
+        return {f"Examples (all score {highest:g})": [number for _, number in scores[: 2 * NUM_SHOWN]]}
     best = [number for value, number in scores if value == highest][:NUM_SHOWN]
     worst = [number for value, number in scores if value == lowest][:NUM_SHOWN]
-    return {f"Right, or best (score {highest:g})": best, f"Wrong, or worst (score {lowest:g})": worst}
+    return {f"Best examples (score {highest:g})": best, f"Worst examples (score {lowest:g})": worst}
 
 
 def save_pictures(task: Task, examples: Sequence[Example], folder: Path) -> None:
     """
-    Saves a small copy of the first picture of each example that the report shows: `pictures/<line>.jpg`.
+    Saves a small copy of the first image of each example that the report shows, as `pictures/<index>.jpg`.
 
     Args:
-        examples: Those of `examples.jsonl` in the task's folder, in its order.
+        examples (`Sequence[Example]`): The examples of `examples.jsonl` in `folder`, in the same order.
+        folder (`Path`): The task's folder.
     """
     records = read_records(folder / "examples.jsonl")
     (folder / "pictures").mkdir(exist_ok=True)
@@ -83,8 +94,8 @@ def _heading(run: dict[str, Any]) -> str:
         "model": f"{run['model']} (hash {run['model_hash']})",
         "command": f"`{run['command']}`",
         "date": run["date"],
-        "examples": "all" if run["limit"] is None else f"**only {run['limit']} of each task**",
-        "split": run["split"] or "each task's own",
+        "examples": "all" if run["limit"] is None else f"**at most {run['limit']} per task**",
+        "split": run["split"] or "default of each task",
         "system message": "the model's own" if run["system_message"] is None else as_text(run["system_message"]),
         "dtype, batch size, seed": f"{run['dtype']}, {run['batch_size']}, {run['seed']}",
         "versions": f"Python {run['python']}, {packages}; code {run['code_hash'][:12]}",
@@ -94,48 +105,46 @@ def _heading(run: dict[str, Any]) -> str:
     return f"# Evaluation of {run['model']}\n\n| | |\n|---|---|\n{table}\n"
 
 
-def _main_figure(run: dict[str, Any], task: Task) -> dict[str, Any] | None:
+def _main_metric(run: dict[str, Any], task: Task) -> dict[str, Any] | None:
     return next((e for e in run["results"] if (e["task"], e["metric"]) == (task.name, task.main_metric)), None)
 
 
-def _beside_the_paper(run: dict[str, Any], tasks: Mapping[str, Task]) -> str:
+def _paper_table(run: dict[str, Any], tasks: Mapping[str, Task]) -> str:
     names = [name for name in run["data_hashes"] if figures_of(name)]
     if not names:
         return ""
-    measured = [_main_figure(run, tasks[name]) for name in names]
+    measured = [_main_metric(run, tasks[name]) for name in names]
     own = ["-" if each is None else f"{each['value'] * tasks[each['task']].scale:.1f}" for each in measured]
     nums = ["" if each is None else f"{each['num']:,}" for each in measured]
-    rows = [f"| **this run** | {' | '.join(own)} |", f"| its examples | {' | '.join(nums)} |"]
+    rows = [f"| **this run** | {' | '.join(own)} |", f"| examples in this run | {' | '.join(nums)} |"]
     for model in figures_of(names[0]):
-        rows.append(f"| {model} (the paper's) | {' | '.join(str(figures_of(name)[model]) for name in names)} |")
+        rows.append(f"| {model} (paper) | {' | '.join(str(figures_of(name)[model]) for name in names)} |")
     head = f"| | {' | '.join(tasks[name].title for name in names)} |\n|---|{'---|' * len(names)}\n"
     body = "\n".join(rows)
-    return f"## Beside the paper\n\nRows marked so are the paper's figures, **not measured here**.\n\n{head}{body}\n"
+    return f"## Comparison with the paper\n\nRows marked (paper) are **not measured here**.\n\n{head}{body}\n"
 
 
-def _all_figures(run: dict[str, Any]) -> str:
-    rows = [
-        f"| {each['task']} | {as_text(each['metric'])} | {each['value']:.4f} | {_error(each['standard_error'])} | "
-        f"{each['num']:,} | {each['parsed_share']:.1%} | {each['num_failed']} | {each['num_unjudged']} |"
-        for each in run["results"]
-    ]
-    head = "| task | metric | value | standard error | examples | parsed | failed | without a grade |"
-    return f"## All figures\n\n{head}\n|---|---|---|---|---|---|---|---|\n" + "\n".join(rows) + "\n"
-
-
-def _error(value: float | None) -> str:
-    return "" if value is None else f"{value:.4f}"
+def _metrics_table(run: dict[str, Any]) -> str:
+    rows = []
+    for each in run["results"]:
+        error = "" if each["standard_error"] is None else f"{each['standard_error']:.4f}"
+        rows.append(
+            f"| {each['task']} | {as_text(each['metric'])} | {each['value']:.4f} | {error} | {each['num']:,} | "
+            f"{each['parsed_share']:.1%} | {each['num_failed']} | {each['num_unjudged']} |"
+        )
+    head = "| task | metric | value | standard error | examples | parsed | failed | not graded |"
+    return f"## All metrics\n\n{head}\n|---|---|---|---|---|---|---|---|\n" + "\n".join(rows) + "\n"
 
 
 def _task_part(task: Task, run: dict[str, Any], records: Sequence[Record], out: Path) -> str:
     parts = [f"## {task.title}\n", task.note or ""]
     if task.name in run["missing"]:
-        parts.append(f"**No figure**: {run['missing'][task.name]}\n")
+        parts.append(f"**No metrics**: {run['missing'][task.name]}\n")
     judge = next((each["judge"] for each in run["results"] if each["task"] == task.name and each["judge"]), None)
     if judge is not None:
-        parts.append(f"Judged by {', '.join(judge['answered_by'])} on {', '.join(judge['dates'])}.\n")
+        parts.append(f"Graded by {', '.join(judge['answered_by'])} on {', '.join(judge['dates'])}.\n")
     parts.append(_draw_breakdown(task, run, records, out))
-    parts.append(f"A whole prompt:\n\n{_fenced(records[0].prompt)}\n")
+    parts.append(f"A complete prompt:\n\n{textwrap.indent(records[0].prompt, '    ', lambda line: True)}\n")
     for heading, numbers in choose(task, records).items():
         parts.append(f"### {heading}\n")
         parts += [_example(records[number], out, f"{task.name}/pictures/{number}.jpg") for number in numbers]
@@ -147,25 +156,21 @@ def _example(record: Record, out: Path, picture: str) -> str:
     parts.append(f"- `{record.example.id}`: {as_text(record.prompt[-MAX_LENGTH:])}")
     parts.append(f"- answer: **{as_text(record.answer)}**" if record.error is None else f"- {as_text(record.error)}")
     if record.score is not None and record.score.prediction is not None:
-        parts.append(f"- read as: {as_text(record.score.prediction)}")
+        parts.append(f"- parsed as: {as_text(record.score.prediction)}")
     parts.append(f"- reference: {as_text(record.example.reference)}\n")
     return "\n".join(part for part in parts if part)
 
 
 def as_text(value: Any) -> str:
-    """A value on one line of Markdown, as it is: what a model said must not become a heading or a link."""
+    """A value as one escaped line of Markdown, so that a model's answer cannot become a heading or a link."""
     text = " ".join((value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)).split())
     text = text if len(text) <= MAX_LENGTH else text[:MAX_LENGTH] + " ..."
     return "".join("\\" + letter if letter in "\\`*_[]<>|#" else letter for letter in text)
 
 
-def _fenced(text: str) -> str:
-    return "\n".join("    " + line for line in text.splitlines())
-
-
-def _draw_figures(run: dict[str, Any], tasks: Mapping[str, Task], out: Path) -> str:
-    """The main figure of each task, beside the paper's."""
-    found = [(tasks[name], _main_figure(run, tasks[name])) for name in run["data_hashes"]]
+def _draw_main_metrics(run: dict[str, Any], tasks: Mapping[str, Task], out: Path) -> str:
+    """Draws the main metric of each task and the paper's results."""
+    found = [(tasks[name], _main_metric(run, tasks[name])) for name in run["data_hashes"]]
     found = [(task, entry) for task, entry in found if entry is not None]
     if not found:
         return ""
@@ -175,17 +180,17 @@ def _draw_figures(run: dict[str, Any], tasks: Mapping[str, Task], out: Path) -> 
     for axis, (task, entry) in zip(axes, found):
         paper = figures_of(task.name)
         bars = {f"this run ({entry['num']:,} examples)": entry["value"] * task.scale}
-        bars |= {f"{model} (the paper's)": value for model, value in paper.items()}
+        bars |= {f"{model} (paper)": value for model, value in paper.items()}
         error = 1.96 * (entry["standard_error"] or 0) * task.scale
         colours = ["#cc6677", *["#bbbbbb"] * len(paper)]
         drawn = axis.barh(list(bars), list(bars.values()), xerr=[error, *[0] * len(paper)], color=colours)
         _label(axis, drawn, "{:.1f}", f"{task.title}: {task.main_metric}")
     figure.savefig(out / "figures.png", dpi=110)
-    return "![The main figure of each task, with its 95% interval](figures.png)\n"
+    return "![Main metric of each task with its 95% interval](figures.png)\n"
 
 
 def _draw_breakdown(task: Task, run: dict[str, Any], records: Sequence[Record], out: Path) -> str:
-    """The main figure of each part, or the first that all parts have."""
+    """Draws the main metric for each value of the breakdown, or the first metric that all values have."""
     parts = sorted({record.example.details.get(task.breakdown) for record in records} - {None})
     entries = {each["metric"]: each for each in run["results"] if each["task"] == task.name}
     overall = [name for name in entries if all(f"{part}/{name}" in entries for part in parts)]
@@ -216,12 +221,14 @@ def _label(axis: Axes, bars: BarContainer, form: str, title: str) -> None:
 
 def write_eval_results(run: dict[str, Any], tasks: Mapping[str, Task], out: Path) -> list[Path]:
     """
-    Writes an entry of the Hub's `.eval_results` format for each main figure of a benchmark of the Hub, to be copied
-    into a model's repository. None of a part of the examples, nor of answers that lack a grade.
+    Writes `.eval_results/<task>.yaml` for each task with a dataset on the Hub. Copy the files to a model's repository
+    to show the results there (https://huggingface.co/docs/hub/eval-results).
+
+    A task is left out if only a part of its examples was evaluated (`--limit`), or if examples have no grade.
     """
     paths = []
     for name in run["data_hashes"]:
-        entry = _main_figure(run, tasks[name])
+        entry = _main_metric(run, tasks[name])
         if entry is None or tasks[name].hub_id is None or run["limit"] is not None or entry["num_unjudged"]:
             continue
         result = EvalResultEntry(
@@ -239,12 +246,12 @@ def write_eval_results(run: dict[str, Any], tasks: Mapping[str, Task], out: Path
 
 
 def _notes(run: dict[str, Any], entry: dict[str, Any]) -> str:
-    """How a figure was made, in the one field of the format that is free."""
+    """How a result was produced. `notes` is the only free text field of the format."""
     parts = [entry["metric"], f"{entry['num']} examples, {entry['num_failed']} failed"]
     if run["split"] is not None:
         parts.append(f"split {run['split']}")
     if entry["judge"] is not None:
-        parts.append(f"judged by {', '.join(entry['judge']['answered_by'])}")
+        parts.append(f"graded by {', '.join(entry['judge']['answered_by'])}")
     hashes = {"model": run["model_hash"], "code": run["code_hash"], "data": entry["data_hash"]}
     parts.append("hashes: " + ", ".join(f"{name} {digest}" for name, digest in hashes.items()))
     versions = ", ".join(f"{name} {version}" for name, version in run["packages"].items())

@@ -1,10 +1,10 @@
-"""What an evaluation leaves behind: `results.json`, the examples, a report with pictures, entries for the card.
+"""The files that an evaluation writes: `results.json`, the examples, a report with charts, entries for a model card.
 
-OUT/results.json                 every figure, with what it takes to repeat it
+OUT/results.json                 all metrics, and what is needed to repeat the run
 OUT/<task>/examples.jsonl        prompt, answer, reference and score of each example
-OUT/<task>/answers-*.jsonl       answers as they came; a run that was killed resumes from them
-OUT/report.md, OUT/*.png         a table beside the paper's figures, and bar charts
-OUT/.eval_results/<task>.yaml    for the model card on the Hub
+OUT/<task>/answers-*.jsonl       answers as they were generated; an interrupted run resumes from them
+OUT/report.md, OUT/*.png         the metrics beside the paper's, and bar charts
+OUT/.eval_results/<task>.yaml    entries for the model card on the Hub
 """
 
 import hashlib
@@ -28,7 +28,7 @@ from sq_llava.resumable.jsonl import write_jsonl
 from sq_llava.resumable.run_note import check_note, command_line, write_note
 
 
-# The fields of a line of `examples.jsonl`.
+# Fields of a line of `examples.jsonl`.
 LINE = ("id", "prompt", "images", "answer", "prediction", "reference", "error", "details")
 SCORE = ("scores", "parsed", "judge_error")
 PACKAGES = ("torch", "transformers", "peft", "pillow", "sq-llava")
@@ -37,8 +37,16 @@ PACKAGES = ("torch", "transformers", "peft", "pillow", "sq-llava")
 @dataclass(frozen=True)
 class TaskResult:
     """
-    The figures of one task, with the share of answers that could be read and the number that failed. `missing` says
-    how to get figures that are not there, `judge` who graded, `num_unjudged` how many examples have no grade.
+    The result of one task.
+
+    Args:
+        data (`str`): Where the data is, as given by the user.
+        num (`int`): Number of examples.
+        num_failed (`int`): Number of examples without an answer.
+        parsed_share (`float`): Share of examples whose answer could be parsed, from 0 to 1.
+        missing (`str`, *optional*): Why there are no metrics, and how to get them.
+        judge (`dict`, *optional*): Who graded and when.
+        num_unjudged (`int`): Number of examples without a grade.
     """
 
     task: str
@@ -55,8 +63,11 @@ class TaskResult:
 
 def hash_of_model(model: str) -> str:
     """
-    SHA-256 over names and contents of a folder's weights and JSON files, and over an adapter's base; of a model on the
-    Hub its commit.
+    Identifies a model.
+
+    Returns:
+        For a folder: SHA-256 over the names and contents of its weights, JSON files and templates, and over the base
+        model of an adapter. For a model on the Hub: its commit, and for an adapter also that of its base.
     """
     folder = Path(model).expanduser()
     digest = hashlib.sha256()
@@ -77,7 +88,7 @@ def hash_of_model(model: str) -> str:
 
 
 def hash_of_code() -> str:
-    """SHA-256 over the Python files that run: the model's three and this library's."""
+    """SHA-256 over the Python files of this library and the Hub files of the model."""
     package = files("sq_llava")
     sources = {path.relative_to(package.parent).as_posix(): path for path in package.rglob("*.py")}
     sources |= {name: code_file(name) for name in CODE_FILES}
@@ -88,7 +99,7 @@ def hash_of_code() -> str:
 
 
 def hash_of_data(examples: Sequence[Example]) -> str:
-    """SHA-256 over ids, prompts, references and image files of all examples."""
+    """SHA-256 over the ids, prompts, references and image files of all examples."""
     digest = hashlib.sha256()
     image_digests: dict[Any, bytes] = {}
     for example in examples:
@@ -105,12 +116,12 @@ def _digest_of_image(image: TaskImage) -> bytes:
     try:
         content = image.read_bytes() if isinstance(image, Path) else image.read()["bytes"]
     except (OSError, ValueError):
-        return b"missing"  # the example will be recorded as failed
+        return b"missing"  # the run will record the example as failed
     return hashlib.sha256(content).digest()
 
 
 def record_line(record: Record) -> dict[str, Any]:
-    """What is written down of an example."""
+    """The line of `examples.jsonl` for a record."""
     example, score = record.example, record.score
     return {
         "id": example.id,
@@ -135,10 +146,10 @@ def write_examples(records: Sequence[Record], folder: Path) -> Path:
 
 def read_records(path: Path) -> list[Record]:
     """
-    The records of an `examples.jsonl`, without their images.
+    Reads the records of an `examples.jsonl`, without their images.
 
     Raises:
-        ValueError: with line and field, if one is missing.
+        ValueError: If a field is missing. The message has line and field.
     """
     records = []
     for line in read_jsonl(path, [*LINE, *SCORE]):
@@ -151,7 +162,7 @@ def read_records(path: Path) -> list[Record]:
 
 
 def write_results(results: Sequence[TaskResult], out: Path, about: dict[str, Any]) -> Path:
-    """Writes `results.json`: `about` the run, and one entry for each figure."""
+    """Writes `results.json`: the fields of `about`, and one entry per metric."""
     entries = [
         {
             "task": result.task,
@@ -176,7 +187,7 @@ def write_results(results: Sequence[TaskResult], out: Path, about: dict[str, Any
 
 
 def environment() -> dict[str, Any]:
-    """The command, the date, and what it runs on."""
+    """The command, the date (UTC), and the versions of Python and packages."""
     return {
         "command": command_line(),
         "date": datetime.now(UTC).date().isoformat(),
@@ -187,7 +198,7 @@ def environment() -> dict[str, Any]:
 
 
 def claim_folder(out: Path, about: dict[str, Any], identity: Sequence[str], writer: str = "") -> dict[str, Any]:
-    """Checks and writes `run.json` in a run's folder before the run begins: as `check_note`, for all processes."""
+    """Checks and writes `run.json` before a run starts. As `check_note`, but for several processes."""
     about = check_note(out, about, identity)
     PartialState().wait_for_everyone()
     if PartialState().is_main_process:

@@ -1,4 +1,4 @@
-"""One evaluation: reads and checks the data of all tasks, lets the model answer, scores, writes.
+"""Runs an evaluation: reads and checks the data of all tasks, generates answers, scores them, writes the results.
 
 sq-llava evaluate --model runs/demo/model --tasks easy_vqa --data runs/demo/data --out runs/demo/evaluation
 """
@@ -74,10 +74,14 @@ TASKS: dict[str, Task] = {
 
 def evaluate(evaluation: Evaluation) -> list[TaskResult]:
     """
-    Runs an evaluation and writes its folder; `sq_llava/evaluation/results.py` says what is in it.
+    Runs an evaluation and writes its folder. `sq_llava/evaluation/results.py` lists the files.
+
+    Returns:
+        One result per task; an empty list on all processes but the first.
 
     Raises:
-        ValueError: before the model is loaded, if a task's data is missing or wrong, or `out` holds other answers.
+        ValueError: If the data of a task is missing or wrong, or `out` holds answers of a different run. Raised before
+            the model is loaded.
     """
     tasks = [find_task(name) for name in dict.fromkeys(evaluation.tasks)]
     state, device = join_processes(evaluation.device)
@@ -96,7 +100,7 @@ def evaluate(evaluation: Evaluation) -> list[TaskResult]:
         answered.append(answer_examples(assistant, examples[task.name], folder, settings, task.title))
     if not state.is_main_process:
         return []
-    # The judge comes after all answers: other processes would time out while they wait for it.
+    # The judge runs after all answers: other processes would time out if they had to wait for it.
     results = [assess(task, records, evaluation, about, judge) for task, records in zip(tasks, answered)]
     write_results(results, evaluation.out, about)
     for task in tasks:
@@ -108,7 +112,7 @@ def evaluate(evaluation: Evaluation) -> list[TaskResult]:
 def assess(
     task: Task, records: Sequence[Record], evaluation: Evaluation, about: dict[str, Any], judge: Judge | None
 ) -> TaskResult:
-    """Scores the records of a task, and writes them and its submission."""
+    """Scores the records of a task. Writes `examples.jsonl` and the submission."""
     folder = evaluation.out / task.name
     submission = None if task.write_submission is None else task.write_submission(records, folder)
     missing = None
@@ -122,11 +126,11 @@ def assess(
             missing = str(stop)
     metrics = summarize(task, records)
     if not metrics and missing is None:
-        missing = f"scored by a server: send it {submission}"
+        missing = f"scored by a server: upload {submission}"
         if task.judge is not None:
-            missing = "graded by a judge: give --judge-model"
+            missing = "graded by a judge: set --judge-model"
             if judge is not None:
-                missing = f"the judge gave no grade at all, first: {records[0].score.judge_error}"
+                missing = f"the judge graded no example. Error of the first: {records[0].score.judge_error}"
     write_examples(records, folder)
     scores = [record.score for record in records if record.score is not None]
     return TaskResult(
@@ -145,42 +149,42 @@ def assess(
 
 def find_task(name: str) -> Task:
     if name not in TASKS:
-        raise ValueError(f"--tasks {name}: no such task. There are: {', '.join(sorted(TASKS))}.")
+        raise ValueError(f"--tasks {name}: unknown task. Choose from: {', '.join(sorted(TASKS))}.")
     return TASKS[name]
 
 
 def read_examples(task: Task, evaluation: Evaluation) -> list[Example]:
     """
-    The examples of a task, at most `limit`, evenly spaced.
+    The examples of a task; at most `limit`, evenly spaced.
 
     Raises:
-        ValueError: if there are none, an id is there twice, or only some have a reference.
+        ValueError: If there are none, if two have the same id, or if only some have a reference.
     """
     examples = task.read(Data.locate(evaluation.data, task.name, task.hub_id, evaluation.split, task.folder))
     place = f"{task.name}, {evaluation.data}"
     if not examples:
-        raise ValueError(f"{place}: holds no example.")
+        raise ValueError(f"{place}: has no examples. Check --data and --split.")
     [(id, count)] = Counter(example.id for example in examples).most_common(1)
     if count > 1:
-        raise ValueError(f"{place}: the id {id!r} is there twice.")
+        raise ValueError(f"{place}: has {count} examples with the id {id!r}. Ids must be unique.")
     unanswered = [example.id for example in examples if example.reference is None]
     if 0 < len(unanswered) < len(examples):
         raise ValueError(
-            f"{place}: {len(unanswered)} of {len(examples)} examples have no reference, such as {unanswered[0]!r}: a "
-            "split has one for all of them, or for none (which a server scores)."
+            f"{place}: {len(unanswered)} of {len(examples)} examples have no reference, such as {unanswered[0]!r}. "
+            "Either all examples of a split need one, or none (then a server scores them)."
         )
     return evenly_spaced(examples, evaluation.limit)
 
 
 def score(task: Task, record: Record) -> Score:
-    """The score of an answer; an example that failed scores 0."""
+    """The score of an answer. A failed example scores 0 in every metric."""
     if record.error is None:
         return task.score(record.example, record.answer)
     return Score(dict.fromkeys(task.score(record.example, "").values, 0.0), is_parsed=False)
 
 
 def describe(evaluation: Evaluation, data_hashes: dict[str, str]) -> dict[str, Any]:
-    """What it takes to repeat the run."""
+    """What `results.json` records so that the run can be repeated."""
     return {
         "model": evaluation.model,
         "model_hash": hash_of_model(evaluation.model),
@@ -196,5 +200,5 @@ def describe(evaluation: Evaluation, data_hashes: dict[str, str]) -> dict[str, A
     }
 
 
-# What must be equal for a run to resume from the answers in its folder.
+# A run resumes from the answers in its folder only if these fields are equal.
 IDENTITY = ("model_hash", "model", "data_hashes", "system_message", "dtype")

@@ -1,19 +1,19 @@
-"""ScienceQA: school questions with two to five options, some about a picture (https://scienceqa.github.io).
+"""ScienceQA: school questions with two to five options, some about an image (https://scienceqa.github.io).
 
     sq-llava evaluate --model M --tasks scienceqa --data DIR
 
-`scienceqa` asks the questions with a picture, for a letter, as LLaVA-1.5 does: the paper's figure (SQA-I).
-`scienceqa_all` asks those without one, too. `scienceqa_reasoning` asks all as the first LLaVA does, whose models
-reason and end in "The answer is B."; with `--judge-model`, a language model that sees no picture joins in
-(`scienceqa_ensemble.py`).
+`scienceqa` asks only the questions with an image and wants a letter, as LLaVA-1.5 does; the paper reports this one
+(SQA-I). `scienceqa_all` also asks the questions without an image. `scienceqa_reasoning` asks all questions as the
+first LLaVA does: the model reasons and ends with "The answer is B." With `--judge-model`, it also computes ensembles
+with a language model that does not see the image (`scienceqa_ensemble.py`).
 
-`llava/accuracy` reads an answer as LLaVA does: "B", or "B. " at its beginning, or exactly one "The answer is B."; else
-it is wrong and not parsed (LLaVA's code for the ensembles draws an option at random then). `lmms_eval/accuracy` takes
-"b", and "B." without a space behind it as well, but not the sentence.
+`llava/accuracy` parses an answer as LLaVA does: "B", or "B. " at the beginning, or exactly one "The answer is B."
+Otherwise the answer counts as wrong and not parsed (LLaVA's code for the ensembles chooses a random option).
+`lmms_eval/accuracy` also accepts "b" and "B." without a following space, but not the sentence.
 
-The Hub's table (configurations ScienceQA-IMG and ScienceQA-FULL: image, question, choices, answer, hint) has no ids:
-an id is a row's number. LLaVA's folder: `llava_test_CQM-A.json` (id, image, conversations), ScienceQA's own
-`problems.json` and `pid_splits.json`, and `images/test`; `scienceqa_reasoning` needs only the last three.
+The Hub's table (configurations ScienceQA-IMG and ScienceQA-FULL: image, question, choices, answer, hint) has no ids,
+so the id is the row number. LLaVA's folder: `llava_test_CQM-A.json` (id, image, conversations), ScienceQA's own
+`problems.json` and `pid_splits.json`, and `images/test`. `scienceqa_reasoning` needs only the last three.
 """
 
 import re
@@ -38,7 +38,7 @@ def prompt_for_letter(row: dict[str, Any]) -> str:
 
 
 def prompt_for_reasoning(row: dict[str, Any]) -> str:
-    """As LLaVA's `QCM` format has it, which drops the word "Question: "."""
+    """LLaVA's `QCM` format, which leaves out the word "Question: "."""
     options = " ".join(f"({letter}) {choice}" for letter, choice in zip(LETTERS, row["choices"], strict=False))
     prompt = f"{row['question']}\nContext: {(row['hint'] or '').strip() or 'N/A'}\nOptions: {options}"
     return prompt.replace("  ", " ").strip()
@@ -78,12 +78,12 @@ def _read_folder(data: Data) -> list[Example]:
     rows_of = unique_by(read_json_rows(file, ["id", "conversations"]), "id", str(file))
     if rows_of.keys() != problems.keys():
         id = min(rows_of.keys() ^ problems.keys())
-        raise ValueError(f"{file} and pid_splits.json beside it do not have the same ids: {id!r} is in one of them.")
+        raise ValueError(f"{file} and pid_splits.json must have the same ids, but {id!r} is in only one of them.")
     examples = []
     for id, row in rows_of.items():
         turn = next(iter(row["conversations"]), None)
         text = check_fields(turn, ["value"], f"{file}, {id}, first turn")["value"].replace("<image>", "").strip()
-        # LLaVA's script adds the instruction when it asks.
+        # LLaVA's script adds the instruction to the text of the file.
         prompt = text.removesuffix(INSTRUCTION) + INSTRUCTION
         examples.append(_example(id, problems[id], prompt, _images(data, row.get("image")), id))
     return examples
@@ -96,7 +96,7 @@ def _problems(data: Data) -> dict[str, dict[str, Any]]:
     chosen = {}
     for id in check_fields(read_json(split_file), [split], str(split_file))[split]:
         if id not in problems:
-            raise ValueError(f"{file}: has no {id!r}, which {split_file} has in {split}.")
+            raise ValueError(f"{file}: has no id {id!r}, which {split_file} lists in {split}.")
         chosen[id] = check_fields(problems[id], [*FIELDS, "image"], f"{file}, {id}")
     return chosen
 
@@ -108,7 +108,7 @@ def _images(data: Data, name: str | None) -> list[Path]:
 def _example(id: str, row: dict[str, Any], prompt: str, images: Sequence[TaskImage], place: str) -> Example:
     num_choices = len(row["choices"])
     if row["answer"] not in range(num_choices) or num_choices > len(LETTERS):
-        raise ValueError(f"{place}: answer is {row['answer']!r} of {num_choices} choices: expected a number from 0.")
+        raise ValueError(f"{place}: answer is {row['answer']!r}, expected an index (from 0) of {num_choices} choices.")
     return Example(
         id=id,
         prompt=prompt,
@@ -120,7 +120,7 @@ def _example(id: str, row: dict[str, Any], prompt: str, images: Sequence[TaskIma
 
 def option_of(answer: str, num_choices: int) -> str | None:
     """
-    The letter that LLaVA reads out of an answer.
+    The letter that LLaVA's parser finds in an answer; `None` if it finds none.
 
         >>> option_of("B", 3), option_of("B. blue", 3), option_of("Grass is green. The answer is C.", 3)
         ('B', 'B', 'C')
@@ -138,7 +138,7 @@ def option_of(answer: str, num_choices: int) -> str | None:
 
 
 def concluded_option(answer: str, num_choices: int) -> str | None:
-    """The letter of the one "The answer is B." in a text."""
+    """The letter of "The answer is B.", if a text has this sentence exactly once; else `None`."""
     found = re.findall(r"The answer is ([A-Z])\.", answer)
     return found[0] if len(found) == 1 and found[0] in LETTERS[:num_choices] else None
 
@@ -164,7 +164,7 @@ def score_reasoning(example: Example, answer: str) -> Score:
 
 TASK = Task(
     name="scienceqa",
-    title="ScienceQA, questions with a picture",
+    title="ScienceQA, questions with an image",
     hub_id="lmms-lab-encoder/ScienceQA",
     read=read_images,
     score=score,

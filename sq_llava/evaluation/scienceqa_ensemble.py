@@ -1,17 +1,18 @@
-"""The two ensembles of a model with a language model that sees no picture, of the first LLaVA paper (section 5.2).
+"""The two ensembles of the first LLaVA paper (section 5.2): a model together with a text-only language model.
 
     sq-llava evaluate --model M --tasks scienceqa_reasoning --data DIR --judge-model gpt-4o
 
-`complement/accuracy` takes the language model's answer, and the own one where it gives none. `judge/accuracy` asks it
-once more where both answer and differ, with both answers; `llm/accuracy` is its own. A question that the server did
-not answer is in none of the three. Options are letters here, `None` where an answer could not be read.
+`llm/accuracy` uses the language model's answer. `complement/accuracy` uses it too, but the model's own answer if the
+language model gives none. For `judge/accuracy`, the language model decides once more where both answers exist and
+differ; it gets both. A question that the server did not answer is in none of the three. In this module, an option is a
+letter, or `None` if the answer could not be parsed.
 """
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from sq_llava.evaluation.judge import Judge, Messages, Verdict
+from sq_llava.evaluation.judge import Judge, Verdict
 from sq_llava.evaluation.task import Record, Score
 
 
@@ -38,7 +39,7 @@ X.", X being the letter of an option."""
 
 def complement(own: Options, llm: Options) -> dict[str, str | None]:
     """
-    The language model's options, by id, and the own ones where it has none.
+    The language model's options by id, with the model's own option where the language model has none.
 
         >>> complement({"1": "A", "2": "B"}, {"1": "C", "2": None})
         {'1': 'C', '2': 'B'}
@@ -47,13 +48,13 @@ def complement(own: Options, llm: Options) -> dict[str, str | None]:
 
 
 def disagreements(own: Options, llm: Options) -> list[str]:
-    """The ids of the questions to which both have an option, and not the same."""
+    """The ids of the questions for which both have an option, but not the same one."""
     return [id for id, option in own.items() if option and llm.get(id) and option != llm[id]]
 
 
 def judged(own: Options, llm: Options, decisions: Options) -> dict[str, str | None]:
     """
-    As [`complement`], with the decision where the two disagree and there is one.
+    As [`complement`], but with the decision where there is one.
 
         >>> judged({"1": "A", "2": "B"}, {"1": "C", "2": None}, {"1": "A"})
         {'1': 'A', '2': 'B'}
@@ -64,45 +65,36 @@ def judged(own: Options, llm: Options, decisions: Options) -> dict[str, str | No
 def judge(
     records: Sequence[Record], judge: Judge, folder: Path, option_of: Callable[[str, int], str | None]
 ) -> list[Score]:
-    """The scores with the figures of both ensembles; an example that failed is not sent, and has no points."""
+    """Adds the accuracies of both ensembles to the scores. A failed example is not sent and counts as wrong."""
     asked = {record.example.id: record for record in records if record.error is None}
 
-    def read(verdicts: Mapping[str, Verdict]) -> dict[str, str | None]:
-        return {id: option_of(verdict.text, _num_choices(asked[id])) for id, verdict in verdicts.items()}
+    def ask(contents: Mapping[str, str], description: str) -> dict[str, Verdict]:
+        messages = {id: [{"role": "user", "content": content}] for id, content in contents.items()}
+        # `str` as parser accepts any answer: an answer without an option is not requested again.
+        return judge.complete_all(messages, str, f"ScienceQA: language model, {description}")
 
-    own = {id: option_of(record.answer, _num_choices(record)) for id, record in asked.items()}
-    questions = {id: _ask(QUESTION, question=record.example.prompt) for id, record in asked.items()}
-    # An answer without an option is an answer: it is not asked for again.
-    first = judge.complete_all(questions, str, "ScienceQA: the language model answers")
-    llm = read(first)
+    def options_of(texts: Mapping[str, str]) -> dict[str, str | None]:
+        return {id: option_of(text, asked[id].example.details["num_choices"]) for id, text in texts.items()}
+
+    own = options_of({id: record.answer for id, record in asked.items()})
+    first = ask({id: QUESTION.format(question=record.example.prompt) for id, record in asked.items()}, "answers")
+    llm = options_of({id: verdict.text for id, verdict in first.items()})
     disputed = {
-        id: _ask(DECISION, question=asked[id].example.prompt, own=asked[id].answer, llm=first[id].text)
+        id: DECISION.format(question=asked[id].example.prompt, own=asked[id].answer, llm=first[id].text)
         for id in disagreements(own, llm)
     }
-    second = judge.complete_all(disputed, str, "ScienceQA: the language model decides")
+    second = ask(disputed, "decisions")
+    decisions = options_of({id: verdict.text for id, verdict in second.items()})
     errors = {id: verdict.error for id, verdict in [*first.items(), *second.items()] if verdict.error is not None}
-    answers = {"llm": llm, "complement": complement(own, llm), "judge": judged(own, llm, read(second))}
-    return [
-        _without_answer(record, errors[record.example.id])
-        if record.example.id in errors
-        else _extended(record, {name: options.get(record.example.id) for name, options in answers.items()})
-        for record in records
-    ]
-
-
-def _extended(record: Record, options: dict[str, str | None]) -> Score:
-    values = {f"{name}/accuracy": float(option == record.example.reference) for name, option in options.items()}
-    prediction = {"own": record.score.prediction, **options}
-    return replace(record.score, values={**record.score.values, **values}, prediction=prediction)
-
-
-def _without_answer(record: Record, error: str) -> Score:
-    return replace(record.score, prediction={"own": record.score.prediction, "judge_error": error})
-
-
-def _num_choices(record: Record) -> int:
-    return record.example.details["num_choices"]
-
-
-def _ask(form: str, **parts: str) -> Messages:
-    return [{"role": "user", "content": form.format(**parts)}]
+    ensembles = {"llm": llm, "complement": complement(own, llm), "judge": judged(own, llm, decisions)}
+    scores = []
+    for record in records:
+        id, score = record.example.id, record.score
+        if id in errors:
+            prediction, values = {"judge_error": errors[id]}, {}
+        else:
+            prediction = {name: options.get(id) for name, options in ensembles.items()}
+            values = {f"{name}/accuracy": float(prediction[name] == record.example.reference) for name in ensembles}
+        prediction = {"own": score.prediction, **prediction}
+        scores.append(replace(score, values={**score.values, **values}, prediction=prediction))
+    return scores

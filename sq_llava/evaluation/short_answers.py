@@ -1,4 +1,4 @@
-"""What the tasks with short answers share: LLaVA's instruction, VQA accuracy, the files that EvalAI takes."""
+"""Shared by the tasks with short answers: LLaVA's instruction, VQA accuracy, the files for the EvalAI server."""
 
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -15,8 +15,8 @@ INSTRUCTION = "\nAnswer the question using a single word or phrase."
 
 def human_answers(row: dict[str, Any], place: str) -> list[str] | None:
     """
-    The answers of people, which are texts or objects with `answer`; `None` for a question whose answers only the
-    server has (null, none or empty ones).
+    The human answers to a question: strings, or objects with `answer`. `None` if only a server has them (`answers` is
+    null, empty, or has only empty answers).
     """
     answers = [
         each if isinstance(each, str) else str(check_fields(each, ["answer"], f"{place}, answers")["answer"])
@@ -28,7 +28,12 @@ def human_answers(row: dict[str, Any], place: str) -> list[str] | None:
 def read_table(
     data: Data, default_split: str, prompt_of: Callable[[dict[str, Any]], str], *columns: str
 ) -> list[Example]:
-    """The Hub's table of a task with answers of people: `question_id`, `question`, `image`, `answers`, `columns`."""
+    """
+    Reads the Hub's table of a task with human answers.
+
+    Args:
+        columns (`str`): Required columns besides `question_id`, `question`, `image` and `answers`.
+    """
     rows = data.rows(["question_id", "question", "image", "answers", *columns], default_split)
     return [
         Example(
@@ -42,7 +47,7 @@ def read_table(
 
 
 def read_questions(data: Data, file: Path, image_folder: str) -> list[Example]:
-    """LLaVA's file of questions whose answers only a server has; their texts hold the instruction."""
+    """Reads LLaVA's file of questions without answers. Their texts include the instruction."""
     return [
         Example(str(row["question_id"]), row["text"], [data.image(file.parent / image_folder, row["image"])], None)
         for row in read_jsonl(file, ["question_id", "image", "text"])
@@ -50,7 +55,7 @@ def read_questions(data: Data, file: Path, image_folder: str) -> list[Example]:
 
 
 def score(example: Example, answer: str) -> Score:
-    """VQA accuracy with EvalAI's normaliser: each human answer left out in turn, as LLaVA does, and its short form."""
+    """VQA accuracy with EvalAI's normalizer: leaving out each human answer in turn, as LLaVA does, and simplified."""
     prediction = normalize_m4c(answer)
     if example.reference is None:
         return Score({}, is_parsed=prediction != "", prediction=prediction)
@@ -62,7 +67,7 @@ def score(example: Example, answer: str) -> Score:
 
 
 def write_upload(path: Path, answers: Mapping[Any, str], id_field: str, answer_field: str = "answer") -> Path:
-    """Writes `[{id_field: id, answer_field: answer}, ...]` in the order of `answers`, and checks what is written."""
+    """Writes `[{id_field: id, answer_field: answer}, ...]` in the order of `answers`, and checks the file."""
     entries = [{id_field: id, answer_field: answer} for id, answer in answers.items()]
     path.write_text(json.dumps(entries, ensure_ascii=False), encoding="utf-8")
     check_upload(path, list(answers), id_field, answer_field)
@@ -71,20 +76,22 @@ def write_upload(path: Path, answers: Mapping[Any, str], id_field: str, answer_f
 
 def check_upload(path: Path, ids: Sequence[Any], id_field: str, answer_field: str = "answer") -> None:
     """
+    Checks a file before it is uploaded to a server.
+
     Args:
-        ids: All that the server expects; of the type that it expects.
+        ids (`Sequence`): All ids that the server expects, in the type that it expects.
 
     Raises:
-        ValueError: if the file is not a JSON list with one text for each id.
+        ValueError: If the file is not a JSON list with exactly one text for each id.
     """
     entries = read_json_rows(path, [id_field, answer_field])
     for number, entry in enumerate(entries):
         if not isinstance(entry[answer_field], str):
-            raise ValueError(f"{path}, row {number}: {answer_field} is {entry[answer_field]!r}, not a text.")
+            raise ValueError(f"{path}, row {number}: {answer_field} is {entry[answer_field]!r}, expected a string.")
     there = unique_by(entries, id_field, str(path))
     missing = [id for id in ids if id not in there]
     if missing:
-        raise ValueError(f"{path}: has no answer for {len(missing)} ids, such as {missing[0]!r}.")
+        raise ValueError(f"{path}: lacks answers for {len(missing)} ids, such as {missing[0]!r}.")
     if len(there) > len(ids):
         unknown = next(iter(there.keys() - set(ids)))
-        raise ValueError(f"{path}: answers {unknown!r}, which is not asked.")
+        raise ValueError(f"{path}: has an answer for {unknown!r}, which is not a question of the data.")

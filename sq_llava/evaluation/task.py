@@ -1,7 +1,7 @@
-"""A benchmark: examples read from its files, a prompt for each, and a score for each answer.
+"""A benchmark: it reads examples from files, makes a prompt for each, and scores each answer.
 
-A module such as `pope.py` holds one benchmark and ends in its [`Task`]. All benchmarks record and count their examples
-in the same way.
+Each module such as `pope.py` holds one benchmark and ends with its [`Task`]. All benchmarks record and count their
+examples in the same way.
 """
 
 from collections.abc import Callable, Sequence
@@ -22,11 +22,11 @@ class Example:
     One question of a benchmark.
 
     Args:
-        id (`str`): Unique in the task: answers are matched by it.
-        prompt (`str`): The text of the user turn, behind its images.
-        images (`Sequence`): Paths, or images inside a table.
-        reference (`Any`): What the answer is scored against, as JSON.
-        details (`dict`): What else the score, a breakdown or a submission needs, as JSON: category, options, ...
+        id (`str`): Unique within the task. Answers are matched to examples by it.
+        prompt (`str`): Text of the user turn. It follows the images.
+        images (`Sequence`): Paths, or images stored in a table.
+        reference (`Any`): What the answer is scored against, JSON-serializable; `None` if only a server has it.
+        details (`dict`): Other JSON-serializable data for the score, the breakdown or the submission, such as options.
     """
 
     id: str
@@ -39,11 +39,13 @@ class Example:
 @dataclass(frozen=True)
 class Score:
     """
+    The score of one answer.
+
     Args:
-        values (`dict[str, float]`): This answer's value of each metric; a metric is the mean over its examples.
-        is_parsed (`bool`): Whether the task could read the answer.
-        prediction (`Any`): What was read out of the answer, or what the judge said, as JSON.
-        judge_error (`str`, *optional*): Why the judge gave no grade. Such an example enters no figure.
+        values (`dict[str, float]`): Metric name -> value for this answer. The metric is the mean over its examples.
+        is_parsed (`bool`): Whether the task could parse the answer.
+        prediction (`Any`): What was parsed from the answer, or what the judge said. JSON-serializable.
+        judge_error (`str`, *optional*): Why the judge gave no grade. No metric counts such an example.
     """
 
     values: dict[str, float]
@@ -54,7 +56,7 @@ class Score:
 
 @dataclass(frozen=True)
 class Record:
-    """An example with the model's answer, or the `error` why there is none: a line of the task's JSONL."""
+    """One line of `examples.jsonl`: an example with the model's answer, or with the `error` that prevented one."""
 
     example: Example
     prompt: str
@@ -66,8 +68,8 @@ class Record:
 @dataclass(frozen=True)
 class Metric:
     """
-    A figure over `num` examples. `value` is a share from 0 to 1 unless the task says otherwise, `standard_error` is
-    `None` where it is not that of a mean, nor one by bootstrap (`Task.num_resamples`).
+    A metric over `num` examples. `value` is from 0 to 1 unless the task says otherwise. `standard_error` is `None` if
+    the metric is not a mean and is not bootstrapped either (`Task.num_resamples`).
     """
 
     name: str
@@ -79,29 +81,32 @@ class Metric:
 @dataclass(frozen=True)
 class Task:
     """
+    A benchmark.
+
     Args:
-        name (`str`): On the command line.
-        title (`str`): In the report.
-        hub_id (`str`): The data set on the Hub.
-        read (`Callable`): [`Data`] -> list of [`Example`], from the Hub's Parquet files or from LLaVA's own folders.
-        score (`Callable`): (example, answer) -> [`Score`]; `None` where a server or a judge scores.
-        judge (`Callable`, *optional*): (records, [`Judge`], folder) -> the score of each; a record that failed is not
-            sent, and has the lowest one.
-        folder (`str`, *optional*): Its name among LLaVA's folders, where it is not the task's.
-        main_metric (`str`): The one that the paper's tables give.
-        corpus_metrics (`Callable`, *optional*): Scored records -> `{name: value}`, for what is no mean over examples.
-        weighted_metrics (`Callable`, *optional*): Scored records -> a function of how often each of them counts (an
-            array) -> corpus metrics, where computing them anew for each resample would take too long.
-        num_resamples (`int`): For standard errors of `corpus_metrics` by bootstrap; 0: without.
-        unit (`Callable`, *optional*): An example -> what it belongs to, where a corpus metric needs several together:
-            they are drawn as one when two runs are compared.
-        breakdown (`str`, *optional*): The key of `Example.details` whose values get figures of their own; an example
-            without it is in the overall ones alone.
-        write_submission (`Callable`, *optional*): (records, folder) -> the file that the task's server takes, or
+        name (`str`): Name on the command line.
+        title (`str`): Name in the report.
+        hub_id (`str`, *optional*): The task's dataset on the Hub.
+        read (`Callable`): [`Data`] -> list of [`Example`]. Reads the Hub's Parquet files or LLaVA's folders.
+        score (`Callable`): (example, answer) -> [`Score`]; `None` if a server or a judge scores.
+        judge (`Callable`, *optional*): (records, [`Judge`], folder) -> one score per record. A failed record is not
+            sent to the judge and gets the lowest score.
+        folder (`str`, *optional*): Name of the task's folder in LLaVA's layout, if it differs from `name`.
+        main_metric (`str`): The metric that the paper's tables report.
+        corpus_metrics (`Callable`, *optional*): Scored records -> `{name: value}`, for metrics that are not a mean
+            over examples.
+        weighted_metrics (`Callable`, *optional*): A fast form of `corpus_metrics` for resampling. Scored records -> a
+            function that takes an array (how often each record counts) and returns the corpus metrics.
+        num_resamples (`int`): Bootstrap resamples for the standard errors of `corpus_metrics`; 0 for none.
+        unit (`Callable`, *optional*): Example -> key of its group, for a corpus metric that needs whole groups. The
+            examples of a group are resampled together when two runs are compared.
+        breakdown (`str`, *optional*): Key of `Example.details`. Each of its values gets its own metrics. An example
+            without the key counts only in the overall metrics.
+        write_submission (`Callable`, *optional*): (records, folder) -> the file to upload to the task's server, or
             `None` for a split that no server scores.
-        max_new_tokens (`int`): The most tokens of an answer.
-        note (`str`, *optional*): What a reader of the report must know to compare its figures with others.
-        scale (`float`): What `main_metric` is multiplied by to be in the unit of the paper's tables.
+        max_new_tokens (`int`): Maximum number of tokens in an answer.
+        note (`str`, *optional*): Text for the report: what to know before comparing with published results.
+        scale (`float`): Factor that brings `main_metric` to the unit of the paper's tables.
     """
 
     name: str
@@ -125,8 +130,12 @@ class Task:
 
 def main_score(task: Task, record: Record) -> float | None:
     """
-    How good one answer is, to sort examples by: its part of the main metric; where that is of the whole corpus,
-    whether the reference was read out of it, or else its first score. `None` for one without any.
+    The score of one answer, for sorting examples.
+
+    Returns:
+        The answer's value of the main metric. If that is defined only for the whole corpus: 1 if the prediction equals
+        the reference, else 0. If one of these is not a string: the first value of the score. `None` for a record
+        without a score or a grade.
     """
     if record.score is None or record.score.judge_error is not None:
         return None
@@ -140,8 +149,9 @@ def main_score(task: Task, record: Record) -> float | None:
 
 def summarize(task: Task, records: Sequence[Record]) -> list[Metric]:
     """
-    The figures of a task. An example that failed has been scored like an empty answer: it counts. One that a judge
-    gave no grade does not, nor one without a score.
+    The metrics of a task, over all examples and for each value of the breakdown.
+
+    Failed examples count as wrong. Examples without a score, or without a grade from the judge, do not count.
 
     Args:
         records: One for each example.
@@ -149,15 +159,15 @@ def summarize(task: Task, records: Sequence[Record]) -> list[Metric]:
     records = [record for record in records if record.score is not None and record.score.judge_error is None]
     if not records:
         return []
-    metrics = _figures(task, records, "")
+    metrics = _metrics_of(task, records, "")
     if task.breakdown is not None:
         for value in sorted({each.example.details.get(task.breakdown) for each in records} - {None}):
             chosen = [record for record in records if record.example.details.get(task.breakdown) == value]
-            metrics += _figures(task, chosen, f"{value}/")
+            metrics += _metrics_of(task, chosen, f"{value}/")
     return metrics
 
 
-def _figures(task: Task, records: Sequence[Record], prefix: str) -> list[Metric]:
+def _metrics_of(task: Task, records: Sequence[Record], prefix: str) -> list[Metric]:
     values: dict[str, list[float]] = {}
     for record in records:
         for name, value in record.score.values.items():

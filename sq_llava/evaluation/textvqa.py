@@ -1,14 +1,14 @@
-"""TextVQA: questions about the text in a picture, with ten human answers each (https://textvqa.org).
+"""TextVQA: questions about text in images, with ten human answers each (https://textvqa.org).
 
     sq-llava evaluate --model M --tasks textvqa,textvqa_no_ocr --data DIR
 
-LLaVA puts the words that an OCR program found into the prompt (`textvqa`, the paper's figure: about 58 for
-LLaVA-1.5-7B), lmms-eval does not (`textvqa_no_ocr`: about 46); the accuracy is the same. A Hub table's question is
-written with a capital first letter and small ones behind it, as both do.
+`textvqa` includes the words that an OCR program found in the prompt, as LLaVA does; the paper reports this one (about
+58 for LLaVA-1.5-7B). `textvqa_no_ocr` leaves them out, as lmms-eval does (about 46). Both use the same metric.
+Questions of a Hub table are capitalized (first letter upper case, the rest lower case), as in both projects.
 
-LLaVA's folder: `llava_textvqa_val_v051_ocr.jsonl` (question_id, which is an image's id, image, text),
-`TextVQA_0.5.1_val.json` and the pictures in `train_images`. An annotation belongs to a question of the same image and
-text, case aside: pictures have several.
+LLaVA's folder: `llava_textvqa_val_v051_ocr.jsonl` (question_id, which is the id of an image; image, text),
+`TextVQA_0.5.1_val.json` and the images in `train_images`. An image can have several questions, so annotations are
+matched by image and question, ignoring case.
 """
 
 from collections.abc import Sequence
@@ -43,20 +43,20 @@ def _read_folder(data: Data) -> list[Example]:
         question = row["text"].split("\n")[0]
         key = (row["question_id"], question.lower())
         if not waiting.get(key):
-            raise ValueError(f"{answer_file}: has no annotation (left) for {key}, row {number} of {file}.")
-        # An image's question that is annotated twice is asked twice, in the same words: either annotation will do.
+            raise ValueError(f"{answer_file}: lacks an annotation for {key}, row {number} of {file}.")
+        # If a question about an image is annotated twice, it is also asked twice, so either annotation fits.
         annotation = waiting[key].pop(0)
         examples.append(
             Example(
                 id=str(annotation["question_id"]),
-                prompt=row["text"],  # LLaVA's file has the OCR tokens and the instruction in it
+                prompt=row["text"],  # includes the OCR tokens and the instruction
                 images=[data.image(file.parent / "train_images", row["image"])],
                 reference=human_answers(annotation, f"{answer_file}, {key}"),
             )
         )
     left = [key for key, annotations in waiting.items() if annotations]
     if left:
-        raise ValueError(f"{file}: does not ask {len(left)} questions of {answer_file}, such as {left[0]}.")
+        raise ValueError(f"{file}: lacks {len(left)} questions of {answer_file}, such as {left[0]}.")
     return examples
 
 
@@ -73,7 +73,7 @@ def read_without_ocr(data: Data) -> list[Example]:
 
 
 def write_submission(records: Sequence[Record], folder: Path) -> Path | None:
-    """`[{question_id, answer}, ...]` for the test split; `None` for one that is scored here."""
+    """Writes `[{question_id, answer}, ...]` for the test split. `None` for a split that is scored here."""
     if records[0].example.reference is not None:
         return None
     answers = {int(record.example.id): normalize_m4c(record.answer) for record in records}

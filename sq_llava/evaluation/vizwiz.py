@@ -1,14 +1,14 @@
-"""VizWiz: questions of blind people about their own photos, some of which cannot be answered (https://vizwiz.org).
+"""VizWiz: questions by blind people about their own photos; some cannot be answered (https://vizwiz.org).
 
     sq-llava evaluate --model M --tasks vizwiz --data DIR                      # test: writes vizwiz.json for EvalAI
     sq-llava evaluate --model M --tasks vizwiz --data DIR --split val          # scored here
 
-The paper's figure is of the test split, whose answers only the server has
-(https://eval.ai/web/challenges/challenge-page/1911); that of `val` is another. A Hub table's question is written with
-a capital first letter and small ones behind it, as lmms-eval does; LLaVA's file says itself what is asked.
+The paper reports the test split. Only the server has its answers
+(https://eval.ai/web/challenges/challenge-page/1911). Results on `val` are not comparable with it. Questions of a Hub
+table are capitalized (first letter upper case, the rest lower case), as in lmms-eval. LLaVA's file has whole prompts.
 
-LLaVA's folder: `llava_test.jsonl` (question_id, image, text) and the photos in `test`; for `val`, the authors' own
-`val.json` (image, question, answers) and `val`.
+LLaVA's folder: `llava_test.jsonl` (question_id, image, text) and the photos in `test`. For `val`: the authors'
+`val.json` (image, question, answers) and the photos in `val`.
 """
 
 from collections.abc import Sequence
@@ -39,7 +39,7 @@ def read(data: Data) -> list[Example]:
     if split == "val":
         return _read_val(data)
     if split != "test":
-        raise ValueError(f"--split {split}: VizWiz has val and test.")
+        raise ValueError(f"--split {split}: unknown split. VizWiz has val and test.")
     return _with_bare_ids(read_questions(data, data.file("llava_test.jsonl"), "test"))
 
 
@@ -62,12 +62,12 @@ def _prompt(row: dict[str, Any]) -> str:
 
 
 def _with_bare_ids(examples: Sequence[Example]) -> list[Example]:
-    """A photo has one question: its name is the id, which the Hub's table writes without `.jpg`."""
+    """Removes `.jpg` from ids, as in the Hub's table. Each photo has one question, so the file name is the id."""
     return [replace(example, id=example.id.removesuffix(".jpg")) for example in examples]
 
 
 def write_submission(records: Sequence[Record], folder: Path) -> Path | None:
-    """`[{image, answer}, ...]` in the order of the questions; `None` for a split that is scored here."""
+    """Writes `[{image, answer}, ...]` in the order of the questions. `None` for a split that is scored here."""
     if records[0].example.reference is not None:
         return None
     answers = {f"{record.example.id}.jpg": normalize_m4c(record.answer) for record in records}

@@ -1,18 +1,19 @@
-"""VQA v2: open questions about COCO pictures, with ten human answers each (https://visualqa.org).
+"""VQA v2: open questions about COCO images, with ten human answers each (https://visualqa.org).
 
     sq-llava evaluate --model M --tasks vqav2 --data DIR                       # test-dev: writes vqav2.json for EvalAI
     sq-llava evaluate --model M --tasks vqav2 --data DIR --split validation    # scored here
 
-The paper's figure is of test-dev, whose answers only the server has
-(https://eval.ai/web/challenges/challenge-page/830); that of the validation split is another. It is given in each way
-in use: `m4c/` normalises as the server does, `official/` as the evaluation code of VQA v2, and `lmms_eval/` the
-prediction in the first way and then all as the second; `accuracy` leaves each human answer out in turn,
+The paper reports test-dev. Only the server has its answers (https://eval.ai/web/challenges/challenge-page/830).
+Results on the validation split are not comparable with it. They are computed in all forms in use: `m4c/` normalizes
+answers as the server does, `official/` as the evaluation code of VQA v2. `lmms_eval/` applies the first normalization
+to the prediction, and then the second to all answers. `accuracy` leaves out each human answer in turn;
 `accuracy_short` is min(1, matches / 3).
 
-LLaVA's folder: `llava_vqav2_mscoco_test-dev2015.jsonl` (or `test2015`: question_id, image, text) and `test2015`; for
-`validation`, VQA's own `v2_OpenEnded_mscoco_val2014_questions.json`, `v2_mscoco_val2014_annotations.json` and
-`val2014`. The server wants an answer to each question of test2015: those that were not asked are "" if
-`llava_vqav2_mscoco_test2015.jsonl` is in the folder, also beside Parquet files.
+LLaVA's folder: `llava_vqav2_mscoco_test-dev2015.jsonl` (or `test2015`: question_id, image, text) and the images in
+`test2015`. For `validation`: `v2_OpenEnded_mscoco_val2014_questions.json` and `v2_mscoco_val2014_annotations.json`
+from VQA, and `val2014`. The server requires an answer for each question of test2015. If
+`llava_vqav2_mscoco_test2015.jsonl` is in the folder (also beside Parquet files), the submission gets "" as the answer
+to the questions that were not asked.
 """
 
 from collections.abc import Sequence
@@ -40,7 +41,7 @@ def read(data: Data) -> list[Example]:
         return _read_validation(data)
     split = data.split or "testdev"
     if split not in TEST_QUESTIONS:
-        raise ValueError(f"--split {split}: VQA v2 has validation, {', '.join(TEST_QUESTIONS)}.")
+        raise ValueError(f"--split {split}: unknown split. VQA v2 has validation, {', '.join(TEST_QUESTIONS)}.")
     return _with_all_questions(data, read_questions(data, data.file(TEST_QUESTIONS[split]), "test2015"))
 
 
@@ -55,7 +56,7 @@ def _read_validation(data: Data) -> list[Example]:
     examples = []
     for row in _rows(file, "questions", ["question_id", "question", "image_id"]):
         if row["question_id"] not in answers:
-            raise ValueError(f"{answer_file}: has no answers to question {row['question_id']} of {file}.")
+            raise ValueError(f"{answer_file}: has no answers for question {row['question_id']} of {file}.")
         name = f"COCO_val2014_{row['image_id']:012d}.jpg"
         examples.append(
             Example(
@@ -74,7 +75,7 @@ def _rows(file: Path, name: str, fields: Sequence[str]) -> list[dict[str, Any]]:
 
 
 def _with_all_questions(data: Data, examples: Sequence[Example]) -> list[Example]:
-    """Test questions get the place where the ids of all of them are listed, for the upload."""
+    """Adds to test questions the path of the file that lists all ids, which the submission needs."""
     all_questions = data.find(ALL_TEST_QUESTIONS) if data.folder is not None else None
     details = {"all_questions": str(all_questions)} if all_questions is not None else {}
     return [replace(each, details=details) if each.reference is None else each for each in examples]
@@ -94,7 +95,7 @@ def score(example: Example, answer: str) -> Score:
 
 
 def write_submission(records: Sequence[Record], folder: Path) -> Path | None:
-    """`[{question_id, answer}, ...]`, answers normalised; `None` for a split that is scored here."""
+    """Writes `[{question_id, answer}, ...]` with normalized answers. `None` for a split that is scored here."""
     first = records[0].example
     if first.reference is not None:
         return None

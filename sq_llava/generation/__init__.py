@@ -1,1 +1,1 @@
-"""Makes instruction data: one module for each way, and what they share."""
+"""Makes instruction data: one module for each way, and the modules that they share."""

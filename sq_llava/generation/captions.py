@@ -1,23 +1,23 @@
-"""Captions of images -> a set for stage 1: LLaVA's filter by noun phrases, and an instruction before each caption.
+"""Image-caption pairs -> a set for stage 1: LLaVA's filter by noun phrases, and an instruction before each caption.
 
     python -m spacy download en_core_web_sm
     sq-llava generate-data captions cc3m.jsonl --image-root images --spacy-model en_core_web_sm --out chosen
 
-The filter is that of LLaVA (section 4.1 of its paper), which made 595K pairs of CC3M: a noun phrase that stands in
-fewer than 3 captions is passed over; of any other all captions are taken, but a random 100 where there are more. The
-paper goes from the rarest phrase up; as the 100 are drawn of all captions of their phrase, whatever was taken before,
-what is taken in the end does not depend on that order, and is computed for all phrases at once.
+This is LLaVA's filter from CC3M to 595K pairs (section 4.2 and appendix of https://arxiv.org/abs/2304.08485). A noun
+phrase that occurs in fewer than 3 captions chooses none. Any other phrase chooses all of its captions, or a random 100
+of them if there are more. The paper goes from the rarest phrase to the most frequent one. Here, the 100 are drawn from
+all captions of a phrase, so the order does not matter, and all phrases are computed at once.
 
-Two things the paper leaves open: phrases are compared in lower case and without the articles and pronouns that they
-begin with ("A dog" and "the dog" are one, "it" is none), and a phrase counts once in a caption.
+The paper leaves two things open. Here, phrases are compared in lower case and without leading articles and pronouns
+("A dog" and "the dog" are equal, "it" is no phrase), and a phrase counts once per caption.
 
-What spaCy found is appended to OUT/phrases*.jsonl as it comes: reading 3 million captions takes hours, all that
-follows minutes. A run that was killed resumes from there; with `--shard i/n`, several machines read a part each. What
-this does not do: download images or the spaCy pipeline, or look at the images at all.
+The phrases are appended to OUT/phrases*.jsonl as spaCy finds them: 3 million captions take hours, everything after
+that takes minutes. A run that was killed resumes from there. With `--shard i/n`, several machines share the work.
+
+What this does not do: download images or the spaCy pipeline, or open an image.
 """
 
 import csv
-import hashlib
 import json
 from array import array
 from collections.abc import Iterator, Sequence
@@ -32,9 +32,10 @@ from rich.progress import Progress
 from sq_llava.console import needs_extra
 from sq_llava.data.rows import read_row
 from sq_llava.data.sources import JsonFile
+from sq_llava.generation.prompt_files import draw, hash_of, read_instructions
 from sq_llava.generation.rows import Card, Rejected, Shard, make_row, write_output
 from sq_llava.generation.settings import CaptionSettings
-from sq_llava.resumable.jsonl import to_line
+from sq_llava.resumable.jsonl import read_complete_lines, to_line
 from sq_llava.resumable.run_note import check_note, hash_of_file, write_note
 
 
@@ -48,8 +49,8 @@ TEXTS_AT_A_TIME = 1000
 
 
 REJECTED = {
-    "image": "there is no such image",
-    "rare": f"no phrase of it is in {MIN_FREQUENCY} captions",
+    "image": "the image file is missing",
+    "rare": f"none of its phrases is in {MIN_FREQUENCY} captions",
     "not drawn": f"its phrases are in more than {MAX_CAPTIONS} captions, and it was not drawn",
 }
 IDENTITY = ("kind", "captions_hash", "limit", "spacy_model")
@@ -57,7 +58,7 @@ IDENTITY = ("kind", "captions_hash", "limit", "spacy_model")
 
 @dataclass(frozen=True)
 class Caption:
-    """One row of the input; `id` is its own, or else its number."""
+    """One row of the input. `id` is the row's own, or its number."""
 
     id: str
     image: str
@@ -66,23 +67,27 @@ class Caption:
 
 class CaptionFile:
     """
-    The rows of a `.json` (a list), `.jsonl`, `.csv` or `.tsv` file (whose first line names its columns), which have
-    `image` and `caption`, and may have an `id`. They are read anew each time they are gone through, none is held.
+    Iterates over the captions of a file. Each iteration reads the file again, so the rows are never all in memory.
+
+    Args:
+        path (`Path`): A `.json` (one list), `.jsonl`, `.csv` or `.tsv` file. The first line of a table names its
+            columns. A row has `image` and `caption`, and optionally `id`.
+        limit (`int`, *optional*): Number of rows to read.
 
     Raises:
-        ValueError: if the file is of another kind; when it is gone through: with file, row, field, value and mend.
+        ValueError: If the file is missing or of another kind; while iterating, with file, row, field and value.
     """
 
     def __init__(self, path: Path, limit: int | None = None):
         if path.suffix not in (".json", ".jsonl", ".csv", ".tsv"):
-            raise ValueError(f"{path}: give captions as .json, .jsonl, .csv or .tsv.")
+            raise ValueError(f"{path}: captions must be in a .json, .jsonl, .csv or .tsv file.")
         if not path.is_file():
             raise ValueError(f"{path}: no such file.")
         self.path = path
         self.limit = limit
         self._json = JsonFile(str(path)) if path.suffix.startswith(".json") else None
         if self._json is not None and self._json.broken:
-            raise ValueError(f"{path}, behind row {len(self._json) - 1}: cannot be read as JSON: {self._json.broken}.")
+            raise ValueError(f"{path}, after row {len(self._json) - 1}: cannot be read as JSON: {self._json.broken}.")
 
     def __iter__(self) -> Iterator[Caption]:
         rows = self._table() if self._json is None else self._json.rows(range(len(self._json)))
@@ -93,14 +98,14 @@ class CaptionFile:
 
     def _table(self) -> Iterator[dict[str, Any]]:
         with self.path.open(encoding="utf-8-sig", newline="") as lines:
-            # In .tsv a quotation mark is one: a caption may begin with it, and not end.
+            # In a .tsv file, quotation marks have no meaning: a caption may start with one that is never closed.
             tab = {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
             reader = csv.DictReader(lines, **(tab if self.path.suffix == ".tsv" else {}))
             missing = {"image", "caption"} - set(reader.fieldnames or ())
             if missing:
                 raise ValueError(
-                    f"{self.path}, line 1: has no {' and no '.join(sorted(missing))} among {reader.fieldnames}: let "
-                    "the first line name the columns, image and caption (and id, if there is one)."
+                    f"{self.path}, line 1: has no column {' and no column '.join(sorted(missing))}, only "
+                    f"{reader.fieldnames}. The first line must name the columns: image and caption, optionally id."
                 )
             yield from reader
 
@@ -109,22 +114,17 @@ class CaptionFile:
         if isinstance(row, ValueError):
             raise ValueError(f"{place}: cannot be read as JSON: {row}") from row
         if not isinstance(row, dict):
-            raise ValueError(f"{place}: is {row!r:.100}: expected an object with image and caption.")
+            raise ValueError(f"{place}: is {row!r:.100}, expected an object with image and caption.")
         for name in ("image", "caption"):
             if not isinstance(row.get(name), str) or not row[name].strip():
                 raise ValueError(
-                    f"{place}: {name} is {row.get(name)!r:.100}: expected a text. Mend or remove the row."
+                    f"{place}: {name} is {row.get(name)!r:.100}, expected a text. Correct or remove the row."
                 )
         return Caption(str(row.get("id", number)), row["image"], " ".join(row["caption"].split()))
 
 
-def hash_of(text: str) -> int:
-    """64 bits: among the few million phrases of a large set two alike are not to be expected (one in a million)."""
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
-
-
 def _mixed(numbers: np.ndarray) -> np.ndarray:
-    """The last step of SplitMix64: each bit of a number acts on all bits of the outcome."""
+    """The last step of SplitMix64 (https://doi.org/10.1145/2660193.2660195): each bit affects all output bits."""
     numbers = (numbers ^ (numbers >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     numbers = (numbers ^ (numbers >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return numbers ^ (numbers >> np.uint64(31))
@@ -134,10 +134,11 @@ def _mixed(numbers: np.ndarray) -> np.ndarray:
 class Choice:
     """
     Attributes:
-        taken (`np.ndarray` of bool): For each caption, whether it is in the set.
-        common (`np.ndarray` of bool): For each caption, whether a phrase of it stands in `MIN_FREQUENCY` captions.
-        num_phrases, num_rare, num_capped (`int`): Different phrases; those in fewer captions than that; those of
-            whose captions `MAX_CAPTIONS` were drawn.
+        taken (`np.ndarray` of bool, `(num_captions,)`): Captions that are in the set.
+        common (`np.ndarray` of bool, `(num_captions,)`): Captions with a phrase that is in `MIN_FREQUENCY` captions.
+        num_phrases (`int`): Number of different phrases.
+        num_rare (`int`): Phrases in fewer than `MIN_FREQUENCY` captions.
+        num_capped (`int`): Phrases in more than `MAX_CAPTIONS` captions.
     """
 
     taken: np.ndarray
@@ -149,13 +150,14 @@ class Choice:
 
 def choose(rows: np.ndarray, phrases: np.ndarray, ids: np.ndarray, seed: int) -> Choice:
     """
-    LLaVA's filter. Which captions of a phrase are drawn depends on the seed, the phrase and the captions' ids alone,
-    so neither on the order of the rows nor on who read them.
+    LLaVA's filter. Which captions of a phrase are drawn depends only on the seed, the phrase and the ids of its
+    captions: neither on the order of the rows nor on the shards that read them.
 
     Args:
-        rows (`np.ndarray` of int): With `phrases`: the caption `rows[i]` has the phrase `phrases[i]`. No pair twice.
-        phrases (`np.ndarray` of uint64): Hashes of phrases.
-        ids (`np.ndarray` of uint64): Hashes of the ids of all captions.
+        rows (`np.ndarray` of int, `(num_pairs,)`): Caption `rows[i]` has phrase `phrases[i]`. No pair occurs twice.
+        phrases (`np.ndarray` of uint64, `(num_pairs,)`): Hashes of phrases.
+        ids (`np.ndarray` of uint64, `(num_captions,)`): Hashes of the captions' ids.
+        seed (`int`): Seed of the draw.
     """
     _, number_of, frequencies = np.unique(phrases, return_inverse=True, return_counts=True)
     ranks = _mixed(ids[rows] ^ _mixed(phrases + np.asarray([seed % 2**64], dtype=np.uint64)))
@@ -173,10 +175,10 @@ def choose(rows: np.ndarray, phrases: np.ndarray, ids: np.ndarray, seed: int) ->
 
 def load_pipeline(model: str):
     """
-    A spaCy pipeline that finds noun phrases.
+    Loads a spaCy pipeline that finds noun phrases.
 
     Raises:
-        ValueError: if spaCy, or the pipeline, is not there, or has no parser.
+        ValueError: If spaCy or the pipeline is not installed, or the pipeline has no parser.
     """
     with needs_extra("captions"):
         import spacy
@@ -184,19 +186,19 @@ def load_pipeline(model: str):
         pipeline = spacy.load(model, exclude=UNUSED_COMPONENTS)
     except OSError as error:
         raise ValueError(
-            f"--spacy-model {model}: no such pipeline is installed, and no such folder is here. Of spaCy's own, "
-            f"install it with: python -m spacy download {model}"
+            f"--spacy-model {model}: is neither an installed pipeline nor a folder. spaCy's own pipelines are "
+            f"installed with: python -m spacy download {model}"
         ) from error
     if "parser" not in pipeline.pipe_names:
         raise ValueError(
-            f"--spacy-model {model}: has the components {', '.join(pipeline.pipe_names)}: noun phrases need a parser "
-            "and parts of speech, as en_core_web_sm has them."
+            f"--spacy-model {model}: has the components {', '.join(pipeline.pipe_names)}. Noun phrases need a parser "
+            "and parts of speech; en_core_web_sm has both."
         )
     return pipeline
 
 
 def phrases_of(document) -> list[str]:
-    """The different noun phrases of a text that a spaCy pipeline has read, sorted."""
+    """The distinct noun phrases of a text that a spaCy pipeline has read, sorted."""
     phrases = set()
     for chunk in document.noun_chunks:
         words = dropwhile(lambda token: token.pos_ in NOT_PART_OF_A_PHRASE, chunk)
@@ -206,12 +208,12 @@ def phrases_of(document) -> list[str]:
 
 class PhraseJournal:
     """
-    The phrases that were found, in OUT/phrases*.jsonl: one file of this run, and those of other shards.
+    The phrases found so far, in OUT/phrases*.jsonl: the file of this run, and the files of other shards.
 
     Args:
         folder (`Path`): OUT.
-        name (`str`): Of the file to append to.
-        num_rows (`int`): Of the input.
+        name (`str`): Name of the file that this run appends to.
+        num_rows (`int`): Number of rows of the input.
     """
 
     def __init__(self, folder: Path, name: str, num_rows: int):
@@ -221,8 +223,8 @@ class PhraseJournal:
 
     def read(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """
-        Returns rows and phrases as [`choose`] takes them, and for each row whether its phrases are known. A line that
-        a kill has cut off is passed over.
+        The rows and phrases as [`choose`] takes them, and for each row whether its phrases are known. A line that a
+        kill cut off is skipped.
         """
         rows, hashes, is_read = array("q"), array("Q"), np.zeros(self.num_rows, dtype=bool)
         for path in sorted(self.folder.glob("phrases*.jsonl")):
@@ -231,30 +233,24 @@ class PhraseJournal:
                     if not line.endswith(b"\n"):
                         break
                     row, phrases = json.loads(line)
-                    if not is_read[row]:  # the shards may have overlapped with a run over all rows
+                    if not is_read[row]:  # a run over all rows and a shard may both have read it
                         is_read[row] = True
                         rows.extend([row] * len(phrases))
                         hashes.extend(map(hash_of, phrases))
         return np.asarray(rows), np.asarray(hashes), is_read
 
     def append(self, found: Iterator[tuple[int, Sequence[str]]]) -> Iterator[int]:
-        """Writes down the phrases of one row after another, and yields the row."""
-        self._drop_cut_line()
+        """Writes the phrases of each row to the file, then yields the row."""
+        read_complete_lines(self.own)  # removes a line that a kill cut off
         with self.own.open("ab", buffering=0) as file:
             for row, phrases in found:
                 file.write(to_line([row, phrases]).encode())
                 yield row
 
-    def _drop_cut_line(self) -> None:
-        if self.own.is_file():
-            with self.own.open("rb+") as file:
-                content = file.read()
-                file.truncate(content.rfind(b"\n") + 1)
-
 
 @dataclass(frozen=True)
 class Known:
-    """Of all captions of a file: the hashes of their ids, and whether the image is there."""
+    """What one pass over the captions finds: the hashes of their ids, and whether their image files exist."""
 
     ids: np.ndarray
     has_image: np.ndarray
@@ -262,10 +258,10 @@ class Known:
 
 def look_at(captions: CaptionFile, image_root: Path) -> Known:
     """
-    Goes through the captions once, before long work starts.
+    Checks all captions before long work starts.
 
     Raises:
-        ValueError: for the first row that is wrong, whose image lies outside of the root, or whose id is there twice.
+        ValueError: For the first row that is wrong, has an image outside of the root, or repeats an id.
     """
     if not image_root.is_dir():
         raise ValueError(f"--image-root {image_root}: no such folder.")
@@ -279,19 +275,19 @@ def look_at(captions: CaptionFile, image_root: Path) -> Known:
         ids.append(hash_of(caption.id))
         has_image.append((root / caption.image).is_file())
     if not ids:
-        raise ValueError(f"{captions.path}: no rows.")
+        raise ValueError(f"{captions.path}: holds no rows.")
     known = Known(np.asarray(ids), np.asarray(has_image).astype(bool))
     unique, first = np.unique(known.ids, return_index=True)
     if len(unique) < len(ids):
         again = np.setdiff1d(np.arange(len(ids)), first)[0]
-        raise ValueError(f"{captions.path}, row {again}: its id stands in an earlier row, too: give each row its own.")
+        raise ValueError(f"{captions.path}, row {again}: an earlier row has the same id. Give each row its own id.")
     return known
 
 
 def find_phrases(
     settings: CaptionSettings, captions: CaptionFile, wanted: np.ndarray, journal: PhraseJournal, progress: Progress
 ) -> None:
-    """Lets spaCy read the captions that are `wanted` (bool for each), and writes down their phrases as they come."""
+    """Lets spaCy read the captions that are `wanted` (bool, one per caption); appends their phrases to the journal."""
     if not wanted.any():
         return
     pipeline = load_pipeline(settings.spacy_model)
@@ -304,13 +300,13 @@ def find_phrases(
 
 def generate(settings: CaptionSettings, command: str, progress: Progress) -> Choice | None:
     """
-    Makes the set, as far as the phrases of all shards are there.
+    Finds the phrases of this shard. When the phrases of all shards are known, chooses the captions and writes the set.
 
     Returns:
-        [`Choice`] or `None`, if the phrases of other shards are still missing.
+        [`Choice`], or `None` if phrases of other shards are missing.
 
     Raises:
-        ValueError: before long work starts, if the input is wrong or `settings.out` holds another run.
+        ValueError: Before long work starts, if the input is wrong or `settings.out` holds another run.
     """
     instructions = read_instructions(settings.prompts / "instructions.txt")
     captions = CaptionFile(settings.captions, settings.limit)
@@ -335,7 +331,7 @@ def generate(settings: CaptionSettings, command: str, progress: Progress) -> Cho
 
 
 def count(settings: CaptionSettings) -> tuple[int, int]:
-    """Of this shard: the captions with an image, and those that spaCy has not read yet."""
+    """Counts this shard's captions that have an image, and those of them that spaCy has not read yet."""
     check_note(settings.out, describe(settings, ""), IDENTITY)
     known = look_at(CaptionFile(settings.captions, settings.limit), settings.image_root)
     ours = settings.shard.take(known.has_image)
@@ -351,28 +347,8 @@ def _rejected(captions: CaptionFile, known: Known, choice: Choice) -> Iterator[R
         yield Rejected(caption.id, "filter", REJECTED[reason], caption.text)
 
 
-def read_instructions(path: Path) -> list[str]:
-    """
-    The lines of a file, without empty ones and those that begin with `#`.
-
-    Raises:
-        ValueError: if there is none.
-    """
-    if not path.is_file():
-        raise ValueError(f"{path}: no such file.")
-    lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
-    instructions = [line for line in lines if line and not line.startswith("#")]
-    if not instructions:
-        raise ValueError(f"{path}: holds no instruction: write one a line.")
-    return instructions
-
-
-def draw(instructions: Sequence[str], seed: int, id: str) -> str:
-    return instructions[hash_of(f"{seed} {id}") % len(instructions)]
-
-
 def describe(settings: CaptionSettings, command: str) -> dict[str, Any]:
-    """What it takes to make the set again."""
+    """Everything that is needed to make the set again."""
     return {
         "kind": "captions",
         "command": command,
@@ -389,10 +365,10 @@ def card_of(about: dict[str, Any], choice: Choice) -> Card:
     return Card(
         title="Captions chosen by their noun phrases",
         summary=(
-            f"Of {len(choice.taken):,} captions {choice.taken.sum():,}, so that no concept is too frequent. They have "
-            f"{choice.num_phrases:,} different noun phrases, by spaCy; {choice.num_rare:,} of these are in fewer than "
-            f"{MIN_FREQUENCY} captions and chose none; of each of the {choice.num_capped:,} that are in more than "
-            f"{MAX_CAPTIONS}, so many captions were drawn. Each answers an instruction that was drawn from a list."
+            f"{choice.taken.sum():,} of {len(choice.taken):,} captions, chosen so that no concept is too frequent. "
+            f"spaCy found {choice.num_phrases:,} different noun phrases. {choice.num_rare:,} are in fewer than "
+            f"{MIN_FREQUENCY} captions and chose none. {choice.num_capped:,} are in more than {MAX_CAPTIONS}, "
+            f"of which {MAX_CAPTIONS} were drawn. Each caption answers an instruction from a list."
         ),
         settings=about,
         not_checked=("Whether a caption is true of its image, and whether the image can be opened.",),

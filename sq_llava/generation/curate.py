@@ -1,19 +1,25 @@
-"""Images -> detailed descriptions that were checked: MiniGPT-4's second-stage set.
+"""Plain images -> detailed descriptions, checked by rules and a person: MiniGPT-4's second-stage set.
 
     sq-llava generate-data curate photos --describer runs/demo/model --out described
     sq-llava generate-data curate photos --model gpt-4o --repair-model gpt-4o-mini --out described
 
-and, after a look at described/review.html, which saves decisions.json, the same command again with
+Open described/review.html, decide, save decisions.json, then run the same command again with the decisions:
 
     sq-llava generate-data curate photos ... --out described --decisions decisions.json
 
-As in section 3.2 of MiniGPT-4's paper: a vision-language model describes each image; one whose answer has 80 tokens or
-fewer is told to go on, once, and the two are joined; a language model, which does not see the image, repairs each text
-(repeats, stray characters, an unfinished end); rules leave out what is still wrong (`text_rules.py`); a person looks
-at the rest. The instruction of a row is drawn from a list, not the one that the describer was given.
+The steps are those of MiniGPT-4 (section 3.2 of https://arxiv.org/abs/2304.10592):
 
-Answers of a local describer are kept in OUT/descriptions.jsonl, of a server in OUT/answers.jsonl, of the repairer in
-OUT/repairs.jsonl: all else is made of these anew. What it does not do: ask one model on several GPUs; `--shard` does.
+1. A vision-language model describes each image. If a description has 80 tokens or fewer, the model is told once to
+   continue, and the two texts are joined.
+2. A language model repairs each text without seeing the image: repetitions, stray characters, an unfinished end.
+3. Rules leave out texts that are still faulty (`text_rules.py`).
+4. A person checks the rest.
+
+The instruction in a row is drawn from a list; it is not the prompt that the describer was given. The answers of a
+local describer are kept in OUT/descriptions.jsonl, of a server in OUT/answers.jsonl, and of the repairer in
+OUT/repairs.jsonl. Each run makes all other files from these.
+
+What this does not do: run a local model on several GPUs. Use `--shard` for that.
 """
 
 import hashlib
@@ -29,8 +35,8 @@ from sq_llava.checkpoints.provenance import public_name
 from sq_llava.console import messages_console
 from sq_llava.data.images import open_image
 from sq_llava.early_checks import IMAGE_SUFFIXES
-from sq_llava.generation.captions import draw
 from sq_llava.generation.describing import Description, LocalDescriber, Prompts, Repairer, ServerDescriber
+from sq_llava.generation.prompt_files import draw
 from sq_llava.generation.review_sheet import Entry, check_decisions, read_decisions, write_sheet
 from sq_llava.generation.rows import Card, Rejected, make_row, require_utf8, write_output
 from sq_llava.generation.settings import CurateSettings
@@ -40,16 +46,16 @@ from sq_llava.llm_client.client import ChatRequest, Estimate
 from sq_llava.resumable.run_note import check_note, write_note
 
 
-# Repairs are kept by what was sent: with another repairer, the descriptions stay.
+# The repairer is not in here: its answers are kept by request, and the descriptions do not depend on it.
 IDENTITY = ("kind", "describer", "describer_hash", "prompts_hash", "num_shards")
-# A repairer that does not see the image may take away and mend, but not tell more.
+# The repairer does not see the image. It may remove and correct words, but hardly add any.
 MAX_NEW_WORDS = 0.3
-REWRITTEN = "it is not the text that was to be repaired"
-# Nor say that it has: of the first words, so many are its own then.
+REWRITTEN = "the repairer rewrote the text"
+# A remark such as "Here is the repaired text:" shows in the first words.
 NUM_FIRST_WORDS, MAX_NEW_FIRST_WORDS = 4, 1
-REMARK = "it begins with words that are not in the text that was to be repaired"
-DROPPED = "a person dropped it"
-# What a describer says that does not look. Texts of fewer words may well be true of several images.
+REMARK = "the repairer added a remark before the text"
+DROPPED = "a person dropped the text"
+# A long text that occurs twice comes from a describer that does not look. A short one can be true of several images.
 SAID_BEFORE = "an earlier image of the shard has the same text"
 MIN_WORDS_OF_ITS_OWN = 30
 
@@ -58,7 +64,7 @@ Describer = LocalDescriber | ServerDescriber
 
 @dataclass(frozen=True)
 class Curated:
-    """Counts of a run; `num_open` images were not reached before it was stopped."""
+    """Counts of a run. `num_open` images were not reached before the run stopped."""
 
     num_images: int
     num_continued: int
@@ -72,15 +78,17 @@ class Curated:
 
 def curate(settings: CurateSettings, describer: Describer, repairer: Repairer | None, command: str) -> Curated:
     """
-    Describes, continues, repairs, applies the rules and the decisions, and writes `settings.out`.
+    Describes, continues and repairs, applies the rules and the decisions, and writes `settings.out`.
 
     Args:
-        repairer (`Repairer`, *optional*): Without one, texts stay as the describer gave them.
-        command (`str`): For the card.
+        settings (`CurateSettings`): Images, output folder and decisions.
+        describer (`LocalDescriber` or `ServerDescriber`): Describes the images.
+        repairer (`Repairer`, *optional*): Repairs the texts. Without it they stay as they are.
+        command (`str`): The command, for the data card.
 
     Raises:
-        ValueError: before a model is asked, if the input is wrong or the folder holds another run; for decisions that
-            are not about what is in the folder.
+        ValueError: Before a model is asked, if the input is wrong or the folder holds another run. After that, if a
+            decision is about a text that is not in the folder.
     """
     decisions = read_decisions(settings.decisions) if settings.decisions else {}
     about = describe_run(settings, describer, repairer, command)
@@ -91,7 +99,8 @@ def curate(settings: CurateSettings, describer: Describer, repairer: Repairer | 
     passed, rejected = apply_rules(described.results, texts.results)
     check_decisions(decisions, passed, settings.decisions)
     decided = {id: decision for (id, _), decision in decisions.items()}
-    write_review(settings, images, passed, decided)
+    entries = (Entry(id, open_image(images[id]), text, decided.get(id)) for id, text in passed.items())
+    write_sheet(settings.out / settings.shard.name("review.html"), entries, f"{len(passed):,} descriptions to check")
     rejected += [Rejected(id, "person", DROPPED, text) for id, text in passed.items() if decided.get(id) == "drop"]
     rows = make_rows(settings, describer.prompts, described.results, passed, decided)
     failures |= described.failures | texts.failures
@@ -108,15 +117,6 @@ def curate(settings: CurateSettings, describer: Describer, repairer: Repairer | 
     )
 
 
-def write_review(
-    settings: CurateSettings, images: Mapping[str, Path], texts: Mapping[str, str], decided: Mapping[str, str]
-) -> None:
-    """Writes the sheet on which a person keeps or drops each text, with what was decided before."""
-    entries = (Entry(id, open_image(images[id]), text, decided.get(id)) for id, text in texts.items())
-    path = settings.out / settings.shard.name("review.html")
-    write_sheet(path, entries, f"{len(texts):,} descriptions to check")
-
-
 def make_rows(
     settings: CurateSettings,
     prompts: Prompts,
@@ -124,7 +124,7 @@ def make_rows(
     texts: Mapping[str, str],
     decided: Mapping[str, str],
 ) -> list[dict[str, Any]]:
-    """A row for each text that no person dropped."""
+    """A row for each text that was not dropped by a person."""
     return [
         make_row(
             id,
@@ -142,10 +142,10 @@ def make_rows(
 
 def find_images(settings: CurateSettings) -> dict[str, Path]:
     """
-    The images of a shard by their paths in the folder, which are their ids.
+    The images of this shard. The id of an image is its path in the folder.
 
     Raises:
-        ValueError: if there are none, or one leads out of the folder or has a name that no JSON can hold.
+        ValueError: If the folder holds no images, or a file name is not UTF-8, or a link leads out of the folder.
     """
     root = settings.images
     if not root.is_dir():
@@ -156,12 +156,12 @@ def find_images(settings: CurateSettings) -> dict[str, Path]:
     for file in files:
         require_utf8(file)
         if not file.resolve().is_relative_to(root.resolve()):
-            raise ValueError(f"{file}: leads out of {root}, which training would refuse: copy the image there.")
+            raise ValueError(f"{file}: leads out of {root}, which training refuses. Copy the image into the folder.")
     return {file.relative_to(root).as_posix(): file for file in settings.shard.take(files[: settings.limit])}
 
 
 def openable(images: Mapping[str, Path]) -> tuple[dict[str, Path], dict[str, str]]:
-    """The images that can be opened, and why the others cannot."""
+    """The images that can be opened, and the errors of the others."""
     whole, failures = {}, {}
     for id, path in track(images.items(), "Opening images", console=messages_console, transient=True):
         try:
@@ -173,7 +173,7 @@ def openable(images: Mapping[str, Path]) -> tuple[dict[str, Path], dict[str, str
 
 
 def repair_all(repairer: Repairer | None, described: Asked) -> Asked:
-    """The texts that are left; where the describer was stopped, what was repaired before."""
+    """Repairs the descriptions. If the describer was stopped, uses only the repairs of earlier runs."""
     texts = {id: said.text for id, said in described.results.items()}
     if repairer is None:
         return Asked(texts, {}, 0)
@@ -185,7 +185,13 @@ def repair_all(repairer: Repairer | None, described: Asked) -> Asked:
 def apply_rules(
     described: Mapping[str, Description], texts: Mapping[str, str]
 ) -> tuple[dict[str, str], list[Rejected]]:
-    """The texts that pass, and those that do not. `texts` are what the repairer made of those `described`."""
+    """
+    Divides texts into those that pass and those that are left out.
+
+    Args:
+        described (`Mapping`): The descriptions by image id.
+        texts (`Mapping`): The same descriptions after repair.
+    """
     passed, rejected, known = {}, [], set()
     for id, text in texts.items():
         first_words = " ".join(words_of(text)[:NUM_FIRST_WORDS])
@@ -205,8 +211,8 @@ def apply_rules(
 
 def estimate(settings: CurateSettings, describer: Describer, repairer: Repairer | None) -> dict[str, Estimate]:
     """
-    What is still to be asked of which model. Of what depends on answers that are not there yet the most is taken:
-    every description is continued, and as long as it may be.
+    What is still to be asked, by model. What depends on missing answers is counted at its maximum: every description
+    is continued, and each has the maximum length.
     """
     images, _ = openable(find_images(settings))
     estimates = {}
@@ -228,7 +234,7 @@ def _repairs_left(describer: Describer, repairer: Repairer, images: Iterable[Pat
 def describe_run(
     settings: CurateSettings, describer: Describer, repairer: Repairer | None, command: str
 ) -> dict[str, Any]:
-    """What it takes to make the set again."""
+    """Everything that is needed to make the set again."""
     prompts = describer.prompts
     texts = [prompts.describe, prompts.go_on]
     return {
@@ -249,14 +255,14 @@ def card_of(about: Mapping[str, Any]) -> Card:
     return Card(
         title="Descriptions of images",
         summary=(
-            f"{about['describer']} described each image in detail, and went on where it had said little.{repaired} "
-            "Rules left out refusals, repeats, unfinished and broken texts. Rows with `checked` were looked at by a "
-            "person beside their image and kept; the others were not."
+            f"{about['describer']} described each image in detail, and continued short descriptions.{repaired} Rules "
+            "left out refusals, repetitions, and unfinished or broken texts. A person compared each row with "
+            "`checked` to its image and kept it; nobody looked at the other rows."
         ),
         settings=about,
         shares=("continued", "repaired", "checked"),
         not_checked=(
-            "Whether a description is true of its image, but for the rows that a person checked.",
-            "In which language a text is: the rules are made for English.",
+            "Whether a description is true of its image, except for the rows that a person checked.",
+            "The language of the texts: the rules are made for English.",
         ),
     )

@@ -1,12 +1,12 @@
-"""Detailed descriptions of images, by a model of this library or by one behind a server; and their repair.
+"""Detailed descriptions of images, by a model of this library or by a model on a server; and the repair of texts.
 
     prompts = Prompts.read(PROMPTS / "curate")
     describer = LocalDescriber("runs/demo/model", DescribeSettings(), prompts, Path("descriptions.jsonl"))
     describer.describe_all({"17.png": Path("images/17.png")}).results["17.png"].text
 
-A short description is continued: the model is told to go on, once, and the two texts are joined. The length is counted
-in the describer's own tokens. Behind a server, which may count a model's thoughts as well, it is estimated from the
-text: 4 tokens for 3 words of English.
+If a description is short, the model is told once to continue, and the two texts are joined. A local model's own
+tokenizer counts the length. A server may count a model's reasoning too, so the length of its text is estimated: 4
+tokens for 3 English words.
 """
 
 import hashlib
@@ -19,7 +19,7 @@ from typing import Any
 
 from sq_llava.data.images import chat_part, open_image
 from sq_llava.evaluation.results import hash_of_model
-from sq_llava.generation.captions import read_instructions
+from sq_llava.generation.prompt_files import read_instructions, read_prompt_file
 from sq_llava.generation.settings import DescribeSettings
 from sq_llava.generation.text_rules import words_of
 from sq_llava.inference.assistant import Assistant, load
@@ -32,7 +32,7 @@ from sq_llava.stopping import INTERRUPTED
 
 @dataclass(frozen=True)
 class Prompts:
-    """The texts of the files `describe.txt`, `continue.txt`, `repair.txt` and `instructions.txt` (one per line)."""
+    """The texts of `describe.txt`, `continue.txt` and `repair.txt`, and the lines of `instructions.txt`."""
 
     describe: str
     go_on: str
@@ -43,21 +43,16 @@ class Prompts:
     def read(cls, folder: Path) -> "Prompts":
         """
         Raises:
-            ValueError: for a file that is missing or empty.
+            ValueError: If a file is missing or empty.
         """
-        texts = []
-        for name in ("describe.txt", "continue.txt", "repair.txt"):
-            path = folder / name
-            text = path.read_text(encoding="utf-8").strip() if path.is_file() else ""
-            if not text:
-                raise ValueError(f"{path}: is missing or empty: write the prompt into it.")
-            texts.append(text)
-        return cls(*texts, read_instructions(folder / "instructions.txt"))
+        names = ("describe.txt", "continue.txt", "repair.txt")
+        texts = [read_prompt_file(folder / name, "curate").strip() for name in names]
+        return cls(*texts, read_instructions(folder / "instructions.txt", "curate"))
 
 
 @dataclass(frozen=True)
 class Description:
-    """What the describer said, and what it said when it was told to go on."""
+    """The description, and its continuation if the model was told to continue."""
 
     first: str
     more: str | None = None
@@ -69,8 +64,12 @@ class Description:
 
 class ServerDescriber:
     """
+    A model on a server that describes images.
+
     Args:
-        short (`int`): A description of so many tokens or fewer is continued.
+        client (`ChatClient`): Sends the requests and keeps the answers.
+        prompts (`Prompts`): What the model is told.
+        short (`int`): Number of tokens up to which a description is continued.
     """
 
     def __init__(self, client: ChatClient, prompts: Prompts, short: int):
@@ -81,18 +80,18 @@ class ServerDescriber:
         self.longest = 2 * client.settings.max_tokens
 
     def describe_all(self, images: Mapping[str, Path]) -> Asked:
-        """Describes images; the caller has sorted out those that cannot be opened."""
+        """Describes all images. Images that cannot be opened must not be among them."""
         return ask_all(self.client, images, self._describe, "Describing")
 
     def kept(self, image: Path) -> Description | None:
-        """What was said before, if all of it was."""
+        """The description of an earlier run, if it is complete."""
         try:
             return self._describe(image)
         except NotAsked:
             return None
 
     def requests_left(self, image: Path) -> Iterator[ChatRequest]:
-        """What is still to be asked about an image, at most, by a client that only reads."""
+        """The requests that an image still needs at most. The client must have `reads_only`."""
         try:
             self._describe(image)
         except NotAsked as missing:
@@ -114,11 +113,13 @@ class ServerDescriber:
 
 class LocalDescriber:
     """
-    A model of this library. It is loaded only if an image was not described before. Descriptions are kept under a hash
-    of the image's content, the model's weights, the prompts and the settings.
+    A model of this library that describes images. The model is loaded only if a description is missing. The key of a
+    description is a hash of the image file, the model's weights, the prompts and the settings.
 
     Args:
         model (`str`): Folder or Hub id.
+        settings (`DescribeSettings`): Lengths, batch size, device and dtype.
+        prompts (`Prompts`): What the model is told.
         journal_path (`Path`): File of the descriptions.
     """
 
@@ -132,7 +133,7 @@ class LocalDescriber:
         self._depends_on = [self.hash, prompts.describe, prompts.go_on, settings.short, settings.max_new_tokens]
 
     def describe_all(self, images: Mapping[str, Path]) -> Asked:
-        """As `ask_all` for a server. The caller has sorted out images that cannot be opened."""
+        """Describes all images. Images that cannot be opened must not be among them."""
         rest = {id: path for id, path in images.items() if self.kept(path) is None}
         failures: dict[str, str] = {}
         stopped = None
@@ -145,12 +146,12 @@ class LocalDescriber:
         return Asked(results, failures, len(images) - len(results) - len(failures), stopped)
 
     def kept(self, image: Path) -> Description | None:
-        """What was said before."""
+        """The description of an earlier run."""
         line = self.journal.get(self._key(image))
         return None if line is None else Description(line["first"], line["more"])
 
     def requests_left(self, image: Path) -> Iterator[ChatRequest]:
-        """None: nothing is paid for."""
+        """No requests: a local model costs nothing."""
         return iter(())
 
     def _describe(self, images: Mapping[str, Path], failures: dict[str, str]) -> None:
@@ -184,18 +185,18 @@ class LocalDescriber:
 
 
 class Repairer:
-    """A language model behind a server that repairs texts without seeing the images."""
+    """A language model on a server that repairs texts without seeing the images."""
 
     def __init__(self, client: ChatClient, prompts: Prompts):
         self.client = client
         self.prompts = prompts
 
     def repair(self, text: str) -> str:
-        """An empty text is not sent."""
+        """The repaired text. An empty text is not sent."""
         return _answer(self.client, self._messages(text)) if text else ""
 
     def requests_left(self, text: str) -> Iterator[ChatRequest]:
-        """What is still to be asked about a text, by a client that only reads."""
+        """The requests that a text still needs. The client must have `reads_only`."""
         try:
             self.repair(text)
         except NotAsked as missing:

@@ -1,12 +1,13 @@
-"""Which of the turns that a model made of images are kept, and why the others are not: pure functions.
+"""Decides which self-generated turns are kept, and records why the others are not: pure functions.
 
     outcomes = filter_turns(turns, FilterSettings(min_log_probability=-0.5))
     kept = [outcome.turn for outcome in outcomes if outcome.is_kept]
 
-A turn is judged by itself first: its text, whether it needs the image, how sure the model was, whether image and text
-are close. Of those that are left, in their order, one that is like another of its image is dropped, then one that the
-whole set has often, then what a type of question has too much of. What this module does not do: run a model; the
-scores are measured in `sq_llava/generation/scoring.py`.
+First, each turn is judged by itself: its text, whether it needs the image, how sure the model was, and how well image
+and text agree. Then, in the order of the turns, a turn is dropped if its question is similar to another question about
+the same image, or too frequent in the set. Last, types of question and answers that are too frequent are thinned out.
+
+What this module does not do: run a model. `scoring.py` measures the scores.
 """
 
 import hashlib
@@ -21,21 +22,21 @@ from sq_llava.evaluation.question_metrics import question_type, words_of
 from sq_llava.generation.settings import FilterSettings
 
 
-SENTENCE_ENDS = ("?", ".", "!", "\uff1f", "\u3002", "\uff01")  # the last three of Chinese and Japanese
+SENTENCE_ENDS = ("?", ".", "!", "\uff1f", "\u3002", "\uff01")  # the last three: Chinese and Japanese
 
 
 @dataclass(frozen=True)
 class Turn:
     """
-    A question about an image and its answer, with what was measured of them.
+    A question about an image, its answer, and the scores of both.
 
     Args:
-        picture (`str`): The image's id.
-        number (`int`): Of the question, among those about the image.
-        blank_answer (`str`): To the same question with a blank image.
-        log_probability (`float`): Mean of the answer's tokens, the end of the turn included.
-        blank_log_probability (`float`): The same of the same answer, with a blank image.
-        is_cut (`bool`): The answer came to the limit of its length.
+        picture (`str`): Id of the image.
+        number (`int`): Number of the question among those about the image.
+        blank_answer (`str`): Answer to the same question about a blank image.
+        log_probability (`float`): Mean log-probability of the answer's tokens, the end of the turn included.
+        blank_log_probability (`float`): The same for the same answer with a blank image.
+        is_cut (`bool`): Whether the answer was cut off at its maximum length.
         clip_score (`float`, *optional*): CLIPScore of the image and the turn.
     """
 
@@ -51,14 +52,14 @@ class Turn:
 
     @property
     def drop(self) -> float:
-        """How much likelier the image makes the answer, in nats a token."""
+        """How much likelier the image makes the answer, in nats per token."""
         return self.log_probability - self.blank_log_probability
 
 
 @dataclass(frozen=True)
 class Outcome:
     """
-    What became of a turn: its scores, and the filter that it did not pass with the rule; `None` if it is kept.
+    The scores of a turn, and the filter (`step`) and rule (`reason`) that dropped it; both are `None` if it is kept.
     """
 
     turn: Turn
@@ -73,10 +74,14 @@ class Outcome:
 
 def filter_turns(turns: Sequence[Turn], settings: FilterSettings) -> list[Outcome]:
     """
-    An outcome for each turn.
+    Applies the filters.
 
     Args:
-        turns: Those of an image one after another. The order decides between two that are alike: the first stays.
+        turns (`Sequence[Turn]`): All turns about an image must be adjacent. Of two similar turns, the first is kept.
+        settings (`FilterSettings`): The filters.
+
+    Returns:
+        An outcome for each turn, in order.
     """
     about_images = {normalised(turn.question) for turn in turns if _needs_image(turn, settings)}
     earlier = _Earlier()
@@ -101,19 +106,18 @@ def filter_turns(turns: Sequence[Turn], settings: FilterSettings) -> list[Outcom
 
 
 def normalised(text: str) -> str:
-    """The words alone: case, spaces and punctuation make no difference."""
+    """The words of a text in lower case, without punctuation."""
     return " ".join(words_of(text))
 
 
 def overlap(one: str, other: str) -> float:
-    """Jaccard index of the words and pairs of words of two texts: 1 for the same words in the same order."""
+    """Jaccard index of the words and word pairs of two texts: 1 for the same words in the same order."""
     left, right = (set(words_of(text)) | _pairs(text) for text in (one, other))
     return len(left & right) / len(left | right) if left | right else 1.0
 
 
 def _pairs(text: str) -> set[tuple[str, str]]:
-    words = words_of(text)
-    return set(pairwise(words))
+    return set(pairwise(words_of(text)))
 
 
 def _scores(turn: Turn) -> dict[str, Any]:
@@ -131,7 +135,7 @@ def _needs_image(turn: Turn, settings: FilterSettings) -> bool:
 
 
 def _own_fault(turn: Turn, settings: FilterSettings, about_images: set[str]) -> tuple[str, str] | None:
-    """The filter and the reason, by what is known of the turn alone and of its question about other images."""
+    """Filter and reason by the turn alone. `about_images`: questions that need an image at least once in the set."""
     if not words_of(turn.question) or not words_of(turn.answer):
         return "text", "no words"
     if not turn.question.endswith(SENTENCE_ENDS):
@@ -144,7 +148,7 @@ def _own_fault(turn: Turn, settings: FilterSettings, about_images: set[str]) -> 
         return "image", "same answer to a blank image"
     if settings.blank_test == "question" and normalised(turn.question) not in about_images:
         return "image", "question with the same answer to any image and a blank one"
-    # So put, a score that is no number does not pass.
+    # Written with `not`, so that NaN does not pass.
     if settings.min_log_probability is not None and not turn.log_probability >= settings.min_log_probability:
         return "confidence", "low log-probability"
     if None not in (settings.min_clip_score, turn.clip_score) and turn.clip_score < settings.min_clip_score:
@@ -153,7 +157,7 @@ def _own_fault(turn: Turn, settings: FilterSettings, about_images: set[str]) -> 
 
 
 class _Earlier:
-    """The questions that were kept so far: about the image in hand, and about those before it."""
+    """The questions kept so far: those about the current image, and those about earlier images."""
 
     def __init__(self):
         self._picture: str | None = None
@@ -162,7 +166,7 @@ class _Earlier:
         self._counts: Counter[str] = Counter()
 
     def overlaps(self, turn: Turn) -> dict[str, float]:
-        """With the most alike question about the same image, and with all about those before."""
+        """Overlap with the most similar question about the same image, and with all questions about earlier images."""
         if turn.picture != self._picture:
             self._pairs_before.update(*map(_pairs, self._of_picture))
             self._picture, self._of_picture = turn.picture, []
@@ -186,7 +190,7 @@ class _Earlier:
 
 
 def _places_by(outcomes: Sequence[Outcome], key: Callable[[Outcome], str]) -> dict[str, list[int]]:
-    """The places of what is kept, by a property of it."""
+    """The places of the kept outcomes, grouped by `key`."""
     places: dict[str, list[int]] = {}
     for place, outcome in enumerate(outcomes):
         if outcome.is_kept:
@@ -197,7 +201,7 @@ def _places_by(outcomes: Sequence[Outcome], key: Callable[[Outcome], str]) -> di
 def _thin_out(
     outcomes: Sequence[Outcome], groups: Iterable[list[int]], limit: int, seed: int, reason: str
 ) -> list[Outcome]:
-    """Keeps of each group of places so many: those of the lowest draw, which is a turn's own."""
+    """Keeps `limit` outcomes of each group of places. The draw of a turn does not depend on the other turns."""
     dropped = set()
     for places in groups:
         dropped |= set(sorted(places, key=lambda place: _draw(outcomes[place].turn, seed))[limit:])

@@ -1,7 +1,9 @@
-"""A judge of turns that a model made of images: another vision-language model behind an OpenAI-compatible server.
+"""A judge of self-generated turns: another vision-language model on an OpenAI-compatible server.
 
-It sees the image, the question and the answer, and accepts them or not. What it is told is a file that can be copied
-and edited (`sq-llava generate-data prompts self FOLDER`). What this module does not do: let it mend an answer.
+The judge sees the image, the question and the answer, and accepts or rejects them. Its prompt is a file that can be
+copied and edited (`sq-llava generate-data prompts self NEW_FOLDER`).
+
+What this module does not do: let the judge correct an answer.
 """
 
 from collections.abc import Mapping
@@ -9,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sq_llava.data.images import chat_part
+from sq_llava.generation.prompt_files import read_prompt_file
 from sq_llava.llm_client.asking import Asked, ask_all
 from sq_llava.llm_client.client import ChatClient, ChatRequest, Messages
 from sq_llava.llm_client.replies import without_thoughts
@@ -29,22 +32,26 @@ class Exhibit:
 
 def read_prompt(folder: Path) -> str:
     """
-    What the judge is told, from `judge.txt`.
+    The judge's prompt, from `judge.txt`.
 
     Raises:
-        ValueError: if the file is missing or empty.
+        ValueError: If the file is missing or empty.
     """
-    path = folder / "judge.txt"
-    text = path.read_text(encoding="utf-8").strip() if path.is_file() else ""
-    if not text:
-        raise ValueError(f"{path}: missing or empty. Start from a copy: sq-llava generate-data prompts self {folder}")
-    return text
+    return read_prompt_file(folder / "judge.txt", "self").strip()
 
 
 def judge_turns(client: ChatClient, prompt: str, exhibits: Mapping[str, Exhibit]) -> Asked:
     """
-    Whether each turn is accepted, by its id; `None` if the judge's answer could not be read in `ATTEMPTS`. A client
-    that only reads asks nothing.
+    Asks the judge about each turn. A client with `reads_only` uses only earlier answers.
+
+    Args:
+        client (`ChatClient`): The judge's server.
+        prompt (`str`): System message of the judge.
+        exhibits (`Mapping`): The turns by their ids.
+
+    Returns:
+        The results are `True` for an accepted turn, `False` for a rejected turn, and `None` if none of `ATTEMPTS`
+        answers could be read.
     """
 
     def judge(exhibit: Exhibit) -> bool | None:
@@ -60,7 +67,7 @@ def judge_turns(client: ChatClient, prompt: str, exhibits: Mapping[str, Exhibit]
 
 
 def first_requests(client: ChatClient, prompt: str, exhibits: Mapping[str, Exhibit]) -> list[ChatRequest]:
-    """What is asked about each turn at least, for an estimate."""
+    """The requests that turns need at least, for an estimate."""
     return [client.request(as_messages(prompt, exhibit)) for exhibit in exhibits.values()]
 
 

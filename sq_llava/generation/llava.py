@@ -4,11 +4,12 @@
     sq-llava generate-data llava captions_train2017.json --instances instances_train2017.json \
         --model gpt-4o --max-cost 20 --input-price 2.5 --output-price 10 --out runs/coco
 
-As LLaVA's data was made (https://arxiv.org/abs/2304.08485, section 3): the model reads the captions and boxes of an
-image in place of its pixels; for each kind of row there is a system message, a few examples, then the image at hand.
-Wording and examples are this project's, in `sq_llava/generation/prompts/llava`, which can be copied and edited. Kinds
-are drawn by seed and image, by default in LLaVA's shares, 58 : 23 : 77. What is not done: look at the image. What the
-captions get wrong stays wrong.
+This is how LLaVA's data was made (section 3 of https://arxiv.org/abs/2304.08485). Instead of an image, the model reads
+its captions and boxes. Each kind of row has a system message and a few examples, followed by the current image. The
+prompts are this project's own; `sq_llava/generation/prompts/llava` can be copied and edited. The seed and the image
+decide the kind of row, by default in LLaVA's shares, 58 : 23 : 77.
+
+What this does not do: look at an image. Errors in the captions remain in the data.
 """
 
 import hashlib
@@ -18,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sq_llava.generation.prompt_files import read_prompt_file
 from sq_llava.generation.rows import Card, Rejected, make_row, write_output
 from sq_llava.generation.scenes import Box, Scene, read_scenes
 from sq_llava.generation.settings import PROMPTS, LlavaSettings
@@ -29,7 +31,7 @@ from sq_llava.resumable.run_note import check_note, hash_of_file, write_note
 
 
 KINDS = ("conversation", "detail", "reasoning")
-# What must be the same for the answers in a folder to make one set.
+# A run resumes from the answers in its folder only if these are equal.
 IDENTITY = (
     *("kind", "captions_hash", "instances_hash", "prompts_hash", "model", "temperature", "max_tokens", "shares"),
     *("kinds_per_image", "seed", "num_shards"),
@@ -39,7 +41,7 @@ JOURNAL = "answers.jsonl"
 
 @dataclass(frozen=True)
 class Task:
-    """One row to be made: of which image, of which kind; of a detailed description, what is asked."""
+    """A row to be made: its image, its kind, and the request if it is a detailed description."""
 
     id: str
     scene: Scene
@@ -51,10 +53,10 @@ class Task:
 class Prompts:
     """
     Args:
-        systems (`dict`): Kind -> system message.
-        examples (`dict`): Kind -> messages of the worked examples.
+        systems (`dict`): The system message of each kind.
+        examples (`dict`): The messages of the worked examples of each kind.
         questions (`tuple[str, ...]`): Requests for a detailed description.
-        sha256 (`str`): Of all files.
+        sha256 (`str`): Hash of all files of prompts.
     """
 
     systems: Mapping[str, str]
@@ -68,16 +70,10 @@ def read_prompts(folder: Path = PROMPTS / "llava") -> Prompts:
     Reads `<kind>.md`, `detail_questions.txt` and `examples.json` of a folder.
 
     Raises:
-        ValueError: with file, entry and mend, if one is missing or of another form.
+        ValueError: If a file is missing, empty or of another form; with the file and the entry.
     """
-    contents = {}
-    for name in (*(f"{kind}.md" for kind in KINDS), "detail_questions.txt", "examples.json"):
-        path = folder / name
-        if not path.is_file():
-            raise ValueError(f"{path}: no such file. Start from a copy: sq-llava generate-data prompts llava {folder}")
-        contents[name] = path.read_text(encoding="utf-8")
-        if not contents[name].strip():
-            raise ValueError(f"{path}: is empty.")
+    names = (*(f"{kind}.md" for kind in KINDS), "detail_questions.txt", "examples.json")
+    contents = {name: read_prompt_file(folder / name, "llava") for name in names}
     questions = tuple(filter(None, map(str.strip, contents["detail_questions.txt"].splitlines())))
     return Prompts(
         {kind: contents[f"{kind}.md"].strip() for kind in KINDS},
@@ -102,7 +98,7 @@ def _read_examples(content: str, path: Path, questions: tuple[str, ...]) -> dict
                 ]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
-            f"{path}: {error!r}: expected a list of objects with captions (texts), boxes (label and box), "
+            f"{path}: {error!r}. Expected a list of objects with captions (texts), boxes (label and box), "
             "conversation and reasoning (lists of [question, answer]), and detail (a text)."
         ) from error
     return examples
@@ -113,7 +109,7 @@ def _write_turns(turns: Iterable[Turn]) -> str:
 
 
 def describe(scene: Scene, question: str | None = None) -> str:
-    """What the model reads in place of an image."""
+    """What the model reads instead of an image."""
     lines = ["Sentences:", *(f"- {caption}" for caption in scene.captions)]
     if scene.boxes:
         lines += ["", "Objects:"]
@@ -125,10 +121,10 @@ def describe(scene: Scene, question: str | None = None) -> str:
 
 def parse_shares(text: str) -> dict[str, float]:
     """
-    Of `conversation=58,detail=23,reasoning=77`; a kind that is left out is not made.
+    Reads shares such as `conversation=58,detail=23,reasoning=77`. A kind without a share is not made.
 
     Raises:
-        ValueError: if it is something else.
+        ValueError: If the text has another form.
     """
     shares = dict.fromkeys(KINDS, 0.0)
     for part in text.split(","):
@@ -138,18 +134,18 @@ def parse_shares(text: str) -> dict[str, float]:
         except ValueError:
             is_known = False
         if not is_known or not 0 <= shares[kind] < float("inf"):
-            raise ValueError(f"--shares {text}: give such as conversation=58,detail=23,reasoning=77.")
+            raise ValueError(f"--shares {text}: expected, for example, conversation=58,detail=23,reasoning=77.")
     if not any(shares.values()):
-        raise ValueError(f"--shares {text}: one of them must be above 0.")
+        raise ValueError(f"--shares {text}: at least one share must be above 0.")
     return shares
 
 
 def draw_tasks(
     scenes: Iterable[Scene], shares: Mapping[str, float], kinds_per_image: int, prompts: Prompts, seed: int
 ) -> Iterator[Task]:
-    """The rows to be made: of each image, so many different kinds, drawn by seed and image alone."""
+    """The rows to be made: `kinds_per_image` different kinds for each image, drawn by the seed and the image alone."""
     for scene in scenes:
-        # The largest of u ** (1 / share) is a draw in these shares, and the next ones go on without replacement:
+        # Weighted sampling without replacement: the largest values of u ** (1 / share) are the draw.
         # Efraimidis and Spirakis, https://doi.org/10.1016/j.ipl.2005.11.003.
         drawn = {kind: uniform(seed, scene.id, kind) ** (1 / share) for kind, share in shares.items() if share}
         for kind in sorted(drawn, key=drawn.get, reverse=True)[:kinds_per_image]:
@@ -159,7 +155,7 @@ def draw_tasks(
 
 
 def uniform(seed: int, *names: str) -> float:
-    """A number from 0 to 1 that depends on its arguments alone."""
+    """A number from 0 to 1 that depends only on the arguments."""
     digest = hashlib.sha256(json.dumps([seed, *names]).encode()).digest()
     return int.from_bytes(digest[:8], "big") / 2**64
 
@@ -174,8 +170,11 @@ def messages_of(task: Task, prompts: Prompts) -> Messages:
 
 def read_answer(task: Task, text: str) -> tuple[dict[str, Any] | None, list[Rejected]]:
     """
-    The row that the model's text makes, if it makes one, and what of it was left out. A conversation ends before the
-    first turn that breaks a rule: what follows may refer to it.
+    Makes a row from the model's text.
+
+    Returns:
+        The row, or `None` if nothing of the text is usable, and what was left out. A conversation ends before the
+        first turn that breaks a rule, because later turns may refer to that turn.
     """
     text = without_thoughts(text)
     if task.kind == "detail":
@@ -204,10 +203,10 @@ def read_answer(task: Task, text: str) -> tuple[dict[str, Any] | None, list[Reje
 
 def read_tasks(settings: LlavaSettings, prompts: Prompts) -> dict[str, Task]:
     """
-    The rows to be made, by their id.
+    The rows to be made, by their ids.
 
     Raises:
-        ValueError: if captions, boxes or shares are wrong.
+        ValueError: If captions, boxes or shares are wrong.
     """
     shares = parse_shares(settings.shares)
     scenes = settings.shard.take(read_scenes(settings.captions, settings.instances)[: settings.limit])
@@ -215,7 +214,7 @@ def read_tasks(settings: LlavaSettings, prompts: Prompts) -> dict[str, Task]:
 
 
 def estimate(settings: LlavaSettings) -> Estimate:
-    """What it will take to make what is not there yet; nothing is asked or written."""
+    """What the missing rows will cost. Nothing is asked or written."""
     prompts = read_prompts(settings.prompts)
     client = ChatClient(settings.chat, settings.out / settings.shard.name(JOURNAL), reads_only=True)
     requests = (client.request(messages_of(task, prompts)) for task in read_tasks(settings, prompts).values())
@@ -224,7 +223,7 @@ def estimate(settings: LlavaSettings) -> Estimate:
 
 @dataclass(frozen=True)
 class Made:
-    """What a run came to: what was asked, and how many rows all texts that are there make."""
+    """The outcome of a run, and the number of rows that all answers so far make."""
 
     asked: Asked
     num_rows: int
@@ -232,13 +231,14 @@ class Made:
 
 def generate(settings: LlavaSettings, command: str) -> Made:
     """
-    Asks for each row and writes the folder, as far as it comes.
+    Asks for each row, then writes the output folder, also if the run stops early.
 
     Args:
-        command (`str`): For the data card.
+        settings (`LlavaSettings`): Input, server, prompts and output folder.
+        command (`str`): The command, for the data card.
 
     Raises:
-        ValueError: before anything is asked, if the input is wrong, the folder holds another run, or one is under way.
+        ValueError: Before anything is asked, if the input is wrong, the folder holds another run, or a run is active.
     """
     prompts = read_prompts(settings.prompts)
     tasks = read_tasks(settings, prompts)
@@ -256,7 +256,7 @@ def generate(settings: LlavaSettings, command: str) -> Made:
 
 
 def describe_run(settings: LlavaSettings, prompts: Prompts, command: str) -> dict[str, Any]:
-    """What it takes to make the set again."""
+    """Everything that is needed to make the set again."""
     return {
         "kind": "llava",
         "command": command,
@@ -279,14 +279,14 @@ def _card(about: Mapping[str, Any]) -> Card:
     return Card(
         title="Instructions from captions and boxes",
         summary=(
-            "Conversations, detailed descriptions and reasoning about images, written by a language model that read "
-            "captions and boxes in place of the pixels, as for LLaVA (https://arxiv.org/abs/2304.08485)."
+            "Conversations, detailed descriptions and reasoning about images. The language model that wrote them read "
+            "captions and boxes instead of the images, as for LLaVA (https://arxiv.org/abs/2304.08485)."
         ),
         settings=about,
         shares=("kind",),
         not_checked=(
-            "Whether a text is true of its image: nobody and no model looked at one.",
+            "Whether a text is true of its image: neither a person nor a model looked at the images.",
             "Whether the captions and boxes are right.",
-            "Texts for what they offend or stereotype. The rules know English alone.",
+            "Whether a text offends or stereotypes. The rules know only English.",
         ),
     )

@@ -1,11 +1,11 @@
-"""A sheet for a person's check: one HTML file with image, text, and keep or drop; and the decisions read back.
+"""The review page: one HTML file in which a person keeps or drops each text; and the decisions read back.
 
     write_sheet(out / "review.html", entries, title)
     read_decisions(Path("decisions.json"))
 
-The file needs no network and no server: images are in it, small; texts are escaped; a Content-Security-Policy lets the
-one script run and nothing be fetched. What is decided is kept in the browser until "Save decisions" writes a JSON
-file. A decision is about a text: for another text of the same row it does not count.
+The page needs neither a network nor a server. It contains small copies of the images. All texts are escaped. A
+Content-Security-Policy allows only its own script, and no requests. The browser remembers the decisions until "Save
+decisions" writes a JSON file. A decision holds for one text: if the text of a row changes, the decision is void.
 """
 
 import base64
@@ -23,7 +23,7 @@ from PIL import Image
 from sq_llava.data.images import jpeg_data_url
 
 
-# Of the pictures in the sheet: 5,000 of them make about 100 MB.
+# For the images of the page: 5,000 of them take about 100 MB.
 THUMBNAIL_SIDE = 384
 THUMBNAIL_QUALITY = 80
 DECISIONS = ("keep", "drop")
@@ -32,7 +32,7 @@ TEMPLATE = files("sq_llava.generation") / "review_sheet.html"
 
 @dataclass(frozen=True)
 class Entry:
-    """A row to be looked at, its image opened, and what was decided about it before."""
+    """A row to check: its opened image, its text, and an earlier decision."""
 
     id: str
     image: Image.Image
@@ -45,7 +45,7 @@ def hash_of_text(text: str) -> str:
 
 
 def write_sheet(path: Path, entries: Iterable[Entry], title: str) -> None:
-    """Writes the sheet, in one step. Entries are asked for one by one."""
+    """Writes the page in one step. Entries are read one by one, so their images are never all in memory."""
     page = TEMPLATE.read_text(encoding="utf-8")
     script = page.partition("<script>")[2].partition("</script>")[0]
     page = page.replace("SCRIPT_HASH", base64.b64encode(hashlib.sha256(script.encode()).digest()).decode())
@@ -72,43 +72,48 @@ def _entry_html(entry: Entry) -> str:
 
 def read_decisions(path: Path) -> dict[tuple[str, str], str]:
     """
-    What the sheet saved: (id, hash of the text) -> "keep" or "drop".
+    Reads the decisions that the review page saved.
+
+    Returns:
+        (id, hash of the text) -> "keep" or "drop".
 
     Raises:
-        ValueError: if the file is no such JSON: with entry, field and value.
+        ValueError: If the file has another form; with entry, field and value.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise ValueError(f"--decisions {path}: no such file.") from error
     except ValueError as error:
-        raise ValueError(f"--decisions {path}: not JSON ({error}): save it from the sheet anew.") from error
+        raise ValueError(f"--decisions {path}: not JSON ({error}). Save it again from the review page.") from error
     if not isinstance(content, list):
-        raise ValueError(f"--decisions {path}: is {type(content).__name__}: expected the list that the sheet saves.")
+        raise ValueError(f"--decisions {path}: is {type(content).__name__}, expected the list that the page saves.")
     return dict(_decision(entry, f"--decisions {path}, entry {number}") for number, entry in enumerate(content))
 
 
 def _decision(entry: Any, place: str) -> tuple[tuple[str, str], str]:
     if not isinstance(entry, Mapping):
-        raise ValueError(f"{place}: is {entry!r:.100}: expected an object with id, text_hash and decision.")
+        raise ValueError(f"{place}: is {entry!r:.100}, expected an object with id, text_hash and decision.")
     for name in ("id", "text_hash", "decision"):
         if not isinstance(entry.get(name), str):
-            raise ValueError(f"{place}: {name} is {entry.get(name)!r:.100}: expected a text, as the sheet saves it.")
+            raise ValueError(f"{place}: {name} is {entry.get(name)!r:.100}, expected a text, as the page saves it.")
     if entry["decision"] not in DECISIONS:
-        raise ValueError(f"{place}: decision is {entry['decision']!r:.100}: expected {' or '.join(DECISIONS)}.")
+        raise ValueError(f"{place}: decision is {entry['decision']!r:.100}, expected {' or '.join(DECISIONS)}.")
     return (entry["id"], entry["text_hash"]), entry["decision"]
 
 
 def check_decisions(decisions: Iterable[tuple[str, str]], texts: Mapping[str, str], path: Path) -> None:
     """
     Raises:
-        ValueError: for a decision about a row that is not in the sheet, or about another text of it.
+        ValueError: If a decision is about an unknown row, or about an earlier text of a row.
     """
     for id, text_hash in decisions:
         if id not in texts:
-            raise ValueError(f"--decisions {path}: {id!r} is no row of this sheet: save it from this folder's sheet.")
+            raise ValueError(
+                f"--decisions {path}: {id!r} is not on the review page of this folder. Save from that page."
+            )
         if hash_of_text(texts[id]) != text_hash:
             raise ValueError(
-                f"--decisions {path}: the text of {id!r} has changed since it was decided about: look at review.html "
-                "anew, and save again."
+                f"--decisions {path}: the text of {id!r} has changed since the decision. Open review.html, decide "
+                "again and save."
             )

@@ -1,15 +1,15 @@
-"""The folder that `sq-llava generate-data` writes.
+"""The output folder of `sq-llava generate-data`.
 
-OUT/data.jsonl        one row a line: `id`, `messages`, `images`, and what is known of the row; a recipe reads it so
+OUT/data.jsonl        one row per line: `id`, `messages`, `images` and details; a recipe can read it directly
 OUT/llava.json        the same rows in LLaVA's layout
 OUT/rejected.jsonl    what was made and left out: `id`, `step`, `reason`, `text`
 OUT/failures.jsonl    what could not be made: `id`, `error`; the next run tries it again
-OUT/answers.jsonl     the answers that were paid for; a run that was killed resumes from them
-OUT/run.json          what the run is
+OUT/answers.jsonl     paid answers, from which a killed run resumes
+OUT/run.json          the settings of the run
 OUT/README.md         a data card
 
-All but the answers is made anew at the end of each run, each file in one step. With `--shard 2/8` names end in
-`-00001-of-00008`, all shards write into the same folder, and the card counts those that are there.
+Each run rewrites all files but the answers when it ends, each file in one step. With `--shard 2/8`, file names end in
+`-00001-of-00008`. All shards write into the same folder, and the card counts the shards that are there.
 """
 
 import json
@@ -32,7 +32,7 @@ SIZES = ((1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"), (1_000_
 
 @dataclass(frozen=True)
 class Shard:
-    """One of `count` parts of the input: its items `index`, `index + count`, ..."""
+    """One of `count` parts of the input: the items `index`, `index + count`, ..."""
 
     index: int = 0
     count: int = 1
@@ -40,23 +40,23 @@ class Shard:
     @classmethod
     def parse(cls, text: str | None) -> "Shard":
         """
-        Of `i/n`, counted from 1; of `None`, all.
+        Reads `i/n`, counted from 1. `None` is the whole input.
 
         Raises:
-            ValueError: if it is something else.
+            ValueError: If the text has another form.
         """
         if text is None:
             return cls()
         found = re.fullmatch(r"(\d+)/(\d+)", text)
         if not found or not 1 <= int(found[1]) <= int(found[2]):
-            raise ValueError(f"--shard {text}: give i/n, such as 1/8 to 8/8.")
+            raise ValueError(f"--shard {text}: expected i/n, such as 1/8 to 8/8.")
         return cls(int(found[1]) - 1, int(found[2]))
 
     def take(self, items: Sequence[Item]) -> Sequence[Item]:
         return items[self.index :: self.count]
 
     def name(self, file: str) -> str:
-        """`data.jsonl` -> `data-00001-of-00008.jsonl`, if there are several."""
+        """`data.jsonl` -> `data-00001-of-00008.jsonl`, if there are several shards."""
         stem, _, suffix = file.partition(".")
         return file if self.count == 1 else f"{stem}-{self.index:05}-of-{self.count:05}.{suffix}"
 
@@ -64,8 +64,8 @@ class Shard:
 @dataclass(frozen=True)
 class Rejected:
     """
-    What was made and left out: at which step, by which rule (a short name, which is counted), its text, and its scores
-    if it has any.
+    What was made and left out: the step and the rule that left it out, its text, and its scores if there are any. The
+    card counts the rules, so `reason` must not depend on the text.
     """
 
     id: str
@@ -78,12 +78,14 @@ class Rejected:
 @dataclass(frozen=True)
 class Card:
     """
+    What the data card tells.
+
     Args:
-        title (`str`): Of the data set.
-        summary (`str`): What it was made of, and how.
-        settings (`dict`): What it takes to make it again; the command, models and hashes.
-        shares (`Sequence[str]`): Keys of the rows whose values are counted; a list has one for each turn.
-        not_checked (`Sequence[str]`): What a reader may take for granted, but should not.
+        title (`str`): Title of the dataset.
+        summary (`str`): What the dataset was made from, and how.
+        settings (`dict`): Everything that is needed to make it again: the command, models and hashes.
+        shares (`Sequence[str]`): Keys of the rows whose values are counted. A value can be a list, one for each turn.
+        not_checked (`Sequence[str]`): What a reader may wrongly take for granted.
     """
 
     title: str
@@ -95,12 +97,13 @@ class Card:
 
 def make_row(id: str, images: Sequence[str], turns: Iterable[tuple[str, str]], **details: Any) -> dict[str, Any]:
     """
-    A row that `sq_llava/data/rows.py` and TRL read.
+    A row that `sq_llava/data/rows.py` and TRL can read.
 
     Args:
-        images: Paths relative to the image root, in the first question.
-        turns: Questions with their answers.
-        details: What else is known of the row, such as its kind and scores.
+        id (`str`): Id of the row.
+        images (`Sequence[str]`): Paths relative to the image root. The images stand in the first question.
+        turns (`Iterable[tuple[str, str]]`): Questions with their answers.
+        details: Further keys of the row, such as its kind and scores.
     """
     messages = []
     for question, answer in turns:
@@ -113,12 +116,12 @@ def make_row(id: str, images: Sequence[str], turns: Iterable[tuple[str, str]], *
 def require_utf8(path: Path) -> None:
     """
     Raises:
-        ValueError: if the name of a file is no UTF-8: no row could hold it.
+        ValueError: If a file name is not UTF-8, because no row can hold it.
     """
     try:
         str(path).encode()
     except UnicodeEncodeError as error:
-        raise ValueError(f"{str(path)!a}: the name is no UTF-8: rename the file.") from error
+        raise ValueError(f"{str(path)!a}: the file name is not UTF-8. Rename the file.") from error
 
 
 def to_llava(row: Mapping[str, Any]) -> dict[str, Any]:
@@ -141,7 +144,7 @@ def write_output(
     failures: Mapping[str, str],
     card: Card,
 ) -> None:
-    """Makes all files of a shard anew, and the card."""
+    """Rewrites all files of a shard, and the card."""
     out.mkdir(parents=True, exist_ok=True)
     with _new(out, shard.name("data.jsonl")) as data, _new(out, shard.name("llava.json")) as llava:
         separator = "[\n"
@@ -169,7 +172,7 @@ def read_lines(paths: Iterable[Path]) -> Iterator[dict[str, Any]]:
 
 @contextmanager
 def _new(out: Path, name: str) -> Iterator[TextIO]:
-    """A file that has its name once it is whole; several machines write the same one at the same time."""
+    """A file that gets its name when it is complete. Several machines may write the same file at the same time."""
     path = out / f"{name}.{socket.gethostname()}.{os.getpid()}.new"
     try:
         with path.open("w", encoding="utf-8", newline="\n") as file:
@@ -201,22 +204,23 @@ def _card(out: Path, shard: Shard, card: Card) -> str:
         *_front_matter(card, num_rows, shard),
         f"# {card.title}\n",
         f"{card.summary}\n",
-        f"{num_rows:,} rows, {num_turns:,} turns, {len(images):,} images, which are not in here: paths are relative "
-        "to the image root of training.",
+        f"{num_rows:,} rows, {num_turns:,} turns, {len(images):,} images. The images are not in this folder; their "
+        "paths are relative to the image root of training.",
     ]
     if shard.count > 1:
-        lines.append(f"{len(data)} of {shard.count} shards are there.")
+        lines.append(f"{len(data)} of {shard.count} shards are finished.")
     for name, counts in shares.items():
         lines += ["", f"| {name} | number | share |", "|---|---|---|"]
         lines += [f"| {value} | {count:,} | {count / counts.total():.1%} |" for value, count in counts.most_common()]
-    lines += ["", f"Left out: {sum(reasons.values()):,} by the rules below; {num_failures:,} could not be made."]
+    lines += ["", f"Left out: {sum(reasons.values()):,} by the rules below. {num_failures:,} could not be made."]
     if reasons:
         lines += ["", "| step: reason | number |", "|---|---|"]
         lines += [f"| {reason} | {count:,} |" for reason, count in sorted(reasons.items())]
     lines += ["", "## How it was made", ""]
     lines += [f"- {name}: `{value}`" for name, value in card.settings.items()]
     lines += ["", "## What was not checked", ""]
-    lines += [f"- {each}" for each in (*card.not_checked, "Licences: of images, captions, and the models' output.")]
+    licences = "The licences of the images and captions, and the terms for the models' output."
+    lines += [f"- {each}" for each in (*card.not_checked, licences)]
     return "\n".join(lines) + "\n"
 
 

@@ -1,10 +1,12 @@
-"""What people wrote and drew about images: captions and boxes, from COCO's files or JSON lines -> scenes.
+"""Reads captions and boxes that people made: COCO's files or JSON lines -> scenes.
 
-COCO's `captions_*.json`, with `instances_*.json` for the boxes; or one object a line in `.jsonl`:
+COCO's `captions_*.json`, optionally with `instances_*.json` for the boxes; or a `.jsonl` file with one image per line:
 
     {"image": "17.jpg", "captions": ["A dog on a sofa."], "boxes": [{"label": "dog", "box": [0.1, 0.2, 0.55, 0.9]}]}
 
-where `boxes` may be left out, and a box is x1, y1, x2, y2 from 0 to 1. No image is opened here.
+`boxes` is optional. A box is x1, y1, x2, y2 as fractions of the image's size, from 0 to 1.
+
+What this module does not do: open an image.
 """
 
 import json
@@ -16,13 +18,13 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 
-# Of a surrogate pair.
+# Half of a surrogate pair: UTF-8 cannot hold it.
 _HALF = re.compile("[\ud800-\udfff]")
 
 
 @dataclass(frozen=True)
 class Box:
-    """What stands where: x1, y1, x2, y2 from 0 to 1."""
+    """An object in an image: x1, y1, x2, y2 from 0 to 1."""
 
     label: str
     corners: tuple[float, float, float, float]
@@ -30,7 +32,7 @@ class Box:
 
 @dataclass(frozen=True)
 class Scene:
-    """An image by what is known of it."""
+    """What is known about an image."""
 
     id: str
     image: str
@@ -41,15 +43,15 @@ class Scene:
 def read_scenes(captions: Path, instances: Path | None = None) -> list[Scene]:
     """
     Args:
-        captions: COCO's `captions_*.json`, or `.jsonl` of the module's layout.
-        instances: COCO's `instances_*.json`.
+        captions (`Path`): COCO's `captions_*.json`, or a `.jsonl` file as the module's docstring shows it.
+        instances (`Path`, *optional*): COCO's `instances_*.json`.
 
     Raises:
-        ValueError: with file, entry, field, value and mend.
+        ValueError: If the input is wrong; with file, entry, field and value.
     """
     if captions.suffix == ".jsonl":
         if instances is not None:
-            raise ValueError(f"--instances {instances}: {captions} holds its boxes itself. Leave the option out.")
+            raise ValueError(f"--instances {instances}: {captions} holds its own boxes. Leave out the option.")
         scenes = _read_lines(captions)
     else:
         scenes = _read_coco(captions, instances)
@@ -58,9 +60,9 @@ def read_scenes(captions: Path, instances: Path | None = None) -> list[Scene]:
     seen = set()
     for scene in scenes:
         if not _is_text(scene.id):
-            raise ValueError(f"{captions}: the image id {scene.id!r} is empty or no UTF-8: change it.")
+            raise ValueError(f"{captions}: the image id {scene.id!r} is empty or not UTF-8. Change it.")
         if scene.id in seen:
-            raise ValueError(f"{captions}: the image id {scene.id!r} is there twice: give each row its own.")
+            raise ValueError(f"{captions}: two images have the id {scene.id!r}. Give each image its own id.")
         seen.add(scene.id)
     return scenes
 
@@ -75,37 +77,26 @@ def _read_lines(path: Path) -> list[Scene]:
             try:
                 row = json.loads(line)
             except ValueError as error:
-                raise ValueError(f"{place}: cannot be read as JSON: {error}. Mend the line.") from error
-            if not isinstance(row, dict):
-                raise ValueError(f"{place}: is {row!r:.100}: expected an object with image, captions and boxes.")
+                raise ValueError(f"{place}: cannot be read as JSON: {error}. Correct the line.") from error
+            _require(isinstance(row, dict), place, row, "an object with image, captions and boxes")
             image = _image(row.get("image"), place, "image")
-            captions = row.get("captions")
-            if not isinstance(captions, list) or not captions or not all(map(_is_text, captions)):
-                raise ValueError(f"{place}: captions is {captions!r:.100}: expected a list of texts in UTF-8.")
-            boxes = row.get("boxes", [])
-            if not isinstance(boxes, list):
-                raise ValueError(f"{place}: boxes is {boxes!r:.100}: expected a list.")
-            scenes.append(
-                Scene(
-                    str(row.get("id", PurePosixPath(image).with_suffix(""))),
-                    image,
-                    tuple(caption.strip() for caption in captions),
-                    tuple(_box(box, place) for box in boxes),
-                )
-            )
+            captions, boxes = row.get("captions"), row.get("boxes", [])
+            are_texts = isinstance(captions, list) and captions and all(map(_is_text, captions))
+            _require(are_texts, f"{place}: captions", captions, "a list of texts in UTF-8")
+            _require(isinstance(boxes, list), f"{place}: boxes", boxes, "a list")
+            id = str(row.get("id", PurePosixPath(image).with_suffix("")))
+            captions = tuple(caption.strip() for caption in captions)
+            scenes.append(Scene(id, image, captions, tuple(_box(box, place) for box in boxes)))
     return scenes
 
 
 def _box(box: Any, place: str) -> Box:
     label, corners = (box.get("label"), box.get("box")) if isinstance(box, dict) else (None, None)
     is_right = _is_text(label) and isinstance(corners, list) and len(corners) == 4
-    if not is_right or not all(isinstance(edge, int | float) and 0 <= edge <= 1 for edge in corners):
-        raise ValueError(
-            f'{place}: a box is {box!r:.150}: expected {{"label": ..., "box": [x1, y1, x2, y2]}} with numbers from 0 '
-            "to 1."
-        )
-    if corners[0] > corners[2] or corners[1] > corners[3]:
-        raise ValueError(f"{place}: the box of {label!r} is {corners}: expected x1 <= x2 and y1 <= y2.")
+    is_right = is_right and all(isinstance(edge, int | float) and 0 <= edge <= 1 for edge in corners)
+    _require(is_right, f"{place}: a box", box, '{"label": ..., "box": [x1, y1, x2, y2]} with numbers from 0 to 1')
+    is_ordered = corners[0] <= corners[2] and corners[1] <= corners[3]
+    _require(is_ordered, f"{place}: the box of {label!r}", corners, "x1 <= x2 and y1 <= y2")
     return Box(label, tuple(map(float, corners)))
 
 
@@ -113,61 +104,50 @@ def _read_coco(captions: Path, instances: Path | None) -> list[Scene]:
     with_captions = _load(captions, ("images", "annotations"))
     texts: dict[Any, list[str]] = {}
     for number, each in enumerate(with_captions["annotations"]):
-        if not isinstance(each, dict) or not _is_id(each.get("image_id")) or not _is_text(each.get("caption")):
-            raise ValueError(
-                f"{captions}, annotations[{number}]: is {each!r:.150}: expected image_id and caption, as in COCO's "
-                "captions_*.json."
-            )
+        is_right = isinstance(each, dict) and _is_id(each.get("image_id")) and _is_text(each.get("caption"))
+        expected = "image_id and caption, as in COCO's captions_*.json"
+        _require(is_right, f"{captions}, annotations[{number}]", each, expected)
         texts.setdefault(each["image_id"], []).append(each["caption"].strip())
     boxes = _coco_boxes(instances) if instances is not None else {}
     scenes = []
     for number, image in enumerate(with_captions["images"]):
         place = f"{captions}, images[{number}]"
-        if not isinstance(image, dict) or not _is_id(image.get("id")):
-            raise ValueError(f"{place}: is {image!r:.150}: expected id and file_name.")
+        _require(isinstance(image, dict) and _is_id(image.get("id")), place, image, "id and file_name")
         if image["id"] not in texts:
             continue
         name = _image(image.get("file_name"), place, "file_name")
         of_image = boxes.get(image["id"], [])
         size = (image.get("width"), image.get("height"))
-        if of_image and not all(isinstance(side, int) and side > 0 for side in size):
-            raise ValueError(f"{place}: width and height are {size}: expected the size in pixels, for the boxes.")
-        scenes.append(
-            Scene(
-                str(image["id"]), name, tuple(texts[image["id"]]), tuple(_from_pixels(*box, *size) for box in of_image)
-            )
-        )
+        has_size = all(isinstance(side, int) and side > 0 for side in size)
+        _require(has_size or not of_image, f"{place}: width and height", size, "the size in pixels, which boxes need")
+        boxes_of_image = tuple(_from_pixels(*box, *size) for box in of_image)
+        scenes.append(Scene(str(image["id"]), name, tuple(texts[image["id"]]), boxes_of_image))
     return scenes
 
 
 def _coco_boxes(path: Path) -> dict[Any, list[tuple[str, list[float]]]]:
-    """Labels and boxes in pixels (left, top, width, height) of each image."""
+    """The labels and boxes of each image, in pixels: left, top, width, height."""
     content = _load(path, ("annotations", "categories"))
     label_of = {}
     for number, each in enumerate(content["categories"]):
-        if not isinstance(each, dict) or not _is_id(each.get("id")) or not _is_text(each.get("name")):
-            raise ValueError(
-                f"{path}, categories[{number}]: is {each!r:.150}: expected id and name, as in COCO's instances_*.json."
-            )
+        is_right = isinstance(each, dict) and _is_id(each.get("id")) and _is_text(each.get("name"))
+        _require(is_right, f"{path}, categories[{number}]", each, "id and name, as in COCO's instances_*.json")
         label_of[each["id"]] = each["name"]
     boxes: dict[Any, list] = {}
     for number, each in enumerate(content["annotations"]):
         place = f"{path}, annotations[{number}]"
         ids = [each.get(name) for name in ("image_id", "category_id")] if isinstance(each, dict) else [None]
-        if not all(map(_is_id, ids)) or ids[1] not in label_of:
-            raise ValueError(
-                f"{place}: is {each!r:.150}: expected image_id, bbox and a category_id that categories has, as in "
-                "COCO's instances_*.json."
-            )
+        expected = "image_id, bbox, and a category_id that is in categories, as in COCO's instances_*.json"
+        _require(all(map(_is_id, ids)) and ids[1] in label_of, place, each, expected)
         box = each.get("bbox")
-        if not isinstance(box, list) or len(box) != 4 or not all(map(_is_number, box)) or min(box[2:]) < 0:
-            raise ValueError(f"{place}: bbox is {box!r:.100}: expected left, top, width and height in pixels.")
+        is_right = isinstance(box, list) and len(box) == 4 and all(map(_is_number, box)) and min(box[2:]) >= 0
+        _require(is_right, f"{place}: bbox", box, "left, top, width and height in pixels")
         boxes.setdefault(each["image_id"], []).append((label_of[each["category_id"]], box))
     return boxes
 
 
 def _from_pixels(label: str, box: list[float], width: int, height: int) -> Box:
-    """Of COCO's left, top, width and height; some of its boxes leave their image by a fraction of a pixel."""
+    """From COCO's left, top, width and height. Some of COCO's boxes exceed their image by a fraction of a pixel."""
     left, top, *size = box
     corners = (left / width, top / height, (left + size[0]) / width, (top + size[1]) / height)
     return Box(label, tuple(min(max(edge, 0.0), 1.0) for edge in corners))
@@ -180,21 +160,25 @@ def _load(path: Path, fields: tuple[str, ...]) -> Mapping[str, Any]:
         raise ValueError(f"{path}: cannot be read as JSON: {error}.") from error
     for name in fields:
         if not isinstance(content, dict) or not isinstance(content.get(name), list):
-            raise ValueError(f"{path}: has no list {name!r}: expected a file as COCO has it, or one named .jsonl.")
+            raise ValueError(f"{path}: has no list {name!r}. Expected a file in COCO's layout, or a .jsonl file.")
     return content
 
 
 def _image(name: Any, place: str, field: str) -> str:
     path = PurePosixPath(name) if _is_text(name) else None
-    if path is None or path.is_absolute() or ".." in path.parts or "\\" in name or "://" in name:
-        raise ValueError(
-            f"{place}: {field} is {name!r:.150}: expected a path in UTF-8 that stays inside of the image root."
-        )
+    is_inside = path is not None and not path.is_absolute() and ".." not in path.parts
+    is_right = is_inside and "\\" not in name and "://" not in name
+    _require(is_right, f"{place}: {field}", name, "a path in UTF-8 that stays inside the image root")
     return name
 
 
+def _require(is_right: Any, place: str, value: Any, expected: str) -> None:
+    if not is_right:
+        raise ValueError(f"{place} is {value!r:.150}, expected {expected}.")
+
+
 def _is_text(value: Any) -> bool:
-    """Not so a text with half a surrogate pair, as of a file name that is no UTF-8: it could not be written."""
+    """A text that is not blank and can be written as UTF-8. A file name that is not UTF-8 has half surrogate pairs."""
     return isinstance(value, str) and bool(value.strip()) and not _HALF.search(value)
 
 

@@ -1,10 +1,10 @@
-"""Scores of what a model asked and answered itself: how sure it was, what a blank image changes, what a CLIP says.
+"""Scores of self-generated turns: how sure the model was, what a blank image changes, and what a CLIP says.
 
-The turns of each picture are one batch, with the picture and with a blank one, so the scores are the same to the last
-bit however often a run was resumed. They are written beside what was asked:
+The turns of a picture are one batch, with the picture and with a blank one. So the scores are equal to the last bit,
+however often a run was resumed. They are written beside the questions and answers:
 
     FOLDER/scored-*.jsonl         log-probabilities of the answers, and their lengths
-    FOLDER/clip-<hash>-*.jsonl    CLIPScores by the CLIP of that hash
+    FOLDER/clip-<hash>-*.jsonl    CLIPScores by the CLIP model with that hash
 """
 
 from collections.abc import Callable, Sequence
@@ -23,7 +23,7 @@ from sq_llava.resumable.resume import run_resumable
 from sq_llava.training.collator import SelfQuestioningCollator
 
 
-# Of CLIPScore (Hessel et al. 2021, https://arxiv.org/abs/2104.08718): 2.5 * max(cosine, 0).
+# CLIPScore is 2.5 * max(cosine, 0): Hessel et al. 2021, https://arxiv.org/abs/2104.08718.
 CLIP_SCORE_WEIGHT = 2.5
 NUM_DIGITS = 4
 
@@ -36,10 +36,13 @@ def score_each(
     score: Callable[[Picture, dict[str, Any]], dict[str, Any]],
 ) -> list[dict[str, Any]]:
     """
-    Scores what was asked about each picture, over processes, resumed from what `folder` holds.
+    Scores the questions and answers about each picture, on all processes, resumed from the lines in `folder`.
 
     Args:
-        asked: For each picture, as of `ask_about`; what failed there is not scored.
+        folder (`Path`): Folder of the lines.
+        stem (`str`): First part of their file names.
+        pictures (`Sequence[Picture]`): The pictures.
+        asked (`Sequence[dict]`): For each picture, the line of `ask_about`. A line with an `error` is not scored.
         score (`Callable`): Gives the scores of a picture.
 
     Returns:
@@ -57,8 +60,11 @@ def score_each(
 
 def score_answers(assistant: Assistant, picture: Picture, asked: dict[str, Any]) -> dict[str, list]:
     """
-    Of each answer: `log_probability`, the mean of its tokens; `blank_log_probability`, with a blank image; and
-    `num_tokens`. The end of the turn is one of the tokens.
+    Scores the answers about a picture.
+
+    Returns:
+        `log_probability` (the mean over an answer's tokens, in nats), `blank_log_probability` (the same with a blank
+        image) and `num_tokens`; each is a list with an entry per answer. The end of the turn is one of the tokens.
     """
     image = open_image(picture.image)
     turns = list(zip(asked["questions"], asked["answers"], strict=True))
@@ -76,10 +82,11 @@ def mean_log_probabilities(
     assistant: Assistant, turns: Sequence[tuple[Image.Image, str, str]]
 ) -> tuple[list[float], list[int]]:
     """
-    The mean log-probability of each answer's tokens, its end included, and how many these are.
+    The mean log-probability of each answer's tokens in nats, and their number. The end of the turn is one of them.
 
     Args:
-        turns: Image, question and answer. An image that stands in several goes through the tower once.
+        assistant (`Assistant`): Model and processor.
+        turns (`Sequence`): Image, question and answer. The vision tower encodes an image once, even in several turns.
     """
     collator = SelfQuestioningCollator(assistant.processor, self_question_ratio=0.0)
     batch = collator([_row(number, *turn) for number, turn in enumerate(turns)])
@@ -87,7 +94,7 @@ def mean_log_probabilities(
     inputs = {name: torch.as_tensor(value).to(assistant.model.device) for name, value in inputs.items()}
     labels = batch["labels"][:, 1:].to(assistant.model.device)
     spoken = labels != IGNORE_INDEX
-    # With a large vocabulary, the logits of all positions would need more memory than everything else.
+    # Logits of all positions would need more memory than everything else if the vocabulary is large.
     logits = assistant.model(**inputs, positions_to_keep=F.pad(spoken, (0, 1)), use_cache=False).logits.float()
     losses = F.cross_entropy(logits, labels[spoken], reduction="none")
     num_tokens = spoken.sum(dim=1).tolist()
@@ -103,7 +110,7 @@ def _row(number: int, image: Image.Image, question: str, answer: str) -> dict[st
 
 
 def score_with_clip(scorer: ClipScorer, picture: Picture, asked: dict[str, Any]) -> dict[str, list[float]]:
-    """`clip_score` of each turn: CLIPScore of the picture and its question and answer."""
+    """The CLIPScore of the picture with the question and answer of each turn."""
     texts = [f"{question} {answer}" for question, answer in zip(asked["questions"], asked["answers"], strict=True)]
     cosines = scorer.cosines([open_image(picture.image)], texts).squeeze(1).tolist()
     return {"clip_score": [round(CLIP_SCORE_WEIGHT * max(cosine, 0.0), NUM_DIGITS) for cosine in cosines]}

@@ -1,16 +1,17 @@
-"""`sq-llava generate-data self`: a model asks about images without labels, answers, and what passes filters is data.
+"""`sq-llava generate-data self`: a model asks and answers questions about plain images; what passes filters is data.
 
     sq-llava generate-data self photos --model runs/demo/model -n 8 --out runs/self
 
-The model asks n questions about each image and answers them, with the image and with a blank one; its answers are
-scored (`scoring.py`), turns are filtered (`filters.py`), and judged if a judge is named (`judging.py`). What is left
-of an image is a conversation, with the scores of each turn. Beside the files of every way of making data:
+The model asks n questions about each image and answers each of them twice: with the image, and with a blank one. The
+answers are scored (`scoring.py`) and the turns filtered (`filters.py`); a judge can check the rest (`judging.py`). The
+kept turns of an image become one conversation, with the scores of each turn. Besides the usual files of made data:
 
-    OUT/asked-*.jsonl, scored-*.jsonl, clip-*.jsonl    what the models gave for each image, as it came
+    OUT/asked-*.jsonl, scored-*.jsonl, clip-*.jsonl    what the models gave for each image
 
-These and the judge's answers are all the state there is: a run that was killed resumes from them, and the same command
-with other filters makes the set anew without a model. With `--shard i/n`, the filters that look at a whole set see one
-shard. What it does not do: know whether an answer is right.
+These files and the judge's answers are the only state. A run that was killed resumes from them. The same command with
+other filters makes the set again without a model. With `--shard i/n`, each shard is filtered as a set of its own.
+
+What this does not do: know whether an answer is right.
 """
 
 import hashlib
@@ -38,21 +39,21 @@ from sq_llava.resumable.run_note import command_line
 from sq_llava.stopping import INTERRUPTED
 
 
-# What must be equal for a run to resume from what the models gave.
+# A run resumes from the lines in its folder only if these are equal.
 IDENTITY = ("model_hash", "ask", "dtype", "num_shards")
-# Of an image's content, in its id and for its own draws.
+# Length of the hash of an image's content, which is in its id and seeds its draws.
 DIGEST_LETTERS = 12
 NOT_CHECKED = (
-    "Whether the answers are right: they are the model's own; a confident mistake passes the filters.",
-    "Whether what the model asks about is what matters in an image.",
+    "Whether the answers are right. They are the model's own, and a confident mistake passes the filters.",
+    "Whether the questions are about what matters in an image.",
 )
 
 
 @dataclass(frozen=True)
 class Made:
     """
-    What a run made; `left_out` counts turns by the filter, `num_open` images or turns that were not reached before
-    the run was stopped.
+    Counts of a run. `left_out` counts turns by filter and rule. `num_open` images or turns were not reached before the
+    run stopped.
     """
 
     num_images: int
@@ -67,12 +68,17 @@ class Made:
 
 def generate(run: SelfGeneration) -> Made | None:
     """
-    Asks, scores, filters and judges; writes `run.out`. On several processes (torchrun) the first one returns what was
-    made, the others `None`.
+    Asks, scores, filters and judges, then writes `run.out`.
+
+    Args:
+        run (`SelfGeneration`): Settings of the run.
+
+    Returns:
+        What was made. On several processes (torchrun), only the first one returns it; the others return `None`.
 
     Raises:
-        ValueError: before a model is loaded, if there are no images, one stands in a table or outside of the root,
-            or the folder holds another run.
+        ValueError: Before a model is loaded, if there are no images, if an image is inside of a table or outside of
+            the image root, or if the folder holds another run.
     """
     state, device = join_processes(run.device)
     pictures = read_images(run)
@@ -99,24 +105,24 @@ def generate(run: SelfGeneration) -> Made | None:
 
 def read_images(run: SelfGeneration) -> list[Picture]:
     """
-    The images of this shard. An image's id is its path in the image root with a hash of its content: what was asked
-    about another image is not taken over. Its draws follow from its content alone, in any order and shard.
+    The images of this shard. The id of an image is its path in the image root and a hash of its content, so lines
+    about an older version of the image are not used. Its draws depend only on its content, not on order or shard.
 
     Raises:
-        ValueError: if there are none, or one stands in a table or leaves the image root.
+        ValueError: If there are no images, or an image is inside of a table or outside of the image root.
     """
     root = root_of(run)
     pictures = []
     for picture in run.shard.take(read_pictures(run.images, run.image_root)[: run.limit]):
         if isinstance(picture.image, dict):
-            raise ValueError(f"{run.images}, {picture.id}: the image stands in the table: save it as a file.")
+            raise ValueError(f"{run.images}, {picture.id}: the image is inside of the table. Save it as a file.")
         path = Path(picture.image)
-        if isinstance(picture.image, Path):  # of a folder; in a data set's row, it stands in the resolved root
+        if isinstance(picture.image, Path):  # it comes from a folder; a dataset's row has a path in the resolved root
             path = Path(run.images).resolve() / path.name
         require_utf8(path)
         if not path.is_relative_to(root) or not path.resolve().is_relative_to(root):
-            raise ValueError(f"{run.images}: {path} leaves the image root {root}: copy it there.")
-        content = path.read_bytes() if path.is_file() else b""  # it will be recorded as failed
+            raise ValueError(f"{run.images}: {path} leaves the image root {root}. Copy the image into it.")
+        content = path.read_bytes() if path.is_file() else b""  # a missing file is recorded as failed later
         digest = hashlib.sha256(content).hexdigest()[:DIGEST_LETTERS]
         id = f"{path.relative_to(root).as_posix()}@{digest}"
         pictures.append(replace(picture, id=id, image=path, number=int(digest, 16)))
@@ -129,12 +135,12 @@ def root_of(run: SelfGeneration) -> Path:
 
 
 def path_of(picture_id: str) -> str:
-    """The path in the image root."""
+    """The image's path in the image root."""
     return picture_id.rpartition("@")[0]
 
 
 def describe(run: SelfGeneration) -> dict[str, Any]:
-    """What it takes to repeat the run."""
+    """Everything that is needed to repeat the run."""
     return {
         "kind": "self",
         "num_shards": run.shard.count,
@@ -152,12 +158,12 @@ def describe(run: SelfGeneration) -> dict[str, Any]:
 
 @cache
 def clip_stem(run: SelfGeneration) -> str:
-    """Of the lines with the scores of this CLIP; one with other weights has its own."""
+    """First part of the names of the files with this CLIP model's scores. Other weights give other files."""
     return f"clip-{hash_of_model(run.clip)[:DIGEST_LETTERS]}"
 
 
 def ask_and_score(run: SelfGeneration, pictures: Sequence[Picture], device: str) -> None:
-    """Adds the lines that are missing in the folder. A model is loaded only if lines of it are missing."""
+    """Adds the missing lines to the folder. A model is loaded only if some of its lines are missing."""
     ids = [picture.id for picture in pictures]
     asked, scored = (read_lines(run.progress, stem, ids) for stem in ("asked", "scored"))
     if len(asked) < len(ids) or len(scored) < len(ids):
@@ -174,7 +180,12 @@ def ask_and_score(run: SelfGeneration, pictures: Sequence[Picture], device: str)
 def read_work(
     run: SelfGeneration, pictures: Sequence[Picture]
 ) -> tuple[dict[str, list[dict[str, Any]]], dict[str, str], int]:
-    """By their ids the images' lines, what was asked and its scores; the errors of others; how many have neither."""
+    """
+    Reads the lines of all models.
+
+    Returns:
+        Image id -> its lines (asked, scored, CLIP); path -> error for images that failed; the number of other images.
+    """
     ids = [picture.id for picture in pictures]
     stems = ["asked", "scored", *([] if run.clip is None else [clip_stem(run)])]
     found = [read_lines(run.progress, stem, ids, with_failed=True) for stem in stems]
@@ -202,7 +213,7 @@ def as_turns(run: SelfGeneration, lines: dict[str, list[dict[str, Any]]]) -> lis
                     blank_answer=asked["blank_answers"][number],
                     log_probability=scored["log_probability"][number],
                     blank_log_probability=scored["blank_log_probability"][number],
-                    # The end of the turn, which is not generated then, is one token more.
+                    # If the limit cuts the answer off, the end of the turn is one token more than was generated.
                     is_cut=scored["num_tokens"][number] > run.ask.max_new_tokens,
                     clip_score=clip[0]["clip_score"][number] if clip else None,
                 )
@@ -221,7 +232,7 @@ def exhibits_of(run: SelfGeneration, outcomes: Sequence[Outcome]) -> dict[str, E
 
 
 def judge(run: SelfGeneration, client: ChatClient, outcomes: Sequence[Outcome]) -> tuple[list[Outcome], Asked]:
-    """The outcomes after the judge, without the turns that it did not reach."""
+    """The outcomes after the judge. Turns that the judge did not reach are missing."""
     asked = judge_turns(client, read_prompt(run.prompts), exhibits_of(run, outcomes))
     judged = []
     for outcome in outcomes:
@@ -241,7 +252,7 @@ def write(
     failures: dict[str, str],
     about: dict[str, Any],
 ) -> Made:
-    """Writes the rows, what was left out and why, and the card."""
+    """Writes the rows, the rejected turns, the failures and the card."""
     of_picture: dict[str, list[Outcome]] = {}
     rejected = []
     for outcome in outcomes:
@@ -262,7 +273,7 @@ def write(
 
 
 def as_row(outcomes: Sequence[Outcome]) -> dict[str, Any]:
-    """The conversation about an image."""
+    """The conversation about one image."""
     picture = outcomes[0].turn.picture
     turns = [(outcome.turn.question, outcome.turn.answer) for outcome in outcomes]
     scores = [outcome.scores for outcome in outcomes]
@@ -271,19 +282,22 @@ def as_row(outcomes: Sequence[Outcome]) -> dict[str, Any]:
 
 def as_card(about: dict[str, Any]) -> Card:
     summary = (
-        f"Questions and answers about images without labels, all by {about['model']}: it asked, it answered, and what "
-        "passed the filters below is here, with the scores of each turn."
+        f"Questions and answers about plain images. {about['model']} asked and answered them. The turns that passed "
+        "the filters below are here, with the scores of each turn."
     )
     settings = {name: value for name, value in about.items() if name not in ("kind", "filters", "ask")}
     settings |= {f"ask, {name}": value for name, value in about["ask"].items()}
     settings |= {f"filter, {name}": value for name, value in about["filters"].items()}
-    return Card("Images that a model asked itself about", summary, settings, ["types"], NOT_CHECKED)
+    return Card("Questions that a model asked and answered itself", summary, settings, ["types"], NOT_CHECKED)
 
 
 def estimate(run: SelfGeneration) -> tuple[int, int, Estimate | None]:
     """
-    Images, those that are still to be asked about, and what a judge would cost: of the turns that the filters leave,
-    as far as they are known, else of all that can be asked.
+    Counts the images and what a judge would cost.
+
+    Returns:
+        The number of images, the number of images to ask about, and an estimate for the judge. The estimate covers the
+        turns that pass the filters; for images without lines, every turn that can be asked.
     """
     pictures = read_images(run)
     lines = read_work(run, pictures)[0] if run.progress.is_dir() else {}
@@ -296,7 +310,7 @@ def estimate(run: SelfGeneration) -> tuple[int, int, Estimate | None]:
         request for request in first_requests(client, prompt, known) if client.journal.get(request.key) is None
     ]
     left = [picture for picture in pictures if picture.id not in lines]
-    if left:  # what will be asked is not known, but how long it can be
+    if left:  # the questions are unknown, but their maximum length is known
         longest = "x" * BYTES_PER_TOKEN * run.ask.max_new_tokens
         [request] = first_requests(client, prompt, {"": Exhibit(left[0].image, longest, longest)})
         requests += [request] * (len(left) * run.ask.num_questions)

@@ -1,4 +1,4 @@
-"""What making data is asked for. The fields are options of the commands, so nothing large is imported here.
+"""Settings of the ways of making data. The fields are command options, so this module imports nothing slow.
 
 >>> FilterSettings(min_log_probability=-0.5)
 """
@@ -16,14 +16,18 @@ from sq_llava.llm_client.settings import ChatSettings
 
 
 PROMPTS = files("sq_llava.generation") / "prompts"
-# What "needs the image" is asked of: of this very turn, of its question about any image of the set, of nothing.
+# What must change without the image: the answer of every turn, one answer to the same question, nothing.
 BLANK_TESTS = ("turn", "question", "off")
 
-Out = Annotated[Path, Option(help="Folder to write. The same command resumes a run that was stopped.")]
-Limit = Annotated[int | None, Option(min=1, help="Use only the first N of the input.")]
+Out = Annotated[Path, Option(help="Output folder. The same command resumes a run that was stopped.")]
+Limit = Annotated[int | None, Option(min=1, help="Use only the first N images or captions.")]
 Seed = Annotated[int, Option(help="Random seed.")]
 PromptFolder = Annotated[
-    Path, Option(help="Folder of prompts; start from a copy: generate-data prompts.", show_default="the library's")
+    Path,
+    Option(
+        help="Folder of prompts. Copy the library's with: sq-llava generate-data prompts.",
+        show_default="the library's",
+    ),
 ]
 
 
@@ -31,20 +35,21 @@ PromptFolder = Annotated[
 class LlavaSettings:
     """
     Args:
-        captions, instances (`Path`): As of [`read_scenes`].
-        chat (`ChatSettings`): Whom to ask.
-        prompts (`Path`): Folder of [`read_prompts`].
-        shares (`str`): Of the kinds, as of [`parse_shares`]; the default are thousands of rows in LLaVA's set.
-        shard (`Shard`): The part of the images.
+        captions, instances (`Path`): Files that [`read_scenes`] reads.
+        chat (`ChatSettings`): The server and the caps.
+        prompts (`Path`): Folder that `read_prompts` in `llava.py` reads.
+        shares (`str`): Shares of the kinds of rows, as [`parse_shares`] reads them. LLaVA's set has 58, 23 and 77
+            thousand rows.
+        shard (`Shard`): The part of the images to work on.
     """
 
-    captions: Annotated[Path, Argument(help="COCO's captions_*.json, or .jsonl: image, captions, boxes.")]
-    instances: Annotated[Path | None, Option(help="COCO's instances_*.json, for the boxes.")]
+    captions: Annotated[Path, Argument(help="COCO's captions_*.json, or a .jsonl file with image, captions, boxes.")]
+    instances: Annotated[Path | None, Option(help="COCO's instances_*.json with the boxes.")]
     out: Out
     chat: ChatSettings
     prompts: PromptFolder = PROMPTS / "llava"
     shares: Annotated[str, Option(help="Shares of the kinds of rows.")] = "conversation=58,detail=23,reasoning=77"
-    kinds_per_image: Annotated[int, Option(min=1, max=3, help="Rows for each image, of different kinds.")] = 1
+    kinds_per_image: Annotated[int, Option(min=1, max=3, help="Rows per image, each of a different kind.")] = 1
     limit: Limit = None
     seed: Seed = 0
     shard: Shard = field(default_factory=Shard)
@@ -54,33 +59,37 @@ class LlavaSettings:
 class CaptionSettings:
     """
     Args:
-        captions (`Path`): As of [`CaptionFile`].
-        image_root (`Path`): What the paths of images are relative to, and stay inside of.
-        prompts (`Path`): Folder with `instructions.txt`, one a line.
+        captions (`Path`): File that [`CaptionFile`] reads.
+        image_root (`Path`): Folder that image paths are relative to. No path may leave it.
+        prompts (`Path`): Folder with `instructions.txt`, one instruction per line.
     """
 
-    captions: Annotated[Path, Argument(help=".json, .jsonl, .csv or .tsv with image, caption (and id) in a row.")]
+    captions: Annotated[
+        Path, Argument(help="A .json, .jsonl, .csv or .tsv file. A row has image, caption, optionally id.")
+    ]
     image_root: Annotated[Path, Option(help="Folder that image paths are relative to.")]
     out: Out
-    spacy_model: Annotated[str, Option(help="spaCy pipeline with a parser: name or folder. None is downloaded.")]
+    spacy_model: Annotated[
+        str, Option(help="spaCy pipeline with a parser: an installed name, or a folder. Nothing is downloaded.")
+    ]
     prompts: PromptFolder = PROMPTS / "captions"
     limit: Limit = None
     seed: Seed = 0
     shard: Shard = field(default_factory=Shard)
-    num_proc: Annotated[int, Option(min=1, help="Number of processes of spaCy.")] = 1
+    num_proc: Annotated[int, Option(min=1, help="Number of spaCy processes.")] = 1
 
 
 @dataclass(frozen=True)
 class CurateSettings:
     """
     Args:
-        images (`Path`): A folder, with those below it; the image root.
-        decisions (`Path`, *optional*): What a person decided on the review sheet.
+        images (`Path`): Folder of images, searched with its subfolders. It is the image root of the rows.
+        decisions (`Path`, *optional*): The decisions of a person, saved from the review page.
     """
 
-    images: Annotated[Path, Argument(help="Folder of images, with those below it.")]
+    images: Annotated[Path, Argument(help="Folder of images; subfolders are searched too.")]
     out: Out
-    decisions: Annotated[Path | None, Option(help="The file that was saved from the review sheet.")] = None
+    decisions: Annotated[Path | None, Option(help="decisions.json, as saved from the review page.")] = None
     limit: Limit = None
     seed: Seed = 0
     shard: Shard = field(default_factory=Shard)
@@ -88,11 +97,11 @@ class CurateSettings:
 
 @dataclass(frozen=True)
 class DescribeSettings:
-    """How a model of this library describes; `max_new_tokens` are those of a description, and of its continuation."""
+    """How a model of this library describes images. Description and continuation have up to `max_new_tokens` each."""
 
-    short: Annotated[int, Option(min=0, help="Continue descriptions of at most N tokens.")] = 80
-    max_new_tokens: Annotated[int, Option(min=1, help="Maximum length of an answer of --describer, in tokens.")] = 512
-    batch_size: Annotated[int, Option(min=1, help="Number of images at a time, for --describer.")] = 8
+    short: Annotated[int, Option(min=0, help="Continue a description that has at most N tokens.")] = 80
+    max_new_tokens: Annotated[int, Option(min=1, help="Maximum tokens of an answer of --describer.")] = 512
+    batch_size: Annotated[int, Option(min=1, help="Batch size of --describer.")] = 8
     device: Device = None
     dtype: Dtype = "auto"
 
@@ -100,41 +109,48 @@ class DescribeSettings:
 @dataclass(frozen=True)
 class FilterSettings:
     """
-    What a turn must be to be kept; `None` switches a filter off.
+    Conditions that a turn must meet to be kept. `None` switches a filter off.
 
     Args:
-        blank_test (`str`): `"turn"`: its answer must change when the image is blanked. `"question"`: that of its
-            question must, about one image of the set at least: else "no" to "is there a dog?" is lost where there is
-            none, as a blank image gets the same answer. What is left then may say "yes" to everything, and cost more
-            than all false answers do (benchmarks/results/self_training.md). `"off"`: no test.
-        min_log_probability (`float`): A high one leaves true answers, but can leave "no" alone of a weak model's: look
-            at the shares.
-        max_overlap (`float`): Of words and pairs of words, the share that the two questions have in common.
-        max_repeats (`int`): LLaVA has such a cap for phrases.
-        max_per_type, balance_yes_no: The turns that are kept are drawn by `seed`.
+        blank_test (`str`): `"turn"` keeps a turn only if its answer changes when the image is blanked. `"question"`
+            keeps all turns of a question whose answer changes for at least one image of the set. `"off"` keeps all.
+            With `"turn"`, a right "no" to "is there a dog?" is lost, because a blank image gives "no" too. A model
+            trained on the rest may answer "yes" to everything, which costs more than all wrong answers do
+            (benchmarks/results/self_training.md).
+        min_log_probability (`float`): A high value keeps true answers. With a weak model, it can keep "no" alone:
+            check the shares in the data card.
+        max_overlap (`float`): Highest Jaccard index of the words and word pairs of two questions about one image.
+        max_repeats (`int`): Cap on equal questions, like LLaVA's cap on phrases.
+        max_per_type, balance_yes_no: `seed` decides which turns are kept.
     """
 
     blank_test: Annotated[
-        str, Option(help="turn: a blank image must change its answer; question: of one image at least; off.")
+        str,
+        Option(
+            help="What must change with a blank image. turn: the turn's answer; question: an answer to this question "
+            "about any image; off: nothing."
+        ),
     ] = "question"
     min_drop: Annotated[
-        float, Option(help="Log-probability per token that an answer must lose with a blank image, in the same test.")
+        float,
+        Option(help="Minimum loss of log-probability per token of an answer with a blank image, in --blank-test."),
     ] = 0.0
     min_log_probability: Annotated[
         float | None, Option(help="Minimum log-probability of an answer, as the mean over its tokens.")
     ] = -1.0
-    min_clip_score: Annotated[float | None, Option(help="Minimum CLIPScore of image and turn; needs --clip.")] = None
+    min_clip_score: Annotated[float | None, Option(help="Minimum CLIPScore of image and turn. Needs --clip.")] = None
     max_overlap: Annotated[
-        float | None, Option(min=0, max=1, help="Maximum share of words in common with a question on the same image.")
+        float | None, Option(min=0, max=1, help="Maximum overlap in words with another question about the same image.")
     ] = 0.7
     max_set_overlap: Annotated[
-        float | None, Option(min=0, max=1, help="Maximum share of word pairs that earlier questions have.")
+        float | None,
+        Option(min=0, max=1, help="Maximum share of word pairs that questions about earlier images have."),
     ] = None
-    max_repeats: Annotated[int | None, Option(min=1, help="Maximum number of times of one question in the set.")] = 100
+    max_repeats: Annotated[int | None, Option(min=1, help="Maximum number of equal questions in the set.")] = 100
     max_per_type: Annotated[
-        int | None, Option(min=1, help="Maximum number of turns of one type of question in the set.")
+        int | None, Option(min=1, help="Maximum number of turns per type of question in the set.")
     ] = None
-    balance_yes_no: Annotated[bool, Option(help='Keep as many "yes" as "no" in the set.')] = False
+    balance_yes_no: Annotated[bool, Option(help='Keep as many answers "yes" as "no" in the set.')] = False
     seed: int = 0
 
     def __post_init__(self):
@@ -144,31 +160,32 @@ class FilterSettings:
 
 @dataclass(frozen=True)
 class SelfGeneration:
-    """`images` and `image_root` are those of `read_pictures`, `clip` is that of [`ClipScorer`]."""
+    """`images` and `image_root` are read by `read_pictures`, `clip` by [`ClipScorer`]."""
 
     model: Annotated[str, Option("-m", help="SQ-LLaVA folder or Hub id.")]
-    images: Annotated[str, Argument(help="Folder of images, or a dataset of training, without its questions.")]
+    images: Annotated[str, Argument(help="Folder of images, or a training dataset; its questions are not used.")]
     out: Out
     ask: AskSettings = field(default_factory=AskSettings)
     filters: FilterSettings = field(default_factory=FilterSettings)
     image_root: Annotated[
-        str | None, Option(help="Folder that image paths are relative to. Default: that of the images.")
+        str | None,
+        Option(help="Folder that image paths are relative to. Default: IMAGES, or the folder of that file."),
     ] = None
     limit: Limit = None
     shard: Shard = field(default_factory=Shard)
-    clip: Annotated[str | None, Option(help="A whole CLIP, for the filter by CLIPScore.")] = None
+    clip: Annotated[str | None, Option(help="CLIP model for the CLIPScore: folder or Hub id.")] = None
     judge: ChatSettings | None = None
     prompts: PromptFolder = PROMPTS / "self"
     dtype: Dtype = "auto"
     device: Device = None
-    batch_size: Annotated[int, Option(min=1, help="Number of images at a time, on each process.")] = 4
+    batch_size: Annotated[int, Option(min=1, help="Batch size of each process, in images.")] = 4
 
     def __post_init__(self):
         if self.filters.min_clip_score is not None and self.clip is None:
-            raise ValueError("--min-clip-score needs --clip: a folder or Hub id of a whole CLIP.")
+            raise ValueError("--min-clip-score needs --clip, the folder or Hub id of a CLIP model.")
 
     @property
     def progress(self) -> Path:
-        """Where the lines of the models stand; each shard's own."""
+        """Folder of the lines that the models gave; each shard has its own."""
         shard = self.shard
         return self.out if shard.count == 1 else self.out / f"shard-{shard.index:05}-of-{shard.count:05}"

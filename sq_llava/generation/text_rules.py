@@ -1,11 +1,12 @@
-"""Rules by which a description that a model wrote is left out, each with its reason: pure functions of the text.
+"""Rules that leave out faulty descriptions, each with a reason: pure functions of the text.
 
     >>> first_fault("A cat sleeps on the mat. A cat sleeps on the mat.")
-    'a sentence stands there twice'
+    'a sentence is repeated'
     >>> first_fault("A cat sleeps on the mat.")
 
-They are made for English. What they do not do: tell whether a text is true, or in which language it is, as long as it
-is in letters.
+The rules are made for English.
+
+What they do not do: tell whether a text is true, or which language it is in.
 """
 
 import re
@@ -16,7 +17,7 @@ from itertools import pairwise
 
 MIN_LETTER_SHARE = 0.6
 LONGEST_WORD = 40
-# A phrase of up to so many words is looked for, so many times in a row.
+# A phrase of up to LONGEST_PHRASE words must not occur NUM_REPEATS times in a row.
 LONGEST_PHRASE = 8
 NUM_REPEATS = 3
 SHORTEST_SENTENCE = 3
@@ -46,17 +47,17 @@ def is_unfinished(text: str) -> bool:
 
 
 def repeats_sentence(text: str) -> bool:
-    """A sentence of three words or more, twice; case and punctuation aside."""
+    """Whether a sentence of three words or more occurs twice. Case and punctuation do not matter."""
     sentences = [tuple(words_of(sentence)) for sentence in BETWEEN_SENTENCES.split(text)]
     long = [sentence for sentence in sentences if len(sentence) >= SHORTEST_SENTENCE]
     return len(set(long)) < len(long)
 
 
 def repeats_phrase(text: str) -> bool:
-    """The same few words three times in a row, as of a model that has run into a loop; a single one, too."""
+    """Whether one word or a phrase occurs three times in a row, as when a model runs into a loop."""
     words = words_of(text)
     for length in range(1, LONGEST_PHRASE + 1):
-        run = 0  # words that are those `length` before
+        run = 0  # number of successive words that equal the word `length` places before
         for word, earlier in zip(words[length:], words):
             run = run + 1 if word == earlier else 0
             if run == length * (NUM_REPEATS - 1):
@@ -65,7 +66,7 @@ def repeats_phrase(text: str) -> bool:
 
 
 def is_no_language(text: str) -> bool:
-    """Characters that stand for none, hardly any letters, endless words, or letters of two scripts within a word."""
+    """Whether a text has broken characters, hardly any letters, endless words, or words that mix two scripts."""
     seen = [character for character in text if not character.isspace()]
     if any(unicodedata.category(character) in ("Cc", "Cn", "Co", "Cs") or character == "\ufffd" for character in seen):
         return True
@@ -75,31 +76,31 @@ def is_no_language(text: str) -> bool:
 
 
 def _mixes_scripts(word: str) -> bool:
-    """Latin letters beside those of another script, as in broken encodings."""
+    """Whether Latin letters and letters of another script are neighbours, as in broken encodings."""
     is_latin = [unicodedata.name(letter, "").startswith("LATIN") for letter in word if letter.isalpha()]
     return any(first != second for first, second in pairwise(is_latin))
 
 
-# In this order, from what says most about a text: the reason of the first that applies is given.
+# The first rule that applies gives the reason, so the most telling rules come first.
 RULES: dict[str, Callable[[str], object]] = {
-    "it is empty": lambda text: not text.strip(),
-    "it refuses": REFUSAL.search,
+    "the text is empty": lambda text: not text.strip(),
+    "it is a refusal": REFUSAL.search,
     "it apologises": APOLOGY.search,
-    "it holds markup, an address or the marks of a prompt": MARKUP.search,
-    "it is hardly language": is_no_language,
+    "it has markup, a web address or markers of a prompt": MARKUP.search,
+    "it is not readable language": is_no_language,
     "a phrase is repeated in a row": repeats_phrase,
-    "a sentence stands there twice": repeats_sentence,
+    "a sentence is repeated": repeats_sentence,
     "its last sentence is unfinished": is_unfinished,
-    "it ends in a question": lambda text: text.rstrip("'\")]\u2019\u201d \n").endswith("?"),
+    "it ends with a question": lambda text: text.rstrip("'\")]\u2019\u201d \n").endswith("?"),
 }
 
 
 def first_fault(text: str) -> str | None:
-    """The reason for which a text is left out."""
+    """The reason to leave a text out, or `None` for a sound text."""
     return next((reason for reason, applies in RULES.items() if applies(text)), None)
 
 
 def share_of_new_words(text: str, original: str) -> float:
-    """Of the words of a text, the share that the original does not have at all."""
+    """The share of a text's words that do not occur in the original."""
     words, known = words_of(text), set(words_of(original))
     return sum(word not in known for word in words) / len(words) if words else 0.0

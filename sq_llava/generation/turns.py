@@ -1,9 +1,9 @@
-"""A language model's text -> questions and answers, and what is wrong with them.
+"""A language model's text -> questions and answers, and the rules that they must follow.
 
     >>> parse_turns("Question: What is it?\\nAnswer: A dog.")
     [('What is it?', 'A dog.')]
 
-A rule has a short name, which is counted; rules know English alone.
+Each rule has a short name, which the data card counts. The rules are made for English.
 """
 
 import re
@@ -15,13 +15,13 @@ from sq_llava.generation.text_rules import REFUSAL, is_unfinished, repeats_phras
 
 Turn = tuple[str, str]
 
-# A line may begin so; models like to number and to print bold.
+# The start of a line of a turn. Models like to add numbers and bold type.
 _LABEL = re.compile(r"^[ \t]*[*#>\-]*[ \t]*(question|answer)[ \t]*\d*[ \t]*\**[ \t]*[:.][ \t]*\**", re.I | re.M)
-# Such as "Here is the conversation:".
+# A line before the turns, such as "Here is the conversation:".
 _PREAMBLE = re.compile(r"\s*(?:[^\n]*:\W*)?|\W*")
-# Markdown's lines between turns.
+# Markdown rulers between turns.
 _RULER = re.compile(r"^[ \t]*[-_#*][-_#* \t]*$\s*", re.M)
-# Each of these speaks of what the model read in place of the image, and whoever sees the image knows nothing of.
+# Words about the captions and boxes that the model read. Whoever sees the image knows nothing of them.
 _SOURCES = re.compile(
     r"\bcaptions?\b|\bbounding[ -]?box|\bcoordinates?\b|\bannotations?\b|\[\s*[01]?\.\d+|"
     r"\b(?:list of objects|object list|listed objects|these sentences|the descriptions?)\b|"
@@ -36,9 +36,9 @@ _UNSURE = re.compile(
     r"\b(?:not enough|no|insufficient) (?:information|details|context)\b",
     re.I,
 )
-# What a tokenizer may read as control.
+# Texts that a tokenizer may read as control tokens.
 _CONTROL = re.compile(r"<image>|\[vusr\]|</?s>|<\|", re.I)
-# Of an answer that need not be a sentence.
+# An answer of more words must be a complete sentence.
 LONGEST_PHRASE = 3
 FEWEST_WORDS = {"conversation": 1, "detail": 30, "reasoning": 15}
 
@@ -49,10 +49,10 @@ def without_rulers(text: str) -> str:
 
 def parse_turns(text: str) -> list[Turn]:
     """
-    The turns of a text. A question that it ends with, as where it was cut off, has an empty answer.
+    The turns of a text. If the text ends with a question, for example because it was cut off, its answer is empty.
 
     Raises:
-        ValueError: with the rule that the text breaks: `unparsable` or `no alternation`.
+        ValueError: With the name of the rule that the text breaks: `unparsable` or `no alternation`.
     """
     text = without_rulers(text)
     found = list(_LABEL.finditer(text))
@@ -67,9 +67,16 @@ def parse_turns(text: str) -> list[Turn]:
 
 
 def fault_of(turn: Turn, kind: str, earlier: Sequence[Turn] = ()) -> str | None:
-    """The first rule that a turn breaks, if there is one."""
+    """
+    The name of the first rule that a turn breaks, or `None`.
+
+    Args:
+        turn (`tuple[str, str]`): Question and answer.
+        kind (`str`): Kind of the row: conversation, detail or reasoning.
+        earlier (`Sequence`): The turns before this one in the same row.
+    """
     question, answer = turn
-    # The requests for a description are the user's own.
+    # The user wrote the requests for a description, so only the answer is checked.
     written = answer if kind == "detail" else f"{question}\n{answer}"
     if not question or not answer:
         return "question or answer missing"

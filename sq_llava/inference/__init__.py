@@ -1,1 +1,1 @@
-"""A model that answers, asks and talks to itself; what prompts share is computed once."""
+"""Inference: the model answers, asks, and talks to itself. What prompts share is computed once."""

@@ -1,4 +1,4 @@
-"""Load a SQ-LLaVA, let it answer, ask, and talk to itself.
+"""Load a SQ-LLaVA, and let it answer, ask, and talk to itself.
 
     >>> from sq_llava import load
     >>> assistant = load("runs/demo/model")
@@ -6,8 +6,7 @@
     >>> assistant.ask("image.png", num_questions=5)
     >>> assistant.converse("image.png", num_turns=3)
 
-`path` is a plain checkpoint, an adapter folder, or a Hub id. What this module does not do: run the code in a
-checkpoint's folder; the library's own classes are used.
+This module never runs the code in a checkpoint's folder: it uses the library's own classes.
 """
 
 from collections.abc import Iterator
@@ -47,15 +46,17 @@ class Assistant:
 
     def answer(self, images, messages, max_new_tokens: int = 512, **generate_kwargs) -> str:
         """
-        Answers, greedily unless `generate_kwargs` say otherwise. With `cache_implementation="static"` transformers
-        compiles the decoding on a GPU, anew for each length (read in its source, not run on one).
+        Answers a question or continues a conversation. Decoding is greedy unless `generate_kwargs` say otherwise.
 
         Args:
-            images: One image or a list (paths or PIL images), or `None`. They take the places of the image parts of
-                `messages`; where there are none, they stand before the first user turn's text.
-            messages: A question, or a list of messages whose last one is the user's.
-
-            max_new_tokens (`int`): At most; fewer where the model's context ends before.
+            images: One image or a list of images (paths or PIL images), or `None`. They fill the image parts of
+                `messages` in order. If there are no image parts, the images go before the text of the first user
+                turn.
+            messages: A question, or a list of messages that ends with a user turn.
+            max_new_tokens (`int`): Maximum length of the answer, in tokens. The answer is shorter if the model's
+                context ends first.
+            generate_kwargs: Passed to `generate`, e.g. `do_sample=True, temperature=0.7`. With
+                `cache_implementation="static"`, transformers compiles the decoding on a GPU, once for each length.
 
         Returns:
             The answer, stripped.
@@ -68,15 +69,21 @@ class Assistant:
     @torch.inference_mode()
     def answer_batch(self, requests: list[tuple], max_new_tokens: int = 512, **generate_kwargs) -> list[str]:
         """
-        Answers several `(images, messages)` in one left-padded batch: the same answers as one by one. What requests
-        about the same images (equal paths, or the same PIL objects) begin with goes through the model once.
+        Answers several requests in one left-padded batch. The answers are the same as one by one. Requests about the
+        same images (equal paths, or the same PIL objects) share one pass over the tokens that they begin with.
+
+        Args:
+            requests (`list[tuple]`): Pairs `(images, messages)`, as in [`Assistant.answer`].
+
+        Returns:
+            One answer for each request, stripped.
         """
         conversations = place_images_of_all(requests)
         settings = {"do_sample": False, **generate_kwargs, "max_new_tokens": max_new_tokens}
         prompts = token_ids(self.processor, conversations)
         settings["max_new_tokens"] = room_in_context(self.model, [max(map(len, prompts))], max_new_tokens)
         if len(requests) > 1 and settings["max_new_tokens"] < max_new_tokens:
-            # The context ends the answer to the longest prompt; the other answers are as long as alone.
+            # The longest prompt leaves too little room in the context. Only its own answer may be cut short.
             return [self.answer(*request, max_new_tokens, **generate_kwargs) for request in requests]
         images = [images_of(conversation) for conversation in conversations]
         groups = _groups_with_one_prefix(prompts, images, self.processor.image_token_id)
@@ -88,10 +95,10 @@ class Assistant:
         return decode(self.processor, output[:, inputs["input_ids"].shape[1] :])
 
     def _read_prefixes(self, prompts: list[list[int]], images: list[list], groups: list[list[int]]) -> dict:
-        """The inputs of `generate`, with the cache of what the prompts of each group have in common."""
+        """Inputs for `generate`, with the cached states of the tokens that the prompts of each group share."""
         cache = PrefixCache(self.model, len(groups))
         lengths = [_common_length_of_all([prompts[number] for number in group]) for group in groups]
-        # `read` leaves the last token out.
+        # `read` does not process the last token.
         prefixes = [prompts[group[0]][: length + 1] for group, length in zip(groups, lengths)]
         shown = list(chain.from_iterable(images[group[0]] for group in groups))
         cache.read(prefixes, pixel_inputs(self.model, self.processor, shown))
@@ -103,18 +110,14 @@ class Assistant:
         self, images, messages, max_new_tokens: int = 512, ask: bool = False, **generate_kwargs
     ) -> Iterator[str]:
         """
-        Answers, or asks, piece by piece; arguments as in [`Assistant.answer`]. Closing the iterator ends the
-        generation at its next token.
+        Answers or asks, and yields the text piece by piece. Closing the iterator stops the generation at the next
+        token. The other arguments and errors are those of [`Assistant.answer`].
 
         Args:
-            max_new_tokens (`int`): At most; fewer where the model's context ends before.
             ask (`bool`): Generate a question instead of an answer.
 
         Yields:
-            The pieces of the text, which together are not stripped.
-
-        Raises:
-            ValueError: if the conversation fills the model's context.
+            Pieces of the text. The joined text is not stripped.
         """
         conversation = place_images(images, messages)
         prompts = token_ids(self.processor, [conversation], ask)
@@ -131,7 +134,7 @@ class Assistant:
                 streamer=streamer,
                 stopping_criteria=StoppingCriteriaList([is_closed]),
             )
-            # The streamer itself would wait forever for a generation that failed.
+            # Otherwise, the streamer would wait forever if the generation failed.
             generation.add_done_callback(lambda _: streamer.end())
             try:
                 yield from streamer
@@ -151,18 +154,24 @@ class Assistant:
         seed: int | None = None,
     ) -> list[str]:
         """
-        Samples questions about an image, with the release's settings by default. The image and the conversation so
-        far go through the model once for all questions.
+        Samples questions about an image. The image and the conversation so far go through the model once for all
+        questions. The default sampling settings are those of the authors' code.
 
         Args:
             image: Path or PIL image, or a list of them.
-            history (`list[dict]`, *optional*): Messages that end with an answer. Default: the model describes
+            history (`list[dict]`, *optional*): Messages that end with an answer. Default: the model first describes
                 the image.
-            num_questions (`int`): How many to sample.
-            seed (`int`, *optional*): For the same questions again.
+            num_questions (`int`): Number of questions.
+            temperature, top_k, top_p: Sampling settings.
+            max_new_tokens (`int`): Maximum length of a question (and of the description), in tokens.
+            seed (`int`, *optional*): Random seed. The same seed gives the same questions.
 
         Returns:
             The questions, stripped.
+
+        Raises:
+            ValueError: if `history` does not end with an answer, a sampling setting is out of range, or the
+                conversation fills the model's context.
         """
         histories, seeds = None if history is None else [history], None if seed is None else [seed]
         return self.ask_batch([image], histories, num_questions, temperature, top_k, top_p, max_new_tokens, seeds)[0]
@@ -179,16 +188,16 @@ class Assistant:
         seeds: list[int] | None = None,
     ) -> list[list[str]]:
         """
-        Samples questions about several images together; the other arguments as in [`Assistant.ask`].
+        Samples questions about several images in one batch. The other arguments are those of [`Assistant.ask`].
 
         Args:
-            images: For each conversation what `ask` takes.
-            histories (`list[list[dict]]`, *optional*): One for each of `images`.
-            seeds (`list[int]`, *optional*): One for each of `images`, whose questions are then those of `ask` with
-                that seed, whatever else is in the batch.
+            images: One entry for each conversation: a path, a PIL image, or a list of them.
+            histories (`list[list[dict]]`, *optional*): One history for each entry of `images`.
+            seeds (`list[int]`, *optional*): One seed for each entry of `images`. With it, the questions are those of
+                [`Assistant.ask`] with that seed, whatever else is in the batch.
 
         Returns:
-            `num_questions` questions about each of `images`.
+            `num_questions` questions for each entry of `images`.
         """
         dialogues = Dialogues.start(self.model, self.processor, images, histories, max_new_tokens, seeds)
         return dialogues.ask(num_questions, temperature, top_k, top_p, max_new_tokens)
@@ -205,11 +214,12 @@ class Assistant:
         seed: int | None = None,
     ) -> list[dict]:
         """
-        The model asks itself and answers, turn after turn; arguments as in [`Assistant.ask`].
+        The model asks itself a question and answers it, `num_turns` times. The other arguments are those of
+        [`Assistant.ask`].
 
         Returns:
-            `history` (default: a description of the image), followed by `num_turns` turns of the roles `vusr` and
-            `assistant`, contents as text.
+            Messages: `history` (default: a description of the image), then `num_turns` pairs of messages with the
+            roles `vusr` and `assistant`, whose contents are text.
         """
         histories, seeds = None if history is None else [history], None if seed is None else [seed]
         dialogues = Dialogues.start(self.model, self.processor, [image], histories, max_new_tokens, seeds)
@@ -229,16 +239,18 @@ def load(
     **kwargs,
 ) -> Assistant:
     """
+    Loads a model with its processor.
+
     Args:
         path (`str`): A plain checkpoint, an adapter folder, or a Hub id.
-        device (`str`, *optional*): `"cuda"`, `"mps"`, `"cpu"`, ...; default: the first of these there is.
-        dtype (`str`): `"auto"` (as saved), `"float32"`, `"bfloat16"`, `"float16"`.
-        load_in_4bit, load_in_8bit (`bool`): Let bitsandbytes hold the towers' weights in so many bits.
-        kwargs: As for `from_pretrained` of the model, also `revision`. With `device_map`, leave `device` out.
+        device (`str`, *optional*): `"cuda"`, `"mps"`, `"cpu"`, ... Default: the first of these that is available.
+        dtype (`str`): `"auto"` (as saved), `"float32"`, `"bfloat16"` or `"float16"`.
+        load_in_4bit, load_in_8bit (`bool`): Load the weights of both towers in 4 or 8 bits, with bitsandbytes.
+        kwargs: Passed to the model's `from_pretrained`, e.g. `revision`. With `device_map`, do not give `device`.
 
     Raises:
-        ValueError: if there is no such model, it is no SQ-LLaVA, or not whole; if there is no such device or dtype;
-            without bitsandbytes.
+        ValueError: if the model does not exist, is not a SQ-LLaVA or is incomplete; if the device or dtype does not
+            exist; if bitsandbytes is needed and not installed.
     """
     require_device(device)
     require_dtype(str(dtype).removeprefix("torch."))
@@ -253,7 +265,7 @@ def load(
 
 def _bits(load_in_4bit: bool, load_in_8bit: bool, dtype: str) -> BitsAndBytesConfig:
     if load_in_4bit and load_in_8bit:
-        raise ValueError("load_in_4bit and load_in_8bit are both given: choose one.")
+        raise ValueError("load_in_4bit and load_in_8bit are both given: give only one of them.")
     with needs_extra("quantization"):
         import_module("bitsandbytes")
     if load_in_8bit:
@@ -269,7 +281,7 @@ def best_device() -> str:
 
 
 class _IsClosed(StoppingCriteria):
-    """Ends a generation that nobody reads any more."""
+    """Stops a generation that nobody reads any more."""
 
     def __init__(self):
         self.event = Event()
@@ -281,7 +293,12 @@ class _IsClosed(StoppingCriteria):
 def _groups_with_one_prefix(
     prompts: list[list[int]], images: list[list[Image.Image]], image_token_id: int
 ) -> list[list[int]]:
-    """Numbers of prompts whose images are the same and all in what the prompts have in common."""
+    """
+    Groups the prompts that can share a prefix: they have the same images, and all images are in the common prefix.
+
+    Returns:
+        Lists of indices into `prompts`. A prompt that can share nothing is a group of its own.
+    """
     groups: dict[tuple[int, ...], list[int]] = {}
     for number, of_prompt in enumerate(images):
         groups.setdefault(tuple(map(id, of_prompt)), []).append(number)
@@ -294,13 +311,13 @@ def _groups_with_one_prefix(
 
 
 def _common_length_of_all(prompts: list[list[int]]) -> int:
-    """How many tokens the prompts begin with alike; at least the last of each is left out."""
+    """Length of the prefix that all prompts share. The last token of each prompt never counts."""
     common = min(common_length(prompts[0], prompt) for prompt in prompts)
     return min(common, min(map(len, prompts)) - 1)
 
 
 def _can_share(model: SQLlavaForConditionalGeneration, prompts: list[list[int]], settings: dict) -> bool:
-    """Whether the settings leave the cache and its rows to the caller, and padding may stand inside of them."""
+    """Whether `generate` accepts a filled cache with these settings, and the model allows padding inside a row."""
     known = {"do_sample", "temperature", "top_k", "top_p", "num_beams", "max_new_tokens"}
     length = 2 * max(map(len, prompts)) + settings["max_new_tokens"]
     saved = model.generation_config

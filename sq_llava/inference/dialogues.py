@@ -1,9 +1,9 @@
-"""Conversations side by side, as far as the model has read them: it answers and asks, turn after turn.
+"""Several conversations in one batch: the model answers and asks, turn after turn, and reads each token once.
 
     >>> dialogues = Dialogues.start(model, processor, ["photo.jpg"], None, max_new_tokens=300)
     >>> dialogues.ask(num_questions=5, temperature=1.2, top_k=300, top_p=0.95, max_new_tokens=64)
 
-What this module does not do: sample answers; they are greedy.
+Questions are sampled. Answers are always greedy.
 """
 
 from itertools import chain
@@ -20,18 +20,20 @@ from sq_llava.inference.prompts import decode, pixel_inputs, room_in_context, to
 from sq_llava.inference.sampling import SeededDraw
 
 
-# The authors' code lets the model describe the image first: in training, no conversation begins with a self-question.
+# As in the authors' code, the model first describes the image: in training, no conversation starts with a question of
+# its own.
 DESCRIBE = "Can you describe the image in detail?"
 
 
 class Dialogues:
     """
-    Conversations side by side, with the model's cache for them: what was seen once is not computed again.
+    Several conversations in one batch, and the key-value cache for them. No token is computed twice.
 
     Args:
-        model, processor: Of a SQ-LLaVA.
-        messages (`list[list[dict]]`): Of each conversation, with its images in their places; they grow.
-        seeds (`list[int]`, *optional*): Of each conversation's samples.
+        model, processor: A SQ-LLaVA and its processor.
+        messages (`list[list[dict]]`): The messages of each conversation, with the images in place. `answer` appends
+            to them.
+        seeds (`list[int]`, *optional*): One random seed for the questions of each conversation.
     """
 
     def __init__(
@@ -57,13 +59,25 @@ class Dialogues:
         max_new_tokens: int,
         seeds: list[int] | None = None,
     ) -> "Dialogues":
-        """Conversations that end with an answer, as those that the model asks in must; without, with a description."""
+        """
+        Conversations that end with an answer, so that the model can ask next.
+
+        Args:
+            images: One entry for each conversation: a path, a PIL image, or a list of them.
+            histories (`list[list[dict]]`, *optional*): One history for each entry of `images`. Default: the model
+                describes each image.
+            max_new_tokens (`int`): Maximum length of a description, in tokens.
+            seeds (`list[int]`, *optional*): One random seed for each entry of `images`.
+
+        Raises:
+            ValueError: if a history does not end with an answer, or the number of seeds is wrong.
+        """
         if seeds is not None and len(seeds) != len(images):
-            raise ValueError(f"There are {len(seeds)} seeds for {len(images)} conversations: give one for each.")
+            raise ValueError(f"There are {len(seeds)} seeds for {len(images)} conversations: give one seed for each.")
         for history in histories or []:
             role = history[-1]["role"] if history else None
             if role != "assistant":
-                raise ValueError(f"history ends with a turn of role {role!r}: it must end with an answer.")
+                raise ValueError(f"The history ends with the role {role!r}. It must end with an answer (assistant).")
         if histories:
             return cls(model, processor, place_images_of_all(list(zip(images, histories, strict=True))), seeds)
         dialogues = cls(model, processor, place_images_of_all([(image, DESCRIBE) for image in images]), seeds)
@@ -71,19 +85,19 @@ class Dialogues:
         return dialogues
 
     def seed(self, seeds: list[int] | None) -> None:
-        """Begins the samples of each conversation anew."""
+        """Restarts the random generators of the conversations. Without seeds, the default generator is used."""
         self.generators = [None]
         if seeds is not None:
             self.generators = [torch.Generator(self.model.device).manual_seed(seed) for seed in seeds]
 
     @property
     def images(self) -> list[list[Image.Image]]:
-        """Of each conversation."""
+        """The images of each conversation."""
         return [images_of(conversation) for conversation in self.messages]
 
     @torch.inference_mode()
     def answer(self, max_new_tokens: int) -> list[str]:
-        """Answers the last turns greedily, and appends the answers."""
+        """Answers the last turn of each conversation greedily. Appends the answers to `messages` and returns them."""
         prompts, max_new_tokens = self._prompts(ask=False, max_new_tokens=max_new_tokens)
         images = self._unseen_pixels()
         inputs = self.cache.continue_with(prompts)
@@ -91,8 +105,8 @@ class Dialogues:
             **inputs, **images, **{CACHE_NAME: self.cache.states}, do_sample=False, max_new_tokens=max_new_tokens
         )
         new_tokens = output[:, inputs["input_ids"].shape[1] :]
-        # The cache holds all but the last token, which was never fed. What stands behind the end of a shorter answer
-        # is in no prompt, and so dropped by the next turn.
+        # The cache holds all tokens but the last one, which the model has not read. Tokens after the end of a shorter
+        # answer are in no prompt, so the next turn drops them.
         mask = torch.cat([inputs["attention_mask"], torch.ones_like(new_tokens)], dim=1)
         self.cache.remember(output[:, :-1], mask[:, :-1])
         texts = decode(self.processor, new_tokens)
@@ -104,12 +118,12 @@ class Dialogues:
     def ask(
         self, num_questions: int, temperature: float, top_k: int, top_p: float, max_new_tokens: int
     ) -> list[list[str]]:
-        """Samples questions in each conversation; they stay as they are."""
+        """Samples questions for each conversation. The conversations do not change."""
         prompts, max_new_tokens = self._prompts(ask=True, max_new_tokens=max_new_tokens)
         inputs = self.cache.read(prompts, self._unseen_pixels())
         rows = [row for row in range(len(prompts)) for _ in range(num_questions)]
         images = {}
-        if self.cache.states is None:  # every row sees its images anew
+        if self.cache.states is None:  # nothing can be cached: each row reads its images again
             images = pixel_inputs(self.model, self.processor, [image for row in rows for image in self.images[row]])
         draw = SeededDraw(temperature, top_k, top_p, self.generators)
         output = self.model.generate(
@@ -125,7 +139,7 @@ class Dialogues:
         return [texts[start : start + num_questions] for start in range(0, len(texts), num_questions)]
 
     def _prompts(self, ask: bool, max_new_tokens: int) -> tuple[list[list[int]], int]:
-        """The conversations' tokens, and how many are to follow."""
+        """The token ids of each prompt, and how many tokens there is room for (at most `max_new_tokens`)."""
         prompts = token_ids(self.processor, self.messages, ask)
         max_new_tokens = room_in_context(self.model, [len(prompt) for prompt in prompts], max_new_tokens)
         length = self.cache.tokens.shape[1] + max(map(len, prompts)) + max_new_tokens
@@ -134,9 +148,6 @@ class Dialogues:
         return prompts, max_new_tokens
 
     def _unseen_pixels(self) -> dict[str, torch.Tensor]:
-        """The images, if the cache does not hold them yet."""
-        return (
-            pixel_inputs(self.model, self.processor, list(chain.from_iterable(self.images)))
-            if self.cache.is_empty
-            else {}
-        )
+        """The pixels of all images, if the cache does not hold them yet."""
+        images = chain.from_iterable(self.images) if self.cache.is_empty else []
+        return pixel_inputs(self.model, self.processor, list(images))

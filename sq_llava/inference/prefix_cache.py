@@ -1,14 +1,14 @@
-"""What several prompts have in common goes through the model once: an image's tokens for all questions about it.
+"""A key-value cache for prompts with a common prefix, such as several questions about one image.
 
     cache = PrefixCache(model, num_rows=1)
-    cache.read([prompt], {"pixel_values": pixels})     # all tokens but the last
-    shared = cache.select([0, 0, 0])              # three rows, without another pass
+    cache.read([prompt], {"pixel_values": pixels})  # all tokens but the last
+    shared = cache.select([0, 0, 0])                # three rows, without another pass
     inputs = shared.continue_with([prompt + a, prompt + b, prompt + c])
     model.generate(**inputs, **{CACHE_NAME: shared.states})
 
-New tokens stand behind the cached ones, padded on the left: so padding may stand between the two. It is masked, and
-positions are counted without it, so each row gives what its prompt gives alone. What this module does not do: cache
-the states of recurrent layers, which cannot be cut or shared; a cache of such a model stays empty.
+New tokens are padded on the left and go after the cached ones, so there may be padding between the two. It is masked
+and does not count in the positions, so each row gives the same result as its prompt alone. The states of recurrent
+layers cannot be cut or shared: the cache of a model with such layers stays empty.
 """
 
 import copy
@@ -20,19 +20,19 @@ from transformers import DynamicCache, PreTrainedModel
 
 class PrefixCache:
     """
-    The attention states of rows of tokens, and which tokens they are of.
+    The keys and values of a batch of rows, and the tokens that they belong to.
 
     Args:
-        model (`PreTrainedModel`): Whose states they are.
-        num_rows (`int`): Rows of the batch, all of them empty.
+        model (`PreTrainedModel`): The model that computes them.
+        num_rows (`int`): Number of rows in the batch. They are empty at first.
 
-    `states` is `None` where nothing can be kept (`is_recurrent`).
+    `states` is `None` if nothing can be cached (see [`is_recurrent`]).
     """
 
     def __init__(self, model: PreTrainedModel, num_rows: int):
         self.model = model
         self.states = None if is_recurrent(model) else DynamicCache()
-        # [num_rows, width], on the CPU: rows are compared with prompts there.
+        # [num_rows, width], on the CPU, where rows are compared with prompts.
         self.tokens = torch.zeros(num_rows, 0, dtype=torch.long)
         self.mask = torch.zeros_like(self.tokens)
 
@@ -42,16 +42,20 @@ class PrefixCache:
 
     def continue_with(self, prompts: Sequence[list[int]]) -> dict[str, torch.Tensor]:
         """
-        Keeps of each row what it has in common with its whole prompt, from the beginning on.
+        Prepares a new prompt for each row. Of the cached tokens, only the prefix shared with the new prompt is kept.
+
+        Args:
+            prompts (`Sequence[list[int]]`): Token ids of one whole prompt for each row.
 
         Returns:
-            `input_ids` and `attention_mask` `(num_rows, cached + new tokens)` for `generate`, at least one token new.
+            `input_ids` and `attention_mask` for `generate`, of shape `(num_rows, cached + new tokens)`. Each row has
+            at least one new token.
         """
         new_tokens = []
         for row, prompt in enumerate(prompts):
             columns = self.mask[row].nonzero().squeeze(1)
             common = min(common_length(self.tokens[row, columns].tolist(), prompt), len(prompt) - 1)
-            # Text is not always split into the tokens that it was generated as.
+            # Generated text, tokenized again, can give other tokens.
             self.mask[row, columns[common:]] = 0
             new_tokens.append(prompt[common:])
         used = self.mask.any(dim=0).nonzero()
@@ -68,7 +72,16 @@ class PrefixCache:
         }
 
     def read(self, prompts: Sequence[list[int]], images: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Runs the model over all but the last token of each prompt. Returns inputs as `continue_with`."""
+        """
+        Runs the model on all tokens of each prompt but the last, and caches them.
+
+        Args:
+            prompts (`Sequence[list[int]]`): Token ids of one whole prompt for each row.
+            images (`dict[str, torch.Tensor]`): `pixel_values` of the images in the new tokens; empty for no images.
+
+        Returns:
+            The same inputs as [`PrefixCache.continue_with`].
+        """
         inputs = self.continue_with(prompts)
         width = self.tokens.shape[1]
         if self.states is not None and inputs["input_ids"].shape[1] > width + 1:
@@ -86,12 +99,12 @@ class PrefixCache:
         return inputs
 
     def remember(self, tokens: torch.Tensor, mask: torch.Tensor) -> None:
-        """Says of which tokens the states are, after the model has added to them."""
+        """Notes which tokens `(num_rows, width)` the states belong to, after the model has added to them."""
         if self.states is not None:
             self.tokens, self.mask = tokens.cpu(), mask.cpu()
 
     def select(self, rows: Sequence[int]) -> "PrefixCache":
-        """Copies of rows, also several of one, as a cache of their own."""
+        """A new cache with copies of these rows. A row may be taken several times."""
         selected = copy.copy(self)
         selected.tokens, selected.mask = self.tokens[rows], self.mask[rows]
         if self.states is None:
@@ -103,13 +116,13 @@ class PrefixCache:
 
 
 def common_length(one: Sequence[int], other: Sequence[int]) -> int:
-    """How many tokens two rows have in common, from the beginning on."""
+    """Length of the common prefix of two token sequences."""
     differ = (index for index, (left, right) in enumerate(zip(one, other)) if left != right)
     return next(differ, min(len(one), len(other)))
 
 
 def pad_left(rows: Sequence[list[int]], pad_token_id: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids and mask `(len(rows), longest)`."""
+    """Pads rows on the left. Returns token ids and mask of shape `(len(rows), longest)`."""
     longest = max(map(len, rows))
     tokens = torch.tensor([[pad_token_id] * (longest - len(row)) + row for row in rows])
     mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])
@@ -117,7 +130,7 @@ def pad_left(rows: Sequence[list[int]], pad_token_id: int) -> tuple[torch.Tensor
 
 
 def is_recurrent(model: PreTrainedModel) -> bool:
-    """Whether a layer of the language model keeps anything else than keys and values of each token."""
+    """Whether some layer of the language model keeps other states than the keys and values of each token."""
     layer_types = set(getattr(model.config.get_text_config(), "layer_types", None) or [])
     attention = {"full_attention", "sliding_attention", "chunked_attention"}
     parts = (module for module in model.modules() if isinstance(module, PreTrainedModel))
@@ -126,8 +139,8 @@ def is_recurrent(model: PreTrainedModel) -> bool:
 
 def allows_gaps(model: PreTrainedModel, length: int) -> bool:
     """
-    Whether padding between the tokens of a row changes nothing in `length` columns: not in layers that are recurrent,
-    nor where a window of attention, which is counted in columns, is shorter.
+    Whether padding between the tokens of a row leaves the result unchanged, for rows of `length` columns. It does not
+    if the model has recurrent layers, or an attention window shorter than `length`: windows count padding too.
     """
     text_config = model.config.get_text_config()
     layer_types = set(getattr(text_config, "layer_types", None) or [])

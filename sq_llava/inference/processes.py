@@ -1,4 +1,4 @@
-"""The processes that a launcher such as torchrun started, and the device of each.
+"""The processes that a launcher such as torchrun started, and the device of this one.
 
 >>> state, device = join_processes(None)
 >>> state.num_processes, device
@@ -15,14 +15,20 @@ from sq_llava.inference.assistant import best_device
 def join_processes(device: str | None) -> tuple[PartialState, str]:
     """
     Args:
-        device (`str`, *optional*): `"cuda"`, `"cpu"`, ...; default: the first that there is. Of several processes,
-            each has one of its own.
+        device (`str`, *optional*): `"cuda"`, `"cpu"`, ... Default: the best one that is available. With several
+            processes, each gets its own.
+
+    Returns:
+        The state of the processes, and the device of this one.
 
     Raises:
-        ValueError: if a launcher started processes that could not be joined: each would do all of the work.
+        ValueError: if fewer processes could be joined than were started. Each would do all of the work.
     """
     device = device or best_device()
     state = PartialState(cpu=device == "cpu")
     if state.num_processes != int(os.environ.get("WORLD_SIZE", 1)):
-        raise ValueError(f"{state.num_processes} process of {os.environ['WORLD_SIZE']} were joined: use torchrun.")
+        raise ValueError(
+            f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but the number of joined processes is {state.num_processes}. "
+            "Start the command with torchrun."
+        )
     return state, str(state.device) if state.num_processes > 1 else device

@@ -1,10 +1,9 @@
-"""From conversations to what a model takes, and from its tokens to text.
+"""Turns conversations into model inputs, and generated tokens into text. It does not run the model.
 
     >>> prompts = token_ids(processor, conversations)
     >>> model.generate(**model_inputs(model, processor, prompts, images))
 
-A conversation is a list of messages with its images in their places (`sq_llava/data/messages.py`). What this module
-does not do: run the model.
+A conversation is a list of messages with its images in place (`sq_llava/data/messages.py`).
 """
 
 import sys
@@ -20,10 +19,13 @@ from sq_llava.inference.prefix_cache import pad_left
 
 def token_ids(processor: SQLlavaProcessor, conversations: list[list[dict]], ask: bool = False) -> list[list[int]]:
     """
-    The prompts of conversations, with the placeholders of their images; no image is processed.
+    The token ids of the prompts, with the placeholder tokens of their images. Images are not processed.
 
     Args:
-        ask (`bool`): The model is to ask a question next, instead of answering.
+        ask (`bool`): Let the model ask next instead of answering: the prompt ends with `[vusr]`.
+
+    Returns:
+        One list of token ids for each conversation.
 
     Raises:
         ValueError: if the chat template refuses a conversation.
@@ -38,21 +40,31 @@ def token_ids(processor: SQLlavaProcessor, conversations: list[list[dict]], ask:
 
 
 def pixel_values(processor: SQLlavaProcessor, images: list[Image.Image]) -> torch.Tensor:
-    """`(num_images, channels, height, width)`, on the CPU."""
+    """Preprocessed images: float tensor of shape `(num_images, channels, height, width)`, on the CPU."""
     return processor.image_processor(images, return_tensors="pt")["pixel_values"]
 
 
 def pixel_inputs(
     model: PreTrainedModel, processor: SQLlavaProcessor, images: list[Image.Image]
 ) -> dict[str, torch.Tensor]:
-    """`pixel_values` on the model's device; nothing for no images."""
+    """`pixel_values` on the model's device. The dictionary is empty if there are no images."""
     return {"pixel_values": pixel_values(processor, images).to(model.device)} if images else {}
 
 
 def model_inputs(
     model: PreTrainedModel, processor: SQLlavaProcessor, prompts: list[list[int]], images: list[Image.Image]
 ) -> dict[str, torch.Tensor]:
-    """`input_ids` and `attention_mask` `(num_prompts, longest)`, padded on the left, and the pixels of all images."""
+    """
+    Inputs for `generate`, on the model's device.
+
+    Args:
+        prompts (`list[list[int]]`): Token ids, as from [`token_ids`].
+        images: All images of all prompts, in order.
+
+    Returns:
+        `input_ids` and `attention_mask` of shape `(num_prompts, longest)`, padded on the left, and `pixel_values` of
+        shape `(num_images, channels, height, width)` if there are images.
+    """
     input_ids, attention_mask = pad_left(prompts, processor.tokenizer.pad_token_id)
     return {
         "input_ids": input_ids.to(model.device),
@@ -62,34 +74,36 @@ def model_inputs(
 
 
 def decode(processor: SQLlavaProcessor, generated: torch.Tensor) -> list[str]:
-    """The texts of generated tokens `(num_rows, length)`, without special tokens, stripped."""
+    """The stripped texts of generated token ids `(num_rows, length)`, without special tokens."""
     return [text.strip() for text in processor.batch_decode(generated, skip_special_tokens=True)]
 
 
 def context_length(model: PreTrainedModel) -> int:
-    """Tokens that the language model reads and writes at most; without a bound, as of Mamba, the largest integer."""
+    """Maximum number of tokens in a prompt and its answer. Without a limit (Mamba), it is `sys.maxsize`."""
     return getattr(model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
 
 
 def room_in_context(model: PreTrainedModel, prompt_lengths: list[int], max_new_tokens: int) -> int:
     """
-    How many tokens are generated behind prompts of these lengths: `max_new_tokens`, or for one prompt fewer, where the
-    model's context ends before.
+    How many new tokens fit into the model's context after prompts of these lengths: at most `max_new_tokens`.
+
+    Args:
+        prompt_lengths (`list[int]`): In tokens. For a single prompt, the result may be less than `max_new_tokens`.
 
     Raises:
-        ValueError: if a prompt fills the context, or one of several leaves no room for `max_new_tokens`: the others
-            would be cut off too.
+        ValueError: if a prompt fills the context; or if one of several prompts leaves less room than
+            `max_new_tokens`, because the other answers would be cut short too.
     """
     length, limit = max(prompt_lengths), context_length(model)
     if length >= limit:
         raise ValueError(
-            f"The conversation has {length:,} tokens, but this model reads at most {limit:,}: shorten it, or begin a "
+            f"The conversation has {length:,} tokens, but this model reads at most {limit:,}. Shorten it, or start a "
             "new one."
         )
     if len(prompt_lengths) > 1 and length + max_new_tokens > limit:
         raise ValueError(
-            f"The longest of {len(prompt_lengths)} conversations has {length:,} tokens. With {max_new_tokens:,} to be "
-            f"generated (max_new_tokens) these are more than the {limit:,} that this model reads: shorten it, give a "
-            "smaller max_new_tokens, or give the conversations one by one."
+            f"The longest of {len(prompt_lengths)} conversations has {length:,} tokens. Together with "
+            f"max_new_tokens={max_new_tokens:,}, that is more than the {limit:,} tokens of this model's context. "
+            "Shorten the conversation, lower max_new_tokens, or give the conversations one by one."
         )
     return min(max_new_tokens, limit - length)

@@ -1,12 +1,13 @@
-"""What the prototypes see: the tokens of an image, coloured by the prototype that each belongs to most.
+"""A picture of the prototypes: each image token gets the colour of the prototype that it belongs to most.
 
     sq-llava prototypes dog.png --model org/sq-llava-7b --out seen.png --top 8
 
     >>> seen = look(assistant, open_image("dog.png"))
     >>> paint(open_image("dog.png"), seen, [*seen.shares][:8]).save("seen.png")
 
-Which token belongs to which prototype is the extractor's own `assignment`. What this module does not do: say what a
-prototype means. Colours go by rank within one picture, so that the largest are told apart; not by prototype.
+The assignment of tokens to prototypes is the extractor's own (`assignment`). Colours follow the rank of a prototype in
+one picture, so that the largest are easy to tell apart: the same prototype can have another colour in another picture.
+This module does not say what a prototype means.
 """
 
 import colorsys
@@ -19,7 +20,7 @@ from PIL import Image
 from sq_llava.inference.assistant import Assistant
 
 
-# Neighbouring ranks are far apart on the circle of hues, and no two are alike.
+# Steps of the golden ratio: neighbouring ranks get very different hues, and no hue comes twice.
 GOLDEN_RATIO = 0.618034
 OPACITY = 130
 SHADE = (0, 0, 0, 180)
@@ -28,9 +29,13 @@ SHADE = (0, 0, 0, 180)
 @dataclass(frozen=True)
 class PrototypeMap:
     """
-    best (`np.ndarray` of shape `(rows, columns)`): The prototype that each token belongs to most.
-    is_padded (`bool`): Whether the tokens' square holds the whole picture and padding; else it is cut from its centre.
-    shares (`dict[int, float]`): Share that each prototype has of the picture's part in the square, the largest first.
+    Which prototype each image token belongs to.
+
+    Args:
+        best (`np.ndarray` of shape `(rows, columns)`): Index of the prototype that each token belongs to most.
+        is_padded (`bool`): Whether the picture was padded to a square. If not, the square is its centre crop.
+        shares (`dict[int, float]`): For each prototype, its share of the visible part of the picture, from 0 to 1.
+            The largest comes first.
     """
 
     best: np.ndarray
@@ -41,17 +46,19 @@ class PrototypeMap:
 @torch.inference_mode()
 def look(assistant: Assistant, image: Image.Image) -> PrototypeMap:
     """
+    Runs the vision tower and the prototype extractor on an image.
+
     Raises:
         ValueError: if the model has no prototypes.
     """
     model = assistant.model.model
     if model.config.prototype_variant == "none":
-        raise ValueError("This model has no prototypes: prototype_variant of its config.json is 'none'.")
+        raise ValueError("This model has no prototypes: prototype_variant in its config.json is 'none'.")
     pixel_values = assistant.processor.image_processor(image, return_tensors="pt")["pixel_values"]
     assignment = model.prototype_extractor.assignment(model.get_vision_features(pixel_values.to(model.device)))[0]
     vision = model.config.vision_config
     num_rows = vision.image_size // vision.patch_size
-    # A class token stands first, if it is among the features.
+    # If the features include a class token, it comes first.
     best = assignment.argmax(dim=0)[-(num_rows**2) :].view(num_rows, num_rows).cpu().numpy()
 
     is_padded = assistant.processor.image_aspect_ratio == "pad"
@@ -59,7 +66,7 @@ def look(assistant: Assistant, image: Image.Image) -> PrototypeMap:
 
 
 def shares_of(best: np.ndarray, is_padded: bool, size: tuple[int, int]) -> dict[int, float]:
-    """As [`PrototypeMap`] has them, for a picture of this width and height."""
+    """The `shares` of a [`PrototypeMap`], for a picture of this `(width, height)` in pixels."""
     (num_rows, num_columns), (left, top, side) = best.shape, square_in(size, is_padded)
     area = np.outer(_overlap(num_rows, top, side, size[1]), _overlap(num_columns, left, side, size[0]))
     area_of = np.bincount(best.ravel(), weights=area.ravel())
@@ -68,19 +75,19 @@ def shares_of(best: np.ndarray, is_padded: bool, size: tuple[int, int]) -> dict[
 
 
 def square_in(size: tuple[int, int], is_padded: bool) -> tuple[int, int, int]:
-    """Left, top and side of the tokens' square in a picture of this width and height, in pixels."""
+    """Left, top and side of the square that the tokens cover, in a picture of this `(width, height)`, in pixels."""
     side = max(size) if is_padded else min(size)
     return (size[0] - side) // 2, (size[1] - side) // 2, side
 
 
 def _overlap(num_cells: int, begin: int, side: int, length: int) -> np.ndarray:
-    """How much of each cell of a row of them, which begins at `begin`, lies on the picture from 0 to `length`."""
+    """`side` is cut into `num_cells` from `begin` on. Returns how much of each cell lies between 0 and `length`."""
     borders = (begin + side * np.arange(num_cells + 1) / num_cells).clip(0, length)
     return np.diff(borders)
 
 
 def colour_of_rank(rank: int) -> tuple[int, int, int]:
-    """The colour of the prototype with the `rank`-th largest share, from 0: red, green and blue up to 255."""
+    """RGB colour (0 to 255) of the prototype with the `rank`-th largest share. The largest has rank 0."""
     red, green, blue = colorsys.hsv_to_rgb(rank * GOLDEN_RATIO % 1, 0.85, 1.0)
     return round(255 * red), round(255 * green), round(255 * blue)
 
@@ -88,11 +95,11 @@ def colour_of_rank(rank: int) -> tuple[int, int, int]:
 def paint(image: Image.Image, seen: PrototypeMap, chosen: list[int] | None = None) -> Image.Image:
     """
     Args:
-        image: The picture that was looked at, in any size.
-        chosen (`list[int]`, *optional*): Prototypes to show; the others are left in the dark. Default: all.
+        image: The picture that [`look`] was called with, in any size.
+        chosen (`list[int]`, *optional*): Prototypes to show. The others are shaded dark. Default: all.
 
     Returns:
-        The picture under the colours, RGB. What lies outside of the tokens' square stays as it is.
+        The picture with the colours on top, RGB, in its own size. Outside of the tokens' square it is unchanged.
     """
     layer_of_tokens = np.zeros((*seen.best.shape, 4), dtype=np.uint8)
     layer_of_tokens[:] = SHADE

@@ -1,10 +1,10 @@
-"""Sampling whose result does not depend on what else is in the batch.
+"""Seeded sampling that does not depend on the rest of the batch.
 
     >>> draw = SeededDraw(temperature=1.2, top_k=300, top_p=0.95, generators=[one, another])
     >>> model.generate(**inputs, do_sample=False, logits_processor=LogitsProcessorList([draw]))
 
-Rows that belong together draw from a generator of their own. With a generator seeded alike they get the tokens of
-`generate(do_sample=True, temperature=..., top_k=..., top_p=...)` for these rows alone.
+Each group of rows has its own random generator. With a generator of the same seed, the tokens are those that
+`generate(do_sample=True, temperature=..., top_k=..., top_p=...)` gives for these rows alone.
 """
 
 from collections.abc import Sequence
@@ -15,16 +15,16 @@ from transformers import LogitsProcessor
 
 class SeededDraw(LogitsProcessor):
     """
-    Draws the next token of each row, and leaves `generate` no choice but it.
+    Samples the next token of each row, and sets the scores of all other tokens to minus infinity.
 
     Args:
-        temperature, top_k, top_p: As of `generate`, in this order. Nucleus and softmax are taken over the `top_k`
-            alone, where transformers sorts the whole vocabulary.
-        generators (`Sequence[torch.Generator | None]`): Of equal shares of the rows, one after another; `None`: the
-            default generator.
+        temperature, top_k, top_p: As for `generate`, applied in this order. Softmax and top-p are computed on the
+            `top_k` tokens only, while transformers sorts the whole vocabulary.
+        generators (`Sequence[torch.Generator | None]`): The rows are split into equal groups, in order, one for each
+            generator. `None` stands for the default generator.
 
     Raises:
-        ValueError: for a setting with which there is nothing to draw from.
+        ValueError: if a setting is out of range.
     """
 
     def __init__(
@@ -37,7 +37,7 @@ class SeededDraw(LogitsProcessor):
         ):
             if not is_right:
                 raise ValueError(
-                    f"{name} is {value}: to sample, give a temperature above 0, a top_k of at least 1 and a top_p "
+                    f"{name} is {value}. Sampling needs a temperature above 0, a top_k of at least 1 and a top_p "
                     "from 0 to 1."
                 )
         self.temperature = temperature
@@ -50,8 +50,8 @@ class SeededDraw(LogitsProcessor):
         probabilities = best.softmax(dim=-1)
         outside = probabilities.cumsum(dim=-1) - probabilities >= self.top_p
         outside[:, 0] = False
-        # The one with the least waiting time is a draw (exponential race), and how `torch.multinomial` draws, which
-        # is why times are drawn for the whole vocabulary: the same seed gives the same tokens.
+        # An exponential race: the token with the shortest waiting time is the sample. `torch.multinomial` does the
+        # same. To give the same tokens for the same seed, times are drawn for the whole vocabulary.
         waiting = torch.empty_like(scores)
         for share, generator in zip(waiting.chunk(len(self.generators)), self.generators, strict=True):
             share.exponential_(generator=generator)

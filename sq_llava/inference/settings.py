@@ -1,4 +1,4 @@
-"""How a model is loaded and asks. The fields are options of the commands, so nothing large is imported here.
+"""Settings of loading and asking. The fields become options of the commands, so no large library is imported here.
 
 >>> AskSettings(num_questions=8, after="What is it?")
 """
@@ -9,20 +9,20 @@ from typing import Annotated
 from typer import Option
 
 
-Device = Annotated[str | None, Option(help="cuda, mps or cpu. Default: the first of these that is available.")]
-Dtype = Annotated[str, Option(help="auto (as saved), float32, bfloat16 or float16.")]
+Device = Annotated[str | None, Option(help="Device: cuda, mps or cpu. Default: the first one available.")]
+Dtype = Annotated[str, Option(help="Data type: auto (as saved), float32, bfloat16 or float16.")]
 
 
 @dataclass(frozen=True)
 class AskSettings:
-    """How the model asks; the defaults of the sampling are the release's."""
+    """Settings of asking. The sampling defaults are those of the authors' code."""
 
-    num_questions: Annotated[int, Option("-n", min=1, help="Questions about each image.")] = 4
+    num_questions: Annotated[int, Option("-n", min=1, help="Number of questions for each image.")] = 4
     after: Annotated[
-        str | None, Option(help="Question that the model answers first. Default: it describes the image.")
+        str | None, Option(help="Question to answer before asking. Default: the model describes the image.")
     ] = None
     temperature: Annotated[float, Option(min=0.01, help="Sampling temperature for questions.")] = 1.2
-    top_k: Annotated[int, Option(min=1, help="Top-k of the sampling of questions.")] = 300
-    top_p: Annotated[float, Option(min=0.0, max=1.0, help="Top-p of the sampling of questions.")] = 0.95
+    top_k: Annotated[int, Option(min=1, help="Top-k sampling for questions.")] = 300
+    top_p: Annotated[float, Option(min=0.0, max=1.0, help="Top-p sampling for questions.")] = 0.95
     max_new_tokens: Annotated[int, Option(min=1, help="Maximum length of a question or an answer, in tokens.")] = 64
     seed: Annotated[int, Option(help="Random seed.")] = 0

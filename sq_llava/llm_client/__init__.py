@@ -1,1 +1,1 @@
-"""Any OpenAI-compatible chat server: asked in threads, within caps, never paid twice."""
+"""A client for any OpenAI-compatible chat server: many requests at a time, within caps, each answer paid for once."""

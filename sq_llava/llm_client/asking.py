@@ -1,12 +1,11 @@
-"""Asks a server about many items in threads, so that a kill at any moment loses nothing that was paid.
+"""Asks a server about many items in threads. A kill at any moment loses no paid answer.
 
-A function asks about one item, in one or several calls of `client.complete`. First it runs in threads until the
-journal holds the answers; then once more, in order, on the journal alone. So the results are the same however often
-the run was interrupted.
+A function asks about one item, with one or several calls of `client.complete`. It first runs in threads, until the
+journal holds the answers. Then it runs again, item by item, with the journal alone. Therefore the results do not
+depend on how often the run was interrupted.
 """
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -21,10 +20,10 @@ Item = TypeVar("Item")
 class Asked:
     """
     Args:
-        results (`dict`): What the function made of each item for which it has all answers, in the items' order.
-        failures (`dict`): Items that the server did not answer, and its error.
-        num_open (`int`): Items that were not asked about before the run was stopped.
-        stopped (`str`, *optional*): What stopped it.
+        results (`dict`): Result of the function for each item that has all its answers, in the order of the items.
+        failures (`dict`): The server's error for each item that it did not answer.
+        num_open (`int`): Number of items that were not asked about before the run stopped.
+        stopped (`str`, *optional*): Why the run stopped early.
     """
 
     results: dict[str, Any]
@@ -35,14 +34,17 @@ class Asked:
 
 def ask_all(client: ChatClient, items: Mapping[str, Item], work: Callable[[Item], Any], description: str) -> Asked:
     """
-    Asks about all items; with a client that only reads, only what the journal holds is used.
+    Asks about all items. A client with `reads_only` uses only the answers in the journal.
 
     Args:
-        work (`Callable`): Asks about one item, in threads. Its result must depend on the item and the answers alone.
+        client (`ChatClient`): Sends the requests.
+        items (`Mapping`): The items by their ids.
+        work (`Callable`): Asks about one item, in a thread. Its result must depend only on the item and the answers.
             It must not catch `ChatFailure`.
+        description (`str`): Text beside the progress bar.
 
     Raises:
-        ValueError: if another process adds to the journal.
+        ValueError: If another process writes to the journal.
     """
     if client.reads_only:
         results, missing = _read_all(client, items, work)
@@ -74,19 +76,13 @@ def _read_all(
 ) -> tuple[dict[str, Any], list[str]]:
     """The results from the journal alone, and the items that lack an answer."""
     results, missing = {}, []
-    with _reading_only(client):
+    before, client.reads_only = client.reads_only, True
+    try:
         for id, item in items.items():
             try:
                 results[id] = work(item)
             except NotAsked:
                 missing.append(id)
-    return results, missing
-
-
-@contextmanager
-def _reading_only(client: ChatClient) -> Iterator[None]:
-    before, client.reads_only = client.reads_only, True
-    try:
-        yield
     finally:
         client.reads_only = before
+    return results, missing

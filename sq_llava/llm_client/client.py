@@ -1,17 +1,19 @@
-"""A client of any OpenAI-compatible chat server that never pays twice, and never more than it may.
+"""A client for any OpenAI-compatible chat server. It never pays twice for an answer, and it stays within its caps.
 
     client = ChatClient(ChatSettings("gpt-4o", max_cost=5, input_price=2.5, output_price=10), Path("answers.jsonl"))
     text = client.complete([{"role": "user", "content": "Hello"}])
 
-Every answer is kept in a journal of JSON lines (`sq_llava/llm_client/journal.py`) under a hash of all that it depends
-on: a run that was killed takes it from there. One process at a time may add to it. The key comes from `OPENAI_API_KEY`
-alone and is written nowhere.
+Every answer is kept in a journal (`journal.py`) under a hash of everything that it depends on; a run that was killed
+resumes from there. One process at a time may write to a journal. The API key is read from `OPENAI_API_KEY` and is
+never written to a file.
 
-A request is sent again after 408, 409, 429, 5xx, time-outs and lost connections: after the seconds of `Retry-After`
-(up to 120), else after 0.5, 1, 2, 4, ... 8 seconds, a little less by chance. Of time-outs and lost connections nobody
-knows whether they are paid: they count in full, in all runs, as do answers that hold no text. If `NUM_UNANSWERED`
-requests in a row stay without an answer all the same, nothing more is asked. What this module does not do: know
-prices, which are the user's to give; count what was under way when a run was killed.
+A request is sent again after the statuses 408, 409, 429 and 5xx, a timeout, or a lost connection. The client waits for
+the seconds of `Retry-After` (at most 120), or else for about 0.5, 1, 2, 4, then 8 seconds. After a timeout or a lost
+connection, nobody knows whether the request was billed, so its full price counts against the caps, in later runs too.
+The same holds for a response without text. If `NUM_UNANSWERED` requests in a row stay without an answer after all
+retries, the client stops.
+
+What this module does not do: know prices, which the user gives; count requests under way when a run was killed.
 """
 
 import hashlib
@@ -41,32 +43,32 @@ Messages = Sequence[Mapping[str, Any]]
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-# The server refuses whatever is sent: a wrong key, no right to the model, no such model, no money left.
+# The server would refuse every request: wrong key, no permission for the model, no such model, no money left.
 FINAL_ERRORS = (openai.AuthenticationError, openai.PermissionDeniedError, openai.NotFoundError)
 NO_MONEY = "insufficient_quota"
-# Nothing was sent. By their names: openai's releases stand on different HTTP libraries, which share these.
+# The request was not sent. Compared by name: releases of openai use different HTTP libraries, which share these names.
 NOT_CONNECTED = ("ConnectError", "ConnectTimeout", "PoolTimeout")
-# So many requests in a row, each sent several times, show that the server is gone, not that one of them is odd.
+# This many failures in a row, each after all retries, mean that the server is gone, not that one request is odd.
 NUM_UNANSWERED = 10
-LONGEST_BACKOFF = 8.0  # seconds before a request is sent again, if the server says nothing
-# For an estimate: of English text, with its JSON.
+LONGEST_BACKOFF = 8.0  # seconds before a retry, if the server names none
+# For estimates, of English text with its JSON.
 BYTES_PER_TOKEN = 4
 
 
 class ChatStopped(RuntimeError):
-    """Nothing more can be asked in this run: a cap, a server that refuses us or is gone. What is done is kept."""
+    """This run cannot ask more: a cap is reached, or the server refuses everything or is gone. Answers are kept."""
 
 
 class ChatFailure(RuntimeError):
-    """The server did not answer one request, also when asked again."""
+    """The server did not answer one request, even after retries."""
 
 
 class UnusableAnswer(ChatFailure):
-    """The server answered, but with no text."""
+    """The server responded without text."""
 
 
 class NotAsked(ChatFailure):
-    """A client that only reads has no answer to this `request`."""
+    """The journal of a client with `reads_only` has no answer to this `request`."""
 
     def __init__(self, request: "ChatRequest"):
         super().__init__("not asked yet")
@@ -75,7 +77,7 @@ class NotAsked(ChatFailure):
 
 @dataclass(frozen=True)
 class ChatRequest:
-    """What is sent, and the hash under which its answer is kept."""
+    """The body of a request, and the hash under which its answer is kept."""
 
     key: str
     body: dict[str, Any]
@@ -83,7 +85,7 @@ class ChatRequest:
 
 @dataclass(frozen=True)
 class Estimate:
-    """What requests will take: the tokens of their prompts, roughly, and of the answers, at most."""
+    """What requests will take: prompt tokens (approximate), answer tokens (at most), and the cost of both."""
 
     num_requests: int
     prompt_tokens: int
@@ -94,13 +96,13 @@ class Estimate:
 class ChatClient:
     """
     Args:
-        settings (`ChatSettings`): Whom to ask, and how much.
-        journal_path (`Path`): Of the answers that were paid for.
-        server_matters (`bool`): Whether an answer is taken over only if the base URL is the same.
-        reads_only (`bool`): Nothing is asked; no key is needed.
+        settings (`ChatSettings`): The server and the caps.
+        journal_path (`Path`): File of the paid answers.
+        server_matters (`bool`): Reuse an answer only if it came from the same base URL.
+        reads_only (`bool`): Send nothing; no key is needed.
 
     Raises:
-        ValueError: if `OPENAI_API_KEY` is not set.
+        ValueError: If `OPENAI_API_KEY` is not set.
     """
 
     def __init__(
@@ -108,16 +110,13 @@ class ChatClient:
     ):
         key = os.environ.get("OPENAI_API_KEY")
         if not key and not reads_only:
-            raise ValueError("OPENAI_API_KEY is not set: export it (any text for a server that needs none).")
+            raise ValueError("OPENAI_API_KEY is not set: export it. A server without keys takes any text.")
         self.settings = settings
         self.reads_only = reads_only
         self.api = openai.OpenAI(
-            api_key=key or "none",
-            base_url=settings.base_url,
-            max_retries=settings.retries,
-            timeout=settings.timeout,
+            api_key=key or "none", base_url=settings.base_url, max_retries=settings.retries, timeout=settings.timeout
         )
-        # Sent again within the client, a request would pass the caps.
+        # The library's own retries would not count against the caps.
         self._once = self.api.with_options(max_retries=0)
         self.base_url = str(self.api.base_url)
         self.journal = Journal(journal_path, reads_only=True)
@@ -132,15 +131,15 @@ class ChatClient:
 
     def claim(self) -> None:
         """
-        Lets no other process add to the journal as long as this client lives; done before anything is asked.
+        Locks the journal for this process as long as this client lives. Must precede every request.
 
         Raises:
-            ValueError: if another process does already.
+            ValueError: If another process holds the lock.
         """
         with self._claiming:
             if self._lock is None:
                 self._lock = lock(self.journal.path)
-                # Another process may have added to it.
+                # Another process may have added answers.
                 self.journal = Journal(self.journal.path)
                 self.budget = Budget(self.settings, self.journal)
 
@@ -149,14 +148,14 @@ class ChatClient:
         The server's answer, from the journal if it is there.
 
         Args:
-            messages: Of the chat completions API: `role` and `content`, a text or its parts.
-            attempt (`int`): Another number asks anew.
+            messages: Messages of the chat completions API, with `role` and `content` (a text or a list of parts).
+            attempt (`int`): A number that was not used before asks for another answer.
 
         Raises:
-            ValueError: if another process adds to the journal.
-            UnusableAnswer: if the server's answer holds no text.
-            ChatFailure: if there is no answer to this request.
-            ChatStopped: if there will be none to any.
+            ValueError: If another process writes to the journal.
+            UnusableAnswer: If the server's response has no text.
+            ChatFailure: If this request gets no answer.
+            ChatStopped: If no request can be sent any more.
         """
         request = self.request(messages, attempt)
         line = self.journal.get(request.key)
@@ -164,7 +163,7 @@ class ChatClient:
             if self.reads_only:
                 raise NotAsked(request)
             self.claim()
-            # The same request from two threads is paid once.
+            # Two threads with the same request pay once.
             with self._asking.setdefault(request.key, threading.Lock()):
                 line = self.journal.get(request.key)
                 if line is None:
@@ -182,21 +181,25 @@ class ChatClient:
             "max_completion_tokens": self.settings.max_tokens,
         }
         depends_on = [self.base_url] if self._server_matters else []
-        return ChatRequest(_hash([*depends_on, body, attempt]), body)
+        content = json.dumps([*depends_on, body, attempt], sort_keys=True)
+        return ChatRequest(hashlib.sha256(content.encode()).hexdigest(), body)
 
     def work_on(
         self, items: Mapping[str, Item], work: Callable[[Item], Result], description: str
     ) -> Iterator[tuple[str, Result]]:
         """
-        Calls `work` on each item, as many at a time as requests may be under way, beside a bar that shows what was
-        spent. Gives the id and the result of each as it is done.
+        Calls `work` on each item, `concurrency` items at a time, and shows a progress bar with what was spent. Yields
+        the id and the result of each item when it is done.
 
         Raises:
-            ValueError: if another process adds to the journal.
-            ChatStopped: once the requests under way have been answered and kept; likewise what else `work` raises.
+            ValueError: If another process writes to the journal.
+            ChatStopped: After the requests under way are answered and kept. Other errors of `work` likewise.
         """
         self.claim()
-        with ThreadPoolExecutor(self.settings.concurrency) as pool, self._bar() as progress:
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        spent = TextColumn("{task.fields[spent]}")
+        progress = Progress(*columns, spent, console=Console(stderr=True), transient=True)
+        with ThreadPoolExecutor(self.settings.concurrency) as pool, progress:
             bar = progress.add_task(description, total=len(items), spent=self.budget.describe())
             futures = {pool.submit(work, item): id for id, item in items.items()}
             try:
@@ -205,12 +208,12 @@ class ChatClient:
                     progress.update(bar, advance=1, spent=self.budget.describe())
                     yield futures[future], result
             finally:
-                self._stopping.set()  # nothing is sent again
+                self._stopping.set()  # ends all waiting for a retry
                 pool.shutdown(cancel_futures=True)
                 self._stopping.clear()
 
     def report(self) -> dict[str, Any]:
-        """Who answered and when, for a result; of what was asked since the last report."""
+        """Which models answered, when, and with how many tokens, since the last report."""
         used, self._used = list(self._used.values()), {}
         return {
             "model": self.settings.model,
@@ -225,7 +228,7 @@ class ChatClient:
         }
 
     def estimate(self, requests: Iterable[ChatRequest]) -> Estimate:
-        """The tokens and the cost of these requests."""
+        """The tokens and the cost of these requests, if every answer has the maximum length."""
         num_requests, prompt_tokens = 0, 0
         for request in requests:
             num_images, num_bytes = measure(request.body["messages"])
@@ -235,33 +238,12 @@ class ChatClient:
         cost = self.settings.price(prompt_tokens, completion_tokens)
         return Estimate(num_requests, prompt_tokens, completion_tokens, cost)
 
-    def _most_tokens(self, body: Mapping[str, Any]) -> tuple[int, int]:
-        """The most tokens that a request's prompt and answer can have: no token is shorter than a byte."""
-        num_images, num_bytes = measure(body["messages"])
-        return num_bytes + num_images * self.settings.image_tokens, self.settings.max_tokens
-
     def _say(self, error: Exception) -> str:
-        """Servers put the key that they were sent into their errors."""
+        """The text of an error without the API key, which some servers repeat."""
         return mend(str(error)).replace(self.api.api_key, "[OPENAI_API_KEY]")[:500]
 
-    def _bar(self) -> Progress:
-        """A progress bar whose tasks have a field `spent`."""
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        return Progress(*columns, TextColumn("{task.fields[spent]}"), console=Console(stderr=True), transient=True)
-
-    def _note_lost(self, key: str, most: tuple[int, int], reason: str) -> None:
-        """
-        Puts into the journal what was paid, as far as anybody knows, for no answer.
-
-        Args:
-            key: One that no request has, as this is not its answer.
-        """
-        date = datetime.now(UTC).date().isoformat()
-        tokens = {"prompt_tokens": most[0], "completion_tokens": most[1]}
-        self.journal.add({"key": key, "lost": reason, "date": date, **tokens})
-
     def _ask(self, request: ChatRequest) -> dict[str, Any]:
-        """Sends a request, again where the server is busy or lost, and pays for it."""
+        """Sends a request until it is answered, or as often as the settings allow."""
         for attempt in count():
             try:
                 return self._send(request)
@@ -272,18 +254,20 @@ class ChatClient:
                     raise self._given_up(error) from None
 
     def _given_up(self, error: Exception) -> ChatFailure | ChatStopped:
-        """Of one request, or of all that follow. Threads may miscount by a few, which does no harm."""
+        """Gives up on one request, or on all. Threads may miscount by a few, which does no harm."""
         self._num_unanswered += 1
         if self._num_unanswered < NUM_UNANSWERED:
             return ChatFailure(str(error))
         return ChatStopped(
-            f"{self.settings.model}: the server left {self._num_unanswered} requests in a row without an answer, each "
-            f"sent {self.settings.retries + 1} times: {error} Run again when it is there: what was answered is kept."
+            f"{self.settings.model}: the server did not answer {self._num_unanswered} requests in a row, each sent "
+            f"{self.settings.retries + 1} times: {error} Run again when the server is back: the answers are kept."
         )
 
     def _send(self, request: ChatRequest) -> dict[str, Any]:
-        """Sends a request once. A lost request counts as paid in full; one that was refused does not count."""
-        most = self._most_tokens(request.body)
+        """Sends a request once. A lost request counts in full against the caps, a refused one does not count."""
+        num_images, num_bytes = measure(request.body["messages"])
+        # No token is shorter than a byte.
+        most = num_bytes + num_images * self.settings.image_tokens, self.settings.max_tokens
         self.budget.reserve(*most)
         used = lost = None
         try:
@@ -299,7 +283,7 @@ class ChatClient:
         except openai.APIStatusError as error:
             if isinstance(error, FINAL_ERRORS) or error.code == NO_MONEY:
                 raise ChatStopped(f"{self.settings.model}: the server refused: {self._say(error)}") from None
-            # What is wrong with a single request is told by another status.
+            # Other statuses below 500 concern this one request.
             if error.status_code not in (408, 409, 429) and error.status_code < 500:
                 self._num_unanswered = 0
                 raise ChatFailure(self._say(error)) from None
@@ -308,16 +292,18 @@ class ChatClient:
             name = type(error.__cause__).__name__
             reason = f"{self._say(error)} ({name})"
             if name not in NOT_CONNECTED:
-                used, lost = most, reason  # it may have been answered, and the answer lost
+                used, lost = most, reason  # it may have been answered and billed
             raise _Unanswered(reason) from None
         finally:
             self.budget.settle(most, used)
             if lost is not None:
-                self._note_lost(f"{request.key} lost {uuid.uuid4().hex}", most, lost)
+                key = f"{request.key} lost {uuid.uuid4().hex}"  # no request has this key: it is not an answer
+                tokens = {"prompt_tokens": most[0], "completion_tokens": most[1]}
+                self.journal.add({"key": key, "lost": lost, "date": datetime.now(UTC).date().isoformat(), **tokens})
 
 
 class _Unanswered(Exception):
-    """The server is busy, for so many seconds if it says so; or lost."""
+    """The server is busy or the connection was lost. `seconds`: how long the server asks to wait, if it says so."""
 
     def __init__(self, reason: str, seconds: float | None = None):
         super().__init__(reason)
@@ -325,7 +311,7 @@ class _Unanswered(Exception):
 
 
 def measure(messages: Messages) -> tuple[int, int]:
-    """The number of images, and the bytes of all that is not an image."""
+    """The number of images in the messages, and the number of bytes of everything else."""
     num_images = 0
     texts = []
     for message in messages:
@@ -336,14 +322,10 @@ def measure(messages: Messages) -> tuple[int, int]:
     return num_images, len(json.dumps(texts).encode())
 
 
-def _hash(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
-
-
 class Budget:
     """
-    What may still be spent. Before a request is sent, the most that it can cost is set aside, so no cap is passed
-    however many requests are under way.
+    Enforces the caps. Before a request is sent, the most that it can cost is reserved. So no cap is exceeded, however
+    many requests are under way.
     """
 
     def __init__(self, settings: ChatSettings, journal: Journal):
@@ -363,16 +345,16 @@ class Budget:
 
     def reserve(self, prompt_tokens: int, completion_tokens: int) -> None:
         """
-        Waits for requests under way: they may turn out cheaper, or be refused.
+        Reserves the most that a request can use. At a cap, waits for requests under way, which may turn out cheaper.
 
         Raises:
-            ChatStopped: at a cap.
+            ChatStopped: If the request does not fit under a cap and none is under way.
         """
         tokens, cost = prompt_tokens + completion_tokens, self._settings.price(prompt_tokens, completion_tokens)
         with self._changed:
             while (reason := self._too_much(tokens, cost)) is not None:
                 if not self._num_under_way:
-                    raise ChatStopped(f"stopped by {reason} Raise it and run again: what was answered is kept.")
+                    raise ChatStopped(f"stopped by {reason} Raise the cap and run again: the answers are kept.")
                 self._changed.wait()
             self.num_requests += 1
             self._reserved_tokens += tokens
@@ -380,7 +362,7 @@ class Budget:
             self._num_under_way += 1
 
     def settle(self, most: tuple[int, int], used: tuple[int, int] | None) -> None:
-        """Counts what was used instead of what was set aside; a request that the server refused counts nothing."""
+        """Replaces the reservation by what was used. A request that the server refused (`used` is `None`) is free."""
         with self._changed:
             self._reserved_tokens -= sum(most)
             self._reserved_cost -= self._settings.price(*most)
@@ -398,9 +380,9 @@ class Budget:
         if max_requests is not None and self.num_requests >= max_requests:
             return f"{prefix}max-requests {max_requests}."
         if max_cost is not None and self.cost + self._reserved_cost + cost > max_cost:
-            spent = f"{self.cost:g} is spent, and the next request can cost {cost:g}"
+            spent = f"{self.cost:g} is spent, and the next request can cost up to {cost:g}"
             return f"{prefix}max-cost {max_cost:g}: {spent}."
         if max_tokens is not None and self.tokens + self._reserved_tokens + tokens > max_tokens:
-            used = f"{self.tokens} are used, and the next request can use {tokens}"
+            used = f"{self.tokens} are used, and the next request can use up to {tokens}"
             return f"{prefix}max-total-tokens {max_tokens}: {used}."
         return None

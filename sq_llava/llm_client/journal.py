@@ -1,10 +1,10 @@
-"""Answers that were paid for, on disk: one JSON line each, written by one process at a time.
+"""The journal: paid answers on disk, one JSON line each, written by one process at a time.
 
     journal = Journal(Path("answers.jsonl"))
     journal.add({"key": "9f3a", "answer": "A dog.", "prompt_tokens": 100, "completion_tokens": 10})
     journal.get("9f3a")["answer"]
 
-A line without an answer, under a key that no request has, is what was paid for nothing.
+A line without an answer records a request that was probably billed but brought nothing. No request has its key.
 """
 
 import json
@@ -19,7 +19,7 @@ from sq_llava.resumable.jsonl import read_complete_lines, to_line
 
 
 class Journal:
-    """Answers by their keys, appended as they come."""
+    """Answers by their keys; each is appended to the file as it arrives."""
 
     def __init__(self, path: Path, reads_only: bool = False):
         self.path = path
@@ -31,7 +31,7 @@ class Journal:
                 line = json.loads(line)
             except ValueError as error:
                 raise ValueError(
-                    f"{path}, line {number}: cannot be read as JSON: {error}. Remove the line: it is asked again."
+                    f"{path}, line {number}: cannot be read as JSON: {error}. Remove the line; it will be asked again."
                 ) from error
             self._keep(line)
 
@@ -39,7 +39,7 @@ class Journal:
         return self._line_of.get(key)
 
     def all(self) -> list[dict[str, Any]]:
-        """Every line: where several have the same key, each was paid for."""
+        """Every line. If several lines have the same key, each of them was paid for."""
         return list(self._lines)
 
     def add(self, line: dict[str, Any]) -> None:
@@ -56,21 +56,21 @@ class Journal:
 
 def lock(path: Path) -> BaseFileLock:
     """
-    Lets this process alone write a journal, as long as one of its locks on it lives.
+    Locks a journal so that only this process can write to it, until its last lock object is deleted.
 
     Raises:
-        ValueError: if another process has it.
+        ValueError: If another process holds the lock.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    # One object for all threads and clients of this process.
+    # All threads and clients of this process share one object.
     held = FileLock(f"{path.resolve()}.lock", blocking=False, thread_local=False, is_singleton=True)
     try:
         held.acquire()
     except Timeout as error:
         raise ValueError(
-            f"{path}: another run writes into this folder, and both would pay. Wait for it, or give another folder or "
-            "shard."
+            f"{path}: another run writes into this folder; both would pay for the same answers. Wait for it to end, "
+            "or choose another --out or --shard."
         ) from error
     except OSError as error:  # some network file systems
-        warnings.warn(f"{path}: cannot be locked here ({error}): start no other run into this folder.", stacklevel=2)
+        warnings.warn(f"{path}: cannot be locked ({error}). Start no other run into this folder.", stacklevel=2)
     return held

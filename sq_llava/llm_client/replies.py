@@ -1,8 +1,8 @@
-"""What a chat server said: the text of an answer, what it counts as, and when to come again.
+"""Reads the responses of a chat server: text, number of tokens, and when to retry.
 
     read_completion(response.text, most_tokens=(100, 1024))["answer"]
 
-What this module does not do: say what the status of a response means.
+What this module does not do: interpret the status code of a response.
 """
 
 import json
@@ -11,15 +11,22 @@ from email.utils import parsedate_to_datetime
 from typing import Any
 
 
-LONGEST_WAIT = 120.0  # seconds, whatever the server says
+LONGEST_WAIT = 120.0  # seconds, even if the server asks for more
 
 
 def read_completion(body: str, most_tokens: tuple[int, int]) -> dict[str, Any]:
     """
-    Text, model and tokens of a chat completion; `most_tokens` where the server does not count them.
+    Reads a chat completion.
+
+    Args:
+        body (`str`): Body of the response.
+        most_tokens (`tuple[int, int]`): Prompt and answer tokens to count if the server reports none.
+
+    Returns:
+        `answer`, `model`, `date`, `prompt_tokens` and `completion_tokens`, as the journal keeps them.
 
     Raises:
-        ValueError: if the body has another form, or no text in it.
+        ValueError: If the body is not a chat completion or has no text.
     """
     try:
         completion = json.loads(body)
@@ -33,24 +40,24 @@ def read_completion(body: str, most_tokens: tuple[int, int]) -> dict[str, Any]:
             "completion_tokens": int(usage["completion_tokens"]),
         }
     except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
-        raise ValueError(f"the server's answer is no chat completion ({error!r}): {body[:200]!r}") from error
+        raise ValueError(f"the server's answer is not a chat completion ({error!r}): {body[:200]!r}") from error
     if not line["answer"].strip():
         raise ValueError(f"the server's answer holds no text: {body[:200]!r}")
     return line
 
 
 def without_thoughts(text: str) -> str:
-    """An answer without what a reasoning model thinks before it, which some servers leave in."""
+    """The answer without the reasoning before `</think>`, which some servers do not remove."""
     return text.rpartition("</think>")[2].strip()
 
 
 def mend(text: str) -> str:
-    """Half of a surrogate pair, which JSON can hold and no UTF-8, becomes U+FFFD."""
+    """Replaces each lone surrogate by U+FFFD: JSON can hold one, UTF-8 cannot."""
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def retry_after(header: str | None) -> float | None:
-    """Seconds, of a number or a date; `None` where there is neither."""
+    """The seconds to wait by a `Retry-After` header, which holds a number or a date; `None` if it holds neither."""
     if header is None:
         return None
     try:
@@ -60,6 +67,6 @@ def retry_after(header: str | None) -> float | None:
             date = parsedate_to_datetime(header)
         except ValueError:
             return None
-        # HTTP's dates are in GMT, so one without a zone is, too.
+        # HTTP dates are in GMT, with or without a time zone.
         seconds = (date.replace(tzinfo=date.tzinfo or UTC) - datetime.now(UTC)).total_seconds()
-    return min(max(0.0, seconds), LONGEST_WAIT)  # in this order "nan" is 0
+    return min(max(0.0, seconds), LONGEST_WAIT)  # in this order, "nan" gives 0

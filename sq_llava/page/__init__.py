@@ -1,1 +1,1 @@
-"""A page in the browser: a person drops a picture, chats about it, and lets the model ask."""
+"""The web page of `sq-llava demo`: chat about a picture, and let the model ask."""

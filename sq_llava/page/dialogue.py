@@ -1,9 +1,7 @@
-"""The conversation behind the page: whose turn it is, and what is said, piece by piece.
+"""The conversation on the page: who speaks next, and what they say, piece by piece. It knows nothing of the browser.
 
-    >>> for turns in speak(assistant, [Turn("user", "What is it?", ("dog.png",))], "assistant", Settings()):
-    ...     print(turns[-1].text)
-
-What this module does not do: know of the browser.
+>>> for turns in speak(assistant, [Turn("user", "What is it?", ("dog.png",))], "assistant", Settings()):
+...     print(turns[-1].text)
 """
 
 from collections.abc import Iterator
@@ -17,7 +15,14 @@ from sq_llava.inference.settings import AskSettings
 
 @dataclass(frozen=True)
 class Turn:
-    """What a person (`user`), the model that asks (`vusr`) or the model that answers (`assistant`) said."""
+    """
+    One turn of a conversation.
+
+    Args:
+        role (`str`): `user` (a person), `assistant` (the model answers) or `vusr` (the model asks).
+        text (`str`): What was said.
+        files (`tuple[str, ...]`): Paths of the pictures in this turn.
+    """
 
     role: str
     text: str
@@ -26,7 +31,7 @@ class Turn:
 
 @dataclass(frozen=True)
 class Settings:
-    """`temperature` 0 is greedy. The questions' defaults are those of [`Assistant.ask`]."""
+    """What the sliders set. A `temperature` of 0 is greedy. The defaults for questions are those of `sq-llava ask`."""
 
     max_new_tokens: int = 256
     temperature: float = 0.0
@@ -37,15 +42,15 @@ class Settings:
 
 
 def complete(turns: list[Turn]) -> list[Turn]:
-    """The conversation up to its last answer: a question whose answer was stopped is taken back."""
+    """The conversation up to its last answer. A question without an answer, because it was stopped, is dropped."""
     while turns and turns[-1].role != "assistant":
         turns = turns[:-1]
     return turns
 
 
 def speak(assistant: Assistant, turns: list[Turn], role: str, settings: Settings) -> Iterator[list[Turn]]:
-    """Lets the model answer (`role` "assistant") or ask ("vusr"). Yields the conversation as the new turn grows."""
-    # A slider at 1 or 2 gives an int, which transformers refuses.
+    """Lets the model answer (role `assistant`) or ask (role `vusr`). Yields the conversation as the new turn grows."""
+    # A slider gives whole numbers as int, which transformers does not accept.
     sampling = {"temperature": float(settings.temperature), "top_p": 1.0, "do_sample": True}
     if role == "vusr":
         temperature, top_p = float(settings.question_temperature), float(settings.question_top_p)
@@ -63,7 +68,7 @@ def speak(assistant: Assistant, turns: list[Turn], role: str, settings: Settings
 
 
 def converse(assistant: Assistant, turns: list[Turn], settings: Settings) -> Iterator[list[Turn]]:
-    """The model asks itself and answers, turn after turn."""
+    """Lets the model ask itself and answer, turn after turn. Yields the conversation as it grows."""
     for _ in range(settings.num_turns):
         for role in ("vusr", "assistant"):
             for turns in speak(assistant, turns, role, settings):  # noqa: B020
@@ -71,7 +76,7 @@ def converse(assistant: Assistant, turns: list[Turn], settings: Settings) -> Ite
 
 
 def opening(text: str, files: list[str]) -> Turn:
-    """A person's turn. A picture alone is to be described, which is also what the model's questions begin from."""
+    """A person's turn. Without text, it asks the model to describe the picture."""
     return Turn("user", text.strip() or DESCRIBE, tuple(files))
 
 

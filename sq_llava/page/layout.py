@@ -1,10 +1,9 @@
-"""The page: chat with pictures, the model's own questions, what its prototypes see.
+"""The web page: chat about pictures, let the model ask, and see its prototypes.
 
     >>> create_page(load("runs/demo/model")).launch(**LAUNCH)
 
-Made with Gradio 6. What a person or the model says is shown as plain text, the fonts are the system's, and a
-Content-Security-Policy keeps the browser from fetching anything from elsewhere. What this module does not do: keep
-users apart in time; one text is generated after another.
+Built with Gradio 6. All text is shown as plain text, and the fonts are those of the system. A Content-Security-Policy
+keeps the browser from loading anything from other servers. Only one text is generated at a time, for all visitors.
 """
 
 import html
@@ -18,11 +17,11 @@ from PIL import Image, ImageOps
 
 from sq_llava.data.images import open_image
 from sq_llava.inference.assistant import Assistant
-from sq_llava.inference.prototypes import colour_of_rank, look, paint
+from sq_llava.inference.prototypes import PrototypeMap, colour_of_rank, look, paint
 from sq_llava.page.dialogue import Settings, Turn, complete, converse, opening, speak
 
 
-# Read when Gradio is imported.
+# Gradio reads these when it is imported.
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "0")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
@@ -34,16 +33,16 @@ PHOTOS = files("sq_llava.page") / "photos"
 EXAMPLES = {
     "shape.png": "what color is the shape?",
     "cat.jpg": "What is the cat looking at?",
-    "coffee.jpg": "What stands on the table?",
+    "coffee.jpg": "What is on the table?",
     "rocket.jpg": "What is happening here?",
 }
 NUM_CHOICES = 8
-# Clicks of all visitors that wait for the model.
+# Maximum number of clicks, of all visitors, that wait for the model.
 MAX_WAITING = 32
-# Of the picture under the colours, in the browser.
+# Maximum width and height of the prototype picture, in pixels.
 LARGEST_SIDE = 768
 SYSTEM_FONT = gr.themes.Font("system-ui"), gr.themes.Font("sans-serif")
-# Gradio's own scripts and styles stand in the page, and its workers and previews are blobs.
+# Gradio has inline scripts and styles; its workers and previews are blobs.
 CONTENT_SECURITY_POLICY = (
     "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval' blob:; style-src 'self' 'unsafe-inline'; "
     "img-src 'self' blob: data:; media-src 'self' blob: data:; font-src 'self' data:; worker-src 'self' blob:; "
@@ -66,7 +65,7 @@ STYLE += "".join(
 
 
 class ContentSecurityPolicy:
-    """Adds the header to each response."""
+    """Middleware that adds the header to every response."""
 
     def __init__(self, app):
         self.app = app
@@ -93,27 +92,30 @@ LAUNCH = {
 
 
 class Page:
-    """What happens on a click. Each handler yields the values of `outputs`: box, conversation, chat, picture."""
+    """
+    What happens on a click. The handlers yield values for the `outputs` of [`create_page`]: input box, conversation,
+    chat, picture.
+    """
 
     def __init__(self, assistant: Assistant):
         self.assistant = assistant
 
     def reply(self, box: dict, turns: list[Turn], *settings) -> Iterator[tuple]:
-        """Answers what was typed."""
+        """Answers the typed message."""
         yield from self._guarded(box, turns, self._answer(box, turns, Settings(*settings)))
 
     def choose(self, event: gr.SelectData, turns: list[Turn], *settings) -> Iterator[tuple]:
-        """Answers a question of the model's own that was clicked; what is being typed stays."""
+        """Answers one of the model's own questions that was clicked. The input box stays as it is."""
         question = {"text": event.value, "files": []}
         for _, *values in self._guarded(question, turns, self._answer(question, turns, Settings(*settings))):
             yield gr.skip(), *values
 
     def ask(self, box: dict, turns: list[Turn], *settings) -> Iterator[tuple]:
-        """Lets the model ask; its questions are buttons under its last answer."""
+        """Lets the model ask. Its questions appear as buttons under its last answer."""
         yield from self._guarded(box, turns, self._suggest(box, turns, Settings(*settings)))
 
     def converse(self, box: dict, turns: list[Turn], *settings) -> Iterator[tuple]:
-        """Lets the model ask itself, and answer."""
+        """Lets the model ask itself and answer."""
         yield from self._guarded(box, turns, self._converse(box, turns, Settings(*settings)))
 
     def _answer(self, box: dict, turns: list[Turn], settings: Settings) -> Iterator[tuple]:
@@ -142,7 +144,7 @@ class Page:
             yield shown(turns)
 
     def _begin(self, box: dict, turns: list[Turn], settings: Settings) -> Iterator[tuple]:
-        """What the model asks about: what was typed or dropped, answered; else the conversation as it is."""
+        """Answers the input box first if it has text or pictures. Otherwise, the conversation stays as it is."""
         turns = complete(turns)
         if box["text"].strip() or box["files"] or not turns:
             yield from self._answer(box, turns, settings)
@@ -150,36 +152,36 @@ class Page:
             yield shown(turns)
 
     def _guarded(self, box: dict, turns: list[Turn], steps: Iterator[tuple]) -> Iterator[tuple]:
-        """Wrong input becomes a message, and everything stays as it was."""
+        """Shows wrong input as a warning, and restores the input box and the conversation."""
         emptied = False
         try:
             for values in steps:
-                # Once: what is typed meanwhile stays.
+                # The box is emptied only once, so that text typed in the meantime stays.
                 yield (gr.skip() if emptied else {"text": "", "files": []}, *values)
                 emptied = True
         except ValueError as error:
             message = str(error)
             for file in box["files"]:
                 message = message.replace(file, Path(file).name)
-            gr.Warning(html.escape(message), title="That did not work")
+            gr.Warning(html.escape(message), title="Something is wrong with the input")
             yield (box if emptied else gr.skip(), *shown(complete(turns)))
 
     def look(self, picture: str | None) -> tuple:
-        """Values of: what the prototypes see, the picture under the colours, the choice of prototypes."""
+        """Values for the prototype panel: the prototype map, the coloured picture, the choice of prototypes."""
         if picture is None:
             return None, gr.Image(None, visible=False), gr.CheckboxGroup([], visible=False)
-        sight = look(self.assistant, open_image(picture))
-        choices = [(f"{prototype}: {share:.0%}", prototype) for prototype, share in sight.shares.items()]
-        overlay = gr.Image(self.paint(picture, sight, []), visible=True)
-        return sight, overlay, gr.CheckboxGroup(choices[:NUM_CHOICES], value=[], visible=True)
+        seen = look(self.assistant, open_image(picture))
+        choices = [(f"{prototype}: {share:.0%}", prototype) for prototype, share in seen.shares.items()]
+        overlay = gr.Image(self.paint(picture, seen, []), visible=True)
+        return seen, overlay, gr.CheckboxGroup(choices[:NUM_CHOICES], value=[], visible=True)
 
-    def paint(self, picture: str, sight, chosen: list[int]) -> Image.Image:
+    def paint(self, picture: str, seen: PrototypeMap, chosen: list[int]) -> Image.Image:
         image = ImageOps.contain(open_image(picture), (LARGEST_SIDE, LARGEST_SIDE))
-        return paint(image, sight, chosen or None)
+        return paint(image, seen, chosen or None)
 
 
 def shown(turns: list[Turn], questions: list[str] = ()) -> tuple:
-    """The values of conversation, chat and picture, with questions to choose from."""
+    """Values for conversation, chat and picture. `questions` become buttons under the last message."""
     messages = []
     for turn in turns:
         text = html.escape(turn.text, quote=False)
@@ -196,13 +198,13 @@ def shown(turns: list[Turn], questions: list[str] = ()) -> tuple:
 def _check_pictures(turns: list[Turn]) -> None:
     files = [file for turn in turns for file in turn.files]
     if not files:
-        raise ValueError("There is no picture yet: drop one into the box, or choose an example.")
+        raise ValueError("There is no picture yet. Add one to the message, or choose an example.")
     for file in files:
         open_image(file)
 
 
 def create_page(assistant: Assistant) -> gr.Blocks:
-    """The page of one model. Its `launch` wants the settings in `LAUNCH`."""
+    """The page of one model. Start it with `launch(**LAUNCH)`."""
     page = Page(assistant)
     with gr.Blocks(title="SQ-LLaVA", analytics_enabled=False, delete_cache=(3600, 24 * 3600)) as blocks:
         turns, picture = gr.State([]), gr.State(None)
@@ -229,7 +231,7 @@ def create_page(assistant: Assistant) -> gr.Blocks:
                 panel, looking = _prototype_panel(page, picture) if has_prototypes else ([], [])
 
         outputs = [box, turns, chat, picture]
-        # One generation at a time, whoever wants it. For programs there is `sq-llava serve`.
+        # One generation at a time, for all visitors. Programs should use `sq-llava serve`.
         shared = {
             "outputs": outputs, "concurrency_id": "model", "concurrency_limit": 1, "show_progress": "minimal",
             "api_visibility": "private",
@@ -242,9 +244,9 @@ def create_page(assistant: Assistant) -> gr.Blocks:
         ]
         blocks.queue(max_size=MAX_WAITING)
         stop.click(None, cancels=running)
-        # In this order: Gradio cancels after the function that `cancels` stands with, so the next question would be
-        # cancelled with what was running. Past the queue, so that this is done before that question is read; but
-        # then a change of `picture` is not told, and the panel is emptied here.
+        # Two listeners, in this order: Gradio applies `cancels` after the function of the same listener, so it would
+        # also cancel the next question. The second listener skips the queue, so that it is done before the next
+        # question is read. Without the queue, a change of `picture` triggers nothing: the panel is emptied here.
         chat.clear(None, cancels=[*running, *looking])
         chat.clear(
             lambda: shown([]) + (page.look(None) if panel else ()), None, [*outputs[1:], *panel], queue=False,
@@ -254,14 +256,14 @@ def create_page(assistant: Assistant) -> gr.Blocks:
 
 
 def _sliders() -> list[gr.Slider]:
-    """One for each field of `Settings`, in their order."""
+    """One slider for each field of `Settings`, in the same order."""
     ranges = {
-        "max_new_tokens": (1, 1024, 1, "Longest answer or question, in tokens"),
-        "temperature": (0, 2, 0.1, "Temperature of answers; 0 is greedy"),
-        "question_temperature": (0.1, 2, 0.1, "Temperature of questions"),
-        "question_top_p": (0.05, 1, 0.05, "Top p of questions"),
-        "num_questions": (1, 8, 1, "Questions to choose from"),
-        "num_turns": (1, 10, 1, "Turns of talking to itself"),
+        "max_new_tokens": (1, 1024, 1, "Maximum length of an answer or question, in tokens"),
+        "temperature": (0, 2, 0.1, "Sampling temperature for answers (0: greedy)"),
+        "question_temperature": (0.1, 2, 0.1, "Sampling temperature for questions"),
+        "question_top_p": (0.05, 1, 0.05, "Top-p sampling for questions"),
+        "num_questions": (1, 8, 1, "Number of suggested questions"),
+        "num_turns": (1, 10, 1, "Number of turns when talking to itself"),
     }
     with gr.Accordion("Settings", open=False):
         return [
@@ -272,17 +274,17 @@ def _sliders() -> list[gr.Slider]:
 
 
 def _prototype_panel(page: Page, picture: gr.State) -> tuple[list[gr.components.Component], list]:
-    """The outputs of `Page.look`, and the event that calls it."""
-    sight = gr.State(None)
+    """The components that `Page.look` fills, and the event that calls it."""
+    seen = gr.State(None)
     overlay = gr.Image(
         label="What the prototypes see", interactive=False, format="png", buttons=["download", "fullscreen"],
         visible=False, elem_id="overlay",
     )  # fmt: skip
     chosen = gr.CheckboxGroup(
-        [], label="Show only these prototypes", info="Number and share of the picture; none chosen: all",
+        [], label="Show only these prototypes", info="Number, and share of the picture. Choose none to show all.",
         visible=False, elem_id="chosen",
     )  # fmt: skip
-    panel = [sight, overlay, chosen]
+    panel = [seen, overlay, chosen]
     looking = picture.change(page.look, picture, panel, show_progress="hidden", api_visibility="private")
-    chosen.input(page.paint, [picture, sight, chosen], overlay, show_progress="hidden", api_visibility="private")
+    chosen.input(page.paint, [picture, seen, chosen], overlay, show_progress="hidden", api_visibility="private")
     return panel, [looking]

@@ -1,4 +1,4 @@
-"""Files of JSON lines: written as a whole, or appended as work comes along and read by a later run after a kill.
+"""Files of JSON lines: written as a whole, or appended to line by line so that a killed run can resume from them.
 
 >>> for line in map(json.loads, read_complete_lines(Path("answers.jsonl"))):
 ...     print(line)
@@ -20,11 +20,11 @@ def write_jsonl(path: Path, values: Iterable[Any]) -> None:
 
 def read_complete_lines(path: Path, mends: bool = True) -> list[bytes]:
     """
-    The lines of a file without a last one that a kill has cut off; none if there is no file.
+    The complete lines of a file. A last line that a kill cut off is left out. A missing file has no lines.
 
     Args:
-        mends (`bool`): Also removes the incomplete line from the file. A process that only reads must not, as another
-            one may be writing it.
+        mends (`bool`): Also remove the incomplete line from the file. Pass `False` in a process that only reads:
+            another process may be writing that line.
     """
     content = path.read_bytes() if path.is_file() else b""
     complete = content[: content.rfind(b"\n") + 1]

@@ -1,9 +1,9 @@
-"""Work on many items that a kill may interrupt: in batches, over processes, resumed from the lines that were written.
+"""Resumable work on many items: in batches, on one or several processes.
 
     lines = run_resumable(pictures, describe_batch, Path("out"), "described", "Describing", batch_size=8)
 
-Each process appends one JSON line per item to `<stem>-<rank>.jsonl`. A later run reads all files of that stem,
-whatever the number of processes was, and works on what is missing; items that failed are tried again.
+Each process appends one JSON line per item to `<stem>-<rank>.jsonl`. A later run reads these files of all processes
+and works on the items that have no line. The number of processes may change. Items that failed are tried again.
 """
 
 import json
@@ -23,7 +23,7 @@ from sq_llava.resumable.jsonl import read_complete_lines, to_line
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-# What is wrong with one item, such as an image that cannot be opened or a prompt that needs too much memory.
+# Errors of one item, such as an image that cannot be opened or a prompt that needs too much memory.
 ITEM_ERRORS = (ValueError, RuntimeError, TemplateError)
 
 
@@ -41,15 +41,18 @@ def run_resumable(
     Works on every item that has no line in `folder` yet. If a batch fails, its items are tried one by one.
 
     Args:
-        items (`Sequence`): Each has an `id`, which no other one has.
-        work (`Callable`): A batch of items -> the fields of each item's line.
-        description (`str`): Of the progress bar.
-        make_batches (`Callable`, *optional*): Makes the batches of the items that are left, which are then dealt to
-            the processes. By default the items are dealt, and each process takes `batch_size` of them at a time.
-        failed (`Mapping`): The fields of the line of an item that failed, beside its `error`.
+        items (`Sequence`): Each item has a unique `id`.
+        work (`Callable`): Takes a batch of items and gives the fields of each item's line.
+        folder (`Path`): Folder of the files of lines.
+        stem (`str`): First part of the names of these files.
+        description (`str`): Text beside the progress bar.
+        batch_size (`int`): Number of items in a batch.
+        make_batches (`Callable`, *optional*): Divides the remaining items into batches, and the batches are shared out
+            between the processes. By default the items are shared out, and each process makes batches of its own.
+        failed (`Mapping`): Fields of the line of an item that failed, in addition to `error`.
 
     Returns:
-        The line of each item by its id, with `error`, on every process.
+        The line of each item by its id, on every process. A line has an `error`, which is `None` for success.
     """
     state = PartialState()
     mine = slice(state.process_index, None, state.num_processes)
@@ -80,8 +83,8 @@ def work_in_batches(
     shows_progress: bool = True,
 ) -> Iterator[list[tuple[Item, Result | None, str | None]]]:
     """
-    Yields, batch by batch, each item with its result and its error, one of which is `None`. If a batch fails, its
-    items are tried one by one.
+    Yields a list for each batch: every item with its result and its error, one of which is `None`. If a batch fails,
+    its items are tried one by one.
     """
     with Progress(console=messages_console, transient=True, disable=not shows_progress) as progress:
         bar = progress.add_task(description, total=sum(map(len, batches)))
@@ -100,7 +103,7 @@ def _attempt(
             return [(batch[0], None, f"{type(error).__name__}: {error}")]
     else:
         return [(item, result, None) for item, result in zip(batch, results, strict=True)]
-    # Not in the handler: the error's traceback would keep the tensors of the failed batch in memory.
+    # Not inside the handler: the traceback would keep the tensors of the failed batch in memory.
     return [outcome for item in batch for outcome in _attempt(work, [item])]
 
 
@@ -108,14 +111,17 @@ def read_lines(
     folder: Path, stem: str, known_ids: Sequence[str], with_failed: bool = False
 ) -> dict[str, dict[str, Any]]:
     """
-    The lines that were written before, by their `id`. A line that a kill has cut off is dropped from its file. All
-    processes read before any may write.
+    The lines of earlier runs by their `id`. An incomplete line is removed from its file. Every process reads before
+    any process may write.
 
     Args:
-        with_failed (`bool`): Also the items that failed (an `error` that is not `None`) and did not succeed later.
+        folder (`Path`): Folder of the files of lines; it is created if it is missing.
+        stem (`str`): First part of the names of these files.
+        known_ids (`Sequence[str]`): The ids of all items of this run.
+        with_failed (`bool`): Also return items that failed and have not succeeded later. Their `error` is not `None`.
 
     Raises:
-        ValueError: if a line's id is none of `known_ids`.
+        ValueError: If a line has an id that is not in `known_ids`.
     """
     folder.mkdir(parents=True, exist_ok=True)
     known = set(known_ids)
@@ -124,7 +130,7 @@ def read_lines(
         for line in map(json.loads, read_complete_lines(path, mends=PartialState().is_main_process)):
             if line["id"] not in known:
                 raise ValueError(
-                    f"{path}: has a line for {line['id']!r}, which is not asked about: give another --out."
+                    f"{path}: has a line for {line['id']!r}, which is not in the input. Choose another --out."
                 )
             if line["error"] is None:
                 done[line["id"]] = line

@@ -1,4 +1,4 @@
-"""The note of a run, `run.json` in its folder, so that no other run resumes from its work by mistake."""
+"""The note of a run: `run.json` in its output folder. It keeps a run with other settings from resuming there."""
 
 import hashlib
 import json
@@ -12,37 +12,38 @@ from typing import Any
 
 def check_note(out: Path, about: dict[str, Any], identity: Sequence[str]) -> dict[str, Any]:
     """
-    Compares a run with the one that is noted in its folder.
+    Compares this run with the run that is noted in its output folder.
 
     Args:
-        about (`dict`): What it takes to repeat the run.
-        identity (`Sequence[str]`): The keys of `about` that must be equal for the run to resume.
+        out (`Path`): Output folder.
+        about (`dict`): All settings that are needed to repeat this run.
+        identity (`Sequence[str]`): Keys of `about` that must be equal for a run to resume.
 
     Returns:
-        `dict`: `about`, with what is noted of other tasks.
+        `dict`: `about`. A value that is a dict also has the entries of earlier runs.
 
     Raises:
-        ValueError: if the folder holds the work of a run that differs in one of these keys.
+        ValueError: If the folder holds a run that differs in one of these keys.
     """
     note = out / "run.json"
     before = json.loads(note.read_text()) if note.is_file() else {}
     for name in identity if before else ():
         was, now = before.get(name), about[name]
-        if isinstance(now, dict):  # by task: only tasks that both runs have must be equal
+        if isinstance(now, dict):  # by task, for example: only the tasks of both runs must be equal
             differing = [task for task in was.keys() & now.keys() if was[task] != now[task]]
             about = {**about, name: was | now}
             name = f"{name} of {', '.join(sorted(differing))}"
             was, now = [was[task] for task in differing], [now[task] for task in differing]
         if was != now:
             raise ValueError(
-                f"{out} holds answers of a run with {name} {was!r}, now it is {now!r}: give another --out, or "
-                "remove the folder."
+                f"{out}: holds answers of a run with {name} {was!r}, but this run has {now!r}. Choose another --out, "
+                "or remove the folder."
             )
     return about
 
 
 def write_note(out: Path, about: dict[str, Any], writer: str = "") -> None:
-    """Writes in one step: nobody could resume with a note that a kill has cut off. Each `writer` has its own file."""
+    """Writes `run.json` in one step: a kill leaves no half of it. Each `writer` uses its own temporary file."""
     out.mkdir(parents=True, exist_ok=True)
     whole = out / f"run{writer}.new"
     whole.write_text(json.dumps(about, indent=2) + "\n")
@@ -55,7 +56,7 @@ def hash_of_file(path: Path) -> str:
 
 
 def command_line() -> str:
-    """The command that started this process, to be typed again: `sq-llava evaluate ...`, `python -m demo.run ...`."""
+    """The command that started this process, as it can be typed: `sq-llava evaluate ...`, `python -m demo.run ...`."""
     program = Path(sys.argv[0])
     is_module = program.suffix == ".py" and (program.parent / "__init__.py").is_file()
     if program.stem == "sq-llava" or program == files("sq_llava") / "__main__.py":

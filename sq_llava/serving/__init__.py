@@ -1,1 +1,1 @@
-"""An OpenAI-compatible server of one model: `sq-llava serve`."""
+"""An OpenAI-compatible server for one model: `sq-llava serve`."""

@@ -2,7 +2,7 @@
 
     >>> app = create_app(load("runs/demo/model"), "demo", Limits(), max_batch_size=16)
 
-Run by uvicorn (`sq-llava serve`), or in a test by `fastapi.testclient.TestClient` without a port.
+`sq-llava serve` runs it with uvicorn. Tests run it without a port, with `fastapi.testclient.TestClient`.
 """
 
 import asyncio
@@ -27,7 +27,7 @@ from sq_llava.serving.schema import ApiError, ChatCompletion, ChatCompletionRequ
 
 
 CHAT_PATH = "/v1/chat/completions"
-# So long may a client that is refused go on sending, or one whose time is over not read.
+# After a refusal, a client may keep sending for this long. After a timeout, it has this long to read the error.
 SECONDS_FOR_LAST_WORDS = 2.0
 
 
@@ -36,7 +36,13 @@ def create_app(
 ) -> FastAPI:
     """
     Args:
-        api_key (`str`, *optional*): What clients must send as `Authorization: Bearer ...` to all of /v1.
+        model_name (`str`): Name of the model for clients.
+        limits (`Limits`): What a request may cost.
+        max_batch_size (`int`): Maximum number of texts that are generated at the same time.
+        api_key (`str`, *optional*): Key that clients must send to all paths under /v1, as `Authorization: Bearer KEY`.
+
+    Raises:
+        ValueError: if the model cannot be batched, or its generation_config.json has an unsupported setting.
     """
     engine = Engine(assistant, max_batch_size)
     metrics = Metrics(engine)
@@ -48,7 +54,7 @@ def create_app(
             yield
         chat_service.preparing.shutdown(wait=False, cancel_futures=True)
 
-    # FastAPI's documentation pages load their scripts from elsewhere.
+    # FastAPI's documentation pages are off: they load scripts from other servers.
     app = FastAPI(title="SQ-LLaVA", lifespan=lifespan, docs_url=None, redoc_url=None)
     app.add_middleware(Gate, limits=limits, max_requests=max_batch_size + limits.max_waiting, metrics=metrics)
     app.add_middleware(ApiKey, api_key=api_key)
@@ -91,7 +97,7 @@ def _add_routes(app: FastAPI, chat_service: ChatService, metrics: Metrics) -> No
     @app.get("/health", responses={503: {"model": ErrorResponse}})
     async def health() -> dict:
         if not chat_service.engine.thread.is_alive():
-            raise ApiError(503, "The engine does not run.")
+            raise ApiError(503, "The generation thread has stopped. Restart the server.")
         return {"status": "ok"}
 
     @app.get("/metrics")
@@ -100,7 +106,7 @@ def _add_routes(app: FastAPI, chat_service: ChatService, metrics: Metrics) -> No
 
 
 async def _unless_gone(request: Request, work: Awaitable):
-    """What `work` returns; cancels it if the client goes away before."""
+    """Returns the result of `work`. If the client disconnects first, `work` is cancelled."""
 
     async def gone() -> None:
         while (await request.receive())["type"] != "http.disconnect":
@@ -119,7 +125,7 @@ async def _unless_gone(request: Request, work: Awaitable):
 
 
 class ApiKey:
-    """Lets requests to /v1 pass that bring the key, if there is one."""
+    """If there is an API key, refuses requests to /v1 without it."""
 
     def __init__(self, app: ASGIApp, api_key: str | None):
         self.app = app
@@ -129,7 +135,7 @@ class ApiKey:
         if scope["type"] == "http" and self.expected is not None and scope["path"].startswith("/v1"):
             given = Headers(scope=scope).get("authorization", "").encode("latin-1")
             if not hmac.compare_digest(given, self.expected):
-                message = "The API key is missing or wrong: send it as Authorization: Bearer KEY."
+                message = "The API key is missing or wrong. Send it in the header Authorization: Bearer KEY."
                 headers = {"WWW-Authenticate": "Bearer"}
                 response = JSONResponse(error_body(401, message, "invalid_api_key"), 401, headers)
                 await response(scope, receive, send)
@@ -139,8 +145,8 @@ class ApiKey:
 
 class Gate:
     """
-    Holds chat completions to what a request may cost: how many there are, how large the body is, how long it takes,
-    from its first byte to the last one of the reply.
+    Enforces the limits on chat completions: their number, the size of the body, and the time from the first byte of
+    the request to the last byte of the reply.
     """
 
     def __init__(self, app: ASGIApp, limits: Limits, max_requests: int, metrics: Metrics):
@@ -157,7 +163,7 @@ class Gate:
         if self.num_requests >= self.max_requests:
             self.metrics.requests.labels(429).inc()
             await _drain(receive)
-            message = f"{self.num_requests} requests are under way, as many as this server takes: try again."
+            message = f"{self.num_requests} requests are in progress, the most this server accepts. Try again later."
             response = JSONResponse(error_body(429, message, "queue_full"), 429, {"Retry-After": "1"})
             await response(scope, receive, send)
             return
@@ -171,7 +177,7 @@ class Gate:
         except TimeoutError:
             await self._say_timeout(scope, receive, reply)
         except Exception:
-            reply.status = 500  # which Starlette sends, outside of here
+            reply.status = 500  # Starlette sends it after this middleware
             raise
         finally:
             self.num_requests -= 1
@@ -199,18 +205,18 @@ class Gate:
         try:
             async with asyncio.timeout(SECONDS_FOR_LAST_WORDS):
                 if reply.status is None:
-                    # OpenAI's client would ask again otherwise, and wait as long.
+                    # Otherwise, OpenAI's client would retry and wait for the same time again.
                     headers = {"x-should-retry": "false"}
                     body = error_body(504, f"The request took more than {seconds:g} seconds.", "timeout")
                     await JSONResponse(body, 504, headers)(scope, receive, reply.send)
                 else:
                     await reply.send({"type": "http.response.body", "body": timeout_event(seconds)})
         except TimeoutError:
-            return  # uvicorn cuts the connection
+            return  # uvicorn closes the connection
 
 
 async def _drain(receive: Receive) -> None:
-    """Reads what is left of a body, for a while: many clients read no reply before they have sent all of theirs."""
+    """Reads the rest of a body, for a limited time. Many clients read no reply before they have sent everything."""
     try:
         async with asyncio.timeout(SECONDS_FOR_LAST_WORDS):
             message = await receive()
@@ -221,7 +227,7 @@ async def _drain(receive: Receive) -> None:
 
 
 class _Reply:
-    """Passes on what is sent, and knows how it began."""
+    """Forwards the messages of a reply, and remembers its status."""
 
     def __init__(self, send: Send):
         self.send_on = send
@@ -239,12 +245,12 @@ async def _http_error(request: Request, error: HTTPException) -> JSONResponse:
 
 
 async def _validation_error(request: Request, error: RequestValidationError) -> JSONResponse:
-    # Of a union each kind has its own errors: those that lie deepest are of the kind that was meant.
+    # In a union, each type reports its own errors. The deepest ones belong to the type that the client meant.
     found = max(error.errors(), key=lambda entry: len(entry["loc"]))
     if found["type"] == "json_invalid":
-        message = f"The body is no valid JSON: {found['ctx']['error']}."
+        message = f"The body is not valid JSON: {found['ctx']['error']}."
         return JSONResponse(error_body(400, message, "invalid_json"), 400)
-    # Pydantic's names of the kinds of a union, and fields that are megabytes long or no Unicode, tell nobody anything.
+    # Leave out Pydantic's names for the types of a union, and field names that are huge or not valid Unicode.
     steps = [str(step) for step in found["loc"][1:] if isinstance(step, int) or step[:100].isidentifier()]
     place = ".".join(steps)[:200]
     message = f"{place}: {found['msg']}." if place else f"{found['msg']}. Send a JSON object as application/json."

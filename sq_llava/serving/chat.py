@@ -1,4 +1,4 @@
-"""Requests -> prompts -> the engine -> completions, whole or as a stream of server-sent events."""
+"""Turns requests into prompts, and generated text into completions, whole or as a stream of server-sent events."""
 
 import asyncio
 import json
@@ -20,20 +20,26 @@ from sq_llava.serving.decoding import Prompt, Sampling
 from sq_llava.serving.engine import Engine, Failure, Generation, Piece
 from sq_llava.serving.images import decode_data_url, decode_image, fetch, num_pixels
 from sq_llava.serving.metrics import Metrics
-from sq_llava.serving.schema import ApiError, ChatCompletionRequest, ImagePart, error_body
+from sq_llava.serving.schema import ApiError, ChatCompletionRequest, ImagePart, TextPart, error_body
 from sq_llava.serving.settings import Limits
 
 
-# As `sq-llava ask` and the authors' code ask by default.
+# The defaults of `sq-llava ask` and of the authors' code.
 QUESTION_SAMPLING = {name: getattr(AskSettings, name) for name in ("temperature", "top_p", "top_k")}
 DEFAULT_NEW_TOKENS = 512
-# Images are decoded, and prompts encoded, by so many threads.
+# Number of threads that decode images and encode prompts.
 PREPARING_THREADS = 2
 
 
 @dataclass(frozen=True)
 class Ready:
-    """A request whose prompt is encoded. `extra_tokens` were generated on the way to it."""
+    """
+    A request with its encoded prompt.
+
+    Args:
+        first_answer (`str`, *optional*): What the model answered before it asks (`self_question`).
+        extra_tokens (`int`): Number of tokens generated for that answer.
+    """
 
     chat: ChatCompletionRequest
     prompt: Prompt
@@ -44,8 +50,10 @@ class Ready:
 
 class ChatService:
     """
+    Answers the chat completions of one server.
+
     Args:
-        model_name (`str`): What clients call the model.
+        model_name (`str`): Name of the model for clients.
     """
 
     def __init__(self, assistant: Assistant, engine: Engine, model_name: str, limits: Limits, metrics: Metrics):
@@ -58,7 +66,7 @@ class ChatService:
         self.context_length = context_length(assistant.model)
         self.longest_token = max(map(len, self.processor.tokenizer.get_vocab()))
         self.encoding = threading.Lock()
-        # Of its own: what a thread has begun goes on when its request is gone, and must not be more than so many.
+        # An executor of its own limits the work of cancelled requests: a thread cannot be interrupted.
         self.preparing = ThreadPoolExecutor(PREPARING_THREADS, "preparing")
 
     async def _in_thread(self, function: Callable, *arguments):
@@ -66,25 +74,27 @@ class ChatService:
 
     async def prepare(self, chat: ChatCompletionRequest) -> Ready:
         """
+        Checks a request and encodes its prompt.
+
         Raises:
-            ApiError: if the request is wrong, too large, or not one of this model.
+            ApiError: if the request is invalid, too large, or for another model.
         """
         if chat.model != self.model_name:
             message = f"The model {chat.model!r} does not exist: this server has {self.model_name!r}."
             raise ApiError(404, message, "model_not_found", "model")
         if (chat.n or 1) > self.engine.max_batch_size:
-            message = f"n is {chat.n}: this server generates at most {self.engine.max_batch_size} texts at a time."
+            message = f"n is {chat.n}, but this server generates at most {self.engine.max_batch_size} texts at a time."
             raise ApiError(400, message, param="n")
-        data = await self._read_images(chat)
+        images = await self._read_images(chat)
         answers_first = chat.self_question and chat.messages[-1].role != "assistant"
-        messages = await self._in_thread(self._place_images, chat, data)
+        messages = await self._in_thread(self._place_images, chat, images)
         if answers_first:
             _describe_unless_asked(messages)
         prompt = await self._in_thread(self._encode, messages, chat.self_question and not answers_first)
         sampling = self._sampling(chat, len(prompt.input_ids))
         if not answers_first:
             return Ready(chat, prompt, sampling)
-        # Only behind an answer has the model learned to ask.
+        # The model has learned to ask only after an answer.
         greedy = replace(sampling, temperature=0.0, stop=())
         answer = await self._generate_one(prompt, greedy)
         messages.append({"role": "assistant", "content": [{"type": "text", "text": answer.content}]})
@@ -92,7 +102,8 @@ class ChatService:
         sampling = self._sampling(chat, len(prompt.input_ids))
         return Ready(chat, prompt, sampling, answer.content, answer.num_tokens)
 
-    async def _read_images(self, chat: ChatCompletionRequest) -> list[bytes]:
+    async def _read_images(self, chat: ChatCompletionRequest) -> list[tuple[str, bytes]]:
+        """The place of each image in the request, and its file."""
         places = [
             (f"messages[{index}].content[{part_index}].image_url.url", part.image_url.url)
             for index, message in enumerate(chat.messages)
@@ -111,59 +122,61 @@ class ChatService:
                 elif url.startswith(("http://", "https://")) and self.limits.allow_remote_images:
                     data = await fetch(url, self.limits.max_body_bytes)
                 elif url.startswith(("http://", "https://")):
-                    raise ValueError("is a remote image, which this server does not fetch: send it as a data: URL")
+                    raise ValueError("is a remote image, which this server does not fetch. Send it as a data: URL")
                 else:
-                    raise ValueError("is no data: URL")
+                    raise ValueError("is not a data: URL")
                 pixels += await self._in_thread(num_pixels, data)
             except ValueError as error:
                 raise ApiError(400, f"{place} {error}.", "invalid_image", place) from error
             if pixels > self.limits.max_pixels:
                 message = (
-                    f"{place}: padded to squares, the images have more than {self.limits.max_pixels:,} pixels. Send "
-                    "smaller ones."
+                    f"{place}: padded to squares, the images have more than {self.limits.max_pixels:,} pixels in "
+                    "total. Send smaller images."
                 )
                 raise ApiError(400, message, "image_too_large", place)
-            found.append(data)
+            found.append((place, data))
         return found
 
-    def _place_images(self, chat: ChatCompletionRequest, data: list[bytes]) -> list[dict]:
-        """Messages for the chat template, with decoded images: nothing in them is a path or a URL."""
-        data = iter(data)
-        messages = []
-        for index, message in enumerate(chat.messages):
+    def _place_images(self, chat: ChatCompletionRequest, images: list[tuple[str, bytes]]) -> list[dict]:
+        """Messages for the chat template, with decoded images. They contain no path and no URL."""
+        images, messages = iter(images), []
+        for message in chat.messages:
             role = "system" if message.role == "developer" else message.role
-            if isinstance(message.content, str):
-                parts = [{"type": "text", "text": message.content}]
-            else:
-                parts = []
-                for part_index, part in enumerate(message.content):
-                    if isinstance(part, ImagePart):
-                        place = f"messages[{index}].content[{part_index}].image_url.url"
-                        image = self.processor.image_processor.pad_and_resize(_decode_at(place, next(data)))
-                        parts.append({"type": "image", "image": image})
-                    else:
-                        parts.append({"type": "text", "text": part.text})
+            is_text = isinstance(message.content, str)
+            content = [TextPart(type="text", text=message.content)] if is_text else message.content
+            parts = [
+                {"type": "image", "image": self._decode(*next(images))}
+                if isinstance(part, ImagePart)
+                else {"type": "text", "text": part.text}
+                for part in content
+            ]
             messages.append({"role": role, "content": parts})
         return messages
+
+    def _decode(self, place: str, data: bytes) -> Image.Image:
+        try:
+            return self.processor.image_processor.pad_and_resize(decode_image(data))
+        except ValueError as error:
+            raise ApiError(400, f"{place} {error}.", "invalid_image", place) from error
 
     def _encode(self, messages: list[dict], ask: bool) -> Prompt:
         most = self.limits.max_prompt_tokens or self.context_length - 1
         parts = [part for message in messages for part in message["content"]]
         images = sum(part["type"] == "image" for part in parts)
-        # What is too long for certain is not tokenized, which takes time.
+        # Tokenizing takes time, so first refuse what is certainly too long.
         characters = sum(len(part["text"]) for part in parts if part["type"] == "text")
         at_least = images * self.processor.image_seq_length + characters // self.longest_token
         if at_least <= most:
             prompt = self._tokenize(messages, ask)
             at_least = len(prompt.input_ids)
         if at_least > most:
-            message = f"The prompt has {at_least} tokens or more: at most {most} are allowed."
+            message = f"The prompt has at least {at_least} tokens, but at most {most} are allowed."
             raise ApiError(400, message, "context_length_exceeded", "messages")
         return prompt
 
     def _tokenize(self, messages: list[dict], ask: bool) -> Prompt:
         try:
-            # A fast tokenizer is not to be used by two threads at a time.
+            # A fast tokenizer must not be used by two threads at the same time.
             with self.encoding:
                 [input_ids] = token_ids(self.processor, [messages], ask)
         except ValueError as error:
@@ -176,8 +189,8 @@ class ChatService:
         wanted = chat.max_completion_tokens or chat.max_tokens
         if (wanted or 1) > room:
             message = (
-                f"This model reads {self.context_length} tokens: {num_prompt_tokens} of the prompt and {wanted or 1} "
-                "to be generated are more."
+                f"The prompt has {num_prompt_tokens} tokens and {wanted or 1} are to be generated, but this model's "
+                f"context has only {self.context_length} tokens."
             )
             raise ApiError(400, message, "context_length_exceeded", "messages")
         stop = (chat.stop,) if isinstance(chat.stop, str) else tuple(chat.stop or ())
@@ -187,7 +200,10 @@ class ChatService:
 
     async def pieces(self, prompt: Prompt, sampling: Sampling, num_rows: int) -> AsyncIterator[Piece]:
         """
-        Generates; ends the generation when nobody takes the pieces any more.
+        Generates `num_rows` texts. The generation stops when the caller stops reading.
+
+        Yields:
+            The pieces of all texts, as they are generated.
 
         Raises:
             ApiError: if generation fails.
@@ -197,7 +213,7 @@ class ChatService:
         def deliver(event: Piece | Failure) -> None:
             try:
                 loop.call_soon_threadsafe(queue.put_nowait, event)
-            except RuntimeError:  # the loop has ended, and with it whoever waited
+            except RuntimeError:  # the event loop has ended, so nobody waits any more
                 generation.cancel()
 
         generation = Generation(prompt, sampling, num_rows, deliver)
@@ -223,7 +239,7 @@ class ChatService:
         return text
 
     async def complete(self, ready: Ready) -> dict:
-        """The whole `chat.completion`."""
+        """Generates the whole `chat.completion`."""
         num_rows = ready.chat.n or 1
         texts = [_Text() for _ in range(num_rows)]
         async for piece in self.pieces(ready.prompt, ready.sampling, num_rows):
@@ -241,7 +257,7 @@ class ChatService:
         return body if ready.first_answer is None else {**body, "first_answer": ready.first_answer}
 
     async def stream(self, ready: Ready) -> AsyncIterator[str]:
-        """The `chat.completion.chunk`s as server-sent events, with `[DONE]` at the end."""
+        """Generates `chat.completion.chunk`s as server-sent events, with `[DONE]` at the end."""
         num_rows = ready.chat.n or 1
         options = ready.chat.stream_options
         with_usage = options is not None and options.include_usage
@@ -275,7 +291,7 @@ class ChatService:
 
 @dataclass
 class _Text:
-    """What was generated of one row."""
+    """The text of one row so far."""
 
     content: str = ""
     num_tokens: int = 0
@@ -287,15 +303,8 @@ class _Text:
         self.finish_reason = piece.finish_reason
 
 
-def _decode_at(place: str, data: bytes) -> Image.Image:
-    try:
-        return decode_image(data)
-    except ValueError as error:
-        raise ApiError(400, f"{place} {error}.", "invalid_image", place) from error
-
-
 def _describe_unless_asked(messages: list[dict]) -> None:
-    """Lets the last turn ask for a description, where it says nothing."""
+    """If the last turn has no text, lets it ask for a description of the image."""
     last = messages[-1]
     if not any(part["type"] == "text" and part["text"].strip() for part in last["content"]):
         last["content"] = [*last["content"], {"type": "text", "text": DESCRIBE}]

@@ -1,9 +1,9 @@
-"""A batch of rows that generate side by side: each has its own settings, and any may join or leave between two tokens.
+"""A batch whose rows have their own settings and can join or leave between two tokens (continuous batching).
 
-`transformers`' own continuous batching (5.23) takes token ids alone, so no images; `generate` has one setting for all
-rows and returns when the last is done. Here the prompts of one pass are padded on the left and run together; their
-keys and values join those of the rows that are under way, padded on the left to one length. A row that is done leaves,
-and columns that are padding for all that are left are cut off. Greedy rows have the tokens that each has alone.
+The continuous batching of `transformers` (5.23) takes only token ids, so no images. `generate` has one setting for all
+rows, and returns when the last row is done. Here, new prompts are padded on the left and run in one pass. Their keys
+and values are added to those of the running rows, padded on the left to one length. A finished row leaves, and columns
+that are padding in all remaining rows are cut off. A greedy row gets the same tokens as alone.
 """
 
 from dataclasses import dataclass, field
@@ -26,10 +26,10 @@ from modeling_sq_llava import CACHE_NAME, SQLlavaForConditionalGeneration, SQLla
 from sq_llava.inference.prefix_cache import pad_left
 
 
-# Below it, the likeliest token has all the probability; and scores divided by less overflow.
+# Below this, the most likely token has practically all the probability, and the divided scores could overflow.
 MIN_TEMPERATURE = 0.01
 
-# What `generate` would do and the batch does not.
+# Settings of `generate` that the batch does not support.
 UNSUPPORTED_SETTINGS = (
     "bad_words_ids", "encoder_repetition_penalty", "exponential_decay_length_penalty", "forced_bos_token_id",
     "forced_eos_token_id", "min_length", "min_new_tokens", "no_repeat_ngram_size", "repetition_penalty",
@@ -39,7 +39,7 @@ UNSUPPORTED_SETTINGS = (
 
 @dataclass(frozen=True)
 class Sampling:
-    """How a row chooses its tokens, and when it ends. A temperature below 0.01 is greedy."""
+    """How a row chooses its tokens, and when it ends. A temperature below 0.01 means greedy decoding."""
 
     max_new_tokens: int
     temperature: float = 0.0
@@ -51,16 +51,20 @@ class Sampling:
 
 class RowText:
     """
-    The text of tokens that come one by one, without a character that may still change. Each piece is decoded with the
-    one before it, as a token's text can depend on the token before. Only bytes that are no UTF-8 may read otherwise
-    than in a text that is decoded as a whole.
+    Decodes tokens one by one into text that no longer changes.
+
+    Each piece is decoded together with the piece before it, because a token's text can depend on the token before. The
+    result equals that of decoding all tokens at once, except for bytes that are not valid UTF-8.
+
+    Args:
+        stop (`tuple[str, ...]`): Strings that end the text. They are not part of it.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, stop: tuple[str, ...]):
         self.tokenizer = tokenizer
         self.stop = stop
         self.ids: list[int] = []
-        self.begin = self.end = 0  # of the piece that was decoded last
+        self.begin = self.end = 0  # token range of the piece that was decoded last
         self.text = ""
         self.num_taken = 0
         self.is_stopped = False
@@ -68,13 +72,13 @@ class RowText:
     def push(self, token_id: int, is_last: bool) -> None:
         self.ids.append(token_id)
         before, now = self._decode(self.ids[self.begin : self.end]), self._decode(self.ids[self.begin :])
-        # A character of several tokens is no character before the last of them.
+        # A character made of several tokens is complete only with the last of them.
         if now.endswith("\N{REPLACEMENT CHARACTER}") and not is_last:
             return
         searched_from = max(0, len(self.text) - max(map(len, self.stop), default=0))
         piece = now[len(before) :]
         self.text += piece
-        # A token without text, such as a special one, tells the next nothing: both are decoded with the one before.
+        # A token without text (e.g. a special token) gives the next one no context: decode both with the piece before.
         if piece:
             self.begin = self.end
         self.end = len(self.ids)
@@ -84,7 +88,7 @@ class RowText:
             self.is_stopped = True
 
     def take(self, is_last: bool) -> str:
-        """What can be said for certain and was not taken before; all pieces together are the text, stripped."""
+        """The text that is certain and was not taken before. All pieces together are the whole text, stripped."""
         certain = len(self.text.rstrip())
         if not is_last:
             for stop in self.stop:
@@ -103,7 +107,7 @@ class RowText:
 
 @dataclass(eq=False)
 class Row:
-    """One text that is being generated. `processors` are empty for a greedy row."""
+    """One text that is being generated. A greedy row has no generator and no processors."""
 
     sampling: Sampling
     text: RowText
@@ -116,7 +120,7 @@ class Row:
     def begin(cls, sampling: Sampling, index: int, tokenizer: PreTrainedTokenizerFast, device: torch.device) -> "Row":
         """
         Args:
-            index (`int`): Of the row among those of its request, whose seeds follow one another.
+            index (`int`): Number of the row within its request. It is added to the seed of the request.
         """
         text = RowText(tokenizer, sampling.stop)
         if sampling.temperature < MIN_TEMPERATURE:
@@ -145,7 +149,7 @@ class Row:
 
 @dataclass
 class Prompt:
-    """An encoded conversation: ids without padding, and the pixels `(num_images, channels, height, width)`."""
+    """An encoded conversation: token ids without padding, and pixels `(num_images, channels, height, width)`."""
 
     input_ids: list[int]
     pixel_values: torch.Tensor | None = None
@@ -154,8 +158,14 @@ class Prompt:
 @dataclass
 class Batch:
     """
-    The rows that are under way. All tensors have a row for each: `mask` `(B, L)` says which of the `L` tokens in
-    `cache` are its own, `logits` `(B, vocab_size)` are those of its next token.
+    The rows that are being generated (B rows, L columns in the cache).
+
+    Args:
+        mask (`torch.Tensor` of shape `(B, L)`): 1 for the row's own tokens in `cache`, 0 for padding.
+        logits (`torch.Tensor` of shape `(B, vocab_size)`): Scores for the next token of each row, float32.
+
+    Raises:
+        ValueError: if generation_config.json has an unsupported setting.
     """
 
     model: SQLlavaForConditionalGeneration
@@ -174,10 +184,10 @@ class Batch:
 
     @torch.inference_mode()
     def join(self, prompts: list[Prompt], rows: list[list[Row]]) -> None:
-        """Runs the prompts in one pass, and adds the rows of each."""
+        """Runs the prompts in one pass, and adds the rows of each prompt to the batch."""
         if not prompts:
             return
-        # What stands in the padding is not seen, but must be no image's placeholder: no prompt ends with one.
+        # Padding is masked, but must not be an image placeholder. No prompt ends with one, so pad with its last token.
         input_ids, mask = pad_left([prompt.input_ids for prompt in prompts], prompts[0].input_ids[-1])
         mask = mask.to(self.model.device)
         pixel_values = [prompt.pixel_values for prompt in prompts if prompt.pixel_values is not None]
@@ -203,7 +213,7 @@ class Batch:
 
     @torch.inference_mode()
     def step(self) -> list[Row]:
-        """One token for each row. Returns the rows that it was for; those that are done have left."""
+        """Generates one token for each row. Finished rows leave the batch. Returns all rows that got a token."""
         rows, tokens = self.rows, self._choose()
         for row, token in zip(rows, tokens):
             row.push(token, token in self.end_ids)
@@ -215,7 +225,7 @@ class Batch:
 
     @torch.inference_mode()
     def keep(self, indices: list[int]) -> None:
-        """Lets the other rows leave."""
+        """Keeps the rows with these indices, and removes the others."""
         if len(indices) == len(self.rows):
             return
         self.rows = [self.rows[index] for index in indices]
@@ -259,7 +269,10 @@ class Batch:
 def _check_cache(cache: Cache) -> None:
     if any(type(layer) is not DynamicLayer for layer in cache.layers):
         kinds = sorted({type(layer).__name__ for layer in cache.layers})
-        raise ValueError(f"This language model keeps {', '.join(kinds)}: only keys and values can be batched here.")
+        raise ValueError(
+            f"This language model caches {', '.join(kinds)}, but the server can batch only plain keys and values. Use "
+            "vLLM, or `sq-llava answer`."
+        )
 
 
 def _join_caches(
@@ -279,11 +292,12 @@ def _join_caches(
 def check_settings(settings: GenerationConfig) -> None:
     """
     Raises:
-        ValueError: if generation_config.json has a setting that changes what is generated and is not done here.
+        ValueError: if generation_config.json has a setting that changes the output and is not supported here.
     """
     for name in UNSUPPORTED_SETTINGS:
         value = getattr(settings, name, None)
         if value not in (None, 0, 1.0, []):
             raise ValueError(
-                f"generation_config.json: {name} is {value!r}, which the server does not do: take it out, or use vLLM."
+                f"generation_config.json: {name} is {value!r}, which the server does not support. Remove it, or use "
+                "vLLM."
             )

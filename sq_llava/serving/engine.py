@@ -1,10 +1,10 @@
-"""The one thread that generates: takes requests as they come, and tells each what it gets, token by token.
+"""The thread that generates: it takes requests as they arrive, and delivers their text token by token.
 
     >>> with Engine(assistant, max_batch_size=16) as engine:
     ...     engine.submit(Generation(prompt, sampling, num_rows=1, deliver=print))
 
-Between two tokens the rows of waiting requests join the batch, in the order in which they came, as far as there is
-room; requests that nobody waits for any more leave it.
+Between two tokens, waiting requests join the batch in the order of their arrival, as long as there is room. Cancelled
+requests leave it.
 """
 
 import copy
@@ -23,7 +23,14 @@ logger = logging.getLogger("uvicorn.error")
 
 @dataclass(frozen=True)
 class Piece:
-    """What is new of a row: text, how many tokens it has by now, and why it ended, if it did."""
+    """
+    New text of one row.
+
+    Args:
+        index (`int`): Number of the row within its request.
+        num_tokens (`int`): Number of tokens of the row so far.
+        finish_reason (`str`, *optional*): `stop` or `length` if the row has ended.
+    """
 
     index: int
     text: str
@@ -33,7 +40,7 @@ class Piece:
 
 @dataclass(frozen=True)
 class Failure:
-    """The end of a request whose generation failed."""
+    """Tells a request that its generation failed."""
 
     message: str
 
@@ -41,10 +48,10 @@ class Failure:
 @dataclass(eq=False)
 class Generation:
     """
-    A prompt and the rows that are to be generated for it.
+    One request: a prompt, and how many rows to generate for it.
 
     Args:
-        deliver (`Callable`): Called in the engine's thread with each [`Piece`] or a [`Failure`]; must return at once.
+        deliver (`Callable`): Called in the engine's thread with each [`Piece`] or a [`Failure`]. Must return at once.
     """
 
     prompt: Prompt
@@ -55,24 +62,24 @@ class Generation:
     rows: list[Row] = field(default_factory=list)
 
     def cancel(self) -> None:
-        """Ends it before its next token, from any thread."""
+        """Stops the generation before its next token. May be called from any thread."""
         self.is_cancelled = True
 
 
 class Engine:
     """
     Args:
-        assistant (`Assistant`): Used by no other thread while the engine runs, but for its processor.
-        max_batch_size (`int`): Rows that are generated side by side.
+        assistant (`Assistant`): While the engine runs, no other thread may use its model.
+        max_batch_size (`int`): Maximum number of rows that are generated at the same time.
 
     Raises:
-        ValueError: if the model or its generation_config.json has what a [`Batch`] does not do.
+        ValueError: if a [`Batch`] does not support the model or a setting in its generation_config.json.
     """
 
     def __init__(self, assistant: Assistant, max_batch_size: int):
         self.max_batch_size = max_batch_size
         self.device = assistant.model.device
-        # A fast tokenizer cannot decode in one thread while it encodes in another.
+        # A copy: a fast tokenizer cannot decode in one thread while it encodes in another.
         self.tokenizer = copy.deepcopy(assistant.processor.tokenizer)
         self.batch = Batch(assistant.model)
         self.waiting: deque[Generation] = deque()
@@ -80,7 +87,7 @@ class Engine:
         self.is_closed = False
         self.changed = threading.Condition()
         self.thread = threading.Thread(target=self._run, name="generation", daemon=True)
-        # A model that cannot be batched fails here, not with the first client.
+        # A model that cannot be batched fails here, and not at the first request.
         row = Row.begin(Sampling(max_new_tokens=2), 0, self.tokenizer, self.device)
         self.batch.join([Prompt([self.tokenizer.eos_token_id])], [[row]])
         self.batch.step()
@@ -91,7 +98,7 @@ class Engine:
         return self
 
     def __exit__(self, *exception) -> None:
-        """Finishes what was submitted, and ends the thread."""
+        """Finishes all submitted requests, and ends the thread."""
         with self.changed:
             self.is_closed = True
             self.changed.notify()
@@ -103,6 +110,8 @@ class Engine:
 
     def submit(self, generation: Generation) -> None:
         """
+        Adds a request to the queue.
+
         Raises:
             ValueError: if it has more rows than fit into a batch.
         """
@@ -121,9 +130,9 @@ class Engine:
                 joining = self._take_waiting()
             try:
                 self._advance(joining)
-            # Whatever goes wrong with a batch (out of memory, say), the next ones are to be served.
+            # Whatever goes wrong with one batch (e.g. out of memory), the next ones must be served.
             except Exception:
-                logger.exception("Generation failed; its %d requests are told so.", len(self.running))
+                logger.exception("Generation failed. %d requests get an error.", len(self.running))
                 for generation in self.running:
                     generation.deliver(Failure("The model failed on this request."))
                 self.running = []

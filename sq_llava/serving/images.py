@@ -1,8 +1,8 @@
-"""The images of a request: from data: URLs, and, where that is allowed, from public http(s) servers.
+"""The images of a request: from data: URLs and, if allowed, from public http(s) servers.
 
-A client must reach neither a file of this machine nor a server that only this machine reaches. So no other kind of URL
-is read; Pillow opens the four formats of the web and nothing that starts a program; and of a remote image, every host
-on the way is resolved once, all its addresses must be public, and it is such an address that is connected to.
+A client must not reach a file on this machine, or a server that only this machine can reach. Other URLs are refused.
+Pillow opens only the four image formats of the web, none of which starts a program. For a remote image, every host on
+the way (redirects included) is resolved once, all its addresses must be public, and one of these is connected to.
 """
 
 import asyncio
@@ -24,23 +24,25 @@ from sq_llava.data.images import open_image
 
 
 FORMATS = ("GIF", "JPEG", "PNG", "WEBP")
-# Pillow reads a file block by block, and joins those of comments and EXIF data in quadratic time.
+# Pillow reads a file block by block, and joins the blocks of comments and EXIF data in quadratic time.
 MAX_READS_OF_HEADER = 10_000
 MAX_READS = 200_000
 DATA_URL = re.compile(r"data:image/[a-zA-Z0-9.+-]+;base64,", re.ASCII)
 MAX_REDIRECTS = 3
 DOWNLOAD_SECONDS = 10.0
 
-# Of IPv6, what is routed: outside of it lie loopback, link-local, private and multicast addresses, and IPv4 addresses
-# that are written as IPv6 (::ffff:127.0.0.1, 64:ff9b::7f00:1). Inside are two tunnels that end at an IPv4 address.
+# The routed part of IPv6. Loopback, link-local, private and multicast addresses are outside of it, and so are IPv4
+# addresses written as IPv6 (::ffff:127.0.0.1, 64:ff9b::7f00:1). Inside are two tunnels that end at an IPv4 address.
 ROUTED_IPV6 = ipaddress.IPv6Network("2000::/3")
 TUNNELS = (ipaddress.IPv6Network("2001::/32"), ipaddress.IPv6Network("2002::/16"))
 
 
 def decode_data_url(url: str) -> bytes:
     """
+    The bytes of a data: URL.
+
     Raises:
-        ValueError: if it is not `data:image/...;base64,...`.
+        ValueError: if it is not of the form `data:image/...;base64,...`.
     """
     match = DATA_URL.match(url)
     if match is None:
@@ -52,22 +54,23 @@ def decode_data_url(url: str) -> bytes:
 
 
 def num_pixels(data: bytes) -> int:
-    """Of the square that the image is padded to, by the header alone.
+    """
+    Number of pixels of the square that the image is padded to. Only the header is read.
 
     Raises:
-        ValueError: if the bytes are no image of the four formats, or one that is made to take long.
+        ValueError: if the bytes are not an image in one of the four formats, or were built to take very long.
     """
     try:
         with Image.open(_FewReads(data, MAX_READS_OF_HEADER), formats=FORMATS) as image:
             return max(image.size) ** 2
     except UnidentifiedImageError as error:
-        raise ValueError(f"is no image of the formats {', '.join(FORMATS)}") from error
-    except Exception as error:  # of broken files, Pillow's parsers raise whatever comes
+        raise ValueError(f"is not an image in one of the formats {', '.join(FORMATS)}") from error
+    except Exception as error:  # for broken files, Pillow's parsers raise errors of any kind
         raise ValueError(f"is a broken image ({error})") from error
 
 
 class _FewReads(BytesIO):
-    """Bytes that can be read in so many pieces."""
+    """Bytes that can be read in a limited number of pieces."""
 
     def __init__(self, data: bytes, most: int):
         super().__init__(data)
@@ -76,12 +79,14 @@ class _FewReads(BytesIO):
     def read(self, size: int | None = -1) -> bytes:
         self.left -= 1
         if self.left < 0:
-            raise ValueError("it consists of too many blocks")
+            raise ValueError("it has too many blocks")
         return super().read(size)
 
 
 def decode_image(data: bytes) -> Image.Image:
     """
+    The decoded image.
+
     Raises:
         ValueError: if the bytes cannot be read as an image.
     """
@@ -92,7 +97,7 @@ def decode_image(data: bytes) -> Image.Image:
 
 
 def is_public(address: str) -> bool:
-    """Whether an IP address is one of the public internet."""
+    """Whether an IP address belongs to the public internet."""
     ip = ipaddress.ip_address(address)
     if ip.version == 6:
         return ip in ROUTED_IPV6 and ip.is_global and not any(ip in tunnel for tunnel in TUNNELS)
@@ -100,7 +105,7 @@ def is_public(address: str) -> bool:
 
 
 class PublicResolver(AbstractResolver):
-    """What it returns is what is connected to: a name that changes its address between two questions gains nothing."""
+    """Resolves names to public addresses only. The connection uses this result, so a later change has no effect."""
 
     def __init__(self):
         self.resolver = ThreadedResolver()
@@ -109,7 +114,7 @@ class PublicResolver(AbstractResolver):
         found = await self.resolver.resolve(host, port, family)
         for entry in found:
             if not is_public(entry["host"]):
-                raise ValueError(f"is at {host}, which is no host of the public internet")
+                raise ValueError(f"is at {host}, which is not a host on the public internet")
         return found
 
     async def close(self) -> None:
@@ -118,10 +123,13 @@ class PublicResolver(AbstractResolver):
 
 async def fetch(url: str, max_bytes: int) -> bytes:
     """
-    Downloads an image of a public server.
+    Downloads an image from a public server.
+
+    Args:
+        max_bytes (`int`): Maximum size of the file.
 
     Raises:
-        ValueError: if the address is not public, the answer no success, too large or too slow.
+        ValueError: if the address is not public, or the download fails, is too large or too slow.
     """
     connector = aiohttp.TCPConnector(resolver=PublicResolver(), family=socket.AF_UNSPEC)
     headers = {"Accept": "image/*", "Accept-Encoding": "identity", "User-Agent": "sq-llava"}
@@ -137,23 +145,23 @@ async def fetch(url: str, max_bytes: int) -> bytes:
                     elif response.status == 200:
                         return await _read(response, max_bytes)
                     else:
-                        raise ValueError(f"could not be fetched: the server said {response.status}")
-            raise ValueError(f"could not be fetched: it was moved more than {MAX_REDIRECTS} times")
+                        raise ValueError(f"could not be downloaded: the server answered {response.status}")
+            raise ValueError(f"could not be downloaded: it was redirected more than {MAX_REDIRECTS} times")
     except TimeoutError as error:
-        raise ValueError(f"could not be fetched within {DOWNLOAD_SECONDS:g} seconds") from error
+        raise ValueError(f"could not be downloaded within {DOWNLOAD_SECONDS:g} seconds") from error
     except (aiohttp.ClientError, OSError) as error:
-        # What the error says may tell of this machine's network.
-        raise ValueError("could not be fetched") from error
+        # The text of the error could reveal details of this machine's network.
+        raise ValueError("could not be downloaded") from error
 
 
 def _checked(url: str) -> URL:
     parsed = URL(url)
     if parsed.scheme not in ("http", "https") or not parsed.host:
-        raise ValueError("leads to something that is no http or https server")
+        raise ValueError("does not lead to an http or https server")
     if parsed.user is not None or parsed.password is not None:
-        raise ValueError("holds a user name or a password")
-    # An address is connected to as it stands, a name by way of the resolver, which checks what it finds. Digits and
-    # points that are no whole address (2130706433, 127.1) would be taken for one by the operating system.
+        raise ValueError("contains a user name or a password")
+    # The resolver checks the addresses of a name. A literal address does not go through it, so it is checked here. The
+    # operating system also accepts incomplete addresses of digits and dots (2130706433, 127.1): they are refused.
     host = parsed.raw_host
     is_address = ":" in host or host.replace(".", "").isdigit()
     try:
@@ -161,7 +169,7 @@ def _checked(url: str) -> URL:
     except ValueError:
         is_allowed = False
     if not is_allowed:
-        raise ValueError(f"is at {host}, which is no host of the public internet")
+        raise ValueError(f"is at {host}, which is not a host on the public internet")
     return parsed
 
 

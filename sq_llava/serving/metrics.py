@@ -1,4 +1,4 @@
-"""What /metrics tells Prometheus: requests, tokens, seconds, and what is under way."""
+"""The metrics at /metrics, for Prometheus: requests, tokens, times, and the current load."""
 
 import time
 
@@ -8,19 +8,23 @@ from sq_llava.serving.engine import Engine, Piece
 
 
 class Metrics:
-    """Of one server. No label's value comes from a client."""
+    """The metrics of one server. No label has a value that a client chose."""
 
     def __init__(self, engine: Engine):
         self.registry = CollectorRegistry()
         settings = {"registry": self.registry}
         self.requests = Counter("sq_llava_requests", "Chat completions by HTTP status.", ["status"], **settings)
-        self.seconds = Histogram("sq_llava_request_seconds", "From a request's begin to its end.", **settings)
-        self.first_seconds = Histogram("sq_llava_first_token_seconds", "From the queue to a first token.", **settings)
-        self.tokens = Counter("sq_llava_generated_tokens", "Tokens that were generated.", **settings)
-        self.under_way = Gauge("sq_llava_requests_under_way", "Requests that are not done.", **settings)
-        running = Gauge("sq_llava_rows_running", "Texts that are generated side by side.", **settings)
+        self.seconds = Histogram(
+            "sq_llava_request_seconds", "Time from the start of a request to its end.", **settings
+        )
+        self.first_seconds = Histogram(
+            "sq_llava_first_token_seconds", "Time from queueing to the first token.", **settings
+        )
+        self.tokens = Counter("sq_llava_generated_tokens", "Number of generated tokens.", **settings)
+        self.under_way = Gauge("sq_llava_requests_under_way", "Requests in progress.", **settings)
+        running = Gauge("sq_llava_rows_running", "Texts that are being generated.", **settings)
         running.set_function(lambda: engine.num_running)
-        waiting = Gauge("sq_llava_requests_waiting", "Requests that wait for room in the batch.", **settings)
+        waiting = Gauge("sq_llava_requests_waiting", "Requests waiting for room in the batch.", **settings)
         waiting.set_function(lambda: len(engine.waiting))
 
     def count_piece(self, piece: Piece, started: float) -> None:

@@ -1,11 +1,11 @@
-"""What a client may send to /v1/chat/completions, and what it gets: the part of OpenAI's schema that the server does.
+"""Requests to /v1/chat/completions and their replies: the part of OpenAI's schema that the server supports.
 
     {"model": "sq-llava-7b", "messages": [{"role": "user", "content": [
         {"type": "image_url", "image_url": {"url": "data:image/png;base64,..."}},
         {"type": "text", "text": "What is it?"}]}]}
 
-`self_question` and `top_k` are extensions, and so is the role `vusr`, of questions that the model asked before. What
-is not done is refused, never ignored: a field that is not here, or another value than the one that changes nothing.
+`self_question` and `top_k` are extensions, and so is the role `vusr`, for questions that the model asked before.
+Everything unsupported is refused, never ignored: unknown fields, and values that would need an unsupported feature.
 """
 
 from typing import Annotated, Any, Literal
@@ -14,12 +14,12 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validat
 from starlette.exceptions import HTTPException
 
 
-# Of all messages together. The checks of a request run before anything else can, and in one go.
+# Maximum number of parts in all messages together. Requests are checked in one piece, and the server waits for that.
 MAX_PARTS = 1000
 
 
 def _check_unicode(text: str) -> str:
-    # JSON can write half of a surrogate pair, which no tokenizer takes and no reply could repeat.
+    # JSON can contain half of a surrogate pair, which no tokenizer accepts and no reply can contain.
     if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
         raise ValueError("not valid Unicode")
     return text
@@ -34,9 +34,9 @@ class Strict(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _check_number_of_fields(cls, value: Any) -> Any:
-        # Else each of a million unknown fields would get an error of its own.
+        # Otherwise, each of a million unknown fields would get its own error.
         if isinstance(value, dict) and len(value) > len(cls.model_fields):
-            raise ValueError(f"has {len(value)} fields: there are {len(cls.model_fields)}")
+            raise ValueError(f"has {len(value)} fields, but only {len(cls.model_fields)} exist")
         return value
 
 
@@ -47,7 +47,9 @@ class TextPart(Strict):
 
 class ImageUrl(Strict):
     url: Text
-    detail: Literal["auto", "low", "high"] | None = Field(None, description="Every image is seen in one resolution.")
+    detail: Literal["auto", "low", "high"] | None = Field(
+        None, description="Ignored: all images have the same resolution for the model."
+    )
 
 
 class ImagePart(Strict):
@@ -58,8 +60,8 @@ class ImagePart(Strict):
 class Message(Strict):
     role: Literal["system", "developer", "user", "assistant", "vusr"]
     content: Text | list[Annotated[TextPart | ImagePart, Field(discriminator="type")]]
-    name: str | None = Field(None, description="Not read.")
-    # What stands in a message of OpenAI's client that is sent back; none of it can hold anything here.
+    name: str | None = Field(None, description="Ignored.")
+    # OpenAI's client sends these fields when it sends a reply back. They must be empty.
     refusal: None = None
     annotations: Annotated[list, Field(max_length=0)] | None = None
     audio: None = None
@@ -85,7 +87,7 @@ class ChatCompletionRequest(Strict):
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = Field(
-        None, description="1, or 1.2 with self_question, unless given. 0: the likeliest token each time."
+        None, description="Default: 1, or 1.2 with self_question. 0 is greedy."
     )
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     top_k: Annotated[int, Field(ge=1)] | None = None
@@ -94,7 +96,7 @@ class ChatCompletionRequest(Strict):
     stop: StopString | Annotated[list[StopString], Field(max_length=4)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    user: str | None = Field(None, description="Not read.")
+    user: str | None = Field(None, description="Ignored.")
     frequency_penalty: Literal[0] | None = None
     presence_penalty: Literal[0] | None = None
     logprobs: Literal[False] | None = None
@@ -108,13 +110,13 @@ class ChatCompletionRequest(Strict):
         contents = [message.get("content") for message in messages if isinstance(message, dict)]
         num_parts = sum(len(content) for content in contents if isinstance(content, list))
         if num_parts > MAX_PARTS:
-            raise ValueError(f"messages have {num_parts} parts: at most {MAX_PARTS} are allowed")
+            raise ValueError(f"messages have {num_parts} parts, but at most {MAX_PARTS} are allowed")
         return value
 
     @model_validator(mode="after")
     def _check_stream_options(self) -> "ChatCompletionRequest":
         if self.stream_options is not None and not self.stream:
-            raise ValueError("stream_options is only for stream: true")
+            raise ValueError("stream_options needs stream: true")
         return self
 
 
@@ -143,7 +145,7 @@ class ChatCompletion(BaseModel):
     model: str
     choices: list[Choice]
     usage: Usage
-    first_answer: str | None = Field(None, description="Of self_question: what the model answered before it asked.")
+    first_answer: str | None = Field(None, description="With self_question: what the model answered before it asked.")
 
 
 class ErrorDetail(BaseModel):
@@ -158,7 +160,7 @@ class ErrorResponse(BaseModel):
 
 
 class ApiError(HTTPException):
-    """An error that a client is told, in OpenAI's form."""
+    """An error that is sent to the client, in OpenAI's format."""
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""What a request to the server may cost. The fields are options of the command, so nothing large is imported here."""
+"""Limits of the server. The fields become options of `sq-llava serve`, so no large library is imported here."""
 
 from dataclasses import dataclass
 from typing import Annotated
@@ -12,7 +12,8 @@ class Limits:
     What a request may cost.
 
     Args:
-        max_pixels (`int`): Of all images of a request, padded to squares.
+        max_body_bytes (`int`): Maximum size of a request, or of a remote image.
+        max_pixels (`int`): Maximum number of pixels of all images in a request, padded to squares.
     """
 
     max_body_bytes: int = 20_000_000
@@ -20,12 +21,15 @@ class Limits:
     max_pixels: int = 64_000_000
     max_prompt_tokens: Annotated[
         int | None,
-        Option(min=1, help="Maximum length of a prompt, image tokens included. Default: the model's context."),
+        Option(min=1, help="Maximum length of a prompt in tokens, images included. Default: the model's context."),
     ] = None
     max_waiting: Annotated[
-        int, Option(min=0, help="Requests that may wait beside a full batch; one more gets the status 429.")
+        int, Option(min=0, help="Maximum number of requests beyond --max-batch-size. Any more get the status 429.")
     ] = 64
     request_seconds: Annotated[
-        float, Option(min=0.1, help="Maximum seconds from the first byte of a request to the last of its reply.")
+        float,
+        Option(min=0.1, help="Maximum time for a request, in seconds: from its first byte to the last of the reply."),
     ] = 120.0
-    allow_remote_images: Annotated[bool, Option(help="Fetch images by http(s), from public addresses only.")] = False
+    allow_remote_images: Annotated[
+        bool, Option(help="Download images from http(s) URLs. Only public addresses are allowed.")
+    ] = False

@@ -1,8 +1,9 @@
-"""One PEFT adapter for all that is trained: ViT-LoRA, LLM-LoRA, the whole extractor and projector, and `[vusr]`.
+"""One PEFT adapter holds everything that is trained: ViT-LoRA, LLM-LoRA, extractor, projector, and `[vusr]`.
 
-Stage 1 ("align") trains ViT-LoRA, extractor and projector; stage 2 ("instruct") adds LLM-LoRA and the embedding of
-`[vusr]`, and begins from the stage-1 weights, copied: LoRA's B matrices begin at zero, so the logits are equal.
-LLaVA's stage 2, which trains all of language model and projector, needs no adapter: [`train_in_full`].
+Stage 1 ("align") trains ViT-LoRA, and all weights of extractor and projector. Stage 2 ("instruct") adds LLM-LoRA and
+the embedding of `[vusr]`. It starts from a copy of the stage-1 weights. New LoRA B matrices are zero, so stage 2
+starts with the logits of stage 1. LLaVA's stage 2 trains all weights of language model and projector, without an
+adapter: [`train_in_full`].
 """
 
 from dataclasses import dataclass
@@ -32,7 +33,7 @@ ADAPTER = "default"
 
 @dataclass(frozen=True)
 class LoraSize:
-    """Rank, alpha and dropout of the LoRA on one tower; rank 0 for none."""
+    """Rank, alpha and dropout of the LoRA on one tower; rank 0 means no LoRA."""
 
     rank: int
     alpha: int
@@ -42,15 +43,16 @@ class LoraSize:
 @dataclass(frozen=True)
 class LoraOptions:
     """
-    What PEFT's LoRA can do beside that, by PEFT's names; for both towers, except for the first.
+    Further options of PEFT's LoRA, with PEFT's names. All but `target_modules` apply to both towers.
 
     Attributes:
         target_modules (`tuple[str, ...]`, *optional*): Names of linear layers of the language model, such as
-            `"q_proj"`. Default: all of its linear layers. The vision tower's LoRA is always on all of its own.
-        use_rslora (`bool`): Scale by alpha / sqrt(rank) instead of alpha / rank.
-        use_dora (`bool`): Learn the magnitude of the weights apart from their direction.
-        init_lora_weights (`bool` or `str`): `True`, `"gaussian"` or `"orthogonal"`. With each, a new adapter changes
-            no weight of the base, and no output but by rounding.
+            `"q_proj"`. Default: all of its linear layers. LoRA on the vision tower is always on all linear layers.
+        use_rslora (`bool`): Scale by alpha / sqrt(rank) instead of alpha / rank (https://arxiv.org/abs/2312.03732).
+        use_dora (`bool`): Learn the magnitude of the weights separately from their direction
+            (https://arxiv.org/abs/2402.09353).
+        init_lora_weights (`bool` or `str`): `True`, `"gaussian"` or `"orthogonal"`. With each of them, a new adapter
+            leaves the base's weights unchanged, and its outputs equal up to rounding.
     """
 
     target_modules: tuple[str, ...] | None = None
@@ -71,24 +73,27 @@ def add_adapter(
     options: LoraOptions | None = None,
 ) -> PeftModel:
     """
-    Freezes the model and puts a new adapter on it.
+    Freezes the model and adds a new adapter to it.
 
     Args:
-        model ([`SQLlavaForConditionalGeneration`]): The base.
-        vision_lora, text_lora ([`LoraSize`]): On all linear layers of the vision tower that are run, and of the
-            language model, unless `options` names some of these.
-        train_vusr (`bool`): Whether the embedding of `[vusr]` is trained (if the marker is a token).
-        trained_dtype (`torch.dtype`): Of all that is trained. In bfloat16, small steps would be rounded away.
+        model ([`SQLlavaForConditionalGeneration`]): The base model.
+        vision_lora ([`LoraSize`]): LoRA on every linear layer of the vision tower whose output is used.
+        text_lora ([`LoraSize`]): LoRA on the language model's linear layers: those named in `options`, or all.
+        train_vusr (`bool`): Whether to train the embedding of `[vusr]` (if the marker is a token).
+        trained_dtype (`torch.dtype`): Precision of all trained weights. bfloat16 would round small updates away.
         options ([`LoraOptions`], *optional*): Default: plain LoRA.
+
+    Returns:
+        [`~peft.PeftModel`]: The model with its adapter; only the adapter's weights require gradients.
     """
     options = options or LoraOptions()
     peft_model = get_peft_model(model, _lora_config(model, vision_lora, text_lora, train_vusr, options))
     _set_dropout(peft_model, vision_lora.dropout)
-    # A head that is tied to the embeddings is wrapped too, and TRL's loss reads its bias, which the wrapper lacks.
+    # PEFT also wraps a head that is tied to the embeddings. TRL's loss reads the head's bias, which the wrapper lacks.
     head = model.get_output_embeddings()
     if isinstance(head, TrainableTokensWrapper):
         head.bias = head.original_module.bias
-    # PEFT makes LoRA float32, but leaves what is trained whole in the precision of the base.
+    # PEFT casts LoRA weights to float32, but keeps extractor and projector in the precision of the base.
     for parameter in peft_model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.to(trained_dtype)
@@ -128,10 +133,10 @@ def _target_pattern(
     text_lora: LoraSize,
     text_names: tuple[str, ...] | None,
 ) -> str:
-    """A regular expression of the linear layers that LoRA goes on."""
+    """A regular expression that matches the names of the linear layers that get LoRA."""
     patterns = []
     if vision_lora.rank:
-        # The layers above the feature layer are not run and would have no gradient.
+        # Layers above the feature layer are not run, so LoRA there would get no gradient.
         layers = "|".join(map(str, range(model.config.num_vision_layers_used)))
         names = "|".join(_linear_names(model.model.vision_tower))
         patterns.append(rf"model\.vision_tower\.encoder\.layers\.({layers})\..*\b({names})")
@@ -143,7 +148,7 @@ def _target_pattern(
 
 
 def _set_dropout(peft_model: PeftModel, vision_dropout: float) -> None:
-    """Gives the vision tower's LoRA a dropout of its own: PEFT has one for all."""
+    """Sets the dropout of the vision tower's LoRA. PEFT's config has only one dropout for all layers."""
     for name, module in peft_model.named_modules():
         if "vision_tower" in name and isinstance(module, LoraLayer):
             module.lora_dropout[ADAPTER] = nn.Dropout(vision_dropout) if vision_dropout else nn.Identity()
@@ -154,50 +159,49 @@ def _linear_names(tower: nn.Module) -> list[str]:
 
 
 def _text_targets(model: SQLlavaForConditionalGeneration, names: tuple[str, ...] | None) -> list[str]:
-    """
-    Raises:
-        ValueError: if a name is of no linear layer of the language model.
-    """
+    """The names of the linear layers that get LoRA. Refuses names that the language model does not have."""
     known = _linear_names(model.model.language_model)
     if unknown := [name for name in names or () if name not in known]:
         raise ValueError(
-            f"lora_target_modules holds {', '.join(unknown)}: LoRA goes on linear layers of the language model, which "
-            f"are {', '.join(known)} here. (Extractor and projector are trained whole, the vision tower has its own "
-            "LoRA, and TRL's loss would pass by one on lm_head.)"
+            f"lora_target_modules contains {', '.join(unknown)}, but the linear layers of this language model are "
+            f"{', '.join(known)}. Name only these. (All weights of extractor and projector are trained, the vision "
+            "tower has its own LoRA, and TRL's loss would ignore LoRA on lm_head.)"
         )
     return known if names is None else sorted(names)
 
 
 def load_adapter_weights(model: PeftModel, folder: str) -> None:
     """
-    Copies the weights of an adapter into a model with an adapter that has all its parts, and maybe more.
+    Copies the weights of a saved adapter into the model's adapter, which may have more weights than the saved one.
+
+    Args:
+        model ([`~peft.PeftModel`]): A model with an adapter.
+        folder (`str`): Folder of the saved adapter, such as the output_dir of stage 1.
 
     Raises:
-        ValueError: if a weight has no place in the model, or another shape or another meaning there.
+        ValueError: if a saved weight does not exist in the model, has another shape there, or would be scaled
+            differently.
     """
     file = Path(folder) / "adapter_model.safetensors"
     if not file.is_file():
-        raise ValueError(f"{folder} holds no adapter_model.safetensors: is the stage that wrote it complete?")
+        raise ValueError(f"{folder} contains no adapter_model.safetensors. Finish the stage that writes it first.")
     weights = load_file(file)
     _require_same_lora(model, folder, list(weights))
     own = get_peft_model_state_dict(model, save_embedding_layers=False)
     for name, weight in weights.items():
         if name not in own or own[name].shape != weight.shape:
-            place = f"has the shape {tuple(own[name].shape)}" if name in own else "has no place"
+            place = f"has shape {tuple(own[name].shape)}" if name in own else "does not exist"
             raise ValueError(
-                f"{file}: {name} of shape {tuple(weight.shape)} {place} in this stage. Give the same vision_lora_r, "
-                "lora_r, lora_target_modules, prototype settings and, with lora_r 0, self_question_ratio as for the "
-                "stage that wrote it."
+                f"{file}: {name} has shape {tuple(weight.shape)} there, but {place} in this stage. Give the same "
+                "vision_lora_r, lora_r, lora_target_modules and prototype settings as for the stage that wrote it; "
+                "with lora_r 0 also the same self_question_ratio."
             )
-    # PEFT expects every weight of the adapter, the new ones too.
+    # PEFT expects all weights of the adapter, including the new ones.
     set_peft_model_state_dict(model, {**own, **weights})
 
 
 def _require_same_lora(model: PeftModel, folder: str, names: list[str]) -> None:
-    """
-    Raises:
-        ValueError: if the LoRA weights of an adapter, copied, would be scaled or used in another way.
-    """
+    """Refuses a model that would scale or use the LoRA weights of the saved adapter differently."""
     before, now = PeftConfig.from_pretrained(folder), model.peft_config[ADAPTER]
     on_vision, on_text = (
         any(f".{tower}." in name and ".lora_A." in name for name in names)
@@ -214,34 +218,34 @@ def _require_same_lora(model: PeftModel, folder: str, names: list[str]) -> None:
     for name, (old, new) in pairs.items():
         if old != new:
             raise ValueError(
-                f"{name} is {new}, but the stage that wrote {folder} had {old}: its LoRA weights would mean something "
-                f"else. Give {name} {str(old).lower()}, or merge that stage first (sq-llava merge {folder} --out ...) "
-                "and give the merged folder."
+                f"{name} is {new}, but the stage that wrote {folder} used {old}, so its LoRA weights would be scaled "
+                f"differently. Set {name} to {str(old).lower()}, or merge that stage first "
+                f"(sq-llava merge {folder} --out FOLDER) and start from the merged folder."
             )
 
 
 def train_in_full(model: SQLlavaForConditionalGeneration, trained_dtype: torch.dtype = torch.float32) -> None:
-    """Unfreezes language model, extractor and projector, as LLaVA's stage 2 does; the vision side is frozen."""
+    """Unfreezes language model, extractor and projector, as LLaVA's stage 2 does. The vision tower stays frozen."""
     model.requires_grad_(False)
     base = model.model
     for part in (base.prototype_extractor, base.multi_modal_projector, base.language_model, model.lm_head):
-        for parameter in part.parameters():  # not part.to(), which would cast the buffers of rotary embeddings too
+        for parameter in part.parameters():  # part.to() would also cast the buffers of rotary embeddings
             parameter.requires_grad = True
             parameter.data = parameter.data.to(trained_dtype)
 
 
 def without_adapter(model: PeftModel | SQLlavaForConditionalGeneration) -> SQLlavaForConditionalGeneration:
-    """The model under an adapter; itself, if it is trained in full."""
+    """The model without its adapter, or the model itself if it has none."""
     return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
 def count_parameters(model: nn.Module) -> dict[str, tuple[int, int]]:
-    """Numbers of trained and frozen parameters of each part. Weights that an adapter replaces count once."""
+    """Counts (trained, frozen) parameters of each part. Weights that an adapter replaces are counted once."""
     counts = {group: [0, 0] for group in GROUPS}
     for name, parameter in model.named_parameters():
         if ".original_module." in name:
             continue
-        # bitsandbytes packs two numbers of four bits into one.
+        # bitsandbytes stores two 4-bit numbers in one element.
         packed = getattr(parameter, "quant_state", None)
         size = parameter.numel() if packed is None else packed.shape.numel()
         counts[group_of(name)][0 if parameter.requires_grad else 1] += size

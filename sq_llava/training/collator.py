@@ -1,6 +1,6 @@
-"""Rows -> padded batches, with the labels of answers and self-questions.
+"""Rows -> padded batches, with labels on answers and self-questions.
 
-Which turns become self-questions is drawn by `sq_llava/data/self_questions.py`.
+`sq_llava/data/self_questions.py` draws at random which turns become self-questions.
 """
 
 from dataclasses import dataclass, field
@@ -22,23 +22,29 @@ from sq_llava.data.self_questions import ANSWER, IGNORE_INDEX, NOT_SPOKEN, QUEST
 @dataclass
 class SelfQuestioningCollator:
     """
-    Rows -> a padded batch: `input_ids`, `attention_mask`, `pixel_values`, `labels`, `turn_kinds` (`torch.uint8` of the
-    shape of `labels`: 1 on answers, 2 on self-questions, 0 elsewhere), and `row_ids` (`torch.int64`, one per row).
-    An image that several rows show is opened and processed once: `pixel_values` holds it once, and `image_indices`
-    (`torch.int64`, one per image of the text) says which is which.
+    Turns rows into a padded batch.
 
-    A row has `row_id` (int), `messages` and `images` (paths or PIL images, in the order of the image parts). Labels
-    come from the chat template's own mask, made in the same rendering as the text, so that they cannot disagree.
+    A row has `row_id` (int), `messages`, and `images` (paths or PIL images, in the order of the image parts). The
+    labels come from the mask of the chat template, from the same rendering as the text, so the two always agree.
 
     Args:
-        processor ([`SQLlavaProcessor`]): With its chat template.
-        plain (`bool`): The caption layout of stage 1, without roles and self-questions.
+        processor ([`SQLlavaProcessor`]): The model's processor, with its chat template.
+        plain (`bool`): Use the caption layout of stage 1, without roles and self-questions.
         self_question_ratio (`float`): Probability that a turn after the first is asked by the model.
-        seed (`int`): Random seed of the draw.
-        max_length (`int`, *optional*): Most tokens of a row. A longer row loses its last exchanges, whole ones; a row
-            whose first exchange does not fit is an error.
-        pad_to_multiple_of (`int`, *optional*): Each batch is padded to a multiple of this; `max_length` does not count
-            the padding.
+        seed (`int`): Random seed for drawing self-questions.
+        max_length (`int`, *optional*): Maximum tokens of a row. Whole exchanges are cut from the end of a longer row;
+            a row whose first exchange does not fit is an error.
+        pad_to_multiple_of (`int`, *optional*): Pad each batch to a multiple of this. Padding may exceed `max_length`.
+
+    Returns (from a call):
+        `dict` of tensors:
+            - `input_ids`, `attention_mask`, `labels` (`torch.int64`, `(batch_size, sequence_length)`).
+            - `turn_kinds` (`torch.uint8`, same shape): 1 on answers, 2 on self-questions, 0 elsewhere.
+            - `row_ids` (`torch.int64`, `(batch_size,)`).
+            - `pixel_values` (`torch.float32`, `(num_images, 3, image_size, image_size)`), if there are images. An
+              image that several rows show is opened and processed once, and appears here once.
+            - `image_indices` (`torch.int64`, one for each image in the text), if an image repeats: its place in
+              `pixel_values`.
     """
 
     processor: SQLlavaProcessor
@@ -47,7 +53,7 @@ class SelfQuestioningCollator:
     seed: int = 0
     max_length: int | None = None
     pad_to_multiple_of: int | None = None
-    # In shared memory, so that persistent dataloader workers see the next epoch too.
+    # In shared memory, so that persistent dataloader workers see when the epoch changes.
     epoch: torch.Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.int64).share_memory_())
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
@@ -64,7 +70,7 @@ class SelfQuestioningCollator:
         }
 
     def _sample(self, row: dict[str, Any]) -> tuple[np.ndarray, np.ndarray, list]:
-        """The token ids of a row that fits, the kind of turn that each is in, and the images that it shows."""
+        """Returns a row's token ids, cut to `max_length`, the kind of turn of each token, and the images shown."""
         messages = row["messages"]
         if not self.plain:
             messages = draw_self_questions(
@@ -82,7 +88,7 @@ class SelfQuestioningCollator:
         return ids, kinds, row["images"][:num_images]
 
     def _tokenize(self, messages: list[dict], row: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
-        """The token ids of a conversation, and whether the model speaks each."""
+        """Returns the token ids of a conversation, and for each token whether the model says it."""
         tokenizer = self.processor.tokenizer
         try:
             [text], [spans] = render_jinja_template(
@@ -94,7 +100,7 @@ class SelfQuestioningCollator:
             )
         except TemplateError as error:
             raise ValueError(f"{_name(row)}: {error}") from error
-        # The template writes the beginning of the sequence.
+        # The template already writes the beginning-of-sequence token.
         encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         ids, offsets = np.array(encoded["input_ids"]), np.array(encoded["offset_mapping"])
         spoken = np.zeros(len(ids), dtype=bool)
@@ -112,7 +118,7 @@ class SelfQuestioningCollator:
         return padded
 
     def _pixels(self, rows: list[dict[str, Any]], images_of_rows: list[list]) -> dict[str, torch.Tensor]:
-        """`pixel_values` of all different images, and, if some repeat, `image_indices`."""
+        """Returns `pixel_values` of the distinct images, and `image_indices` if an image repeats."""
         places, opened, indices = {}, [], []
         for row, images in zip(rows, images_of_rows):
             for image in images:
@@ -138,7 +144,7 @@ def _name(row: dict[str, Any]) -> str:
 
 
 def _turn_kinds(spoken: np.ndarray, messages: list[dict], row: dict[str, Any]) -> np.ndarray:
-    """Tells answers from self-questions: the i-th run of spoken tokens is the i-th turn that the model speaks."""
+    """Marks each spoken token as answer or self-question. The i-th run of spoken tokens is the model's i-th turn."""
     kinds = [
         QUESTION if message["role"] == "user" else ANSWER
         for message in messages
@@ -147,14 +153,15 @@ def _turn_kinds(spoken: np.ndarray, messages: list[dict], row: dict[str, Any]) -
     begins = np.diff(spoken, prepend=False) & spoken
     if begins.sum() != len(kinds):
         raise ValueError(
-            f"Row {row['row_id']}: {len(kinds)} turns are in the loss, but {begins.sum()} were found: "
-            "the tokenizer joins the end of one turn and the beginning of the next into one token."
+            f"Row {row['row_id']}: the model says {len(kinds)} turns, but {begins.sum()} were found in the tokens. "
+            "The tokenizer merges the end of one turn and the beginning of the next into one token. Use another "
+            "prompt_layout or tokenizer."
         )
     return np.where(spoken, np.array([NOT_SPOKEN, *kinds])[begins.cumsum()], NOT_SPOKEN)
 
 
 class EpochCallback(TrainerCallback):
-    """Tells the collator which epoch it draws self-questions for."""
+    """Sets the collator's epoch, on which the draw of self-questions depends."""
 
     def __init__(self, collator: SelfQuestioningCollator):
         self.collator = collator

@@ -1,9 +1,10 @@
-"""What a model says while it is trained: accuracy on a small set of questions, and questions that it asks itself.
+"""Generates during training: answers to a small set of questions, and questions that the model asks itself.
 
-At each evaluation the model answers the first question of each row of `generation_datasets`, greedily: `eval_accuracy`
-is the share of answers equal to the reference, letters' case and outer space aside, and `eval_num_answers` their
-number. It also asks about the first few images. All is written to `output_dir/generations/step-N.jsonl`, one row a
-line; the questions go with their image to TensorBoard, Weights & Biases or trackio, where the run reports there.
+At each evaluation the model answers the first question of each row of `generation_datasets`, greedily.
+`eval_accuracy` is the share of answers equal to the reference (ignoring case and surrounding whitespace);
+`eval_num_answers` is the number of answers. The model also asks questions about the first few images. Everything is
+written to `output_dir/generations/step-N.jsonl`, one JSON object a line. The questions and their images also go to
+TensorBoard, Weights & Biases or trackio if the run reports there.
 """
 
 import importlib
@@ -28,11 +29,11 @@ from sq_llava.inference.prompts import context_length, token_ids
 class GenerationCheck:
     """
     Args:
-        rows (`datasets.Dataset`): As of `sq_llava.data.rows.load_rows`.
-        processor ([`SQLlavaProcessor`]): Of the model.
-        num_asked (`int`): About how many images the model asks.
-        max_new_tokens (`int`): Of an answer or a question.
-        batch_size (`int`): Questions answered at a time.
+        rows (`datasets.Dataset`): Rows as returned by `sq_llava.data.rows.load_rows`.
+        processor ([`SQLlavaProcessor`]): The model's processor.
+        num_asked (`int`): Number of images that the model asks questions about.
+        max_new_tokens (`int`): Maximum tokens of an answer or a question.
+        batch_size (`int`): Number of questions answered at a time.
     """
 
     rows: datasets.Dataset
@@ -43,9 +44,10 @@ class GenerationCheck:
 
     def require_room(self, model) -> None:
         """
+        Checks that each prompt leaves room to generate, so that training does not fail at its first evaluation.
+
         Raises:
-            ValueError: if a prompt leaves no room in the model's context for what is to be generated. In training that
-                would be known at the first evaluation only.
+            ValueError: if a prompt and `max_new_tokens` together exceed the model's context length.
         """
         for index in range(len(self.rows)):
             prompt, _ = _until_first_answer(self.rows[index]["messages"])
@@ -57,12 +59,16 @@ class GenerationCheck:
         length, limit = len(token_ids(self.processor, [messages], ask)[0]), context_length(model)
         if length + self.max_new_tokens > limit:
             raise ValueError(
-                f"generation_datasets: row {self.rows[index]['id']!r} has {length:,} tokens before what is generated, "
-                f"which has up to {self.max_new_tokens}. The model reads at most {limit:,} in all: leave this row out."
+                f"generation_datasets: the prompt of row {self.rows[index]['id']!r} has {length:,} tokens, and up to "
+                f"{self.max_new_tokens} are generated. The model's context length is {limit:,}: remove this row."
             )
 
     def run(self, trainer: Trainer) -> dict[str, float]:
-        """Returns the metrics. Every process generates, as a sharded model needs them all; the main one writes."""
+        """
+        Generates, writes the file and returns the metrics.
+
+        Every process generates, because a sharded model needs all of them. Only the main process writes.
+        """
         assistant = Assistant(trainer.model.eval(), self.processor)
         answers, asked = self.answer(assistant), self.ask(assistant)
         if trainer.is_world_process_zero():
@@ -78,6 +84,7 @@ class GenerationCheck:
         }
 
     def answer(self, assistant: Assistant) -> list[dict[str, Any]]:
+        """Answers the first question of each row, and compares with the reference."""
         records = []
         for begin in range(0, len(self.rows), self.batch_size):
             rows = [self.rows[index] for index in range(begin, min(begin + self.batch_size, len(self.rows)))]
@@ -91,7 +98,7 @@ class GenerationCheck:
         return records
 
     def ask(self, assistant: Assistant) -> list[dict[str, Any]]:
-        """Two questions behind the first answer of each of the first rows with an image."""
+        """Asks two questions after the first answer of each of the first `num_asked` rows with an image."""
         records = []
         for index in self._asked():
             row = self.rows[index]
@@ -115,7 +122,7 @@ def _until_first_answer(messages: list[dict]) -> tuple[list[dict], str]:
 
 
 def _history(row: dict[str, Any]) -> list[dict]:
-    """A row's messages up to its first answer, that included."""
+    """A row's messages up to and including its first answer."""
     prompt, reference = _until_first_answer(row["messages"])
     return [*prompt, {"role": "assistant", "content": [{"type": "text", "text": reference}]}]
 
@@ -129,7 +136,7 @@ def _count_images(messages: list[dict]) -> int:
 
 
 def report_questions(trainer: Trainer, asked: list[tuple[list[str], list[Image.Image]]]) -> None:
-    """Sends self-questions, each with its first image, to the trackers of the run."""
+    """Sends the self-questions of each image to the trackers of the run."""
     step = trainer.state.global_step
     for callback in trainer.callback_handler.callbacks:
         if isinstance(callback, TensorBoardCallback) and callback.tb_writer is not None:

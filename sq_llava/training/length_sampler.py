@@ -1,11 +1,11 @@
-"""Which rows make a batch: rows of one modality and of like length, so that little of a batch is padding.
+"""Batches of rows with the same modality and similar length, so that batches have little padding.
 
-A global batch, the rows of one optimizer step over all processes and accumulation steps, has rows with images or rows
-of text only (paper, section 4: as LLaVA), as near in length as the rest of its window allows. Inside it the rows stand
-from long to short, so that the processes, which take turns, have batches of nearly the same length at the same time.
+A global batch is the rows of one optimizer step, over all processes and accumulation steps. It has either rows with
+images or rows of text only (paper, section 4: as LLaVA). Its rows are similar in length and sorted from long to short.
+The processes take rows in turn, so at any time their batches have nearly the same length.
 
-The order is a function of the seed and the epoch alone: a resumed run goes on with it, and the global batches are the
-same for any number of processes. What is left over of both modalities makes the last global batches of an epoch.
+The order depends only on the seed and the epoch. A resumed run therefore continues in the same order, and the global
+batches are the same for any number of processes. The rows that fill no whole global batch come last in an epoch.
 """
 
 from collections.abc import Iterator
@@ -15,18 +15,18 @@ import torch
 from torch.utils.data import Sampler
 
 
-# Global batches whose rows are sorted together. More make batches more even, and less random.
+# Number of global batches whose rows are sorted together. A larger window gives less padding but less random batches.
 WINDOW = 50
 
 
 class ModalityLengthSampler(Sampler[int]):
     """
     Args:
-        lengths (`np.ndarray` of ints, `(num_rows,)`): A rough number of tokens of each row, image tokens included.
-        num_images (`np.ndarray` of ints, `(num_rows,)`): Images of each row.
+        lengths (`np.ndarray` of ints, `(num_rows,)`): Approximate number of tokens of each row, with image tokens.
+        num_images (`np.ndarray` of ints, `(num_rows,)`): Number of images of each row.
         global_batch_size (`int`): Rows of one optimizer step, over all processes and accumulation steps.
-        seed (`int`): Of the order.
-        epoch (`torch.Tensor`, `()`): Read at the start of each pass; the one that the collator has.
+        seed (`int`): Random seed of the order.
+        epoch (`torch.Tensor`, `()`): The collator's epoch, read at the start of each pass.
     """
 
     def __init__(

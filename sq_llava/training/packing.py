@@ -1,18 +1,19 @@
-"""Packing: several conversations in one row of at most `max_length` tokens, each as if it were alone.
+"""Packing: several conversations in one row of at most `max_length` tokens, without attention between them.
 
     python -m train_sft --config recipes/sq-llava-7b/stage2.yaml --packing true --train_sampling_strategy random
 
-In a packed row the positions begin at 0 with each conversation, so that none attends to another: without an attention
-mask and a cache, transformers makes a block-diagonal mask of the positions (SDPA, eager and flex attention);
-FlashAttention is given where each begins, by the source of transformers: no GPU was at hand to run it. Images stand in
-their order, labels and draws are those of the collator, and the first token of each conversation has no label: it
-would be predicted from another one. Language models that read across all the same, such as recurrent ones, are refused
-where that can be tried (`require_separation`): not with weights that ZeRO-3 holds in pieces.
+The positions of each conversation start at 0, so that no conversation attends to another one: without an attention
+mask and a cache, transformers builds a block-diagonal mask from the positions (SDPA, eager and flex attention).
+FlashAttention gets the start of each conversation instead, in the form that transformers' source asks for. Images,
+labels and self-questions are those of the unpacked rows. Only the first token of each conversation has no label,
+because it would be predicted from another conversation. Language models that ignore positions at the border, such as
+recurrent ones, are detected and refused (`require_separation`). ZeRO-3 cannot run that
+check, because it holds the weights in pieces.
 
-Rows are packed by the most tokens that each can have (`sq_llava/data/lengths.py`), best-fit decreasing, within windows
-of a permutation of all rows: whole, each once an epoch. The packs are a function of the seed and the epoch alone, the
-same for any number of processes; an epoch has always as many, whole optimizer steps of them. What it does not do: cut
-rows to fill a pack; group by modality; pack evaluation batches.
+Rows are packed whole, each once per epoch, by the maximum number of tokens that each can have
+(`sq_llava/data/lengths.py`): best-fit decreasing, within windows of a permutation of all rows. The packs depend only
+on the seed and the epoch, not on the number of processes. Every epoch has the same number of packs, a whole number of
+optimizer steps. What it does not do: cut rows to fill a pack; group by modality; pack evaluation batches.
 """
 
 from collections.abc import Iterator
@@ -31,24 +32,27 @@ from sq_llava.data.self_questions import IGNORE_INDEX, NOT_SPOKEN
 from sq_llava.training.collator import SelfQuestioningCollator
 
 
-# Permutations that an epoch tries until its packs are not more than those of the first.
+# Number of permutations that an epoch tries until its packs fit into `num_packs`.
 ATTEMPTS = 10
 
 
 class PackSampler(Sampler[list[list[int]]]):
     """
-    Micro-batches of packs of row numbers. It has no `batch_size`: accelerate takes it as sized by itself then.
+    Yields micro-batches; each is a list of packs, and each pack a list of row numbers.
+
+    It has no `batch_size`, so that accelerate leaves the size of its batches alone.
 
     Args:
-        lengths (`np.ndarray` of ints, `(num_rows,)`): The most tokens of each row; none above `max_length`.
-        max_length (`int`): Tokens of a pack, at most.
-        packs_per_batch (`int`): Of one forward pass of one process.
-        packs_per_step (`int`): Over all processes and accumulation steps; a multiple of `packs_per_batch`.
-        seed (`int`): Of the packs.
-        epoch (`torch.Tensor`, `()`): Read at the start of each pass; the one that the collator has.
+        lengths (`np.ndarray` of ints, `(num_rows,)`): Maximum tokens of each row; none above `max_length`.
+        max_length (`int`): Maximum tokens of a pack.
+        packs_per_batch (`int`): Packs in one forward pass of one process.
+        packs_per_step (`int`): Packs per optimizer step, over all processes and accumulation steps; a multiple of
+            `packs_per_batch`.
+        seed (`int`): Random seed of the packs.
+        epoch (`torch.Tensor`, `()`): The collator's epoch, read at the start of each pass.
 
     Raises:
-        ValueError: if there are fewer rows than an epoch needs packs.
+        ValueError: if there are fewer rows than packs in an epoch.
     """
 
     def __init__(
@@ -68,13 +72,13 @@ class PackSampler(Sampler[list[list[int]]]):
         self.epoch = epoch
         self.kept: list[list[int]] | None = None
         self.num_unsplit = len(self._pack(epoch=0, attempt=0))
-        # One in 500 more than the first epoch needs: some need a few more.
+        # 0.2% more packs than epoch 0 needs, because other epochs may need a few more.
         self.num_packs = -(-(self.num_unsplit + self.num_unsplit // 500) // packs_per_step) * packs_per_step
         if self.num_packs > len(self.lengths):
             raise ValueError(
-                f"packing: {len(self.lengths)} rows make {self.num_unsplit} packs of max_length {max_length}, and a "
-                f"step has {packs_per_step}: there are too few rows for whole steps. Leave packing out, or lower "
-                "global_batch_size (with packing, it counts packs)."
+                f"packing is true, but the dataset is too small: its {len(self.lengths)} rows make {self.num_unsplit} "
+                f"packs of max_length {max_length}, and one optimizer step needs {packs_per_step} packs. Remove "
+                "packing, or lower global_batch_size (with packing, it counts packs)."
             )
 
     def __len__(self) -> int:
@@ -86,6 +90,7 @@ class PackSampler(Sampler[list[list[int]]]):
             yield packs[begin : begin + self.packs_per_batch]
 
     def packs(self, epoch: int) -> list[list[int]]:
+        """Returns the packs of an epoch, lists of row numbers, in the order of training."""
         if self.kept is not None:
             return self.kept
         for attempt in range(ATTEMPTS):
@@ -93,7 +98,7 @@ class PackSampler(Sampler[list[list[int]]]):
             if len(packs) <= self.num_packs:
                 break
         else:
-            packs = self._pack(epoch=0, attempt=0)  # the same packs again, in another order
+            packs = self._pack(epoch=0, attempt=0)  # the packs of epoch 0, in another order
         packs = split_packs(packs, self.num_packs)
         return [
             packs[number] for number in np.random.default_rng([self.seed, epoch, ATTEMPTS]).permutation(len(packs))
@@ -104,28 +109,37 @@ class PackSampler(Sampler[list[list[int]]]):
         return pack_in_windows(order, self.lengths, self.max_length)
 
     def keep_fullest(self) -> None:
-        """Leaves of each epoch one step, with the packs of the most tokens: to try what a step takes."""
+        """Reduces each epoch to one step on the packs with the most tokens, to measure its memory."""
         fullest = sorted(self.packs(0), key=lambda pack: -sum(self.lengths[row] for row in pack))
         self.kept = fullest[: self.packs_per_step]
         self.num_packs = len(self.kept)
 
     def describe(self) -> str:
-        """How full the packs are, and what bounds that."""
+        """Describes how full the packs are, and why they are not fuller."""
         tokens, rows = sum(self.lengths), len(self.lengths)
         fill, unsplit_fill = (tokens / (packs * self.max_length) for packs in (self.num_packs, self.num_unsplit))
         return (
             f"Packing: {rows:,} rows in {self.num_packs:,} packs of at most {self.max_length:,} tokens, "
-            f"{rows / self.num_packs:.2f} rows each, about {self.packs_per_step * rows / self.num_packs:.0f} a step; "
-            f"fill {fill:.3f} ({unsplit_fill:.3f} before some are split, so that an epoch has whole steps). It is "
-            f"bounded by rows staying whole: they have {tokens / rows:.0f} tokens in the mean, {min(self.lengths):,} "
-            "at least. These are the most of any draw; packing_fill in the log is what was there."
+            f"{rows / self.num_packs:.2f} rows per pack, about {self.packs_per_step * rows / self.num_packs:.0f} rows "
+            f"per step; fill {fill:.3f} ({unsplit_fill:.3f} before some packs are split to make whole steps). Rows "
+            f"are not cut, which limits the fill: they have {tokens / rows:.0f} tokens on average and at least "
+            f"{min(self.lengths):,}. These are maximum lengths; the log gives the real fill as packing_fill."
         )
 
 
 def pack_sampler(
     rows: datasets.Dataset, args: SFTConfig, num_processes: int, epoch: torch.Tensor | None = None
 ) -> PackSampler:
-    """The sampler of a run on rows whose `length` is sure (or, for a plan, rough)."""
+    """
+    Makes the sampler of a run.
+
+    Args:
+        rows (`datasets.Dataset`): Rows whose `length` is an upper bound, from `with_length_bounds`. An approximate
+            `length` is enough to estimate the number of packs.
+        args (`SFTConfig`): Settings of the run.
+        num_processes (`int`): Number of processes.
+        epoch (`torch.Tensor`, `()`, *optional*): The collator's epoch.
+    """
     lengths = np.minimum(rows.with_format("numpy", columns=["length"])[:]["length"], args.max_length)
     size = args.per_device_train_batch_size
     steps = size * args.gradient_accumulation_steps * num_processes
@@ -135,12 +149,17 @@ def pack_sampler(
 @torch.no_grad()
 def require_separation(language_model: PreTrainedModel) -> None:
     """
-    Tries whether the language model keeps the conversations of a packed row apart by their positions. One with
-    FlashAttention, which needs a GPU, is tried without: what reads across in other layers is seen all the same.
+    Checks that the language model keeps the conversations of a packed row apart by their positions.
+
+    FlashAttention needs a GPU, so it is replaced by eager attention for this check, which still finds other layers
+    that mix conversations.
+
+    Args:
+        language_model ([`~transformers.PreTrainedModel`]): The language model, without its head.
 
     Raises:
-        ValueError: if what it makes of one conversation depends on the one before: recurrent layers and convolutions
-            read across the border, and some older models make their attention mask without positions.
+        ValueError: if its hidden states for one conversation depend on the conversation before it. Recurrent layers
+            and convolutions do that, and some older models build their attention mask without positions.
     """
     config = language_model.config
     generator = torch.Generator().manual_seed(0)
@@ -157,16 +176,16 @@ def require_separation(language_model: PreTrainedModel) -> None:
         states.append(outputs.last_hidden_state[:, 4:].float())
     language_model.train(training)
     config._attn_implementation = attention
-    # Not to the last bit: the scales of 8-bit weights are of the whole batch.
+    # A tolerance, because the activation scales of 8-bit layers depend on the whole batch.
     if (states[0] - states[1]).norm() > 0.02 * states[0].norm():
         raise ValueError(
-            f"packing is true, but a language model of the type {config.model_type!r} does not keep the conversations "
-            "of a packed row apart. Leave packing out, and give train_sampling_strategy group_by_length."
+            f"packing is true, but a language model of type {config.model_type!r} does not keep the conversations of "
+            "a packed row apart. Remove packing, and set train_sampling_strategy to group_by_length."
         )
 
 
 class PackedRows(Dataset):
-    """Rows by packs of their numbers."""
+    """Returns the rows of a pack, given its row numbers."""
 
     def __init__(self, rows: datasets.Dataset):
         self.rows = rows
@@ -181,13 +200,15 @@ class PackedRows(Dataset):
 @dataclass
 class PackingCollator:
     """
-    Packs of rows -> a batch of one packed row each, with `position_ids` in place of `attention_mask`; the rest as of
-    [`SelfQuestioningCollator`]. `row_ids` has one for each conversation.
+    Turns packs of rows into a batch with one packed row for each pack.
+
+    The batch is that of [`SelfQuestioningCollator`], with `position_ids` (`torch.int64`,
+    `(batch_size, sequence_length)`) in place of `attention_mask`. `row_ids` has one number for each conversation.
 
     Args:
-        collator ([`SelfQuestioningCollator`]): Makes the conversations; with the `max_length` of the packs.
-        flat (`bool`): For FlashAttention: all packs one after another in a single row, without padding, and where each
-            conversation begins (`cu_seq_lens_q`, ...): else each layer would look for it.
+        collator ([`SelfQuestioningCollator`]): Tokenizes the conversations. Its `max_length` is the size of a pack.
+        flat (`bool`): For FlashAttention: put all packs into a single row without padding, and add the start of each
+            conversation (`cu_seq_lens_q`, ...), which each layer would otherwise compute again.
     """
 
     collator: SelfQuestioningCollator
@@ -202,7 +223,7 @@ class PackingCollator:
         batch["labels"][:, 0] = IGNORE_INDEX
         batch["turn_kinds"][:, 0] = NOT_SPOKEN
         batch["position_ids"] = torch.arange(batch["input_ids"].shape[1]).expand_as(batch["input_ids"])
-        # The positions of the padding never go on: each token of it is a conversation of its own.
+        # All padding has position 0, so each padding token is a conversation of its own.
         fills = {
             "input_ids": self.collator.processor.tokenizer.pad_token_id,
             "labels": IGNORE_INDEX,

@@ -1,14 +1,14 @@
-"""What a run will take: gradient accumulation, steps, and the memory of each GPU.
+"""Estimates a run before it starts: gradient accumulation, number of steps, and memory of each GPU.
 
     python -m train_sft --config recipes/sq-llava-7b/stage2.yaml --dry_run meta --num_gpus 8 --use_cpu true \\
         --vision_model_name_or_path openai/clip-vit-large-patch14-336 \\
         --text_model_name_or_path lmsys/vicuna-7b-v1.5
     accelerate launch -m train_sft --config recipes/sq-llava-7b/stage2.yaml --dry_run real
 
-`meta` needs only the two configurations: the model is built without weights, and its memory is added up. `real` builds
-all of it, trains one step on the longest rows, and measures. Weights, gradients and optimizer are counted; activations
-are an upper estimate: on a CPU 1.0 to 1.7 times the peak of what fourteen small models allocated, all of them dense;
-on a GPU it was not compared. What it does not do: estimate time.
+`meta` needs only the configurations of the models: it builds the model without weights and adds up its memory. `real`
+loads everything, trains one step on the longest rows, and measures. Weights, gradients and optimizer states are added
+up tensor by tensor. Activations are an upper estimate: on a CPU it was 1.0 to 1.7 times the measured peak of fourteen
+small dense models; on a GPU it was not compared. What it does not do: estimate time.
 """
 
 import math
@@ -38,7 +38,7 @@ from sq_llava.training.settings import SQLlavaArguments
 from sq_llava.training.stage_model import architecture, prepare_stage, quantization_config, starting_point
 
 
-# Bytes of the optimizer's state for each trained number, which is float32.
+# Bytes of optimizer state for each trained (float32) parameter.
 OPTIMIZER_BYTES = {
     "adamw_torch": 8,
     "adamw_torch_fused": 8,
@@ -49,16 +49,22 @@ OPTIMIZER_BYTES = {
     "sgd": 0,
 }
 SHARDINGS = ("DDP", "ZeRO-2", "ZeRO-3, FSDP2")
-# Of TRL's fused LM head: a tile of its logits has at most this many tokens, and room for this many words.
+# Size of a tile of logits in TRL's fused LM head: maximum tokens, and vocabulary entries.
 HEAD_TOKENS, HEAD_WORDS = 4096, 32768
 
 
 def accumulation_steps(global_batch_size: int, per_device_train_batch_size: int, num_processes: int) -> int:
     """
-    Steps of gradient accumulation that make the global batch.
+    Computes the gradient accumulation steps for a global batch size.
+
+    Args:
+        global_batch_size (`int`): Rows of an optimizer step, over all processes.
+        per_device_train_batch_size (`int`): Rows of one forward pass of one process.
+        num_processes (`int`): Number of processes.
 
     Raises:
-        ValueError: if the rows of one forward pass of all processes do not divide it, with sizes that do.
+        ValueError: if the rows of one forward pass over all processes do not divide the global batch size. The
+            message lists sizes that do.
     """
     at_once = per_device_train_batch_size * num_processes
     if global_batch_size < 1 or global_batch_size % at_once:
@@ -69,43 +75,41 @@ def accumulation_steps(global_batch_size: int, per_device_train_batch_size: int,
             if global_batch_size % (count * per_device_train_batch_size) == 0
         ]
         raise ValueError(
-            f"global_batch_size is {global_batch_size}, but {num_processes} processes with "
-            f"per_device_train_batch_size {per_device_train_batch_size} take {at_once} rows at once, which does not "
-            f"divide it. With {num_processes} processes, a per_device_train_batch_size of {_one_of(sizes)} fits; with "
-            f"this size, {_one_of(counts)} processes."
+            f"global_batch_size is {global_batch_size}, which is not a multiple of {at_once}: {num_processes} "
+            f"processes x per_device_train_batch_size {per_device_train_batch_size}. With {num_processes} processes, "
+            f"per_device_train_batch_size can be {_one_of(sizes)}. With per_device_train_batch_size "
+            f"{per_device_train_batch_size}, the number of processes can be {_one_of(counts)}."
         )
     return global_batch_size // at_once
 
 
 def complete_settings(arguments: SQLlavaArguments, training_args: SFTConfig) -> int:
     """
-    Sets what every run has, and what follows from other settings.
+    Sets the settings that are the same for every run, and those that follow from others.
 
     Returns:
-        `int`: The number of processes, here or planned for.
+        `int`: The number of processes of this launch, or the number planned for with `num_gpus`.
     """
-    training_args.remove_unused_columns = False  # the collator makes the model's inputs of our columns
+    training_args.remove_unused_columns = False  # the collator makes the model's inputs from our columns
     training_args.ddp_find_unused_parameters = False  # every trained weight is in the graph of every batch
     if training_args.data_seed is None:
-        training_args.data_seed = training_args.seed  # else, rows come in an order of where PyTorch's seed stands
+        training_args.data_seed = training_args.seed  # else the order of rows depends on PyTorch's generator state
     if arguments.num_gpus is not None and arguments.dry_run != "meta":
-        raise ValueError(f"num_gpus is {arguments.num_gpus}: it is for --dry_run meta; else the launcher says it.")
-    num_processes = arguments.num_gpus or training_args.world_size
-    if arguments.global_batch_size is not None:
-        _set_global_batch(training_args, arguments.global_batch_size, num_processes)
-    return num_processes
-
-
-def _set_global_batch(training_args: SFTConfig, global_batch_size: int, num_processes: int) -> None:
-    """Sets the gradient accumulation that makes the global batch."""
-    if training_args.gradient_accumulation_steps != 1:
         raise ValueError(
-            f"global_batch_size is {global_batch_size} and gradient_accumulation_steps "
-            f"{training_args.gradient_accumulation_steps}: the latter follows from the former, leave one of them out."
+            f"num_gpus is {arguments.num_gpus}, which only works with --dry_run meta. In training, the launcher sets "
+            "the number of processes: remove num_gpus."
         )
-    training_args.gradient_accumulation_steps = accumulation_steps(
-        global_batch_size, training_args.per_device_train_batch_size, num_processes
-    )
+    num_processes = arguments.num_gpus or training_args.world_size
+    if (global_batch_size := arguments.global_batch_size) is not None:
+        if training_args.gradient_accumulation_steps != 1:
+            raise ValueError(
+                f"global_batch_size is {global_batch_size} and gradient_accumulation_steps is "
+                f"{training_args.gradient_accumulation_steps}. The second follows from the first: remove one of them."
+            )
+        training_args.gradient_accumulation_steps = accumulation_steps(
+            global_batch_size, training_args.per_device_train_batch_size, num_processes
+        )
+    return num_processes
 
 
 def _one_of(numbers: list[int]) -> str:
@@ -114,7 +118,7 @@ def _one_of(numbers: list[int]) -> str:
 
 @dataclass(frozen=True)
 class Batch:
-    """What one device holds in one forward pass: rows, tokens of the longest row (images included), and images."""
+    """The batch of one device in one forward pass: rows, tokens of the longest row (with image tokens), and images."""
 
     rows: int
     tokens: int
@@ -123,7 +127,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class Term:
-    """A part of the memory of one GPU: its size, and in words where it comes from."""
+    """One part of the memory of a GPU: its name, its size in bytes, and how the size is computed, in words."""
 
     name: str
     num_bytes: float
@@ -140,19 +144,23 @@ def estimate_memory(
     on_gpu: bool = True,
 ) -> list[Term]:
     """
-    Adds up the memory of one GPU.
+    Estimates the memory of one GPU.
 
     Args:
-        model: With its adapter, or trained in full; its weights may be on the meta device.
-        batch ([`Batch`]): Of one device.
-        training_args (`SFTConfig`): Of which `optim`, `gradient_checkpointing` and `bf16` count.
-        num_gpus (`int`): Among which `sharding` divides.
+        model ([`~torch.nn.Module`]): The model with its adapter, or trained in full. Its weights may be on the meta
+            device.
+        batch ([`Batch`]): The batch of one device.
+        training_args (`SFTConfig`): Settings; `optim`, `gradient_checkpointing`, `bf16` and `fp16` matter here.
+        num_gpus (`int`): Number of GPUs that `sharding` divides memory among.
         sharding (`str`): One of `SHARDINGS`.
-        quantization (`BitsAndBytesConfig`, *optional*): Of a model on the meta device, which is not quantized itself.
-        on_gpu (`bool`): Whether TRL's head runs its kernels; on a CPU it takes more.
+        quantization (`BitsAndBytesConfig`, *optional*): The planned quantization, for a model on the meta device.
+        on_gpu (`bool`): Whether TRL's fused head runs its Triton kernels; without them it needs more memory.
+
+    Returns:
+        `list[Term]`: The parts of the memory, in bytes.
 
     Raises:
-        ValueError: for an optimizer whose size is not known here.
+        ValueError: for an optimizer whose state size is unknown.
     """
     full, half = sharding == SHARDINGS[2], sharding == SHARDINGS[1]
     pieces = num_gpus if full or half else 1
@@ -167,9 +175,9 @@ def estimate_memory(
 def _weight_term(model: nn.Module, quantization: BitsAndBytesConfig | None, pieces: int) -> Term:
     weights = weight_bytes(model, quantization)
     if pieces == 1:
-        return Term("weights", weights, "all weights, trained and frozen, in the precision that each is held in")
+        return Term("weights", weights, "all weights, trained and frozen, each in its own precision")
     gathered = 2 * max(sum(p.nbytes for p in layer.parameters()) for layer in _layers(_text_tower(model)))
-    formula = f"all weights / {pieces} GPUs, and two layers that are gathered"
+    formula = f"all weights / {pieces} GPUs + two gathered layers"
     return Term("weights", weights / pieces + gathered, formula)
 
 
@@ -177,7 +185,9 @@ def _optimizer_terms(model: nn.Module, training_args: SFTConfig, pieces: int, bu
     """Gradients and the optimizer's state."""
     optim = str(getattr(training_args.optim, "value", training_args.optim))
     if optim not in OPTIMIZER_BYTES:
-        raise ValueError(f"optim is {optim}: the estimate knows {', '.join(OPTIMIZER_BYTES)}.")
+        raise ValueError(
+            f"optim is {optim}, whose memory is unknown. The estimate supports {', '.join(OPTIMIZER_BYTES)}."
+        )
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     numbers, gradients = sum(p.numel() for p in trained), sum(p.nbytes for p in trained)
     count, state = f"{numbers:,} trained numbers x", OPTIMIZER_BYTES[optim]
@@ -191,15 +201,15 @@ def _optimizer_terms(model: nn.Module, training_args: SFTConfig, pieces: int, bu
 
 
 def weight_bytes(model: nn.Module, quantization: BitsAndBytesConfig | None = None) -> float:
-    """Bytes of all weights and buffers, shared ones once; for a model that will be quantized, as if it were."""
+    """Bytes of all weights and buffers (shared ones once), after the planned quantization if there is one."""
     tensors = {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]}
-    # Of bitsandbytes: the scales of its blocks, beside 4-bit weights, and of the rows, beside 8-bit ones.
-    scales = [
-        tensor
-        for parameter in model.parameters()
-        if (state := getattr(parameter, "quant_state", None)) is not None
-        for tensor in _scale_tensors(state)
-    ] + [scale for p in model.parameters() if (scale := getattr(p, "SCB", None)) is not None]
+    scales = []
+    for parameter in model.parameters():
+        if (state := getattr(parameter, "quant_state", None)) is not None:  # 4 bits: scales of blocks
+            nested = [state.state2.absmax, state.state2.code] if state.nested else []
+            scales += [state.absmax, state.code, *nested]
+        if (scale := getattr(parameter, "SCB", None)) is not None:  # 8 bits: scales of rows
+            scales.append(scale)
     total = float(sum(tensor.nbytes for tensor in [*tensors.values(), *scales]))
     if quantization is not None:
         for name, module in model.named_modules():
@@ -210,30 +220,24 @@ def weight_bytes(model: nn.Module, quantization: BitsAndBytesConfig | None = Non
     return total
 
 
-def _scale_tensors(state) -> list[torch.Tensor]:
-    tensors = [state.absmax, state.code]
-    if state.nested:
-        tensors += [state.state2.absmax, state.state2.code]
-    return tensors
-
-
 def quantized_bytes(linear: nn.Linear, quantization: BitsAndBytesConfig) -> float:
-    """Bytes of a linear layer's weight after quantization, its scales included."""
+    """Bytes of a linear layer's weight after quantization, with its scales."""
     numbers = linear.weight.numel()
     if quantization.load_in_8bit:
         return numbers + 4 * linear.out_features
-    # One scale for 64 numbers: a float32, or a byte and a float32 for 256 scales; and a table of 16 float32.
+    # One scale for 64 numbers: a float32, or (nested) one byte plus a float32 for every 256 scales. And a table of 16
+    # float32 values.
     scale = 1 + 4 / 256 if quantization.bnb_4bit_use_double_quant else 4
     return numbers / 2 + numbers / 64 * scale + 64
 
 
 def activation_terms(model: nn.Module, batch: Batch, training_args: SFTConfig, on_gpu: bool = True) -> list[Term]:
-    """What the forward pass keeps for the backward pass, and the largest workspace of both, from above."""
+    """An upper estimate of what the forward pass keeps for the backward pass, and of the largest workspace."""
     base = without_adapter(model)
     config, text_config = base.config, base.config.get_text_config()
     held = base.get_input_embeddings().weight.itemsize
-    # Of each feature that goes into or out of a linear layer (LoRA's too) in one position. Measured: the bytes of its
-    # number and two more cover what stands between the layers and what the backward pass adds.
+    # Bytes for each input and output feature of a linear layer (LoRA included) at one position. By measurement, the
+    # size of the number plus 2 bytes also covers activations between the layers and the backward pass.
     feature_bytes = held + 2
     tokens = batch.rows * batch.tokens
     # A text-only batch runs the vision side on one blank image.
@@ -256,29 +260,29 @@ def activation_terms(model: nn.Module, batch: Batch, training_args: SFTConfig, o
             inside += positions * length * tower_config.num_attention_heads * 12
         width, count = tower_config.hidden_size, len(layers)
         if training_args.gradient_checkpointing:
-            kept, formula = count * positions * width * held, f"{width} x {held} bytes, the input of each layer"
+            kept, formula = count * positions * width * held, f"{width} x {held} bytes: the input of each layer"
             workspaces[f"a {name} layer inside"] = inside
         else:
-            kept, formula = count * inside, "all inside of them: no gradient checkpointing"
+            kept, formula = count * inside, "all inner activations: no gradient checkpointing"
         terms.append(Term(f"activations, {name}", kept, f"{count} layers x {positions:,} positions x {formula}"))
     connector = 6 * (_features(base.model.prototype_extractor) + _features(base.model.multi_modal_projector))
     connector += 16 * config.num_prototypes * (config.num_prototype_iterations + 1)
     formula = f"{patches:,} image tokens x {connector:,} bytes: prototypes and projections"
     terms.append(Term("activations, connector", patches * connector, formula))
-    # FlashAttention is told lengths, not a mask.
+    # FlashAttention takes lengths instead of a mask.
     mask = 0 if "flash" in config._attn_implementation else tokens * batch.tokens * held
     formula = f"{tokens:,} x {batch.tokens:,} x {held} bytes" if mask else "none: FlashAttention"
     terms.append(Term("attention mask", mask, formula))
     largest = max(workspaces, key=workspaces.get)
-    return [*terms, Term("workspace", workspaces[largest], f"of the largest piece, {largest}")]
+    return [*terms, Term("workspace", workspaces[largest], f"of the largest part: {largest}")]
 
 
 def _head_bytes(text_config, tokens: int, held: int, training_args: SFTConfig, on_gpu: bool) -> int:
-    """TRL's fused LM head: a tile of logits, and the hidden states with their gradient in float32."""
+    """Memory of TRL's fused LM head: a tile of logits, the hidden states, and their gradient in float32."""
     tile, words = min(tokens, HEAD_TOKENS), min(text_config.vocab_size, HEAD_WORDS)
     precision = 2 if training_args.bf16 or training_args.fp16 else held
     total = tokens * text_config.hidden_size * (held + 8) + tile * HEAD_WORDS * precision
-    # Without Triton, the tile is folded by torch, in copies, and the head's weight is made float32.
+    # Without Triton, PyTorch makes several copies of the tile, and casts the head's weight to float32.
     return total if on_gpu else total + tile * words * 28 + words * text_config.hidden_size * 4
 
 
@@ -297,7 +301,7 @@ def _features(module: nn.Module, experts_per_token: int = 1) -> int:
 
 
 def expert_parameters(module: nn.Module) -> list[nn.Parameter]:
-    """The weights of a mixture of experts, those of all experts of a layer in one tensor: no linear layers."""
+    """The expert weights of a mixture of experts. All experts of a layer share one 3D tensor, not linear layers."""
     return [
         parameter
         for name, parameter in module.named_parameters()
@@ -308,7 +312,7 @@ def expert_parameters(module: nn.Module) -> list[nn.Parameter]:
 def describe_steps(
     num_rows: int, training_args: SFTConfig, num_processes: int, packs: PackSampler | None = None
 ) -> str:
-    """Rows (or packs), global batch, epochs, optimizer steps and warm-up of a run, in a line."""
+    """Describes rows (or packs), global batch, epochs, optimizer steps and warmup of a run in one line."""
     unit, what = ("rows", f"{num_rows:,} rows") if packs is None else ("packs", f"{packs.num_packs:,} packs")
     num_rows = num_rows if packs is None else packs.num_packs
     at_once = training_args.per_device_train_batch_size * num_processes
@@ -318,14 +322,14 @@ def describe_steps(
     steps = training_args.max_steps
     if steps <= 0:
         steps = math.ceil(training_args.num_train_epochs * per_epoch)
-    whole, rest = divmod(steps, per_epoch)  # the last step of an epoch may have fewer batches
+    whole, rest = divmod(steps, per_epoch)  # the last step of an epoch may be smaller
     epochs = whole + rest * accumulation / batches
     warmup = training_args.get_warmup_steps(steps)
     rows = training_args.per_device_train_batch_size
     return (
-        f"Steps: {what}, {at_once * accumulation} a step ({num_processes} processes x {rows} {unit} x "
-        f"{accumulation} accumulated), {per_epoch:,} steps an epoch. "
-        f"{steps:,} steps are {epochs:.2f} epochs; {warmup:,} of them are warm-up."
+        f"Steps: {what}, {at_once * accumulation} per step ({num_processes} processes x {rows} {unit} x "
+        f"{accumulation} accumulation steps), {per_epoch:,} steps per epoch. "
+        f"Total: {steps:,} steps, {epochs:.2f} epochs, {warmup:,} warmup steps."
     )
 
 
@@ -337,8 +341,9 @@ def print_plan(
     packing: bool = False,
 ) -> None:
     """
-    Prints the memory of a model without weights, on rows of the greatest length, with an image each, or, packed, as
-    many as fit.
+    Prints the estimated memory of a model without weights, on rows of maximum length.
+
+    Each row is assumed to have one image; a packed row as many as fit.
     """
     text_config = model.config.get_text_config()
     rows = training_args.per_device_train_batch_size
@@ -354,15 +359,15 @@ def print_plan(
 
 
 def print_memory(estimates: dict[str, list[Term]], batch: Batch, num_gpus: int) -> None:
-    """A table of the terms, one column of sizes for each way of sharding."""
-    title = f"Memory of each device, estimated: {batch.rows} rows of {batch.tokens:,} tokens"
+    """Prints a table of the terms, with one column of sizes for each kind of sharding."""
+    title = f"Estimated memory per device: {batch.rows} rows of {batch.tokens:,} tokens"
     columns = [f"{num_gpus} x {sharding}" for sharding in estimates] if num_gpus > 1 else ["1 device"]
-    table = Table("", *columns, "How it is counted", title=title)
+    table = Table("", *columns, "How it is computed", title=title)
     for index, term in enumerate(next(iter(estimates.values()))):
         sizes = [size(terms[index].num_bytes) for terms in estimates.values()]
         table.add_row(term.name, *sizes, term.formula)
     totals = [size(sum(term.num_bytes for term in terms)) for terms in estimates.values()]
-    table.add_row("all", *totals, "not counted: 1 to 2 GiB of CUDA itself, and unused gaps of its allocator")
+    table.add_row("total", *totals, "not included: 1 to 2 GiB for CUDA itself, and its allocator's fragmentation")
     Console().print(table)
 
 
@@ -373,10 +378,10 @@ def size(num_bytes: float) -> str:
 
 def leave_one_step(rows: datasets.Dataset, training_args: SFTConfig, packing: bool) -> str:
     """
-    Reduces a run to one step on one batch, of which nothing is saved or reported.
+    Changes the settings to a single step on one batch. Nothing is saved or reported.
 
     Returns:
-        `str`: The steps of the whole run, in words.
+        `str`: The description of the steps of the whole run.
     """
     packs = pack_sampler(rows, training_args, training_args.world_size) if packing else None
     steps = describe_steps(len(rows), training_args, training_args.world_size, packs)
@@ -388,14 +393,14 @@ def leave_one_step(rows: datasets.Dataset, training_args: SFTConfig, packing: bo
 
 
 def longest_rows(rows: datasets.Dataset, count: int) -> datasets.Dataset:
-    """The longest rows, by the rough `length` that they have unread; the last ones again if there are too few."""
+    """Selects the rows with the greatest (approximate) `length`; repeats the last one if there are too few rows."""
     lengths = torch.as_tensor(rows.with_format("numpy")["length"][:])
     order = lengths.argsort(descending=True)[:count].tolist()
     return rows.select([order[min(index, len(order) - 1)] for index in range(count)])
 
 
 def sharding_of(accelerator: Accelerator) -> str:
-    """Which of `SHARDINGS` a launch has."""
+    """Returns the entry of `SHARDINGS` that this launch uses."""
     if accelerator.distributed_type == DistributedType.FSDP:
         return SHARDINGS[2]
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
@@ -404,19 +409,21 @@ def sharding_of(accelerator: Accelerator) -> str:
 
 
 def resident_peak() -> int:
-    """The largest resident set of this process so far, in bytes."""
+    """Peak resident memory of this process so far, in bytes."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 
 
 def try_one_step(trainer: SFTTrainer, resident_before: int) -> int:
     """
-    Trains one step on the longest rows, or fullest packs, prints the estimate of its memory and what it took, and
-    returns the latter.
+    Trains one step on the longest rows or fullest packs. Prints the estimated and the measured memory.
 
     Args:
-        trainer ([`SFTTrainer`]): Not yet prepared, with settings from [`leave_one_step`].
-        resident_before (`int`): Of [`resident_peak`], before the model was loaded.
+        trainer ([`SFTTrainer`]): A trainer that has not trained, with settings from [`leave_one_step`].
+        resident_before (`int`): Value of [`resident_peak`] before the model was loaded, in bytes.
+
+    Returns:
+        `int`: The measured memory in bytes.
     """
     args, world_size = trainer.args, trainer.args.world_size
     on_gpu = args.device.type == "cuda"
@@ -437,14 +444,14 @@ def try_one_step(trainer: SFTTrainer, resident_before: int) -> int:
     peak = torch.cuda.max_memory_allocated() if on_gpu else resident_peak() - resident_before
     if trainer.accelerator.is_main_process:
         print_memory({sharding: estimate}, batch, world_size)
-        what = "torch.cuda.max_memory_allocated" if on_gpu else "growth of the resident set since the start"
+        what = "torch.cuda.max_memory_allocated" if on_gpu else "growth of resident memory since the start"
         which = "longest rows" if trainer.packs is None else "fullest packs"
         print(f"Measured in one step on the {which}: {size(peak)} ({what}).")
     return peak
 
 
 def print_parameters(model, part_learning_rates: dict[str, float], learning_rate: float) -> None:
-    """Says what is trained, what is frozen, and with which learning rate."""
+    """Prints the trained and frozen parameters and the learning rate of each part."""
     table = Table("Part", "Trained", "Frozen", "Learning rate", title="Parameters")
     for part, (trained, frozen) in count_parameters(model).items():
         rate = part_learning_rates.get(part, learning_rate)
@@ -453,17 +460,17 @@ def print_parameters(model, part_learning_rates: dict[str, float], learning_rate
     experts = [weight for weight in expert_parameters(_text_tower(model)) if not weight.requires_grad]
     if experts and count_parameters(model)["text"][0]:
         print(
-            f"The experts of the language model, {sum(weight.numel() for weight in experts):,} weights, stay frozen: "
-            "LoRA goes on linear layers, and these are stacked in tensors of their own."
+            f"The {sum(weight.numel() for weight in experts):,} expert weights of the language model stay frozen: "
+            "LoRA is added to linear layers only, and the experts are stacked in 3D tensors."
         )
 
 
 def plan_from_configs(
     arguments: SQLlavaArguments, training_args: SFTConfig, model_config: ModelConfig, num_gpus: int
 ) -> None:
-    """Prints the parameters, the memory and the steps of a run, from the configurations of its models alone."""
+    """Prints parameters, memory and steps of a run. It loads only the configurations of the models."""
     parts = (arguments.vision_model_name_or_path, arguments.text_model_name_or_path)
-    if None not in parts:  # also in place of a stage that is not there yet
+    if None not in parts:  # also in place of a previous stage that does not exist yet
         config = compose_config(*parts, arguments.qformer_model_name_or_path, **architecture(arguments))
     else:
         start, _ = starting_point(arguments, model_config)
@@ -483,8 +490,8 @@ def plan_from_configs(
             rows, _ = hold_out(rows, arguments.num_eval_rows, training_args.seed)
         packs = pack_sampler(rows, training_args, num_gpus) if arguments.packing else None
     except ValueError as error:
-        print(f"Steps: not known without the data. {error}")
+        print(f"Steps: unknown without the data. {error}")
     else:
         print(describe_steps(len(rows), training_args, num_gpus, packs))
         if packs is not None:
-            print("The number of packs is one of rough lengths, as the text was not tokenized; --dry_run real counts.")
+            print("The number of packs is approximate, because text was not tokenized; --dry_run real counts exactly.")

@@ -1,11 +1,11 @@
-"""Crash safety: complete checkpoints, a stop on signals, and a check of each step before it is applied.
+"""Crash safety: finds complete checkpoints, stops on signals, and checks each step before it is applied.
 
     python -m train_sft --config recipes/sq-llava-7b/stage1.yaml --resume
 
-A run that is killed at any moment and resumed with `--resume` has the losses and weights of one that was never killed.
-The newest complete checkpoint holds weights, optimizer and schedule; self-questions, the order of rows and dropout are
-functions of the seed and of epoch, row, turn, step and process. What it does not do: write to disk through power
-failures (no fsync).
+A run may be killed at any moment. Resumed with `--resume`, it has the same losses and weights as a run that was never
+killed. The newest complete checkpoint holds weights, optimizer and schedule. Self-questions, the order of rows and
+dropout depend only on the seed and on epoch, row, turn, step and process. What it does not do: survive power failures
+(no fsync).
 """
 
 import hashlib
@@ -23,7 +23,7 @@ from transformers import TrainerCallback
 from sq_llava.checkpoints.completeness import RUN_FILE, STATE_FILE, checkpoint_faults, json_fault, step_of
 
 
-# sysexits.h: "temporary failure, try again later". A scheduler may requeue on it.
+# sysexits.h: "temporary failure, try again later". A scheduler may restart the job on this exit code.
 EXIT_TRY_AGAIN = os.EX_TEMPFAIL
 SET_ASIDE = "half-written-"
 
@@ -34,37 +34,42 @@ class CheckpointError(OSError):
 
 def find_checkpoint(output_dir: str, resume: bool, given: str | None) -> str | None:
     """
-    The complete checkpoint that a run resumes from; `None` for a run from the beginning.
+    Finds the complete checkpoint to resume from.
 
-    Half-written checkpoints of `output_dir` are renamed, so that they neither count in `save_total_limit` nor mix with
-    what is written later. Nothing is deleted.
+    Half-written checkpoints in `output_dir` are renamed, so that they neither count in `save_total_limit` nor mix with
+    later files. Nothing is deleted.
 
     Args:
         output_dir (`str`): Folder of the run.
         resume (`bool`): Whether to resume from the newest complete checkpoint of `output_dir`.
         given (`str`, *optional*): Another checkpoint to resume from.
 
+    Returns:
+        `str` or `None`: Path of the checkpoint; `None` to train from the beginning.
+
     Raises:
-        ValueError: if `output_dir` holds checkpoints and neither is given; if the given checkpoint is not complete, or
-            older than others in `output_dir`; if checkpoints were complete once, and none is now.
+        ValueError: if `output_dir` holds checkpoints but neither `resume` nor `given` is set; if the given checkpoint
+            is incomplete, or older than others in `output_dir`; if no checkpoint is complete and one is damaged.
     """
-    root = Path(output_dir)
-    folders = sorted((folder for folder in root.glob("checkpoint-*") if step_of(folder) is not None), key=step_of)
+    folders = [folder for folder in Path(output_dir).glob("checkpoint-*") if step_of(folder) is not None]
+    folders.sort(key=step_of)
     if folders and not resume and given is None:
         raise ValueError(
-            f"output_dir {output_dir} already holds {folders[-1].name}: resume it with --resume, or give another "
-            "output_dir."
+            f"output_dir {output_dir} already contains {folders[-1].name}. Resume that run with --resume, or choose "
+            "another output_dir."
         )
     if given is not None and (faults := checkpoint_faults(Path(given))):
-        raise ValueError(f"resume_from_checkpoint is {given}, which is not complete: {'; '.join(faults)}.")
+        raise ValueError(
+            f"resume_from_checkpoint is {given}, which is incomplete: {'; '.join(faults)}. Choose another checkpoint."
+        )
     half_written = {folder: faults for folder in folders if (faults := checkpoint_faults(folder))}
     complete = [folder for folder in folders if folder not in half_written]
     if given is not None:
         newer = [folder.name for folder in complete if step_of(folder) > (step_of(Path(given)) or 0)]
         if newer:
             raise ValueError(
-                f"resume_from_checkpoint is {given}, but output_dir {output_dir} holds newer ones: "
-                f"{', '.join(newer)}. Move them away, or give another output_dir."
+                f"resume_from_checkpoint is {given}, but output_dir {output_dir} contains newer checkpoints: "
+                f"{', '.join(newer)}. Move them away, or choose another output_dir."
             )
     elif not complete:
         _refuse_damaged(half_written)
@@ -74,19 +79,19 @@ def find_checkpoint(output_dir: str, resume: bool, given: str | None) -> str | N
         return given
     if not complete:
         if resume:
-            PartialState().print(f"--resume: {output_dir} holds no complete checkpoint; training starts over.")
+            PartialState().print(f"--resume: {output_dir} contains no complete checkpoint. Training starts at step 0.")
         return None
     PartialState().print(f"--resume: training resumes from {complete[-1]}.")
     return str(complete[-1])
 
 
 def _refuse_damaged(half_written: dict[Path, list[str]]) -> None:
-    """Refuses to start from the beginning where a damaged checkpoint was complete once: it may still be repaired."""
+    """Refuses to start from the beginning if a checkpoint was damaged after it was complete: it may be repairable."""
     for folder, faults in half_written.items():
         if not json_fault(folder / STATE_FILE):
             raise ValueError(
-                f"{folder} was complete once, but cannot be resumed: {'; '.join(faults)}. Bring the files back, "
-                "or give another output_dir to start from the beginning."
+                f"{folder} was complete once, but is damaged and cannot be resumed: {'; '.join(faults)}. Restore its "
+                "files, or choose another output_dir to start from the beginning."
             )
 
 
@@ -98,37 +103,37 @@ def _set_aside(folder: Path, faults: list[str]) -> None:
         target = folder.with_name(f"{SET_ASIDE}{folder.name}-{number}")
     folder.rename(target)
     print(
-        f"{folder} is half-written ({'; '.join(faults)}) and skipped. It was renamed to {target.name}, is not "
-        "used, and may be deleted."
+        f"{folder} is half-written ({'; '.join(faults)}) and is skipped. It was renamed to {target.name} and may be "
+        "deleted."
     )
 
 
 def warn_of_changes(checkpoint: str, run: dict[str, int]) -> None:
-    """Prints each difference from the run that wrote the checkpoint that makes the losses differ."""
+    """Prints each setting that differs from the run that wrote the checkpoint and changes the losses."""
     before = json.loads((Path(checkpoint) / RUN_FILE).read_text())
     for name, now in run.items():
         if before.get(name, now) != now:
             print(
-                f"{checkpoint}: {name} was {before[name]} and is {now} now: from here on, the losses are not those of "
-                "the uninterrupted run."
+                f"Warning: {name} is {now}, but was {before[name]} in {checkpoint}. The losses will differ from those "
+                "of an uninterrupted run."
             )
 
 
 class StepWatch(TrainerCallback):
     """
-    Looks at each optimizer step before it is applied, all processes together, with one all-reduce: is it sound, and
-    has any process been told to stop?
+    Checks each optimizer step before it is applied, in all processes together, with one all-reduce.
 
-    A step is refused with a `ValueError`, and no weight changes, if its loss or gradient is not finite, if no token of
-    it has a weight, or if its loss is above `max_loss`.
+    A step is refused with a `ValueError`, before any weight changes, if its loss or gradient is not finite, if none of
+    its tokens has a weight in the loss, or if its loss is above `max_loss`.
 
-    On SIGTERM or SIGINT, in any process, the step is finished and a checkpoint is saved; `stopped` is set then. A
-    second SIGINT stops at once. The Trainer's own `enable_jit_checkpoint` is not used: each process decides alone,
-    three seconds later, may save between backward pass and step under the number of the step before, and ends with 0.
+    On SIGTERM or SIGINT in any process, all processes finish the step and save a checkpoint; `stopped` is then true. A
+    second SIGINT stops at once. The Trainer's own `enable_jit_checkpoint` is not used: there each process decides
+    alone, three seconds later; it may save between backward pass and step, with the previous step's number; and it
+    exits with 0.
 
     Args:
-        accelerator ([`~accelerate.Accelerator`]): Of the trainer.
-        max_loss (`float`): In nats per token of weight 1.
+        accelerator ([`~accelerate.Accelerator`]): The trainer's accelerator.
+        max_loss (`float`): Maximum loss of a step, in nats per token of weight 1.
     """
 
     def __init__(self, accelerator: Accelerator, max_loss: float):
@@ -136,9 +141,9 @@ class StepWatch(TrainerCallback):
         self.max_loss = max_loss
         self.stopped = False
         self.applying = False
-        # The step of the newest checkpoint, begun or complete; None while nothing is trained.
+        # Step of the newest checkpoint, begun or complete; None before training.
         self.saved_step: int | None = None
-        # Noted down by the trainer: row ids with (weighted loss, weight) of each micro-batch, the gradient's norm.
+        # Set by the trainer: row ids with (weighted loss, weight) of each micro-batch, and the gradient norm.
         self.micro_batches: list[tuple[torch.Tensor, torch.Tensor]] = []
         self.gradient_norm: torch.Tensor | float | None = None
         self._signal: int | None = None
@@ -155,17 +160,17 @@ class StepWatch(TrainerCallback):
         self._handlers = {}
 
     def _note(self, number, frame):
-        # Workers of the data loader inherit this handler, and are still needed.
+        # Dataloader workers inherit this handler, but must keep working until the step is finished.
         if os.getpid() != self._process:
             return
         self._signal = number
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        # Not print: a handler may run inside another print.
-        os.write(2, f"\n{signal.Signals(number).name}: the step is finished and saved before the end.\n".encode())
+        # Not print: a signal handler may interrupt another print.
+        os.write(2, f"\n{signal.Signals(number).name}: finishing and saving this step, then stopping.\n".encode())
 
     def on_step_begin(self, args, state, control, **kwargs):
-        # The data loader draws from the generator that dropout draws from, and with persistent workers not as often
-        # after a resume. So dropout has its own seed in each step.
+        # The dataloader and dropout share one random generator. With persistent workers, the dataloader draws from it
+        # a different number of times after a resume, so each step sets its own seed for dropout.
         key = f"{args.seed}:{state.global_step}:{args.process_index}".encode()
         torch.manual_seed(int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "big"))
 
@@ -190,26 +195,26 @@ class StepWatch(TrainerCallback):
         """
         device = self.accelerator.device
         own = torch.stack([sums for _, sums in self.micro_batches]).sum(0)
-        told = torch.tensor([float(self._signal is not None)], device=device)
+        stop_requested = torch.tensor([float(self._signal is not None)], device=device)
         norm = torch.as_tensor(0.0 if gradient_norm is None else gradient_norm, device=device).float().reshape(1)
-        totals = torch.cat([own, norm, told])
-        loss, weight, norm, told = self.accelerator.reduce(totals, reduction="sum").tolist()
+        totals = torch.cat([own, norm, stop_requested])
+        loss, weight, norm, stop_requested = self.accelerator.reduce(totals, reduction="sum").tolist()
         loss = loss / weight if weight else math.nan
         if weight == 0:
-            self._refuse(step, "no token of it has a weight in the loss.")
+            self._refuse(step, "none of its tokens has a weight in the loss.")
         if not math.isfinite(loss):
             self._refuse(step, f"its loss is {loss}.")
         if loss > self.max_loss:
             self._refuse(
                 step,
-                f"its loss is {loss:.4g}, above max_loss {self.max_loss:.4g} (by default 2 ln(vocabulary size), twice "
-                "that of a uniform guess): training diverges.",
+                f"its loss is {loss:.4g}, above max_loss {self.max_loss:.4g} (default: 2 ln(vocabulary size), twice "
+                "the loss of a uniform guess). Training diverges.",
             )
-        # With float16, the gradient scaler leaves such steps out by itself.
+        # With float16, the gradient scaler skips such steps itself.
         if not math.isfinite(norm) and self.accelerator.scaler is None:
-            self._refuse(step, f"the norm of its gradient is {norm}.")
+            self._refuse(step, f"its gradient norm is {norm}.")
         self.micro_batches.clear()
-        self.stopped = told > 0
+        self.stopped = stop_requested > 0
         self.applying = True
 
     def _refuse(self, step: int, reason: str) -> None:
@@ -218,8 +223,8 @@ class StepWatch(TrainerCallback):
             for row_ids, (loss, weight) in self.micro_batches
         )
         raise ValueError(
-            f"Step {step} is not applied: {reason} Its batches on process {self.accelerator.process_index}, by "
-            f"row_id: {rows}. Mend these rows or the settings."
+            f"Step {step} was not applied: {reason} Its batches on process {self.accelerator.process_index}, by "
+            f"row_id: {rows}. Fix these rows, or change the settings (such as a lower learning_rate)."
         )
 
     def on_step_end(self, args, state, control, **kwargs):
@@ -227,5 +232,5 @@ class StepWatch(TrainerCallback):
         if self.stopped:
             control.should_training_stop = True
             control.should_save = args.save_strategy != "no"
-        # Losses since the last line of the log would be lost with the process.
+        # Otherwise the losses since the last log line would be lost when the process exits.
         control.should_log |= control.should_save

@@ -1,9 +1,9 @@
-"""What becomes of each setting: honoured, harmless, or refused. One table, from which the refusals and the docs come.
+"""One table of all settings: honoured, harmless, or refused. Error messages and docs/settings.md are made from it.
 
     python -m sq_llava.training.setting_table > docs/settings.md
 
-It has all fields of `SQLlavaArguments`, of TRL's `ModelConfig` and `SFTConfig`, and of transformers'
-`TrainingArguments`. What it does not do: say which settings go together; `sq_llava/training/settings.py` checks that.
+It contains every field of `SQLlavaArguments`, of TRL's `ModelConfig` and `SFTConfig`, and of transformers'
+`TrainingArguments`. What it does not do: check combinations of settings; `sq_llava/training/settings.py` does that.
 """
 
 from dataclasses import MISSING, dataclass, fields
@@ -14,11 +14,12 @@ from typing import Any, Literal
 class Setting:
     """
     Attributes:
-        verdict: `"honoured"`: it does what it says. `"harmless"`: the run is the one that was asked for, whatever the
-            value. `"refused"`: it would do nothing, or something else than it says.
-        note (`str`): Of an honoured one the test that shows it, or nothing where the Trainer alone does it; of a
-            harmless one why; of a refused one why, and what to do instead.
-        values (`tuple`): Values of a refused setting that are taken beside its default: they ask for what is done.
+        verdict: `"honoured"`: the setting does what it says. `"harmless"`: every value gives the same, correct run.
+            `"refused"`: the setting would do nothing, or something else than it says, so it raises an error.
+        note (`str`): For an honoured setting, the test that proves it (empty if the Trainer handles it alone). For a
+            harmless setting, the reason. For a refused setting, the reason and what to do instead.
+        values (`tuple`): Values of a refused setting that are accepted besides its default, because they ask for what
+            is done anyway.
     """
 
     verdict: Literal["honoured", "harmless", "refused"]
@@ -38,15 +39,20 @@ def refused(reason: str, *values: Any) -> Setting:
     return Setting("refused", reason, values)
 
 
-# Done by the Trainer, by accelerate or by PyTorch, untouched by this project.
+def each(names: str, setting: Setting) -> dict[str, Setting]:
+    """The same entry for several settings."""
+    return dict.fromkeys(names.split(), setting)
+
+
+# Handled by the Trainer, accelerate or PyTorch; this project does not touch it.
 TRAINER = Setting("honoured")
-PUSH = "What a run leaves is no model that others can load. Run `sq-llava push OUTPUT_DIR ORG/NAME` after it"
-NO_PREDICTIONS = (
-    "An evaluation has losses and generated answers, but no predictions or metrics of its own: leave it out"
+PUSH = (
+    "Training does not push to the Hub: others could not load its output_dir. Run `sq-llava push OUTPUT_DIR ORG/NAME`"
 )
-LIGER = "Liger has no kernels for the model type sq_llava, and would change nothing: leave it out"
-FULL_EVALUATION = "The Trainer heeds it only outside of training, where nothing is evaluated here: leave it out"
-CONVERSATIONS = "Rows are conversations of a known layout, prepared batch by batch: leave it out"
+NO_PREDICTIONS = "Evaluation measures losses and generates answers, but collects no predictions for metrics: remove it"
+LIGER = "Liger has no kernels for the model type sq_llava and would change nothing: remove it"
+FULL_EVALUATION = "The Trainer uses it only outside of training, where this project does not evaluate: remove it"
+CONVERSATIONS = "Rows are conversations in a known format, prepared batch by batch: remove it"
 
 OURS = {
     "stage": honoured("training/test_training.py::test_stage_one_trains_vision_lora_extractor_and_projector"),
@@ -60,23 +66,17 @@ OURS = {
     "generation_datasets": honoured(
         "training/test_generation_check.py::test_generations_are_scored_written_and_sent_to_tensorboard"
     ),
-    "vision_model_name_or_path": honoured(
-        "training/test_training.py::test_stage_two_begins_with_the_logits_of_stage_one"
-    ),
-    "text_model_name_or_path": honoured(
-        "training/test_training.py::test_stage_two_begins_with_the_logits_of_stage_one"
+    **each(
+        "vision_model_name_or_path text_model_name_or_path",
+        honoured("training/test_training.py::test_stage_two_begins_with_the_logits_of_stage_one"),
     ),
     "qformer_model_name_or_path": honoured(
         "training/test_recipes.py::test_tiny_twins_of_the_other_systems_train_what_they_say"
     ),
-    "prototype_variant": honoured(
-        "training/test_settings.py::test_architecture_of_a_model_from_parts_is_what_was_asked"
+    **each(
+        "prototype_variant num_prototypes num_prototype_iterations projector_type",
+        honoured("training/test_settings.py::test_architecture_of_a_model_from_parts_is_what_was_asked"),
     ),
-    "num_prototypes": honoured("training/test_settings.py::test_architecture_of_a_model_from_parts_is_what_was_asked"),
-    "num_prototype_iterations": honoured(
-        "training/test_settings.py::test_architecture_of_a_model_from_parts_is_what_was_asked"
-    ),
-    "projector_type": honoured("training/test_settings.py::test_architecture_of_a_model_from_parts_is_what_was_asked"),
     "image_aspect_ratio": honoured("model/test_processing.py::test_centre_crop_shows_the_middle_alone"),
     "prompt_layout": honoured("model/test_minigpt4.py::test_prompt_is_minigpt_4s_to_the_character"),
     "system_message": honoured("model/test_processing.py::test_a_setting_changed_at_loading_changes_the_template"),
@@ -84,11 +84,9 @@ OURS = {
     "question_loss_weight": honoured(
         "training/test_training.py::test_question_weight_zero_leaves_the_loss_of_the_answers"
     ),
-    "vision_lr": honoured(
-        "training/test_training.py::test_each_part_has_its_learning_rate_and_the_losses_are_logged_apart"
-    ),
-    "connector_lr": honoured(
-        "training/test_training.py::test_each_part_has_its_learning_rate_and_the_losses_are_logged_apart"
+    **each(
+        "vision_lr connector_lr",
+        honoured("training/test_training.py::test_each_part_has_its_learning_rate_and_the_losses_are_logged_apart"),
     ),
     "vision_lora_r": honoured(
         "training/test_training.py::test_vision_lora_receives_gradient_in_every_layer_that_is_run"
@@ -112,244 +110,180 @@ OURS = {
 MODEL = {
     "model_name_or_path": honoured("training/test_training.py::test_stage_two_begins_with_the_logits_of_stage_one"),
     "model_revision": refused(
-        "An adapter does not remember the revision of its base. Run `hf download ORG/NAME --revision ... --local-dir "
-        "FOLDER`, and give that folder"
+        "An adapter does not store the revision of its base. Run `hf download ORG/NAME --revision REVISION "
+        "--local-dir FOLDER`, and set model_name_or_path to that folder"
     ),
     "dtype": honoured("training/test_full_finetuning.py::test_half_precision_base_is_trained_in_full_precision"),
     "attn_implementation": honoured("model/test_minigpt4.py::test_the_attention_that_is_asked_for_is_the_towers"),
     "use_peft": harmless(
-        "LoRA is on wherever lora_r or vision_lora_r is above 0; beside full_finetuning it is refused."
+        "LoRA is used if lora_r or vision_lora_r is above 0. Together with full_finetuning, use_peft is refused."
     ),
     "lora_r": honoured("training/test_training.py::test_adapter_of_another_size_is_refused"),
     "lora_alpha": honoured("training/test_settings.py::test_lora_that_would_be_scaled_otherwise_is_refused"),
     "lora_dropout": honoured("training/test_settings.py::test_each_tower_has_its_own_dropout"),
-    "lora_target_modules": honoured(
-        "training/test_settings.py::test_dora_and_rslora_on_named_layers_are_trained_saved_merged_and_resumed_from"
+    **each(
+        "lora_target_modules use_rslora use_dora",
+        honoured(
+            "training/test_settings.py::test_dora_and_rslora_on_named_layers_are_trained_saved_merged_and_resumed_from"
+        ),
     ),
     "lora_target_parameters": refused(
-        "LoRA goes on linear layers here, not on bare parameters such as the experts of a mixture: name layers in "
+        "LoRA is only added to linear layers, not to bare parameters such as stacked experts: name linear layers in "
         "lora_target_modules"
     ),
     "lora_modules_to_save": refused(
-        "Extractor and projector are always trained whole, and TRL's loss reads the head past PEFT's copy of it. To "
-        "train all of the language model, give full_finetuning true, lora_r 0 and vision_lora_r 0"
+        "All weights of extractor and projector are always trained, and TRL's loss bypasses PEFT's copy of the head. "
+        "To train all of the language model, set full_finetuning true, lora_r 0 and vision_lora_r 0"
     ),
-    "lora_task_type": refused("The model generates text, so there is one task only: leave it out"),
-    "use_rslora": honoured(
-        "training/test_settings.py::test_dora_and_rslora_on_named_layers_are_trained_saved_merged_and_resumed_from"
+    "lora_task_type": refused("The only task is text generation: remove it"),
+    **each(
+        "load_in_8bit load_in_4bit",
+        honoured("inference/test_quantized.py::test_towers_are_quantized_and_connector_and_head_are_not"),
     ),
-    "use_dora": honoured(
-        "training/test_settings.py::test_dora_and_rslora_on_named_layers_are_trained_saved_merged_and_resumed_from"
+    **each(
+        "bnb_4bit_quant_type use_bnb_nested_quant bnb_4bit_quant_storage",
+        honoured("training/test_settings.py::test_settings_of_four_bits_reach_bitsandbytes"),
     ),
-    "load_in_8bit": honoured("inference/test_quantized.py::test_towers_are_quantized_and_connector_and_head_are_not"),
-    "load_in_4bit": honoured("inference/test_quantized.py::test_towers_are_quantized_and_connector_and_head_are_not"),
-    "bnb_4bit_quant_type": honoured("training/test_settings.py::test_settings_of_four_bits_reach_bitsandbytes"),
-    "use_bnb_nested_quant": honoured("training/test_settings.py::test_settings_of_four_bits_reach_bitsandbytes"),
-    "bnb_4bit_quant_storage": honoured("training/test_settings.py::test_settings_of_four_bits_reach_bitsandbytes"),
 }
 
 SFT = {
     "model_init_kwargs": refused(
-        "TRL uses it for a model that it loads itself: give dtype, attn_implementation or load_in_4bit instead"
+        "TRL only uses it for a model that it loads itself: set dtype, attn_implementation or load_in_4bit instead"
     ),
     "trust_remote_code": refused(
-        "Towers and language models are those of transformers, without other code: leave it out"
+        "Vision towers and language models come from transformers, without remote code: remove it"
     ),
     "router_aux_loss_coef": TRAINER,
     "chat_template_path": refused(
-        "The chat template is written from the processor's settings, since it marks what is in the loss, which turns "
-        "ask, and where images stand: give prompt_layout and system_message instead"
+        "The chat template is built from the processor's settings, because it marks the tokens in the loss, the "
+        "self-questions and the images: set prompt_layout and system_message instead"
     ),
     "dataset_text_field": refused(CONVERSATIONS),
     "dataset_kwargs": refused(CONVERSATIONS, {"skip_prepare_dataset": True}),
-    "dataset_num_proc": refused(
-        "Rows are prepared in the workers of the data loader: give dataloader_num_workers instead"
-    ),
+    "dataset_num_proc": refused("Rows are prepared in the dataloader workers: set dataloader_num_workers instead"),
     "eos_token": honoured(
         "training/test_settings.py::test_eos_token_ends_answers_in_training_and_in_the_merged_model"
     ),
     "max_length": honoured("training/test_collator.py::test_long_row_loses_whole_last_turns"),
-    "truncation_mode": refused("A row that is too long loses whole turns from its end, never an image: leave it out"),
-    "shuffle_dataset": refused("Each epoch has an order of its own (train_sampling_strategy random): leave it out"),
+    "truncation_mode": refused("Rows that are too long are always cut at the end, by whole exchanges: remove it"),
+    "shuffle_dataset": refused("Each epoch is shuffled anyway (train_sampling_strategy random): remove it"),
     "packing": honoured(
         "training/test_packed_training.py::test_packed_step_has_the_loss_and_gradients_of_the_padded_one"
     ),
-    "packing_strategy": refused("Packing keeps rows whole here: leave it out"),
-    "padding_free": refused("Not done for images. Leave it out; packing: true leaves hardly any padding"),
-    "eval_packing": refused("Evaluation batches stay padded: leave it out", False),
+    "packing_strategy": refused("Packing never cuts rows: remove it"),
+    "padding_free": refused("It does not work with images. Set packing true instead, which leaves little padding"),
+    "eval_packing": refused("Evaluation batches are never packed: remove it", False),
     "pad_to_multiple_of": honoured(
         "training/test_settings.py::test_batches_are_padded_to_a_multiple_without_another_loss"
     ),
     "completion_only_loss": refused(
-        "The loss is on what the model says, answers and self-questions, and on nothing else: leave it out", True
+        "The loss is always on answers and self-questions, and on nothing else: remove it", True
     ),
-    "assistant_only_loss": harmless("The loss is always on what the model says: answers and self-questions."),
+    "assistant_only_loss": harmless("The loss is always on answers and self-questions only."),
     "loss_type": honoured("training/test_settings.py::test_dynamic_fine_tuning_weighs_each_token_by_its_probability"),
     "activation_offloading": honoured("training/test_settings.py::test_activations_are_offloaded_on_a_gpu"),
-    "pad_token": refused("The tokenizer's own padding token is used, or <pad> where it has none: leave it out"),
+    "pad_token": refused("The tokenizer's padding token is used, or <pad> if it has none: remove it"),
 }
 
 TRAINING = {
-    "output_dir": TRAINER,
-    "per_device_train_batch_size": TRAINER,
-    "num_train_epochs": TRAINER,
-    "max_steps": TRAINER,
+    **each(
+        "output_dir per_device_train_batch_size num_train_epochs max_steps lr_scheduler_type "
+        "lr_scheduler_kwargs optim optim_args weight_decay adam_beta1 adam_beta2 adam_epsilon max_grad_norm "
+        "fp16 tf32 activation_checkpointing_kwargs gradient_checkpointing_kwargs torch_compile "
+        "torch_compile_backend torch_compile_mode torch_empty_cache_steps logging_strategy logging_steps "
+        "logging_first_step log_on_each_node log_level log_level_replica disable_tqdm run_name project "
+        "trackio_space_id trackio_bucket_id trackio_static_space_id eval_steps eval_delay "
+        "per_device_eval_batch_size eval_on_start save_strategy save_steps save_on_each_node save_total_limit "
+        "ignore_data_skip restore_callback_states_from_checkpoint full_determinism data_seed use_cpu "
+        "dataloader_drop_last dataloader_pin_memory dataloader_prefetch_factor "
+        "dataloader_multiprocessing_context dataloader_in_order ddp_bucket_cap_mb ddp_broadcast_buffers "
+        "ddp_static_graph ddp_backend ddp_timeout fsdp fsdp_config deepspeed debug skip_memory_metrics",
+        TRAINER,
+    ),
     "learning_rate": honoured(
         "training/test_training.py::test_each_part_has_its_learning_rate_and_the_losses_are_logged_apart"
     ),
-    "lr_scheduler_type": TRAINER,
-    "lr_scheduler_kwargs": TRAINER,
     "warmup_steps": honoured("training/test_planning.py::test_planned_steps_are_those_of_the_run"),
-    "optim": TRAINER,
-    "optim_args": TRAINER,
-    "weight_decay": TRAINER,
-    "adam_beta1": TRAINER,
-    "adam_beta2": TRAINER,
-    "adam_epsilon": TRAINER,
     "optim_target_modules": refused(
-        "It is for optimizers of whole weight matrices (GaLore, APOLLO), which do not go with a learning rate for "
-        "each part of the model: leave it out, and choose another optim"
+        "It is for GaLore and APOLLO optimizers, which cannot have a learning rate for each part of the model: remove "
+        "it, and choose another optim"
     ),
     "gradient_accumulation_steps": honoured(
         "training/test_training.py::test_accumulated_batches_equal_one_large_batch_with_weighted_questions"
     ),
     "average_tokens_across_devices": refused(
-        "The loss is always the mean over the tokens of all processes, whatever their number: leave it out"
+        "The loss is always the mean over the tokens of all processes: remove it"
     ),
-    "max_grad_norm": TRAINER,
     "label_smoothing_factor": refused(
-        "It needs all logits, which TRL's fused head never makes (TRL gives it up too): leave it out"
+        "It needs all logits, which TRL's fused head never computes (TRL ignores it too): remove it"
     ),
     "bf16": honoured("training/test_lm_head.py::test_autocast_and_gradient_checkpointing_leave_the_loss_as_it_is"),
-    "fp16": TRAINER,
-    "bf16_full_eval": refused(FULL_EVALUATION),
-    "fp16_full_eval": refused(FULL_EVALUATION),
-    "tf32": TRAINER,
-    "activation_checkpointing": honoured(
-        "training/test_lm_head.py::test_gradient_checkpointing_computes_the_layers_of_both_towers_again"
+    **each("bf16_full_eval fp16_full_eval", refused(FULL_EVALUATION)),
+    **each(
+        "activation_checkpointing gradient_checkpointing",
+        honoured("training/test_lm_head.py::test_gradient_checkpointing_computes_the_layers_of_both_towers_again"),
     ),
-    "activation_checkpointing_kwargs": TRAINER,
-    "gradient_checkpointing": honoured(
-        "training/test_lm_head.py::test_gradient_checkpointing_computes_the_layers_of_both_towers_again"
-    ),
-    "gradient_checkpointing_kwargs": TRAINER,
-    "torch_compile": TRAINER,
-    "torch_compile_backend": TRAINER,
-    "torch_compile_mode": TRAINER,
-    "use_liger_kernel": refused(LIGER),
-    "liger_kernel_config": refused(LIGER),
-    "use_cache": refused("A training step has no use for a cache, and generation has its own: leave it out"),
+    **each("use_liger_kernel liger_kernel_config", refused(LIGER)),
+    "use_cache": refused("Training needs no cache, and generation always uses its own: remove it"),
     "neftune_noise_alpha": honoured("training/test_settings.py::test_noise_on_embeddings_is_there_in_training_alone"),
-    "torch_empty_cache_steps": TRAINER,
     "auto_find_batch_size": refused(
-        "A smaller batch would change the rows of a step in the middle of a run: `--dry_run real` says what fits"
+        "A smaller batch would change the rows of each step during a run. Remove it, and use `--dry_run real` to see "
+        "what fits"
     ),
-    "logging_strategy": TRAINER,
-    "logging_steps": TRAINER,
-    "logging_first_step": TRAINER,
-    "log_on_each_node": TRAINER,
-    "logging_nan_inf_filter": harmless("Always off: a step whose loss is not finite is refused, and never hidden."),
-    "include_num_input_tokens_seen": honoured(
-        "training/test_settings.py::test_trainer_counts_tokens_and_keeps_the_best_model"
+    "logging_nan_inf_filter": harmless("Always off: a step whose loss is not finite stops the run."),
+    **each(
+        "include_num_input_tokens_seen load_best_model_at_end metric_for_best_model",
+        honoured("training/test_settings.py::test_trainer_counts_tokens_and_keeps_the_best_model"),
     ),
-    "log_level": TRAINER,
-    "log_level_replica": TRAINER,
-    "disable_tqdm": TRAINER,
     "report_to": honoured(
         "training/test_generation_check.py::test_generations_are_scored_written_and_sent_to_tensorboard"
     ),
-    "run_name": TRAINER,
-    "project": TRAINER,
-    "trackio_space_id": TRAINER,
-    "trackio_bucket_id": TRAINER,
-    "trackio_static_space_id": TRAINER,
-    "eval_strategy": honoured(
-        "training/test_generation_check.py::test_data_to_evaluate_on_without_a_time_for_it_is_refused"
+    "prediction_loss_only": harmless("Evaluation never collects predictions."),
+    **each(
+        "eval_do_concat_batches eval_use_gather_object eval_accumulation_steps include_for_metrics batch_eval_metrics",
+        refused(NO_PREDICTIONS),
     ),
-    "eval_steps": TRAINER,
-    "eval_delay": TRAINER,
-    "per_device_eval_batch_size": TRAINER,
-    "prediction_loss_only": harmless("An evaluation measures losses only, whatever it says."),
-    "eval_on_start": TRAINER,
-    "eval_do_concat_batches": refused(NO_PREDICTIONS),
-    "eval_use_gather_object": refused(NO_PREDICTIONS),
-    "eval_accumulation_steps": refused(NO_PREDICTIONS),
-    "include_for_metrics": refused(NO_PREDICTIONS),
-    "batch_eval_metrics": refused(NO_PREDICTIONS),
     "save_only_model": refused(
-        "A checkpoint without the optimizer cannot be resumed, and would count as half-written. With save_strategy "
-        "no, only the trained weights are saved, at the end"
+        "A checkpoint without the optimizer cannot be resumed and would count as half-written. Set save_strategy no "
+        "to save only the trained weights, at the end"
     ),
-    "save_strategy": TRAINER,
-    "save_steps": TRAINER,
-    "save_on_each_node": TRAINER,
-    "save_total_limit": TRAINER,
-    "enable_jit_checkpoint": refused("SIGTERM and SIGINT save a checkpoint without it: leave it out"),
-    "push_to_hub": refused(PUSH),
-    "hub_token": refused("Nothing is sent to the Hub in training; `sq-llava push` takes the token of `hf auth login`"),
+    "enable_jit_checkpoint": refused("SIGTERM and SIGINT save a checkpoint anyway: remove it"),
+    **each("push_to_hub hub_model_id hub_strategy hub_always_push", refused(PUSH)),
+    "hub_token": refused("Training does not push to the Hub. `sq-llava push` uses the token of `hf auth login`"),
     "hub_private_repo": refused(f"{PUSH}, with --private"),
-    "hub_model_id": refused(PUSH),
-    "hub_strategy": refused(PUSH),
-    "hub_always_push": refused(PUSH),
     "hub_revision": refused(f"{PUSH}, with --revision"),
-    "load_best_model_at_end": honoured(
-        "training/test_settings.py::test_trainer_counts_tokens_and_keeps_the_best_model"
-    ),
-    "metric_for_best_model": honoured(
-        "training/test_settings.py::test_trainer_counts_tokens_and_keeps_the_best_model"
-    ),
-    "greater_is_better": harmless("A lower loss is better, and nothing but losses and right answers is measured."),
-    "ignore_data_skip": TRAINER,
-    "restore_callback_states_from_checkpoint": TRAINER,
-    "full_determinism": TRAINER,
+    "greater_is_better": harmless("Set from metric_for_best_model: false for a loss, true for accuracy."),
     "seed": honoured("training/test_collator.py::test_draw_is_new_each_epoch_and_each_seed_but_repeatable"),
-    "data_seed": TRAINER,
-    "use_cpu": TRAINER,
-    "accelerator_config": honoured("training/test_settings.py::test_setting_that_does_not_go_with_others_is_refused"),
+    **each(
+        "accelerator_config do_eval eval_strategy",
+        honoured("training/test_settings.py::test_settings_that_do_not_work_together_are_refused"),
+    ),
     "parallelism_config": refused(
-        "The loss needs whole sequences on each process, so there is no tensor, context or sequence parallelism: use "
+        "The loss needs whole sequences in each process, so tensor, context and sequence parallelism do not work: use "
         "recipes/accelerate/fsdp2.yaml or zero3.yaml"
     ),
-    "dataloader_drop_last": TRAINER,
-    "dataloader_num_workers": honoured(
-        "training/test_collator.py::test_workers_draw_the_same_self_questions_in_every_epoch"
+    **each(
+        "dataloader_num_workers dataloader_persistent_workers",
+        honoured("training/test_collator.py::test_workers_draw_the_same_self_questions_in_every_epoch"),
     ),
-    "dataloader_pin_memory": TRAINER,
-    "dataloader_persistent_workers": honoured(
-        "training/test_collator.py::test_workers_draw_the_same_self_questions_in_every_epoch"
-    ),
-    "dataloader_prefetch_factor": TRAINER,
-    "dataloader_multiprocessing_context": TRAINER,
-    "dataloader_in_order": TRAINER,
-    "remove_unused_columns": harmless("Always off: the collator makes the model's inputs of the columns."),
-    "label_names": refused("The labels are made here, under their one name: leave it out"),
+    "remove_unused_columns": harmless("Always off: the collator makes the model's inputs from the columns."),
+    "label_names": refused("The collator makes the labels, and their name is fixed: remove it"),
     "train_sampling_strategy": honoured(
         "training/test_recovery.py::test_rows_grouped_by_length_come_once_an_epoch_and_in_the_same_order_after_a_kill"
     ),
-    "length_column_name": refused("Lengths are counted here, not read from a column: leave it out"),
+    "length_column_name": refused("Lengths are computed, not read from a column: remove it"),
     "ddp_find_unused_parameters": refused(
-        "Every trained weight is in the graph of every batch, so there is nothing to find: leave it out", False
+        "Every batch uses every trained weight, so it is always off: remove it", False
     ),
-    "ddp_bucket_cap_mb": TRAINER,
-    "ddp_broadcast_buffers": TRAINER,
-    "ddp_static_graph": TRAINER,
-    "ddp_backend": TRAINER,
-    "ddp_timeout": TRAINER,
-    "fsdp": TRAINER,
-    "fsdp_config": TRAINER,
-    "deepspeed": TRAINER,
-    "debug": TRAINER,
-    "skip_memory_metrics": TRAINER,
-    "do_train": harmless("Training is all that the script does."),
-    "do_eval": honoured("training/test_settings.py::test_setting_that_does_not_go_with_others_is_refused"),
-    "do_predict": refused("Nothing is predicted after training: run `sq-llava evaluate`"),
+    "do_train": harmless("The script always trains."),
+    "do_predict": refused("Training does not predict. Run `sq-llava evaluate` afterwards"),
     "resume_from_checkpoint": honoured("training/test_training.py::test_resumed_run_equals_uninterrupted_run"),
     "local_rank": harmless("The launcher sets it."),
 }
 
 TABLE = {"SQ-LLaVA": OURS, "TRL's ModelConfig": MODEL, "TRL's SFTConfig": SFT, "TrainingArguments": TRAINING}
 SETTINGS = {name: setting for section in TABLE.values() for name, setting in section.items()}
-# Fields that only some of the supported versions of transformers and TRL have.
+# Fields that exist only in some of the supported versions of transformers and TRL.
 NOT_IN_ALL_VERSIONS = {"activation_checkpointing", "activation_checkpointing_kwargs"}
 
 
@@ -363,7 +297,7 @@ def is_given(config: Any, name: str) -> bool:
 def refuse_settings(*configs: Any) -> None:
     """
     Raises:
-        ValueError: for a setting that is refused, if it is given.
+        ValueError: for a refused setting whose value is neither its default nor accepted.
     """
     for config in configs:
         for field in fields(config):
@@ -381,20 +315,23 @@ def render() -> str:
     lines = [
         "# Settings",
         "",
-        "All settings of `train_sft.py`, in a recipe or on the command line. *Honoured*: it does what it says, as the "
-        "named test shows, or as the Trainer does it. *Harmless*: the run is the one that was asked for, whatever the "
-        "value. *Refused*: another value than its default stops the run before any model is loaded.",
+        "All settings of `train_sft.py`. They work in a recipe and on the command line. Each setting has a verdict:",
         "",
-        "Written by `python -m sq_llava.training.setting_table > docs/settings.md`.",
+        "- *honoured*: the setting does what it says. The named test proves it, or the Trainer handles it.",
+        "- *harmless*: every value gives the same, correct run.",
+        "- *refused*: any value but the default (or an accepted value) stops the run before a model is loaded.",
+        "",
+        "What the settings mean: `python -m train_sft --help`. This page is generated by "
+        "`python -m sq_llava.training.setting_table > docs/settings.md`.",
     ]
     for title, section in TABLE.items():
-        lines += ["", f"## {title}", "", "| setting | | |", "|---|---|---|"]
+        lines += ["", f"## {title}", "", "| setting | verdict | test or reason |", "|---|---|---|"]
         for name, setting in section.items():
             note = setting.note
             if setting.verdict == "honoured":
                 note = f"`tests/{note}`" if note else "by the Trainer"
             if setting.values:
-                note += f" (taken: {', '.join(f'`{value!r}`' for value in setting.values)})"
+                note += f" (accepted: {', '.join(f'`{value!r}`' for value in setting.values)})"
             lines.append(f"| `{name}` | {setting.verdict} | {note} |")
     return "\n".join(lines) + "\n"
 

@@ -1,10 +1,10 @@
-"""The settings of a run: recipe and command line, checked.
+"""Parses and checks the settings of a run, from a recipe and the command line.
 
     arguments, training_args, model_config = parse_settings(["--config", "recipes/sq-llava-7b/stage1.yaml"])
     arguments, training_args, model_config = parse_recipe("recipes/sq-llava-7b/stage1.yaml", learning_rate=1e-4)
 
-`SQLlavaArguments` are this project's own; the others are TRL's `SFTConfig` and `ModelConfig`. What it does not do:
-say what they mean for model and processor (`sq_llava/training/stage_model.py`).
+`SQLlavaArguments` has this project's own settings; the others are TRL's `SFTConfig` and `ModelConfig`. What it does
+not do: apply the settings to model and processor (`sq_llava/training/stage_model.py`).
 """
 
 import shlex
@@ -21,113 +21,121 @@ from sq_llava.data.sources import DataSource
 from sq_llava.training.setting_table import is_given, refuse_settings
 
 
-# Values of the setting `init_lora_weights`, and what PEFT calls them.
+# Values of the setting `init_lora_weights` -> PEFT's values.
 LORA_INITIALISATIONS = {"default": True, "gaussian": "gaussian", "orthogonal": "orthogonal"}
 
 
 def _option(help: str, **settings: Any) -> Any:
-    """A field of the settings, with its line of `--help`."""
+    """A field of the settings, with its text in `--help`."""
     return field(metadata={"help": help}, **settings)
 
 
 @dataclass
 class SQLlavaArguments:
-    """What to train, from what, on what."""
+    """This project's own settings: the stage, the data, the model to start from, and the loss."""
 
     stage: Literal["align", "instruct"] = _option(
-        "'align' trains ViT-LoRA, extractor and projector on captions; 'instruct' trains LLM-LoRA too."
+        "Training stage. 'align' (stage 1) trains ViT-LoRA, extractor and projector on captions. 'instruct' (stage 2) "
+        "trains LLM-LoRA too, on conversations."
     )
     dataset_path: str | None = _option(
-        "Training data in LLaVA's or TRL's layout: JSON, JSONL, Parquet, a folder, a Hub id.", default=None
+        "Training data in LLaVA's or TRL's format: a JSON, JSONL or Parquet file, a folder, or a Hub id.", default=None
     )
-    image_root: str | None = _option("Folder of the images; default: the folder of the data.", default=None)
+    image_root: str | None = _option("Folder of the images. Default: the folder of the data.", default=None)
     datasets: list[DataSource] = field(
         default_factory=list,
         metadata={
-            "help": "Several sources in place of dataset_path, each with path, image_root, split, weight or num_rows."
+            "help": "Several data sources instead of dataset_path. Each entry has path, and optionally image_root, "
+            "split, weight or num_rows."
         },
     )
     eval_datasets: list[DataSource] = field(
-        default_factory=list, metadata={"help": "Sources of evaluation rows, as in datasets."}
+        default_factory=list, metadata={"help": "Data sources for evaluation, in the format of datasets."}
     )
     num_eval_rows: int = _option(
-        "Number of training rows to hold out for evaluation, in place of eval_datasets.", default=0
+        "Number of training rows to hold out for evaluation, instead of eval_datasets.", default=0
     )
     generation_datasets: list[DataSource] = field(
         default_factory=list,
-        metadata={"help": "Sources of a few rows whose first question is answered at each evaluation."},
+        metadata={
+            "help": "Data sources of a few rows. At each evaluation, the model answers the first question of each row."
+        },
     )
     vision_model_name_or_path: str | None = _option(
-        "CLIP or SigLIP to start from, beside text_model_name_or_path.", default=None
+        "CLIP or SigLIP model to make a new model from, together with text_model_name_or_path.", default=None
     )
     text_model_name_or_path: str | None = _option(
-        "Causal LM to start from. To start from a SQ-LLaVA or a stage, give model_name_or_path.", default=None
+        "Causal language model to make a new model from. To continue from an SQ-LLaVA model or a finished stage, give "
+        "model_name_or_path instead.",
+        default=None,
     )
     qformer_model_name_or_path: str | None = _option(
-        "BLIP-2 whose frozen Q-Former is put before the projector of a model made from parts.", default=None
+        "BLIP-2 model whose frozen Q-Former is placed before the projector of a new model.", default=None
     )
     prototype_variant: Literal["paper", "released", "none"] = _option(
-        "Prototype extractor of a model made from parts.", default="paper"
+        "Prototype extractor of a new model: as in the paper, as in the released code, or none.", default="paper"
     )
-    num_prototypes: int = _option("Prototypes of a model made from parts.", default=256)
-    num_prototype_iterations: int = _option("EM iterations of a model made from parts.", default=2)
-    projector_type: Literal["mlp2x", "linear"] = _option("Projector of a model made from parts.", default="mlp2x")
+    num_prototypes: int = _option("Number of prototypes of a new model.", default=256)
+    num_prototype_iterations: int = _option("Number of EM iterations of a new model.", default=2)
+    projector_type: Literal["mlp2x", "linear"] = _option("Projector type of a new model.", default="mlp2x")
     image_aspect_ratio: Literal["pad", "crop"] | None = _option(
-        "'pad' to a square with the mean colour, or 'crop' the centre; default: that of the model, or pad.",
+        "'pad' pads images to a square with the mean colour; 'crop' crops the centre. Default: the model's, or pad.",
         default=None,
     )
     prompt_layout: Literal["minigpt4"] | None = _option(
-        "Markers of turns and images; default: those of the model, or of Vicuna v1.", default=None
+        "Prompt layout: the markers of turns and images. Default: the model's, or Vicuna v1.", default=None
     )
     system_message: str | None = _option(
-        "Text before each conversation; default: that of the model, or the paper's.", default=None
+        "System message before each conversation. Default: the model's, or the paper's.", default=None
     )
     self_question_ratio: float = _option(
         "Probability that a turn after the first is asked by the model (1 - delta).", default=0.5
     )
     question_loss_weight: float = _option(
-        "Weight of a self-question's token in the loss; an answer's token has 1.", default=1.0
+        "Weight of each self-question token in the loss. Each answer token has weight 1.", default=1.0
     )
-    vision_lr: float | None = _option("Learning rate of ViT-LoRA; default: learning_rate.", default=None)
+    vision_lr: float | None = _option("Learning rate of ViT-LoRA. Default: learning_rate.", default=None)
     connector_lr: float | None = _option(
-        "Learning rate of extractor and projector; default: learning_rate.", default=None
+        "Learning rate of extractor and projector. Default: learning_rate.", default=None
     )
-    vision_lora_r: int = _option("Rank of ViT-LoRA; 0 for none.", default=32)
+    vision_lora_r: int = _option("Rank of ViT-LoRA. 0 turns it off.", default=32)
     vision_lora_alpha: int = _option("Alpha of ViT-LoRA.", default=64)
     vision_lora_dropout: float = _option("Dropout of ViT-LoRA.", default=0.2)
     init_lora_weights: str = _option(
-        "Initialisation of new LoRA weights: default, gaussian or orthogonal, as PEFT names them.", default="default"
+        "Initialisation of new LoRA weights, with PEFT's names: default, gaussian or orthogonal.", default="default"
     )
     full_finetuning: bool = _option(
-        "Train all weights of language model, extractor and projector in float32, as LLaVA's stage 2, and no "
-        "adapter (lora_r and vision_lora_r 0). output_dir then holds a plain checkpoint in the model's dtype.",
+        "Train all weights of language model, extractor and projector in float32, as LLaVA's stage 2 does, without "
+        "an adapter (set lora_r and vision_lora_r to 0). output_dir then gets a plain checkpoint in the model's "
+        "dtype.",
         default=False,
     )
-    resume: bool = _option("Resume from the newest complete checkpoint of output_dir, if there is one.", default=False)
+    resume: bool = _option("Resume from the newest complete checkpoint in output_dir, if there is one.", default=False)
     global_batch_size: int | None = _option(
-        "Rows of an optimizer step over all processes, in place of gradient_accumulation_steps. With packing "
-        "it counts packs, as per_device_train_batch_size does; the run prints how many rows these hold.",
+        "Rows per optimizer step over all processes. Sets gradient_accumulation_steps. With packing it counts packs, "
+        "as per_device_train_batch_size does; the run prints the number of rows per step.",
         default=None,
     )
     dry_run: Literal["off", "meta", "real"] = _option(
         "'real' trains one step on the longest rows, prints parameters, memory and steps, and stops. 'meta' "
-        "prints the same from the configurations alone, without weights and without a step.",
+        "prints estimates from the model configurations alone: it loads no weights and trains no step.",
         default="off",
     )
     num_gpus: int | None = _option(
-        "Number of processes that dry_run meta plans for; default: those of this launch.", default=None
+        "Number of processes to plan for with dry_run meta. Default: the processes of this launch.", default=None
     )
     doctor: Literal["sample", "full", "off"] = _option(
-        "Rows and images to check before the model is loaded; `sq-llava doctor` tells more.", default="sample"
+        "Rows and images to check before the model is loaded. `sq-llava doctor` prints a full report.",
+        default="sample",
     )
-    # Settings of TRL, moved here by `parse_settings`: TRL refuses `packing` for images, and applies `eos_token` only
+    # TRL's settings, moved here by `parse_settings`: TRL refuses `packing` for images, and applies `eos_token` only
     # after data and template have been read.
     packing: bool = field(init=False, default=False)
     eos_token: str | None = field(init=False, default=None)
-    # The command that checks the data of these settings; written by `parse_settings`.
+    # The command that checks the data of these settings, set by `parse_settings`.
     doctor_command: str = field(init=False, default="sq-llava doctor")
     max_loss: float | None = _option(
-        "Stop at a step with a higher loss; default: 2 ln(vocabulary size).", default=None
+        "Stop the run at a step whose loss is above this. Default: 2 ln(vocabulary size).", default=None
     )
 
     def __post_init__(self):
@@ -135,20 +143,20 @@ class SQLlavaArguments:
             setattr(self, name, [_data_source(name, source) for source in getattr(self, name)])
         if (self.dataset_path is None) == (not self.datasets) or (self.datasets and self.image_root is not None):
             raise ValueError(
-                f"dataset_path is {self.dataset_path!r}, image_root {self.image_root!r}, and datasets has "
-                f"{len(self.datasets)} entries: give dataset_path (and image_root), or datasets."
+                f"dataset_path is {self.dataset_path!r}, image_root is {self.image_root!r}, and datasets has "
+                f"{len(self.datasets)} entries. Set either dataset_path (and image_root), or datasets."
             )
         self.datasets = self.datasets or [DataSource(self.dataset_path, self.image_root)]
         if self.eval_datasets and self.num_eval_rows:
-            raise ValueError(f"num_eval_rows is {self.num_eval_rows}, and eval_datasets is given: leave one out.")
+            raise ValueError(f"num_eval_rows is {self.num_eval_rows} and eval_datasets is set: remove one of them.")
         for name in ("self_question_ratio", "question_loss_weight"):
             if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} is {getattr(self, name)}: give a number from 0 to 1.")
+                raise ValueError(f"{name} is {getattr(self, name)}: it must be a number from 0 to 1.")
         if self.init_lora_weights not in LORA_INITIALISATIONS:
             raise ValueError(
                 f"init_lora_weights is {self.init_lora_weights!r}: choose one of {', '.join(LORA_INITIALISATIONS)}. "
-                "(pissa, olora, corda, loftq and lora_ga change the base's own weights, on which the saved adapter "
-                "would no longer fit; eva reads data first, and mica freezes half of the LoRA.)"
+                "(PEFT's pissa, olora, corda, loftq and lora_ga change the weights of the base, so the saved adapter "
+                "would not fit the original base. eva needs to read data first, and mica freezes half of LoRA.)"
             )
 
     @property
@@ -163,25 +171,34 @@ def _data_source(setting: str, entry: DataSource | dict) -> DataSource:
         return entry
     known = [source_field.name for source_field in fields(DataSource)]
     if not isinstance(entry, dict) or "path" not in entry:
-        raise ValueError(f"{setting} holds {entry!r}: an entry has a path, and may have {', '.join(known[1:])}.")
+        raise ValueError(
+            f"{setting} contains {entry!r}: each entry needs a path, and may have {', '.join(known[1:])}."
+        )
     if unknown := [name for name in entry if name not in known]:
-        raise ValueError(f"{setting}, {entry['path']}: unknown key {unknown[0]!r}. The keys are {', '.join(known)}.")
+        raise ValueError(f"{setting}, {entry['path']}: unknown key {unknown[0]!r}. Valid keys are {', '.join(known)}.")
     return DataSource(**entry)
 
 
 class _Parser(TrlParser):
     def error(self, message: str) -> None:
-        self.exit(2, f"Error: {message}\n")  # without the usage, whose hundreds of lines would hide it
+        self.exit(2, f"Error: {message}\n")  # the usage, hundreds of lines, would hide the message
 
 
 def parse_settings(
     args: list[str] | None = None, description: str | None = None
 ) -> tuple[SQLlavaArguments, SFTConfig, ModelConfig]:
     """
-    Reads a recipe and the command line.
+    Parses a recipe and the command line.
+
+    Args:
+        args (`list[str]`, *optional*): The arguments. Default: those of the command line.
+        description (`str`, *optional*): Text at the top of `--help`.
+
+    Returns:
+        `tuple[SQLlavaArguments, SFTConfig, ModelConfig]`: The checked settings.
 
     Raises:
-        ValueError: for a setting that is unknown, that would do nothing here, or that does not go with another.
+        ValueError: for a setting that is unknown, would do nothing, or does not work with another setting.
     """
     args = sys.argv[1:] if args is None else args
     parser = _Parser((SQLlavaArguments, SFTConfig, ModelConfig), description=description)
@@ -189,10 +206,11 @@ def parse_settings(
     refuse_settings(training_args, model_config)
     _require_evaluation(arguments, training_args)
     _require_lora_use(arguments, model_config)
-    _require_four_bits(model_config)
+    for name in ("bnb_4bit_quant_type", "use_bnb_nested_quant", "bnb_4bit_quant_storage"):
+        _require_use(model_config, name, model_config.load_in_4bit, "load_in_4bit is not set")
     _require_trainer_settings(training_args)
     if training_args.metric_for_best_model is not None:
-        # The Trainer takes a metric whose name does not end in "loss" for one that grows: loss_answers, too.
+        # The Trainer would maximise every metric whose name does not end in "loss", such as loss_answers.
         training_args.greater_is_better = "loss" not in training_args.metric_for_best_model
     if arguments.full_finetuning:
         _require_no_adapter(arguments, model_config)
@@ -203,35 +221,29 @@ def parse_settings(
 
 
 def parse_recipe(recipe: str | Path, **overrides: Any) -> tuple[SQLlavaArguments, SFTConfig, ModelConfig]:
-    """As `parse_settings`, of a recipe and settings that win over it."""
+    """Like `parse_settings`, for a recipe and settings that override it."""
     options = [text for name, value in overrides.items() for text in (f"--{name}", str(value))]
     return parse_settings(["--config", str(recipe), *options])
 
 
 def _require_evaluation(arguments: SQLlavaArguments, training_args: SFTConfig) -> None:
-    """
-    Raises:
-        ValueError: if there are rows to evaluate on, but no time for it; or the other way round.
-    """
+    """Refuses evaluation rows without an `eval_strategy`, and the other way round."""
     evaluates = bool(arguments.eval_datasets or arguments.num_eval_rows)
     asks_for_it = training_args.eval_strategy != "no" or training_args.do_eval
     if evaluates != asks_for_it or (arguments.generation_datasets and not evaluates):
         raise ValueError(
             f"eval_strategy is {str(training_args.eval_strategy)!r}, eval_datasets has {len(arguments.eval_datasets)} "
             f"entries, num_eval_rows is {arguments.num_eval_rows}, generation_datasets has "
-            f"{len(arguments.generation_datasets)} entries: to evaluate, give eval_strategy (steps or epoch) and one "
-            "of eval_datasets and num_eval_rows; generation_datasets goes with them."
+            f"{len(arguments.generation_datasets)} entries. To evaluate, set eval_strategy (steps or epoch), and "
+            "eval_datasets or num_eval_rows; generation_datasets also needs these."
         )
 
 
 def _require_lora_use(arguments: SQLlavaArguments, model_config: ModelConfig) -> None:
-    """
-    Raises:
-        ValueError: for a setting of LoRA that has no use in this run, or that PEFT cannot combine with another.
-    """
+    """Refuses a LoRA setting that would do nothing in this run, or that PEFT cannot combine with another."""
     on_text = arguments.stage == "instruct" and model_config.lora_r > 0
     on_any = on_text or arguments.vision_lora_r > 0
-    no_lora = "this run trains no LoRA (lora_r and vision_lora_r are 0, or the stage is align and vision_lora_r 0)"
+    no_lora = "this run trains no LoRA (lora_r and vision_lora_r are 0, or stage is align and vision_lora_r is 0)"
     no_text_lora = "this run trains no LoRA on the language model (lora_r is 0, or the stage is align)"
     for holder, name, has_use, reason in (
         (model_config, "use_rslora", on_any, no_lora),
@@ -245,51 +257,43 @@ def _require_lora_use(arguments: SQLlavaArguments, model_config: ModelConfig) ->
         odd = [f"{name} is {rank}" for name, rank in ranks.items() if rank % 2]
         if odd or model_config.load_in_4bit or model_config.load_in_8bit:
             raise ValueError(
-                f"init_lora_weights is 'orthogonal' and {odd[0] if odd else 'the base is quantized'}: it needs even "
-                "ranks, and a base that is not quantized."
+                f"init_lora_weights is 'orthogonal', but {odd[0] if odd else 'the base is quantized'}. It needs even "
+                "ranks and a base that is not quantized."
             )
     if model_config.use_dora and model_config.load_in_8bit:
         raise ValueError(
-            "use_dora is True and load_in_8bit is set: DoRA needs the weights of the base, which PEFT cannot read "
-            "out of 8 bits everywhere. Give load_in_4bit, or leave use_dora out."
+            "use_dora is True and load_in_8bit is set. DoRA needs the base's weights, which PEFT cannot always "
+            "dequantize from 8 bits. Use load_in_4bit, or remove use_dora."
         )
-
-
-def _require_four_bits(model_config: ModelConfig) -> None:
-    for name in ("bnb_4bit_quant_type", "use_bnb_nested_quant", "bnb_4bit_quant_storage"):
-        _require_use(model_config, name, model_config.load_in_4bit, "load_in_4bit is not set")
 
 
 def _require_use(holder: SQLlavaArguments | ModelConfig, name: str, has_use: bool, reason: str) -> None:
     if is_given(holder, name) and not has_use:
-        raise ValueError(f"{name} is {getattr(holder, name)!r}, but {reason}: leave it out.")
+        raise ValueError(f"{name} is {getattr(holder, name)!r}, but {reason}: remove {name}.")
 
 
 def _require_trainer_settings(training_args: SFTConfig) -> None:
-    """
-    Raises:
-        ValueError: for a setting of the Trainer that does nothing here, or makes other batches than it says.
-    """
+    """Refuses a Trainer setting that would do nothing, or would make other batches than it says."""
     if training_args.activation_offloading and training_args.device.type == "cpu":
-        raise ValueError("activation_offloading is True, but the model is on the CPU already: leave it out.")
+        raise ValueError("activation_offloading is True, but the model is on the CPU already: remove it.")
     if training_args.accelerator_config.split_batches:
         raise ValueError(
             "accelerator_config has split_batches true, which would divide per_device_train_batch_size among the "
-            "processes: leave it out, and give the rows of one process there."
+            "processes. Remove it, and set per_device_train_batch_size to the rows of one process."
         )
     if training_args.train_sampling_strategy == "batch_rebalance":
         raise ValueError(
-            "train_sampling_strategy is 'batch_rebalance': choose random, sequential or group_by_length (which groups "
-            "by modality too), or packing true."
+            "train_sampling_strategy is 'batch_rebalance', which is not supported. Choose random, sequential or "
+            "group_by_length (which also groups by modality), or set packing to true."
         )
 
 
 def require_extras(training_args: SFTConfig, model_config: ModelConfig) -> None:
     """
-    Asks for optional packages before a model is loaded.
+    Checks, before a model is loaded, that the optional packages for these settings are installed.
 
     Raises:
-        ValueError: if one that the settings need is not installed.
+        ValueError: if one is not installed.
     """
     if model_config.load_in_4bit or model_config.load_in_8bit:
         with needs_extra("quantization"):
@@ -301,10 +305,8 @@ def require_extras(training_args: SFTConfig, model_config: ModelConfig) -> None:
 
 def _take_over_packing(arguments: SQLlavaArguments, training_args: SFTConfig) -> None:
     """
-    Moves TRL's `packing` to `arguments`: TRL refuses it for images, `sq_llava/training/packing.py` does it.
-
-    Raises:
-        ValueError: for what does not go with it.
+    Moves TRL's `packing` to `arguments`: TRL refuses it for images, and `sq_llava/training/packing.py` implements it.
+    Refuses settings that do not work with packing.
     """
     if not training_args.packing:
         return
@@ -317,24 +319,21 @@ def _take_over_packing(arguments: SQLlavaArguments, training_args: SFTConfig) ->
     for name, only in refused.items():
         if (value := getattr(training_args, name)) != only:
             raise ValueError(
-                f"packing is true and {name} is {str(value)!r}: packing keeps rows whole and has an order and size of "
-                f"its own. Give {name} {only!r}, or leave packing out."
+                f"packing is true and {name} is {str(value)!r}. Packing chooses the order and size of batches itself, "
+                f"and drops no rows. Set {name} to {only!r}, or remove packing."
             )
     if training_args.max_length is None:
-        raise ValueError("packing is true and max_length is not given: give it, it is the size of a packed row.")
+        raise ValueError("packing is true, but max_length is not set. Set it: it is the size of a packed row.")
     arguments.packing, training_args.packing = True, False
 
 
 def _require_no_adapter(arguments: SQLlavaArguments, model_config: ModelConfig) -> None:
-    """
-    Raises:
-        ValueError: if what is trained in full were to have an adapter, or to be held in few bits.
-    """
+    """Refuses full finetuning together with LoRA or quantization."""
     refused = {"lora_r": model_config.lora_r, "vision_lora_r": arguments.vision_lora_r}
     refused |= {name: getattr(model_config, name) for name in ("load_in_4bit", "load_in_8bit", "use_peft")}
     given = ", ".join(f"{name} {value}" for name, value in refused.items() if value)
     if given:
         raise ValueError(
-            f"full_finetuning is true, with {given}: it trains the language model's own weights and freezes the "
-            "vision tower. Give lora_r 0 and vision_lora_r 0, and leave load_in_4bit, load_in_8bit and use_peft out."
+            f"full_finetuning is true, together with {given}. It trains the language model's own weights and freezes "
+            "the vision tower. Set lora_r and vision_lora_r to 0, and remove load_in_4bit, load_in_8bit and use_peft."
         )

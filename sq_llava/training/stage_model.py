@@ -1,8 +1,8 @@
-"""What the settings of a run mean for its model and processor: the frozen base, and what its stage trains.
+"""Makes the model and processor of a stage from the settings: the frozen base, and the weights that the stage trains.
 
-The stage trains an adapter on the base, or language model and projector in full. The base is a SQ-LLaVA, the one that
-the stage before stood on, or made of parts. The last is saved to `output_dir/base`, because an adapter names the base
-that it is loaded on. What it does not do: train.
+A stage trains an adapter on the base, or language model and projector in full. The base is an SQ-LLaVA checkpoint, the
+base of the previous stage, or a new model made from parts. A new model is saved to `output_dir/base`, because an
+adapter stores only the path of its base. What it does not do: train.
 """
 
 import shutil
@@ -27,36 +27,47 @@ ARCHITECTURE = ("prototype_variant", "num_prototypes", "num_prototype_iterations
 
 
 def starting_point(arguments: SQLlavaArguments, model_config: ModelConfig) -> tuple[str | None, tuple]:
-    """Where a model comes from: a folder or Hub id, and its two parts. One of both is given, the other is `None`."""
+    """
+    Finds what the run starts from.
+
+    Returns:
+        `tuple[str | None, tuple]`: A folder or Hub id, or `None` for a new model; and the names of the vision and
+        text models of a new model, or `(None, None)`.
+
+    Raises:
+        ValueError: if both or neither are set, or if the folder is neither a model nor a finished stage.
+    """
     start = model_config.model_name_or_path
     parts = (arguments.vision_model_name_or_path, arguments.text_model_name_or_path)
     if (None in parts) if start is None else (parts != (None, None)):
         raise ValueError(
-            f"model_name_or_path is {start!r}, vision_model_name_or_path {parts[0]!r}, text_model_name_or_path "
-            f"{parts[1]!r}: give the first (a SQ-LLaVA, or the output_dir of a stage), or both of the others."
+            f"model_name_or_path is {start!r}, vision_model_name_or_path is {parts[0]!r}, text_model_name_or_path is "
+            f"{parts[1]!r}. Set only the first (an SQ-LLaVA model, or the output_dir of a stage), or both others."
         )
     if start is not None and arguments.qformer_model_name_or_path is not None:
         raise ValueError(
-            f"qformer_model_name_or_path is {arguments.qformer_model_name_or_path!r} and model_name_or_path "
-            f"{start!r}, which has its own parts: leave one of them out."
+            f"qformer_model_name_or_path is {arguments.qformer_model_name_or_path!r}, and model_name_or_path is "
+            f"{start!r}, which already has all its parts. Remove one of them."
         )
     if start is not None:
         try:
             require_kind(start)
         except ValueError as error:
             raise ValueError(
-                f"model_name_or_path is {start!r}. {error} If it is a stage to come, train that first; to check the "
-                "data or to plan without it, give vision_model_name_or_path and text_model_name_or_path beside it."
+                f"model_name_or_path is {start!r}. {error} If a previous stage should write it, train that stage "
+                "first. To check the data or plan without it, add vision_model_name_or_path and "
+                "text_model_name_or_path."
             ) from error
     return start, parts
 
 
 def architecture(arguments: SQLlavaArguments) -> dict:
-    """The fields of the configuration of a model made from parts that a recipe may set."""
+    """The fields of a new model's configuration that a recipe can set."""
     return {name: getattr(arguments, name) for name in ARCHITECTURE}
 
 
 def processor_settings(arguments: SQLlavaArguments) -> dict[str, str]:
+    """The fields of the processor that the recipe sets; the others keep the model's values."""
     settings = {name: getattr(arguments, name) for name in ("image_aspect_ratio", "system_message")}
     settings["delimiter"] = arguments.eos_token
     layout = {} if arguments.prompt_layout is None else PROMPT_LAYOUTS[arguments.prompt_layout]
@@ -64,10 +75,10 @@ def processor_settings(arguments: SQLlavaArguments) -> dict[str, str]:
 
 
 def composed_processor(arguments: SQLlavaArguments, model_config: ModelConfig) -> SQLlavaProcessor:
-    """The processor of a recipe, without any weights."""
+    """Makes the processor of a recipe. Loads no weights."""
     parts = (arguments.vision_model_name_or_path, arguments.text_model_name_or_path)
     settings = processor_settings(arguments)
-    if None not in parts:  # also in place of a stage that is not there yet
+    if None not in parts:  # also in place of a previous stage that does not exist yet
         return compose_processor(*parts, arguments.qformer_model_name_or_path, **settings)
     start, _ = starting_point(arguments, model_config)
     return SQLlavaProcessor.from_pretrained(start, **settings)
@@ -76,7 +87,19 @@ def composed_processor(arguments: SQLlavaArguments, model_config: ModelConfig) -
 def load_base(
     arguments: SQLlavaArguments, training_args: SFTConfig, model_config: ModelConfig, checkpoint: str | None
 ):
-    """Returns the frozen base, its processor, and the folder of the stage before, if there is one."""
+    """
+    Loads or makes the frozen base.
+
+    Args:
+        arguments, training_args, model_config: Settings from `parse_settings`.
+        checkpoint (`str`, *optional*): Checkpoint to resume from. The base of a new model is then in its folder.
+
+    Returns:
+        The base model, its processor, and the folder of the previous stage's adapter (`None` if there is none).
+
+    Raises:
+        ValueError: if the settings do not name a model that can be loaded.
+    """
     start, parts = starting_point(arguments, model_config)
     quantization = quantization_config(model_config)
     loading = {"dtype": model_config.dtype, "attn_implementation": model_config.attn_implementation}
@@ -86,7 +109,6 @@ def load_base(
         model, processor, adapter = load_base_and_processor(start, processor_settings=processing, **quantized_loading)
         return model, processor, None if adapter is None else str(adapter)
 
-    base = Path(training_args.output_dir).absolute() / "base"
     if checkpoint is not None:
         return *read_base(Path(checkpoint).absolute().parent / "base", arguments, quantized_loading, processing), None
     model = processor = None
@@ -101,7 +123,20 @@ def load_base(
             )
     if arguments.dry_run == "real" and quantization is None and not loads_in_pieces():
         return model, processor, None
-    # An adapter names the base that it is loaded on, so the model made from parts is saved beside it.
+    base = save_base(model, processor, training_args.output_dir)
+    if loads_in_pieces() or quantization is not None:
+        return *read_base(base, arguments, quantized_loading, processing), None
+    return model, processor, None
+
+
+def save_base(model, processor, output_dir: str) -> Path:
+    """
+    Saves a new model to `output_dir/base`, because an adapter stores only the path of its base.
+
+    Args:
+        model, processor: `None` in processes that do not hold them.
+    """
+    base = Path(output_dir).absolute() / "base"
     if PartialState().is_main_process:
         part = base.with_name("half-written-base")
         for folder in (part, base):
@@ -110,31 +145,28 @@ def load_base(
         processor.save_pretrained(part)
         part.rename(base)
     PartialState().wait_for_everyone()
-    if loads_in_pieces():
-        return *read_base(base, arguments, quantized_loading, processing), None
-    model.name_or_path = str(base)
-    if quantization is not None:
-        model = load_model(base, processor, **quantized_loading)
-    return model, processor, None
+    if model is not None:
+        model.name_or_path = str(base)
+    return base
 
 
 def read_base(base: Path, arguments: SQLlavaArguments, loading: dict, processing: dict):
-    """Returns the base that a run was begun on, and its processor. A new one could have other random weights."""
+    """Loads the base of a run, and its processor. A newly made base could have other random weights."""
     if not base.is_dir():
-        raise ValueError(f"{base}, the base that the checkpoints beside it stand on, is not there. Bring it back.")
+        raise ValueError(f"The checkpoints need their base in {base}, which does not exist. Restore that folder.")
     processor = SQLlavaProcessor.from_pretrained(base, **processing)
     model = load_model(base, processor, **loading)
     for name, value in architecture(arguments).items():
         if getattr(model.config, name) != value:
             raise ValueError(
-                f"{name} is {value!r}, but the checkpoints beside {base} were trained with "
-                f"{getattr(model.config, name)!r}: give that, or another output_dir to start from the beginning."
+                f"{name} is {value!r}, but the base in {base} has {getattr(model.config, name)!r}. Use that value, or "
+                "choose another output_dir to start from the beginning."
             )
     return model, processor
 
 
 def prepare_stage(model, previous_stage: str | None, arguments: SQLlavaArguments, model_config: ModelConfig):
-    """Adds to a frozen base what the stage trains, and loads the weights of the stage before it, if there is one."""
+    """Adds the weights that the stage trains to a frozen base, and loads those of the previous stage, if any."""
     if not arguments.full_finetuning:
         model = add_stage_adapter(model, arguments, model_config)
         if previous_stage is not None:
@@ -145,23 +177,25 @@ def prepare_stage(model, previous_stage: str | None, arguments: SQLlavaArguments
         return model
     if is_deepspeed_zero3_enabled():
         raise ValueError(
-            f"model_name_or_path is {previous_stage!r}, an adapter: under ZeRO-3, it cannot be merged into a model "
-            f"in pieces. Run `sq-llava merge {previous_stage} --out FOLDER` first, and give that folder."
+            f"model_name_or_path is {previous_stage!r}, an adapter. Under ZeRO-3 the weights are loaded in pieces, so "
+            f"it cannot be merged. Run `sq-llava merge {previous_stage} --out FOLDER` first, and set "
+            "model_name_or_path to that folder."
         )
-    # Merged into weights of full precision: what the stage before learned is not rounded. PEFT freezes them, though.
+    # Weights are in full precision here, so merging does not round the previous stage. But PEFT freezes them again.
     model = PeftModel.from_pretrained(model, previous_stage).merge_and_unload()
     train_in_full(model, trained_dtype(model))
     return model
 
 
 def trained_dtype(model) -> torch.dtype:
-    # ZeRO-3 fails on weights of two precisions (https://github.com/huggingface/trl/issues/6089), and its optimizer has
-    # float32 copies by itself.
+    """The precision of trained weights: float32, except under ZeRO-3."""
+    # ZeRO-3 fails on weights of two precisions (https://github.com/huggingface/trl/issues/6089). Its optimizer keeps
+    # float32 copies anyway.
     return model.dtype if is_deepspeed_zero3_enabled() else torch.float32
 
 
 def add_stage_adapter(model, arguments: SQLlavaArguments, model_config: ModelConfig):
-    """Puts the adapter of its stage on a base."""
+    """Adds the adapter of the stage to the base."""
     instruct = arguments.stage == "instruct"
     text_lora = LoraSize(model_config.lora_r if instruct else 0, model_config.lora_alpha, model_config.lora_dropout)
     options = LoraOptions(
@@ -174,8 +208,8 @@ def add_stage_adapter(model, arguments: SQLlavaArguments, model_config: ModelCon
         model,
         LoraSize(arguments.vision_lora_r, arguments.vision_lora_alpha, arguments.vision_lora_dropout),
         text_lora,
-        # With LLM-LoRA also where nothing is asked: the weights of a stage that asked have their place then. MiniGPT-4
-        # trains neither.
+        # Also with self_question_ratio 0 if there is LLM-LoRA, so that the adapter of a stage with self-questions can
+        # be loaded. MiniGPT-4 has neither.
         train_vusr=instruct and (arguments.self_question_ratio > 0 or text_lora.rank > 0),
         trained_dtype=trained_dtype(model),
         options=options,
@@ -183,21 +217,21 @@ def add_stage_adapter(model, arguments: SQLlavaArguments, model_config: ModelCon
 
 
 def named_targets(model_config: ModelConfig) -> tuple[str, ...] | None:
-    """The linear layers of the language model that `lora_target_modules` names; `None` for all of them."""
+    """The language model's linear layers named in `lora_target_modules`; `None` for all of them."""
     names = model_config.lora_target_modules
-    names = [names] if isinstance(names, str) else names  # of one name, TRL makes a string
+    names = [names] if isinstance(names, str) else names  # TRL turns a list of one name into a string
     return None if names in (None, ["all-linear"]) else tuple(names)
 
 
-# What stays as it is in a quantized model: what is trained in full, and the head, which TRL's loss multiplies by. The
-# paths are whole ones, as transformers compares them.
+# Modules that are not quantized: those that are trained in full, and the head, whose weight TRL's loss uses directly.
+# Transformers compares full module paths.
 NOT_QUANTIZED = ["model.multi_modal_projector", "model.prototype_extractor", "model.resampler", "lm_head"]
 
 
 def quantization_config(model_config: ModelConfig) -> BitsAndBytesConfig | None:
-    """How bitsandbytes holds the towers, by TRL's `load_in_4bit`, `load_in_8bit`, ...; `None` if it does not."""
+    """The quantization of both towers, from TRL's `load_in_4bit`, `load_in_8bit`, ...; `None` if there is none."""
     if model_config.load_in_4bit and model_config.dtype == "auto":
-        raise ValueError("dtype is 'auto': with load_in_4bit, give the precision to compute in, such as bfloat16.")
+        raise ValueError("dtype is 'auto'. With load_in_4bit, set dtype to a compute precision such as bfloat16.")
     config = get_quantization_config(model_config)
     if config is not None:
         config.llm_int8_skip_modules = NOT_QUANTIZED

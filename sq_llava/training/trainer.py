@@ -1,14 +1,19 @@
-"""TRL's SFTTrainer with what SQ-LLaVA needs beside it: a learning rate for each part, and the weighted loss.
+"""TRL's SFTTrainer plus what SQ-LLaVA needs: a learning rate for each part of the model, and a weighted loss.
 
 The loss of an optimizer step is the weighted mean over all its labelled tokens, over all accumulation steps and
-processes: a token of an answer weighs 1, one of a self-question `question_loss_weight` (1 in the paper). A language
-model with experts adds its load-balancing loss, times `router_aux_loss_coef` (of the settings, or of its config.json).
+processes. An answer token has weight 1, a self-question token `question_loss_weight` (1 in the paper). A language
+model with experts adds its load-balancing loss times `router_aux_loss_coef` (from the settings, or its config.json).
 
-Logged beside the loss: `loss_answers`, `loss_questions` (means over their own tokens, unweighted),
-`mean_token_accuracy`, `self_question_share` (of all the turns that the model speaks), with packing `packing_fill`
-(tokens that are there, of those that packs have room for), with experts `aux_loss`, and the learning rates.
+Logged besides the loss:
 
-Each step is looked at before it is applied, and work is not lost: see `sq_llava/training/recovery.py`.
+- `loss_answers`, `loss_questions`: the unweighted means over answer tokens and over self-question tokens
+- `mean_token_accuracy`
+- `self_question_share`: the share of self-questions among the turns that the model says
+- `packing_fill`, with packing: the share of the packs' capacity that holds tokens
+- `aux_loss`, with experts
+- the learning rates
+
+Each step is checked before it is applied, and errors lose no work: see `sq_llava/training/recovery.py`.
 """
 
 import json
@@ -37,7 +42,7 @@ from sq_llava.training.sharding import embeddings_in_the_root_unit, keep_wrap_po
 
 
 def in_precision(state_dict: dict[str, torch.Tensor], dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """The floating weights in another precision; those that share their memory, as a tied head, still do."""
+    """Casts floating-point weights to another precision. Weights that share memory, such as a tied head, still do."""
     cast: dict[int, torch.Tensor] = {}
     for weight in state_dict.values():
         if weight.data_ptr() not in cast:
@@ -48,26 +53,29 @@ def in_precision(state_dict: dict[str, torch.Tensor], dtype: torch.dtype) -> dic
 def require_router_loss(text_config) -> None:
     """
     Raises:
-        ValueError: if the language model's family has a `router_aux_loss_coef`, but no router loss of its own.
+        ValueError: if the router loss of a language model with experts cannot be computed from its configuration.
     """
     missing = [name for name in ("num_experts", "num_experts_per_tok") if getattr(text_config, name, None) is None]
     if missing:
         raise ValueError(
-            f"The language model is a {text_config.model_type}. Its configuration has no {' and no '.join(missing)}: "
-            "its router loss is not known here. Give router_aux_loss_coef 0, which leaves it out."
+            f"The configuration of the language model ({text_config.model_type}) has no {' and no '.join(missing)}: "
+            "its router loss cannot be computed. Set router_aux_loss_coef to 0 to train without it."
         )
 
 
 class SQLlavaTrainer(SFTTrainer):
     """
+    Trains a stage of SQ-LLaVA.
+
     Args:
-        question_loss_weight (`float`): Weight of a self-question's token beside an answer's.
-        part_learning_rates (`dict[str, float]`): Of `"vision"` and `"connector"`; all else has `learning_rate`.
-        max_loss (`float`, *optional*): Above it, training diverges and is stopped. Default: 2 ln(vocabulary size),
-            twice the loss of a uniform guess.
+        question_loss_weight (`float`): Weight of a self-question token; an answer token has weight 1.
+        part_learning_rates (`dict[str, float]`): Learning rates of `"vision"` and `"connector"`. Other parts use
+            `learning_rate`.
+        max_loss (`float`, *optional*): Stop at a step with a higher loss. Default: 2 ln(vocabulary size), twice the
+            loss of a uniform guess.
         generation_check (`GenerationCheck`, *optional*): Runs with each evaluation.
-        packing (`bool`): Whether rows are packed for training; their `length` is that of `with_length_bounds` then.
-        The rest as for [`~trl.SFTTrainer`]; the data collator is a [`SelfQuestioningCollator`].
+        packing (`bool`): Whether to pack training rows. Their `length` must then come from `with_length_bounds`.
+        args, kwargs: As for [`~trl.SFTTrainer`]. The data collator must be a [`SelfQuestioningCollator`].
     """
 
     _tag_names = ["trl", "sft", "sq-llava"]
@@ -88,27 +96,27 @@ class SQLlavaTrainer(SFTTrainer):
         self._sums: dict[str, torch.Tensor] = {}
         self._aux_losses: dict[str, list[torch.Tensor]] = {}
         self._init_trl(*args, **kwargs)
-        self.args.logging_nan_inf_filter = False  # it writes another number into the log where the loss is nan
+        self.args.logging_nan_inf_filter = False  # it would log another number where the loss is nan
         vocab_size = self.model.config.get_text_config().vocab_size
         self.watch = StepWatch(self.accelerator, 2 * math.log(vocab_size) if max_loss is None else max_loss)
         self.add_callback(self.watch)
-        # Tokens of packs, and what they have room for, since the last line of the log.
+        # Tokens in packs, and the capacity of those packs, since the last log line.
         self._packed = torch.zeros(2)
         self.packs = self._make_packs() if packing else None
         if self.is_fsdp_enabled:
             keep_wrap_policy(self.accelerator.state.fsdp_plugin)
 
     def _init_trl(self, *args, model, **kwargs) -> None:
-        """Initialises TRL's trainer, and takes back what it changes in the model."""
+        """Initialises TRL's trainer, and reverts what it changes in the model."""
         trained = {parameter: parameter.data for parameter in model.parameters() if parameter.requires_grad}
         text_config = model.config.get_text_config()
         returns_router_logits = getattr(text_config, "output_router_logits", None)
         super().__init__(*args, model=model, **kwargs)
         if self.aux_loss_enabled:
             require_router_loss(text_config)
-            # TRL turns this on, also for what is generated and saved; `compute_loss` asks for them by itself.
+            # TRL turns this on in the config, also for generating and saving. `compute_loss` passes it instead.
             text_config.output_router_logits = returns_router_logits
-        # TRL makes all that is trained of a quantized model bfloat16, which rounds small steps of a projector away.
+        # TRL casts the trained weights of a quantized model to bfloat16, which rounds small updates away.
         for parameter, data in trained.items():
             parameter.data = data.to(parameter.device)
 
@@ -118,7 +126,7 @@ class SQLlavaTrainer(SFTTrainer):
         return pack_sampler(self.train_dataset, self.args, self.args.world_size, self.data_collator.epoch)
 
     def create_optimizer(self, model=None) -> torch.optim.Optimizer:
-        """The Trainer's optimizer, its groups split by part of the model."""
+        """Creates the Trainer's optimizer, and splits its parameter groups by part of the model."""
         if self.optimizer is not None:
             return self.optimizer
         optimizer = super().create_optimizer(model)
@@ -135,7 +143,7 @@ class SQLlavaTrainer(SFTTrainer):
         return optimizer
 
     def _get_train_sampler(self, train_dataset=None) -> torch.utils.data.Sampler | None:
-        """For `train_sampling_strategy="group_by_length"`, rows grouped by modality too."""
+        """With `train_sampling_strategy="group_by_length"`, groups rows by modality too."""
         if self.args.train_sampling_strategy != "group_by_length":
             return super()._get_train_sampler(train_dataset)
         rows = (train_dataset or self.train_dataset).with_format("numpy", columns=["length", "num_images"])[:]
@@ -146,7 +154,7 @@ class SQLlavaTrainer(SFTTrainer):
 
     @property
     def _is_flat(self) -> bool:
-        # All kinds of FlashAttention in transformers have it in their name.
+        # The name of every FlashAttention implementation in transformers contains "flash".
         return "flash" in self.model.config.get_text_config()._attn_implementation
 
     def get_train_dataloader(self) -> torch.utils.data.DataLoader:
@@ -166,7 +174,7 @@ class SQLlavaTrainer(SFTTrainer):
         return self.accelerator.prepare(loader)
 
     def get_eval_dataloader(self, eval_dataset=None) -> torch.utils.data.DataLoader:
-        """With the self-questions of the first epoch, whatever the epoch: evaluations are to be compared."""
+        """Always uses the self-questions of the first epoch, so that evaluations can be compared."""
         collator = self.data_collator
         self.data_collator = replace(collator, epoch=torch.zeros_like(collator.epoch))
         try:
@@ -181,7 +189,7 @@ class SQLlavaTrainer(SFTTrainer):
         return output
 
     def _loss_weights(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        """Weights of the next-token losses, `(batch_size, sequence_length - 1)`; 0 where there is no label."""
+        """Weights of the next-token losses, `(batch_size, sequence_length - 1)`; 0 at positions without a label."""
         kinds = batch["turn_kinds"][:, 1:]
         return (kinds == ANSWER).float() + self.question_loss_weight * (kinds == QUESTION).float()
 
@@ -198,26 +206,27 @@ class SQLlavaTrainer(SFTTrainer):
             inputs["output_router_logits"] = True
         labels = inputs.pop("labels")[:, 1:]
         labelled = labels != IGNORE_INDEX
-        # TRL's fused LM head goes in tiles that bound its memory, and never holds all logits. Where Triton runs (CUDA,
-        # XPU) it picks the labelled positions itself, elsewhere (CPU, MPS) it scores every position that it is given
-        # (trl/trainer/utils.py, add_fused_lm_head): so it is given the labelled ones alone, everywhere.
+        # TRL's fused LM head works in tiles and never holds all logits. With Triton (CUDA, XPU) it selects the
+        # labelled positions itself; elsewhere (CPU, MPS) it scores every position that it gets
+        # (trl/trainer/utils.py, add_fused_lm_head). So it gets only the labelled positions.
         outputs = model(
             **inputs, positions_to_keep=F.pad(labelled, (0, 1)), shift_labels=labels[labelled], fused_lm_head=True
         )
-        # 0 where there is no label. Without any, still connected to the model, whose backward other processes await.
+        # 0 at positions without a label. Even without any label, the losses stay connected to the model, because the
+        # other processes wait for its backward pass.
         token_losses = outputs.log_probs.new_zeros(labels.shape).masked_scatter(labelled, -outputs.log_probs)
-        # Without a number, as in evaluation, the mean is over this batch.
+        # In evaluation there is no num_items_in_batch: the mean is over this batch.
         total_weight = weights.sum() if num_items_in_batch is None else num_items_in_batch
         weighted_losses = weights * token_losses
         if self.args.loss_type == "dft":
-            # Dynamic fine-tuning, as in TRL: by the probability of the token (https://arxiv.org/abs/2508.05629).
+            # Dynamic fine-tuning, as in TRL: weight by the token's probability (https://arxiv.org/abs/2508.05629).
             weighted_losses = weighted_losses * (-token_losses.detach()).exp()
         weighted_loss = weighted_losses.sum()
         loss = weighted_loss / total_weight.clamp_min(torch.finfo(weights.dtype).tiny)
         if num_items_in_batch is not None:
             loss = loss * self.accelerator.num_processes  # DDP takes the mean over the processes
         if self.aux_loss_enabled:
-            # As TRL: it is a mean over the positions of this batch, and one over the batches of a step.
+            # As in TRL: the mean over the positions of this batch, averaged over the batches of a step.
             steps = 1 if num_items_in_batch is None else self.current_gradient_accumulation_steps
             loss = loss + self.router_aux_loss_coef * outputs.aux_loss / steps
         self._count(token_losses.detach(), outputs.is_top1, kinds)
@@ -238,7 +247,7 @@ class SQLlavaTrainer(SFTTrainer):
             mask = shifted == kind
             sums += [(token_losses * mask).sum(), mask.sum(), (begins & mask).sum()]
         mode = "train" if self.model.training else "eval"
-        # They stay on the device: reading them here would make it wait in every batch.
+        # The sums stay on the device: reading them would make every batch wait for it.
         self._sums[mode] = self._sums.get(mode, 0) + torch.stack([s.float() for s in sums])
 
     def _count_aux_loss(self, aux_loss: torch.Tensor) -> None:
@@ -247,7 +256,7 @@ class SQLlavaTrainer(SFTTrainer):
 
     def _count_packed(self, inputs: dict[str, torch.Tensor], row_ids: torch.Tensor) -> None:
         if self.packs is not None:
-            tokens = (inputs["position_ids"] > 0).sum() + len(row_ids)  # one of each conversation is at 0
+            tokens = (inputs["position_ids"] > 0).sum() + len(row_ids)  # the first token of each has position 0
             room = torch.full_like(tokens, self.packs.packs_per_batch * self.packs.max_length)
             self._packed = self._packed.to(tokens.device) + torch.stack([tokens, room])
 
@@ -258,24 +267,24 @@ class SQLlavaTrainer(SFTTrainer):
 
     @property
     def run(self) -> dict[str, int | str]:
-        """What the losses depend on, beside the settings of the model; it is kept with each checkpoint."""
+        """Values that the losses depend on, besides the model's settings. Saved with each checkpoint."""
         args = self.args
         return {
             "num_processes": args.world_size,
             "rows_per_step": self._train_batch_size * args.gradient_accumulation_steps * args.world_size,
             "num_rows": len(self.train_dataset),
             "seed": args.seed,
-            # With packing, what is above counts packs.
+            # With packing, rows_per_step counts packs.
             "packing": self.packs is not None,
             "sharding": sharding_of(self.accelerator),
         }
 
     def train(self, *args, **kwargs):
-        """As of the Trainer; on an error, the steps since the last checkpoint are saved first, if one process runs."""
+        """Like the Trainer's, but with a single process, an error first saves the steps since the last checkpoint."""
         try:
             return super().train(*args, **kwargs)
         except CheckpointError:
-            raise  # to save once more would fail once more
+            raise  # saving again would fail again
         except Exception as error:
             self._rescue(error)
             raise
@@ -286,13 +295,13 @@ class SQLlavaTrainer(SFTTrainer):
         saved, step = self.watch.saved_step, self.state.global_step
         if saved is None or self.args.save_strategy == "no":
             return
-        # Other processes may be anywhere, and saving needs all of them. While a step is applied, weights are mixed.
+        # Saving needs all processes, which may be anywhere. And while a step is applied, only some weights are new.
         if self.args.world_size == 1 and step > saved and not self.watch.applying:
-            self.args.save_total_limit = None  # older checkpoints may be needed to go back behind the error's cause
+            self.args.save_total_limit = None  # keep older checkpoints, from before the cause of the error
             self._save_checkpoint(self.model, trial=None)
             saved = step
         error.add_note(
-            f"{step} steps were done. --resume continues from {f'checkpoint-{saved}' if saved else 'the beginning'}."
+            f"{step} steps were trained. --resume resumes from {f'checkpoint-{saved}' if saved else 'the beginning'}."
         )
 
     def _prepare_for_training(self, *args, **kwargs):
@@ -302,7 +311,7 @@ class SQLlavaTrainer(SFTTrainer):
             return super()._prepare_for_training(*args, **kwargs)
 
     def _run_epoch(self, *args, **kwargs):
-        # The Trainer would do one more step when a run is resumed that had done its last.
+        # When a finished run is resumed, the Trainer would train one more step.
         if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
             return
@@ -314,23 +323,23 @@ class SQLlavaTrainer(SFTTrainer):
         folder = Path(self.args.output_dir) / f"checkpoint-{step}"
         try:
             if self.args.should_save:
-                # Until its last file is written anew, what stands here is no checkpoint.
+                # Without this file, a folder that is overwritten does not count as complete.
                 (folder / STATE_FILE).unlink(missing_ok=True)
             super()._save_checkpoint(model, trial)
         except (OSError, RuntimeError, SafetensorError) as error:
             if not checkpoint_faults(folder):
-                raise  # it is written; something after it failed, such as an upload
+                raise  # the checkpoint is complete; something after it failed, such as an upload
             free = decimal(shutil.disk_usage(self.args.output_dir).free)
             shutil.rmtree(folder, ignore_errors=True)
-            rest = f"checkpoint-{before} is as it was" if before else "no earlier one was due"
+            rest = f"checkpoint-{before} is unchanged" if before else "there is no earlier checkpoint"
             raise CheckpointError(
-                f"{folder} could not be written, with {free} free: {error}. It was removed; {rest}. Free disk "
+                f"{folder} could not be written ({free} free on the disk): {error}. It was removed; {rest}. Free disk "
                 "space, then resume with --resume."
             ) from error
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
-        # A model trained in full is trained, and resumed, in float32; what it leaves has the precision that its
-        # config.json names, that of the frozen tower.
+        # Full finetuning trains and resumes in float32. The final model has the precision of its config.json, which is
+        # that of the frozen tower.
         is_final = output_dir is None or Path(output_dir) == Path(self.args.output_dir)
         if is_final and not isinstance(self.model, PeftModel):
             state_dict = self.model.state_dict() if state_dict is None else state_dict
@@ -346,14 +355,14 @@ class SQLlavaTrainer(SFTTrainer):
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
-        # Then the last two files say that those of all processes are there, and older checkpoints may go.
+        # The last two files mark a checkpoint as complete, so they are written after the files of all processes.
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             run = self.run | {"files": file_sizes(Path(output_dir))}
             (Path(output_dir) / RUN_FILE).write_text(json.dumps(run, indent=2))
 
     def create_model_card(self, *args, **kwargs) -> None:
-        """None for an adapter folder; `merge_adapter` writes the card of the checkpoint that is published."""
+        """Writes no card into an adapter folder; `merge_adapter` writes the card of the merged checkpoint."""
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         mode = "train" if self.model.training else "eval"

@@ -1,4 +1,4 @@
-"""Model cards, and what a checkpoint carries about where it comes from."""
+"""Model cards, and the record of where a checkpoint comes from."""
 
 import json
 import re
@@ -55,7 +55,7 @@ def test_every_snippet_that_loads_names_the_commit(checkpoint):
     assert "revision=" not in re.sub("pin `revision=` to", "", str(card_of(checkpoint)))
 
 
-def test_card_of_a_folder_loads_that_folder_and_no_id_of_the_hub(checkpoint):
+def test_examples_in_the_card_of_a_folder_load_that_folder_and_no_hub_id(checkpoint):
     write_card(checkpoint)
     text = (checkpoint / "README.md").read_text()
     assert f"# {checkpoint.name}" in text
@@ -72,7 +72,7 @@ def test_prose_names_the_q_former_where_there_is_one(checkpoint, tmp_path):
     assert "Q-Former" not in card_of(checkpoint).text
 
 
-def test_a_stage_begins_with_the_weights_of_one_that_asked_and_does_not_ask_itself(tmp_path):
+def test_a_stage_without_questions_starts_from_the_weights_of_one_with_questions(tmp_path):
     parts = make_parts(tmp_path / "parts")
     asks = {"num_prototypes": 5, "self_question_ratio": 1.0, **towers(parts)}
     run_stage(parts, tmp_path / "asks", "instruct", asks)
@@ -103,12 +103,12 @@ def test_widget_asks_about_the_picture(checkpoint):
 @pytest.mark.parametrize(
     ("provenance", "says", "asks"),
     [
-        ({}, "Nothing is recorded of its training", True),
+        ({}, "There is no record of its training", True),
         ({"converted_from": "org/sq", "converted_kind": "a LoRA"}, "converted from `org/sq` (a LoRA)", True),
-        ({"converted_from": "org/llava", "new_extractor": "paper"}, "untrained: this is a start of training", False),
+        ({"converted_from": "org/llava", "new_extractor": "paper"}, "new** and untrained: train this model", False),
         ({"stages": [STAGE | {"stage": "align"}]}, "Stage `align`: 3 steps on 7 rows of `org/data` (train)", False),
         ({"stages": [STAGE]}, "`learning_rate: 0.5` With torch 2.13.0.", True),
-        ({"converted_from": "x", "new_extractor": "paper", "stages": [STAGE]}, "in the training below", True),
+        ({"converted_from": "x", "new_extractor": "paper", "stages": [STAGE]}, "only in the stages below", True),
     ],
 )  # fmt: skip
 def test_card_says_where_the_model_comes_from(provenance, says, asks, checkpoint):
@@ -119,7 +119,7 @@ def test_card_says_where_the_model_comes_from(provenance, says, asks, checkpoint
 
 
 def test_scores_are_those_of_the_evaluation_and_nothing_else(checkpoint, tmp_path):
-    assert "None: no evaluation was given" in card_of(checkpoint).text
+    assert "None: no evaluation was available" in card_of(checkpoint).text
     entries = [
         {"task": "pope", "metric": "f1", "value": 0.87654, "num": 9000, "dataset_id": "org/POPE", "task_id": "all"},
         {"task": "pope", "metric": "accuracy", "value": 0.5, "num": 9000, "dataset_id": "org/POPE"},
@@ -143,7 +143,7 @@ def test_scores_are_those_of_the_evaluation_and_nothing_else(checkpoint, tmp_pat
     }
 
 
-def test_entries_that_an_evaluation_wrote_beside_its_results_go_up(tmp_path):
+def test_result_files_next_to_an_evaluation_s_json_are_published(tmp_path):
     entries = [{"task": "pope", "metric": "llava/mean_f1", "value": 0.5, "num": 9000}]
     (tmp_path / "results.json").write_text(json.dumps({"results": entries}))
     (tmp_path / ".eval_results").mkdir()
@@ -185,7 +185,7 @@ def test_results_that_lack_something_are_refused(content, message, tmp_path):
         (f"/home/me/.cache/huggingface/hub/models--org--my-name/snapshots/{COMMIT}", "org/my-name"),
     ],
 )
-def test_public_name_tells_nothing_of_the_machine(path, name):
+def test_public_name_has_no_local_path(path, name):
     assert public_name(path) == name
 
 

@@ -1,4 +1,4 @@
-"""What `sq-llava inspect` says of whole, released, trained and damaged folders."""
+"""`sq-llava inspect` on complete, released, trained and damaged folders."""
 
 import json
 import os
@@ -6,14 +6,14 @@ import shutil
 from pathlib import Path
 
 import pytest
-import torch
 from huggingface_hub import constants
-from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from sq_llava.checkpoints.inspection import CODE_FILES, inspect
+from sq_llava.checkpoints.inspection import inspect
 from sq_llava.cli.main import app
+from sq_llava.resources import CODE_FILES
 from tests import released
+from tests.released import edit_json, edit_weights
 from tests.runs import make_parts, train
 from tests.tiny import tiny_model_for, tiny_processor
 
@@ -40,7 +40,13 @@ def run_folder(tmp_path_factory) -> Path:
     return root / "run"
 
 
-def test_plain_checkpoint_is_known_whole_and_counted(plain):
+@pytest.fixture
+def shard(copy) -> Path:
+    """The first weight file of a copy."""
+    return min(copy.glob("model-*.safetensors"))
+
+
+def test_plain_checkpoint_is_recognised_complete_and_counted(plain):
     inspection = inspect(plain)
     assert inspection.sound and inspection.missing == []
     model = tiny_model_for(tiny_processor())
@@ -61,7 +67,7 @@ def test_plain_checkpoint_is_known_whole_and_counted(plain):
     assert len(list(plain.glob("model-*.safetensors"))) > 2
 
 
-def test_changed_code_is_told_from_this_library(copy):
+def test_changed_code_is_reported(copy):
     with (copy / "modeling_sq_llava.py").open("a") as file:
         file.write("# changed\n")
     code = inspect(copy).code
@@ -72,9 +78,9 @@ def test_changed_code_is_told_from_this_library(copy):
 @pytest.mark.parametrize(
     ("name", "value", "fault"),
     [
-        ("config.json", [], "config.json holds '[]', not the fields of an object"),
+        ("config.json", [], "config.json holds '[]', not a JSON object"),
         ("model.safetensors.index.json", {}, "index.json: weight_map is None"),
-        ("model.safetensors.index.json", {"weight_map": {"a": "../a.safetensors"}}, "which is no file beside it"),
+        ("model.safetensors.index.json", {"weight_map": {"a": "../a.safetensors"}}, "not a file in the same folder"),
     ],
 )
 def test_json_of_another_form_is_a_fault(copy, name, value, fault):
@@ -82,113 +88,89 @@ def test_json_of_another_form_is_a_fault(copy, name, value, fault):
     assert [fault in line for line in inspect(copy).faults] == [True]
 
 
-def test_configuration_without_a_field_of_the_extractor_is_read_and_the_lack_said(copy):
+def test_missing_field_of_the_extractor_is_reported_and_is_no_fault(copy):
     config = json.loads((copy / "config.json").read_text())
     del config["num_prototypes"]
     (copy / "config.json").write_text(json.dumps(config))
-    assert "num_prototypes in config.json: the default counts" in inspect(copy).missing
+    assert "num_prototypes in config.json: the default is used" in inspect(copy).missing
 
 
 @pytest.mark.parametrize(
     "name", ["processor_config.json", "tokenizer.json", "generation_config.json", "modeling_sq_llava.py"]
 )
-def test_what_a_checkpoint_lacks_is_said_and_is_no_fault(copy, name):
+def test_missing_file_is_reported_and_is_no_fault(copy, name):
     (copy / name).unlink()
     inspection = inspect(copy)
     assert inspection.sound
     assert any(name in line for line in inspection.missing)
 
 
-def test_truncated_weights_are_a_fault(copy):
-    file = sorted(copy.glob("model-*.safetensors"))[0]
-    os.truncate(file, file.stat().st_size - 1)
-    assert f"{file.name} is damaged or cut off" in inspect(copy).faults[0]
+def test_truncated_weights_are_a_fault(copy, shard):
+    os.truncate(shard, shard.stat().st_size - 1)
+    assert f"{shard.name} is damaged or cut off" in inspect(copy).faults[0]
 
 
-def test_file_that_the_index_names_is_missed(copy):
-    file = sorted(copy.glob("model-*.safetensors"))[0]
-    file.unlink()
+def test_missing_file_of_an_index_is_a_fault(copy, shard):
+    shard.unlink()
     faults = " ".join(inspect(copy).faults)
-    assert f"model.safetensors.index.json names 1 files that are not here: {file.name}" in faults
+    assert f"model.safetensors.index.json lists 1 files that are missing: {shard.name}" in faults
 
 
-def test_weight_that_a_file_lacks_is_missed(copy):
-    file = sorted(copy.glob("model-*.safetensors"))[0]
-    weights = load_file(file)
-    name = sorted(weights)[0]
-    del weights[name]
-    save_file(weights, file, metadata={"format": "pt"})
-    assert any(name in fault for fault in inspect(copy).faults)
+def test_missing_weight_in_a_file_is_a_fault(copy, shard):
+    edit_weights(shard, lambda weights: weights.pop(min(weights)))
+    assert any("1 weights are not in the listed files" in fault for fault in inspect(copy).faults)
 
 
-def test_weight_of_another_shape_than_the_configuration_says_is_a_fault(copy):
-    config = json.loads((copy / "config.json").read_text())
-    (copy / "config.json").write_text(json.dumps({**config, "num_prototypes": 6}))
+def test_weight_of_another_shape_than_in_the_configuration_is_a_fault(copy):
+    edit_json(copy / "config.json", num_prototypes=6)
     assert inspect(copy).faults == [
-        "model.prototype_extractor.prototypes has the shape [5, 32], config.json asks for [6, 32]"
+        "model.prototype_extractor.prototypes has the shape [5, 32], but config.json requires [6, 32]"
     ]
 
 
-def test_marker_of_another_id_than_the_tokenizer_gives_it_is_a_fault(copy):
-    config = json.loads((copy / "config.json").read_text())
-    (copy / "config.json").write_text(json.dumps({**config, "image_token_id": 7}))
-    own = inspect(copy).token_ids["<image>"]
-    assert inspect(copy).faults == [f"<image> is {own} in tokenizer.json, 7 in config.json"]
+def test_marker_with_another_id_than_in_the_tokenizer_is_a_fault(copy):
+    edit_json(copy / "config.json", image_token_id=7)
+    inspection = inspect(copy)
+    own = inspection.token_ids["<image>"]
+    assert inspection.faults == [f"<image> has the id {own} in tokenizer.json, but 7 in config.json"]
 
 
 def test_configuration_that_is_cut_off_is_a_fault(copy):
     os.truncate(copy / "config.json", 100)
-    assert inspect(copy).faults[0] == "config.json is no JSON: it is cut off or damaged"
+    assert inspect(copy).faults[0] == "config.json is not valid JSON: it is cut off or damaged"
 
 
 def test_folder_without_weights_is_a_fault(copy):
     for file in copy.glob("model*"):
         if file.suffix != ".py":
             file.unlink()
-    assert any("no file with weights" in fault for fault in inspect(copy).faults)
+    assert any("no readable weight file" in fault for fault in inspect(copy).faults)
 
 
-class Trap:
-    def __init__(self, file: Path):
-        self.file = file
-
-    def __reduce__(self):
-        return os.mkdir, (str(self.file),)
-
-
-def test_code_in_a_pickle_is_named_and_not_run(tmp_path):
-    folder = released.write_projector(tmp_path / "projector")
-    torch.save({"model.mm_projector.weight": Trap(tmp_path / "trapped")}, folder / "mm_projector.bin")
-    assert any("mm_projector.bin is not read" in fault for fault in inspect(folder).faults)
-    assert not (tmp_path / "trapped").exists()
-
-
-def test_lora_release_has_its_ranks_and_alphas_by_tower(tmp_path):
-    base = released.write_language_model(tmp_path / "base")
-    folder = released.write_sq_llava_lora(tmp_path / "lora", base=base)
-    inspection = inspect(folder)
+def test_lora_release_has_its_ranks_and_alphas_by_tower(parts, tmp_path):
+    inspection = inspect(released.write_sq_llava_lora(tmp_path / "lora", base=parts / "base"))
     assert inspection.sound
     assert {"tower": "text", "ranks": [8], "alphas": [16], "file": "adapter_model.bin"} in inspection.loras
     assert {"tower": "vision", "ranks": [4], "alphas": [12], "file": "Vit-lora/adapter_model.bin"} in inspection.loras
     assert inspection.prototypes == {"prototype_variant": "released", "num_prototypes": 5}
-    assert inspection.bases["base"] == str(base)
+    assert inspection.bases["base"] == str(parts / "base")
     assert inspection.missing == [
-        f"the vision tower: {released.RELEASED_TOWER} is no folder here, nor in the local cache of the Hub"
+        f"the vision tower: {released.RELEASED_TOWER} is neither a folder nor in the local cache of the Hub"
     ]
 
 
 @pytest.mark.parametrize("kind", released.WRITERS)
-def test_each_released_layout_is_known_and_each_weight_has_a_part(tmp_path, kind):
+def test_each_released_layout_is_recognised_and_each_weight_has_a_part(tmp_path, kind):
     inspection = inspect(released.WRITERS[kind](tmp_path / "folder"))
     assert inspection.sound
     assert inspection.kind == kind
     assert "other" not in inspection.parts
 
 
-def test_folder_of_another_kind_is_not_known(tmp_path):
-    inspection = inspect(released.write_clip(tmp_path / "clip"))
+def test_folder_of_another_kind_is_unknown(parts):
+    inspection = inspect(parts / "clip")
     assert inspection.kind is None
-    assert "is none of the known checkpoints" in inspection.faults[0]
+    assert "is not a known kind of checkpoint" in inspection.faults[0]
 
 
 @pytest.mark.slow
@@ -201,7 +183,7 @@ def test_output_of_a_stage_shows_its_lora_its_base_and_its_checkpoints(run_folde
     assert set(inspection.checkpoints.values()) == {"complete"}
 
 
-def test_half_written_checkpoint_of_a_run_is_told_from_complete_ones(run_folder, tmp_path):
+def test_incomplete_checkpoint_of_a_run_is_reported(run_folder, tmp_path):
     copy = Path(shutil.copytree(run_folder, tmp_path / "run"))
     (copy / "checkpoint-2" / "optimizer.pt").unlink()
     checkpoints = inspect(copy).checkpoints
@@ -215,7 +197,7 @@ def test_folder_of_the_cache_is_found_by_its_hub_id(plain, tmp_path, monkeypatch
     (tmp_path / "models--org--name" / "refs").mkdir()
     (tmp_path / "models--org--name" / "refs" / "main").write_text("0" * 40)
     assert inspect("org/name").sound
-    with pytest.raises(ValueError, match="org/other: no such folder, and no such id in the local cache"):
+    with pytest.raises(ValueError, match="org/other is neither a folder nor an id in the local cache"):
         inspect("org/other")
 
 

@@ -1,4 +1,4 @@
-"""What a folder is taken for, and by what."""
+"""How the kind of a folder is recognised."""
 
 import json
 import os
@@ -11,27 +11,19 @@ import torch
 from huggingface_hub import constants
 from huggingface_hub.errors import HTTPError
 
+from sq_llava.checkpoints.inspection import inspect
 from sq_llava.checkpoints.layouts import recognise
 from sq_llava.checkpoints.weight_files import find_weight_files, read_pickle
 from sq_llava.training.adapter import LoraSize, add_adapter
 from tests import released, tiny
 
 
-@pytest.fixture(scope="module")
-def parts(tmp_path_factory) -> Path:
-    root = tmp_path_factory.mktemp("parts")
-    released.write_language_model(root / "base")
-    released.write_clip(root / "clip")
-    return root
-
-
 def names(files: tuple[Path, ...]) -> list[str]:
     return [f"{file.parent.name}/{file.name}" if file.parent.name == "Vit-lora" else file.name for file in files]
 
 
-def test_lora_is_recognised_with_all_that_belongs_to_it(parts, tmp_path):
-    source = released.write_sq_llava_lora(tmp_path / "source", base=parts / "base", vision=parts / "clip")
-    layout = recognise(source)
+def test_lora_is_recognised_with_everything_that_belongs_to_it(lora, parts):
+    layout = recognise(lora)
     assert layout.kind == "sq_llava_lora"
     assert layout.evidence == 'adapter_config.json, and mm_projector_type "cluster" in config.json'
     assert (layout.base, layout.vision) == (parts / "base", parts / "clip")
@@ -105,9 +97,14 @@ def test_hub_id_is_found_in_the_cache_alone(parts, tmp_path, monkeypatch):
         recognise(source, vision="org/none")
 
 
-def test_id_that_was_given_is_fetched_and_said_but_not_without_a_network(tmp_path, capsys):
+def test_given_id_is_downloaded_with_a_message_and_an_error_takes_one_line(tmp_path, capsys, monkeypatch):
+    def fail(*arguments, **settings):
+        raise HTTPError("connection reset")
+
+    monkeypatch.setattr("sq_llava.checkpoints.layouts.HfApi.list_repo_files", fail)
     source = released.write_llava(tmp_path / "source")
-    with pytest.raises(ValueError, match=r"org/none \(--vision\): not in the cache, and not to be had from the Hub"):
+    message = r"org/none \(--vision\) is not in the cache and could not be downloaded: connection reset"
+    with pytest.raises(ValueError, match=message):
         recognise(source, vision="org/none", download=True)
     assert "Downloading org/none from the Hub" in capsys.readouterr().err
 
@@ -123,24 +120,18 @@ def test_id_that_was_given_is_fetched_and_said_but_not_without_a_network(tmp_pat
         ("clip/pytorch_model.bin", "holds no projector"),
     ],
 )
-def test_what_is_none_of_them_is_refused_by_name(parts, source, message):
+def test_other_models_and_folders_are_refused_with_the_reason(parts, source, message):
     with pytest.raises(ValueError, match=message):
         recognise(parts / source)
 
 
 def test_adapter_of_another_model_is_refused(parts, tmp_path):
     source = released.write_sq_llava_lora(tmp_path / "source")
-    with pytest.raises(ValueError, match=r"Vit-lora is none of .* no config.json with the fields mm_"):
+    with pytest.raises(ValueError, match=r"Vit-lora is not a known kind .* no config.json with fields mm_"):
         recognise(source / "Vit-lora")
 
 
-def test_broken_json_is_named(tmp_path):
-    (tmp_path / "config.json").write_text('{"model_type": ')
-    with pytest.raises(ValueError, match=r"config.json is no JSON"):
-        recognise(tmp_path)
-
-
-def test_safetensors_go_before_pickles(tmp_path):
+def test_safetensors_are_preferred_to_pickles(tmp_path):
     (tmp_path / "pytorch_model.bin").touch()
     assert names(find_weight_files(tmp_path)) == ["pytorch_model.bin"]
     (tmp_path / "model.safetensors").touch()
@@ -151,36 +142,23 @@ def test_safetensors_go_before_pickles(tmp_path):
 def test_index_that_names_a_file_elsewhere_is_refused(tmp_path, name):
     index = tmp_path / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": {"model.norm.weight": name}}))
-    with pytest.raises(ValueError, match=r"index.json: weight_map holds .* which is no file beside it"):
+    with pytest.raises(ValueError, match=r"index.json: weight_map holds .* which is not a file in the same folder"):
         find_weight_files(tmp_path)
 
 
 @pytest.mark.parametrize(
-    ("name", "value", "message"),
+    ("name", "text", "message"),
     [
-        ("config.json", [], "config.json holds '\\[\\]', not the fields of an object"),
-        (
-            "model.safetensors.index.json",
-            {"metadata": {}},
-            "index.json: weight_map is None, not the file of each tensor",
-        ),
+        ("config.json", '{"model_type": ', "config.json is not valid JSON"),
+        ("config.json", "[]", r"config.json holds '\[\]', not a JSON object"),
+        ("model.safetensors.index.json", "{}", "index.json: weight_map is None, but must map each tensor"),
     ],
 )
-def test_json_of_another_form_is_named(tmp_path, name, value, message):
+def test_broken_json_is_named(tmp_path, name, text, message):
     shutil.copy(released.write_llava(tmp_path / "source") / "config.json", tmp_path)
-    (tmp_path / name).write_text(json.dumps(value))
+    (tmp_path / name).write_text(text)
     with pytest.raises(ValueError, match=message):
         recognise(tmp_path)
-
-
-def test_fault_of_the_network_is_said_in_one_line(tmp_path, monkeypatch):
-    def fail(*arguments, **settings):
-        raise HTTPError("connection reset")
-
-    monkeypatch.setattr("sq_llava.checkpoints.layouts.HfApi.list_repo_files", fail)
-    source = released.write_llava(tmp_path / "source")
-    with pytest.raises(ValueError, match=r"org/none \(--vision\): .* not to be had from the Hub: connection reset"):
-        recognise(source, vision="org/none", download=True)
 
 
 class _Bomb:
@@ -199,11 +177,12 @@ def test_pickle_that_would_run_code_is_refused_and_does_not_run(tmp_path, form):
         file.write_bytes(pickle.dumps(state))
     else:
         torch.save(state, file, _use_new_zipfile_serialization=form == "zip")
-    with pytest.raises(ValueError, match=r"mm_projector.bin is not read: .* code that would be run"):
+    with pytest.raises(ValueError, match=r"mm_projector.bin was not loaded: .* code that would be run"):
         recognise(tmp_path)
+    assert any("mm_projector.bin was not loaded" in fault for fault in inspect(tmp_path).faults)
     assert not trace.exists()
     torch.load(file, weights_only=False) if form != "pickle" else pickle.loads(file.read_bytes())
-    assert trace.exists()  # it was a bomb
+    assert trace.exists()  # the bomb works
 
 
 def test_pickles_of_old_torch_are_read(tmp_path):
@@ -214,5 +193,5 @@ def test_pickles_of_old_torch_are_read(tmp_path):
 
 def test_pickle_that_holds_no_named_tensors_is_refused(tmp_path):
     torch.save({"epoch": 3, "state": {}}, tmp_path / "state.bin")
-    with pytest.raises(ValueError, match="holds something else than named tensors"):
+    with pytest.raises(ValueError, match="does not hold named tensors"):
         read_pickle(tmp_path / "state.bin")

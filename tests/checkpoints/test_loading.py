@@ -1,13 +1,11 @@
-"""What a model is, and whether it is whole, is told before it is loaded; folders and Hub ids, adapters too."""
+"""Models of a wrong kind and incomplete models are refused before they are loaded: folders, Hub ids and adapters."""
 
-import json
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from huggingface_hub import constants
-from safetensors.torch import load_file, save_file
 from transformers import BertConfig
 from typer.testing import CliRunner
 
@@ -18,8 +16,8 @@ from sq_llava.evaluation.results import hash_of_model
 from sq_llava.inference.assistant import Assistant
 from sq_llava.training.adapter import LoraSize, add_adapter
 from tests import released, runs, tiny
-from tests.checkpoints.test_push import online
 from tests.local_hub import LocalHub
+from tests.released import edit_json, edit_weights
 
 
 LOST = "model.multi_modal_projector.linear_1.weight"
@@ -27,33 +25,25 @@ LOST = "model.multi_modal_projector.linear_1.weight"
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory) -> Path:
-    """A plain checkpoint, an adapter on it, each also with a weight lost, and models of other kinds; a picture."""
+    """A plain checkpoint and an adapter on it; both with a weight removed; models of other kinds; a picture."""
     root = tmp_path_factory.mktemp("models")
-    processor = tiny.tiny_processor()
-    tiny.tiny_model_for(processor).save_pretrained(root / "plain")
-    processor.save_pretrained(root / "plain")
+    tiny.save_model(root / "plain")
     adapted = add_adapter(load_model(root / "plain"), LoraSize(2, 4, 0.0), LoraSize(4, 8, 0.0), train_vusr=True)
     for name, parameter in adapted.named_parameters():
         if "lora_B" in name:
             torch.nn.init.constant_(parameter, 0.1)
     adapted.save_pretrained(root / "adapter")
-    processor.save_pretrained(root / "adapter")
+    tiny.tiny_processor().save_pretrained(root / "adapter")
 
     shutil.copytree(root / "plain", root / "broken")
-    rewrite(root / "broken" / "model.safetensors", lambda weights: weights.pop(LOST))
+    edit_weights(root / "broken" / "model.safetensors", lambda weights: weights.pop(LOST))
     shutil.copytree(root / "adapter", root / "broken-adapter")
-    rewrite(root / "broken-adapter" / "adapter_model.safetensors", lambda weights: weights.pop(min(weights)))
+    edit_weights(root / "broken-adapter" / "adapter_model.safetensors", lambda weights: weights.pop(min(weights)))
     released.write_llava_hf(root / "llava-hf")
     BertConfig(hidden_size=8, num_attention_heads=2).save_pretrained(root / "bert")
     (root / "pictures").mkdir()
     tiny.picture().save(root / "pictures" / "a.png")
     return root
-
-
-def rewrite(file: Path, change) -> None:
-    weights = load_file(file)
-    change(weights)
-    save_file(weights, file, metadata={"format": "pt"})
 
 
 COMMANDS = {
@@ -79,7 +69,7 @@ def test_checkpoint_without_a_weight_is_refused_by_each_command_with_its_name(mo
     monkeypatch.chdir(models)
     result = run(models, COMMANDS[command], "broken", tmp_path)
     assert result.exit_code == 1
-    assert f"broken cannot be loaded: {LOST}, which config.json asks for, is in no file" in result.stderr
+    assert f"broken cannot be loaded: {LOST} is missing: config.json requires it" in result.stderr
     assert len(result.stderr.strip().splitlines()) == 1 and result.stdout == ""
 
 
@@ -95,31 +85,27 @@ def test_model_of_another_kind_is_refused_by_each_command(models, command, model
 
 
 @pytest.mark.parametrize("model", ["broken", "llava-hf", "bert", "broken-adapter"])
-def test_training_refuses_what_it_cannot_begin_from(models, model, tmp_path):
+def test_training_refuses_a_start_that_cannot_be_loaded(models, model, tmp_path):
     parts = runs.make_parts(tmp_path)
-    settings = {
-        "model_name_or_path": models / model,
-        "vision_model_name_or_path": None,
-        "text_model_name_or_path": None,
-    }
-    arguments = runs.SETTINGS | {"dataset_path": parts / "train.json", "output_dir": tmp_path / "run"} | settings
-    arguments = [text for name, value in arguments.items() if value is not None for text in (f"--{name}", str(value))]
+    settings = runs.SETTINGS | {"dataset_path": parts / "train.json", "output_dir": tmp_path / "run"}
+    settings["model_name_or_path"] = models / model
+    arguments = [text for name, value in settings.items() for text in (f"--{name}", str(value))]
     with pytest.raises(ValueError, match=rf"{model}( cannot be loaded| is)"):
         train_sft.main(arguments)
 
 
-def test_adapter_without_a_weight_is_refused_also_where_it_is_merged(models, tmp_path):
-    with pytest.raises(ValueError, match=r"broken-adapter cannot be loaded: .*which adapter_config\.json asks for"):
+def test_adapter_without_a_weight_cannot_be_merged(models, tmp_path):
+    with pytest.raises(ValueError, match=r"broken-adapter cannot be loaded: .*missing: adapter_config\.json requires"):
         merge_adapter(str(models / "broken-adapter"), str(tmp_path / "merged"))
     assert not (tmp_path / "merged").exists()
 
 
 def test_weights_of_another_shape_or_without_a_place_are_named(models, tmp_path):
     copy = Path(shutil.copytree(models / "plain", tmp_path / "copy"))
-    rewrite(
+    edit_weights(
         copy / "model.safetensors", lambda weights: weights.update({"more": torch.ones(1), LOST: torch.ones(2, 3)})
     )
-    with pytest.raises(ValueError, match=rf"{LOST} has the shape \[2, 3\].*more is in a file, but config.json has no"):
+    with pytest.raises(ValueError, match=rf"{LOST} has the shape \[2, 3\].*more is in a file, but has no place"):
         require_model(copy)
     (copy / "processor_config.json").unlink()
     with pytest.raises(ValueError, match=r"processor_config\.json is missing"):
@@ -128,24 +114,23 @@ def test_weights_of_another_shape_or_without_a_place_are_named(models, tmp_path)
 
 def test_adapter_on_a_base_of_another_kind_is_refused(models, tmp_path):
     copy = Path(shutil.copytree(models / "adapter", tmp_path / "adapter"))
-    config = json.loads((copy / "adapter_config.json").read_text())
-    (copy / "adapter_config.json").write_text(
-        json.dumps(config | {"base_model_name_or_path": str(models / "llava-hf")})
-    )
+    edit_json(copy / "adapter_config.json", base_model_name_or_path=str(models / "llava-hf"))
     with pytest.raises(ValueError, match=r"its base .*llava-hf has the model_type 'llava', not 'sq_llava'"):
         load_checkpoint(str(copy))
 
 
 @pytest.fixture
 def hub(models, tmp_path, monkeypatch):
-    """org/adapter on a commit of org/plain, whose branch has moved on; org/bert; and an empty cache."""
+    """org/adapter on an older commit of org/plain; org/bert; and an empty cache."""
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     adapter = Path(shutil.copytree(models / "adapter", tmp_path / "adapter"))
-    config = json.loads((adapter / "adapter_config.json").read_text())
     with LocalHub() as hub:
-        config |= {"base_model_name_or_path": "org/plain", "revision": hub.add("org/plain", models / "plain")}
-        config["auto_mapping"] = {"base_model_class": "AutoModel", "parent_library": "transformers"}  # as published
-        (adapter / "adapter_config.json").write_text(json.dumps(config))
+        edit_json(
+            adapter / "adapter_config.json",
+            base_model_name_or_path="org/plain",
+            revision=hub.add("org/plain", models / "plain"),
+            auto_mapping={"base_model_class": "AutoModel", "parent_library": "transformers"},  # as published
+        )
         hub.repositories["org/plain"].commit("main", {}, "emptied")
         hub.add("org/adapter", adapter)
         hub.add("org/bert", models / "bert")
@@ -157,7 +142,7 @@ def test_adapter_loads_by_its_hub_id_on_the_commit_of_its_base_and_then_offline(
     expected = answer_of(*load_checkpoint(str(models / "adapter")))
     commits = {name: list(repository.commits) for name, repository in hub.repositories.items()}
     revision, base = commits["org/adapter"][-1], commits["org/plain"][1]
-    with online(hub):
+    with hub.online():
         model, processor = load_checkpoint("org/adapter")
         assert answer_of(model, processor) == expected
         assert model.get_base_model().name_or_path == "org/plain"
@@ -168,10 +153,10 @@ def test_adapter_loads_by_its_hub_id_on_the_commit_of_its_base_and_then_offline(
 
 
 def test_hub_id_of_another_model_is_refused_before_its_weights_are_fetched(hub):
-    with online(hub):
-        with pytest.raises(ValueError, match=r"org/bert is no SQ-LLaVA.*model_type 'bert'"):
+    with hub.online():
+        with pytest.raises(ValueError, match=r"org/bert is not a SQ-LLaVA.*model_type 'bert'"):
             load_checkpoint("org/bert")
-        with pytest.raises(ValueError, match="org/none: not in the cache, and not to be had from the Hub"):
+        with pytest.raises(ValueError, match="org/none: not in the cache, and could not be downloaded from the Hub"):
             load_checkpoint("org/none")
     fetched = [path.rpartition("/")[2] for method, path in hub.log if method == "GET" and "/resolve/" in path]
     assert fetched == ["config.json"]

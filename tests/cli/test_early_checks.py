@@ -1,4 +1,4 @@
-"""What is not there is refused in one line, before the seconds that importing torch takes."""
+"""Missing files and models are refused in one line, before the seconds that importing torch takes."""
 
 import json
 import subprocess
@@ -6,26 +6,27 @@ import sys
 
 import pytest
 
-from sq_llava.early_checks import require_device, require_model
+from sq_llava.early_checks import require_device
+from sq_llava.locations import find_config
 from tests import ROOT, tiny
 
 
 pytestmark = pytest.mark.slow
 
-NO_MODEL = "nope: no such folder. Give one with a model, or a Hub id such as org/name."
+NO_MODEL = "nope: no such folder. Give a folder with a model, or a Hub id such as org/name."
 CASES = {
     "ask a.png --model nope": NO_MODEL,
     "answer a.png Hi --model nope": NO_MODEL,
     "answer none.png Hi --model model": "none.png: no such image.",
-    "answer text.png Hi --model model": "text.png: is of no known image format",
-    "answer a.png Hi --model empty": "empty holds neither config.json nor adapter_config.json",
+    "answer text.png Hi --model model": "text.png: unknown image format, or a broken header",
+    "answer a.png Hi --model empty": "empty has neither config.json nor adapter_config.json",
     "answer a.png Hi --model model --dtype half": "--dtype is 'half': give auto, float32, bfloat16 or float16.",
     "chat a.png --model nope": NO_MODEL,
     "chat none.png --model model": "none.png: no such image.",
     "serve nope": NO_MODEL,
     "demo nope": NO_MODEL,
     "prototypes a.png --out b.png --model nope": NO_MODEL,
-    "prototypes a.png --out a.png --model model": "--out a.png is the image itself",
+    "prototypes a.png --out a.png --model model": "--out a.png is the input image",
     "prototypes a.png --out none/b.png --model model": "none: no such folder.",
     "evaluate --tasks pope --data empty --model nope": NO_MODEL,
     "evaluate --tasks pope --data none --model model": "--data none: no such folder",
@@ -38,7 +39,7 @@ CASES = {
     "generate-data curate none --out out --describer model": "none: no such folder.",
     "generate-data llava none.json --out out --model gpt": "The captions none.json: no such file.",
     "generate-data captions none.json --image-root . --out out --spacy-model en": "The captions none.json: no such",
-    "generate-data prompts llava full": "full is there already: give a new folder.",
+    "generate-data prompts llava full": "full exists already: give a new folder.",
     "merge nope --out out": "nope: no such folder.",
     "merge model --out full": "full is not empty: give a new folder.",
     "merge model --out a.png": "a.png is a file: give a new folder.",
@@ -50,7 +51,7 @@ CASES = {
     "convert model --out full": "full is not empty: give a new folder.",
     "convert model --out out --dtype int8": "--dtype is 'int8'",
     "doctor --config nope.yaml": "--config nope.yaml: no such file.",
-    "doctor --config list.yaml": "--config list.yaml: holds '[1, 2]', not settings",
+    "doctor --config list.yaml": "--config list.yaml: contains '[1, 2]'. Write settings as",
 }
 RUN_ALL = """
 import json, sys
@@ -66,7 +67,7 @@ for line in sys.stdin:
 
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory) -> dict[str, list]:
-    """What came of each command, all of them in one process that stands in a folder with a few things."""
+    """The outcome of each command. All of them run in one process, in a folder with a few files."""
     folder = tmp_path_factory.mktemp("early")
     for name in ("empty", "full", "model"):
         (folder / name).mkdir()
@@ -84,14 +85,15 @@ def outcomes(tmp_path_factory) -> dict[str, list]:
 
 
 @pytest.mark.parametrize("command", CASES)
-def test_what_is_not_there_is_refused_at_once_in_one_line(outcomes, command):
+def test_wrong_input_is_refused_at_once_in_one_line(outcomes, command):
     code, output, errors, large = outcomes[command]
     assert (code, output, large) == (1, "", [])
     assert errors.startswith(f"Error: {CASES[command]}") and errors.count("\n") == 1
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"), [(["none.yaml"], "--config none.yaml: no such file."), ([], "--config: which recipe?")]
+    ("arguments", "message"),
+    [(["none.yaml"], "--config none.yaml: no such file."), ([], "--config needs the path of a recipe.")],
 )
 def test_training_refuses_a_missing_recipe_before_it_imports_torch(arguments, message, tmp_path):
     watch = "import runpy, sys; sys.modules['torch'] = None; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], {}, "
@@ -101,8 +103,8 @@ def test_training_refuses_a_missing_recipe_before_it_imports_torch(arguments, me
 
 
 @pytest.mark.parametrize("device", ["foo", "cuda:7", "cpu:1"])
-def test_device_that_is_not_here_is_refused_with_those_that_are(device):
-    with pytest.raises(ValueError, match=rf"device is '{device}', which is not here. This machine has cpu"):
+def test_missing_device_is_refused_and_the_available_ones_are_named(device):
+    with pytest.raises(ValueError, match=rf"device is '{device}', but this machine has only cpu"):
         require_device(device)
 
 
@@ -110,4 +112,4 @@ def test_model_in_the_home_folder_is_found(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "adapter_config.json").touch()
-    assert require_model("~/model") == str(tmp_path / "model")
+    assert find_config("~/model") == tmp_path / "model" / "adapter_config.json"

@@ -1,4 +1,4 @@
-"""`sq-llava recipes`: what it lists, and what it copies."""
+"""`sq-llava recipes` lists recipes and copies them."""
 
 import re
 from pathlib import Path
@@ -25,7 +25,7 @@ def test_every_recipe_is_listed_with_the_first_sentence_of_its_comment():
     files = [path for path in find_resource("recipes").rglob("*") if path.is_file()]
     assert lines.keys() == list_recipes().keys() and len(lines) == len(files)
     assert lines["sq-llava-7b/stage1"] == "SQ-LLaVA-7B, stage 1: alignment on LLaVA-Pretrain, 558K captions."
-    assert lines["accelerate/multi_node"] == "Two machines of eight GPUs under Slurm, by torchrun."
+    assert lines["accelerate/multi_node"] == "Two machines with eight GPUs each, with Slurm and torchrun."
     assert all(line.endswith(".") for line in lines.values())
 
 
@@ -47,7 +47,7 @@ def test_one_recipe_is_copied_with_the_launch_settings(name, tmp_path, monkeypat
 
 @pytest.mark.parametrize("folder", ["recipes", "my/own"])
 @pytest.mark.parametrize("name", FOLDERS)
-def test_commands_in_the_comments_of_a_copy_name_files_that_are_there(name, folder, tmp_path, monkeypatch):
+def test_commands_in_the_comments_of_a_copy_name_existing_files(name, folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     written, kept = copy_recipes(name, Path(folder))
     assert written and not kept
@@ -62,7 +62,7 @@ def test_no_file_is_overwritten(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     run("copy", "llava-7b/stage1")
     Path("recipes/accelerate/ddp.yaml").write_text("num_processes: 4")
-    # What was edited of the launch settings stays; what is the same as before, too.
+    # Edited launch settings and identical recipes are kept.
     result = run("copy", "llava-7b")
     assert result.exit_code == 0
     assert "Kept recipes/accelerate/ddp.yaml" in result.stderr and "Kept recipes/llava-7b/stage1.yaml" in result.stderr
@@ -70,7 +70,7 @@ def test_no_file_is_overwritten(tmp_path, monkeypatch):
     Path("recipes/llava-7b/stage1.yaml").write_text("stage: align")
     Path("recipes/llava-7b/stage2.yaml").unlink()
     result = run("copy", "llava-7b")
-    assert result.exit_code == 1 and "recipes/llava-7b/stage1.yaml is there already, and differs" in result.stderr
+    assert result.exit_code == 1 and "recipes/llava-7b/stage1.yaml exists already and is different" in result.stderr
     assert Path("recipes/llava-7b/stage1.yaml").read_text() == "stage: align"
     assert not Path("recipes/llava-7b/stage2.yaml").exists()
 

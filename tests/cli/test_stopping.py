@@ -1,4 +1,4 @@
-"""Ctrl-C and a closed output end each command in one line, at any moment, without a traceback."""
+"""Ctrl-C and a closed output end a command in one line, at any moment, without a traceback."""
 
 import os
 import pty
@@ -23,7 +23,7 @@ from tests.runs import arguments, in_step, make_parts, signal_self
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """A model that speaks until it is stopped, a picture, and what a training needs."""
+    """A model that never ends its text, pictures, and the models and data of a training."""
     folder = tmp_path_factory.mktemp("stopping")
     processor = tiny.tiny_processor(system_message="")
     model = tiny.tiny_model_for(processor)
@@ -33,7 +33,7 @@ def folder(tmp_path_factory) -> Path:
     return make_parts(folder)
 
 
-# While a module is imported, by its name.
+# Runs a program, and presses Ctrl-C when it imports the module of this name.
 INTERRUPTED_IMPORT = """
 import os, runpy, signal, sys
 
@@ -67,44 +67,43 @@ def test_ctrl_c_in_an_import_ends_in_one_line(module, command, folder):
     assert done.stderr.splitlines()[-1] == "Stopped." and "Traceback" not in done.stderr
 
 
+def outcome(function, command: tuple[str, ...], folder: Path, prepare=None) -> tuple[int, str]:
+    """Exit code and output of a command in a process of its own."""
+    [code] = ended(fork(function, command, folder / "log", prepare))
+    return code, (folder / "log").read_text()
+
+
 def stop_in(owner, name: str) -> None:
-    """Ctrl-C while this function runs."""
+    """Presses Ctrl-C when this function is called."""
     setattr(owner, name, lambda *args, **kwargs: signal_self(0, signal.SIGINT))
 
 
 @pytest.mark.slow
 def test_ctrl_c_in_an_answer_ends_in_one_line(folder, tmp_path):
     command = ("answer", str(folder / "1.png"), "Hi", "--model", str(folder / "model"))
-    children = fork(sq_llava, command, tmp_path / "log", (stop_in, Assistant, "answer_batch"))
-    assert ended(children) == [130]
-    assert (tmp_path / "log").read_text() == "Stopped.\n"
-
-
-def interrupt(*args, **kwargs):
-    raise KeyboardInterrupt
+    assert outcome(sq_llava, command, tmp_path, (stop_in, Assistant, "answer_batch")) == (130, "Stopped.\n")
 
 
 @pytest.mark.slow
 def test_ctrl_c_before_training_ends_in_one_line(folder, tmp_path):
     command = (str(ROOT / "train_sft.py"), *arguments(folder, tmp_path / "run"))
-    assert ended(fork(run_script, command, tmp_path / "log", (stop_in, SQLlavaTrainer, "__init__"))) == [130]
-    assert (tmp_path / "log").read_text().splitlines()[-1] == "Stopped."
-    assert "Traceback" not in (tmp_path / "log").read_text()
+    code, text = outcome(run_script, command, tmp_path, (stop_in, SQLlavaTrainer, "__init__"))
+    assert code == 130 and text.splitlines()[-1] == "Stopped." and "Traceback" not in text
 
 
 @pytest.mark.parametrize(
     ("settings", "code", "message"),
     [
         ({"dataset_path": "none.json"}, 1, "Error: none.json: no such file."),
-        ({"self_question_ratio": 2}, 1, "Error: self_question_ratio is 2.0: give a number from 0 to 1."),
+        ({"self_question_ratio": 2}, 1, "Error: self_question_ratio is 2.0: it must be a number from 0 to 1."),
         ({"stage": "alig"}, 2, "Error: argument --stage: invalid choice: 'alig'"),
     ],
 )
-def test_wrong_setting_of_a_training_is_told_in_one_line(settings, code, message, folder, tmp_path):
+def test_wrong_training_setting_is_refused_in_one_line(settings, code, message, folder, tmp_path):
     command = (str(ROOT / "train_sft.py"), *arguments(folder, tmp_path / "run", **settings))
-    assert ended(fork(run_script, command, tmp_path / "log")) == [code]
-    text = (tmp_path / "log").read_text()
-    assert text.splitlines()[-1].startswith(message) and "Traceback" not in text and "usage:" not in text
+    found, text = outcome(run_script, command, tmp_path)
+    assert found == code and text.splitlines()[-1].startswith(message)
+    assert "Traceback" not in text and "usage:" not in text
 
 
 def fail():
@@ -114,19 +113,19 @@ def fail():
 @pytest.mark.slow
 def test_error_of_a_training_step_has_its_traceback(folder, tmp_path):
     command = (str(ROOT / "train_sft.py"), *arguments(folder, tmp_path / "run", doctor="off"))
-    assert ended(fork(run_script, command, tmp_path / "log", (in_step, 1, fail))) == [1]
-    assert "Traceback" in (tmp_path / "log").read_text() and "ValueError: a bug" in (tmp_path / "log").read_text()
+    code, text = outcome(run_script, command, tmp_path, (in_step, 1, fail))
+    assert code == 1 and "Traceback" in text and "ValueError: a bug" in text
 
 
 def break_output() -> None:
-    """Standard output is a pipe that nobody reads."""
+    """Makes standard output a pipe that nobody reads."""
     reading, writing = os.pipe()
     os.close(reading)
     os.dup2(writing, 1)
 
 
 def fill_output() -> None:
-    """Standard output is on a full disk."""
+    """Makes standard output a file on a full disk."""
     os.dup2(os.open("/dev/full", os.O_WRONLY), 1)
 
 
@@ -134,15 +133,14 @@ def fill_output() -> None:
 @pytest.mark.parametrize(
     ("prepare", "line"),
     [
-        (break_output, "Stopped: nobody reads the output any more.\n"),
+        (break_output, "Stopped: standard output was closed.\n"),
         (fill_output, "Error: [Errno 28] No space left on device\n"),
     ],
 )
 @pytest.mark.parametrize("options", [[], ["--json"]], ids=["by rich", "by print"])
 def test_output_that_cannot_be_written_ends_in_one_line(prepare, line, options, folder, tmp_path):
     command = ("inspect", str(folder / "model"), *options)
-    assert ended(fork(sq_llava, command, tmp_path / "log", (prepare,))) == [1]
-    assert (tmp_path / "log").read_text() == line
+    assert outcome(sq_llava, command, tmp_path, (prepare,)) == (1, line)
 
 
 def test_chat_without_standard_input_ends_at_once_in_one_line(folder):
@@ -150,21 +148,21 @@ def test_chat_without_standard_input_ends_at_once_in_one_line(folder):
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, shell=True, cwd=folder, env=environment, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr == "Error: Standard input is closed: chat reads what you say from it.\n"
+    assert done.stderr == "Error: Standard input is closed, but chat reads your messages from it.\n"
 
 
-def test_interrupt_that_a_library_made_an_error_of_its_own_counts_as_one(monkeypatch, capsys):
+def test_error_of_a_library_that_was_interrupted_counts_as_ctrl_c(monkeypatch, capsys):
     monkeypatch.setattr(stopping.signal, "signal", lambda *_: None)
     with pytest.raises(SystemExit) as ending, stopping.one_line_when_stopped():
         try:
-            interrupt()
+            raise KeyboardInterrupt
         except KeyboardInterrupt as error:
             raise ImportError("numpy failed to import") from error
     assert ending.value.code == 130 and capsys.readouterr().err == "Stopped.\n"
 
 
 def sit_at(terminal: str) -> None:
-    """Makes a terminal this process' own, so that its Ctrl-C comes here; answers tell when they begin."""
+    """Gives this process a terminal of its own, whose Ctrl-C reaches it. Each answer prints a line when it starts."""
     os.setsid()
     os.dup2(os.open(terminal, os.O_RDWR), 0)
     ioctl(0, termios.TIOCSCTTY, 0)
@@ -203,11 +201,11 @@ def test_ctrl_c_stops_an_answer_of_chat_and_a_second_one_ends_it(folder, tmp_pat
     assert ended(children) == [130]
     text = log.read_text()
     assert "2 messages before: Go on." in text and "2 messages before: /ask" in text
-    assert text.count("Stopped. The conversation goes on without this turn.") == 2
+    assert text.count("Stopped. This turn was dropped.") == 2
     assert text.endswith("\nStopped.\n") and "Traceback" not in text
 
 
-def test_child_started_to_miss_interrupts_does(capfd):
+def test_child_process_ignores_ctrl_c(capfd):
     with stopping.children_miss_interrupts():
         child = subprocess.Popen(
             [sys.executable, "-c", "import os, signal; os.kill(os.getpid(), signal.SIGINT); print('alive')"]

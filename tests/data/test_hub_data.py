@@ -1,4 +1,4 @@
-"""Datasets of the Hub, from a small Hub on this machine, online and from the cache; and folders that look like one."""
+"""Datasets of the Hub, from a local server, online and from the cache; and folders with the same files."""
 
 import io
 import json
@@ -14,6 +14,7 @@ from sq_llava.data.rows import load_rows
 from sq_llava.data.sources import DataSource
 from tests import ROOT, tiny
 from tests.local_hub import LocalHub
+from tests.pictures import encoded
 from tests.warm_python import warm_python
 
 
@@ -25,15 +26,12 @@ def rows(name: str, number: int) -> list[dict]:
     return [{"id": f"{name}{index}", "messages": messages} for index in range(number)]
 
 
-def picture() -> bytes:
-    stream = io.BytesIO()
-    tiny.picture().save(stream, "PNG")
-    return stream.getvalue()
+PICTURE = encoded(tiny.picture(), "PNG")
 
 
 def parquet(name: str, number: int) -> bytes:
     stream = io.BytesIO()
-    with_images = [{**row, "images": [{"bytes": picture(), "path": None}]} for row in rows(name, number)]
+    with_images = [{**row, "images": [{"bytes": PICTURE, "path": None}]} for row in rows(name, number)]
     table = datasets.Dataset.from_list(with_images)
     table.cast_column("images", datasets.List(datasets.Image())).to_parquet(stream)
     return stream.getvalue()
@@ -57,12 +55,12 @@ CHARTS = {
     "big/test-0.parquet": parquet("t", 1),
 }
 METADATA = {"file_name": "pictures/a.png", "id": "f", "prompt": "What?", "completion": "A dog."}
-PICTURES = {"pictures/a.png": picture(), "metadata.jsonl": json.dumps(METADATA).encode()}
-RELATIVE = {"data.jsonl": json.dumps({**rows("r", 1)[0], "image": "pictures/a.png"}).encode(), "a.png": picture()}
+PICTURES = {"pictures/a.png": PICTURE, "metadata.jsonl": json.dumps(METADATA).encode()}
+RELATIVE = {"data.jsonl": json.dumps({**rows("r", 1)[0], "image": "pictures/a.png"}).encode(), "a.png": PICTURE}
 SCRIPT = b"open('ran', 'w').close()"
 
 BIG, PLAIN = {"path": "org/charts", "name": "big"}, {"path": "org/plain"}
-# What is asked for, online; and the ids that come, or a part of the error.
+# The source, and the ids that are loaded online, or a part of the error.
 CASES = {
     "a configuration": ({"path": "org/charts", "name": "small"}, ["s0", "s1"]),
     "a part of a split": ({**BIG, "split": "train[:50%]"}, ["a0", "a1", "a2"]),
@@ -73,23 +71,18 @@ CASES = {
     "pictures by path": ({"path": "org/relative"}, ["r0"]),
     "no configuration": ({"path": "org/charts"}, "pick one among the available configs: ['small', 'big']"),
     "an unknown configuration": ({"path": "org/charts", "name": "tiny"}, "not found. Available: ['small', 'big']"),
-    "no split": (BIG, "split is None: give one of train, test, or a part such as train[:10%]"),
-    "an unknown split": ({**BIG, "split": "val"}, "split is 'val': give one of train, test"),
-    "an unknown revision": (
-        {**PLAIN, "revision": "v9"},
-        "Revision 'v9' doesn't exist",
-    ),
+    "no split": (BIG, "split is None: use one of train, test, or a part such as train[:10%]"),
+    "an unknown split": ({**BIG, "split": "val"}, "split is 'val': use one of train, test"),
+    "an unknown revision": ({**PLAIN, "revision": "v9"}, "Revision 'v9' doesn't exist"),
     "an unknown dataset": ({"path": "org/none"}, "org/none: cannot be loaded: Dataset 'org/none' doesn't exist"),
     "a script": ({"path": "org/script"}, "scripts are no longer supported"),
 }
 OFFLINE = {
-    "a configuration": ({"path": "org/charts", "name": "small"}, ["s0", "s1"]),
-    "a part of a split": ({**BIG, "split": "train[:50%]"}, ["a0", "a1", "a2"]),
-    "a branch": ({**PLAIN, "revision": "v1"}, ["old0"]),
+    **{name: CASES[name] for name in ("a configuration", "a part of a split", "a branch")},
     "no configuration": ({"path": "org/charts"}, "'small'|multiple|big, small"),
     "an unknown revision": (
         {**PLAIN, "revision": "v9"},
-        "the Hub gives no revision 'v9', and the cache has only the commits ",
+        "the Hub does not give revision 'v9', and the cache has only the commits ",
     ),
     "an unknown dataset": ({"path": "org/none"}, "Couldn't reach 'org/none' on the Hub"),
 }
@@ -118,7 +111,7 @@ print(json.dumps(results))
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory) -> tuple[dict, dict, Path]:
-    """What came of `CASES`, and of `OFFLINE` after them, in a process that takes the small Hub for the Hub."""
+    """Results of `CASES`, then of `OFFLINE`, in a process whose Hub is the local server; and its cache folder."""
     folder = tmp_path_factory.mktemp("hub")
     with LocalHub() as hub:
         hub.add_dataset("org/charts", CHARTS)
@@ -135,13 +128,13 @@ def results(tmp_path_factory) -> tuple[dict, dict, Path]:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_a_dataset_of_the_hub_is_loaded_or_refused_with_what_there_is(results, name):
+def test_a_dataset_of_the_hub_is_loaded_or_refused_with_the_choices(results, name):
     result, expected = results[0][name], CASES[name][1]
     assert expected in result if isinstance(expected, str) else result["ids"] == expected
 
 
 @pytest.mark.parametrize("name", OFFLINE)
-def test_without_the_hub_what_is_in_the_cache_is_loaded_and_nothing_else(results, name):
+def test_offline_only_the_requested_data_of_the_cache_is_loaded(results, name):
     result, expected = results[1][name], OFFLINE[name][1]
     if isinstance(expected, str):
         assert any(part in result for part in expected.split("|"))
@@ -151,7 +144,7 @@ def test_without_the_hub_what_is_in_the_cache_is_loaded_and_nothing_else(results
 
 def test_images_of_the_hub_need_no_image_root_unless_they_are_paths(results):
     online, _, folder = results
-    assert online["a configuration"]["images"] == [[picture().hex()]] * 2
+    assert online["a configuration"]["images"] == [[PICTURE.hex()]] * 2
     assert online["a configuration"]["num_images"] == [1, 1]
     ((in_cache,),) = online["pictures"]["images"]
     assert open_image(in_cache).tobytes() == tiny.picture().tobytes()
@@ -170,12 +163,12 @@ def write(folder: Path, files: dict[str, bytes]) -> str:
     return str(folder)
 
 
-def test_a_folder_that_looks_like_a_dataset_of_the_hub_is_loaded_as_one(tmp_path):
+def test_a_folder_with_the_files_of_a_hub_dataset_is_loaded_as_one(tmp_path):
     path = write(tmp_path / "charts", CHARTS)
     assert load_rows([DataSource(path, name="big", split="train[:50%]")])[:]["id"] == ["a0", "a1", "a2"]
     with pytest.raises(ValueError, match=r"available configs: \['small', 'big'\]"):
         load_rows([DataSource(path)])
-    with pytest.raises(ValueError, match="split is None: give one of train, test"):
+    with pytest.raises(ValueError, match="split is None: use one of train, test"):
         load_rows([DataSource(path, name="big")])
     with pytest.raises(ValueError, match="revision is 'v1', but a folder has no revisions"):
         load_rows([DataSource(path, name="small", revision="v1")])
@@ -186,7 +179,7 @@ def test_a_folder_of_images_with_their_rows_is_loaded_and_its_images_stay_inside
     (row,) = load_rows([DataSource(path)])
     assert row["id"] == "f" and row["images"] == [str(tmp_path.resolve() / "pictures" / "pictures" / "a.png")]
     (tmp_path / "other").mkdir()
-    with pytest.raises(ValueError, match="leaves the image root"):
+    with pytest.raises(ValueError, match="is outside the image root"):
         load_rows([DataSource(path, image_root=str(tmp_path / "other"))])[0]
 
 
@@ -201,8 +194,9 @@ def test_splits_of_saved_datasets_are_honoured_and_those_of_files_refused(tmp_pa
 
     assert load("several", split="test[:1]+train[75%:]") == ["test0", "train3"]
     assert load("one") == load("rows.parquet") == ["train0", "train1", "train2", "train3"]
-    with pytest.raises(ValueError, match="split is 'val': give one of train, test"):
-        load("several", split="val")
+    for split in ("val", None):
+        with pytest.raises(ValueError, match=f"split is {split!r}: use one of train, test"):
+            load("several", split=split)
     with pytest.raises(ValueError, match="split is 'test', but a folder of a single dataset has no splits"):
         load("one", split="test")
     for field in ("split", "name", "revision"):

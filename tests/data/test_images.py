@@ -1,4 +1,4 @@
-"""Image files as pixels: a faster way to the square, by the law that no pixel differs."""
+"""Image files become the same pixels as in transformers, and broken files become errors that name them."""
 
 import io
 
@@ -13,7 +13,7 @@ from transformers import CLIPImageProcessorPil, LlavaImageProcessorPil, SiglipIm
 from image_processing_sq_llava import MAX_IMAGE_SIDE
 from processing_sq_llava import SQLlavaProcessor
 from sq_llava.data.images import image_faults, open_image
-from tests import tiny
+from tests import pictures, tiny
 
 
 def image_processor(kind: str, aspect_ratio: str = "pad"):
@@ -25,10 +25,6 @@ def image_processor(kind: str, aspect_ratio: str = "pad"):
     return SQLlavaProcessor(stock, tiny.byte_level_tokenizer(), image_aspect_ratio=aspect_ratio).image_processor
 
 
-def as_transformers_has_it(processor) -> LlavaImageProcessorPil:
-    return LlavaImageProcessorPil.from_dict(processor.to_dict())
-
-
 PROCESSORS = {kind: image_processor(kind) for kind in ("clip", "siglip", "bilinear")}
 PROCESSORS["crop"] = image_processor("clip", "crop")
 
@@ -37,10 +33,11 @@ PROCESSORS["crop"] = image_processor("clip", "crop")
 @given(
     width=st.integers(1, 130), height=st.integers(1, 130), seed=st.integers(0, 9), kind=st.sampled_from([*PROCESSORS])
 )
-def test_rgb_image_has_the_pixels_of_transformers_processor_to_the_last_bit(width, height, seed, kind):
+def test_rgb_image_has_exactly_the_pixels_of_transformers_processor(width, height, seed, kind):
     pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
     image, processor = Image.fromarray(pixels), PROCESSORS[kind]
-    expected = as_transformers_has_it(processor)(image, return_tensors="pt")["pixel_values"]
+    stock = LlavaImageProcessorPil.from_dict(processor.to_dict())
+    expected = stock(image, return_tensors="pt")["pixel_values"]
     assert torch.equal(processor(image, return_tensors="pt")["pixel_values"], expected)
     square = processor.pad_and_resize(image)
     assert processor.do_center_crop and square.size == ((42, 42) if processor.do_pad else image.size)
@@ -48,13 +45,11 @@ def test_rgb_image_has_the_pixels_of_transformers_processor_to_the_last_bit(widt
 
 
 def encoded(image: Image.Image, form: str, **settings) -> dict:
-    stream = io.BytesIO()
-    image.save(stream, form, **settings)
-    return {"bytes": stream.getvalue(), "path": f"a.{form.lower()}"}
+    return {"bytes": pictures.encoded(image, form, **settings), "path": f"a.{form.lower()}"}
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_photo_is_turned_as_its_exif_data_says(orientation):
+def test_photo_is_rotated_as_its_exif_data_says(orientation):
     exif = Image.Exif()
     exif[ExifTags.Base.Orientation] = orientation
     photo = encoded(tiny.picture().resize((30, 20)), "PNG", exif=exif)
@@ -62,7 +57,7 @@ def test_photo_is_turned_as_its_exif_data_says(orientation):
     assert open_image(photo).tobytes() == expected.tobytes()
 
 
-def test_program_is_no_image(monkeypatch):
+def test_eps_file_is_refused_and_its_program_not_run(monkeypatch):
     eps = encoded(tiny.picture(), "EPS")
     monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *args, **kwargs: pytest.fail("Ghostscript was called"))
     with pytest.raises(ValueError, match=r"a\.eps: cannot be read as an image"):
@@ -70,9 +65,9 @@ def test_program_is_no_image(monkeypatch):
     assert [fault.code for fault in image_faults(eps)] == ["image_unreadable"]
 
 
-def test_strip_is_refused_and_a_long_picture_made_smaller():
+def test_very_narrow_image_is_refused_and_a_long_one_made_smaller():
     strip = encoded(Image.new("L", (1, 201)), "PNG")
-    with pytest.raises(ValueError, match="1 x 201 pixels: a side is more than 200 times the other"):
+    with pytest.raises(ValueError, match="1 x 201 pixels: one side is more than 200 times the other"):
         open_image(strip)
     assert [fault.code for fault in image_faults(strip)] == ["image_unreadable"]
     assert open_image(encoded(Image.new("L", (1, 200)), "PNG")).size == (1, 200)
@@ -80,7 +75,7 @@ def test_strip_is_refused_and_a_long_picture_made_smaller():
 
 
 @pytest.mark.parametrize("key", ["exif", "xmp", "transparency"])
-def test_text_in_the_place_of_metadata_is_an_error_in_words_or_no_matter(key):
+def test_wrong_metadata_is_ignored_or_a_named_error(key):
     texts = PngImagePlugin.PngInfo()
     texts.add_text(key, "7", zip=True)
     try:
@@ -94,16 +89,25 @@ def test_text_in_the_place_of_metadata_is_an_error_in_words_or_no_matter(key):
     form=st.sampled_from(["GIF", "JPEG", "PNG", "TIFF", "WEBP"]),
     changes=st.lists(st.tuples(st.integers(0, 500), st.integers(0, 255)), min_size=1, max_size=8),
     orientation=st.integers(0, 9),
+    kept=st.sampled_from([1.0, 0.9, 0.5, 0.1]),
 )
-def test_broken_file_is_an_error_in_words(form, changes, orientation):
+def test_broken_file_is_a_named_error_and_a_fault(form, changes, orientation, kept):
     exif = Image.Exif()
     exif[ExifTags.Base.Orientation] = orientation
     settings = {} if form == "GIF" else {"exif": exif}
     data = bytearray(encoded(tiny.picture().resize((20, 12)), form, **settings)["bytes"])
+    del data[max(1, int(kept * len(data))) :]
     for place, value in changes:
         data[place % len(data)] = value
     try:
         assert open_image({"bytes": bytes(data), "path": None}).mode == "RGB"
     except ValueError as error:
         assert "cannot be read as an image" in str(error)
-    list(image_faults({"bytes": bytes(data), "path": None}))
+    assert all(fault.message and fault.fix for fault in image_faults({"bytes": bytes(data), "path": None}))
+
+
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP"])
+def test_complete_image_is_not_decoded(form, monkeypatch):
+    images = [encoded(image, form) for image in (tiny.picture(), tiny.picture().convert("L"))]
+    monkeypatch.setattr(Image.Image, "load", lambda image: pytest.fail("decoded"))
+    assert not [fault for image in images for fault in image_faults(image)]

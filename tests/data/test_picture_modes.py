@@ -1,12 +1,12 @@
-"""A picture is the same picture everywhere: each row of the table in `docs/images.md` on every way to the model.
+"""A picture gives the same pixels on every way to the model: each row of the table in `docs/images.md`.
 
-The checkpoint's own code takes the same pictures in a fresh process: `remote_code_checks.py`.
+`remote_code_checks.py` tests the same pictures with the code of a checkpoint in a new process.
 """
 
 import base64
 import threading
 from functools import partial
-from http.server import BaseHTTPRequestHandler, HTTPServer
+from http.server import HTTPServer, SimpleHTTPRequestHandler
 
 import numpy as np
 import pytest
@@ -30,7 +30,7 @@ PICTURES = {picture.row: picture for picture in [*pictures(), *turned()]}
 IN_FILES = [row for row, picture in PICTURES.items() if picture.file is not None]
 OF_THE_WEB = [row for row in IN_FILES if PICTURES[row].image.format in ("PNG", "GIF")]
 PROCESSOR = tiny.tiny_processor()
-# The reference: transformers' own class, which is given nothing but RGB.
+# The reference: the class of transformers, which gets only RGB images here.
 STOCK = LlavaImageProcessorPil.from_dict(PROCESSOR.image_processor.to_dict())
 
 
@@ -51,7 +51,7 @@ def http(assistant):
 
 @pytest.fixture
 def seen(assistant, monkeypatch) -> list[torch.Tensor]:
-    """The pixels that come to the vision tower."""
+    """Collects the pixels that the vision tower gets."""
     pixels, model = [], assistant.model.model
     monkeypatch.setattr(
         model, "get_vision_features", lambda of, look=model.get_vision_features: pixels.append(of) or look(of)
@@ -77,7 +77,7 @@ def templated(**image) -> torch.Tensor:
 
 
 class Enough(Exception):
-    """The pixels are known: no answer is needed, which takes far longer."""
+    """Carries the pixels out of the model before it generates an answer, which would take long."""
 
 
 def answered(assistant, images=None, **part) -> torch.Tensor:
@@ -199,8 +199,8 @@ def test_array_and_tensor_have_the_pixels_of_the_image(kind, aspect_ratio):
     ("array", "settings", "message"),
     [
         (RGB / 255, {}, "between 0 and 1: pass do_rescale=False"),
-        (RGB.astype(np.float32), {"do_rescale": False}, "must be between 0 and 1, but are 0.0 to 255.0"),
-        (RGB / 255 + np.nan, {"do_rescale": False}, "must be between 0 and 1, but are nan"),
+        (RGB.astype(np.float32), {"do_rescale": False}, "must lie between 0 and 1, but the array has 0.0 to 255.0"),
+        (RGB / 255 + np.nan, {"do_rescale": False}, "must lie between 0 and 1, but the array has nan"),
         (RGB + 0.5, {}, "whole numbers from 0 to 255, but the array has"),
         (RGB.astype(np.int32) * 2, {}, "whole numbers from 0 to 255, but the array has"),
         (RGB, {"input_data_format": "channels_first"}, "is not 1, 3 or 4 channels: check input_data_format"),
@@ -209,12 +209,12 @@ def test_array_and_tensor_have_the_pixels_of_the_image(kind, aspect_ratio):
         (COLOURS, {"do_convert_rgb": False}, "takes RGB images only"),
     ],
 )
-def test_array_that_would_have_to_be_guessed_is_refused(array, settings, message):
+def test_ambiguous_array_is_refused(array, settings, message):
     with pytest.raises(ValueError, match=message):
         PROCESSOR.image_processor(array, return_tensors="pt", **settings)
 
 
-def test_levels_without_rescaling_and_other_settings_of_a_call_are_transformers_own():
+def test_settings_of_a_call_work_as_in_transformers():
     for settings in (
         {"do_rescale": False, "do_normalize": False},
         {"size": {"shortest_edge": 50}, "do_center_crop": False},
@@ -228,7 +228,7 @@ def test_levels_without_rescaling_and_other_settings_of_a_call_are_transformers_
         assert torch.equal(found["pixel_values"], expected["pixel_values"])
 
 
-def test_turned_picture_is_not_turned_again_and_stays_as_it_was():
+def test_rotated_picture_is_not_rotated_twice_and_its_original_not_changed():
     image = PICTURES["EXIF 6"].image
     before = image.tobytes()
     again = to_rgb(to_rgb(image))
@@ -236,7 +236,7 @@ def test_turned_picture_is_not_turned_again_and_stays_as_it_was():
     assert image.tobytes() == before and image.getexif()[0x0112] == 6
 
 
-def test_what_is_drawn_on_a_picture_afterwards_does_not_change_the_conversation(assistant, seen):
+def test_drawing_on_a_picture_later_does_not_change_the_conversation(assistant, seen):
     image = COLOURS.copy()
     talk = assistant.converse(image, num_turns=1, max_new_tokens=1)
     ImageDraw.Draw(image).rectangle((0, 0, 30, 20), "red")
@@ -244,24 +244,12 @@ def test_what_is_drawn_on_a_picture_afterwards_does_not_change_the_conversation(
     assert torch.equal(seen[0], STOCK(COLOURS, return_tensors="pt")["pixel_values"])
 
 
-class PictureServer(BaseHTTPRequestHandler):
-    def do_GET(self):
-        self.send_response(200)
-        self.end_headers()
-        self.wfile.write(PICTURES["RGBA"].file)
-
-    def log_message(self, *args):
-        pass
-
-
-def test_picture_of_a_url_is_downloaded():
-    server = HTTPServer(("127.0.0.1", 0), PictureServer)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    try:
+def test_picture_of_a_url_is_downloaded(tmp_path):
+    (tmp_path / "picture.png").write_bytes(PICTURES["RGBA"].file)
+    with HTTPServer(("127.0.0.1", 0), partial(SimpleHTTPRequestHandler, directory=tmp_path)) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
         found = processed(f"http://127.0.0.1:{server.server_port}/picture.png")
-    finally:
         server.shutdown()
-        server.server_close()
     assert torch.equal(found, STOCK(PICTURES["RGBA"].rgb, return_tensors="pt")["pixel_values"])
 
 
@@ -271,12 +259,12 @@ def test_picture_of_a_url_is_downloaded():
         ("none.png", "'none.png' is neither an image file, nor an http"),
         ("data:image/png;base64", "is neither an image file"),
         ("A" * 200 + "!", r"'A{100}\.\.\.' is neither an image file"),
-        (Image.new("RGB", (1, 201)), "a side is more than 200 times the other"),
-        (Image.new("RGB", (0, 3)), "0 x 3 pixels: it is empty"),
+        (Image.new("RGB", (1, 201)), "one side is more than 200 times the other"),
+        (Image.new("RGB", (0, 3)), "0 x 3 pixels: the image is empty"),
         (encoded(COLOURS, "EPS"), "cannot identify image file"),
     ],
 )
-def test_processor_refuses_what_is_no_picture(image, message):
+def test_processor_refuses_anything_but_a_picture(image, message):
     with pytest.raises((ValueError, OSError), match=message):
         processed(image)
 
@@ -289,8 +277,8 @@ def test_processor_refuses_a_huge_image_and_reduces_a_long_one():
     assert long.size == (100, 2 * MAX_IMAGE_SIDE)
 
 
-def test_processors_of_transformers_become_ours_with_the_same_settings(tmp_path):
-    """Also those of checkpoints that were saved before there was an image processor of our own."""
+def test_processors_of_transformers_become_ours_with_the_same_settings():
+    """Also those of checkpoints that were saved with an image processor of transformers."""
     settings = {"size": {"shortest_edge": 42}, "crop_size": 42, "image_mean": [0.1, 0.2, 0.3], "resample": 2}
     older = LlavaImageProcessorPil(**settings, do_pad=True, image_std=[0.5, 0.6, 0.7])
     for stock in (older, CLIPImageProcessorPil(**settings, image_std=[0.5, 0.6, 0.7])):

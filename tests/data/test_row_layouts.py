@@ -1,26 +1,23 @@
-"""Rows as other trainers have them become the same messages and images; what is not read is named with its layout."""
+"""Rows in the layouts of other trainers become the same messages and images; errors name the layout."""
 
 import base64
-import io
 import json
+import re
 
 import datasets
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from sq_llava.data.images import open_image
-from sq_llava.data.row_layouts import measure
+from sq_llava.data.row_layouts import KNOWN_FIELDS, KNOWN_PART_KEYS, measure
 from sq_llava.data.rows import load_rows, parse_row, read_row
 from sq_llava.data.sources import DataSource
-from tests import tiny
+from tests import ROOT, tiny
+from tests.pictures import encoded
 
 
-def encoded(seed: int) -> bytes:
-    stream = io.BytesIO()
-    tiny.picture(seed).save(stream, "PNG")
-    return stream.getvalue()
-
-
-PICTURE, OTHER = encoded(0), encoded(1)
+PICTURE, OTHER = (encoded(tiny.picture(seed), "PNG") for seed in range(2))
 BASE64 = base64.b64encode(PICTURE).decode()
 DATA_URL = f"data:image/png;base64,{BASE64}"
 EMBEDDED = {"bytes": PICTURE, "path": None}
@@ -46,11 +43,21 @@ def text(content: str) -> dict:
     return {"type": "text", "text": content}
 
 
+def asked(content, **fields) -> dict:
+    return {"messages": [user(content), answer()], **fields}
+
+
+def llava(role: str, value: str | None = "Hi.") -> dict:
+    return {"conversations": [{"from": role, "value": value}]}
+
+
 def shorthand(row: dict) -> list[tuple]:
-    """Roles, and texts with `None` for an image."""
+    """Returns the role of each message and its parts: a text, or `None` for an image."""
     return [(message["role"], [part.get("text") for part in message["content"]]) for message in row["messages"]]
 
 
+A = {"response": "A."}
+Q = {"query": "What?", **A}
 ASKED = [("user", [None, "What is it?"]), ("assistant", ["A dog."])]
 TWICE = [*ASKED, ("user", ["And now?"]), ("assistant", ["It runs."])]
 BRIEFED = [("system", ["Be kind."]), *ASKED]
@@ -75,7 +82,7 @@ LAYOUTS = {
         },
         TWICE,
     ),
-    "messages without a place": ({"messages": [user("What is it?"), answer()]}, ASKED),
+    "messages without a place": (asked("What is it?"), ASKED),
     "messages with system": (
         {"messages": [{"role": "system", "content": "Be kind."}, user("<image>What is it?"), answer()]},
         BRIEFED,
@@ -127,7 +134,7 @@ def test_every_layout_gives_the_same_messages_in_json_and_in_a_table(folder, tmp
         read = load_rows([DataSource(str(tmp_path / place), str(folder))], image_seq_length=0)
         whole = read[:]
         assert whole["num_images"] == [1] * len(read)
-        # An image is no text, also where it is written as one.
+        # The base64 of an image is not counted as text.
         assert max(whole["length"]) < 120
         for row in (dict(zip(whole, values)) for values in zip(*whole.values())):
             assert shorthand(row) == expected
@@ -135,7 +142,7 @@ def test_every_layout_gives_the_same_messages_in_json_and_in_a_table(folder, tmp
             assert image in (path, EMBEDDED) and open_image(image).tobytes() == tiny.picture(0).tobytes()
 
 
-INLINE = {
+PARTS = {
     "path": {"type": "image", "image": "a.png"},
     "key path": {"type": "image", "path": "a.png"},
     "file address": {"type": "image", "url": "file://a.png"},
@@ -150,10 +157,10 @@ INLINE = {
 }
 
 
-@pytest.mark.parametrize("kind", INLINE)
+@pytest.mark.parametrize("kind", PARTS)
 def test_an_image_may_stand_in_the_message_and_goes_to_its_place_among_the_others(folder, tmp_path, kind):
     raw = {
-        "messages": [user([{"type": "image"}, text("or "), INLINE[kind], text("?")]), answer([text("Both.")])],
+        "messages": [user([{"type": "image"}, text("or "), PARTS[kind], text("?")]), answer([text("Both.")])],
         "images": ["b.png"],
     }
     row = parse_row(raw, "here", folder)
@@ -167,105 +174,74 @@ def test_an_image_may_stand_in_the_message_and_goes_to_its_place_among_the_other
     assert read[:]["num_images"] == [2, 2]
 
 
-WRONG = {
-    "a count that does not fit": (
-        {"query": "<image>?", "response": "A."},
+NO_COMPLETION = {"prompt": "What?", "completion": None}
+WRONG = [
+    (
+        {"query": "<image>?", **A},
         "image_count",
-        r"read as query \+ response: 1 <image> in 'query' and 'response', but 0 images in",
+        r"read as query \+ response: 1 <image> in 'query' and 'response'",
     ),
-    "a count in parts": (
-        {"messages": [user([INLINE["path"]]), answer()], "images": ["b.png"]},
+    (
+        asked([PARTS["path"]], images=["b.png"]),
         "image_count",
-        "read as TRL's messages: 0 <image>.*and 1 images in the turns themselves, but 1 images",
+        "read as TRL's messages: 0 <image>.*, and 1 in image parts, but 1",
     ),
-    "two fields of images": (
-        {"prompt": "What?", "completion": "A.", "image": "a.png", "images": ["b.png"]},
-        "image_count",
-        "hold different images",
-    ),
-    "an index out of order": (
-        {"messages": [user([{"type": "image", "index": 1}]), answer()], "images": ["a.png"]},
-        "image_count",
-        "shows image 1 where image 0 is due",
-    ),
-    "no layout": (
-        {"question": "What?", "answer": "A.", "image": "a.png"},
-        "no_turns",
-        "has question, answer, image: it is of no layout",
-    ),
-    "a second turn of another form": (
-        {"conversations": [{"from": "human", "value": "Hi."}, answer()]},
+    ({**Q, "image": "a.png", "images": ["b.png"]}, "image_count", "'image' and 'images' hold different images"),
+    (asked([{"type": "image", "index": 1}], images=["a.png"]), "image_count", "has 'index' 1 in the part of image 0"),
+    ({"question": "What?", "answer": "A."}, "no_turns", "the fields are question, answer: this is no known layout"),
+    ({"prompt": "What?", "chosen": "A.", "rejected": "B."}, "no_turns", "the fields are prompt, chosen, rejected"),
+    ({"conversations": []}, "no_turns", r"'conversations' is \[\].*at least one turn"),
+    (llava("human"), "turn_order", "the roles of the turns are user. They must alternate"),
+    (llava("bot"), "unknown_role", "turn 0 has 'from' 'bot'. Use one of human, user, gpt, assistant, system"),
+    (llava("human", value=None), "wrong_turn", "turn 0 has 'value' None. Give a text"),
+    ({"conversations": [{"value": "x"}]}, "wrong_turn", "Give an object with 'from' and 'value'"),
+    (
+        {"conversations": [*llava("human")["conversations"], answer()]},
         "wrong_turn",
-        "read as LLaVA's conversations: turn 1 is .*",
+        "LLaVA's conversations: turn 1 is",
     ),
-    "no completion": ({"prompt": "What?", "completion": None}, "wrong_turn", "read as prompt.*'completion' has None"),
-    "a history that is none": ({"query": "And?", "response": "A.", "history": ["What?"]}, "wrong_turn", ".*"),
-    "a history that is no list": (
-        {"query": "And?", "response": "A.", "history": 3},
-        "wrong_turn",
-        "'history' holds 3",
-    ),
-    "broken base64": (
-        {"query": "What?", "response": "A.", "image": f"data:image/png;base64,{BASE64[:-3]}"},
-        "wrong_image",
-        "not valid base64",
-    ),
-    "an address": (
-        {"messages": [user([{"type": "image_url", "image_url": {"url": "https://x.org/a.png"}}]), answer()]},
-        "image_is_url",
-        "is an address",
-    ),
-    "a path outside, inline": (
-        {"messages": [user([{"type": "image", "image": "../a.png"}]), answer()]},
-        "image_outside_root",
-        "leaves",
-    ),
-    "a file address outside": (
-        {"query": "What?", "response": "A.", "image": "file:///etc/passwd"},
-        "image_outside_root",
-        "leaves",
-    ),
-    "text beside an image": (
-        {"messages": [user([{**text("What?"), "image": "a.png"}]), answer()]},
-        "wrong_turn",
-        "no image beside it",
-    ),
-    "a loss switched off": (
-        {"messages": [user("What?"), {**answer(), "loss": False}]},
-        "unread_field",
-        "turn 1 has 'loss' is False",
-    ),
-    "tools": ({"messages": [user("What?"), answer()], "tools": "[{}]"}, "unread_field", "'tools'"),
-    "a preference": (
-        {"prompt": "What?", "chosen": "A.", "rejected": "B."},
-        "no_turns",
-        "has prompt, chosen, rejected",
-    ),
-}
+    (NO_COMPLETION, "wrong_turn", r"read as prompt \+ completion: 'completion' has None"),
+    ({**Q, "history": ["What?"]}, "wrong_turn", r"'history' holds 'What\?'"),
+    ({**Q, "history": 3}, "wrong_turn", "'history' holds 3"),
+    (asked([{**text("What?"), "image": "a.png"}]), "wrong_turn", "put the image in its own part"),
+    ({"query": "What?", "response": " "}, "no_label", "nothing can be learned"),
+    ({**Q, "image": 3}, "wrong_image", "an image is 3. Give a path"),
+    ({**Q, "image": f"data:image/png;base64,{BASE64[:-3]}"}, "wrong_image", "not valid base64"),
+    ({**Q, "image": "https://x.org/a.png"}, "image_is_url", "is a URL. Download it"),
+    (asked([{"type": "image_url", "image_url": {"url": "https://x.org/a.png"}}]), "image_is_url", "is a URL"),
+    (asked([{"type": "image", "image": "../a.png"}]), "image_outside_root", "'../a.png' is outside the image root"),
+    ({**Q, "image": "file:///etc/passwd"}, "image_outside_root", "'/etc/passwd' is outside the image root"),
+    ({"messages": [user("What?"), {**answer(), "loss": False}]}, "unread_field", "turn 1 has 'loss' is False"),
+    (asked("What?", tools="[{}]"), "unread_field", "'tools'"),
+]
 MEDIA = {
-    "a field": {"query": "What?", "response": "A.", "videos": ["a.mp4"]},
-    "another": {"query": "What?", "response": "A.", "audio_path": "a.wav"},
-    "an image by another name": {"query": "What?", "response": "A.", "image_path": "a.png"},
-    "a second image": {"query": "What?", "response": "A.", "image": "a.png", "image_2": "b.png"},
+    "a field": {**Q, "videos": ["a.mp4"]},
+    "another": {**Q, "audio_path": "a.wav"},
+    "an image by another name": {**Q, "image_path": "a.png"},
+    "a second image": {**Q, "image": "a.png", "image_2": "b.png"},
     "a field of a turn": {"messages": [{**user("What?"), "images": ["a.png"]}, answer()]},
-    "a part": {"messages": [user([text("What?"), {"type": "video", "video": "a.mp4"}]), answer()]},
-    "a part of audio": {"messages": [user([{"type": "input_audio", "input_audio": {"data": "AAAA"}}]), answer()]},
-    "a part's field": {"messages": [user([{**text("What?"), "video": "a.mp4"}]), answer()]},
+    "a part": asked([text("What?"), {"type": "video", "video": "a.mp4"}]),
+    "a part of audio": asked([{"type": "input_audio", "input_audio": {"data": "AAAA"}}]),
+    "a part's field": asked([{**text("What?"), "video": "a.mp4"}]),
     **{
-        tag: {"query": f"{tag}What?", "response": "A."}
+        tag: {"query": f"{tag}What?", **A}
         for tag in (
             "<video>", "<audio>", "<img>", "</img>", "<Image>", "<image_1>", "<image1>", "<|image_pad|>",
-            "<|video_pad|>",
-            "<|image|>", "<|image_1|>", "<|vision_start|>", "<ImageHere>", "<start_of_image>", "<IMG_CONTEXT>",
-            "<im_patch>", "<image_soft_token>", "[IMG]", "<|AUDIO|>", "<image-placeholder>",
+            "<|video_pad|>", "<|image|>", "<|image_1|>", "<|vision_start|>", "<ImageHere>", "<start_of_image>",
+            "<IMG_CONTEXT>", "<im_patch>", "<image_soft_token>", "[IMG]", "<|AUDIO|>", "<image-placeholder>",
         )
     },
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", WRONG)
-def test_what_cannot_be_read_is_named_with_the_layout_that_was_recognized(folder, name):
-    raw, code, message = WRONG[name]
+def test_every_layout_of_the_docs_is_read_to_the_same_messages(folder):
+    examples = re.findall(r"^```json\n(.+?)^```", (ROOT / "docs/data.md").read_text(), re.M | re.S)
+    rows = [parse_row(json.loads(example), example, folder) for example in examples]
+    assert len(rows) == 9 and all(shorthand(row) == ASKED and len(row["images"]) == 1 for row in rows)
+
+
+@pytest.mark.parametrize(("raw", "code", "message"), WRONG)
+def test_wrong_row_is_an_error_with_its_place_and_the_layout_that_was_recognized(folder, raw, code, message):
     with pytest.raises(ValueError, match=f"^here: .*{message}"):
         parse_row(raw, "here", folder)
     assert code in [fault.code for fault in read_row(raw, folder).faults]
@@ -289,8 +265,8 @@ def test_other_media_and_what_looks_like_them_are_errors(folder, name):
         },
     ],
 )
-def test_what_tells_of_a_row_but_holds_no_media_is_left_alone(folder, fields):
-    assert read_row({"query": "What?", "response": "A.", **fields}, folder).faults == []
+def test_fields_without_media_are_ignored(folder, fields):
+    assert read_row({**Q, **fields}, folder).faults == []
 
 
 @pytest.mark.parametrize("place", ["text", "path", "turn", "bytes", "broken"])
@@ -298,11 +274,26 @@ def test_no_fault_shows_bytes_or_base64(folder, place):
     long = base64.b64encode(OTHER * 20).decode()
     raw = {
         "text": {"messages": [user([{**text("What?"), "image": DATA_URL}]), answer()]},
-        "path": {"query": "What?", "response": "A.", "image_2": long, "image": {"url": {"url": long}}},
+        "path": {**Q, "image_2": long, "image": {"url": {"url": long}}},
         "turn": {"messages": [{"role": "user", "image": long}], "video": long},
         "bytes": {"messages": [user([{"type": "image", "bytes": OTHER, "image": OTHER}]), answer()]},
-        "broken": {"query": "What?", "response": "A.", "image": f"data:image/png;base64,{long[:-3]}"},
+        "broken": {**Q, "image": f"data:image/png;base64,{long[:-3]}"},
     }[place]
     faults = read_row(raw, folder).faults
-    said = " ".join(fault.message + fault.fix for fault in faults)
-    assert faults and "iVBOR" not in said and "\\x" not in said and long[:12] not in said and len(said) < 800
+    printed = " ".join(fault.message + fault.fix for fault in faults)
+    assert faults and "iVBOR" not in printed and "\\x" not in printed
+    assert long[:12] not in printed and len(printed) < 800
+
+
+NAMES = sorted({*KNOWN_FIELDS, *KNOWN_PART_KEYS, "from", "value", "role", "content", "user", "assistant", "loss"})
+JSON_VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text() | st.sampled_from(["human", "gpt", "<image>", "good.png"]),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.sampled_from(NAMES), inner, max_size=4),
+    max_leaves=20,
+)
+
+
+@given(raw=JSON_VALUES)
+def test_any_json_value_gives_messages_or_faults(folder, raw):
+    faults, messages, _ = read_row(raw, folder)
+    assert all(fault.message and fault.fix for fault in faults) and (faults or messages)

@@ -1,8 +1,9 @@
-"""One row of each fault, in real files: the doctor finds each, in its row, and nothing else; training agrees."""
+"""Real files with one row for each fault: the doctor finds each fault in its row and no other; training agrees."""
 
+import ast
 import base64
-import io
 import json
+import re
 import struct
 import zlib
 from pathlib import Path
@@ -11,47 +12,39 @@ import datasets
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from PIL import Image
 from rich.console import Console
 from rich.progress import Progress
-from transformers import CLIPConfig, LlamaConfig
 from typer.testing import CliRunner
 
 import train_sft
 from sq_llava.cli.main import app
 from sq_llava.data.images import image_faults
-from sq_llava.data.lengths import token_counts
-from sq_llava.data.rows import load_rows, read_row
+from sq_llava.data.rows import load_rows
 from sq_llava.data.sources import DataSource
 from sq_llava.doctor import check as doctor
 from sq_llava.doctor.check import DataCheck, examine
 from sq_llava.doctor.report import print_preview, print_report, write_sound_rows
 from sq_llava.training.collator import SelfQuestioningCollator
-from tests import tiny
+from tests import ROOT, tiny
+from tests.pictures import encoded
 
 
 MAX_LENGTH = 200
-ERRORS = (
-    "broken_json", "broken_encoding", "not_an_object", "no_turns", "wrong_turn", "unknown_role", "broken_text",
-    "turn_order", "no_label", "image_in_answer", "image_count", "wrong_image", "image_is_url", "image_outside_root",
-    "image_missing", "image_empty", "image_unreadable", "image_truncated", "image_huge", "image_float",
-    "control_token", "too_long", "unread_media", "unread_field",
-)  # fmt: skip
-WARNINGS = ("empty_turn", "role_marker", "cut", "duplicate_id", "control_character")
-INFOS = ("image_animated", "image_cmyk", "image_16_bit", "image_palette", "image_rotated")
-LEVELS = {**dict.fromkeys(ERRORS, "error"), **dict.fromkeys(WARNINGS, "warning"), **dict.fromkeys(INFOS, "info")}
-
-
-def encoded(image: Image.Image, kind: str, **settings) -> bytes:
-    stream = io.BytesIO()
-    image.save(stream, kind, **settings)
-    return stream.getvalue()
+CODES = {
+    "error": (
+        "broken_json broken_encoding not_an_object no_turns wrong_turn unknown_role broken_text turn_order no_label "
+        "image_in_answer image_count wrong_image image_is_url image_outside_root image_missing image_empty "
+        "image_unreadable image_truncated image_huge image_float control_token too_long unread_media unread_field"
+    ),
+    "warning": "empty_turn role_marker cut duplicate_id control_character",
+    "info": "image_animated image_cmyk image_16_bit image_palette image_rotated",
+}
+LEVELS = {code: level for level, codes in CODES.items() for code in codes.split()}
 
 
 def png_that_claims(width: int, height: int) -> bytes:
-    """A small file whose header says that it is large."""
+    """Returns a small file whose header gives this size."""
     data = encoded(tiny.picture(), "PNG")
     header = b"IHDR" + struct.pack(">II", width, height) + data[24:29]
     return data[:12] + header + struct.pack(">I", zlib.crc32(header)) + data[33:]
@@ -105,7 +98,7 @@ def row(image: str | None = "good.png", turns=None, **fields) -> dict:
 
 
 def rows_with_their_faults() -> list[tuple[str | None, dict | list | bytes]]:
-    """The code that is to be found in a row, or `None`, and the row; bytes stand for a line as it is."""
+    """Returns pairs of the expected code (or `None`) and the row. Bytes are a line of the file."""
     exchange = talk("<image>\nWhat is it?", "A dog.")
     wordy = "the shape is a rectangle " * 60
     images = {
@@ -169,7 +162,7 @@ def rows_with_their_faults() -> list[tuple[str | None, dict | list | bytes]]:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """`data.jsonl` with a row of each fault, its images, and `expected.json`: the code of each row."""
+    """Has `data.jsonl` with a row for each fault, its images, and `expected.json` with the code of each row."""
     folder = tmp_path_factory.mktemp("doctor")
     write_images(folder)
     lines, expected = [json.dumps(row(id="twice")).encode()], [None]
@@ -197,6 +190,18 @@ def check(folder, processor) -> DataCheck:
 
 def look(check: DataCheck, **settings):
     return examine(check, Progress(disable=True), **settings)
+
+
+@pytest.fixture
+def check_rows(folder, processor, tmp_path):
+    """Makes the check of rows in a new file."""
+
+    def check(rows: list[dict], weight: float | None = None, **settings) -> DataCheck:
+        (tmp_path / "data.json").write_text(json.dumps(rows))
+        source = DataSource(str(tmp_path / "data.json"), str(folder / "images"), weight=weight)
+        return DataCheck([source], processor, **settings)
+
+    return check
 
 
 @pytest.fixture(scope="module")
@@ -234,29 +239,6 @@ def test_report_is_the_same_for_any_number_of_processes(check, report, monkeypat
     assert look(check, num_proc=2) == report
 
 
-@pytest.mark.parametrize("plain", [False, True])
-def test_lengths_are_those_of_the_collator(any_tokenizer, plain):
-    processor = tiny.tiny_processor(any_tokenizer)
-    texts = ["  two  spaces ", "Größe 🙂", "\n", "line\nbreak\n", "1234567", "A dog."]
-    user, assistant = {"role": "user"}, {"role": "assistant"}
-    image = {"type": "image"}
-    conversations = [
-        [
-            {**user, "content": [*[image] * number, {"type": "text", "text": text}, *[image] * (number // 2)]},
-            {**assistant, "content": [{"type": "text", "text": text[::-1] + "."}]},
-            {**user, "content": [{"type": "text", "text": text}]},
-            {**assistant, "content": [{"type": "text", "text": text}]},
-        ]
-        for text in texts
-        for number in range(4)
-    ]
-    collator = SelfQuestioningCollator(processor, plain, self_question_ratio=0.0)
-    for messages, length in zip(conversations, token_counts(processor, conversations, plain)):
-        images = [tiny.picture()] * sum(part["type"] == "image" for m in messages for part in m["content"])
-        batch = collator([{"row_id": 0, "messages": messages, "images": images}])
-        assert batch["input_ids"].shape[1] == length
-
-
 def test_what_is_cut_is_counted_as_the_collator_cuts(check, report):
     rows = load_rows(check.sources)
     whole = SelfQuestioningCollator(check.processor, self_question_ratio=0.0)
@@ -268,20 +250,16 @@ def test_what_is_cut_is_counted_as_the_collator_cuts(check, report):
     assert report.summary["tokens"]["rows_cut"] == 2
 
 
-def test_an_image_of_many_rows_is_looked_at_once(folder, processor, tmp_path, monkeypatch):
-    looked_at = []
-    monkeypatch.setattr(doctor, "image_faults", lambda path: looked_at.append(path) or image_faults(path))
-    rows = [row("cut.png", id=str(index)) for index in range(5)]
-    (tmp_path / "data.json").write_text(json.dumps(rows))
-    report = look(DataCheck([DataSource(str(tmp_path / "data.json"), str(folder / "images"))], processor))
-    assert len(looked_at) == 1 and [finding.row for finding in report.findings] == [0, 1, 2, 3, 4]
+def test_an_image_of_many_rows_is_checked_once(check_rows, monkeypatch):
+    checked = []
+    monkeypatch.setattr(doctor, "image_faults", lambda path: checked.append(path) or image_faults(path))
+    report = look(check_rows([row("cut.png", id=str(index)) for index in range(5)]))
+    assert len(checked) == 1 and [finding.row for finding in report.findings] == [0, 1, 2, 3, 4]
 
 
-def test_numbers_of_the_whole(folder, processor, tmp_path):
+def test_summary_counts_images_self_questions_and_tokens(check_rows):
     rows = [row("good.png", talk("<image>\nWhat?", "A.", "And?", "B.", "And?", "C.")), row(None)]
-    (tmp_path / "data.json").write_text(json.dumps(rows))
-    source = DataSource(str(tmp_path / "data.json"), str(folder / "images"), weight=3.0)
-    summary = look(DataCheck([source], processor, self_question_ratio=0.25)).summary
+    summary = look(check_rows(rows, weight=3.0, self_question_ratio=0.25)).summary
     assert summary["text_only_share"] == 0.5
     assert summary["self_questions_per_epoch"] == 3 * 2 * 0.25
     assert summary["images"] == summary["image_files"] == 1
@@ -290,7 +268,7 @@ def test_numbers_of_the_whole(folder, processor, tmp_path):
     assert tokens["histogram"][-1]["from"] <= tokens["longest"] <= tokens["histogram"][-1]["to"]
 
 
-def test_a_limit_looks_at_rows_from_everywhere(check):
+def test_a_limit_checks_rows_from_the_whole_file(check):
     report = look(check, limit=9)
     (source,) = report.summary["sources"]
     assert source["rows_looked_at"] == 9 < source["rows"]
@@ -305,87 +283,24 @@ def test_a_file_that_ends_early_is_an_error(tmp_path, processor, text, row):
     assert (report.findings[-1].code, report.findings[-1].row) == ("no_rows" if text == "[]" else "broken_json", row)
 
 
-JSON_VALUES = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.text() | st.sampled_from(["human", "gpt", "<image>", "good.png"]),
-    lambda inner: (
-        st.lists(inner, max_size=4)
-        | st.dictionaries(
-            st.sampled_from(
-                [
-                    "conversations",
-                    "messages",
-                    "from",
-                    "value",
-                    "role",
-                    "content",
-                    "image",
-                    "images",
-                    "type",
-                    "text",
-                    "bytes",
-                    "prompt",
-                    "completion",
-                    "query",
-                    "response",
-                    "history",
-                    "system",
-                    "texts",
-                    "user",
-                    "assistant",
-                    "image_url",
-                    "loss",
-                    "index",
-                ]
-            ),
-            inner,
-            max_size=4,
-        )
-    ),
-    max_leaves=20,
-)
-
-
-@given(raw=JSON_VALUES)
-def test_no_row_however_strange_breaks_the_check(folder, raw):
-    faults, messages, _ = read_row(raw, folder / "images")
-    assert all(fault.message and fault.fix for fault in faults) and (faults or messages)
-
-
-@pytest.mark.parametrize("kind", ["JPEG", "PNG", "GIF", "WEBP", "TIFF"])
-def test_a_broken_image_is_a_fault_and_never_a_crash(kind):
-    data = encoded(tiny.picture(), kind)
-    generator = np.random.default_rng(0)
-    for _ in range(60):
-        broken = bytearray(data[: generator.integers(1, len(data) + 1)])
-        for place in generator.integers(0, min(len(broken), 64), 2):
-            broken[place] = generator.integers(256)
-        assert all(fault.message for fault in image_faults({"bytes": bytes(broken), "path": "x"}))
-
-
-def test_a_sound_image_is_not_decoded(folder, monkeypatch):
-    monkeypatch.setattr(Image.Image, "load", lambda image: pytest.fail("decoded"))
-    for name in ("good.jpg", "good.png", "good.webp", "cmyk.jpg", "palette.png"):
-        assert not [fault for fault in image_faults(folder / "images" / name) if fault.level == "error"]
-
-
 def test_sound_rows_are_written_as_they_were_and_the_others_listed(check, report, tmp_path):
-    (entry,) = write_sound_rows(check, report, tmp_path / "mended")
+    (entry,) = write_sound_rows(check, report, tmp_path / "clean")
     before = Path(check.sources[0].path).read_bytes().splitlines()
     kept = [json.loads(line) for index, line in enumerate(before) if index not in report.left_out[0]]
     assert [json.loads(line) for line in Path(entry["path"]).read_bytes().splitlines()] == kept
-    left_out = [json.loads(line) for line in (tmp_path / "mended" / "left_out.jsonl").read_text().splitlines()]
+    left_out = [json.loads(line) for line in (tmp_path / "clean" / "left_out.jsonl").read_text().splitlines()]
     assert {line["row"] for line in left_out} == report.left_out[0]
     assert len(left_out) + len(kept) == len(before)
     again = look(DataCheck([DataSource(**entry)], check.processor, max_length=MAX_LENGTH))
     assert again.num_errors == 0
-    with pytest.raises(ValueError, match="mended is not empty"):
-        write_sound_rows(check, report, tmp_path / "mended")
-    with pytest.raises(ValueError, match="leave out --limit"):
+    with pytest.raises(ValueError, match="clean is not empty"):
+        write_sound_rows(check, report, tmp_path / "clean")
+    with pytest.raises(ValueError, match="remove --limit"):
         write_sound_rows(check, look(check, limit=3), tmp_path / "other")
 
 
 @pytest.mark.parametrize("kind", ["parquet", "save_to_disk"])
-def test_tables_with_embedded_images_are_checked_and_mended(folder, processor, tmp_path, kind):
+def test_tables_with_embedded_images_are_checked_and_written_without_errors(folder, processor, tmp_path, kind):
     names = ["good.png", "cut.png", "good.jpg"]
     rows = [
         {
@@ -403,7 +318,7 @@ def test_tables_with_embedded_images_are_checked_and_mended(folder, processor, t
     assert [(finding.row, finding.code, finding.id) for finding in report.findings] == [
         (1, "image_truncated", "cut.png")
     ]
-    (entry,) = write_sound_rows(check, report, tmp_path / "mended")
+    (entry,) = write_sound_rows(check, report, tmp_path / "clean")
     rows = load_rows([DataSource(**entry)])
     assert rows[:]["id"] == ["good.png", "good.jpg"]
     assert rows[0]["images"][0]["bytes"] == (folder / "images" / "good.png").read_bytes()
@@ -411,12 +326,10 @@ def test_tables_with_embedded_images_are_checked_and_mended(folder, processor, t
 
 @pytest.fixture(scope="module")
 def recipe(folder) -> list[str]:
-    """Arguments of a run from parts of which only configurations, tokenizer and image processor are there."""
-    clip = CLIPConfig(text_config={"num_hidden_layers": 1, "hidden_size": 32}, vision_config=tiny.TINY_VISION)
-    clip.save_pretrained(folder / "clip")
-    tiny.tiny_image_processor().save_pretrained(folder / "clip")
-    LlamaConfig(**tiny.TINY_LLAMA).save_pretrained(folder / "llama")
-    tiny.llama_tokenizer().save_pretrained(folder / "llama")
+    """Arguments of a run whose towers have configurations, tokenizer and image processor, but no weights."""
+    tiny.save_towers(folder)
+    for weights in folder.rglob("*.safetensors"):
+        weights.unlink()
     lines = {
         "stage": "instruct",
         "vision_model_name_or_path": folder / "clip",
@@ -431,8 +344,12 @@ def recipe(folder) -> list[str]:
     return ["--config", str(folder / "recipe.yaml")]
 
 
-def test_command_reports_faults_lengths_and_what_is_in_the_loss(recipe, report):
-    result = CliRunner().invoke(app, ["doctor", *recipe])
+def run(*arguments):
+    return CliRunner().invoke(app, ["doctor", *map(str, arguments)])
+
+
+def test_command_reports_faults_lengths_and_the_loss_and_writes_a_set_without_the_errors(recipe, report, tmp_path):
+    result = run(*recipe, "--fix", tmp_path / "clean")
     assert result.exit_code == 1, result.output
     for code in LEVELS:
         assert f" {code} " in result.stdout
@@ -440,6 +357,10 @@ def test_command_reports_faults_lengths_and_what_is_in_the_loss(recipe, report):
         assert finding.message in result.stdout
     assert "Tokens of a row" in result.stdout and "█" in result.stdout
     assert "<image> x 9" in result.stdout and "ASSISTANT:* A dog.</s>*" in result.stdout
+    assert CUT_BASE64[:20] not in result.output + json.dumps(report.to_json())
+    lines = (tmp_path / "clean" / "data.jsonl").read_bytes().splitlines()
+    assert len(lines) == report.summary["sources"][0]["rows"] - len(report.left_out[0])
+    assert str(tmp_path / "clean" / "data.jsonl") in result.stderr
 
 
 def test_command_prints_json_and_nothing_else(recipe, report, capfd):
@@ -451,25 +372,18 @@ def test_command_prints_json_and_nothing_else(recipe, report, capfd):
 
 def test_sound_data_ends_with_code_zero_and_settings_may_follow(recipe, folder, tmp_path):
     (tmp_path / "good.json").write_text(json.dumps([row(id="0")]))
-    overrides = ["--dataset_path", str(tmp_path / "good.json"), "--max_length", "100"]
-    result = CliRunner().invoke(app, ["doctor", *recipe, *overrides, "--json"])
+    result = run(*recipe, "--dataset_path", tmp_path / "good.json", "--max_length", 100, "--json")
     assert result.exit_code == 0, result.output
     assert json.loads(result.stdout)["summary"]["tokens"]["max_length"] == 100
-    result = CliRunner().invoke(app, ["doctor", *recipe, "--max_lenght", "100"])
+    result = run(*recipe, "--max_lenght", 100)
     assert result.exit_code == 1 and "max_lenght" in result.stderr
 
 
 def test_command_can_leave_out_images_and_lengths(recipe):
-    result = CliRunner().invoke(app, ["doctor", *recipe, "--no-images", "--no-lengths", "--json"])
-    found = json.loads(result.stdout)
+    found = json.loads(run(*recipe, "--no-images", "--no-lengths", "--json").stdout)
     assert found["summary"]["tokens"] is None
     codes = {finding["code"] for finding in found["findings"]}
     assert "control_token" in codes and not codes & {"image_truncated", "image_missing", "cut", "too_long"}
-
-
-def test_no_picture_is_printed(recipe, report):
-    assert CUT_BASE64[:20] not in json.dumps(report.to_json())
-    assert CUT_BASE64[:20] not in CliRunner().invoke(app, ["doctor", *recipe, "--no-lengths"]).output
 
 
 @pytest.mark.parametrize("wrong", ["a full folder", "a file", "--limit"])
@@ -483,48 +397,35 @@ def test_a_folder_that_cannot_be_written_to_is_refused_before_any_row_is_read(tm
         "a file": ["full/file", "file is a file: give a new folder"],
         "--limit": ["new", "leave --limit out", "--limit", "3"],
     }[wrong]
-    result = CliRunner().invoke(
-        app, ["doctor", "--config", str(tmp_path / "any.yaml"), "--fix", str(tmp_path / place), *more]
-    )
+    result = run("--config", tmp_path / "any.yaml", "--fix", tmp_path / place, *more)
     assert result.exit_code == 1
     assert message in " ".join(result.stderr.split())
 
 
-def test_a_table_with_paths_of_images_and_instructions_is_mended(folder, processor, tmp_path):
+def test_a_table_with_paths_of_images_and_instructions_is_written_without_errors(folder, processor, tmp_path):
     messages = [{"role": "user", "content": "<image>"}, {"role": "assistant", "content": "A dog."}]
     names = ["good.png", "absent.png"]
     table = datasets.Dataset.from_list([{"messages": messages, "image": {"path": n, "bytes": None}} for n in names])
     pq.write_table(table.cast_column("image", datasets.Image()).data.table, tmp_path / "table.parquet")
     source = DataSource(str(tmp_path / "table.parquet"), str(folder / "images"), instructions=["Describe it."])
     check = DataCheck([source], processor)
-    (entry,) = write_sound_rows(check, look(check), tmp_path / "mended")
+    (entry,) = write_sound_rows(check, look(check), tmp_path / "clean")
     (left,) = load_rows([DataSource(**entry)])
     assert left["images"] == [str(folder.resolve() / "images" / "good.png")]
     assert left["messages"][0]["content"][1]["text"] == "Describe it."
 
 
-def test_command_writes_a_set_without_the_errors(recipe, report, tmp_path):
-    result = CliRunner().invoke(app, ["doctor", *recipe, "--fix", str(tmp_path / "mended")])
-    assert result.exit_code == 1
-    lines = (tmp_path / "mended" / "data.jsonl").read_bytes().splitlines()
-    assert len(lines) == report.summary["sources"][0]["rows"] - len(report.left_out[0])
-    assert str(tmp_path / "mended" / "data.jsonl") in result.stderr
-
-
-def test_many_findings_of_a_code_are_shortened_for_people(processor, folder, tmp_path, capsys):
-    (tmp_path / "data.json").write_text(json.dumps([row(f"absent{index}.png") for index in range(25)]))
-    report = look(DataCheck([DataSource(str(tmp_path / "data.json"), str(folder / "images"))], processor))
+def test_many_findings_of_a_code_are_shortened(check_rows, capsys):
+    report = look(check_rows([row(f"absent{index}.png") for index in range(25)]))
     assert len(report.findings) == 25
     print_report(report, Console(width=80))
     shown = capsys.readouterr().out
     assert shown.count("no such file") == 10 and "and 15 more" in shown
 
 
-def test_preview_marks_self_questions_and_answers_and_tames_control_characters(processor, folder, tmp_path, capsys):
+def test_preview_marks_self_questions_and_answers_and_escapes_control_characters(check_rows, capsys):
     turns = talk("<image>\nWhat\x1b[31m?", "A dog.", "What is it doing?", "Running.")
-    (tmp_path / "data.json").write_text(json.dumps([row(turns=turns)]))
-    source = DataSource(str(tmp_path / "data.json"), str(folder / "images"))
-    check = DataCheck([source], processor, self_question_ratio=1.0)
+    check = check_rows([row(turns=turns)], self_question_ratio=1.0)
     print_preview(check, look(check), 0, Console(width=200))
     shown = capsys.readouterr().out
     assert "[vusr]* What is it doing?</s>*" in shown and "ASSISTANT:* Running.</s>*" in shown
@@ -555,3 +456,23 @@ def test_training_goes_on_with_the_doctor_off_or_warnings_only(recipe, folder, t
     with pytest.raises(Loaded):
         train_sft.main([*recipe, "--use_cpu", "true", "--dataset_path", str(tmp_path / "data.json")])
     assert "duplicate_id 1" in capsys.readouterr().out
+
+
+def codes_of_source() -> set[str]:
+    files = [file for package in ("data", "doctor") for file in (ROOT / "sq_llava" / package).glob("*.py")]
+    calls = [
+        node
+        for file in files
+        for node in ast.walk(ast.parse(file.read_text()))
+        if isinstance(node, ast.Call) and getattr(node.func, "id", None) in ("Fault", "_Unread")
+    ]
+    return {each.value for call in calls for each in ast.walk(call.args[0]) if isinstance(each, ast.Constant)}
+
+
+def test_docs_list_every_code_with_its_level():
+    in_docs = {}
+    for section in re.split(r"^#{2,3} ", (ROOT / "docs/data.md").read_text(), flags=re.M):
+        level = section.partition(" codes\n")[0].lower()
+        in_docs |= dict.fromkeys(re.findall(r"^\| `(\w+)` \|", section, re.M) if level in CODES else (), level)
+    assert in_docs == LEVELS | {"no_rows": "error"}
+    assert in_docs.keys() == codes_of_source()

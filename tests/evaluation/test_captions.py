@@ -1,4 +1,4 @@
-"""Captions: figures by hand, both layouts of each data set, the words that are counted, Java's part beside its own."""
+"""Captions: metrics computed by hand, both layouts of each dataset, tokenizers, Java's metrics compared with ours."""
 
 import json
 import math
@@ -23,16 +23,23 @@ from tests.evaluation_layouts import (
     assess_answers,
     examples_of,
     figures,
+    image_bytes,
+    metrics_of,
     png,
     stored,
     write_image,
     write_json,
     write_parquet,
+    write_split,
 )
 
 
 REFERENCES = {11: ["A dog runs fast."], 12: ["Two red cats sleep!", "Cats, sleeping."]}
 ANSWERS = {"11": "A dog.", "12": "zebra"}
+SPLITS = ("test", "test", "train")  # the third image, 13, is not scored
+# CIDEr-D of "a dog" for "a dog runs fast". Each n-gram is in one image of two, so all weights are equal. 2 of 4 words
+# and 1 of 3 bigrams match; the lengths are 1 and 3 bigrams.
+CIDER_OF_DOG = 10 * (2 / math.sqrt(2 * 4) + 1 / math.sqrt(1 * 3)) / 4 * math.exp(-(2**2) / (2 * 6**2))
 
 
 @pytest.fixture
@@ -50,7 +57,7 @@ def write_karpathy(folder, file_name, picture_folder, id_field):
             "imgid": number,
             "sentences": [{"raw": text, "tokens": []} for text in texts],
         }
-        for split, (number, texts) in zip(("test", "test", "train"), [*REFERENCES.items(), (13, ["A boat."])])
+        for split, (number, texts) in zip(SPLITS, [*REFERENCES.items(), (13, ["A boat."])])
     ]
     write_json(folder / file_name, {"images": images, "dataset": "made"})
     for number in REFERENCES:
@@ -61,14 +68,14 @@ def write_coco(folder, layout):
     if layout == "folder":
         write_karpathy(folder, "dataset_coco.json", "val2014", "cocoid")
         return
-    rows = [{"cocoid": number, "sentences": texts} for number, texts in REFERENCES.items()]
-    if layout == "parquet":
-        rows = [{**row, "image": stored(row["cocoid"])} for row in rows]
-    else:
-        rows = [{**row, "filepath": "val2014", "filename": f"{row['cocoid']}.png"} for row in rows]
-        for number in REFERENCES:
+    rows = []
+    for number, texts in REFERENCES.items():
+        image = {"image": stored(number)}
+        if layout == "table and pictures":
+            image = {"filepath": "val2014", "filename": f"{number}.png"}
             write_image(folder / "val2014" / f"{number}.png", number)
-    write_parquet(folder / "data" / "test-00000-of-00001.parquet", rows)
+        rows.append({"cocoid": number, "sentences": texts, **image})
+    write_split(folder / "data", "test", rows)
 
 
 def write_flickr30k(folder, layout):
@@ -76,15 +83,10 @@ def write_flickr30k(folder, layout):
         write_karpathy(folder, "dataset_flickr30k.json", "flickr30k-images", "imgid")
         return
     rows = [
-        {
-            "img_id": str(number),
-            "image": stored(number),
-            "caption": texts,
-            "split": "train" if number == 13 else "test",
-        }
-        for number, texts in (REFERENCES | {13: ["A boat."]}).items()
+        {"img_id": str(number), "image": stored(number), "caption": texts, "split": split}
+        for split, (number, texts) in zip(SPLITS, [*REFERENCES.items(), (13, ["A boat."])])
     ]
-    write_parquet(folder / "data" / "test-00000-of-00001.parquet", rows)
+    write_split(folder / "data", "test", rows)
 
 
 def write_nocaps(folder, layout):
@@ -107,7 +109,7 @@ def write_conceptual(folder, layout):
     texts = [texts[0] for texts in REFERENCES.values()]
     if layout == "parquet":
         rows = [{"image": stored(11 + number), "caption": text} for number, text in enumerate(texts)]
-        write_parquet(folder / "validation-00000-of-00001.parquet", rows)
+        write_split(folder, "validation", rows)
         return
     lines = [f"{text}\thttp://here/{number}" for number, text in enumerate(texts)]
     file = folder / "Validation_GCC-1.1.0-Validation.tsv"
@@ -127,9 +129,7 @@ WRITERS = {
 
 def test_cider_d_and_bleu_by_hand():
     predictions, references = ["a dog", "zebra"], [["a dog runs fast"], ["two red cats sleep"]]
-    # Every n-gram is of one image of two: one idf. Of 4 words 2, of 3 pairs 1 are said; 1 pair of 3 long.
-    by_image = 10 * (2 / math.sqrt(2 * 4) + 1 / math.sqrt(1 * 3)) / 4 * math.exp(-(2**2) / (2 * 6**2))
-    assert cider_d(predictions, references) == pytest.approx(by_image / 2)
+    assert cider_d(predictions, references) == pytest.approx(CIDER_OF_DOG / 2)
     assert cider_d(["a dog runs fast", "two red cats sleep"], references) == pytest.approx(10)
     assert bleu(predictions, references)[0] == pytest.approx(2 / 3 * math.exp(1 - 8 / 3))
 
@@ -137,7 +137,7 @@ def test_cider_d_and_bleu_by_hand():
 @pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @given(st.data())
-def test_weighted_figures_are_those_of_pycocoevalcap_on_repeated_images(data):
+def test_weighted_metrics_equal_pycocoevalcap_on_repeated_images(data):
     letters = st.sampled_from("abcde")
     prediction, reference = (st.lists(letters, min_size=least, max_size=9).map(" ".join) for least in (0, 1))
     references = st.lists(reference, min_size=1, max_size=3)
@@ -158,19 +158,18 @@ def test_two_runs_are_compared_by_resampling_images(task, tmp_path, without_java
     found = {each.metric: each for each in compare(tmp_path / "a", tmp_path / "b", num_corpus_resamples=50)}
     cider = found["plain/CIDEr-D"]
     assert cider.second == pytest.approx(5)
-    assert cider.low == 0  # a draw of the second image alone
+    assert cider.low == 0  # a resample with only the second image
     assert cider.low <= cider.difference <= cider.high
 
 
-def test_captions_without_a_word_score_nothing():
+def test_empty_captions_score_0():
     assert cider_d(["", ""], [["a dog"], ["a cat"]]) == 0
     assert bleu(["", ""], [["a dog"], ["a cat"]]) == [0, 0, 0, 0]
 
 
 def test_words_are_lower_case_without_punctuation():
-    assert words("The man’s T-shirt_2 'is' 3.5 Café-blue, O'Neil's!") == [
-        "the", "man's", "t", "shirt", "2", "is", "3", "5", "café", "blue", "o'neil's",
-    ]  # fmt: skip
+    found = words("The man’s T-shirt_2 'is' 3.5 Café-blue, O'Neil's!")
+    assert " ".join(found) == "the man's t shirt 2 is 3 5 café blue o'neil's"
 
 
 def test_prediction_is_cut_to_twenty_words():
@@ -180,37 +179,35 @@ def test_prediction_is_cut_to_twenty_words():
 
 @pytest.mark.parametrize("layout", ["parquet", "folder"])
 @pytest.mark.parametrize("task", WRITERS)
-def test_both_layouts_give_the_figures_by_hand(task, layout, tmp_path, without_java):
+def test_both_layouts_give_the_metrics_computed_by_hand(task, layout, tmp_path, without_java):
     WRITERS[task](tmp_path / task, layout)
     examples = examples_of(task, tmp_path)
     answers = dict(zip([example.id for example in examples], ANSWERS.values()))
     result = assess_answers(task, tmp_path, answers, tmp_path / "out")
     found = figures(result)
-    by_image = 10 * (2 / math.sqrt(2 * 4) + 1 / math.sqrt(1 * 3)) / 4 * math.exp(-(2**2) / (2 * 6**2))
-    assert found["plain/CIDEr-D"] == pytest.approx(by_image / 2)
-    closest = 4 if task == "conceptual_captions" else 2  # "Cats, sleeping." is nearer to one word
+    assert found["plain/CIDEr-D"] == pytest.approx(CIDER_OF_DOG / 2)
+    closest = 4 if task == "conceptual_captions" else 2  # "Cats, sleeping." is the closest in length to one word
     assert found["plain/BLEU-1"] == pytest.approx(2 / 3 * math.exp(1 - (4 + closest) / 3))
     assert {metric.num for metric in result.metrics if metric.name.startswith("plain/")} == {2}
     assert [example.prompt for example in examples] == ["Provide a one-sentence caption for the provided image."] * 2
-    image = examples[1].images[0]
-    assert (image.read_bytes() if layout == "folder" else image.read()["bytes"]) == png(12)
+    assert image_bytes(examples[1]) == [png(12)]
     written = json.loads((tmp_path / "out" / task / "captions.json").read_text())
     assert written == [{"image_id": int(id), "caption": answer} for id, answer in answers.items()]
 
 
-def test_coco_table_without_pictures_takes_those_beside_it(tmp_path, without_java):
+def test_coco_table_without_images_uses_files_beside_it(tmp_path, without_java):
     write_coco(tmp_path, "table and pictures")
-    assert [example.images[0].read_bytes() for example in examples_of("coco_captions", tmp_path)] == [png(11), png(12)]
-    write_parquet(tmp_path / "data" / "test-00000-of-00001.parquet", [{"cocoid": 1, "sentences": ["a"], "url": "u"}])
-    with pytest.raises(ValueError, match="has no column image, nor filepath and filename of pictures"):
+    assert [image_bytes(example) for example in examples_of("coco_captions", tmp_path)] == [[png(11)], [png(12)]]
+    write_split(tmp_path / "data", "test", [{"cocoid": 1, "sentences": ["a"], "url": "u"}])
+    with pytest.raises(ValueError, match=r"needs a column image, or .* columns are: cocoid, sentences, url"):
         examples_of("coco_captions", tmp_path)
 
 
 @pytest.mark.parametrize("layout", ["parquet", "folder"])
-def test_nocaps_has_figures_of_each_domain(layout, tmp_path, without_java):
+def test_nocaps_has_metrics_for_each_domain(layout, tmp_path, without_java):
     write_nocaps(tmp_path, layout)
     result = assess_answers("nocaps", tmp_path, ANSWERS, tmp_path / "out")
-    num = {metric.name: metric.num for metric in result.metrics if metric.name.endswith("BLEU-1")}
+    num = {name: metric.num for name, metric in metrics_of(result).items() if name.endswith("BLEU-1")}
     assert num == {"plain/BLEU-1": 2, "in-domain/plain/BLEU-1": 1, "out-domain/plain/BLEU-1": 1}
     assert figures(result)["in-domain/plain/BLEU-1"] == pytest.approx(math.exp(1 - 4 / 2))
 
@@ -227,17 +224,17 @@ def test_nocaps_test_captions_are_written_for_the_server(tmp_path):
     result = assess_answers("nocaps", tmp_path, {"4": "A cat."}, tmp_path / "out", split="test")
     file = tmp_path / "out" / "nocaps" / "captions.json"
     assert json.loads(file.read_text()) == [{"image_id": 4, "caption": "A cat."}]
-    assert (result.metrics, result.missing) == ([], f"scored by a server: send it {file}")
+    assert (result.metrics, result.missing) == ([], f"scored by a server: upload {file}")
 
 
-def test_caption_that_failed_counts_as_an_empty_one(tmp_path, without_java):
+def test_failed_caption_counts_as_empty(tmp_path, without_java):
     write_coco(tmp_path, "folder")
     result = assess_answers("coco_captions", tmp_path, {"11": "A dog runs fast.", "12": None}, tmp_path / "out")
     assert figures(result)["plain/CIDEr-D"] == pytest.approx(5)
     assert (result.num_failed, result.parsed_share) == (1, 0.5)
 
 
-def test_faults_of_files_are_named(tmp_path):
+def test_wrong_files_are_named(tmp_path):
     write_coco(tmp_path / "coco", "folder")
     write_json(tmp_path / "coco" / "dataset_coco.json", {"images": [{"split": "test", "filename": "1.png"}]})
     with pytest.raises(ValueError, match=r"dataset_coco\.json, image 0: has no imgid, sentences"):
@@ -247,7 +244,7 @@ def test_faults_of_files_are_named(tmp_path):
         examples_of("conceptual_captions", tmp_path)
     images = [{"id": 4, "file_name": "4.png", "domain": "in-domain"}]
     write_json(tmp_path / "nocaps_val_4500_captions.json", {"images": images, "annotations": []})
-    with pytest.raises(ValueError, match="has no caption of image 4"):
+    with pytest.raises(ValueError, match="has no caption for image 4"):
         examples_of("nocaps", tmp_path)
 
 
@@ -256,7 +253,7 @@ needs_java = pytest.mark.skipif(not has_java(), reason="needs a Java runtime")
 
 @pytest.mark.slow
 @needs_java
-def test_words_of_the_penn_treebank_are_those_of_pycocoevalcap():
+def test_penn_treebank_words_equal_those_of_pycocoevalcap():
     texts = ["A man's dog, running (fast).", "", "Zwei Bäume... at 10:30\u2028there -- ok", "A dog runs fast."]
     wrapped = {number: [{"caption": " ".join(text.split())}] for number, text in enumerate(texts)}
     assert ptb_words(texts) == [each[0] for each in PTBTokenizer().tokenize(wrapped).values()]
@@ -264,11 +261,11 @@ def test_words_of_the_penn_treebank_are_those_of_pycocoevalcap():
 
 @pytest.mark.slow
 @needs_java
-def test_meteor_is_that_of_pycocoevalcap():
+def test_meteor_equals_that_of_pycocoevalcap():
     predictions = ["a man 's dog running", "", "zwei bäume at 10:30", "a dog runs fast"]
     references = [["a dog is running", "the dog ||| runs"], ["nothing"], ["two trees"], ["a dog runs fast"]]
     said = {number: [text] for number, text in enumerate(predictions)}
-    # Its own lines go to the same Java, which takes ten seconds to start.
+    # pycocoevalcap uses our Java process, because starting one takes ten seconds.
     java = SimpleNamespace(stdin=_meteor_process().stdin.buffer, stdout=_meteor_process().stdout.buffer)
     scorer = SimpleNamespace(meteor_p=java, lock=Lock())
     scorer._stat = partial(Meteor._stat, scorer)
@@ -278,7 +275,7 @@ def test_meteor_is_that_of_pycocoevalcap():
 
 @pytest.mark.slow
 @needs_java
-def test_java_adds_its_own_figures(tmp_path):
+def test_java_adds_its_own_metrics(tmp_path):
     write_coco(tmp_path, "folder")
     found = figures(assess_answers("coco_captions", tmp_path, ANSWERS, tmp_path / "out"))
     assert found["ptb/CIDEr-D"] == found["plain/CIDEr-D"]

@@ -1,4 +1,4 @@
-"""Two runs beside each other: pairs by id, intervals that hold what they say, flipped examples."""
+"""Comparison of two runs: pairs by id, intervals with the right coverage, changed examples."""
 
 import json
 import math
@@ -6,16 +6,23 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from typer.testing import CliRunner
 
 from sq_llava.cli import evaluate as command
-from sq_llava.cli.main import app
 from sq_llava.evaluation.comparison import Difference, compare, compare_task, mean_interval
 from sq_llava.evaluation.results import TaskResult
 from sq_llava.evaluation.run import find_task
 from sq_llava.evaluation.task import Example, Metric, Record, Score, Task
 from tests import tiny
-from tests.evaluation_layouts import assess_answers, png, stored, write_json, write_jsonl, write_parquet
+from tests.evaluation_layouts import (
+    assess_answers,
+    run_evaluate,
+    stored,
+    write_easy_vqa,
+    write_json,
+    write_jsonl,
+    write_split,
+)
+from tests.processes import lines_of
 
 
 def write_results(folder, **changes):
@@ -39,9 +46,8 @@ def write_run(folder, task, scores, **changes):
 
 def test_difference_is_that_of_the_same_examples(tmp_path):
     first = {f"q{number}": float(number % 2) for number in range(40)}
-    second = dict.fromkeys(reversed(first), 1.0)
     write_run(tmp_path / "a", "easy_vqa", first)
-    write_run(tmp_path / "b", "easy_vqa", second)
+    write_run(tmp_path / "b", "easy_vqa", dict.fromkeys(reversed(first), 1.0))
     [difference] = compare(tmp_path / "a", tmp_path / "b")
     assert (difference.first, difference.second, difference.difference, difference.num) == (0.5, 1.0, 0.5, 40)
     # Half of the differences are 1: the mean of 40 has a standard error of 0.079.
@@ -52,19 +58,19 @@ def test_difference_is_that_of_the_same_examples(tmp_path):
     assert (same.low, same.difference, same.high, same.is_clear) == (0, 0, 0, False)
 
 
-def test_pairs_make_the_interval_narrower_than_two_errors_would(tmp_path):
+def test_paired_interval_is_narrower_than_the_errors_of_single_runs(tmp_path):
     first = {f"q{number}": float(number % 2) for number in range(100)}
     write_run(tmp_path / "a", "easy_vqa", first)
     write_run(tmp_path / "b", "easy_vqa", {**first, "q0": 1.0, "q2": 1.0, "q4": 1.0, "q6": 1.0, "q8": 1.0})
     [difference] = compare(tmp_path / "a", tmp_path / "b")
-    assert difference.is_clear  # 5% better; one run alone is known to 5%
+    assert difference.is_clear  # 5% better, although the standard error of one run is 5%
 
 
-def test_flipped_examples_are_listed(tmp_path):
+def test_changed_examples_are_listed(tmp_path):
     write_run(tmp_path / "a", "easy_vqa", {"q1": 1.0, "q2": 0.0, "q3": 1.0})
     write_run(tmp_path / "b", "easy_vqa", {"q3": 0.5, "q1": 1.0, "q2": 1.0})
     compare(tmp_path / "a", tmp_path / "b", tmp_path / "out")
-    lines = [json.loads(line) for line in (tmp_path / "out" / "easy_vqa.flipped.jsonl").read_text().splitlines()]
+    lines = lines_of(tmp_path / "out" / "easy_vqa.flipped.jsonl")
     assert [(line["id"], line["change"], line["first"], line["second"]) for line in lines] == [
         ("q2", 1.0, "said 0.0", "said 1.0"),
         ("q3", -0.5, "said 1.0", "said 0.5"),
@@ -77,10 +83,10 @@ def test_flipped_examples_are_listed(tmp_path):
 @pytest.mark.parametrize(
     "task, second, changes, message",
     [
-        ("easy_vqa", {"q1": 1.0, "q3": 1.0}, {}, "has no example 'q3', which"),
-        ("easy_vqa", {"q1": 1.0}, {}, "has no example 'q2', which"),
-        ("easy_vqa", {"q1": 1.0, "q2": 1.0}, {"reference": "no"}, "'q1' has another reference"),
-        ("pope", {"q1": 1.0, "q2": 1.0}, {}, "share no task"),
+        ("easy_vqa", {"q1": 1.0, "q3": 1.0}, {}, "lacks 1 of the examples in .*, such as 'q3'"),
+        ("easy_vqa", {"q1": 1.0}, {}, "lacks 1 of the examples in .*, such as 'q2'"),
+        ("easy_vqa", {"q1": 1.0, "q2": 1.0}, {"reference": "no"}, "'q1' has a different reference"),
+        ("pope", {"q1": 1.0, "q2": 1.0}, {}, "have no task in common"),
     ],
 )
 def test_runs_on_other_examples_are_refused(tmp_path, task, second, changes, message):
@@ -90,14 +96,14 @@ def test_runs_on_other_examples_are_refused(tmp_path, task, second, changes, mes
         compare(tmp_path / "a", tmp_path / "b")
 
 
-def test_figures_of_the_corpus_are_computed_anew(tmp_path):
+def test_corpus_metrics_are_computed_for_each_resample(tmp_path):
     same = {"question": "Is it?", "image": stored()}
     rows = [
         {**same, "question_id": str(number), "answer": "yes" if number % 2 else "no", "category": category}
         for category in ("random", "popular")
         for number in range(20)
     ]
-    write_parquet(tmp_path / "data" / "test-00000-of-00001.parquet", rows)
+    write_split(tmp_path / "data", "test", rows)
     right = {f"{row['category']}/{row['question_id']}": row["answer"] for row in rows}
     for name, answers in (("a", dict.fromkeys(right, "yes")), ("b", right)):
         assess_answers("pope", tmp_path / "data", answers, tmp_path / name)
@@ -105,25 +111,22 @@ def test_figures_of_the_corpus_are_computed_anew(tmp_path):
     found = {each.metric: each for each in compare(tmp_path / "a", tmp_path / "b", num_corpus_resamples=100)}
     assert found["llava/f1"].first == pytest.approx(2 / 3)
     assert found["llava/f1"].second == found["llava/mean_f1"].second == 1
-    # All say yes: F1 is 2 p / (p + 1) for a share p of yes among the labels, which has a standard error of 0.079.
+    # All answers are yes: F1 is 2 p / (p + 1) for a share p of yes among the labels; p has a standard error of 0.079.
     assert found["llava/f1"].low == pytest.approx(1 - 2 * 0.655 / 1.655, abs=0.04)
     assert found["llava/f1"].high == pytest.approx(1 - 2 * 0.345 / 1.345, abs=0.04)
 
 
-def test_rows_of_one_question_are_drawn_together():
-    task = find_task("mmbench")
+def test_rows_of_one_question_are_resampled_together():
     pairs = []
     for question in range(30):
         for rotation in range(2):
             example = Example(str(question + rotation * 1_000_000), "", [], "A", {"num_rows": 2, "category": "c"})
-            first = Score({}, prediction="A" if rotation == 0 or question % 3 else "B")
-            pairs.append(
-                (Record(example, "", "", score=first), Record(example, "", "", score=Score({}, prediction="A")))
-            )
-    [difference] = compare_task(task, pairs, 100, 200, 0)
+            options = ("A" if rotation == 0 or question % 3 else "B", "A")
+            pairs.append(tuple(Record(example, "", "", score=Score({}, prediction=option)) for option in options))
+    [difference] = compare_task(find_task("mmbench"), pairs, 100, 200, 0)
     assert (difference.metric, difference.second) == ("circular/accuracy", 1)
     assert difference.first == pytest.approx(2 / 3)
-    # Of 30 questions a third differ: a standard error of 0.086.
+    # A third of 30 questions differ: a standard error of 0.086.
     assert difference.high - difference.low == pytest.approx(2 * 1.96 * 0.086, rel=0.3)
 
 
@@ -131,11 +134,11 @@ def test_grades_of_different_judges_are_not_compared(tmp_path):
     for name, judge in (("a", "gpt"), ("b", "llama")):
         write_run(tmp_path / name, "mmvet", {"q1": 1.0})
         write_results(tmp_path / name, results=[{"task": "mmvet", "judge": {"model": judge}}])
-    with pytest.raises(ValueError, match="mmvet was graded by gpt, here it is llama"):
+    with pytest.raises(ValueError, match="mmvet was graded by gpt, but the other run uses llama"):
         compare(tmp_path / "a", tmp_path / "b")
 
 
-def test_comparison_says_how_to_repeat_both_and_what_has_no_figure(tmp_path):
+def test_comparison_says_how_to_repeat_both_runs_and_what_has_no_metric(tmp_path):
     for name in ("a", "b"):
         write_run(tmp_path / name, "easy_vqa", {"q1": 1.0})
         write_run(tmp_path / name, "mmvet", {"q1": 1.0}, judge_error="no grade")
@@ -151,30 +154,26 @@ def test_comparison_says_how_to_repeat_both_and_what_has_no_figure(tmp_path):
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"--limit": 2}, "has no example 'q1', which"),
-        ({"--tasks": "easy_vqa,pope"}, "was not evaluated on pope: leave it out"),
-        ({"--out": "."}, "is the folder that this run writes to"),
-        ({"--judge-model": "other"}, "easy_vqa was graded by judge, here it is other"),
+        ({"limit": 2}, "such as 'q1'"),
+        ({"tasks": "easy_vqa,pope"}, "has no results for pope"),
+        ({"out": "."}, "this run writes to the same folder"),
+        ({"judge_model": "other"}, "easy_vqa was graded by judge, but the other run uses other"),
     ],
 )
-def test_run_that_could_not_be_compared_does_not_begin(tmp_path, monkeypatch, options, message):
-    turns = [{"value": "is it?"}, {"value": "yes"}]
-    same = {"image": "0.png", "kind": "shape", "conversations": turns}
-    write_json(tmp_path / "data" / "test.json", [{**same, "id": f"q{number}"} for number in range(4)])
-    (tmp_path / "data" / "images").mkdir()
+def test_run_that_could_not_be_compared_does_not_start(tmp_path, monkeypatch, options, message):
+    data = write_easy_vqa(tmp_path / "data", ["is it?"] * 4)
     write_json(tmp_path / "model" / "config.json", {})
     write_run(tmp_path / "a", "easy_vqa", {f"q{number}": 1.0 for number in range(4)})
     write_results(tmp_path / "a", results=[{"task": "easy_vqa", "judge": {"model": "judge"}}])
     monkeypatch.chdir(tmp_path / "a")
-    defaults = {"--model": tmp_path / "model", "--data": tmp_path / "data", "--tasks": "easy_vqa", "--out": "b"}
-    given = [str(part) for option in {**defaults, **options}.items() for part in option]
-    done = CliRunner().invoke(app, ["evaluate", "--against", str(tmp_path / "a"), *given])
+    defaults = {"model": tmp_path / "model", "data": data, "tasks": "easy_vqa", "out": "b", "against": tmp_path / "a"}
+    done = run_evaluate(**{**defaults, **options})
     assert done.exit_code == 1
     assert message in done.output
     assert sorted(path.name for path in (tmp_path / "a").iterdir()) == ["easy_vqa", "results.json"]
 
 
-def test_figures_are_whole_on_a_narrow_terminal(capsys, monkeypatch):
+def test_values_are_not_cut_on_a_narrow_terminal(capsys, monkeypatch):
     monkeypatch.setattr(command.console, "width", 80)
     name = "complex/both_orders/relative_score"
     metric = Metric(name, 104.16666, 12345, 0.12345)
@@ -185,32 +184,21 @@ def test_figures_are_whole_on_a_narrow_terminal(capsys, monkeypatch):
     for figure in ("104.1667", "0.1235", "12,345", "133.3333", "+29.1667", "-10.1234 to +110.4321", "99.8% parsed"):
         assert figure in shown
     assert max(map(len, shown.splitlines())) <= 80
-    folded = shown.partition("beside the other")[2].splitlines()
+    folded = shown.partition("compared with the other")[2].splitlines()
     assert name in "".join(line[1:16].strip() for line in folded)
 
 
 @pytest.mark.slow
 def test_command_compares_with_a_folder_or_with_another_model(tmp_path):
-    for name in ("one", "other"):
-        tiny.save_model(tmp_path / name)
-    turns = [{"value": "is it?"}, {"value": "yes"}]
-    same = {"image": "0.png", "kind": "shape", "conversations": turns}
-    write_json(tmp_path / "data" / "test.json", [{**same, "id": f"q{number}"} for number in range(4)])
-    (tmp_path / "data" / "images").mkdir()
-    (tmp_path / "data" / "images" / "0.png").write_bytes(png())
-
-    def run(model, out, against):
-        options = {"--model": model, "--out": out, "--against": against, "--data": tmp_path / "data"}
-        given = [str(part) for option in options.items() for part in option]
-        return CliRunner().invoke(app, ["evaluate", "--tasks", "easy_vqa", "--device", "cpu", *given])
-
-    done = run(tmp_path / "one", tmp_path / "a", tmp_path / "other")
+    one, other = (tiny.save_model(tmp_path / name) for name in ("one", "other"))
+    same = {"tasks": "easy_vqa", "data": write_easy_vqa(tmp_path / "data", ["is it?"] * 4)}
+    done = run_evaluate(model=one, out=tmp_path / "a", against=other, **same)
     assert done.exit_code == 0, done.output
     assert (tmp_path / "a" / "against" / "results.json").is_file()
     content = json.loads((tmp_path / "a" / "comparison" / "comparison.json").read_text())
     assert (content["first"], content["second"]) == (str(tmp_path / "a" / "against"), str(tmp_path / "a"))
-    assert "easy_vqa, beside the other" in done.output
-    done = run(tmp_path / "other", tmp_path / "b", tmp_path / "a")
+    assert "easy_vqa, compared with the other" in done.output
+    done = run_evaluate(model=other, out=tmp_path / "b", against=tmp_path / "a", **same)
     assert done.exit_code == 0, done.output
     assert (tmp_path / "b" / "comparison" / "comparison.md").is_file()
     assert not (tmp_path / "b" / "against").exists()
@@ -221,7 +209,7 @@ def coverage(num_sets: int, interval_of) -> float:
 
 
 @pytest.mark.slow
-def test_interval_of_a_mean_holds_the_truth_in_95_of_100_data_sets():
+def test_interval_of_a_mean_covers_the_truth_in_95_of_100_datasets():
     def interval_of(seed):
         draw = np.random.default_rng(1000 + seed)
         skill = draw.random(150)  # both runs find the same questions hard
@@ -232,12 +220,10 @@ def test_interval_of_a_mean_holds_the_truth_in_95_of_100_data_sets():
 
 
 @pytest.mark.slow
-def test_interval_of_a_ratio_holds_the_truth_in_95_of_100_data_sets():
+def test_interval_of_a_ratio_covers_the_truth_in_95_of_100_datasets():
     def ratio(records):
-        return {
-            "ratio": math.fsum(r.score.prediction[0] for r in records)
-            / math.fsum(r.score.prediction[1] for r in records)
-        }
+        parts, sizes = zip(*(record.score.prediction for record in records))
+        return {"ratio": math.fsum(parts) / math.fsum(sizes)}
 
     task = Task("ratio", "", None, None, None, "ratio", corpus_metrics=ratio)
 

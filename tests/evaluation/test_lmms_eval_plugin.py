@@ -1,4 +1,4 @@
-"""The model for lmms-eval. What runs lmms-eval itself is skipped where that is not installed."""
+"""The model for lmms-eval. Tests that run lmms-eval itself are skipped if it is not installed."""
 
 import ast
 import sys
@@ -58,7 +58,7 @@ def test_lmms_eval_finds_the_class():
 
 
 def write_task(folder: Path) -> None:
-    """A task of lmms-eval about pictures in a file: the last question has settings of its own."""
+    """A task of lmms-eval about images in a table."""
     rows = [{"question": text, "answer": "red", "image": stored(number)} for number, text in enumerate(QUESTIONS)]
     write_parquet(folder / "test.parquet", rows)
     task = {
@@ -80,7 +80,7 @@ def write_task(folder: Path) -> None:
     )
 
 
-def test_lmms_eval_gets_the_answers_that_we_give(model, tmp_path, monkeypatch):
+def test_lmms_eval_gets_the_answers_of_the_assistant(model, tmp_path, monkeypatch):
     evaluator = pytest.importorskip("lmms_eval.evaluator")
     from lmms_eval.tasks import TaskManager
 
@@ -108,7 +108,7 @@ def request_of(content: list[dict], **settings) -> SimpleNamespace:
     return SimpleNamespace(args=("", lambda document: [message], settings, 0, "task", "test"))
 
 
-def test_requests_of_several_kinds_come_back_in_their_order(model):
+def test_answers_are_in_the_order_of_different_requests(model):
     pytest.importorskip("lmms_eval")
     from sq_llava.evaluation.lmms_eval_model import SQLlava
 
@@ -135,10 +135,10 @@ def test_requests_of_several_kinds_come_back_in_their_order(model):
         ({"do_sample": True, "top_k": 7, "top_p": None}, {"max_new_tokens": 1024, "do_sample": True, "top_k": 7}),
     ],
 )
-def test_settings_of_tasks_are_those_of_generation(given, taken):
+def test_settings_of_tasks_are_converted_for_generate(given, taken):
     pytest.importorskip("lmms_eval")
     from sq_llava.evaluation.lmms_eval_model import generation_settings
 
     assert generation_settings(given) == taken
-    with pytest.raises(ValueError, match="best_of cannot be given"):
+    with pytest.raises(ValueError, match="best_of is not supported"):
         generation_settings({**given, "best_of": 3})

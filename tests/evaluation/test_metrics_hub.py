@@ -1,4 +1,4 @@
-"""The modules for the library `evaluate`: they load without a network and give the figures of the pure functions."""
+"""The scripts for the library `evaluate`: they load without a network and return the values of the pure functions."""
 
 from importlib.resources import files
 
@@ -11,39 +11,39 @@ FOLDER = files("sq_llava.evaluation.metrics_hub")
 
 @pytest.fixture(scope="module")
 def load(tmp_path_factory):
-    """`evaluate` copies what it loads into its cache: that of these tests is their own."""
+    """Loads a script. `evaluate` copies scripts into its cache, so these tests use a cache of their own."""
     cache = tmp_path_factory.mktemp("cache")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(evaluate.config, "HF_MODULES_CACHE", str(cache / "modules"))
         yield lambda name: evaluate.load(str(FOLDER / f"{name}.py"), cache_dir=str(cache))
 
 
-def test_vqa_accuracy_names_its_normaliser(load):
+def test_vqa_accuracy_names_its_normalizer(load):
     metric = load("vqa_accuracy")
     said = {"predictions": ["Red.", "two"], "references": [["red"] * 3 + ["blue"] * 7, ["2"] * 10]}
     assert metric.compute(**said) == {"m4c/accuracy": pytest.approx(0.95)}
     said = {"predictions": ["Yes."], "references": [["yes"] * 10]}
     assert metric.compute(**said) == {"m4c/accuracy": 1}
     assert metric.compute(**said, normalizer="official") == {"official/accuracy": 0}
-    with pytest.raises(ValueError, match="normalizer 'vqa': give one of m4c, official"):
+    with pytest.raises(ValueError, match="normalizer is 'vqa', expected one of m4c, official"):
         metric.compute(**said, normalizer="vqa")
 
 
 @pytest.mark.slow
-def test_vqa_accuracy_is_of_all_batches(load):
+def test_vqa_accuracy_is_over_all_batches(load):
     metric = load("vqa_accuracy")
     metric.add_batch(predictions=["a dog"], references=[["dog"] * 10])
     metric.add_batch(predictions=["cat", "cat"], references=[["dog"] * 10, ["dog"] * 10])
     assert metric.compute() == {"m4c/accuracy": pytest.approx(1 / 3)}
 
 
-def test_pope_reads_answers_as_its_authors_do(load):
+def test_pope_parses_answers_as_its_authors_do(load):
     metric = load("pope")
     figures = metric.compute(
         predictions=["Yes, there is.", "There is not. Yes", "maybe", "no"], references=["yes", "yes", "no", "no"]
     )
     assert figures == {"accuracy": 0.5, "precision": 0.5, "recall": 0.5, "f1": 0.5, "yes_ratio": 0.5}
-    with pytest.raises(ValueError, match="'Yes' is neither yes nor no"):
+    with pytest.raises(ValueError, match="'Yes' is not allowed, use yes or no"):
         metric.compute(predictions=["yes"], references=["Yes"])
 
 

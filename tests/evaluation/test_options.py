@@ -1,4 +1,4 @@
-"""Benchmarks with lettered options, ScienceQA and MMBench: prompts, parsers, rotations, ensembles, uploads."""
+"""Benchmarks with lettered options, ScienceQA and MMBench: prompts, parsers, rotations, ensembles, submissions."""
 
 import base64
 import csv
@@ -19,17 +19,19 @@ from tests.evaluation_layouts import (
     examples_of,
     figures,
     image_bytes,
+    metrics_of,
     png,
     stored,
+    write_image,
     write_json,
-    write_parquet,
+    write_split,
 )
 
 
 L = "\nAnswer with the option's letter from the given choices directly."
 
 
-SCIENCEQA = [  # id, question, choices, answer, hint, whether it has a picture
+SCIENCEQA = [  # id, question, choices, answer, hint, whether it has an image
     ("5", "Which is  red?", ["the sky", "a rose"], 1, "Look  at it.", True),
     ("11", "Which is an animal?", ["dog", "oak", "rock"], 0, "", False),
     ("20", "Where is it?", ["north", "south"], 0, "", True),
@@ -43,8 +45,8 @@ def write_scienceqa(folder, layout):
              "hint": hint}
             for n, (_, question, choices, answer, hint, has_image) in enumerate(SCIENCEQA)
         ]  # fmt: skip
-        write_parquet(folder / "ScienceQA-FULL" / "test-00000-of-00001.parquet", rows)
-        write_parquet(folder / "ScienceQA-IMG" / "test-00000-of-00001.parquet", [row for row in rows if row["image"]])
+        write_split(folder / "ScienceQA-FULL", "test", rows)
+        write_split(folder / "ScienceQA-IMG", "test", [row for row in rows if row["image"]])
         return
     problems, asked = {}, []
     for n, (id, question, choices, answer, hint, has_image) in enumerate(SCIENCEQA):
@@ -56,8 +58,7 @@ def write_scienceqa(folder, layout):
         if has_image:
             row["image"] = f"{id}/image.png"
             row["conversations"][0]["value"] = f"<image>\n{value}"
-            (folder / "images" / "test" / id).mkdir(parents=True)
-            (folder / "images" / "test" / id / "image.png").write_bytes(png(n))
+            write_image(folder / "images" / "test" / id / "image.png", n)
         asked.append(row)
     write_json(folder / "problems.json", dict(reversed(problems.items())))
     write_json(folder / "pid_splits.json", {"test": [row[0] for row in SCIENCEQA], "val": []})
@@ -65,11 +66,11 @@ def write_scienceqa(folder, layout):
 
 
 def by_question(answers):
-    """Answers to the three questions: the Hub's table has other ids than LLaVA's folder."""
+    """Answers to the three questions, by their text: the Hub's table has other ids than LLaVA's folder."""
     return lambda example: next(answer for row, answer in zip(SCIENCEQA, answers) if row[1][:9] in example.prompt)
 
 
-def test_scienceqa_asks_questions_with_a_picture(tmp_path, layout):
+def test_scienceqa_asks_only_questions_with_an_image(tmp_path, layout):
     write_scienceqa(tmp_path / "scienceqa", layout)
     examples = {example.prompt: example for example in examples_of("scienceqa", tmp_path)}
     assert set(examples) == {
@@ -85,7 +86,7 @@ def test_scienceqa_asks_questions_with_a_picture(tmp_path, layout):
     assert result.parsed_share == 0.5
 
 
-def test_scienceqa_asks_all_questions_if_wanted(tmp_path, layout):
+def test_scienceqa_all_asks_all_questions(tmp_path, layout):
     write_scienceqa(tmp_path / "scienceqa", layout)
     result = assess_answers("scienceqa_all", tmp_path, by_question(["B", "B. oak", "A. north"]), tmp_path / "out")
     values = figures(result)
@@ -93,7 +94,7 @@ def test_scienceqa_asks_all_questions_if_wanted(tmp_path, layout):
     assert (values["image/llava/accuracy"], values["text/llava/accuracy"]) == (1, 0)
 
 
-def test_scienceqa_with_reasoning_is_asked_as_the_first_llava_does(tmp_path, layout):
+def test_scienceqa_reasoning_asks_as_the_first_llava_does(tmp_path, layout):
     write_scienceqa(tmp_path / "scienceqa", layout)
     examples = examples_of("scienceqa_reasoning", tmp_path)
     assert [example.prompt for example in examples] == [
@@ -108,17 +109,13 @@ def test_scienceqa_with_reasoning_is_asked_as_the_first_llava_does(tmp_path, lay
     assert result.parsed_share == pytest.approx(1 / 3)
 
 
-def test_scienceqa_file_with_other_ids_than_the_split_is_refused(tmp_path):
-    write_scienceqa(tmp_path, "folder")
-    write_json(tmp_path / "pid_splits.json", {"test": ["5", "11"]})
-    with pytest.raises(ValueError, match=r"do not have the same ids: '20' is in one of them"):
-        examples_of("scienceqa", tmp_path)
-
-
-def test_scienceqa_split_that_is_not_there_is_refused(tmp_path):
+def test_scienceqa_with_another_split_or_other_ids_is_refused(tmp_path):
     write_scienceqa(tmp_path, "folder")
     with pytest.raises(ValueError, match=r"pid_splits\.json: has no minitest\. It has: test, val"):
         examples_of("scienceqa_reasoning", tmp_path, "minitest")
+    write_json(tmp_path / "pid_splits.json", {"test": ["5", "11"]})
+    with pytest.raises(ValueError, match=r"must have the same ids, but '20' is in only one of them"):
+        examples_of("scienceqa", tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -134,12 +131,12 @@ def test_scienceqa_split_that_is_not_there_is_refused(tmp_path):
         ("The answer is B.", "B", None),
         ("The answer is B", None, None),
         ("The answer is B. No: the answer is A. The answer is A.", None, None),
-        ("D", None, "D"),  # of three options
+        ("D", None, "D"),  # there are only three options
         ("The answer is D.", None, None),
         ("", None, None),
     ],
 )
-def test_scienceqa_answers_are_read_as_llava_and_lmms_eval_do(answer, llava, lmms_eval):
+def test_scienceqa_answers_are_parsed_as_llava_and_lmms_eval_do(answer, llava, lmms_eval):
     assert option_of(answer, 3) == llava
     read = option_of_lmms_eval(answer)
     assert (read if read in list("ABCDE") else None) == lmms_eval
@@ -151,7 +148,7 @@ def test_scienceqa_option_is_one_of_those_given(text, num_choices):
 
 
 @given(st.sampled_from("ABC"), st.text(alphabet="abc ,\n", max_size=30))
-def test_conclusion_is_read_behind_any_reasoning(letter, reasoning):
+def test_conclusion_is_found_after_any_reasoning(letter, reasoning):
     assert concluded_option(f"{reasoning} The answer is {letter}.", 3) == letter
 
 
@@ -159,7 +156,7 @@ OPTIONS = st.dictionaries(st.sampled_from("123456"), st.sampled_from(["A", "B", 
 
 
 @given(OPTIONS, OPTIONS, OPTIONS)
-def test_ensembles_take_the_own_option_only_where_the_other_model_has_none(own, llm, decisions):
+def test_ensembles_use_the_own_option_only_if_the_language_model_has_none(own, llm, decisions):
     for id, option in complement(own, llm).items():
         assert option == (own[id] if llm.get(id) is None else llm[id])
     assert all(own[id] != llm[id] for id in disagreements(own, llm))
@@ -190,16 +187,16 @@ def test_language_model_complements_and_decides(tmp_path, monkeypatch):
     assert {name: value for name, value in figures(result).items() if name.count("/") == 1} == pytest.approx(
         {"llava/accuracy": 2 / 3, "llm/accuracy": 1 / 3, "complement/accuracy": 2 / 3, "judge/accuracy": 1}
     )
-    assert len(server.requests) == 4  # each question, and the one that is disputed
+    assert len(server.requests) == 4  # each question, and the disputed one again
 
 
-def test_question_that_the_language_model_was_not_asked_is_in_no_ensemble(tmp_path, monkeypatch):
+def test_question_without_an_answer_of_the_server_is_in_no_ensemble(tmp_path, monkeypatch):
     result, _ = ensemble(
         tmp_path, monkeypatch, lambda text: Reply(status=500) if "animal" in text else "The answer is A."
     )
-    values = {metric.name: metric for metric in result.metrics}
-    assert values["llava/accuracy"].num == 3
-    assert values["complement/accuracy"].num == values["judge/accuracy"].num == 2
+    metrics = metrics_of(result)
+    assert metrics["llava/accuracy"].num == 3
+    assert metrics["complement/accuracy"].num == metrics["judge/accuracy"].num == 2
 
 
 MMBENCH = [  # index, question, hint, options, answer, category
@@ -225,9 +222,9 @@ def write_mmbench(folder, layout, rows=MMBENCH, language="en", split="dev"):
     if layout == "parquet":
         for row in rows:
             row["image"] = stored(row["index"] % 10)
-            # The Hub's table was made with empty fields as "nan".
+            # Empty fields are "nan" in the Hub's table.
             row.update({name: row[name] or "nan" for name in ("hint", "C", "D", "answer")})
-        write_parquet(folder / language / f"{split}-00000-of-00001.parquet", rows)
+        write_split(folder / language, split, rows)
         return
     name = {"en": f"mmbench_{split}_20230712.tsv", "cn": f"mmbench_{split}_cn_20231003.tsv"}[language]
     with (folder / name).open("w", encoding="utf-8", newline="") as file:
@@ -235,7 +232,7 @@ def write_mmbench(folder, layout, rows=MMBENCH, language="en", split="dev"):
         writer.writerow(COLUMNS)
         for row in rows:
             image = base64.b64encode(png(row["index"] % 10)).decode()
-            # Some tables have the picture once, and then the index of its row.
+            # Some tables have each image once, and in other rows the index of that row.
             row["image"] = image if row["index"] < 2_000_000 else str(row["index"] % 1_000_000)
             writer.writerow([row[column] for column in COLUMNS])
 
@@ -248,8 +245,8 @@ def test_mmbench_prompt_has_hint_and_options_up_to_the_first_empty_one(tmp_path,
     assert image_bytes(examples["2000007"]) == image_bytes(examples["7"]) == [png(7)]
 
 
-def test_mmbench_in_chinese_asks_in_the_words_of_llava_and_of_lmms_eval(tmp_path, layout):
-    # Both languages lie in one folder.
+def test_chinese_mmbench_has_the_prompts_of_llava_and_of_lmms_eval(tmp_path, layout):
+    # Both languages are in one folder.
     write_mmbench(tmp_path / "mmbench", layout)
     write_mmbench(tmp_path / "mmbench", layout, [(7, "哪个是红色的？", "", ["天空", "玫瑰", "", ""], "B", "c")], "cn")
     [llava], [lmms_eval] = (examples_of(name, tmp_path) for name in ("mmbench_cn", "mmbench_cn_lmms_eval"))
@@ -259,7 +256,7 @@ def test_mmbench_in_chinese_asks_in_the_words_of_llava_and_of_lmms_eval(tmp_path
     )
 
 
-def test_mmbench_counts_a_question_as_right_if_all_its_rotations_are(tmp_path, layout):
+def test_mmbench_counts_a_question_as_correct_if_all_its_rotations_are(tmp_path, layout):
     write_mmbench(tmp_path / "mmbench", layout)
     answers = {"7": "B", "1000007": "A. rose", "2000007": "the rose", "9": "A", "1000009": "A"}
     result = assess_answers("mmbench", tmp_path, answers, tmp_path / "out")
@@ -271,63 +268,54 @@ def test_mmbench_counts_a_question_as_right_if_all_its_rotations_are(tmp_path, l
         "place/letter/accuracy": 1.0,
         "place/circular/accuracy": 0.0,
     }
-    assert next(metric.num for metric in result.metrics if metric.name == "letter/accuracy") == 2
+    assert metrics_of(result)["letter/accuracy"].num == 2
     failed = assess_answers("mmbench", tmp_path, {**answers, "2000007": None}, tmp_path / "out2")
     assert figures(failed)["circular/accuracy"] == 0
     assert failed.num_failed == 1
 
 
-def test_mmbench_without_rotations_has_no_circular_figure(tmp_path, layout):
+def test_mmbench_without_rotations_has_no_circular_accuracy(tmp_path, layout):
     write_mmbench(tmp_path / "mmbench", layout, [row for row in MMBENCH if row[0] < 1_000_000])
     result = assess_answers("mmbench", tmp_path, {"7": "B", "9": "left?"}, tmp_path / "out")
-    assert figures(result) == {
-        "letter/accuracy": 1.0,
-        "colour/letter/accuracy": 1.0,
-        "place/letter/accuracy": 1.0,
-    }
+    assert figures(result) == dict.fromkeys(["letter/accuracy", "colour/letter/accuracy", "place/letter/accuracy"], 1)
 
 
-def test_mmbench_upload_of_the_test_split_has_a_row_for_each_question(tmp_path, layout):
+def test_mmbench_submission_of_the_test_split_has_a_row_for_each_question(tmp_path, layout):
     rows = [(*row[:4], "", row[5]) for row in MMBENCH]
     write_mmbench(tmp_path / "mmbench", layout, rows, split="test")
     answers = {"7": "=B", "1000007": "A\x07", "2000007": None, "9": "A", "1000009": "A"}
     result = assess_answers("mmbench", tmp_path, answers, tmp_path / "out", split="test")
     file = tmp_path / "out" / "mmbench" / "mmbench.xlsx"
     assert result.metrics == []
-    assert result.missing == f"scored by a server: send it {file}"
+    assert result.missing == f"scored by a server: upload {file}"
     header, *written = load_workbook(file, data_only=True).active.iter_rows(values_only=True)
     assert header == ("index", "question", "A", "B", "C", "D", "prediction", "answer", "split")
     assert written[0] == (7, "=Which is red?", "sky", "rose", "None", None, "=B", None, "test")
     assert [row[6] for row in written[1:]] == ["A", None, "A", "A"]
-
-
-def test_mmbench_upload_without_a_question_is_refused(tmp_path):
-    write_mmbench(tmp_path / "mmbench", "folder", MMBENCH[:1])
-    assess_answers("mmbench", tmp_path, {"7": "B"}, tmp_path / "out")
-    with pytest.raises(ValueError, match="has not one row for each of the 2 questions"):
-        check_upload(tmp_path / "out" / "mmbench" / "mmbench.xlsx", [7, 9])
+    with pytest.raises(ValueError, match="must have exactly one row for each of the 2 questions"):
+        check_upload(file, [7, 9])
 
 
 def test_mmbench_table_with_a_broken_row_is_refused(tmp_path):
     write_mmbench(tmp_path, "folder", MMBENCH[:1])
     file = tmp_path / "mmbench_dev_20230712.tsv"
     file.write_text(file.read_text() + "8\tWhat?\n")
-    with pytest.raises(ValueError, match=r"dev_20230712\.tsv, row 1: has not as many fields as there are columns"):
+    with pytest.raises(ValueError, match=r"dev_20230712\.tsv, row 1: must have 12 fields, one per column"):
         examples_of("mmbench", tmp_path)
 
 
-def test_mmbench_index_that_is_there_twice_is_refused(tmp_path, layout):
+def test_duplicate_mmbench_index_is_refused(tmp_path, layout):
     write_mmbench(tmp_path, layout, [*MMBENCH, MMBENCH[3]])
-    with pytest.raises(ValueError, match="the id '9' is there twice"):
+    with pytest.raises(ValueError, match="has 2 examples with the id '9'"):
         examples_of("mmbench", tmp_path)
 
 
-def test_mmbench_picture_that_is_not_base64_is_an_error_of_its_example(tmp_path):
+def test_mmbench_image_that_is_not_base64_fails_its_example(tmp_path):
     write_mmbench(tmp_path, "folder", MMBENCH[:1])
     file = tmp_path / "mmbench_dev_20230712.tsv"
     file.write_text(file.read_text().replace(base64.b64encode(png(7)).decode(), "???"))
     [example] = examples_of("mmbench", tmp_path)
-    with pytest.raises(ValueError, match=r"mmbench_dev_20230712\.tsv, index 7: is not base64"):
+    with pytest.raises(ValueError, match=r"mmbench_dev_20230712\.tsv, index 7: the image is not valid base64"):
         example.images[0].read()
 
 
@@ -345,16 +333,16 @@ CHOICES = {"A": "cat", "B": "dog", "C": "catfish"}
         ("B. A dog runs here", "B"),
         ("A dog runs here", "B"),  # an article, and the option's text
         ("A. A dog runs here", "A"),
-        ("A dog", "A"),  # of up to three words a bare A is a letter
+        ("A dog", "A"),  # in up to three words a bare A is a letter
         ("A or B", None),
-        ("D, or rather B", "B"),  # a bare letter goes before one with a mark
+        ("D, or rather B", "B"),  # a bare letter wins over one with a mark
         ("dog", "B"),
         ("The DOG.", "B"),
-        ("a catfish", None),  # "cat" is in it as well
+        ("a catfish", None),  # contains "cat", too
         ("bird", None),
-        ("D", "D"),  # not an option: wrong
+        ("D", "D"),  # not an option, counts as wrong
         ("", None),
     ],
 )
-def test_mmbench_option_is_read_by_its_letter_or_its_text(answer, option):
+def test_mmbench_option_is_found_by_its_letter_or_its_text(answer, option):
     assert mmbench_option_of(answer, CHOICES) == option

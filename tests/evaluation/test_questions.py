@@ -1,4 +1,4 @@
-"""Questions that a model asks: the figures, by hand and by law, and the command on a tiny model."""
+"""Questions that a model asks: metrics computed by hand, their properties, and a whole run with a tiny model."""
 
 import json
 import shutil
@@ -17,6 +17,8 @@ from sq_llava.evaluation.question_run import QuestionEvaluation, _draw_pictures,
 from sq_llava.evaluation.questions import ClipScorer, Picture, captions_of, easy_vqa_figures, figures_of, read_pictures
 from sq_llava.inference.settings import AskSettings
 from tests import tiny
+from tests.evaluation_layouts import write_image, write_json
+from tests.processes import lines_of
 
 
 TEXTS = st.lists(st.text(alphabet="abc ", min_size=1, max_size=12), min_size=2, max_size=6)
@@ -35,7 +37,7 @@ TEXTS = st.lists(st.text(alphabet="abc ", min_size=1, max_size=12), min_size=2, 
         ("Describe the scene.", "request"),
         ("Can you describe the scene?", "request"),
         ("And the dog?", "other"),
-        ("Somewhat blue?", "other"),  # "what" inside of a word
+        ("Somewhat blue?", "other"),  # "what" inside a word
     ],
 )
 def test_types_of_questions(question, kind):
@@ -53,7 +55,7 @@ def test_distinct_n_by_hand():
     assert distinct_n(["red"], 2) == 0
 
 
-def test_self_bleu_of_copies_is_whole_and_of_strangers_low():
+def test_self_bleu_is_100_for_copies_and_low_for_different_texts():
     assert self_bleu(["is there a red shape here?"] * 3) == pytest.approx(100)
     assert self_bleu(["is there a dog?", "what colour does her big hat have?"]) < 15
     assert self_bleu(["alone"]) is None
@@ -68,7 +70,7 @@ def test_order_of_questions_does_not_matter(texts, draw):
 
 
 @given(TEXTS)
-def test_figures_stay_in_their_bounds(texts):
+def test_metrics_stay_in_their_bounds(texts):
     assert 0 <= distinct_n(texts, 1) <= 1
     assert -1e-9 <= self_bleu(texts) <= 100 + 1e-9
 
@@ -90,8 +92,8 @@ def test_truth_of_premises_on_easy_vqa():
     known = {question for question, _ in pairs} | {"what is the blue shape?", "is there a square?"}
     asked = line(
         ("what color is the shape?", "red", ""),  # true premise, right answer
-        ("what is the blue shape?", "circle", ""),  # presumes a blue shape
-        ("what is the the?", "?", ""),  # no known form
+        ("what is the blue shape?", "circle", ""),  # assumes a blue shape
+        ("what is the the?", "?", ""),  # not an easy-VQA question
     )
     captions = captions_of([Picture("0", None, pairs), Picture("1", None, ())])
     assert captions == ["a red circle", None]
@@ -103,19 +105,17 @@ def test_truth_of_premises_on_easy_vqa():
 
 @pytest.fixture(scope="module")
 def parts(tmp_path_factory) -> Path:
-    """A model, a CLIP with its processor, a folder of images, and a data set about them."""
+    """A folder with a model, a CLIP with its processor, images, and a dataset about them."""
     root = tmp_path_factory.mktemp("parts")
     tiny.save_model(root / "model")
     tiny.save_towers(root)
-    (root / "images").mkdir()
-    for number in range(3):
-        tiny.picture(number).save(root / "images" / f"{number}.png")
     rows = []
     for number in range(3):
+        write_image(root / "images" / f"{number}.png", number)
         for question, answer in (("What?", "A dog."), ("Where?", "There.")):
             turns = [{"from": "human", "value": f"<image>\n{question}"}, {"from": "gpt", "value": answer}]
             rows.append({"id": len(rows), "image": f"{number}.png", "conversations": turns})
-    (root / "rows.json").write_text(json.dumps(rows))
+    write_json(root / "rows.json", rows)
     tokenizer = tiny.llama_tokenizer()
     tokenizer.pad_token = tokenizer.eos_token
     CLIPProcessor(tiny.tiny_image_processor(), tokenizer).save_pretrained(root / "clip")
@@ -128,14 +128,14 @@ def evaluation(parts, tmp_path) -> QuestionEvaluation:
     return QuestionEvaluation(str(parts / "model"), str(parts / "images"), tmp_path / "out", settings, device="cpu")
 
 
-def test_rows_about_one_file_are_one_picture(parts):
+def test_rows_with_the_same_file_are_one_picture(parts):
     pictures = read_pictures(str(parts / "rows.json"), str(parts / "images"))
     assert [Path(picture.id).name for picture in pictures] == ["0.png", "1.png", "2.png"]
     assert pictures[1].pairs == (("What?", "A dog."), ("Where?", "There."))
 
 
 def test_folder_without_images_is_named(tmp_path):
-    with pytest.raises(ValueError, match="holds neither images"):
+    with pytest.raises(ValueError, match="contains neither images"):
         read_pictures(str(tmp_path))
 
 
@@ -157,17 +157,17 @@ def test_evaluation_writes_figures_report_and_pictures(evaluation, parts):
 
 
 @pytest.mark.slow
-def test_run_that_stopped_asks_only_what_is_left(evaluation):
+def test_stopped_run_resumes_with_the_same_questions(evaluation):
     evaluate_questions(evaluation)
     file = evaluation.out / "asked-0.jsonl"
     whole = file.read_bytes()
     file.write_bytes(b"".join(whole.splitlines(keepends=True)[:1]) + b'{"id": "cut')
     evaluate_questions(evaluation)
-    assert file.read_bytes() == whole  # the seed belongs to the picture: the same questions again
+    assert file.read_bytes() == whole
 
 
 @pytest.mark.slow
-def test_pictures_together_are_asked_and_answered_as_one_by_one(evaluation, tmp_path):
+def test_batch_size_does_not_change_questions_and_answers(evaluation, tmp_path):
     asked = []
     for batch_size in (1, 3):
         out = tmp_path / str(batch_size)
@@ -177,41 +177,33 @@ def test_pictures_together_are_asked_and_answered_as_one_by_one(evaluation, tmp_
 
 
 @pytest.mark.slow
-def test_other_settings_in_the_same_folder_are_refused(evaluation):
-    evaluate_questions(evaluation)
-    with pytest.raises(ValueError, match="holds answers of a run with settings"):
-        evaluate_questions(replace(evaluation, settings=replace(evaluation.settings, temperature=0.7)))
-
-
-@pytest.mark.slow
-def test_other_pictures_under_the_same_names_are_refused(evaluation, parts, tmp_path):
-    images = tmp_path / "images"
-    shutil.copytree(parts / "images", images)
+def test_other_settings_or_images_in_the_same_folder_are_refused(evaluation, parts, tmp_path):
+    images = shutil.copytree(parts / "images", tmp_path / "images")
     evaluation = replace(evaluation, images=str(images), limit=1)
     evaluate_questions(evaluation)
-    tiny.picture(7).save(images / "0.png")
-    with pytest.raises(ValueError, match="holds answers of a run with data_hash"):
+    with pytest.raises(ValueError, match="a run with settings"):
+        evaluate_questions(replace(evaluation, settings=replace(evaluation.settings, temperature=0.7)))
+    write_image(images / "0.png", 7)
+    with pytest.raises(ValueError, match="a run with data_hash"):
         evaluate_questions(evaluation)
 
 
-def test_unknown_truth_is_told_before_the_model_is_loaded(evaluation):
-    with pytest.raises(ValueError, match="no picture comes with the questions and answers of easy-VQA"):
+def test_missing_truth_is_reported_before_the_model_is_loaded(evaluation):
+    with pytest.raises(ValueError, match="no image has questions and answers of easy-VQA"):
         evaluate_questions(replace(evaluation, model="/no/model", truth="easy_vqa"))
 
 
 @pytest.mark.slow
 def test_broken_image_is_recorded_and_counted(evaluation, parts, tmp_path):
     folder = tmp_path / "images"
-    folder.mkdir()
-    tiny.picture().save(folder / "a.png")
+    write_image(folder / "a.png")
     (folder / "b.png").write_bytes((folder / "a.png").read_bytes()[:80])
     figures = evaluate_questions(replace(evaluation, images=str(folder)))
     assert (figures["num_images"], figures["num_failed"]) == (2, 1)
-    lines = [json.loads(text) for text in (evaluation.out / "asked-0.jsonl").read_text().splitlines()]
-    assert "cannot be read as an image" in lines[1]["error"]
+    assert "cannot be read as an image" in lines_of(evaluation.out / "asked-0.jsonl")[1]["error"]
 
 
-def test_cosines_are_those_of_the_clip(parts):
+def test_cosines_equal_those_of_the_clip(parts):
     scorer = ClipScorer(str(parts / "clip"), "cpu")
     images = [tiny.picture(0), tiny.picture(1)]
     inputs = scorer.processor(text=["red circle"], images=images, return_tensors="pt")
@@ -220,12 +212,12 @@ def test_cosines_are_those_of_the_clip(parts):
     torch.testing.assert_close(scorer.cosines(images, ["red circle"]), expected, rtol=0, atol=1e-5)
 
 
-def test_long_texts_stay_beside_their_picture():
+def test_long_texts_do_not_overlap_other_pictures():
     turn = ("What is the animal in the foreground of this picture doing there? " * 3, "It is standing. " * 20, "")
     figure = _draw_pictures([line(*[turn] * 4)] * 4, [Picture(str(n), tiny.picture(n)) for n in range(4)])
     figure.tight_layout()
     renderer = figure.canvas.get_renderer()
-    for number in (1, 3):  # beside the first two of the first row
+    for number in (1, 3):  # texts of the first two pictures of the first row
         [text] = figure.axes[number].texts
         box, following = (each.get_window_extent(renderer) for each in (text, figure.axes[number + 1]))
         below = figure.axes[number + 6].get_window_extent(renderer)
@@ -234,5 +226,5 @@ def test_long_texts_stay_beside_their_picture():
 
 
 def test_half_a_clip_is_refused(parts):
-    with pytest.raises(ValueError, match="is no whole CLIP"):
+    with pytest.raises(ValueError, match="is not a complete CLIP"):
         ClipScorer(str(parts / "llama"), "cpu")

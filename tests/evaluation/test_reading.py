@@ -1,4 +1,4 @@
-"""Data of benchmarks that is not as it should be: what is missing or of another type is named with its place."""
+"""Wrong data of benchmarks: errors name what is missing or has the wrong type, and where."""
 
 import re
 
@@ -10,7 +10,7 @@ from tests.evaluation_layouts import examples_of, stored, write_parquet
 
 
 VQA_ROW = {"question_id": 1, "question": "Is it?", "answers": ["yes"], "ocr_tokens": ["a"]}
-ROWS = {  # a good row of each table
+ROWS = {  # a correct row of each table
     "pope": {"question_id": "1", "question": "Is it?", "answer": "yes", "category": "random"},
     "textvqa": VQA_ROW,
     "vizwiz": VQA_ROW,
@@ -27,25 +27,25 @@ ROWS = {  # a good row of each table
 @pytest.mark.parametrize(
     "task, column, value, message",
     [
-        ("pope", "question", 3, "question is 3: expected str"),
-        ("pope", "question", None, "question is None: expected str"),
-        ("pope", "category", None, "category is None: expected str"),
-        # As lists of their letters, they would be scored.
-        ("vizwiz", "answers", "yes", "answers is 'yes': expected list or NoneType"),
-        ("textvqa", "ocr_tokens", "abc", "ocr_tokens is 'abc': expected list"),
-        ("scienceqa", "choices", "ab", "choices is 'ab': expected list"),
-        ("vqav2", "answers", ["yes", None], "answers has None in it: expected texts or objects"),
+        ("pope", "question", 3, "question is 3, expected str"),
+        ("pope", "question", None, "question is None, expected str"),
+        ("pope", "category", None, "category is None, expected str"),
+        # Without the check, a string would be scored as a list of its letters.
+        ("vizwiz", "answers", "yes", "answers is 'yes', expected list or NoneType"),
+        ("textvqa", "ocr_tokens", "abc", "ocr_tokens is 'abc', expected list"),
+        ("scienceqa", "choices", "ab", "choices is 'ab', expected list"),
+        ("vqav2", "answers", ["yes", None], "answers contains None, expected strings or objects"),
         ("vqav2", "answers", [{"text": "yes"}], "answers: has no answer. It has: text"),
-        ("scienceqa", "answer", 2, "answer is 2 of 2 choices"),
-        ("scienceqa", "answer", -1, "answer is -1 of 2 choices"),
-        ("scienceqa", "answer", "B", "answer is 'B' of 2 choices"),
-        ("mmbench", "index", "first", "index is 'first': expected a number"),
-        ("mmbench", "answer", "C", "answer is 'C', and its options are A, B"),
-        ("conceptual_captions", "caption", None, "caption is None: expected str or list"),
-        ("llava_bench", "gpt_answer", None, "gpt_answer is None: expected str"),
+        ("scienceqa", "answer", 2, "answer is 2, expected an index (from 0) of 2 choices"),
+        ("scienceqa", "answer", -1, "answer is -1, expected an index"),
+        ("scienceqa", "answer", "B", "answer is 'B', expected an index"),
+        ("mmbench", "index", "first", "index is 'first', expected a number"),
+        ("mmbench", "answer", "C", "answer is 'C', but the options are A, B"),
+        ("conceptual_captions", "caption", None, "caption is None, expected str or list"),
+        ("llava_bench", "gpt_answer", None, "gpt_answer is None, expected str"),
     ],
 )
-def test_value_of_another_type_is_named_with_its_row(tmp_path, task, column, value, message):
+def test_value_of_the_wrong_type_is_named_with_its_row(tmp_path, task, column, value, message):
     good = {**ROWS[task], "image": stored()}
     write_parquet(tmp_path / "good" / "test.parquet", [good])
     assert len(examples_of(task, tmp_path / "good")) == 1
@@ -54,9 +54,9 @@ def test_value_of_another_type_is_named_with_its_row(tmp_path, task, column, val
         examples_of(task, tmp_path / "bad")
 
 
-def test_column_of_images_that_holds_only_their_names_is_refused(tmp_path):
+def test_image_column_with_only_file_names_is_refused(tmp_path):
     datasets.Dataset.from_list([{**ROWS["pope"], "image": "1.png"}]).to_parquet(str(tmp_path / "test.parquet"))
-    with pytest.raises(ValueError, match="the column image is of type string: expected images"):
+    with pytest.raises(ValueError, match="column image has type string, expected images"):
         examples_of("pope", tmp_path)
 
 
@@ -79,37 +79,39 @@ def test_split_with_references_for_some_of_its_questions_is_refused(tmp_path):
 @pytest.mark.parametrize(
     "content, message",
     [
-        ("null", "is NoneType, not list"),
-        ('{"image": "a.jpg"}', "is dict, not list"),
+        ("null", "contains NoneType, expected list"),
+        ('{"image": "a.jpg"}', "contains dict, expected list"),
         ('[{"image": "a.jpg", "question": "What?"}]', "row 0: has no answers"),
-        ('[{"image": 3, "question": "What?", "answers": []}]', "row 0: image is 3: expected str"),
-        ("[", "not JSON"),
+        ('[{"image": 3, "question": "What?", "answers": []}]', "row 0: image is 3, expected str"),
+        ("[", "not valid JSON"),
     ],
 )
-def test_file_of_another_form_is_named_with_its_row(tmp_path, content, message):
+def test_wrong_json_file_is_named_with_its_row(tmp_path, content, message):
     (tmp_path / "val.json").write_text(content)
     with pytest.raises(ValueError, match=rf"val\.json[:,] {message}"):
         examples_of("vizwiz", tmp_path, "val")
 
 
 @pytest.mark.parametrize("task", ["gqa", "mmbench", "pope", "scienceqa", "textvqa", "vizwiz", "vqav2"])
-def test_missing_column_is_named_with_those_that_are_there(tmp_path, task):
+def test_missing_column_is_named_with_the_existing_ones(tmp_path, task):
     write_parquet(tmp_path / "test.parquet", [{"text": "What?", "image": stored()}])
-    with pytest.raises(ValueError, match=r"has no column .*question.*\. Its columns are text, image\."):
+    with pytest.raises(ValueError, match=r"has no column .*question.*\. Its columns are: text, image\."):
         examples_of(task, tmp_path)
 
 
 @pytest.mark.parametrize("task", ["gqa", "mmbench_cn", "pope", "scienceqa", "textvqa_no_ocr", "vizwiz", "vqav2"])
-def test_missing_file_is_named_with_those_that_are_there(tmp_path, task):
+def test_missing_file_is_named_with_the_existing_ones(tmp_path, task):
     (tmp_path / "notes.txt").write_text("")
-    with pytest.raises(ValueError, match=r"has neither Parquet files nor .*\.(jsonl|json|tsv).* It holds: notes\.txt"):
+    with pytest.raises(
+        ValueError, match=r"has neither Parquet files nor .*\.(jsonl|json|tsv)\. It contains: notes\.txt"
+    ):
         examples_of(task, tmp_path)
 
 
 @pytest.mark.parametrize("task, split", [("vqav2", "testdev"), ("textvqa", "test"), ("mmbench", "test")])
-def test_split_that_is_not_there_is_refused(tmp_path, task, split):
+def test_missing_split_is_refused(tmp_path, task, split):
     write_parquet(tmp_path / "validation.parquet", [{"question": "What?"}])
-    with pytest.raises(ValueError, match=f"has the splits validation, not {split}: give --split"):
+    with pytest.raises(ValueError, match=f"has the splits validation, but not {split}. Choose one with --split"):
         examples_of(task, tmp_path, split)
 
 
@@ -127,7 +129,7 @@ def test_split_that_is_not_there_is_refused(tmp_path, task, split):
         ("vqav2", ("lmms-lab-encoder/VQAv2", None, "testdev")),
     ],
 )
-def test_hub_is_asked_for_the_part_that_the_paper_scores(monkeypatch, task, asked):
+def test_hub_is_asked_for_the_part_that_the_paper_reports(monkeypatch, task, asked):
     calls = []
 
     def load_dataset(hub_id, config, split):
@@ -135,6 +137,6 @@ def test_hub_is_asked_for_the_part_that_the_paper_scores(monkeypatch, task, aske
         return datasets.Dataset.from_dict({"text": ["What?"]})
 
     monkeypatch.setattr(reading.datasets, "load_dataset", load_dataset)
-    with pytest.raises(ValueError, match=f"{asked[0]}: has no column .* Its columns are text"):
+    with pytest.raises(ValueError, match=f"{asked[0]}: has no column .* Its columns are: text"):
         examples_of(task, "hub")
     assert calls == [asked]

@@ -1,4 +1,4 @@
-"""The report of a run: what was run, every figure, the paper's apart, examples with pictures, the Hub's entries."""
+"""The report of a run: what was run, all metrics, the paper's results, examples with images, entries for the Hub."""
 
 import json
 from dataclasses import replace
@@ -12,7 +12,7 @@ from sq_llava.evaluation.report import choose, save_pictures, write_report
 from sq_llava.evaluation.results import write_results
 from sq_llava.evaluation.run import TASKS, Evaluation, describe
 from sq_llava.evaluation.task import Example, Record, Score
-from tests.evaluation_layouts import assess_answers, examples_of, stored, write_parquet
+from tests.evaluation_layouts import assess_answers, examples_of, stored, write_split
 
 
 ANSWERS = {"popular/1": "Yes.", "popular/2": "no | <b>\n# bold", "random/1": "no", "random/2": None}
@@ -21,26 +21,20 @@ ANSWERS = {"popular/1": "Yes.", "popular/2": "no | <b>\n# bold", "random/1": "no
 @pytest.fixture
 def run(tmp_path, monkeypatch):
     """POPE with one right answer in each category, one wrong and one that failed."""
+    question = {"question": "Is it?", "answer": "yes"}
     rows = [
-        {
-            "question_id": str(number),
-            "question": "Is it?",
-            "answer": "yes",
-            "category": category,
-            "image": stored(number),
-        }
+        {**question, "question_id": str(number), "category": category, "image": stored(number)}
         for category in ("popular", "random")
         for number in (1, 2)
     ]
-    write_parquet(tmp_path / "data" / "test-00000-of-00001.parquet", rows)
-
-    monkeypatch.setattr("sq_llava.evaluation.run.hash_of_model", lambda model: "0" * 40)  # nothing is on the Hub here
+    write_split(tmp_path / "data", "test", rows)
+    monkeypatch.setattr("sq_llava.evaluation.run.hash_of_model", lambda model: "0" * 40)  # org/model does not exist
 
     def write(**changes):
         out = tmp_path / "out"
         result = assess_answers("pope", tmp_path / "data", ANSWERS, out)
         evaluation = replace(Evaluation("org/model", ["pope"], str(tmp_path / "data"), out), **changes)
-        write_results([replace(result, **{"data_hash": "d" * 64})], out, describe(evaluation, {"pope": "d" * 64}))
+        write_results([replace(result, data_hash="d" * 64)], out, describe(evaluation, {"pope": "d" * 64}))
         save_pictures(TASKS["pope"], examples_of("pope", tmp_path / "data"), out / "pope")
         return write_report(out, TASKS)
 
@@ -60,38 +54,38 @@ def test_report_says_what_was_run(run):
     assert "| system message | Be \\*brief\\*. |" in text
 
 
-def test_every_figure_stands_in_the_report(run):
+def test_report_has_every_metric(run):
     path = run(limit=4)
     text = path.read_text()
     results = json.loads((path.parent / "results.json").read_text())["results"]
     assert len(results) > 10
     for each in results:
         assert f"| pope | {each['metric'].replace('_', chr(92) + '_')} | {each['value']:.4f} |" in text
-    assert "| 4 | 75.0% | 1 |" not in text  # two of four can be read: one is odd, one failed
+    assert "| 4 | 75.0% | 1 |" not in text  # two of four can be parsed: one is odd, one failed
     assert "| 4 | 50.0% | 1 | 0 |" in text
-    assert "**only 4 of each task**" in text
+    assert "**at most 4 per task**" in text
 
 
-def test_figures_of_the_paper_are_labelled(run):
+def test_results_of_the_paper_are_labelled(run):
     text = run().read_text()
     assert "| **this run** | 33.3 |" in text  # F1: 2/3 of popular, 0 of random
-    assert "| SQ-LLaVA-7B, LLaVA data (the paper's) | 87.7 |" in text
-    assert all("(the paper's)" in line for line in text.splitlines() if "SQ-LLaVA-7B" in line)
+    assert "| SQ-LLaVA-7B, LLaVA data (paper) | 87.7 |" in text
+    assert all("(paper)" in line for line in text.splitlines() if "SQ-LLaVA-7B" in line)
     assert "not measured here" in text
 
 
-def test_examples_stand_in_the_report_with_their_pictures(run):
-    path = run()
-    text = path.read_text()
-    right, wrong = text.split("### Right, or best (score 1)")[1].split("### Wrong, or worst (score 0)")
+def test_report_has_best_and_worst_examples(run):
+    text = run().read_text()
+    right, wrong = text.split("### Best examples (score 1)")[1].split("### Worst examples (score 0)")
     assert "`popular/1`" in right
     assert all(f"`{id}`" in wrong for id in ("popular/2", "random/1", "random/2"))
 
 
 @pytest.mark.slow
-def test_what_a_model_said_is_shown_as_text(run):
-    assert "no \\| \\<b\\> \\# bold" in run().read_text()
-    assert "it broke" in run().read_text()
+def test_answers_are_escaped(run):
+    text = run().read_text()
+    assert "no \\| \\<b\\> \\# bold" in text
+    assert "it broke" in text
 
 
 def test_charts_and_pictures_are_images(run):
@@ -99,7 +93,7 @@ def test_charts_and_pictures_are_images(run):
     names = ["figures.png", "pope/breakdown.png", "pope/pictures/0.jpg"]
     assert all(Image.open(path.parent / name).size[0] >= 8 for name in names)
     assert all(f"]({name})" in path.read_text() for name in names)
-    assert not (path.parent / "pope/pictures/3.jpg").exists()  # the one that failed
+    assert not (path.parent / "pope/pictures/3.jpg").exists()  # its example failed
 
 
 def test_best_and_worst_are_chosen_by_the_main_metric():
@@ -108,11 +102,11 @@ def test_best_and_worst_are_chosen_by_the_main_metric():
     records = [Record(Example("", "", [], None), "", "", score=Score(each)) for each in scores]
     without = Record(Example("", "", [], None), "", "")
     assert choose(task, [without, *records]) == {
-        "Right, or best (score 1)": [2, 4, 6],
-        "Wrong, or worst (score 0)": [3, 5],
+        "Best examples (score 1)": [2, 4, 6],
+        "Worst examples (score 0)": [3, 5],
     }
     assert choose(task, [without] * 3) == {"Examples": [0, 1, 2]}
-    assert choose(task, [records[1]] * 2) == {"All score 1": [0, 1]}
+    assert choose(task, [records[1]] * 2) == {"Examples (all score 1)": [0, 1]}
 
 
 def test_entry_for_the_hub_can_be_read_by_its_library(run):
@@ -123,7 +117,7 @@ def test_entry_for_the_hub_can_be_read_by_its_library(run):
 
 
 @pytest.mark.slow
-def test_entry_for_the_hub_says_how_to_repeat_it_and_who_judged(run):
+def test_entry_for_the_hub_says_how_to_repeat_the_run_and_who_graded(run):
     out = run(split="validation", seed=5).parent
     content = json.loads((out / "results.json").read_text())
     content |= {"model_hash": "m" * 64, "command": "sq-llava evaluate --tasks pope"}
@@ -132,18 +126,18 @@ def test_entry_for_the_hub_says_how_to_repeat_it_and_who_judged(run):
     (out / "results.json").write_text(json.dumps(content))
     write_report(out, TASKS)
     [entry] = parse_eval_result_entries(yaml.safe_load((out / ".eval_results" / "pope.yaml").read_text()))
-    assert "; split validation; judged by gpt-2026; hashes: model mmm" in entry.notes
+    assert "; split validation; graded by gpt-2026; hashes: model mmm" in entry.notes
     assert f"code {content['code_hash']}, data {'d' * 64}; Python {content['python']}, torch " in entry.notes
     assert entry.notes.endswith("seed 5; sq-llava evaluate --tasks pope")
 
 
-def test_part_of_a_benchmark_is_no_entry_for_the_hub(run):
+def test_part_of_a_benchmark_gets_no_entry_for_the_hub(run):
     assert not (run(limit=4).parent / ".eval_results").exists()
 
 
-def test_task_without_a_figure_says_what_it_takes(tmp_path, run):
+def test_task_without_a_metric_says_why(tmp_path, run):
     out = run().parent
     content = json.loads((out / "results.json").read_text())
-    content |= {"results": [], "missing": {"pope": "graded by a judge: give --judge-model"}}
+    content |= {"results": [], "missing": {"pope": "graded by a judge: set --judge-model"}}
     (out / "results.json").write_text(json.dumps(content))
-    assert "**No figure**: graded by a judge" in write_report(out, TASKS).read_text()
+    assert "**No metrics**: graded by a judge" in write_report(out, TASKS).read_text()

@@ -1,6 +1,7 @@
-"""The frame of an evaluation: answers in batches, over processes, after a kill; what is written and refused."""
+"""A whole evaluation: answers in batches, on several processes, after a kill; what is written and refused."""
 
 import json
+import shutil
 import signal
 import subprocess
 import time
@@ -16,8 +17,8 @@ from sq_llava.evaluation.results import hash_of_model
 from sq_llava.evaluation.run import Evaluation, evaluate
 from sq_llava.evaluation.task import Example
 from tests import tiny
-from tests.evaluation_layouts import stored, write_parquet
-from tests.processes import ended, fork, sq_llava
+from tests.evaluation_layouts import evaluate_command, stored, write_easy_vqa, write_json, write_parquet
+from tests.processes import ended, fork, lines_of, sq_llava
 from tests.warm_python import warm_python
 
 
@@ -34,19 +35,15 @@ def model(tmp_path_factory) -> str:
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
-    """Questions of very different lengths about four pictures, with answers that are right now and then."""
-    folder = tmp_path_factory.mktemp("data")
-    (folder / "images").mkdir()
-    for number in range(4):
-        tiny.picture(number).save(folder / "images" / f"{number}.png")
-    rows = []
-    for number in range(NUM_QUESTIONS):
-        question = "<image>\n" + "is the shape a red circle? " * (number % 5 + 1)
-        turns = [{"from": "human", "value": question}, {"from": "gpt", "value": "yes"}]
-        row = {"id": f"q{number}", "image": f"{number % 4}.png", "kind": "shape", "conversations": turns}
-        rows.append(row)
-    (folder / "test.json").write_text(json.dumps(rows))
-    return folder
+    """Questions of very different lengths about four images."""
+    questions = ["is the shape a red circle? " * (number % 5 + 1) for number in range(NUM_QUESTIONS)]
+    return write_easy_vqa(tmp_path_factory.mktemp("data"), questions, num_images=4)
+
+
+@pytest.fixture
+def own_data(data, tmp_path) -> Path:
+    """A copy of the data that a test may change."""
+    return shutil.copytree(data, tmp_path / "data")
 
 
 @pytest.fixture
@@ -55,14 +52,12 @@ def evaluation(model, data, tmp_path) -> Evaluation:
 
 
 def examples_of(out: Path) -> list[dict]:
-    return [json.loads(line) for line in (out / "easy_vqa" / "examples.jsonl").read_text().splitlines()]
+    return lines_of(out / "easy_vqa" / "examples.jsonl")
 
 
-def command_of(evaluation: Evaluation, *more: str) -> list[str]:
-    return [
-        "evaluate", "--model", evaluation.model, "--tasks", "easy_vqa", "--data",
-        evaluation.data, "--out", str(evaluation.out), "--device", "cpu", *more,
-    ]  # fmt: skip
+def command_of(evaluation: Evaluation, **more) -> list[str]:
+    options = {"model": evaluation.model, "data": evaluation.data, "out": evaluation.out, **more}
+    return evaluate_command(tasks="easy_vqa", **options)
 
 
 @pytest.fixture(scope="module")
@@ -75,17 +70,17 @@ def one_by_one(model, data, tmp_path_factory) -> list[dict]:
 def test_batches_answer_as_single_prompts_do(evaluation, one_by_one):
     evaluate(replace(evaluation, batch_size=7))
     assert examples_of(evaluation.out) == one_by_one
-    assert len({example["answer"] for example in one_by_one}) > 4  # the model does not say the same to all
+    assert len({example["answer"] for example in one_by_one}) > 4  # the answers are not all the same
 
 
-def test_questions_about_one_image_stand_together_the_longest_first():
+def test_questions_about_one_image_are_grouped_longest_first():
     prompts = {"a": "xxx", "b": "x", "c": "xxxxx", "d": "xx", "e": "x" * 9}
     images = {"a": [Path("1")], "b": [Path("2")], "c": [Path("2")], "d": [Path("1")], "e": []}
     examples = [Example(name, "", images[name], None) for name in prompts]
     assert [example.id for example in by_images(examples, prompts)] == ["c", "b", "a", "d", "e"]
 
 
-def test_examples_stand_in_the_order_of_the_data_with_prompt_and_reference(one_by_one):
+def test_examples_are_in_the_order_of_the_data_with_prompt_and_reference(one_by_one):
     assert [example["id"] for example in one_by_one] == [f"q{number}" for number in range(NUM_QUESTIONS)]
     assert one_by_one[0]["prompt"].endswith("USER: <image>\nis the shape a red circle?  ASSISTANT:")
     assert one_by_one[0]["reference"] == "yes"
@@ -102,9 +97,9 @@ def test_two_processes_write_what_one_writes(evaluation, one_by_one):
     assert min(shares) > 0
 
 
-def test_killed_run_goes_on_without_asking_again(evaluation, one_by_one, tmp_path):
+def test_killed_run_resumes_without_answering_again(evaluation, one_by_one, tmp_path):
     log = tmp_path / "log"
-    (child,) = fork(sq_llava, command_of(evaluation, "--batch-size", "1"), log)
+    (child,) = fork(sq_llava, command_of(evaluation, batch_size=1), log)
     answers = evaluation.out / "easy_vqa" / "answers-0.jsonl"
     while not (answers.is_file() and answers.read_bytes().count(b"\n") >= 2):
         assert child.is_alive(), log.read_text()[-3000:]
@@ -120,36 +115,22 @@ def test_killed_run_goes_on_without_asking_again(evaluation, one_by_one, tmp_pat
     assert lines[:2] == kept.splitlines()[:2]
 
 
-def test_line_that_a_kill_has_cut_off_is_asked_again(evaluation, one_by_one):
-    evaluate(evaluation)
-    answers = evaluation.out / "easy_vqa" / "answers-0.jsonl"
-    answers.write_bytes(answers.read_bytes()[:-9])
-    evaluate(evaluation)
-    assert examples_of(evaluation.out) == one_by_one
-    assert len(answers.read_bytes().splitlines()) == NUM_QUESTIONS
-
-
-def test_example_that_fails_is_recorded_counted_and_tried_again(evaluation, data, tmp_path, one_by_one):
-    broken = tmp_path / "data"
-    (broken / "images").mkdir(parents=True)
-    for file in data.glob("images/*"):
-        (broken / "images" / file.name).write_bytes(file.read_bytes())
-    (broken / "test.json").write_text((data / "test.json").read_text())
-    whole = (broken / "images" / "2.png").read_bytes()
-    (broken / "images" / "2.png").write_bytes(whole[:100])
-    [result] = evaluate(replace(evaluation, data=str(broken)))
+def test_failed_example_is_recorded_and_counted(evaluation, own_data, one_by_one):
+    image = own_data / "images" / "2.png"
+    image.write_bytes(image.read_bytes()[:100])
+    [result] = evaluate(replace(evaluation, data=str(own_data)))
     examples = examples_of(evaluation.out)
     failed = [example for example in examples if example["error"] is not None]
-    assert {example["images"][0] for example in failed} == {str(broken / "images" / "2.png")}
+    assert {example["images"][0] for example in failed} == {str(image)}
     assert "cannot be read as an image" in failed[0]["error"]
     assert result.num_failed == len(failed) == NUM_QUESTIONS // 4
     accuracy = result.metrics[0]
     assert accuracy.num == NUM_QUESTIONS  # a failure counts as wrong, it is not left out
-    others = [example for example in one_by_one if example["images"][0].endswith("2.png") is False]
+    others = [example for example in one_by_one if not example["images"][0].endswith("2.png")]
     assert [example["answer"] for example in examples if example["error"] is None] == [o["answer"] for o in others]
 
 
-def test_image_in_a_table_that_cannot_be_read_fails_its_own_example_alone(evaluation, tmp_path):
+def test_unreadable_image_in_a_table_fails_only_its_example(evaluation, tmp_path):
     secret = tmp_path / "secret.png"
     tiny.picture(5).save(secret)
     images = [stored(), None, {"bytes": b"no image", "path": "a.png"}, {"bytes": None, "path": str(secret)}]
@@ -159,27 +140,20 @@ def test_image_in_a_table_that_cannot_be_read_fails_its_own_example_alone(evalua
     ]
     write_parquet(tmp_path / "pope" / "test.parquet", rows)
     [result] = evaluate(replace(evaluation, tasks=["pope"], data=str(tmp_path)))
-    lines = (evaluation.out / "pope" / "examples.jsonl").read_text().splitlines()
-    whole, *errors = [json.loads(line)["error"] for line in lines]
+    whole, *errors = [line["error"] for line in lines_of(evaluation.out / "pope" / "examples.jsonl")]
     assert whole is None
     assert [error is not None and error.split("(")[0] for error in errors] == [
-        "ValueError: row 1: image holds no bytes of an image.",
+        "ValueError: row 1: column image holds no image bytes.",
         "ValueError: a.png: cannot be read as an image ",
-        "ValueError: row 3: image holds no bytes of an image.",  # its path is not followed
+        "ValueError: row 3: column image holds no image bytes.",  # its path is not followed
     ]
     assert (result.num, result.num_failed) == (4, 3)
 
 
-def test_folder_with_answers_of_another_run_is_refused(evaluation):
+def test_folder_can_have_other_tasks_but_not_answers_of_a_different_run(evaluation, tmp_path):
     evaluate(replace(evaluation, limit=4))
-    with pytest.raises(ValueError, match="holds answers of a run with system_message None"):
+    with pytest.raises(ValueError, match="system_message None"):
         evaluate(replace(evaluation, limit=4, system_message="You see."))
-    with pytest.raises(ValueError, match="data_hashes of easy_vqa"):
-        evaluate(replace(evaluation, limit=5))
-
-
-def test_tasks_of_several_runs_share_a_folder(evaluation, tmp_path):
-    evaluate(replace(evaluation, limit=4))
     row = {"question_id": "1", "category": "random", "question": "Is there a dog?", "answer": "no"}
     write_parquet(tmp_path / "pope" / "test.parquet", [row | {"image_source": "a", "image": stored(1)}])
     evaluate(replace(evaluation, tasks=["pope"], data=str(tmp_path)))
@@ -187,11 +161,9 @@ def test_tasks_of_several_runs_share_a_folder(evaluation, tmp_path):
         evaluate(replace(evaluation, limit=5))
 
 
-def test_hash_of_an_adapter_sees_another_base(tmp_path):
+def test_hash_of_an_adapter_depends_on_its_base(tmp_path):
     (tmp_path / "base").mkdir()
-    (tmp_path / "adapter").mkdir()
-    adapter_config = {"base_model_name_or_path": str(tmp_path / "base")}
-    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(adapter_config))
+    write_json(tmp_path / "adapter" / "adapter_config.json", {"base_model_name_or_path": str(tmp_path / "base")})
     hashes = set()
     for weights in (b"one", b"two"):
         (tmp_path / "base" / "model.safetensors").write_bytes(weights)
@@ -199,7 +171,7 @@ def test_hash_of_an_adapter_sees_another_base(tmp_path):
     assert len(hashes) == 2
 
 
-def test_model_on_the_hub_is_known_by_its_commit(tmp_path, monkeypatch):
+def test_model_on_the_hub_is_identified_by_its_commit(tmp_path, monkeypatch):
     commit = "a" * 40
     repository = tmp_path / "models--org--model"
     (repository / "snapshots" / commit).mkdir(parents=True)
@@ -208,20 +180,20 @@ def test_model_on_the_hub_is_known_by_its_commit(tmp_path, monkeypatch):
     (repository / "refs" / "main").write_text(commit)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", tmp_path)
     assert hash_of_model("org/model") == commit
-    with pytest.raises(ValueError, match="org/other: not in the cache, and not to be had from the Hub"):
+    with pytest.raises(ValueError, match="org/other: not in the cache, and could not be downloaded from the Hub"):
         hash_of_model("org/other")
 
 
-def test_limit_takes_examples_from_all_over_the_data(evaluation):
+def test_limit_spaces_examples_evenly(evaluation):
     evaluate(replace(evaluation, limit=3))
     assert [example["id"] for example in examples_of(evaluation.out)] == ["q0", "q8", "q16"]
 
 
-def test_task_that_is_named_twice_is_scored_once(evaluation):
+def test_task_named_twice_is_scored_once(evaluation):
     assert len(evaluate(replace(evaluation, tasks=["easy_vqa", "easy_vqa"], limit=1))) == 1
 
 
-def test_system_message_stands_in_the_prompt(evaluation):
+def test_system_message_is_in_the_prompt(evaluation):
     evaluate(replace(evaluation, limit=1, system_message="Be brief."))
     assert "Be brief. USER:" in examples_of(evaluation.out)[0]["prompt"]
 
@@ -237,44 +209,33 @@ def test_results_say_what_was_run_and_on_what(evaluation, model):
     assert overall["value"] == sum(e["scores"]["accuracy"] for e in examples_of(evaluation.out)) / 8
 
 
-def test_hash_of_the_data_sees_a_changed_picture(evaluation, data, tmp_path):
-    evaluate(replace(evaluation, limit=4))
+def test_hash_of_the_data_depends_on_the_images(evaluation, own_data):
+    evaluation = replace(evaluation, data=str(own_data), limit=4)
+    evaluate(evaluation)
     before = json.loads((evaluation.out / "results.json").read_text())["data_hashes"]
-    picture = data / "images" / "0.png"
-    kept = picture.read_bytes()
-    tiny.picture(99).save(picture)
-    try:
-        with pytest.raises(ValueError, match=before["easy_vqa"]):
-            evaluate(replace(evaluation, limit=4))
-    finally:
-        picture.write_bytes(kept)
+    tiny.picture(99).save(own_data / "images" / "0.png")
+    with pytest.raises(ValueError, match=f"data_hashes of easy_vqa.*{before['easy_vqa']}"):
+        evaluate(evaluation)
 
 
 def test_unknown_task_and_missing_data_are_named(evaluation, tmp_path):
-    with pytest.raises(ValueError, match=r"--tasks pop: no such task. There are: .*pope"):
+    with pytest.raises(ValueError, match=r"--tasks pop: unknown task. Choose from: .*pope"):
         evaluate(replace(evaluation, tasks=["pop"]))
-    with pytest.raises(ValueError, match="no such folder, and not the id of a data set"):
+    with pytest.raises(ValueError, match="no such folder, and not the id of a dataset"):
         evaluate(replace(evaluation, data=str(tmp_path / "nowhere")))
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match=r"has neither Parquet files nor test.json. It holds: \."):
+    with pytest.raises(ValueError, match=r"has neither Parquet files nor test.json. It contains: nothing\."):
         evaluate(replace(evaluation, data=str(tmp_path / "empty")))
 
 
-def test_id_that_is_there_twice_is_refused(evaluation, data, tmp_path):
-    rows = json.loads((data / "test.json").read_text())
-    (tmp_path / "test.json").write_text(json.dumps([*rows, rows[3]]))
-    (tmp_path / "images").mkdir()
-    with pytest.raises(ValueError, match="the id 'q3' is there twice"):
-        evaluate(replace(evaluation, data=str(tmp_path)))
-
-
-def test_picture_outside_of_the_folder_is_refused(evaluation, data, tmp_path):
-    rows = json.loads((data / "test.json").read_text())
-    rows[0]["image"] = "../secret.png"
-    (tmp_path / "test.json").write_text(json.dumps(rows))
-    (tmp_path / "images").mkdir()
-    with pytest.raises(ValueError, match=r"'\.\./secret.png' lies outside of"):
-        evaluate(replace(evaluation, data=str(tmp_path)))
+def test_duplicate_ids_and_images_outside_of_the_folder_are_refused(evaluation, own_data):
+    rows = json.loads((own_data / "test.json").read_text())
+    write_json(own_data / "test.json", [*rows, rows[3]])
+    with pytest.raises(ValueError, match="has 2 examples with the id 'q3'"):
+        evaluate(replace(evaluation, data=str(own_data)))
+    write_json(own_data / "test.json", [{**rows[0], "image": "../secret.png"}])
+    with pytest.raises(ValueError, match=r"'\.\./secret.png' is outside of"):
+        evaluate(replace(evaluation, data=str(own_data)))
 
 
 def test_other_models_of_transformers_are_scored(evaluation, tmp_path):

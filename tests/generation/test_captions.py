@@ -1,4 +1,4 @@
-"""Captions chosen by their noun phrases: the filter by itself, and the command with a spaCy pipeline made here."""
+"""Image-caption pairs chosen by noun phrases: the filter alone, and the command with a small spaCy pipeline."""
 
 import json
 import random
@@ -12,42 +12,33 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from typer.testing import CliRunner
 
-from sq_llava.cli.main import app
 from sq_llava.data.rows import load_rows
 from sq_llava.data.sources import DataSource
 from sq_llava.generation import captions as choosing
-from sq_llava.generation.captions import (
-    CaptionFile,
-    PhraseJournal,
-    choose,
-    draw,
-    hash_of,
-    phrases_of,
-    read_instructions,
-)
+from sq_llava.generation.captions import CaptionFile, PhraseJournal, choose, phrases_of
+from sq_llava.generation.prompt_files import draw, hash_of, read_instructions
 from sq_llava.generation.settings import PROMPTS
+from tests.generation.commands import generate_data, made, texts_of
 from tests.processes import ended, fork, lines_of, sq_llava
 from tests.runs import die
 
 
 NOUNS = ("dog", "cat", "house", "tree", "boat", "horse")
-# Words in their parts of speech, and to which word each belongs, by what: enough for a parser to learn by heart.
+# For each word: part of speech, head, and relation to the head. A parser can learn these sentences by heart.
 PATTERNS = {
-    "a {} stands near the {}": (["DET", "NOUN", "VERB", "ADP", "DET", "NOUN"], [1, 2, 2, 2, 5, 3]),
-    "the red {} and a big {}": (["DET", "ADJ", "NOUN", "CCONJ", "DET", "ADJ", "NOUN"], [2, 2, 2, 2, 6, 6, 2]),
-    "it has the {}": (["PRON", "VERB", "DET", "NOUN"], [1, 1, 3, 1]),
-}
-LABELS = {
-    "a {} stands near the {}": ["det", "nsubj", "ROOT", "prep", "det", "pobj"],
-    "the red {} and a big {}": ["det", "amod", "ROOT", "cc", "det", "amod", "conj"],
-    "it has the {}": ["nsubj", "ROOT", "det", "dobj"],
+    "a {} stands near the {}": ("DET NOUN VERB ADP DET NOUN", [1, 2, 2, 2, 5, 3], "det nsubj ROOT prep det pobj"),
+    "the red {} and a big {}": (
+        "DET ADJ NOUN CCONJ DET ADJ NOUN",
+        [2, 2, 2, 2, 6, 6, 2],
+        "det amod ROOT cc det amod conj",
+    ),
+    "it has the {}": ("PRON VERB DET NOUN", [1, 1, 3, 1], "nsubj ROOT det dobj"),
 }
 
 
 def chosen(captions: dict[str, list[str]], seed: int = 0) -> set[str]:
-    """Ids of the captions that are taken, of their phrases by id."""
+    """Ids of the chosen captions. `captions`: id -> noun phrases."""
     pairs = [(row, hash_of(phrase)) for row, phrases in enumerate(captions.values()) for phrase in phrases]
     rows, phrases = np.array(pairs, dtype=object).reshape(-1, 2).T
     ids = np.array([hash_of(id) for id in captions], dtype=np.uint64)
@@ -56,7 +47,7 @@ def chosen(captions: dict[str, list[str]], seed: int = 0) -> set[str]:
 
 
 def of_the_paper(captions: dict[str, list[str]], rank) -> set[str]:
-    """The paper's own words, one phrase after another, from the rarest up."""
+    """The filter as the paper describes it: one phrase after another, from the rarest to the most frequent."""
     of_phrase = defaultdict(list)
     for id, phrases in captions.items():
         for phrase in phrases:
@@ -90,7 +81,7 @@ def test_each_phrase_keeps_what_it_may_whatever_the_order_of_the_rows(seed, shuf
     counts = Counter(phrase for id in taken for phrase in captions[id] if phrase != "shared")
     for phrase, size in enumerate(sizes):
         count = counts[f"phrase {phrase}"]
-        # One more, if the caption that shares a phrase with others is not among the 100.
+        # 101 if the caption with the shared phrase is not among the 100.
         assert count in (100, 101) if size > 100 else count == size if size >= 3 else count <= 1
     shuffled = list(captions.items())
     random.Random(shuffle).shuffle(shuffled)
@@ -101,12 +92,12 @@ def test_seed_draws_other_captions_and_as_many():
     captions = {str(number): ["a dog"] for number in range(400)}
     first, second = chosen(captions, 0), chosen(captions, 1)
     assert len(first) == len(second) == 100
-    assert 10 <= len(first & second) <= 45  # 25 to be expected
+    assert 10 <= len(first & second) <= 45  # 25 are expected
 
 
 def test_draws_of_two_phrases_are_independent():
     captions = {str(number): ["a dog", "the sea"] for number in range(400)}
-    assert 160 <= len(chosen(captions)) <= 190  # 175 to be expected; 100 if both were drawn alike
+    assert 160 <= len(chosen(captions)) <= 190  # 175 are expected; 100 if both draws were equal
 
 
 def test_caption_without_phrases_is_not_taken():
@@ -148,17 +139,17 @@ def test_quotation_mark_that_does_not_end_hides_no_row_of_a_tsv(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("c.txt", "", "give captions as"),
-        ("c.tsv", "a dog\thttp://host/1.jpg\n", "c.tsv, line 1: has no caption and no image among"),
+        ("c.txt", "", r"captions must be in a \.json"),
+        ("c.tsv", "a dog\thttp://host/1.jpg\n", "c.tsv, line 1: has no column caption and no column image, only"),
         ("c.json", '{"image": 1}', "cannot be read as JSON"),
         ("c.jsonl", "{]\n", "c.jsonl, row 0: cannot be read as JSON"),
         ("c.jsonl", "[]\n", "expected an object with image and caption"),
         ("c.jsonl", '{"image": "a.png", "caption": " "}\n', "row 0: caption is ' '"),
         ("c.jsonl", '{"image": 3, "caption": "a"}\n', "row 0: image is 3"),
-        ("c.jsonl", '{"image": "../a.png", "caption": "a"}\n', "row 0 .*leaves the image root"),
-        ("c.jsonl", '{"image": "http://host/a.png", "caption": "a"}\n', "row 0 .*is an address"),
-        ("c.jsonl", '{"id": 1, "image": "a.png", "caption": "a"}\n' * 2, "row 1: its id stands in an earlier row"),
-        ("c.jsonl", "", "no rows"),
+        ("c.jsonl", '{"image": "../a.png", "caption": "a"}\n', "row 0 .*is outside the image root"),
+        ("c.jsonl", '{"image": "http://host/a.png", "caption": "a"}\n', "row 0 .*is a URL"),
+        ("c.jsonl", '{"id": 1, "image": "a.png", "caption": "a"}\n' * 2, "row 1: an earlier row has the same id"),
+        ("c.jsonl", "", "holds no rows"),
     ],
 )
 def test_wrong_captions_are_refused_with_their_row(tmp_path, name, content, message):
@@ -193,7 +184,7 @@ def test_missing_pipeline_is_an_error_with_the_command_that_installs_it(monkeypa
 
 @pytest.fixture(scope="module")
 def pipeline(tmp_path_factory) -> Path:
-    """A spaCy pipeline that has learned a few sentences by heart: parts of speech, and the trees."""
+    """A spaCy pipeline that has learned a few sentences by heart: parts of speech, and parse trees."""
     spacy = pytest.importorskip("spacy")
     from spacy.tokens import Doc
     from spacy.training import Example
@@ -207,13 +198,13 @@ def pipeline(tmp_path_factory) -> Path:
     parser = {"@architectures": "spacy.TransitionBasedParser.v2", "state_type": "parser", "tok2vec": embed}
     parser |= {"extra_state_tokens": False, "hidden_width": 32, "maxout_pieces": 2, "use_upper": True}
     language.add_pipe("morphologizer", config={"model": tagger})
-    # Otherwise labels that are seen less than 30 times are one.
+    # By default, labels that occur fewer than 30 times are merged.
     language.add_pipe("parser", config={"model": parser, "min_action_freq": 1})
     examples = []
-    for pattern, (parts, heads) in PATTERNS.items():
+    for pattern, (parts, heads, labels) in PATTERNS.items():
         for place, noun in enumerate(NOUNS):
             words = pattern.format(noun, NOUNS[place - 1]).split()
-            truth = Doc(language.vocab, words=words, pos=parts, heads=heads, deps=LABELS[pattern])
+            truth = Doc(language.vocab, words=words, pos=parts.split(), heads=heads, deps=labels.split())
             examples.append(Example(language.make_doc(" ".join(words)), truth))
     optimizer = language.initialize(lambda: examples)
     for _ in range(60):
@@ -233,13 +224,13 @@ def test_noun_phrases_are_compared_without_case_articles_and_pronouns(pipeline):
 
 def test_pipeline_without_a_parser_is_refused(tmp_path):
     pytest.importorskip("spacy").blank("en").to_disk(tmp_path / "blank")
-    with pytest.raises(ValueError, match="noun phrases need a parser"):
+    with pytest.raises(ValueError, match="Noun phrases need a parser"):
         choosing.load_pipeline(str(tmp_path / "blank"))
 
 
 @pytest.fixture(scope="module")
 def captions(tmp_path_factory) -> Path:
-    """A horse in 2 captions, a cat in 4, a dog in 130, of which one has no image."""
+    """A horse in 2 captions, a cat in 4, and a dog in 130. The image of one dog is missing."""
     texts = ["it has the horse"] * 2 + ["it has the cat"] * 4 + ["it has the dog"] * 130
     rows = [{"image": f"{number}.png", "caption": text} for number, text in enumerate(texts)]
     file = write_captions(tmp_path_factory.mktemp("captions"), rows)
@@ -247,25 +238,16 @@ def captions(tmp_path_factory) -> Path:
     return file
 
 
-def run(*arguments) -> "CliRunner.Result":
-    return CliRunner().invoke(app, ["generate-data", "captions", *map(str, arguments)])
-
-
-def options(file: Path, pipeline: Path, out: Path) -> list:
-    return [file, "--image-root", file.parent / "images", "--spacy-model", pipeline, "--out", out]
-
-
-def contents(out: Path) -> dict[str, bytes]:
-    """All that a run leaves, but for the order in which spaCy's findings came, and its own command."""
-    files = {path.name: path.read_bytes() for path in out.iterdir() if not path.name.startswith("phrases")}
-    return {name: content for name, content in files.items() if name not in ("run.json", "README.md")}
+def options(file: Path, pipeline: Path, out: Path) -> list[str]:
+    settings = [file, "--image-root", file.parent / "images", "--spacy-model", pipeline, "--out", out]
+    return ["captions", *map(str, settings)]
 
 
 @pytest.fixture(scope="module")
 def whole(captions, pipeline, tmp_path_factory) -> Path:
-    """What one run makes of these captions, undisturbed."""
+    """The folder of an undisturbed run."""
     out = tmp_path_factory.mktemp("whole") / "out"
-    result = run(*options(captions, pipeline, out))
+    result = generate_data(*options(captions, pipeline, out))
     assert result.exit_code == 0, result.output
     assert "104 of 136 captions" in result.stdout
     return out
@@ -276,13 +258,12 @@ def test_command_writes_a_set_that_training_reads(captions, whole):
     assert len(rows) == 104
     instructions = read_instructions(PROMPTS / "captions" / "instructions.txt")
     for row in rows:
-        (question, answer) = row["messages"]
-        assert question["content"][0] == {"type": "image"}
-        assert question["content"][1]["text"] in instructions
-        assert answer["content"][0]["text"] in ("it has the cat", "it has the dog")
+        assert row["messages"][0]["content"][0] == {"type": "image"}
+        question, answer = texts_of(row)
+        assert question in instructions and answer in ("it has the cat", "it has the dog")
     reasons = Counter(line["reason"] for line in lines_of(whole / "rejected.jsonl"))
     assert sorted(reasons.values()) == [1, 2, 29]
-    assert reasons["there is no such image"] == 1
+    assert reasons["the image file is missing"] == 1
     card = (whole / "README.md").read_text()
     assert "3 different noun phrases" in card and "104 rows" in card
 
@@ -291,39 +272,38 @@ def test_command_writes_a_set_that_training_reads(captions, whole):
 def test_shards_choose_together_what_one_run_chooses(captions, pipeline, whole, tmp_path):
     command = options(captions, pipeline, tmp_path / "out")
     for shard in ("2/3", "1/3"):
-        result = run(*command, "--shard", shard)
-        assert result.exit_code == 0 and "nothing is chosen" in " ".join(result.stderr.split())
+        result = generate_data(*command, "--shard", shard)
+        assert result.exit_code == 0 and "This shard is done." in " ".join(result.stderr.split())
         assert not (tmp_path / "out" / "data.jsonl").exists()
-    result = run(*command, "--shard", "3/3", "--dry-run")
-    assert "45 captions with an image, 45 still to be read" in result.stdout
-    assert run(*command, "--shard", "3/3").exit_code == 0
-    assert contents(tmp_path / "out") == contents(whole)
+    result = generate_data(*command, "--shard", "3/3", "--dry-run")
+    assert "45 captions with an image, 45 of them not yet read" in result.stdout
+    assert generate_data(*command, "--shard", "3/3").exit_code == 0
+    assert made(tmp_path / "out") == made(whole)
 
 
-def test_another_seed_reads_nothing_anew_and_other_captions_are_refused(
-    captions, pipeline, whole, tmp_path, monkeypatch
-):
+def test_another_seed_needs_no_spacy_and_other_captions_are_refused(captions, pipeline, whole, tmp_path, monkeypatch):
     out = tmp_path / "out"
     shutil.copytree(whole, out)
+    command = options(captions, pipeline, out)
     monkeypatch.setattr(choosing, "load_pipeline", lambda model: pytest.fail("spaCy is loaded"))
-    assert run(*options(captions, pipeline, out), "--seed", 1).exit_code == 0
-    assert contents(out) != contents(whole)
-    assert run(*options(captions, pipeline, out)).exit_code == 0
-    assert contents(out) == contents(whole)
+    assert generate_data(*command, "--seed", 1).exit_code == 0
+    assert made(out) != made(whole)
+    assert generate_data(*command).exit_code == 0
+    assert made(out) == made(whole)
     for more in ((), ("--dry-run",)):
-        result = run(*options(captions, pipeline, out), "--limit", 100, *more)
+        result = generate_data(*command, "--limit", 100, *more)
         assert result.exit_code == 1 and "limit" in result.stderr
 
 
 @pytest.mark.parametrize("cut", [0, 40, -1])
-def test_run_cut_off_anywhere_goes_on_and_gives_the_same(captions, pipeline, whole, tmp_path, cut):
+def test_run_resumes_from_a_journal_that_is_cut_off_anywhere(captions, pipeline, whole, tmp_path, cut):
     out = tmp_path / "out"
     out.mkdir()
     journal = (whole / "phrases.jsonl").read_bytes()
     (out / "run.json").write_bytes((whole / "run.json").read_bytes())
     (out / "phrases.jsonl").write_bytes(journal[:cut])
-    assert run(*options(captions, pipeline, out)).exit_code == 0
-    assert contents(out) == contents(whole)
+    assert generate_data(*options(captions, pipeline, out)).exit_code == 0
+    assert made(out) == made(whole)
     assert (out / "phrases.jsonl").read_bytes() == journal  # no row was read twice
 
 
@@ -340,12 +320,12 @@ def kill_at_row_50() -> None:
 
 
 @pytest.mark.slow
-def test_killed_run_goes_on_and_gives_the_same(captions, pipeline, whole, tmp_path):
-    command = [str(option) for option in options(captions, pipeline, tmp_path / "out")]
+def test_killed_run_resumes_and_makes_the_same_files(captions, pipeline, whole, tmp_path):
+    command = options(captions, pipeline, tmp_path / "out")
     journal = tmp_path / "out" / "phrases.jsonl"
-    children = fork(sq_llava, ("generate-data", "captions", *command), tmp_path / "log", (kill_at_row_50,))
+    children = fork(sq_llava, ("generate-data", *command), tmp_path / "log", (kill_at_row_50,))
     assert ended(children) == [-signal.SIGKILL]
     assert len(journal.read_text().splitlines()) == 51
-    assert run(*command).exit_code == 0
+    assert generate_data(*command).exit_code == 0
     assert len(journal.read_text().splitlines()) == 135
-    assert contents(tmp_path / "out") == contents(whole)
+    assert made(tmp_path / "out") == made(whole)

@@ -1,4 +1,4 @@
-"""Which turns of self-generated data are kept: each filter by hand, and the laws that hold for any turns."""
+"""Filters of self-generated turns: each filter by an example, and properties that hold for any turns."""
 
 from collections import Counter
 from dataclasses import replace
@@ -35,7 +35,7 @@ def rules(turns, settings=OFF) -> list[tuple[str, str] | None]:
         (turn(question="Is the <image> red?"), ("text", "marker of an image or a turn")),
     ],
 )
-def test_text_that_teaches_nothing_is_left_out(turn, rule):
+def test_faulty_text_is_left_out(turn, rule):
     assert rules([turn]) == [rule]
 
 
@@ -43,7 +43,7 @@ def test_answer_that_stays_without_the_image_is_left_out():
     turns = [turn(), turn("What is 2 + 2?", "Four.", "four"), turn("Why?", "so", "no", blank_log_probability=0.0)]
     settings = replace(OFF, blank_test="turn")
     same = ("image", "same answer to a blank image")
-    assert rules(turns, settings) == [None, same, same]  # the last: other words, but likelier without the image
+    assert rules(turns, settings) == [None, same, same]  # the last answer differs, but is likelier without the image
     assert rules(turns, replace(settings, min_drop=3.0)) == [same, same, same]
 
 
@@ -56,45 +56,42 @@ def test_no_is_kept_where_the_question_needs_an_image_elsewhere():
     assert rules(turns, replace(OFF, blank_test="turn"))[1] == ("image", "same answer to a blank image")
 
 
-def test_score_that_is_no_number_does_not_pass():
-    settings = replace(OFF, min_log_probability=-99.0)
-    assert rules([turn(log_probability=float("nan"))], settings) == [("confidence", "low log-probability")]
-
-
-def test_thresholds_take_in_their_own_value():
+def test_score_equal_to_the_threshold_passes_and_nan_does_not():
     turns = [turn(log_probability=-0.5, clip_score=0.6), turn(log_probability=-0.51), turn(clip_score=0.59)]
+    turns.append(turn(log_probability=float("nan")))
     settings = replace(OFF, min_log_probability=-0.5, min_clip_score=0.6)
-    assert rules(turns, settings) == [None, ("confidence", "low log-probability"), ("clip", "low CLIPScore")]
+    unsure = ("confidence", "low log-probability")
+    assert rules(turns, settings) == [None, unsure, ("clip", "low CLIPScore"), unsure]
 
 
-def test_second_of_two_like_questions_about_an_image_is_left_out():
+def test_second_of_two_similar_questions_about_an_image_is_left_out():
     turns = [turn(), turn("is there a  DOG!", number=1), turn("What is it doing?", number=2), turn(picture="b.png")]
     like = ("duplicate", "like another of the image")
     assert rules(turns, replace(OFF, max_overlap=0.7)) == [None, like, None, None]
 
 
-def test_what_was_left_out_makes_nothing_a_duplicate():
+def test_left_out_turn_makes_no_other_a_duplicate():
     turns = [turn(log_probability=-9.0), turn(number=1)]
     settings = replace(OFF, max_overlap=0.7, min_log_probability=-1.0)
     assert rules(turns, settings) == [("confidence", "low log-probability"), None]
 
 
-def test_question_is_kept_so_often_in_the_set():
+def test_question_is_kept_up_to_the_maximum_number_of_times():
     turns = [turn(picture=f"{number}.png") for number in range(4)]
     often = ("duplicate", "too often in the set")
     assert rules(turns, replace(OFF, max_repeats=2)) == [None, None, often, often]
 
 
-def test_words_of_earlier_images_count_not_those_of_the_same():
+def test_set_overlap_counts_questions_about_earlier_images_only():
     turns = [turn("Is there a dog?"), turn("Is there a cat?", number=1), turn("Is there a dog or cat?", picture="b")]
     outcomes = filter_turns(turns, replace(OFF, max_set_overlap=0.5))
-    # is-there, there-a, a-dog of is-there, there-a, a-dog, dog-or, or-cat
+    # Three of its five pairs are known: is-there, there-a, a-dog. Not known are dog-or and or-cat.
     assert [outcome.scores["set_overlap"] for outcome in outcomes] == [0.0, 0.0, 0.6]
     assert outcomes[2].reason == "words of earlier questions"
 
 
 def test_overlap_by_hand():
-    # Words: is, there, a of 5; pairs: is-there, there-a of 4.
+    # In common: 3 of 5 words (is, there, a) and 2 of 4 pairs (is-there, there-a).
     assert overlap("Is there a dog?", "is there a cat") == pytest.approx(5 / 9)
     assert overlap("Is there a dog?", "is there, a dog") == 1.0
     assert overlap("red", "blue") == 0.0
@@ -108,7 +105,7 @@ def test_types_are_balanced_by_the_seed():
     assert kept[0].count(("balance", "too many of its type")) == 15 and kept[0][-1] is None
 
 
-def test_the_answer_that_there_is_more_of_is_thinned_out():
+def test_more_frequent_answer_is_thinned_out():
     turns = [turn(answer="Yes, it is.", number=number) for number in range(6)]
     turns += [turn(answer="no", number=6), turn("What is it?", "A dog.", number=7), turn(answer="No.", number=8)]
     kept = [rules(turns, replace(OFF, balance_yes_no=True, seed=seed)) for seed in (0, 0, 1)]
@@ -154,7 +151,7 @@ SETTINGS = st.builds(
 
 @pytest.mark.slow
 @given(TURNS, SETTINGS)
-def test_each_turn_has_one_outcome_in_order_and_what_is_kept_keeps_the_rules(turns, settings):
+def test_each_turn_has_one_outcome_in_order_and_kept_turns_obey_the_filters(turns, settings):
     outcomes = filter_turns(turns, settings)
     assert [outcome.turn for outcome in outcomes] == turns
     assert all((outcome.step is None) == (outcome.reason is None) for outcome in outcomes)
@@ -179,8 +176,8 @@ def test_each_turn_has_one_outcome_in_order_and_what_is_kept_keeps_the_rules(tur
 
 @pytest.mark.slow
 @given(TURNS, SETTINGS)
-def test_what_is_kept_stays_when_it_is_filtered_again(turns, settings):
-    # That a question needs an image may be known from a turn that another filter left out.
+def test_kept_turns_stay_when_they_are_filtered_again(turns, settings):
+    # With the test by question, a turn may need another one that another filter left out.
     settings = replace(settings, blank_test="turn" if settings.blank_test == "question" else settings.blank_test)
     kept = [outcome.turn for outcome in filter_turns(turns, settings) if outcome.is_kept]
     assert all(outcome.is_kept for outcome in filter_turns(kept, settings))
@@ -188,7 +185,7 @@ def test_what_is_kept_stays_when_it_is_filtered_again(turns, settings):
 
 @pytest.mark.slow
 @given(TURNS, SETTINGS)
-def test_test_by_question_keeps_at_least_what_the_test_by_turn_keeps(turns, settings):
+def test_blank_test_by_question_keeps_at_least_what_the_test_by_turn_keeps(turns, settings):
     settings = replace(settings, max_overlap=None, max_set_overlap=None, max_repeats=None, max_per_type=None)
     settings = replace(settings, balance_yes_no=False)
     by_turn, by_question, without = (

@@ -1,6 +1,7 @@
-"""Data that a model makes of images alone: scores by hand, runs that stop and go on, shards, a judge, the command."""
+"""Self-generated data: scores computed by hand, interrupted runs, shards, filters, a judge, and the command."""
 
 import json
+import multiprocessing
 import shutil
 import signal
 import time
@@ -12,9 +13,7 @@ import datasets
 import pytest
 import torch
 from transformers import CLIPProcessor
-from typer.testing import CliRunner
 
-from sq_llava.cli.main import app
 from sq_llava.data.rows import load_rows
 from sq_llava.data.sources import DataSource
 from sq_llava.evaluation import questions
@@ -29,6 +28,7 @@ from sq_llava.inference.assistant import Assistant
 from sq_llava.llm_client.client import ChatSettings
 from tests import tiny
 from tests.chat_server import Reply, chat_server
+from tests.generation.commands import generate_data, texts_of
 from tests.processes import ended, fork, lines_of, sq_llava
 
 
@@ -42,7 +42,7 @@ STATE = ("asked-0.jsonl", "scored-0.jsonl")
 
 @pytest.fixture(scope="module", autouse=True)
 def model_that_asks():
-    """What a random model says are no words; this makes it some, others for another text."""
+    """A random model does not produce words. This fixture turns its texts into words, different for each text."""
     decode = prompts.decode
     words = tiny.CORPUS[2].split()
 
@@ -58,7 +58,7 @@ def model_that_asks():
 
 @pytest.fixture(scope="module")
 def parts(tmp_path_factory) -> Path:
-    """A model, a CLIP, images, and a data set about some of them."""
+    """A model, images, and a dataset about some of them."""
     root = tmp_path_factory.mktemp("parts")
     tiny.save_model(root / "model")
     (root / "images").mkdir()
@@ -70,32 +70,28 @@ def parts(tmp_path_factory) -> Path:
     return root
 
 
+def settings_of(parts: Path, out: Path) -> SelfGeneration:
+    ask = AskSettings(NUM_QUESTIONS, "What is it?", max_new_tokens=8)
+    model, images = str(parts / "model"), str(parts / "images")
+    return SelfGeneration(model, images, out, ask, NO_FILTERS, device="cpu", batch_size=2)
+
+
 @pytest.fixture
 def run(parts, tmp_path) -> SelfGeneration:
-    return SelfGeneration(
-        model=str(parts / "model"),
-        images=str(parts / "images"),
-        out=tmp_path / "out",
-        ask=AskSettings(NUM_QUESTIONS, "What is it?", max_new_tokens=8),
-        filters=NO_FILTERS,
-        device="cpu",
-        batch_size=2,
-    )
+    return settings_of(parts, tmp_path / "out")
 
 
 @pytest.fixture(scope="module")
 def whole(parts, tmp_path_factory) -> Path:
-    """What a run makes that nothing stops."""
+    """The folder of an undisturbed run."""
     out = tmp_path_factory.mktemp("whole") / "out"
-    ask = AskSettings(NUM_QUESTIONS, "What is it?", max_new_tokens=8)
-    run = SelfGeneration(str(parts / "model"), str(parts / "images"), out, ask, NO_FILTERS, device="cpu", batch_size=2)
-    generate(run)
+    generate(settings_of(parts, out))
     return out
 
 
 @pytest.fixture
 def counts(monkeypatch) -> dict[str, list[str]]:
-    """The images that are asked about, and those whose answers are scored."""
+    """Ids of the images that the model is asked about, and of those whose answers are scored, as that happens."""
     seen = {"asked": [], "scored": []}
     ask, score = questions._ask_together, self_generation.score_answers
 
@@ -117,7 +113,7 @@ def files_of(out: Path) -> dict[str, bytes]:
 
 
 def finished(run: SelfGeneration, whole: Path) -> SelfGeneration:
-    """A run into a folder in which all was asked and scored before."""
+    """A run whose folder already holds all questions, answers and scores."""
     shutil.copytree(whole, run.out)
     return run
 
@@ -135,15 +131,12 @@ def test_rows_are_read_as_a_source_with_a_score_for_each_turn(whole, parts):
     card = (whole / "README.md").read_text()
     assert f"{NUM_IMAGES} rows, {NUM_IMAGES * NUM_QUESTIONS} turns" in card and str(parts) not in card
 
-
-def test_turns_are_what_was_asked_and_answered(whole):
-    for row, asked in zip(lines_of(whole / "data.jsonl"), lines_of(whole / "asked-0.jsonl"), strict=True):
-        texts = [message["content"][-1]["text"] for message in row["messages"]]
-        assert (texts[::2], texts[1::2]) == (asked["questions"], asked["answers"])
+    for row, asked in zip(rows, lines_of(whole / "asked-0.jsonl"), strict=True):
+        assert (texts_of(row)[::2], texts_of(row)[1::2]) == (asked["questions"], asked["answers"])
         assert [each["blank_answer"] for each in row["scores"]] == asked["blank_answers"]
 
 
-def test_log_probability_is_the_mean_of_the_answers_tokens_and_the_end_behind_the_prompt():
+def test_log_probability_is_the_mean_over_the_answers_tokens_and_its_end():
     processor = tiny.tiny_processor()
     assistant = Assistant(tiny.tiny_model_for(processor), processor)
     picture, question, answer = tiny.picture(3), "What animal is this?", "A dog in the grass."
@@ -166,15 +159,14 @@ def test_log_probability_is_the_mean_of_the_answers_tokens_and_the_end_behind_th
 
 
 @pytest.mark.parametrize(("place", "num_before"), [("asked", 0), ("asked", 2), ("scored", 0), ("scored", 3)])
-def test_interrupted_run_goes_on_and_makes_the_same_files(run, whole, counts, monkeypatch, place, num_before):
-    name = {"asked": "_ask_together", "scored": "score_answers"}[place]
-    module = questions if place == "asked" else self_generation
-    go_on = getattr(module, name)
+def test_interrupted_run_resumes_and_makes_the_same_files(run, whole, counts, monkeypatch, place, num_before):
+    module, name = {"asked": (questions, "_ask_together"), "scored": (self_generation, "score_answers")}[place]
+    original = getattr(module, name)
 
     def interrupt(*arguments):
         if len(counts[place]) >= num_before:
             raise KeyboardInterrupt
-        return go_on(*arguments)
+        return original(*arguments)
 
     with monkeypatch.context() as patch:
         patch.setattr(module, name, interrupt)
@@ -186,7 +178,7 @@ def test_interrupted_run_goes_on_and_makes_the_same_files(run, whole, counts, mo
     assert [len(each) for each in counts.values()] == [NUM_IMAGES, NUM_IMAGES]  # nothing twice
 
 
-def test_line_that_a_kill_has_cut_off_is_made_again(run, whole, counts):
+def test_line_that_a_kill_cut_off_is_made_again(run, whole, counts):
     finished(run, whole)
     for name in STATE:
         file = run.out / name
@@ -196,7 +188,7 @@ def test_line_that_a_kill_has_cut_off_is_made_again(run, whole, counts):
     assert [len(each) for each in counts.values()] == [1, 1]
 
 
-def test_other_filters_make_the_set_anew_without_a_model(run, whole, monkeypatch):
+def test_other_filters_make_the_set_again_without_a_model(run, whole, monkeypatch):
     finished(run, whole)
     monkeypatch.setattr(self_generation, "load", None)
     scores = [score["log_probability"] for row in lines_of(whole / "data.jsonl") for score in row["scores"]]
@@ -211,11 +203,6 @@ def test_other_filters_make_the_set_anew_without_a_model(run, whole, monkeypatch
     assert files_of(run.out) == files_of(whole)
 
 
-def test_other_number_of_shards_is_refused_in_the_same_folder(run, whole):
-    with pytest.raises(ValueError, match="num_shards 1, now it is 2"):
-        generate(replace(finished(run, whole), shard=Shard(0, 2)))
-
-
 def test_shards_make_together_what_one_run_makes(run, whole):
     for index in range(2):
         generate(replace(run, shard=Shard(index, 2)))
@@ -223,12 +210,12 @@ def test_shards_make_together_what_one_run_makes(run, whole):
     rows = lines_of(whole / "data.jsonl")
     for row in (*of_shards, *rows):
         for scores in row["scores"]:
-            del scores["set_overlap"]  # each shard is a set of its own
+            del scores["set_overlap"]  # each shard is filtered as a set of its own
     assert sorted(of_shards, key=lambda row: row["id"]) == rows
     assert "path: data-*-of-00002.jsonl" in (run.out / "README.md").read_text()
 
 
-def test_limit_that_grows_asks_only_about_the_rest(run, whole, counts):
+def test_higher_limit_asks_only_about_the_new_images(run, whole, counts):
     generate(replace(run, limit=2))
     assert len(lines_of(run.out / "data.jsonl")) == len(counts["asked"]) == 2
     generate(run)
@@ -236,18 +223,25 @@ def test_limit_that_grows_asks_only_about_the_rest(run, whole, counts):
     assert (run.out / "data.jsonl").read_bytes() == (whole / "data.jsonl").read_bytes()
 
 
-def test_data_set_gives_its_images_and_none_of_its_questions(run, parts, whole):
+def test_dataset_gives_its_images_and_none_of_its_questions(run, parts, whole):
     generate(replace(run, images=str(parts / "rows.json"), image_root=str(parts)))
     rows = lines_of(run.out / "data.jsonl")
     assert [row["images"] for row in rows] == [["images/2.png"], ["images/4.png"]]
     assert "A dog." not in (run.out / "data.jsonl").read_text()
     same = lines_of(whole / "data.jsonl")
-    assert [row["messages"] for row in rows] == [same[2]["messages"], same[4]["messages"]]  # draws are the image's own
+    assert [row["messages"] for row in rows] == [
+        same[2]["messages"],
+        same[4]["messages"],
+    ]  # an image has its own draws
 
 
-def test_broken_image_is_listed_and_the_others_are_made(run, parts, tmp_path):
-    images = tmp_path / "images"
-    shutil.copytree(parts / "images", images)
+@pytest.fixture
+def images(parts, tmp_path) -> Path:
+    """A copy of the images."""
+    return shutil.copytree(parts / "images", tmp_path / "images")
+
+
+def test_broken_image_is_listed_and_the_others_are_made(run, images):
     (images / "1.png").write_bytes((images / "1.png").read_bytes()[:80])
     made = generate(replace(run, images=str(images)))
     assert (made.num_failed, made.num_rows, made.num_open) == (1, NUM_IMAGES - 1, 0)
@@ -255,39 +249,41 @@ def test_broken_image_is_listed_and_the_others_are_made(run, parts, tmp_path):
     assert failure["id"] == "1.png" and "cannot be read as an image" in failure["error"]
 
 
-def test_image_that_has_changed_is_refused(run, parts, tmp_path):
-    images = tmp_path / "images"
-    shutil.copytree(parts / "images", images)
+def test_changed_image_is_refused(run, images):
     run = replace(run, images=str(images), limit=1)
     generate(run)
     tiny.picture(9).save(images / "0.png")
-    with pytest.raises(ValueError, match=r"has a line for '0\.png@\w+', which is not asked about: give another --out"):
+    with pytest.raises(
+        ValueError, match=r"has a line for '0\.png@\w+', which is not in the input. Choose another --out"
+    ):
         generate(run)
 
 
 @pytest.mark.parametrize("change", [{"temperature": 0.7}, {"seed": 1}, {"num_questions": 2}, {"after": None}])
-def test_other_questions_into_the_same_folder_are_refused(run, whole, change):
+def test_other_questions_or_shards_in_the_same_folder_are_refused(run, whole, change):
     finished(run, whole)
     with pytest.raises(ValueError, match=f"holds answers of a run with ask of {next(iter(change))}"):
         generate(replace(run, ask=replace(run.ask, **change)))
+    with pytest.raises(ValueError, match="num_shards 1, but this run has 2"):
+        generate(replace(run, shard=Shard(0, 2)))
 
 
 def test_image_outside_of_the_root_is_refused(run, parts, tmp_path):
-    (tmp_path / "images").mkdir()
-    (tmp_path / "images" / "a.png").symlink_to(parts / "images" / "0.png")
-    with pytest.raises(ValueError, match=r"a\.png leaves the image root .*images: copy it there"):
-        generate(replace(run, images=str(tmp_path / "images")))
+    (tmp_path / "links").mkdir()
+    (tmp_path / "links" / "a.png").symlink_to(parts / "images" / "0.png")
+    with pytest.raises(ValueError, match=r"a\.png leaves the image root .*links\. Copy the image into it"):
+        generate(replace(run, images=str(tmp_path / "links")))
 
 
 def test_image_inside_of_a_table_is_refused(run, parts, tmp_path):
     turns = [{"role": "user", "content": "What?"}, {"role": "assistant", "content": "A dog."}]
     image = {"bytes": (parts / "images" / "0.png").read_bytes(), "path": None}
     datasets.Dataset.from_list([{"messages": turns, "images": [image]}]).to_parquet(tmp_path / "rows.parquet")
-    with pytest.raises(ValueError, match="row 0: the image stands in the table: save it as a file"):
+    with pytest.raises(ValueError, match=r"row 0: the image is inside of the table\. Save it as a file"):
         generate(replace(run, images=str(tmp_path / "rows.parquet")))
 
 
-def test_clip_scores_are_added_to_what_was_asked(run, whole, parts, tmp_path, monkeypatch):
+def test_clip_scores_are_added_without_asking_again(run, whole, tmp_path, monkeypatch):
     finished(run, whole)
     tiny.save_towers(tmp_path)
     tokenizer = tiny.llama_tokenizer()
@@ -301,7 +297,7 @@ def test_clip_scores_are_added_to_what_was_asked(run, whole, parts, tmp_path, mo
     scorer = questions.ClipScorer(clip, "cpu")
     expected = []
     for number, row in enumerate(rows):
-        texts = [message["content"][-1]["text"] for message in row["messages"]]
+        texts = texts_of(row)
         pairs = [f"{question} {answer}" for question, answer in zip(texts[::2], texts[1::2], strict=True)]
         expected += (2.5 * scorer.cosines([tiny.picture(number)], pairs).clamp_min(0)).squeeze(1).tolist()
     assert scores == pytest.approx(expected, abs=1e-3)
@@ -338,7 +334,7 @@ def test_judge_sees_image_question_and_answer_and_is_paid_once(judged, whole):
     with chat_server(reply) as server:
         made = generate(by_a_judge(judged, server))
         files = files_of(judged.out)
-        assert len(server.requests) == num_turns + 2  # what cannot be read is asked for three times
+        assert len(server.requests) == num_turns + 2  # an unreadable answer is asked for three times
         assert generate(by_a_judge(judged, server)) == made
         assert len(server.requests) == num_turns + 2 and files_of(judged.out) == files
     assert made.left_out == {"judge: rejected": 1, "judge: not readable": 1}
@@ -347,7 +343,7 @@ def test_judge_sees_image_question_and_answer_and_is_paid_once(judged, whole):
     assert b"secret" not in b"".join(files.values())
 
 
-def test_judge_is_not_asked_beyond_its_cap_and_goes_on_later(judged):
+def test_judge_stops_at_its_cap_and_resumes_later(judged):
     num_turns = NUM_IMAGES * NUM_QUESTIONS
     with chat_server(lambda request, number: "accept") as server:
         made = generate(by_a_judge(judged, server, max_requests=4))
@@ -374,25 +370,30 @@ def test_estimate_counts_what_is_left(run, whole, monkeypatch):
     assert estimate(finished(run, whole)) == (NUM_IMAGES, 0, None)
 
 
-def arguments_of(run: SelfGeneration, *more: str) -> list[str]:
-    arguments = ["generate-data", "self", run.images, "--model", run.model, "--out", str(run.out), "--device", "cpu"]
+def arguments_of(run: SelfGeneration) -> list[str]:
+    arguments = ["self", run.images, "--model", run.model, "--out", str(run.out), "--device", "cpu"]
     arguments += ["-n", str(NUM_QUESTIONS), "--after", "What is it?", "--max-new-tokens", "8", "--blank-test", "off"]
-    return [*arguments, "--min-log-probability", "-99", "--batch-size", "1", *more]
+    return [*arguments, "--min-log-probability", "-99", "--batch-size", "1"]
+
+
+def start(run: SelfGeneration, log: Path, processes: int = 1) -> list[multiprocessing.Process]:
+    """The command in processes of its own."""
+    return fork(sq_llava, ("generate-data", *arguments_of(run)), log, processes=processes)
 
 
 def test_command_says_what_is_kept_and_a_dry_run_does_nothing(run):
-    result = CliRunner().invoke(app, arguments_of(run, "--dry-run"))
+    result = generate_data(*arguments_of(run), "--dry-run")
     assert result.exit_code == 0, result.output
-    assert "5 of 5 images are to be asked about, 3 questions each." in result.stdout and not run.out.exists()
-    result = CliRunner().invoke(app, arguments_of(run))
+    assert "5 of 5 images are still open, with 3 questions each." in result.stdout and not run.out.exists()
+    result = generate_data(*arguments_of(run))
     assert result.exit_code == 0, result.output
     assert "15 turns about 5 images" in result.stdout
     assert len(lines_of(run.out / "data.jsonl")) == NUM_IMAGES
 
 
-def test_killed_command_goes_on_without_asking_again(run, tmp_path):
+def test_killed_command_resumes_without_asking_again(run, tmp_path):
     log = tmp_path / "log"
-    (child,) = fork(sq_llava, arguments_of(run), log)
+    (child,) = start(run, log)
     asked = run.out / "asked-0.jsonl"
     while not (asked.is_file() and asked.read_bytes().count(b"\n") >= 2):
         assert child.is_alive(), log.read_text()[-3000:]
@@ -402,8 +403,7 @@ def test_killed_command_goes_on_without_asking_again(run, tmp_path):
     kept = asked.read_bytes().splitlines()
     assert len(kept) < NUM_IMAGES and not (run.out / "data.jsonl").exists()
     other = replace(run, out=tmp_path / "other")
-    both = fork(sq_llava, arguments_of(run), log) + fork(sq_llava, arguments_of(other), log)
-    assert ended(both) == [0, 0], log.read_text()[-3000:]
+    assert ended(start(run, log) + start(other, log)) == [0, 0], log.read_text()[-3000:]
     assert asked.read_bytes().splitlines()[:2] == kept[:2]
     assert len(asked.read_bytes().splitlines()) == NUM_IMAGES
     own, others = files_of(run.out), files_of(other.out)
@@ -413,8 +413,8 @@ def test_killed_command_goes_on_without_asking_again(run, tmp_path):
 
 def test_two_processes_make_what_one_makes(run, tmp_path):
     log, other = tmp_path / "log", replace(run, out=tmp_path / "other")
-    assert ended(fork(sq_llava, arguments_of(run), log)) == [0], log.read_text()[-3000:]
-    assert ended(fork(sq_llava, arguments_of(other), log, processes=2)) == [0, 0], log.read_text()[-3000:]
+    assert ended(start(run, log)) == [0], log.read_text()[-3000:]
+    assert ended(start(other, log, processes=2)) == [0, 0], log.read_text()[-3000:]
     for name in ("data.jsonl", "rejected.jsonl"):
         assert (run.out / name).read_bytes() == (other.out / name).read_bytes()
     shares = [len(lines_of(other.out / f"asked-{rank}.jsonl")) for rank in (0, 1)]

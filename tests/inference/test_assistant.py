@@ -1,4 +1,4 @@
-"""Answering, asking and conversing; and that nothing is computed twice for it."""
+"""The model answers, asks and talks to itself, and computes nothing twice."""
 
 import os
 import subprocess
@@ -9,40 +9,19 @@ import torch
 from typer.testing import CliRunner
 
 from sq_llava.cli import talk
-from sq_llava.data.images import open_image
 from sq_llava.data.messages import place_images
-from sq_llava.inference.assistant import Assistant, load
+from sq_llava.inference.assistant import load
 from tests import tiny
+from tests.assistants import HISTORIES, assert_batch_equals_one_by_one, record_passes
 from tests.warm_python import warm_python
 
 
-HISTORY = [{"role": "user", "content": "What is it?"}, {"role": "assistant", "content": "A dog."}]
-
-
-@pytest.fixture(scope="module")
-def assistant() -> Assistant:
-    processor = tiny.tiny_processor(system_message="Be kind.")
-    return Assistant(tiny.tiny_model_for(processor), processor)
+HISTORY = HISTORIES[0]
 
 
 @pytest.fixture
-def passes(assistant, monkeypatch) -> dict[str, list[int]]:
-    """What went through the towers: images at a time, and tokens of all rows at a time."""
-    seen = {"images": [], "tokens": []}
-    model = assistant.model.model
-    vision, text = model.get_vision_features, model.language_model.forward
-
-    def count_images(pixel_values):
-        seen["images"].append(len(pixel_values))
-        return vision(pixel_values)
-
-    def count_tokens(*args, **kwargs):
-        seen["tokens"].append(kwargs["inputs_embeds"].shape[:2].numel())
-        return text(*args, **kwargs)
-
-    monkeypatch.setattr(model, "get_vision_features", count_images)
-    monkeypatch.setattr(model.language_model, "forward", count_tokens)
-    return seen
+def passes(assistant, monkeypatch) -> dict[str, list]:
+    return record_passes(assistant, monkeypatch)
 
 
 def prompt_length(assistant, messages, **kwargs) -> int:
@@ -59,9 +38,7 @@ def test_batch_of_mixed_prompts_answers_as_one_by_one(assistant):
         (None, "Hello."),
         (tiny.picture(3), [*HISTORY, {"role": "user", "content": "And what colour?"}]),
     ]
-    batch = assistant.answer_batch(requests, max_new_tokens=8)
-    assert batch == [assistant.answer(*request, max_new_tokens=8) for request in requests]
-    assert len(set(batch)) == len(batch)
+    assert len(set(assert_batch_equals_one_by_one(assistant, requests, max_new_tokens=8))) == len(requests)
 
 
 def test_questions_share_one_pass_over_image_and_conversation(assistant, passes):
@@ -71,27 +48,23 @@ def test_questions_share_one_pass_over_image_and_conversation(assistant, passes)
     assert passes["images"] == [1]
     length = prompt_length(assistant, place_images(image, HISTORY), ask=True)
     # The shared prefix once, then one token of each question at a time.
-    assert passes["tokens"][0] == length - 1
-    assert set(passes["tokens"][1:]) == {count}
+    assert passes["tokens"][0] == (1, length - 1)
+    assert set(passes["tokens"][1:]) == {(count, 1)}
 
 
-def test_image_is_encoded_once_for_a_description_and_its_questions(assistant, passes):
-    assistant.ask(tiny.picture(), num_questions=3, max_new_tokens=6, seed=0)
-    assert passes["images"] == [1]
-
-
-def test_whole_conversation_encodes_the_image_once_and_no_token_twice(assistant, passes):
+@pytest.mark.parametrize("history", [None, HISTORY], ids=["description", "history"])
+def test_whole_conversation_encodes_the_image_once_and_no_token_twice(assistant, passes, history):
     image = tiny.picture()
-    messages = assistant.converse(image, num_turns=3, history=HISTORY, max_new_tokens=5, seed=0)
+    messages = assistant.converse(image, num_turns=3, history=history, max_new_tokens=5, seed=0)
     assert [message["role"] for message in messages[2:]] == ["vusr", "assistant"] * 3
     assert passes["images"] == [1]
-    first = prompt_length(assistant, place_images(image, HISTORY), ask=True)
-    assert sum(passes["tokens"]) < 2 * first + 3 * 60
+    first = prompt_length(assistant, messages[:2] if history is None else place_images(image, HISTORY), ask=True)
+    assert sum(columns for _, columns in passes["tokens"]) < 2 * first + 3 * 60
 
 
 @pytest.fixture
 def chat(assistant, tmp_path, monkeypatch):
-    """Talks with the model by `sq-llava chat`; gives what it said."""
+    """Runs `sq-llava chat` with these lines, and returns what it printed."""
     image, said = tmp_path / "image.png", []
     tiny.picture().save(image)
     monkeypatch.setattr(talk, "load_model", lambda **options: assistant)
@@ -107,7 +80,7 @@ def chat(assistant, tmp_path, monkeypatch):
     return talk_about
 
 
-def test_chat_computes_no_turn_twice_and_says_what_it_would_without_a_cache(assistant, passes, chat):
+def test_chat_computes_no_turn_twice_and_prints_the_same_as_without_a_cache(assistant, passes, chat):
     said = chat("What is it?", "And what colour?", "/ask", "Are you sure?")
     seen = {name: list(counts) for name, counts in passes.items()}
     messages, fresh = place_images(tiny.picture(), "What is it?"), []
@@ -124,15 +97,15 @@ def test_chat_computes_no_turn_twice_and_says_what_it_would_without_a_cache(assi
             messages += place_images(None, line)
     assert said == [fresh[0], fresh[1], f"vusr: {fresh[2]}", f"assistant: {fresh[3]}", fresh[4]]
     assert seen["images"] == [1]
-    assert seen["tokens"][0] == lengths[0]
-    second = next(count for count in seen["tokens"][1:] if count > 1)
-    assert second <= lengths[1] - lengths[0]
-    # What was generated may be split into other tokens when it is read again.
-    assert sum(seen["tokens"]) <= lengths[-1] + 2 * 6 * len(said)
+    tokens = [columns for _, columns in seen["tokens"]]
+    assert tokens[0] == lengths[0]
+    assert next(count for count in tokens[1:] if count > 1) <= lengths[1] - lengths[0]
+    # Generated text may be split into other tokens when it is read again.
+    assert sum(tokens) <= lengths[-1] + 2 * 6 * len(said)
 
 
 @pytest.mark.parametrize("first", ["/ask", "What is it?"])
-def test_chat_goes_on_as_if_a_turn_that_was_stopped_or_refused_had_not_been(assistant, chat, monkeypatch, first):
+def test_chat_drops_a_turn_that_was_stopped_or_refused(assistant, chat, monkeypatch, first):
     expected = chat(first, "Why?", "/ask")
     reply, generate = talk._reply, assistant.model.generate
 
@@ -151,7 +124,7 @@ def test_chat_goes_on_as_if_a_turn_that_was_stopped_or_refused_had_not_been(assi
 
 
 def test_cached_questions_are_those_of_a_fresh_run(assistant):
-    # top_k=1 leaves one choice: the same tokens with and without the cache.
+    # With top_k=1 there is only one choice: the tokens must be the same with and without the cache.
     image = tiny.picture()
     messages = assistant.converse(image, num_turns=3, history=HISTORY, top_k=1, max_new_tokens=6)
     fresh = place_images(image, HISTORY)
@@ -185,7 +158,7 @@ def test_control_token_in_a_question_is_refused(assistant):
         assistant.answer(tiny.picture(), "What? </s>[vusr]")
 
 
-def test_images_take_the_places_given_or_stand_first():
+def test_images_fill_the_image_parts_or_go_first():
     image = tiny.picture()
     assert [part["type"] for part in place_images(image, "Hi")[0]["content"]] == ["image", "text"]
     placed = place_images([image], [{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "image"}]}])
@@ -194,39 +167,24 @@ def test_images_take_the_places_given_or_stand_first():
         place_images(image, [{"role": "user", "content": [{"type": "image"}, {"type": "image"}]}])
 
 
-def test_image_is_turned_as_its_camera_says(tmp_path):
-    exif = tiny.picture().getexif()
-    exif[0x0112] = 6  # turned by 90 degrees
-    tiny.picture(width=60, height=40).save(tmp_path / "turned.jpg", exif=exif)
-    assert open_image(tmp_path / "turned.jpg").size == (40, 60)
-
-
-def test_broken_images_are_named(tmp_path):
-    tiny.picture(width=300, height=300).save(tmp_path / "whole.png")
-    (tmp_path / "half.png").write_bytes((tmp_path / "whole.png").read_bytes()[:5000])
-    (tmp_path / "text.png").write_text("no image")
-    for name in ("half.png", "text.png"):
-        with pytest.raises(ValueError, match=rf"{name}: cannot be read as an image"):
-            open_image(tmp_path / name)
+def test_missing_image_is_named(assistant):
     with pytest.raises(ValueError, match=r"none\.png: no such image"):
-        open_image(tmp_path / "none.png")
+        assistant.answer("none.png", "What is it?")
 
 
-@pytest.mark.parametrize("path", ["/none/there", "./none", "tests/none", "a/b/c"])
-def test_local_looking_path_is_never_looked_for_on_the_hub(path, monkeypatch):
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda *args, **kwargs: pytest.fail("asked the Hub"))
-    with pytest.raises(ValueError, match="no such folder"):
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        *((path, "no such folder") for path in ("/none/there", "./none", "tests/none", "a/b/c")),
+        ("tests", r"neither config\.json nor adapter_config\.json"),
+        ("org/none-such-model", "org/none-such-model: not in the cache"),
+    ],
+)
+def test_path_without_a_model_is_named_and_a_local_one_is_not_looked_for_on_the_hub(path, message, monkeypatch):
+    if not path.startswith("org/"):
+        monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda *args, **kwargs: pytest.fail("asked the Hub"))
+    with pytest.raises(ValueError, match=message):
         load(path)
-
-
-def test_folder_without_a_model_is_named(tmp_path):
-    with pytest.raises(ValueError, match=r"neither config\.json nor adapter_config\.json"):
-        load(tmp_path)
-
-
-def test_unknown_hub_id_is_named():
-    with pytest.raises(ValueError, match="org/none-such-model: not in the cache"):
-        load("org/none-such-model")
 
 
 @pytest.mark.slow
@@ -236,7 +194,7 @@ def test_saved_model_loads_and_answers_in_a_fresh_process(assistant, tmp_path):
     tiny.picture().save(tmp_path / "image.png")
     code = (
         "import sys; from sq_llava import load; print(load('model').answer('image.png', 'Hi', 6)); "
-        # A plain checkpoint is answered with without the libraries of training, whose import takes seconds.
+        # Answering with a plain checkpoint must not import the libraries for training, which takes seconds.
         "print(*{'peft', 'trl', 'datasets', 'bitsandbytes'} & sys.modules.keys(), file=sys.stderr)"
     )
     result = subprocess.run(
@@ -252,7 +210,7 @@ def test_saved_model_loads_and_answers_in_a_fresh_process(assistant, tmp_path):
 
 @pytest.fixture
 def short_context(assistant, monkeypatch) -> int:
-    """The tokens of a prompt, behind which the model's context has room for four."""
+    """Shrinks the model's context to a prompt and four more tokens. Returns the length of the prompt."""
     length = prompt_length(assistant, place_images(tiny.picture(), "Hi"))
     monkeypatch.setattr(assistant.model.config.text_config, "max_position_embeddings", length + 4)
     return length
@@ -287,5 +245,5 @@ def test_answer_ends_where_the_context_ends_and_others_of_the_batch_do_not(assis
 
 def test_conversations_together_leave_room_for_the_longest(assistant):
     limit = assistant.model.config.text_config.max_position_embeddings
-    with pytest.raises(ValueError, match=rf"With {limit:,} to be generated \(max_new_tokens\) these are more than"):
+    with pytest.raises(ValueError, match=rf"max_new_tokens={limit:,}, that is more than the {limit:,} tokens"):
         assistant.ask_batch([tiny.picture(), tiny.picture(1)], [HISTORY, HISTORY], max_new_tokens=limit)

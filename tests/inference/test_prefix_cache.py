@@ -1,4 +1,4 @@
-"""Prompts that share what they begin with: every answer and question is that of its prompt alone."""
+"""Prompts with a common prefix: every answer and question must be the same as for its prompt alone."""
 
 import pytest
 import torch
@@ -7,22 +7,18 @@ from hypothesis import strategies as st
 from transformers import LogitsProcessorList
 
 from sq_llava.data.messages import place_images
-from sq_llava.inference.assistant import Assistant
 from sq_llava.inference.dialogues import Dialogues
 from sq_llava.inference.prefix_cache import PrefixCache, allows_gaps, common_length, pad_left
 from sq_llava.inference.sampling import SeededDraw
 from tests import tiny
+from tests.assistants import HISTORIES, assert_batch_equals_one_by_one, record_passes, tiny_assistant
 
 
-HISTORIES = [
-    [{"role": "user", "content": "What is it?"}, {"role": "assistant", "content": "A dog."}],
-    [{"role": "user", "content": "Is there a red circle?"}, {"role": "assistant", "content": "No, a blue square."}],
-    [{"role": "user", "content": "Where?"}, {"role": "assistant", "content": "There, in the green grass."}],
-]
+IMAGES = [tiny.picture(seed) for seed in range(3)]
 QUESTIONS = ["What animal is this?", "What animal is running in the green grass?", "Why?", "What colour is the shape?"]
-# Families with positions, normalisation, head sharing and windows of their own; the window holds a prompt and more.
+# Language models with other positions, normalisation, head sharing and windows. This window is longer than a prompt.
 WINDOWED = {**tiny.TINY_LLAMA, "model_type": "mistral", "sliding_window": 512}
-# Two layers of LFM2, the first a convolution over the tokens.
+# Two layers of LFM2. The first one is a convolution over the tokens.
 CONVOLUTIONS = {**tiny.TINY_LLAMA, "model_type": "lfm2", "layer_types": ["conv", "full_attention"]}
 FAMILIES = {
     "llama": {},
@@ -38,116 +34,89 @@ FAMILIES = {
 }
 
 
-def make_assistant(**overrides) -> Assistant:
-    processor = tiny.tiny_processor(system_message="Be kind.")
-    return Assistant(tiny.tiny_model_for(processor, **overrides), processor)
-
-
-@pytest.fixture(scope="module")
-def assistant() -> Assistant:
-    return make_assistant()
+def assert_asked_as_alone(assistant, histories=None, **settings) -> list[list[str]]:
+    """Asks about three images in a batch, and one by one with the same seeds. Returns the questions."""
+    seeds = [5, 6, 6]
+    together = assistant.ask_batch(IMAGES, histories, seeds=seeds, **settings)
+    alone = zip(IMAGES, histories or [None] * 3, seeds, strict=True)
+    assert together == [assistant.ask(image, history, seed=seed, **settings) for image, history, seed in alone]
+    return together
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_questions_about_one_image_are_answered_as_one_by_one(family):
-    assistant = make_assistant(**FAMILIES[family])
-    first, second = tiny.picture(0), tiny.picture(1)
+    first, second, _ = IMAGES
     requests = [(first, question) for question in QUESTIONS] + [(second, QUESTIONS[1]), (None, "Hello.")]
     requests.insert(2, (second, [*HISTORIES[1], {"role": "user", "content": "And the triangle?"}]))
-    answers = assistant.answer_batch(requests, max_new_tokens=8)
-    assert answers == [assistant.answer(*request, max_new_tokens=8) for request in requests]
+    answers = assert_batch_equals_one_by_one(tiny_assistant(**FAMILIES[family]), requests, max_new_tokens=8)
     assert len(set(answers)) > len(answers) / 2
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_batch_of_images_is_asked_about_as_one_by_one(family):
-    assistant = make_assistant(**FAMILIES[family])
-    images, seeds = [tiny.picture(seed) for seed in range(3)], [5, 6, 7]
-    arguments = {"num_questions": 3, "max_new_tokens": 8}
-    together = assistant.ask_batch(images, HISTORIES, seeds=seeds, **arguments)
-    alone = [assistant.ask(*each, seed=seed, **arguments) for *each, seed in zip(images, HISTORIES, seeds)]
-    assert together == alone
-    assert len({question for questions in together for question in questions}) > 6
+    assistant = tiny_assistant(**FAMILIES[family])
+    asked = assert_asked_as_alone(assistant, HISTORIES, num_questions=3, max_new_tokens=8)
+    assert len({question for questions in asked for question in questions}) > 6
 
 
 def test_each_image_is_described_in_the_batch_before_it_is_asked_about(assistant):
-    images, seeds = [tiny.picture(seed) for seed in range(3)], [1, 1, 2]
-    together = assistant.ask_batch(images, num_questions=2, max_new_tokens=7, seeds=seeds)
-    alone = [assistant.ask(image, num_questions=2, max_new_tokens=7, seed=seed) for image, seed in zip(images, seeds)]
-    assert together == alone
+    assert_asked_as_alone(assistant, num_questions=2, max_new_tokens=7)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ["llama", "mistral, short window"])
-def test_talks_go_on_after_answers_of_different_lengths(family):
-    assistant = make_assistant(**FAMILIES[family])
-    model, tokenizer = assistant.model, assistant.processor.tokenizer
-    # An end that comes early for some rows: the token that the second picture's answer has in its middle.
-    images = [tiny.picture(seed) for seed in range(3)]
-    prompts = [place_images(image, "What is it?") for image in images]
-    probe = Dialogues(assistant.model, assistant.processor, [list(prompt) for prompt in prompts])
+def test_dialogues_continue_after_answers_of_different_lengths(family):
+    assistant = tiny_assistant(**FAMILIES[family])
+
+    def dialogues(*images) -> Dialogues:
+        return Dialogues(assistant.model, assistant.processor, [place_images(each, "What is it?") for each in images])
+
+    # Some answers must end early: a token in the middle of the second answer becomes an end token.
+    probe = dialogues(*IMAGES)
     probe.answer(10)
     generated = probe.cache.tokens[:, -9:]
     early = next(token for token in generated[1, 2:6].tolist() if token not in generated[0].tolist())
-    model.generation_config.eos_token_id = [tokenizer.eos_token_id, early]
-    talks = Dialogues(assistant.model, assistant.processor, [list(prompt) for prompt in prompts])
-    single = [Dialogues(assistant.model, assistant.processor, [list(prompt)]) for prompt in prompts]
+    assistant.model.generation_config.eos_token_id = [assistant.processor.tokenizer.eos_token_id, early]
+    together, single = dialogues(*IMAGES), [dialogues(image) for image in IMAGES]
     for _ in range(3):
-        expected = [talk.answer(10)[0] for talk in single]
-        assert talks.answer(10) == expected
-        for conversation in [*talks.messages, *(talk.messages[0] for talk in single)]:
+        assert together.answer(10) == [each.answer(10)[0] for each in single]
+        for conversation in [*together.messages, *(each.messages[0] for each in single)]:
             conversation.append({"role": "user", "content": [{"type": "text", "text": "And then?"}]})
 
 
 def test_images_of_a_batch_go_through_the_model_once(assistant, monkeypatch):
-    model, seen = assistant.model.model, {"images": [], "tokens": []}
-    vision, text = model.get_vision_features, model.language_model.forward
-    monkeypatch.setattr(model, "get_vision_features", lambda p: seen["images"].append(len(p)) or vision(p))
-
-    def count_tokens(*args, **kwargs):
-        seen["tokens"].append(tuple(kwargs["inputs_embeds"].shape[:2]))
-        return text(*args, **kwargs)
-
-    monkeypatch.setattr(model.language_model, "forward", count_tokens)
-    requests = [(tiny.picture(number), question) for number in range(2) for question in QUESTIONS]
-    paired = [(requests[4 * (number // 4)][0], question) for number, (_, question) in enumerate(requests)]
-    assistant.answer_batch(paired, max_new_tokens=3)
-    assert seen["images"] == [2]
-    # Prefixes once for each image, then what differs, then a token at a time.
-    assert [rows for rows, _ in seen["tokens"]] == [2, 8, 8, 8]
-    assert seen["tokens"][0][1] > model.config.image_seq_length
-    assert seen["tokens"][1][1] < 40
+    passes = record_passes(assistant, monkeypatch)
+    assistant.answer_batch([(image, question) for image in IMAGES[:2] for question in QUESTIONS], max_new_tokens=3)
+    assert passes["images"] == [2]
+    # First the prefix of each image, then the rest of each prompt, then one token at a time.
+    assert [rows for rows, _ in passes["tokens"]] == [2, 8, 8, 8]
+    assert passes["tokens"][0][1] > assistant.model.config.image_seq_length
+    assert passes["tokens"][1][1] < 40
 
 
-def test_paths_name_one_image(assistant, tmp_path, monkeypatch):
-    tiny.picture().save(tmp_path / "image.png")
-    counted, vision = [], assistant.model.model.get_vision_features
-    monkeypatch.setattr(assistant.model.model, "get_vision_features", lambda p: counted.append(len(p)) or vision(p))
-    requests = [(tmp_path / "image.png", "Why?"), (str(tmp_path / "image.png"), "Where?")]
-    assistant.answer_batch(requests, max_new_tokens=2)
-    assert counted == [1]
+def test_equal_paths_are_one_image(assistant, tmp_path, monkeypatch):
+    path, passes = tmp_path / "image.png", record_passes(assistant, monkeypatch)
+    tiny.picture().save(path)
+    assistant.answer_batch([(path, "Why?"), (str(path), "Where?")], max_new_tokens=2)
+    assert passes["images"] == [1]
 
 
-def test_image_behind_what_prompts_share_is_no_prefix(assistant):
-    image = tiny.picture()
+def test_image_after_the_common_prefix_is_not_shared(assistant):
+    def late_image(text: str) -> tuple:
+        turn = {"role": "user", "content": [{"type": "text", "text": text}, {"type": "image"}]}
+        return IMAGES[0], [*HISTORIES[0], turn]
 
-    def late_image(text: str) -> list[dict]:
-        return [*HISTORIES[0], {"role": "user", "content": [{"type": "text", "text": text}, {"type": "image"}]}]
-
-    requests = [(image, late_image("Look:")), (image, late_image("What is this?"))]
-    answers = assistant.answer_batch(requests, max_new_tokens=6)
-    assert answers == [assistant.answer(*request, max_new_tokens=6) for request in requests]
+    assert_batch_equals_one_by_one(assistant, [late_image("Look:"), late_image("What is this?")], max_new_tokens=6)
 
 
 @pytest.mark.parametrize(
     "settings", [{"num_beams": 2}, {"use_cache": False}, {"cache_implementation": "static"}], ids=str
 )
-def test_ways_of_decoding_with_a_cache_of_their_own_give_the_same(assistant, settings):
-    requests = [(image, question) for image in [tiny.picture()] for question in QUESTIONS]
-    answers = assistant.answer_batch(requests, max_new_tokens=6, **settings)
-    assert answers == [assistant.answer(*request, max_new_tokens=6, **settings) for request in requests]
+def test_decoding_with_another_cache_gives_the_same(assistant, settings):
+    requests = [(IMAGES[0], question) for question in QUESTIONS]
+    assert_batch_equals_one_by_one(assistant, requests, max_new_tokens=6, **settings)
 
 
 @pytest.mark.parametrize(
@@ -160,13 +129,13 @@ def test_ways_of_decoding_with_a_cache_of_their_own_give_the_same(assistant, set
     ],
     ids=str,
 )
-def test_a_seeded_draw_is_that_of_transformers(assistant, sampling):
+def test_seeded_draw_equals_that_of_transformers(assistant, sampling):
     inputs = tiny.tiny_inputs(assistant.model.config, num_images=1)
     torch.manual_seed(11)
     expected = assistant.model.generate(
         **inputs, **sampling, do_sample=True, num_return_sequences=4, max_new_tokens=12
     )
-    # Another row draws in between, from its own generator.
+    # Other rows draw in between, from their own generator.
     rows = {name: value.repeat_interleave(8, dim=0) for name, value in inputs.items()}
     generators = [torch.Generator().manual_seed(seed) for seed in (3, 11)]
     draw = LogitsProcessorList([SeededDraw(**sampling, generators=generators)])
@@ -177,15 +146,15 @@ def test_a_seeded_draw_is_that_of_transformers(assistant, sampling):
 
 
 @pytest.mark.parametrize(("name", "value"), [("temperature", 0.0), ("top_k", 0), ("top_p", 1.5)])
-def test_sampling_with_nothing_to_draw_from_is_refused(assistant, name, value):
+def test_sampling_setting_out_of_range_is_refused(assistant, name, value):
     with pytest.raises(ValueError, match=f"{name} is {value}"):
         assistant.ask(tiny.picture(), HISTORIES[0], max_new_tokens=1, **{name: value})
 
 
 def test_seeds_and_histories_that_do_not_fit_are_refused(assistant):
     with pytest.raises(ValueError, match="There are 1 seeds for 2 conversations"):
-        assistant.ask_batch([tiny.picture(), tiny.picture(1)], HISTORIES[:2], 2, seeds=[0])
-    with pytest.raises(ValueError, match="history ends with a turn of role None"):
+        assistant.ask_batch(IMAGES[:2], HISTORIES[:2], 2, seeds=[0])
+    with pytest.raises(ValueError, match="The history ends with the role None"):
         assistant.ask(tiny.picture(), [])
 
 
@@ -205,8 +174,8 @@ TOKENS = st.lists(st.integers(1, 9), min_size=2, max_size=12)
 @pytest.mark.slow
 @settings(deadline=None, max_examples=30)
 @given(st.lists(st.tuples(TOKENS, TOKENS), min_size=1, max_size=4), st.data())
-def test_a_continued_cache_gives_the_logits_of_whole_prompts(pairs, data):
-    """Any prompts, then any others in their rows, repeated: as if each were read from its beginning."""
+def test_continued_cache_gives_the_logits_of_whole_prompts(pairs, data):
+    """Reads any prompts, then continues rows, also repeated ones, with other prompts."""
     model = TEXT_MODEL
     cache = PrefixCache(model, len(pairs))
     with torch.inference_mode():
@@ -246,20 +215,15 @@ def test_left_padding():
     assert mask.tolist() == [[1, 1, 1], [0, 0, 1]]
 
 
-def test_layers_without_keys_and_short_windows_allow_no_gaps(assistant):
+def test_short_attention_windows_allow_no_gaps(assistant):
     assert allows_gaps(assistant.model, 10_000)
-    windowed = make_assistant(text_config=WINDOWED).model
+    windowed = tiny_assistant(text_config=WINDOWED).model
     assert allows_gaps(windowed, 512) and not allows_gaps(windowed, 513)
-    assert not allows_gaps(make_assistant(text_config=CONVOLUTIONS).model, 10)
 
 
-def test_model_with_layers_without_keys_asks_and_answers_without_a_cache():
-    assistant = make_assistant(text_config=CONVOLUTIONS)
-    images, seeds = [tiny.picture(0), tiny.picture(1)], [3, 4]
-    together = assistant.ask_batch(images, HISTORIES[:2], num_questions=2, max_new_tokens=6, seeds=seeds)
-    alone = zip(images, HISTORIES, seeds)
-    assert together == [
-        assistant.ask(image, history, num_questions=2, max_new_tokens=6, seed=seed) for image, history, seed in alone
-    ]
-    turns = assistant.converse(images[0], num_turns=2, max_new_tokens=6, seed=0)
+def test_model_with_recurrent_layers_asks_and_answers_without_a_cache():
+    assistant = tiny_assistant(text_config=CONVOLUTIONS)
+    assert not allows_gaps(assistant.model, 10)
+    assert_asked_as_alone(assistant, HISTORIES, num_questions=2, max_new_tokens=6)
+    turns = assistant.converse(IMAGES[0], num_turns=2, max_new_tokens=6, seed=0)
     assert [turn["role"] for turn in turns] == ["user", "assistant", *["vusr", "assistant"] * 2]

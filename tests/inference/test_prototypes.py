@@ -1,4 +1,4 @@
-"""What the prototypes see: the extractors' own assignment, and the picture that is painted from it."""
+"""The prototype picture: the extractor's assignment of tokens, and what is painted from it."""
 
 import numpy as np
 import pytest
@@ -12,17 +12,12 @@ from typer.testing import CliRunner
 from modeling_sq_llava import PROTOTYPE_EXTRACTORS
 from sq_llava.cli.main import app
 from sq_llava.inference import prototypes
-from sq_llava.inference.assistant import Assistant
 from sq_llava.inference.prototypes import OPACITY, SHADE, PrototypeMap, colour_of_rank, look, paint
-from tests.tiny import TINY_SIGLIP, picture, tiny_config, tiny_model, tiny_model_for, tiny_processor
+from tests.assistants import tiny_assistant
+from tests.tiny import TINY_SIGLIP, picture, tiny_config, tiny_model
 
 
 WHITE = (255, 255, 255)
-
-
-def tiny_assistant(**overrides) -> Assistant:
-    processor = tiny_processor()
-    return Assistant(tiny_model_for(processor, **overrides).eval(), processor)
 
 
 def blend(colour: tuple[int, int, int], opacity: int) -> np.ndarray:
@@ -67,18 +62,16 @@ def test_assignment_of_half_precision_features_is_computed_in_float32():
 @pytest.mark.parametrize("variant", PROTOTYPE_EXTRACTORS)
 @pytest.mark.parametrize("vision", [{}, {"vision_feature_select_strategy": "full"}])
 def test_each_token_has_the_colour_of_its_prototype(variant, vision):
-    sequence = {"image_seq_length": 10} if vision else {}
-    processor = tiny_processor(**sequence)
-    assistant = Assistant(tiny_model_for(processor, prototype_variant=variant, **vision).eval(), processor)
+    assistant = tiny_assistant(prototype_variant=variant, **vision)
     image = picture(width=90, height=90)
-    sight = look(assistant, image)
+    seen = look(assistant, image)
 
-    pixels = processor.image_processor(image, return_tensors="pt")["pixel_values"]
+    pixels = assistant.processor.image_processor(image, return_tensors="pt")["pixel_values"]
     model = assistant.model.model
     with torch.no_grad():
         assignment = model.prototype_extractor.assignment(model.get_vision_features(pixels))[0]
-    painted = np.array(paint(Image.new("RGB", image.size, WHITE), sight))
-    rank_of = {prototype: rank for rank, prototype in enumerate(sight.shares)}
+    painted = np.array(paint(Image.new("RGB", image.size, WHITE), seen))
+    rank_of = {prototype: rank for rank, prototype in enumerate(seen.shares)}
     for token, prototype in enumerate(assignment.argmax(dim=0)[-9:].tolist()):
         row, column = divmod(token, 3)
         cell = painted[30 * row : 30 * (row + 1), 30 * column : 30 * (column + 1)]
@@ -86,13 +79,13 @@ def test_each_token_has_the_colour_of_its_prototype(variant, vision):
 
 
 def test_siglip_tokens_fill_the_square():
-    sight = look(tiny_assistant(vision_config=TINY_SIGLIP, vision_feature_select_strategy="full"), picture())
-    assert sight.best.shape == (3, 3)
+    seen = look(tiny_assistant(vision_config=TINY_SIGLIP, vision_feature_select_strategy="full"), picture())
+    assert seen.best.shape == (3, 3)
 
 
-def test_prototypes_that_are_not_chosen_stay_in_the_dark():
-    sight = PrototypeMap(np.array([[0, 1], [1, 1]]), True, {1: 0.75, 0: 0.25})
-    painted = np.array(paint(Image.new("RGB", (20, 20), WHITE), sight, [0]))
+def test_prototypes_that_are_not_chosen_are_shaded():
+    seen = PrototypeMap(np.array([[0, 1], [1, 1]]), True, {1: 0.75, 0: 0.25})
+    painted = np.array(paint(Image.new("RGB", (20, 20), WHITE), seen, [0]))
     np.testing.assert_allclose(painted[5, 5], blend(colour_of_rank(1), OPACITY), atol=1)
     np.testing.assert_allclose(painted[15, 15], blend(SHADE[:3], SHADE[3]), atol=1)
 
@@ -100,9 +93,9 @@ def test_prototypes_that_are_not_chosen_stay_in_the_dark():
 def test_padding_is_cut_from_the_picture_and_from_the_shares():
     # The square's upper and lower quarter are padding.
     best = np.arange(16).reshape(4, 4)
-    sight = PrototypeMap(best, True, prototypes.shares_of(best, True, (80, 40)))
-    assert sight.shares == dict.fromkeys(range(4, 12), 0.125)
-    painted = paint(Image.new("RGB", (80, 40), WHITE), sight)
+    seen = PrototypeMap(best, True, prototypes.shares_of(best, True, (80, 40)))
+    assert seen.shares == dict.fromkeys(range(4, 12), 0.125)
+    painted = paint(Image.new("RGB", (80, 40), WHITE), seen)
     assert painted.size == (80, 40)
     for prototype in range(4, 12):
         centre = (20 * (prototype % 4) + 10, 20 * (prototype // 4 - 1) + 10)
@@ -110,8 +103,8 @@ def test_padding_is_cut_from_the_picture_and_from_the_shares():
 
 
 def test_what_was_cropped_away_is_not_painted():
-    sight = PrototypeMap(np.zeros((3, 3), dtype=int), False, {0: 1.0})
-    painted = np.array(paint(Image.new("RGB", (80, 40), WHITE), sight))
+    seen = PrototypeMap(np.zeros((3, 3), dtype=int), False, {0: 1.0})
+    painted = np.array(paint(Image.new("RGB", (80, 40), WHITE), seen))
     outside = np.r_[0:20, 60:80]
     assert (painted[:, outside] == 255).all()
     assert (painted[:, 20:60] != 255).any(axis=-1).all()
@@ -120,18 +113,18 @@ def test_what_was_cropped_away_is_not_painted():
 @given(width=st.integers(1, 300), height=st.integers(1, 300), seed=st.integers(0, 99), pads=st.booleans())
 def test_every_pixel_under_the_tokens_is_painted_and_the_shares_are_the_areas(width, height, seed, pads):
     best = np.random.default_rng(seed).integers(0, 5, (3, 3))
-    sight = PrototypeMap(best, pads, prototypes.shares_of(best, pads, (width, height)))
-    assert sum(sight.shares.values()) == pytest.approx(1)
-    assert list(sight.shares.values()) == sorted(sight.shares.values(), reverse=True)
+    seen = PrototypeMap(best, pads, prototypes.shares_of(best, pads, (width, height)))
+    assert sum(seen.shares.values()) == pytest.approx(1)
+    assert list(seen.shares.values()) == sorted(seen.shares.values(), reverse=True)
     left, top, side = prototypes.square_in((width, height), pads)
-    painted = np.array(paint(Image.new("RGB", (width, height), WHITE), sight))
+    painted = np.array(paint(Image.new("RGB", (width, height), WHITE), seen))
     covered = painted[max(top, 0) : top + side, max(left, 0) : left + side]
     assert (covered != 255).any(axis=-1).all()
     assert not (covered == blend(SHADE[:3], SHADE[3]).astype(int)).all(axis=-1).any()
 
 
 def test_model_without_prototypes_is_refused():
-    with pytest.raises(ValueError, match=r"prototype_variant of its .* is 'none'"):
+    with pytest.raises(ValueError, match=r"prototype_variant in its .* is 'none'"):
         look(tiny_assistant(prototype_variant="none"), picture())
 
 
@@ -149,4 +142,4 @@ def test_command_paints_the_picture_in_its_own_size(tmp_path, monkeypatch):
 def test_command_writes_only_png(tmp_path):
     result = CliRunner().invoke(app, ["prototypes", "in.png", "--model", "any", "--out", str(tmp_path / "seen.jpg")])
     assert result.exit_code == 1
-    assert "end it in .png" in result.stderr
+    assert "must end in .png" in result.stderr

@@ -1,4 +1,4 @@
-"""Training and loading with the towers in 4 or 8 bits, by bitsandbytes on a CPU."""
+"""Training and loading with both towers in 4 or 8 bits, with bitsandbytes on a CPU."""
 
 import json
 import sys
@@ -63,10 +63,24 @@ def trained_weights(trainer: SQLlavaTrainer) -> dict[str, torch.Tensor]:
 
 @pytest.fixture(scope="module", params=LINEAR)
 def both_stages(request, parts, tmp_path_factory) -> tuple[str, SQLlavaTrainer, SQLlavaTrainer]:
+    """The kind of quantization, and the trainers of both stages."""
     root = tmp_path_factory.mktemp("quantized")
     stage1 = train("align", parts, root / "stage1", **{request.param: True})
     stage2 = train("instruct", parts, root / "stage2", model_name_or_path=root / "stage1", **{request.param: True})
     return request.param, stage1, stage2
+
+
+@pytest.fixture(scope="module")
+def start_of_stage2(both_stages, parts, tmp_path_factory) -> dict[str, torch.Tensor]:
+    """Trained weights of stage 2 before the first step: of a training with learning rate 0."""
+    kind, stage1, _ = both_stages
+    settings = {"model_name_or_path": stage1.args.output_dir, "learning_rate": 0.0, "connector_lr": 0.0, kind: True}
+    return trained_weights(train("instruct", parts, tmp_path_factory.mktemp("start"), **settings))
+
+
+def load_base(stage2: SQLlavaTrainer, **settings) -> SQLlavaForConditionalGeneration:
+    base = Path(stage2.args.output_dir).with_name("stage1") / "base"
+    return SQLlavaForConditionalGeneration.from_pretrained(base, **settings)
 
 
 def test_towers_are_quantized_and_connector_and_head_are_not(both_stages):
@@ -78,30 +92,19 @@ def test_towers_are_quantized_and_connector_and_head_are_not(both_stages):
             assert type(module) is (LINEAR[kind] if in_tower else nn.Linear), name
 
 
-def test_all_that_is_trained_stays_float32_and_is_trained(both_stages, parts, tmp_path):
-    kind, _, stage2 = both_stages
-    after = trained_weights(stage2)
+def test_trained_weights_stay_float32_and_change(both_stages, start_of_stage2):
+    after = trained_weights(both_stages[2])
     assert {weight.dtype for weight in after.values()} == {torch.float32}
-    stage1_dir = Path(stage2.args.output_dir).with_name("stage1")
-    start = train(
-        "instruct", parts, tmp_path, model_name_or_path=stage1_dir, learning_rate=0.0, connector_lr=0.0, **{kind: True}
-    )
-    before = trained_weights(start)
     for name, weight in after.items():
-        changed = (weight != before[name]).float().mean()
-        if "prototype_extractor" not in name or ".z." in name:  # the others' gradients are tiny at the beginning
+        changed = (weight != start_of_stage2[name]).float().mean()
+        if "prototype_extractor" not in name or ".z." in name:  # the other gradients are tiny at the start
             # In bfloat16, steps of 1e-5 would be lost on most weights of the projector.
             assert changed > (0.9 if "multi_modal_projector" in name else 0), name
 
 
-def test_stage_two_begins_with_the_exact_connector_of_stage_one(both_stages, parts, tmp_path):
-    kind, stage1, stage2 = both_stages
-    stage1_dir = Path(stage2.args.output_dir).with_name("stage1")
-    start = train(
-        "instruct", parts, tmp_path, model_name_or_path=stage1_dir, learning_rate=0.0, connector_lr=0.0, **{kind: True}
-    )
-    for name, weight in trained_weights(stage1).items():
-        assert torch.equal(dict(start.model.named_parameters())[name], weight), name
+def test_stage_two_starts_with_the_exact_connector_of_stage_one(both_stages, start_of_stage2):
+    for name, weight in trained_weights(both_stages[1]).items():
+        assert torch.equal(start_of_stage2[name], weight), name
 
 
 def test_result_merges_onto_the_base_in_full_precision(both_stages, tmp_path):
@@ -109,16 +112,15 @@ def test_result_merges_onto_the_base_in_full_precision(both_stages, tmp_path):
     adapter_dir = stage2.args.output_dir
     merge_adapter(adapter_dir, str(tmp_path / "merged"))
     merged = load_checkpoint(str(tmp_path / "merged"))[0]
-    base_dir = Path(adapter_dir).with_name("stage1") / "base"
-    peft_model = PeftModel.from_pretrained(SQLlavaForConditionalGeneration.from_pretrained(base_dir), adapter_dir)
+    peft_model = PeftModel.from_pretrained(load_base(stage2), adapter_dir)
     inputs = tiny.tiny_inputs(merged.config)
     with torch.no_grad():
         expected = peft_model.eval()(**inputs).logits
-        # The sums have another order, so small logits differ by what large ones are rounded to.
+        # Sums are computed in another order, so small logits differ by the rounding error of large ones.
         atol = 1e-5 * float(expected.abs().max())
         torch.testing.assert_close(merged.eval()(**inputs).logits, expected, rtol=1e-5, atol=atol)
         quantized = stage2.model.eval()(**inputs).logits
-    # The quantized model that was trained is near the one that is published, but not the same.
+    # The quantized model that was trained is close to the published one, but not equal.
     assert 0 < (quantized - expected).norm() < 0.5 * expected.norm()
     assert not [name for name in load_file(tmp_path / "merged" / "model.safetensors") if "absmax" in name]
 
@@ -126,9 +128,7 @@ def test_result_merges_onto_the_base_in_full_precision(both_stages, tmp_path):
 def test_planned_size_of_a_quantized_model_is_its_size(both_stages):
     _, _, stage2 = both_stages
     quantization = stage2.model.get_base_model().config.quantization_config
-    base_dir = Path(stage2.args.output_dir).with_name("stage1") / "base"
-    whole = SQLlavaForConditionalGeneration.from_pretrained(base_dir)
-    loaded = SQLlavaForConditionalGeneration.from_pretrained(base_dir, quantization_config=quantization)
+    whole, loaded = load_base(stage2), load_base(stage2, quantization_config=quantization)
     assert weight_bytes(whole, quantization) == weight_bytes(loaded) < 0.8 * weight_bytes(whole)
 
 
@@ -140,9 +140,7 @@ def test_precision_auto_is_refused_with_four_bits(parts, tmp_path):
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("quantized") / "model"
-    processor = tiny.tiny_processor(system_message="")
-    tiny.tiny_model_for(processor).save_pretrained(folder)
-    processor.save_pretrained(folder)
+    tiny.save_model(folder, system_message="")
     tiny.picture().save(folder.parent / "a.png")
     return folder
 
@@ -154,9 +152,7 @@ def checkpoint(tmp_path_factory) -> Path:
     [({"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}, 0.5), ({"load_in_8bit": True}, 0.1)],
     ids=LINEAR,
 )
-def test_automodel_quantizes_the_towers_alone_and_saves_what_it_loads_again(
-    settings, error, dtype, checkpoint, tmp_path
-):
+def test_automodel_quantizes_only_the_towers_and_loads_what_it_saved(settings, error, dtype, checkpoint, tmp_path):
     whole = AutoModel.from_pretrained(checkpoint, trust_remote_code=True, dtype=dtype)
     model = AutoModel.from_pretrained(
         checkpoint, trust_remote_code=True, dtype=dtype, quantization_config=BitsAndBytesConfig(**settings)
@@ -205,8 +201,8 @@ def test_command_answers_with_quantized_towers(kind, checkpoint):
     assert json.loads(result.stdout)[0]["answer"] == assistant.answer(image, "What is it?", 4)
 
 
-def test_wrong_wishes_for_bits_are_refused(checkpoint, monkeypatch):
-    with pytest.raises(ValueError, match="both given"):
+def test_wrong_quantization_options_are_refused(checkpoint, monkeypatch):
+    with pytest.raises(ValueError, match="are both given: give only one"):
         sq_llava.load(str(checkpoint), load_in_4bit=True, load_in_8bit=True)
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     with pytest.raises(ValueError, match=r"bitsandbytes is not installed: pip install 'sq-llava\[quantization\]'"):

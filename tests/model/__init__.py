@@ -1,1 +1,1 @@
-"""The files that travel with each checkpoint."""
+"""Tests of the four files that are saved with each checkpoint."""

@@ -1,7 +1,7 @@
-"""What inference engines ask of the code of a checkpoint, without one: `make test-vllm` runs vLLM itself.
+"""What inference engines need from the code of a checkpoint. No engine runs here; `make test-vllm` runs vLLM.
 
-An engine builds the base with `AutoModel.from_config`, puts layers and attention of its own into it, encodes the
-images by `get_image_features`, and finds their placeholders by the processor's offsets.
+An engine builds the base model with `AutoModel.from_config`, replaces layers and attention by its own, encodes images
+with `get_image_features`, and finds the placeholders by the processor's offsets.
 """
 
 import ast
@@ -16,11 +16,11 @@ from transformers.utils.chat_template_utils import _compile_jinja_template
 
 from modeling_sq_llava import SQLlavaAutoModel, SQLlavaModel
 from tests.project.test_layout import HUB_CODE, path_of
-from tests.tiny import picture, tiny_config, tiny_inputs, tiny_model, tiny_processor
+from tests.tiny import picture, tiny_config, tiny_inputs, tiny_minigpt4_config, tiny_model, tiny_processor
 
 
-# What a checkpoint's code imports of transformers; all of it is in 5.16.1, the oldest that is supported.
-# `make test-versions` runs a checkpoint with each version: run it before this list grows.
+# All that the code of a checkpoint imports from transformers. Version 5.16.1, the oldest supported one, has all of it.
+# Run `make test-versions`, which uses a checkpoint with each version, before you add a name.
 IN_TRANSFORMERS_5_16 = {
     "transformers": {
         "AddedToken", "AutoConfig", "AutoModel", "Blip2VisionModel", "CONFIG_MAPPING", "Cache", "GenerationConfig",
@@ -47,17 +47,17 @@ def test_code_of_a_checkpoint_imports_only_what_the_oldest_supported_transformer
             assert not [alias.name for alias in node.names if alias.name.startswith("transformers")]
 
 
-@pytest.fixture
-def base() -> SQLlavaModel:
-    """The base as an engine builds it, with the weights of `tiny_model()`."""
-    base = SQLlavaAutoModel._from_config(tiny_config())
-    base.load_state_dict(tiny_model().model.state_dict())
+@pytest.fixture(params=[tiny_config, tiny_minigpt4_config], ids=["SQ-LLaVA", "MiniGPT-4"])
+def base(request) -> SQLlavaModel:
+    """The base as an engine builds it, with the weights of `tiny_model(base.config)`."""
+    base = SQLlavaAutoModel._from_config(request.param())
+    base.load_state_dict(tiny_model(base.config).model.state_dict())
     return base.eval()
 
 
 @torch.no_grad()
-def test_base_gives_hidden_states_first_from_embeddings_that_hold_the_images(base):
-    model, inputs = tiny_model(), tiny_inputs(base.config)
+def test_base_takes_embeddings_with_images_and_returns_hidden_states_first(base):
+    model, inputs = tiny_model(base.config), tiny_inputs(base.config)
     image_tokens = base.get_image_features(inputs["pixel_values"], return_dict=True).pooler_output
     placeholders = inputs["input_ids"] == base.config.image_token_id
     embeddings = base.get_input_embeddings()(inputs["input_ids"].masked_fill(placeholders, 0))
@@ -82,7 +82,7 @@ def test_image_features_are_the_tokens_of_one_image_after_another(num_images, ba
     torch.testing.assert_close(image_tokens, torch.cat(alone))
 
 
-def test_attention_of_an_engine_serves_the_language_model_alone_and_gets_its_arguments():
+def test_only_the_language_model_uses_the_attention_of_an_engine_and_passes_its_arguments():
     seen = []
 
     def attention(module, *args, engine_argument=None, **kwargs):
@@ -102,7 +102,7 @@ def test_attention_of_an_engine_serves_the_language_model_alone_and_gets_its_arg
 @pytest.mark.parametrize("variant", ["paper", "released", "none"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @torch.no_grad()
-def test_layers_that_take_only_their_own_precision_may_replace_all_linear_ones(variant, dtype):
+def test_linear_layers_can_be_replaced_by_layers_that_accept_only_their_own_dtype(variant, dtype):
     model = tiny_model(tiny_config(prototype_variant=variant)).to(dtype)
     pixel_values = tiny_inputs(model.config)["pixel_values"]
     before = model.get_image_features(pixel_values, return_dict=True).pooler_output
@@ -117,7 +117,7 @@ def test_layers_that_take_only_their_own_precision_may_replace_all_linear_ones(v
 
 
 @pytest.mark.parametrize("num_images", [0, 1, 2])
-def test_offsets_of_the_placeholders_are_told(num_images, any_tokenizer):
+def test_processor_returns_the_offsets_of_the_placeholders(num_images, any_tokenizer):
     processor = tiny_processor(any_tokenizer)
     messages = [{"role": "user", "content": [*[{"type": "image"}] * num_images, {"type": "text", "text": "What?"}]}]
     text = processor.apply_chat_template(messages, add_generation_prompt=True)
@@ -127,22 +127,24 @@ def test_offsets_of_the_placeholders_are_told(num_images, any_tokenizer):
     assert [text[slice(*each["span"])] for each in replacements] == ["<image>"] * num_images
     assert [(each["type"], each["replacement"]) for each in replacements] == [("image", "<image>" * 9)] * num_images
     numbers = processor._get_num_multimodal_tokens(image_sizes=[[40, 60]] * num_images)
-    assert (inputs["input_ids"] == processor.image_token_id).sum() == sum(numbers["num_image_tokens"])
+    assert (numbers["num_image_tokens"], numbers["num_image_patches"]) == ([9] * num_images, [1] * num_images)
+    assert (inputs["input_ids"] == processor.image_token_id).sum() == 9 * num_images
+    assert "num_image_tokens" not in processor._get_num_multimodal_tokens()
 
 
-def test_servers_see_that_the_template_takes_parts_and_who_asks():
+def test_servers_find_the_loop_over_parts_and_the_keywords_of_the_template():
     template = tiny_processor().chat_template
     parsed = _compile_jinja_template(template).environment.parse(template)
     message_content = nodes.Getitem(nodes.Name("message", "load"), nodes.Const("content"), "load")
-    # vLLM takes the content for plain text, and writes <image> into it, unless a loop is spelled in just this way.
+    # Without a loop in exactly this spelling, vLLM treats the content as plain text and writes <image> into it.
     assert message_content in [loop.iter for loop in parsed.find_all(nodes.For)]
     assert "message" in [loop.target.name for loop in parsed.find_all(nodes.For)]
-    # It hands on those `chat_template_kwargs` of a request that the template reads.
+    # vLLM passes only those `chat_template_kwargs` of a request that the template uses.
     assert {"add_generation_prompt", "ask"} <= meta.find_undeclared_variables(parsed)
 
 
 class ImageSide(nn.Module):
-    """Pixels to image tokens: what is exported (to ONNX, say) beside the language model."""
+    """Pixels -> image tokens: the part that is exported (for example to ONNX) beside the language model."""
 
     def __init__(self, model: SQLlavaModel):
         super().__init__()
@@ -155,7 +157,7 @@ class ImageSide(nn.Module):
 @pytest.mark.slow
 @pytest.mark.parametrize("variant", ["paper", "released"])
 @torch.no_grad()
-def test_image_side_is_exported_for_any_number_of_images(variant):
+def test_image_side_can_be_exported_for_any_number_of_images(variant):
     side = ImageSide(tiny_model(tiny_config(prototype_variant=variant)).model)
     config = side.model.config
     two, five = (tiny_inputs(config, num_images=number)["pixel_values"] for number in (2, 5))

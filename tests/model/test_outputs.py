@@ -1,4 +1,4 @@
-"""What the model returns, and the names that it goes by, in each version of transformers."""
+"""The fields that the model returns and their names, in each supported version of transformers."""
 
 import pytest
 import torch
@@ -26,17 +26,20 @@ MIXTURES_OF_EXPERTS = {
 
 def test_outputs_have_the_fields_of_the_language_models_own(tiny_model):
     inputs = tiny.tiny_inputs(tiny_model.config)
+    tiny_model.set_attn_implementation("eager")
     with torch.no_grad():
-        outputs = tiny_model(**inputs, labels=inputs["input_ids"], output_hidden_states=True)
-    own = CausalLMOutputWithPast.__dataclass_fields__.keys()
-    assert own <= type(outputs).__dataclass_fields__.keys()
-    assert {"loss", "logits", CACHE_NAME, "hidden_states", "image_outputs"} == outputs.keys()
-    assert outputs[0] is outputs.loss
-    assert outputs[1] is outputs.logits
+        outputs = tiny_model(**inputs, labels=inputs["input_ids"], output_hidden_states=True, output_attentions=True)
+        as_tuple = tiny_model(**inputs, return_dict=False)
+    assert CausalLMOutputWithPast.__dataclass_fields__.keys() <= type(outputs).__dataclass_fields__.keys()
+    assert {"loss", "logits", CACHE_NAME, "hidden_states", "attentions", "image_outputs"} == outputs.keys()
+    assert outputs[0] is outputs.loss and outputs[1] is outputs.logits
     assert outputs.image_hidden_states is outputs.image_outputs.pooler_output
+    assert [tuple(state.shape) for state in outputs.hidden_states] == [(1, 21, 64)] * 3
+    assert [tuple(attention.shape) for attention in outputs.attentions] == [(1, 4, 21, 21)] * 2
+    assert torch.equal(as_tuple[0], outputs.logits)
 
 
-def test_cache_is_taken_by_both_of_its_names_but_not_by_both_at_once(tiny_model):
+def test_cache_may_be_given_by_either_name_but_not_by_both(tiny_model):
     inputs = tiny.tiny_inputs(tiny_model.config)
     next_token = torch.tensor([[5]])
     with torch.no_grad():
@@ -45,12 +48,12 @@ def test_cache_is_taken_by_both_of_its_names_but_not_by_both_at_once(tiny_model)
             cache = tiny_model(**inputs, use_cache=True)[CACHE_NAME]
             logits.append(tiny_model(input_ids=next_token, **{name: cache}).logits)
     assert torch.equal(*logits)
-    with pytest.raises(ValueError, match="two names of the same thing"):
+    with pytest.raises(ValueError, match="two names for the same thing"):
         tiny_model(input_ids=next_token, cache=cache, past_key_values=cache)
 
 
 @pytest.mark.parametrize("family", MIXTURES_OF_EXPERTS)
-def test_router_loss_is_that_of_the_familys_own_model(family):
+def test_router_loss_equals_that_of_the_familys_own_model(family):
     model = tiny.tiny_model(tiny.tiny_config(text_config=dict(MIXTURES_OF_EXPERTS[family])))
     own = AutoModelForCausalLM.from_config(model.config.text_config).eval()
     own.model.load_state_dict(model.model.language_model.state_dict())
@@ -66,7 +69,7 @@ def test_router_loss_is_that_of_the_familys_own_model(family):
             torch.testing.assert_close(ours.loss, expected.loss)
             assert len(ours.router_logits) == len(expected.router_logits)
         assert ours.aux_loss > 1
-        # A decoding step routes one token, with a mask that covers those behind the cache too.
+        # A decoding step routes one token, but its mask also covers the tokens in the cache.
         assert model(**tiny.tiny_inputs(model.config), output_router_logits=False).aux_loss is None
     generated = model.generate(input_ids=input_ids, attention_mask=attention_mask, max_new_tokens=3, do_sample=False)
     assert generated.shape[1] > input_ids.shape[1]
@@ -78,7 +81,7 @@ def test_generation_from_embeddings_gives_the_tokens_of_the_ids(tiny_model):
     expected = tiny_model.generate(**inputs, **settings)[:, -5:]
     embeddings = tiny_model.get_input_embeddings()(inputs["input_ids"])
     batch = {"inputs_embeds": embeddings, "attention_mask": torch.ones_like(inputs["input_ids"])}
-    # The placeholders are found by their embedding, as by transformers' LLaVA.
+    # The placeholders are found by their embedding, as in transformers' LLaVA.
     assert torch.equal(tiny_model.generate(**batch, pixel_values=inputs["pixel_values"], **settings), expected)
     image_tokens = tiny_model.get_image_features(inputs["pixel_values"]).pooler_output
     placeholders = inputs["input_ids"] == tiny_model.config.image_token_id

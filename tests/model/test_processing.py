@@ -9,13 +9,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jinja2 import TemplateError
 from PIL import Image
-from transformers import AddedToken, ProcessorMixin, SiglipImageProcessorPil
+from transformers import ProcessorMixin, SiglipImageProcessorPil
 
 from processing_sq_llava import PAD_TOKEN, SQLlavaProcessor
 from tests.tiny import TOKENIZERS, byte_level_tokenizer, llama_tokenizer, picture, tiny_image_processor, tiny_processor
 
 
-IMAGE = {"type": "image"}
+IMAGE = {"type": "image", "image": picture()}
 
 
 def user(*parts, **flags):
@@ -31,30 +31,27 @@ def vusr(text):
     return {"role": "vusr", "content": text}
 
 
-# Conversation -> the whole rendered text, with what is in the loss between ⟦ and ⟧. The system message is SYSTEM; <s>,
-# </s> and [vusr] stand for the tokenizer's own tokens and the processor's marker.
+@pytest.fixture
+def processor(any_tokenizer):
+    """With each kind of tokenizer."""
+    return tiny_processor(any_tokenizer, system_message="SYSTEM")
+
+
+# Conversation -> the whole rendered text; the part between ⟦ and ⟧ is in the loss. SYSTEM is the system message. <s>,
+# </s> and [vusr] are replaced by the tokenizer's own tokens and the processor's marker.
 LAYOUTS = {
-    "one turn": (
-        [user(IMAGE, "What animal is this?"), assistant("A dog.")],
-        "<s>SYSTEM USER: <image>\nWhat animal is this? ASSISTANT:⟦ A dog.</s>⟧",
-    ),
-    "two turns": (
-        [user(IMAGE, "What animal is this?"), assistant("A dog."), user("What is it doing?"), assistant("Running.")],
-        "<s>SYSTEM USER: <image>\nWhat animal is this? ASSISTANT:⟦ A dog.</s>⟧USER: What is it doing? ASSISTANT:"
-        "⟦ Running.</s>⟧",
-    ),
     "two turns, the second asked by the model": (
         [user(IMAGE, "What animal is this?"), assistant("A dog."), vusr("What is it doing?"), assistant("Running.")],
         "<s>SYSTEM USER: <image>\nWhat animal is this? ASSISTANT:⟦ A dog.</s>⟧[vusr]⟦ What is it doing?</s>⟧"
         " ASSISTANT:⟦ Running.</s>⟧",
     ),
-    "a user turn flagged as a self-question": (
-        [user(IMAGE, "What?"), assistant("A dog."), user("Where?", self_question=True), assistant("Here.")],
-        "<s>SYSTEM USER: <image>\nWhat? ASSISTANT:⟦ A dog.</s>⟧[vusr]⟦ Where?</s>⟧ ASSISTANT:⟦ Here.</s>⟧",
-    ),
-    "a user turn flagged as no self-question": (
-        [user(IMAGE, "What?"), assistant("A dog."), user("Where?", self_question=False), assistant("Here.")],
-        "<s>SYSTEM USER: <image>\nWhat? ASSISTANT:⟦ A dog.</s>⟧USER: Where? ASSISTANT:⟦ Here.</s>⟧",
+    "user turns with the flag of a self-question": (
+        [
+            *[user(IMAGE, "What?"), assistant("A dog."), user("Where?", self_question=True), assistant("Here.")],
+            *[user("Why?", self_question=False), assistant("No idea.")],
+        ],
+        "<s>SYSTEM USER: <image>\nWhat? ASSISTANT:⟦ A dog.</s>⟧[vusr]⟦ Where?</s>⟧ ASSISTANT:⟦ Here.</s>⟧"
+        "USER: Why? ASSISTANT:⟦ No idea.</s>⟧",
     ),
     "four turns, two asked by the model": (
         [
@@ -85,7 +82,7 @@ LAYOUTS = {
         "<s>SYSTEM USER: First <image> then <image>. ASSISTANT:⟦ Yes.</s>⟧",
     ),
     "an image alone": ([user(IMAGE), assistant("A dog.")], "<s>SYSTEM USER: <image>\n ASSISTANT:⟦ A dog.</s>⟧"),
-    "an own system turn": (
+    "a system turn of its own": (
         [{"role": "system", "content": "Be brief."}, user(IMAGE, "What?"), assistant("A dog.")],
         "<s>Be brief. USER: <image>\nWhat? ASSISTANT:⟦ A dog.</s>⟧",
     ),
@@ -97,11 +94,11 @@ LAYOUTS = {
         [user(IMAGE, "What?"), assistant(" A dog."), vusr("  Where?"), assistant("   Here.")],
         "<s>SYSTEM USER: <image>\nWhat? ASSISTANT:⟦  A dog.</s>⟧[vusr]⟦   Where?</s>⟧ ASSISTANT:⟦    Here.</s>⟧",
     ),
-    "answer with a line break in front": (
+    "answer with a leading line break": (
         [user(IMAGE, "What?"), assistant("\nA dog."), vusr("\n\nWhere?"), assistant("\tHere.")],
         "<s>SYSTEM USER: <image>\nWhat? ASSISTANT:⟦ \nA dog.</s>⟧[vusr]⟦ \n\nWhere?</s>⟧ ASSISTANT:⟦ \tHere.</s>⟧",
     ),
-    "answer with white space behind": (
+    "answer with trailing white space": (
         [user("What? \n"), assistant("A dog. "), vusr("Where?\n"), assistant("Here.\n\n")],
         "<s>SYSTEM USER: What? \n ASSISTANT:⟦ A dog. </s>⟧[vusr]⟦ Where?\n</s>⟧ ASSISTANT:⟦ Here.\n\n</s>⟧",
     ),
@@ -110,16 +107,11 @@ LAYOUTS = {
         "<s>SYSTEM USER: <image>\n ASSISTANT:⟦ </s>⟧[vusr]⟦ </s>⟧ ASSISTANT:⟦ </s>⟧",
     ),
     "role markers inside texts": (
-        [
-            user("Say ASSISTANT: yes"),
-            assistant("ASSISTANT: yes USER: no"),
-            vusr("USER: so? ASSISTANT:"),
-            assistant("USER:"),
-        ],
-        "<s>SYSTEM USER: Say ASSISTANT: yes ASSISTANT:⟦ ASSISTANT: yes USER: no</s>⟧[vusr]⟦ USER: so? ASSISTANT:</s>⟧"
+        [user("Say ASSISTANT: yes"), assistant("USER: no"), vusr("USER: so? ASSISTANT:"), assistant("USER:")],
+        "<s>SYSTEM USER: Say ASSISTANT: yes ASSISTANT:⟦ USER: no</s>⟧[vusr]⟦ USER: so? ASSISTANT:</s>⟧"
         " ASSISTANT:⟦ USER:</s>⟧",
     ),
-    "letters outside of the vocabulary": (
+    "letters outside the vocabulary": (
         [user(IMAGE, "Übersetze: 犬 🐕"), assistant("犬 is 🐕‍🦺 é"), vusr("🐈?"), assistant("ß")],
         "<s>SYSTEM USER: <image>\nÜbersetze: 犬 🐕 ASSISTANT:⟦ 犬 is 🐕‍🦺 é</s>⟧[vusr]⟦ 🐈?</s>⟧ ASSISTANT:⟦ ß</s>⟧",
     ),
@@ -127,46 +119,41 @@ LAYOUTS = {
 
 
 def written_for(processor, layout):
-    """A layout with the processor's own special tokens and marker."""
+    """The layout with the special tokens and the marker of this processor."""
     tokenizer = processor.tokenizer
     text = layout.replace("[vusr]", processor.vusr_marker).replace("</s>", tokenizer.eos_token)
     return text.replace("<s>", tokenizer.bos_token or "")
 
 
 def ids_and_mask_by_segment(processor, layout):
-    """Ids and loss mask made by hand: each segment is tokenized alone, behind a delimiter that is taken off again."""
+    """Ids and loss mask made by hand: each segment is tokenized alone, after a delimiter that is removed again."""
     tokenizer = processor.tokenizer
     ids, mask = [], []
     for segment in re.split(r"(⟦[^⟧]*⟧)", written_for(processor, layout)):
         text = segment.strip("⟦⟧").replace("<image>", "<image>" * processor.image_seq_length)
-        if not ids:
-            new_ids = tokenizer(text, add_special_tokens=False).input_ids
-        else:
+        if ids:
             new_ids = tokenizer(tokenizer.eos_token + text, add_special_tokens=False).input_ids[1:]
+        else:
+            new_ids = tokenizer(text, add_special_tokens=False).input_ids
         ids += new_ids
         mask += [int(segment.startswith("⟦"))] * len(new_ids)
     return ids, mask
 
 
-def with_pictures(messages):
-    """The same conversation with pixels behind each image."""
-    messages = [dict(message) for message in messages]
-    for message in messages:
-        if isinstance(message["content"], list):
-            message["content"] = [
-                {"type": "image", "image": picture()} if part == IMAGE else part for part in message["content"]
-            ]
-    return messages
-
-
 def tokenized(processor, messages, **kwargs):
-    return processor.apply_chat_template(with_pictures(messages), tokenize=True, return_dict=True, **kwargs)
+    return processor.apply_chat_template(messages, tokenize=True, return_dict=True, **kwargs)
+
+
+def assert_layout(processor, messages, layout, **kwargs):
+    outputs = tokenized(processor, messages, return_assistant_tokens_mask=True, **kwargs)
+    ids, mask = ids_and_mask_by_segment(processor, layout)
+    assert outputs["input_ids"] == [ids]
+    assert outputs["assistant_masks"] == [mask]
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_template_writes_the_vicuna_layout_with_the_vusr_role(name, any_tokenizer):
+def test_template_writes_the_vicuna_layout_with_the_vusr_role(name, processor):
     messages, layout = LAYOUTS[name]
-    processor = tiny_processor(any_tokenizer, system_message="SYSTEM")
     expected = written_for(processor, re.sub("[⟦⟧]", "", layout))
     assert processor.apply_chat_template(messages) == expected
     assert processor.tokenizer.apply_chat_template(messages, tokenize=False) == expected
@@ -177,28 +164,18 @@ def test_template_writes_the_vicuna_layout_with_the_vusr_role(name, any_tokenize
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_loss_mask_is_the_answers_and_the_vusr_questions_token_by_token(name, vusr_marker, any_tokenizer):
     messages, layout = LAYOUTS[name]
-    processor = tiny_processor(any_tokenizer, system_message="SYSTEM", vusr_marker=vusr_marker)
-    outputs = tokenized(processor, messages, return_assistant_tokens_mask=True)
-    ids, mask = ids_and_mask_by_segment(processor, layout)
-    assert outputs["input_ids"] == [ids]
-    assert outputs["assistant_masks"] == [mask]
+    assert_layout(tiny_processor(any_tokenizer, system_message="SYSTEM", vusr_marker=vusr_marker), messages, layout)
 
 
-def test_loss_mask_is_right_behind_hundreds_of_image_tokens(any_tokenizer):
+def test_loss_mask_is_right_after_hundreds_of_image_tokens(any_tokenizer):
     messages, layout = LAYOUTS["images in several turns"]
-    processor = tiny_processor(any_tokenizer, system_message="SYSTEM", image_seq_length=576)
-    outputs = tokenized(processor, messages, return_assistant_tokens_mask=True)
-    ids, mask = ids_and_mask_by_segment(processor, layout)
-    assert ids.count(processor.image_token_id) == 2 * 576
-    assert outputs["input_ids"] == [ids]
-    assert outputs["assistant_masks"] == [mask]
+    assert_layout(tiny_processor(any_tokenizer, system_message="SYSTEM", image_seq_length=576), messages, layout)
 
 
-def test_loss_mask_of_a_left_padded_batch_is_that_of_each_conversation(any_tokenizer):
+def test_loss_mask_of_a_left_padded_batch_is_that_of_each_conversation(processor):
     names = ["two turns, the second asked by the model", "text only", "several images in a turn"]
-    processor = tiny_processor(any_tokenizer, system_message="SYSTEM")
     outputs = processor.apply_chat_template(
-        [with_pictures(LAYOUTS[name][0]) for name in names],
+        [LAYOUTS[name][0] for name in names],
         tokenize=True,
         return_dict=True,
         return_assistant_tokens_mask=True,
@@ -213,8 +190,7 @@ def test_loss_mask_of_a_left_padded_batch_is_that_of_each_conversation(any_token
         assert list(outputs["assistant_masks"][row]) == [0] * padding + mask
 
 
-def test_rendering_then_tokenizing_gives_the_ids_of_doing_both_at_once(any_tokenizer, image):
-    processor = tiny_processor(any_tokenizer)
+def test_rendering_then_tokenizing_gives_the_ids_of_doing_both_at_once(processor, any_tokenizer, image):
     messages = LAYOUTS["images in several turns"][0]
     at_once = tokenized(processor, messages, add_generation_prompt=True)
     prompt = processor.apply_chat_template(messages, add_generation_prompt=True)
@@ -230,18 +206,16 @@ def test_default_system_message_is_the_papers(tiny_processor):
     )
 
 
-def test_generation_prompt_ends_in_the_assistants_marker_and_ask_in_the_vusr_marker(any_tokenizer):
-    processor = tiny_processor(any_tokenizer, system_message="SYSTEM")
-    question = [user(IMAGE, "What?")]
-    prompt = processor.apply_chat_template(question, add_generation_prompt=True)
-    assert prompt == written_for(processor, "<s>SYSTEM USER: <image>\nWhat? ASSISTANT:")
-    answered = [*question, assistant("A dog.")]
-    prompt = processor.apply_chat_template(answered, add_generation_prompt=True, ask=True)
-    assert prompt == written_for(processor, "<s>SYSTEM USER: <image>\nWhat? ASSISTANT: A dog.</s>[vusr]")
-    prompt = processor.apply_chat_template([*answered, vusr("Where?")], add_generation_prompt=True)
-    assert prompt == written_for(
-        processor, "<s>SYSTEM USER: <image>\nWhat? ASSISTANT: A dog.</s>[vusr] Where?</s> ASSISTANT:"
-    )
+def test_generation_prompt_ends_in_the_assistants_marker_and_ask_in_the_vusr_marker(processor):
+    messages = [user(IMAGE, "What?"), assistant("A dog."), vusr("Where?")]
+    start = "<s>SYSTEM USER: <image>\nWhat? ASSISTANT:"
+    for num_seen, ask, expected in (
+        (1, False, start),
+        (2, True, start + " A dog.</s>[vusr]"),
+        (3, False, start + " A dog.</s>[vusr] Where?</s> ASSISTANT:"),
+    ):
+        prompt = processor.apply_chat_template(messages[:num_seen], add_generation_prompt=True, ask=ask)
+        assert prompt == written_for(processor, expected)
 
 
 def test_marker_of_the_released_checkpoints_gives_their_text():
@@ -254,7 +228,7 @@ def test_marker_of_the_released_checkpoints_gives_their_text():
     assert processor.apply_chat_template(messages, add_generation_prompt=True, ask=True).endswith("Running.</s>VUSER:")
 
 
-def test_text_prefix_of_the_released_checkpoints_stands_behind_the_beginning_and_each_image():
+def test_text_prefix_of_the_released_checkpoints_follows_the_start_and_each_image():
     processor = tiny_processor(llama_tokenizer(), system_message="SYSTEM", text_prefix=" ")
     prompt = processor.apply_chat_template([user(IMAGE, IMAGE, "What?")], add_generation_prompt=True)
     assert prompt == "<s> SYSTEM USER: <image> \n<image> \nWhat? ASSISTANT:"
@@ -263,15 +237,11 @@ def test_text_prefix_of_the_released_checkpoints_stands_behind_the_beginning_and
     assert processor.apply_chat_template([user(IMAGE), assistant("A dog.")], plain=True) == "<s><image> A dog.\n"
 
 
-def test_plain_layout_is_image_caption_line_break_with_the_caption_in_the_loss(any_tokenizer):
-    processor = tiny_processor(any_tokenizer)
+def test_plain_layout_is_image_caption_line_break_with_the_caption_in_the_loss(processor):
     messages = [user(IMAGE, "Describe the image."), assistant("A dog.")]
     layout = "<s><image>⟦A dog.\n⟧"
     assert processor.apply_chat_template(messages, plain=True) == written_for(processor, re.sub("[⟦⟧]", "", layout))
-    outputs = tokenized(processor, messages, plain=True, return_assistant_tokens_mask=True)
-    ids, mask = ids_and_mask_by_segment(processor, layout)
-    assert outputs["input_ids"] == [ids]
-    assert outputs["assistant_masks"] == [mask]
+    assert_layout(processor, messages, layout, plain=True)
 
 
 PIECES = ["USER:", "ASSISTANT:", "VUSER:", " ", "  ", "\n", "▁", "Ġ", "<", "[", "</", "dog", "What is it?", "<0x0A>"]
@@ -288,7 +258,7 @@ PROCESSORS = {name: tiny_processor(make(), system_message="SYSTEM") for name, ma
 @pytest.mark.parametrize("tokenizer", TOKENIZERS)
 @given(question=TEXTS, answer=TEXTS, asked=TEXTS, second_answer=TEXTS)
 @settings(max_examples=100, deadline=None, derandomize=True, database=None)
-def test_each_prompt_is_a_prefix_of_the_training_tokens_and_all_behind_it_is_in_the_loss(
+def test_each_prompt_is_a_prefix_of_the_training_tokens_and_the_rest_is_in_the_loss(
     tokenizer, question, answer, asked, second_answer
 ):
     processor = PROCESSORS[tokenizer]
@@ -320,14 +290,16 @@ def test_a_control_token_inside_a_text_is_refused(token, message, tiny_processor
         tiny_processor.apply_chat_template([message(token)])
 
 
-def test_a_control_token_of_the_tokenizer_itself_is_refused():
+def test_tokens_in_the_tokenizers_own_template_are_control_tokens_and_other_special_tokens_are_text():
     tokenizer = byte_level_tokenizer()
-    tokenizer.add_tokens([AddedToken("<|im_start|>", special=True)], special_tokens=True)
-    tokenizer.chat_template = "<|im_start|>{{ messages[0]['content'] }}"
+    tokenizer.add_tokens(["<|turn|>", "<box>"], special_tokens=True)
+    tokenizer.chat_template = "{% for message in messages %}<|turn|>{{ message['content'] }}{% endfor %}"
     processor = tiny_processor(tokenizer)
-    for token in ("<|im_start|>", "<|end|>"):
+    for token in ("<|turn|>", "<|end|>"):
         with pytest.raises(TemplateError, match=re.escape(f"contains '{token}'")):
             processor.apply_chat_template([user(token)])
+    assert processor.apply_chat_template([user("<box>")]).endswith("USER: <box>")
+    assert tiny_processor(processor.tokenizer).control_tokens == processor.control_tokens
 
 
 def test_a_text_marker_of_the_vusr_role_is_refused_inside_a_text():
@@ -336,20 +308,16 @@ def test_a_text_marker_of_the_vusr_role_is_refused_inside_a_text():
         processor.apply_chat_template([user("VUSER: What?")])
 
 
-def test_the_error_about_an_image_written_as_text_says_how_to_give_one(tiny_processor):
-    with pytest.raises(TemplateError, match=re.escape("give the image as {'type': 'image'}")):
-        tiny_processor.apply_chat_template([user("<image> What?")])
-
-
 @pytest.mark.parametrize(
     ("messages", "error"),
     [
+        ([user("<image> What?")], r"give the image as \{'type': 'image'\}"),
         ([{"role": "robot", "content": "x"}], "Role 'robot'"),
         ([user("x"), {"role": "system", "content": "x"}], r"Role 'system': the roles are system \(first only\)"),
         ([user({"type": "video", "url": "x"})], "Content of type 'video'"),
-        ([{"role": "assistant", "content": [IMAGE]}], "An image stands in a turn of role 'assistant'"),
-        ([{"role": "vusr", "content": [IMAGE]}], "An image stands in a turn of role 'vusr'"),
-        ([user(IMAGE, self_question=True)], "An image stands in a turn of role 'user' flagged self_question"),
+        ([{"role": "assistant", "content": [IMAGE]}], "There is an image in a turn of role 'assistant'"),
+        ([{"role": "vusr", "content": [IMAGE]}], "There is an image in a turn of role 'vusr'"),
+        ([user(IMAGE, self_question=True)], "There is an image in a turn of role 'user' with self_question"),
         ([{"role": "user"}], "The turn of role 'user' has no content"),
         ([user("x"), {"role": "assistant", "content": None}], "The turn of role 'assistant' has no content"),
     ],
@@ -359,32 +327,26 @@ def test_template_names_what_is_wrong_in_a_conversation(messages, error, tiny_pr
         tiny_processor.apply_chat_template(messages)
 
 
-def test_numbers_of_images_and_placeholders_must_agree(tiny_processor, image):
-    with pytest.raises(ValueError, match="2 <image> tokens and 1 images"):
-        tiny_processor(text="<image><image>", images=[image])
-    with pytest.raises(ValueError, match="1 <image> tokens and 2 images"):
-        tiny_processor(text="<image>", images=[image, image])
-    with pytest.raises(ValueError, match="1 <image> tokens in the text but no images"):
-        tiny_processor(text="<image>")
-
-
-def test_truncation_never_cuts_an_image(tiny_processor, image):
-    with pytest.raises(ValueError, match="Mismatch in `image` token count"):
-        tiny_processor(text="<image>", images=[image], truncation=True, max_length=4)
+@pytest.mark.parametrize(
+    ("num_placeholders", "num_images", "settings", "error"),
+    [
+        (2, 1, {}, "2 <image> tokens and 1 images"),
+        (1, 2, {}, "1 <image> tokens and 2 images"),
+        (1, 0, {}, "1 <image> tokens in the text but no images"),
+        (1, 1, {"truncation": True, "max_length": 4}, "Mismatch in `image` token count"),
+    ],
+)
+def test_missing_images_and_cut_placeholders_are_errors(
+    num_placeholders, num_images, settings, error, tiny_processor, image
+):
+    with pytest.raises(ValueError, match=error):
+        tiny_processor(text="<image>" * num_placeholders, images=[image] * num_images or None, **settings)
 
 
 def test_image_token_is_replaced_by_one_placeholder_for_each_image_token(tiny_processor, image):
-    assert "__call__" not in vars(SQLlavaProcessor)
     assert SQLlavaProcessor.__call__ is ProcessorMixin.__call__
     assert tiny_processor.replace_image_token({}, 0) == "<image>" * 9
     assert tiny_processor(text="<image> a", images=[image]).input_ids[0].count(tiny_processor.image_token_id) == 9
-
-
-def test_numbers_of_image_tokens_are_told_to_inference_engines(tiny_processor):
-    numbers = tiny_processor._get_num_multimodal_tokens(image_sizes=[[60, 40], [336, 336]])
-    assert numbers["num_image_tokens"] == [9, 9]
-    assert numbers["num_image_patches"] == [1, 1]
-    assert "num_image_tokens" not in tiny_processor._get_num_multimodal_tokens()
 
 
 def test_special_tokens_are_registered_once_and_only_where_missing(any_tokenizer):
@@ -401,18 +363,13 @@ def test_special_tokens_are_registered_once_and_only_where_missing(any_tokenizer
     assert len(tokenizer) == size + 3
 
 
-def test_an_existing_padding_token_is_kept():
+def test_no_token_is_registered_for_a_text_marker_or_beside_an_own_padding_token():
     tokenizer = byte_level_tokenizer()
     tokenizer.pad_token = "<|end|>"
-    processor = tiny_processor(tokenizer)
-    assert processor.tokenizer.pad_token == "<|end|>"
-    assert "<pad>" not in tokenizer.get_vocab()
-
-
-def test_a_text_marker_registers_no_token(any_tokenizer):
-    processor = tiny_processor(any_tokenizer, vusr_marker="VUSER:")
+    processor = tiny_processor(tokenizer, vusr_marker="VUSER:")
     assert processor.vusr_token_id is None
-    assert "[vusr]" not in processor.tokenizer.get_vocab()
+    assert processor.tokenizer.pad_token == "<|end|>"
+    assert not {"<pad>", "[vusr]"} & processor.tokenizer.get_vocab().keys()
 
 
 @pytest.mark.parametrize("vusr_marker", ["[vusr]", "VUSER:"])
@@ -472,7 +429,7 @@ def test_the_delimiter_can_be_chosen_and_is_saved_with_the_tokenizer(tmp_path):
     processor.save_pretrained(tmp_path)
     for chosen in (processor, SQLlavaProcessor.from_pretrained(tmp_path)):
         assert chosen.apply_chat_template([user("Hi"), assistant("Hello")]).endswith("ASSISTANT: Hello<|im_end|>")
-    with pytest.raises(ValueError, match=r"eos_token\) is 'word', none of .* give one of <\|end\|>, <\|im_end\|>"):
+    with pytest.raises(ValueError, match=r"eos_token\) is 'word', .* give one of <\|end\|>, <\|im_end\|>"):
         SQLlavaProcessor.from_pretrained(tmp_path, delimiter="word")
 
 
@@ -488,7 +445,7 @@ def test_an_own_template_is_kept(tmp_path):
         ({"image_aspect_ratio": "stretch"}, "image_aspect_ratio is 'stretch': choose 'pad' or 'crop'"),
         ({"vusr_marker": ""}, "vusr_marker is ''"),
         ({"user_marker": "USER: "}, "user_marker is 'USER: '"),
-        ({"text_prefix": "|"}, "it may hold spaces only"),
+        ({"text_prefix": "|"}, "it may contain only spaces"),
         ({"assistant_marker": "\n"}, "assistant_marker is"),
     ],
 )
@@ -504,17 +461,18 @@ def test_a_tokenizer_without_delimiter_is_refused():
         tiny_processor(tokenizer)
 
 
+def colour(values):
+    return torch.tensor(values).view(3, 1, 1)
+
+
 def pixels_of(processor, image):
-    """Pixels `(3, height, width)` before the normalization, from 0 to 1."""
+    """Pixels `(3, height, width)` from 0 to 1, before the normalization."""
     pixels = processor(text="<image>", images=[image], return_tensors="pt").pixel_values[0]
-    mean, std = (
-        torch.tensor(values).view(3, 1, 1)
-        for values in (processor.image_processor.image_mean, processor.image_processor.image_std)
-    )
-    return pixels * std + mean
+    return pixels * colour(processor.image_processor.image_std) + colour(processor.image_processor.image_mean)
 
 
-RED, GREEN = (255, 0, 0), (0, 255, 0)
+def assert_one_colour(pixels, values, tolerance=1e-5):
+    torch.testing.assert_close(pixels, colour(values).expand_as(pixels), atol=tolerance, rtol=0)
 
 
 @pytest.mark.parametrize(
@@ -527,27 +485,15 @@ RED, GREEN = (255, 0, 0), (0, 255, 0)
 )
 def test_images_are_padded_to_a_square_with_the_mean_colour(image_processor, mean):
     processor = SQLlavaProcessor(image_processor, byte_level_tokenizer(), image_seq_length=9)
-    pixels = pixels_of(processor, Image.new("RGB", (84, 42), RED))  # above and below the red a quarter is padding
+    pixels = pixels_of(processor, Image.new("RGB", (84, 42), "red"))  # a quarter is padding above, and one below
     assert pixels.shape == (3, 42, 42)
-    padding = torch.tensor(mean).view(3, 1, 1).expand(3, 9, 42)
-    torch.testing.assert_close(pixels[:, :9], padding, atol=1 / 255, rtol=0)
-    torch.testing.assert_close(pixels[:, -9:], padding, atol=1 / 255, rtol=0)
-    red = torch.tensor([1.0, 0.0, 0.0]).view(3, 1, 1).expand(3, 18, 42)
-    torch.testing.assert_close(pixels[:, 12:30], red, atol=1e-5, rtol=0)
-    upright = pixels_of(processor, Image.new("RGB", (42, 84), RED))
-    torch.testing.assert_close(upright, pixels.mT)
+    for padding in (pixels[:, :9], pixels[:, -9:]):
+        assert_one_colour(padding, mean, tolerance=1 / 255)
+    assert_one_colour(pixels[:, 12:30], [1.0, 0.0, 0.0])
+    torch.testing.assert_close(pixels_of(processor, Image.new("RGB", (42, 84), "red")), pixels.mT)
 
 
-def test_centre_crop_shows_the_middle_alone():
-    processor = tiny_processor(image_aspect_ratio="crop")
-    image = Image.new("RGB", (126, 42), GREEN)
-    image.paste(RED, (42, 0, 84, 42))
-    pixels = pixels_of(processor, image)
-    torch.testing.assert_close(
-        pixels, torch.tensor([1.0, 0.0, 0.0]).view(3, 1, 1).expand(3, 42, 42), atol=1e-5, rtol=0
-    )
-
-
-@pytest.mark.parametrize("mode", ["L", "LA", "P", "RGBA", "CMYK", "1"])
-def test_images_of_any_mode_become_three_channels(mode, tiny_processor, image):
-    assert pixels_of(tiny_processor, image.convert(mode)).shape == (3, 42, 42)
+def test_centre_crop_shows_only_the_middle():
+    image = Image.new("RGB", (126, 42), "green")
+    image.paste("red", (42, 0, 84, 42))
+    assert_one_colour(pixels_of(tiny_processor(image_aspect_ratio="crop"), image), [1.0, 0.0, 0.0])

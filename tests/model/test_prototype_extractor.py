@@ -1,4 +1,6 @@
-"""Both prototype extractors: against the release's numbers, against literal loops, in half precision, in memory."""
+"""Both prototype extractors: the release's numbers, the equations as loops, half precision, memory."""
+
+from functools import partial
 
 import pytest
 import torch
@@ -6,20 +8,15 @@ from safetensors import safe_open
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from modeling_sq_llava import (
-    SQLlavaForConditionalGeneration,
-    SQLlavaModel,
-    SQLlavaPaperPrototypeExtractor,
-    SQLlavaReleasedPrototypeExtractor,
-)
+from modeling_sq_llava import PROTOTYPE_EXTRACTORS, SQLlavaForConditionalGeneration, SQLlavaModel
 from sq_llava.checkpoints.weights import weight_name
 from tests import ROOT
+from tests.reference import Part, cluster
 from tests.tiny import TINY_CLIP, TINY_LLAMA, tiny_config, tiny_model
 
 
-# State, input, output and gradients of the authors' code in float64.
+# State, input, output and gradients of the authors' code, in float64.
 GOLDEN_FILES = sorted((ROOT / "tests" / "files").glob("prototype_released_*.safetensors"))
-EXTRACTORS = {"paper": SQLlavaPaperPrototypeExtractor, "released": SQLlavaReleasedPrototypeExtractor}
 
 
 def name_in_model(key: str) -> str:
@@ -71,7 +68,7 @@ def test_released_variant_has_the_outputs_and_gradients_of_the_release(path, dty
         torch.testing.assert_close(gradient, tensors[f"grad.{name}"], atol=tolerance, rtol=tolerance, msg=name)
 
 
-def test_released_layer_norm_that_is_never_applied_is_dropped_on_loading(tmp_path):
+def test_unused_layer_norm_of_a_release_is_dropped_on_loading(tmp_path):
     tensors, metadata = read_golden(GOLDEN_FILES[0], torch.float32)
     assert "state.ln_1.weight" in tensors
     model = model_of_golden(tensors, metadata, torch.float32)
@@ -88,7 +85,7 @@ def test_released_layer_norm_that_is_never_applied_is_dropped_on_loading(tmp_pat
 
 
 def extractor(variant, width=8, num_prototypes=3, num_iterations=2, dtype=torch.float64, seed=0):
-    """With weights so large that the assignment is far from even."""
+    """An extractor with large weights, so that the assignment is far from uniform."""
     torch.manual_seed(seed)
     config = tiny_config(
         vision_config={**TINY_CLIP, "hidden_size": width},
@@ -96,7 +93,7 @@ def extractor(variant, width=8, num_prototypes=3, num_iterations=2, dtype=torch.
         num_prototypes=num_prototypes,
         num_prototype_iterations=num_iterations,
     )
-    module = EXTRACTORS[variant](config).to(dtype)
+    module = PROTOTYPE_EXTRACTORS[variant](config).to(dtype)
     for parameter in module.parameters():
         torch.nn.init.normal_(parameter)
     return module
@@ -106,13 +103,21 @@ def linear(module, vector):
     return module.weight @ vector + module.bias
 
 
-def paper_by_loops(module, features, num_iterations):
-    """The paper's equations, one image, one prototype and one token at a time."""
+def literal(variant, module, features):
+    """The equations written out; for the release, with the tensors of [B, K, N, D] that the authors' code builds."""
+    if variant == "paper":
+        return paper_by_loops(module, features)
+    config = {"num_latents": module.num_prototypes, "iterations": module.num_iterations}
+    return cluster(Part(dict(module.named_parameters()), config), features)
+
+
+def paper_by_loops(module, features):
+    """The paper's equations, for one image, one prototype and one token at a time."""
     images = []
     for tokens in features:
         width = tokens.shape[-1]
         prototypes = list(module.prototypes)
-        for _ in range(num_iterations):
+        for _ in range(module.num_iterations):
             assignment = []
             for token in tokens:
                 key = linear(module.k, token)
@@ -130,40 +135,16 @@ def paper_by_loops(module, features, num_iterations):
     return torch.stack(images)
 
 
-def released_by_outer_products(module, features, num_iterations, num_prototypes):
-    """The release's equations, with the tensors of [B, K, N, D] that the authors' code builds."""
-    value, feature = F.linear(features, *module.v.parameters()), F.linear(features, *module.f.parameters())
-    centers = F.adaptive_avg_pool1d(features.mT, num_prototypes).mT
-    feature_centers = F.adaptive_avg_pool1d(feature.mT, num_prototypes).mT
-    for _ in range(num_iterations):
-        centers = F.linear(centers, *module.c.parameters())
-        scores = F.normalize(centers, dim=2)[:, :, None] * F.normalize(value, dim=1)[:, None]
-        centers = (scores.sum(-1).softmax(dim=1)[..., None] * feature[:, None]).sum(dim=2)
-    cosine = (F.normalize(centers, dim=2)[:, :, None] * F.normalize(features, dim=2)[:, None]).sum(-1)
-    similarity = torch.sigmoid(module.sim_beta + module.sim_alpha * cosine)
-    winner = torch.zeros_like(similarity).scatter_(1, similarity.argmax(dim=1, keepdim=True), 1.0)
-    weight = similarity * winner  # [B, K, N]
-    gathered = (weight[..., None] * feature[:, None]).sum(dim=2) + feature_centers
-    gathered = gathered / (winner.sum(dim=2) + 1)[..., None]
-    return features + (weight[..., None] * gathered[:, :, None]).sum(dim=1)
-
-
-def literal(variant, module, features, num_iterations, num_prototypes):
-    if variant == "paper":
-        return paper_by_loops(module, features, num_iterations)
-    return released_by_outer_products(module, features, num_iterations, num_prototypes)
-
-
 @pytest.mark.parametrize(
     ("batch", "tokens", "num_prototypes", "num_iterations"), [(2, 7, 3, 2), (1, 5, 4, 1), (2, 6, 1, 3), (1, 1, 1, 2)]
 )
-@pytest.mark.parametrize("variant", EXTRACTORS)
+@pytest.mark.parametrize("variant", PROTOTYPE_EXTRACTORS)
 def test_matrix_form_equals_the_equations_written_out(variant, batch, tokens, num_prototypes, num_iterations):
     module = extractor(variant, num_prototypes=num_prototypes, num_iterations=num_iterations)
     features = torch.randn(batch, tokens, 8, dtype=torch.float64)
     upstream = torch.randn_like(features)
     results = []
-    for function in (module, lambda x: literal(variant, module, x, num_iterations, num_prototypes)):
+    for function in (module, partial(literal, variant, module)):
         leaf = features.clone().requires_grad_()
         module.zero_grad()
         output = function(leaf)
@@ -174,7 +155,7 @@ def test_matrix_form_equals_the_equations_written_out(variant, batch, tokens, nu
     assert not torch.allclose(results[0][0], features)
 
 
-@pytest.mark.parametrize("variant", EXTRACTORS)
+@pytest.mark.parametrize("variant", PROTOTYPE_EXTRACTORS)
 def test_each_iteration_changes_the_result(variant):
     features = torch.randn(2, 7, 8, dtype=torch.float64)
     outputs = [extractor(variant, num_iterations=number)(features) for number in (1, 2, 3)]
@@ -182,7 +163,7 @@ def test_each_iteration_changes_the_result(variant):
     assert not torch.allclose(outputs[1], outputs[2])
 
 
-@pytest.mark.parametrize("variant", EXTRACTORS)
+@pytest.mark.parametrize("variant", PROTOTYPE_EXTRACTORS)
 def test_an_image_in_a_batch_gives_what_it_gives_alone(variant):
     module = extractor(variant)
     features = torch.randn(3, 7, 8, dtype=torch.float64)
@@ -191,7 +172,7 @@ def test_an_image_in_a_batch_gives_what_it_gives_alone(variant):
 
 
 @pytest.mark.parametrize("bias", ["random bias", "no bias"])
-@pytest.mark.parametrize("variant", EXTRACTORS)
+@pytest.mark.parametrize("variant", PROTOTYPE_EXTRACTORS)
 def test_more_prototypes_than_tokens_and_blank_images_stay_finite(variant, bias):
     module = extractor(variant, num_prototypes=9, dtype=torch.float32)
     if bias == "no bias":
@@ -208,7 +189,7 @@ def test_more_prototypes_than_tokens_and_blank_images_stay_finite(variant, bias)
 
 
 class LargestTensor(TorchDispatchMode):
-    """The number of elements of the largest tensor that any operation gives, forward and backward."""
+    """The number of elements of the largest tensor that any operation returns, forward and backward."""
 
     numel = 0
 
@@ -220,22 +201,22 @@ class LargestTensor(TorchDispatchMode):
         return outputs
 
 
-@pytest.mark.parametrize("variant", EXTRACTORS)
-def test_no_tensor_of_images_times_prototypes_times_tokens_times_channels(variant):
+@pytest.mark.parametrize("variant", PROTOTYPE_EXTRACTORS)
+def test_no_tensor_has_the_size_of_images_times_prototypes_times_tokens_times_channels(variant):
     images, prototypes, tokens, channels = 2, 16, 40, 32
     module = extractor(variant, width=channels, num_prototypes=prototypes, dtype=torch.float32)
     features = torch.randn(images, tokens, channels, requires_grad=True)
     with LargestTensor() as largest:
         module(features).sum().backward()
-    # Four times the features, or less than one image's [K, N, D].
+    # At most four times the features, which is less than [K, N, D] of one image.
     assert images * tokens * channels <= largest.numel <= 4 * images * tokens * channels
     with LargestTensor() as largest:
-        literal("released", extractor("released", channels, prototypes), features.double(), 2, prototypes)
+        literal("released", extractor("released", channels, prototypes), features.double())
     assert largest.numel == images * prototypes * tokens * channels
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("variant", EXTRACTORS)
+@pytest.mark.parametrize("variant", PROTOTYPE_EXTRACTORS)
 def test_clustering_runs_in_float32_inside_a_half_precision_model(variant, dtype):
     half = extractor(variant, width=32, num_prototypes=5, dtype=dtype)
     full = extractor(variant, width=32, num_prototypes=5, dtype=torch.float32)
@@ -245,12 +226,12 @@ def test_clustering_runs_in_float32_inside_a_half_precision_model(variant, dtype
     assert output.dtype == dtype
     unit = torch.finfo(dtype).eps
     torch.testing.assert_close(output.float(), expected, rtol=unit, atol=unit / 100)
-    # Other rounding inside would show: most tokens are off by more than the rounding of the result.
-    rounded_inside = literal(variant, half, features, 2, 5)
+    # If it clustered in half precision, many values would be off by more than the rounding of the result.
+    rounded_inside = literal(variant, half, features)
     assert ((rounded_inside - expected).abs() > unit * expected.abs() + unit / 100).float().mean() > 0.3
 
 
-@pytest.mark.parametrize("variant", EXTRACTORS)
+@pytest.mark.parametrize("variant", PROTOTYPE_EXTRACTORS)
 def test_clustering_ignores_autocast(variant):
     module = extractor(variant, dtype=torch.float32)
     features = torch.randn(2, 7, 8)
@@ -259,7 +240,7 @@ def test_clustering_ignores_autocast(variant):
     assert torch.equal(output, module(features))
 
 
-@pytest.mark.parametrize("variant", EXTRACTORS)
+@pytest.mark.parametrize("variant", PROTOTYPE_EXTRACTORS)
 def test_every_weight_of_the_extractor_learns(variant):
     module = extractor(variant)
     module(torch.randn(2, 7, 8, dtype=torch.float64)).pow(2).sum().backward()
@@ -267,14 +248,16 @@ def test_every_weight_of_the_extractor_learns(variant):
         assert parameter.grad.abs().sum() > 0, name
 
 
-def test_new_extractor_weights_follow_the_config():
-    width = 64
-    vision_config = {**TINY_CLIP, "hidden_size": width}
-    paper = tiny_model(tiny_config(vision_config=vision_config, num_prototypes=50, initializer_range=0.05)).model
+def test_new_weights_follow_the_configuration_of_their_part():
+    vision_config = {**TINY_CLIP, "hidden_size": 64, "initializer_range": 0.1}
+    text_config = {**TINY_LLAMA, "initializer_range": 0.3}
+    fields = {"vision_config": vision_config, "text_config": text_config, "initializer_range": 0.05}
+    paper = tiny_model(tiny_config(**fields, num_prototypes=50)).model
     for module in (paper.prototype_extractor.q, paper.prototype_extractor.z, paper.multi_modal_projector.linear_1):
         assert 0.045 < module.weight.std() < 0.055
         assert not module.bias.any()
     assert 0.9 < paper.prototype_extractor.prototypes.std() < 1.1
-    released = tiny_model(tiny_config(vision_config=vision_config, prototype_variant="released")).model
+    assert 0.28 < paper.language_model.layers[0].mlp.up_proj.weight.std() < 0.32
+    released = tiny_model(tiny_config(**fields, prototype_variant="released")).model
     assert released.prototype_extractor.sim_alpha.item() == 1.0
     assert released.prototype_extractor.sim_beta.item() == 0.0

@@ -1,17 +1,18 @@
-"""The reference of the tests against transformers' own models and the numbers of the authors' code."""
+"""Checks the reference implementation of the tests against transformers and PEFT.
+
+Its prototype extractor is compared in `test_prototype_extractor.py`.
+"""
 
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
-from safetensors import safe_open
 from transformers import AutoModelForCausalLM, CLIPVisionModel, LlavaForConditionalGeneration
 
-from tests import ROOT, released
-from tests.reference import Part, image_tokens, read_reference, read_weights, take, vision_features
+from tests import released
+from tests.reference import read_reference, read_weights, take, vision_features
 
 
 IMAGE_TOKEN_ID = 500
-GOLDEN_FILES = sorted((ROOT / "tests" / "files").glob("prototype_released_*.safetensors"))
 
 
 def prompt(num_images: int) -> dict[str, torch.Tensor]:
@@ -67,13 +68,3 @@ def test_lora_has_the_logits_and_features_of_peft(tmp_path):
     torch.testing.assert_close(features, states[:, 1:], atol=2e-5, rtol=1e-5)
     reference.vision.lora = None
     assert (vision_features(reference.vision, inputs["pixel_values"]) - features).abs().max() > 0.1
-
-
-@pytest.mark.parametrize("path", GOLDEN_FILES, ids=lambda path: path.stem)
-def test_cluster_has_the_outputs_of_the_release(path):
-    with safe_open(path, framework="pt") as file:
-        weights = {name.removeprefix("state."): file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        config = {"num_latents": int(file.metadata()["prototypes"]), "iterations": int(file.metadata()["iterations"])}
-    config["mm_projector_type"] = "cluster"
-    projector = Part(weights, config)
-    torch.testing.assert_close(image_tokens(projector, weights["input"]), weights["output"], atol=1e-9, rtol=1e-9)

@@ -1,6 +1,6 @@
-"""Checkpoints that carry their code, used in a fresh process from another directory without the source tree.
+"""Uses checkpoints that hold their own code, in a fresh process in another folder, without the source tree.
 
-One process makes all checks of `remote_code_checks.py`, since its imports take seconds; each check is a test here.
+One process runs all checks of `remote_code_checks.py`, because its imports take seconds. Each check is a test here.
 """
 
 import json
@@ -23,35 +23,24 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
-    """Traceback of each check, "" where it passed."""
+    """The traceback of each check; "" if it passed."""
     folder = tmp_path_factory.mktemp("remote_code")
     write_checkpoints(folder)
-    kept = {name: value for name, value in os.environ.items() if name in ("PATH", "HOME", "LD_LIBRARY_PATH")}
-    environment = {
-        **kept,
-        "HF_HOME": str(folder / "hf_home"),
-        "HF_MODULES_CACHE": str(folder / "hf_modules"),
-        "HF_HUB_OFFLINE": "1",
-        "OMP_NUM_THREADS": "1",
-    }
+    environment = {name: os.environ[name] for name in ("PATH", "HOME", "LD_LIBRARY_PATH") if name in os.environ}
+    environment |= {"HF_HOME": str(folder / "hf_home"), "HF_MODULES_CACHE": str(folder / "hf_modules")}
+    environment |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     away = folder / "away"
     away.mkdir()
-    script = ROOT / "tests" / "remote_code_checks.py"
+    command = [warm_python(), "-P", str(ROOT / "tests" / "remote_code_checks.py"), str(folder)]
     process = subprocess.run(
-        [warm_python(), "-P", str(script), str(folder)],
-        cwd=away,
-        env=environment,
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=300,
+        command, cwd=away, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=300
     )
     assert process.returncode == 0, process.stderr
     return json.loads((folder / "results.json").read_text())
 
 
 def write_checkpoints(folder):
-    """Three checkpoints, and what the model and the processor of the source tree give."""
+    """Writes three checkpoints and `expected.pt`: the results of the model and the processor of the source tree."""
     processor = tiny_processor(llama_tokenizer(legacy=True))
     model = tiny_model_for(processor)
     images = [picture(0), picture(1, width=30, height=50)]
@@ -60,32 +49,24 @@ def write_checkpoints(folder):
     text_only = [{"role": "user", "content": [{"type": "text", "text": "What is a dog?"}]}]
 
     def prompt(messages):
-        return processor.apply_chat_template(
-            messages,
-            add_generation_prompt=True,
-            tokenize=True,
-            return_dict=True,
-            processor_kwargs={"return_tensors": "pt"},
-        )
+        settings = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, "return_tensors": "pt"}
+        return processor.apply_chat_template(messages, **settings)
 
     def answer(inputs):
         sequence = model.generate(**inputs, do_sample=False, max_new_tokens=8)
         texts = [processor.decode(ids[0], skip_special_tokens=True) for ids in (sequence, inputs["input_ids"])]
         return sequence, texts[0].removeprefix(texts[1])
 
-    inputs = prompt(messages)
-    generated, text = answer(inputs)
-    _, text_only_answer = answer(prompt(text_only))
+    expected = {"messages": messages, "images": images, "text_only": text_only, "inputs": dict(prompt(messages))}
+    expected["prompt"] = processor.apply_chat_template(messages, add_generation_prompt=True)
+    expected["chat_template"] = processor.chat_template
+    expected["token_ids"] = processor.tokenizer("a dog<image>\n[vusr] b").input_ids
+    expected["generated"], expected["answer"] = answer(prompt(messages))
+    _, expected["text_only_answer"] = answer(prompt(text_only))
     with torch.no_grad():
-        logits = model(**inputs).logits
-    sums = {}
-    for name in ("float32", "sharded", "bfloat16"):  # bfloat16 last: it changes the model in place
-        dtype = torch.bfloat16 if name == "bfloat16" else torch.float32
-        model.to(dtype).save_pretrained(folder / name, max_shard_size="200KB" if name == "sharded" else "50GB")
-        processor.save_pretrained(folder / name)
-        sums[name] = model.model.prototype_extractor.prototypes.sum().item()
+        expected["logits"] = model(**prompt(messages)).logits
     stock = LlavaImageProcessorPil.from_dict(processor.image_processor.to_dict())
-    seen = [
+    expected["pictures"] = [
         {
             "row": picture.row,
             "file": picture.file,
@@ -93,23 +74,14 @@ def write_checkpoints(folder):
             "pixels": picture.rgb and stock(picture.rgb, return_tensors="pt")["pixel_values"],
         }
         for picture in [*pictures(), *turned()]
-        if picture.row != "P, palette with transparency"  # which Pillow does not pickle whole
+        if picture.row != "P, palette with transparency"  # Pillow does not pickle all of it
     ]
-    expected = {
-        "pictures": seen,
-        "messages": messages,
-        "prompt": processor.apply_chat_template(messages, add_generation_prompt=True),
-        "images": images,
-        "inputs": dict(inputs),
-        "logits": logits,
-        "generated": generated,
-        "answer": text,
-        "text_only": text_only,
-        "text_only_answer": text_only_answer,
-        "sums": sums,
-        "chat_template": processor.chat_template,
-        "token_ids": processor.tokenizer("a dog<image>\n[vusr] b").input_ids,
-    }
+    expected["sums"] = {}
+    for name in ("float32", "sharded", "bfloat16"):  # bfloat16 last: it changes the model in place
+        dtype = torch.bfloat16 if name == "bfloat16" else torch.float32
+        model.to(dtype).save_pretrained(folder / name, max_shard_size="200KB" if name == "sharded" else "50GB")
+        processor.save_pretrained(folder / name)
+        expected["sums"][name] = model.model.prototype_extractor.prototypes.sum().item()
     torch.save(expected, folder / "expected.pt")
 
 

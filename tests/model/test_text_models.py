@@ -1,4 +1,4 @@
-"""Language models as people have them: mixtures of experts, multimodal models, tokenizers with tokens of one's own."""
+"""Special kinds of language models: mixtures of experts, multimodal models, and tokenizers with added tokens."""
 
 from pathlib import Path
 
@@ -17,7 +17,6 @@ from transformers import (
     set_seed,
 )
 
-from processing_sq_llava import SQLlavaProcessor
 from sq_llava.checkpoints.compose import compose, compose_config
 from sq_llava.checkpoints.inspection import inspect
 from sq_llava.checkpoints.load import load_checkpoint, merge_adapter
@@ -57,7 +56,7 @@ def parts(tmp_path_factory) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["qwen3_moe", "mixtral", "gemma3"])
-def test_language_model_is_taken_saved_and_found_whole(parts, tmp_path, kind):
+def test_language_model_is_composed_saved_and_loaded_again(parts, tmp_path, kind):
     model, processor = compose(str(parts / "clip"), str(parts / kind), num_prototypes=5)
     classes = {
         "qwen3_moe": Qwen3MoeForCausalLM,
@@ -80,12 +79,12 @@ def test_language_model_is_taken_saved_and_found_whole(parts, tmp_path, kind):
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (Qwen2_5_VLConfig(), "is a qwen2_5_vl, from which transformers loads no causal language model"),
-        (Gemma3nConfig(), "is a gemma3n that reads token ids in each of its layers"),
+        (Qwen2_5_VLConfig(), "is a qwen2_5_vl, which transformers cannot load as a causal language model"),
+        (Gemma3nConfig(), "is a gemma3n, whose layers read token ids"),
     ],
     ids=["no causal language model", "token ids in each layer"],
 )
-def test_multimodal_model_whose_text_part_cannot_be_taken_is_refused_with_its_type(parts, tmp_path, config, message):
+def test_multimodal_model_without_a_usable_text_part_is_refused_with_its_type(parts, tmp_path, config, message):
     config.save_pretrained(tmp_path)
     for make in (compose_config, compose):
         with pytest.raises(ValueError, match=message):
@@ -110,26 +109,26 @@ def test_router_loss_is_added_once_a_step_and_experts_stay_frozen(parts, tmp_pat
     assert with_it["loss_answers"] == pytest.approx(without["loss_answers"], abs=1e-4)
     assert with_it["grad_norm"] != without["grad_norm"]
     # Two layers of four experts, of 3 x 32 x 64 weights each.
-    assert f"experts of the language model, {2 * 4 * 3 * 32 * 64:,} weights, stay frozen" in capsys.readouterr().out
+    assert f"{2 * 4 * 3 * 32 * 64:,} expert weights of the language model stay frozen" in capsys.readouterr().out
     merge_adapter(str(tmp_path / "with"), str(tmp_path / "merged"))
     merged, _ = load_checkpoint(str(tmp_path / "merged"))
     assert merged.config.text_config.output_router_logits is False
 
 
 @pytest.mark.slow
-def test_language_model_with_experts_is_aligned_with_the_loss_of_its_configuration(parts, tmp_path):
+def test_stage_one_uses_the_router_loss_coefficient_of_the_language_models_configuration(parts, tmp_path):
     entry = first_step(parts, tmp_path / "run", None, stage="align", text_model_name_or_path=parts / "mixtral")
     mean = entry["loss_answers"]
     assert entry["loss"] == pytest.approx(mean + 0.001 * entry["aux_loss"], abs=1e-5)
 
 
-def test_family_without_a_router_loss_is_told_how_to_leave_it_out():
-    with pytest.raises(ValueError, match=r"is a llama4_text.*no num_experts.*Give router_aux_loss_coef 0"):
+def test_error_about_a_family_without_a_router_loss_says_how_to_turn_it_off():
+    with pytest.raises(ValueError, match=r"\(llama4_text\) has no num_experts.*Set router_aux_loss_coef to 0"):
         require_router_loss(Llama4TextConfig())
 
 
 @pytest.mark.parametrize("kind", ["llama", "byte_level"])
-def test_tokens_and_templates_of_ones_own_are_saved_and_read_again(tmp_path, kind):
+def test_added_tokens_and_templates_are_saved_and_loaded_again(tmp_path, kind):
     processor = tiny.tiny_processor(tiny.TOKENIZERS[kind]())
     control_tokens = processor.control_tokens
     model = tiny.tiny_model_for(processor)
@@ -153,13 +152,3 @@ def test_tokens_and_templates_of_ones_own_are_saved_and_read_again(tmp_path, kin
     prompt = again.apply_chat_template(messages, tokenize=True, return_dict=True, return_tensors="pt")
     assert ids[0] in prompt["input_ids"] and ids[0] not in reloaded.generation_config.suppress_tokens
     assert again.tokenizer.decode([ids[0]]) == "<box>"
-
-
-def test_token_that_the_own_template_of_a_language_model_writes_is_no_text():
-    tokenizer = tiny.byte_level_tokenizer()
-    tokenizer.add_tokens(["<|turn|>", "<box>"], special_tokens=True)
-    tokenizer.chat_template = "{% for message in messages %}<|turn|>{{ message['content'] }}{% endfor %}"
-    processor = SQLlavaProcessor(tiny.tiny_image_processor(), tokenizer, image_seq_length=9)
-    assert "<|turn|>" in processor.control_tokens and "<box>" not in processor.control_tokens
-    again = SQLlavaProcessor(tiny.tiny_image_processor(), processor.tokenizer, image_seq_length=9)
-    assert again.control_tokens == processor.control_tokens

@@ -1,6 +1,5 @@
-"""The page in a real browser, headless: what a person does, and what is then to be seen."""
+"""The page in a real, headless browser: what a person does, and what the page then shows."""
 
-import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,12 +19,11 @@ PHONE, DESKTOP = {"width": 390, "height": 844}, {"width": 1280, "height": 900}
 HOSTILE = '<img src="http://203.0.113.1/x.png"> ![](http://203.0.113.1/y.png) **bold**'
 
 
-def in_browser(test):
-    return pytest.mark.slow(pytest.mark.skipif(not CHROMIUM.is_file(), reason=f"no browser at {CHROMIUM}")(test))
+in_browser = pytest.mark.skipif(not CHROMIUM.is_file(), reason=f"no browser at {CHROMIUM}")
 
 
 class Scripted(Assistant):
-    """Looks by a tiny model, and says what the test wants, a word at a time."""
+    """A tiny model that sees the pictures, but says what the test wants, word by word."""
 
     answer_text = "A dog."
     seconds = 0.0
@@ -48,7 +46,7 @@ class Scripted(Assistant):
 
 
 def assert_closed_once(assistant: Scripted) -> None:
-    """What is being said has been stopped, or is within half a minute."""
+    """Waits until a generation was closed, for half a minute at most."""
     deadline = time.monotonic() + 30
     while not assistant.num_closed and time.monotonic() < deadline:
         time.sleep(0.1)
@@ -71,17 +69,14 @@ def fast_again(assistant):
 def url(assistant) -> Iterator[str]:
     from sq_llava.page.layout import LAUNCH, create_page
 
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     blocks = create_page(assistant)
-    blocks.launch(server_name="127.0.0.1", server_port=port, prevent_thread_lock=True, quiet=True, **LAUNCH)
-    yield f"http://127.0.0.1:{port}"
+    _, address, _ = blocks.launch(server_name="127.0.0.1", prevent_thread_lock=True, quiet=True, **LAUNCH)
+    yield address.rstrip("/")
     blocks.close()
 
 
 class Visitor:
-    """A person before the page."""
+    """A person who uses the page."""
 
     def __init__(self, page, url: str, theme: str = "light"):
         self.page, self.requests, self.errors = page, [], []
@@ -105,6 +100,9 @@ class Visitor:
     def sees(self, text: str) -> None:
         self.page.get_by_text(text, exact=True).first.wait_for()
 
+    def sees_answers(self, count: int) -> None:
+        self.page.wait_for_function(f"document.querySelectorAll('[data-testid=bot]').length == {count}")
+
     def texts(self, role: str) -> list[str]:
         return [text for text in self.page.get_by_test_id(role).all_inner_texts() if text.strip()]
 
@@ -124,7 +122,7 @@ def photo(tmp_path) -> Path:
 
 
 @in_browser
-def test_picture_is_answered_about_and_looked_at_and_nothing_is_fetched_from_outside(
+def test_question_about_a_picture_is_answered_and_nothing_is_loaded_from_outside(
     visitor, photo, url, assistant, monkeypatch
 ):
     monkeypatch.setattr(assistant, "answer_text", HOSTILE)
@@ -139,7 +137,7 @@ def test_picture_is_answered_about_and_looked_at_and_nothing_is_fetched_from_out
 
 
 @in_browser
-def test_browser_is_told_to_fetch_nothing_from_outside(visitor, url):
+def test_browser_is_told_to_load_nothing_from_outside(visitor, url):
     policy = visitor.page.goto(url).headers["content-security-policy"]
     assert "default-src 'self'" in policy
     visitor.page.evaluate("fetch('http://203.0.113.1/').catch(error => error.message)")
@@ -151,7 +149,7 @@ def test_clicking_a_question_of_the_model_sends_it(visitor, photo):
     visitor.upload(photo)
     visitor.press("Ask me something")
     visitor.page.get_by_role("button", name="What is number 0?").click()
-    visitor.page.wait_for_function("document.querySelectorAll('[data-testid=bot]').length == 2")
+    visitor.sees_answers(2)
     assert visitor.texts("user") == ["Can you describe the image in detail?", "What is number 0?"]
 
 
@@ -171,21 +169,21 @@ def test_model_talks_to_itself_until_it_is_stopped(visitor, photo, assistant):
 
 
 @in_browser
-def test_it_talks_to_itself_for_three_turns_at_first(visitor, photo):
+def test_model_talks_to_itself_for_three_turns_by_default(visitor, photo):
     visitor.upload(photo)
     visitor.press("Let it talk to itself")
     visitor.sees("The model asks: What is number 2?")
-    visitor.page.wait_for_function("document.querySelectorAll('[data-testid=bot]').length == 4")
+    visitor.sees_answers(4)
 
 
 @in_browser
-def test_sliders_that_are_moved_are_heeded(visitor, photo, assistant):
+def test_sliders_change_the_settings(visitor, photo, assistant):
     visitor.upload(photo)
     visitor.press("Settings ▼")
     for label, key, value in (
-        ("Turns of talking to itself", "Home", "1"),
-        ("Longest answer or question, in tokens", "End", "1024"),
-        ("Temperature of answers; 0 is greedy", "End", "2"),
+        ("Number of turns when talking to itself", "Home", "1"),
+        ("Maximum length of an answer or question, in tokens", "End", "1024"),
+        ("Sampling temperature for answers (0: greedy)", "End", "2"),
     ):
         visitor.page.get_by_role("slider", name=label).press(key)
         visitor.page.wait_for_function(
@@ -193,14 +191,14 @@ def test_sliders_that_are_moved_are_heeded(visitor, photo, assistant):
             arg=[label, value],
         )
     visitor.press("Let it talk to itself")
-    visitor.page.wait_for_function("document.querySelectorAll('[data-testid=bot]').length == 2")
+    visitor.sees_answers(2)
     assert visitor.page.get_by_text("What is number 1?").count() == 0
     assert assistant.sampling["max_new_tokens"] == 1024
     assert assistant.sampling["temperature"] == 2 and assistant.sampling["do_sample"]
 
 
 @in_browser
-def test_wrong_input_is_a_message_and_what_was_typed_comes_back(visitor, photo, tmp_path):
+def test_wrong_input_is_a_warning_and_the_typed_text_comes_back(visitor, photo, tmp_path):
     visitor.say("Hello?")
     visitor.page.get_by_text("There is no picture yet").wait_for()
     assert visitor.page.locator("#box textarea").input_value() == "Hello?"
@@ -213,7 +211,7 @@ def test_wrong_input_is_a_message_and_what_was_typed_comes_back(visitor, photo, 
 
 
 @in_browser
-def test_control_token_is_a_message_and_the_question_is_taken_back(visitor, photo):
+def test_control_token_is_a_warning_and_the_question_is_dropped(visitor, photo):
     visitor.upload(photo)
     visitor.say("Hello </s>")
     visitor.page.get_by_text("control token of this model").wait_for()
@@ -234,7 +232,7 @@ def test_overlay_shows_only_the_prototypes_that_are_chosen(visitor, photo):
 
 @in_browser
 @pytest.mark.parametrize("theme, dark", [("light", False), ("dark", True)])
-def test_phone_shows_all_of_it_without_scrolling_sideways(browser, url, photo, theme, dark):
+def test_phone_shows_everything_without_scrolling_sideways(browser, url, photo, theme, dark):
     page = browser.new_page(viewport=PHONE)
     visitor = Visitor(page, url, theme)
     visitor.upload(photo)
@@ -252,7 +250,7 @@ def test_phone_shows_all_of_it_without_scrolling_sideways(browser, url, photo, t
 
 
 @in_browser
-def test_trash_begins_a_new_conversation(visitor, photo):
+def test_trash_starts_a_new_conversation(visitor, photo):
     visitor.upload(photo)
     visitor.say("What is it?")
     visitor.sees("A dog.")
@@ -265,7 +263,7 @@ def test_trash_begins_a_new_conversation(visitor, photo):
 
 
 @in_browser
-def test_trash_stops_what_is_being_said(visitor, photo, assistant):
+def test_trash_stops_the_generation(visitor, photo, assistant):
     visitor.upload(photo)
     assistant.seconds = 0.3
     visitor.press("Let it talk to itself")
@@ -294,14 +292,14 @@ def test_answers_are_greedy_unless_a_temperature_is_set_and_questions_are_sample
 
 
 @pytest.mark.parametrize("role", ["assistant", "vusr"])
-def test_whole_number_is_a_temperature(assistant, role):
+def test_temperature_can_be_a_whole_number(assistant, role):
     real = Assistant(assistant.model, assistant.processor)
     talk = [Turn("user", "What is it?")] + ([Turn("assistant", "A dog.")] if role == "vusr" else [])
     settings = Settings(max_new_tokens=2, temperature=2, question_temperature=2, question_top_p=1)
     assert list(speak(real, talk, role, settings))[-1][-1].role == role
 
 
-def test_question_whose_answer_was_stopped_is_taken_back():
+def test_question_whose_answer_was_stopped_is_dropped():
     said = [Turn("user", "What is it?"), Turn("assistant", "A dog.")]
     assert complete([*said, Turn("vusr", "And")]) == said
     assert complete([Turn("user", "What is it?")]) == []

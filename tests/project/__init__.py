@@ -1,1 +1,1 @@
-"""The project as a whole: its layout, its wheel, its peers, the demo and the benchmarks."""
+"""Tests of the project as a whole: layout, wheel, other libraries, demo and benchmarks."""

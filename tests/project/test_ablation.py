@@ -1,4 +1,4 @@
-"""The ablation: its statistics by hand, its report from runs, and a quick one that is stopped and gone on with."""
+"""The ablation: its statistics, its report, and a quick ablation that is resumed."""
 
 import json
 import shlex
@@ -26,7 +26,7 @@ def finished(setting: str, seed: int, accuracy: float, budget: int = 60) -> dict
 
 
 def test_interval_is_students_over_the_seeds():
-    # The standard deviation is 1, so the standard error 1 / sqrt(3); t(0.975, 2) = 4.303.
+    # The standard deviation is 1 and the standard error 1 / sqrt(3); t(0.975, 2) = 4.303.
     assert ablation.interval([1.0, 2.0, 3.0]) == pytest.approx({"mean": 2.0, "half_width": 2.4843}, abs=1e-4)
     # Standard deviation sqrt(2.5), standard error sqrt(0.5); t(0.975, 4) = 2.776.
     assert ablation.interval([1.0, 2.0, 3.0, 4.0, 5.0])["half_width"] == pytest.approx(1.9629, abs=1e-4)
@@ -70,7 +70,9 @@ def test_run_of_other_settings_is_refused(tmp_path):
     run.note.write_text(json.dumps(run.facts))
     assert ablation.read_note(run) == run.facts
     other = replace(run, scale=ablation.Scale("base", stage1_steps=9))
-    with pytest.raises(ValueError, match=r"60-paper\.json: stage1_steps is 150, but now 9: give another --work"):
+    with pytest.raises(
+        ValueError, match=r"60-paper\.json: this run had stage1_steps=150, but 9 is asked for\. Choose another --work"
+    ):
         ablation.read_note(other)
 
 
@@ -82,11 +84,11 @@ def test_command_that_the_report_names_runs_where_only_the_packages_are_installe
     assert done.returncode == 0, done.stderr
     assert "seed-7/240-baseline: about" in done.stdout
     report = (ablation.RESULTS / "ablation.md").read_text()
-    assert f"Made by `{ablation.COMMAND}`" in report
+    assert f"Measured with `{ablation.COMMAND}`" in report
 
 
 def test_missing_base_models_are_named(tmp_path):
-    with pytest.raises(ValueError, match=r"clip holds no config\.json: run `make demo` first"):
+    with pytest.raises(ValueError, match=r"clip/config\.json does not exist\. Run `make demo` first"):
         ablation.main(["--base", str(tmp_path), "--work", str(tmp_path)])
 
 
@@ -105,7 +107,7 @@ def test_quick_ablation_reports_and_does_again_only_what_is_missing(tmp_path, ca
     (work / "seed-0" / "2-all.json").unlink()
     capsys.readouterr()
     ablation.main(command)
-    assert "1 of 4 to do" in capsys.readouterr().out
+    assert "1 of 4 to run" in capsys.readouterr().out
     again = json.loads((report / "ablation.json").read_text())
     accuracies = [{run["setting"]: run["accuracy"] for run in each["runs"]} for each in (first, again)]
     assert accuracies[0] == accuracies[1]

@@ -1,4 +1,4 @@
-"""What the benchmarks share, and the page of their results. None of them is run here."""
+"""The shared parts of the benchmarks, and the page with their results. No benchmark is run here."""
 
 import json
 import sys
@@ -16,7 +16,7 @@ SHARED = {"common", "readme", "random_models", "load"}
 
 def parse(monkeypatch, *arguments):
     monkeypatch.setattr(sys, "argv", ["benchmark", *map(str, arguments)])
-    return common.parse_arguments("What it does.", rows=7)
+    return common.parse_arguments("What it does.", rows=(7, "Number of rows."))
 
 
 def test_functions_run_in_turn_after_a_warm_up_of_each():
@@ -33,19 +33,19 @@ def test_ratio_is_taken_within_each_round():
 
 def test_quick_run_prints_and_writes_nothing(monkeypatch, tmp_path, capsys):
     arguments = parse(monkeypatch, "--quick", "--output-dir", tmp_path)
-    common.save("speed", {"figure": 1}, "# Speed\n\n| a |", arguments)
+    common.save("speed", {"figure": 1}, lambda report: "# Speed\n\n| a |", arguments)
     assert "| a |" in capsys.readouterr().out and not list(tmp_path.iterdir())
 
 
 def test_result_names_its_command_and_machine(monkeypatch, tmp_path):
     arguments = parse(monkeypatch, "--rows", 9, "--output-dir", tmp_path)
     assert arguments.rows == 9
-    common.save("speed", {"figure": 1}, "# Speed\n\n| a |", arguments)
+    common.save("speed", {"figure": 1}, lambda report: f"# Speed\n\n| {report['figure']} |", arguments)
     report = json.loads((tmp_path / "speed.json").read_text())
     assert report["figure"] == 1 and report["machine"]["torch"] == common.machine()["torch"]
     assert report["command"] == f"python -m benchmarks.speed --rows 9 --output-dir {tmp_path}"
     title, line, table = (tmp_path / "speed.md").read_text().strip().split("\n\n")
-    assert (title, table) == ("# Speed", "| a |") and f"`{report['command']}`" in line and "cores of" in line
+    assert (title, table) == ("# Speed", "| 1 |") and f"`{report['command']}`" in line and "cores of" in line
 
 
 def test_page_has_each_benchmark_and_make_runs_no_other():
@@ -75,8 +75,14 @@ def test_table_of_three_systems_has_a_row_of_means_for_each():
 @pytest.mark.parametrize("name", readme.ORDER)
 def test_section_holds_the_result_or_says_that_there_is_none(name, monkeypatch, tmp_path):
     monkeypatch.setattr(common, "RESULTS", tmp_path)
-    assert f"Not measured yet: `python -m benchmarks.{name}`" in readme.section(name)
+    assert f"Not measured yet. The command is `python -m benchmarks.{name}`" in readme.section(name)
     (tmp_path / f"{name}.md").write_text("# Title\n\n## Part\n\n![plot](plot.png) [other](https://x.org/b.png)\n")
     section = readme.section(name)
     assert section.startswith(f"## Title (`{name}`)\n\n### Part\n")
     assert section.endswith("![plot](results/plot.png) [other](https://x.org/b.png)")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("file", sorted(common.RESULTS.glob("*.json")), ids=lambda file: file.stem)
+def test_committed_tables_are_made_from_the_measured_numbers(file):
+    assert readme.markdown_of(file.stem) == file.with_suffix(".md").read_text()

@@ -36,7 +36,7 @@ def test_count_of_operations_is_near_those_that_are_run(setting):
              for name, tensor in gpu.packed(rows, setting).items()}  # fmt: skip
     with FlopCounterMode(display=False) as counter:
         loss_of(model, batch).backward()
-    # The counter sees the head's products three times, attention between all tokens of a pack and no padding left out.
+    # The counter counts the head three times, attention between all tokens of a pack, and padding.
     assert gpu.model_flops(model, rows) == pytest.approx(counter.get_total_flops(), rel=0.25)
 
 
@@ -52,5 +52,5 @@ def test_packed_rows_hold_the_tokens_of_the_rows(setting):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_it_ends_with_a_message(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["gpu.py"])
-    with pytest.raises(SystemExit, match="No NVIDIA GPU is seen"):
+    with pytest.raises(SystemExit, match="No NVIDIA GPU was found"):
         gpu.main()

@@ -1,6 +1,10 @@
-"""What the code of a checkpoint may depend on. What the packages may import of one another: `make lint`."""
+"""What a checkpoint's code may import, and where docs/architecture.md says that functions are.
+
+`make lint` checks what the packages may import from each other.
+"""
 
 import ast
+import re
 import sys
 from pathlib import Path
 
@@ -9,7 +13,7 @@ import pytest
 from tests import ROOT
 
 
-# What travels with each checkpoint.
+# The files that are saved with each checkpoint.
 HUB_CODE = ["configuration_sq_llava", "image_processing_sq_llava", "processing_sq_llava", "modeling_sq_llava"]
 
 
@@ -34,7 +38,7 @@ def test_code_of_a_checkpoint_needs_only_torch_transformers_and_pil(module):
 
 
 def test_reading_a_recipe_needs_no_model_no_peft_and_no_doctor():
-    """Of our own modules, however deep: TRL itself imports PEFT."""
+    """Only modules of this project are followed: TRL imports PEFT itself."""
     reached, waiting = set(), ["sq_llava.training.settings"]
     while waiting:
         module = waiting.pop()
@@ -49,3 +53,15 @@ def test_reading_a_recipe_needs_no_model_no_peft_and_no_doctor():
 @pytest.mark.parametrize("file", [*ROOT.glob("*.py"), *ROOT.glob("sq_llava/**/*.py"), *ROOT.glob("demo/*.py")])
 def test_module_says_what_it_does(file):
     assert ast.get_docstring(ast.parse(file.read_text())), f"{file.name} has no docstring"
+
+
+def test_functions_on_the_architecture_page_are_where_it_says():
+    text = (ROOT / "docs" / "architecture.md").read_text()
+    found = re.findall(r"`([\w.]+)`\s+\(`([\w/]+\.py)`\)", text)
+    assert len(found) > 20
+    for name, file in found:
+        body = ast.parse((ROOT / file).read_text()).body
+        for part in name.split("."):
+            inner = [node.body for node in body if getattr(node, "name", None) == part]
+            assert inner, f"{file} has no {name}"
+            body = inner[0]

@@ -1,7 +1,7 @@
-"""Private methods of other libraries that this one overrides or replaces: a new version may rename or change them.
+"""Private methods of other libraries that this project overrides. A new version may rename or change them.
 
-When a test fails, read the new parent method, adapt ours, then the table here. `pyproject.toml` bounds these libraries
-from above for the same reason.
+When a test fails, read the new parent method, adapt our method, and then the table here. For the same reason,
+`pyproject.toml` has upper bounds for these libraries.
 """
 
 import inspect
@@ -26,7 +26,7 @@ CLASSES = [
     modeling_sq_llava.SQLlavaForConditionalGeneration,
     modeling_sq_llava.SQLlavaAutoModel,
 ]
-# The parameters of the parent's method, without `self`. `None`: ours passes them on as they come.
+# The parameters of the parent's method, without `self`. `None` means that our method passes them on unchanged.
 PARENTS = {
     "SQLlavaTrainer._get_train_sampler": ["train_dataset"],
     "SQLlavaTrainer._get_num_items_in_batch": ["batch_samples", "device"],
@@ -42,7 +42,7 @@ PARENTS = {
 
 
 def parent_methods() -> dict[str, list[str]]:
-    """The private methods that a class of ours overrides, with the parameters of the foreign parent's."""
+    """The private methods that our classes override, with the parameters of the other library's method."""
     methods = {}
     for cls in CLASSES:
         for name in vars(cls):

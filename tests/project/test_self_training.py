@@ -1,4 +1,4 @@
-"""The closed loop on easy-VQA: which runs there are, and the table of what they gave. None of them is run here."""
+"""Training on self-made data: the list of runs, and the table of their results. Nothing is trained here."""
 
 import json
 from argparse import Namespace
@@ -35,15 +35,15 @@ def test_table_has_means_and_differences_within_a_seed(tmp_path):
     tasks = tasks_of(tmp_path, [0, 1])
     accuracies = {"real questions": (0.80, 0.90), "unfiltered": (0.70, 0.82), "filtered": (0.75, 0.87)}
     notes = {task.name: finished(task, accuracies.get(task.data, (0.5, 0.5))[task.seed]) for task in tasks}
-    lines = self_training.to_markdown(tasks, notes).splitlines()
+    lines = self_training.to_markdown({"command": "c", "torch": "2", "runs": notes}).splitlines()
     assert any(line.startswith("| real questions | 1,961 |") and "| 85.0% (80.0 to 90.0) |" in line for line in lines)
     [row] = [line for line in lines if line.startswith("| filtered, by the weak model |")]
-    # Beside real -5 and -3: a standard error of 1 by 12.706; beside unfiltered +5 in both, without any spread.
+    # Minus real: -5 and -3, a standard error of 1 times 12.706. Minus unfiltered: +5 in both seeds, no spread.
     assert row.endswith(
         "| 1,500 | 90.0% |  | 50.0% (50 to 50) | 81.0% (75.0 to 87.0) | -4.0 ± 12.7 | **+5.0 ± 0.0** |"
     )
 
 
 def test_model_that_is_not_there_is_named(tmp_path):
-    with pytest.raises(ValueError, match=r"model/config\.json is not there: run `make demo` first, or give --base"):
+    with pytest.raises(ValueError, match=r"model/config\.json does not exist\. Run `make demo` first, or set --base"):
         self_training.main(["--base", str(tmp_path), "--work", str(tmp_path / "work")])

@@ -1,4 +1,4 @@
-"""What a built wheel holds, and what the library says where a file or an optional package is missing."""
+"""The contents of a wheel, and the errors when a file or an optional package is missing."""
 
 import shutil
 import sys
@@ -34,7 +34,7 @@ def files_below(folder: Path) -> set[str]:
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory) -> zipfile.ZipFile:
-    """Built from a copy of the tree in which an earlier build has left a file."""
+    """A wheel that is built from a copy of the tree, which has a leftover file of an earlier build."""
     folder = tmp_path_factory.mktemp("wheel")
     shutil.copytree(ROOT, folder / "tree", ignore=NOT_SOURCES)
     leftover = folder / "tree" / "build" / "lib" / "sq_llava" / "recipes" / "outdated.yaml"
@@ -63,7 +63,7 @@ def test_wheel_has_the_command(wheel):
 
 
 def test_nothing_is_looked_for_beside_the_packages():
-    """A path relative to a module's own file is right in the source tree alone, where it leaves the package."""
+    """A path from a module's own file to outside the package is right in the source tree only."""
     for file in [*(ROOT / "sq_llava").rglob("*.py"), ROOT / "train_sft.py"]:
         text = file.read_text()
         assert "__file__).parent.parent" not in text and "__file__).parents" not in text, file
@@ -73,12 +73,12 @@ def test_files_are_found_wherever_the_command_is_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert find_resource("model_card.md").read_bytes() == (ROOT / "model_card.md").read_bytes()
     assert [code_file(name).parent for name in CODE_FILES] == [ROOT] * len(CODE_FILES)
-    with pytest.raises(FileNotFoundError, match=r"no_card\.md is missing: this installation of sq-llava is damaged"):
+    with pytest.raises(FileNotFoundError, match=r"no_card\.md is missing\. Install sq-llava again"):
         find_resource("no_card.md")
 
 
 def test_without_the_template_a_merge_ends_before_a_model_is_loaded(tmp_path, monkeypatch):
-    """The card is written last: hours of work would be lost."""
+    """The card is written last, so hours of work would be lost."""
     for name in ("sq_llava.checkpoints.card", "sq_llava.checkpoints.load"):
         monkeypatch.delitem(sys.modules, name)
 
@@ -93,12 +93,14 @@ def test_without_the_template_a_merge_ends_before_a_model_is_loaded(tmp_path, mo
 
 
 def hide(monkeypatch, package: str) -> None:
-    """As if the package were not installed, and what imports it not imported yet."""
+    """Makes the package look as if it were not installed, and the modules that use it as if not yet imported."""
     monkeypatch.setitem(sys.modules, package, None)
     for name in [name for name in sys.modules if name.startswith(("sq_llava.serving.", "sq_llava.page."))]:
         parent, _, child = name.rpartition(".")
         if child != "command":
-            monkeypatch.setattr(sys.modules[parent], child, sys.modules[name])  # to be put back with the module
+            monkeypatch.setattr(
+                sys.modules[parent], child, sys.modules[name]
+            )  # so that it is restored together with the module
             monkeypatch.delitem(sys.modules, name)
 
 
@@ -127,7 +129,7 @@ def test_training_asks_for_optional_packages_before_it_reads_anything(package, e
 def test_images_of_easy_vqa_are_named_with_their_extra(tmp_path, monkeypatch):
     monkeypatch.setattr(easy_vqa, "find_spec", lambda _: None)
     (tmp_path / "test.json").write_text("[]")
-    with pytest.raises(ValueError, match=r"has no folder images. .* pip install 'sq-llava\[demo\]'"):
+    with pytest.raises(ValueError, match=r"found no folder images .* pip install 'sq-llava\[demo\]'"):
         easy_vqa.read(Data(tmp_path))
 
 
@@ -148,13 +150,13 @@ def test_card_that_cannot_be_written_ends_a_push_before_anything_is_loaded_or_se
 
 
 def test_provenance_that_cannot_be_read_ends_a_merge_and_a_stage_before_a_model_is_loaded(model, monkeypatch):
-    """It is written behind hours of work."""
+    """The provenance is written after hours of work."""
     (model / "provenance.yaml").write_text("no fields")
     (model / "adapter_config.json").write_text("{}")
     monkeypatch.setattr(checkpoint, "load_checkpoint", lambda *_: pytest.fail("loaded"))
     with pytest.raises(ValueError, match=r"provenance.yaml holds 'no fields'"):
         checkpoint.merge_adapter(str(model), str(model / "merged"))
-    (model / "adapter_config.json").unlink()  # a stage goes on from a plain checkpoint, too
+    (model / "adapter_config.json").unlink()  # a stage can also start from a plain checkpoint
     monkeypatch.setattr(train_sft, "load_base", lambda *_: pytest.fail("loaded"))
     recipe = ["--stage", "instruct", "--dataset_path", "none.json", "--output_dir", str(model / "stage2")]
     with pytest.raises(ValueError, match=r"provenance.yaml holds 'no fields'"):

@@ -1,4 +1,4 @@
-"""The command that a run notes can be typed again."""
+"""The command that a run notes can be typed again as it is."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""The server as OpenAI's own client sees it, without a port."""
+"""The server as OpenAI's own client sees it. The client calls it directly, without a port."""
 
 import base64
 import io
@@ -9,7 +9,6 @@ from fastapi.testclient import TestClient
 from openai import OpenAI
 from PIL import Image
 
-from sq_llava.inference.assistant import Assistant
 from sq_llava.inference.dialogues import DESCRIBE
 from sq_llava.serving.app import create_app
 from sq_llava.serving.chat import ChatService, Limits
@@ -20,12 +19,6 @@ LIMITS = Limits(max_body_bytes=200_000, max_images=2, max_pixels=100_000, reques
 
 
 @pytest.fixture(scope="module")
-def assistant() -> Assistant:
-    processor = tiny.tiny_processor(system_message="Be kind.")
-    return Assistant(tiny.tiny_model_for(processor), processor)
-
-
-@pytest.fixture(scope="module")
 def http(assistant):
     with TestClient(create_app(assistant, "tiny", LIMITS, max_batch_size=4)) as client:
         yield client
@@ -33,7 +26,11 @@ def http(assistant):
 
 @pytest.fixture
 def client(http) -> OpenAI:
-    return OpenAI(http_client=http, base_url="http://testserver/v1", api_key="none", max_retries=0)
+    return client_of(http)
+
+
+def client_of(http: TestClient, api_key: str = "none") -> OpenAI:
+    return OpenAI(http_client=http, base_url="http://testserver/v1", api_key=api_key, max_retries=0)
 
 
 def data_url(image) -> str:
@@ -42,12 +39,16 @@ def data_url(image) -> str:
     return "data:image/png;base64," + base64.b64encode(stream.getvalue()).decode()
 
 
-def image_part(image) -> dict:
-    return {"type": "image_url", "image_url": {"url": data_url(image)}}
+def user(text: str | None, *images) -> dict:
+    """A message with images (or URLs of images), and a text."""
+    urls = [image if isinstance(image, str) else data_url(image) for image in images]
+    parts = [{"type": "image_url", "image_url": {"url": url}} for url in urls]
+    return {"role": "user", "content": parts if text is None else [*parts, {"type": "text", "text": text}]}
 
 
-def user(text: str, *images) -> dict:
-    return {"role": "user", "content": [*map(image_part, images), {"type": "text", "text": text}]}
+def metric_of(metrics: str, name: str) -> float:
+    """The sum of the metrics whose names start with `name`."""
+    return sum(float(line.split()[-1]) for line in metrics.splitlines() if line.startswith(f"sq_llava_{name}"))
 
 
 def ask_for(client: OpenAI, *messages: dict, **settings):
@@ -55,7 +56,7 @@ def ask_for(client: OpenAI, *messages: dict, **settings):
     return client.chat.completions.create(model="tiny", messages=list(messages), **settings)
 
 
-def test_answer_to_an_image_is_that_of_the_library(client, assistant):
+def test_answer_about_an_image_equals_that_of_the_library(client, assistant):
     reply = ask_for(client, user("What is it?", tiny.picture()))
     assert reply.choices[0].message.content == assistant.answer(tiny.picture(), "What is it?", 8)
     assert reply.choices[0].message.role == "assistant"
@@ -84,7 +85,7 @@ def test_stream_gives_the_same_text_in_pieces(client):
     assert chunks[-1].choices == []
 
 
-def test_rows_of_a_request_differ_and_come_again_with_the_seed(client):
+def test_rows_of_a_request_differ_and_a_seed_repeats_them(client):
     message = user("What is it?", tiny.picture())
     settings = {"n": 3, "temperature": 1, "seed": 4}
     first, again = (ask_for(client, message, **settings) for _ in range(2))
@@ -100,7 +101,7 @@ def test_rows_of_a_request_differ_and_come_again_with_the_seed(client):
     assert streamed == texts
 
 
-def test_top_p_and_temperature_of_almost_nothing_are_greedy(client):
+def test_tiny_top_p_and_temperature_are_greedy(client):
     message = user("What is it?", tiny.picture())
     greedy = ask_for(client, message).choices[0].message.content
     assert ask_for(client, message, temperature=1, top_p=1e-6).choices[0].message.content == greedy
@@ -124,7 +125,7 @@ def test_stop_string_ends_the_text_before_it(client, stream):
     assert reason == "stop"
 
 
-def test_conversation_with_a_question_of_the_model_goes_on(client, assistant):
+def test_conversation_with_a_question_of_the_model_is_continued(client, assistant):
     history = [
         user("What is it?", tiny.picture()),
         {"role": "assistant", "content": "A dog."},
@@ -134,7 +135,7 @@ def test_conversation_with_a_question_of_the_model_goes_on(client, assistant):
     assert ask_for(client, *history).choices[0].message.content == answer
 
 
-def test_self_question_behind_an_answer_is_that_of_the_library(client, assistant):
+def test_self_question_after_an_answer_equals_that_of_the_library(client, assistant):
     history = [user("What is it?", tiny.picture()), {"role": "assistant", "content": "A dog."}]
     expected = assistant.ask(
         tiny.picture(), [{"role": "user", "content": "What is it?"}, history[1]], max_new_tokens=8, seed=3
@@ -146,8 +147,8 @@ def test_self_question_behind_an_answer_is_that_of_the_library(client, assistant
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_self_question_about_a_picture_alone_has_it_described_first(client, assistant, stream):
-    message = {"role": "user", "content": [image_part(tiny.picture())]}
+def test_picture_without_text_is_described_before_a_self_question(client, assistant, stream):
+    message = user(None, tiny.picture())
     reply = ask_for(client, message, seed=6, temperature=None, extra_body={"self_question": True}, stream=stream)
     description = assistant.answer(tiny.picture(), DESCRIBE, 8)
     expected = assistant.ask(tiny.picture(), max_new_tokens=8, seed=6)
@@ -170,15 +171,12 @@ def test_models_and_health(client, http):
 
 
 def test_metrics_count_requests_and_tokens(client, http):
-    def read(name: str) -> float:
-        lines = [line for line in http.get("/metrics").text.splitlines() if line.startswith(f"{name} ")]
-        return float(lines[0].split()[1]) if lines else 0.0
-
-    names = ['sq_llava_requests_total{status="200"}', "sq_llava_generated_tokens_total"]
-    before = [read(name) for name in names]
+    names = ['requests_total{status="200"}', "generated_tokens_total"]
+    before = http.get("/metrics").text
     ask_for(client, user("Hello."), max_tokens=3)
-    assert [read(name) - old for name, old in zip(names, before)] == [1, 3]
-    assert read("sq_llava_requests_under_way") == read("sq_llava_rows_running") == 0
+    after = http.get("/metrics").text
+    assert [metric_of(after, name) - metric_of(before, name) for name in names] == [1, 3]
+    assert metric_of(after, "requests_under_way") == metric_of(after, "rows_running") == 0
 
 
 BROKEN = base64.b64encode(b"\x89PNG\r\n\x1a\n" + b"\0" * 50).decode()
@@ -188,24 +186,23 @@ EPS = base64.b64encode(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n").dec
 @pytest.mark.parametrize(
     ("url", "problem"),
     [
-        ("/etc/passwd", "no data: URL"),
-        ("file:///etc/passwd", "no data: URL"),
+        ("/etc/passwd", "not a data: URL"),
+        ("file:///etc/passwd", "not a data: URL"),
         ("http://example.com/a.png", "remote image"),
         ("data:text/plain;base64,aGk=", "not of the form"),
         ("data:image/png,abc", "not of the form"),
         ("data:image/png;base64,a", "not valid base64"),
         ("data:image/png;base64,?", "not valid base64"),
-        ("data:image/png;base64,aGk=", "no image of the formats"),
+        ("data:image/png;base64,aGk=", "not an image in one of the formats"),
         (f"data:image/png;base64,{BROKEN}", "image"),
-        (f"data:image/eps;base64,{EPS}", "no image of the formats"),
+        (f"data:image/eps;base64,{EPS}", "not an image in one of the formats"),
         (data_url(tiny.picture())[:-400], "broken image|not valid base64"),
         (data_url(Image.new("RGB", (400, 300))), "more than 100,000 pixels"),
     ],
 )
-def test_image_that_cannot_be_read_is_said_with_its_place(client, url, problem):
-    message = {"role": "user", "content": [{"type": "image_url", "image_url": {"url": url}}]}
+def test_error_about_an_image_names_its_place(client, url, problem):
     with pytest.raises(openai.BadRequestError, match=problem) as error:
-        ask_for(client, message)
+        ask_for(client, user(None, url))
     assert error.value.param == "messages[0].content[0].image_url.url"
     assert error.value.type == "invalid_request_error"
 
@@ -228,13 +225,13 @@ def test_image_that_cannot_be_read_is_said_with_its_place(client, url, problem):
         ({"messages": [{"role": "user", "content": [{"type": "video"}]}]}, "video", None),
         ({"messages": [user("a"), {"role": "system", "content": "Be rude."}]}, "system", "messages"),
         ({"messages": [user("", tiny.picture(), tiny.picture(), tiny.picture())]}, "3 images", "messages"),
-        ({"messages": [{"role": "assistant", "content": [image_part(tiny.picture())]}]}, "cannot hold", "messages"),
+        ({"messages": [{**user("", tiny.picture()), "role": "assistant"}]}, "cannot hold", "messages"),
         ({"logprobs": True}, "False", "logprobs"),
         ({"chat_template_kwargs": {}}, "Extra inputs", "chat_template_kwargs"),
         ({f"field{number}": 0 for number in range(100)}, "104 fields", None),
         ({"messages": [{"role": "user", "content": [0] * 1000}]}, "valid dictionary", None),
         ({"messages": [{"role": "user", "content": [{"type": "text", "text": ""}] * 1001}]}, "1001 parts", None),
-        ({"stream_options": {"include_usage": True}}, "only for stream", None),
+        ({"stream_options": {"include_usage": True}}, "needs stream: true", None),
     ],
     ids=lambda value: str(value)[:60] if isinstance(value, dict) else "",
 )
@@ -248,7 +245,7 @@ def test_wrong_request_is_refused_with_the_field(http, changes, problem, param):
 
 
 def test_too_long_prompt_is_refused_before_anything_is_generated(client, http):
-    tokens = [line for line in http.get("/metrics").text.splitlines() if "generated_tokens_total" in line]
+    tokens = metric_of(http.get("/metrics").text, "generated_tokens_total")
     for message, settings in (
         (user("dog " * 2000), {}),
         (user("x" * 100_000), {}),
@@ -258,7 +255,7 @@ def test_too_long_prompt_is_refused_before_anything_is_generated(client, http):
         with pytest.raises(openai.BadRequestError) as error:
             ask_for(client, message, **settings)
         assert error.value.code == "context_length_exceeded"
-    assert tokens == [line for line in http.get("/metrics").text.splitlines() if "generated_tokens_total" in line]
+    assert tokens == metric_of(http.get("/metrics").text, "generated_tokens_total")
 
 
 def test_unknown_model_is_not_found(client):
@@ -285,36 +282,35 @@ def test_unknown_model_is_not_found(client):
     ],
     ids=lambda value: repr(value)[:40],
 )
-def test_body_that_is_no_request_gets_an_error_of_openais_form(http, body, status):
+def test_invalid_body_gets_an_error_in_openais_format(http, body, status):
     reply = http.post("/v1/chat/completions", content=body, headers={"Content-Type": "application/json"})
     assert reply.status_code == status
     assert set(reply.json()["error"]) == {"message", "type", "param", "code"}
 
 
-def test_form_of_a_web_page_is_no_request(http):
-    # A browser sends it to any server without asking that one first.
+def test_form_of_a_web_page_is_refused(http):
+    # A browser sends forms to any server, without asking that server first.
     body = '{"model": "tiny", "messages": [{"role": "user", "content": "a"}]}'
     assert http.post("/v1/chat/completions", content=body, headers={"Content-Type": "text/plain"}).status_code == 400
 
 
-def test_unknown_path_and_method_have_openais_form(http):
+def test_unknown_path_and_method_get_errors_in_openais_format(http):
     assert http.get("/v2").json()["error"]["type"] == "invalid_request_error"
     reply = http.get("/v1/chat/completions")
     assert reply.status_code == 405 and reply.headers["Allow"] == "POST"
 
 
-def test_api_key_is_asked_for_where_there_is_one(assistant):
+def test_api_key_is_required_if_there_is_one(assistant):
     with TestClient(create_app(assistant, "tiny", LIMITS, 1, api_key="secret")) as http:
         for key in ("wrong", "secre", "sécret"):
             reply = http.get("/v1/models", headers={"Authorization": f"Bearer {key}".encode()})
             assert reply.status_code == 401 and reply.json()["error"]["code"] == "invalid_api_key"
         assert http.post("/v1/chat/completions").status_code == 401
-        client = OpenAI(http_client=http, base_url="http://testserver/v1", api_key="secret")
-        assert ask_for(client, user("Hello.")).usage.completion_tokens == 8
+        assert ask_for(client_of(http, "secret"), user("Hello.")).usage.completion_tokens == 8
         assert http.get("/health").status_code == 200
 
 
-def test_reply_of_the_client_goes_back_as_it_came(client):
+def test_reply_can_be_sent_back_unchanged(client):
     first = ask_for(client, user("Hello.")).choices[0].message
     reply = ask_for(client, user("Hello."), first.model_dump(), user("And?"))
     assert reply.usage.completion_tokens == 8
@@ -324,7 +320,7 @@ def gif_with_comments(number: int) -> str:
     stream = io.BytesIO()
     tiny.picture().save(stream, "GIF")
     data = stream.getvalue()
-    place = 13 + (3 << (data[10] & 7) + 1)  # behind the palette
+    place = 13 + (3 << (data[10] & 7) + 1)  # after the palette
     data = data[:place] + b"!\xfe\x01a\0" * number + data[place:]
     return "data:image/gif;base64," + base64.b64encode(data).decode()
 
@@ -338,31 +334,29 @@ def gif_with_comments(number: int) -> str:
     ],
     ids=["comments", "long", "strip"],
 )
-def test_image_that_is_made_to_take_long_is_refused(client, url, problem):
-    message = {"role": "user", "content": [{"type": "image_url", "image_url": {"url": url}}]}
+def test_image_that_is_built_to_take_long_is_refused(client, url, problem):
     with pytest.raises(openai.BadRequestError, match=problem):
-        ask_for(client, message)
+        ask_for(client, user(None, url))
 
 
 def test_picture_with_some_comments_is_read(client):
-    message = {"role": "user", "content": [{"type": "image_url", "image_url": {"url": gif_with_comments(100)}}]}
-    assert ask_for(client, message).usage.completion_tokens == 8
+    assert ask_for(client, user(None, gif_with_comments(100))).usage.completion_tokens == 8
 
 
-def test_failure_of_the_server_itself_is_counted_as_one(assistant, monkeypatch):
+def test_bug_of_the_server_is_counted_as_status_500(assistant, monkeypatch):
     def fail(self, chat):
-        raise RuntimeError("a mistake of ours")
+        raise RuntimeError("a bug")
 
     monkeypatch.setattr(ChatService, "prepare", fail)
     with TestClient(create_app(assistant, "tiny", LIMITS, 1), raise_server_exceptions=False) as http:
         reply = http.post("/v1/chat/completions", json={"model": "tiny", "messages": [user("Hello.")]})
-        assert reply.status_code == 500 and "mistake" not in reply.text
+        assert reply.status_code == 500 and "bug" not in reply.text
         assert 'sq_llava_requests_total{status="500"} 1.0' in http.get("/metrics").text
 
 
-def test_failing_model_fails_its_requests_alone(assistant, monkeypatch):
+def test_failing_model_fails_only_its_own_requests(assistant, monkeypatch):
     with TestClient(create_app(assistant, "tiny", LIMITS, 2)) as http:
-        client = OpenAI(http_client=http, base_url="http://testserver/v1", api_key="none", max_retries=0)
+        client = client_of(http)
         expected = ask_for(client, user("Hello.")).choices[0].message.content
 
         def fail(**inputs):

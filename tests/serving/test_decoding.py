@@ -1,4 +1,4 @@
-"""Rows that generate side by side, beside `generate()`; and text that comes in pieces, beside text that is whole."""
+"""Rows in a batch, compared with `generate()`; and text that comes in pieces, compared with the whole text."""
 
 import pytest
 import torch
@@ -11,6 +11,7 @@ from sq_llava.inference.assistant import Assistant
 from sq_llava.serving.decoding import Batch, Prompt, Row, RowText, Sampling
 from sq_llava.serving.engine import Engine, Generation
 from tests import tiny
+from tests.assistants import tiny_assistant
 
 
 TOKENIZERS = {name: make() for name, make in tiny.TOKENIZERS.items()}
@@ -20,12 +21,6 @@ REQUESTS = [
     (None, "Hello."),
     (tiny.picture(3), "Is there a red circle in the picture?"),
 ]
-
-
-@pytest.fixture(scope="module")
-def assistant() -> Assistant:
-    processor = tiny.tiny_processor(system_message="Be kind.")
-    return Assistant(tiny.tiny_model_for(processor), processor)
 
 
 def encode(assistant: Assistant, images, text: str):
@@ -54,38 +49,44 @@ def generated(assistant: Assistant, inputs, seed: int | None = None, **settings)
     return output[0, inputs["input_ids"].shape[1] :].tolist()
 
 
-def test_greedy_rows_that_join_one_after_another_are_those_of_generate(assistant):
-    batch = Batch(assistant.model)
-    rows = []
-    for number, request in enumerate(REQUESTS):
-        rows.append(row(assistant, max_new_tokens=5 + 3 * number))
+def test_greedy_rows_that_join_one_after_another_equal_generate(assistant):
+    batch, rows = Batch(assistant.model), []
+    lengths = [5 + 3 * number for number in range(len(REQUESTS))]
+    for length, request in zip(lengths, REQUESTS):
+        rows.append(row(assistant, max_new_tokens=length))
         batch.join([prompt_of(encode(assistant, *request))], [rows[-1:]])
         batch.step()
         batch.step()
     run(batch)
-    for number, request in enumerate(REQUESTS):
-        expected = generated(assistant, encode(assistant, *request), do_sample=False, max_new_tokens=5 + 3 * number)
-        assert rows[number].text.ids == expected
+    assert_equal_generate(assistant, rows, lengths)
 
 
-def test_prompts_of_one_pass_are_those_of_generate(assistant):
+def assert_equal_generate(assistant: Assistant, rows: list[Row], lengths: list[int]) -> None:
+    for one, request, length in zip(rows, REQUESTS, lengths, strict=True):
+        expected = generated(assistant, encode(assistant, *request), do_sample=False, max_new_tokens=length)
+        assert one.text.ids == expected
+
+
+def in_one_pass(assistant: Assistant) -> list[Row]:
     batch = Batch(assistant.model)
     rows = [row(assistant, max_new_tokens=9) for _ in REQUESTS]
     batch.join([prompt_of(encode(assistant, *request)) for request in REQUESTS], [[one] for one in rows])
     run(batch)
-    for one, request in zip(rows, REQUESTS):
-        expected = generated(assistant, encode(assistant, *request), do_sample=False, max_new_tokens=9)
-        assert one.text.ids == expected
+    return rows
+
+
+def test_prompts_in_one_pass_equal_generate(assistant):
+    assert_equal_generate(assistant, in_one_pass(assistant), [9] * len(REQUESTS))
 
 
 @pytest.mark.parametrize(
     "sampling", [{"temperature": 0.7}, {"temperature": 1.3, "top_p": 0.8}, {"temperature": 1.0, "top_k": 7}], ids=str
 )
-def test_sampled_row_among_others_is_that_of_generate_with_its_seed(assistant, sampling):
+def test_sampled_row_among_others_equals_generate_with_its_seed(assistant, sampling):
     inputs = encode(assistant, *REQUESTS[0])
     expected = generated(assistant, inputs, 5, do_sample=True, max_new_tokens=12, **{"top_k": 0, **sampling})
     batch = Batch(assistant.model)
-    mine = row(assistant, index=2, max_new_tokens=12, seed=3, **sampling)  # rows of a request have seeds in a row
+    mine = row(assistant, index=2, max_new_tokens=12, seed=3, **sampling)  # the index is added to the seed
     other = row(assistant, max_new_tokens=20, temperature=1.0, seed=9)
     batch.join([prompt_of(encode(assistant, *REQUESTS[1])), prompt_of(inputs)], [[other], [mine]])
     run(batch)
@@ -102,7 +103,7 @@ def test_markers_are_never_generated(assistant):
     assert not set(only.text.ids) & set(markers)
 
 
-def test_row_that_leaves_takes_its_padding_along(assistant):
+def test_padding_leaves_with_the_longest_row(assistant):
     batch = Batch(assistant.model)
     short, long = (prompt_of(encode(assistant, *REQUESTS[index])) for index in (2, 1))
     batch.join([long, short], [[row(assistant, max_new_tokens=1)], [row(assistant, max_new_tokens=3)]])
@@ -113,24 +114,17 @@ def test_row_that_leaves_takes_its_padding_along(assistant):
 
 def test_sliding_window_of_a_language_model_is_kept(assistant):
     text_config = {**tiny.TINY_LLAMA, "model_type": "mistral", "sliding_window": 8}
-    model = tiny.tiny_model_for(assistant.processor, text_config=text_config)
-    sliding = Assistant(model, assistant.processor)
-    batch = Batch(model)
-    rows = [row(sliding, max_new_tokens=9) for _ in REQUESTS]
-    batch.join([prompt_of(encode(sliding, *request)) for request in REQUESTS], [[one] for one in rows])
-    run(batch)
-    for one, request in zip(rows, REQUESTS):
-        assert one.text.ids == generated(sliding, encode(sliding, *request), do_sample=False, max_new_tokens=9)
+    sliding = tiny_assistant(text_config=text_config)
+    rows = in_one_pass(sliding)
+    assert_equal_generate(sliding, rows, [9] * len(REQUESTS))
     config = LlamaConfig(**{**text_config, "model_type": "llama"})
-    wide = tiny.tiny_model_for(assistant.processor, text_config=config.to_dict())
-    wide.load_state_dict(model.state_dict())
-    assert generated(Assistant(wide, assistant.processor), encode(sliding, *REQUESTS[1]), max_new_tokens=9) != (
-        rows[1].text.ids
-    )
+    wide = tiny_assistant(text_config=config.to_dict())
+    wide.model.load_state_dict(sliding.model.state_dict())
+    assert generated(wide, encode(wide, *REQUESTS[1]), max_new_tokens=9) != rows[1].text.ids
 
 
-def test_setting_that_is_not_done_is_refused(assistant):
-    model = tiny.tiny_model_for(assistant.processor)
+def test_unsupported_generation_setting_is_refused():
+    model = tiny_assistant().model
     model.generation_config.repetition_penalty = 1.2
     with pytest.raises(ValueError, match=r"repetition_penalty is 1\.2"):
         Batch(model)
@@ -182,12 +176,12 @@ def test_text_ends_before_the_first_stop_string(name, text, stop):
     ids = tokenizer(text, add_special_tokens=False).input_ids
     whole = tokenizer.decode(ids, skip_special_tokens=True)
     found = pieces_of(tokenizer, ids, tuple(stop))[0]
-    # Of stop strings that overlap, the first that is complete ends the text, as no later one is generated.
+    # If stop strings overlap, the first complete one ends the text: the others are never generated.
     assert found in {whole[: whole.find(string)].strip() for string in stop if string in whole} or {whole.strip()}
     assert not any(string in found for string in stop)
 
 
-def test_character_of_several_tokens_comes_whole():
+def test_character_of_several_tokens_comes_in_one_piece():
     tokenizer = TOKENIZERS["llama"]
     ids = tokenizer("a 😀 b", add_special_tokens=False).input_ids
     text, pieces = pieces_of(tokenizer, ids)
@@ -195,7 +189,7 @@ def test_character_of_several_tokens_comes_whole():
     assert len([piece for piece in pieces if piece]) < len(ids) and "\ufffd" not in "".join(pieces)
 
 
-def test_request_that_nobody_waits_for_any_more_leaves_the_queue(assistant):
+def test_cancelled_request_leaves_the_queue(assistant):
     engine = Engine(assistant, max_batch_size=4)
     prompt, pieces = prompt_of(encode(assistant, *REQUESTS[2])), []
     running = Generation(prompt, Sampling(50), 1, lambda piece: None)

@@ -1,4 +1,4 @@
-"""Remote images: what is fetched, and all that is not."""
+"""Remote images: which are downloaded, and which are refused."""
 
 import asyncio
 import socket
@@ -9,21 +9,20 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 from fastapi.testclient import TestClient
 
-from sq_llava.inference.assistant import Assistant
 from sq_llava.serving import images
 from sq_llava.serving.app import create_app
 from sq_llava.serving.chat import Limits
 from sq_llava.serving.images import fetch, is_public
 from tests import tiny
-from tests.serving.test_chat import data_url
+from tests.serving.test_chat import data_url, user
 
 
-PUBLIC = "127.0.0.2"  # stands for a public address; 127.0.0.1 stays what it is
+PUBLIC = "127.0.0.2"  # counts as a public address in these tests; 127.0.0.1 does not
 
 
 @contextmanager
 def image_server(address: str = PUBLIC):
-    """Yields its port, and the paths that were asked for."""
+    """Yields the port of a server, and the list of paths that were requested."""
     asked = []
 
     class Handler(BaseHTTPRequestHandler):
@@ -58,7 +57,7 @@ def image_server(address: str = PUBLIC):
 
 @pytest.fixture
 def resolver(monkeypatch) -> dict[str, list[str]]:
-    """Names and their addresses, instead of the machine's; PUBLIC counts as public."""
+    """Names with their addresses, which replace the machine's own resolver. PUBLIC counts as a public address."""
     names = {}
     original = socket.getaddrinfo
 
@@ -85,6 +84,7 @@ NOT_PUBLIC = """
     224.0.0.1 239.1.1.1 240.0.0.1 255.255.255.255 :: ::1 ::ffff:127.0.0.1 ::ffff:8.8.8.8 ::127.0.0.1 64:ff9b::7f00:1
     64:ff9b:1::1 fc00::1 fd12::1 fe80::1 fe80::1%eth0 fec0::1 ff02::1 2001::1 2001:db8::1 2002:7f00:1::1
 """
+PUBLIC_ADDRESSES = "8.8.8.8 93.184.216.34 2606:4700::1111 2a00:1450:4001::200e"
 THIS_MACHINE = """
     127.0.0.1 127.1 2130706433 0x7f000001 0x7f.1 0177.0.0.1 017700000001 localhost localhost. [::1]
     [::ffff:127.0.0.1] [::ffff:7f00:1] [64:ff9b::7f00:1] 0 0.0.0.0 １２７.0.0.1 127。0。0。1 ①②⑦.⓪.⓪.①
@@ -99,24 +99,22 @@ REDIRECTS = [
 ]
 
 
-@pytest.mark.parametrize("address", NOT_PUBLIC.split())
-def test_address_of_no_public_host_is_told(address):
-    assert not is_public(address)
-
-
-@pytest.mark.parametrize("address", ["8.8.8.8", "93.184.216.34", "2606:4700::1111", "2a00:1450:4001::200e"])
-def test_address_of_a_public_host_is_told(address):
-    assert is_public(address)
+@pytest.mark.parametrize("address", [*NOT_PUBLIC.split(), *PUBLIC_ADDRESSES.split()])
+def test_public_addresses_are_recognised(address):
+    assert is_public(address) is (address in PUBLIC_ADDRESSES.split())
 
 
 @pytest.mark.parametrize("host", THIS_MACHINE.split())
 def test_no_spelling_of_this_machine_is_reached(host):
-    with image_server("127.0.0.1") as (port, asked), pytest.raises(ValueError, match=r"no host of the public|fetched"):
+    with (
+        image_server("127.0.0.1") as (port, asked),
+        pytest.raises(ValueError, match=r"not a host on the public|downloaded"),
+    ):
         get(f"http://{host}:{port}/image")
     assert asked == []
 
 
-def test_image_of_a_public_host_is_fetched(resolver):
+def test_image_on_a_public_host_is_downloaded(resolver):
     resolver["photos.test"] = [PUBLIC]
     with image_server() as (port, asked):
         assert get(f"http://photos.test:{port}/image") == b"x" * 50
@@ -127,12 +125,12 @@ def test_image_of_a_public_host_is_fetched(resolver):
 @pytest.mark.parametrize("addresses", [["127.0.0.1"], [PUBLIC, "127.0.0.1"], ["::1"], ["10.0.0.1"], ["fe80::1"]])
 def test_name_with_a_private_address_is_refused(resolver, addresses):
     resolver["trap.test"] = addresses
-    with image_server() as (port, asked), pytest.raises(ValueError, match="no host of the public internet"):
+    with image_server() as (port, asked), pytest.raises(ValueError, match="not a host on the public internet"):
         get(f"http://trap.test:{port}/image")
     assert asked == []
 
 
-def test_name_is_resolved_once_and_that_address_connected_to(resolver, monkeypatch):
+def test_name_is_resolved_once_and_the_connection_uses_that_address(resolver, monkeypatch):
     resolver["rebind.test"] = [PUBLIC]
     counted = socket.getaddrinfo
     times = []
@@ -156,35 +154,32 @@ def test_redirect_to_this_machine_is_not_followed(resolver, target):
     with (
         image_server("127.0.0.1") as (inner, private),
         image_server() as (port, asked),
-        pytest.raises(ValueError, match=r"no host of the public internet|no http"),
+        pytest.raises(ValueError, match=r"not a host on the public internet|not lead to an http"),
     ):
         get(f"http://photos.test:{port}/redirect/{target.format(port=inner)}")
     assert len(asked) == 1 and private == []
 
 
-def test_large_slow_missing_and_circling_images_are_given_up(resolver, monkeypatch):
+def test_large_slow_missing_and_looping_images_are_refused(resolver, monkeypatch):
     resolver["photos.test"] = [PUBLIC]
     monkeypatch.setattr(images, "DOWNLOAD_SECONDS", 0.3)
     with image_server() as (port, _):
         for path, problem in (
             ("large", "more than 1,000 bytes"),
             ("slow", "within 0.3 seconds"),
-            ("missing", "the server said 404"),
-            ("redirect//redirect//redirect//redirect//image", "moved more than 3 times"),
+            ("missing", "the server answered 404"),
+            ("redirect//redirect//redirect//redirect//image", "redirected more than 3 times"),
         ):
             with pytest.raises(ValueError, match=problem):
                 get(f"http://photos.test:{port}/{path}")
-    with pytest.raises(ValueError, match=r"could not be fetched$"):
+    with pytest.raises(ValueError, match=r"could not be downloaded$"):
         get(f"http://photos.test:{port}/closed")
     with pytest.raises(ValueError, match="a user name or a password"):
         get(f"http://me:secret@photos.test:{port}/image")
 
 
-def test_remote_image_is_answered_as_the_same_one_in_a_data_url(monkeypatch):
-    processor = tiny.tiny_processor()
-    assistant = Assistant(tiny.tiny_model_for(processor), processor)
-    image = tiny.picture()
-    fetched = []
+def test_remote_image_gets_the_same_answer_as_in_a_data_url(assistant, monkeypatch):
+    image, fetched = tiny.picture(), []
 
     async def fetch_one(url, max_bytes):
         fetched.append(url)
@@ -194,7 +189,6 @@ def test_remote_image_is_answered_as_the_same_one_in_a_data_url(monkeypatch):
     with TestClient(create_app(assistant, "tiny", Limits(allow_remote_images=True), 2)) as http:
         texts = []
         for url in ("https://photos.test/a.png", data_url(image)):
-            message = {"role": "user", "content": [{"type": "image_url", "image_url": {"url": url}}]}
-            body = {"model": "tiny", "messages": [message], "temperature": 0, "max_tokens": 6}
+            body = {"model": "tiny", "messages": [user(None, url)], "temperature": 0, "max_tokens": 6}
             texts.append(http.post("/v1/chat/completions", json=body).json()["choices"][0]["message"])
     assert texts[0] == texts[1] and fetched == ["https://photos.test/a.png"]

@@ -1,4 +1,4 @@
-"""Which turns ask, and the batches with what is in the loss."""
+"""The draw of self-questions, and the batches with their labels."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""LLaVA's stage 2: language model and projector trained in full, without an adapter."""
+"""LLaVA's stage 2 trains all weights of language model and projector, without an adapter."""
 
 import json
 from pathlib import Path
@@ -7,61 +7,34 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import train_sft
 from sq_llava.checkpoints.load import load_checkpoint, merge_adapter
 from sq_llava.checkpoints.provenance import read_provenance
 from sq_llava.locations import is_adapter
 from sq_llava.resources import CODE_FILES
 from sq_llava.training.adapter import count_parameters
-from tests import runs, tiny
+from tests import tiny
+from tests.runs import PLAIN_DESCENT, Run, assert_close, row_ids, train, write_in_order, write_row_ids
 
 
 pytestmark = pytest.mark.slow
 
 
-COMMON = {
-    "learning_rate": 1e-3,
-    "lr_scheduler_type": "constant",
-    "prototype_variant": "none",
-    "projector_type": "linear",
-    "per_device_train_batch_size": 4,
-    "gradient_checkpointing": False,
-    "bf16": False,
-    "use_cpu": True,
-    "logging_steps": 1,
-    "report_to": "none",
-    "max_length": 256,
-    "doctor": "off",
-    "disable_tqdm": True,
-}
-FULL = {"stage": "instruct", "full_finetuning": True, "lora_r": 0, "vision_lora_r": 0, "self_question_ratio": 0.0}
-
-
-@pytest.fixture(scope="module")
-def parts(tmp_path_factory) -> Path:
-    """A CLIP, a Llama, and rows with a picture, every third of them text-only."""
-    root = tmp_path_factory.mktemp("parts")
-    tiny.save_towers(root)
-    return tiny.write_rows(root, lambda index: [("What is it?", f"A dog {index}."), ("Where?", "In the grass.")], 12)
-
-
-def train(parts: Path, output_dir: Path, **settings):
-    settings = {**COMMON, "dataset_path": parts / "train.json", "output_dir": output_dir, **settings}
-    return train_sft.main([text for name, value in settings.items() for text in (f"--{name}", str(value))])
+PROJECTOR = {"prototype_variant": "none", "projector_type": "linear", "doctor": "off", "learning_rate": 1e-3}
+FULL = PROJECTOR | {"full_finetuning": True, "lora_r": 0, "vision_lora_r": 0, "self_question_ratio": 0.0}
+FULL |= {"save_strategy": "no"}
 
 
 @pytest.fixture(scope="module")
 def stage1(parts, tmp_path_factory) -> Path:
     """An adapter with ViT-LoRA, to be merged before the language model is trained."""
     output_dir = tmp_path_factory.mktemp("stage1") / "run"
-    towers = {"vision_model_name_or_path": parts / "clip", "text_model_name_or_path": parts / "llama"}
-    train(parts, output_dir, stage="align", max_steps=2, save_strategy="no", vision_lora_r=4, **towers)
+    train(parts, output_dir, stage="align", max_steps=2, save_strategy="no", **PROJECTOR)
     return output_dir
 
 
 def test_all_of_language_model_and_projector_is_trained_and_nothing_of_the_tower(parts, stage1, tmp_path):
     begun = load_checkpoint(str(stage1))[0].merge_and_unload().state_dict()
-    trainer = train(parts, tmp_path / "run", model_name_or_path=stage1, max_steps=2, save_strategy="no", **FULL)
+    trainer = train(parts, tmp_path / "run", stage1, max_steps=2, **FULL)
     counts = count_parameters(trainer.model)
     assert counts["vision"][0] == counts["connector"][1] == counts["text"][1] == 0
     unused = trainer.processing_class.vusr_token_id
@@ -74,8 +47,8 @@ def test_all_of_language_model_and_projector_is_trained_and_nothing_of_the_tower
     assert torch.equal(trainer.model.state_dict()[embeddings][unused], begun[embeddings][unused])
 
 
-def test_output_is_a_plain_checkpoint_that_the_next_stage_goes_on_from(parts, stage1, tmp_path):
-    trainer = train(parts, tmp_path / "one", model_name_or_path=stage1, max_steps=2, save_strategy="no", **FULL)
+def test_output_is_a_plain_checkpoint_that_another_stage_can_start_from(parts, stage1, tmp_path):
+    trainer = train(parts, tmp_path / "one", stage1, max_steps=2, **FULL)
     assert not is_adapter(tmp_path / "one")
     model, _ = load_checkpoint(str(tmp_path / "one"))
     inputs = tiny.tiny_inputs(model.config)
@@ -90,56 +63,37 @@ def test_output_is_a_plain_checkpoint_that_the_next_stage_goes_on_from(parts, st
     assert stages[1]["settings"]["full_finetuning"] is True
     with pytest.raises(ValueError, match="A stage with full_finetuning needs no merge"):
         merge_adapter(str(tmp_path / "one"), str(tmp_path / "merged"))
-    again = train(
-        parts, tmp_path / "two", model_name_or_path=tmp_path / "one", max_steps=1, save_strategy="no",
-        **FULL | {"learning_rate": 0.0},
-    )  # fmt: skip
+    again = train(parts, tmp_path / "two", tmp_path / "one", **FULL | {"max_steps": 1, "learning_rate": 0.0})
     with torch.no_grad():
         assert torch.equal(again.model.eval()(**inputs).logits, expected)
 
 
 def test_resumed_run_equals_uninterrupted_run(parts, stage1, tmp_path):
-    settings = {"model_name_or_path": stage1, "max_steps": 6, "save_strategy": "steps", "save_steps": 4, **FULL}
-    train(parts, tmp_path / "whole", **settings)
-    train(parts, tmp_path / "resumed", **settings, resume_from_checkpoint=tmp_path / "whole" / "checkpoint-4")
+    settings = FULL | {"max_steps": 6, "save_strategy": "steps", "save_steps": 4}
+    train(parts, tmp_path / "whole", stage1, **settings)
+    train(parts, tmp_path / "resumed", stage1, **settings, resume_from_checkpoint=tmp_path / "whole" / "checkpoint-4")
     whole, resumed = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "resumed"))
-    assert whole.keys() == resumed.keys()
-    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    assert_close(whole, resumed, atol=0)
 
 
 def test_two_processes_equal_one(parts, tmp_path):
-    # In this order, the second process has text-only rows: it never has an image.
-    rows = json.loads((parts / "train.json").read_text())
-    with_image, text_only = ([row for row in rows if ("image" in row) == kind] for kind in (True, False))
-    batches = [with_image[:2] + text_only[:2], with_image[2:4] + text_only[2:4], with_image[4:6] + text_only[:2]]
-    (parts / "ordered.json").write_text(json.dumps([row for batch in batches for row in batch]))
-    settings = {
-        "stage": "instruct", "dataset_path": parts / "ordered.json", "train_sampling_strategy": "sequential",
-        "optim": "sgd", "learning_rate": 0.1, "max_steps": 3, "save_strategy": "no",
-    }  # fmt: skip
-    settings = COMMON | FULL | settings
-    for processes in (1, 2):
-        settings["per_device_train_batch_size"] = 4 // processes
-        args = runs.arguments(parts, tmp_path / str(processes), **settings)
-        (tmp_path / str(processes)).mkdir()
-        prepare = (runs.note_rows, tmp_path / str(processes)) if processes == 2 else None
-        assert runs.run(args, tmp_path / f"{processes}.log", prepare, processes) == [0] * processes
-    assert (tmp_path / "2/rows1").read_text() == "[2, 3]\n[6, 7]\n[10, 11]\n"
-    one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("1", "2"))
-    for name in one:
-        torch.testing.assert_close(one[name], two[name], rtol=0, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+    settings = FULL | PLAIN_DESCENT | write_in_order(parts, tmp_path / "ordered.json") | {"max_steps": 3}
+    one = Run(parts, tmp_path / "one", **settings).finish()
+    settings |= {"processes": 2, "per_device_train_batch_size": 2}
+    two = Run(parts, tmp_path / "two", **settings).finish(write_row_ids, tmp_path)
+    assert row_ids(tmp_path)[1] == [[2, 3], [6, 7], [10, 11]]  # those without an image
+    assert_close(load_file(one / "model.safetensors"), load_file(two / "model.safetensors"))
 
 
 def test_half_precision_base_is_trained_in_full_precision(parts, stage1, tmp_path):
-    settings = FULL | {"max_steps": 1, "save_strategy": "no", "dtype": "bfloat16", "bf16": True}
-    trainer = train(parts, tmp_path / "run", model_name_or_path=stage1, **settings)
+    trainer = train(parts, tmp_path / "run", stage1, **FULL | {"max_steps": 1, "dtype": "bfloat16", "bf16": True})
     for name, parameter in trainer.model.named_parameters():
         assert parameter.dtype == (torch.bfloat16 if "vision_tower" in name else torch.float32), name
 
 
 def test_half_precision_base_gives_half_precision_files_and_checkpoints_of_full_precision(parts, stage1, tmp_path):
-    settings = FULL | {"max_steps": 2, "save_steps": 1, "dtype": "bfloat16", "bf16": True}
-    trainer = train(parts, tmp_path / "run", model_name_or_path=stage1, **settings)
+    settings = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1, "dtype": "bfloat16", "bf16": True}
+    trainer = train(parts, tmp_path / "run", stage1, **FULL | settings)
     trained = trainer.model.state_dict()
     to_resume = load_file(tmp_path / "run/checkpoint-2/model.safetensors")
     assert all(torch.equal(weight, trained[name]) for name, weight in to_resume.items())
@@ -158,20 +112,19 @@ def test_half_precision_base_gives_half_precision_files_and_checkpoints_of_full_
 @pytest.mark.parametrize(
     ("settings", "error"),
     [
-        ({"lora_r": 8}, "full_finetuning is true, with lora_r 8"),
-        ({"vision_lora_r": 4}, "full_finetuning is true, with vision_lora_r 4"),
-        ({"load_in_4bit": True, "dtype": "float32"}, "full_finetuning is true, with load_in_4bit True"),
+        ({"lora_r": 8}, "full_finetuning is true, together with lora_r 8"),
+        ({"vision_lora_r": 4}, "full_finetuning is true, together with vision_lora_r 4"),
+        ({"load_in_4bit": True, "dtype": "float32"}, "full_finetuning is true, together with load_in_4bit True"),
     ],
 )
-def test_an_adapter_beside_it_is_refused(settings, error, parts, tmp_path):
+def test_full_finetuning_with_an_adapter_is_refused(settings, error, parts, tmp_path):
     with pytest.raises(ValueError, match=error):
-        train(parts, tmp_path / "run", model_name_or_path=parts, **FULL | settings)
+        train(parts, tmp_path / "run", parts, **FULL | settings)
 
 
 def test_plan_counts_the_weights_gradients_and_optimizer_of_the_language_model(parts, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
-    towers = {"vision_model_name_or_path": parts / "clip", "text_model_name_or_path": parts / "llama"}
-    train(parts, tmp_path, dry_run="meta", **FULL, **towers)
+    train(parts, tmp_path, dry_run="meta", **FULL)
     planned = capsys.readouterr().out
     assert "Steps:" in planned
     text = next(line for line in planned.splitlines() if line.startswith("│ text"))

@@ -1,4 +1,4 @@
-"""Evaluation while training: losses on held-out rows, accuracy on a generation set, questions to the trackers."""
+"""Evaluation during training: losses on held-out rows, accuracy of answers, and self-questions for the trackers."""
 
 import json
 from pathlib import Path
@@ -12,20 +12,21 @@ from sq_llava.data.sources import DataSource
 from sq_llava.inference.assistant import Assistant
 from sq_llava.training.generation_check import GenerationCheck
 from tests import tiny
-from tests.training.test_training import parts, stage1, train  # noqa: F401
+from tests.runs import train
 
 
 pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def evaluated(parts, stage1, tmp_path_factory):  # noqa: F811
-    """Stage 2 with 4 rows held out, evaluated after the second and the third step."""
+def evaluated(parts, tmp_path_factory):
+    """A run with 4 rows held out, evaluated after the second and the fourth step."""
     output_dir = tmp_path_factory.mktemp("evaluated")
     recipe = output_dir / "recipe.yaml"
     recipe.write_text(f"generation_datasets: [{{path: {parts / 'train.json'}, num_rows: 5}}]\n")
     evaluation = {"num_eval_rows": 4, "eval_strategy": "steps", "eval_steps": 2, "report_to": "tensorboard"}
-    return train("instruct", parts, output_dir, model_name_or_path=stage1, config=recipe, max_steps=4, **evaluation)
+    evaluation |= {"max_steps": 4, "save_strategy": "no", "self_question_ratio": 1.0}
+    return train(parts, output_dir, config=recipe, **evaluation)
 
 
 def test_losses_on_answers_and_questions_are_measured_on_rows_not_trained_on(evaluated):
@@ -59,7 +60,7 @@ def test_generations_are_scored_written_and_sent_to_tensorboard(evaluated):
     assert any(tag.startswith("self_questions/0") for tag in events.Tags()["tensors"])
 
 
-def test_a_right_answer_counts_whatever_its_case_and_outer_space(parts):  # noqa: F811
+def test_case_and_surrounding_whitespace_of_an_answer_do_not_matter(parts):
     rows = load_rows([DataSource(str(parts / "train.json"), num_rows=6)])
     answers = [row["messages"][1]["content"][0]["text"] for row in rows]
     said = [f" {answers[0].upper()} ", answers[1], answers[2].removesuffix("."), "", answers[4], answers[0]]
@@ -72,15 +73,10 @@ def test_a_right_answer_counts_whatever_its_case_and_outer_space(parts):  # noqa
     assert [record["correct"] for record in records] == [True, True, False, False, True, False]
 
 
-def test_asking_leaves_the_random_state_of_the_training_alone(parts):  # noqa: F811
+def test_asking_does_not_change_the_random_state_of_training(parts):
     rows = load_rows([DataSource(str(parts / "train.json"), num_rows=6)])
     processor = tiny.tiny_processor()
     assistant = Assistant(tiny.tiny_model_for(processor), processor)
     state = torch.random.get_rng_state()
     GenerationCheck(rows, processor).ask(assistant)
     assert torch.equal(state, torch.random.get_rng_state())
-
-
-def test_data_to_evaluate_on_without_a_time_for_it_is_refused(parts, tmp_path):  # noqa: F811
-    with pytest.raises(ValueError, match=r"num_eval_rows is 3.*to evaluate, give eval_strategy"):
-        train("align", parts, tmp_path, num_eval_rows=3)

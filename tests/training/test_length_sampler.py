@@ -1,7 +1,6 @@
-"""Batches of one modality and of like length: every row once an epoch, and the same order for whoever asks again."""
+"""Batches of one modality and similar length: every row once per epoch, in a reproducible order."""
 
 import numpy as np
-import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -10,7 +9,7 @@ from sq_llava.training.length_sampler import ModalityLengthSampler
 
 
 def mixed_rows(num_rows=5_000, text_only=0.06, seed=0) -> tuple[np.ndarray, np.ndarray]:
-    """Lengths as of a mix of long conversations with an image and shorter ones without."""
+    """Lengths and numbers of images: long conversations with an image, and shorter ones without."""
     generator = np.random.default_rng(seed)
     num_images = (generator.random(num_rows) >= text_only).astype(int)
     return generator.gamma(2.0, 130.0, num_rows).astype(int) + 20 + 576 * num_images, num_images
@@ -29,7 +28,7 @@ def padding_share(batches: np.ndarray, lengths: np.ndarray) -> float:
     batch=st.integers(1, 40),
     seed=st.integers(0, 5),
 )
-def test_each_row_stands_in_each_epoch_once_and_full_batches_have_one_modality(rows, batch, seed):
+def test_each_epoch_has_each_row_once_and_full_batches_have_one_modality(rows, batch, seed):
     lengths, num_images = np.array(rows, dtype=int).reshape(-1, 2).T
     indices = order(lengths, num_images, batch, seed)
     assert sorted(indices) == list(range(len(rows)))
@@ -46,7 +45,7 @@ def test_order_is_a_function_of_seed_and_epoch():
     assert order(*rows) != order(*rows, seed=1)
 
 
-def test_epoch_is_read_when_a_pass_begins():
+def test_epoch_is_read_at_the_start_of_each_pass():
     epoch = torch.zeros((), dtype=torch.int64)
     sampler = ModalityLengthSampler(*mixed_rows(), 32, 0, epoch)
     first = list(sampler)
@@ -54,7 +53,7 @@ def test_epoch_is_read_when_a_pass_begins():
     assert list(sampler) != first and len(sampler) == len(first)
 
 
-def test_a_batch_is_a_tenth_of_the_padding_of_random_ones():
+def test_batches_have_a_tenth_of_the_padding_of_random_ones():
     lengths, num_images = mixed_rows()
     grouped = np.array(order(lengths, num_images)[:4_800]).reshape(-1, 8)
     shuffled = np.random.default_rng(0).permutation(len(lengths))[:4_800].reshape(-1, 8)
@@ -68,9 +67,3 @@ def test_processes_have_batches_of_nearly_the_same_length_at_the_same_time():
     longest = lengths[steps].max(axis=2)
     imbalance = longest.max(axis=1) / longest.mean(axis=1)
     assert imbalance.mean() < 1.02
-
-
-@pytest.mark.parametrize("num_rows", [0, 1, 31, 32, 33])
-def test_sets_smaller_than_a_batch_lose_nothing(num_rows):
-    lengths, num_images = mixed_rows(num_rows)
-    assert sorted(order(lengths, num_images)) == list(range(num_rows))

@@ -1,14 +1,11 @@
-"""Training on packs by `train_sft.py`: the losses of padded batches; nothing lost by a kill or a second process."""
+"""Packed training has the losses of padded batches, also after a kill and with a second process."""
 
-import json
 import signal
-from pathlib import Path
 
 import pytest
 import torch
 from rich.console import Console
 from rich.progress import Progress
-from safetensors.torch import load_file
 from torch.nn import functional as F
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import flash_attention_mask
@@ -18,20 +15,15 @@ from sq_llava.doctor.report import print_report
 from sq_llava.training.packing import PackingCollator
 from sq_llava.training.settings import parse_settings
 from sq_llava.training.trainer import SQLlavaTrainer
-from tests.runs import arguments, assert_equal_runs, die, in_step, losses, make_parts, note_rows, run, train
+from tests import runs
+from tests.runs import NO_DROPOUT, Run, arguments, assert_close, assert_equal_runs, train
 
 
 pytestmark = pytest.mark.slow
 
 
-# Two or three of the 16 rows in a pack, eight packs an epoch.
+# Two or three of the 16 rows per pack, eight packs per epoch.
 PACKED = {"packing": True, "max_length": 130, "per_device_train_batch_size": 1}
-NO_DROPOUT = {"vision_lora_dropout": 0.0, "lora_dropout": 0.0}
-
-
-@pytest.fixture(scope="module")
-def parts(tmp_path_factory) -> Path:
-    return make_parts(tmp_path_factory.mktemp("parts"))
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +36,7 @@ def loss_and_gradients(trainer: SQLlavaTrainer, batch: dict) -> tuple[torch.Tens
     trainer.model.train().zero_grad()
     loss = trainer.compute_loss(trainer.model, batch)
     loss.backward()
-    return loss.detach(), {name: p.grad.clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
+    return loss.detach(), runs.gradients(trainer.model)
 
 
 def assert_same_step(trainer: SQLlavaTrainer, packs: list, flat: bool = False, implementation: str = "sdpa") -> None:
@@ -58,10 +50,7 @@ def assert_same_step(trainer: SQLlavaTrainer, packs: list, flat: bool = False, i
     finally:
         trainer.model.get_base_model().set_attn_implementation("sdpa")
     torch.testing.assert_close(loss, expected_loss, rtol=1e-5, atol=1e-6)
-    for name in expected:
-        torch.testing.assert_close(
-            found[name], expected[name], rtol=1e-5, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}"
-        )
+    assert_close(found, expected, rtol=1e-5)
 
 
 def packs_of(trainer: SQLlavaTrainer, batch: int) -> list[list[dict]]:
@@ -74,7 +63,7 @@ def test_packed_step_has_the_loss_and_gradients_of_the_padded_one(trainer, batch
 
 
 def varlen_attention(module, query, key, value, attention_mask, scaling=None, cu_seq_lens_q=None, **kwargs):
-    """What FlashAttention does where it is told the borders; without them, it attends to all that comes before."""
+    """Imitates FlashAttention, which separates conversations only by the borders that it gets."""
     assert attention_mask is None
     key, value = (heads.repeat_interleave(query.shape[1] // heads.shape[1], dim=1) for heads in (key, value))
     causal = getattr(module, "is_causal", False)
@@ -89,7 +78,7 @@ def varlen_attention(module, query, key, value, attention_mask, scaling=None, cu
 
 
 def test_attention_by_borders_alone_gives_the_padded_step(trainer):
-    """As FlashAttention-2 has it, which needs a GPU: one flat row, no mask, borders for the language model only."""
+    """As for FlashAttention-2, which needs a GPU: one flat row, no mask, borders for the language model only."""
     AttentionInterface.register("by_borders", varlen_attention)
     AttentionMaskInterface.register("by_borders", flash_attention_mask)
     assert_same_step(trainer, packs_of(trainer, 1), flat=True, implementation="by_borders")
@@ -104,15 +93,12 @@ def test_run_with_flash_attention_has_flat_batches(trainer, monkeypatch):
 
 def test_fill_is_logged_and_epochs_have_whole_steps(trainer):
     fills = [entry["packing_fill"] for entry in trainer.state.log_history if "loss" in entry]
-    rows = 16
     assert len(fills) == 4 == len(trainer.packs)
-    tokens = sum(
-        int(trainer.data_collator([trainer.train_dataset[row]])["attention_mask"].sum()) for row in range(rows)
-    )
+    tokens = sum(int(trainer.data_collator([row])["attention_mask"].sum()) for row in trainer.train_dataset)
     assert sum(fills) / 4 == pytest.approx(tokens / (8 * 130), rel=1e-6)
 
 
-def test_trained_weights_change_and_a_micro_batch_without_an_image_gives_all_a_gradient(trainer):
+def test_micro_batch_without_an_image_gives_every_trained_weight_a_gradient(trainer):
     text_only = [row for row in trainer.train_dataset if not row["images"]][:2]
     _, gradients = loss_and_gradients(trainer, PackingCollator(trainer.data_collator)([text_only]))
     assert all(gradient is not None for gradient in gradients.values())
@@ -123,89 +109,76 @@ def test_trained_weights_change_and_a_micro_batch_without_an_image_gives_all_a_g
     [
         (
             {"packing_strategy": "wrapped"},
-            "packing_strategy is 'wrapped', which is not supported. Packing keeps rows whole",
+            "packing_strategy is 'wrapped', which is not supported. Packing never cuts rows",
         ),
         ({"packing_strategy": "bfd_split"}, "packing_strategy is 'bfd_split'"),
         ({"train_sampling_strategy": "group_by_length"}, "train_sampling_strategy is 'group_by_length'"),
-        ({"padding_free": True}, "padding_free is True, which is not supported. Not done for images"),
-        ({"eval_packing": True}, "eval_packing is True, which is not supported. Evaluation batches stay padded"),
+        ({"padding_free": True}, "padding_free is True, which is not supported. It does not work with images"),
+        ({"eval_packing": True}, "eval_packing is True, which is not supported. Evaluation batches are never packed"),
         ({"auto_find_batch_size": True}, "auto_find_batch_size is True.*--dry_run real"),
         ({"dataloader_drop_last": True}, "packing is true and dataloader_drop_last is 'True'"),
-        ({"global_batch_size": 32}, "16 rows make 8 packs of max_length 130, and a step has 32: there are too few"),
+        ({"global_batch_size": 32}, "16 rows make 8 packs of max_length 130, .* needs 32 packs"),
     ],
 )
-def test_what_packing_does_not_do_is_refused(parts, tmp_path, settings, message):
+def test_settings_that_packing_does_not_support_are_refused(parts, tmp_path, settings, message):
     with pytest.raises(ValueError, match=message):
         train(parts, tmp_path, **PACKED | settings)
 
 
 def test_killed_run_and_two_processes_equal_the_uninterrupted_one(parts, tmp_path):
     settings = PACKED | {"gradient_accumulation_steps": 2, "max_steps": 8, "save_steps": 3}
-    whole, killed, log = tmp_path / "whole", tmp_path / "killed", tmp_path / "log"
-    assert run(arguments(parts, whole, **settings), log) == [0], log.read_text()[-3000:]
-    resumed = arguments(parts, killed, resume=True, **settings)
-    # In the midst of the first epoch of four steps, then of the second.
-    for step in (4, 8):
-        assert run(resumed, log, (in_step, step, die)) == [-signal.SIGKILL]
-    assert run(resumed, log) == [0], log.read_text()[-3000:]
-    assert_equal_runs(whole, killed)
+    whole = Run(parts, tmp_path / "whole", **settings).finish()
+    run = Run(parts, tmp_path / "killed", resume=True, **settings)
+    for step in (4, 8):  # in the middle of both epochs
+        assert run.exit_codes(runs.in_step, step, runs.die) == [-signal.SIGKILL]
+    assert_equal_runs(whole, run.finish())
 
-    # Plain gradient descent: a difference of gradients is a difference of weights, where Adam divides it away.
-    settings |= NO_DROPOUT | {"optim": "sgd", "learning_rate": 0.1}
-    assert run(arguments(parts, tmp_path / "one", **settings), log) == [0]
-    settings |= {"gradient_accumulation_steps": 1}
-    two = tmp_path / "two"
-    assert run(arguments(parts, two, **settings), log, (note_rows, tmp_path), processes=2) == [0, 0]
-    assert_close(tmp_path / "one", two)
-    steps = [list(map(json.loads, (tmp_path / f"rows{rank}").read_text().splitlines())) for rank in (0, 1)]
+    settings |= runs.PLAIN_DESCENT
+    one = Run(parts, tmp_path / "one", **settings).finish()
+    settings |= {"gradient_accumulation_steps": 1, "processes": 2}
+    two = Run(parts, tmp_path / "two", **settings).finish(runs.write_row_ids, tmp_path)
+    runs.assert_similar_runs(one, two)
+    steps = runs.row_ids(tmp_path)
     for epoch in (0, 4):
         seen = [row for rank in steps for batch in rank[epoch : epoch + 4] for row in batch]
         assert sorted(seen) == list(range(16))
-    resumed = arguments(parts, tmp_path / "two_killed", resume=True, **settings)
-    assert -signal.SIGKILL in run(resumed, log, (in_step, 8, die), processes=2)
-    assert run(resumed, log, processes=2) == [0, 0], log.read_text()[-3000:]
-    assert_equal_runs(two, tmp_path / "two_killed")
-
-
-def assert_close(left: Path, right: Path) -> None:
-    for ours, theirs in zip(losses(left), losses(right), strict=True):
-        assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-5)
-    one, two = (load_file(folder / "adapter_model.safetensors") for folder in (left, right))
-    for name in one:
-        torch.testing.assert_close(two[name], one[name], rtol=0, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+    run = Run(parts, tmp_path / "two_killed", resume=True, **settings)
+    assert -signal.SIGKILL in run.exit_codes(runs.in_step, 8, runs.die)
+    assert_equal_runs(two, run.finish())
 
 
 def test_plan_and_trial_step_count_packs(parts, tmp_path, capsys):
     train(parts, tmp_path / "meta", **PACKED | {"dry_run": "meta", "global_batch_size": 2, "num_gpus": 2})
     plan = " ".join(capsys.readouterr().out.split())
-    assert "1 rows of 130 tokens" in plan and " packs, 2 a step (2 processes x 1 packs x 1 accumulated)" in plan
-    assert "The number of packs is one of rough lengths" in plan
+    assert "1 rows of 130 tokens" in plan and " packs, 2 per step (2 processes x 1 packs x 1 accumulation" in plan
+    assert "The number of packs is approximate" in plan
     trainer = train(parts, tmp_path / "real", **PACKED | {"dry_run": "real", "global_batch_size": 2})
     output = " ".join(capsys.readouterr().out.split())
-    assert "Packing: 16 rows in 8 packs of at most 130 tokens, 2.00 rows each, about 2 a step" in output
-    assert "Steps: 8 packs, 2 a step (1 processes x 1 packs x 2 accumulated), 4 steps an epoch." in output
+    assert "Packing: 16 rows in 8 packs of at most 130 tokens, 2.00 rows per pack, about 2 rows per step" in output
+    assert "Steps: 8 packs, 2 per step (1 processes x 1 packs x 2 accumulation steps), 4 steps per epoch." in output
     assert "Measured in one step on the fullest packs" in output
     fullest = max(sum(trainer.packs.lengths[row] for row in pack) for pack in trainer.packs.packs(1))
     assert trainer.state.global_step == 1 and f"1 rows of {fullest} tokens" in output
 
 
+def doctor_report(args: list[str]) -> tuple[dict, str]:
+    """The doctor's summary, and what it prints."""
+    console = Console(record=True, width=200)
+    with Progress(disable=True) as progress:
+        report = examine(data_check(*parse_settings(args)), progress)
+    print_report(report, console)
+    return report.summary, console.export_text()
+
+
 def test_doctor_says_how_full_the_packs_are(parts, tmp_path):
-    console = Console(record=True, width=200)
-    with Progress(disable=True) as progress:
-        report = examine(data_check(*parse_settings(arguments(parts, tmp_path, **PACKED))), progress)
-    print_report(report, console)
-    tokens = report.summary["tokens"]
+    summary, text = doctor_report(arguments(parts, tmp_path, **PACKED))
+    tokens = summary["tokens"]
     assert tokens["packing"] == {"packs": 8, "fill": round(tokens["total"] / (8 * 130), 3)}
-    expected = f"Packed: about 2.0 of these rows in a pack of 130 tokens, fill {tokens['packing']['fill']:.2f}"
-    assert expected in console.export_text()
+    expected = f"Packing: about 2.0 of these rows per pack of 130 tokens, fill {tokens['packing']['fill']:.2f}"
+    assert expected in text
 
 
-def test_doctor_goes_on_where_no_row_fits_into_a_pack(parts, tmp_path):
-    console = Console(record=True, width=200)
-    with Progress(disable=True) as progress:
-        report = examine(
-            data_check(*parse_settings(arguments(parts, tmp_path, **PACKED | {"max_length": 5}))), progress
-        )
-    print_report(report, console)
-    assert report.summary["codes"]["too_long"] == 16 and report.summary["tokens"]["packing"] is None
-    assert "Packed" not in console.export_text()
+def test_doctor_finishes_if_no_row_fits_into_a_pack(parts, tmp_path):
+    summary, text = doctor_report(arguments(parts, tmp_path, **PACKED | {"max_length": 5}))
+    assert summary["codes"]["too_long"] == 16 and summary["tokens"]["packing"] is None
+    assert "Packing" not in text

@@ -1,4 +1,4 @@
-"""Packed rows: each conversation as if it were alone, and packs that hold every row once and are never too long."""
+"""Packed rows: no conversation affects another. Packs: they contain every row once, and are never too long."""
 
 import json
 from itertools import product
@@ -19,7 +19,7 @@ from sq_llava.data.sources import DataSource
 from sq_llava.training.adapter import LoraSize, add_adapter
 from sq_llava.training.collator import SelfQuestioningCollator
 from sq_llava.training.packing import PackingCollator, PackSampler, require_separation
-from tests import tiny
+from tests import runs, tiny
 
 
 SIZE = LoraSize(4, 8, 0.0)
@@ -44,7 +44,7 @@ def write_rows(root: Path, raw: list[dict], name: str = "rows.json") -> Dataset:
 
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory) -> Dataset:
-    """Text-only rows, and such with one and three images, of one to four exchanges."""
+    """Rows with none to three images, and one to four exchanges."""
     images = [0, 1, 3, 1, 0, 2, 1, 1]
     raw = [conversation(1 + number % 4, count, number) for number, count in enumerate(images)]
     return write_rows(tmp_path_factory.mktemp("rows"), raw)
@@ -58,16 +58,11 @@ def processor():
 def trained_model(processor, implementation="sdpa"):
     model = tiny.tiny_model_for(processor)
     model.set_attn_implementation(implementation)
-    model = add_adapter(model, SIZE, SIZE, train_vusr=True).train()
-    generator = torch.Generator().manual_seed(0)
-    for parameter in model.parameters():  # LoRA's B matrices begin at zero
-        if parameter.requires_grad:
-            parameter.data += 0.02 * torch.randn(parameter.shape, generator=generator)
-    return model
+    return runs.perturbed(add_adapter(model, SIZE, SIZE, train_vusr=True)).train()
 
 
 def token_losses(model, batch: dict) -> torch.Tensor:
-    """Of all labelled tokens, sample by sample."""
+    """Losses of all labelled tokens, sample by sample."""
     inputs = {name: values for name, values in batch.items() if name not in ("labels", "turn_kinds", "row_ids")}
     logits = model(**inputs, use_cache=False).logits
     labels = batch["labels"][:, 1:]
@@ -77,7 +72,7 @@ def token_losses(model, batch: dict) -> torch.Tensor:
 def gradients(model, losses: torch.Tensor) -> dict[str, torch.Tensor]:
     model.zero_grad()
     losses.sum().backward()
-    return {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
+    return runs.gradients(model)
 
 
 CHOICES = [[0], [2], [0, 4], [1, 2], [0, 1, 2], [4, 3, 0, 5], [2, 1, 3, 5, 6, 7], [0, 1, 2, 3, 4, 5, 6, 7]]
@@ -107,7 +102,7 @@ def test_packed_row_has_the_labels_draws_images_and_rows_of_its_conversations(ro
     packed = PackingCollator(collator)([[rows[index] for index in (5, 2, 0)], [rows[index] for index in (3, 7)]])
     assert packed["row_ids"].tolist() == [5, 2, 0, 3, 7]
     assert "attention_mask" not in packed
-    # The second token of each conversation is at 1; the positions of the padding are all 0.
+    # The second token of each conversation has position 1. Padding has position 0.
     begins = [(pack, at - 1) for pack, at in (packed["position_ids"] == 1).nonzero().tolist()]
     images = iter(all_images(packed))
     for index, (pack, begin) in zip((5, 2, 0, 3, 7), begins):
@@ -126,7 +121,7 @@ def test_packed_row_has_the_labels_draws_images_and_rows_of_its_conversations(ro
 
 
 def all_images(batch: dict) -> list[torch.Tensor]:
-    """Pixels for each image of the text, in order."""
+    """The pixels of each image in the text, in order."""
     if "pixel_values" not in batch:
         return []
     indices = batch.get("image_indices", torch.arange(len(batch["pixel_values"])))
@@ -134,7 +129,7 @@ def all_images(batch: dict) -> list[torch.Tensor]:
 
 
 def test_first_token_of_a_caption_is_not_predicted_from_another_row(tmp_path):
-    """Without a token before the text, a caption without an image begins with a label."""
+    """The tokenizer adds no token before the text, so the first token of a text-only caption has a label."""
     captions = [{"from": "human", "value": "Say."}, {"from": "gpt", "value": "A dog."}]
     rows = write_rows(tmp_path, [{"conversations": captions}] * 2)
     processor = tiny.tiny_processor(tiny.byte_level_tokenizer())
@@ -149,8 +144,8 @@ def test_first_token_of_a_caption_is_not_predicted_from_another_row(tmp_path):
     assert int((packed["labels"] != -100).sum()) == 2 * (length - 1)
 
 
-def test_flash_attention_is_told_where_each_conversation_begins(rows, processor):
-    """As transformers' own flattening collator: int32 borders, plain numbers, one row without padding."""
+def test_flash_attention_gets_the_start_of_each_conversation(rows, processor):
+    """Like transformers' own flattening collator: int32 borders, Python numbers, one row without padding."""
     collator = SelfQuestioningCollator(processor, max_length=2048)
     packs = [[rows[0], rows[1]], [rows[2]]]
     batch = PackingCollator(collator, flat=True)(packs)
@@ -163,7 +158,7 @@ def test_flash_attention_is_told_where_each_conversation_begins(rows, processor)
     assert (batch["position_ids"][0] == 0).nonzero().flatten().tolist() == batch["cu_seq_lens_q"].tolist()[:-1]
 
 
-# Lengths.
+# Lengths
 
 
 @pytest.mark.slow
@@ -202,7 +197,7 @@ def processor_of(tokenizer: str, marker: str):
 
 
 def length_of(processor, messages: list[dict]) -> int:
-    """As of the collator's batch, image tokens included."""
+    """Tokens of a row in the collator's batch, with image tokens."""
     images = [tiny.picture() for message in messages for part in message["content"] if part["type"] == "image"]
     text = processor.apply_chat_template(messages)
     return processor(images=images or None, text=[text], return_tensors="pt")["input_ids"].shape[1]
@@ -242,7 +237,7 @@ def test_row_that_the_chat_template_refuses_is_named_before_training(tmp_path, p
         with_length_bounds(write_rows(tmp_path, raw), LengthBound(processor, 300))
 
 
-def test_lengths_are_counted_once_until_something_is_another(tmp_path, processor, monkeypatch):
+def test_lengths_are_computed_once_until_something_changes(tmp_path, processor, monkeypatch):
     raw = [conversation(2, 1, number) for number in range(6)]
     rows = write_rows(tmp_path, raw)
     counted = []
@@ -274,7 +269,7 @@ def language_model(fields: dict):
 
 @pytest.mark.parametrize("attention", ["sdpa", "flash_attention_2"])
 @pytest.mark.parametrize("family", FOREIGN)
-def test_language_model_that_reads_across_conversations_is_refused(family, attention):
+def test_language_model_that_mixes_conversations_is_refused(family, attention):
     model = language_model(FOREIGN[family])
     model.config._attn_implementation = attention
     with pytest.raises(ValueError, match=f"type '{family}' does not keep the conversations of a packed row apart"):
@@ -283,14 +278,14 @@ def test_language_model_that_reads_across_conversations_is_refused(family, atten
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gpt_neox"])
-def test_language_model_that_keeps_conversations_apart_is_taken(family, dtype):
+def test_language_model_that_keeps_conversations_apart_is_accepted(family, dtype):
     model = language_model({**tiny.TINY_LLAMA, "model_type": family}).to(dtype).train()
     model.config._attn_implementation = "flash_attention_2"
     require_separation(model)
     assert model.training and model.config._attn_implementation == "flash_attention_2"
 
 
-# Packs.
+# Packs
 
 
 def sampler_of(lengths, max_length=2048, per_batch=1, per_step=8, seed=0, epoch=0) -> PackSampler:
@@ -302,7 +297,7 @@ def packs_of(sampler: PackSampler) -> list[list[int]]:
 
 
 def simulated_lengths(num_rows: int, seed: int = 0) -> np.ndarray:
-    """As of a mix with 6% text-only rows: mean 845 tokens."""
+    """Lengths like those of a mix with 6% text-only rows: 845 tokens on average."""
     generator = np.random.default_rng(seed)
     text = 24 + generator.gamma(1.6, 175.0, num_rows).astype(int)
     return np.minimum(text + 576 * (generator.random(num_rows) >= 0.06), 2048)
@@ -315,11 +310,11 @@ def simulated_lengths(num_rows: int, seed: int = 0) -> np.ndarray:
     multiple=st.integers(1, 3),
     seed=st.integers(0, 3),
 )
-def test_each_row_stands_in_each_epoch_once_in_whole_steps_of_packs_that_fit(lengths, per_batch, multiple, seed):
+def test_each_epoch_has_each_row_once_in_whole_steps_of_packs_that_fit(lengths, per_batch, multiple, seed):
     try:
         sampler = sampler_of(lengths, 100, per_batch, per_batch * multiple, seed)
     except ValueError as error:
-        assert "there are too few rows for whole steps" in str(error)
+        assert "the dataset is too small" in str(error)
         return
     for epoch in range(4):
         sampler.epoch.fill_(epoch)
@@ -333,7 +328,7 @@ def test_each_row_stands_in_each_epoch_once_in_whole_steps_of_packs_that_fit(len
 
 def test_packs_are_a_function_of_seed_and_epoch_for_any_number_of_processes():
     lengths = simulated_lengths(3_000)
-    # Two processes with batches of two packs, and one with four batches of one: the same steps.
+    # Batches of two packs for two processes, or batches of one pack for one process: the steps are the same.
     one, two = (packs_of(sampler_of(lengths, per_batch=size, epoch=1)) for size in (1, 2))
     assert one == two == packs_of(sampler_of(lengths, epoch=1))
     for other in (sampler_of(lengths, epoch=2), sampler_of(lengths, epoch=1, seed=1)):
@@ -341,7 +336,7 @@ def test_packs_are_a_function_of_seed_and_epoch_for_any_number_of_processes():
         assert len(several & set(map(frozenset, packs_of(other)))) < len(several) / 20
 
 
-def test_packs_of_a_mix_as_of_real_data_are_nine_tenths_full():
+def test_packs_of_rows_as_long_as_real_ones_are_nine_tenths_full():
     lengths = simulated_lengths(20_000)
     sampler = sampler_of(lengths, per_step=128)
     fill = lengths.sum() / (len(packs_of(sampler)) * 2048)
@@ -349,8 +344,3 @@ def test_packs_of_a_mix_as_of_real_data_are_nine_tenths_full():
     assert f"fill {fill:.3f}" in sampler.describe()
     random = np.random.default_rng(0).permutation(lengths)[: len(lengths) // 8 * 8].reshape(-1, 8)
     assert fill > random.sum() / (random.max(axis=1).sum() * 8) + 0.2
-
-
-def test_too_few_rows_for_whole_steps_are_refused():
-    with pytest.raises(ValueError, match="5 rows make 5 packs of max_length 100, and a step has 4: there are too few"):
-        sampler_of([90] * 5, 100, per_step=4)

@@ -1,4 +1,4 @@
-"""Global batch, steps, memory, and dry runs; the estimate beside what a CPU really allocates."""
+"""Global batch, steps, memory and dry runs. The estimated memory is compared with what a CPU allocates."""
 
 import json
 from pathlib import Path
@@ -10,7 +10,7 @@ from trl import SFTConfig
 from trl.trainer.utils import add_fused_lm_head
 
 import train_sft
-from benchmarks.prototype_extractor import allocated_peak
+from benchmarks.common import allocated_peak
 from sq_llava.training.adapter import LoraSize, add_adapter, count_parameters
 from sq_llava.training.planning import (
     SHARDINGS,
@@ -21,29 +21,23 @@ from sq_llava.training.planning import (
     longest_rows,
     weight_bytes,
 )
-from tests import tiny
+from tests import runs, tiny
 
 
 SETTINGS = {
     "stage": "align",
-    "num_prototypes": 5,
-    "vision_lora_r": 4,
-    "vision_lora_alpha": 8,
-    "lora_r": 4,
-    "learning_rate": 1e-3,
     "per_device_train_batch_size": 2,
+    "max_steps": -1,
     "num_train_epochs": 2,
     "max_length": 256,
-    "bf16": False,
-    "use_cpu": True,
     "save_strategy": "no",
-    "report_to": "none",
 }
+SIZE = LoraSize(8, 16, 0.0)
 
 
 @pytest.fixture(scope="module")
 def parts(tmp_path_factory) -> Path:
-    """A CLIP, a Llama, and ten captions, the fourth and the eighth of which are the longest."""
+    """A CLIP, a Llama, and ten captions. The fourth and the eighth are the longest."""
     root = tmp_path_factory.mktemp("parts")
     tiny.save_towers(root)
     tiny.picture().save(root / "a.png")
@@ -56,10 +50,19 @@ def parts(tmp_path_factory) -> Path:
     return root
 
 
-def run(parts: Path, output_dir: Path, **overrides):
-    settings = {**SETTINGS, "dataset_path": parts / "rows.json", "output_dir": output_dir, **overrides}
-    settings |= {"vision_model_name_or_path": parts / "clip", "text_model_name_or_path": parts / "llama"}
-    return train_sft.main([text for name, value in settings.items() for text in (f"--{name}", str(value))])
+def run(parts: Path, output_dir: Path, previous: Path | None = None, **overrides):
+    settings = {**SETTINGS, "dataset_path": parts / "rows.json", **overrides}
+    return train_sft.main(runs.arguments(parts, output_dir, previous, **settings))
+
+
+@pytest.fixture
+def args(tmp_path) -> SFTConfig:
+    return SFTConfig(output_dir=str(tmp_path), bf16=False, use_cpu=True)
+
+
+@pytest.fixture
+def adapted():
+    return add_adapter(tiny.tiny_model(), SIZE, SIZE, train_vusr=True)
 
 
 @pytest.mark.parametrize(("rows", "size", "processes", "steps"), [(256, 32, 8, 1), (128, 4, 1, 32), (128, 8, 2, 8)])
@@ -68,23 +71,20 @@ def test_global_batch_is_made_of_accumulated_ones(rows, size, processes, steps):
 
 
 def test_global_batch_that_cannot_be_made_is_refused_with_sizes_that_can():
-    with pytest.raises(
-        ValueError, match=r"24 rows at once.*per_device_train_batch_size of 1, 2 fits.*, 1, 3 processes"
-    ):
+    message = r"multiple of 24.*per_device_train_batch_size can be 1, 2\..*processes can be 1, 3\."
+    with pytest.raises(ValueError, match=message):
         accumulation_steps(12, 4, 6)
-    with pytest.raises(ValueError, match="per_device_train_batch_size of no number fits"):
+    with pytest.raises(ValueError, match="per_device_train_batch_size can be no number"):
         accumulation_steps(16, 1, 3)
 
 
 def test_global_batch_and_accumulation_exclude_each_other(parts, tmp_path):
-    with pytest.raises(
-        ValueError, match="global_batch_size is 8 and gradient_accumulation_steps 2: the latter follows"
-    ):
+    with pytest.raises(ValueError, match=r"global_batch_size is 8 and gradient_accumulation_steps is 2\."):
         run(parts, tmp_path, global_batch_size=8, gradient_accumulation_steps=2)
 
 
 def test_number_of_gpus_belongs_to_a_plan(parts, tmp_path):
-    with pytest.raises(ValueError, match="num_gpus is 8: it is for --dry_run meta"):
+    with pytest.raises(ValueError, match="num_gpus is 8, which only works with --dry_run meta"):
         run(parts, tmp_path, num_gpus=8)
 
 
@@ -97,8 +97,9 @@ def test_planned_steps_are_those_of_the_run(settings, parts, tmp_path, capsys):
     rows = trainer.args.per_device_train_batch_size * trainer.args.gradient_accumulation_steps
     assert rows == settings.get("global_batch_size", 2)
     steps = trainer.state.max_steps
-    assert f"{rows} a step" in line and f" {steps} steps are {trainer.state.epoch:.2f} epochs" in line
-    assert f"{trainer.args.get_warmup_steps(steps)} of them are warm-up" in line
+    warmup = trainer.args.get_warmup_steps(steps)
+    assert f"{rows} per step" in line
+    assert f" {steps} steps, {trainer.state.epoch:.2f} epochs, {warmup} warmup steps." in line
 
 
 @pytest.mark.slow
@@ -131,7 +132,7 @@ BIG_EYE = {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 6,
     ],
     ids=["tiny", "deep", "vocabulary", "vision"],
 )
-def test_activations_are_estimated_from_above(text, vision, batch, checkpointing, tmp_path):
+def test_activations_are_estimated_from_above(text, vision, batch, checkpointing, args):
     config = tiny.tiny_config(
         text_config={**tiny.TINY_LLAMA, **text}, vision_config={**tiny.TINY_CLIP, **vision}, initializer_range=0.02
     )
@@ -148,20 +149,18 @@ def test_activations_are_estimated_from_above(text, vision, batch, checkpointing
         outputs = model(**inputs, labels=inputs["input_ids"], fused_lm_head=True, use_cache=False)
         outputs.log_probs.mean().backward()
 
-    step()  # from now on the gradients are there
+    step()  # allocates the gradients
     measured = allocated_peak(step)
-    args = SFTConfig(output_dir=str(tmp_path), bf16=False, gradient_checkpointing=checkpointing, use_cpu=True)
+    args.gradient_checkpointing = checkpointing
     estimated = sum(term.num_bytes for term in activation_terms(model, batch, args, on_gpu=False))
     assert measured <= estimated < 2.5 * measured
 
 
-def test_flash_attention_needs_no_mask(tmp_path):
-    model = add_adapter(tiny.tiny_model(), LoraSize(8, 16, 0.0), LoraSize(8, 16, 0.0), train_vusr=True)
-    args = SFTConfig(output_dir=str(tmp_path), bf16=False, use_cpu=True)
+def test_flash_attention_needs_no_mask(adapted, args):
     masks = {}
     for implementation in ("sdpa", "flash_attention_2"):
-        model.get_base_model().config._attn_implementation_internal = implementation
-        terms = {term.name: term.num_bytes for term in activation_terms(model, Batch(2, 100, 2), args)}
+        adapted.get_base_model().config._attn_implementation_internal = implementation
+        terms = {term.name: term.num_bytes for term in activation_terms(adapted, Batch(2, 100, 2), args)}
         masks[implementation] = terms["attention mask"]
     assert masks == {"sdpa": 2 * 100 * 100 * 4, "flash_attention_2": 0}
 
@@ -177,23 +176,19 @@ def test_plan_from_configurations_is_that_of_the_loaded_model(parts, tmp_path, c
     assert f" {weight_bytes(trainer.model) / 1024:.1f} KiB" in weights
 
 
-def test_sharding_divides_what_it_says(tmp_path):
-    size = LoraSize(4, 8, 0.0)
-    model = add_adapter(tiny.tiny_model(), size, size, train_vusr=True)
-    args = SFTConfig(output_dir=str(tmp_path), bf16=False, use_cpu=True)
+def test_sharding_divides_what_it_says(adapted, args):
     ddp, zero2, full = (
-        {term.name: term.num_bytes for term in estimate_memory(model, Batch(1, 50, 1), args, 8, sharding)}
+        {term.name: term.num_bytes for term in estimate_memory(adapted, Batch(1, 50, 1), args, 8, sharding)}
         for sharding in SHARDINGS
     )
     assert ddp["gradients"] == 2 * 8 * zero2["gradients"] and ddp["optimizer"] == 8 * zero2["optimizer"]
     assert zero2["weights"] == ddp["weights"] > full["weights"] > ddp["weights"] / 8
 
 
-def test_unknown_optimizer_is_refused(tmp_path):
-    model = add_adapter(tiny.tiny_model(), LoraSize(4, 8, 0.0), LoraSize(0, 8, 0.0), train_vusr=False)
-    args = SFTConfig(output_dir=str(tmp_path), bf16=False, use_cpu=True, optim="adafactor")
-    with pytest.raises(ValueError, match="optim is adafactor: the estimate knows adamw_torch"):
-        estimate_memory(model, Batch(1, 50, 1), args)
+def test_unknown_optimizer_is_refused(adapted, args):
+    args.optim = "adafactor"
+    with pytest.raises(ValueError, match=r"optim is adafactor, .* supports adamw_torch"):
+        estimate_memory(adapted, Batch(1, 50, 1), args)
 
 
 @pytest.mark.slow
@@ -204,24 +199,22 @@ def test_dry_run_takes_the_longest_rows_and_leaves_nothing(parts, tmp_path, caps
     tokens = trainer.data_collator([trainer.train_dataset[0]])["input_ids"].shape[1]
     output = " ".join(capsys.readouterr().out.split())
     assert f"2 rows of {tokens} tokens" in output and "Measured in one step on the longest rows:" in output
-    assert "10 rows, 4 a step" in output
+    assert "10 rows, 4 per step" in output
     assert not list(tmp_path.rglob("*.*"))
 
 
-def test_plan_without_data_says_that_steps_are_not_known(parts, tmp_path, capsys):
+def test_plan_without_data_says_that_steps_are_unknown(parts, tmp_path, capsys):
     run(parts, tmp_path, dry_run="meta", dataset_path=tmp_path / "missing.json", num_gpus=8)
     output = capsys.readouterr().out
-    assert "Steps: not known without the data." in output and "missing.json" in output
+    assert "Steps: unknown without the data." in output and "missing.json" in output
 
 
-def test_plan_of_a_stage_without_its_beginning_says_what_to_give(parts, tmp_path):
-    arguments = {**SETTINGS, "stage": "instruct", "dataset_path": parts / "rows.json", "output_dir": tmp_path}
-    arguments |= {"model_name_or_path": tmp_path / "stage1", "dry_run": "meta"}
-    with pytest.raises(ValueError, match=r"stage1: no such folder.* give vision_model_name_or_path"):
-        train_sft.main([text for name, value in arguments.items() for text in (f"--{name}", str(value))])
+def test_plan_of_a_stage_before_the_previous_one_exists_says_what_to_set(parts, tmp_path):
+    with pytest.raises(ValueError, match=r"stage1: no such folder.* add vision_model_name_or_path"):
+        run(parts, tmp_path, tmp_path / "stage1", stage="instruct", dry_run="meta")
 
 
-def test_too_few_rows_are_taken_more_than_once():
+def test_too_few_rows_are_repeated():
     rows = datasets.Dataset.from_dict({"length": [3, 9, 5], "row_id": [0, 1, 2]})
     assert longest_rows(rows, 2)["row_id"] == [1, 2]
     assert longest_rows(rows, 5)["row_id"] == [1, 2, 0, 0, 0]

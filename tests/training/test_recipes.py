@@ -1,4 +1,4 @@
-"""The recipes: their keys, their tiny twins in training, the memory that they state, and the launch settings."""
+"""The recipes: their keys, the training of their tiny twins, the memory that they state, and the launch settings."""
 
 import json
 import os
@@ -28,12 +28,13 @@ from sq_llava.training import stage_model as base
 from sq_llava.training.adapter import LoraSize, add_adapter
 from sq_llava.training.settings import SQLlavaArguments
 from sq_llava.training.trainer import keep_wrap_policy
-from tests import tiny
+from tests import runs, tiny
 
 
 RECIPES = find_resource("recipes")
 ORIGINALS = sorted(file.relative_to(RECIPES) for file in RECIPES.glob("*b/*.yaml"))  # of 7b and 13b models
 LAUNCHES = sorted((RECIPES / "accelerate").glob("*.yaml"))
+SIZE = LoraSize(4, 8, 0.0)
 
 
 def keys(file: Path) -> set[str]:
@@ -53,7 +54,8 @@ def parts(tmp_path_factory) -> Path:
     return root
 
 
-def run_twin(recipe: Path, parts: Path, runs: Path) -> None:
+def run_twin(recipe: Path, parts: Path, folder: Path) -> None:
+    """Trains one step of a tiny recipe, with these models and rows."""
     settings = yaml.safe_load((RECIPES / "tiny" / recipe).read_text())
     for source in settings.get("datasets", [settings]):
         source |= {"path" if "path" in source else "dataset_path": str(parts / "rows.json"), "image_root": str(parts)}
@@ -61,10 +63,10 @@ def run_twin(recipe: Path, parts: Path, runs: Path) -> None:
         if path := settings.get(f"{name}_model_name_or_path"):
             settings[f"{name}_model_name_or_path"] = str(parts / Path(path).name)
     if "model_name_or_path" in settings:
-        settings["model_name_or_path"] = str(runs / recipe.parent / Path(settings["model_name_or_path"]).name)
-    settings |= {"output_dir": str(runs / recipe.with_suffix("")), "max_steps": 1, "use_cpu": True}
-    (runs / "recipe.yaml").write_text(yaml.safe_dump(settings))
-    train_sft.main(["--config", str(runs / "recipe.yaml"), "--resume", "0"])
+        settings["model_name_or_path"] = str(folder / recipe.parent / Path(settings["model_name_or_path"]).name)
+    settings |= {"output_dir": str(folder / recipe.with_suffix("")), "max_steps": 1, "use_cpu": True}
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(settings))
+    train_sft.main(["--config", str(folder / "recipe.yaml"), "--resume", "0"])
 
 
 @pytest.mark.parametrize("recipe", ORIGINALS, ids=str)
@@ -92,7 +94,7 @@ def test_recipe_has_no_unknown_setting(recipe):
         holder = next(part for part in (arguments, training_args, model_config) if name in vars(part))
         if name == "datasets":
             value = [DataSource(**source) for source in value]
-        # An enumeration or a list is made of some of the strings.
+        # Some strings become an enumeration or a list.
         assert getattr(holder, name) == value or str(value) in str(getattr(holder, name)) or value == "none", name
 
 
@@ -131,7 +133,7 @@ def test_tiny_twins_of_the_other_systems_train_what_they_say(system, parts, tmp_
 
 @pytest.fixture(scope="module")
 def big_configs(tmp_path_factory) -> Path:
-    """The configurations, without weights, of the towers, and of both sizes of Vicuna."""
+    """The configurations, without weights, of the vision towers and of both sizes of Vicuna."""
     root = tmp_path_factory.mktemp("configs")
     CLIPVisionConfig(**CLIP_VIT_L_14_336).save_pretrained(root / "clip-vit-large-patch14-336")
     CLIPVisionConfig(**{**CLIP_VIT_L_14_336, "image_size": 224}).save_pretrained(root / "clip-vit-large-patch14")
@@ -158,17 +160,15 @@ def test_recipe_states_the_memory_that_the_dry_run_estimates(recipe, big_configs
         if name in first
     }
     parts["text_model_name_or_path"] = str(big_configs / recipe.parent.name.rpartition("-")[2])
-    train_sft.main([
-        "--config", str(RECIPES / recipe), "--dry_run", "meta", "--num_gpus", str(num_gpus), "--use_cpu", "true",
-        *(text for item in parts.items() for text in (f"--{item[0]}", item[1])),
-    ])  # fmt: skip
-    total = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("│ all "))
+    settings = {"config": RECIPES / recipe, "dry_run": "meta", "num_gpus": num_gpus, "use_cpu": True}
+    train_sft.main(runs.command_line(settings | parts))
+    total = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("│ total "))
     sizes = re.compile(r"\d+\.\d GiB")
     assert sizes.findall(total) == sizes.findall(header)
 
 
 def launch_environment(file: Path) -> dict[str, str]:
-    """What `accelerate launch --config_file` tells the processes that it starts."""
+    """The environment in which `accelerate launch --config_file` starts processes."""
     arguments = launch_command_parser().parse_args(["--config_file", str(file), "train_sft.py"])
     arguments, defaults, _ = _validate_launch_command(arguments)
     if arguments.use_deepspeed:
@@ -190,8 +190,7 @@ def test_fsdp2_makes_each_layer_a_unit_of_its_own(monkeypatch):
     plugin = FullyShardedDataParallelPlugin()
     assert plugin.fsdp_version == 2 and plugin.reshard_after_forward and not plugin.cpu_ram_efficient_loading
     assert "FULL_STATE_DICT" in str(plugin.state_dict_type)
-    size = LoraSize(4, 8, 0.0)
-    model = add_adapter(tiny.tiny_model(), size, size, train_vusr=True)
+    model = add_adapter(tiny.tiny_model(), SIZE, SIZE, train_vusr=True)
     accelerator = type("Accelerator", (), {"state": type("State", (), {"fsdp_plugin": plugin})})
     keep_wrap_policy(plugin)
     update_fsdp_plugin_peft(model, accelerator)  # as the Trainer does
@@ -204,39 +203,39 @@ def test_fsdp2_makes_each_layer_a_unit_of_its_own(monkeypatch):
     ]
 
 
-@pytest.mark.parametrize("stage", [2, 3])
-def test_zero_settings_leave_batch_and_precision_to_the_recipe(stage, monkeypatch):
-    config = zero_config(stage, monkeypatch)
+@pytest.fixture(params=[2, 3])
+def zero(request, monkeypatch) -> tuple[int, dict]:
+    """A stage of ZeRO, and DeepSpeed's configuration of it."""
+    stage = request.param
+    for name, value in launch_environment(RECIPES / "accelerate" / f"zero{stage}.yaml").items():
+        monkeypatch.setenv(name, value)
+    plugin = DeepSpeedPlugin()
+    assert plugin.zero3_init_flag == (stage == 3)
+    return stage, plugin.deepspeed_config
+
+
+def test_zero_settings_leave_batch_and_precision_to_the_recipe(zero):
+    stage, config = zero
     assert config["zero_optimization"]["stage"] == stage
     for name in ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"):
         assert config[name] == "auto"
 
 
-@pytest.mark.parametrize("stage", [2, 3])
-def test_zero_settings_fit_the_schema_of_deepspeed(stage, monkeypatch):
-    zero = pytest.importorskip("deepspeed.runtime.zero.config", reason="DeepSpeed is not among the requirements")
-    settings = zero_config(stage, monkeypatch)["zero_optimization"]
-    assert zero.DeepSpeedZeroConfig(**settings).stage == stage
-
-
-def zero_config(stage: int, monkeypatch) -> dict:
-    for name, value in launch_environment(RECIPES / "accelerate" / f"zero{stage}.yaml").items():
-        monkeypatch.setenv(name, value)
-    plugin = DeepSpeedPlugin()
-    assert plugin.zero3_init_flag == (stage == 3)
-    return plugin.deepspeed_config
+def test_zero_settings_fit_the_schema_of_deepspeed(zero):
+    schema = pytest.importorskip("deepspeed.runtime.zero.config", reason="DeepSpeed is not among the requirements")
+    stage, config = zero
+    assert schema.DeepSpeedZeroConfig(**config["zero_optimization"]).stage == stage
 
 
 def test_zero3_refuses_a_model_from_parts(parts, tmp_path, monkeypatch):
     monkeypatch.setattr(base, "is_deepspeed_zero3_enabled", lambda: True)
-    with pytest.raises(ValueError, match="give its folder as model_name_or_path"):
+    with pytest.raises(ValueError, match="set model_name_or_path to its folder"):
         run_twin(Path("sq-llava-7b/stage1.yaml"), parts, tmp_path)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_all_that_is_trained_has_one_precision(dtype):
-    size = LoraSize(4, 8, 0.0)
-    model = add_adapter(tiny.tiny_model().to(torch.bfloat16), size, size, train_vusr=True, trained_dtype=dtype)
+    model = add_adapter(tiny.tiny_model().to(torch.bfloat16), SIZE, SIZE, train_vusr=True, trained_dtype=dtype)
     assert {p.dtype for p in model.parameters() if p.requires_grad} == {dtype}
     assert {p.dtype for p in model.parameters() if not p.requires_grad} == {torch.bfloat16}
 

@@ -1,6 +1,5 @@
-"""Runs that are killed, stopped, out of disk or fed with bad rows go on as if nothing had been."""
+"""Runs that are killed, stopped, out of disk space or fed with bad rows resume as if nothing had happened."""
 
-import json
 import random
 import signal
 import time
@@ -10,230 +9,182 @@ import pytest
 
 import train_sft
 from sq_llava.training.recovery import EXIT_TRY_AGAIN
+from tests import runs
 from tests.processes import ended
-from tests.runs import (
-    arguments,
-    assert_equal_runs,
-    break_row,
-    die,
-    in_step,
-    kill_at_the_end,
-    kill_before_random_states,
-    kill_in_adapter_file,
-    kill_in_base,
-    kill_in_rotation,
-    kill_in_state_file,
-    limit_file_size,
-    make_parts,
-    note_rows,
-    poison_row,
-    run,
-    signal_all,
-    signal_self,
-    start,
-    steps_saved,
-)
+from tests.runs import Run, assert_equal_runs, die, in_step, signal_self
 
 
 pytestmark = pytest.mark.slow
 
-
-@pytest.fixture(scope="module")
-def parts(tmp_path_factory) -> Path:
-    return make_parts(tmp_path_factory.mktemp("parts"))
+KILLED, STOPPED = [-signal.SIGKILL], [EXIT_TRY_AGAIN]
 
 
 @pytest.fixture(scope="module")
 def whole(parts, tmp_path_factory) -> Path:
-    """The run that nobody interrupts."""
-    folder = tmp_path_factory.mktemp("whole")
-    assert run(arguments(parts, folder / "run"), folder / "log") == [0], (folder / "log").read_text()[-3000:]
-    return folder / "run"
+    """A run without interruption."""
+    return Run(parts, tmp_path_factory.mktemp("whole")).finish()
 
 
-def test_run_killed_in_its_base_a_step_and_a_save_equals_the_uninterrupted_one(parts, whole, tmp_path):
-    output_dir, log = tmp_path / "run", tmp_path / "log"
-    resumed = arguments(parts, output_dir, resume=True)
-    assert run(resumed, log, (kill_in_base,)) == [-signal.SIGKILL]
-    assert "holds no complete checkpoint; training starts over" in log.read_text()
-    assert run(resumed, log, (in_step, 6, die)) == [-signal.SIGKILL]
-    assert steps_saved(output_dir) == [2, 4]
-    assert run(resumed, log, (kill_in_state_file,)) == [-signal.SIGKILL]
-    assert run(resumed, log, (kill_at_the_end,)) == [-signal.SIGKILL]
-    assert "checkpoint-6 is half-written (trainer_state.json is cut off) and skipped" in log.read_text()
-    assert run(resumed, log) == [0], log.read_text()[-3000:]
-    assert_equal_runs(whole, output_dir)
+@pytest.fixture
+def run(parts, tmp_path) -> Run:
+    return Run(parts, tmp_path, resume=True)
 
 
-def test_saves_that_were_killed_are_passed_over_and_set_aside(parts, whole, tmp_path):
-    output_dir, log = tmp_path / "run", tmp_path / "log"
-    resumed = arguments(parts, output_dir, resume=True, save_total_limit=1)
-    assert run(resumed, log, (kill_in_rotation,)) == [-signal.SIGKILL]
-    assert steps_saved(output_dir) == [2, 4]
-    assert run(resumed, log, (kill_in_adapter_file,)) == [-signal.SIGKILL]
-    assert "checkpoint-2 is half-written (optimizer.pt is missing)" in log.read_text()
-    assert steps_saved(output_dir) == [4, 6]
-    assert run(resumed, log, (kill_before_random_states,)) == [-signal.SIGKILL]
-    assert "checkpoint-6 is half-written (trainer_state.json is missing; run.json is missing)" in log.read_text()
-    assert run(resumed, log) == [0], log.read_text()[-3000:]
-    assert steps_saved(output_dir) == [9]
-    set_aside = sorted(folder.name for folder in output_dir.glob("half-written-*"))
-    assert set_aside == [f"half-written-checkpoint-{name}" for name in ("2", "6", "6-2")]
-    assert_equal_runs(whole, output_dir)
+def test_run_killed_in_its_base_a_step_and_a_save_equals_the_uninterrupted_one(run, whole):
+    assert run.exit_codes(runs.kill_in_base) == KILLED
+    assert "contains no complete checkpoint. Training starts at step 0." in run.text
+    assert run.exit_codes(in_step, 6, die) == KILLED
+    assert run.steps_saved == [2, 4]
+    assert run.exit_codes(runs.kill_in_state_file) == KILLED
+    assert run.exit_codes(runs.kill_at_the_end) == KILLED
+    assert "checkpoint-6 is half-written (trainer_state.json is cut off) and is skipped" in run.text
+    assert_equal_runs(whole, run.finish())
+
+
+def test_half_written_checkpoints_are_skipped_and_renamed(parts, whole, tmp_path):
+    run = Run(parts, tmp_path, resume=True, save_total_limit=1)
+    assert run.exit_codes(runs.kill_in_rotation) == KILLED
+    assert run.steps_saved == [2, 4]
+    assert run.exit_codes(runs.kill_in_adapter_file) == KILLED
+    assert "checkpoint-2 is half-written (optimizer.pt is missing)" in run.text
+    assert run.steps_saved == [4, 6]
+    assert run.exit_codes(runs.kill_before_random_states) == KILLED
+    assert "checkpoint-6 is half-written (trainer_state.json is missing; run.json is missing)" in run.text
+    assert_equal_runs(whole, run.finish())
+    assert run.steps_saved == [9]
+    renamed = sorted(folder.name for folder in run.output_dir.glob("half-written-*"))
+    assert renamed == [f"half-written-checkpoint-{name}" for name in ("2", "6", "6-2")]
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_signal_ends_with_75_behind_the_step_and_nothing_is_lost(parts, whole, tmp_path, number):
-    output_dir, log = tmp_path / "run", tmp_path / "log"
-    resumed = arguments(parts, output_dir, resume=True)
-    assert run(resumed, log, (in_step, 5, signal_self, 0, number)) == [EXIT_TRY_AGAIN]
-    assert steps_saved(output_dir) == [4, 5]
-    assert "Stopped at step 5. Resume with --resume." in log.read_text()
-    assert not (output_dir / "adapter_model.safetensors").exists()
-    assert run(resumed, log) == [0], log.read_text()[-3000:]
-    assert_equal_runs(whole, output_dir)
+def test_signal_finishes_the_step_exits_with_75_and_loses_nothing(run, whole, number):
+    assert run.exit_codes(in_step, 5, signal_self, 0, number) == STOPPED
+    assert run.steps_saved == [4, 5]
+    assert "Stopped at step 5. Resume with --resume." in run.text
+    assert not (run.output_dir / "adapter_model.safetensors").exists()
+    assert_equal_runs(whole, run.finish())
 
 
 @pytest.mark.parametrize("stage", ["stage1", "stage2"])
 def test_recipe_of_the_readme_is_saved_on_ctrl_c(parts, tmp_path, stage):
-    settings = {
+    run = Run(parts, tmp_path)
+    run.args = runs.command_line({
         "config": Path(train_sft.__file__).parent / "recipes" / "easy-vqa" / f"{stage}.yaml",
         "dataset_path": parts / "train.json",
         "vision_model_name_or_path": parts / "clip",
         "text_model_name_or_path": parts / "llama",
-        "output_dir": tmp_path / "run",
+        "output_dir": run.output_dir,
         "use_cpu": True,
-    }
-    args = [text for name, value in settings.items() for text in (f"--{name}", str(value))]
-    assert run(args, tmp_path / "log", (in_step, 2, signal_self, 0, signal.SIGINT)) == [EXIT_TRY_AGAIN]
-    assert steps_saved(tmp_path / "run") == [2]
-    assert "Stopped at step 2. Resume with --resume." in (tmp_path / "log").read_text()
+    })  # fmt: skip
+    assert run.exit_codes(in_step, 2, signal_self, 0, signal.SIGINT) == STOPPED
+    assert run.steps_saved == [2]
+    assert "Stopped at step 2. Resume with --resume." in run.text
 
 
-def test_second_interrupt_stops_at_once(parts, tmp_path):
-    args = arguments(parts, tmp_path / "run")
-    assert run(args, tmp_path / "log", (in_step, 5, signal_self, 0, signal.SIGINT, signal.SIGINT)) == [1]
-    assert "KeyboardInterrupt" in (tmp_path / "log").read_text()
-    assert steps_saved(tmp_path / "run") == [2, 4]
+def test_second_interrupt_stops_at_once(run):
+    assert run.exit_codes(in_step, 5, signal_self, 0, signal.SIGINT, signal.SIGINT) == [1]
+    assert "KeyboardInterrupt" in run.text
+    assert run.steps_saved == [2, 4]
 
 
-def test_signal_in_the_last_step_lets_the_run_end(parts, whole, tmp_path):
-    args = arguments(parts, tmp_path / "run")
-    assert run(args, tmp_path / "log", (in_step, 9, signal_self, 0, signal.SIGTERM)) == [0]
-    assert_equal_runs(whole, tmp_path / "run")
+def test_signal_in_the_last_step_lets_the_run_end(run, whole):
+    assert_equal_runs(whole, run.finish(in_step, 9, signal_self, 0, signal.SIGTERM))
 
 
 def test_rows_grouped_by_length_come_once_an_epoch_and_in_the_same_order_after_a_kill(parts, tmp_path):
-    settings = {"per_device_train_batch_size": 2, "train_sampling_strategy": "group_by_length"}
-    whole, output_dir, log = tmp_path / "whole", tmp_path / "run", tmp_path / "log"
-    assert run(arguments(parts, whole, **settings), log, (note_rows, tmp_path), processes=2) == [0, 0]
-    steps = [list(map(json.loads, (tmp_path / f"rows{rank}").read_text().splitlines())) for rank in (0, 1)]
+    settings = {"processes": 2, "per_device_train_batch_size": 2, "train_sampling_strategy": "group_by_length"}
+    whole = Run(parts, tmp_path / "whole", **settings).finish(runs.write_row_ids, tmp_path)
+    steps = runs.row_ids(tmp_path)
     epochs = [sorted(row for rank in steps for batch in rank[at : at + 4] for row in batch) for at in (0, 4)]
     assert epochs == [list(range(16))] * 2
     assert steps[0][:4] != steps[0][4:8]
-    resumed = arguments(parts, output_dir, resume=True, **settings)
-    assert -signal.SIGKILL in run(resumed, log, (in_step, 8, die), processes=2)
-    assert run(resumed, log, processes=2) == [0, 0], log.read_text()[-3000:]
-    assert_equal_runs(whole, output_dir)
+    run = Run(parts, tmp_path / "killed", resume=True, **settings)
+    assert -signal.SIGKILL in run.exit_codes(in_step, 8, die)
+    assert_equal_runs(whole, run.finish())
 
 
-def test_signal_to_data_loader_workers_too_loses_nothing(parts, tmp_path):
-    settings = {
-        "dataloader_num_workers": 2,
-        "dataloader_persistent_workers": True,
-        "dataloader_multiprocessing_context": "fork",
-    }
-    whole, output_dir, log = tmp_path / "whole", tmp_path / "run", tmp_path / "log"
-    assert run(arguments(parts, whole, **settings), log) == [0], log.read_text()[-3000:]
-    resumed = arguments(parts, output_dir, resume=True, **settings)
-    assert run(resumed, log, (in_step, 6, signal_all)) == [EXIT_TRY_AGAIN], log.read_text()[-3000:]
-    assert steps_saved(output_dir) == [4, 6]
-    assert run(resumed, log) == [0], log.read_text()[-3000:]
-    assert_equal_runs(whole, output_dir)
+def test_signal_to_dataloader_workers_too_loses_nothing(parts, tmp_path):
+    settings = {"dataloader_num_workers": 2, "dataloader_persistent_workers": True}
+    settings["dataloader_multiprocessing_context"] = "fork"
+    whole = Run(parts, tmp_path / "whole", **settings).finish()
+    run = Run(parts, tmp_path / "stopped", resume=True, **settings)
+    assert run.exit_codes(in_step, 6, runs.signal_all) == STOPPED, run.text[-3000:]
+    assert run.steps_saved == [4, 6]
+    assert_equal_runs(whole, run.finish())
 
 
-def test_signal_to_one_process_stops_both_behind_the_same_step(parts, tmp_path):
-    settings = {"per_device_train_batch_size": 2, "max_steps": 6}
-    output_dir, log = tmp_path / "run", tmp_path / "log"
-    assert run(arguments(parts, tmp_path / "whole", **settings), log, processes=2) == [0, 0]
-    resumed = arguments(parts, output_dir, resume=True, **settings)
-    stop = (in_step, 3, signal_self, 1, signal.SIGTERM)
-    assert run(resumed, log, stop, processes=2) == [EXIT_TRY_AGAIN, EXIT_TRY_AGAIN]
-    assert steps_saved(output_dir) == [2, 3]
-    assert run(resumed, log, processes=2) == [0, 0], log.read_text()[-3000:]
-    assert_equal_runs(tmp_path / "whole", output_dir)
+def test_signal_to_one_process_stops_both_after_the_same_step(parts, tmp_path):
+    settings = {"processes": 2, "per_device_train_batch_size": 2, "max_steps": 6}
+    whole = Run(parts, tmp_path / "whole", **settings).finish()
+    run = Run(parts, tmp_path / "stopped", resume=True, **settings)
+    assert run.exit_codes(in_step, 3, signal_self, 1, signal.SIGTERM) == STOPPED * 2
+    assert run.steps_saved == [2, 3]
+    assert_equal_runs(whole, run.finish())
 
 
 @pytest.mark.parametrize("file", ["adapter_model.safetensors", "optimizer.pt"])
 def test_full_disk_leaves_the_last_checkpoint_and_a_clear_error(parts, whole, tmp_path, file):
-    output_dir, log = tmp_path / "run", tmp_path / "log"
-    resumed = arguments(parts, output_dir, resume=True, save_total_limit=1)
+    run = Run(parts, tmp_path, resume=True, save_total_limit=1)
     size = (whole / "checkpoint-9" / file).stat().st_size - 1
-    assert run(resumed, log, (in_step, 4, limit_file_size, size)) == [1]
-    assert f"CheckpointError: {output_dir}/checkpoint-4 could not be written, with " in log.read_text()
-    assert "It was removed; checkpoint-2 is as it was. Free disk space, then resume with --resume." in log.read_text()
-    assert [folder.name for folder in output_dir.glob("*checkpoint*")] == ["checkpoint-2"]
-    assert run(resumed, log) == [0], log.read_text()[-3000:]
-    assert_equal_runs(whole, output_dir)
+    assert run.exit_codes(in_step, 4, runs.limit_file_size, size) == [1]
+    assert f"CheckpointError: {run.output_dir}/checkpoint-4 could not be written (" in run.text
+    assert "It was removed; checkpoint-2 is unchanged. Free disk space, then resume with --resume." in run.text
+    assert [folder.name for folder in run.output_dir.glob("*checkpoint*")] == ["checkpoint-2"]
+    assert_equal_runs(whole, run.finish())
 
 
-def test_row_found_wrong_in_mid_run_loses_no_step(parts, whole, tmp_path):
-    output_dir, log = tmp_path / "run", tmp_path / "log"
-    resumed = arguments(parts, output_dir, resume=True, save_steps=100)
-    assert run(resumed, log, (break_row, 5)) == [1]
-    (done,) = steps_saved(output_dir)
+def test_row_found_invalid_during_training_loses_no_step(parts, whole, tmp_path):
+    run = Run(parts, tmp_path, resume=True, save_steps=100)
+    assert run.exit_codes(runs.break_row, 5) == [1]
+    (done,) = run.steps_saved
     assert done > 2
-    assert "ValueError: train.json, row 5: the image is broken." in log.read_text()
-    assert f"{done} steps were done. --resume continues from checkpoint-{done}." in log.read_text()
-    assert run(resumed, log) == [0], log.read_text()[-3000:]
-    assert_equal_runs(whole, output_dir)
+    assert "ValueError: train.json, row 5: the image is broken." in run.text
+    assert f"{done} steps were trained. --resume resumes from checkpoint-{done}." in run.text
+    assert_equal_runs(whole, run.finish())
 
 
-def wait_for_steps(number: int, children: list, log: Path) -> None:
-    """Until the run has made so many more steps, or ended."""
-    losses_then = log.read_text().count("'loss'") + number
-    while log.read_text().count("'loss'") < losses_then and children[0].is_alive():
+def wait_for_steps(number: int, children: list, run: Run) -> None:
+    """Waits until the run has made this many more steps, or has ended."""
+    losses_then = run.text.count("'loss'") + number
+    while run.text.count("'loss'") < losses_then and children[0].is_alive():
         time.sleep(0.001)
 
 
 @pytest.mark.parametrize(("processes", "num_kills"), [(1, 4), (2, 2)])
 def test_run_killed_at_random_moments_equals_the_uninterrupted_one(parts, tmp_path, processes, num_kills):
     settings = {"per_device_train_batch_size": 4 // processes, "max_steps": 6 * num_kills, "save_steps": 3}
-    whole, output_dir, log = tmp_path / "whole", tmp_path / "run", tmp_path / "log"
-    assert run(arguments(parts, whole, **settings), log, processes=processes) == [0] * processes
-    resumed = arguments(parts, output_dir, resume=True, **settings)
+    whole = Run(parts, tmp_path / "whole", processes, **settings).finish()
+    run = Run(parts, tmp_path / "killed", processes, resume=True, **settings)
     draw = random.Random(0)
     for _ in range(num_kills):
-        children = start(resumed, log, processes=processes)
-        wait_for_steps(1, children, log)
+        children = run.start()
+        wait_for_steps(1, children, run)
         begin, num_steps = time.monotonic(), draw.randint(1, 3)
-        wait_for_steps(num_steps, children, log)
-        # Somewhere in the next step, by how long one takes at present.
+        wait_for_steps(num_steps, children, run)
+        # At a random moment of the next step, judged by how long the last steps took.
         time.sleep(draw.uniform(0, 1) * (time.monotonic() - begin) / num_steps)
-        # One of two processes, or both: the other ends by itself, with an error or by our hand.
+        # One of two processes, or both. The other one ends with an error, or is killed by `ended`.
         for child in draw.sample(children, draw.randint(1, processes)):
             child.kill()
-        codes = ended(children)
-        assert -signal.SIGKILL in codes, "the run was over before it could be killed"
-    assert run(resumed, log, processes=processes) == [0] * processes, log.read_text()[-3000:]
-    assert_equal_runs(whole, output_dir)
+        assert -signal.SIGKILL in ended(children), "the run ended before it could be killed"
+    assert_equal_runs(whole, run.finish())
 
 
 @pytest.mark.parametrize(
     ("fault", "message"),
-    [(poison_row, "is not applied: its loss is nan"), (break_row, "train.json, row 5: the image is broken")],
+    [
+        (runs.poison_row, "was not applied: its loss is nan"),
+        (runs.break_row, "train.json, row 5: the image is broken"),
+    ],
 )
 def test_fault_in_one_of_two_processes_ends_both_and_loses_no_checkpoint(parts, tmp_path, fault, message):
-    settings = {"per_device_train_batch_size": 2, "save_steps": 1}
-    whole, output_dir, log = tmp_path / "whole", tmp_path / "run", tmp_path / "log"
-    assert run(arguments(parts, whole, **settings), log, processes=2) == [0, 0]
-    resumed = arguments(parts, output_dir, resume=True, **settings)
-    codes = run(resumed, log, (fault, 5), processes=2)
+    settings = {"processes": 2, "per_device_train_batch_size": 2, "save_steps": 1}
+    whole = Run(parts, tmp_path / "whole", **settings).finish()
+    run = Run(parts, tmp_path / "faulty", resume=True, **settings)
+    codes = run.exit_codes(fault, 5)
     assert 0 not in codes and -signal.SIGKILL not in codes
-    assert message in log.read_text()
-    newest = max(steps_saved(output_dir))
-    assert f"--resume continues from checkpoint-{newest}." in log.read_text()
-    if fault is poison_row:
-        assert all(f"Its batches on process {rank}, by row_id: rows" in log.read_text() for rank in (0, 1))
-    assert run(resumed, log, processes=2) == [0, 0], log.read_text()[-3000:]
-    assert_equal_runs(whole, output_dir)
+    assert message in run.text
+    assert f"--resume resumes from checkpoint-{max(run.steps_saved)}." in run.text
+    if fault is runs.poison_row:
+        assert all(f"Its batches on process {rank}, by row_id: rows" in run.text for rank in (0, 1))
+    assert_equal_runs(whole, run.finish())

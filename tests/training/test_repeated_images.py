@@ -1,4 +1,4 @@
-"""An image that several rows of a batch show is opened, processed and encoded once, and nothing else changes."""
+"""An image that repeats in a batch is opened, processed and encoded once, and nothing else changes."""
 
 import dataclasses
 from pathlib import Path
@@ -8,13 +8,12 @@ import torch
 from PIL import Image
 
 from sq_llava.data.images import open_image
-from sq_llava.training import collator as self_questioning
 from sq_llava.training.collator import SelfQuestioningCollator
 from tests import tiny
 
 
 def row(row_id: int, *images) -> dict:
-    """Each image stands in a turn of its own."""
+    """A row with each image in a turn of its own."""
     messages = []
     for part in [{"type": "image"}] * len(images) or [{"type": "text", "text": "Hi."}]:
         messages.append({"role": "user", "content": [part, {"type": "text", "text": "What is this?"}]})
@@ -42,7 +41,9 @@ def as_bytes(file: str) -> dict:
 @pytest.mark.parametrize("read", [str, as_bytes, lambda file, cache={}: cache.setdefault(file, Image.open(file))])
 def test_each_image_is_opened_and_processed_once(collator, files, monkeypatch, read):
     opened = []
-    monkeypatch.setattr(self_questioning, "open_image", lambda image: opened.append(image) or open_image(image))
+    monkeypatch.setattr(
+        "sq_llava.training.collator.open_image", lambda image: opened.append(image) or open_image(image)
+    )
     a, b, c = files
     rows = [row(0, read(a)), row(1, read(b), read(a)), row(2), row(3, read(b)), row(4, read(c))]
     batch = collator(rows)
@@ -52,7 +53,7 @@ def test_each_image_is_opened_and_processed_once(collator, files, monkeypatch, r
     assert torch.equal(batch["pixel_values"][batch["image_indices"]], alone)
 
 
-def test_equal_pixels_of_two_files_are_two_images(collator, files, tmp_path):
+def test_two_files_with_equal_pixels_are_two_images(collator, files, tmp_path):
     (tmp_path / "copy.png").write_bytes(Path(files[0]).read_bytes())
     batch = collator([row(0, files[0]), row(1, str(tmp_path / "copy.png"))])
     assert len(batch["pixel_values"]) == 2 and "image_indices" not in batch
@@ -64,7 +65,7 @@ def test_collator_with_another_epoch_is_the_same_collator(collator, files):
     assert torch.equal(collator(rows)["image_indices"], again(rows)["image_indices"])
 
 
-def test_loss_and_gradients_are_those_of_every_image_encoded_for_itself(collator, files):
+def test_loss_and_gradients_are_the_same_as_without_deduplication(collator, files):
     a, b, _ = files
     batch = collator([row(0, a), row(1, b, a), row(2), row(3, a)])
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "labels")}

@@ -1,4 +1,4 @@
-"""The table of settings: it is whole, the refusals come from it, and its document is what it says."""
+"""The table of settings is complete, errors come from it, and docs/settings.md is generated from it."""
 
 import copy
 from dataclasses import fields
@@ -11,6 +11,7 @@ import train_sft
 from sq_llava.training import setting_table
 from sq_llava.training.setting_table import NOT_IN_ALL_VERSIONS, SETTINGS, TABLE, refuse_settings
 from sq_llava.training.settings import SQLlavaArguments
+from tests.runs import command_line
 
 
 ROOT = Path(train_sft.__file__).parent
@@ -35,15 +36,15 @@ def test_every_field_of_the_installed_versions_is_in_the_table(config):
     titles = [title for title in TABLE if CLASSES.get(title, (SFTConfig,)) == (config,)]
     named = {name for title in titles for name in TABLE[title]}
     there = {field.name for field in fields(config) if field.init}
-    assert there - named == set(), "say in sq_llava/training/setting_table.py what becomes of these"
-    assert named - there <= NOT_IN_ALL_VERSIONS, "no version has these"
+    assert there - named == set(), "add these to sq_llava/training/setting_table.py"
+    assert named - there <= NOT_IN_ALL_VERSIONS, "these do not exist in any version"
 
 
-def test_no_setting_stands_in_the_table_twice():
+def test_no_setting_is_in_the_table_twice():
     assert len(SETTINGS) == sum(map(len, TABLE.values()))
 
 
-def test_tests_that_the_table_names_are_there():
+def test_tests_that_the_table_names_exist():
     for name, setting in SETTINGS.items():
         if setting.verdict == "honoured" and setting.note:
             file, _, test = setting.note.partition("::")
@@ -53,14 +54,14 @@ def test_tests_that_the_table_names_are_there():
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_refused_setting_is_named_with_its_value_and_the_mend(configs, name):
+def test_refused_setting_is_named_with_its_value_and_what_to_do(configs, name):
     with pytest.raises(ValueError, match=rf"^{name} is .*, which is not supported\. [A-Z].+\.$") as error:
         refuse_settings(*with_value(configs, name, "something else"))
     assert "\n" not in str(error.value)
     assert ("something else" in str(error.value)) == (name != "hub_token")  # a token is a secret
 
 
-def test_defaults_and_values_that_ask_for_what_is_done_are_taken(configs):
+def test_defaults_and_accepted_values_are_not_refused(configs):
     refuse_settings(*configs)
     values = [(name, value) for name in REFUSED for value in SETTINGS[name].values]
     assert ("completion_only_loss", True) in values
@@ -71,12 +72,9 @@ def test_defaults_and_values_that_ask_for_what_is_done_are_taken(configs):
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        (
-            {"label_smoothing_factor": 0.1},
-            "label_smoothing_factor is 0.1, which is not supported. It needs all logits",
-        ),
+        ({"label_smoothing_factor": 0.1}, "label_smoothing_factor is 0.1, which is not supported. It needs all"),
         ({"completion_only_loss": False}, "completion_only_loss is False"),
-        ({"chat_template_path": "mine.jinja"}, "chat_template_path is 'mine.jinja'.*give prompt_layout"),
+        ({"chat_template_path": "mine.jinja"}, "chat_template_path is 'mine.jinja'.*set prompt_layout"),
         ({"hub_strategy": "checkpoint"}, "hub_strategy is 'checkpoint'.*sq-llava push"),
         ({"push_to_hub": True}, "push_to_hub is True.*sq-llava push OUTPUT_DIR ORG/NAME"),
         ({"lora_modules_to_save": "lm_head"}, "lora_modules_to_save is .'lm_head'.*full_finetuning"),
@@ -86,7 +84,7 @@ def test_run_with_a_refused_setting_ends_before_any_model_is_loaded(given, messa
     settings = {"stage": "align", "dataset_path": "none.json", "model_name_or_path": "none", "use_cpu": True}
     settings |= {"output_dir": "none", "bf16": False, **given}
     with pytest.raises(ValueError, match=message):
-        train_sft.main([text for name, value in settings.items() for text in (f"--{name}", str(value))])
+        train_sft.main(command_line(settings))
     assert not Path("none").exists()
 
 

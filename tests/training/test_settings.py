@@ -1,4 +1,4 @@
-"""What the settings of training do: LoRA as PEFT users know it, the loss, the batches, and where generation stops."""
+"""What the settings of training do: LoRA, the loss, the batches, and where generation stops."""
 
 import math
 import shutil
@@ -25,38 +25,15 @@ SIZE = LoraSize(4, 8, 0.0)
 NAMED = ("q_proj", "v_proj")
 DORA = {"use_dora": True, "use_rslora": True}
 # One step, without dropout.
-SHORT = {"max_steps": 1, "save_strategy": "no", "vision_lora_dropout": 0.0, "lora_dropout": 0.0, "doctor": "off"}
-
-
-@pytest.fixture(scope="module")
-def parts(tmp_path_factory) -> Path:
-    return runs.make_parts(tmp_path_factory.mktemp("parts"))
+SHORT = runs.NO_DROPOUT | {"max_steps": 1, "save_strategy": "no", "doctor": "off"}
 
 
 def arguments(parts: Path, output_dir: Path, previous: Path | None = None, **overrides) -> list[str]:
-    """As of `runs`; a tuple is several words, and a stage before takes the place of the parts."""
-    settings = runs.SETTINGS | SHORT | {"dataset_path": parts / "train.json", "output_dir": output_dir}
-    if previous is None:
-        settings |= {"vision_model_name_or_path": parts / "clip", "text_model_name_or_path": parts / "llama"}
-    else:
-        settings |= {"model_name_or_path": previous}
-    words = []
-    for name, value in (settings | overrides).items():
-        words += [f"--{name}", *map(str, value if isinstance(value, tuple) else (value,))]
-    return words
+    return runs.arguments(parts, output_dir, previous, **SHORT | overrides)
 
 
 def train(*args, **overrides) -> SQLlavaTrainer:
     return train_sft.main(arguments(*args, **overrides))
-
-
-@torch.no_grad()
-def logits(model, processor) -> torch.Tensor:
-    content = [{"type": "image", "image": tiny.picture()}, {"type": "text", "text": "What is it?"}]
-    inputs = processor.apply_chat_template(
-        [{"role": "user", "content": content}], tokenize=True, return_dict=True, return_tensors="pt"
-    )
-    return model.eval()(**inputs).logits
 
 
 # LoRA
@@ -64,7 +41,7 @@ def logits(model, processor) -> torch.Tensor:
 
 @pytest.fixture(scope="module")
 def dora_stages(parts, tmp_path_factory) -> tuple[Path, SQLlavaTrainer]:
-    """Both stages with DoRA and rsLoRA, the second on two kinds of layers of the language model."""
+    """Both stages with DoRA and rsLoRA; in the second, on two kinds of layers of the language model."""
     root = tmp_path_factory.mktemp("dora")
     train(parts, root / "stage1", stage="align", **DORA, init_lora_weights="gaussian")
     stage2 = train(parts, root / "stage2", root / "stage1", **DORA, lora_target_modules=NAMED)
@@ -85,29 +62,31 @@ def test_dora_and_rslora_on_named_layers_are_trained_saved_merged_and_resumed_fr
     loaded, processor = load_checkpoint(stage2)
     lora = next(m for name, m in loaded.named_modules() if ".language_model." in name and hasattr(m, "lora_A"))
     assert lora.scaling["default"] == runs.SETTINGS["lora_alpha"] / math.sqrt(runs.SETTINGS["lora_r"])
-    expected = logits(trainer.model, processor)
-    torch.testing.assert_close(logits(loaded, processor), expected, rtol=0, atol=1e-5)
+    expected = runs.logits(trainer.model, processor)
+    torch.testing.assert_close(runs.logits(loaded, processor), expected, rtol=0, atol=1e-5)
     merge_adapter(stage2, str(tmp_path / "merged"))
     merged, _ = load_checkpoint(str(tmp_path / "merged"))
-    torch.testing.assert_close(logits(merged, processor), expected, rtol=1e-4, atol=1e-4)
-    # The next stage begins where the one before ended.
+    torch.testing.assert_close(runs.logits(merged, processor), expected, rtol=1e-4, atol=1e-4)
+    # Another stage starts with the same logits.
     for folder, text_size in ((str(stage1), SIZE), (stage2, SIZE)):
         before, processor = load_checkpoint(folder)
         options = LoraOptions(NAMED, use_rslora=True, use_dora=True)
         base = load_checkpoint(str(stage1 / "base"))[0]
         continued = add_adapter(base, SIZE, text_size, train_vusr=True, options=options)
         load_adapter_weights(continued, folder)
-        torch.testing.assert_close(logits(continued, processor), logits(before, processor), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(
+            runs.logits(continued, processor), runs.logits(before, processor), rtol=1e-5, atol=1e-5
+        )
 
 
 @pytest.mark.parametrize("name", LORA_INITIALISATIONS)
 def test_new_lora_of_each_initialisation_changes_no_logit(name):
     processor = tiny.tiny_processor()
     model = tiny.tiny_model_for(processor)
-    expected = logits(model, processor)
+    expected = runs.logits(model, processor)
     size = LoraSize(64, 128, 0.0)
     adapted = add_adapter(model, size, size, True, options=LoraOptions(init_lora_weights=LORA_INITIALISATIONS[name]))
-    torch.testing.assert_close(logits(adapted, processor), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(runs.logits(adapted, processor), expected, rtol=1e-4, atol=1e-4)
     a, b = (
         next(p for key, p in adapted.named_parameters() if ".language_model." in key and f".lora_{half}." in key)
         for half in "AB"
@@ -117,31 +96,28 @@ def test_new_lora_of_each_initialisation_changes_no_logit(name):
         assert (a.std() - 1 / 64 < 1e-3) == (name == "gaussian")
 
 
+NO_LORA = LoraSize(0, 8, 0.0)
+
+
 @pytest.mark.parametrize(
-    ("size", "options", "message"),
+    ("saved", "vision", "text", "options", "message"),
     [
-        (LoraSize(4, 16, 0.0), LoraOptions(), "vision_lora_alpha is 16, but the stage that wrote .* had 8"),
-        (SIZE, LoraOptions(use_rslora=True), "use_rslora is True, but the stage .* had False.*Give use_rslora false"),
-        (SIZE, LoraOptions(use_dora=True), "use_dora is True, but the stage"),
+        (NO_LORA, LoraSize(4, 16, 0.0), SIZE, {}, "vision_lora_alpha is 16, but the stage that wrote .* used 8"),
+        (SIZE, SIZE, LoraSize(4, 32, 0.0), {}, "lora_alpha is 32, but the stage"),
+        (NO_LORA, SIZE, SIZE, {"use_rslora": True}, "use_rslora is True, .* used False.*Set use_rslora to false"),
+        (NO_LORA, SIZE, SIZE, {"use_dora": True}, "use_dora is True, but the stage"),
     ],
 )
-def test_lora_that_would_be_scaled_otherwise_is_refused(tmp_path, size, options, message):
-    add_adapter(tiny.tiny_model(), SIZE, LoraSize(0, 8, 0.0), train_vusr=False).save_pretrained(tmp_path)
-    model = add_adapter(tiny.tiny_model(), size, SIZE, train_vusr=True, options=options)
-    with pytest.raises(ValueError, match=message):
-        load_adapter_weights(model, str(tmp_path))
-
-
-def test_language_models_lora_that_would_be_scaled_otherwise_is_refused(tmp_path):
-    add_adapter(tiny.tiny_model(), SIZE, SIZE, train_vusr=True).save_pretrained(tmp_path)
-    model = add_adapter(tiny.tiny_model(), SIZE, LoraSize(4, 32, 0.0), train_vusr=True)
-    with pytest.raises(ValueError, match=r"^lora_alpha is 32, but the stage"):
+def test_lora_that_would_be_scaled_otherwise_is_refused(tmp_path, saved, vision, text, options, message):
+    add_adapter(tiny.tiny_model(), SIZE, saved, train_vusr=True).save_pretrained(tmp_path)
+    model = add_adapter(tiny.tiny_model(), vision, text, train_vusr=True, options=LoraOptions(**options))
+    with pytest.raises(ValueError, match=f"^{message}"):
         load_adapter_weights(model, str(tmp_path))
 
 
 @pytest.mark.parametrize("name", ["lm_head", "multi_modal_projector", "fc1", "q_pro"])
 def test_lora_outside_of_the_language_models_layers_is_refused(name):
-    with pytest.raises(ValueError, match=f"holds {name}: .* down_proj, gate_proj, .* v_proj here"):
+    with pytest.raises(ValueError, match=f"contains {name}, but .* down_proj, gate_proj, .* v_proj"):
         add_adapter(tiny.tiny_model(), SIZE, SIZE, True, options=LoraOptions(("q_proj", name)))
 
 
@@ -155,30 +131,29 @@ def test_each_tower_has_its_own_dropout():
     assert dropouts == {("vision_tower", 0.25), ("language_model", 0.125)}
 
 
-# Settings that go together
+# Settings that do not work together
 
 
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (
-            {"stage": "align", "lora_target_modules": "q_proj"},
-            "lora_target_modules is 'q_proj', but this run trains no",
-        ),
+        ({"stage": "align", "lora_target_modules": "q_proj"}, "lora_target_modules is 'q_proj', but this run"),
         ({"lora_r": 0, "vision_lora_r": 0, "use_dora": True}, "use_dora is True, but this run trains no LoRA"),
         ({"use_dora": True, "load_in_8bit": True}, "use_dora is True and load_in_8bit is set"),
         ({"bnb_4bit_quant_type": "fp4"}, "bnb_4bit_quant_type is 'fp4', but load_in_4bit is not set"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights is 'pissa': choose one of default, gaussian, orthogonal"),
-        ({"init_lora_weights": "orthogonal", "lora_r": 5}, "is 'orthogonal' and lora_r is 5: it needs even"),
-        ({"full_finetuning": True, "lora_r": 0, "vision_lora_r": 0, "use_peft": True}, "with use_peft True"),
-        ({"do_eval": True}, "to evaluate, give eval_strategy"),
+        ({"init_lora_weights": "orthogonal", "lora_r": 5}, "is 'orthogonal', but lora_r is 5. It needs even"),
+        ({"full_finetuning": True, "lora_r": 0, "vision_lora_r": 0, "use_peft": True}, "together with use_peft True"),
+        ({"do_eval": True}, "To evaluate, set eval_strategy"),
+        ({"num_eval_rows": 3}, r"num_eval_rows is 3.*To evaluate, set eval_strategy"),
+        ({"self_question_ratio": 1.5}, "self_question_ratio is 1.5: it must be a number from 0 to 1"),
         ({"accelerator_config": '{"split_batches": true}'}, "accelerator_config has split_batches true"),
         ({"activation_offloading": True}, "activation_offloading is True, but the model is on the CPU"),
-        ({"train_sampling_strategy": "batch_rebalance"}, "'batch_rebalance': choose random"),
+        ({"train_sampling_strategy": "batch_rebalance"}, "'batch_rebalance', which is not supported. Choose random"),
         ({"packing": True, "pad_to_multiple_of": 64}, "packing is true and pad_to_multiple_of is '64'"),
     ],
 )
-def test_setting_that_does_not_go_with_others_is_refused(parts, tmp_path, overrides, message):
+def test_settings_that_do_not_work_together_are_refused(parts, tmp_path, overrides, message):
     with pytest.raises(ValueError, match=message):
         parse_settings(arguments(parts, tmp_path, **overrides))
 
@@ -186,11 +161,11 @@ def test_setting_that_does_not_go_with_others_is_refused(parts, tmp_path, overri
 @pytest.mark.parametrize(
     ("entry", "message"),
     [
-        ("{path: x, weigth: 2}", "datasets, x: unknown key 'weigth'. The keys are path, image_root, .*weight"),
-        ("{weight: 2}", "datasets holds .'weight': 2.: an entry has a path"),
+        ("{path: x, weigth: 2}", "datasets, x: unknown key 'weigth'. Valid keys are path, image_root, .*weight"),
+        ("{weight: 2}", "datasets contains .'weight': 2.: each entry needs a path"),
     ],
 )
-def test_unknown_key_of_a_data_set_in_a_recipe_is_refused(tmp_path, entry, message):
+def test_unknown_key_of_a_dataset_in_a_recipe_is_refused(tmp_path, entry, message):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(f"stage: align\ndatasets: [{entry}]\noutput_dir: y\n")
     with pytest.raises(ValueError, match=message):
@@ -218,7 +193,7 @@ def test_architecture_of_a_model_from_parts_is_what_was_asked(parts, tmp_path):
 
 @pytest.fixture(scope="module")
 def trainer(parts, tmp_path_factory) -> SQLlavaTrainer:
-    """Three steps that make the model worse and worse."""
+    """Three steps, each of which makes the model worse."""
     return train(
         parts,
         tmp_path_factory.mktemp("run"),
@@ -244,14 +219,12 @@ def trainer(parts, tmp_path_factory) -> SQLlavaTrainer:
 @pytest.mark.slow
 def test_trainer_counts_tokens_and_keeps_the_best_model(trainer):
     assert trainer.state.num_input_tokens_seen == 3 * 4 * 64
-    measured = {entry["step"]: entry["eval_loss_answers"] for entry in runs.history(Path(trainer.args.output_dir))
-                if "eval_loss_answers" in entry}  # fmt: skip
-    best = min(measured, key=measured.get)
-    assert best != 3 and trainer.state.best_model_checkpoint.endswith(f"checkpoint-{best}")
     output_dir = Path(trainer.args.output_dir)
-    ours, theirs = (load_file(folder / "adapter_model.safetensors") for folder in
-                    (output_dir, output_dir / f"checkpoint-{best}"))  # fmt: skip
-    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    evaluations = [entry for entry in runs.history(output_dir) if "eval_loss_answers" in entry]
+    best = min(evaluations, key=lambda entry: entry["eval_loss_answers"])["step"]
+    checkpoint = output_dir / f"checkpoint-{best}"
+    assert best != 3 and trainer.state.best_model_checkpoint.endswith(checkpoint.name)
+    runs.assert_close(runs.adapter_weights(output_dir), runs.adapter_weights(checkpoint), atol=0)
 
 
 def batch_of(trainer: SQLlavaTrainer, multiple: int | None) -> dict:
@@ -325,7 +298,7 @@ def test_eos_token_ends_answers_in_training_and_in_the_merged_model(parts, tmp_p
     assert (labels == end).any() and not (labels == 2).any()
     merge_adapter(str(tmp_path / "run"), str(tmp_path / "merged"))
     shutil.copytree(tmp_path / "merged", tmp_path / "old")
-    GenerationConfig(eos_token_id=2).save_pretrained(tmp_path / "old")  # of a checkpoint that lacked its delimiter
+    GenerationConfig(eos_token_id=2).save_pretrained(tmp_path / "old")  # without the delimiter
     for folder in ("run", "merged", "old"):
         model, processor = load_checkpoint(str(tmp_path / folder))
         assert processor.tokenizer.eos_token == "<|im_end|>"

@@ -10,9 +10,9 @@ from safetensors.torch import load_file
 from transformers import AutoModel, LlamaConfig, LlamaForCausalLM
 
 from sq_llava.checkpoints.load import merge_adapter
-from tests import runs, tiny
+from tests import tiny
 from tests.launches import allow_fsdp_on_cpu, environment_of
-from tests.runs import arguments, die, in_step, losses, make_parts, steps_saved
+from tests.runs import Run, die, in_step, losses, make_parts
 
 
 pytestmark = pytest.mark.slow
@@ -28,13 +28,14 @@ FULL = {"full_finetuning": True, "lora_r": 0, "vision_lora_r": 0}
 
 @pytest.fixture(scope="module")
 def parts(tmp_path_factory) -> Path:
-    """Towers and rows. Of both files of rows, every second pair of rows is text-only."""
+    """Towers and rows. In `images-first.json`, the rows alternate: two with an image, two without."""
     root = make_parts(tmp_path_factory.mktemp("parts"))
     rows = json.loads((root / "train.json").read_text())
     with_image, text_only = ([row for row in rows if ("image" in row) == kind] for kind in (True, False))
     pairs = [(with_image[at : at + 2], text_only[at : at + 2]) for at in (0, 2, 4)]
     for name, order in {"images-first": 1, "text-first": -1}.items():
-        ordered = [row for pair in pairs for half in pair[::order] for row in half]
+        # Ten rows: the last batch of an epoch is half empty.
+        ordered = [row for pair in pairs for half in pair[::order] for row in half][:10]
         (root / f"{name}.json").write_text(json.dumps(ordered))
     tied = LlamaConfig(**tiny.TINY_LLAMA | {"vocab_size": len(tiny.llama_tokenizer()), "tie_word_embeddings": True})
     LlamaForCausalLM(tied).save_pretrained(root / "tied")
@@ -42,17 +43,15 @@ def parts(tmp_path_factory) -> Path:
     return root
 
 
-def run(args: list[str], folder: Path, prepare=(), sharded: bool = True, **launch) -> list[int]:
-    """Runs two sharded processes, or one plain one."""
-    log = folder / "log"
-    if not sharded:
-        return runs.run(args, log, prepare or None)
-    environment = environment_of("fsdp2", num_processes=2, **launch)
-    return runs.run(args, log, (allow_fsdp_on_cpu, *prepare), 2, environment)
+class ShardedRun(Run):
+    """A run of two processes, as `accelerate launch --config_file recipes/accelerate/fsdp2.yaml` starts them."""
 
+    def __init__(self, parts: Path, folder: Path, launch: dict | None = None, **settings):
+        environment = environment_of("fsdp2", num_processes=2, **(launch or {}))
+        super().__init__(parts, folder, 2, environment, **{"per_device_train_batch_size": 2} | settings)
 
-def log_of(folder: Path) -> str:
-    return (folder / "log").read_text()[-4000:]
+    def start(self, *prepare):
+        return super().start(allow_fsdp_on_cpu, *prepare)
 
 
 def weights_of(output_dir: Path) -> dict[str, torch.Tensor]:
@@ -86,10 +85,9 @@ def test_sharded_processes_equal_one_where_one_sees_text_only(parts, tmp_path, o
         "dataset_path": parts / f"{order}.json", "text_model_name_or_path": parts / text_model,
         "train_sampling_strategy": "random" if "packing" in settings else "sequential",
     }  # fmt: skip
-    for name, size in {"one": 4, "two": 2}.items():
-        args = arguments(parts, tmp_path / name, **settings, per_device_train_batch_size=size)
-        assert set(run(args, tmp_path, sharded=name == "two")) == {0}, log_of(tmp_path)
-    assert_close_runs(tmp_path / "one", tmp_path / "two", 1e-6)
+    one = Run(parts, tmp_path / "one", **settings).finish()
+    two = ShardedRun(parts, tmp_path / "two", **settings).finish()
+    assert_close_runs(one, two, 1e-6)
 
 
 @pytest.mark.parametrize("state_dict_type", ["FULL_STATE_DICT", "SHARDED_STATE_DICT"])
@@ -97,37 +95,34 @@ def test_sharded_processes_equal_one_where_one_sees_text_only(parts, tmp_path, o
 def test_killed_sharded_run_resumes_exactly_and_leaves_what_one_process_leaves(
     parts, tmp_path, state_dict_type, trained
 ):
-    settings = {"max_steps": 5, "per_device_train_batch_size": 2} | (FULL if trained == "full" else {})
+    settings = {"max_steps": 5} | (FULL if trained == "full" else {})
     launch = {"fsdp_state_dict_type": state_dict_type}
-    plain = arguments(parts, tmp_path / "plain", **settings | {"max_steps": 1})
-    assert run(plain, tmp_path, sharded=False) == [0], log_of(tmp_path)
-    whole = arguments(parts, tmp_path / "whole", **settings)
-    assert run(whole, tmp_path, **launch) == [0, 0], log_of(tmp_path)
-    resumed = arguments(parts, tmp_path / "run", **settings, resume=True)
-    assert -signal.SIGKILL in run(resumed, tmp_path, (in_step, 4, die), **launch)
-    assert steps_saved(tmp_path / "run") == [2]
-    # The weights of a new start would be others.
-    assert run(resumed, tmp_path, **launch) == [0, 0], log_of(tmp_path)
-    assert "training resumes from" in log_of(tmp_path)
-    assert_close_runs(tmp_path / "whole", tmp_path / "run", 1e-7)
+    plain = Run(parts, tmp_path / "plain", **settings | {"max_steps": 1}).finish()
+    whole = ShardedRun(parts, tmp_path / "whole", launch, **settings).finish()
+    run = ShardedRun(parts, tmp_path / "killed", launch, **settings, resume=True)
+    assert -signal.SIGKILL in run.exit_codes(in_step, 4, die)
+    assert run.steps_saved == [2]
+    run.finish()
+    assert "training resumes from" in run.text
+    assert_close_runs(whole, run.output_dir, 1e-7)
 
-    files = [{file.name for file in (tmp_path / name).iterdir() if file.is_file()} for name in ("plain", "run")]
+    files = [{file.name for file in folder.iterdir() if file.is_file()} for folder in (plain, run.output_dir)]
     assert files[0] == files[1]
-    model_folder = tmp_path / "run"
+    folder = run.output_dir
     if trained == "adapter":
-        model_folder = tmp_path / "merged"
-        merge_adapter(str(tmp_path / "run"), str(model_folder))
-    model = AutoModel.from_pretrained(model_folder, trust_remote_code=True)
+        folder = tmp_path / "merged"
+        merge_adapter(str(run.output_dir), str(folder))
+    model = AutoModel.from_pretrained(folder, trust_remote_code=True)
     assert type(model).__name__ == "SQLlavaForConditionalGeneration"
 
 
 def test_sharded_run_is_resumed_under_its_own_launch_alone(parts, tmp_path):
-    args = arguments(parts, tmp_path / "run", max_steps=2, per_device_train_batch_size=2)
-    assert run(args, tmp_path) == [0, 0], log_of(tmp_path)
-    resumed = arguments(parts, tmp_path / "run", max_steps=4, per_device_train_batch_size=2, resume=True)
-    assert run(resumed, tmp_path, sharded=False) == [1]
-    assert "was written under fsdp2-full by 2 processes; this launch is none with 1" in log_of(
-        tmp_path
-    ) and "fsdp2.yaml --num_processes 2 -m train_sft ... --resume" in log_of(tmp_path)
-    assert 1 in run(resumed, tmp_path, fsdp_state_dict_type="SHARDED_STATE_DICT")
-    assert "this launch is fsdp2-sharded with 2" in log_of(tmp_path)
+    ShardedRun(parts, tmp_path, max_steps=2).finish()
+    settings = {"max_steps": 4, "resume": True}
+    plain = Run(parts, tmp_path, **settings)
+    assert plain.exit_codes() == [1]
+    assert "was written under fsdp2-full by 2 processes; this launch is none with 1" in plain.text
+    assert "fsdp2.yaml --num_processes 2 -m train_sft ... --resume" in plain.text
+    sharded = ShardedRun(parts, tmp_path, {"fsdp_state_dict_type": "SHARDED_STATE_DICT"}, **settings)
+    assert 1 in sharded.exit_codes()
+    assert "this launch is fsdp2-sharded with 2" in sharded.text

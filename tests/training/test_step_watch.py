@@ -1,28 +1,22 @@
-"""Steps that are unsound are refused before they are applied."""
+"""Steps with a bad loss or gradient are refused before they are applied."""
 
 import math
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from sq_llava.training.collator import SelfQuestioningCollator
 from sq_llava.training.trainer import SQLlavaTrainer
-from tests.runs import make_parts, steps_saved, train
+from tests.runs import adapter_weights, assert_close, steps_saved, train
 
 
 pytestmark = pytest.mark.slow
 
 
-@pytest.fixture(scope="module")
-def parts(tmp_path_factory) -> Path:
-    return make_parts(tmp_path_factory.mktemp("parts"))
-
-
 @pytest.fixture
 def poison(monkeypatch):
-    """`poison(rows, name, value)` fills an input of every batch that holds one of the rows."""
+    """`poison(rows, name, value)` overwrites an input of every batch that contains one of the rows."""
 
     def fill(rows: list[int], name: str, value: float) -> None:
         original = SelfQuestioningCollator.__call__
@@ -38,17 +32,13 @@ def poison(monkeypatch):
     return fill
 
 
-def weights_of(checkpoint: Path) -> dict[str, torch.Tensor]:
-    return load_file(checkpoint / "adapter_model.safetensors")
-
-
-# Each step has two batches of two rows; the third step is poisoned.
+# Each step has two batches of two rows. The third step is poisoned.
 ACCUMULATED = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
 
 
 @pytest.fixture(scope="module")
 def two_steps(parts, tmp_path_factory) -> tuple[Path, list[list[int]]]:
-    """A run of two steps, and the rows of all batches of its epoch."""
+    """A run of two steps, and the row ids of all batches of its epoch."""
     output_dir = tmp_path_factory.mktemp("two") / "run"
     trainer = train(parts, output_dir, **ACCUMULATED, max_steps=2)
     return output_dir, [batch["row_ids"].tolist() for batch in trainer.get_train_dataloader()]
@@ -56,17 +46,16 @@ def two_steps(parts, tmp_path_factory) -> tuple[Path, list[list[int]]]:
 
 def assert_third_step_was_not_applied(two_steps: Path, output_dir: Path) -> None:
     assert steps_saved(output_dir) == [2]
-    before, behind = weights_of(two_steps / "checkpoint-2"), weights_of(output_dir / "checkpoint-2")
-    assert all(torch.equal(before[name], behind[name]) for name in before)
+    assert_close(adapter_weights(two_steps / "checkpoint-2"), adapter_weights(output_dir / "checkpoint-2"), atol=0)
 
 
 def test_step_whose_loss_is_nan_is_not_applied_and_its_rows_are_named(parts, two_steps, tmp_path, poison):
     sound, batches = two_steps
     poison([next(row for row in batches[5] if row % 3)], "pixel_values", math.nan)
     named = rf"rows {batches[4][0]}, {batches[4][1]} \(loss \d.*; rows {batches[5][0]}, {batches[5][1]} \(loss nan\)"
-    with pytest.raises(ValueError, match=rf"Step 3 is not applied: its loss is nan\. .*{named}") as raised:
+    with pytest.raises(ValueError, match=rf"Step 3 was not applied: its loss is nan\. .*{named}") as raised:
         train(parts, tmp_path / "run", **ACCUMULATED, save_steps=100)
-    assert raised.value.__notes__ == ["2 steps were done. --resume continues from checkpoint-2."]
+    assert raised.value.__notes__ == ["2 steps were trained. --resume resumes from checkpoint-2."]
     assert_third_step_was_not_applied(sound, tmp_path / "run")
 
 
@@ -76,7 +65,7 @@ def test_step_without_a_label_is_not_applied_but_one_such_batch_is(parts, two_st
     trainer = train(parts, tmp_path / "one", **ACCUMULATED)
     assert trainer.state.global_step == 3
     poison(batches[5], "turn_kinds", 0)
-    with pytest.raises(ValueError, match=r"Step 3 is not applied: no token of it has a weight in the loss\."):
+    with pytest.raises(ValueError, match=r"Step 3 was not applied: none of its tokens has a weight in the loss\."):
         train(parts, tmp_path / "run", **ACCUMULATED)
     assert_third_step_was_not_applied(sound, tmp_path / "run")
 
@@ -91,13 +80,13 @@ def test_step_whose_gradient_is_not_finite_is_not_applied(parts, two_steps, tmp_
         return loss
 
     monkeypatch.setattr(SQLlavaTrainer, "training_step", training_step)
-    with pytest.raises(ValueError, match=r"Step 3 is not applied: the norm of its gradient is inf\."):
+    with pytest.raises(ValueError, match=r"Step 3 was not applied: its gradient norm is inf\."):
         train(parts, tmp_path / "run", **ACCUMULATED)
     assert_third_step_was_not_applied(two_steps[0], tmp_path / "run")
 
 
 def test_diverging_loss_stops_the_run(parts, two_steps, tmp_path):
-    with pytest.raises(ValueError, match=r"Step 1 is not applied: its loss is \d.*, above max_loss 0\.5 .*diverges"):
+    with pytest.raises(ValueError, match=r"Step 1 was not applied: its loss is \d.*, above max_loss 0\.5 .*diverges"):
         train(parts, tmp_path / "run", max_loss=0.5)
     assert steps_saved(tmp_path / "run") == []
     trainer = train(parts, tmp_path / "sound", max_steps=1)

@@ -3,8 +3,8 @@
 metric = evaluate.load(str(files("sq_llava.evaluation.metrics_hub") / "captions.py"))
 metric.compute(predictions=["A dog."], references=[["A dog runs.", "The dog."]])
 
-Words are those of `sq_llava.evaluation.caption_metrics.words`, without Java: figures that were made with the Penn
-Treebank's tokeniser are others. Predictions are taken whole; `sq-llava evaluate` does not use this file.
+Texts are tokenized by `sq_llava.evaluation.caption_metrics.words`, which needs no Java. Results with the Penn Treebank
+tokenizer are different. Predictions are not cut. `sq-llava evaluate` does not use this file.
 """
 
 import datasets
@@ -15,13 +15,13 @@ from sq_llava.evaluation.captions import corpus_figures
 
 
 class Captions(evaluate.Metric):
-    """Figures of the whole corpus."""
+    """CIDEr-D and BLEU of a whole corpus."""
 
     def _info(self) -> evaluate.MetricInfo:
         return evaluate.MetricInfo(
             description="CIDEr-D (0 to 10) and BLEU-1 to BLEU-4 of a corpus of captions.",
             citation="Vedantam et al., CIDEr: Consensus-based Image Description Evaluation, CVPR 2015",
-            inputs_description="predictions: one caption for each image. references: for each the captions of people.",
+            inputs_description="predictions: one caption per image. references: a list of human captions per image.",
             features=datasets.Features(
                 {"predictions": datasets.Value("string"), "references": datasets.List(datasets.Value("string"))}
             ),

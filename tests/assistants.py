@@ -1,0 +1,42 @@
+"""Tiny assistants for tests, and a record of what goes through a model."""
+
+from sq_llava.inference.assistant import Assistant
+from tests import tiny
+
+
+HISTORIES = [
+    [{"role": "user", "content": "What is it?"}, {"role": "assistant", "content": "A dog."}],
+    [{"role": "user", "content": "Is there a red circle?"}, {"role": "assistant", "content": "No, a blue square."}],
+    [{"role": "user", "content": "Where?"}, {"role": "assistant", "content": "There, in the green grass."}],
+]
+
+
+def tiny_assistant(system_message: str = "Be kind.", **overrides) -> Assistant:
+    """`overrides` are fields of `SQLlavaConfig`."""
+    processor = tiny.tiny_processor(system_message=system_message)
+    return Assistant(tiny.tiny_model_for(processor, **overrides), processor)
+
+
+def record_passes(assistant: Assistant, monkeypatch) -> dict[str, list]:
+    """For each pass: the number of images through the vision tower; rows and columns through the language model."""
+    passes, model = {"images": [], "tokens": []}, assistant.model.model
+    vision, text = model.get_vision_features, model.language_model.forward
+
+    def see(pixel_values):
+        passes["images"].append(len(pixel_values))
+        return vision(pixel_values)
+
+    def read(*args, **kwargs):
+        passes["tokens"].append(tuple(kwargs["inputs_embeds"].shape[:2]))
+        return text(*args, **kwargs)
+
+    monkeypatch.setattr(model, "get_vision_features", see)
+    monkeypatch.setattr(model.language_model, "forward", read)
+    return passes
+
+
+def assert_batch_equals_one_by_one(assistant: Assistant, requests: list[tuple], **settings) -> list[str]:
+    """Returns the answers of the batch."""
+    answers = assistant.answer_batch(requests, **settings)
+    assert answers == [assistant.answer(*request, **settings) for request in requests]
+    return answers
