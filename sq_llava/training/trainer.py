@@ -195,8 +195,24 @@ class SQLlavaTrainer(SFTTrainer):
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> torch.Tensor:
         """The sum of the weights over all accumulation steps, and over all processes."""
+        if batch_samples:
+            self._ignore_repeated_rows(batch_samples[-1])
         weight = sum((self._loss_weights(batch).sum() for batch in batch_samples), torch.zeros(())).to(device)
         return self.accelerator.gather(weight).sum() if self.args.world_size > 1 else weight
+
+    def _ignore_repeated_rows(self, batch: dict[str, torch.Tensor]) -> None:
+        """
+        Takes rows out of the loss that are in the last batch of an epoch for the second time.
+
+        accelerate fills the last batches with rows from the start of the epoch, so that all processes have the same
+        number of rows. One process would not train on them twice.
+        """
+        state = self.accelerator.gradient_state
+        if self.args.world_size == 1 or self.packs is not None or not state.end_of_dataloader or state.remainder < 1:
+            return
+        positions = self.args.process_index * self._train_batch_size + torch.arange(len(batch["row_ids"]))
+        repeated = (positions >= state.remainder).to(batch["labels"].device)
+        batch["labels"][repeated], batch["turn_kinds"][repeated] = IGNORE_INDEX, 0
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         weights = self._loss_weights(inputs)

@@ -1,102 +1,107 @@
-"""Two processes, one of which never sees an image, train like a single process: with DDP, and with FSDP2."""
+"""Two processes train like one, with DDP and with FSDP2; sharded runs are killed, resumed, merged and loaded.
 
-import json
+Both are launched with the environment that `accelerate launch` gives its processes.
+"""
+
+import signal
 from pathlib import Path
 
 import pytest
-import torch
-import torch.distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
-from trl.trainer.utils import add_fused_lm_head
+from transformers import AutoModel, LlamaConfig, LlamaForCausalLM
 
-from sq_llava.training.adapter import LoraSize, add_adapter, train_in_full, without_adapter
+from sq_llava.checkpoints.load import merge_adapter
 from tests import tiny
-from tests.processes import ended, fork
-from tests.runs import PLAIN_DESCENT, Run, assert_similar_runs, write_in_order
+from tests.launches import allow_fsdp_on_cpu, environment_of
+from tests.runs import PLAIN_DESCENT, Run, assert_similar_runs, die, in_step, write_in_order
 
 
 pytestmark = pytest.mark.slow
 
 
-SIZE = LoraSize(4, 8, 0.0)
+DESCENT = PLAIN_DESCENT | {"learning_rate": 0.05, "question_loss_weight": 0.3, "max_steps": 5, "save_strategy": "no"}
+FULL = {"full_finetuning": True, "lora_r": 0, "vision_lora_r": 0}
+PACKING = {"packing": True, "train_sampling_strategy": "random"}
 
 
-def test_two_processes_equal_one_where_one_sees_text_only(parts, tmp_path):
-    settings = PLAIN_DESCENT | {"question_loss_weight": 0.3, "max_steps": 6}
-    settings |= write_in_order(parts, tmp_path / "ordered.json")
-    one = Run(parts, tmp_path / "one", **settings).finish()
-    for name, size in {"two": 2, "four": 1}.items():
-        batch = {"per_device_train_batch_size": size, "gradient_accumulation_steps": 2 // size}
-        assert_similar_runs(one, Run(parts, tmp_path / name, 2, **settings | batch).finish())
+class TwoProcesses(Run):
+    """A run as `accelerate launch --config_file recipes/accelerate/LAUNCH.yaml --num_processes 2` starts it."""
+
+    def __init__(self, launch: str, parts: Path, folder: Path, options: dict | None = None, **settings):
+        environment = environment_of(launch, num_processes=2, **(options or {}))
+        super().__init__(parts, folder, 2, environment, **{"per_device_train_batch_size": 2} | settings)
+
+    def start(self, *prepare):
+        return super().start(allow_fsdp_on_cpu, *prepare)
 
 
-def prompts_of(config) -> tuple[list[dict], list[dict]]:
-    """Makes two prompts with an image, and two text-only prompts."""
-    return tuple([tiny.tiny_inputs(config, num_images=n, seed=seed) for seed in (0, 1)] for n in (1, 0))
+@pytest.fixture(scope="module")
+def tied(tmp_path_factory) -> Path:
+    """A Llama whose head is its embeddings."""
+    folder = tmp_path_factory.mktemp("tied")
+    tokenizer = tiny.llama_tokenizer()
+    config = LlamaConfig(**tiny.TINY_LLAMA | {"vocab_size": len(tokenizer), "tie_word_embeddings": True})
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
 
 
-def summed_loss(model, prompts: list[dict]) -> torch.Tensor:
-    """Sums the losses of the last eight words of each prompt."""
-    inputs = tiny.left_padded(prompts)
-    positions = torch.zeros_like(inputs["input_ids"], dtype=torch.bool)
-    positions[:, -9:-1] = True
-    labels = inputs["input_ids"][:, -8:].flatten()
-    # Like the trainer, which cannot be used here: accelerate does not shard on a CPU.
-    return -model(**inputs, positions_to_keep=positions, shift_labels=labels, fused_lm_head=True).log_probs.sum()
+@pytest.mark.parametrize("launch", ["ddp", "fsdp2"])
+@pytest.mark.parametrize(
+    ("first", "settings"),
+    [
+        ("images", {}),
+        ("text", {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2}),
+        ("images", PACKING),
+        ("text", FULL),
+    ],
+    ids=["images first", "text first, accumulated", "packed", "in full"],
+)
+def test_two_processes_equal_one_where_one_sees_text_only(parts, tmp_path, launch, first, settings):
+    settings = DESCENT | write_in_order(parts, tmp_path / "ordered.json", first) | settings
+    two = TwoProcesses(launch, parts, tmp_path / "two", **settings).finish()
+    alone = settings | {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 1}
+    assert_similar_runs(Run(parts, tmp_path / "one", **alone).finish(), two)
 
 
-def descend(model, prompts: list[dict], processes: int) -> list[float]:
-    """Returns the losses of four steps of plain gradient descent, over all processes."""
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.SGD(trained, lr=0.01)
-    curve = []
-    for _ in range(4):
-        # FSDP averages the gradients over the processes.
-        loss = summed_loss(model, prompts) / (4 * 8)
-        (loss * processes).backward()
-        assert all(parameter.grad is not None for parameter in trained)
-        optimizer.step()
-        optimizer.zero_grad()
-        total = loss.detach().clone()
-        if processes > 1:
-            dist.all_reduce(total)
-        curve.append(total.item())
-    return curve
+@pytest.mark.parametrize("settings", [{}, FULL], ids=["adapter", "in full"])
+def test_tied_head_is_sharded(parts, tied, tmp_path, settings):
+    settings = DESCENT | settings | {"text_model_name_or_path": tied, "max_steps": 3}
+    two = TwoProcesses("fsdp2", parts, tmp_path / "two", **settings).finish()
+    assert_similar_runs(Run(parts, tmp_path / "one", **settings).finish(), two)
 
 
-def trained_model(full: bool):
-    model = tiny.tiny_model()
-    add_fused_lm_head(model)
-    if full:
-        train_in_full(model)
-        return model.train()
-    return add_adapter(model, SIZE, SIZE, train_vusr=True).train()
+@pytest.mark.parametrize("state_dict_type", ["FULL_STATE_DICT", "SHARDED_STATE_DICT"])
+@pytest.mark.parametrize("settings", [{}, FULL], ids=["adapter", "in full"])
+def test_killed_sharded_run_resumes_and_leaves_what_one_process_leaves(parts, tmp_path, state_dict_type, settings):
+    settings = settings | {"max_steps": 5}
+    options = {"fsdp_state_dict_type": state_dict_type}
+    plain = Run(parts, tmp_path / "plain", **settings | {"max_steps": 1}).finish()
+    whole = TwoProcesses("fsdp2", parts, tmp_path / "whole", options, **settings).finish()
+    run = TwoProcesses("fsdp2", parts, tmp_path / "killed", options, **settings, resume=True)
+    assert -signal.SIGKILL in run.exit_codes(in_step, 4, die)
+    assert run.steps_saved == [2]
+    run.finish()
+    assert "training resumes from" in run.text
+    assert_similar_runs(whole, run.output_dir, atol=1e-7)
+
+    files = [{file.name for file in folder.iterdir() if file.is_file()} for folder in (plain, run.output_dir)]
+    assert files[0] == files[1]
+    folder = run.output_dir
+    if "full_finetuning" not in settings:
+        folder = tmp_path / "merged"
+        merge_adapter(str(run.output_dir), str(folder))
+    model = AutoModel.from_pretrained(folder, trust_remote_code=True)
+    assert type(model).__name__ == "SQLlavaForConditionalGeneration"
 
 
-def descend_sharded(file: Path, full: bool) -> None:
-    """Runs in each of two processes: the first sees only prompts with images, the second only text."""
-    dist.init_process_group("gloo")
-    model = trained_model(full)
-    base = without_adapter(model).model
-    mesh = init_device_mesh("cpu", (2,))
-    for layer in (*base.language_model.layers, *base.vision_tower.encoder.layers):
-        fully_shard(layer, mesh=mesh)
-    fully_shard(model, mesh=mesh)
-    rank = dist.get_rank()
-    curve = descend(model, prompts_of(model.config)[rank], processes=2)
-    if rank == 0:
-        file.write_text(json.dumps(curve))
-    dist.destroy_process_group()
-
-
-@pytest.mark.parametrize("full", [False, True], ids=["adapter", "full"])
-def test_fully_sharded_processes_equal_one_where_one_sees_text_only(full, tmp_path):
-    file = tmp_path / "curve.json"
-    children = fork(descend_sharded, (file, full), tmp_path / "log", processes=2)
-    model = trained_model(full)
-    pictured, text_only = prompts_of(model.config)
-    expected = descend(model, pictured + text_only, processes=1)
-    assert ended(children) == [0, 0]
-    assert json.loads(file.read_text()) == pytest.approx(expected, abs=1e-5)
-    assert expected[-1] < expected[0] - 0.1
+def test_sharded_run_resumes_only_under_its_own_launch(parts, tmp_path):
+    TwoProcesses("fsdp2", parts, tmp_path, max_steps=2).finish()
+    settings = {"max_steps": 4, "resume": True}
+    plain = Run(parts, tmp_path, **settings)
+    assert plain.exit_codes() == [1]
+    assert "was written under fsdp2-full by 2 processes; this launch is none with 1" in plain.text
+    assert "fsdp2.yaml --num_processes 2 -m train_sft ... --resume" in plain.text
+    options = {"fsdp_state_dict_type": "SHARDED_STATE_DICT"}
+    sharded = TwoProcesses("fsdp2", parts, tmp_path, options, **settings)
+    assert 1 in sharded.exit_codes()
+    assert "this launch is fsdp2-sharded with 2" in sharded.text

@@ -224,7 +224,7 @@ def test_trainer_counts_tokens_and_keeps_the_best_model(trainer):
     best = min(evaluations, key=lambda entry: entry["eval_loss_answers"])["step"]
     checkpoint = output_dir / f"checkpoint-{best}"
     assert best != 3 and trainer.state.best_model_checkpoint.endswith(checkpoint.name)
-    runs.assert_close(runs.adapter_weights(output_dir), runs.adapter_weights(checkpoint), atol=0)
+    runs.assert_close(runs.trained_weights(output_dir), runs.trained_weights(checkpoint), atol=0)
 
 
 def batch_of(trainer: SQLlavaTrainer, multiple: int | None) -> dict:

@@ -8,7 +8,7 @@ import torch
 
 from sq_llava.training.collator import SelfQuestioningCollator
 from sq_llava.training.trainer import SQLlavaTrainer
-from tests.runs import adapter_weights, assert_close, steps_saved, train
+from tests.runs import assert_close, steps_saved, train, trained_weights
 
 
 pytestmark = pytest.mark.slow
@@ -46,7 +46,7 @@ def two_steps(parts, tmp_path_factory) -> tuple[Path, list[list[int]]]:
 
 def assert_third_step_was_not_applied(two_steps: Path, output_dir: Path) -> None:
     assert steps_saved(output_dir) == [2]
-    assert_close(adapter_weights(two_steps / "checkpoint-2"), adapter_weights(output_dir / "checkpoint-2"), atol=0)
+    assert_close(trained_weights(two_steps / "checkpoint-2"), trained_weights(output_dir / "checkpoint-2"), atol=0)
 
 
 def test_step_whose_loss_is_nan_is_not_applied_and_its_rows_are_named(parts, two_steps, tmp_path, poison):

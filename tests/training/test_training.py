@@ -17,7 +17,7 @@ from sq_llava.resources import CODE_FILES
 from sq_llava.training.adapter import LoraSize, add_adapter, load_adapter_weights
 from sq_llava.training.trainer import SQLlavaTrainer
 from tests import runs, tiny
-from tests.runs import adapter_weights, assert_close
+from tests.runs import assert_close, trained_weights
 from tests.warm_python import warm_python
 
 
@@ -91,7 +91,7 @@ def _wrapped_name(model: PeftModel, name: str) -> str:
 
 
 def test_vision_lora_receives_gradient_in_every_layer_that_is_run(stage2):
-    adapter = adapter_weights(Path(stage2.args.output_dir))
+    adapter = trained_weights(Path(stage2.args.output_dir))
     vision_b = {name: weight for name, weight in adapter.items() if "vision_tower" in name and "lora_B" in name}
     # Two of three layers are run. Each has q, k, v, out, fc1 and fc2.
     assert len(vision_b) == 12
@@ -121,7 +121,7 @@ def test_accumulated_batches_equal_one_large_batch_with_weighted_questions(parts
     for size in (4, 1):
         batch = {"per_device_train_batch_size": size, "gradient_accumulation_steps": 4 // size}
         train(parts, tmp_path / str(size), stage1, question_loss_weight=0.3, max_steps=2, **batch)
-        weights.append(adapter_weights(tmp_path / str(size)))
+        weights.append(trained_weights(tmp_path / str(size)))
     assert_close(*weights)
 
 
@@ -137,7 +137,7 @@ def test_resumed_run_equals_uninterrupted_run(parts, stage1, tmp_path):
     train(parts, tmp_path / "whole", stage1, **settings)
     checkpoint = tmp_path / "whole" / "checkpoint-6"
     train(parts, tmp_path / "resumed", stage1, **settings, resume_from_checkpoint=checkpoint)
-    assert_close(adapter_weights(tmp_path / "whole"), adapter_weights(tmp_path / "resumed"), atol=0)
+    assert_close(trained_weights(tmp_path / "whole"), trained_weights(tmp_path / "resumed"), atol=0)
 
 
 def test_two_processes_equal_one(parts, stage1, tmp_path):
@@ -153,7 +153,7 @@ def test_two_processes_equal_one(parts, stage1, tmp_path):
         command, cwd=tmp_path, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300
     )
     assert result.returncode == 0, result.stderr[-3000:]
-    assert_close(adapter_weights(tmp_path / "one"), adapter_weights(tmp_path / "two"))
+    assert_close(trained_weights(tmp_path / "one"), trained_weights(tmp_path / "two"))
 
 
 def test_merged_checkpoint_has_the_adapters_logits_and_its_code(stage2, tmp_path):
