@@ -8,23 +8,33 @@ would run DDP without a word; all that it and PyTorch do then works on CPUs too.
 """
 
 import os
+from pathlib import Path
 
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
-from accelerate.utils.launch import prepare_multi_gpu_env
+from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 
 import train_sft
 from tests import ROOT
 
 
-def environment_of(launch: str, **options) -> dict[str, str]:
-    """What the launcher adds to the environment of its processes, for `recipes/accelerate/LAUNCH.yaml`."""
-    given = [f"--{name}={value}" for name, value in {"mixed_precision": "no", **options}.items()]
-    file = ROOT / "recipes" / "accelerate" / f"{launch}.yaml"
+def launch_environment(file: Path, **options) -> dict[str, str]:
+    """The environment in which `accelerate launch --config_file FILE` starts processes."""
+    given = [f"--{name}={value}" for name, value in options.items()]
     arguments = launch_command_parser().parse_args([f"--config_file={file}", *given, "train_sft.py"])
-    arguments, _, _ = _validate_launch_command(arguments)
-    environment = prepare_multi_gpu_env(arguments)
+    arguments, defaults, _ = _validate_launch_command(arguments)
+    if arguments.use_deepspeed:
+        arguments.deepspeed_fields_from_accelerate_config = ",".join(defaults.deepspeed_config)
+        return prepare_deepspeed_cmd_env(arguments)[1]
+    return prepare_multi_gpu_env(arguments)
+
+
+def environment_of(launch: str, **options) -> dict[str, str]:
+    """What `recipes/accelerate/LAUNCH.yaml` adds to the environment of processes, here on CPUs in float32."""
+    environment = launch_environment(
+        ROOT / "recipes" / "accelerate" / f"{launch}.yaml", **{"mixed_precision": "no"} | options
+    )
     added = {name: value for name, value in environment.items() if os.environ.get(name) != value}
     return added | {"ACCELERATE_USE_CPU": "true", "GLOO_SOCKET_IFNAME": "lo"}
 

@@ -132,14 +132,29 @@ def require_resumable(checkpoint: str, sharding: str, num_processes: int) -> Non
     )
 
 
-def keep_wrap_policy(plugin: FullyShardedDataParallelPlugin) -> None:
+def wrap_layers(plugin: FullyShardedDataParallelPlugin, model: nn.Module) -> None:
     """
-    Lets FSDP2 shard layer by layer. The Trainer replaces the policy of the launch by PEFT's, which accelerate 1.15
-    drops for FSDP2: no layer would be a unit of its own, and all weights would be gathered at once.
+    Makes FSDP2 shard layer by layer, whatever the towers are.
+
+    The Trainer replaces the wrap policy of the launch by PEFT's, which accelerate 1.15 ignores for FSDP2. Without this
+    function no layer would be wrapped, and all weights would be gathered at once.
     """
+    if plugin.transformer_cls_names_to_wrap is None:
+        plugin.transformer_cls_names_to_wrap = sorted(layer_classes(model))
+    os.environ["FSDP_TRANSFORMER_CLS_TO_WRAP"] = ",".join(plugin.transformer_cls_names_to_wrap)  # PEFT reads it
     policy = plugin.auto_wrap_policy
-    if plugin.fsdp_version == 2:
-        plugin.set_auto_wrap_policy = lambda model: setattr(plugin, "auto_wrap_policy", policy)
+    plugin.set_auto_wrap_policy = lambda model: setattr(plugin, "auto_wrap_policy", policy)
+
+
+def layer_classes(model: nn.Module) -> set[str]:
+    """The names of the classes of all stacked layers: members of a `ModuleList` that is in no other one."""
+    names = set()
+    for child in model.children():
+        if isinstance(child, nn.ModuleList):
+            names |= {type(layer).__name__ for layer in child}
+        else:
+            names |= layer_classes(child)
+    return names
 
 
 @contextmanager
