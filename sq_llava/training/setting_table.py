@@ -77,7 +77,7 @@ OURS = {
         "prototype_variant num_prototypes num_prototype_iterations projector_type",
         honoured("training/test_settings.py::test_architecture_of_a_model_from_parts_is_what_was_asked"),
     ),
-    "image_aspect_ratio": honoured("model/test_processing.py::test_centre_crop_shows_the_middle_alone"),
+    "image_aspect_ratio": honoured("model/test_processing.py::test_centre_crop_shows_only_the_middle"),
     "prompt_layout": honoured("model/test_minigpt4.py::test_prompt_is_minigpt_4s_to_the_character"),
     "system_message": honoured("model/test_processing.py::test_a_setting_changed_at_loading_changes_the_template"),
     "self_question_ratio": honoured("training/test_collator.py::test_ratio_is_the_share_of_self_questions"),
@@ -114,7 +114,7 @@ MODEL = {
         "--local-dir FOLDER`, and set model_name_or_path to that folder"
     ),
     "dtype": honoured("training/test_full_finetuning.py::test_half_precision_base_is_trained_in_full_precision"),
-    "attn_implementation": honoured("model/test_minigpt4.py::test_the_attention_that_is_asked_for_is_the_towers"),
+    "attn_implementation": honoured("model/test_minigpt4.py::test_the_vision_tower_uses_the_requested_attention"),
     "use_peft": harmless(
         "LoRA is used if lora_r or vision_lora_r is above 0. Together with full_finetuning, use_peft is refused."
     ),
