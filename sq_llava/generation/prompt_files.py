@@ -11,7 +11,7 @@ def read_prompt_file(path: Path, way: str) -> str:
 
     Args:
         path (`Path`): The file.
-        way (`str`): The way of making data, for the error: llava, captions, curate or self.
+        way (`str`): The command, for the error: llava, captions, curate or self.
 
     Raises:
         ValueError: If the file is missing or empty.

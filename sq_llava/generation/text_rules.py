@@ -6,7 +6,7 @@
 
 The rules are made for English.
 
-What they do not do: tell whether a text is true, or which language it is in.
+They cannot tell whether a text is true, or which language it is in.
 """
 
 import re
