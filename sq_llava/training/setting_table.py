@@ -91,7 +91,7 @@ OURS = {
     "vision_lora_r": honoured(
         "training/test_training.py::test_vision_lora_receives_gradient_in_every_layer_that_is_run"
     ),
-    "vision_lora_alpha": honoured("training/test_settings.py::test_lora_that_would_be_scaled_otherwise_is_refused"),
+    "vision_lora_alpha": honoured("training/test_settings.py::test_lora_of_another_scale_is_refused"),
     "vision_lora_dropout": honoured("training/test_settings.py::test_each_tower_has_its_own_dropout"),
     "init_lora_weights": honoured("training/test_settings.py::test_new_lora_of_each_initialisation_changes_no_logit"),
     "full_finetuning": honoured(
@@ -119,7 +119,7 @@ MODEL = {
         "LoRA is used if lora_r or vision_lora_r is above 0. Together with full_finetuning, use_peft is refused."
     ),
     "lora_r": honoured("training/test_training.py::test_adapter_of_another_size_is_refused"),
-    "lora_alpha": honoured("training/test_settings.py::test_lora_that_would_be_scaled_otherwise_is_refused"),
+    "lora_alpha": honoured("training/test_settings.py::test_lora_of_another_scale_is_refused"),
     "lora_dropout": honoured("training/test_settings.py::test_each_tower_has_its_own_dropout"),
     **each(
         "lora_target_modules use_rslora use_dora",
@@ -225,7 +225,7 @@ TRAINING = {
     ),
     **each("use_liger_kernel liger_kernel_config", refused(LIGER)),
     "use_cache": refused("Training needs no cache, and generation always uses its own: remove it"),
-    "neftune_noise_alpha": honoured("training/test_settings.py::test_noise_on_embeddings_is_there_in_training_alone"),
+    "neftune_noise_alpha": honoured("training/test_settings.py::test_noise_on_embeddings_is_added_only_in_training"),
     "auto_find_batch_size": refused(
         "A smaller batch would change the rows of each step during a run. Remove it, and use `--dry_run real` to see "
         "what fits"

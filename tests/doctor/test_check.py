@@ -239,7 +239,7 @@ def test_report_is_the_same_for_any_number_of_processes(check, report, monkeypat
     assert look(check, num_proc=2) == report
 
 
-def test_what_is_cut_is_counted_as_the_collator_cuts(check, report):
+def test_cut_tokens_are_counted_as_in_the_collator(check, report):
     rows = load_rows(check.sources)
     whole = SelfQuestioningCollator(check.processor, self_question_ratio=0.0)
     cutting = SelfQuestioningCollator(check.processor, self_question_ratio=0.0, max_length=MAX_LENGTH)

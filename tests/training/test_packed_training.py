@@ -91,7 +91,7 @@ def test_run_with_flash_attention_has_flat_batches(trainer, monkeypatch):
     assert batch["input_ids"].shape[0] == 1 and len(batch["cu_seq_lens_q"]) == len(batch["row_ids"]) + 1
 
 
-def test_fill_is_logged_and_epochs_have_whole_steps(trainer):
+def test_share_of_filled_positions_is_logged_and_epochs_have_whole_steps(trainer):
     fills = [entry["packing_fill"] for entry in trainer.state.log_history if "loss" in entry]
     assert len(fills) == 4 == len(trainer.packs)
     tokens = sum(int(trainer.data_collator([row])["attention_mask"].sum()) for row in trainer.train_dataset)

@@ -176,7 +176,7 @@ def test_plan_from_configurations_is_that_of_the_loaded_model(parts, tmp_path, c
     assert f" {weight_bytes(trainer.model) / 1024:.1f} KiB" in weights
 
 
-def test_sharding_divides_what_it_says(adapted, args):
+def test_sharding_divides_weights_gradients_and_optimizer_as_stated(adapted, args):
     ddp, zero2, full = (
         {term.name: term.num_bytes for term in estimate_memory(adapted, Batch(1, 50, 1), args, 8, sharding)}
         for sharding in SHARDINGS

@@ -66,7 +66,7 @@ def test_signal_finishes_the_step_exits_with_75_and_loses_nothing(run, whole, nu
 
 
 @pytest.mark.parametrize("stage", ["stage1", "stage2"])
-def test_recipe_of_the_readme_is_saved_on_ctrl_c(parts, tmp_path, stage):
+def test_run_of_the_readmes_recipe_is_saved_on_ctrl_c(parts, tmp_path, stage):
     run = Run(parts, tmp_path)
     run.args = runs.command_line({
         "config": Path(train_sft.__file__).parent / "recipes" / "easy-vqa" / f"{stage}.yaml",

@@ -1,4 +1,4 @@
-"""What the settings of training do: LoRA, the loss, the batches, and where generation stops."""
+"""The effects of training settings: LoRA, the loss, the batches, and the end of generation."""
 
 import math
 import shutil
@@ -108,7 +108,7 @@ NO_LORA = LoraSize(0, 8, 0.0)
         (NO_LORA, SIZE, SIZE, {"use_dora": True}, "use_dora is True, but the stage"),
     ],
 )
-def test_lora_that_would_be_scaled_otherwise_is_refused(tmp_path, saved, vision, text, options, message):
+def test_lora_of_another_scale_is_refused(tmp_path, saved, vision, text, options, message):
     add_adapter(tiny.tiny_model(), SIZE, saved, train_vusr=True).save_pretrained(tmp_path)
     model = add_adapter(tiny.tiny_model(), vision, text, train_vusr=True, options=LoraOptions(**options))
     with pytest.raises(ValueError, match=f"^{message}"):
@@ -262,7 +262,7 @@ def test_dynamic_fine_tuning_weighs_each_token_by_its_probability(trainer, monke
     assert loss_of(trainer) == pytest.approx((-log_probs * log_probs.exp()).mean().item(), rel=1e-3)
 
 
-def test_noise_on_embeddings_is_there_in_training_alone(trainer):
+def test_noise_on_embeddings_is_added_only_in_training(trainer):
     model = trainer.model
     plain = [loss_of(trainer) for _ in (model.train(), model.eval())]
     handle = activate_neftune(model, 50.0, trainer.accelerator)  # as the Trainer does
@@ -272,7 +272,7 @@ def test_noise_on_embeddings_is_there_in_training_alone(trainer):
     assert noisy[False] == pytest.approx(plain[1], rel=1e-5)
 
 
-# Where generation stops
+# The end of generation
 
 
 @pytest.mark.parametrize(
