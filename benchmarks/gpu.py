@@ -77,7 +77,7 @@ TINY = Sizes(TINY_VISION, TINY_TEXT, 8, rows=4, shorter=16, max_length=128, roun
 
 @dataclass(frozen=True)
 class Setting:
-    """What all parts of the benchmark share."""
+    """The values that all parts of the benchmark share."""
 
     sizes: Sizes
     device: str

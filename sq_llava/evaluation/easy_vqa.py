@@ -69,7 +69,7 @@ def answer_question(question: str, colour: str, shape: str) -> str | None:
 
 
 def presumes(question: str) -> bool:
-    """Whether a question assumes a shape or a colour, as "what is the red shape?" does."""
+    """True if a question assumes a shape or a colour, as "what is the red shape?" does."""
     is_open = not question_kind(question).startswith("yes/no")
     return is_open and bool(words_of(question) & {*SHAPES, *COLOURS})
 

@@ -118,8 +118,8 @@ def _text(row: dict[str, Any], field: str) -> str:
 def option_of(answer: str, choices: Mapping[str, str]) -> str | None:
     """
     The option that an answer names, by MMBench's rules. The `FORMS` of a letter are tried in order. If exactly one
-    letter is a word of the answer in this form, the option is that letter. If no form decides, the option is the only
-    one whose text the answer contains. A bare "A" is an article if the answer has more than three words.
+    letter is a word of the answer in this form, it is the option. If no form decides, the option is the one whose text
+    is in the answer, unless several are. A bare "A" is an article if the answer has more than three words.
 
         >>> choices = {"A": "cat", "B": "dog"}
         >>> [option_of(text, choices) for text in ("B", "(B).", "A dog, I think: B.", "a dog", "A or B", "E")]

@@ -277,7 +277,7 @@ class ClipScorer:
         return torch.nn.functional.normalize(text, dim=-1) @ torch.nn.functional.normalize(picture, dim=-1).T
 
     def is_cut(self, text: str) -> bool:
-        """Whether a text is longer than the text tower allows."""
+        """True if a text is longer than the text tower allows."""
         return len(self.processor.tokenizer(text)["input_ids"]) > self.max_length
 
 

@@ -60,7 +60,7 @@ class StoredImage:
         return value
 
     def is_there(self) -> bool:
-        """Whether the row has an image. Does not read the image."""
+        """True if the row has an image. Does not read the image."""
         value = self.table.data.column(self.column)[self.row]
         return value.is_valid and value["bytes"].is_valid
 
@@ -139,7 +139,7 @@ class Data:
 
     @property
     def is_table(self) -> bool:
-        """Whether the data is a table in the Hub's layout, and not a folder in LLaVA's layout."""
+        """True for a table in the Hub's layout, false for a folder in LLaVA's layout."""
         if self.hub_id is not None or (self.folder / "dataset_info.json").is_file():
             return True
         return any(file for pattern in ("*.parquet", "*/*.parquet") for file in self.folder.glob(pattern))

@@ -1,1 +1,1 @@
-"""Makes instruction data: a module for each command (llava, captions, curate, self), and shared modules."""
+"""Makes instruction data: a module for each method (llava, captions, curate, self), and shared modules."""

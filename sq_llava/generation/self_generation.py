@@ -74,7 +74,7 @@ def generate(run: SelfGeneration) -> Made | None:
         run (`SelfGeneration`): Settings of the run.
 
     Returns:
-        What was made. On several processes (torchrun), only the first one returns it; the others return `None`.
+        The counts of the run. On several processes (torchrun), all but the first return `None`.
 
     Raises:
         ValueError: Before a model is loaded, if there are no images, if an image is inside a table or outside the

@@ -25,7 +25,7 @@ Seed = Annotated[int, Option(help="Random seed.")]
 PromptFolder = Annotated[
     Path,
     Option(
-        help="Folder of prompts. Copy the library's with: sq-llava generate-data prompts.",
+        help="Folder of prompts. Copy the library's with: sq-llava generate-data prompts METHOD NEW_FOLDER.",
         show_default="the library's",
     ),
 ]

@@ -78,7 +78,7 @@ def varlen_attention(module, query, key, value, attention_mask, scaling=None, cu
 
 
 def test_attention_by_borders_alone_gives_the_padded_step(trainer):
-    """As for FlashAttention-2, which needs a GPU: one flat row, no mask, borders for the language model only."""
+    """The inputs are those of FlashAttention-2, which needs a GPU: one flat row, no mask, borders for the LLM only."""
     AttentionInterface.register("by_borders", varlen_attention)
     AttentionMaskInterface.register("by_borders", flash_attention_mask)
     assert_same_step(trainer, packs_of(trainer, 1), flat=True, implementation="by_borders")
