@@ -370,7 +370,7 @@ def test_command_prints_json_and_nothing_else(recipe, report, capfd):
     assert json.loads(capfd.readouterr().out) == report.to_json()
 
 
-def test_sound_data_ends_with_code_zero_and_settings_may_follow(recipe, folder, tmp_path):
+def test_sound_data_ends_with_code_0_and_settings_can_be_overridden(recipe, folder, tmp_path):
     (tmp_path / "good.json").write_text(json.dumps([row(id="0")]))
     result = run(*recipe, "--dataset_path", tmp_path / "good.json", "--max_length", 100, "--json")
     assert result.exit_code == 0, result.output
@@ -442,7 +442,7 @@ def test_training_stops_at_wrong_data_before_the_model_is_loaded(recipe, monkeyp
         train_sft.main([*recipe, "--use_cpu", "true", *settings])
 
 
-def test_training_goes_on_with_the_doctor_off_or_warnings_only(recipe, folder, tmp_path, monkeypatch, capsys):
+def test_training_continues_with_the_doctor_off_or_warnings_only(recipe, folder, tmp_path, monkeypatch, capsys):
     class Loaded(Exception):
         pass
 

@@ -30,7 +30,7 @@ def run(parts, tmp_path) -> Run:
     return Run(parts, tmp_path, resume=True)
 
 
-def test_run_killed_in_its_base_a_step_and_a_save_equals_the_uninterrupted_one(run, whole):
+def test_run_killed_in_setup_step_and_save_equals_the_uninterrupted_one(run, whole):
     assert run.exit_codes(runs.kill_in_base) == KILLED
     assert "contains no complete checkpoint. Training starts at step 0." in run.text
     assert run.exit_codes(in_step, 6, die) == KILLED

@@ -180,7 +180,7 @@ def test_settings_of_four_bits_reach_bitsandbytes(parts, tmp_path):
     assert config.bnb_4bit_quant_storage == config.bnb_4bit_compute_dtype == torch.bfloat16
 
 
-def test_architecture_of_a_model_from_parts_is_what_was_asked(parts, tmp_path):
+def test_model_from_parts_has_the_requested_architecture(parts, tmp_path):
     asked = {"prototype_variant": "released", "num_prototypes": 3, "num_prototype_iterations": 1}
     asked |= {"projector_type": "linear"}
     model, _, _ = load_base(*parse_settings(arguments(parts, tmp_path, **asked)), None)
@@ -240,7 +240,7 @@ def loss_of(trainer: SQLlavaTrainer, multiple: int | None = None) -> float:
         return trainer.compute_loss(trainer.model, batch_of(trainer, multiple)).item()
 
 
-def test_batches_are_padded_to_a_multiple_without_another_loss(trainer):
+def test_padding_to_a_multiple_does_not_change_the_loss(trainer):
     assert trainer.data_collator.pad_to_multiple_of == 64
     trainer.model.eval()
     assert batch_of(trainer, None)["input_ids"].shape[1] % 64 != 0
