@@ -4,10 +4,10 @@
     python -m benchmarks.ablation --report    # writes the report of the finished runs, also while others run
     python -m benchmarks.ablation --jobs 2    # writes benchmarks/results/ablation.{json,md,png}
 
-Every run starts from the base models of `make demo` and trains both stages of recipes/easy-vqa. It changes only what
-`SETTINGS` says, and the number of steps of stage 2, which is the budget. The seed decides the order of the turns and
-the rows, the new weights and the self-questions. The runs of one seed share stage 1 where it is equal, so differences
-are taken within a seed. All seeds use the same base models, as all of the paper's runs use one CLIP and one Vicuna.
+Every run starts from the base models of `make demo` and trains both stages of recipes/easy-vqa. Runs differ only in
+`SETTINGS`, in the seed, and in the budget: the number of steps of stage 2. The seed decides the order of the turns and
+the rows, the new weights and the self-questions. The runs of one seed share stage 1 if it is the same for them, so
+differences are taken within a seed. All seeds use the same base models, as the paper's runs use one CLIP and Vicuna.
 
 A finished run is a JSON file in `--work`, and the same command later runs only what is missing. The report includes
 all finished runs, so seeds, budgets and settings can be added later. Nothing is chosen on the test questions. The
@@ -45,7 +45,7 @@ import matplotlib.pyplot as plt
 
 @dataclass(frozen=True)
 class Setting:
-    """What a run changes in the demo's recipe, and the settings it is compared with."""
+    """The changes of a run to the demo's recipe, and the settings that it is compared with."""
 
     label: str
     prototype_variant: str = "none"
@@ -78,7 +78,7 @@ T_QUANTILES = (
 
 @dataclass(frozen=True)
 class Scale:
-    """What all runs of a work folder share."""
+    """The values that all runs of a work folder share."""
 
     base: str
     stage1_steps: int = 150

@@ -4,8 +4,8 @@
 
 Padding is counted on a simulation of llava_v1_5_mix665k: 6% text-only rows, 576 tokens an image, text lengths from a
 gamma distribution (a row has 846 tokens on average, and 95% have fewer than 1,302), global batches of 128 rows. The
-time is that of forward and backward passes of a small random SQ-LLaVA on the CPU, over rows an eighth as long; the
-gain on a GPU depends on the model. Both orders run in turn. Not measured: memory, data loading, the optimizer.
+timed work is forward and backward passes of a small random SQ-LLaVA on the CPU, over rows an eighth as long. The gain
+on a GPU depends on the model. Both orders run in turn. Not measured: memory, data loading, the optimizer.
 """
 
 from functools import partial

@@ -5,9 +5,9 @@
 
 The weights are random, in bfloat16, and made on the device: CLIP ViT-L/14-336, Vicuna-7B's sizes, K = 256, LoRA as in
 recipes/sq-llava-7b/stage{1,2}.yaml. A step is forward, backward, clipping and AdamW over 16 rows of a simulated mix
-(see `benchmarks.batching`); half of their text has labels. Ours is packed, with and without gradient checkpointing.
-The stock one is transformers' LlavaForConditionalGeneration under TRL's fused head, padded, with checkpointing. Both
-use FlashAttention 2 if it is installed, and SDPA otherwise.
+(see `benchmarks.batching`); half of their text has labels. "Ours" is packed, with and without gradient checkpointing.
+"Stock" is transformers' LlavaForConditionalGeneration under TRL's fused head, padded, with checkpointing. Both use
+FlashAttention 2 if it is installed, and SDPA otherwise.
 
 Model FLOPs utilisation counts the operations that the model needs, not those that are computed again:
 
@@ -77,7 +77,7 @@ TINY = Sizes(TINY_VISION, TINY_TEXT, 8, rows=4, shorter=16, max_length=128, roun
 
 @dataclass(frozen=True)
 class Setting:
-    """What all parts of the benchmark share."""
+    """The values that all parts of the benchmark share."""
 
     sizes: Sizes
     device: str

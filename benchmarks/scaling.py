@@ -3,10 +3,10 @@
     python -m benchmarks.scaling            # writes benchmarks/results/scaling.{json,md,png}, under 90 seconds
 
 Forward and backward on the CPU in float32, in a small random model (vision width 256, 4 layers; a language model of
-width 256 with 4 layers) with the adapter of stage 2. Against N tokens, K prototypes and the number of images, only the
-vision side runs (tower, extractor, projector), in the three `prototype_variant`s. Against the number of rows, each
-with one image, the whole step up to the gradients runs. The exponent is that of the power law through the first and
-the last point; 1 means that the cost grows in proportion. Not measured: a GPU, the optimizer, data loading.
+width 256 with 4 layers) with the adapter of stage 2. For N tokens, K prototypes and the number of images, only the
+vision side runs (tower, extractor, projector), in the three `prototype_variant`s. For the number of rows, each with
+one image, the whole step up to the gradients runs. The exponent is that of the power law through the first and the
+last point; 1 means that the cost grows in proportion. Not measured: a GPU, the optimizer, data loading.
 """
 
 import math

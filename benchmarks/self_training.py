@@ -5,9 +5,9 @@
 
 The images are the 200 of easy-VQA's training half that the demo keeps out of both stages. A model asks and answers
 questions about them as `sq-llava generate-data self` does. Then a stage 2, started from the demo's stage 1, trains on
-the result, unfiltered or filtered, or on the real questions about the same images, always for the same number of
-steps. Its accuracy is measured on test images. Two models make data: the demo's model, and a weak model with a short
-stage 2, whose answers are often wrong.
+this data, unfiltered or filtered, or on the real questions about the same images. The number of steps is always the
+same. Accuracy is measured on test images. Two models make data: the demo's model, and a weak model with a short stage
+2, whose answers are often wrong.
 
 A finished run is a JSON file in `--work`, and the same command later runs only what is missing. "Sure" means 95% per
 token; it was chosen on the answers of the demo's model to its own questions, before anything was trained on them. The

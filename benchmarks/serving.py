@@ -2,11 +2,11 @@
 
     python -m benchmarks.serving            # needs runs/demo/model; writes benchmarks/results/serving.{json,md}
 
-All numbers of clients are measured on one server process, in rounds that take turns. The best round counts, because
-other work on the machine only adds time. Because it can add much, the server's own CPU seconds are counted too, and
-the ratios are ratios of those. Each request has its own picture. There are two kinds: short answers, and texts of 64
-tokens (by the same model without an end-of-text token). Greedy answers are compared as well: they must not depend on
-the other requests. Not measured: vLLM, which is the choice for production.
+All numbers of clients use one server process, in rounds that take turns. The best round counts, because other work on
+the machine only adds time. It can add much, so the ratios are those of the server's own CPU seconds. Each request has
+its own picture. There are two kinds: short answers, and texts of 64 tokens (by the same model without an end-of-text
+token). The benchmark checks that greedy answers do not depend on the other requests. Not measured: vLLM, which is the
+choice for production.
 """
 
 import base64

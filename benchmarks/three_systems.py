@@ -4,8 +4,9 @@
 
 All start from the Llama of `make demo`. LLaVA and SQ-LLaVA use its CLIP; MiniGPT-4 uses a BLIP-2 that was trained on
 the same captions for as long. Each trains both stages of recipes/easy-vqa with the changes in `SYSTEMS`. The learning
-rates were chosen for SQ-LLaVA and are the same for all, except that a language model trained in full has half of
-LoRA's. Nothing was chosen on test questions. All use the Llama's prompt, which has no words for MiniGPT-4's markers.
+rates were chosen for SQ-LLaVA and are the same for all. Only a language model that is trained in full has half of
+LoRA's rate. Nothing was chosen on test questions. All use the Llama's prompt, because its vocabulary lacks MiniGPT-4's
+markers.
 
 A finished run is a file in `--work`, and the same command later runs only what is missing. The result does not say
 which system is better at full size, with other towers, data and budgets.
@@ -32,7 +33,7 @@ from sq_llava.training.adapter import count_parameters
 
 @dataclass(frozen=True)
 class System:
-    """What a system trains, and how its stages differ from the demo's recipes."""
+    """A system: the parts that it trains, and the changes of its stages to the demo's recipes."""
 
     trains: str
     blip2: bool = False

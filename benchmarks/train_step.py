@@ -2,7 +2,7 @@
 
     python -m benchmarks.train_step            # writes benchmarks/results/train_step.{json,md,png}, under 4 minutes
 
-Measured are tokens with loss per second over whole epochs of `trainer.train()`: data loading, forward, backward and
+The figures are tokens with loss per second over whole epochs of `trainer.train()`: data loading, forward, backward and
 optimizer, on the CPU in float32.
 
     stock     TRL's SFTTrainer and vision collator, transformers' LlavaForConditionalGeneration, rows in random order

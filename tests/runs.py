@@ -59,7 +59,7 @@ def make_parts(root: Path) -> Path:
 
 
 def write_in_order(parts: Path, file: Path) -> dict:
-    """Writes rows, in turn two with an image and two without, so that the second of two processes sees no image."""
+    """Writes pairs of rows: two with an image, two without, and so on. The second of two processes sees no image."""
     rows = json.loads((parts / "train.json").read_text())
     with_image, text_only = ([row for row in rows if ("image" in row) == kind] for kind in (True, False))
     ordered = [row for at in range(0, 6, 2) for row in (*with_image[at : at + 2], *text_only[at : at + 2])]
@@ -92,7 +92,7 @@ def train(parts: Path, output_dir: Path, previous: Path | None = None, **overrid
 
 
 class Run:
-    """Trains in processes of its own, into `folder/run`. What they print is added to `folder/log`."""
+    """Trains in processes of its own, into `folder/run`. Their output is added to `folder/log`."""
 
     def __init__(self, parts: Path, folder: Path, processes: int = 1, **settings):
         folder.mkdir(exist_ok=True)
@@ -211,7 +211,7 @@ def write_row_ids(folder: Path) -> None:
 
 
 def row_ids(folder: Path) -> list[list[list[int]]]:
-    """What `write_row_ids` wrote: the row ids of each batch of each of two processes."""
+    """The row ids of each batch of each of two processes, as `write_row_ids` wrote them."""
     return [list(map(json.loads, (folder / f"rows{rank}").read_text().splitlines())) for rank in (0, 1)]
 
 

@@ -50,7 +50,7 @@ class OtherModel(Assistant):
 
     @torch.inference_mode()
     def answer_batch(self, requests: list[tuple], max_new_tokens: int = 512, **generate_kwargs) -> list[str]:
-        """As [`Assistant.answer_batch`], but common beginnings of prompts are not shared."""
+        """Like [`Assistant.answer_batch`], but common prefixes of prompts are computed for each prompt."""
         try:
             inputs = self.processor.apply_chat_template(
                 place_images_of_all(requests),

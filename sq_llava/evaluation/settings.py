@@ -33,8 +33,8 @@ class Evaluation:
         data (`str`): A folder, a Hub id, or `"hub"`; see [`Data.locate`].
         out (`Path`): Output folder. An interrupted run resumes from it.
         judge (`JudgeSettings`, *optional*): The judge, for tasks that need one.
-        judge_folder (`Path`, *optional*): Folder for the judge's answers. The limits on requests and cost count what
-            is in it. Default: `out`.
+        judge_folder (`Path`, *optional*): Folder for the judge's answers. Answers that are already in it count toward
+            the limits on requests and cost. Default: `out`.
     """
 
     model: Annotated[str, Option("-m", help="SQ-LLaVA folder or Hub id, or another model of transformers.")]
@@ -66,7 +66,7 @@ class QuestionEvaluation:
     settings: AskSettings
     image_root: Annotated[str | None, Option(help="Folder that the dataset's image paths are relative to.")] = None
     limit: Annotated[int | None, Option(min=1, help="Use at most N images, evenly spaced.")] = None
-    clip: Annotated[str | None, Option(help="CLIP (both towers) to measure how well texts fit their image.")] = None
+    clip: Annotated[str | None, Option(help="CLIP (both towers) that measures how well texts fit images.")] = None
     truth: Annotated[str | None, Option(help="easy_vqa: measure how many questions have a true premise.")] = None
     dtype: Dtype = "auto"
     device: Device = None

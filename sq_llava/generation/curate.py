@@ -19,7 +19,7 @@ The instruction in a row is drawn from a list; it is not the prompt that the des
 local describer are kept in OUT/descriptions.jsonl, of a server in OUT/answers.jsonl, and of the repairer in
 OUT/repairs.jsonl. Each run makes all other files from these.
 
-What this does not do: run a local model on several GPUs. Use `--shard` for that.
+A local model runs on one GPU. To use several GPUs, start a run with its own `--shard` on each.
 """
 
 import hashlib
@@ -211,8 +211,8 @@ def apply_rules(
 
 def estimate(settings: CurateSettings, describer: Describer, repairer: Repairer | None) -> dict[str, Estimate]:
     """
-    What is still to be asked, by model. What depends on missing answers is counted at its maximum: every description
-    is continued, and each has the maximum length.
+    Estimates the remaining requests, by model. Requests that depend on missing answers are counted at their maximum:
+    every description is continued, and each has the maximum length.
     """
     images, _ = openable(find_images(settings))
     estimates = {}

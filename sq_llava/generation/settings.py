@@ -1,4 +1,4 @@
-"""Settings of the ways of making data. The fields are command options, so this module imports nothing slow.
+"""Settings of `sq-llava generate-data`. The fields are command options, so this module imports nothing slow.
 
 >>> FilterSettings(min_log_probability=-0.5)
 """
@@ -16,7 +16,7 @@ from sq_llava.llm_client.settings import ChatSettings
 
 
 PROMPTS = files("sq_llava.generation") / "prompts"
-# What must change without the image: the answer of every turn, one answer to the same question, nothing.
+# The answer that must change with a blank image: the turn's own, that of any turn with the same question, none.
 BLANK_TESTS = ("turn", "question", "off")
 
 Out = Annotated[Path, Option(help="Output folder. The same command resumes a run that was stopped.")]
@@ -25,7 +25,7 @@ Seed = Annotated[int, Option(help="Random seed.")]
 PromptFolder = Annotated[
     Path,
     Option(
-        help="Folder of prompts. Copy the library's with: sq-llava generate-data prompts.",
+        help="Folder of prompts. Copy the library's with: sq-llava generate-data prompts METHOD NEW_FOLDER.",
         show_default="the library's",
     ),
 ]
@@ -36,7 +36,7 @@ class LlavaSettings:
     """
     Args:
         captions, instances (`Path`): Files that [`read_scenes`] reads.
-        chat (`ChatSettings`): The server and the caps.
+        chat (`ChatSettings`): The server, and the limits on requests and cost.
         prompts (`Path`): Folder that `read_prompts` in `llava.py` reads.
         shares (`str`): Shares of the kinds of rows, as [`parse_shares`] reads them. LLaVA's set has 58, 23 and 77
             thousand rows.
@@ -117,8 +117,8 @@ class FilterSettings:
             With `"turn"`, a right "no" to "is there a dog?" is lost, because a blank image gives "no" too. A model
             trained on the rest may answer "yes" to everything, which costs more than all wrong answers do
             (benchmarks/results/self_training.md).
-        min_log_probability (`float`): A high value keeps true answers. With a weak model, it can keep "no" alone:
-            check the shares in the data card.
+        min_log_probability (`float`): A high value keeps true answers. With a weak model, it can keep nothing but
+            "no": check the shares in the data card.
         max_overlap (`float`): Highest Jaccard index of the words and word pairs of two questions about one image.
         max_repeats (`int`): Cap on equal questions, like LLaVA's cap on phrases.
         max_per_type, balance_yes_no: `seed` decides which turns are kept.
@@ -127,13 +127,13 @@ class FilterSettings:
     blank_test: Annotated[
         str,
         Option(
-            help="What must change with a blank image. turn: the turn's answer; question: an answer to this question "
-            "about any image; off: nothing."
+            help="Answer that must change with a blank image. turn: the turn's own; question: the answer to this "
+            "question about at least one image; off: none."
         ),
     ] = "question"
     min_drop: Annotated[
         float,
-        Option(help="Minimum loss of log-probability per token of an answer with a blank image, in --blank-test."),
+        Option(help="Minimum drop in an answer's log-probability per token with a blank image, for --blank-test."),
     ] = 0.0
     min_log_probability: Annotated[
         float | None, Option(help="Minimum log-probability of an answer, as the mean over its tokens.")
@@ -144,7 +144,7 @@ class FilterSettings:
     ] = 0.7
     max_set_overlap: Annotated[
         float | None,
-        Option(min=0, max=1, help="Maximum share of word pairs that questions about earlier images have."),
+        Option(min=0, max=1, help="Maximum share of word pairs that occur in questions about earlier images."),
     ] = None
     max_repeats: Annotated[int | None, Option(min=1, help="Maximum number of equal questions in the set.")] = 100
     max_per_type: Annotated[
@@ -186,6 +186,6 @@ class SelfGeneration:
 
     @property
     def progress(self) -> Path:
-        """Folder of the lines that the models gave; each shard has its own."""
+        """Folder of the models' answers and scores. Each shard has its own."""
         shard = self.shard
         return self.out if shard.count == 1 else self.out / f"shard-{shard.index:05}-of-{shard.count:05}"

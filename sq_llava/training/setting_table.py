@@ -75,14 +75,14 @@ OURS = {
     ),
     **each(
         "prototype_variant num_prototypes num_prototype_iterations projector_type",
-        honoured("training/test_settings.py::test_architecture_of_a_model_from_parts_is_what_was_asked"),
+        honoured("training/test_settings.py::test_model_from_parts_has_the_requested_architecture"),
     ),
-    "image_aspect_ratio": honoured("model/test_processing.py::test_centre_crop_shows_the_middle_alone"),
+    "image_aspect_ratio": honoured("model/test_processing.py::test_centre_crop_shows_only_the_middle"),
     "prompt_layout": honoured("model/test_minigpt4.py::test_prompt_is_minigpt_4s_to_the_character"),
     "system_message": honoured("model/test_processing.py::test_a_setting_changed_at_loading_changes_the_template"),
     "self_question_ratio": honoured("training/test_collator.py::test_ratio_is_the_share_of_self_questions"),
     "question_loss_weight": honoured(
-        "training/test_training.py::test_question_weight_zero_leaves_the_loss_of_the_answers"
+        "training/test_training.py::test_question_weight_zero_leaves_only_the_loss_of_the_answers"
     ),
     **each(
         "vision_lr connector_lr",
@@ -91,19 +91,19 @@ OURS = {
     "vision_lora_r": honoured(
         "training/test_training.py::test_vision_lora_receives_gradient_in_every_layer_that_is_run"
     ),
-    "vision_lora_alpha": honoured("training/test_settings.py::test_lora_that_would_be_scaled_otherwise_is_refused"),
+    "vision_lora_alpha": honoured("training/test_settings.py::test_lora_of_another_scale_is_refused"),
     "vision_lora_dropout": honoured("training/test_settings.py::test_each_tower_has_its_own_dropout"),
     "init_lora_weights": honoured("training/test_settings.py::test_new_lora_of_each_initialisation_changes_no_logit"),
     "full_finetuning": honoured(
         "training/test_full_finetuning.py::test_all_of_language_model_and_projector_is_trained_and_nothing_of_the_tower"
     ),
     "resume": honoured(
-        "training/test_recovery.py::test_run_killed_in_its_base_a_step_and_a_save_equals_the_uninterrupted_one"
+        "training/test_recovery.py::test_run_killed_in_setup_step_and_save_equals_the_uninterrupted_one"
     ),
-    "global_batch_size": honoured("training/test_planning.py::test_global_batch_is_made_of_accumulated_ones"),
+    "global_batch_size": honoured("training/test_planning.py::test_global_batch_is_made_by_accumulation"),
     "dry_run": honoured("training/test_planning.py::test_dry_run_takes_the_longest_rows_and_leaves_nothing"),
-    "num_gpus": honoured("training/test_planning.py::test_number_of_gpus_belongs_to_a_plan"),
-    "doctor": honoured("doctor/test_check.py::test_training_goes_on_with_the_doctor_off_or_warnings_only"),
+    "num_gpus": honoured("training/test_planning.py::test_number_of_gpus_is_refused_without_a_plan"),
+    "doctor": honoured("doctor/test_check.py::test_training_continues_with_the_doctor_off_or_warnings_only"),
     "max_loss": honoured("training/test_step_watch.py::test_diverging_loss_stops_the_run"),
 }
 
@@ -114,12 +114,12 @@ MODEL = {
         "--local-dir FOLDER`, and set model_name_or_path to that folder"
     ),
     "dtype": honoured("training/test_full_finetuning.py::test_half_precision_base_is_trained_in_full_precision"),
-    "attn_implementation": honoured("model/test_minigpt4.py::test_the_attention_that_is_asked_for_is_the_towers"),
+    "attn_implementation": honoured("model/test_minigpt4.py::test_the_vision_tower_uses_the_requested_attention"),
     "use_peft": harmless(
         "LoRA is used if lora_r or vision_lora_r is above 0. Together with full_finetuning, use_peft is refused."
     ),
     "lora_r": honoured("training/test_training.py::test_adapter_of_another_size_is_refused"),
-    "lora_alpha": honoured("training/test_settings.py::test_lora_that_would_be_scaled_otherwise_is_refused"),
+    "lora_alpha": honoured("training/test_settings.py::test_lora_of_another_scale_is_refused"),
     "lora_dropout": honoured("training/test_settings.py::test_each_tower_has_its_own_dropout"),
     **each(
         "lora_target_modules use_rslora use_dora",
@@ -173,9 +173,7 @@ SFT = {
     "packing_strategy": refused("Packing never cuts rows: remove it"),
     "padding_free": refused("It does not work with images. Set packing true instead, which leaves little padding"),
     "eval_packing": refused("Evaluation batches are never packed: remove it", False),
-    "pad_to_multiple_of": honoured(
-        "training/test_settings.py::test_batches_are_padded_to_a_multiple_without_another_loss"
-    ),
+    "pad_to_multiple_of": honoured("training/test_settings.py::test_padding_to_a_multiple_does_not_change_the_loss"),
     "completion_only_loss": refused(
         "The loss is always on answers and self-questions, and on nothing else: remove it", True
     ),
@@ -217,7 +215,7 @@ TRAINING = {
     "label_smoothing_factor": refused(
         "It needs all logits, which TRL's fused head never computes (TRL ignores it too): remove it"
     ),
-    "bf16": honoured("training/test_lm_head.py::test_autocast_and_gradient_checkpointing_leave_the_loss_as_it_is"),
+    "bf16": honoured("training/test_lm_head.py::test_autocast_and_gradient_checkpointing_do_not_change_the_loss"),
     **each("bf16_full_eval fp16_full_eval", refused(FULL_EVALUATION)),
     **each(
         "activation_checkpointing gradient_checkpointing",
@@ -225,7 +223,7 @@ TRAINING = {
     ),
     **each("use_liger_kernel liger_kernel_config", refused(LIGER)),
     "use_cache": refused("Training needs no cache, and generation always uses its own: remove it"),
-    "neftune_noise_alpha": honoured("training/test_settings.py::test_noise_on_embeddings_is_there_in_training_alone"),
+    "neftune_noise_alpha": honoured("training/test_settings.py::test_noise_on_embeddings_is_added_only_in_training"),
     "auto_find_batch_size": refused(
         "A smaller batch would change the rows of each step during a run. Remove it, and use `--dry_run real` to see "
         "what fits"

@@ -1,4 +1,4 @@
-"""What is prepared for a push, without a Hub: which files, and which folders are refused."""
+"""Preparing a push, without a Hub: the files that are published, and the folders that are refused."""
 
 import shutil
 from pathlib import Path

@@ -51,8 +51,8 @@ def out(tmp_path) -> Path:
 
 class Painter:
     """
-    Describes a picture by the text that `says` has for its name, or else by a long text; continues with "It is
-    bright."; repairs a text as `repairs` has it, or leaves it as it is.
+    Replies of a server: describes a picture by `says[name]`, or by a long text if `says` lacks the name; continues a
+    text with "It is bright."; repairs a text by `repairs[text]`, or leaves it unchanged.
     """
 
     def __init__(self, photos: Path, says: dict[str, str] | None = None, repairs: dict[str, str] | None = None):

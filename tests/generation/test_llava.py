@@ -222,7 +222,7 @@ def start(folder: Path, server: ChatServer) -> list[multiprocessing.Process]:
 
 @pytest.mark.slow
 def test_run_killed_at_random_moments_makes_the_same_files(tmp_path):
-    """A kill loses no more paid answers than requests were under way."""
+    """A kill loses at most the answers to the requests that were under way."""
     num, concurrency, num_kills = 40, 4, 3
     write_scenes(tmp_path, num)
     draw = random.Random(7)
@@ -250,7 +250,7 @@ def test_run_killed_at_random_moments_makes_the_same_files(tmp_path):
 
 
 @pytest.mark.slow
-def test_ctrl_c_writes_what_is_there_and_waits_for_no_busy_server(tmp_path):
+def test_ctrl_c_writes_the_finished_rows_and_waits_for_no_busy_server(tmp_path):
     def reply(request, number):
         if place_of(request) == 2:
             return Reply(status=429, headers={"Retry-After": "100"}, body="{}")

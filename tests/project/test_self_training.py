@@ -21,7 +21,7 @@ def finished(task: self_training.Task, accuracy: float) -> dict:
     return task.facts | {"accuracy": accuracy, "test_questions": 968, "sets": sets}
 
 
-def test_data_of_a_model_is_there_before_it_is_trained_on(tmp_path):
+def test_data_is_generated_before_it_is_trained_on(tmp_path):
     tasks = tasks_of(tmp_path, [3])
     training = next(task for task in tasks if (task.generator, task.data) == ("weak", "filtered"))
     assert not training.is_ready() and training.generation in tasks
@@ -44,6 +44,6 @@ def test_table_has_means_and_differences_within_a_seed(tmp_path):
     )
 
 
-def test_model_that_is_not_there_is_named(tmp_path):
+def test_missing_model_is_named(tmp_path):
     with pytest.raises(ValueError, match=r"model/config\.json does not exist\. Run `make demo` first, or set --base"):
         self_training.main(["--base", str(tmp_path), "--work", str(tmp_path / "work")])

@@ -234,7 +234,7 @@ def test_zero3_refuses_a_model_from_parts(parts, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_all_that_is_trained_has_one_precision(dtype):
+def test_all_trained_weights_have_one_precision(dtype):
     model = add_adapter(tiny.tiny_model().to(torch.bfloat16), SIZE, SIZE, train_vusr=True, trained_dtype=dtype)
     assert {p.dtype for p in model.parameters() if p.requires_grad} == {dtype}
     assert {p.dtype for p in model.parameters() if not p.requires_grad} == {torch.bfloat16}
