@@ -9,10 +9,11 @@ A setting on the command line replaces the one in the recipe:
 
 The same in Python:
 
+    import train_sft
     from sq_llava.training.settings import parse_recipe
     trainer = train_sft.train(*parse_recipe("recipes/sq-llava-7b/stage1.yaml", max_steps=100))
 
-On SIGTERM or SIGINT it saves a checkpoint and exits with code 75 (a launcher such as torchrun then exits with 1).
+On SIGTERM or SIGINT, training saves a checkpoint and exits with code 75 (launchers such as torchrun exit with 1).
 `--resume` resumes a run that was stopped or killed; the result is the same as without the stop.
 
 A sample of the data is checked before training: see `sq-llava doctor` and the setting `doctor`.
@@ -22,7 +23,7 @@ memory without loading weights.
 
 The result is a PEFT adapter and the processor in `output_dir`; `sq-llava merge` merges it into a plain checkpoint.
 With `full_finetuning`, which trains the language model's own weights as LLaVA does, the result is a plain checkpoint.
-What it does not do: train the vision tower's own weights; convert released checkpoints.
+The vision tower's own weights are never trained. Released checkpoints must be converted first (`sq-llava convert`).
 """
 
 import signal
@@ -85,7 +86,7 @@ def train(arguments: SQLlavaArguments, training_args: SFTConfig, model_config: M
     Raises:
         ValueError: for settings, data or models that cannot be trained as asked.
     """
-    # Before 5.18, the mask of the tokens in the loss is wrong after an image.
+    # Before transformers 5.18, the mask of the tokens in the loss is wrong after an image.
     require_version("transformers>=5.18")
     num_processes = complete_settings(arguments, training_args)
     if arguments.dry_run == "meta":
