@@ -211,7 +211,7 @@ def eval_result_files(results: dict[str, Any]) -> dict[str, list[dict]]:
 
 
 def _is_trained_to_ask(provenance: dict, has_extractor: bool) -> bool:
-    """`False` if the provenance shows a converted LLaVA, or a model that only did the first training stage."""
+    """`False` if the provenance shows a converted LLaVA, or a model that was never trained on self-questions."""
     if not provenance:
         return True
     is_released_sq_llava = "converted_from" in provenance and has_extractor and "new_extractor" not in provenance
