@@ -3,8 +3,8 @@
     arguments, training_args, model_config = parse_settings(["--config", "recipes/sq-llava-7b/stage1.yaml"])
     arguments, training_args, model_config = parse_recipe("recipes/sq-llava-7b/stage1.yaml", learning_rate=1e-4)
 
-`SQLlavaArguments` has this project's own settings; the others are TRL's `SFTConfig` and `ModelConfig`. What it does
-not do: apply the settings to model and processor (`sq_llava/training/stage_model.py`).
+`SQLlavaArguments` has this project's own settings; the others are TRL's `SFTConfig` and `ModelConfig`.
+`sq_llava/training/stage_model.py` applies the settings to model and processor.
 """
 
 import shlex
@@ -62,10 +62,10 @@ class SQLlavaArguments:
         },
     )
     vision_model_name_or_path: str | None = _option(
-        "CLIP or SigLIP model to make a new model from, together with text_model_name_or_path.", default=None
+        "CLIP or SigLIP model for a new model, which is composed with text_model_name_or_path.", default=None
     )
     text_model_name_or_path: str | None = _option(
-        "Causal language model to make a new model from. To continue from an SQ-LLaVA model or a finished stage, give "
+        "Causal language model for a new model. To continue from an SQ-LLaVA model or a finished stage, give "
         "model_name_or_path instead.",
         default=None,
     )
@@ -227,7 +227,7 @@ def parse_recipe(recipe: str | Path, **overrides: Any) -> tuple[SQLlavaArguments
 
 
 def _require_evaluation(arguments: SQLlavaArguments, training_args: SFTConfig) -> None:
-    """Refuses evaluation rows without an `eval_strategy`, and the other way round."""
+    """Refuses evaluation rows without an `eval_strategy`, and an `eval_strategy` without evaluation rows."""
     evaluates = bool(arguments.eval_datasets or arguments.num_eval_rows)
     asks_for_it = training_args.eval_strategy != "no" or training_args.do_eval
     if evaluates != asks_for_it or (arguments.generation_datasets and not evaluates):
@@ -273,7 +273,7 @@ def _require_use(holder: SQLlavaArguments | ModelConfig, name: str, has_use: boo
 
 
 def _require_trainer_settings(training_args: SFTConfig) -> None:
-    """Refuses a Trainer setting that would do nothing, or would make other batches than it says."""
+    """Refuses a Trainer setting that would do nothing, or would make batches that differ from what it says."""
     if training_args.activation_offloading and training_args.device.type == "cpu":
         raise ValueError("activation_offloading is True, but the model is on the CPU already: remove it.")
     if training_args.accelerator_config.split_batches:
