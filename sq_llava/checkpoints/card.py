@@ -56,7 +56,7 @@ def render_card(
 
     Args:
         folder: A plain checkpoint, or an adapter that names its base by a Hub id.
-        repo_id (`str`): What the card's examples load: a Hub id or a folder.
+        repo_id (`str`): Hub id or folder that the card's examples load.
         revision (`str`, *optional*): The commit that the examples load.
         results (`dict`, *optional*): Scores, as returned by [`read_results`].
         license, languages: Metadata for the Hub. Left out unless given.

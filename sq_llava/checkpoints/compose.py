@@ -1,7 +1,8 @@
 """Composes an SQ-LLaVA from a vision model and a causal language model. Prototype extractor and projector are new.
 
 >>> model, processor = compose("openai/clip-vit-large-patch14-336", "lmsys/vicuna-7b-v1.5")
->>> model, processor = compose(blip2, "lmsys/vicuna-7b-v1.5", blip2, prototype_variant="none")  # MiniGPT-4's parts
+>>> blip2 = "Salesforce/blip2-flan-t5-xxl"  # for MiniGPT-4
+>>> model, processor = compose(blip2, "lmsys/vicuna-7b-v1.5", blip2, prototype_variant="none")
 """
 
 import torch

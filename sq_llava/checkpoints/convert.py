@@ -348,7 +348,7 @@ def _processor(layout: Layout, config: SQLlavaConfig, new_extractor: bool) -> SQ
 
 
 def _keeps_text_apart(processor: SQLlavaProcessor) -> bool:
-    """Whether text after an image has the same tokens as on its own: the original code tokenizes it separately."""
+    """Returns whether text after an image has the same tokens as on its own, as in the original code."""
     text = "\nWhat is this?"
     after_image = processor.tokenizer(processor.image_token + text, add_special_tokens=False).input_ids[1:]
     return after_image == processor.tokenizer(text, add_special_tokens=False).input_ids

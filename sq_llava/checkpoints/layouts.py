@@ -93,7 +93,7 @@ class Layout:
 
     @property
     def aspect_ratio(self) -> str | None:
-        """How the original code makes images square: `"pad"`, or by default a crop."""
+        """The original code's way to make images square: `"pad"`, or by default a crop."""
         # LLaVA-1.5 pads. Its configuration for transformers does not say so.
         return "pad" if self.kind == "llava_hf" or not self.config else self.config.get("image_aspect_ratio")
 
@@ -228,7 +228,7 @@ def _recognise_whole(folder: Path, config: dict) -> dict:
 
 
 def is_original(config: dict) -> bool:
-    """Whether a `config.json` was written by the code of LLaVA, or by code derived from it."""
+    """Returns whether a `config.json` was written by the code of LLaVA, or by code derived from it."""
     return any(name.startswith("mm_") for name in config)
 
 
@@ -272,6 +272,6 @@ def _find_in_cache(hub_id: str) -> Path | None:
 
 
 def _is_partial(folder: Path) -> bool:
-    """Whether a repository in the cache lacks weight files."""
+    """Returns whether a repository in the cache lacks weight files."""
     files = find_weight_files(folder) or [*folder.glob("*.bin"), *folder.glob("*.safetensors")]
     return not files or not all(file.is_file() for file in files)

@@ -202,7 +202,7 @@ def _model_files(api: HfApi, publication: Publication, commit: str) -> dict[str,
 
 
 def _is_stale(name: str) -> bool:
-    """Whether a file on the Hub would belong to an earlier model if it is not in this upload."""
+    """Returns whether a file on the Hub belongs to an earlier model, unless this upload replaces it."""
     return "/" not in name and any(fnmatch(name, pattern) for pattern in STALE_FILES)
 
 

@@ -1,6 +1,6 @@
 """Verifies a converted checkpoint: runs source and result on the same prompts and compares them.
 
-    sq-llava convert sqllava-lora-7b --base base --out sq-llava-7b --verify
+    sq-llava convert sqllava-lora-7b --base vicuna-7b --out sq-llava-7b --verify
 
 The source is run by other code than the result (`sq_llava/checkpoints/reference_models.py`), and the conversion's
 table of names is not used. It compares token ids (with the source's own tokenizer file), pixels (with CLIP's own

@@ -288,7 +288,7 @@ NOT_IN_ALL_VERSIONS = {"activation_checkpointing", "activation_checkpointing_kwa
 
 
 def is_given(config: Any, name: str) -> bool:
-    """Whether a setting differs from its default."""
+    """Returns whether a setting differs from its default."""
     (field,) = (field for field in fields(config) if field.name == name)
     default = field.default if field.default_factory is MISSING else field.default_factory()
     return getattr(config, name) != default

@@ -305,7 +305,7 @@ class SQLlavaTrainer(SFTTrainer):
         saved, step = self.watch.saved_step, self.state.global_step
         if saved is None or self.args.save_strategy == "no":
             return
-        # Saving needs all processes, but the others may be elsewhere. While a step is applied, only some weights are new.
+        # Saving needs all processes, and others may be elsewhere. While a step is applied, only some weights are new.
         if self.args.world_size == 1 and step > saved and not self.watch.applying:
             self.args.save_total_limit = None  # keep older checkpoints, from before the cause of the error
             self._save_checkpoint(self.model, trial=None)
