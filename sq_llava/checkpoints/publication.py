@@ -126,7 +126,7 @@ def prepare(
 
 
 def _require_space(publication: Publication) -> None:
-    """The uploaded files are downloaded again for the comparison, into the workspace."""
+    """Requires space for the comparison, which downloads the uploaded files into the workspace."""
     folder = publication.workspace.parent
     free = shutil.disk_usage(folder).free
     if free < publication.size:

@@ -32,7 +32,7 @@ from sq_llava.checkpoints.weight_files import TORCH_NAMES, WeightFile, read_head
 @dataclass
 class Prompt:
     """
-    One prompt to compare on.
+    A prompt for the comparison.
 
     Attributes:
         input_ids (`torch.LongTensor` of shape `(1, length)`): With one placeholder for each image token.

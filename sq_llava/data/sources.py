@@ -252,7 +252,7 @@ class Table:
 
     def __init__(self, dataset: datasets.Dataset, path: str, folder: Path):
         self.path, self.folder = path, folder
-        # The Arrow format leaves images undecoded. Casting the image columns instead would copy all images of lists.
+        # The Arrow format leaves images undecoded. Casting the image columns would copy all images in lists.
         self.dataset = dataset.with_format("arrow")
         columns = dataset.column_names
         if recognize(dict.fromkeys(columns, True)) is None:

@@ -108,7 +108,7 @@ def _set_aside(folder: Path, faults: list[str]) -> None:
 
 
 def warn_of_changes(checkpoint: str, run: dict[str, int]) -> None:
-    """Prints each setting that differs from the run that wrote the checkpoint and changes the losses."""
+    """Prints each setting that changes the losses and differs from the run that wrote the checkpoint."""
     before = json.loads((Path(checkpoint) / RUN_FILE).read_text())
     for name, now in run.items():
         if before.get(name, now) != now:

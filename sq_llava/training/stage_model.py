@@ -205,8 +205,8 @@ def add_stage_adapter(model, arguments: SQLlavaArguments, model_config: ModelCon
         model,
         LoraSize(arguments.vision_lora_r, arguments.vision_lora_alpha, arguments.vision_lora_dropout),
         text_lora,
-        # Also with self_question_ratio 0 if there is LLM-LoRA, so that the adapter of a stage with self-questions can
-        # be loaded. MiniGPT-4 has neither.
+        # With LLM-LoRA, `[vusr]` is trained even with self_question_ratio 0. Otherwise the adapter of a stage with
+        # self-questions could not be loaded. MiniGPT-4 has neither.
         train_vusr=instruct and (arguments.self_question_ratio > 0 or text_lora.rank > 0),
         trained_dtype=trained_dtype(model),
         options=options,

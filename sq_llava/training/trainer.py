@@ -290,7 +290,7 @@ class SQLlavaTrainer(SFTTrainer):
         }
 
     def train(self, *args, **kwargs):
-        """Like the Trainer's, but with a single process, an error first saves the steps since the last checkpoint."""
+        """Like the Trainer's. With a single process, an error first saves the steps since the last checkpoint."""
         try:
             return super().train(*args, **kwargs)
         except CheckpointError:
