@@ -13,7 +13,7 @@ The same in Python:
     from sq_llava.training.settings import parse_recipe
     trainer = train_sft.train(*parse_recipe("recipes/sq-llava-7b/stage1.yaml", max_steps=100))
 
-On SIGTERM or SIGINT, training saves a checkpoint and exits with code 75 (launchers such as torchrun exit with 1).
+On SIGTERM or SIGINT it saves a checkpoint and exits with code 75 (a launcher such as torchrun then exits with 1).
 `--resume` resumes a run that was stopped or killed; the result is the same as without the stop.
 
 A sample of the data is checked before training: see `sq-llava doctor` and the setting `doctor`.
@@ -23,7 +23,7 @@ memory without loading weights.
 
 The result is a PEFT adapter and the processor in `output_dir`; `sq-llava merge` merges it into a plain checkpoint.
 With `full_finetuning`, which trains the language model's own weights as LLaVA does, the result is a plain checkpoint.
-The vision tower's own weights are never trained. Released checkpoints must be converted first (`sq-llava convert`).
+What it does not do: train the vision tower's own weights; convert released checkpoints.
 """
 
 import signal

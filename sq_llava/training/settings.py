@@ -62,10 +62,10 @@ class SQLlavaArguments:
         },
     )
     vision_model_name_or_path: str | None = _option(
-        "CLIP or SigLIP model for a new model, which is composed with text_model_name_or_path.", default=None
+        "CLIP or SigLIP model to make a new model from, together with text_model_name_or_path.", default=None
     )
     text_model_name_or_path: str | None = _option(
-        "Causal language model for a new model. To continue from an SQ-LLaVA model or a finished stage, give "
+        "Causal language model to make a new model from. To continue from an SQ-LLaVA model or a finished stage, give "
         "model_name_or_path instead.",
         default=None,
     )
@@ -273,7 +273,7 @@ def _require_use(holder: SQLlavaArguments | ModelConfig, name: str, has_use: boo
 
 
 def _require_trainer_settings(training_args: SFTConfig) -> None:
-    """Refuses a Trainer setting that would do nothing, or would make batches that differ from what it says."""
+    """Refuses a Trainer setting that would do nothing, or would make other batches than it says."""
     if training_args.activation_offloading and training_args.device.type == "cpu":
         raise ValueError("activation_offloading is True, but the model is on the CPU already: remove it.")
     if training_args.accelerator_config.split_batches:
