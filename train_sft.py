@@ -9,6 +9,7 @@ A setting on the command line replaces the one in the recipe:
 
 The same in Python:
 
+    import train_sft
     from sq_llava.training.settings import parse_recipe
     trainer = train_sft.train(*parse_recipe("recipes/sq-llava-7b/stage1.yaml", max_steps=100))
 
@@ -85,7 +86,7 @@ def train(arguments: SQLlavaArguments, training_args: SFTConfig, model_config: M
     Raises:
         ValueError: for settings, data or models that cannot be trained as asked.
     """
-    # Before 5.18, the mask of the tokens in the loss is wrong after an image.
+    # Before transformers 5.18, the mask of the tokens in the loss is wrong after an image.
     require_version("transformers>=5.18")
     num_processes = complete_settings(arguments, training_args)
     if arguments.dry_run == "meta":

@@ -51,7 +51,7 @@ def read_scenes(captions: Path, instances: Path | None = None) -> list[Scene]:
     """
     if captions.suffix == ".jsonl":
         if instances is not None:
-            raise ValueError(f"--instances {instances}: {captions} holds its own boxes. Leave out the option.")
+            raise ValueError(f"--instances {instances}: {captions} holds its own boxes. Remove --instances.")
         scenes = _read_lines(captions)
     else:
         scenes = _read_coco(captions, instances)

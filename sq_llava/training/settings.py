@@ -3,8 +3,8 @@
     arguments, training_args, model_config = parse_settings(["--config", "recipes/sq-llava-7b/stage1.yaml"])
     arguments, training_args, model_config = parse_recipe("recipes/sq-llava-7b/stage1.yaml", learning_rate=1e-4)
 
-`SQLlavaArguments` has this project's own settings; the others are TRL's `SFTConfig` and `ModelConfig`. What it does
-not do: apply the settings to model and processor (`sq_llava/training/stage_model.py`).
+`SQLlavaArguments` has this project's own settings; the others are TRL's `SFTConfig` and `ModelConfig`.
+`sq_llava/training/stage_model.py` applies the settings to model and processor.
 """
 
 import shlex
@@ -227,7 +227,7 @@ def parse_recipe(recipe: str | Path, **overrides: Any) -> tuple[SQLlavaArguments
 
 
 def _require_evaluation(arguments: SQLlavaArguments, training_args: SFTConfig) -> None:
-    """Refuses evaluation rows without an `eval_strategy`, and the other way round."""
+    """Refuses evaluation rows without an `eval_strategy`, and an `eval_strategy` without evaluation rows."""
     evaluates = bool(arguments.eval_datasets or arguments.num_eval_rows)
     asks_for_it = training_args.eval_strategy != "no" or training_args.do_eval
     if evaluates != asks_for_it or (arguments.generation_datasets and not evaluates):
