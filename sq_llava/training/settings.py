@@ -39,7 +39,8 @@ class SQLlavaArguments:
         "trains LLM-LoRA too, on conversations."
     )
     dataset_path: str | None = _option(
-        "Training data in LLaVA's or TRL's format: a JSON, JSONL or Parquet file, a folder, or a Hub id.", default=None
+        "Training data: a JSON, JSONL or Parquet file, a folder, or a Hub id. docs/data.md shows the layouts.",
+        default=None,
     )
     image_root: str | None = _option("Folder of the images. Default: the folder of the data.", default=None)
     datasets: list[DataSource] = field(
@@ -89,7 +90,7 @@ class SQLlavaArguments:
         "System message before each conversation. Default: the model's, or the paper's.", default=None
     )
     self_question_ratio: float = _option(
-        "Probability that a turn after the first is asked by the model (1 - delta).", default=0.5
+        "Probability that a user turn after the first becomes a self-question (the paper's 1 - delta).", default=0.5
     )
     question_loss_weight: float = _option(
         "Weight of each self-question token in the loss. Each answer token has weight 1.", default=1.0
@@ -122,10 +123,11 @@ class SQLlavaArguments:
         default="off",
     )
     num_gpus: int | None = _option(
-        "Number of processes to plan for with dry_run meta. Default: the processes of this launch.", default=None
+        "Number of GPUs to plan for, with dry_run meta. Default: the number of processes of this launch.", default=None
     )
     doctor: Literal["sample", "full", "off"] = _option(
-        "Rows and images to check before the model is loaded. `sq-llava doctor` prints a full report.",
+        "Check the data before the model is loaded: a sample of the rows, all (full) or none (off). "
+        "`sq-llava doctor` prints a full report.",
         default="sample",
     )
     # TRL's settings, moved here by `parse_settings`: TRL refuses `packing` for images, and applies `eos_token` only

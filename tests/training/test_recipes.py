@@ -244,4 +244,4 @@ def test_slurm_script_is_sound_and_names_the_recipe():
     script = RECIPES / "accelerate" / "multi_node.sbatch"
     subprocess.run(["bash", "-n", script], check=True)
     missing = subprocess.run(["bash", script], capture_output=True, text=True, env={"PATH": os.environ["PATH"]})
-    assert missing.returncode != 0 and "which recipe?" in missing.stderr
+    assert missing.returncode != 0 and "give the path of a recipe" in missing.stderr
