@@ -106,9 +106,10 @@ def to_markdown(report: dict) -> str:
     return common.text(
         "# The memory that a step keeps for its backward pass",
         f"Rows: {first['rows']}, each with an image of 576 tokens and {first['words']} words. Vision tower: width "
-        f"{VISION['hidden_size']}, {VISION['num_hidden_layers']} layers, K = 256. Language model: width "
-        f"{SMALL_TEXT['hidden_size']}, {SMALL_TEXT['num_hidden_layers']} layers. The table has the MiB that each part "
-        "saves, the peak of allocated MiB, and the time relative to a step without checkpointing.",
+        f"{VISION['hidden_size']}, {VISION['num_hidden_layers']} layers. Extractor: 256 prototypes. Language model: "
+        f"width {SMALL_TEXT['hidden_size']}, {SMALL_TEXT['num_hidden_layers']} layers. The table has the MiB that "
+        "each part keeps for the backward pass, the peak of allocated MiB, and the time relative to a step without "
+        "gradient checkpointing.",
         common.table(["extractor", "checkpointed", *PARTS, "peak", "time"], rows, left=2),
     )
 
