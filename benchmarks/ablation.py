@@ -9,9 +9,9 @@ Every run starts from the base models of `make demo` and trains both stages of r
 the rows, the new weights and the self-questions. The runs of one seed share stage 1 where it is equal, so differences
 are taken within a seed. All seeds use the same base models, as all of the paper's runs use one CLIP and one Vicuna.
 
-A finished run is a JSON file in `--work`, and the same command later runs only what is missing. The report includes
-all finished runs, so seeds, budgets and settings can be added later. Nothing is chosen on the test questions. The
-effect of ViT-LoRA is not measured: every run has it.
+A finished run is a JSON file in `--work`. The same command later runs only the missing runs. The report includes all
+finished runs, so seeds, budgets and settings can be added later. Nothing is chosen on the test questions. The effect
+of ViT-LoRA is not measured: every run has it.
 """
 
 import argparse

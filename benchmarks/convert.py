@@ -2,9 +2,9 @@
 
     python -m benchmarks.convert            # a minute; writes benchmarks/results/convert.{json,md}; 3 GB of disk
 
-The base is a Llama in float16, in `.bin` files like Vicuna's; the LoRA has rank 128 on all matrices of the base.
-Measured is the peak of resident memory, including mapped pages of the source files, minus what the libraries use
-before. It is compared, in a process of its own, with the usual way: load the base, add PEFT's LoRA, merge, save.
+The base is a Llama in float16, in `.bin` files like Vicuna's; the LoRA has rank 128 on all matrices of the base. The
+result is the peak of resident memory, including mapped pages of the source files, minus the memory of the libraries.
+Another process measures the usual way: load the base, add PEFT's LoRA, merge, save.
 """
 
 import json

@@ -5,11 +5,11 @@
 
 The weights are random, in bfloat16, and made on the device: CLIP ViT-L/14-336, Vicuna-7B's sizes, K = 256, LoRA as in
 recipes/sq-llava-7b/stage{1,2}.yaml. A step is forward, backward, clipping and AdamW over 16 rows of a simulated mix
-(see `benchmarks.batching`); half of their text has labels. Ours is packed, with and without gradient checkpointing.
-The stock one is transformers' LlavaForConditionalGeneration under TRL's fused head, padded, with checkpointing. Both
-use FlashAttention 2 if it is installed, and SDPA otherwise.
+(see `benchmarks.batching`); half of their text has labels. `ours` is SQ-LLaVA, packed, with and without gradient
+checkpointing. `stock` is transformers' LlavaForConditionalGeneration under TRL's fused head, padded, with
+checkpointing. Both use FlashAttention 2 if it is installed, and SDPA otherwise.
 
-Model FLOPs utilisation counts the operations that the model needs, not those that are computed again:
+Model FLOPs utilisation counts the operations that the model needs. It does not count recomputed operations:
 
 - For each token, 4 operations for a frozen weight (2 forward, 2 backward to the inputs; frozen weights have no
   gradient) and 6 for a trained one. The head counts only tokens with a label.

@@ -9,7 +9,7 @@ resized, and JPEG's draft mode, which decodes at half the size where that is sti
 uses neither.
 
 Then the collator makes whole rows, with text, and workers deliver its batches to a loop that only sleeps for the time
-of a GPU step. What the loop waits for beyond that is what a GPU would wait. The time of a step is assumed, not
+of a GPU step. The extra time that the loop waits is the time that a GPU would wait. The time of a step is assumed, not
 measured: 6.7e9 parameters, 843 tokens a row, three passes of two operations for each parameter and token (forward,
 recomputed forward, backward; LoRA needs no gradients of the large matrices), at half of an H100's 989e12 operations
 per second. Disks are not measured: the files' bytes are in memory.

@@ -5,8 +5,9 @@
 A step of stage 2 (LoRA on both towers, extractor and projector trained in full) of a small random model in float32 on
 the CPU. The bytes that autograd saves are summed over the tensors' storages. Each storage counts for the part that
 saves it first: the vision tower, the extractor and projector, or the language model and its loss. Weights do not
-count. The peak is that of what PyTorch allocates in the step. Gradient checkpointing keeps the input of each layer and
-computes the rest again. Not measured: a GPU; weights and optimizer, which `--dry_run meta` adds up exactly.
+count. The peak is the largest amount that PyTorch allocates in the step. Gradient checkpointing keeps the input of
+each layer and computes the rest again. Not measured: a GPU; weights and optimizer, which `--dry_run meta` adds up
+exactly.
 """
 
 from collections import defaultdict

@@ -9,7 +9,7 @@ the result, unfiltered or filtered, or on the real questions about the same imag
 steps. Its accuracy is measured on test images. Two models make data: the demo's model, and a weak model with a short
 stage 2, whose answers are often wrong.
 
-A finished run is a JSON file in `--work`, and the same command later runs only what is missing. "Sure" means 95% per
+A finished run is a JSON file in `--work`. The same command later runs only the missing runs. "Sure" means 95% per
 token; it was chosen on the answers of the demo's model to its own questions, before anything was trained on them. The
 balanced sets were added after the others had been measured.
 """

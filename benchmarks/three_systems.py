@@ -7,8 +7,8 @@ the same captions for as long. Each trains both stages of recipes/easy-vqa with 
 rates were chosen for SQ-LLaVA and are the same for all, except that a language model trained in full has half of
 LoRA's. Nothing was chosen on test questions. All use the Llama's prompt, which has no words for MiniGPT-4's markers.
 
-A finished run is a file in `--work`, and the same command later runs only what is missing. The result does not say
-which system is better at full size, with other towers, data and budgets.
+A finished run is a file in `--work`. The same command later runs only the missing runs. The result does not say which
+system is better at full size, with other towers, data and budgets.
 """
 
 import json

@@ -2,8 +2,8 @@
 
     python -m benchmarks.train_step            # writes benchmarks/results/train_step.{json,md,png}, under 4 minutes
 
-Measured are tokens with loss per second over whole epochs of `trainer.train()`: data loading, forward, backward and
-optimizer, on the CPU in float32.
+The result is the number of tokens with loss per second over whole epochs of `trainer.train()`: data loading, forward,
+backward and optimizer, on the CPU in float32.
 
     stock     TRL's SFTTrainer and vision collator, transformers' LlavaForConditionalGeneration, rows in random order
     padded    SQLlavaTrainer with train_sampling_strategy group_by_length, and prototypes
