@@ -100,8 +100,8 @@ def to_markdown(report: dict) -> str:
     header = ["rows per batch", "processes", "padding, random", "grouped", "slowest process, random", "grouped"]
     return common.text(
         "# Batches grouped by modality and length, compared with random batches",
-        f"{report['rows']:,} simulated rows. The last two columns say how much longer the slowest process's batch is "
-        "than the mean batch of all processes:",
+        f"{report['rows']:,} simulated rows, in random order or grouped. The last two columns say how much longer the "
+        "longest batch is than the mean batch of all processes:",
         common.table(header, rows, left=0),
         f"Forward and backward over the same {timing['rows']} rows in batches of {timing['batch']}, median of "
         f"{timing['rounds']} rounds: {random:.1f} s in random order, {grouped:.1f} s grouped. Grouped batches are "

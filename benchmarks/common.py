@@ -1,4 +1,4 @@
-"""Code that the benchmarks share: options, timing, memory, tables, and saving of results.
+"""Code that the benchmarks share: options, timing, memory, tables, and how a result is saved.
 
     from benchmarks import common
     arguments = common.parse_arguments(__doc__)

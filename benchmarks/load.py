@@ -4,8 +4,9 @@
     python -m benchmarks.load --model model --pid $! --seconds 600 --clients 16
 
 Each client sends one request after another, each with a new picture: whole and streamed, greedy and sampled, short and
-long, several texts at once, self-questions. In one request in 20, the client stops reading in the middle. One in 20 is
-invalid. Answers are not checked, because the tests do that. Speed is not measured (see benchmarks/serving.py).
+long, several texts at once, self-questions. One streamed request in 20 is aborted in the middle, and one request
+in 20 is invalid. The load test does not check the answers, which the tests do, and does not measure speed (see
+benchmarks/serving.py).
 """
 
 import argparse

@@ -93,7 +93,8 @@ def draw(report: dict, path: Path) -> None:
 def to_markdown(report: dict) -> str:
     blocks = [
         "# How the cost of a step grows with its sizes",
-        f"Seconds; medians of {report['rounds']} rounds in turn.",
+        f"Seconds; medians of {report['rounds']} rounds in turn. The exponent is that of the power law through the "
+        "first and the last point: 1 means that the cost grows in proportion to the size.",
     ]
     for panel in report["panels"]:
         header = ["variant", *(f"{size:,}" for size in panel["sizes"]), "exponent"]
@@ -101,7 +102,8 @@ def to_markdown(report: dict) -> str:
             [name, *(f"{point['median']:.3f}" for point in seconds), f"{exponent(panel['sizes'], seconds):.2f}"]
             for name, seconds in panel["seconds"].items()
         ]
-        blocks += [f"{panel['what']}, against {panel['size']}:", common.table(header, rows)]
+        what = panel["what"][0].upper() + panel["what"][1:]
+        blocks += [f"{what}. Columns: {panel['size']}.", common.table(header, rows)]
     return common.text(*blocks, "![Cost against sizes](scaling.png)")
 
 

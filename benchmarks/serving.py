@@ -128,6 +128,9 @@ def to_markdown(report: dict) -> str:
             rows.append([kind, clients, *rates, f"{cpu_seconds[0] / cpu:.2f}", equal])
     return common.text(
         "# `sq-llava serve`: the demo's model with 1, 4 and 16 clients, one picture in each request",
+        "Short answers end by themselves; the other texts always have 64 tokens. The best round counts. CPU seconds "
+        "are those of the server, and the ratios to one client are ratios of requests per CPU second. Answers are "
+        "equal if they do not depend on the number of clients.",
         common.table([*header, "equal answers"], rows),
     )
 

@@ -2,8 +2,8 @@
 
     python -m benchmarks.startup            # a minute; writes benchmarks/results/startup.{json,md}
 
-The figures are CPU seconds (user and system) of fresh processes that run in turn. Other work on the machine hardly
-changes them, and waiting for a cold disk does not count. All figures include the start of Python itself.
+The result is the CPU time, user and system, of fresh processes that run in turn. So other work on the machine hardly
+counts, and reading from a cold disk does not count at all. All figures include the start of Python itself.
 """
 
 import os
