@@ -37,7 +37,7 @@ class Ready:
     A request with its encoded prompt.
 
     Args:
-        first_answer (`str`, *optional*): What the model answered before it asks (`self_question`).
+        first_answer (`str`, *optional*): Answer of the model before it asks (`self_question`).
         extra_tokens (`int`): Number of tokens generated for that answer.
     """
 
