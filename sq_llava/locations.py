@@ -20,7 +20,7 @@ HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 ADAPTER_CONFIG = "adapter_config.json"
 # Files of a model or adapter that are downloaded. Code is not downloaded: the library uses its own classes.
 MODEL_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.yaml", "*.jinja"]
-# Named chat templates (*.jinja) are in a folder of their own. Nothing else in a folder belongs to the model.
+# Named chat templates (*.jinja) are in a subfolder. No other file in a subfolder belongs to the model.
 IN_FOLDERS = [f"*/{pattern}" for pattern in MODEL_FILES if pattern != "*.jinja"]
 
 

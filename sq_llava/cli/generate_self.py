@@ -64,7 +64,7 @@ def generate_self(
         if dry_run:
             num_images, num_left, estimate = self_generation.estimate(run)
             console.print(
-                f"{num_left:,} of {num_images:,} images are not done, with {run.ask.num_questions} questions each."
+                f"{num_left:,} of {num_images:,} images are left, with {run.ask.num_questions} questions each."
             )
             if estimate is not None:
                 print_estimate(estimate)

@@ -1,7 +1,7 @@
 """The `sq-llava` command.
 
-    sq-llava ask image.png --model runs/demo/model -n 5
-    sq-llava answer image.png "what color is the shape?" --model runs/demo/model
+    sq-llava ask runs/demo/images/test/images/0.png --model runs/demo/model -n 5
+    sq-llava answer runs/demo/images/test/images/0.png "what color is the shape?" --model runs/demo/model
     sq-llava serve runs/demo/model
     sq-llava COMMAND --help
 

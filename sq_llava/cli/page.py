@@ -73,5 +73,7 @@ def prototypes(
         paint(picture, seen, chosen).save(out)
         for rank, prototype in enumerate(chosen):
             red, green, blue = colour_of_rank(rank)
-            console.print(f"[rgb({red},{green},{blue})]■[/] prototype {prototype}: {seen.shares[prototype]:.1%}")
+            console.print(
+                f"[rgb({red},{green},{blue})]■[/] prototype {prototype}: {seen.shares[prototype]:.1%} of the image"
+            )
     messages_console.print(f"Wrote {out}", markup=False, soft_wrap=True)

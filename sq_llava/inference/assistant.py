@@ -297,7 +297,7 @@ def _groups_with_one_prefix(
     Groups the prompts that can share a prefix: they have the same images, and all images are in the common prefix.
 
     Returns:
-        Lists of indices into `prompts`. A prompt that can share nothing is a group of its own.
+        Lists of indices into `prompts`. A prompt that shares nothing is alone in its group.
     """
     groups: dict[tuple[int, ...], list[int]] = {}
     for number, of_prompt in enumerate(images):

@@ -193,7 +193,8 @@ class ChatClient:
 
         Raises:
             ValueError: If another process writes to the journal.
-            ChatStopped: After the requests under way are answered and kept. Other errors of `work` likewise.
+            ChatStopped: If no request can be sent any more. Before this or any error of `work` is raised, the
+                requests under way are answered and kept.
         """
         self.claim()
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())

@@ -42,7 +42,7 @@ def read_completion(body: str, most_tokens: tuple[int, int]) -> dict[str, Any]:
     except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
         raise ValueError(f"the server's answer is not a chat completion ({error!r}): {body[:200]!r}") from error
     if not line["answer"].strip():
-        raise ValueError(f"the server's answer holds no text: {body[:200]!r}")
+        raise ValueError(f"the server's answer has no text: {body[:200]!r}")
     return line
 
 

@@ -23,7 +23,7 @@ def check_note(out: Path, about: dict[str, Any], identity: Sequence[str]) -> dic
         `dict`: `about`. A value that is a dict also has the entries of earlier runs.
 
     Raises:
-        ValueError: If the folder holds a run that differs in one of these keys.
+        ValueError: If the folder contains a run that differs in one of these keys.
     """
     note = out / "run.json"
     before = json.loads(note.read_text()) if note.is_file() else {}

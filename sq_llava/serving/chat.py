@@ -66,7 +66,7 @@ class ChatService:
         self.context_length = context_length(assistant.model)
         self.longest_token = max(map(len, self.processor.tokenizer.get_vocab()))
         self.encoding = threading.Lock()
-        # An executor of its own limits the work of cancelled requests: a thread cannot be interrupted.
+        # A separate executor limits the work of cancelled requests, because a thread cannot be interrupted.
         self.preparing = ThreadPoolExecutor(PREPARING_THREADS, "preparing")
 
     async def _in_thread(self, function: Callable, *arguments):

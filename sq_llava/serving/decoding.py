@@ -39,7 +39,7 @@ UNSUPPORTED_SETTINGS = (
 
 @dataclass(frozen=True)
 class Sampling:
-    """How a row chooses its tokens, and when it ends. A temperature below 0.01 means greedy decoding."""
+    """Sampling settings of a row, and the conditions that end it. A temperature below 0.01 means greedy decoding."""
 
     max_new_tokens: int
     temperature: float = 0.0

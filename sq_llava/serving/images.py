@@ -97,7 +97,7 @@ def decode_image(data: bytes) -> Image.Image:
 
 
 def is_public(address: str) -> bool:
-    """Whether an IP address belongs to the public internet."""
+    """`True` if an IP address belongs to the public internet."""
     ip = ipaddress.ip_address(address)
     if ip.version == 6:
         return ip in ROUTED_IPV6 and ip.is_global and not any(ip in tunnel for tunnel in TUNNELS)

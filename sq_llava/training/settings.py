@@ -188,7 +188,8 @@ class _HelpFormatter(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter)
 
 class _Parser(TrlParser):
     def error(self, message: str) -> None:
-        self.exit(2, f"Error: {message}\n")  # the usage, hundreds of lines, would hide the message
+        hint = ". Most settings come from a recipe: give one with --config" if "required: --stage" in message else ""
+        self.exit(2, f"Error: {message}{hint}\n")  # without the usage, which would hide the message
 
 
 def parse_settings(

@@ -384,7 +384,7 @@ def start(run: SelfGeneration, log: Path, processes: int = 1) -> list[multiproce
 def test_command_says_what_is_kept_and_a_dry_run_does_nothing(run):
     result = generate_data(*arguments_of(run), "--dry-run")
     assert result.exit_code == 0, result.output
-    assert "5 of 5 images are not done, with 3 questions each." in result.stdout and not run.out.exists()
+    assert "5 of 5 images are left, with 3 questions each." in result.stdout and not run.out.exists()
     result = generate_data(*arguments_of(run))
     assert result.exit_code == 0, result.output
     assert "15 turns about 5 images" in result.stdout
