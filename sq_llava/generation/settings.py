@@ -16,7 +16,7 @@ from sq_llava.llm_client.settings import ChatSettings
 
 
 PROMPTS = files("sq_llava.generation") / "prompts"
-# What a blank image must change: the answer of each turn; at least one answer to each question; nothing.
+# The answer that must change with a blank image: the turn's own, that of any turn with the same question, none.
 BLANK_TESTS = ("turn", "question", "off")
 
 Out = Annotated[Path, Option(help="Output folder. The same command resumes a run that was stopped.")]
@@ -25,7 +25,7 @@ Seed = Annotated[int, Option(help="Random seed.")]
 PromptFolder = Annotated[
     Path,
     Option(
-        help="Folder of prompts. To edit the library's, copy them: sq-llava generate-data prompts.",
+        help="Folder of prompts. Copy the library's with: sq-llava generate-data prompts METHOD NEW_FOLDER.",
         show_default="the library's",
     ),
 ]
@@ -120,7 +120,7 @@ class FilterSettings:
             `"turn"` also drops a correct "no" to "is there a dog?", because a blank image gives "no" too. A model
             trained on the rest may answer "yes" to everything. This does more harm than all wrong answers
             (benchmarks/results/self_training.md).
-        min_log_probability (`float`): A high value keeps true answers. With a weak model, it may keep only the answer
+        min_log_probability (`float`): A high value keeps true answers. With a weak model, it can keep nothing but
             "no": check the shares in the data card.
         max_overlap (`float`): Highest Jaccard index of the words and word pairs of two questions about one image.
         max_repeats (`int`): Cap on equal questions, like LLaVA's cap on phrases.
@@ -136,7 +136,7 @@ class FilterSettings:
     ] = "question"
     min_drop: Annotated[
         float,
-        Option(help="For --blank-test: a blank image must lower the answer's log-probability per token by this much."),
+        Option(help="Minimum drop in an answer's log-probability per token with a blank image, for --blank-test."),
     ] = 0.0
     min_log_probability: Annotated[
         float | None, Option(help="Minimum log-probability of an answer (mean over its tokens).")
@@ -193,6 +193,6 @@ class SelfGeneration:
 
     @property
     def progress(self) -> Path:
-        """Folder of what the models wrote. Each shard has its own."""
+        """Folder of the models' answers and scores. Each shard has its own."""
         shard = self.shard
         return self.out if shard.count == 1 else self.out / f"shard-{shard.index:05}-of-{shard.count:05}"

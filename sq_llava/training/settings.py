@@ -90,7 +90,7 @@ class SQLlavaArguments:
         "System message before each conversation. Default: the model's, or the paper's.", default=None
     )
     self_question_ratio: float = _option(
-        "Probability that the model asks a turn after the first (1 - delta in the paper).", default=0.5
+        "Probability that a user turn after the first becomes a self-question (the paper's 1 - delta).", default=0.5
     )
     question_loss_weight: float = _option(
         "Weight of each self-question token in the loss. Each answer token has weight 1.", default=1.0
@@ -125,7 +125,8 @@ class SQLlavaArguments:
         "Number of processes to plan for with dry_run meta. Default: the processes of this launch.", default=None
     )
     doctor: Literal["sample", "full", "off"] = _option(
-        "Rows and images to check before the model is loaded. For a full report, run `sq-llava doctor`.",
+        "Check the data before the model is loaded: a sample of the rows, all (full) or none (off). "
+        "`sq-llava doctor` prints a full report.",
         default="sample",
     )
     # TRL's settings, moved here by `parse_settings`: TRL refuses `packing` for images, and applies `eos_token` only
