@@ -20,8 +20,8 @@ from sq_llava.inference.prompts import decode, pixel_inputs, room_in_context, to
 from sq_llava.inference.sampling import SeededDraw
 
 
-# As in the authors' code, the model first describes the image: in training, no conversation starts with a question of
-# its own.
+# As in the authors' code, the model first describes the image: in training, it never asks the first question of a
+# conversation.
 DESCRIBE = "Can you describe the image in detail?"
 
 

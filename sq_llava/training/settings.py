@@ -9,6 +9,7 @@
 
 import shlex
 import sys
+from argparse import Action, ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
 from dataclasses import dataclass, field, fields
 from importlib import import_module
 from pathlib import Path
@@ -35,8 +36,8 @@ class SQLlavaArguments:
     """This project's own settings: the stage, the data, the model to start from, and the loss."""
 
     stage: Literal["align", "instruct"] = _option(
-        "Training stage. 'align' (stage 1) trains ViT-LoRA, extractor and projector on captions. 'instruct' (stage 2) "
-        "trains LLM-LoRA too, on conversations."
+        "Training stage (required). 'align' (stage 1) trains ViT-LoRA, extractor and projector on captions. "
+        "'instruct' (stage 2) trains LLM-LoRA too, on conversations."
     )
     dataset_path: str | None = _option(
         "Training data: a JSON, JSONL or Parquet file, a folder, or a Hub id. docs/data.md shows the layouts.",
@@ -66,7 +67,7 @@ class SQLlavaArguments:
         "CLIP or SigLIP model to make a new model from, together with text_model_name_or_path.", default=None
     )
     text_model_name_or_path: str | None = _option(
-        "Causal language model to make a new model from. To continue from an SQ-LLaVA model or a finished stage, give "
+        "Causal language model to make a new model from. To continue from a SQ-LLaVA or a finished stage, give "
         "model_name_or_path instead.",
         default=None,
     )
@@ -77,7 +78,7 @@ class SQLlavaArguments:
         "Prototype extractor of a new model: as in the paper, as in the released code, or none.", default="paper"
     )
     num_prototypes: int = _option("Number of prototypes of a new model.", default=256)
-    num_prototype_iterations: int = _option("Number of EM iterations of a new model.", default=2)
+    num_prototype_iterations: int = _option("Number of EM iterations of the prototypes of a new model.", default=2)
     projector_type: Literal["mlp2x", "linear"] = _option("Projector type of a new model.", default="mlp2x")
     image_aspect_ratio: Literal["pad", "crop"] | None = _option(
         "'pad' pads images to a square with the mean colour; 'crop' crops the centre. Default: the model's, or pad.",
@@ -106,15 +107,14 @@ class SQLlavaArguments:
         "Initialisation of new LoRA weights, with PEFT's names: default, gaussian or orthogonal.", default="default"
     )
     full_finetuning: bool = _option(
-        "Train all weights of language model, extractor and projector in float32, as LLaVA's stage 2 does, without "
-        "an adapter (set lora_r and vision_lora_r to 0). output_dir then gets a plain checkpoint in the model's "
-        "dtype.",
+        "Train all weights of language model, extractor and projector in float32, as LLaVA's stage 2 does. Set lora_r "
+        "and vision_lora_r to 0. The result is a plain checkpoint in the model's dtype, not an adapter.",
         default=False,
     )
     resume: bool = _option("Resume from the newest complete checkpoint in output_dir, if there is one.", default=False)
     global_batch_size: int | None = _option(
-        "Rows per optimizer step over all processes. Sets gradient_accumulation_steps. With packing it counts packs, "
-        "as per_device_train_batch_size does; the run prints the number of rows per step.",
+        "Rows per optimizer step over all processes. Sets gradient_accumulation_steps. With packing, it counts packs, "
+        "like per_device_train_batch_size, and the run prints the number of rows per step.",
         default=None,
     )
     dry_run: Literal["off", "meta", "real"] = _option(
@@ -181,9 +181,17 @@ def _data_source(setting: str, entry: DataSource | dict) -> DataSource:
     return DataSource(**entry)
 
 
+class _HelpFormatter(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
+    """Keeps the lines of the description, and shows no default of `None`."""
+
+    def _get_help_string(self, action: Action) -> str:
+        return action.help if action.default is None else super()._get_help_string(action)
+
+
 class _Parser(TrlParser):
     def error(self, message: str) -> None:
-        self.exit(2, f"Error: {message}\n")  # the usage, hundreds of lines, would hide the message
+        hint = ". Most settings come from a recipe: give one with --config" if "required: --stage" in message else ""
+        self.exit(2, f"Error: {message}{hint}\n")  # without the usage, which would hide the message
 
 
 def parse_settings(
@@ -203,7 +211,12 @@ def parse_settings(
         ValueError: for a setting that is unknown, would do nothing, or does not work with another setting.
     """
     args = sys.argv[1:] if args is None else args
-    parser = _Parser((SQLlavaArguments, SFTConfig, ModelConfig), description=description)
+    parser = _Parser(
+        (SQLlavaArguments, SFTConfig, ModelConfig),
+        usage="python -m train_sft [--config RECIPE] [--SETTING VALUE ...]",
+        description=description,
+        formatter_class=_HelpFormatter,
+    )
     arguments, training_args, model_config = parser.parse_args_and_config(args)
     refuse_settings(training_args, model_config)
     _require_evaluation(arguments, training_args)
@@ -237,7 +250,7 @@ def _require_evaluation(arguments: SQLlavaArguments, training_args: SFTConfig) -
             f"eval_strategy is {str(training_args.eval_strategy)!r}, eval_datasets has {len(arguments.eval_datasets)} "
             f"entries, num_eval_rows is {arguments.num_eval_rows}, generation_datasets has "
             f"{len(arguments.generation_datasets)} entries. To evaluate, set eval_strategy (steps or epoch), and "
-            "eval_datasets or num_eval_rows; generation_datasets also needs these."
+            "either eval_datasets or num_eval_rows. generation_datasets needs them too."
         )
 
 
@@ -275,7 +288,7 @@ def _require_use(holder: SQLlavaArguments | ModelConfig, name: str, has_use: boo
 
 
 def _require_trainer_settings(training_args: SFTConfig) -> None:
-    """Refuses a Trainer setting that would do nothing, or would make other batches than it says."""
+    """Refuses a Trainer setting that would do nothing, or that would make other batches than its name says."""
     if training_args.activation_offloading and training_args.device.type == "cpu":
         raise ValueError("activation_offloading is True, but the model is on the CPU already: remove it.")
     if training_args.accelerator_config.split_batches:

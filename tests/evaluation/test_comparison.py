@@ -185,7 +185,7 @@ def test_values_are_not_cut_on_a_narrow_terminal(capsys, monkeypatch):
         assert figure in shown
     assert max(map(len, shown.splitlines())) <= 80
     folded = shown.partition("compared with the other")[2].splitlines()
-    assert name in "".join(line[1:16].strip() for line in folded)
+    assert name in "".join(line[1:14].strip() for line in folded)
 
 
 @pytest.mark.slow
