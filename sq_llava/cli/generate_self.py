@@ -43,7 +43,7 @@ def generate_self(
     shard: ShardOption = None,
     dry_run: DryRun = False,
 ) -> None:
-    """Make conversations about images: a SQ-LLaVA asks and answers.
+    """Make conversations about images: an SQ-LLaVA asks and answers.
 
     Turns that pass the filters are kept.
     """

@@ -39,7 +39,7 @@ class Evaluation:
             the limits on requests and cost. Default: `out`.
     """
 
-    model: Annotated[str, Option("-m", help="Folder or Hub id of a SQ-LLaVA, or of another model in transformers.")]
+    model: Annotated[str, Option("-m", help="Folder or Hub id of an SQ-LLaVA, or of another model in transformers.")]
     tasks: Sequence[str]
     data: str
     out: Path

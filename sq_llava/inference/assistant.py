@@ -1,4 +1,4 @@
-"""Load a SQ-LLaVA, and let it answer, ask, and talk to itself.
+"""Load an SQ-LLaVA, and let it answer, ask, and talk to itself.
 
     >>> from sq_llava import load
     >>> assistant = load("runs/demo/model")
@@ -249,7 +249,7 @@ def load(
         kwargs: Passed to the model's `from_pretrained`, e.g. `revision`. With `device_map`, do not give `device`.
 
     Raises:
-        ValueError: if the model does not exist, is not a SQ-LLaVA or is incomplete; if the device or dtype does not
+        ValueError: if the model does not exist, is not an SQ-LLaVA or is incomplete; if the device or dtype does not
             exist; if bitsandbytes is needed and not installed.
     """
     require_device(device)

@@ -30,7 +30,7 @@ class Dialogues:
     Several conversations in one batch, and the key-value cache for them. No token is computed twice.
 
     Args:
-        model, processor: A SQ-LLaVA and its processor.
+        model, processor: An SQ-LLaVA and its processor.
         messages (`list[list[dict]]`): The messages of each conversation, with the images in place. `answer` appends
             to them.
         seeds (`list[int]`, *optional*): One random seed for the questions of each conversation.

@@ -67,7 +67,7 @@ class SQLlavaArguments:
         "CLIP or SigLIP model to make a new model from, together with text_model_name_or_path.", default=None
     )
     text_model_name_or_path: str | None = _option(
-        "Causal language model to make a new model from. To continue from a SQ-LLaVA or a finished stage, give "
+        "Causal language model to make a new model from. To continue from an SQ-LLaVA or a finished stage, give "
         "model_name_or_path instead.",
         default=None,
     )
