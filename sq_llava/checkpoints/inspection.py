@@ -55,7 +55,7 @@ class Inspection:
         parts (`dict`): Parameters and dtypes of each part of the model. LoRA is counted separately.
         loras (`list[dict]`): For each LoRA its tower, ranks (from the tensors), alphas (from the configuration), file.
         missing (`list[str]`): Expected files or settings that are missing.
-        faults (`list[str]`): What is broken. A folder with faults cannot be used as it is.
+        faults (`list[str]`): Errors. A folder with faults cannot be used as it is.
     """
 
     path: str
@@ -87,9 +87,9 @@ def inspect(path: str | Path, base: Path | None = None, only_loaded: bool = Fals
 
     Args:
         path: A folder, or the Hub id of a model in the local cache.
-        base (`Path`, *optional*): Folder of an adapter's base. Default: what the adapter names, if it is on this
-            machine.
-        only_loaded (`bool`): Skip JSON and weight files that are not read when a SQ-LLaVA or an adapter is loaded.
+        base (`Path`, *optional*): Folder of an adapter's base. Default: the base that the adapter names, if it is on
+            this machine.
+        only_loaded (`bool`): Skip JSON and weight files that are not read when an SQ-LLaVA or an adapter is loaded.
 
     Raises:
         ValueError: if there is no such folder, and no such id in the cache.
@@ -346,7 +346,7 @@ def _list_missing(configs: dict[str, dict], inspection: Inspection) -> None:
     is_stage = inspection.kind == "adapter"
     is_whole = "config.json" in names and not {"adapter_config.json", "mm_projector.bin"} & names
     if is_ours or is_stage:
-        # Checkpoints from before this library had its own image processor do not have its file.
+        # Checkpoints that are older than this library's own image processor do not have its file.
         is_older = "image_processing_sq_llava" not in str(configs.get("processor_config.json"))
         of_processor = [name for name in CODE_FILES if "processing" in name and not (is_older and "image" in name)]
         code = [name for name in CODE_FILES if "processing" not in name] if is_ours else []
@@ -358,7 +358,7 @@ def _list_missing(configs: dict[str, dict], inspection: Inspection) -> None:
 
 
 def print_inspection(inspection: Inspection, console: Console) -> None:
-    """Prints what the folder is, a table of its parts, and the facts, missing and broken things below."""
+    """Prints the kind of the folder, a table of its parts, its settings, and what is missing or broken."""
     what = NAMES[inspection.kind] if inspection.kind else "unknown"
     console.print(f"{inspection.path}: {what}", style="bold", markup=False, highlight=False)
     if inspection.evidence:
