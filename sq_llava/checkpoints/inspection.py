@@ -53,7 +53,8 @@ class Inspection:
 
     Attributes:
         parts (`dict`): Parameters and dtypes of each part of the model. LoRA is counted separately.
-        loras (`list[dict]`): For each LoRA its tower, ranks (from the tensors), alphas (from the configuration), file.
+        loras (`list[dict]`): Tower, ranks, alphas and file of each LoRA. Ranks are read from the tensors, alphas from
+            the configuration.
         missing (`list[str]`): Expected files or settings that are missing.
         faults (`list[str]`): Errors. A folder with faults cannot be used as it is.
     """

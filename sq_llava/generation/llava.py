@@ -145,7 +145,7 @@ def draw_tasks(
 ) -> Iterator[Task]:
     """The rows to be made: `kinds_per_image` different kinds per image. The draw depends only on seed and image."""
     for scene in scenes:
-        # Weighted sampling without replacement: the largest values of u ** (1 / share) are the draw.
+        # Weighted sampling without replacement: the largest values of u ** (1 / share) are drawn.
         # Efraimidis and Spirakis, https://doi.org/10.1016/j.ipl.2005.11.003.
         drawn = {kind: uniform(seed, scene.id, kind) ** (1 / share) for kind, share in shares.items() if share}
         for kind in sorted(drawn, key=drawn.get, reverse=True)[:kinds_per_image]:

@@ -225,8 +225,8 @@ def quantized_bytes(linear: nn.Linear, quantization: BitsAndBytesConfig) -> floa
     numbers = linear.weight.numel()
     if quantization.load_in_8bit:
         return numbers + 4 * linear.out_features
-    # One scale for 64 numbers: a float32, or (nested) one byte plus a float32 for every 256 scales. And a table of 16
-    # float32 values.
+    # One scale for 64 numbers: a float32, or (nested) one byte plus a float32 for every 256 scales. Each weight also
+    # has a table of 16 float32 values.
     scale = 1 + 4 / 256 if quantization.bnb_4bit_use_double_quant else 4
     return numbers / 2 + numbers / 64 * scale + 64
 
@@ -470,7 +470,7 @@ def plan_from_configs(
 ) -> None:
     """Prints parameters, memory and steps of a run. It loads only the configurations of the models."""
     parts = (arguments.vision_model_name_or_path, arguments.text_model_name_or_path)
-    if None not in parts:  # also in place of a previous stage that does not exist yet
+    if None not in parts:  # used even if a previous stage is set, because it may not exist yet
         config = compose_config(*parts, arguments.qformer_model_name_or_path, **architecture(arguments))
     else:
         start, _ = starting_point(arguments, model_config)
