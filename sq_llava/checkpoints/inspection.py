@@ -131,7 +131,10 @@ def _local_folder(path: str) -> Path:
     try:
         return Path(snapshot_download(path, local_files_only=True))
     except (LocalEntryNotFoundError, HFValidationError) as error:
-        raise ValueError(f"{path} is neither a folder nor an id in the local cache of the Hub.") from error
+        raise ValueError(
+            f"{path} is neither a folder nor an id in the local cache of the Hub. "
+            "Correct the path, or download the model first with `hf download`."
+        ) from error
 
 
 def _read_configs(folder: Path, inspection: Inspection, patterns: Sequence[str]) -> dict[str, dict]:

@@ -191,7 +191,7 @@ def read_answer(task: Task, text: str) -> tuple[dict[str, Any] | None, list[Reje
     for place, turn in enumerate(turns):
         reason = fault_of(turn, task.kind, kept)
         if reason is not None:
-            reasons = [reason, *["after a turn left out"] * (len(turns) - place - 1)]
+            reasons = [reason, *["after a dropped turn"] * (len(turns) - place - 1)]
             rejected = [
                 Rejected(task.id, task.kind, why, _write_turns([each])) for why, each in zip(reasons, turns[place:])
             ]

@@ -190,7 +190,7 @@ def _optimizer_terms(model: nn.Module, training_args: SFTConfig, pieces: int, bu
         )
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     numbers, gradients = sum(p.numel() for p in trained), sum(p.nbytes for p in trained)
-    count, state = f"{numbers:,} trained numbers x", OPTIMIZER_BYTES[optim]
+    count, state = f"{numbers:,} trained parameters x", OPTIMIZER_BYTES[optim]
     in_buckets = " x 2 (DDP's buckets)" if buckets == 2 else ""
     in_pieces = f" / {pieces} GPUs" if pieces > 1 else ""
     formula = f"{count} {gradients / max(numbers, 1):.0f} bytes{in_buckets}{in_pieces}"
@@ -261,7 +261,7 @@ def activation_terms(model: nn.Module, batch: Batch, training_args: SFTConfig, o
         width, count = tower_config.hidden_size, len(layers)
         if training_args.gradient_checkpointing:
             kept, formula = count * positions * width * held, f"{width} x {held} bytes: the input of each layer"
-            workspaces[f"a {name} layer inside"] = inside
+            workspaces[f"the inside of a {name} layer"] = inside
         else:
             kept, formula = count * inside, "all inner activations: no gradient checkpointing"
         terms.append(Term(f"activations, {name}", kept, f"{count} layers x {positions:,} positions x {formula}"))
