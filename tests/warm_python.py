@@ -15,6 +15,7 @@ import contextlib
 import fcntl
 import functools
 import gc
+import importlib
 import json
 import os
 import runpy
@@ -37,8 +38,13 @@ PRELOADED = ("torch", "torch._inductor.compile_fx", "torch.nn.attention.flex_att
 
 
 @functools.cache
-def warm_python() -> str:
-    """Starts the server, once for each process. Returns the path of the program."""
+def warm_python(*modules: str) -> str:
+    """
+    Starts a server, once for each process. Returns the path of the program.
+
+    Args:
+        modules: Also imported by the server. They may read the environment: it is the one at the start of the server.
+    """
     if sys.platform != "linux":
         return sys.executable
     folder = Path(tempfile.mkdtemp(prefix="warm-python-"))
@@ -51,7 +57,7 @@ def warm_python() -> str:
     )
     program.chmod(0o755)
     # The server ends with this process: the other end of its standard input is then closed.
-    server = subprocess.Popen([sys.executable, "-P", __file__, str(socket_file)], stdin=subprocess.PIPE)
+    server = subprocess.Popen([sys.executable, "-P", __file__, str(socket_file), *modules], stdin=subprocess.PIPE)
     while not socket_file.exists():
         if server.poll() is not None:
             raise RuntimeError(f"The server of {__file__} did not start: it ended with code {server.returncode}.")
@@ -87,10 +93,10 @@ def is_inherited(file: int) -> bool:
         return False
 
 
-def serve(path: str) -> list[str]:
+def serve(path: str, *modules: str) -> list[str]:
     """Forks a process for each request. Returns the arguments in the forked process; the server runs on."""
-    for name in PRELOADED:
-        __import__(name)
+    for name in (*PRELOADED, *modules):
+        importlib.import_module(name)
     gc.freeze()  # otherwise the garbage collector would copy all the memory shared with the forked processes
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(path + "~")
@@ -194,4 +200,4 @@ def run_to_the_end(arguments: list[str]) -> int:
 
 if __name__ == "__main__":
     # The interpreter's normal end would free every object, which takes seconds with PyTorch.
-    os._exit(run_to_the_end(serve(sys.argv[1])))
+    os._exit(run_to_the_end(serve(*sys.argv[1:])))

@@ -42,6 +42,11 @@ PROGRAMS = {
     "accelerate": "-m accelerate.commands.accelerate_cli",
     "torchrun": "-m torch.distributed.run",
 }
+# Imported once for all commands: they would take most of the time of the walk.
+MODULES = (
+    "train_sft", "sq_llava.inference.assistant", "sq_llava.evaluation.run", "sq_llava.generation.self_generation",
+    "sq_llava.serving.app", "sq_llava.checkpoints.convert", "sq_llava.checkpoints.push", "accelerate.commands.launch",
+)  # fmt: skip
 SERVER = re.compile(r"sq-llava (?:serve|demo) \S+")
 
 
@@ -84,7 +89,7 @@ def checkout(tmp_path, quick_demo) -> Path:
     programs = tmp_path / ".venv" / "bin"
     programs.mkdir(parents=True)
     for name, arguments in PROGRAMS.items():
-        (programs / name).write_text(f'#!/bin/sh\nexec {warm_python()} {arguments} "$@"\n')
+        (programs / name).write_text(f'#!/bin/sh\nexec {warm_python(*MODULES)} {arguments} "$@"\n')
         (programs / name).chmod(0o755)
     (programs / "activate").write_text(f"export PATH={programs}:$PATH\n")
     return tmp_path

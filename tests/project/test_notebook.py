@@ -42,5 +42,5 @@ def test_each_cell_of_the_notebook_shows_what_it_showed(tmp_path, quick_demo):
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     shown = [kinds_of(cell) for cell in code_cells(notebook)]
     client = NotebookClient(notebook, timeout=300, resources={"metadata": {"path": tmp_path / "notebooks"}})
-    client.execute(env=None)
+    client.execute()
     assert [kinds_of(cell) for cell in code_cells(notebook)] == shown
