@@ -1,4 +1,4 @@
-"""Processes as `accelerate launch --config_file FILE` starts them, and FSDP2 on CPUs.
+"""Processes as `accelerate launch --config_file FILE` starts them, and FSDP2 and DeepSpeed on CPUs.
 
     accelerate launch --config_file recipes/accelerate/fsdp2.yaml --num_processes 2 --mixed_precision no \
         -m tests.launches --config RECIPE
@@ -8,25 +8,40 @@ would run DDP without a word; all that it and PyTorch do then works on CPUs too.
 """
 
 import os
+from importlib import import_module
+from pathlib import Path
 
+from accelerate import DeepSpeedPlugin
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
-from accelerate.utils.launch import prepare_multi_gpu_env
+from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
+from peft.tuners.trainable_tokens.layer import TrainableTokensLayer, gather_params_ctx
 
 import train_sft
 from tests import ROOT
 
 
-def environment_of(launch: str, **options) -> dict[str, str]:
-    """What the launcher adds to the environment of its processes, for `recipes/accelerate/LAUNCH.yaml`."""
-    given = [f"--{name}={value}" for name, value in {"mixed_precision": "no", **options}.items()]
-    file = ROOT / "recipes" / "accelerate" / f"{launch}.yaml"
+def launch_environment(file: Path, **options) -> dict[str, str]:
+    """The environment in which `accelerate launch --config_file FILE` starts processes."""
+    given = [f"--{name}={value}" for name, value in options.items()]
     arguments = launch_command_parser().parse_args([f"--config_file={file}", *given, "train_sft.py"])
-    arguments, _, _ = _validate_launch_command(arguments)
-    environment = prepare_multi_gpu_env(arguments)
+    arguments, defaults, _ = _validate_launch_command(arguments)
+    if arguments.use_deepspeed:
+        arguments.deepspeed_fields_from_accelerate_config = ",".join(defaults.deepspeed_config)
+        return prepare_deepspeed_cmd_env(arguments)[1]
+    return prepare_multi_gpu_env(arguments)
+
+
+def environment_of(launch: str, **options) -> dict[str, str]:
+    """What `recipes/accelerate/LAUNCH.yaml` adds to the environment of processes, here on CPUs in float32."""
+    environment = launch_environment(
+        ROOT / "recipes" / "accelerate" / f"{launch}.yaml", **{"mixed_precision": "no"} | options
+    )
     added = {name: value for name, value in environment.items() if os.environ.get(name) != value}
-    return added | {"ACCELERATE_USE_CPU": "true", "GLOO_SOCKET_IFNAME": "lo"}
+    # `ACCELERATE_USE_CPU` would make accelerate ignore DeepSpeed.
+    device = {"DS_ACCELERATOR": "cpu"} if "ACCELERATE_USE_DEEPSPEED" in added else {"ACCELERATE_USE_CPU": "true"}
+    return added | device | {"GLOO_SOCKET_IFNAME": "lo"}
 
 
 def allow_fsdp_on_cpu(*prepare) -> None:
@@ -42,6 +57,32 @@ def allow_fsdp_on_cpu(*prepare) -> None:
                 fsdp_plugin.set_mixed_precision(self._mixed_precision)
 
     AcceleratorState.__init__ = init
+    if prepare:
+        function, *arguments = prepare
+        function(*arguments)
+
+
+def allow_deepspeed_on_cpu(*prepare) -> None:
+    """Lets accelerate run DeepSpeed on CPUs, with `use_cpu false`, and calls `prepare`, as `allow_fsdp_on_cpu` does."""
+    plugin_init = DeepSpeedPlugin.__post_init__
+
+    def init(self):
+        plugin_init(self)
+        if self.zero_stage == 3:
+            # By default, weights of less than 100,000 numbers are not sharded. Tiny models have no others.
+            self.deepspeed_config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+
+    def collect(self, weight, rows, embed_dim):
+        with gather_params_ctx([weight], modifier_rank=None):
+            return weight[rows].clone()
+
+    DeepSpeedPlugin.__post_init__ = init
+    # Without a GPU, accelerate would choose no backend.
+    PartialState._prepare_backend = lambda self, *args: ("gloo", DistributedType.MULTI_CPU)
+    # Otherwise DeepSpeed would compile a C++ file, for processes that share memory.
+    import_module("deepspeed.comm.torch").build_shm_op = lambda: None
+    # PEFT's own function makes a tensor on a CUDA device.
+    TrainableTokensLayer._collect_token_weights = collect
     if prepare:
         function, *arguments = prepare
         function(*arguments)
