@@ -63,7 +63,7 @@ def allow_fsdp_on_cpu(*prepare) -> None:
 
 
 def allow_deepspeed_on_cpu(*prepare) -> None:
-    """Lets accelerate run DeepSpeed on CPUs, with `use_cpu false`, and calls `prepare`, as `allow_fsdp_on_cpu` does."""
+    """Lets accelerate run DeepSpeed on CPUs, where `use_cpu` is false. Then it calls `prepare`, as above."""
     plugin_init = DeepSpeedPlugin.__post_init__
 
     def init(self):

@@ -189,9 +189,8 @@ class StepWatch(TrainerCallback):
             self.applying = False
             self._refuse(step, f"its gradient norm is {gradient_norm}.")
         raise ValueError(
-            f"The gradient norm of step {step} is {gradient_norm}, and DeepSpeed has applied this step: the weights of "
-            "this run are no longer usable. Fix the rows or the settings, then resume from the last checkpoint with "
-            "--resume."
+            f"The gradient norm of step {step} is {gradient_norm}, and DeepSpeed has applied this step: the weights "
+            "of this run are lost. Fix the rows or the settings, and resume from the last checkpoint with --resume."
         )
 
     def check(self, step: int, gradient_norm: torch.Tensor | float | None = None) -> None:
