@@ -3,8 +3,9 @@
     accelerate launch --config_file recipes/accelerate/fsdp2.yaml --num_processes 2 --mixed_precision no \
         -m tests.launches --config RECIPE
 
-runs `train_sft.py` with FSDP2 over gloo, which needs `ACCELERATE_USE_CPU=true`. accelerate has FSDP for GPUs only, and
-would run DDP without a word; all that it and PyTorch do then works on CPUs too.
+runs `train_sft.py` with FSDP2 over gloo, which needs `ACCELERATE_USE_CPU=true`. With zero2.yaml or zero3.yaml it runs
+DeepSpeed, which needs `DS_ACCELERATOR=cpu` and the option `--use_cpu false`. accelerate has both for GPUs only, and
+would run DDP or one process without a word; all that it, DeepSpeed and PyTorch do then works on CPUs too.
 """
 
 import os
@@ -89,6 +90,9 @@ def allow_deepspeed_on_cpu(*prepare) -> None:
 
 
 if __name__ == "__main__":
-    allow_fsdp_on_cpu()
+    if "ACCELERATE_USE_DEEPSPEED" in os.environ:
+        allow_deepspeed_on_cpu()
+    else:
+        allow_fsdp_on_cpu()
     train_sft.main()
     PartialState().destroy_process_group()

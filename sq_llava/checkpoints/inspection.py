@@ -27,6 +27,7 @@ from sq_llava.checkpoints.completeness import checkpoint_faults, step_of
 from sq_llava.checkpoints.layouts import NAMES, Layout, recognise
 from sq_llava.checkpoints.parts import INFIXES, part_of
 from sq_llava.checkpoints.weight_files import TORCH_NAMES, Tensor, WeightFile, read_weight_map
+from sq_llava.checkpoints.zero3 import loading_whole
 from sq_llava.resources import CODE_FILES, code_digests
 
 
@@ -287,7 +288,7 @@ def faults_of_weights(config: dict, headers: dict[str, list[Tensor]]) -> list[st
         for name, tensor in shapes.items()
     }
     try:
-        with quiet_transformers():
+        with quiet_transformers(), loading_whole():
             _, report = SQLlavaForConditionalGeneration.from_pretrained(
                 None,
                 config=SQLlavaConfig.from_dict(config),

@@ -15,8 +15,7 @@ from accelerate.utils import DistributedType, gather_object
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from transformers.distributed.fsdp import is_fsdp_enabled
-from transformers.integrations import deepspeed, is_deepspeed_zero3_enabled
-from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
+from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.training_args import TrainingArguments
 
 from sq_llava.checkpoints.completeness import RUN_FILE
@@ -75,20 +74,6 @@ def loads_in_pieces() -> bool:
     return is_deepspeed_zero3_enabled() or is_fsdp_enabled()
 
 
-@contextmanager
-def loading_whole() -> Iterator[None]:
-    """Loads models whole in this process, also under ZeRO-3."""
-    if not is_deepspeed_zero3_enabled():
-        yield
-        return
-    launched = deepspeed._hf_deepspeed_config_weak_ref()
-    unset_hf_deepspeed_config()
-    try:
-        yield
-    finally:
-        set_hf_deepspeed_config(launched)
-
-
 def require_launch(asked: str, accelerator: Accelerator) -> None:
     """
     Raises:
@@ -136,14 +121,29 @@ def require_resumable(checkpoint: str, sharding: str, num_processes: int) -> Non
     )
 
 
-def keep_wrap_policy(plugin: FullyShardedDataParallelPlugin) -> None:
+def wrap_layers(plugin: FullyShardedDataParallelPlugin, model: nn.Module) -> None:
     """
-    Lets FSDP2 shard layer by layer. The Trainer replaces the policy of the launch by PEFT's, which accelerate 1.15
-    drops for FSDP2: no layer would be a unit of its own, and all weights would be gathered at once.
+    Makes FSDP2 shard layer by layer, whatever the towers are.
+
+    The Trainer replaces the wrap policy of the launch by PEFT's, which accelerate 1.15 ignores for FSDP2. Without this
+    function no layer would be wrapped, and all weights would be gathered at once.
     """
+    if plugin.transformer_cls_names_to_wrap is None:
+        plugin.transformer_cls_names_to_wrap = sorted(layer_classes(model))
+    os.environ["FSDP_TRANSFORMER_CLS_TO_WRAP"] = ",".join(plugin.transformer_cls_names_to_wrap)  # PEFT reads it
     policy = plugin.auto_wrap_policy
-    if plugin.fsdp_version == 2:
-        plugin.set_auto_wrap_policy = lambda model: setattr(plugin, "auto_wrap_policy", policy)
+    plugin.set_auto_wrap_policy = lambda model: setattr(plugin, "auto_wrap_policy", policy)
+
+
+def layer_classes(model: nn.Module) -> set[str]:
+    """The names of the classes of all stacked layers: members of a `ModuleList` that is in no other one."""
+    names = set()
+    for child in model.children():
+        if isinstance(child, nn.ModuleList):
+            names |= {type(layer).__name__ for layer in child}
+        else:
+            names |= layer_classes(child)
+    return names
 
 
 @contextmanager

@@ -18,9 +18,10 @@ from trl import ModelConfig, SFTConfig, get_quantization_config
 from processing_sq_llava import PROMPT_LAYOUTS, SQLlavaProcessor
 from sq_llava.checkpoints.compose import compose, compose_processor
 from sq_llava.checkpoints.load import load_base_and_processor, load_model, require_kind
+from sq_llava.checkpoints.zero3 import loading_whole
 from sq_llava.training.adapter import LoraOptions, LoraSize, add_adapter, load_adapter_weights, train_in_full
 from sq_llava.training.settings import LORA_INITIALISATIONS, SQLlavaArguments
-from sq_llava.training.sharding import loading_whole, loads_in_pieces
+from sq_llava.training.sharding import loads_in_pieces
 
 
 ARCHITECTURE = ("prototype_variant", "num_prototypes", "num_prototype_iterations", "projector_type")

@@ -38,7 +38,7 @@ from sq_llava.training.generation_check import GenerationCheck
 from sq_llava.training.length_sampler import ModalityLengthSampler
 from sq_llava.training.packing import PackedRows, PackingCollator, PackSampler, pack_sampler, require_separation
 from sq_llava.training.recovery import CheckpointError, StepWatch
-from sq_llava.training.sharding import embeddings_in_the_root_unit, keep_wrap_policy, own_class, sharding_of
+from sq_llava.training.sharding import embeddings_in_the_root_unit, own_class, sharding_of, wrap_layers
 
 
 def in_precision(state_dict: dict[str, torch.Tensor], dtype: torch.dtype) -> dict[str, torch.Tensor]:
@@ -104,7 +104,7 @@ class SQLlavaTrainer(SFTTrainer):
         self._packed = torch.zeros(2)
         self.packs = self._make_packs() if packing else None
         if self.is_fsdp_enabled:
-            keep_wrap_policy(self.accelerator.state.fsdp_plugin)
+            wrap_layers(self.accelerator.state.fsdp_plugin, self.model)
 
     def _init_trl(self, *args, model, **kwargs) -> None:
         """Initialises TRL's trainer, and reverts what it changes in the model."""

@@ -3,16 +3,20 @@
 Both are launched with the environment that `accelerate launch` gives its processes.
 """
 
+import os
 import signal
+import subprocess
 from pathlib import Path
 
 import pytest
 from transformers import AutoModel, LlamaConfig, LlamaForCausalLM
 
 from sq_llava.checkpoints.load import merge_adapter
-from tests import tiny
+from tests import ROOT, tiny
 from tests.launches import allow_fsdp_on_cpu, environment_of
+from tests.processes import free_port
 from tests.runs import PLAIN_DESCENT, Run, assert_similar_runs, die, in_step, write_in_order
+from tests.warm_python import warm_python
 
 
 pytestmark = pytest.mark.slow
@@ -61,6 +65,35 @@ def test_two_processes_equal_one_where_one_sees_text_only(parts, tmp_path, launc
     two = TwoProcesses(launch, parts, tmp_path / "two", **settings).finish()
     alone = settings | {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 1}
     assert_similar_runs(Run(parts, tmp_path / "one", **alone).finish(), two)
+
+
+def start_machine(port: int, run: Run) -> subprocess.Popen:
+    """Starts the launcher of one of two machines, as `recipes/accelerate/multi_node.sbatch` does."""
+    rendezvous = f"--nnodes 2 --nproc_per_node 1 --rdzv_backend c10d --rdzv_endpoint 127.0.0.1:{port}".split()
+    command = [warm_python(), "-m", "torch.distributed.run", *rendezvous, "--local_addr", "127.0.0.1"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "GLOO_SOCKET_IFNAME": "lo"}
+    with run.log.open("a") as log:
+        return subprocess.Popen([*command, "-m", "train_sft", *run.args], env=environment, stdout=log, stderr=log)
+
+
+def test_two_machines_train_like_one_process(parts, tmp_path):
+    settings = DESCENT | write_in_order(parts, tmp_path / "ordered.json") | {"max_steps": 3}
+    two = Run(parts, tmp_path / "two", **settings | {"per_device_train_batch_size": 2})
+    port = free_port()
+    machines = [start_machine(port, two) for _ in range(2)]
+    assert [machine.wait(120) for machine in machines] == [0, 0], two.text[-3000:]
+    assert_similar_runs(Run(parts, tmp_path / "one", **settings).finish(), two.output_dir)
+
+
+def test_machine_that_does_not_see_the_checkpoint_stops_the_run(parts, tmp_path):
+    two = Run(parts, tmp_path / "two", max_steps=2, per_device_train_batch_size=2)
+    two.finish()
+    alone = Run(parts, tmp_path / "alone", max_steps=4, per_device_train_batch_size=2, resume=True)
+    other = Run(parts, tmp_path / "two", max_steps=4, per_device_train_batch_size=2, resume=True)
+    port = free_port()
+    machines = [start_machine(port, alone), start_machine(port, other)]
+    assert 0 not in [machine.wait(120) for machine in machines]
+    assert "The processes see different checkpoints" in alone.text + other.text
 
 
 @pytest.mark.parametrize("settings", [{}, FULL], ids=["adapter", "in full"])

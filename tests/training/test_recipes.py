@@ -11,10 +11,8 @@ import torch
 import yaml
 from accelerate import FullyShardedDataParallelPlugin
 from accelerate.commands.config.config_args import load_config_from_file
-from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils import DeepSpeedPlugin
 from accelerate.utils.fsdp_utils import fsdp2_prepare_auto_wrap_policy
-from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 from safetensors.torch import load_file
 from transformers import Blip2Config, CLIPVisionConfig, LlamaConfig
 from transformers.distributed.fsdp import update_fsdp_plugin_peft
@@ -26,8 +24,9 @@ from sq_llava.data.sources import DataSource
 from sq_llava.resources import find_resource
 from sq_llava.training.adapter import LoraSize, add_adapter
 from sq_llava.training.settings import SQLlavaArguments
-from sq_llava.training.trainer import keep_wrap_policy
+from sq_llava.training.sharding import wrap_layers
 from tests import runs, tiny
+from tests.launches import launch_environment
 
 
 RECIPES = find_resource("recipes")
@@ -166,16 +165,6 @@ def test_recipe_states_the_memory_that_the_dry_run_estimates(recipe, big_configs
     assert sizes.findall(total) == sizes.findall(header)
 
 
-def launch_environment(file: Path) -> dict[str, str]:
-    """The environment in which `accelerate launch --config_file` starts processes."""
-    arguments = launch_command_parser().parse_args(["--config_file", str(file), "train_sft.py"])
-    arguments, defaults, _ = _validate_launch_command(arguments)
-    if arguments.use_deepspeed:
-        arguments.deepspeed_fields_from_accelerate_config = ",".join(defaults.deepspeed_config)
-        return prepare_deepspeed_cmd_env(arguments)[1]
-    return prepare_multi_gpu_env(arguments)
-
-
 @pytest.mark.parametrize("file", LAUNCHES, ids=lambda file: file.name)
 def test_accelerate_reads_the_launch_settings(file):
     config = load_config_from_file(str(file))
@@ -187,11 +176,11 @@ def test_fsdp2_makes_each_layer_a_unit_of_its_own(monkeypatch):
     for name, value in launch_environment(RECIPES / "accelerate" / "fsdp2.yaml").items():
         monkeypatch.setenv(name, value)
     plugin = FullyShardedDataParallelPlugin()
-    assert plugin.fsdp_version == 2 and plugin.reshard_after_forward and not plugin.cpu_ram_efficient_loading
+    assert plugin.fsdp_version == 2 and plugin.reshard_after_forward and plugin.cpu_ram_efficient_loading
     assert "FULL_STATE_DICT" in str(plugin.state_dict_type)
     model = add_adapter(tiny.tiny_model(), SIZE, SIZE, train_vusr=True)
     accelerator = type("Accelerator", (), {"state": type("State", (), {"fsdp_plugin": plugin})})
-    keep_wrap_policy(plugin)
+    wrap_layers(plugin, model)
     update_fsdp_plugin_peft(model, accelerator)  # as the Trainer does
     plugin.set_auto_wrap_policy(model)
     policy = fsdp2_prepare_auto_wrap_policy(plugin, model)
