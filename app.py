@@ -8,7 +8,7 @@ To publish it as a Space, set the Space's variable MODEL to a folder in the Spac
     cp -r app.py sq_llava *_sq_llava.py model_card.md space/* runs/space
     hf upload org/space runs/space --repo-type space --exclude "**/__pycache__/*"
 
-This file takes no options; `sq-llava demo` does.
+This file has no options. `sq-llava demo` starts the same page with options.
 """
 
 import os

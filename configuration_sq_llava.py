@@ -38,7 +38,7 @@ CLIP_VIT_L_14_336 = {
     "projection_dim": 768,
 }
 VICUNA_7B = {"model_type": "llama", "vocab_size": 32064, "max_position_embeddings": 4096, "rms_norm_eps": 1e-5}
-# Some families (Cohere, Granite, ...) multiply or divide their logits by one of these factors. Our head does not.
+# Some families (Cohere, Granite, ...) multiply or divide their logits by one of these factors. SQ-LLaVA does not.
 LOGIT_SCALES = ("logit_scale", "logits_scaling", "lm_head_multiplier", "output_multiplier")
 # Keywords that every configuration of transformers accepts, besides its fields and the generation settings.
 TRANSFORMERS_KEYWORDS = {
@@ -61,7 +61,7 @@ class SQLlavaConfig(PreTrainedConfig):
     r"""
     Args:
         vision_config (`dict` or `PreTrainedConfig`, *optional*):
-            Configuration of the vision tower, of one of `VISION_MODEL_TYPES`. Default: CLIP ViT-L/14-336.
+            Configuration of the vision tower; its type is one of `VISION_MODEL_TYPES`. Default: CLIP ViT-L/14-336.
         text_config (`dict` or `PreTrainedConfig`, *optional*):
             Configuration of any causal language model of transformers. Default: Vicuna-7B v1.5.
         prototype_variant (`str`, defaults to `"paper"`):
@@ -84,7 +84,7 @@ class SQLlavaConfig(PreTrainedConfig):
             Activation of the MLP. Default: `"quick_gelu"` for the `"released"` variant, else `"gelu"`.
         vision_feature_layer (`int`, *optional*):
             Index into the vision tower's hidden states: 0 is the output of the embeddings, -1 that of the last layer.
-            Layers above it are not run. Default: -2; for a BLIP-2 tower -1, the only value that it supports.
+            Later layers are not run. Default: -2; for a BLIP-2 tower -1, the only value that it supports.
         vision_feature_select_strategy (`str`, *optional*):
             `"default"` drops the CLS token, `"full"` keeps every token. Default: `"default"` for CLIP; `"full"` for
             SigLIP, which has no CLS token, and for BLIP-2, whose Q-Former reads the CLS token.
@@ -221,7 +221,7 @@ class SQLlavaConfig(PreTrainedConfig):
         elif type(self.image_seq_length) is not int or self.image_seq_length != number:
             raise ValueError(
                 f"image_seq_length is {self.image_seq_length!r}, but the {source} gives {number} tokens per image: "
-                "leave it out. It is computed from vision_config, vision_feature_select_strategy and num_query_tokens."
+                "remove it. It is computed from vision_config, vision_feature_select_strategy and num_query_tokens."
             )
 
     @property
@@ -244,7 +244,7 @@ class SQLlavaConfig(PreTrainedConfig):
 def _check_names(names: Iterable[str], is_saved: bool):
     """
     Refuses unknown keywords: transformers would store them as attributes, and a misspelt field would have no effect.
-    A saved configuration may hold fields of a later transformers. There, only near misses of our own names are errors.
+    A saved configuration may hold fields of a later transformers. There, only misspelt names of our fields are errors.
     """
     own = [field.name for field in fields(SQLlavaConfig)]
     known = {*own, *TRANSFORMERS_KEYWORDS, *GenerationConfig().to_dict()}
@@ -261,7 +261,7 @@ def _sub_config(name: str, value: dict | PreTrainedConfig | None, default: dict)
     if value is None:
         value = default
     if not isinstance(value, dict):
-        raise TypeError(f"{name} is {value!r}: give a dict, a configuration object, or leave it out.")
+        raise TypeError(f"{name} is {value!r}: give a dict or a configuration object, or remove it.")
     fields = {"model_type": default["model_type"], **value}
     if fields["model_type"] not in CONFIG_MAPPING:
         raise ValueError(

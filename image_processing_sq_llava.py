@@ -35,7 +35,7 @@ MAX_IMAGE_SIDE = math.isqrt(MAX_IMAGE_PIXELS)
 MAX_ASPECT_RATIO = 200
 DOWNLOAD_SECONDS = 60
 
-# The operation that turns an image of each EXIF orientation upright. Pillow's `exif_transpose` is not used: it also
+# For each EXIF orientation, the operation that turns the image upright. Pillow's `exif_transpose` is not used: it also
 # rewrites the EXIF data, which fails for some files.
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -52,7 +52,7 @@ def open_in_rgb(
     image: str | Path | bytes | BinaryIO | Image.Image, formats: tuple[str, ...] | None = None
 ) -> Image.Image:
     """
-    Opens an image and converts it with [`to_rgb`]. Of an animated file, the first frame is used.
+    Opens an image and converts it with [`to_rgb`]. The first frame of an animated file is used.
 
     Args:
         image: A path, an http(s) or `data:` URL, base64, the bytes of an image file, a binary stream, or a
@@ -111,7 +111,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
     - An image with a side of more than 9,459 pixels is downscaled.
 
     Returns:
-        `PIL.Image.Image`: The input object itself if there is nothing to convert.
+        `PIL.Image.Image`: The converted image, or the input object itself if there is nothing to convert.
 
     Raises:
         ValueError: for floating-point pixels (mode F) and for grey levels of more than 16 bits, because their range is
@@ -152,7 +152,7 @@ def check_size(image: Image.Image) -> None:
         raise ValueError(f"{width} x {height} pixels: the image is empty")
     if max(width, height) > MAX_ASPECT_RATIO * min(width, height):
         raise ValueError(
-            f"{width} x {height} pixels: one side is more than {MAX_ASPECT_RATIO} times the other, cut the image into "
+            f"{width} x {height} pixels: one side is more than {MAX_ASPECT_RATIO} times the other. Cut the image into "
             "pieces"
         )
     if width * height > MAX_IMAGE_PIXELS:
@@ -166,7 +166,7 @@ def _is_transparent(image: Image.Image) -> bool:
         return True
     if image.mode == "P" and image.palette.mode.endswith("A"):
         return True
-    # A string is a text chunk that happens to be named "transparency".
+    # A string comes from a text chunk of a PNG that is named "transparency".
     return isinstance(image.info.get("transparency"), (int, bytes, tuple))
 
 
@@ -180,7 +180,7 @@ def _eight_bits(image: Image.Image) -> Image.Image:
     lowest, highest = levels.getextrema()
     if lowest < 0 or highest > 0xFFFF:
         raise ValueError(
-            f"grey levels from {lowest} to {highest}: at most 16 bits (0 to 65535) are supported, convert the image"
+            f"grey levels from {lowest} to {highest}: at most 16 bits (0 to 65535) are supported. Convert the image"
         )
     grey = levels.point(lambda level: level / 256).convert("L")
     if isinstance(transparent, int):
@@ -195,12 +195,12 @@ class SQLlavaImageProcessor(LlavaImageProcessorPil):
     class first converts every input to RGB by the same rules. It accepts:
 
     - anything that [`open_in_rgb`] opens: paths, http(s) and `data:` URLs, base64, the bytes of a file, PIL images;
-    - arrays and tensors with 1 (grey), 3 (RGB) or 4 (RGBA) channels, first or last; two dimensions are grey. Integers
-      are levels from 0 to 255, `uint16` from 0 to 65535. Floating-point values are whole levels; with
-      `do_rescale=False` they lie between 0 and 1, as everywhere in transformers.
+    - arrays and tensors with 1 (grey), 3 (RGB) or 4 (RGBA) channels, first or last; an array with two dimensions is
+      grey. Integers are levels from 0 to 255, `uint16` from 0 to 65535. Floating-point values are whole numbers from 0
+      to 255; with `do_rescale=False` they lie between 0 and 1, as everywhere in transformers.
 
-    Pillow does the resizing even if torchvision, which rounds differently, is installed. So every machine gives the
-    same pixels. Saved configurations name LLaVA's class, so they also load without this code.
+    Pillow always does the resizing, so every machine gives the same pixels; torchvision would round differently. Saved
+    configurations name LLaVA's class, so they also load without this code.
     """
 
     def to_dict(self) -> dict[str, Any]:
@@ -222,11 +222,11 @@ class SQLlavaImageProcessor(LlavaImageProcessorPil):
         **settings,
     ):
         """
-        Converts, pads and resizes one image; `_preprocess` crops and normalizes it afterwards. Returns channels first:
-        levels from 0 to 255, or values from 0 to 1 if the input has such values.
+        Converts, pads and resizes one image; `_preprocess` crops and normalizes it afterwards. Returns an array with
+        channels first: levels from 0 to 255, or values from 0 to 1 if the input has such values.
         """
         if do_convert_rgb is False:
-            raise ValueError("do_convert_rgb=False: the vision tower takes RGB images only. Leave it out.")
+            raise ValueError("do_convert_rgb=False: the vision tower takes RGB images only. Remove it.")
         is_fraction = settings["do_rescale"] is False and _is_array(image) and "float" in str(image.dtype)
         if _is_array(image):
             image = _array_to_image(image, input_data_format, is_fraction)
@@ -242,7 +242,7 @@ class SQLlavaImageProcessor(LlavaImageProcessorPil):
         return self.rescale(levels, 1 / 255) if is_fraction else levels
 
     def _preprocess(self, images, **settings):
-        # `process_image` has padded and resized them: LLaVA's class pads floating-point images with a wrong colour.
+        # `process_image` has padded and resized them. LLaVA's class would pad floats with a wrong colour.
         return super()._preprocess(images, **{**settings, "do_pad": False, "do_resize": False})
 
     def pad_and_resize(self, image: Image.Image) -> Image.Image:
@@ -275,7 +275,7 @@ def _is_array(image) -> bool:
 def _array_to_image(array, channels: str | ChannelDimension | None, is_fraction: bool) -> Image.Image:
     """
     Args:
-        array (`np.ndarray` or `torch.Tensor`): Of shape (1, 3 or 4, height, width) or (height, width, 1, 3 or 4).
+        array (`np.ndarray` or `torch.Tensor`): Of shape `(C, height, width)` or `(height, width, C)`; C is 1, 3 or 4.
         channels: `"channels_first"` or `"channels_last"`; inferred from the shape if it is `None`.
         is_fraction: Whether the values lie between 0 and 1.
     """

@@ -96,7 +96,7 @@ class UpcastLinear(nn.Module):
 
 
 def _at_least_float32(features: torch.Tensor) -> torch.Tensor:
-    # In half precision, nearly all prototypes of a new extractor have the same score, and rounding would decide.
+    # In half precision, nearly all prototypes of a new extractor have the same score, so rounding would decide.
     return features.to(torch.promote_types(features.dtype, torch.float32))
 
 
@@ -144,8 +144,8 @@ class SQLlavaPaperPrototypeExtractor(nn.Module):
 
     def assignment(self, features: torch.Tensor) -> torch.Tensor:
         """
-        What each prototype sees: the soft assignment of the last E-step. The final prototypes are the means of the
-        values with these weights. (The cosine in the spread step is not a share: it can be negative.)
+        Computes what each prototype sees: the soft assignment of the last E-step. The final prototypes are the means
+        of the values with these weights. (The cosine in the spread step is not a share: it can be negative.)
 
         Args:
             features (`torch.Tensor` of shape `(B, N, D)`): Vision features, any floating dtype.
@@ -170,7 +170,7 @@ class SQLlavaPaperPrototypeExtractor(nn.Module):
 
 
 class SQLlavaReleasedPrototypeExtractor(nn.Module):
-    r"""The prototype extractor of the authors' code, quirks included: the released checkpoints need it.
+    r"""The prototype extractor of the authors' code, with the quirks that the released checkpoints need.
 
         value = v(x),  feature = f(x),  C = pool_K(x),  Cf = pool_K(feature)           pool: adaptive average over N
         T times:  C <- c(C);  S = softmax_K((C / |C|_D) (value / |value|_N)^T);  C <- S feature
@@ -220,7 +220,7 @@ class SQLlavaReleasedPrototypeExtractor(nn.Module):
 
     def assignment(self, features: torch.Tensor) -> torch.Tensor:
         """
-        What each prototype sees: its members, with their weights.
+        Computes what each prototype sees: its members, with their weights.
 
         Args:
             features (`torch.Tensor` of shape `(B, N, D)`): Vision features, any floating dtype.
@@ -236,7 +236,7 @@ class SQLlavaReleasedPrototypeExtractor(nn.Module):
 
     def _cluster(self, tokens_BND: torch.Tensor, feature_BND: torch.Tensor) -> torch.Tensor:
         value_BND = self.v(tokens_BND)
-        # The prototypes are divided by the norm of the values over the tokens: they are fewer than the values.
+        # The norm of the values divides the prototypes, not the values, because there are fewer prototypes.
         norm_B1D = value_BND.square().sum(dim=1, keepdim=True).clamp_min(1e-24).sqrt()
         prototypes_BKD = self._pool(tokens_BND)
         for _ in range(self.num_iterations):
@@ -437,7 +437,7 @@ class SQLlavaModel(SQLlavaPreTrainedModel):
             ValueError: for `output_attentions`, because the vision tower returns no attention weights here.
         """
         if kwargs.get("output_attentions"):
-            raise ValueError("output_attentions is True: the vision tower returns no attention weights. Leave it out.")
+            raise ValueError("output_attentions is True: the vision tower returns no attention weights. Remove it.")
         if pixel_values is None:
             return None
         hidden_states = None
@@ -487,9 +487,9 @@ class SQLlavaModel(SQLlavaPreTrainedModel):
             [`SQLlavaModelOutputWithPast`], or a tuple with `return_dict=False`.
 
         Raises:
-            ValueError: if the numbers of placeholders and image features differ, or only one of them is given; if both
-                or none of `input_ids` and `inputs_embeds`, both of `pixel_values` and `mm_encoder_outputs`, or both
-                names of the cache are given.
+            ValueError: if the numbers of placeholders and image features differ; if not exactly one of `input_ids` and
+                `inputs_embeds` is given; if both `pixel_values` and `mm_encoder_outputs`, or both names of the cache,
+                are given.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give exactly one of input_ids and inputs_embeds.")
@@ -626,7 +626,7 @@ class SQLlavaForConditionalGeneration(SQLlavaPreTrainedModel, GenerationMixin):
         is_draft = not is_first_iteration and inputs["input_ids"].shape[1] > 1
         if is_draft and not {"mm_encoder_outputs", "pixel_values"} & inputs.keys():
             # In assisted decoding, the assistant model gets no images: transformers passes them only to the first pass
-            # of the main model. What the assistant reads in their place does not change the result.
+            # of the main model. The assistant reads token 0 in their place, which does not change the result.
             inputs["input_ids"] = inputs["input_ids"].masked_fill(inputs["input_ids"] == self.config.image_token_id, 0)
         return inputs
 
@@ -655,7 +655,7 @@ class SQLlavaForConditionalGeneration(SQLlavaPreTrainedModel, GenerationMixin):
         """
         Args:
             labels (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
-                The token ids `input_ids`, with -100 where there is no loss. The shift by one position is made inside.
+                The token ids `input_ids`, with -100 where there is no loss. The model shifts them by one position.
             logits_to_keep (`int` or `torch.Tensor`, *optional*):
                 Compute logits only for this number of last positions, or for these positions; 0 for all.
             The other arguments are those of [`SQLlavaModel.forward`].

@@ -177,7 +177,7 @@ class SQLlavaProcessor(ProcessorMixin):
             `"pad"`: pad to a square with the mean colour, then resize. `"crop"`: resize, then crop the centre.
         text_prefix (`str`, defaults to `""`):
             Prefix of text that starts the sequence or follows an image. Use `" "` for checkpoints trained by the
-            authors' code: it tokenizes such text separately, and Llama's tokenizer then puts a space before it.
+            authors' code: it tokenizes such text on its own, where Llama's tokenizer puts a space before it.
         image_begin, image_end (`str`, default to `""` and a line break):
             Text before and after each image of a conversation. With an empty `image_begin`, `image_end` is left out
             if the turn has text before the image.
@@ -264,8 +264,8 @@ class SQLlavaProcessor(ProcessorMixin):
                 raise ValueError(
                     f"processor_config.json: SQLlavaProcessor has no setting {name!r}{_meant(name, known)}."
                 )
-        # A keyword of `from_pretrained` may be for the tokenizer, the image processor or the download, so only a near
-        # miss of our own names is an error.
+        # A keyword of `from_pretrained` may be for the tokenizer, the image processor or the download, so only a
+        # misspelt name of our settings is an error.
         for name in kwargs:
             if name not in known and (meant := _meant(name, known)):
                 raise ValueError(f"SQLlavaProcessor has no setting {name!r}{meant}")
@@ -338,7 +338,7 @@ def _meant(name: str, known: set[str]) -> str:
 
 
 def _square_image_processor(image_processor, image_aspect_ratio: ImageAspectRatio):
-    """Makes our image processor with the settings of a CLIP, SigLIP, BLIP-2 or LLaVA one."""
+    """Makes a [`SQLlavaImageProcessor`] with the settings of the image processor of CLIP, SigLIP, BLIP-2 or LLaVA."""
     # Compared by name: the class in remote code and the imported one are two classes.
     if type(image_processor).__name__.startswith("LlavaImageProcessor"):
         image_processor = SQLlavaImageProcessor.from_dict(image_processor.to_dict())

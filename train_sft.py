@@ -1,28 +1,33 @@
-"""Train SQ-LLaVA: stage 1 ("align", captions) and stage 2 ("instruct", answers and self-questions).
+"""Train SQ-LLaVA: stage 1 (align, on captions), stage 2 (instruct, on conversations).
 
     accelerate launch -m train_sft --config recipes/sq-llava-7b/stage1.yaml
     accelerate launch -m train_sft --config recipes/sq-llava-7b/stage2.yaml
 
 A setting on the command line replaces the one in the recipe:
 
-    python -m train_sft --config recipes/sq-llava-7b/stage1.yaml --text_model_name_or_path Qwen/Qwen3-0.6B
+    python -m train_sft --config recipes/sq-llava-7b/stage1.yaml --max_steps 100
 
 The same in Python:
 
+    import train_sft
     from sq_llava.training.settings import parse_recipe
     trainer = train_sft.train(*parse_recipe("recipes/sq-llava-7b/stage1.yaml", max_steps=100))
 
-On SIGTERM or SIGINT it saves a checkpoint and exits with code 75 (a launcher such as torchrun then exits with 1).
-`--resume` resumes a run that was stopped or killed; the result is the same as without the stop.
+On SIGTERM or SIGINT, the run saves a checkpoint and exits with code 75 (a
+launcher such as torchrun then exits with 1). `--resume` resumes a run that was
+stopped or killed. The result is the same as without the stop.
 
-A sample of the data is checked before training: see `sq-llava doctor` and the setting `doctor`.
+A sample of the data is checked before training: see `sq-llava doctor` and the
+setting `doctor`.
 
-`--dry_run real` trains one step on the longest rows and prints the memory it took. `--dry_run meta` estimates the
-memory without loading weights.
+`--dry_run real` trains one step on the longest rows and prints the memory that
+it took. `--dry_run meta` estimates the memory without loading weights.
 
-The result is a PEFT adapter and the processor in `output_dir`; `sq-llava merge` merges it into a plain checkpoint.
-With `full_finetuning`, which trains the language model's own weights as LLaVA does, the result is a plain checkpoint.
-What it does not do: train the vision tower's own weights; convert released checkpoints.
+The result is a PEFT adapter and the processor in `output_dir`. `sq-llava merge`
+makes a plain checkpoint of them. With `full_finetuning`, which trains the
+language model's own weights as LLaVA does, the result is a plain checkpoint.
+The vision tower's own weights are never trained. To start from a released
+checkpoint, convert it first: `sq-llava convert`.
 """
 
 import signal
@@ -91,7 +96,7 @@ def train(arguments: SQLlavaArguments, training_args: SFTConfig, model_config: M
     Raises:
         ValueError: for settings, data or models that cannot be trained as asked.
     """
-    # Before 5.18, the mask of the tokens in the loss is wrong after an image.
+    # Before transformers 5.18, the mask of the tokens in the loss is wrong after an image.
     require_version("transformers>=5.18")
     num_processes = complete_settings(arguments, training_args)
     if arguments.dry_run == "meta":

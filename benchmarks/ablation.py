@@ -4,14 +4,14 @@
     python -m benchmarks.ablation --report    # writes the report of the finished runs, also while others run
     python -m benchmarks.ablation --jobs 2    # writes benchmarks/results/ablation.{json,md,png}
 
-Every run starts from the base models of `make demo` and trains both stages of recipes/easy-vqa. It changes only what
-`SETTINGS` says, and the number of steps of stage 2, which is the budget. The seed decides the order of the turns and
-the rows, the new weights and the self-questions. The runs of one seed share stage 1 where it is equal, so differences
-are taken within a seed. All seeds use the same base models, as all of the paper's runs use one CLIP and one Vicuna.
+Every run starts from the base models of `make demo` and trains both stages of recipes/easy-vqa. Runs differ only in
+`SETTINGS`, in the seed, and in the budget: the number of steps of stage 2. The seed decides the order of the turns and
+the rows, the new weights and the self-questions. The runs of one seed share stage 1 if it is the same for them, so
+differences are taken within a seed. All seeds use the same base models, as the paper's runs use one CLIP and Vicuna.
 
-A finished run is a JSON file in `--work`, and the same command later runs only what is missing. The report includes
-all finished runs, so seeds, budgets and settings can be added later. Nothing is chosen on the test questions. The
-effect of ViT-LoRA is not measured: every run has it.
+A finished run is a JSON file in `--work`. The same command later runs only the missing runs. The report includes all
+finished runs, so seeds, budgets and settings can be added later. Nothing is chosen on the test questions. The effect
+of ViT-LoRA is not measured: every run has it.
 """
 
 import argparse
@@ -45,7 +45,7 @@ import matplotlib.pyplot as plt
 
 @dataclass(frozen=True)
 class Setting:
-    """What a run changes in the demo's recipe, and the settings it is compared with."""
+    """The changes of a run to the demo's recipe, and the settings that it is compared with."""
 
     label: str
     prototype_variant: str = "none"
@@ -78,7 +78,7 @@ T_QUANTILES = (
 
 @dataclass(frozen=True)
 class Scale:
-    """What all runs of a work folder share."""
+    """The values that all runs of a work folder share."""
 
     base: str
     stage1_steps: int = 150
@@ -334,16 +334,20 @@ def points(value: dict) -> str:
 
 def table_of(budget: dict) -> str:
     kinds = list(budget["rows"][0]["accuracy_by_kind"])
-    header = ["", "accuracy", "lowest, highest seed", "minus LLaVA", "minus prototypes", *kinds]
-    rows = []
+    accuracy, details = [], []
     for row in budget["rows"]:
-        accuracies, differences = row["accuracies"], row["differences"]
-        cells = [SETTINGS[row["setting"]].label, f"{statistics.fmean(accuracies):.1%}"]
+        label, accuracies, differences = SETTINGS[row["setting"]].label, row["accuracies"], row["differences"]
+        cells = [label, f"{statistics.fmean(accuracies):.1%}"]
         cells += [f"{100 * min(accuracies):.1f}, {100 * max(accuracies):.1f}"]
         cells += [points(differences[other]) if other in differences else "" for other in ("baseline", "paper")]
-        cells += [f"{value:.1%}" for value in row["accuracy_by_kind"].values()]
-        rows.append([*cells, f"{row['questions_valid_share']:.1%}", f"{row['questions_distinct']:.0f}"])
-    return table([*header, "valid questions", "distinct"], rows)
+        accuracy.append(cells)
+        cells = [label, *(f"{value:.1%}" for value in row["accuracy_by_kind"].values())]
+        details.append([*cells, f"{row['questions_valid_share']:.1%}", f"{row['questions_distinct']:.0f}"])
+    return text(
+        table(["setting", "accuracy", "lowest, highest seed", "minus LLaVA", "minus prototypes"], accuracy),
+        "Accuracy by kind of question, and the questions that the model asks:",
+        table(["setting", *kinds, "valid questions", "distinct questions"], details),
+    )
 
 
 def to_markdown(report: dict) -> str:
@@ -352,16 +356,18 @@ def to_markdown(report: dict) -> str:
     blocks = [
         "# The effect of prototypes and self-questions on easy-VQA",
         f"Measured with `{report['command']}`: {len(report['runs'])} runs with torch {report['torch']} and one CPU "
-        f"thread each; {missing} runs are missing. A table has only seeds for which all its rows are finished.",
-        f"Base models of `make demo`; stage 1 of {first['stage1_steps']} steps; stage 2 with batches of 16 "
-        f"conversations. All runs have ViT-LoRA. Accuracy is exact match on every {first['test_stride']}th test "
-        f"question ({first['test_questions']:,}), each asked alone and answered greedily. The best blind guess has "
-        f"{report['blind_guess']:.1%}. {first['questions_asked']} questions are sampled from the model after one "
-        "answered turn. A question is valid if it has a form of easy-VQA and presumes nothing false about the image.",
-        "Differences are percentage points within a seed, with 95% intervals over the seeds by Student's t. They are "
-        f"bold where the interval does not include 0. The intervals are not corrected for the {comparisons} "
-        "comparisons: about one in twenty would be bold by chance. LLaVA and prototypes alone were never taught to "
-        "ask: their `[vusr]` is untrained.",
+        f"thread each; {missing} runs are missing. A table includes a seed only if all rows of the seed are finished.",
+        "All runs start from the base models of `make demo` and have ViT-LoRA. Stage 1 has "
+        f"{first['stage1_steps']} steps. Stage 2 has batches of 16 conversations. `self-questions 0.5` is the "
+        "`self_question_ratio`, and `weight 0.2` is the `question_loss_weight` (1 if not given).",
+        f"Accuracy is exact match on every {first['test_stride']}th test question ({first['test_questions']:,}), each "
+        f"asked alone and answered greedily. The best blind guess reaches {report['blind_guess']:.1%}. "
+        f"{first['questions_asked']} questions are sampled from the model after one answered turn. A question is "
+        "valid if it has a form of easy-VQA and presumes nothing false about the image.",
+        "Differences are in percentage points between runs of the same seed, with 95% intervals over the seeds by "
+        "Student's t. They are bold where the interval does not include 0. The intervals are not corrected for the "
+        f"{comparisons} comparisons: about one in twenty would be bold by chance. Runs without self-questions were "
+        "never taught to ask: their `[vusr]` is untrained.",
     ]
     for budget in report["tables"]:
         seeds = ", ".join(map(str, budget["seeds"]))

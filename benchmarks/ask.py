@@ -70,7 +70,7 @@ def to_markdown(report: dict) -> str:
         rows.append([row["images"], row["questions"], *seconds, f"**{common.with_spread(row['times_faster'])}**"])
     return common.text(
         "# Many questions about an image in one call, compared with separate calls",
-        f"A prompt has {report['prompt_tokens']} tokens, of which 256 are the image's; a question has "
+        f"A prompt has {report['prompt_tokens']} tokens, 256 of them for the image. A question has "
         f"{report['new_tokens']} tokens. The goal is 4 times faster for 16 questions. Median (lowest to highest) of "
         f"{report['rounds']} rounds.",
         common.table(

@@ -4,8 +4,8 @@
 
 Padding is counted on a simulation of llava_v1_5_mix665k: 6% text-only rows, 576 tokens an image, text lengths from a
 gamma distribution (a row has 846 tokens on average, and 95% have fewer than 1,302), global batches of 128 rows. The
-time is that of forward and backward passes of a small random SQ-LLaVA on the CPU, over rows an eighth as long; the
-gain on a GPU depends on the model. Both orders run in turn. Not measured: memory, data loading, the optimizer.
+timed work is forward and backward passes of a small random SQ-LLaVA on the CPU, over rows an eighth as long. The gain
+on a GPU depends on the model. Both orders run in turn. Not measured: memory, data loading, the optimizer.
 """
 
 from functools import partial
@@ -100,8 +100,8 @@ def to_markdown(report: dict) -> str:
     header = ["rows per batch", "processes", "padding, random", "grouped", "slowest process, random", "grouped"]
     return common.text(
         "# Batches grouped by modality and length, compared with random batches",
-        f"{report['rows']:,} simulated rows. The last two columns say how much longer the slowest process's batch is "
-        "than the mean batch of all processes:",
+        f"{report['rows']:,} simulated rows, in random order or grouped. The last two columns say how much longer the "
+        "longest batch is than the mean batch of all processes:",
         common.table(header, rows, left=0),
         f"Forward and backward over the same {timing['rows']} rows in batches of {timing['batch']}, median of "
         f"{timing['rounds']} rounds: {random:.1f} s in random order, {grouped:.1f} s grouped. Grouped batches are "

@@ -1,4 +1,4 @@
-"""What the benchmarks share: options, timing, memory, tables, and how a result is saved.
+"""Code that the benchmarks share: options, timing, memory, tables, and how a result is saved.
 
     from benchmarks import common
     arguments = common.parse_arguments(__doc__)
@@ -6,7 +6,8 @@
     report = {"times": times, "times_faster": common.ratio(times, "peer", "project")}
     common.save("name", report, to_markdown, arguments)
 
-This module is not a benchmark. `python -m benchmarks.NAME` runs one benchmark; `make bench` runs all that need no GPU.
+This module is not a benchmark. `python -m benchmarks.NAME` runs one benchmark. `make bench` runs all that need neither
+a GPU nor the output of `make demo`.
 """
 
 import argparse

@@ -2,9 +2,9 @@
 
     python -m benchmarks.convert            # a minute; writes benchmarks/results/convert.{json,md}; 3 GB of disk
 
-The base is a Llama in float16, in `.bin` files like Vicuna's; the LoRA has rank 128 on all matrices of the base.
-Measured is the peak of resident memory, including mapped pages of the source files, minus what the libraries use
-before. It is compared, in a process of its own, with the usual way: load the base, add PEFT's LoRA, merge, save.
+The base is a Llama in float16, in `.bin` files like Vicuna's; the LoRA has rank 128 on all matrices of the base. The
+result is the peak of resident memory, including mapped pages of the source files, minus the memory of the libraries.
+Another process measures the usual way: load the base, add PEFT's LoRA, merge, save.
 """
 
 import json
@@ -141,9 +141,9 @@ def to_markdown(report: dict) -> str:
         "# Peak memory of a conversion",
         f"A base of {size['base_bytes']} in {report['base_files']} files (the largest has "
         f"{size['largest_source_bytes']}) and a LoRA of {size['lora_bytes']} become {size['result_bytes']} in "
-        f"{report['result_files']} files (the largest has {size['largest_result_bytes']}). The limit is {BOUND} times "
-        f"the sum of both largest files: {size['bound_bytes']}.",
-        common.table(["way", "peak of resident memory above the libraries'", "share of the limit", "time"], rows),
+        f"{report['result_files']} files (the largest has {size['largest_result_bytes']}). The memory must stay below "
+        f"{BOUND} times the sum of both largest files: {size['bound_bytes']}.",
+        common.table(["way", "peak of resident memory without libraries", "share of this limit", "time"], rows),
         "The peak includes mapped pages of the source files, which the system can take back at any time.",
     )
 

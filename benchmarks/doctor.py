@@ -173,7 +173,7 @@ def to_markdown(report: dict) -> str:
         "byte-level BPE that was trained on the generated rows.",
         f"Opening {opening['load_rows']['rows']:,} rows in a file of {opening['bytes'] / 1e9:.2f} GB, once, in a new "
         "process:",
-        common.table(["by", "time", "peak of resident memory, with libraries", "before"], memory),
+        common.table(["way", "time", "peak of resident memory, with libraries", "memory before"], memory),
     )
 
 

@@ -69,10 +69,11 @@ def to_markdown(report: dict) -> str:
     return common.text(
         "# Greedy generation compared with transformers' LLaVA",
         f"The prompt has {IMAGE_TOKENS} image tokens and {TEXT_TOKENS} tokens of text; {report['new_tokens']} tokens "
-        "are generated. Tokens per second are those of the whole call. The goal is at most 1.02 times LLaVA's time. "
-        f"Median (lowest to highest) of {report['rounds']} rounds.",
+        "are generated. Tokens per second are measured over the whole call. The goal is at most 1.02 times LLaVA's "
+        f"time. Median (lowest to highest) of {report['rounds']} rounds.",
         common.table(["model", "tokens/s", "time relative to LLaVA"], rows),
-        f"Does `none` generate the same tokens as LLaVA? {'Yes' if report['equal_tokens'] else 'NO'}.",
+        "`none` has LLaVA's architecture. Does it generate the same tokens? "
+        f"{'Yes' if report['equal_tokens'] else 'NO'}.",
     )
 
 

@@ -5,11 +5,11 @@
 
 The weights are random, in bfloat16, and made on the device: CLIP ViT-L/14-336, Vicuna-7B's sizes, K = 256, LoRA as in
 recipes/sq-llava-7b/stage{1,2}.yaml. A step is forward, backward, clipping and AdamW over 16 rows of a simulated mix
-(see `benchmarks.batching`); half of their text has labels. Ours is packed, with and without gradient checkpointing.
-The stock one is transformers' LlavaForConditionalGeneration under TRL's fused head, padded, with checkpointing. Both
-use FlashAttention 2 if it is installed, and SDPA otherwise.
+(see `benchmarks.batching`); half of their text has labels. `ours` is SQ-LLaVA, packed, with and without gradient
+checkpointing. `stock` is transformers' LlavaForConditionalGeneration under TRL's fused head, padded, with
+checkpointing. Both use FlashAttention 2 if it is installed, and SDPA otherwise.
 
-Model FLOPs utilisation counts the operations that the model needs, not those that are computed again:
+Model FLOPs utilisation counts the operations that the model needs. It does not count recomputed operations:
 
 - For each token, 4 operations for a frozen weight (2 forward, 2 backward to the inputs; frozen weights have no
   gradient) and 6 for a trained one. The head counts only tokens with a label.
@@ -77,7 +77,7 @@ TINY = Sizes(TINY_VISION, TINY_TEXT, 8, rows=4, shorter=16, max_length=128, roun
 
 @dataclass(frozen=True)
 class Setting:
-    """What all parts of the benchmark share."""
+    """The values that all parts of the benchmark share."""
 
     sizes: Sizes
     device: str
@@ -373,12 +373,13 @@ def to_markdown(report: dict) -> str:
     return common.text(
         "# One GPU: training, asking and generating",
         f"Attention: {report['attention']}. Peak: {or_dash(report['peak_tflops'], '.0f')} TFLOPS in bfloat16. The "
-        f"whole run took {report['seconds']:.0f} s.",
+        f"whole run took {report['seconds']:.0f} s. `ours` is SQ-LLaVA, packed; `stock` is transformers' LLaVA, "
+        "padded.",
         common.table(header, steps),
         f"The extractor takes {common.with_spread(parts['extractor']['share'], '.2%')} of the vision tower's time.",
         common.table(["questions about an image", "one call", "separate calls", "faster"], asked, left=0),
         common.table(["generating, one row", "tokens / s"], rates),
-        f"Ours takes {common.with_spread(parts['generate']['slower'])} of the stock time.",
+        f"Ours takes {common.with_spread(parts['generate']['slower'])} times as long as stock.",
     )
 
 

@@ -9,7 +9,7 @@ resized, and JPEG's draft mode, which decodes at half the size where that is sti
 uses neither.
 
 Then the collator makes whole rows, with text, and workers deliver its batches to a loop that only sleeps for the time
-of a GPU step. What the loop waits for beyond that is what a GPU would wait. The time of a step is assumed, not
+of a GPU step. The extra time that the loop waits is the time that a GPU would wait. The time of a step is assumed, not
 measured: 6.7e9 parameters, 843 tokens a row, three passes of two operations for each parameter and token (forward,
 recomputed forward, backward; LoRA needs no gradients of the large matrices), at half of an H100's 989e12 operations
 per second. Disks are not measured: the files' bytes are in memory.
@@ -155,12 +155,13 @@ def to_markdown(report: dict) -> str:
         "# Images on their way to the vision tower",
         f"On one core; medians (lowest to highest) of {report['rounds']} rounds in which the steps run in turn.",
         common.table(["milliseconds per photo", *sizes], steps),
-        "The collator makes whole rows (the best of three times) for an assumed 7B model on one GPU that trains on "
-        f"{1 / SECONDS_PER_ROW:.1f} rows per second ({PARAMETERS:.1e} parameters, {TOKENS} tokens per row, {PASSES} "
-        f"passes, {OPERATIONS_PER_SECOND / 1e12:.0f}e12 operations per second). The recipes for 7B and 13B use four "
-        "workers per GPU.",
+        "The next table shows how fast the collator makes whole rows (the best of three times), and how long a GPU "
+        f"would wait for them. It assumes a GPU that trains a 7B model on {1 / SECONDS_PER_ROW:.1f} rows per second "
+        f"({PARAMETERS:.1e} parameters, {TOKENS} tokens per row, {PASSES} passes, "
+        f"{OPERATIONS_PER_SECOND / 1e12:.0f}e12 operations per second). The recipes for 7B and 13B use four workers "
+        "per GPU.",
         common.table(
-            ["photos", "rows/s per core", "workers needed per GPU", "waiting without a worker", "with one worker"],
+            ["photos", "rows/s per core", "workers needed per GPU", "GPU waits without workers", "with one worker"],
             loads,
         ),
     )

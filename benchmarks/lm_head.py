@@ -102,11 +102,14 @@ def to_markdown(report: dict) -> str:
     first, sizes = report["times"][0], report["memory"][0]
     return common.text(
         "# The loss of the head: all positions, or labelled positions only",
+        "TRL's fused head works in tiles: `stock` runs it on all positions, `ours` on the labelled ones only. The "
+        "other two columns compute the logits of all or of the labelled positions at once.",
         f"Seconds forward and backward for {first['positions']:,} positions of width {first['width']} in float32, "
         f"medians of {report['rounds']} rounds in turn. The last column says how many times faster ours is than "
         "stock, with the lowest and the highest round:",
         common.table(["vocabulary", "labelled", *forms, "stock / ours"], times, left=0),
-        f"Peak of what one pass allocates, with {sizes['labels']:,} labels in {sizes['positions']:,} positions:",
+        f"Peak of the memory that one pass allocates, with {sizes['labels']:,} labels in {sizes['positions']:,} "
+        "positions:",
         common.table(["vocabulary", *forms], memory, left=0),
     )
 

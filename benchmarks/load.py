@@ -4,8 +4,9 @@
     python -m benchmarks.load --model model --pid $! --seconds 600 --clients 16
 
 Each client sends one request after another, each with a new picture: whole and streamed, greedy and sampled, short and
-long, several texts at once, self-questions. One client request in 20 stops reading in the middle, and one in 20 is
-invalid. It does not check the answers, which the tests do, and does not measure speed (see benchmarks/serving.py).
+long, several texts at once, self-questions. One streamed request in 20 is aborted in the middle, and one request
+in 20 is invalid. The load test does not check the answers, which the tests do, and does not measure speed (see
+benchmarks/serving.py).
 """
 
 import argparse
@@ -24,7 +25,7 @@ from benchmarks.serving import message_about
 
 @dataclass
 class Seen:
-    """What all clients have seen."""
+    """The outcomes, seconds and tokens of all clients."""
 
     outcomes: Counter = field(default_factory=Counter)
     seconds: list[float] = field(default_factory=list)

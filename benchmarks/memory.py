@@ -5,8 +5,9 @@
 A step of stage 2 (LoRA on both towers, extractor and projector trained in full) of a small random model in float32 on
 the CPU. The bytes that autograd saves are summed over the tensors' storages. Each storage counts for the part that
 saves it first: the vision tower, the extractor and projector, or the language model and its loss. Weights do not
-count. The peak is that of what PyTorch allocates in the step. Gradient checkpointing keeps the input of each layer and
-computes the rest again. Not measured: a GPU; weights and optimizer, which `--dry_run meta` adds up exactly.
+count. The peak is the largest amount that PyTorch allocates in the step. Gradient checkpointing keeps the input of
+each layer and computes the rest again. Not measured: a GPU; weights and optimizer, which `--dry_run meta` adds up
+exactly.
 """
 
 from collections import defaultdict
@@ -106,9 +107,10 @@ def to_markdown(report: dict) -> str:
     return common.text(
         "# The memory that a step keeps for its backward pass",
         f"Rows: {first['rows']}, each with an image of 576 tokens and {first['words']} words. Vision tower: width "
-        f"{VISION['hidden_size']}, {VISION['num_hidden_layers']} layers, K = 256. Language model: width "
-        f"{SMALL_TEXT['hidden_size']}, {SMALL_TEXT['num_hidden_layers']} layers. The table has the MiB that each part "
-        "saves, the peak of allocated MiB, and the time relative to a step without checkpointing.",
+        f"{VISION['hidden_size']}, {VISION['num_hidden_layers']} layers. Extractor: 256 prototypes. Language model: "
+        f"width {SMALL_TEXT['hidden_size']}, {SMALL_TEXT['num_hidden_layers']} layers. The table has the MiB that "
+        "each part keeps for the backward pass, the peak of allocated MiB, and the time relative to a step without "
+        "gradient checkpointing.",
         common.table(["extractor", "checkpointed", *PARTS, "peak", "time"], rows, left=2),
     )
 

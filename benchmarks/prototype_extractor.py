@@ -205,31 +205,30 @@ def time_beside_vision(batch: int, repeats: int) -> dict[str, float]:
 
 def to_markdown(report: dict) -> str:
     sizes, vision = report["sizes"], report["vision"]
-    rows = []
+    header, times = ["variant", "pass", "literal", "project"], []
+    memory = {"allocated": [], "resident": []}
     for row in report["rows"]:
-        cells = [
-            f"{row['literal_seconds']:.2f} s",
-            f"{row['project_seconds']:.3f} s",
-            f"**{row['times_faster']:.1f}x**",
-        ]
-        for kind in ("allocated", "resident"):
-            cells += [f"{row[f'{form}_{kind}_mib']:,.0f} MiB" for form in ("literal", "project")]
-            cells.append(f"**{row[f'times_less_{kind}']:.1f}x**")
-        rows.append([row["variant"], row["pass"], *cells])
+        name = [row["variant"], row["pass"]]
+        seconds = [f"{row['literal_seconds']:.2f} s", f"{row['project_seconds']:.3f} s"]
+        times.append([*name, *seconds, f"**{row['times_faster']:.1f}x**"])
+        for kind, rows in memory.items():
+            sizes_of = [f"{row[f'{form}_{kind}_mib']:,.0f} MiB" for form in ("literal", "project")]
+            rows.append([*name, *sizes_of, f"**{row[f'times_less_{kind}']:.1f}x**"])
     shares = [
         [variant, f"{vision[f'{variant}_seconds']:.3f} s", f"{vision[f'{variant}_share']:.1%}"]
         for variant in EXTRACTORS
     ]
-    header = ["variant", "pass", "time, literal", "time, project", "faster"]
-    for kind in ("allocated", "resident"):
-        header += [f"{kind}, literal", "project", "less"]
     return common.text(
         "# Prototype extractor: this project's form and the literal form",
-        f"Medians of {report['repeats']} rounds in which both forms run in turn. B={sizes['batch']}, "
-        f"N={sizes['tokens']}, D={sizes['width']}, K={sizes['prototypes']}, T={sizes['iterations']}, float32, without "
-        "the projector. Memory is what a pass needs beyond its start. On a busy machine the ratios are more reliable "
-        "than the seconds.",
-        common.table(header, rows, left=2),
+        "The literal form builds `[B, K, N, D]` tensors, as the authors' code does. Medians of "
+        f"{report['repeats']} rounds in which both forms run in turn. B={sizes['batch']}, N={sizes['tokens']}, "
+        f"D={sizes['width']}, K={sizes['prototypes']}, T={sizes['iterations']}, float32, without the projector. On a "
+        "busy machine the ratios are more reliable than the seconds.",
+        common.table([*header, "faster"], times, left=2),
+        "Memory that PyTorch allocates in a pass, at its peak:",
+        common.table([*header, "less"], memory["allocated"], left=2),
+        "Growth of the process's peak resident memory in a pass:",
+        common.table([*header, "less"], memory["resident"], left=2),
         "Checked first: outputs and all gradients of both forms agree for one image in float64 "
         f"(rtol {RELATIVE_TOLERANCE:.0e}, atol {ABSOLUTE_TOLERANCE:.0e}).",
         f"A forward pass of CLIP ViT-L/14-336 ({vision['vision_layers']} layers, B={vision['batch']}) takes "

@@ -22,13 +22,13 @@ HEAD = """# Benchmarks
 
 <!-- Written by `python -m benchmarks.readme`. Do not edit: change `to_markdown` of a benchmark instead. -->
 
-Most benchmarks compare this project with a peer in the same run, with models of the same sizes and the same rows. So
-ratios can be compared between machines; seconds cannot. `1.5 (1.4 to 1.6)` is the median with the lowest and the
-highest round.
+Most benchmarks compare this project with another library in the same run, on the same rows and with models of the
+same sizes. So you can compare ratios between machines, but not seconds. `1.5 (1.4 to 1.6)` is the median with the
+lowest and the highest round.
 
-`make bench` runs the benchmarks that need no GPU, in 13 minutes on two cores, and then writes this page.
-`python -m benchmarks.NAME` runs one of them, and `--quick` is a short trial. `gpu` needs a GPU. `serving`, `ablation`,
-`self_training` and `three_systems` need the output of `make demo`; `ablation` takes hours."""
+`python -m benchmarks.NAME` runs one benchmark, and `--quick` makes it a short trial. `make bench` runs all those that
+need neither a GPU nor the demo, in 13 minutes on two cores, and then writes this page. `gpu` needs a GPU. `serving`,
+`ablation`, `self_training` and `three_systems` need the output of `make demo`; `ablation` takes hours."""
 
 
 def what_it_is(name: str) -> str:

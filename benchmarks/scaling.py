@@ -3,10 +3,10 @@
     python -m benchmarks.scaling            # writes benchmarks/results/scaling.{json,md,png}, under 90 seconds
 
 Forward and backward on the CPU in float32, in a small random model (vision width 256, 4 layers; a language model of
-width 256 with 4 layers) with the adapter of stage 2. Against N tokens, K prototypes and the number of images, only the
-vision side runs (tower, extractor, projector), in the three `prototype_variant`s. Against the number of rows, each
-with one image, the whole step up to the gradients runs. The exponent is that of the power law through the first and
-the last point; 1 means that the cost grows in proportion. Not measured: a GPU, the optimizer, data loading.
+width 256 with 4 layers) with the adapter of stage 2. For N tokens, K prototypes and the number of images, only the
+vision side runs (tower, extractor, projector), in the three `prototype_variant`s. For the number of rows, each with
+one image, the whole step up to the gradients runs. The exponent is that of the power law through the first and the
+last point; 1 means that the cost grows in proportion. Not measured: a GPU, the optimizer, data loading.
 """
 
 import math
@@ -93,7 +93,8 @@ def draw(report: dict, path: Path) -> None:
 def to_markdown(report: dict) -> str:
     blocks = [
         "# How the cost of a step grows with its sizes",
-        f"Seconds; medians of {report['rounds']} rounds in turn.",
+        f"Seconds; medians of {report['rounds']} rounds in turn. The exponent is that of the power law through the "
+        "first and the last point: 1 means that the cost grows in proportion to the size.",
     ]
     for panel in report["panels"]:
         header = ["variant", *(f"{size:,}" for size in panel["sizes"]), "exponent"]
@@ -101,7 +102,8 @@ def to_markdown(report: dict) -> str:
             [name, *(f"{point['median']:.3f}" for point in seconds), f"{exponent(panel['sizes'], seconds):.2f}"]
             for name, seconds in panel["seconds"].items()
         ]
-        blocks += [f"{panel['what']}, against {panel['size']}:", common.table(header, rows)]
+        what = panel["what"][0].upper() + panel["what"][1:]
+        blocks += [f"{what}. Columns: {panel['size']}.", common.table(header, rows)]
     return common.text(*blocks, "![Cost against sizes](scaling.png)")
 
 

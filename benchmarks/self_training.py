@@ -5,11 +5,11 @@
 
 The images are the 200 of easy-VQA's training half that the demo keeps out of both stages. A model asks and answers
 questions about them as `sq-llava generate-data self` does. Then a stage 2, started from the demo's stage 1, trains on
-the result, unfiltered or filtered, or on the real questions about the same images, always for the same number of
-steps. Its accuracy is measured on test images. Two models make data: the demo's model, and a weak model with a short
-stage 2, whose answers are often wrong.
+this data, unfiltered or filtered, or on the real questions about the same images. The number of steps is always the
+same. Accuracy is measured on test images. Two models make data: the demo's model, and a weak model with a short stage
+2, whose answers are often wrong.
 
-A finished run is a JSON file in `--work`, and the same command later runs only what is missing. "Sure" means 95% per
+A finished run is a JSON file in `--work`. The same command later runs only the missing runs. "Sure" means 95% per
 token; it was chosen on the answers of the demo's model to its own questions, before anything was trained on them. The
 balanced sets were added after the others had been measured.
 """
@@ -211,11 +211,13 @@ def to_markdown(report: dict) -> str:
         if seed == seeds[0] and data not in (None, "model", "no stage 2")
     }
     sets = {generator: [runs[generator, None, seed]["sets"] for seed in seeds] for generator in GENERATORS}
-    rows = []
+    rows, quality = [], []
     for (generator, data), values in accuracies.items():
-        cells = [f"{data}, by the {generator} model" if generator else data]
-        cells += quality_cells([each[data] for each in sets[generator]]) if generator else REAL_QUALITY
-        cells.append(f"{statistics.fmean(values):.1%} ({100 * min(values):.1f} to {100 * max(values):.1f})")
+        name = f"{data}, by the {generator} model" if generator else data
+        quality.append(
+            [name, *(quality_cells([each[data] for each in sets[generator]]) if generator else REAL_QUALITY)]
+        )
+        cells = [name, f"{statistics.fmean(values):.1%} ({100 * min(values):.1f} to {100 * max(values):.1f})"]
         for other in ((None, "real questions"), (generator, "unfiltered")):
             is_other = other in accuracies and other != (generator, data)
             differences = [own - theirs for own, theirs in zip(values, accuracies.get(other, values))]
@@ -229,22 +231,24 @@ def to_markdown(report: dict) -> str:
                 counts.update(each[data]["left_out"])
             removed += [[generator, data, rule, f"{count:,}"] for rule, count in sorted(counts.items())]
     weak = statistics.fmean(runs["weak", "model", seed]["accuracy"] for seed in seeds)
-    header = ["trained on", "turns", "valid questions", "right answers", "yes, of yes/no", "accuracy"]
     return text(
         "# The value of data that a model makes by itself",
         f"Measured with `{report['command']}` for the seeds {', '.join(map(str, seeds))}; torch {report['torch']}, "
         "one CPU thread per run.",
-        "200 images of easy-VQA's training half, whose questions neither stage of the demo has seen; "
-        f"{first['num_questions']} questions per image; filters at their defaults. Each training is {first['budget']} "
-        "steps of stage 2 from the demo's stage 1, with batches of 16 conversations. Accuracy is exact match on every "
-        f"{first['test_stride']}th test question ({none['test_questions']:,}), asked alone and answered greedily; "
-        f"without a stage 2 it is {none['accuracy']:.1%}. Differences are percentage points within a seed, with 95% "
-        "intervals by Student's t; they are bold where the interval does not include 0. Balanced means as many yes as "
-        "no; these sets were added after the others had been measured. Sure means a mean log-probability of at least "
-        "log(0.95).",
-        table([*header, "minus real questions", "minus unfiltered"], rows),
-        f"The weak model had {first['weak_steps']} steps; its own accuracy is {weak:.1%}.",
-        "What each filter removed, over all seeds:",
+        "The images are 200 of easy-VQA's training half. Neither stage of the demo has seen their questions. A model "
+        f"asks and answers {first['num_questions']} questions about each image: the demo's model, or a weak model "
+        f"with {first['weak_steps']} steps of stage 2 and an accuracy of {weak:.1%}. The filters have their default "
+        "settings. Balanced means as many yes as no; these sets were added after the others had been measured. Sure "
+        "means a mean log-probability of at least log(0.95).",
+        f"Each training is {first['budget']} steps of stage 2 from the demo's stage 1, with batches of 16 "
+        f"conversations. Accuracy is exact match on every {first['test_stride']}th test question "
+        f"({none['test_questions']:,}), asked alone and answered greedily. Without a stage 2 it is "
+        f"{none['accuracy']:.1%}. Differences are in percentage points between runs of the same seed, with 95% "
+        "intervals by Student's t. They are bold where the interval does not include 0.",
+        table(["trained on", "accuracy", "minus real questions", "minus unfiltered"], rows),
+        "The data that was trained on:",
+        table(["data", "turns", "valid questions", "right answers", "yes among yes/no answers"], quality),
+        "Turns that each filter removed, over all seeds:",
         table(["model", "filters", "rule", "turns"], removed, left=3),
     )
 

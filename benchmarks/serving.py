@@ -2,11 +2,11 @@
 
     python -m benchmarks.serving            # needs runs/demo/model; writes benchmarks/results/serving.{json,md}
 
-All numbers of clients are measured on one server process, in rounds that take turns. The best round counts, because
-other work on the machine only adds time. Because it can add much, the server's own CPU seconds are counted too, and
-the ratios are ratios of those. Each request has its own picture. There are two kinds: short answers, and texts of 64
-tokens (by the same model without an end-of-text token). Greedy answers are compared as well: they must not depend on
-the other requests. Not measured: vLLM, which is the choice for production.
+All numbers of clients use one server process, in rounds that take turns. The best round counts, because other work on
+the machine only adds time. It can add much, so the ratios are those of the server's own CPU seconds. Each request has
+its own picture. There are two kinds: short answers, and texts of 64 tokens (by the same model without an end-of-text
+token). The benchmark checks that greedy answers do not depend on the other requests. Not measured: vLLM, which is the
+choice for production.
 """
 
 import base64
@@ -128,6 +128,9 @@ def to_markdown(report: dict) -> str:
             rows.append([kind, clients, *rates, f"{cpu_seconds[0] / cpu:.2f}", equal])
     return common.text(
         "# `sq-llava serve`: the demo's model with 1, 4 and 16 clients, one picture in each request",
+        "Short answers end by themselves; the other texts always have 64 tokens. The best round counts. CPU seconds "
+        "are those of the server, and the ratios to one client are ratios of requests per CPU second. Answers are "
+        "equal if they do not depend on the number of clients.",
         common.table([*header, "equal answers"], rows),
     )
 

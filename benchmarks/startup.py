@@ -2,7 +2,7 @@
 
     python -m benchmarks.startup            # a minute; writes benchmarks/results/startup.{json,md}
 
-Measured are CPU seconds, user and system, of fresh processes that run in turn. So other work on the machine hardly
+The result is the CPU time, user and system, of fresh processes that run in turn. So other work on the machine hardly
 counts, and reading from a cold disk does not count at all. All figures include the start of Python itself.
 """
 

@@ -4,11 +4,12 @@
 
 All start from the Llama of `make demo`. LLaVA and SQ-LLaVA use its CLIP; MiniGPT-4 uses a BLIP-2 that was trained on
 the same captions for as long. Each trains both stages of recipes/easy-vqa with the changes in `SYSTEMS`. The learning
-rates were chosen for SQ-LLaVA and are the same for all, except that a language model trained in full has half of
-LoRA's. Nothing was chosen on test questions. All use the Llama's prompt, which has no words for MiniGPT-4's markers.
+rates were chosen for SQ-LLaVA and are the same for all. Only a language model that is trained in full has half of
+LoRA's rate. Nothing was chosen on test questions. All use the Llama's prompt, because its vocabulary lacks MiniGPT-4's
+markers.
 
-A finished run is a file in `--work`, and the same command later runs only what is missing. The result does not say
-which system is better at full size, with other towers, data and budgets.
+A finished run is a file in `--work`. The same command later runs only the missing runs. The result does not say which
+system is better at full size, with other towers, data and budgets.
 """
 
 import json
@@ -32,7 +33,7 @@ from sq_llava.training.adapter import count_parameters
 
 @dataclass(frozen=True)
 class System:
-    """What a system trains, and how its stages differ from the demo's recipes."""
+    """A system: the parts that it trains, and the changes of its stages to the demo's recipes."""
 
     trains: str
     blip2: bool = False
@@ -109,22 +110,25 @@ def run(name: str, seed: int, arguments) -> dict:
 
 
 def to_markdown(report: dict) -> str:
-    rows = []
+    rows, trained = [], []
     for name, system in SYSTEMS.items():
         own = report["runs"][name]
         accuracies = [run["accuracy"]["all"] for run in own]
-        cells = [f"**{name}**", system.trains, "; ".join(f"{number:,}" for number in own[0]["trained_parameters"])]
-        cells += [own[0]["image_tokens"]]
-        cells += [f"**{statistics.fmean(accuracies):.1%}** ({min(accuracies):.1%} to {max(accuracies):.1%})"]
+        numbers = "; ".join(f"{number:,}" for number in own[0]["trained_parameters"])
+        trained.append([name, system.trains, numbers, own[0]["image_tokens"]])
+        cells = [f"**{name}**", f"**{statistics.fmean(accuracies):.1%}**"]
+        cells += [f"{100 * min(accuracies):.1f} to {100 * max(accuracies):.1f}"]
         cells += [f"{statistics.fmean(run['accuracy'][kind] for run in own):.1%}" for kind in KINDS]
         rows.append([*cells, f"{statistics.fmean(run['blank_image_accuracy'] for run in own):.1%}"])
-    header = ["", "trained parts", "trained parameters, stage 1; 2", "tokens per image", "accuracy", *KINDS]
     return common.text(
         "# Three systems on easy-VQA: tiny models at one budget",
-        f"{report['stage1_steps']} steps with 64 captions each, then {report['steps']} with 16 conversations each. "
-        f"Seeds {', '.join(map(str, report['seeds']))}: mean (lowest to highest). {report['num_questions']:,} test "
-        f"questions, each asked alone. The best guess without an image reaches {report['blind_guess']:.1%}.",
-        common.table([*header, "blank image"], rows, left=2),
+        f"Stage 1 has {report['stage1_steps']} steps with 64 captions each, stage 2 has {report['steps']} steps with "
+        f"16 conversations each. The {report['num_questions']:,} test questions are each asked alone. The best guess "
+        f"without an image reaches {report['blind_guess']:.1%}. Accuracy is the mean of the seeds "
+        f"{', '.join(map(str, report['seeds']))}:",
+        common.table(["", "accuracy", "lowest to highest seed", *KINDS, "blank image"], rows),
+        "The parts that each system trains:",
+        common.table(["", "trained parts", "trained parameters, stage 1; 2", "tokens per image"], trained, left=2),
         "Only SQ-LLaVA trains its vision tower, so the table compares recipes. The effect of its prototypes and "
         "questions by themselves is in `ablation`.",
     )

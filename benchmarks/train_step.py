@@ -2,8 +2,8 @@
 
     python -m benchmarks.train_step            # writes benchmarks/results/train_step.{json,md,png}, under 4 minutes
 
-Measured are tokens with loss per second over whole epochs of `trainer.train()`: data loading, forward, backward and
-optimizer, on the CPU in float32.
+The result is the number of tokens with loss per second over whole epochs of `trainer.train()`: data loading, forward,
+backward and optimizer, on the CPU in float32.
 
     stock     TRL's SFTTrainer and vision collator, transformers' LlavaForConditionalGeneration, rows in random order
     padded    SQLlavaTrainer with train_sampling_strategy group_by_length, and prototypes
@@ -294,15 +294,20 @@ def to_markdown(report: dict) -> str:
     ]
     return common.text(
         "# Training speed on the same rows: stock, padded, packed",
-        f"{main['rows']} rows with {main['tokens_with_loss']:,} tokens with loss, whole epochs, median (lowest to "
+        "Three ways to train are compared. `stock` is TRL's SFTTrainer with transformers' LLaVA and rows in random "
+        "order. `padded` is this project with batches of similar length. `packed` is this project with packing.",
+        f"Whole epochs of {main['rows']} rows with {main['tokens_with_loss']:,} tokens with loss; median (lowest to "
         f"highest) of {report['rounds']} rounds in turn. The last column is the share of the language model's "
         "positions that are not padding:",
         common.table(["path", "tokens with loss per second", "times faster than stock", "not padding"], paths),
-        f"The same with other settings, on {report['scaling_rows']} rows, median of two rounds in turn. Above, a step "
-        f"has 8 rows and the extractor {PROTOTYPES} prototypes; stock has none:",
-        common.table(["", "stock, tokens with loss per second", "padded / stock", "packed / stock"], cases),
-        "Where the CPU time goes: milliseconds in each operator itself per thousand tokens with loss, under the "
-        f"profiler, on {report['profiled_rows']} rows:",
+        f"The same with one setting changed, on {report['scaling_rows']} rows; median of two rounds in turn. Unless "
+        f"the first column says otherwise, a step has 8 rows and the extractor {PROTOTYPES} prototypes; stock has no "
+        "extractor:",
+        common.table(
+            ["changed setting", "stock, tokens with loss per second", "padded / stock", "packed / stock"], cases
+        ),
+        "CPU time of each operator itself, in milliseconds per thousand tokens with loss, under the profiler, on "
+        f"{report['profiled_rows']} rows:",
         common.table(["operator", *PATHS], operators),
         "![Tokens with loss per second, relative to stock](train_step.png)",
     )

@@ -55,8 +55,8 @@ def build_tokenizer(texts: list[str], adds_end: bool) -> PreTrainedTokenizerFast
     """
     word = Regex(r"\n|\?|[^\s?]+")
     words = sorted({match for text in texts for match in text.replace("?", " ?").split()})
-    # CLIP's text tower takes its output at `</s>`. But if the configuration says eos_token_id=2, as in early
-    # checkpoints, it takes it at the highest token id. So `</s>` must not have the id 2.
+    # CLIP's text tower takes its output at `</s>`. But with eos_token_id=2, as in early checkpoints, it takes the
+    # output at the highest token id. So `</s>` must not have the id 2.
     vocabulary = [UNKNOWN, PADDING, BEGIN, END, "\n", "USER:", "ASSISTANT:", *words]
     backend = Tokenizer(models.WordLevel({word: number for number, word in enumerate(vocabulary)}, unk_token=UNKNOWN))
     backend.pre_tokenizer = pre_tokenizers.Split(word, behavior="removed", invert=True)
@@ -294,8 +294,8 @@ def draw_question(questions_of_kind: dict[str, list[str]], colour: str, shape: s
     """Draws a question that fits the scene. All kinds are equally frequent.
 
     Three in ten yes/no questions are about something that is there. In easy-VQA there are fewer, but they teach the
-    model to look at the scene. With half of them, "yes" and "no" would be equally likely after "is there" and "is
-    there not", and the model would learn negation late.
+    model to look at the scene. If it were half, "yes" and "no" would be equally likely after "is there" and "is there
+    not", and the model would learn negation late.
     """
     kind = draw.choice(sorted(questions_of_kind))
     is_about_scene = draw.random() < 0.3

@@ -56,7 +56,7 @@ def measure_blank(assistant, examples: list[Example], folder: Path) -> float:
 
 
 def is_valid(question: str, known: set[str], caption: str) -> bool:
-    """Whether a question has a form of easy-VQA and presumes nothing false about the image."""
+    """True if a question has a form of easy-VQA and presumes nothing false about the image."""
     _, colour, shape = caption.split()
     return question in known and answer_question(question, colour, shape) is not None
 

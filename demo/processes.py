@@ -17,9 +17,10 @@ import torch
 
 def training_context() -> BaseContext:
     """
-    The way to start processes. They are forked from a server that has already imported the libraries, because
-    importing takes longer than many of the small steps. Where forking does not work, they are started anew: with a
-    GPU, because bitsandbytes, which PEFT imports, initialises CUDA; and on macOS, because its libraries start threads.
+    The `multiprocessing` context of the demo. Processes are forked from a server that has already imported the
+    libraries, because importing takes longer than many of the small steps. Forking does not work with a GPU, because
+    PEFT imports bitsandbytes, which initialises CUDA. It does not work on macOS either, whose libraries start threads.
+    There, each process imports the libraries itself.
     """
     if sys.platform != "linux" or torch.cuda.is_available():
         return multiprocessing.get_context("spawn")
@@ -29,7 +30,7 @@ def training_context() -> BaseContext:
 
 
 def threads_of_each() -> int:
-    """Number of threads for each of two processes that run at the same time: half of the threads of one."""
+    """Number of threads per process when two run at the same time: half of the usual number."""
     return max(1, torch.get_num_threads() // 2)
 
 

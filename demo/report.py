@@ -28,20 +28,22 @@ STAGES = {"stage1": "Stage 1: alignment on captions", "stage2": "Stage 2: conver
 
 REPORT = """# A small SQ-LLaVA on easy-VQA
 
-A tiny CLIP and a tiny Llama were pretrained, and SQ-LLaVA was trained from them in both stages. Seed {seed},
+A tiny CLIP and a tiny Llama were pretrained. SQ-LLaVA was built from them and trained in both stages. Seed {seed},
 {device}, {version_list}. The whole demo took {seconds:.0f} s.
 
 ## Answers about unseen images
 
-Exact match on {num_test_questions:,} test questions, one question per prompt, answered greedily. The best blind guess
-is each question's most frequent answer in training. [The evaluation report](evaluation/report.md) has every answer.
+The table shows exact match on {num_test_questions:,} test questions, with one question per prompt and greedy decoding.
+The best blind guess is each question's most frequent answer in training.
+[The evaluation report](evaluation/report.md) has every answer.
 
 | kind of question | SQ-LLaVA | LLaVA | best blind guess |
 |---|---|---|---|
 {accuracy_table}
 
-With a blank image, SQ-LLaVA reaches {blank_image_accuracy:.1%} (every fourth question, {num_blank_questions:,}).
-LLaVA has the same parts, rows and steps. It trains a linear projector, and then its whole language model.
+With a blank image, SQ-LLaVA reaches {blank_image_accuracy:.1%} (on every fourth question, {num_blank_questions:,} in
+all). LLaVA has the same CLIP, Llama, rows and number of steps. Its stage 1 trains a linear projector. Its stage 2 also
+trains the whole language model.
 
 ## Questions that the model asks
 
@@ -61,8 +63,8 @@ easy-VQA and presume nothing false about the image.
 |---|---|---|
 {step_table}
 
-CLIP and Llama are trained at the same time. LLaVA, with its evaluation, runs at the same time as the three steps above
-it.
+CLIP and Llama are trained at the same time. LLaVA is trained and evaluated at the same time as stage 1, stage 2 and
+the evaluation of SQ-LLaVA.
 
 The model is in `model/`, as a complete checkpoint with its code:
 

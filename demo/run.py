@@ -6,8 +6,9 @@
 
 The steps are: write the data, pretrain a tiny CLIP and a tiny Llama, train both stages with `train_sft.py`, merge,
 evaluate, report. A LLaVA of the same parts and budget is trained at the same time. Each step runs in its own process
-and writes a note when it is complete, so the demo resumes after the last complete step when it is run again. Two
-processes with half of the cores each are faster than one after the other on all cores, because the models are small.
+and writes a note when it is complete, so the demo resumes after the last complete step when it is run again. Where two
+steps run at the same time, each has half of the cores. The models are small, so this is faster than one step after the
+other on all cores.
 """
 
 import argparse
@@ -32,8 +33,8 @@ from sq_llava.resources import find_resource
 
 
 RECIPES = find_resource("recipes") / "easy-vqa"
-# LLaVA's changes to the recipes. The learning rates were chosen for SQ-LLaVA and are kept, except that the language
-# model, which LLaVA trains in full, has half of LoRA's.
+# LLaVA's changes to the recipes. The learning rates were chosen for SQ-LLaVA and are kept, with one exception: LLaVA
+# trains its language model in full, with half of LoRA's learning rate.
 PLAIN = {"prototype_variant": "none", "projector_type": "linear", "vision_lora_r": 0}
 LLAVA = {
     "stage1": PLAIN,

@@ -1,4 +1,4 @@
-"""What all commands share: consoles for output and messages, errors in one line, examples in the help."""
+"""Code that all commands share: consoles for output and messages, errors in one line, examples in the help."""
 
 import errno
 import os

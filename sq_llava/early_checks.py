@@ -1,4 +1,4 @@
-"""Checks that a command makes at once, without the seconds that importing torch and transformers takes.
+"""Checks that a command makes first, before it imports torch and transformers, which takes seconds.
 
     require_new_folder("full")  # ValueError: full is not empty: give a new folder.
 
@@ -36,7 +36,7 @@ def require_file(path: str | os.PathLike, role: str) -> None:
 def require_image(path: str | os.PathLike) -> None:
     """
     Raises:
-        ValueError: if there is no such file, or it does not start with the header of an image. Pixels are not decoded.
+        ValueError: if there is no such file, or it does not start with an image header. Pixels are not decoded.
     """
     from PIL import Image, UnidentifiedImageError
 
@@ -63,7 +63,7 @@ def find_images(paths: list[Path]) -> list[Path]:
         if path.is_dir():
             images = sorted(file for file in path.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES)
             if not images:
-                raise ValueError(f"{path}: a folder without images ({', '.join(sorted(IMAGE_SUFFIXES))}).")
+                raise ValueError(f"{path}: this folder has no images ({', '.join(sorted(IMAGE_SUFFIXES))}).")
             found += images
         else:
             found.append(path)

@@ -18,19 +18,19 @@ from pathlib import Path
 
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 ADAPTER_CONFIG = "adapter_config.json"
-# What is downloaded of a model or adapter. Its code is not: the library uses its own classes.
+# Files of a model or adapter that are downloaded. Code is not downloaded: the library uses its own classes.
 MODEL_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.yaml", "*.jinja"]
-# Named chat templates (*.jinja) are in a folder of their own. Nothing else in a folder belongs to the model.
+# Named chat templates (*.jinja) are in a subfolder. No other file in a subfolder belongs to the model.
 IN_FOLDERS = [f"*/{pattern}" for pattern in MODEL_FILES if pattern != "*.jinja"]
 
 
 def is_hub_id(name: str | os.PathLike) -> bool:
-    """Whether this is a Hub id (`org/name`) and not a path, whether the repository exists or not."""
+    """`True` for a Hub id (`org/name`), even if there is no such repository. `False` for a path."""
     return HUB_ID.fullmatch(str(name)) is not None and not Path(name).parent.is_dir()
 
 
 def is_missing_folder(name: str | os.PathLike) -> bool:
-    """Whether this is neither an existing folder nor a Hub id."""
+    """`True` if this is neither an existing folder nor a Hub id."""
     return not Path(name).expanduser().is_dir() and not is_hub_id(name)
 
 
@@ -72,8 +72,8 @@ def hub_errors(what: str) -> Iterator[None]:
 
 def find_config(model: str | os.PathLike, revision: str | None = None) -> Path:
     """
-    The `adapter_config.json` of an adapter, or the `config.json` of a whole model. From the Hub, only this file is
-    downloaded.
+    The `adapter_config.json` of an adapter, or the `config.json` of a whole model. Only this file is downloaded from
+    the Hub.
 
     Args:
         model: A folder, or a Hub id.
@@ -101,8 +101,8 @@ def find_config(model: str | os.PathLike, revision: str | None = None) -> Path:
 
 def fetch(model: str | os.PathLike, revision: str | None = None) -> Path:
     """
-    The folder of a model. A Hub id is downloaded into the cache if needed, and the folder is its snapshot there. Check
-    the model with [`find_config`] first.
+    The folder of a model. A Hub id is downloaded if needed, and its folder is the snapshot in the cache. Check the
+    model with [`find_config`] first.
 
     Raises:
         ValueError: if neither the Hub nor its cache has the model.
@@ -119,7 +119,7 @@ def fetch(model: str | os.PathLike, revision: str | None = None) -> Path:
 
 
 def is_adapter(model: str | os.PathLike, revision: str | None = None) -> bool:
-    """Whether a folder or Hub id is a PEFT adapter and not a whole checkpoint."""
+    """`True` for a PEFT adapter, `False` for a whole checkpoint."""
     if is_hub_id(model):
         return find_config(model, revision).name == ADAPTER_CONFIG
     return (Path(model).expanduser() / ADAPTER_CONFIG).is_file()

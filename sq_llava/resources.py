@@ -1,4 +1,4 @@
-"""Finds the files that this library needs besides its own modules, in a source tree and in an installed wheel.
+"""Finds the files of this library that are not modules, in a source tree and in an installed wheel.
 
     >>> find_resource("model_card.md").read_text()
     >>> code_file("modeling_sq_llava.py")
@@ -43,6 +43,6 @@ def code_file(name: str) -> Path:
 
 
 def code_digests(folder: Path | None = None) -> dict[str, str]:
-    """SHA-256 of each of the `CODE_FILES` in a folder, by name. Default: of those that this library itself runs."""
+    """SHA-256 of each of the `CODE_FILES` in a folder, by name. Default: the files that this library itself runs."""
     files = {name: folder / name if folder else code_file(name) for name in CODE_FILES}
     return {name: hashlib.sha256(file.read_bytes()).hexdigest() for name, file in files.items() if file.is_file()}

@@ -42,7 +42,7 @@ def one_line_when_stopped() -> Iterator[None]:
 
 
 def _ending_of(error: BaseException | None) -> tuple[int, str] | None:
-    """Exit code and message of a command that was stopped; `None` if it ended in any other way."""
+    """Exit code and message of a stopped command. `None` if the command ended in another way."""
     if is_caused_by(error, KeyboardInterrupt):
         return STOPPED, "Stopped."
     if error is None or isinstance(error, SystemExit):
@@ -60,8 +60,8 @@ def _ending_of(error: BaseException | None) -> tuple[int, str] | None:
 
 def is_caused_by(error: BaseException | None, kind: type[BaseException]) -> bool:
     """
-    Whether an error is of this kind, or was raised while one of this kind was handled. Libraries that are interrupted
-    during their import raise errors of their own, and typer turns a KeyboardInterrupt into an exit code.
+    `True` if an error is of this kind, or was raised while one of this kind was handled. Libraries that are
+    interrupted during their import raise other errors, and typer turns a KeyboardInterrupt into an exit code.
     """
     while error is not None:
         if isinstance(error, kind):
@@ -72,7 +72,7 @@ def is_caused_by(error: BaseException | None, kind: type[BaseException]) -> bool
 
 @contextmanager
 def children_miss_interrupts() -> Iterator[None]:
-    """Processes started inside ignore Ctrl-C, which a terminal sends to all processes. Their parent ends them."""
+    """Processes started inside ignore Ctrl-C, which a terminal sends to all processes. The parent ends them."""
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield

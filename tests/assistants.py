@@ -36,7 +36,7 @@ def record_passes(assistant: Assistant, monkeypatch) -> dict[str, list]:
 
 
 def assert_batch_equals_one_by_one(assistant: Assistant, requests: list[tuple], **settings) -> list[str]:
-    """Returns the answers of the batch."""
+    """Checks that a batch gives the same answers as single calls, and returns them."""
     answers = assistant.answer_batch(requests, **settings)
     assert answers == [assistant.answer(*request, **settings) for request in requests]
     return answers

@@ -15,7 +15,7 @@ KEY = "sk-secret-0123456789"
 @dataclass
 class Reply:
     """
-    What the server does with a request.
+    The server's reaction to a request.
 
     Args:
         text (`str`): Text of the answer.

@@ -81,7 +81,7 @@ def assess_answers(
     split: str | None = None,
     judge: Judge | None = None,
 ) -> TaskResult:
-    """The result of an evaluation with these answers: id -> text, or a function of an example. `None` has failed."""
+    """The result of an evaluation with these answers: id -> text, or a function of an example. `None`: it failed."""
     evaluation = Evaluation("no model", [task], str(data), out, split=split)
     records = []
     for example in read_examples(find_task(task), evaluation):

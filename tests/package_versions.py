@@ -4,8 +4,8 @@
     python -m tests.package_versions oldest           # one of them
     python -m tests.package_versions 5.17.0           # only a checkpoint, with this version of transformers
 
-`oldest` has the lower bound of each requirement in `pyproject.toml`. `newest` has what the package registry offers
-within the bounds. `pinned` is the environment that runs this. Each gets a wheel, and then
+`oldest` has the lower bound of each requirement in `pyproject.toml`. `newest` has the newest versions that the bounds
+allow. `pinned` is the environment that runs this. Each gets a wheel, and then
 
 - loads a checkpoint through its remote code and generates in every way (`tests/remote_code_checks.py`);
 - runs a user's commands (`tests/wheel_checks.py`): both stages, merge, answer, ask, serve.

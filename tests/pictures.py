@@ -1,4 +1,4 @@
-"""A picture for every row of the table in `docs/images.md`, and what the model must see of it."""
+"""A picture for every row of the table in `docs/images.md`, and the pixels that the model must get for it."""
 
 import base64
 import io

@@ -3,8 +3,8 @@
     reference = read_reference(folder, base=base, vision=tower)
     logits = reference.logits(input_ids, pixel_values, image_token_id)
 
-Nothing of `modeling_sq_llava.py` and no model class of transformers takes part: what a conversion gives is compared
-with this. LoRA is added on the fly, never merged. Float32, one sequence at a time, no cache: plain on purpose.
+Tests compare converted models with it, so it uses neither `modeling_sq_llava.py` nor a model class of transformers.
+LoRA is added on the fly, never merged. It runs one sequence at a time in float32, without a cache, to stay simple.
 """
 
 import json

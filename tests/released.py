@@ -341,7 +341,7 @@ def write_llava(
     return folder
 
 
-# A SQ-LLaVA that the authors' code merged and saved.
+# An SQ-LLaVA that the authors' code merged and saved.
 write_sq_llava_merged = partial(write_llava, projector="cluster", seed=20)
 
 

@@ -231,7 +231,7 @@ def write_row_ids(folder: Path) -> None:
 
 
 def row_ids(folder: Path) -> list[list[list[int]]]:
-    """What `write_row_ids` wrote: the row ids of each batch of each of two processes."""
+    """The row ids of each batch of each of two processes, as `write_row_ids` wrote them."""
     return [list(map(json.loads, (folder / f"rows{rank}").read_text().splitlines())) for rank in (0, 1)]
 
 

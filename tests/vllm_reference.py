@@ -1,4 +1,4 @@
-"""Generates with transformers what `vllm_checks.py` compares vLLM with. `make test-vllm` runs it.
+"""Generates the results of transformers that `vllm_checks.py` compares vLLM with. `make test-vllm` runs it.
 
     python -m tests.vllm_reference --model runs/demo/model --output-dir runs/vllm
 

@@ -80,7 +80,7 @@ def ask_server(socket_file: str, argv: list[str]) -> None:
 
 
 def is_inherited(file: int) -> bool:
-    """Whether a child process inherits this open file."""
+    """True if a child process inherits this open file."""
     try:
         return os.get_inheritable(file)
     except OSError:  # the listing itself, which is closed

@@ -4,7 +4,7 @@
     python -m tests.wheel_checks --python ENV/bin/python  uses an environment that already has a wheel
 
 The new environment sees the packages of the environment that runs this, but not its sources. Every command runs from
-an empty folder with tiny models. The first command that fails ends the checks. What the models say is not checked.
+an empty folder with tiny models. The first command that fails ends the checks. The models' texts are not checked.
 """
 
 import argparse

@@ -1,1 +1,1 @@
-"""Checkpoints: compose from parts, load, merge, convert, verify, inspect and publish them."""
+"""Checkpoints: compose, load, merge, convert, verify, inspect and publish them."""

@@ -56,7 +56,7 @@ def render_card(
 
     Args:
         folder: A plain checkpoint, or an adapter that names its base by a Hub id.
-        repo_id (`str`): What the card's examples load: a Hub id or a folder.
+        repo_id (`str`): Hub id or folder that the card's examples load.
         revision (`str`, *optional*): The commit that the examples load.
         results (`dict`, *optional*): Scores, as returned by [`read_results`].
         license, languages: Metadata for the Hub. Left out unless given.
@@ -211,7 +211,7 @@ def eval_result_files(results: dict[str, Any]) -> dict[str, list[dict]]:
 
 
 def _is_trained_to_ask(provenance: dict, has_extractor: bool) -> bool:
-    """`False` if the provenance shows a converted LLaVA, or a model that only did the first training stage."""
+    """`False` if the provenance shows a converted LLaVA, or a model that was never trained on self-questions."""
     if not provenance:
         return True
     is_released_sq_llava = "converted_from" in provenance and has_extractor and "new_extractor" not in provenance

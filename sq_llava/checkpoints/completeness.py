@@ -45,7 +45,7 @@ def checkpoint_faults(folder: Path) -> list[str]:
 
 
 def json_fault(file: Path) -> str | None:
-    """Why a JSON file cannot be read; `None` if it can."""
+    """The reason why a JSON file cannot be read; `None` if it can."""
     if not file.is_file():
         return f"{file.name} is missing"
     try:

@@ -1,7 +1,8 @@
-"""Composes a SQ-LLaVA from a vision model and a causal language model. Prototype extractor and projector are new.
+"""Composes an SQ-LLaVA from a vision model and a causal language model. Prototype extractor and projector are new.
 
 >>> model, processor = compose("openai/clip-vit-large-patch14-336", "lmsys/vicuna-7b-v1.5")
->>> model, processor = compose(blip2, "lmsys/vicuna-7b-v1.5", blip2, prototype_variant="none")  # MiniGPT-4's parts
+>>> blip2 = "Salesforce/blip2-flan-t5-xxl"  # for MiniGPT-4
+>>> model, processor = compose(blip2, "lmsys/vicuna-7b-v1.5", blip2, prototype_variant="none")
 """
 
 import torch
@@ -176,12 +177,12 @@ def compose(
     **config_kwargs,
 ) -> tuple[SQLlavaForConditionalGeneration, SQLlavaProcessor]:
     """
-    Builds a SQ-LLaVA from a vision model and a causal language model. Extractor and projector get new random weights.
+    Builds an SQ-LLaVA from a vision model and a causal language model. Extractor and projector get new random weights.
 
     Args:
         vision_model (`str`): Folder or Hub id of a CLIP or SigLIP (complete, or its vision part), or of a BLIP-2.
         text_model (`str`): Folder or Hub id of a causal language model, or of a multimodal model that transformers
-            loads as one, such as Gemma 3 or Llama 4. Of these, the text part is used.
+            loads as one, such as Gemma 3 or Llama 4. Only the text part of such a model is used.
         qformer_model (`str`, *optional*): Folder or Hub id of a BLIP-2 model whose Q-Former is used.
         dtype, attn_implementation: As for `from_pretrained`.
         processor_kwargs (`dict`, *optional*): Settings of [`SQLlavaProcessor`]: `image_aspect_ratio`, ...

@@ -52,7 +52,7 @@ VICUNA_SYSTEM_MESSAGE = (
     "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, "
     "and polite answers to the user's questions."
 )
-# The authors' code has no space between the two.
+# No space between the two messages, as in the authors' code.
 RELEASED_SYSTEM_MESSAGE = VICUNA_SYSTEM_MESSAGE + (
     "Also, the artificial intelligence assistant is a curious virtual user. The virtual user asks complex questions "
     "that are relevant to the content in the image, for example, asking about background knowledge of the objects in "
@@ -148,7 +148,7 @@ def plan(
 def _require_parts(layout: Layout, prototypes: str | None) -> None:
     path, kind = layout.path, layout.kind
     if kind == "adapter":
-        raise ValueError(f"{path} is {NAMES[kind]}. Use `sq-llava merge` for it.")
+        raise ValueError(f"{path} is {NAMES[kind]}. Use `sq-llava merge {path} --out FOLDER`.")
     if kind in ("checkpoint", "training"):
         raise ValueError(f"{path} is {NAMES[kind]}: there is nothing to convert.")
     if not layout.weight_files:
@@ -166,15 +166,15 @@ def _require_parts(layout: Layout, prototypes: str | None) -> None:
     if needs_base and layout.base is None:
         raise ValueError(f"{path} needs {_missing_part('language model', layout.base_name)}. Give it as --base.")
     if layout.base is not None and not needs_base:
-        raise ValueError(f"{path} is {NAMES[kind]} and has its own language model. Leave out --base.")
+        raise ValueError(f"{path} is {NAMES[kind]} and has its own language model. Remove --base.")
     if kind != "llava_hf" and layout.vision is None:
         raise ValueError(f"{path} needs {_missing_part('vision tower', layout.vision_name)}. Give it as --vision.")
     if kind == "llava_hf" and layout.vision is not None:
-        raise ValueError(f"{path} is {NAMES[kind]} and has its own vision tower. Leave out --vision.")
+        raise ValueError(f"{path} is {NAMES[kind]} and has its own vision tower. Remove --vision.")
     if prototypes is not None and prototypes not in PROTOTYPE_EXTRACTORS:
         raise ValueError(f"--prototypes is {prototypes!r}: choose one of {', '.join(PROTOTYPE_EXTRACTORS)}.")
     if prototypes is not None and layout.projector_type == "cluster":
-        raise ValueError(f"{path} has a trained prototype extractor. Leave out --prototypes.")
+        raise ValueError(f"{path} has a trained prototype extractor. Remove --prototypes.")
 
 
 def _missing_part(role: str, name: str | None) -> str:
@@ -260,7 +260,7 @@ def _notes_on_tower(layout: Layout) -> Iterator[str]:
 
 
 def _notes_on_inputs(layout: Layout) -> Iterator[str]:
-    """Tells where texts and images are treated differently than by the source's processor in transformers."""
+    """Says where texts and images are processed differently from the source's processor in transformers."""
     if layout.kind != "llava_hf":
         return
     if found := _chat_template(layout.path):
@@ -348,7 +348,7 @@ def _processor(layout: Layout, config: SQLlavaConfig, new_extractor: bool) -> SQ
 
 
 def _keeps_text_apart(processor: SQLlavaProcessor) -> bool:
-    """Whether text after an image has the same tokens as on its own: the original code tokenizes it separately."""
+    """Returns whether text after an image has the same tokens as on its own, as in the original code."""
     text = "\nWhat is this?"
     after_image = processor.tokenizer(processor.image_token + text, add_special_tokens=False).input_ids[1:]
     return after_image == processor.tokenizer(text, add_special_tokens=False).input_ids
@@ -402,7 +402,7 @@ def _require_space(out: Path, size: int) -> None:
 
 
 def describe(conversion: Conversion) -> Iterator[str]:
-    """Lines for the user: what the source is, and what is merged, new or not used."""
+    """Lines for the user: the kind of the source, and what is merged, new or not used."""
     layout, sources, config = conversion.layout, conversion.sources, conversion.model.config
     yield f"{layout.path} is {NAMES[layout.kind]}: {layout.evidence}."
     for name, path in (("Language model", layout.base), ("Vision tower", layout.vision)):

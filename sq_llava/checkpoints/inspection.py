@@ -56,7 +56,7 @@ class Inspection:
         parts (`dict`): Parameters and dtypes of each part of the model. LoRA is counted separately.
         loras (`list[dict]`): For each LoRA its tower, ranks (from the tensors), alphas (from the configuration), file.
         missing (`list[str]`): Expected files or settings that are missing.
-        faults (`list[str]`): What is broken. A folder with faults cannot be used as it is.
+        faults (`list[str]`): Errors. A folder with faults cannot be used as it is.
     """
 
     path: str
@@ -88,9 +88,9 @@ def inspect(path: str | Path, base: Path | None = None, only_loaded: bool = Fals
 
     Args:
         path: A folder, or the Hub id of a model in the local cache.
-        base (`Path`, *optional*): Folder of an adapter's base. Default: what the adapter names, if it is on this
-            machine.
-        only_loaded (`bool`): Skip JSON and weight files that are not read when a SQ-LLaVA or an adapter is loaded.
+        base (`Path`, *optional*): Folder of an adapter's base. Default: the base that the adapter names, if it is on
+            this machine.
+        only_loaded (`bool`): Skip JSON and weight files that are not read when an SQ-LLaVA or an adapter is loaded.
 
     Raises:
         ValueError: if there is no such folder, and no such id in the cache.
@@ -225,6 +225,7 @@ def _describe_bases(layout: Layout, inspection: Inspection) -> None:
             inspection.missing.append(f"the {role}: {name} is neither a folder nor in the local cache of the Hub")
 
 
+@loading_whole()
 def _check_weights(
     folder: Path,
     headers: dict[str, list[Tensor]],
@@ -288,7 +289,7 @@ def faults_of_weights(config: dict, headers: dict[str, list[Tensor]]) -> list[st
         for name, tensor in shapes.items()
     }
     try:
-        with quiet_transformers(), loading_whole():
+        with quiet_transformers():
             _, report = SQLlavaForConditionalGeneration.from_pretrained(
                 None,
                 config=SQLlavaConfig.from_dict(config),
@@ -347,7 +348,7 @@ def _list_missing(configs: dict[str, dict], inspection: Inspection) -> None:
     is_stage = inspection.kind == "adapter"
     is_whole = "config.json" in names and not {"adapter_config.json", "mm_projector.bin"} & names
     if is_ours or is_stage:
-        # Checkpoints from before this library had its own image processor do not have its file.
+        # Checkpoints that are older than this library's own image processor do not have its file.
         is_older = "image_processing_sq_llava" not in str(configs.get("processor_config.json"))
         of_processor = [name for name in CODE_FILES if "processing" in name and not (is_older and "image" in name)]
         code = [name for name in CODE_FILES if "processing" not in name] if is_ours else []
@@ -359,7 +360,7 @@ def _list_missing(configs: dict[str, dict], inspection: Inspection) -> None:
 
 
 def print_inspection(inspection: Inspection, console: Console) -> None:
-    """Prints what the folder is, a table of its parts, and the facts, missing and broken things below."""
+    """Prints the kind of the folder, a table of its parts, its settings, and what is missing or broken."""
     what = NAMES[inspection.kind] if inspection.kind else "unknown"
     console.print(f"{inspection.path}: {what}", style="bold", markup=False, highlight=False)
     if inspection.evidence:

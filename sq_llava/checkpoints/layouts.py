@@ -5,7 +5,7 @@
     ('sq_llava_lora', 'adapter_config.json, and mm_projector_type "cluster" in config.json')
 
 Only JSON files are read, and the names of the tensors in a separate projector file. Hub ids are looked up in the local
-cache; downloads only happen on request. Whether the weights are complete is checked elsewhere (`inspection.py`).
+cache; downloads only happen on request. `inspection.py` checks whether the weights are complete.
 """
 
 import sys
@@ -46,7 +46,7 @@ class Layout:
 
     Attributes:
         path (`Path`): The folder. For a projector that was given as a file, the folder of this file.
-        kind, evidence: What it is, and how it was recognised.
+        kind, evidence: The kind of checkpoint, and how it was recognised.
         weight_files (`tuple[Path, ...]`): Weight files in the folder, with the ViT-LoRA. Files that an index lists may
             be missing. `base_files` and `vision_files` are the weight files of the other two folders.
         config (`dict`): Its `config.json`; empty if there is none.
@@ -93,7 +93,7 @@ class Layout:
 
     @property
     def aspect_ratio(self) -> str | None:
-        """What the original code does to images that are not square; `"pad"`, or by default a crop."""
+        """The original code's way to make images square: `"pad"`, or by default a crop."""
         # LLaVA-1.5 pads. Its configuration for transformers does not say so.
         return "pad" if self.kind == "llava_hf" or not self.config else self.config.get("image_aspect_ratio")
 
@@ -228,7 +228,7 @@ def _recognise_whole(folder: Path, config: dict) -> dict:
 
 
 def is_original(config: dict) -> bool:
-    """Whether a `config.json` was written by the code of LLaVA, or by code derived from it."""
+    """Returns whether a `config.json` was written by the code of LLaVA, or by code derived from it."""
     return any(name.startswith("mm_") for name in config)
 
 
@@ -272,6 +272,6 @@ def _find_in_cache(hub_id: str) -> Path | None:
 
 
 def _is_partial(folder: Path) -> bool:
-    """Whether a repository in the cache lacks weight files."""
+    """Returns whether a repository in the cache lacks weight files."""
     files = find_weight_files(folder) or [*folder.glob("*.bin"), *folder.glob("*.safetensors")]
     return not files or not all(file.is_file() for file in files)

@@ -28,6 +28,7 @@ from sq_llava.checkpoints.compose import stop_token_ids
 from sq_llava.checkpoints.inspection import TOKENIZER, inspect
 from sq_llava.checkpoints.layouts import NAMES, recognise
 from sq_llava.checkpoints.provenance import read_provenance, write_provenance
+from sq_llava.checkpoints.zero3 import from_pretrained
 from sq_llava.early_checks import require_new_folder
 from sq_llava.locations import base_of_adapter, fetch, find_config, is_adapter, is_hub_id, revision_of_base
 
@@ -56,10 +57,10 @@ def require_kind(model: str | os.PathLike, revision: str | None = None) -> str:
     try:
         kind = recognise(str(folder)).kind
     except ValueError as error:
-        raise ValueError(f"{model} is not a SQ-LLaVA. {error}") from error
+        raise ValueError(f"{model} is not an SQ-LLaVA. {error}") from error
     if kind not in ("checkpoint", "adapter"):
         raise ValueError(
-            f"{model} is {NAMES[kind]}, not a SQ-LLaVA of this library. Convert it first: "
+            f"{model} is {NAMES[kind]}, not an SQ-LLaVA of this library. Convert it first: "
             f"sq-llava convert {model} --out FOLDER"
         )
     return kind
@@ -67,7 +68,7 @@ def require_kind(model: str | os.PathLike, revision: str | None = None) -> str:
 
 def require_model(model: str | os.PathLike, revision: str | None = None) -> Path:
     """
-    The folder of a SQ-LLaVA or an adapter, downloaded from the Hub if needed. The weights are not read.
+    The folder of an SQ-LLaVA or an adapter, downloaded from the Hub if needed. The weights are not read.
 
     Raises:
         ValueError: as in [`require_kind`] and [`require_whole`].
@@ -80,11 +81,11 @@ def require_model(model: str | os.PathLike, revision: str | None = None) -> Path
 
 def require_whole(folder: Path, base: Path | None = None, name: str | None = None) -> None:
     """
-    Runs the check of `sq-llava inspect` on the files that are read when a SQ-LLaVA or an adapter is loaded.
+    Runs the check of `sq-llava inspect` on the files that are read when an SQ-LLaVA or an adapter is loaded.
 
     Args:
-        base (`Path`, *optional*): Folder of an adapter's base. Default: what the adapter names, if it is on this
-            machine.
+        base (`Path`, *optional*): Folder of an adapter's base. Default: the base that the adapter names, if it is on
+            this machine.
         name (`str`, *optional*): Name of the model in errors. Default: the folder.
 
     Raises:
@@ -118,17 +119,20 @@ def load_model(
     """
     folder = require_model(model, revision)
     if is_adapter(folder):
-        raise ValueError(f"{model} is an adapter, but a plain checkpoint is needed. Merge it first: sq-llava merge")
+        raise ValueError(
+            f"{model} is an adapter, but a plain checkpoint is needed. Merge it first: "
+            f"sq-llava merge {model} --out FOLDER"
+        )
     return _load_plain(folder, str(model), processor, **kwargs)
 
 
 def _load_plain(
     folder: Path, name: str, processor: SQLlavaProcessor | None, **kwargs
 ) -> SQLlavaForConditionalGeneration:
-    model = SQLlavaForConditionalGeneration.from_pretrained(folder, **kwargs)
+    model = from_pretrained(folder, **kwargs)
     if processor is not None:
         model.generation_config.eos_token_id = stop_token_ids(model.generation_config.eos_token_id, processor)
-    # An adapter that is trained on it names its base by this: the Hub id, not a folder in the cache.
+    # An adapter that is trained on this model names its base so: by the Hub id, not by a folder in the cache.
     model.name_or_path = model.config.name_or_path = name
     return model
 
@@ -175,7 +179,7 @@ def load_checkpoint(path: str, revision: str | None = None, **kwargs) -> tuple[t
         A [`SQLlavaForConditionalGeneration`] (for an adapter, a `PeftModel` around it) and the processor.
 
     Raises:
-        ValueError: if it is not a SQ-LLaVA, or incomplete.
+        ValueError: if it is not an SQ-LLaVA, or incomplete.
     """
     model, processor, adapter = load_base_and_processor(path, revision, **kwargs)
     if adapter is None:
@@ -199,7 +203,7 @@ def load_base_and_processor(
         The model, the processor, and the folder of the adapter or `None`.
 
     Raises:
-        ValueError: if it is not a SQ-LLaVA, or incomplete.
+        ValueError: if it is not an SQ-LLaVA, or incomplete.
     """
     folder = require_model(path, revision)
     processor = SQLlavaProcessor.from_pretrained(folder, **(processor_settings or {}))

@@ -6,8 +6,8 @@
 ('extractor', 'connector')
 """
 
-# The first entry with an infix in the name wins. The authors keep their extractor inside mm_projector. The resampler
-# is the Q-Former of BLIP-2.
+# The first entry that has an infix in the name wins. The authors keep their extractor inside mm_projector. The
+# resampler is the Q-Former of BLIP-2.
 INFIXES = {
     "vision": ("vision_tower.", "vision_model."),
     "extractor": ("prototype_extractor.", *(f"mm_projector.{name}" for name in ("sim_", "c.", "v.", "f.", "ln_1."))),

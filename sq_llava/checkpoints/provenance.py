@@ -1,4 +1,4 @@
-"""Records where a checkpoint comes from: `provenance.yaml`, which is copied on by each stage, by merge and by push.
+"""Records where a checkpoint comes from in `provenance.yaml`. Training, merge and push copy it to their results.
 
     stages:            # training stages, in this order
     - stage: align

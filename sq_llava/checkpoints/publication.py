@@ -48,7 +48,7 @@ MACHINE_PATH = re.compile(r"(?:/|~|[A-Za-z]:\\)[^\s/\\]+[/\\]\S*")
 @dataclass
 class Publication:
     """
-    What will be uploaded.
+    The files to upload, and notes about them.
 
     Attributes:
         workspace (`Path`): Temporary folder for this push.
@@ -107,7 +107,9 @@ def prepare(
         publication = Publication(repo_id, workspace, workspace / "publication")
         publication.folder.mkdir()
         if is_adapter(source) and not adapter_only:
-            publication.notes.append(f"The adapter {source} is merged into its base; --adapter-only keeps it apart.")
+            publication.notes.append(
+                f"The adapter {source} is merged into its base. To publish it unmerged, use --adapter-only."
+            )
             merge_adapter(str(source), str(workspace / "merged"))
             source = workspace / "merged"
         _lay_out(source, publication)
@@ -124,7 +126,7 @@ def prepare(
 
 
 def _require_space(publication: Publication) -> None:
-    """The uploaded files are downloaded again for the comparison, into the workspace."""
+    """Requires space for the comparison, which downloads the uploaded files into the workspace."""
     folder = publication.workspace.parent
     free = shutil.disk_usage(folder).free
     if free < publication.size:
@@ -145,9 +147,11 @@ def _check_request(source: Path, repo_id: str, adapter_only: bool, base_model: s
     if not (is_adapter(source) or (source / "config.json").is_file()):
         raise ValueError(f"{source} holds neither config.json nor adapter_config.json. Give a folder with a model.")
     if adapter_only and not is_adapter(source):
-        raise ValueError(f"{source} is not an adapter. Leave out --adapter-only.")
+        raise ValueError(f"{source} is not an adapter. Remove --adapter-only.")
     if base_model is not None and not adapter_only:
-        raise ValueError(f"--base-model is {base_model}, but it needs --adapter-only: else the adapter is merged.")
+        raise ValueError(
+            f"--base-model is {base_model}, but it needs --adapter-only; otherwise the adapter is merged."
+        )
 
 
 def _lay_out(source: Path, publication: Publication) -> None:

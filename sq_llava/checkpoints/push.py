@@ -15,7 +15,7 @@ The steps:
    equal to the last bit.
 5. A second commit adds the card. The card's examples load the first commit; a commit cannot contain its own hash.
 
-The folder's own `README.md` is not published: the card is always written anew. If the same model with the same card is
+The folder's own `README.md` is not published: the card is always generated. If the same model with the same card is
 on the Hub already, nothing changes.
 """
 
@@ -78,7 +78,7 @@ def check_rights(api: HfApi, repo_id: str, private: bool) -> None:
         except RepositoryNotFoundError:
             return  # it will be created
     if private and not info.private:
-        raise ValueError(f"{repo_id} exists and is public. Leave out --private, or change its settings first.")
+        raise ValueError(f"{repo_id} exists and is public. Remove --private, or change its settings first.")
 
 
 def _card_files(
@@ -202,7 +202,7 @@ def _model_files(api: HfApi, publication: Publication, commit: str) -> dict[str,
 
 
 def _is_stale(name: str) -> bool:
-    """Whether a file on the Hub would belong to an earlier model if it is not in this upload."""
+    """Returns whether a file on the Hub belongs to an earlier model, unless this upload replaces it."""
     return "/" not in name and any(fnmatch(name, pattern) for pattern in STALE_FILES)
 
 

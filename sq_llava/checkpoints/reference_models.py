@@ -32,7 +32,7 @@ from sq_llava.checkpoints.weight_files import TORCH_NAMES, WeightFile, read_head
 @dataclass
 class Prompt:
     """
-    One prompt to compare on.
+    A prompt for the comparison.
 
     Attributes:
         input_ids (`torch.LongTensor` of shape `(1, length)`): With one placeholder for each image token.
@@ -55,7 +55,7 @@ class Precision:
     The dtype to compute in, and the dtype in which the result is stored.
 
     If both are float32, LoRA is added to the outputs of the layers. Weights that are stored in half precision are
-    rounded, which changes the output of every layer. Then PEFT merges LoRA, and the reference's weights are rounded in
+    rounded, which changes the output of every layer. PEFT then merges LoRA, and the reference's weights are rounded in
     the same way, so that the comparison still finds small differences.
     """
 
@@ -121,7 +121,7 @@ def run_original(layout: Layout, prompts: list[Prompt], precision: Precision) ->
 
 
 def stored_dtype(folder: Path) -> torch.dtype:
-    """The dtype of most weights in a folder, from their headers: what the configuration says can be wrong."""
+    """The dtype of most weights in a folder, from their headers, because the configuration can be wrong."""
     sizes = dict.fromkeys(("F32", "F16", "BF16"), 0)
     for tensor in read_headers(folder):
         if tensor.dtype in sizes:
@@ -229,7 +229,7 @@ def _with_lora(model: PreTrainedModel, folder: Path, in_tower: bool) -> nn.Modul
         return model
     targets = sorted({name.removeprefix("base_model.model.").partition(".lora_")[0] for name in weights})
     config = LoraConfig.from_pretrained(folder)
-    # With a task, PEFT expects a language model, which a tower is not. With a base's name, it warns of another path.
+    # With a task, PEFT expects a language model; a tower is none. With a base's name, it warns that the path differs.
     config = replace(config, target_modules=targets, task_type=None, base_model_name_or_path=None, inference_mode=True)
     peft_model = get_peft_model(model, config)
     set_peft_model_state_dict(peft_model, weights)

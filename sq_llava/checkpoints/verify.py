@@ -1,11 +1,11 @@
 """Verifies a converted checkpoint: runs source and result on the same prompts and compares them.
 
-    sq-llava convert sqllava-lora-7b --base base --out sq-llava-7b --verify
+    sq-llava convert sqllava-lora-7b --base vicuna-7b --out sq-llava-7b --verify
 
 The source is run by other code than the result (`sq_llava/checkpoints/reference_models.py`), and the conversion's
-table of names is not used. Compared are token ids (with the source's own tokenizer file), pixels (with CLIP's own
-preprocessing) and logits. The prompts have one image, two images, no image, and a question by the model. Where logits
-differ, the first layer with a difference is named. Generated texts and batches are not compared.
+table of names is not used. It compares token ids (with the source's own tokenizer file), pixels (with CLIP's own
+preprocessing) and logits. The prompts have one image, two images, no image, and a question by the model. If logits
+differ, it names the first layer with a difference. Generated texts and batches are not compared.
 """
 
 import os
@@ -65,7 +65,7 @@ class Verification:
         tolerance (`float`): Largest allowed `relative_difference`.
         pixel_difference (`float`): Largest difference of pixels, in grey levels of 255.
         faults (`list[str]`): Differences beyond the tolerance; empty if it passed.
-        notes (`list[str]`): What was not compared, and why.
+        notes (`list[str]`): Parts that were not compared, and the reasons.
     """
 
     source: str
@@ -210,7 +210,7 @@ def _make_prompts(layout: Layout, processor: SQLlavaProcessor) -> tuple[list[Pro
 
 
 def _original_pixels(layout: Layout, images: list[Image.Image]) -> torch.Tensor:
-    """As LLaVA's `process_images`: images are padded with the mean colour if the source does so, then as in CLIP."""
+    """Like LLaVA's `process_images`: pads with the mean colour if the source does so, then processes as CLIP does."""
     image_processor = CLIPImageProcessorPil.from_pretrained(layout.vision_folder)
     if layout.aspect_ratio == "pad":
         colour = tuple(int(255 * mean) for mean in image_processor.image_mean)

@@ -132,7 +132,7 @@ class Sources:
     Attributes:
         weights (`dict[str, WeightSource]`): By the name of the weight in this library.
         unused (`Counter`): Numbers of tensors of each kind in `UNUSED`.
-        replaced (`Counter`): Numbers of tensors that were not used because an earlier owner has its own.
+        replaced (`Counter`): Numbers of tensors that were not used because the source or the base has its own.
         notes (`list[str]`): Messages for the user about LoRA.
         unknown (`list[str]`): Tensors whose name is unknown.
         deltas (`dict[str, Delta]`): LoRA by the name of the weight.

@@ -41,15 +41,15 @@ def merge(
 
 @app.command(
     epilog=examples(
-        "LoRA weights of the authors' SQ-LLaVA, with their base model:",
+        "LoRA weights of the authors' SQ-LLaVA. base-7b is the folder of their base model:",
         "sq-llava convert sqllava-lora-7b --base base-7b --vision openai/clip-vit-large-patch14-336 --out sq-llava-7b",
-        "A whole SQ-LLaVA or LLaVA from the original code:",
+        "A whole SQ-LLaVA or LLaVA, saved by the original code:",
         "sq-llava convert llava-v1.5-7b --vision openai/clip-vit-large-patch14-336 --out llava-7b --verify",
         "LoRA weights of an original LLaVA:",
         "sq-llava convert llava-v1.5-7b-lora --base vicuna-7b --vision clip-336 --out llava-7b",
-        "A projector from stage 1, to train stage 2 from it:",
+        "A projector from stage 1, to start stage 2 from:",
         "sq-llava convert stage1/mm_projector.bin --base vicuna-7b --vision clip-336 --out stage1-7b",
-        "A LLaVA from transformers: as it is, or with new prototypes to train:",
+        "A LLaVA from transformers, as it is or with untrained prototypes:",
         "sq-llava convert llava-hf/llava-1.5-7b-hf --out llava-7b",
         "sq-llava convert llava-hf/llava-1.5-7b-hf --prototypes paper --out start-7b",
     )
@@ -65,18 +65,25 @@ def convert(
         str | None,
         typer.Option(help="Vision tower: folder or Hub id. Default: the one named in the source, if available."),
     ] = None,
-    dtype: Annotated[str, typer.Option(help="auto (as the language model), float32, bfloat16 or float16.")] = "auto",
+    dtype: Annotated[
+        str, typer.Option(help="Data type: auto (as the language model), float32, bfloat16 or float16.")
+    ] = "auto",
     prototypes: Annotated[
-        str | None, typer.Option(help="Add an untrained prototype extractor to a LLaVA: paper or released.")
+        str | None,
+        typer.Option(
+            help="Add untrained prototypes to a LLaVA, as in the paper (paper) or the released code (released)."
+        ),
     ] = None,
     max_shard_size: Annotated[str, typer.Option(help="Maximum size of a weights file.")] = "5GB",
     verify: Annotated[bool, typer.Option("--verify", help="Compare the result's logits with the source's.")] = False,
-    verify_dtype: Annotated[str, typer.Option(help="For --verify: float32, bfloat16 or float16.")] = "float32",
+    verify_dtype: Annotated[
+        str, typer.Option(help="Data type for --verify: float32, bfloat16 or float16.")
+    ] = "float32",
     verification_file: Annotated[
         bool, typer.Option("--verification-file", help="With --verify: also write OUT/verification.json.")
     ] = False,
 ) -> None:
-    """Convert a released SQ-LLaVA or LLaVA.
+    """Convert a released SQ-LLaVA or LLaVA for this library.
 
     The result is a plain checkpoint with processor, code and model card.
     """
@@ -166,7 +173,9 @@ def inspect(
     )
 )
 def push(
-    folder: Annotated[Path, typer.Argument(help="Checkpoint, or the output of a training stage.", show_default=False)],
+    folder: Annotated[
+        Path, typer.Argument(help="Checkpoint folder, or output folder of a training stage.", show_default=False)
+    ],
     repo_id: Annotated[str, typer.Argument(help="Repository on the Hub: org/name.", show_default=False)],
     private: Annotated[bool, typer.Option("--private", help="Create a private repository.")] = False,
     revision: Annotated[str | None, typer.Option(help="Branch on the Hub. Default: main.")] = None,
@@ -174,14 +183,16 @@ def push(
         bool, typer.Option("--adapter-only", help="Upload an adapter without merging it, for PEFT.")
     ] = False,
     base_model: Annotated[str | None, typer.Option(help="With --adapter-only: Hub id of the base model.")] = None,
-    eval_results: Annotated[Path | None, typer.Option(help="results.json of an evaluation, for the card.")] = None,
+    eval_results: Annotated[
+        Path | None, typer.Option(help="results.json of an evaluation, for the model card.")
+    ] = None,
     license: Annotated[str | None, typer.Option(help="License for the model card, e.g. apache-2.0.")] = None,
     language: Annotated[
         list[str] | None, typer.Option(help="Language for the model card, e.g. en. Can be repeated.")
     ] = None,
     message: Annotated[str | None, typer.Option(help="Commit message.")] = None,
     trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run code in the folder that differs from this library's.")
+        bool, typer.Option("--trust-remote-code", help="Publish and run code that differs from this library's.")
     ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check and show everything, but upload nothing.")] = False,
 ) -> None:
@@ -221,8 +232,8 @@ def push(
 def _check_results_are_of(folder: Path, file: Path | None, results: dict) -> None:
     """
     Raises:
-        ValueError: if the results of a plain checkpoint belong to other weights. Adapters are not checked: the results
-            may be those of the merged model.
+        ValueError: if the results of a plain checkpoint belong to other weights. Adapters are not checked, because
+            the results may belong to the merged model.
     """
     recorded = results.get("model_hash")
     if recorded is None or not (folder / "config.json").is_file() or (folder / "adapter_config.json").is_file():
@@ -233,5 +244,5 @@ def _check_results_are_of(folder: Path, file: Path | None, results: dict) -> Non
     if found != recorded:
         raise ValueError(
             f"{file}: model_hash is {recorded}, but {folder} has {found}. The results belong to other weights, or a "
-            "JSON file in that folder was changed. Evaluate it again, or leave out --eval-results."
+            "JSON file in that folder was changed. Evaluate it again, or remove --eval-results."
         )

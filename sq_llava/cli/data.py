@@ -27,7 +27,9 @@ app = typer.Typer()
 )
 def doctor(
     context: typer.Context,
-    config: Annotated[str | None, typer.Option(help="Recipe. Further options (--image_root ...) override it.")] = None,
+    config: Annotated[
+        str | None, typer.Option(help="Recipe. Other settings of training, e.g. --image_root, override it.")
+    ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Check at most N rows, evenly spaced.")] = None,
     images: Annotated[bool, typer.Option(help="Check the image files.")] = True,
     lengths: Annotated[bool, typer.Option(help="Check the lengths in tokens.")] = True,

@@ -34,19 +34,23 @@ app = typer.Typer()
 def evaluate(
     settings: Annotated[dict, OptionsOf(Evaluation, model=None)],
     judge: Annotated[dict, OptionsOf(JudgeSettings, prefix="judge", panel=JUDGE, model=None)],
-    tasks: Annotated[str, typer.Option(help="Tasks, separated by commas. --tasks help only lists all tasks.")],
+    tasks: Annotated[str, typer.Option(help="Names of tasks, separated by commas. --tasks help lists them all.")],
     data: Annotated[
         str | None,
         typer.Option(
-            help="Data folder, or a folder with one for each task; a Hub id; or hub (each task's own dataset)."
+            help="Folder of the task's data, folder with a subfolder per task, Hub id of a dataset, or hub: each "
+            "task's own dataset on the Hub."
         ),
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Output folder. Default: runs/evaluation/<model>.")] = None,
     against: Annotated[
-        str | None, typer.Option(help="Compare with another model, or with the output folder of an evaluation.")
+        str | None,
+        typer.Option(help="Another model to evaluate and compare with, or the output folder of its evaluation."),
     ] = None,
 ) -> None:
     """Score a model on benchmarks.
+
+    Give --model, --tasks and --data.
 
     On several GPUs: torchrun --nproc_per_node 8 -m sq_llava evaluate ...
     """
@@ -100,7 +104,7 @@ def _judge_settings(judge: dict) -> JudgeSettings | None:
     if judge["model"] is not None:
         return JudgeSettings(**judge)
     if judge["base_url"] is not None:
-        raise ValueError("--judge-base-url needs --judge-model: the name of the model on that server.")
+        raise ValueError("--judge-base-url needs --judge-model, the name of the model on that server.")
     return None
 
 
@@ -109,7 +113,7 @@ def _run_and_show(evaluation, against: str | None) -> bool:
     Evaluates, and prints the results.
 
     Returns:
-        Whether every example has an answer (and a grade, if there is a judge), also for `against`.
+        `True` if every example has an answer, and with a judge also a grade. The same must hold for `against`.
     """
     from sq_llava.evaluation.comparison import check_comparable, compare
     from sq_llava.evaluation.run import evaluate as run
@@ -119,7 +123,7 @@ def _run_and_show(evaluation, against: str | None) -> bool:
         check_comparable(other, evaluation)
     elif other is not None:
         other = evaluation.out / "against"
-        # Both share the judge's answers: its limits hold for both together, and no question is asked twice.
+        # Both models share one folder of the judge's answers: the limits hold for both together.
         others_results = run(replace(evaluation, model=against, out=other, judge_folder=evaluation.out))
     results = run(evaluation)
     if not results:  # a process other than the first
@@ -148,7 +152,9 @@ def show(results) -> None:
 def show_differences(differences, out: Path) -> None:
     """Prints the differences between this run and the one it is compared with."""
     for task in dict.fromkeys(each.task for each in differences):
-        table = _table(f"{task}, compared with the other", "other", "this run", "difference", "95%", "num")
+        table = _table(
+            f"{task}, compared with the other", "other", "this run", "difference", "95% interval", "examples"
+        )
         for each in differences:
             if each.task == task:
                 values = (f"{each.first:.4f}", f"{each.second:.4f}", f"{each.difference:+.4f}")
@@ -172,7 +178,7 @@ def _show_what_is_missing(results, out: Path | None) -> bool:
     Prints what is missing in the results.
 
     Returns:
-        Whether the results are complete. Without a judge, grades are not counted as missing.
+        `True` if the results are complete. Without a judge, no grade is missing.
     """
     is_whole = True
     for result in results:
@@ -180,8 +186,8 @@ def _show_what_is_missing(results, out: Path | None) -> bool:
             messages_console.print(f"{out}, {result.task}: {result.missing}", markup=False, soft_wrap=True)
         if result.num_unjudged:
             messages_console.print(
-                f"[red]{result.task}: {result.num_unjudged} of {result.num} answers have no grade[/red] and do not "
-                f"count in the metrics: see judge_error in {escape(str(out / result.task / 'examples.jsonl'))}.",
+                f"[red]{result.task}: {result.num_unjudged} of {result.num} answers have no grade[/red] and no metric "
+                f"counts them: see judge_error in {escape(str(out / result.task / 'examples.jsonl'))}.",
                 soft_wrap=True,
             )
         if result.num_failed:
@@ -224,7 +230,7 @@ def evaluate_questions(
 ) -> None:
     """Measure the questions that a model asks.
 
-    How varied they are, of which types, whether they need the image, and whether they fit it.
+    The report shows their variety and types, and how many need the image and fit it.
     """
     with errors_in_one_line():
         check_asking(**settings)
@@ -238,5 +244,7 @@ def evaluate_questions(
         console.print_json(data=figures)
         messages_console.print(f"Wrote {out}", soft_wrap=True)
         if figures["num_failed"]:
-            messages_console.print(f"[red]{figures['num_failed']} images failed[/red]: see error in asked-*.jsonl.")
+            messages_console.print(
+                f"[red]{figures['num_failed']} images failed[/red]: see error in {out}/asked-*.jsonl."
+            )
             raise typer.Exit(1)

@@ -16,7 +16,7 @@ from sq_llava.resumable.run_note import command_line
 
 
 REPAIR = "Repair of the descriptions (needs --repair-model)"
-# Settings that the repair shares with the server that describes.
+# Settings of the describing server that also apply to the repairing one.
 SHARED = ("temperature", "max_tokens", "concurrency", "timeout")
 
 app = typer.Typer()
@@ -44,18 +44,18 @@ def curate(
         OptionsOf(ChatSettings, "repair", panel=REPAIR, without=(*SHARED, "base_url", "image_tokens"), model=None),
     ],
     repair_base_url: Annotated[
-        str | None, typer.Option(help="URL of its server, up to /v1. Default: --base-url.", rich_help_panel=REPAIR)
+        str | None, typer.Option(help="URL of the server for repairs. Default: --base-url.", rich_help_panel=REPAIR)
     ] = None,
     describer: Annotated[
-        str | None, typer.Option(help="SQ-LLaVA folder or Hub id that describes. On a server, use --model instead.")
+        str | None, typer.Option(help="SQ-LLaVA that describes: folder or Hub id. For a model on a server: --model.")
     ] = None,
     prompts: PromptFolder = PROMPTS / "curate",
     shard: ShardOption = None,
     dry_run: DryRun = False,
 ) -> None:
-    """Make detailed descriptions from images.
+    """Make detailed descriptions of images.
 
-    They are continued, repaired, filtered, and checked by a person.
+    A model describes each image. Another model can repair the texts. Rules filter them, and a person checks them.
     """
     with errors_in_one_line():
         _check_curation(settings, local, server, describer, prompts)
@@ -81,7 +81,9 @@ def curate(
             shared = {name: server[name] for name in SHARED} | {"base_url": repair_base_url or server["base_url"]}
             repairs = Repairer(client({**repair, **shared, "option_prefix": "--repair-"}, "repairs.jsonl"), texts)
         if dry_run:
-            for name, estimate in curating.estimate(run, looks, repairs).items():
+            num_images, num_left, estimates = curating.estimate(run, looks, repairs)
+            console.print(f"{num_left:,} of {num_images:,} images are not described yet.", highlight=False)
+            for name, estimate in estimates.items():
                 console.print(f"{name}:", highlight=False, markup=False)
                 print_estimate(estimate)
             return

@@ -27,7 +27,7 @@ SERVER = "Server"
 ShardOption = Annotated[
     str | None, typer.Option("--shard", help="i/n: process only part i of n of the input. All parts share one --out.")
 ]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Only print how much is left to do, and its cost.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Only print how much is left to do, and what it costs.")]
 
 app = typer.Typer()
 
@@ -72,7 +72,7 @@ def llava(
 
 @app.command(epilog=examples("sq-llava generate-data prompts llava my-prompts"))
 def prompts(
-    method: Annotated[str, typer.Argument(help="Method whose prompts are copied, e.g. llava.", show_default=False)],
+    method: Annotated[str, typer.Argument(help="llava, captions, curate or self.", show_default=False)],
     folder: Annotated[Path, typer.Argument(help="New folder.", show_default=False)],
 ) -> None:
     """Copy the prompts and examples of a method, to edit them.
@@ -93,7 +93,7 @@ def prompts(
     epilog=examples(
         "python -m spacy download en_core_web_sm",
         "sq-llava generate-data captions cc3m.jsonl --image-root images --spacy-model en_core_web_sm --out chosen",
-        "On several machines, each with a part of the input. The last one to finish chooses the captions:",
+        "On several machines, each with a part of the input. The last to finish chooses the captions:",
         "sq-llava generate-data captions cc3m.tsv --image-root images --spacy-model en_core_web_sm --out /shared/cc3m "
         "--shard 3/8",
     )
@@ -106,7 +106,7 @@ def captions(
 ) -> None:
     """Make stage 1 data from captions.
 
-    LLaVA's filter by noun phrases chooses captions, and each one gets an instruction.
+    LLaVA's filter by noun phrases chooses the captions. Each gets an instruction.
     """
     with errors_in_one_line():
         require_file(settings["captions"], "The captions")
@@ -137,7 +137,7 @@ def captions(
 
 
 def end_run(out: Path, num_failed: int, num_open: int, stopped: str | None) -> None:
-    """Prints how a run ended. Exit code 1: some requests failed or are still open; 130: stopped by Ctrl-C."""
+    """Prints how a run ended. Exit code 1: some requests failed or are not done; 130: stopped by Ctrl-C."""
     messages_console.print(f"Wrote {out}", markup=False, soft_wrap=True)
     if num_failed:
         place = escape(f"{out}/failures*.jsonl")
@@ -145,7 +145,7 @@ def end_run(out: Path, num_failed: int, num_open: int, stopped: str | None) -> N
             f"[red]{num_failed:,} failed[/red]: see {place}. Run the same command again to retry them.", soft_wrap=True
         )
     if stopped is not None:
-        messages_console.print(f"{num_open:,} are open: {stopped}", markup=False, soft_wrap=True)
+        messages_console.print(f"{num_open:,} are not done: {stopped}", markup=False, soft_wrap=True)
     if num_failed or num_open or stopped is not None:
         raise typer.Exit(STOPPED if stopped == INTERRUPTED else 1)
 
@@ -153,8 +153,9 @@ def end_run(out: Path, num_failed: int, num_open: int, stopped: str | None) -> N
 def print_estimate(estimate) -> None:
     """Prints how many requests a run would still send, and their cost."""
     cost = f", with a cost of up to {estimate.cost:,.2f}" if estimate.cost else ""
+    requests = "1 request" if estimate.num_requests == 1 else f"{estimate.num_requests:,} requests"
     console.print(
-        f"{estimate.num_requests:,} requests, about {estimate.prompt_tokens:,} prompt tokens and at most "
+        f"{requests}, about {estimate.prompt_tokens:,} prompt tokens and at most "
         f"{estimate.completion_tokens:,} answer tokens{cost}. Nothing was sent.",
         highlight=False,
         soft_wrap=True,

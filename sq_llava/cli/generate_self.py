@@ -43,7 +43,7 @@ def generate_self(
     shard: ShardOption = None,
     dry_run: DryRun = False,
 ) -> None:
-    """Make conversations from images: a SQ-LLaVA asks and answers.
+    """Make conversations about images: an SQ-LLaVA asks and answers.
 
     Turns that pass the filters are kept.
     """
@@ -64,7 +64,7 @@ def generate_self(
         if dry_run:
             num_images, num_left, estimate = self_generation.estimate(run)
             console.print(
-                f"{num_left:,} of {num_images:,} images are still open, with {run.ask.num_questions} questions each."
+                f"{num_left:,} of {num_images:,} images are left, with {run.ask.num_questions} questions each."
             )
             if estimate is not None:
                 print_estimate(estimate)

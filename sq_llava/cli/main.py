@@ -1,12 +1,12 @@
 """The `sq-llava` command.
 
-    sq-llava ask image.png --model runs/demo/model -n 5
-    sq-llava answer image.png "what color is the shape?" --model runs/demo/model
+    sq-llava ask runs/demo/images/test/images/0.png --model runs/demo/model -n 5
+    sq-llava answer runs/demo/images/test/images/0.png "what color is the shape?" --model runs/demo/model
     sq-llava serve runs/demo/model
     sq-llava COMMAND --help
 
-Results go to standard output, progress and errors to standard error. Exit codes: 0 success; 1 wrong input (`doctor`:
-errors in the data; `inspect`: a broken checkpoint); 2 wrong usage; 130 stopped by Ctrl-C.
+Results go to standard output, progress and errors to standard error. Exit codes: 0 success; 1 wrong input or
+incomplete results (`doctor`: errors in the data; `inspect`: broken checkpoint); 2 wrong usage; 130 stopped by Ctrl-C.
 """
 
 from typing import Annotated

@@ -1,8 +1,8 @@
-"""Options of commands from the fields of dataclasses, and how a command loads a model.
+"""Makes command options from the fields of dataclasses, and loads the model of a command.
 
     @dataclass(frozen=True)
     class AskSettings:
-        num_questions: Annotated[int, Option("-n", min=1, help="Questions about each image.")] = 4
+        num_questions: Annotated[int, Option("-n", min=1, help="Number of questions for each image.")] = 4
 
     @app.command()
     @takes_options
@@ -31,7 +31,7 @@ from sq_llava.locations import find_config
 
 class OptionsOf:
     """
-    Annotates a parameter of a command. The parameter is a dictionary of the values given for a dataclass's fields.
+    Marks a parameter of a command that takes the options of a dataclass. Its value is a dictionary: field -> value.
 
     Args:
         settings (`type`): The dataclass.
@@ -106,8 +106,12 @@ class ModelOptions:
     model: Annotated[str, Option("-m", help="Checkpoint or adapter folder, or a Hub id.")]
     device: Device = None
     dtype: Dtype = "auto"
-    load_in_4bit: Annotated[bool, Option(help="Load both towers in 4 bits, with bitsandbytes.")] = False
-    load_in_8bit: Annotated[bool, Option(help="Load both towers in 8 bits, with bitsandbytes.")] = False
+    load_in_4bit: Annotated[bool, Option(help="Load vision tower and language model in 4 bits (bitsandbytes).")] = (
+        False
+    )
+    load_in_8bit: Annotated[bool, Option(help="Load vision tower and language model in 8 bits (bitsandbytes).")] = (
+        False
+    )
 
 
 Model = Annotated[dict, OptionsOf(ModelOptions)]
@@ -118,7 +122,7 @@ AsJson = Annotated[bool, Option("--json", help="Print the result as JSON.")]
 
 
 def quiet_libraries() -> None:
-    """Turns off the messages and progress bars of transformers, so that only the command's own are shown."""
+    """Turns off the messages and progress bars of transformers. The command has its own."""
     from transformers.utils import logging
 
     logging.set_verbosity_error()

@@ -53,7 +53,7 @@ def prototypes(
     out: Annotated[Path, typer.Option(help="PNG file to write.", show_default=False)],
     top: Annotated[int | None, typer.Option(min=1, help="Show only the N largest prototypes.")] = None,
 ) -> None:
-    """Paint a picture of the prototypes: each image token gets the colour of its prototype."""
+    """Colour an image by its prototypes: each image token gets the colour of its prototype."""
     with errors_in_one_line():
         if out.suffix.lower() != ".png":
             raise ValueError(f"--out {out}: the file name must end in .png.")
@@ -73,5 +73,7 @@ def prototypes(
         paint(picture, seen, chosen).save(out)
         for rank, prototype in enumerate(chosen):
             red, green, blue = colour_of_rank(rank)
-            console.print(f"[rgb({red},{green},{blue})]■[/] prototype {prototype}: {seen.shares[prototype]:.1%}")
+            console.print(
+                f"[rgb({red},{green},{blue})]■[/] prototype {prototype}: {seen.shares[prototype]:.1%} of the image"
+            )
     messages_console.print(f"Wrote {out}", markup=False, soft_wrap=True)

@@ -96,7 +96,7 @@ def recipes(context: typer.Context) -> None:
 def copy(
     name: Annotated[
         str,
-        typer.Argument(help="A recipe or a folder of recipes from the list, e.g. sq-llava-7b.", show_default=False),
+        typer.Argument(help="Name of a recipe or of a folder of recipes, e.g. sq-llava-7b.", show_default=False),
     ],
     folder: Annotated[Path, typer.Argument(help="Folder to copy to.")] = Path("recipes"),
 ) -> None:

@@ -33,7 +33,7 @@ def serve(
     ] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on.")] = 8000,
     model_name: Annotated[
-        str | None, typer.Option(help="Name of the model for clients. Default: the folder's name.")
+        str | None, typer.Option(help="Name of the model for clients. Default: folder name or Hub id.")
     ] = None,
     api_key_env: Annotated[
         str | None, typer.Option(help="Name of the environment variable with the key that clients must send.")
@@ -45,11 +45,11 @@ def serve(
     max_megapixels: Annotated[
         float,
         typer.Option(
-            min=0.001, help="Maximum megapixels of all images in a request, as squares.", rich_help_panel=LIMITS
+            min=0.001, help="Maximum megapixels of all images in a request, padded to squares.", rich_help_panel=LIMITS
         ),
     ] = 64.0,
 ) -> None:
-    """Serve a model to OpenAI clients, with images, at http://HOST:PORT/v1."""
+    """Start an OpenAI-compatible server, with images, at http://HOST:PORT/v1."""
     with errors_in_one_line():
         api_key = _read_key(api_key_env)
         check_model_options(model, **loading)

@@ -72,7 +72,7 @@ def answer(
     batch_size: BatchSize = 8,
     as_json: AsJson = False,
 ) -> None:
-    """Answer a question about images, greedily."""
+    """Answer a question about images, with greedy decoding."""
     with errors_in_one_line():
         files, assistant = _open(images, model)
 
@@ -85,7 +85,7 @@ def answer(
 
 
 def _open(images: list[Path], model: dict):
-    """Checks the images and the model, the cheap checks first. Returns the image files and an [`Assistant`]."""
+    """Returns the image files and an [`Assistant`], after checks of both. The fast checks come first."""
     files = find_images(images)
     check_model_options(**model)
     from sq_llava.data.images import require_whole_images
@@ -148,8 +148,8 @@ def chat(
 ) -> None:
     """Chat about an image.
 
-    /ask: the model asks itself a question and answers it. /new: start over. /quit: end.
-    Ctrl-C stops an answer: that turn is then dropped.
+    /ask: the model (vusr) asks itself a question and answers it. /new: start over. /quit: end.
+    Ctrl-C stops an answer and drops that turn.
     """
     with errors_in_one_line():
         require_image(image)
@@ -159,7 +159,7 @@ def chat(
     from sq_llava.inference.dialogues import Dialogues
 
     console.print(
-        "Ask about the image. /ask: the model asks itself a question. /new: start over. /quit: end. "
+        "Ask about the image. /ask: the model (vusr) asks itself a question. /new: start over. /quit: end. "
         "Ctrl-C: stop an answer.",
         style="dim",
     )

@@ -5,7 +5,7 @@
     >>> [fault.code for fault in image_faults("dance.gif")]  # reads header and last bytes; decodes no pixels
     ['image_animated']
 
-`to_rgb` converts an image to 8-bit RGB. It stands in `image_processing_sq_llava.py`, which is saved with every
+`to_rgb` converts an image to 8-bit RGB. It is in `image_processing_sq_llava.py`, which is saved with every
 checkpoint. This module adds what a dataset needs: a name for each image in errors, and a list of its faults.
 """
 
@@ -33,14 +33,14 @@ CHAT_SIDE, CHAT_QUALITY = 1024, 90
 @dataclass(frozen=True)
 class Fault:
     """
-    One remark about a row or an image.
+    Something wrong or unusual in a row or an image.
 
     Args:
         code (`str`): Short name of the kind of fault. `docs/data.md` lists all codes.
         message (`str`): What is wrong.
         fix (`str`): What to do about it.
-        level (`str`): "error" (the row cannot be used for training), "warning" (it can, but the result is probably not
-            what its author wanted) or "info" (it is unusual, and handled).
+        level (`str`): "error" (the row cannot be used for training), "warning" (it can, but it probably does not say
+            what its author wanted) or "info" (it is unusual, but supported).
     """
 
     code: str
@@ -79,7 +79,7 @@ def open_image(
 
 
 def chat_part(image: str | Path | dict[str, Any] | Image.Image) -> dict[str, Any]:
-    """Returns the message part with which an OpenAI-compatible server gets the image."""
+    """Returns the message part that holds the image for an OpenAI-compatible server."""
     return {"type": "image_url", "image_url": {"url": jpeg_data_url(open_image(image), CHAT_SIDE, CHAT_QUALITY)}}
 
 
@@ -172,7 +172,7 @@ def image_faults(image: str | Path | dict[str, Any]) -> Iterator[Fault]:
 
 def require_whole_images(images: list[Path]) -> None:
     """
-    Checks images by [`image_faults`].
+    Checks images with [`image_faults`].
 
     Raises:
         ValueError: for the first image that has an error.
@@ -192,9 +192,9 @@ def _read_header(image: str | Path | dict[str, Any], name: str) -> tuple[list[Fa
             return [Fault("image_empty", f"{name} is an empty file.", "Restore the file.")], True
         stream.seek(0)
         begin = stream.read(8)
-        claimed = int.from_bytes(begin[4:], "little") + 8 if begin.startswith(b"RIFF") else 0  # WebP
-        if claimed > num_bytes:
-            message = f"{name} has {num_bytes} bytes, but its header says {claimed}."
+        declared = int.from_bytes(begin[4:], "little") + 8 if begin.startswith(b"RIFF") else 0  # WebP
+        if declared > num_bytes:
+            message = f"{name} has {num_bytes} bytes, but its header says {declared}."
             return [Fault("image_truncated", message, "Restore the file.")], True
         stream.seek(-min(num_bytes, 12), io.SEEK_END)
         end = stream.read()
@@ -208,7 +208,7 @@ def _read_header(image: str | Path | dict[str, Any], name: str) -> tuple[list[Fa
 
 
 def _unusual(file: Image.Image, orientation: int, name: str) -> Iterator[Fault]:
-    if getattr(file, "is_animated", False):  # Pillow: "if defined"
+    if getattr(file, "is_animated", False):  # not every format has this attribute
         yield Fault("image_animated", f"{name} has several frames.", "The first frame is used.", "info")
     if file.mode == "CMYK":
         yield Fault("image_cmyk", f"{name} is CMYK.", "It is converted to RGB.", "info")

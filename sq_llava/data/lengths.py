@@ -4,12 +4,12 @@
     >>> rows[0]["length"]  # row 0 never has more tokens than this
     812
 
-In each epoch, other turns become self-questions. A turn has other tokens as a self-question (`[vusr] text</s>`) than
-as a user's turn (` USER: text`). Each exchange (a question and its answer) ends with the end-of-sequence token. No
+Different turns become self-questions in each epoch. A turn has different tokens as a self-question (`[vusr] text</s>`)
+and as a user's turn (` USER: text`). Each exchange (a question and its answer) ends with the end-of-sequence token. No
 text may contain that token, and no other token crosses it, so the tokens of a row are the sum of the tokens of its
 exchanges. Two counts are enough to find the largest number: one with no turn drawn, one with all turns drawn.
 
-What it does not do: read images. Each image has `image_seq_length` tokens.
+No image is read: each has `image_seq_length` tokens.
 """
 
 import hashlib
@@ -66,7 +66,7 @@ def prefix_lengths(processor: SQLlavaProcessor, conversations: list[list[dict]],
 
 def kept_exchanges(lengths: np.ndarray, max_length: int, row_id: int | str | None) -> int:
     """
-    Returns how many exchanges of a row fit into `max_length`. The others are cut off at its end.
+    Returns how many exchanges of a row fit into `max_length`. The later ones are cut off.
 
     Args:
         lengths (`np.ndarray` of shape `(num_exchanges,)`): From [`prefix_lengths`].
@@ -120,7 +120,7 @@ class LengthBound:
         return bounds
 
     def _of_prefixes(self, conversations: list[list[dict]]) -> list[tuple[np.ndarray, np.ndarray]]:
-        """Returns, for each conversation, fewest and most tokens of its first exchange, its first two, and so on."""
+        """Returns, for each conversation, the fewest and most tokens of its first exchange, first two, and so on."""
         if self.plain:
             return [(lengths, lengths) for lengths in prefix_lengths(self.processor, conversations, plain=True)]
         ratio = float(self.self_question_ratio > 0)
@@ -168,7 +168,7 @@ def with_length_bounds(rows: datasets.Dataset, bound: LengthBound, num_proc: int
     """
     Replaces the estimated `length` of each row by the largest number of tokens that it can have.
 
-    The counts are kept in the cache of `datasets`. They are made again when the data, the tokenizer, its chat
+    The counts are kept in the cache of `datasets`. They are computed again when the data, the tokenizer, its chat
     template, `max_length` or the choice of rows changes.
 
     Args:
@@ -213,7 +213,7 @@ def _fingerprint(places: datasets.Dataset, reader: RowReader, bound: LengthBound
 
 
 def _identity(source: JsonFile | Table) -> str:
-    """Returns a text that changes with the data. Of a JSON file it has size and time: reading it would be slow."""
+    """Returns a text that changes with the data: path, size and time of a JSON file, which would be slow to read."""
     if isinstance(source, Table):
         return source.dataset._fingerprint
     stat = os.stat(source.path)

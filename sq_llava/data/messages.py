@@ -20,7 +20,7 @@ def place_images(images, messages: str | list[dict], opened: dict[Hashable, Imag
 
     Args:
         images: One image, a list of images, or `None`; each as [`open_image`] takes it. They fill the image parts that
-            hold no image. If the messages have no image parts, the images begin the first user turn.
+            hold no image. If the messages have no image parts, the images go to the front of the first user turn.
         messages (`str` or `list[dict]`): A question, or messages with `role` and `content` (text or parts).
         opened (`dict`, *optional*): Cache of opened images by [`image_key`]. New images are added to it.
 

@@ -10,8 +10,8 @@ from heapq import heapify, heappop, heappush
 import numpy as np
 
 
-# Largest and smallest number of rows that are packed together. A larger window fills the packs better. But a window of
-# nearly all rows makes nearly the same packs in each epoch, so a small dataset is divided into four windows.
+# Largest and smallest window: the number of rows that are packed together. A larger window fills the packs better. But
+# a window of nearly all rows makes nearly the same packs in each epoch, so a small dataset is split into four windows.
 LARGEST_WINDOW, SMALLEST_WINDOW = 512, 64
 
 
@@ -55,7 +55,7 @@ def split_packs(packs: list[list[int]], count: int) -> list[list[int]]:
     heapify(largest)
     while len(packs) < count:
         _, number = heappop(largest)
-        # Rows are sorted from long to short: every second row makes halves of like length.
+        # Rows are sorted from long to short. Taking every second row gives two halves of similar length.
         packs[number], half = packs[number][::2], packs[number][1::2]
         packs.append(half)
         heappush(largest, (-len(packs[number]), number))

@@ -18,10 +18,11 @@ The images are in the field `image` or `images`, or in the parts: `{"type": "ima
 `base64`, `bytes`), or OpenAI's `{"type": "image_url", "image_url": {"url": ...}}`. An image is a path, bytes, base64
 (with or without `data:image/png;base64,`), or an undecoded `datasets.Image`. `None` means the same as an absent field,
 because Arrow writes `None` there. A single `<image>` in a text is moved to the front of its turn. If no turn has an
-`<image>` or an image part, the images begin the first question, as in TRL. LLaVA's `from` + `value` needs `<image>`.
+`<image>` or an image part, the images go to the front of the first question, as in TRL. LLaVA's `from` + `value` needs
+`<image>`.
 
 Videos, audio, the image tags of other models, and fields that change what is trained, are faults. They are never read
-as text and never ignored. What it does not do: check the order of turns and the paths (`sq_llava/data/rows.py`).
+as text and never ignored. `sq_llava/data/rows.py` checks the order of turns and the paths.
 """
 
 import base64
@@ -79,7 +80,7 @@ _TRAINER_FIELDS = {
     ),
     **dict.fromkeys(("thinking", "rejected_response", "chosen", "rejected"), (False,)),
 }
-# First characters of PNG, JPEG, GIF, WebP, TIFF and BMP in base64. Below: a longer text than this is no path.
+# First characters of PNG, JPEG, GIF, WebP, TIFF and BMP in base64. A text longer than `_LONGEST_PATH` is no path.
 _BASE64_BEGINNINGS = ("iVBORw0KGgo", "/9j/", "R0lGOD", "UklGR", "SUkq", "TU0AK", "Qk0", "Qk1", "Qk2", "Qk3")
 _SHORTEST_BASE64, _LONGEST_PATH = 64, 1024
 _BASE64 = re.compile(r"[A-Za-z0-9+/\s]+={0,2}\s*")
@@ -115,7 +116,7 @@ _shown.maxlevel, _shown.maxdict, _shown.maxlist, _shown.maxother = 4, 6, 4, 60
 
 
 def shown(value: Any) -> str:
-    """Returns a short text of a value for an error. Bytes and base64 of images are left out."""
+    """Returns a short form of a value for errors, without the bytes or base64 of images."""
     return _shown.repr(value)
 
 
@@ -207,7 +208,7 @@ def _turn_fault(turn: dict, keys: tuple[str, str]) -> Fault | None:
 
 
 def _field_fault(name: str, value: Any, has_images: bool = False) -> Fault | None:
-    """Returns the fault of an unknown field if it holds media or changes the training; otherwise it may be ignored."""
+    """Returns the fault of an unknown field that holds media or changes the training; `None` if it may be ignored."""
     if name in _TRAINER_FIELDS:
         if value in (None, "", [], {}, *_TRAINER_FIELDS[name]):
             return None
@@ -226,8 +227,8 @@ def _field_fault(name: str, value: Any, has_images: bool = False) -> Fault | Non
 
 class _Reader:
     """
-    Reads the turns of one row. `slots` has an item for each image part: its image, or `None` if that is in the field
-    `image` or `images`.
+    Reads the turns of one row. `slots` has an item for each image part: its image, or `None` if the image is in the
+    field `image` or `images`.
     """
 
     def __init__(self, layout: str, raw: dict):

@@ -11,12 +11,12 @@ becomes
         {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What animal is this?"}]},
         {"role": "assistant", "content": [{"type": "text", "text": "A dog."}]}]}
 
-and the chat template makes of it the text that `sq_llava/training/collator.py` shows. A single `<image>` is moved to
-the front of its turn, as in LLaVA. Several of them in one turn stay in their places. `image` may be a path, a list, or
+`sq_llava/data/self_questions.py` shows the text that the chat template makes from such messages. A single `<image>` is
+moved to the front of its turn, as in LLaVA. Several in one turn stay where they are. `image` may be a path, a list, or
 absent. `docs/data.md` shows the other layouts, the kinds of files, and how a recipe mixes several sources.
 
-Memory stays small: of a JSON file only the position of each row is kept, tables are mapped from disk, and images are
-opened when a batch is made. What it does not do: check image files and lengths (`sq_llava/doctor/check.py`).
+Memory stays small: only the positions of the rows of a JSON file are kept, tables are mapped from disk, and images are
+opened when a batch is made. `sq_llava/doctor/check.py` checks image files and lengths.
 """
 
 import os
@@ -36,7 +36,7 @@ from sq_llava.data.row_layouts import IMAGE_PART, is_unicode, normalize, shown
 from sq_llava.data.sources import DataSource, JsonFile, Table, image_root_of, open_source
 
 
-# A rough estimate for English text in JSON under Llama's tokenizer. It serves to group rows of like length.
+# A rough estimate for English text in JSON with Llama's tokenizer, used to group rows of similar length.
 BYTES_PER_TOKEN = 4
 
 
@@ -46,7 +46,7 @@ def load_rows(sources: list[DataSource], seed: int = 0, image_seq_length: int = 
 
     Args:
         sources (`list[DataSource]`): At least one.
-        seed (`int`): Random seed; draws the rows of a source that gives only a part of them.
+        seed (`int`): Random seed for choosing rows, where a source gives only a part of its rows.
         image_seq_length (`int`): Tokens of one image, for `length`.
 
     Returns:
@@ -54,8 +54,8 @@ def load_rows(sources: list[DataSource], seed: int = 0, image_seq_length: int = 
         (int, estimated tokens) and `num_images` (int).
 
     Raises:
-        ValueError: for a source that cannot be opened. Reading a wrong row raises it too, and says file, row, id,
-            field, value and what to do.
+        ValueError: for a source that cannot be opened. Reading a row with an error raises it, too. The message names
+            file, row, id, field and value, and says what to do.
     """
     if not sources:
         raise ValueError("There is no data: set dataset_path or datasets in the recipe.")
@@ -145,7 +145,7 @@ class RowReader:
 
 
 def with_instruction(messages: list[dict], instructions: list[str], index: int) -> list[dict]:
-    """Gives a row one of the `instructions` as its first question, if that has only images. `index` chooses which."""
+    """Adds one of the `instructions`, chosen by `index`, to a first question that has only images."""
     first = next((number for number, message in enumerate(messages) if message["role"] == "user"), None)
     if not instructions or first is None:
         return messages

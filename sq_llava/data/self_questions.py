@@ -29,7 +29,7 @@ def is_self_question(ratio: float, seed: int, epoch: int, row_id: int, turn: int
 
 
 def askable_turns(messages: list[dict]) -> dict[int, int]:
-    """Returns which turns may become self-questions: their number among the user turns, and their index."""
+    """Returns the turns that may become self-questions: number among the user turns -> index of the message."""
     has_image = [any(part["type"] == "image" for part in message["content"]) for message in messages]
     user_turns = [index for index, message in enumerate(messages) if message["role"] == "user"]
     if not any(has_image):

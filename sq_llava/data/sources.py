@@ -3,8 +3,8 @@
     >>> rows = open_source(DataSource("mix665k.json", image_root="images"))
     >>> rows[0]["id"]
 
-Of a JSON file only the position of each row is kept in memory. Tables are mapped from disk, with undecoded images.
-What it does not do: read the content of a row (`sq_llava/data/rows.py`).
+Only the positions of the rows of a JSON file are kept in memory. Tables are mapped from disk, with undecoded images.
+`sq_llava/data/rows.py` reads and checks the rows.
 """
 
 import json
@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import datasets
 import numpy as np
@@ -33,7 +33,7 @@ from sq_llava.data.row_layouts import (
 from sq_llava.locations import is_hub_id
 
 
-# Bytes of JSON read at a time, and the largest size of a row. A longer one is taken for broken JSON.
+# Bytes of JSON read at a time, and the largest size of a row. A larger row counts as broken JSON.
 WINDOW = 2**24
 MAX_ROW_BYTES = 2**26
 # Rows of a table read at a time. Few, because they may hold images.
@@ -51,12 +51,12 @@ class DataSource:
 
     Args:
         path (`str`): A `.json`, `.jsonl` or `.parquet` file; a folder of `save_to_disk`, or one that
-            `datasets.load_dataset` can load; or the id of a dataset on the Hub, which is downloaded completely. From a
+            `datasets.load_dataset` can load; or the id of a dataset on the Hub, which is downloaded completely. For a
             very large one, download a part and give its folder:
             `hf download org/name --repo-type dataset --include "data/train-0000*" --local-dir DIR`.
         image_root (`str`, *optional*): Folder of the images. Image paths are relative to it and must stay inside it.
             Default: the folder of `path`. A dataset of the Hub needs it only if its rows hold paths of images.
-        split (`str`, *optional*): Required if the dataset has several splits; also a part, such as "train[:10%]".
+        split (`str`, *optional*): A split, or a part of one such as "train[:10%]". Required if there are several.
         name (`str`, *optional*): Configuration (subset). Required if the dataset has several.
         revision (`str`, *optional*): Branch, tag or commit on the Hub.
         weight (`float`, *optional*): How often each row is used in an epoch. With 0.5, half of the rows are used,
@@ -90,7 +90,7 @@ class JsonFile:
     Attributes:
         offsets, sizes (`np.ndarray` of int64): Position and size of each row, in bytes.
         num_images (`np.ndarray` of int64): Number of images of each row.
-        text_bytes (`np.ndarray` of int64): Size of the text of each row; here of its JSON without images in base64.
+        text_bytes (`np.ndarray` of int64): Bytes of text in each row; here, of its JSON without base64 images.
         folder (`Path`): Default folder of the images.
         broken (`str` or `None`): The error that makes the rest of a `.json` file unreadable.
     """
@@ -154,48 +154,84 @@ def _scan_lines(path: str) -> Iterator[tuple[int, int, int, int]]:
 
 
 _SPACE = re.compile(r"[ \t\r\n]*")
-_EXPECTED = {"[": "expected [ (a file with one row per line must be named .jsonl)", ",]": "expected , or ]"}
 
 
 def _scan_list(path: str) -> Iterator[tuple[int, int, int, int]]:
-    """
-    Finds the rows of a JSON list without loading the list. Bytes are decoded as Latin-1, because then a character and
-    its byte have the same position. This gives wrong texts, but correct ends of rows.
-    """
-    decoder = json.JSONDecoder()
+    """Yields position, size and [`measure`] of each row of a JSON list, without loading the list."""
     with open(path, "rb") as stream:
-        start = len(BOM) if stream.read(len(BOM)) == BOM else 0
-        stream.seek(start)
-        text, at, wanted = stream.read(WINDOW).decode("latin-1"), 0, "["
+        window = _Window(path, stream)
+        delimiter = window.take("[", "expected [ (a file with one row per line must be named .jsonl)")
+        if window.peek() == "]":
+            delimiter = window.take("]")
+        while delimiter != "]":
+            yield window.take_row()
+            delimiter = window.take(",]", "expected , or ]")
+        end = window.position
+        if not window.is_at_end():
+            raise window.error(end, "there is text after the end of the list")
+
+
+class _Window:
+    """
+    A part of a JSON file that moves forward. Bytes are decoded as Latin-1, because then a character and its byte have
+    the same position. This gives wrong texts, but correct ends of rows.
+    """
+
+    def __init__(self, path: str, stream: BinaryIO):
+        self.path, self.stream, self.decoder = path, stream, json.JSONDecoder()
+        # `text` begins at byte `start` of the file. Its characters before `at` are done.
+        self.text, self.at = "", 0
+        self.start = len(BOM) if stream.read(len(BOM)) == BOM else 0
+        stream.seek(self.start)
+
+    @property
+    def position(self) -> int:
+        return self.start + self.at
+
+    def read_on(self) -> bool:
+        """Moves the window forward. Returns `False` at the end of the file, or if a row would be too large."""
+        rest = self.text[self.at :]
+        more = self.stream.read(max(WINDOW, len(rest))) if len(rest) < MAX_ROW_BYTES else b""
+        self.text, self.start, self.at = rest + more.decode("latin-1"), self.position, 0
+        return bool(more)
+
+    def is_at_end(self) -> bool:
+        """Skips white space. Returns whether the file ends there."""
         while True:
-            at = _SPACE.match(text, at).end()
+            self.at = _SPACE.match(self.text, self.at).end()
+            if self.at < len(self.text):
+                return False
+            if not self.read_on():
+                return True
+
+    def peek(self) -> str:
+        """Returns the next character after white space."""
+        if self.is_at_end():
+            raise self.error(self.position, "the list is not closed")
+        return self.text[self.at]
+
+    def take(self, wanted: str, message: str = "") -> str:
+        """Takes the next character, which must be one of `wanted`."""
+        if self.peek() not in wanted:
+            raise self.error(self.position, message)
+        self.at += 1
+        return self.text[self.at - 1]
+
+    def take_row(self) -> tuple[int, int, int, int]:
+        """Takes the next JSON value. Returns its position, its size, and [`measure`] of it."""
+        self.peek()
+        begin = self.position
+        while True:
             try:
-                if wanted != "row":
-                    if text[at] not in wanted:
-                        raise json.JSONDecodeError(_EXPECTED[wanted], text, at)
-                    if text[at] == "]":
-                        rest = (text[at + 1 :] + stream.read(WINDOW).decode("latin-1")).strip()
-                        if rest:
-                            raise ValueError(
-                                f"{_line_of(path, start + at + 1)}: there is text after the end of the list"
-                            )
-                        return
-                    at, wanted, first = at + 1, "row", wanted == "["
-                    continue
-                if text[at] == "]" and first:
-                    wanted = ",]"
-                    continue
-                row, end = decoder.raw_decode(text, at)
-            except (IndexError, json.JSONDecodeError) as error:
-                more = stream.read(max(WINDOW, len(text) - at)) if len(text) - at < MAX_ROW_BYTES else b""
-                if not more:
-                    place = start + (error.pos if isinstance(error, json.JSONDecodeError) else len(text))
-                    what = error.msg if isinstance(error, json.JSONDecodeError) else "the list is not closed"
-                    raise ValueError(f"{_line_of(path, place)}: {what}") from error
-                text, start, at = text[at:] + more.decode("latin-1"), start + at, 0
-                continue
-            yield start + at, end - at, *measure(row)
-            at, wanted = end, ",]"
+                row, self.at = self.decoder.raw_decode(self.text, self.at)
+                return begin, self.position - begin, *measure(row)
+            except json.JSONDecodeError as error:
+                place = self.start + error.pos
+                if not self.read_on():
+                    raise self.error(place, error.msg) from error
+
+    def error(self, place: int, message: str) -> ValueError:
+        return ValueError(f"{_line_of(self.path, place)}: {message}")
 
 
 def _line_of(path: str, place: int) -> str:
@@ -216,13 +252,13 @@ class Table:
 
     def __init__(self, dataset: datasets.Dataset, path: str, folder: Path):
         self.path, self.folder = path, folder
-        # The Arrow format leaves images undecoded. Casting the image columns instead would copy all images of lists.
+        # The Arrow format leaves images undecoded. Casting the image columns would copy all images in lists.
         self.dataset = dataset.with_format("arrow")
         columns = dataset.column_names
         if recognize(dict.fromkeys(columns, True)) is None:
             raise ValueError(f"{path}: the columns are {', '.join(columns)}: this is no known layout. {EXPECTED}")
         texts = [name for name in columns if name in TEXT_FIELDS]
-        # Counting images is fast once the images and texts are replaced by marks of their presence.
+        # To count images fast, images and texts are first replaced by `True` or null.
         images = [name for name in columns if name in IMAGE_FIELDS]
         if any(_holds_parts(self.dataset.data.schema.field(name)) for name in texts):
             images += texts
@@ -362,7 +398,7 @@ def _refuse(source: DataSource, what: str, *fields: str) -> None:
 
 def _complain(source: DataSource, load: Callable[[], Any]) -> Any:
     """
-    Calls `load`.
+    Calls `load`, and shortens its errors.
 
     Raises:
         ValueError: with the error of `datasets` in one line.

@@ -9,7 +9,7 @@
 image. This module adds the checks that need the processor or other rows, and runs all checks in several processes.
 `docs/data.md` lists the codes of all faults.
 
-What it does not do: decode the pixels of an image whose header and last bytes are fine; judge what a text says.
+The pixels of an image whose header and last bytes are fine are not decoded. The meaning of a text is not judged.
 """
 
 import multiprocessing
@@ -122,7 +122,7 @@ class DataCheck:
         self.opened = [open_source(source) for source in self.sources]
         self.image_roots = [image_root_of(source, rows) for source, rows in zip(self.sources, self.opened)]
         self._markers = [] if self.plain else [self.processor.user_marker, self.processor.assistant_marker]
-        # A text without any of these characters has no control token. That is quick to see, and true for most.
+        # A text without any of these characters has no control token. This fast test is enough for most texts.
         self._first_characters = {token[0] for token in self.processor.control_tokens}
 
     def check_rows(self, source: int, indices: Sequence[int]) -> list[CheckedRow]:
@@ -170,7 +170,7 @@ class DataCheck:
         texts = ["".join([part["text"] for part in m["content"] if part["type"] == "text"]) for m in messages]
         whole = "\n".join(texts)
         encoded = whole.encode()
-        # This test is faster than the regular expression, which few rows need.
+        # This test is faster than the regular expression, which only few rows need then.
         if b"\xc2" in encoded or len(encoded.translate(None, CONTROL_BYTES)) < len(encoded):
             for index, text in enumerate(texts):
                 if found := sorted(set(CONTROL_CHARACTER.findall(text))):
@@ -192,8 +192,8 @@ class DataCheck:
             if found := [marker for marker in self._markers if marker in text]:
                 yield Fault(
                     "role_marker",
-                    f"turn {index} has markers with which a turn begins in the prompt: {', '.join(map(repr, found))}.",
-                    "Make separate turns of them, or write them differently.",
+                    f"turn {index} has markers that begin a turn in the prompt: {', '.join(map(repr, found))}.",
+                    "Split the text into turns, or write the markers differently.",
                     "warning",
                 )
 
@@ -273,7 +273,7 @@ def _check_images(paths: Sequence[str]) -> list[list[Fault]]:
 
 @contextmanager
 def in_processes(check: DataCheck, num_proc: int) -> Iterator[Callable[[Callable, Iterable], Iterator]]:
-    """Provides a `map` over processes that know the check. The results come in the order of the tasks."""
+    """Provides a `map` over processes that each hold the check. The results come in the order of the tasks."""
     global _check
     if num_proc == 1:
         _check = check
@@ -313,7 +313,7 @@ def examine(check: DataCheck, progress: Progress, limit: int | None = None, num_
 
 
 def go_through(check: DataCheck, chosen: list[Sequence[int]], map_in_order: Callable, progress: Progress) -> Report:
-    """Checks these rows of each source, then each of their image files once."""
+    """Checks the chosen rows of each source, then each of their image files once."""
     tally = Tally(check, chosen)
     bar = progress.add_task("Rows", total=sum(map(len, chosen)))
     tasks = [
@@ -343,7 +343,7 @@ class Tally:
         self.check, self.chosen = check, chosen
         self.faults: dict[Place, list[Fault]] = {}
         self.first_of_id: list[dict[str, int]] = [{} for _ in check.sources]
-        # The rows that use an image file. The file is checked once.
+        # Image file -> the rows that use it. Each file is checked once.
         self.users: dict[str, list[Place]] = {}
         self.lengths: list[int] = []
         self.num_cut: list[int] = []

@@ -1,4 +1,4 @@
-"""Prints the result of a data check: findings, token lengths, three rows as training sees them. Writes a clean set.
+"""Prints the result of a data check: findings, token lengths, three rows as training sees them. Writes a clean copy.
 
     check = DataCheck([DataSource("mine.json", "images")], processor, max_length=2048)
     with Progress() as progress:
@@ -6,7 +6,7 @@
     print_report(report, Console())
     write_sound_rows(check, report, Path("clean"))
 
-What it does not do: check the data (`sq_llava/doctor/check.py`).
+The check itself is in `sq_llava/doctor/check.py`.
 """
 
 import json

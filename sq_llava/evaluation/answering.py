@@ -66,9 +66,9 @@ def answer_examples(
 
 def by_images(examples: Sequence[Example], prompts: dict[str, str]) -> list[Example]:
     """
-    Puts examples about the same images next to each other, because a batch processes their common beginning once. The
-    longest prompts come first, within a group and among groups, so that a lack of memory shows at once. Examples
-    without images come last.
+    Puts examples about the same images next to each other, because a batch processes their common prefix once. The
+    longest prompts come first, within a group and among groups, so that an out-of-memory error occurs at the start.
+    Examples without images come last.
 
     Args:
         prompts (`dict[str, str]`): Example id -> its whole prompt.

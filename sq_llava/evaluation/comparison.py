@@ -46,7 +46,7 @@ class Difference:
 
     @property
     def is_clear(self) -> bool:
-        """Whether the interval excludes 0."""
+        """True if the interval excludes 0."""
         return self.low > 0 or self.high < 0
 
 
@@ -151,7 +151,7 @@ def compare(
         differences += compare_task(TASKS[name], pairs, num_resamples, num_corpus_resamples, seed)
     about = {"first": str(first), "second": str(second), "seed": seed, "num_resamples": num_resamples}
     about |= {"num_corpus_resamples": num_corpus_resamples, "differences": [asdict(each) for each in differences]}
-    # What is needed to repeat both runs. Their metrics are in `differences`.
+    # The fields that are needed to repeat both runs. The metrics are in `differences`.
     about["runs"] = [{name: value for name, value in run.items() if name != "results"} for run in runs]
     (out / "comparison.json").write_text(json.dumps(about, indent=2) + "\n")
     (out / "comparison.md").write_text(to_markdown(first, second, runs, differences, flipped), encoding="utf-8")
@@ -178,7 +178,7 @@ def match(first: Path, second: Path) -> list[Pair]:
 def compare_task(
     task: Task, pairs: Sequence[Pair], num_resamples: int, num_corpus_resamples: int, seed: int
 ) -> list[Difference]:
-    """The differences of the metrics that both have. Pairs in which one record has no score or grade are left out."""
+    """The differences of shared metrics. Pairs in which one record has no score or grade are left out."""
     pairs = [pair for pair in pairs if all(record.score and record.score.judge_error is None for record in pair)]
     differences = []
     for name in dict.fromkeys(name for pair in pairs for name in pair[0].score.values):

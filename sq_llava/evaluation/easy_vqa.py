@@ -7,8 +7,8 @@ each, and a field `kind` with the kind of question. The images are in a folder `
 folder, otherwise in the installed package `easy_vqa`. An answer is correct if it equals the reference, ignoring case
 and a trailing period.
 
-The answers to an image's questions tell what the image contains. So this module can also tell whether a new question
-assumes something that is not in the image.
+The answers about an image tell its shape and colour. So this module can also check whether a new question assumes
+something that is not in the image.
 """
 
 import re
@@ -69,7 +69,7 @@ def answer_question(question: str, colour: str, shape: str) -> str | None:
 
 
 def presumes(question: str) -> bool:
-    """Whether a question assumes a shape or a colour, as "what is the red shape?" does."""
+    """True if a question assumes a shape or a colour, as "what is the red shape?" does."""
     is_open = not question_kind(question).startswith("yes/no")
     return is_open and bool(words_of(question) & {*SHAPES, *COLOURS})
 

@@ -6,7 +6,7 @@
 
 Every answer of the judge is kept in `OUT/judge.jsonl` (`sq_llava/llm_client/client.py`), so an interrupted run does
 not pay twice when it is repeated. If an answer cannot be parsed, the judge is asked again, up to `attempts` times.
-Examples without a grade are listed and counted, but they are in no mean.
+Examples without a grade are listed and counted, but no mean includes them.
 """
 
 from collections.abc import Callable, Mapping
@@ -59,13 +59,13 @@ class Judge:
             Id -> verdict.
 
         Raises:
-            ChatStopped: If a limit is reached or the server refuses. Requests in progress are completed and kept
-                before.
+            ChatStopped: If a limit is reached or the server refuses. Requests in progress are completed first, and
+                their answers are kept.
         """
         return dict(self._client.work_on(conversations, lambda each: self._verdict(each, parse), description))
 
     def report(self) -> dict[str, Any]:
-        """The judge's name and the dates of its answers, for what was asked since the last report."""
+        """The judge's name, and the dates and numbers of tokens of its answers since the last report."""
         return self._client.report()
 
     def _verdict(self, messages: Messages, parse: Callable[[str], Any]) -> Verdict:

@@ -4,8 +4,8 @@
     pip install sacrebleu pytablewriter tenacity loguru
     lmms-eval --model sq_llava --model_args pretrained=runs/demo/model --tasks pope --batch_size 8
 
-`--no-deps`, because the dependencies are 48 packages and a CUDA build of torchvision. lmms-eval loads this module at
-every start, so it imports nothing large. The model class is in `lmms_eval_model.py`.
+`--no-deps` leaves out 48 packages and a CUDA build of torchvision. lmms-eval loads this module at every start, so it
+imports nothing large. The model class is in `lmms_eval_model.py`.
 """
 
 from lmms_eval.models.registry_v2 import ModelManifest

@@ -75,7 +75,7 @@ def normalize_m4c(answer: str) -> str:
 @lru_cache(maxsize=2**16)
 def normalize_official(answer: str) -> str:
     """
-    Normalizes an answer as the official VQA evaluation does; [`vqa_accuracy_official`] says when.
+    Normalizes an answer as the official VQA evaluation does, if the human answers differ.
 
         >>> normalize_official("red,blue"), normalize_official("it's"), normalize_official("1,2-3")
         ('red blue', "it's", '123')
@@ -101,7 +101,7 @@ def leave_one_out(matches: int, num_answers: int) -> float:
 
 
 def short_form(matches: int, num_answers: int) -> float:
-    """VQA accuracy in its simplified form, min(1, matches / 3): 0.333 for one match, where `leave_one_out` has 0.3."""
+    """VQA accuracy in its simplified form, min(1, matches / 3). One match gives 0.333; `leave_one_out` gives 0.3."""
     return min(1.0, matches / 3)
 
 
@@ -201,7 +201,7 @@ def bootstrap_errors(
 
     Args:
         figures (`Callable`): Items -> `{name: value}`.
-        items (`Sequence`): Drawn with replacement, as many as there are.
+        items (`Sequence`): Each resample draws `len(items)` of them, with replacement.
 
     Returns:
         `{name: standard error}`; empty for fewer than two items or resamples.

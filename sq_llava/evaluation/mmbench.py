@@ -117,9 +117,9 @@ def _text(row: dict[str, Any], field: str) -> str:
 
 def option_of(answer: str, choices: Mapping[str, str]) -> str | None:
     """
-    The option that an answer names, by MMBench's rules. For each form in `FORMS`: if exactly one letter is a word of
-    the answer in this form, it is that letter. Otherwise, if the answer contains the text of exactly one option, it is
-    that option. A bare "A" is taken as an article if the answer has more than three words.
+    The option that an answer names, by MMBench's rules. The `FORMS` of a letter are tried in order. If exactly one
+    letter is a word of the answer in this form, it is the option. If no form decides, the option is the one whose text
+    is in the answer, unless several are. A bare "A" is an article if the answer has more than three words.
 
         >>> choices = {"A": "cat", "B": "dog"}
         >>> [option_of(text, choices) for text in ("B", "(B).", "A dog, I think: B.", "a dog", "A or B", "E")]
@@ -144,7 +144,7 @@ def score(example: Example, answer: str) -> Score:
 
 
 def corpus_metrics(records: Sequence[Record]) -> dict[str, float]:
-    """Circular accuracy over the questions with all their rows. A question that is drawn twice counts twice."""
+    """Circular accuracy over the questions that have all their rows. A question that is drawn twice counts twice."""
     if records[0].example.reference is None:
         return {}
     groups: dict[int, list[Record]] = {}

@@ -15,7 +15,7 @@ from sq_llava.locations import is_adapter
 
 def load_any(path: str, dtype: str = "auto", device: str | None = None, trust_remote_code: bool = False) -> Assistant:
     """
-    Loads a SQ-LLaVA as [`sq_llava.load`] does, or any other image-text-to-text model of transformers.
+    Loads an SQ-LLaVA as [`sq_llava.load`] does, or any other image-text-to-text model of transformers.
 
     Args:
         path (`str`): A checkpoint folder, an adapter folder of SQ-LLaVA, or a Hub id.
@@ -46,11 +46,11 @@ def load_any(path: str, dtype: str = "auto", device: str | None = None, trust_re
 
 
 class OtherModel(Assistant):
-    """A model that is not a SQ-LLaVA. Its own processor prepares all inputs of a batch in one call."""
+    """A model that is not an SQ-LLaVA. Its own processor prepares all inputs of a batch in one call."""
 
     @torch.inference_mode()
     def answer_batch(self, requests: list[tuple], max_new_tokens: int = 512, **generate_kwargs) -> list[str]:
-        """As [`Assistant.answer_batch`], but common beginnings of prompts are not shared."""
+        """Like [`Assistant.answer_batch`], but common prefixes of prompts are computed for each prompt."""
         try:
             inputs = self.processor.apply_chat_template(
                 place_images_of_all(requests),

@@ -4,8 +4,8 @@
 
 Yes/no questions about COCO val2014 images. The three categories differ in how the absent objects were chosen: random,
 popular, adversarial. `llava/` uses the parser of POPE's authors, as LLaVA does. The paper reports `llava/mean_f1`, the
-mean of the F1 scores of the three categories. `lmms_eval/` has the metrics of lmms-eval: the whole answer must be
-"yes" or "no", and its yes_ratio is computed from the labels.
+mean of the F1 scores of the three categories. `lmms_eval/` has the metrics of lmms-eval: for `accuracy`, the whole
+answer must be "yes" or "no"; `yes_ratio` is computed from the labels, not from the answers.
 
 LLaVA's folder: `llava_pope_test.jsonl` (question_id, image, text, category), the images in `val2014`, and
 `coco/coco_pope_*.json` (JSON Lines with image and label). Labels are matched by image, in the order of its questions,

@@ -61,7 +61,7 @@ def evaluate_questions(evaluation: QuestionEvaluation) -> dict[str, Any]:
         The metrics; an empty `dict` on all processes but the first.
 
     Raises:
-        ValueError: If there are no images, if `truth` is set but known for none of them, or if the folder holds a
+        ValueError: If there are no images, if `truth` is set but no image's content is known, or if the folder holds a
             different run. Raised before the model is loaded.
     """
     if evaluation.truth not in (None, "easy_vqa"):
@@ -90,7 +90,7 @@ def evaluate_questions(evaluation: QuestionEvaluation) -> dict[str, Any]:
 
 
 def describe(evaluation: QuestionEvaluation, data_hash: str) -> dict[str, Any]:
-    """What `results.json` records so that the run can be repeated."""
+    """The fields of `results.json` that are needed to repeat the run."""
     return {
         "model": evaluation.model,
         "model_hash": hash_of_model(evaluation.model),
@@ -141,9 +141,11 @@ def _formatted(value: float | None) -> str:
 
 def _truth_lines(truth: dict[str, Any]) -> list[str]:
     figures = {
-        f"share with a true premise, of {truth['num_premises']} questions": truth["premise_is_true"],
-        f"the same, of the {truth['num_presuming']} questions that assume something": truth["presumed_is_true"],
-        f"share of correct own answers, of {truth['num_own_answers']}": truth["own_answer_is_right"],
+        f"share of questions with a true premise ({truth['num_premises']} questions)": truth["premise_is_true"],
+        f"the same among the {truth['num_presuming']} questions that assume something": truth["presumed_is_true"],
+        f"share of the model's answers that are correct ({truth['num_own_answers']} answers)": truth[
+            "own_answer_is_right"
+        ],
     }
     return [f"| {label} | {_formatted(value)} |" for label, value in figures.items()]
 

@@ -1,11 +1,11 @@
-"""Measures the questions that a model asks about images, which is what the paper trains with self-questioning.
+"""Measures the questions that a model asks about images: the ability that self-questioning trains.
 
     sq-llava evaluate-questions --model runs/demo/model --images runs/demo/data/test.json --truth easy_vqa -n 4
 
 For each image, the model first answers a prompt (a description, or `after`) and then asks n questions. It answers each
 question twice: with the image, and with a blank image. If both answers are equal, the question was not about the
-image. With a CLIP, the cosine similarity of image and text is computed for questions and answers (Figure 2 of the
-paper), and also with another image, as a baseline for a text that does not belong to the image.
+image. `--clip` adds the cosine similarity of each question and answer with its image (Figure 2 of the paper). The
+baseline is the similarity of the same text with another image.
 """
 
 import hashlib
@@ -152,7 +152,7 @@ def blank_like(assistant: Assistant, image: Image.Image) -> Image.Image:
 
 
 def figures_of(asked: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The metrics that need neither a CLIP nor the truth. Failed images are counted, but they are in no mean."""
+    """The metrics that need neither a CLIP nor the truth. Failed images are counted, but no mean includes them."""
     whole = [line for line in asked if line["error"] is None]
     questions = [question for line in whole for question in line["questions"]]
     if not questions:
@@ -216,12 +216,12 @@ def easy_vqa_figures(
 
     Args:
         captions: From [`captions_of`]. Images without a caption are left out.
-        known (`set[str]`): All questions of the dataset, whose forms are understood.
+        known (`set[str]`): All questions of the dataset. Any other question counts as having no true premise.
 
     Returns:
         `premise_is_true`: share of questions with a true premise. `presumed_is_true`: the same, among questions that
         assume something, as "what is the red shape?" does. `own_answer_is_right`: share of correct answers by the
-        model to its own questions with a true premise. Each has its number of questions beside it.
+        model to its own questions with a true premise. Each share comes with its number of questions.
     """
     premises, presumed, right = [], [], []
     for line, caption in zip(asked, captions, strict=True):
@@ -247,8 +247,8 @@ def easy_vqa_figures(
 
 class ClipScorer:
     """
-    Cosine similarities of images and texts by a CLIP of transformers, not rescaled (CLIPScore multiplies by 2.5).
-    Texts are cut to the maximum length of the text tower.
+    Cosine similarities of images and texts, computed by a CLIP of transformers. They are not rescaled (CLIPScore is
+    2.5 times as large). Texts are cut to the maximum length of the text tower.
 
     Args:
         path (`str`): Folder or Hub id of a complete CLIP (both towers) with the files of its processor.
@@ -277,7 +277,7 @@ class ClipScorer:
         return torch.nn.functional.normalize(text, dim=-1) @ torch.nn.functional.normalize(picture, dim=-1).T
 
     def is_cut(self, text: str) -> bool:
-        """Whether a text is longer than the text tower allows."""
+        """True if a text is longer than the text tower allows."""
         return len(self.processor.tokenizer(text)["input_ids"]) > self.max_length
 
 
@@ -288,8 +288,8 @@ def clip_figures(
     Mean cosine similarities of texts with their own image, and with the next image as a baseline.
 
     Returns:
-        The means, and all single values for a histogram; for `questions` and `answers` of the model, and for
-        `data_questions` and `data_answers` of the dataset.
+        The means, and all values for a histogram. The keys are `questions` and `answers` for the model's texts, and
+        `data_questions` and `data_answers` for the dataset's.
     """
     whole = [(line, picture) for line, picture in zip(asked, pictures, strict=True) if line["error"] is None]
     cosines: dict[str, list[float]] = {}

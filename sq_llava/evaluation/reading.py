@@ -3,8 +3,8 @@
     >>> data = Data.locate("playground/data/eval", "pope", "lmms-lab-encoder/POPE")
     >>> rows = data.table(["question_id", "question", "answer", "image"])
 
-If something is missing, the error says where, and what was found there instead. Image paths inside files must not lead
-out of their folder.
+If something is missing, the error names the place and lists what is there instead. Image paths inside files must not
+lead out of their folder.
 """
 
 import base64
@@ -60,7 +60,7 @@ class StoredImage:
         return value
 
     def is_there(self) -> bool:
-        """Whether the row has an image. Does not read the image."""
+        """True if the row has an image. Does not read the image."""
         value = self.table.data.column(self.column)[self.row]
         return value.is_valid and value["bytes"].is_valid
 
@@ -92,7 +92,7 @@ TaskImage = Path | StoredImage | EncodedImage
 @dataclass(frozen=True)
 class Data:
     """
-    Where a task's data is: a folder, or a dataset on the Hub.
+    The location of a task's data: a folder, or a dataset on the Hub.
 
     Args:
         folder (`Path`, *optional*): Folder with Parquet files, or with LLaVA's evaluation files.
@@ -139,7 +139,7 @@ class Data:
 
     @property
     def is_table(self) -> bool:
-        """Whether the data is a table in the Hub's layout, and not in LLaVA's files."""
+        """True for a table in the Hub's layout, false for a folder in LLaVA's layout."""
         if self.hub_id is not None or (self.folder / "dataset_info.json").is_file():
             return True
         return any(file for pattern in ("*.parquet", "*/*.parquet") for file in self.folder.glob(pattern))

@@ -24,7 +24,7 @@ from sq_llava.evaluation.results import read_records
 from sq_llava.evaluation.task import Example, Record, Task, main_score
 
 
-NUM_SHOWN = 3  # best examples, and as many worst ones
+NUM_SHOWN = 3  # number of best examples in the report, and of worst ones
 PICTURE_SIDE = 240  # pixels
 MAX_LENGTH = 400  # characters of a text
 
@@ -53,7 +53,7 @@ def write_report(out: Path, tasks: Mapping[str, Task]) -> Path:
 
 def choose(task: Task, records: Sequence[Record]) -> dict[str, list[int]]:
     """
-    Chooses the examples to show: some of those with the highest and with the lowest score.
+    Chooses the examples to show: up to three with the highest score, and up to three with the lowest.
 
     Returns:
         Heading -> indices into `records`.

@@ -198,7 +198,7 @@ def environment() -> dict[str, Any]:
 
 
 def claim_folder(out: Path, about: dict[str, Any], identity: Sequence[str], writer: str = "") -> dict[str, Any]:
-    """Checks and writes `run.json` before a run starts. As `check_note`, but for several processes."""
+    """Checks and writes `run.json` before a run starts. Like `check_note`, but for several processes."""
     about = check_note(out, about, identity)
     PartialState().wait_for_everyone()
     if PartialState().is_main_process:

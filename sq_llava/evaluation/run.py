@@ -184,7 +184,7 @@ def score(task: Task, record: Record) -> Score:
 
 
 def describe(evaluation: Evaluation, data_hashes: dict[str, str]) -> dict[str, Any]:
-    """What `results.json` records so that the run can be repeated."""
+    """The fields of `results.json` that are needed to repeat the run."""
     return {
         "model": evaluation.model,
         "model_hash": hash_of_model(evaluation.model),

@@ -2,7 +2,7 @@
 
     sq-llava evaluate --model M --tasks scienceqa --data DIR
 
-`scienceqa` asks only the questions with an image and wants a letter, as LLaVA-1.5 does; the paper reports this one
+`scienceqa` asks only the questions with an image and wants a letter, as LLaVA-1.5 does; the paper reports this task
 (SQA-I). `scienceqa_all` also asks the questions without an image. `scienceqa_reasoning` asks all questions as the
 first LLaVA does: the model reasons and ends with "The answer is B." With `--judge-model`, it also computes ensembles
 with a language model that does not see the image (`scienceqa_ensemble.py`).

@@ -2,10 +2,10 @@
 
     sq-llava evaluate --model M --tasks scienceqa_reasoning --data DIR --judge-model gpt-4o
 
-`llm/accuracy` uses the language model's answer. `complement/accuracy` uses it too, but the model's own answer if the
-language model gives none. For `judge/accuracy`, the language model decides once more where both answers exist and
-differ; it gets both. A question that the server did not answer is in none of the three. In this module, an option is a
-letter, or `None` if the answer could not be parsed.
+`llm/accuracy` uses the language model's answer. `complement/accuracy` uses the model's own answer if that one has no
+option. `judge/accuracy` is the same, but if both answers have different options, the language model reads both and
+decides. A question that the server did not answer counts in none of the three. In this module, an option is a letter,
+or `None` if the answer could not be parsed.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -48,13 +48,13 @@ def complement(own: Options, llm: Options) -> dict[str, str | None]:
 
 
 def disagreements(own: Options, llm: Options) -> list[str]:
-    """The ids of the questions for which both have an option, but not the same one."""
+    """The ids of the questions for which both models have an option, but not the same one."""
     return [id for id, option in own.items() if option and llm.get(id) and option != llm[id]]
 
 
 def judged(own: Options, llm: Options, decisions: Options) -> dict[str, str | None]:
     """
-    As [`complement`], but with the decision where there is one.
+    Like [`complement`], but a decision of the language model replaces both options.
 
         >>> judged({"1": "A", "2": "B"}, {"1": "C", "2": None}, {"1": "A"})
         {'1': 'A', '2': 'B'}

@@ -19,8 +19,10 @@ class JudgeSettings(ChatSettings):
     """The language model that grades answers."""
 
     option_prefix: str = "--judge-"
-    attempts: Annotated[int, Option(min=1, help="Maximum attempts to get a grade that can be parsed.")] = 3
-    swap: Annotated[bool, Option(help="Compare answers in both orders. Doubles the number of requests.")] = False
+    attempts: Annotated[int, Option(min=1, help="Maximum number of attempts to get a valid grade.")] = 3
+    swap: Annotated[
+        bool, Option(help="LLaVA-Bench: also judge the answers in the other order. Needs twice the requests.")
+    ] = False
 
 
 @dataclass(frozen=True)
@@ -33,11 +35,11 @@ class Evaluation:
         data (`str`): A folder, a Hub id, or `"hub"`; see [`Data.locate`].
         out (`Path`): Output folder. An interrupted run resumes from it.
         judge (`JudgeSettings`, *optional*): The judge, for tasks that need one.
-        judge_folder (`Path`, *optional*): Folder for the judge's answers. The limits on requests and cost count what
-            is in it. Default: `out`.
+        judge_folder (`Path`, *optional*): Folder for the judge's answers. Answers that are already in it count toward
+            the limits on requests and cost. Default: `out`.
     """
 
-    model: Annotated[str, Option("-m", help="SQ-LLaVA folder or Hub id, or another model of transformers.")]
+    model: Annotated[str, Option("-m", help="Folder or Hub id of an SQ-LLaVA, or of another model in transformers.")]
     tasks: Sequence[str]
     data: str
     out: Path
@@ -46,7 +48,9 @@ class Evaluation:
     batch_size: Annotated[int, Option(min=1, help="Batch size per process, in prompts.")] = 8
     system_message: Annotated[
         str | None,
-        Option(help="System message. vicuna: the one the authors use for released checkpoints. Default: the model's."),
+        Option(
+            help="System message. vicuna: the message of Vicuna, as in the authors' evaluation. Default: the model's."
+        ),
     ] = None
     dtype: Dtype = "auto"
     device: Device = None
@@ -60,14 +64,18 @@ class Evaluation:
 class QuestionEvaluation:
     """Settings of `sq-llava evaluate-questions`. For `images` and `image_root` see `read_pictures`."""
 
-    model: Annotated[str, Option("-m", help="SQ-LLaVA folder or Hub id.")]
-    images: Annotated[str, Option(help="Folder of images, or a dataset in any layout that training reads.")]
+    model: Annotated[str, Option("-m", help="SQ-LLaVA: folder or Hub id.")]
+    images: Annotated[str, Option(help="Folder of images, or a dataset in any format that training reads.")]
     out: Path
     settings: AskSettings
     image_root: Annotated[str | None, Option(help="Folder that the dataset's image paths are relative to.")] = None
     limit: Annotated[int | None, Option(min=1, help="Use at most N images, evenly spaced.")] = None
-    clip: Annotated[str | None, Option(help="CLIP (both towers) to measure how well texts fit their image.")] = None
-    truth: Annotated[str | None, Option(help="easy_vqa: measure how many questions have a true premise.")] = None
+    clip: Annotated[
+        str | None, Option(help="CLIP model to measure how well texts fit their image: folder or Hub id.")
+    ] = None
+    truth: Annotated[
+        str | None, Option(help="easy_vqa (for its images): measure how many questions have a true premise.")
+    ] = None
     dtype: Dtype = "auto"
     device: Device = None
     batch_size: Annotated[int, Option(min=1, help="Batch size per process, in images.")] = 4

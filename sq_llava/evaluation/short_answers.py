@@ -55,7 +55,7 @@ def read_questions(data: Data, file: Path, image_folder: str) -> list[Example]:
 
 
 def score(example: Example, answer: str) -> Score:
-    """VQA accuracy with EvalAI's normalizer: leaving out each human answer in turn, as LLaVA does, and simplified."""
+    """VQA accuracy with EvalAI's normalizer, in two forms: leave-one-out, as LLaVA does, and min(1, matches / 3)."""
     prediction = normalize_m4c(answer)
     if example.reference is None:
         return Score({}, is_parsed=prediction != "", prediction=prediction)

@@ -44,7 +44,7 @@ class Score:
     Args:
         values (`dict[str, float]`): Metric name -> value for this answer. The metric is the mean over its examples.
         is_parsed (`bool`): Whether the task could parse the answer.
-        prediction (`Any`): What was parsed from the answer, or what the judge said. JSON-serializable.
+        prediction (`Any`): The parsed answer, or the judge's text. JSON-serializable.
         judge_error (`str`, *optional*): Why the judge gave no grade. No metric counts such an example.
     """
 
@@ -68,8 +68,8 @@ class Record:
 @dataclass(frozen=True)
 class Metric:
     """
-    A metric over `num` examples. `value` is from 0 to 1 unless the task says otherwise. `standard_error` is `None` if
-    the metric is not a mean and is not bootstrapped either (`Task.num_resamples`).
+    A metric over `num` examples. `value` is from 0 to 1 unless the task says otherwise. `standard_error` is `None` for
+    fewer than two examples, and for a corpus metric that is not bootstrapped (`Task.num_resamples`).
     """
 
     name: str
@@ -105,7 +105,7 @@ class Task:
         write_submission (`Callable`, *optional*): (records, folder) -> the file to upload to the task's server, or
             `None` for a split that no server scores.
         max_new_tokens (`int`): Maximum number of tokens in an answer.
-        note (`str`, *optional*): Text for the report: what to know before comparing with published results.
+        note (`str`, *optional*): Text for the report that explains how results compare with published ones.
         scale (`float`): Factor that brings `main_metric` to the unit of the paper's tables.
     """
 
@@ -133,9 +133,9 @@ def main_score(task: Task, record: Record) -> float | None:
     The score of one answer, for sorting examples.
 
     Returns:
-        The answer's value of the main metric. If that is defined only for the whole corpus: 1 if the prediction equals
-        the reference, else 0. If one of these is not a string: the first value of the score. `None` for a record
-        without a score or a grade.
+        The main metric of this answer. If the main metric exists only for the whole corpus: 1 if the prediction equals
+        the reference, else 0. If prediction or reference is not a string: the first value of the score. `None` without
+        a value, a score or a grade.
     """
     if record.score is None or record.score.judge_error is not None:
         return None
@@ -154,7 +154,7 @@ def summarize(task: Task, records: Sequence[Record]) -> list[Metric]:
     Failed examples count as wrong. Examples without a score, or without a grade from the judge, do not count.
 
     Args:
-        records: One for each example.
+        records: One record per example.
     """
     records = [record for record in records if record.score is not None and record.score.judge_error is None]
     if not records:

@@ -2,7 +2,7 @@
 
     sq-llava evaluate --model M --tasks textvqa,textvqa_no_ocr --data DIR
 
-`textvqa` includes the words that an OCR program found in the prompt, as LLaVA does; the paper reports this one (about
+The prompts of `textvqa` include the words that an OCR program found, as in LLaVA; the paper reports this task (about
 58 for LLaVA-1.5-7B). `textvqa_no_ocr` leaves them out, as lmms-eval does (about 46). Both use the same metric.
 Questions of a Hub table are capitalized (first letter upper case, the rest lower case), as in both projects.
 

@@ -4,10 +4,10 @@
     sq-llava evaluate --model M --tasks vqav2 --data DIR --split validation    # scored here
 
 The paper reports test-dev. Only the server has its answers (https://eval.ai/web/challenges/challenge-page/830).
-Results on the validation split are not comparable with it. They are computed in all forms in use: `m4c/` normalizes
-answers as the server does, `official/` as the evaluation code of VQA v2. `lmms_eval/` applies the first normalization
-to the prediction, and then the second to all answers. `accuracy` leaves out each human answer in turn;
-`accuracy_short` is min(1, matches / 3).
+Results on the validation split are not comparable with it. They are computed in three forms: `m4c/` normalizes
+answers as the server does, `official/` as the evaluation code of VQA v2. `lmms_eval/` normalizes the prediction as the
+server does, and then prediction and human answers as VQA v2's code does. `accuracy` leaves out each human answer in
+turn; `accuracy_short` is min(1, matches / 3).
 
 LLaVA's folder: `llava_vqav2_mscoco_test-dev2015.jsonl` (or `test2015`: question_id, image, text) and the images in
 `test2015`. For `validation`: `v2_OpenEnded_mscoco_val2014_questions.json` and `v2_mscoco_val2014_annotations.json`
@@ -75,7 +75,7 @@ def _rows(file: Path, name: str, fields: Sequence[str]) -> list[dict[str, Any]]:
 
 
 def _with_all_questions(data: Data, examples: Sequence[Example]) -> list[Example]:
-    """Adds to test questions the path of the file that lists all ids, which the submission needs."""
+    """Adds the path of the file with all ids to the test questions. The submission needs these ids."""
     all_questions = data.find(ALL_TEST_QUESTIONS) if data.folder is not None else None
     details = {"all_questions": str(all_questions)} if all_questions is not None else {}
     return [replace(each, details=details) if each.reference is None else each for each in examples]

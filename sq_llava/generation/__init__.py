@@ -1,1 +1,1 @@
-"""Makes instruction data: one module for each way, and the modules that they share."""
+"""Makes instruction data: a module for each method (llava, captions, curate, self), and shared modules."""

@@ -4,8 +4,8 @@
     sq-llava generate-data captions cc3m.jsonl --image-root images --spacy-model en_core_web_sm --out chosen
 
 This is LLaVA's filter from CC3M to 595K pairs (section 4.2 and appendix of https://arxiv.org/abs/2304.08485). A noun
-phrase that occurs in fewer than 3 captions chooses none. Any other phrase chooses all of its captions, or a random 100
-of them if there are more. The paper goes from the rarest phrase to the most frequent one. Here, the 100 are drawn from
+phrase that occurs in fewer than 3 captions selects none. Any other phrase selects all of its captions, or 100 random
+ones if there are more. The paper goes from the rarest phrase to the most frequent one. Here, the 100 are drawn from
 all captions of a phrase, so the order does not matter, and all phrases are computed at once.
 
 The paper leaves two things open. Here, phrases are compared in lower case and without leading articles and pronouns
@@ -14,7 +14,7 @@ The paper leaves two things open. Here, phrases are compared in lower case and w
 The phrases are appended to OUT/phrases*.jsonl as spaCy finds them: 3 million captions take hours, everything after
 that takes minutes. A run that was killed resumes from there. With `--shard i/n`, several machines share the work.
 
-What this does not do: download images or the spaCy pipeline, or open an image.
+Nothing is downloaded, neither images nor the spaCy pipeline, and no image is opened.
 """
 
 import csv
@@ -75,7 +75,8 @@ class CaptionFile:
         limit (`int`, *optional*): Number of rows to read.
 
     Raises:
-        ValueError: If the file is missing or of another kind; while iterating, with file, row, field and value.
+        ValueError: If the file is missing or of another kind. While iterating: if a row is wrong. The message then
+            names file, row, field and value.
     """
 
     def __init__(self, path: Path, limit: int | None = None):
@@ -250,7 +251,7 @@ class PhraseJournal:
 
 @dataclass(frozen=True)
 class Known:
-    """What one pass over the captions finds: the hashes of their ids, and whether their image files exist."""
+    """The results of one pass over the captions: the hashes of their ids, and whether their image files exist."""
 
     ids: np.ndarray
     has_image: np.ndarray
@@ -367,7 +368,7 @@ def card_of(about: dict[str, Any], choice: Choice) -> Card:
         summary=(
             f"{choice.taken.sum():,} of {len(choice.taken):,} captions, chosen so that no concept is too frequent. "
             f"spaCy found {choice.num_phrases:,} different noun phrases. {choice.num_rare:,} are in fewer than "
-            f"{MIN_FREQUENCY} captions and chose none. {choice.num_capped:,} are in more than {MAX_CAPTIONS}, "
+            f"{MIN_FREQUENCY} captions and selected none. {choice.num_capped:,} are in more than {MAX_CAPTIONS}, "
             f"of which {MAX_CAPTIONS} were drawn. Each caption answers an instruction from a list."
         ),
         settings=about,

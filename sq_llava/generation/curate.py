@@ -19,7 +19,7 @@ The instruction in a row is drawn from a list; it is not the prompt that the des
 local describer are kept in OUT/descriptions.jsonl, of a server in OUT/answers.jsonl, and of the repairer in
 OUT/repairs.jsonl. Each run makes all other files from these.
 
-What this does not do: run a local model on several GPUs. Use `--shard` for that.
+A local model runs on one GPU. To use several GPUs, start a run with its own `--shard` on each.
 """
 
 import hashlib
@@ -209,12 +209,18 @@ def apply_rules(
     return passed, rejected
 
 
-def estimate(settings: CurateSettings, describer: Describer, repairer: Repairer | None) -> dict[str, Estimate]:
+def estimate(
+    settings: CurateSettings, describer: Describer, repairer: Repairer | None
+) -> tuple[int, int, dict[str, Estimate]]:
     """
-    What is still to be asked, by model. What depends on missing answers is counted at its maximum: every description
-    is continued, and each has the maximum length.
+    Counts the missing work. Requests that depend on missing answers are counted at their maximum: every description is
+    continued, and each has the maximum length.
+
+    Returns:
+        The number of images, how many of them have no description yet, and the requests to each model on a server.
     """
     images, _ = openable(find_images(settings))
+    num_left = sum(describer.kept(image) is None for image in images.values())
     estimates = {}
     if isinstance(describer, ServerDescriber):
         requests = (request for image in images.values() for request in describer.requests_left(image))
@@ -222,7 +228,7 @@ def estimate(settings: CurateSettings, describer: Describer, repairer: Repairer 
     if repairer is not None:
         requests = _repairs_left(describer, repairer, images.values())
         estimates[f"{repairer.client.settings.model}, to repair"] = repairer.client.estimate(requests)
-    return estimates
+    return len(images), num_left, estimates
 
 
 def _repairs_left(describer: Describer, repairer: Repairer, images: Iterable[Path]) -> Iterator[ChatRequest]:

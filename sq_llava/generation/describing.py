@@ -68,8 +68,8 @@ class ServerDescriber:
 
     Args:
         client (`ChatClient`): Sends the requests and keeps the answers.
-        prompts (`Prompts`): What the model is told.
-        short (`int`): Number of tokens up to which a description is continued.
+        prompts (`Prompts`): The prompts for describing and continuing.
+        short (`int`): Maximum number of tokens of a description that is continued.
     """
 
     def __init__(self, client: ChatClient, prompts: Prompts, short: int):
@@ -91,7 +91,7 @@ class ServerDescriber:
             return None
 
     def requests_left(self, image: Path) -> Iterator[ChatRequest]:
-        """The requests that an image still needs at most. The client must have `reads_only`."""
+        """All requests that an image may still need. The client must have `reads_only`."""
         try:
             self._describe(image)
         except NotAsked as missing:
@@ -119,7 +119,7 @@ class LocalDescriber:
     Args:
         model (`str`): Folder or Hub id.
         settings (`DescribeSettings`): Lengths, batch size, device and dtype.
-        prompts (`Prompts`): What the model is told.
+        prompts (`Prompts`): The prompts for describing and continuing.
         journal_path (`Path`): File of the descriptions.
     """
 

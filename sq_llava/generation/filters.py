@@ -7,7 +7,7 @@ First, each turn is judged by itself: its text, whether it needs the image, how 
 and text agree. Then, in the order of the turns, a turn is dropped if its question is similar to another question about
 the same image, or too frequent in the set. Last, types of question and answers that are too frequent are thinned out.
 
-What this module does not do: run a model. `scoring.py` measures the scores.
+No model runs here. `scoring.py` computes the scores.
 """
 
 import hashlib

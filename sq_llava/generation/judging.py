@@ -3,7 +3,7 @@
 The judge sees the image, the question and the answer, and accepts or rejects them. Its prompt is a file that can be
 copied and edited (`sq-llava generate-data prompts self NEW_FOLDER`).
 
-What this module does not do: let the judge correct an answer.
+The judge cannot correct an answer.
 """
 
 from collections.abc import Mapping
@@ -23,7 +23,7 @@ WORDS = {"accept": True, "reject": False}
 
 @dataclass(frozen=True)
 class Exhibit:
-    """What the judge sees of a turn."""
+    """The parts of a turn that the judge sees."""
 
     image: Path
     question: str
@@ -67,7 +67,7 @@ def judge_turns(client: ChatClient, prompt: str, exhibits: Mapping[str, Exhibit]
 
 
 def first_requests(client: ChatClient, prompt: str, exhibits: Mapping[str, Exhibit]) -> list[ChatRequest]:
-    """The requests that turns need at least, for an estimate."""
+    """The first request of each turn, for an estimate."""
     return [client.request(as_messages(prompt, exhibit)) for exhibit in exhibits.values()]
 
 

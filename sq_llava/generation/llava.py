@@ -9,7 +9,7 @@ its captions and boxes. Each kind of row has a system message and a few examples
 prompts are this project's own; `sq_llava/generation/prompts/llava` can be copied and edited. The seed and the image
 decide the kind of row, by default in LLaVA's shares, 58 : 23 : 77.
 
-What this does not do: look at an image. Errors in the captions remain in the data.
+No image is opened. Errors in the captions remain in the data.
 """
 
 import hashlib
@@ -70,7 +70,7 @@ def read_prompts(folder: Path = PROMPTS / "llava") -> Prompts:
     Reads `<kind>.md`, `detail_questions.txt` and `examples.json` of a folder.
 
     Raises:
-        ValueError: If a file is missing, empty or of another form; with the file and the entry.
+        ValueError: If a file is missing, empty or malformed. The message names the file.
     """
     names = (*(f"{kind}.md" for kind in KINDS), "detail_questions.txt", "examples.json")
     contents = {name: read_prompt_file(folder / name, "llava") for name in names}
@@ -109,7 +109,7 @@ def _write_turns(turns: Iterable[Turn]) -> str:
 
 
 def describe(scene: Scene, question: str | None = None) -> str:
-    """What the model reads instead of an image."""
+    """The text that the model reads instead of an image."""
     lines = ["Sentences:", *(f"- {caption}" for caption in scene.captions)]
     if scene.boxes:
         lines += ["", "Objects:"]
@@ -143,7 +143,7 @@ def parse_shares(text: str) -> dict[str, float]:
 def draw_tasks(
     scenes: Iterable[Scene], shares: Mapping[str, float], kinds_per_image: int, prompts: Prompts, seed: int
 ) -> Iterator[Task]:
-    """The rows to be made: `kinds_per_image` different kinds for each image, drawn by the seed and the image alone."""
+    """The rows to be made: `kinds_per_image` different kinds per image. The draw depends only on seed and image."""
     for scene in scenes:
         # Weighted sampling without replacement: the largest values of u ** (1 / share) are the draw.
         # Efraimidis and Spirakis, https://doi.org/10.1016/j.ipl.2005.11.003.
@@ -173,8 +173,8 @@ def read_answer(task: Task, text: str) -> tuple[dict[str, Any] | None, list[Reje
     Makes a row from the model's text.
 
     Returns:
-        The row, or `None` if nothing of the text is usable, and what was left out. A conversation ends before the
-        first turn that breaks a rule, because later turns may refer to that turn.
+        The row (`None` if no part of the text is usable), and the parts that were left out. A conversation ends before
+        the first turn that breaks a rule, because later turns may refer to that turn.
     """
     text = without_thoughts(text)
     if task.kind == "detail":
@@ -214,7 +214,7 @@ def read_tasks(settings: LlavaSettings, prompts: Prompts) -> dict[str, Task]:
 
 
 def estimate(settings: LlavaSettings) -> Estimate:
-    """What the missing rows will cost. Nothing is asked or written."""
+    """Estimates the cost of the missing rows. No request is sent, and no file is written."""
     prompts = read_prompts(settings.prompts)
     client = ChatClient(settings.chat, settings.out / settings.shard.name(JOURNAL), reads_only=True)
     requests = (client.request(messages_of(task, prompts)) for task in read_tasks(settings, prompts).values())
@@ -223,7 +223,7 @@ def estimate(settings: LlavaSettings) -> Estimate:
 
 @dataclass(frozen=True)
 class Made:
-    """The outcome of a run, and the number of rows that all answers so far make."""
+    """The outcome of a run, and the number of rows made from all answers so far."""
 
     asked: Asked
     num_rows: int

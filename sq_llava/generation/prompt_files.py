@@ -1,17 +1,17 @@
-"""Reads the files of prompts, which users can copy and edit: `sq-llava generate-data prompts WAY NEW_FOLDER`."""
+"""Reads the files of prompts, which users can copy and edit: `sq-llava generate-data prompts METHOD NEW_FOLDER`."""
 
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
 
-def read_prompt_file(path: Path, way: str) -> str:
+def read_prompt_file(path: Path, method: str) -> str:
     """
     The text of a file of prompts.
 
     Args:
         path (`Path`): The file.
-        way (`str`): The way of making data, for the error: llava, captions, curate or self.
+        method (`str`): llava, captions, curate or self. The error message names it.
 
     Raises:
         ValueError: If the file is missing or empty.
@@ -20,19 +20,19 @@ def read_prompt_file(path: Path, way: str) -> str:
     if not text.strip():
         raise ValueError(
             f"{path}: the file is missing or empty. Copy the library's prompts with: "
-            f"sq-llava generate-data prompts {way} NEW_FOLDER"
+            f"sq-llava generate-data prompts {method} NEW_FOLDER"
         )
     return text
 
 
-def read_instructions(path: Path, way: str = "captions") -> list[str]:
+def read_instructions(path: Path, method: str = "captions") -> list[str]:
     """
     The lines of a file, without empty lines and comments (`#`).
 
     Raises:
         ValueError: If no line is left.
     """
-    lines = [line.strip() for line in read_prompt_file(path, way).splitlines()]
+    lines = [line.strip() for line in read_prompt_file(path, method).splitlines()]
     instructions = [line for line in lines if line and not line.startswith("#")]
     if not instructions:
         raise ValueError(f"{path}: holds no instruction. Write one per line.")

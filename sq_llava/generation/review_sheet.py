@@ -1,4 +1,4 @@
-"""The review page: one HTML file in which a person keeps or drops each text; and the decisions read back.
+"""The review page: writes one HTML file in which a person keeps or drops each text, and reads the decisions back.
 
     write_sheet(out / "review.html", entries, title)
     read_decisions(Path("decisions.json"))
@@ -32,7 +32,7 @@ TEMPLATE = files("sq_llava.generation") / "review_sheet.html"
 
 @dataclass(frozen=True)
 class Entry:
-    """A row to check: its opened image, its text, and an earlier decision."""
+    """A row to check: its opened image, its text, and the earlier decision, if there is one."""
 
     id: str
     image: Image.Image
@@ -78,7 +78,7 @@ def read_decisions(path: Path) -> dict[tuple[str, str], str]:
         (id, hash of the text) -> "keep" or "drop".
 
     Raises:
-        ValueError: If the file has another form; with entry, field and value.
+        ValueError: If the file is malformed. The message names entry, field and value.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -110,7 +110,7 @@ def check_decisions(decisions: Iterable[tuple[str, str]], texts: Mapping[str, st
     for id, text_hash in decisions:
         if id not in texts:
             raise ValueError(
-                f"--decisions {path}: {id!r} is not on the review page of this folder. Save from that page."
+                f"--decisions {path}: {id!r} is not on the review page of this folder. Save decisions from that page."
             )
         if hash_of_text(texts[id]) != text_hash:
             raise ValueError(

@@ -2,8 +2,8 @@
 
 OUT/data.jsonl        one row per line: `id`, `messages`, `images` and details; a recipe can read it directly
 OUT/llava.json        the same rows in LLaVA's layout
-OUT/rejected.jsonl    what was made and left out: `id`, `step`, `reason`, `text`
-OUT/failures.jsonl    what could not be made: `id`, `error`; the next run tries it again
+OUT/rejected.jsonl    texts that were made, but left out: `id`, `step`, `reason`, `text`
+OUT/failures.jsonl    rows that could not be made: `id`, `error`; the next run tries them again
 OUT/answers.jsonl     paid answers, from which a killed run resumes
 OUT/run.json          the settings of the run
 OUT/README.md         a data card
@@ -64,8 +64,8 @@ class Shard:
 @dataclass(frozen=True)
 class Rejected:
     """
-    What was made and left out: the step and the rule that left it out, its text, and its scores if there are any. The
-    card counts the rules, so `reason` must not depend on the text.
+    A text that was made, but left out. `step` and `reason` name the filter and its rule. The card counts the reasons,
+    so `reason` must not depend on the text.
     """
 
     id: str
@@ -78,14 +78,14 @@ class Rejected:
 @dataclass(frozen=True)
 class Card:
     """
-    What the data card tells.
+    The content of the data card.
 
     Args:
         title (`str`): Title of the dataset.
         summary (`str`): What the dataset was made from, and how.
         settings (`dict`): Everything that is needed to make it again: the command, models and hashes.
         shares (`Sequence[str]`): Keys of the rows whose values are counted. A value can be a list, one for each turn.
-        not_checked (`Sequence[str]`): What a reader may wrongly take for granted.
+        not_checked (`Sequence[str]`): Properties that nobody checked, but that a reader may take for granted.
     """
 
     title: str
@@ -101,7 +101,7 @@ def make_row(id: str, images: Sequence[str], turns: Iterable[tuple[str, str]], *
 
     Args:
         id (`str`): Id of the row.
-        images (`Sequence[str]`): Paths relative to the image root. The images stand in the first question.
+        images (`Sequence[str]`): Paths relative to the image root. The images go before the first question.
         turns (`Iterable[tuple[str, str]]`): Questions with their answers.
         details: Further keys of the row, such as its kind and scores.
     """

@@ -6,7 +6,7 @@ COCO's `captions_*.json`, optionally with `instances_*.json` for the boxes; or a
 
 `boxes` is optional. A box is x1, y1, x2, y2 as fractions of the image's size, from 0 to 1.
 
-What this module does not do: open an image.
+No image is opened.
 """
 
 import json
@@ -18,7 +18,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 
-# Half of a surrogate pair: UTF-8 cannot hold it.
+# Half of a surrogate pair, which UTF-8 cannot encode.
 _HALF = re.compile("[\ud800-\udfff]")
 
 
@@ -32,7 +32,7 @@ class Box:
 
 @dataclass(frozen=True)
 class Scene:
-    """What is known about an image."""
+    """The captions and boxes of an image."""
 
     id: str
     image: str
@@ -47,11 +47,11 @@ def read_scenes(captions: Path, instances: Path | None = None) -> list[Scene]:
         instances (`Path`, *optional*): COCO's `instances_*.json`.
 
     Raises:
-        ValueError: If the input is wrong; with file, entry, field and value.
+        ValueError: If the input is wrong. The message names file, entry, field and value.
     """
     if captions.suffix == ".jsonl":
         if instances is not None:
-            raise ValueError(f"--instances {instances}: {captions} holds its own boxes. Leave out the option.")
+            raise ValueError(f"--instances {instances}: {captions} holds its own boxes. Remove --instances.")
         scenes = _read_lines(captions)
     else:
         scenes = _read_coco(captions, instances)

@@ -1,7 +1,7 @@
-"""Scores of self-generated turns: how sure the model was, what a blank image changes, and what a CLIP says.
+"""Scores of self-generated turns: log-probabilities of the answers, with the image and a blank one, and CLIPScores.
 
-The turns of a picture are one batch, with the picture and with a blank one. So the scores are equal to the last bit,
-however often a run was resumed. They are written beside the questions and answers:
+The turns of a picture are one batch, with the picture and with a blank one. So the scores of a resumed run are equal
+to the last bit. They are written beside the questions and answers:
 
     FOLDER/scored-*.jsonl         log-probabilities of the answers, and their lengths
     FOLDER/clip-<hash>-*.jsonl    CLIPScores by the CLIP model with that hash
@@ -36,7 +36,7 @@ def score_each(
     score: Callable[[Picture, dict[str, Any]], dict[str, Any]],
 ) -> list[dict[str, Any]]:
     """
-    Scores the questions and answers about each picture, on all processes, resumed from the lines in `folder`.
+    Scores the questions and answers about each picture, on all processes. Resumes from the lines in `folder`.
 
     Args:
         folder (`Path`): Folder of the lines.

@@ -1,4 +1,4 @@
-"""`sq-llava generate-data self`: a model asks and answers questions about plain images; what passes filters is data.
+"""`sq-llava generate-data self`: a model asks and answers questions about plain images. Filters decide what is kept.
 
     sq-llava generate-data self photos --model runs/demo/model -n 8 --out runs/self
 
@@ -8,10 +8,10 @@ kept turns of an image become one conversation, with the scores of each turn. Be
 
     OUT/asked-*.jsonl, scored-*.jsonl, clip-*.jsonl    what the models gave for each image
 
-These files and the judge's answers are the only state. A run that was killed resumes from them. The same command with
-other filters makes the set again without a model. With `--shard i/n`, each shard is filtered as a set of its own.
+A killed run resumes from these files and the judge's answers; there is no other state. With other filters, the same
+command makes a new set without running the model. With `--shard i/n`, each shard is filtered as a set of its own.
 
-What this does not do: know whether an answer is right.
+No step can know whether an answer is right.
 """
 
 import hashlib
@@ -41,7 +41,7 @@ from sq_llava.stopping import INTERRUPTED
 
 # A run resumes from the lines in its folder only if these are equal.
 IDENTITY = ("model_hash", "ask", "dtype", "num_shards")
-# Length of the hash of an image's content, which is in its id and seeds its draws.
+# Length of the hash of an image's content. The hash is in the image's id and is added to the seed.
 DIGEST_LETTERS = 12
 NOT_CHECKED = (
     "Whether the answers are right. They are the model's own, and a confident mistake passes the filters.",
@@ -52,8 +52,8 @@ NOT_CHECKED = (
 @dataclass(frozen=True)
 class Made:
     """
-    Counts of a run. `left_out` counts turns by filter and rule. `num_open` images or turns were not reached before the
-    run stopped.
+    Counts of a run. `left_out` counts turns by filter and rule. `num_open` counts the images or turns that were not
+    reached before the run stopped.
     """
 
     num_images: int
@@ -74,11 +74,11 @@ def generate(run: SelfGeneration) -> Made | None:
         run (`SelfGeneration`): Settings of the run.
 
     Returns:
-        What was made. On several processes (torchrun), only the first one returns it; the others return `None`.
+        The counts of the run. On several processes (torchrun), all but the first return `None`.
 
     Raises:
-        ValueError: Before a model is loaded, if there are no images, if an image is inside of a table or outside of
-            the image root, or if the folder holds another run.
+        ValueError: Before a model is loaded, if there are no images, if an image is inside a table or outside the
+            image root, or if the folder holds another run.
     """
     state, device = join_processes(run.device)
     pictures = read_images(run)
@@ -106,10 +106,10 @@ def generate(run: SelfGeneration) -> Made | None:
 def read_images(run: SelfGeneration) -> list[Picture]:
     """
     The images of this shard. The id of an image is its path in the image root and a hash of its content, so lines
-    about an older version of the image are not used. Its draws depend only on its content, not on order or shard.
+    about an older version of the image are not used. Its questions depend only on its content, not on order or shard.
 
     Raises:
-        ValueError: If there are no images, or an image is inside of a table or outside of the image root.
+        ValueError: If there are no images, or an image is inside a table or outside the image root.
     """
     root = root_of(run)
     pictures = []
@@ -158,7 +158,7 @@ def describe(run: SelfGeneration) -> dict[str, Any]:
 
 @cache
 def clip_stem(run: SelfGeneration) -> str:
-    """First part of the names of the files with this CLIP model's scores. Other weights give other files."""
+    """The prefix of the file names of this CLIP model's scores. Other weights give another prefix."""
     return f"clip-{hash_of_model(run.clip)[:DIGEST_LETTERS]}"
 
 
@@ -293,7 +293,7 @@ def as_card(about: dict[str, Any]) -> Card:
 
 def estimate(run: SelfGeneration) -> tuple[int, int, Estimate | None]:
     """
-    Counts the images and what a judge would cost.
+    Counts the images, and estimates the cost of a judge.
 
     Returns:
         The number of images, the number of images to ask about, and an estimate for the judge. The estimate covers the

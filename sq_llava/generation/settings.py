@@ -1,4 +1,4 @@
-"""Settings of the ways of making data. The fields are command options, so this module imports nothing slow.
+"""Settings of `sq-llava generate-data`. The fields are command options, so this module imports nothing slow.
 
 >>> FilterSettings(min_log_probability=-0.5)
 """
@@ -16,7 +16,7 @@ from sq_llava.llm_client.settings import ChatSettings
 
 
 PROMPTS = files("sq_llava.generation") / "prompts"
-# What must change without the image: the answer of every turn, one answer to the same question, nothing.
+# The answer that must change with a blank image: the turn's own, that of any turn with the same question, none.
 BLANK_TESTS = ("turn", "question", "off")
 
 Out = Annotated[Path, Option(help="Output folder. The same command resumes a run that was stopped.")]
@@ -25,7 +25,7 @@ Seed = Annotated[int, Option(help="Random seed.")]
 PromptFolder = Annotated[
     Path,
     Option(
-        help="Folder of prompts. Copy the library's with: sq-llava generate-data prompts.",
+        help="Folder of prompts. Copy the library's with: sq-llava generate-data prompts METHOD NEW_FOLDER.",
         show_default="the library's",
     ),
 ]
@@ -36,19 +36,24 @@ class LlavaSettings:
     """
     Args:
         captions, instances (`Path`): Files that [`read_scenes`] reads.
-        chat (`ChatSettings`): The server and the caps.
+        chat (`ChatSettings`): The server, and the limits on requests and cost.
         prompts (`Path`): Folder that `read_prompts` in `llava.py` reads.
         shares (`str`): Shares of the kinds of rows, as [`parse_shares`] reads them. LLaVA's set has 58, 23 and 77
             thousand rows.
         shard (`Shard`): The part of the images to work on.
     """
 
-    captions: Annotated[Path, Argument(help="COCO's captions_*.json, or a .jsonl file with image, captions, boxes.")]
+    captions: Annotated[
+        Path, Argument(help="COCO's captions_*.json, or a .jsonl file with image, captions and boxes.")
+    ]
     instances: Annotated[Path | None, Option(help="COCO's instances_*.json with the boxes.")]
     out: Out
     chat: ChatSettings
     prompts: PromptFolder = PROMPTS / "llava"
-    shares: Annotated[str, Option(help="Shares of the kinds of rows.")] = "conversation=58,detail=23,reasoning=77"
+    shares: Annotated[
+        str,
+        Option(help="Shares of the three kinds of rows.", show_default="conversation=58, detail=23, reasoning=77"),
+    ] = "conversation=58,detail=23,reasoning=77"
     kinds_per_image: Annotated[int, Option(min=1, max=3, help="Rows per image, each of a different kind.")] = 1
     limit: Limit = None
     seed: Seed = 0
@@ -65,13 +70,11 @@ class CaptionSettings:
     """
 
     captions: Annotated[
-        Path, Argument(help="A .json, .jsonl, .csv or .tsv file. A row has image, caption, optionally id.")
+        Path, Argument(help="A .json, .jsonl, .csv or .tsv file. Each row has image and caption, and may have id.")
     ]
     image_root: Annotated[Path, Option(help="Folder that image paths are relative to.")]
     out: Out
-    spacy_model: Annotated[
-        str, Option(help="spaCy pipeline with a parser: an installed name, or a folder. Nothing is downloaded.")
-    ]
+    spacy_model: Annotated[str, Option(help="spaCy pipeline with a parser: name of an installed one, or a folder.")]
     prompts: PromptFolder = PROMPTS / "captions"
     limit: Limit = None
     seed: Seed = 0
@@ -89,7 +92,7 @@ class CurateSettings:
 
     images: Annotated[Path, Argument(help="Folder of images; subfolders are searched too.")]
     out: Out
-    decisions: Annotated[Path | None, Option(help="decisions.json, as saved from the review page.")] = None
+    decisions: Annotated[Path | None, Option(help="decisions.json that the review page saved.")] = None
     limit: Limit = None
     seed: Seed = 0
     shard: Shard = field(default_factory=Shard)
@@ -97,10 +100,10 @@ class CurateSettings:
 
 @dataclass(frozen=True)
 class DescribeSettings:
-    """How a model of this library describes images. Description and continuation have up to `max_new_tokens` each."""
+    """Settings of a local model that describes images. `max_new_tokens` limits description and continuation each."""
 
-    short: Annotated[int, Option(min=0, help="Continue a description that has at most N tokens.")] = 80
-    max_new_tokens: Annotated[int, Option(min=1, help="Maximum tokens of an answer of --describer.")] = 512
+    short: Annotated[int, Option(min=0, help="Descriptions of at most N tokens are continued.")] = 80
+    max_new_tokens: Annotated[int, Option(min=1, help="Maximum length of a text from --describer, in tokens.")] = 512
     batch_size: Annotated[int, Option(min=1, help="Batch size of --describer.")] = 8
     device: Device = None
     dtype: Dtype = "auto"
@@ -114,11 +117,11 @@ class FilterSettings:
     Args:
         blank_test (`str`): `"turn"` keeps a turn only if its answer changes when the image is blanked. `"question"`
             keeps all turns of a question whose answer changes for at least one image of the set. `"off"` keeps all.
-            With `"turn"`, a right "no" to "is there a dog?" is lost, because a blank image gives "no" too. A model
-            trained on the rest may answer "yes" to everything, which costs more than all wrong answers do
+            `"turn"` also drops a correct "no" to "is there a dog?", because a blank image gives "no" too. A model
+            trained on the rest may answer "yes" to everything. This does more harm than all wrong answers
             (benchmarks/results/self_training.md).
-        min_log_probability (`float`): A high value keeps true answers. With a weak model, it can keep "no" alone:
-            check the shares in the data card.
+        min_log_probability (`float`): A high value keeps true answers. With a weak model, it can keep nothing but
+            "no": check the shares in the data card.
         max_overlap (`float`): Highest Jaccard index of the words and word pairs of two questions about one image.
         max_repeats (`int`): Cap on equal questions, like LLaVA's cap on phrases.
         max_per_type, balance_yes_no: `seed` decides which turns are kept.
@@ -127,24 +130,26 @@ class FilterSettings:
     blank_test: Annotated[
         str,
         Option(
-            help="What must change with a blank image. turn: the turn's answer; question: an answer to this question "
-            "about any image; off: nothing."
+            help="Drop what gets the same answer with a blank image. turn: each such turn. question: questions with "
+            "the same answer for all images. off: nothing."
         ),
     ] = "question"
     min_drop: Annotated[
         float,
-        Option(help="Minimum loss of log-probability per token of an answer with a blank image, in --blank-test."),
+        Option(help="Minimum drop in an answer's log-probability per token with a blank image, for --blank-test."),
     ] = 0.0
     min_log_probability: Annotated[
-        float | None, Option(help="Minimum log-probability of an answer, as the mean over its tokens.")
+        float | None, Option(help="Minimum log-probability of an answer (mean over its tokens).")
     ] = -1.0
     min_clip_score: Annotated[float | None, Option(help="Minimum CLIPScore of image and turn. Needs --clip.")] = None
     max_overlap: Annotated[
-        float | None, Option(min=0, max=1, help="Maximum overlap in words with another question about the same image.")
+        float | None, Option(min=0, max=1, help="Maximum word overlap with another question about the same image.")
     ] = 0.7
     max_set_overlap: Annotated[
         float | None,
-        Option(min=0, max=1, help="Maximum share of word pairs that questions about earlier images have."),
+        Option(
+            min=0, max=1, help="Maximum share of a question's word pairs that occur in questions about earlier images."
+        ),
     ] = None
     max_repeats: Annotated[int | None, Option(min=1, help="Maximum number of equal questions in the set.")] = 100
     max_per_type: Annotated[
@@ -162,14 +167,16 @@ class FilterSettings:
 class SelfGeneration:
     """`images` and `image_root` are read by `read_pictures`, `clip` by [`ClipScorer`]."""
 
-    model: Annotated[str, Option("-m", help="SQ-LLaVA folder or Hub id.")]
-    images: Annotated[str, Argument(help="Folder of images, or a training dataset; its questions are not used.")]
+    model: Annotated[str, Option("-m", help="SQ-LLaVA: folder or Hub id.")]
+    images: Annotated[
+        str, Argument(help="Folder of images, or a training dataset, of which only the images are used.")
+    ]
     out: Out
     ask: AskSettings = field(default_factory=AskSettings)
     filters: FilterSettings = field(default_factory=FilterSettings)
     image_root: Annotated[
         str | None,
-        Option(help="Folder that image paths are relative to. Default: IMAGES, or the folder of that file."),
+        Option(help="Folder that image paths are relative to. Default: the folder of the images or of the dataset."),
     ] = None
     limit: Limit = None
     shard: Shard = field(default_factory=Shard)
@@ -178,7 +185,7 @@ class SelfGeneration:
     prompts: PromptFolder = PROMPTS / "self"
     dtype: Dtype = "auto"
     device: Device = None
-    batch_size: Annotated[int, Option(min=1, help="Batch size of each process, in images.")] = 4
+    batch_size: Annotated[int, Option(min=1, help="Batch size per process, in images.")] = 4
 
     def __post_init__(self):
         if self.filters.min_clip_score is not None and self.clip is None:
@@ -186,6 +193,6 @@ class SelfGeneration:
 
     @property
     def progress(self) -> Path:
-        """Folder of the lines that the models gave; each shard has its own."""
+        """Folder of the models' answers and scores. Each shard has its own."""
         shard = self.shard
         return self.out if shard.count == 1 else self.out / f"shard-{shard.index:05}-of-{shard.count:05}"

@@ -6,7 +6,7 @@
 
 The rules are made for English.
 
-What they do not do: tell whether a text is true, or which language it is in.
+They cannot tell whether a text is true, or which language it is in.
 """
 
 import re
@@ -47,14 +47,14 @@ def is_unfinished(text: str) -> bool:
 
 
 def repeats_sentence(text: str) -> bool:
-    """Whether a sentence of three words or more occurs twice. Case and punctuation do not matter."""
+    """True if a sentence of three words or more occurs twice. Case and punctuation do not matter."""
     sentences = [tuple(words_of(sentence)) for sentence in BETWEEN_SENTENCES.split(text)]
     long = [sentence for sentence in sentences if len(sentence) >= SHORTEST_SENTENCE]
     return len(set(long)) < len(long)
 
 
 def repeats_phrase(text: str) -> bool:
-    """Whether one word or a phrase occurs three times in a row, as when a model runs into a loop."""
+    """True if a word or a phrase occurs three times in a row, as when a model runs into a loop."""
     words = words_of(text)
     for length in range(1, LONGEST_PHRASE + 1):
         run = 0  # number of successive words that equal the word `length` places before
@@ -66,7 +66,7 @@ def repeats_phrase(text: str) -> bool:
 
 
 def is_no_language(text: str) -> bool:
-    """Whether a text has broken characters, hardly any letters, endless words, or words that mix two scripts."""
+    """True if a text has broken characters, hardly any letters, endless words, or words that mix two scripts."""
     seen = [character for character in text if not character.isspace()]
     if any(unicodedata.category(character) in ("Cc", "Cn", "Co", "Cs") or character == "\ufffd" for character in seen):
         return True
@@ -76,7 +76,7 @@ def is_no_language(text: str) -> bool:
 
 
 def _mixes_scripts(word: str) -> bool:
-    """Whether Latin letters and letters of another script are neighbours, as in broken encodings."""
+    """True if Latin letters and letters of another script are neighbours, as in broken encodings."""
     is_latin = [unicodedata.name(letter, "").startswith("LATIN") for letter in word if letter.isalpha()]
     return any(first != second for first, second in pairwise(is_latin))
 

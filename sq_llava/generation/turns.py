@@ -21,7 +21,7 @@ _LABEL = re.compile(r"^[ \t]*[*#>\-]*[ \t]*(question|answer)[ \t]*\d*[ \t]*\**[ 
 _PREAMBLE = re.compile(r"\s*(?:[^\n]*:\W*)?|\W*")
 # Markdown rulers between turns.
 _RULER = re.compile(r"^[ \t]*[-_#*][-_#* \t]*$\s*", re.M)
-# Words about the captions and boxes that the model read. Whoever sees the image knows nothing of them.
+# Words about the captions and boxes that the model read. A user who sees only the image does not know these.
 _SOURCES = re.compile(
     r"\bcaptions?\b|\bbounding[ -]?box|\bcoordinates?\b|\bannotations?\b|\[\s*[01]?\.\d+|"
     r"\b(?:list of objects|object list|listed objects|these sentences|the descriptions?)\b|"
@@ -38,7 +38,7 @@ _UNSURE = re.compile(
 )
 # Texts that a tokenizer may read as control tokens.
 _CONTROL = re.compile(r"<image>|\[vusr\]|</?s>|<\|", re.I)
-# An answer of more words must be a complete sentence.
+# An answer with more words than this must be a complete sentence.
 LONGEST_PHRASE = 3
 FEWEST_WORDS = {"conversation": 1, "detail": 30, "reasoning": 15}
 

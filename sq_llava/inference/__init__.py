@@ -1,1 +1,1 @@
-"""Inference: the model answers, asks, and talks to itself. What prompts share is computed once."""
+"""Inference: the model answers, asks, and talks to itself. A common prefix of several prompts is computed once."""

@@ -1,4 +1,4 @@
-"""Load a SQ-LLaVA, and let it answer, ask, and talk to itself.
+"""Load an SQ-LLaVA, and let it answer, ask, and talk to itself.
 
     >>> from sq_llava import load
     >>> assistant = load("runs/demo/model")
@@ -70,7 +70,7 @@ class Assistant:
     def answer_batch(self, requests: list[tuple], max_new_tokens: int = 512, **generate_kwargs) -> list[str]:
         """
         Answers several requests in one left-padded batch. The answers are the same as one by one. Requests about the
-        same images (equal paths, or the same PIL objects) share one pass over the tokens that they begin with.
+        same images (equal paths, or the same PIL objects) share one pass over their common prefix.
 
         Args:
             requests (`list[tuple]`): Pairs `(images, messages)`, as in [`Assistant.answer`].
@@ -95,7 +95,7 @@ class Assistant:
         return decode(self.processor, output[:, inputs["input_ids"].shape[1] :])
 
     def _read_prefixes(self, prompts: list[list[int]], images: list[list], groups: list[list[int]]) -> dict:
-        """Inputs for `generate`, with the cached states of the tokens that the prompts of each group share."""
+        """Inputs for `generate`, with the cached states of the common prefix of each group of prompts."""
         cache = PrefixCache(self.model, len(groups))
         lengths = [_common_length_of_all([prompts[number] for number in group]) for group in groups]
         # `read` does not process the last token.
@@ -110,8 +110,8 @@ class Assistant:
         self, images, messages, max_new_tokens: int = 512, ask: bool = False, **generate_kwargs
     ) -> Iterator[str]:
         """
-        Answers or asks, and yields the text piece by piece. Closing the iterator stops the generation at the next
-        token. The other arguments and errors are those of [`Assistant.answer`].
+        Answers or asks, and yields the text piece by piece. To stop the generation at the next token, close the
+        iterator. The other arguments and errors are those of [`Assistant.answer`].
 
         Args:
             ask (`bool`): Generate a question instead of an answer.
@@ -243,13 +243,13 @@ def load(
 
     Args:
         path (`str`): A plain checkpoint, an adapter folder, or a Hub id.
-        device (`str`, *optional*): `"cuda"`, `"mps"`, `"cpu"`, ... Default: the first of these that is available.
+        device (`str`, *optional*): `"cuda"`, `"mps"`, `"cpu"`, ... Default: the first one available.
         dtype (`str`): `"auto"` (as saved), `"float32"`, `"bfloat16"` or `"float16"`.
         load_in_4bit, load_in_8bit (`bool`): Load the weights of both towers in 4 or 8 bits, with bitsandbytes.
         kwargs: Passed to the model's `from_pretrained`, e.g. `revision`. With `device_map`, do not give `device`.
 
     Raises:
-        ValueError: if the model does not exist, is not a SQ-LLaVA or is incomplete; if the device or dtype does not
+        ValueError: if the model does not exist, is not an SQ-LLaVA or is incomplete; if the device or dtype does not
             exist; if bitsandbytes is needed and not installed.
     """
     require_device(device)
@@ -281,7 +281,7 @@ def best_device() -> str:
 
 
 class _IsClosed(StoppingCriteria):
-    """Stops a generation that nobody reads any more."""
+    """Stops the generation when its iterator is closed."""
 
     def __init__(self):
         self.event = Event()
@@ -297,7 +297,7 @@ def _groups_with_one_prefix(
     Groups the prompts that can share a prefix: they have the same images, and all images are in the common prefix.
 
     Returns:
-        Lists of indices into `prompts`. A prompt that can share nothing is a group of its own.
+        Lists of indices into `prompts`. A prompt that shares nothing is alone in its group.
     """
     groups: dict[tuple[int, ...], list[int]] = {}
     for number, of_prompt in enumerate(images):
@@ -317,7 +317,7 @@ def _common_length_of_all(prompts: list[list[int]]) -> int:
 
 
 def _can_share(model: SQLlavaForConditionalGeneration, prompts: list[list[int]], settings: dict) -> bool:
-    """Whether `generate` accepts a filled cache with these settings, and the model allows padding inside a row."""
+    """`True` if `generate` accepts a filled cache with these settings, and the model allows padding inside a row."""
     known = {"do_sample", "temperature", "top_k", "top_p", "num_beams", "max_new_tokens"}
     length = 2 * max(map(len, prompts)) + settings["max_new_tokens"]
     saved = model.generation_config

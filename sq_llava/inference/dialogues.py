@@ -20,8 +20,8 @@ from sq_llava.inference.prompts import decode, pixel_inputs, room_in_context, to
 from sq_llava.inference.sampling import SeededDraw
 
 
-# As in the authors' code, the model first describes the image: in training, no conversation starts with a question of
-# its own.
+# As in the authors' code, the model first describes the image: in training, it never asks the first question of a
+# conversation.
 DESCRIBE = "Can you describe the image in detail?"
 
 
@@ -30,7 +30,7 @@ class Dialogues:
     Several conversations in one batch, and the key-value cache for them. No token is computed twice.
 
     Args:
-        model, processor: A SQ-LLaVA and its processor.
+        model, processor: An SQ-LLaVA and its processor.
         messages (`list[list[dict]]`): The messages of each conversation, with the images in place. `answer` appends
             to them.
         seeds (`list[int]`, *optional*): One random seed for the questions of each conversation.

@@ -6,9 +6,9 @@
     inputs = shared.continue_with([prompt + a, prompt + b, prompt + c])
     model.generate(**inputs, **{CACHE_NAME: shared.states})
 
-New tokens are padded on the left and go after the cached ones, so there may be padding between the two. It is masked
-and does not count in the positions, so each row gives the same result as its prompt alone. The states of recurrent
-layers cannot be cut or shared: the cache of a model with such layers stays empty.
+New tokens are padded on the left and go after the cached ones, so there may be padding between the two. The padding is
+masked and does not count in the positions, so each row gives the same result as its prompt alone. The states of
+recurrent layers cannot be cut or shared: the cache of a model with such layers stays empty.
 """
 
 import copy
@@ -42,7 +42,7 @@ class PrefixCache:
 
     def continue_with(self, prompts: Sequence[list[int]]) -> dict[str, torch.Tensor]:
         """
-        Prepares a new prompt for each row. Of the cached tokens, only the prefix shared with the new prompt is kept.
+        Prepares a new prompt for each row. The cache keeps only the prefix that it shares with the new prompt.
 
         Args:
             prompts (`Sequence[list[int]]`): Token ids of one whole prompt for each row.
@@ -55,7 +55,7 @@ class PrefixCache:
         for row, prompt in enumerate(prompts):
             columns = self.mask[row].nonzero().squeeze(1)
             common = min(common_length(self.tokens[row, columns].tolist(), prompt), len(prompt) - 1)
-            # Generated text, tokenized again, can give other tokens.
+            # Decoded and tokenized again, generated tokens can become other tokens.
             self.mask[row, columns[common:]] = 0
             new_tokens.append(prompt[common:])
         used = self.mask.any(dim=0).nonzero()
@@ -130,7 +130,7 @@ def pad_left(rows: Sequence[list[int]], pad_token_id: int) -> tuple[torch.Tensor
 
 
 def is_recurrent(model: PreTrainedModel) -> bool:
-    """Whether some layer of the language model keeps other states than the keys and values of each token."""
+    """`True` if a layer of the language model keeps other states than the keys and values of each token."""
     layer_types = set(getattr(model.config.get_text_config(), "layer_types", None) or [])
     attention = {"full_attention", "sliding_attention", "chunked_attention"}
     parts = (module for module in model.modules() if isinstance(module, PreTrainedModel))
@@ -139,8 +139,8 @@ def is_recurrent(model: PreTrainedModel) -> bool:
 
 def allows_gaps(model: PreTrainedModel, length: int) -> bool:
     """
-    Whether padding between the tokens of a row leaves the result unchanged, for rows of `length` columns. It does not
-    if the model has recurrent layers, or an attention window shorter than `length`: windows count padding too.
+    `True` if padding between the tokens of a row leaves the result unchanged, for rows of `length` columns. `False` if
+    the model has recurrent layers, or an attention window shorter than `length`: windows count padding too.
     """
     text_config = model.config.get_text_config()
     layer_types = set(getattr(text_config, "layer_types", None) or [])

@@ -15,14 +15,14 @@ from sq_llava.inference.assistant import best_device
 def join_processes(device: str | None) -> tuple[PartialState, str]:
     """
     Args:
-        device (`str`, *optional*): `"cuda"`, `"cpu"`, ... Default: the best one that is available. With several
-            processes, each gets its own.
+        device (`str`, *optional*): `"cuda"`, `"cpu"`, ... Default: the first one available. With several
+            processes, each process gets its own device.
 
     Returns:
         The state of the processes, and the device of this one.
 
     Raises:
-        ValueError: if fewer processes could be joined than were started. Each would do all of the work.
+        ValueError: if fewer processes were joined than were started. Each would then do all of the work.
     """
     device = device or best_device()
     state = PartialState(cpu=device == "cpu")

@@ -85,7 +85,7 @@ def context_length(model: PreTrainedModel) -> int:
 
 def room_in_context(model: PreTrainedModel, prompt_lengths: list[int], max_new_tokens: int) -> int:
     """
-    How many new tokens fit into the model's context after prompts of these lengths: at most `max_new_tokens`.
+    Number of new tokens that fit into the model's context after prompts of these lengths: at most `max_new_tokens`.
 
     Args:
         prompt_lengths (`list[int]`): In tokens. For a single prompt, the result may be less than `max_new_tokens`.

@@ -5,9 +5,9 @@
     >>> seen = look(assistant, open_image("dog.png"))
     >>> paint(open_image("dog.png"), seen, [*seen.shares][:8]).save("seen.png")
 
-The assignment of tokens to prototypes is the extractor's own (`assignment`). Colours follow the rank of a prototype in
-one picture, so that the largest are easy to tell apart: the same prototype can have another colour in another picture.
-This module does not say what a prototype means.
+The extractor itself assigns tokens to prototypes (its method `assignment`). The colour depends on the rank of a
+prototype in one picture, so that the largest are easy to tell apart. The same prototype can have another colour in
+another picture. This module does not explain what a prototype means.
 """
 
 import colorsys
@@ -29,7 +29,7 @@ SHADE = (0, 0, 0, 180)
 @dataclass(frozen=True)
 class PrototypeMap:
     """
-    Which prototype each image token belongs to.
+    The prototype of each image token.
 
     Args:
         best (`np.ndarray` of shape `(rows, columns)`): Index of the prototype that each token belongs to most.
@@ -75,7 +75,7 @@ def shares_of(best: np.ndarray, is_padded: bool, size: tuple[int, int]) -> dict[
 
 
 def square_in(size: tuple[int, int], is_padded: bool) -> tuple[int, int, int]:
-    """Left, top and side of the square that the tokens cover, in a picture of this `(width, height)`, in pixels."""
+    """Left, top and side in pixels of the square that the tokens cover, in a picture of this `(width, height)`."""
     side = max(size) if is_padded else min(size)
     return (size[0] - side) // 2, (size[1] - side) // 2, side
 

@@ -19,7 +19,7 @@ class AskSettings:
 
     num_questions: Annotated[int, Option("-n", min=1, help="Number of questions for each image.")] = 4
     after: Annotated[
-        str | None, Option(help="Question to answer before asking. Default: the model describes the image.")
+        str | None, Option(help="Question that the model answers before it asks. Default: it describes the image.")
     ] = None
     temperature: Annotated[float, Option(min=0.01, help="Sampling temperature for questions.")] = 1.2
     top_k: Annotated[int, Option(min=1, help="Top-k sampling for questions.")] = 300

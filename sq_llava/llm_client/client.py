@@ -3,8 +3,8 @@
     client = ChatClient(ChatSettings("gpt-4o", max_cost=5, input_price=2.5, output_price=10), Path("answers.jsonl"))
     text = client.complete([{"role": "user", "content": "Hello"}])
 
-Every answer is kept in a journal (`journal.py`) under a hash of everything that it depends on; a run that was killed
-resumes from there. One process at a time may write to a journal. The API key is read from `OPENAI_API_KEY` and is
+Every answer is kept in a journal (`journal.py`) under a hash of everything that it depends on. A killed run resumes
+from there. One process at a time may write to a journal. The API key is read from `OPENAI_API_KEY` and is
 never written to a file.
 
 A request is sent again after the statuses 408, 409, 429 and 5xx, a timeout, or a lost connection. The client waits for
@@ -13,7 +13,7 @@ connection, nobody knows whether the request was billed, so its full price count
 The same holds for a response without text. If `NUM_UNANSWERED` requests in a row stay without an answer after all
 retries, the client stops.
 
-What this module does not do: know prices, which the user gives; count requests under way when a run was killed.
+The user gives the prices. Requests under way when a run is killed are not counted.
 """
 
 import hashlib
@@ -48,15 +48,15 @@ FINAL_ERRORS = (openai.AuthenticationError, openai.PermissionDeniedError, openai
 NO_MONEY = "insufficient_quota"
 # The request was not sent. Compared by name: releases of openai use different HTTP libraries, which share these names.
 NOT_CONNECTED = ("ConnectError", "ConnectTimeout", "PoolTimeout")
-# This many failures in a row, each after all retries, mean that the server is gone, not that one request is odd.
+# After this many failures in a row, each with all retries, the server is probably gone.
 NUM_UNANSWERED = 10
 LONGEST_BACKOFF = 8.0  # seconds before a retry, if the server names none
-# For estimates, of English text with its JSON.
+# For estimates: English text with its JSON.
 BYTES_PER_TOKEN = 4
 
 
 class ChatStopped(RuntimeError):
-    """This run cannot ask more: a cap is reached, or the server refuses everything or is gone. Answers are kept."""
+    """No more requests: a cap is reached, or the server refuses everything or is gone. Answers are kept."""
 
 
 class ChatFailure(RuntimeError):
@@ -85,7 +85,7 @@ class ChatRequest:
 
 @dataclass(frozen=True)
 class Estimate:
-    """What requests will take: prompt tokens (approximate), answer tokens (at most), and the cost of both."""
+    """Estimate for requests: number of prompt tokens (about) and answer tokens (at most), and their cost."""
 
     num_requests: int
     prompt_tokens: int
@@ -110,7 +110,7 @@ class ChatClient:
     ):
         key = os.environ.get("OPENAI_API_KEY")
         if not key and not reads_only:
-            raise ValueError("OPENAI_API_KEY is not set: export it. A server without keys takes any text.")
+            raise ValueError("OPENAI_API_KEY is not set: export it. If your server needs no key, any text will do.")
         self.settings = settings
         self.reads_only = reads_only
         self.api = openai.OpenAI(
@@ -131,7 +131,7 @@ class ChatClient:
 
     def claim(self) -> None:
         """
-        Locks the journal for this process as long as this client lives. Must precede every request.
+        Locks the journal for this process as long as this client lives. Call it before any request.
 
         Raises:
             ValueError: If another process holds the lock.
@@ -149,7 +149,7 @@ class ChatClient:
 
         Args:
             messages: Messages of the chat completions API, with `role` and `content` (a text or a list of parts).
-            attempt (`int`): A number that was not used before asks for another answer.
+            attempt (`int`): Each number gets its own answer to the same messages.
 
         Raises:
             ValueError: If another process writes to the journal.
@@ -193,7 +193,8 @@ class ChatClient:
 
         Raises:
             ValueError: If another process writes to the journal.
-            ChatStopped: After the requests under way are answered and kept. Other errors of `work` likewise.
+            ChatStopped: If no request can be sent any more. Before this or any error of `work` is raised, the
+                requests under way are answered and kept.
         """
         self.claim()
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
@@ -213,7 +214,7 @@ class ChatClient:
                 self._stopping.clear()
 
     def report(self) -> dict[str, Any]:
-        """Which models answered, when, and with how many tokens, since the last report."""
+        """Models, dates and number of tokens of the answers since the last report."""
         used, self._used = list(self._used.values()), {}
         return {
             "model": self.settings.model,
@@ -254,7 +255,7 @@ class ChatClient:
                     raise self._given_up(error) from None
 
     def _given_up(self, error: Exception) -> ChatFailure | ChatStopped:
-        """Gives up on one request, or on all. Threads may miscount by a few, which does no harm."""
+        """Gives up one request, or all of them. The count may be wrong by a few between threads: this does no harm."""
         self._num_unanswered += 1
         if self._num_unanswered < NUM_UNANSWERED:
             return ChatFailure(str(error))
@@ -324,8 +325,8 @@ def measure(messages: Messages) -> tuple[int, int]:
 
 class Budget:
     """
-    Enforces the caps. Before a request is sent, the most that it can cost is reserved. So no cap is exceeded, however
-    many requests are under way.
+    Enforces the caps. Before a request is sent, its maximum cost is reserved. So no cap is exceeded, even with many
+    requests under way.
     """
 
     def __init__(self, settings: ChatSettings, journal: Journal):
@@ -345,7 +346,7 @@ class Budget:
 
     def reserve(self, prompt_tokens: int, completion_tokens: int) -> None:
         """
-        Reserves the most that a request can use. At a cap, waits for requests under way, which may turn out cheaper.
+        Reserves the maximum that a request can use. At a cap, it waits for requests under way, which may cost less.
 
         Raises:
             ChatStopped: If the request does not fit under a cap and none is under way.
@@ -354,7 +355,7 @@ class Budget:
         with self._changed:
             while (reason := self._too_much(tokens, cost)) is not None:
                 if not self._num_under_way:
-                    raise ChatStopped(f"stopped by {reason} Raise the cap and run again: the answers are kept.")
+                    raise ChatStopped(f"stopped by {reason} Raise this limit and run again: the answers are kept.")
                 self._changed.wait()
             self.num_requests += 1
             self._reserved_tokens += tokens

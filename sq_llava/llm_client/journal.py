@@ -4,7 +4,7 @@
     journal.add({"key": "9f3a", "answer": "A dog.", "prompt_tokens": 100, "completion_tokens": 10})
     journal.get("9f3a")["answer"]
 
-A line without an answer records a request that was probably billed but brought nothing. No request has its key.
+A line without an answer records a request that was probably billed but gave no answer. No request has its key.
 """
 
 import json
@@ -19,7 +19,7 @@ from sq_llava.resumable.jsonl import read_complete_lines, to_line
 
 
 class Journal:
-    """Answers by their keys; each is appended to the file as it arrives."""
+    """Answers by their keys. Each answer is appended to the file as it arrives."""
 
     def __init__(self, path: Path, reads_only: bool = False):
         self.path = path
@@ -31,7 +31,8 @@ class Journal:
                 line = json.loads(line)
             except ValueError as error:
                 raise ValueError(
-                    f"{path}, line {number}: cannot be read as JSON: {error}. Remove the line; it will be asked again."
+                    f"{path}, line {number}: cannot be read as JSON: {error}. Remove the line: "
+                    "its question will be sent again."
                 ) from error
             self._keep(line)
 
@@ -68,7 +69,7 @@ def lock(path: Path) -> BaseFileLock:
         held.acquire()
     except Timeout as error:
         raise ValueError(
-            f"{path}: another run writes into this folder; both would pay for the same answers. Wait for it to end, "
+            f"{path}: another run writes into this folder. Both would pay for the same answers. Wait for it to end, "
             "or choose another --out or --shard."
         ) from error
     except OSError as error:  # some network file systems

@@ -2,7 +2,7 @@
 
     read_completion(response.text, most_tokens=(100, 1024))["answer"]
 
-What this module does not do: interpret the status code of a response.
+The status code of a response is interpreted in `client.py`.
 """
 
 import json
@@ -20,7 +20,7 @@ def read_completion(body: str, most_tokens: tuple[int, int]) -> dict[str, Any]:
 
     Args:
         body (`str`): Body of the response.
-        most_tokens (`tuple[int, int]`): Prompt and answer tokens to count if the server reports none.
+        most_tokens (`tuple[int, int]`): Numbers of prompt and answer tokens to assume if the server reports none.
 
     Returns:
         `answer`, `model`, `date`, `prompt_tokens` and `completion_tokens`, as the journal keeps them.
@@ -42,7 +42,7 @@ def read_completion(body: str, most_tokens: tuple[int, int]) -> dict[str, Any]:
     except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
         raise ValueError(f"the server's answer is not a chat completion ({error!r}): {body[:200]!r}") from error
     if not line["answer"].strip():
-        raise ValueError(f"the server's answer holds no text: {body[:200]!r}")
+        raise ValueError(f"the server's answer has no text: {body[:200]!r}")
     return line
 
 
@@ -52,12 +52,12 @@ def without_thoughts(text: str) -> str:
 
 
 def mend(text: str) -> str:
-    """Replaces each lone surrogate by U+FFFD: JSON can hold one, UTF-8 cannot."""
+    """Replaces each lone surrogate by U+FFFD: JSON can contain one, UTF-8 cannot."""
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def retry_after(header: str | None) -> float | None:
-    """The seconds to wait by a `Retry-After` header, which holds a number or a date; `None` if it holds neither."""
+    """Seconds to wait according to a `Retry-After` header (a number or a date). `None` if it is neither."""
     if header is None:
         return None
     try:

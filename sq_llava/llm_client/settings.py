@@ -1,4 +1,4 @@
-"""Which chat server to ask, and how much. The fields are command options, so this module imports nothing slow.
+"""Settings of a chat server, and limits on its use. The fields are command options: this module imports nothing slow.
 
 >>> ChatSettings("gpt-4o", max_cost=5, input_price=2.5, output_price=10)
 """
@@ -13,18 +13,18 @@ from typer import Option
 @dataclass(frozen=True)
 class ChatSettings:
     """
-    A second attempt at an answer uses a temperature 0.5 higher than the first, up to 1, and so on. The caps `max_...`
-    count all runs with the same journal. Requests that the server refused do not count.
+    Each further attempt at an answer raises the temperature by 0.5, up to 1. The caps `max_...` count all runs with
+    the same journal. Requests that the server refused do not count.
 
     Args:
-        retries (`int`): How often a request without an answer is sent again.
+        retries (`int`): Maximum number of times that a request without an answer is sent again.
         option_prefix (`str`): Prefix of the option names in error messages.
     """
 
     model: Annotated[str, Option("-m", help="Name of the model on the server. The key is read from OPENAI_API_KEY.")]
     base_url: Annotated[
         str | None,
-        Option(help="URL of the OpenAI-compatible server, up to /v1. Default: OPENAI_BASE_URL, else OpenAI's."),
+        Option(help="URL of the OpenAI-compatible server, ending in /v1. Default: OPENAI_BASE_URL, else OpenAI."),
     ] = None
     temperature: Annotated[float, Option(min=0, help="Sampling temperature. Some models accept only 1.")] = 0.0
     max_tokens: Annotated[int, Option(min=1, help="Maximum tokens of an answer, including reasoning.")] = 1024
@@ -32,18 +32,21 @@ class ChatSettings:
     retries: int = 5
     timeout: Annotated[float, Option(min=1, help="Seconds to wait for an answer before a retry.")] = 120.0
     max_requests: Annotated[
-        int | None, Option(min=0, help="Maximum number of requests, including earlier runs with the same --out.")
+        int | None, Option(min=0, help="Maximum number of requests. Earlier runs with the same --out count too.")
     ] = None
     max_total_tokens: Annotated[
-        int | None, Option(min=0, help="Maximum number of tokens of prompts and answers, including earlier runs.")
+        int | None, Option(min=0, help="Maximum number of tokens in prompts and answers. Earlier runs count too.")
     ] = None
     max_cost: Annotated[
-        float | None, Option(min=0, help="Maximum cost in the currency of the prices, including earlier runs.")
+        float | None, Option(min=0, help="Maximum cost, in the currency of both prices. Earlier runs count too.")
     ] = None
     input_price: Annotated[float | None, Option(min=0, help="Price of one million prompt tokens.")] = None
     output_price: Annotated[float | None, Option(min=0, help="Price of one million answer tokens.")] = None
     image_tokens: Annotated[
-        int, Option(min=1, help="Tokens that one image counts as. If the server counts more, caps can be exceeded.")
+        int,
+        Option(
+            min=1, help="Number of tokens to count for an image. If the server counts more, limits can be exceeded."
+        ),
     ] = 4096
     option_prefix: str = "--"
 

@@ -1,4 +1,4 @@
-"""The conversation on the page: who speaks next, and what they say, piece by piece. It knows nothing of the browser.
+"""The conversation on the page: who speaks next, and the text, piece by piece. This module does not use Gradio.
 
 >>> for turns in speak(assistant, [Turn("user", "What is it?", ("dog.png",))], "assistant", Settings()):
 ...     print(turns[-1].text)
@@ -20,7 +20,7 @@ class Turn:
 
     Args:
         role (`str`): `user` (a person), `assistant` (the model answers) or `vusr` (the model asks).
-        text (`str`): What was said.
+        text (`str`): The question or answer.
         files (`tuple[str, ...]`): Paths of the pictures in this turn.
     """
 
@@ -31,7 +31,7 @@ class Turn:
 
 @dataclass(frozen=True)
 class Settings:
-    """What the sliders set. A `temperature` of 0 is greedy. The defaults for questions are those of `sq-llava ask`."""
+    """Values of the sliders. A `temperature` of 0 is greedy. Questions have the defaults of `sq-llava ask`."""
 
     max_new_tokens: int = 256
     temperature: float = 0.0
@@ -42,7 +42,7 @@ class Settings:
 
 
 def complete(turns: list[Turn]) -> list[Turn]:
-    """The conversation up to its last answer. A question without an answer, because it was stopped, is dropped."""
+    """The conversation up to its last answer. A last question whose answer was stopped is dropped."""
     while turns and turns[-1].role != "assistant":
         turns = turns[:-1]
     return turns

@@ -93,8 +93,8 @@ LAUNCH = {
 
 class Page:
     """
-    What happens on a click. The handlers yield values for the `outputs` of [`create_page`]: input box, conversation,
-    chat, picture.
+    The handlers of clicks. They yield values for the `outputs` of [`create_page`]: input box, conversation, chat,
+    picture.
     """
 
     def __init__(self, assistant: Assistant):

@@ -1,1 +1,1 @@
-"""Resumable work: JSON lines that a kill may cut off, the loop that resumes from them, the note of a run."""
+"""Resumable work: JSON lines that a kill may cut off, the loop that resumes from them, and the note of a run."""

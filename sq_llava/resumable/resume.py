@@ -2,8 +2,8 @@
 
     lines = run_resumable(pictures, describe_batch, Path("out"), "described", "Describing", batch_size=8)
 
-Each process appends one JSON line per item to `<stem>-<rank>.jsonl`. A later run reads these files of all processes
-and works on the items that have no line. The number of processes may change. Items that failed are tried again.
+Each process appends one JSON line per item to `<stem>-<rank>.jsonl`. A later run reads the files of all processes and
+works on the items that have no line. The number of processes may change. Items that failed are tried again.
 """
 
 import json
@@ -47,8 +47,8 @@ def run_resumable(
         stem (`str`): First part of the names of these files.
         description (`str`): Text beside the progress bar.
         batch_size (`int`): Number of items in a batch.
-        make_batches (`Callable`, *optional*): Divides the remaining items into batches, and the batches are shared out
-            between the processes. By default the items are shared out, and each process makes batches of its own.
+        make_batches (`Callable`, *optional*): Divides the remaining items into batches, which are distributed over the
+            processes. By default, items are distributed, and each process makes its own batches.
         failed (`Mapping`): Fields of the line of an item that failed, in addition to `error`.
 
     Returns:
@@ -130,7 +130,7 @@ def read_lines(
         for line in map(json.loads, read_complete_lines(path, mends=PartialState().is_main_process)):
             if line["id"] not in known:
                 raise ValueError(
-                    f"{path}: has a line for {line['id']!r}, which is not in the input. Choose another --out."
+                    f"{path} has a line for {line['id']!r}, which is not in the input. Choose another --out."
                 )
             if line["error"] is None:
                 done[line["id"]] = line

@@ -17,13 +17,13 @@ def check_note(out: Path, about: dict[str, Any], identity: Sequence[str]) -> dic
     Args:
         out (`Path`): Output folder.
         about (`dict`): All settings that are needed to repeat this run.
-        identity (`Sequence[str]`): Keys of `about` that must be equal for a run to resume.
+        identity (`Sequence[str]`): Keys of `about` whose values must be equal to resume.
 
     Returns:
         `dict`: `about`. A value that is a dict also has the entries of earlier runs.
 
     Raises:
-        ValueError: If the folder holds a run that differs in one of these keys.
+        ValueError: If the folder contains a run that differs in one of these keys.
     """
     note = out / "run.json"
     before = json.loads(note.read_text()) if note.is_file() else {}
@@ -36,14 +36,14 @@ def check_note(out: Path, about: dict[str, Any], identity: Sequence[str]) -> dic
             was, now = [was[task] for task in differing], [now[task] for task in differing]
         if was != now:
             raise ValueError(
-                f"{out}: holds answers of a run with {name} {was!r}, but this run has {now!r}. Choose another --out, "
-                "or remove the folder."
+                f"{out} contains answers of a run with {name} {was!r}, but this run has {now!r}. Choose another "
+                "--out, or remove the folder."
             )
     return about
 
 
 def write_note(out: Path, about: dict[str, Any], writer: str = "") -> None:
-    """Writes `run.json` in one step: a kill leaves no half of it. Each `writer` uses its own temporary file."""
+    """Writes `run.json` in one step, so a kill leaves no half file. Each `writer` has its own temporary file."""
     out.mkdir(parents=True, exist_ok=True)
     whole = out / f"run{writer}.new"
     whole.write_text(json.dumps(about, indent=2) + "\n")

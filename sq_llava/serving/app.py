@@ -37,7 +37,7 @@ def create_app(
     """
     Args:
         model_name (`str`): Name of the model for clients.
-        limits (`Limits`): What a request may cost.
+        limits (`Limits`): Limits on requests.
         max_batch_size (`int`): Maximum number of texts that are generated at the same time.
         api_key (`str`, *optional*): Key that clients must send to all paths under /v1, as `Authorization: Bearer KEY`.
 

@@ -37,7 +37,7 @@ class Ready:
     A request with its encoded prompt.
 
     Args:
-        first_answer (`str`, *optional*): What the model answered before it asks (`self_question`).
+        first_answer (`str`, *optional*): Answer of the model before it asks (`self_question`).
         extra_tokens (`int`): Number of tokens generated for that answer.
     """
 
@@ -66,7 +66,7 @@ class ChatService:
         self.context_length = context_length(assistant.model)
         self.longest_token = max(map(len, self.processor.tokenizer.get_vocab()))
         self.encoding = threading.Lock()
-        # An executor of its own limits the work of cancelled requests: a thread cannot be interrupted.
+        # A separate executor limits the work of cancelled requests, because a thread cannot be interrupted.
         self.preparing = ThreadPoolExecutor(PREPARING_THREADS, "preparing")
 
     async def _in_thread(self, function: Callable, *arguments):

@@ -1,6 +1,6 @@
 """A batch whose rows have their own settings and can join or leave between two tokens (continuous batching).
 
-The continuous batching of `transformers` (5.23) takes only token ids, so no images. `generate` has one setting for all
+The continuous batching of `transformers` (5.23) takes only token ids and no images. `generate` has one setting for all
 rows, and returns when the last row is done. Here, new prompts are padded on the left and run in one pass. Their keys
 and values are added to those of the running rows, padded on the left to one length. A finished row leaves, and columns
 that are padding in all remaining rows are cut off. A greedy row gets the same tokens as alone.
@@ -26,7 +26,7 @@ from modeling_sq_llava import CACHE_NAME, SQLlavaForConditionalGeneration, SQLla
 from sq_llava.inference.prefix_cache import pad_left
 
 
-# Below this, the most likely token has practically all the probability, and the divided scores could overflow.
+# Below this, the most likely token has almost all the probability, and scores divided by it could overflow.
 MIN_TEMPERATURE = 0.01
 
 # Settings of `generate` that the batch does not support.
@@ -39,7 +39,7 @@ UNSUPPORTED_SETTINGS = (
 
 @dataclass(frozen=True)
 class Sampling:
-    """How a row chooses its tokens, and when it ends. A temperature below 0.01 means greedy decoding."""
+    """Sampling settings of a row, and the conditions that end it. A temperature below 0.01 means greedy decoding."""
 
     max_new_tokens: int
     temperature: float = 0.0
@@ -88,7 +88,7 @@ class RowText:
             self.is_stopped = True
 
     def take(self, is_last: bool) -> str:
-        """The text that is certain and was not taken before. All pieces together are the whole text, stripped."""
+        """The new text that can no longer change. All pieces together are the whole text, stripped."""
         certain = len(self.text.rstrip())
         if not is_last:
             for stop in self.stop:

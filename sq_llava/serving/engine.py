@@ -87,7 +87,7 @@ class Engine:
         self.is_closed = False
         self.changed = threading.Condition()
         self.thread = threading.Thread(target=self._run, name="generation", daemon=True)
-        # A model that cannot be batched fails here, and not at the first request.
+        # A trial step: a model that cannot be batched fails here, and not at the first request.
         row = Row.begin(Sampling(max_new_tokens=2), 0, self.tokenizer, self.device)
         self.batch.join([Prompt([self.tokenizer.eos_token_id])], [[row]])
         self.batch.step()
@@ -130,7 +130,7 @@ class Engine:
                 joining = self._take_waiting()
             try:
                 self._advance(joining)
-            # Whatever goes wrong with one batch (e.g. out of memory), the next ones must be served.
+            # After any error with one batch (e.g. out of memory), the next batches must be served.
             except Exception:
                 logger.exception("Generation failed. %d requests get an error.", len(self.running))
                 for generation in self.running:

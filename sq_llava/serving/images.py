@@ -1,8 +1,8 @@
 """The images of a request: from data: URLs and, if allowed, from public http(s) servers.
 
 A client must not reach a file on this machine, or a server that only this machine can reach. Other URLs are refused.
-Pillow opens only the four image formats of the web, none of which starts a program. For a remote image, every host on
-the way (redirects included) is resolved once, all its addresses must be public, and one of these is connected to.
+Pillow opens only the four image formats of the web, none of which starts a program. For a remote image, each host
+(also after a redirect) is resolved once. All its addresses must be public, and the connection goes to one of them.
 """
 
 import asyncio
@@ -58,7 +58,7 @@ def num_pixels(data: bytes) -> int:
     Number of pixels of the square that the image is padded to. Only the header is read.
 
     Raises:
-        ValueError: if the bytes are not an image in one of the four formats, or were built to take very long.
+        ValueError: if the bytes are not an image in one of the four formats, or were made to take very long.
     """
     try:
         with Image.open(_FewReads(data, MAX_READS_OF_HEADER), formats=FORMATS) as image:
@@ -70,7 +70,7 @@ def num_pixels(data: bytes) -> int:
 
 
 class _FewReads(BytesIO):
-    """Bytes that can be read in a limited number of pieces."""
+    """Bytes that can be read only a limited number of times."""
 
     def __init__(self, data: bytes, most: int):
         super().__init__(data)
@@ -97,7 +97,7 @@ def decode_image(data: bytes) -> Image.Image:
 
 
 def is_public(address: str) -> bool:
-    """Whether an IP address belongs to the public internet."""
+    """`True` if an IP address belongs to the public internet."""
     ip = ipaddress.ip_address(address)
     if ip.version == 6:
         return ip in ROUTED_IPV6 and ip.is_global and not any(ip in tunnel for tunnel in TUNNELS)

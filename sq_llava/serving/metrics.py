@@ -8,7 +8,7 @@ from sq_llava.serving.engine import Engine, Piece
 
 
 class Metrics:
-    """The metrics of one server. No label has a value that a client chose."""
+    """The metrics of one server. Clients cannot choose the value of a label."""
 
     def __init__(self, engine: Engine):
         self.registry = CollectorRegistry()

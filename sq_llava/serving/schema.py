@@ -4,8 +4,8 @@
         {"type": "image_url", "image_url": {"url": "data:image/png;base64,..."}},
         {"type": "text", "text": "What is it?"}]}]}
 
-`self_question` and `top_k` are extensions, and so is the role `vusr`, for questions that the model asked before.
-Everything unsupported is refused, never ignored: unknown fields, and values that would need an unsupported feature.
+`self_question` and `top_k` are extensions. So is the role `vusr`, for questions that the model asked before. Unknown
+fields, and values that need an unsupported feature, are refused and never ignored.
 """
 
 from typing import Annotated, Any, Literal
@@ -14,7 +14,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validat
 from starlette.exceptions import HTTPException
 
 
-# Maximum number of parts in all messages together. Requests are checked in one piece, and the server waits for that.
+# Maximum number of parts in all messages together. The server can do nothing else while it checks a request.
 MAX_PARTS = 1000
 
 
@@ -145,7 +145,7 @@ class ChatCompletion(BaseModel):
     model: str
     choices: list[Choice]
     usage: Usage
-    first_answer: str | None = Field(None, description="With self_question: what the model answered before it asked.")
+    first_answer: str | None = Field(None, description="With self_question: the model's answer before its question.")
 
 
 class ErrorDetail(BaseModel):

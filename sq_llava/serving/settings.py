@@ -9,7 +9,7 @@ from typer import Option
 @dataclass(frozen=True)
 class Limits:
     """
-    What a request may cost.
+    Limits on each request, and on the number of requests.
 
     Args:
         max_body_bytes (`int`): Maximum size of a request, or of a remote image.
@@ -24,12 +24,13 @@ class Limits:
         Option(min=1, help="Maximum length of a prompt in tokens, images included. Default: the model's context."),
     ] = None
     max_waiting: Annotated[
-        int, Option(min=0, help="Maximum number of requests beyond --max-batch-size. Any more get the status 429.")
+        int,
+        Option(min=0, help="Maximum number of requests above --max-batch-size. Others are refused with status 429."),
     ] = 64
     request_seconds: Annotated[
         float,
-        Option(min=0.1, help="Maximum time for a request, in seconds: from its first byte to the last of the reply."),
+        Option(min=0.1, help="Maximum seconds from the first byte of a request to the last byte of its reply."),
     ] = 120.0
     allow_remote_images: Annotated[
-        bool, Option(help="Download images from http(s) URLs. Only public addresses are allowed.")
+        bool, Option(help="Download images from http(s) URLs, from public addresses only.")
     ] = False

@@ -52,7 +52,7 @@ class LoraOptions:
         use_dora (`bool`): Learn the magnitude of the weights separately from their direction
             (https://arxiv.org/abs/2402.09353).
         init_lora_weights (`bool` or `str`): `True`, `"gaussian"` or `"orthogonal"`. With each of them, a new adapter
-            leaves the base's weights unchanged, and its outputs equal up to rounding.
+            does not change the base's weights, nor its outputs beyond rounding.
     """
 
     target_modules: tuple[str, ...] | None = None

@@ -25,7 +25,7 @@ class SelfQuestioningCollator:
     Turns rows into a padded batch.
 
     A row has `row_id` (int), `messages`, and `images` (paths or PIL images, in the order of the image parts). The
-    labels come from the mask of the chat template, from the same rendering as the text, so the two always agree.
+    chat template renders the text and the mask of the labels together, so the two always agree.
 
     Args:
         processor ([`SQLlavaProcessor`]): The model's processor, with its chat template.

@@ -28,6 +28,8 @@ from sq_llava.inference.prompts import context_length, token_ids
 @dataclass
 class GenerationCheck:
     """
+    Generates answers and questions at each evaluation, writes them to a file, and measures the accuracy.
+
     Args:
         rows (`datasets.Dataset`): Rows as returned by `sq_llava.data.rows.load_rows`.
         processor ([`SQLlavaProcessor`]): The model's processor.

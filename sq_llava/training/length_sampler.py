@@ -1,8 +1,8 @@
 """Batches of rows with the same modality and similar length, so that batches have little padding.
 
 A global batch is the rows of one optimizer step, over all processes and accumulation steps. It has either rows with
-images or rows of text only (paper, section 4: as LLaVA). Its rows are similar in length and sorted from long to short.
-The processes take rows in turn, so at any time their batches have nearly the same length.
+images or rows of text only (as in LLaVA; paper, section 4). Its rows are similar in length and sorted from long to
+short. The processes take rows in turn, so at any time their batches have nearly the same length.
 
 The order depends only on the seed and the epoch. A resumed run therefore continues in the same order, and the global
 batches are the same for any number of processes. The rows that fill no whole global batch come last in an epoch.

@@ -4,16 +4,15 @@
 
 The positions of each conversation start at 0, so that no conversation attends to another one: without an attention
 mask and a cache, transformers builds a block-diagonal mask from the positions (SDPA, eager and flex attention).
-FlashAttention gets the start of each conversation instead, in the form that transformers' source asks for. Images,
-labels and self-questions are those of the unpacked rows. Only the first token of each conversation has no label,
-because it would be predicted from another conversation. Language models that ignore positions at the border, such as
-recurrent ones, are detected and refused (`require_separation`). ZeRO-3 cannot run that
-check, because it holds the weights in pieces.
+FlashAttention gets the start of each conversation instead (`cu_seq_lens_q`, ...). Images, labels and self-questions
+are those of the unpacked rows. Only the first token of each conversation has no label, because it would be predicted
+from another conversation. Language models that ignore the positions, such as recurrent ones, are detected and refused
+(`require_separation`). Under ZeRO-3 this check is not run, because the weights are held in pieces.
 
 Rows are packed whole, each once per epoch, by the maximum number of tokens that each can have
 (`sq_llava/data/lengths.py`): best-fit decreasing, within windows of a permutation of all rows. The packs depend only
 on the seed and the epoch, not on the number of processes. Every epoch has the same number of packs, a whole number of
-optimizer steps. What it does not do: cut rows to fill a pack; group by modality; pack evaluation batches.
+optimizer steps. Rows are not cut to fill a pack or grouped by modality, and evaluation batches are not packed.
 """
 
 from collections.abc import Iterator

@@ -8,7 +8,7 @@
 `meta` needs only the configurations of the models: it builds the model without weights and adds up its memory. `real`
 loads everything, trains one step on the longest rows, and measures. Weights, gradients and optimizer states are added
 up tensor by tensor. Activations are an upper estimate: on a CPU it was 1.0 to 1.7 times the measured peak of fourteen
-small dense models; on a GPU it was not compared. What it does not do: estimate time.
+small dense models; on a GPU it was not compared. Time is not estimated.
 """
 
 import math
@@ -236,8 +236,8 @@ def activation_terms(model: nn.Module, batch: Batch, training_args: SFTConfig, o
     base = without_adapter(model)
     config, text_config = base.config, base.config.get_text_config()
     held = base.get_input_embeddings().weight.itemsize
-    # Bytes for each input and output feature of a linear layer (LoRA included) at one position. By measurement, the
-    # size of the number plus 2 bytes also covers activations between the layers and the backward pass.
+    # Bytes for each input and output feature of a linear layer (LoRA included) at one position. Measurements show that
+    # the size of the number plus 2 bytes also covers activations between the layers and the backward pass.
     feature_bytes = held + 2
     tokens = batch.rows * batch.tokens
     # A text-only batch runs the vision side on one blank image.

@@ -4,8 +4,8 @@
 
 A run may be killed at any moment. Resumed with `--resume`, it has the same losses and weights as a run that was never
 killed. The newest complete checkpoint holds weights, optimizer and schedule. Self-questions, the order of rows and
-dropout depend only on the seed and on epoch, row, turn, step and process. What it does not do: survive power failures
-(no fsync).
+dropout depend only on the seed and on epoch, row, turn, step and process. Power failures may damage checkpoints (no
+fsync).
 """
 
 import hashlib
@@ -109,7 +109,7 @@ def _set_aside(folder: Path, faults: list[str]) -> None:
 
 
 def warn_of_changes(checkpoint: str, run: dict[str, int]) -> None:
-    """Prints each setting that differs from the run that wrote the checkpoint and changes the losses."""
+    """Prints each setting that changes the losses and differs from the run that wrote the checkpoint."""
     before = json.loads((Path(checkpoint) / RUN_FILE).read_text())
     for name, now in run.items():
         if before.get(name, now) != now:
@@ -127,9 +127,9 @@ class StepWatch(TrainerCallback):
     its tokens has a weight in the loss, or if its loss is above `max_loss`.
 
     On SIGTERM or SIGINT in any process, all processes finish the step and save a checkpoint; `stopped` is then true. A
-    second SIGINT stops at once. The Trainer's own `enable_jit_checkpoint` is not used: there each process decides
-    alone, three seconds later; it may save between backward pass and step, with the previous step's number; and it
-    exits with 0.
+    second SIGINT stops at once. The Trainer's own `enable_jit_checkpoint` is not used, because each process
+    would decide alone, three seconds later. It may save between backward pass and step, with the number of the
+    previous step, and it exits with 0.
 
     Args:
         accelerator ([`~accelerate.Accelerator`]): The trainer's accelerator.

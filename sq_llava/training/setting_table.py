@@ -1,4 +1,4 @@
-"""One table of all settings: honoured, harmless, or refused. Error messages and docs/settings.md are made from it.
+"""One table of all settings: supported, without effect, or refused. Errors and docs/settings.md are made from it.
 
     python -m sq_llava.training.setting_table > docs/settings.md
 
@@ -7,6 +7,7 @@ It contains every field of `SQLlavaArguments`, of TRL's `ModelConfig` and `SFTCo
 """
 
 from dataclasses import MISSING, dataclass, fields
+from textwrap import wrap
 from typing import Any, Literal
 
 
@@ -14,25 +15,25 @@ from typing import Any, Literal
 class Setting:
     """
     Attributes:
-        verdict: `"honoured"`: the setting does what it says. `"harmless"`: every value gives the same, correct run.
+        verdict: `"supported"`: the setting does what it says. `"no effect"`: every value gives the same, correct run.
             `"refused"`: the setting would do nothing, or something else than it says, so it raises an error.
-        note (`str`): For an honoured setting, the test that proves it (empty if the Trainer handles it alone). For a
-            harmless setting, the reason. For a refused setting, the reason and what to do instead.
+        note (`str`): For a supported setting, the test that proves it (empty if the Trainer handles it alone). For a
+            setting without effect, the reason. For a refused setting, the reason and what to do instead.
         values (`tuple`): Values of a refused setting that are accepted besides its default, because they ask for what
             is done anyway.
     """
 
-    verdict: Literal["honoured", "harmless", "refused"]
+    verdict: Literal["supported", "no effect", "refused"]
     note: str = ""
     values: tuple = ()
 
 
-def honoured(test: str) -> Setting:
-    return Setting("honoured", test)
+def supported(test: str) -> Setting:
+    return Setting("supported", test)
 
 
-def harmless(reason: str) -> Setting:
-    return Setting("harmless", reason)
+def no_effect(reason: str) -> Setting:
+    return Setting("no effect", reason)
 
 
 def refused(reason: str, *values: Any) -> Setting:
@@ -45,7 +46,7 @@ def each(names: str, setting: Setting) -> dict[str, Setting]:
 
 
 # Handled by the Trainer, accelerate or PyTorch; this project does not touch it.
-TRAINER = Setting("honoured")
+TRAINER = Setting("supported")
 PUSH = (
     "Training does not push to the Hub: others could not load its output_dir. Run `sq-llava push OUTPUT_DIR ORG/NAME`"
 )
@@ -55,75 +56,75 @@ FULL_EVALUATION = "The Trainer uses it only outside of training, where this proj
 CONVERSATIONS = "Rows are conversations in a known format, prepared batch by batch: remove it"
 
 OURS = {
-    "stage": honoured("training/test_training.py::test_stage_one_trains_vision_lora_extractor_and_projector"),
-    "dataset_path": honoured("data/test_rows.py::test_llava_row_becomes_messages_and_paths"),
-    "image_root": honoured("data/test_rows.py::test_missing_image_root_and_splits_of_json_are_refused"),
-    "datasets": honoured("data/test_rows.py::test_sources_are_mixed_by_weight_and_row_count"),
-    "eval_datasets": honoured(
+    "stage": supported("training/test_training.py::test_stage_one_trains_vision_lora_extractor_and_projector"),
+    "dataset_path": supported("data/test_rows.py::test_llava_row_becomes_messages_and_paths"),
+    "image_root": supported("data/test_rows.py::test_missing_image_root_and_splits_of_json_are_refused"),
+    "datasets": supported("data/test_rows.py::test_sources_are_mixed_by_weight_and_row_count"),
+    "eval_datasets": supported(
         "training/test_generation_check.py::test_losses_on_answers_and_questions_are_measured_on_rows_not_trained_on"
     ),
-    "num_eval_rows": honoured("data/test_rows.py::test_held_out_rows_are_not_trained_on_in_any_copy"),
-    "generation_datasets": honoured(
+    "num_eval_rows": supported("data/test_rows.py::test_held_out_rows_are_not_trained_on_in_any_copy"),
+    "generation_datasets": supported(
         "training/test_generation_check.py::test_generations_are_scored_written_and_sent_to_tensorboard"
     ),
     **each(
         "vision_model_name_or_path text_model_name_or_path",
-        honoured("training/test_training.py::test_stage_two_begins_with_the_logits_of_stage_one"),
+        supported("training/test_training.py::test_stage_two_begins_with_the_logits_of_stage_one"),
     ),
-    "qformer_model_name_or_path": honoured(
+    "qformer_model_name_or_path": supported(
         "training/test_recipes.py::test_tiny_twins_of_the_other_systems_train_what_they_say"
     ),
     **each(
         "prototype_variant num_prototypes num_prototype_iterations projector_type",
-        honoured("training/test_settings.py::test_architecture_of_a_model_from_parts_is_what_was_asked"),
+        supported("training/test_settings.py::test_model_from_parts_has_the_requested_architecture"),
     ),
-    "image_aspect_ratio": honoured("model/test_processing.py::test_centre_crop_shows_the_middle_alone"),
-    "prompt_layout": honoured("model/test_minigpt4.py::test_prompt_is_minigpt_4s_to_the_character"),
-    "system_message": honoured("model/test_processing.py::test_a_setting_changed_at_loading_changes_the_template"),
-    "self_question_ratio": honoured("training/test_collator.py::test_ratio_is_the_share_of_self_questions"),
-    "question_loss_weight": honoured(
-        "training/test_training.py::test_question_weight_zero_leaves_the_loss_of_the_answers"
+    "image_aspect_ratio": supported("model/test_processing.py::test_centre_crop_shows_only_the_middle"),
+    "prompt_layout": supported("model/test_minigpt4.py::test_prompt_is_minigpt_4s_to_the_character"),
+    "system_message": supported("model/test_processing.py::test_a_setting_changed_at_loading_changes_the_template"),
+    "self_question_ratio": supported("training/test_collator.py::test_ratio_is_the_share_of_self_questions"),
+    "question_loss_weight": supported(
+        "training/test_training.py::test_question_weight_zero_leaves_only_the_loss_of_the_answers"
     ),
     **each(
         "vision_lr connector_lr",
-        honoured("training/test_training.py::test_each_part_has_its_learning_rate_and_the_losses_are_logged_apart"),
+        supported("training/test_training.py::test_each_part_has_its_learning_rate_and_the_losses_are_logged_apart"),
     ),
-    "vision_lora_r": honoured(
+    "vision_lora_r": supported(
         "training/test_training.py::test_vision_lora_receives_gradient_in_every_layer_that_is_run"
     ),
-    "vision_lora_alpha": honoured("training/test_settings.py::test_lora_that_would_be_scaled_otherwise_is_refused"),
-    "vision_lora_dropout": honoured("training/test_settings.py::test_each_tower_has_its_own_dropout"),
-    "init_lora_weights": honoured("training/test_settings.py::test_new_lora_of_each_initialisation_changes_no_logit"),
-    "full_finetuning": honoured(
+    "vision_lora_alpha": supported("training/test_settings.py::test_lora_of_another_scale_is_refused"),
+    "vision_lora_dropout": supported("training/test_settings.py::test_each_tower_has_its_own_dropout"),
+    "init_lora_weights": supported("training/test_settings.py::test_new_lora_of_each_initialisation_changes_no_logit"),
+    "full_finetuning": supported(
         "training/test_full_finetuning.py::test_all_of_language_model_and_projector_is_trained_and_nothing_of_the_tower"
     ),
-    "resume": honoured(
-        "training/test_recovery.py::test_run_killed_in_its_base_a_step_and_a_save_equals_the_uninterrupted_one"
+    "resume": supported(
+        "training/test_recovery.py::test_run_killed_in_setup_step_and_save_equals_the_uninterrupted_one"
     ),
-    "global_batch_size": honoured("training/test_planning.py::test_global_batch_is_made_of_accumulated_ones"),
-    "dry_run": honoured("training/test_planning.py::test_dry_run_takes_the_longest_rows_and_leaves_nothing"),
-    "num_gpus": honoured("training/test_planning.py::test_number_of_gpus_belongs_to_a_plan"),
-    "doctor": honoured("doctor/test_check.py::test_training_goes_on_with_the_doctor_off_or_warnings_only"),
-    "max_loss": honoured("training/test_step_watch.py::test_diverging_loss_stops_the_run"),
+    "global_batch_size": supported("training/test_planning.py::test_global_batch_is_made_by_accumulation"),
+    "dry_run": supported("training/test_planning.py::test_dry_run_takes_the_longest_rows_and_leaves_nothing"),
+    "num_gpus": supported("training/test_planning.py::test_number_of_gpus_is_refused_without_a_plan"),
+    "doctor": supported("doctor/test_check.py::test_training_continues_with_the_doctor_off_or_warnings_only"),
+    "max_loss": supported("training/test_step_watch.py::test_diverging_loss_stops_the_run"),
 }
 
 MODEL = {
-    "model_name_or_path": honoured("training/test_training.py::test_stage_two_begins_with_the_logits_of_stage_one"),
+    "model_name_or_path": supported("training/test_training.py::test_stage_two_begins_with_the_logits_of_stage_one"),
     "model_revision": refused(
         "An adapter does not store the revision of its base. Run `hf download ORG/NAME --revision REVISION "
         "--local-dir FOLDER`, and set model_name_or_path to that folder"
     ),
-    "dtype": honoured("training/test_full_finetuning.py::test_half_precision_base_is_trained_in_full_precision"),
-    "attn_implementation": honoured("model/test_minigpt4.py::test_the_attention_that_is_asked_for_is_the_towers"),
-    "use_peft": harmless(
+    "dtype": supported("training/test_full_finetuning.py::test_half_precision_base_is_trained_in_full_precision"),
+    "attn_implementation": supported("model/test_minigpt4.py::test_the_vision_tower_uses_the_requested_attention"),
+    "use_peft": no_effect(
         "LoRA is used if lora_r or vision_lora_r is above 0. Together with full_finetuning, use_peft is refused."
     ),
-    "lora_r": honoured("training/test_training.py::test_adapter_of_another_size_is_refused"),
-    "lora_alpha": honoured("training/test_settings.py::test_lora_that_would_be_scaled_otherwise_is_refused"),
-    "lora_dropout": honoured("training/test_settings.py::test_each_tower_has_its_own_dropout"),
+    "lora_r": supported("training/test_training.py::test_adapter_of_another_size_is_refused"),
+    "lora_alpha": supported("training/test_settings.py::test_lora_of_another_scale_is_refused"),
+    "lora_dropout": supported("training/test_settings.py::test_each_tower_has_its_own_dropout"),
     **each(
         "lora_target_modules use_rslora use_dora",
-        honoured(
+        supported(
             "training/test_settings.py::test_dora_and_rslora_on_named_layers_are_trained_saved_merged_and_resumed_from"
         ),
     ),
@@ -138,11 +139,11 @@ MODEL = {
     "lora_task_type": refused("The only task is text generation: remove it"),
     **each(
         "load_in_8bit load_in_4bit",
-        honoured("inference/test_quantized.py::test_towers_are_quantized_and_connector_and_head_are_not"),
+        supported("inference/test_quantized.py::test_towers_are_quantized_and_connector_and_head_are_not"),
     ),
     **each(
         "bnb_4bit_quant_type use_bnb_nested_quant bnb_4bit_quant_storage",
-        honoured("training/test_settings.py::test_settings_of_four_bits_reach_bitsandbytes"),
+        supported("training/test_settings.py::test_settings_of_four_bits_reach_bitsandbytes"),
     ),
 }
 
@@ -161,28 +162,26 @@ SFT = {
     "dataset_text_field": refused(CONVERSATIONS),
     "dataset_kwargs": refused(CONVERSATIONS, {"skip_prepare_dataset": True}),
     "dataset_num_proc": refused("Rows are prepared in the dataloader workers: set dataloader_num_workers instead"),
-    "eos_token": honoured(
+    "eos_token": supported(
         "training/test_settings.py::test_eos_token_ends_answers_in_training_and_in_the_merged_model"
     ),
-    "max_length": honoured("training/test_collator.py::test_long_row_loses_whole_last_turns"),
+    "max_length": supported("training/test_collator.py::test_long_row_loses_whole_last_turns"),
     "truncation_mode": refused("Rows that are too long are always cut at the end, by whole exchanges: remove it"),
     "shuffle_dataset": refused("Each epoch is shuffled anyway (train_sampling_strategy random): remove it"),
-    "packing": honoured(
+    "packing": supported(
         "training/test_packed_training.py::test_packed_step_has_the_loss_and_gradients_of_the_padded_one"
     ),
     "packing_strategy": refused("Packing never cuts rows: remove it"),
     "padding_free": refused("It does not work with images. Set packing true instead, which leaves little padding"),
     "eval_packing": refused("Evaluation batches are never packed: remove it", False),
-    "pad_to_multiple_of": honoured(
-        "training/test_settings.py::test_batches_are_padded_to_a_multiple_without_another_loss"
-    ),
+    "pad_to_multiple_of": supported("training/test_settings.py::test_padding_to_a_multiple_does_not_change_the_loss"),
     "completion_only_loss": refused(
         "The loss is always on answers and self-questions, and on nothing else: remove it", True
     ),
-    "assistant_only_loss": harmless("The loss is always on answers and self-questions only."),
-    "loss_type": honoured("training/test_settings.py::test_dynamic_fine_tuning_weighs_each_token_by_its_probability"),
-    "activation_offloading": honoured("training/test_settings.py::test_activations_are_offloaded_on_a_gpu"),
-    "pad_token": refused("The tokenizer's padding token is used, or <pad> if it has none: remove it"),
+    "assistant_only_loss": no_effect("The loss is always on answers and self-questions only."),
+    "loss_type": supported("training/test_settings.py::test_dynamic_fine_tuning_weighs_each_token_by_its_probability"),
+    "activation_offloading": supported("training/test_settings.py::test_activations_are_offloaded_on_a_gpu"),
+    "pad_token": refused("The tokenizer's padding token is used, or `<pad>` if it has none: remove it"),
 }
 
 TRAINING = {
@@ -200,15 +199,15 @@ TRAINING = {
         "ddp_static_graph ddp_backend ddp_timeout fsdp fsdp_config deepspeed debug skip_memory_metrics",
         TRAINER,
     ),
-    "learning_rate": honoured(
+    "learning_rate": supported(
         "training/test_training.py::test_each_part_has_its_learning_rate_and_the_losses_are_logged_apart"
     ),
-    "warmup_steps": honoured("training/test_planning.py::test_planned_steps_are_those_of_the_run"),
+    "warmup_steps": supported("training/test_planning.py::test_planned_steps_are_those_of_the_run"),
     "optim_target_modules": refused(
         "It is for GaLore and APOLLO optimizers, which cannot have a learning rate for each part of the model: remove "
         "it, and choose another optim"
     ),
-    "gradient_accumulation_steps": honoured(
+    "gradient_accumulation_steps": supported(
         "training/test_training.py::test_accumulated_batches_equal_one_large_batch_with_weighted_questions"
     ),
     "average_tokens_across_devices": refused(
@@ -217,28 +216,28 @@ TRAINING = {
     "label_smoothing_factor": refused(
         "It needs all logits, which TRL's fused head never computes (TRL ignores it too): remove it"
     ),
-    "bf16": honoured("training/test_lm_head.py::test_autocast_and_gradient_checkpointing_leave_the_loss_as_it_is"),
+    "bf16": supported("training/test_lm_head.py::test_autocast_and_gradient_checkpointing_do_not_change_the_loss"),
     **each("bf16_full_eval fp16_full_eval", refused(FULL_EVALUATION)),
     **each(
         "activation_checkpointing gradient_checkpointing",
-        honoured("training/test_lm_head.py::test_gradient_checkpointing_computes_the_layers_of_both_towers_again"),
+        supported("training/test_lm_head.py::test_gradient_checkpointing_computes_the_layers_of_both_towers_again"),
     ),
     **each("use_liger_kernel liger_kernel_config", refused(LIGER)),
     "use_cache": refused("Training needs no cache, and generation always uses its own: remove it"),
-    "neftune_noise_alpha": honoured("training/test_settings.py::test_noise_on_embeddings_is_there_in_training_alone"),
+    "neftune_noise_alpha": supported("training/test_settings.py::test_noise_on_embeddings_is_added_only_in_training"),
     "auto_find_batch_size": refused(
         "A smaller batch would change the rows of each step during a run. Remove it, and use `--dry_run real` to see "
         "what fits"
     ),
-    "logging_nan_inf_filter": harmless("Always off: a step whose loss is not finite stops the run."),
+    "logging_nan_inf_filter": no_effect("Always off: a step whose loss is not finite stops the run."),
     **each(
         "include_num_input_tokens_seen load_best_model_at_end metric_for_best_model",
-        honoured("training/test_settings.py::test_trainer_counts_tokens_and_keeps_the_best_model"),
+        supported("training/test_settings.py::test_trainer_counts_tokens_and_keeps_the_best_model"),
     ),
-    "report_to": honoured(
+    "report_to": supported(
         "training/test_generation_check.py::test_generations_are_scored_written_and_sent_to_tensorboard"
     ),
-    "prediction_loss_only": harmless("Evaluation never collects predictions."),
+    "prediction_loss_only": no_effect("Evaluation never collects predictions."),
     **each(
         "eval_do_concat_batches eval_use_gather_object eval_accumulation_steps include_for_metrics batch_eval_metrics",
         refused(NO_PREDICTIONS),
@@ -252,11 +251,11 @@ TRAINING = {
     "hub_token": refused("Training does not push to the Hub. `sq-llava push` uses the token of `hf auth login`"),
     "hub_private_repo": refused(f"{PUSH}, with --private"),
     "hub_revision": refused(f"{PUSH}, with --revision"),
-    "greater_is_better": harmless("Set from metric_for_best_model: false for a loss, true for accuracy."),
-    "seed": honoured("training/test_collator.py::test_draw_is_new_each_epoch_and_each_seed_but_repeatable"),
+    "greater_is_better": no_effect("Set from metric_for_best_model: false for a loss, true for accuracy."),
+    "seed": supported("training/test_collator.py::test_draw_is_new_each_epoch_and_each_seed_but_repeatable"),
     **each(
         "accelerator_config do_eval eval_strategy",
-        honoured("training/test_settings.py::test_settings_that_do_not_work_together_are_refused"),
+        supported("training/test_settings.py::test_settings_that_do_not_work_together_are_refused"),
     ),
     "parallelism_config": refused(
         "The loss needs whole sequences in each process, so tensor, context and sequence parallelism do not work: use "
@@ -264,21 +263,21 @@ TRAINING = {
     ),
     **each(
         "dataloader_num_workers dataloader_persistent_workers",
-        honoured("training/test_collator.py::test_workers_draw_the_same_self_questions_in_every_epoch"),
+        supported("training/test_collator.py::test_workers_draw_the_same_self_questions_in_every_epoch"),
     ),
-    "remove_unused_columns": harmless("Always off: the collator makes the model's inputs from the columns."),
+    "remove_unused_columns": no_effect("Always off: the collator makes the model's inputs from the columns."),
     "label_names": refused("The collator makes the labels, and their name is fixed: remove it"),
-    "train_sampling_strategy": honoured(
+    "train_sampling_strategy": supported(
         "training/test_recovery.py::test_rows_grouped_by_length_come_once_an_epoch_and_in_the_same_order_after_a_kill"
     ),
     "length_column_name": refused("Lengths are computed, not read from a column: remove it"),
     "ddp_find_unused_parameters": refused(
         "Every batch uses every trained weight, so it is always off: remove it", False
     ),
-    "do_train": harmless("The script always trains."),
+    "do_train": no_effect("The script always trains."),
     "do_predict": refused("Training does not predict. Run `sq-llava evaluate` afterwards"),
-    "resume_from_checkpoint": honoured("training/test_training.py::test_resumed_run_equals_uninterrupted_run"),
-    "local_rank": harmless("The launcher sets it."),
+    "resume_from_checkpoint": supported("training/test_training.py::test_resumed_run_equals_uninterrupted_run"),
+    "local_rank": no_effect("The launcher sets it."),
 }
 
 TABLE = {"SQ-LLaVA": OURS, "TRL's ModelConfig": MODEL, "TRL's SFTConfig": SFT, "TrainingArguments": TRAINING}
@@ -315,25 +314,31 @@ def render() -> str:
     lines = [
         "# Settings",
         "",
-        "All settings of `train_sft.py`. They work in a recipe and on the command line. Each setting has a verdict:",
+        "These are all settings of a recipe or of the command line. `python -m train_sft --help` explains them.",
         "",
-        "- *honoured*: the setting does what it says. The named test proves it, or the Trainer handles it.",
-        "- *harmless*: every value gives the same, correct run.",
+        "- *supported*: the setting does what it says. The linked file has a test of it, or the Trainer handles it.",
+        "- *no effect*: every value gives the same, correct run.",
         "- *refused*: any value but the default (or an accepted value) stops the run before a model is loaded.",
         "",
-        "What the settings mean: `python -m train_sft --help`. This page is generated by "
-        "`python -m sq_llava.training.setting_table > docs/settings.md`.",
+        "This page is generated by `python -m sq_llava.training.setting_table > docs/settings.md`.",
     ]
     for title, section in TABLE.items():
-        lines += ["", f"## {title}", "", "| setting | verdict | test or reason |", "|---|---|---|"]
+        names: dict[str, list[str]] = {}
         for name, setting in section.items():
-            note = setting.note
-            if setting.verdict == "honoured":
-                note = f"`tests/{note}`" if note else "by the Trainer"
-            if setting.values:
-                note += f" (accepted: {', '.join(f'`{value!r}`' for value in setting.values)})"
-            lines.append(f"| `{name}` | {setting.verdict} | {note} |")
+            names.setdefault(_describe(setting), []).append(f"`{name}`")
+        by_trainer = names.pop(_describe(TRAINER), None)
+        lines += ["", f"## {title}", "", "| setting | status |", "|---|---|"]
+        lines += [f"| {', '.join(same)} | {description} |" for description, same in names.items()]
+        if by_trainer:
+            lines += ["", "Supported, and handled by the Trainer:", "", *wrap(", ".join(by_trainer), 119)]
     return "\n".join(lines) + "\n"
+
+
+def _describe(setting: Setting) -> str:
+    if setting.verdict == "supported":
+        return f"supported ([test](../tests/{setting.note.partition('::')[0]}))"
+    values = f" (accepted: {', '.join(f'`{value!r}`' for value in setting.values)})" if setting.values else ""
+    return f"*{setting.verdict}*: {setting.note}{values}"
 
 
 if __name__ == "__main__":

@@ -3,12 +3,13 @@
     arguments, training_args, model_config = parse_settings(["--config", "recipes/sq-llava-7b/stage1.yaml"])
     arguments, training_args, model_config = parse_recipe("recipes/sq-llava-7b/stage1.yaml", learning_rate=1e-4)
 
-`SQLlavaArguments` has this project's own settings; the others are TRL's `SFTConfig` and `ModelConfig`. What it does
-not do: apply the settings to model and processor (`sq_llava/training/stage_model.py`).
+`SQLlavaArguments` has this project's own settings; the others are TRL's `SFTConfig` and `ModelConfig`.
+`sq_llava/training/stage_model.py` applies the settings to model and processor.
 """
 
 import shlex
 import sys
+from argparse import Action, ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
 from dataclasses import dataclass, field, fields
 from importlib import import_module
 from pathlib import Path
@@ -35,11 +36,12 @@ class SQLlavaArguments:
     """This project's own settings: the stage, the data, the model to start from, and the loss."""
 
     stage: Literal["align", "instruct"] = _option(
-        "Training stage. 'align' (stage 1) trains ViT-LoRA, extractor and projector on captions. 'instruct' (stage 2) "
-        "trains LLM-LoRA too, on conversations."
+        "Training stage (required). 'align' (stage 1) trains ViT-LoRA, extractor and projector on captions. "
+        "'instruct' (stage 2) trains LLM-LoRA too, on conversations."
     )
     dataset_path: str | None = _option(
-        "Training data in LLaVA's or TRL's format: a JSON, JSONL or Parquet file, a folder, or a Hub id.", default=None
+        "Training data: a JSON, JSONL or Parquet file, a folder, or a Hub id. docs/data.md shows the layouts.",
+        default=None,
     )
     image_root: str | None = _option("Folder of the images. Default: the folder of the data.", default=None)
     datasets: list[DataSource] = field(
@@ -65,7 +67,7 @@ class SQLlavaArguments:
         "CLIP or SigLIP model to make a new model from, together with text_model_name_or_path.", default=None
     )
     text_model_name_or_path: str | None = _option(
-        "Causal language model to make a new model from. To continue from an SQ-LLaVA model or a finished stage, give "
+        "Causal language model to make a new model from. To continue from an SQ-LLaVA or a finished stage, give "
         "model_name_or_path instead.",
         default=None,
     )
@@ -76,7 +78,7 @@ class SQLlavaArguments:
         "Prototype extractor of a new model: as in the paper, as in the released code, or none.", default="paper"
     )
     num_prototypes: int = _option("Number of prototypes of a new model.", default=256)
-    num_prototype_iterations: int = _option("Number of EM iterations of a new model.", default=2)
+    num_prototype_iterations: int = _option("Number of EM iterations of the prototypes of a new model.", default=2)
     projector_type: Literal["mlp2x", "linear"] = _option("Projector type of a new model.", default="mlp2x")
     image_aspect_ratio: Literal["pad", "crop"] | None = _option(
         "'pad' pads images to a square with the mean colour; 'crop' crops the centre. Default: the model's, or pad.",
@@ -89,7 +91,7 @@ class SQLlavaArguments:
         "System message before each conversation. Default: the model's, or the paper's.", default=None
     )
     self_question_ratio: float = _option(
-        "Probability that a turn after the first is asked by the model (1 - delta).", default=0.5
+        "Probability that a user turn after the first becomes a self-question (the paper's 1 - delta).", default=0.5
     )
     question_loss_weight: float = _option(
         "Weight of each self-question token in the loss. Each answer token has weight 1.", default=1.0
@@ -105,15 +107,14 @@ class SQLlavaArguments:
         "Initialisation of new LoRA weights, with PEFT's names: default, gaussian or orthogonal.", default="default"
     )
     full_finetuning: bool = _option(
-        "Train all weights of language model, extractor and projector in float32, as LLaVA's stage 2 does, without "
-        "an adapter (set lora_r and vision_lora_r to 0). output_dir then gets a plain checkpoint in the model's "
-        "dtype.",
+        "Train all weights of language model, extractor and projector in float32, as LLaVA's stage 2 does. Set lora_r "
+        "and vision_lora_r to 0. The result is a plain checkpoint in the model's dtype, not an adapter.",
         default=False,
     )
     resume: bool = _option("Resume from the newest complete checkpoint in output_dir, if there is one.", default=False)
     global_batch_size: int | None = _option(
-        "Rows per optimizer step over all processes. Sets gradient_accumulation_steps. With packing it counts packs, "
-        "as per_device_train_batch_size does; the run prints the number of rows per step.",
+        "Rows per optimizer step over all processes. Sets gradient_accumulation_steps. With packing, it counts packs, "
+        "like per_device_train_batch_size, and the run prints the number of rows per step.",
         default=None,
     )
     dry_run: Literal["off", "meta", "real"] = _option(
@@ -122,10 +123,11 @@ class SQLlavaArguments:
         default="off",
     )
     num_gpus: int | None = _option(
-        "Number of processes to plan for with dry_run meta. Default: the processes of this launch.", default=None
+        "Number of GPUs to plan for, with dry_run meta. Default: the number of processes of this launch.", default=None
     )
     doctor: Literal["sample", "full", "off"] = _option(
-        "Rows and images to check before the model is loaded. `sq-llava doctor` prints a full report.",
+        "Check the data before the model is loaded: a sample of the rows, all (full) or none (off). "
+        "`sq-llava doctor` prints a full report.",
         default="sample",
     )
     # TRL's settings, moved here by `parse_settings`: TRL refuses `packing` for images, and applies `eos_token` only
@@ -179,9 +181,17 @@ def _data_source(setting: str, entry: DataSource | dict) -> DataSource:
     return DataSource(**entry)
 
 
+class _HelpFormatter(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
+    """Keeps the lines of the description, and shows no default of `None`."""
+
+    def _get_help_string(self, action: Action) -> str:
+        return action.help if action.default is None else super()._get_help_string(action)
+
+
 class _Parser(TrlParser):
     def error(self, message: str) -> None:
-        self.exit(2, f"Error: {message}\n")  # the usage, hundreds of lines, would hide the message
+        hint = ". Most settings come from a recipe: give one with --config" if "required: --stage" in message else ""
+        self.exit(2, f"Error: {message}{hint}\n")  # without the usage, which would hide the message
 
 
 def parse_settings(
@@ -201,7 +211,12 @@ def parse_settings(
         ValueError: for a setting that is unknown, would do nothing, or does not work with another setting.
     """
     args = sys.argv[1:] if args is None else args
-    parser = _Parser((SQLlavaArguments, SFTConfig, ModelConfig), description=description)
+    parser = _Parser(
+        (SQLlavaArguments, SFTConfig, ModelConfig),
+        usage="python -m train_sft [--config RECIPE] [--SETTING VALUE ...]",
+        description=description,
+        formatter_class=_HelpFormatter,
+    )
     arguments, training_args, model_config = parser.parse_args_and_config(args)
     refuse_settings(training_args, model_config)
     _require_evaluation(arguments, training_args)
@@ -227,7 +242,7 @@ def parse_recipe(recipe: str | Path, **overrides: Any) -> tuple[SQLlavaArguments
 
 
 def _require_evaluation(arguments: SQLlavaArguments, training_args: SFTConfig) -> None:
-    """Refuses evaluation rows without an `eval_strategy`, and the other way round."""
+    """Refuses evaluation rows without an `eval_strategy`, and an `eval_strategy` without evaluation rows."""
     evaluates = bool(arguments.eval_datasets or arguments.num_eval_rows)
     asks_for_it = training_args.eval_strategy != "no" or training_args.do_eval
     if evaluates != asks_for_it or (arguments.generation_datasets and not evaluates):
@@ -235,7 +250,7 @@ def _require_evaluation(arguments: SQLlavaArguments, training_args: SFTConfig) -
             f"eval_strategy is {str(training_args.eval_strategy)!r}, eval_datasets has {len(arguments.eval_datasets)} "
             f"entries, num_eval_rows is {arguments.num_eval_rows}, generation_datasets has "
             f"{len(arguments.generation_datasets)} entries. To evaluate, set eval_strategy (steps or epoch), and "
-            "eval_datasets or num_eval_rows; generation_datasets also needs these."
+            "either eval_datasets or num_eval_rows. generation_datasets needs them too."
         )
 
 
@@ -273,7 +288,7 @@ def _require_use(holder: SQLlavaArguments | ModelConfig, name: str, has_use: boo
 
 
 def _require_trainer_settings(training_args: SFTConfig) -> None:
-    """Refuses a Trainer setting that would do nothing, or would make other batches than it says."""
+    """Refuses a Trainer setting that would do nothing, or that would make other batches than its name says."""
     if training_args.activation_offloading and training_args.device.type == "cpu":
         raise ValueError("activation_offloading is True, but the model is on the CPU already: remove it.")
     if training_args.accelerator_config.split_batches:

@@ -1,8 +1,8 @@
 """Makes the model and processor of a stage from the settings: the frozen base, and the weights that the stage trains.
 
 A stage trains an adapter on the base, or language model and projector in full. The base is an SQ-LLaVA checkpoint, the
-base of the previous stage, or a new model made from parts. A new model is saved to `output_dir/base`, because an
-adapter stores only the path of its base. What it does not do: train.
+base of the previous stage, or a newly composed model. A new model is saved to `output_dir/base`, because an adapter
+stores only the path of its base. `sq_llava/training/trainer.py` does the training.
 """
 
 import shutil
@@ -43,7 +43,7 @@ def starting_point(arguments: SQLlavaArguments, model_config: ModelConfig) -> tu
     if (None in parts) if start is None else (parts != (None, None)):
         raise ValueError(
             f"model_name_or_path is {start!r}, vision_model_name_or_path is {parts[0]!r}, text_model_name_or_path is "
-            f"{parts[1]!r}. Set only the first (an SQ-LLaVA model, or the output_dir of a stage), or both others."
+            f"{parts[1]!r}. Set only the first (an SQ-LLaVA model, or the output_dir of a stage), or the other two."
         )
     if start is not None and arguments.qformer_model_name_or_path is not None:
         raise ValueError(
@@ -152,7 +152,7 @@ def save_base(model, processor, output_dir: str) -> Path:
 
 
 def read_base(base: Path, arguments: SQLlavaArguments, loading: dict, processing: dict):
-    """Loads the base of a run, and its processor. A newly made base could have other random weights."""
+    """Loads the base of a run, and its processor. A newly composed base could have other random weights."""
     if not base.is_dir():
         raise ValueError(f"The checkpoints need their base in {base}, which does not exist. Restore that folder.")
     processor = SQLlavaProcessor.from_pretrained(base, **processing)
@@ -182,7 +182,7 @@ def prepare_stage(model, previous_stage: str | None, arguments: SQLlavaArguments
             f"it cannot be merged. Run `sq-llava merge {previous_stage} --out FOLDER` first, and set "
             "model_name_or_path to that folder."
         )
-    # Weights are in full precision here, so merging does not round the previous stage. But PEFT freezes them again.
+    # Weights are in float32 here, so merging does not round the previous stage. But PEFT freezes them again.
     model = PeftModel.from_pretrained(model, previous_stage).merge_and_unload()
     train_in_full(model, trained_dtype(model))
     return model
@@ -209,8 +209,8 @@ def add_stage_adapter(model, arguments: SQLlavaArguments, model_config: ModelCon
         model,
         LoraSize(arguments.vision_lora_r, arguments.vision_lora_alpha, arguments.vision_lora_dropout),
         text_lora,
-        # Also with self_question_ratio 0 if there is LLM-LoRA, so that the adapter of a stage with self-questions can
-        # be loaded. MiniGPT-4 has neither.
+        # With LLM-LoRA, `[vusr]` is trained even with self_question_ratio 0. Otherwise the adapter of a stage with
+        # self-questions could not be loaded. MiniGPT-4 has neither.
         train_vusr=instruct and (arguments.self_question_ratio > 0 or text_lora.rank > 0),
         trained_dtype=trained_dtype(model),
         options=options,

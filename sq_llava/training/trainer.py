@@ -13,7 +13,8 @@ Logged besides the loss:
 - `aux_loss`, with experts
 - the learning rates
 
-Each step is checked before it is applied, and errors lose no work: see `sq_llava/training/recovery.py`.
+Each step is checked before it is applied (`sq_llava/training/recovery.py`). With a single process, an error first
+saves the steps since the last checkpoint.
 """
 
 import json
@@ -296,7 +297,7 @@ class SQLlavaTrainer(SFTTrainer):
         }
 
     def train(self, *args, **kwargs):
-        """Like the Trainer's, but with a single process, an error first saves the steps since the last checkpoint."""
+        """Like the Trainer's. With a single process, an error first saves the steps since the last checkpoint."""
         try:
             return super().train(*args, **kwargs)
         except CheckpointError:
@@ -311,7 +312,7 @@ class SQLlavaTrainer(SFTTrainer):
         saved, step = self.watch.saved_step, self.state.global_step
         if saved is None or self.args.save_strategy == "no":
             return
-        # Saving needs all processes, which may be anywhere. And while a step is applied, only some weights are new.
+        # Saving needs all processes, and others may be elsewhere. While a step is applied, only some weights are new.
         if self.args.world_size == 1 and step > saved and not self.watch.applying:
             self.args.save_total_limit = None  # keep older checkpoints, from before the cause of the error
             self._save_checkpoint(self.model, trial=None)
@@ -339,7 +340,7 @@ class SQLlavaTrainer(SFTTrainer):
         folder = Path(self.args.output_dir) / f"checkpoint-{step}"
         try:
             if self.args.should_save:
-                # Without this file, a folder that is overwritten does not count as complete.
+                # Without this file, the folder does not count as complete while it is overwritten.
                 (folder / STATE_FILE).unlink(missing_ok=True)
             super()._save_checkpoint(model, trial)
         except (OSError, RuntimeError, SafetensorError) as error:

@@ -1,4 +1,4 @@
-"""Which checkpoints are complete, and which one a run resumes from."""
+"""Complete and incomplete checkpoints, and the choice of the one that a run resumes from."""
 
 import json
 import os
@@ -58,7 +58,7 @@ def test_output_dir_with_checkpoints_is_refused_before_any_work(parts, run_folde
     assert sorted(run_folder.rglob("*")) == before
 
 
-def test_given_checkpoint_must_be_complete_and_the_newest(run_folder):
+def test_requested_checkpoint_must_be_complete_and_the_newest(run_folder):
     with pytest.raises(ValueError, match=r"contains newer checkpoints: checkpoint-9\. Move them away"):
         find_checkpoint(str(run_folder), resume=False, given=str(run_folder / "checkpoint-8"))
     (run_folder / "checkpoint-9" / "scheduler.pt").unlink()

@@ -255,7 +255,7 @@ def test_patterns_of_a_module_replace_the_general_rank_and_alpha(parts, tmp_path
         torch.testing.assert_close(result[weight_name(f"{name}.weight")], expected)
 
 
-def test_vision_lora_that_never_learned_is_reported(parts, tmp_path):
+def test_untrained_vision_lora_is_reported(parts, tmp_path):
     source = LORA(tmp_path / "source", base=parts / "base", vision=parts / "clip", zero_vision_b=True)
     lines = list(convert.describe(plan(source)))
     assert "ViT-LoRA: merged into 18 matrices, rank 4, scaled by 3." in lines
@@ -276,7 +276,7 @@ def test_vision_lora_of_stage_1_is_merged_too(parts, tmp_path):
     assert not torch.equal(stage1[f"model.vision_tower.{name}"], released.vision_weights()[name])
 
 
-def test_everything_that_is_not_used_is_counted(parts, tmp_path):
+def test_unused_weights_are_counted(parts, tmp_path):
     source = LORA(tmp_path / "source", base=parts / "llava-base", vision=parts / "clip")
     lines = [line.split() for line in convert.describe(plan(source))]
     lines = [line for line in lines if line[:2] == ["Not", "used"]]

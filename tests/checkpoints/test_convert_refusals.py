@@ -161,12 +161,12 @@ def test_missing_parts_are_asked_for_by_their_options(parts, tmp_path):
 
 
 def test_parts_that_a_source_has_itself_are_refused(llava_hf, parts, tmp_path):
-    with pytest.raises(ValueError, match=r"has its own vision tower\. Leave out --vision"):
+    with pytest.raises(ValueError, match=r"has its own vision tower\. Remove --vision"):
         plan(llava_hf, vision=parts / "clip")
-    with pytest.raises(ValueError, match=r"has its own language model\. Leave out --base"):
+    with pytest.raises(ValueError, match=r"has its own language model\. Remove --base"):
         plan(llava_hf, base=parts / "base")
     merged = MERGED(tmp_path / "merged", vision=parts / "clip")
-    with pytest.raises(ValueError, match=r"has a trained prototype extractor\. Leave out --prototypes"):
+    with pytest.raises(ValueError, match=r"has a trained prototype extractor\. Remove --prototypes"):
         plan(merged, prototypes="paper")
 
 

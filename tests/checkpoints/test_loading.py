@@ -154,7 +154,7 @@ def test_adapter_loads_by_its_hub_id_on_the_commit_of_its_base_and_then_offline(
 
 def test_hub_id_of_another_model_is_refused_before_its_weights_are_fetched(hub):
     with hub.online():
-        with pytest.raises(ValueError, match=r"org/bert is not a SQ-LLaVA.*model_type 'bert'"):
+        with pytest.raises(ValueError, match=r"org/bert is not an SQ-LLaVA.*model_type 'bert'"):
             load_checkpoint("org/bert")
         with pytest.raises(ValueError, match="org/none: not in the cache, and could not be downloaded from the Hub"):
             load_checkpoint("org/none")

@@ -1,4 +1,4 @@
-"""Whether a name is a Hub id or the path of a folder."""
+"""How a Hub id is told from the path of a folder."""
 
 import pytest
 
@@ -24,6 +24,6 @@ def test_folder_is_found_from_here_and_from_home(name, runs):
 
 
 @pytest.mark.parametrize("name", ["runs/none", "./none", "~/none", "none", "org/name/more", ".org/name", "/none"])
-def test_path_of_a_folder_that_is_not_there_is_no_hub_id(name):
+def test_path_of_a_missing_folder_is_no_hub_id(name):
     with pytest.raises(ValueError, match=r" \(--base\): no such folder"):
         require_folder_or_id(name, "--base")

@@ -1,4 +1,4 @@
-"""What is prepared for a push, without a Hub: which files, and which folders are refused."""
+"""Preparing a push, without a Hub: the files that are published, and the folders that are refused."""
 
 import shutil
 from pathlib import Path
@@ -80,7 +80,7 @@ def test_folder_that_others_cannot_load_is_not_uploaded(model):
     ("settings", "message"),
     [
         ({"repo_id": "model"}, r"'model' \(the repository\) is not a Hub id such as org/name"),
-        ({"repo_id": "org/model", "adapter_only": True}, r"is not an adapter\. Leave out --adapter-only"),
+        ({"repo_id": "org/model", "adapter_only": True}, r"is not an adapter\. Remove --adapter-only"),
         ({"repo_id": "org/model", "base_model": "org/base"}, "--base-model is org/base, but it needs --adapter-only"),
         (
             {"repo_id": "org/model", "source": "lora", "adapter_only": True},

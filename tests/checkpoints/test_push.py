@@ -211,7 +211,7 @@ def test_push_that_was_interrupted_before_its_card_is_completed(hub, pushed):
         assert publish(api, pushed["home"] / "second", "org/stopped") == commit
 
 
-def test_commit_in_a_card_need_not_exist(hub, pushed):
+def test_commit_in_a_card_may_be_missing_on_the_hub(hub, pushed):
     with hub.online() as api:
         publish(api, pushed["home"] / "first", "org/rewritten")
         card = hub.files("org/rewritten")["README.md"]
@@ -251,7 +251,7 @@ def test_results_of_other_weights_are_refused(hub, pushed, monkeypatch):
     assert re.match(r"0: .*The model loads and answers\.", command_here(["push", home / "first", *options], hub))
 
 
-def test_metadata_that_the_hub_refuses_end_a_push_before_a_repository_is_made(hub, pushed, monkeypatch):
+def test_metadata_that_the_hub_refuses_ends_a_push_before_a_repository_is_made(hub, pushed, monkeypatch):
     monkeypatch.setattr(publishing, "check_loading", lambda *_: pytest.fail("loaded"))
     output = command_here(["push", pushed["home"] / "first", "org/unlicensed", "--license", "nonsense"], hub)
     assert re.match("1: .*wrong metadata", output)

@@ -94,7 +94,7 @@ def test_chat_ends_at_the_end_of_its_input(folder):
 def test_folder_without_images_is_refused_in_one_line(folder):
     result = run(folder, "answer", folder / "model", "Hi")
     assert result.exit_code == 1
-    assert "a folder without images" in result.stderr and "Traceback" not in result.output
+    assert "this folder has no images" in result.stderr and "Traceback" not in result.output
     assert result.stdout == ""
 
 

@@ -248,7 +248,7 @@ def test_wrong_row_is_an_error_with_its_place_and_the_layout_that_was_recognized
 
 
 @pytest.mark.parametrize("name", MEDIA)
-def test_other_media_and_what_looks_like_them_are_errors(folder, name):
+def test_other_media_and_fields_that_look_like_them_are_errors(folder, name):
     faults = read_row(MEDIA[name], folder).faults
     assert [(fault.code, fault.level) for fault in faults] == [("unread_media", "error")]
 

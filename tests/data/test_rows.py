@@ -136,7 +136,7 @@ def test_sources_are_mixed_by_weight_and_row_count(folder):
     assert ids != load_rows([DataSource(first, weight=0.5), DataSource(second, num_rows=6)], seed=4)[:]["id"]
 
 
-def test_a_question_without_text_becomes_one_of_the_instructions_always_the_same(folder):
+def test_a_question_without_text_always_becomes_the_same_instruction(folder):
     instructions = ["Describe it.", "What is it?"]
     path = write(folder, *[row("<image>")] * 20, row("<image>\nIs it a dog?"), row("Hi.", image=None))
     source = DataSource(path, str(folder / "images"), instructions=instructions)

@@ -239,7 +239,7 @@ def test_report_is_the_same_for_any_number_of_processes(check, report, monkeypat
     assert look(check, num_proc=2) == report
 
 
-def test_what_is_cut_is_counted_as_the_collator_cuts(check, report):
+def test_cut_tokens_are_counted_as_in_the_collator(check, report):
     rows = load_rows(check.sources)
     whole = SelfQuestioningCollator(check.processor, self_question_ratio=0.0)
     cutting = SelfQuestioningCollator(check.processor, self_question_ratio=0.0, max_length=MAX_LENGTH)
@@ -370,7 +370,7 @@ def test_command_prints_json_and_nothing_else(recipe, report, capfd):
     assert json.loads(capfd.readouterr().out) == report.to_json()
 
 
-def test_sound_data_ends_with_code_zero_and_settings_may_follow(recipe, folder, tmp_path):
+def test_sound_data_ends_with_code_0_and_settings_can_be_overridden(recipe, folder, tmp_path):
     (tmp_path / "good.json").write_text(json.dumps([row(id="0")]))
     result = run(*recipe, "--dataset_path", tmp_path / "good.json", "--max_length", 100, "--json")
     assert result.exit_code == 0, result.output
@@ -442,7 +442,7 @@ def test_training_stops_at_wrong_data_before_the_model_is_loaded(recipe, monkeyp
         train_sft.main([*recipe, "--use_cpu", "true", *settings])
 
 
-def test_training_goes_on_with_the_doctor_off_or_warnings_only(recipe, folder, tmp_path, monkeypatch, capsys):
+def test_training_continues_with_the_doctor_off_or_warnings_only(recipe, folder, tmp_path, monkeypatch, capsys):
     class Loaded(Exception):
         pass
 

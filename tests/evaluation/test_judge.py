@@ -119,7 +119,7 @@ def test_answer_that_cannot_be_parsed_is_requested_again_with_a_higher_temperatu
     ],
     ids=["html", "cut off", "no choices", "list", "null", "blank"],
 )
-def test_garbage_is_no_answer(garbage, tmp_path):
+def test_malformed_response_is_no_answer(garbage, tmp_path):
     with chat_server(lambda request, number: garbage if request["temperature"] == 0 else "1") as server:
         assert ask(judge_of(server, tmp_path), "a")["a"].value == 1.0
         assert len(server.requests) == 2
@@ -146,7 +146,7 @@ def test_server_that_refuses_us_stops_the_judge(refusal, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("failure", [Reply(closes=True), Reply(status=503, body="{}")], ids=["closed", "503"])
-def test_server_that_is_gone_stops_the_judge(failure, tmp_path):
+def test_unreachable_server_stops_the_judge(failure, tmp_path):
     def reply(request, number):
         return "1" if int(request["messages"][0]["content"]) in (0, 4) else failure
 

@@ -225,6 +225,6 @@ def test_long_texts_do_not_overlap_other_pictures():
     plt.close(figure)
 
 
-def test_half_a_clip_is_refused(parts):
+def test_model_that_is_not_a_complete_clip_is_refused(parts):
     with pytest.raises(ValueError, match="is not a complete CLIP"):
         ClipScorer(str(parts / "llama"), "cpu")

@@ -65,13 +65,13 @@ some_captions = st.lists(st.sets(st.sampled_from("abcdefgh"), max_size=3), min_s
 
 
 @given(some_captions)
-def test_filter_takes_what_the_paper_takes_where_nothing_is_drawn(captions):
+def test_filter_selects_as_in_the_paper_if_nothing_is_drawn(captions):
     assert chosen(captions) == of_the_paper(captions, rank=lambda phrase, id: id)
 
 
 @settings(max_examples=20)
 @given(st.integers(min_value=0), st.integers(0, 2**32), st.lists(st.integers(1, 260), min_size=1, max_size=4))
-def test_each_phrase_keeps_what_it_may_whatever_the_order_of_the_rows(seed, shuffle, sizes):
+def test_each_phrase_selects_100_captions_at_most_in_any_order_of_rows(seed, shuffle, sizes):
     captions = {
         f"{phrase} {number}": [f"phrase {phrase}", *(["shared"] * (number == 0))]
         for phrase, size in enumerate(sizes)
@@ -88,7 +88,7 @@ def test_each_phrase_keeps_what_it_may_whatever_the_order_of_the_rows(seed, shuf
     assert chosen(dict(shuffled), seed) == taken
 
 
-def test_seed_draws_other_captions_and_as_many():
+def test_another_seed_draws_as_many_other_captions():
     captions = {str(number): ["a dog"] for number in range(400)}
     first, second = chosen(captions, 0), chosen(captions, 1)
     assert len(first) == len(second) == 100
@@ -130,7 +130,7 @@ def test_captions_are_read_alike_from_each_kind_of_file(tmp_path, name):
     assert len(list(CaptionFile(captions.path, limit=1))) == 1
 
 
-def test_quotation_mark_that_does_not_end_hides_no_row_of_a_tsv(tmp_path):
+def test_unclosed_quotation_mark_hides_no_row_of_a_tsv(tmp_path):
     rows = [{"image": "0.png", "caption": '"a dog'}, {"image": "1.png", "caption": "the sea"}]
     captions = CaptionFile(write_captions(tmp_path, rows, "c.tsv"))
     assert [each.text for each in captions] == ['"a dog', "the sea"]

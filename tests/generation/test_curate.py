@@ -51,8 +51,8 @@ def out(tmp_path) -> Path:
 
 class Painter:
     """
-    Describes a picture by the text that `says` has for its name, or else by a long text; continues with "It is
-    bright."; repairs a text as `repairs` has it, or leaves it as it is.
+    Replies of a server: describes a picture by `says[name]`, or by a long text if `says` lacks the name; continues a
+    text with "It is bright."; repairs a text by `repairs[text]`, or leaves it unchanged.
     """
 
     def __init__(self, photos: Path, says: dict[str, str] | None = None, repairs: dict[str, str] | None = None):
@@ -165,7 +165,7 @@ def test_run_that_caps_have_stopped_resumes_without_paying_twice(photos, out):
         assert len(server.requests) == 3
         result = generate_data(*command, "--repair-max-requests", 2)
         assert result.exit_code == 1 and "stopped by --repair-max-requests 2" in result.stderr
-        assert "3 are open" in result.stderr
+        assert "3 are not done" in result.stderr
         assert list(descriptions(out)) == ["0.png", "1.png"]
         run(*command)
         assert len(server.requests) == 6 + 5
@@ -221,7 +221,7 @@ def test_dry_run_asks_nothing_and_counts_what_is_left_at_most(photos, out):
         assert server.requests == [] and not out.exists()
         run(*command, "--limit", 4)
         result = run(*command, "--dry-run")
-    assert "2 requests" in result.stdout and "1 requests" in result.stdout
+    assert "2 requests" in result.stdout and "1 request," in result.stdout
 
 
 def test_reasoning_that_a_server_leaves_in_is_removed(photos, out):
@@ -288,7 +288,7 @@ def test_command_runs_with_a_local_model_and_reports_the_image_that_it_fails_on(
         return answer_batch(self, requests, *arguments)
 
     command = ["curate", photos, "--describer", model, "--out", out, "--max-new-tokens", 4, "--batch-size", 2]
-    run(*command, "--dry-run")
+    assert "5 of 5 images are not described yet." in run(*command, "--dry-run").stdout
     assert not out.exists()
     monkeypatch.setattr(describing.Assistant, "answer_batch", fail_on_one)
     assert generate_data(*command).exit_code == 1

@@ -39,7 +39,7 @@ def test_faulty_text_is_left_out(turn, rule):
     assert rules([turn]) == [rule]
 
 
-def test_answer_that_stays_without_the_image_is_left_out():
+def test_answer_that_is_the_same_with_a_blank_image_is_left_out():
     turns = [turn(), turn("What is 2 + 2?", "Four.", "four"), turn("Why?", "so", "no", blank_log_probability=0.0)]
     settings = replace(OFF, blank_test="turn")
     same = ("image", "same answer to a blank image")
@@ -47,7 +47,7 @@ def test_answer_that_stays_without_the_image_is_left_out():
     assert rules(turns, replace(settings, min_drop=3.0)) == [same, same, same]
 
 
-def test_no_is_kept_where_the_question_needs_an_image_elsewhere():
+def test_no_is_kept_if_the_same_question_needs_another_image():
     turns = [turn(), turn(answer="no", picture="b.png"), turn("is there a sky", "no", picture="b.png", number=1)]
     turns.append(turn("Is there a moon?", "no", picture="b.png", number=2))
     unneeded = ("image", "question with the same answer to any image and a blank one")
@@ -70,7 +70,7 @@ def test_second_of_two_similar_questions_about_an_image_is_left_out():
     assert rules(turns, replace(OFF, max_overlap=0.7)) == [None, like, None, None]
 
 
-def test_left_out_turn_makes_no_other_a_duplicate():
+def test_later_turn_is_no_duplicate_of_one_that_was_left_out():
     turns = [turn(log_probability=-9.0), turn(number=1)]
     settings = replace(OFF, max_overlap=0.7, min_log_probability=-1.0)
     assert rules(turns, settings) == [("confidence", "low log-probability"), None]

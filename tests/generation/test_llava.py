@@ -123,7 +123,7 @@ def test_edited_copy_of_the_prompts_is_used(tmp_path):
         run(tmp_path, server, "--prompts", copy, "--shares", "conversation=1", num=1)
         assert server.requests[0]["messages"][0]["content"] == "Only questions about color."
         result = run(tmp_path, server, "--shares", "conversation=1", num=1)
-        assert result.exit_code == 1 and "holds answers of a run with prompts_hash" in result.stderr
+        assert result.exit_code == 1 and "contains answers of a run with prompts_hash" in result.stderr
     (copy / "examples.json").write_text('[{"captions": ["A boat."]}]')
     with pytest.raises(ValueError, match=r"examples.json: KeyError.*Expected a list of objects"):
         read_prompts(copy)
@@ -179,7 +179,7 @@ def test_failures_and_caps_are_reported_and_the_same_command_tries_again(tmp_pat
 
     with chat_server(reply) as server:
         result = run(tmp_path, server, "--max-requests", 8, "--concurrency", 1)
-        assert result.exit_code == 1 and "1 failed" in result.stderr and "3 are open: stopped by" in result.stderr
+        assert result.exit_code == 1 and "1 failed" in result.stderr and "3 are not done: stopped by" in result.stderr
         [failure] = lines_of(tmp_path / "out" / "failures.jsonl")
         assert failure["id"].startswith("3-") and "filtered" in failure["error"]
         assert len(lines_of(tmp_path / "out" / "data.jsonl")) == 8
@@ -222,7 +222,7 @@ def start(folder: Path, server: ChatServer) -> list[multiprocessing.Process]:
 
 @pytest.mark.slow
 def test_run_killed_at_random_moments_makes_the_same_files(tmp_path):
-    """A kill loses no more paid answers than requests were under way."""
+    """A kill loses at most the answers to the requests that were under way."""
     num, concurrency, num_kills = 40, 4, 3
     write_scenes(tmp_path, num)
     draw = random.Random(7)
@@ -250,7 +250,7 @@ def test_run_killed_at_random_moments_makes_the_same_files(tmp_path):
 
 
 @pytest.mark.slow
-def test_ctrl_c_writes_what_is_there_and_waits_for_no_busy_server(tmp_path):
+def test_ctrl_c_writes_the_finished_rows_and_waits_for_no_busy_server(tmp_path):
     def reply(request, number):
         if place_of(request) == 2:
             return Reply(status=429, headers={"Retry-After": "100"}, body="{}")

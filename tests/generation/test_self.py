@@ -91,7 +91,7 @@ def whole(parts, tmp_path_factory) -> Path:
 
 @pytest.fixture
 def counts(monkeypatch) -> dict[str, list[str]]:
-    """Ids of the images that the model is asked about, and of those whose answers are scored, as that happens."""
+    """Records the ids of images in the order in which they are asked about, and scored."""
     seen = {"asked": [], "scored": []}
     ask, score = questions._ask_together, self_generation.score_answers
 
@@ -262,7 +262,7 @@ def test_changed_image_is_refused(run, images):
 @pytest.mark.parametrize("change", [{"temperature": 0.7}, {"seed": 1}, {"num_questions": 2}, {"after": None}])
 def test_other_questions_or_shards_in_the_same_folder_are_refused(run, whole, change):
     finished(run, whole)
-    with pytest.raises(ValueError, match=f"holds answers of a run with ask of {next(iter(change))}"):
+    with pytest.raises(ValueError, match=f"contains answers of a run with ask of {next(iter(change))}"):
         generate(replace(run, ask=replace(run.ask, **change)))
     with pytest.raises(ValueError, match="num_shards 1, but this run has 2"):
         generate(replace(run, shard=Shard(0, 2)))
@@ -381,10 +381,10 @@ def start(run: SelfGeneration, log: Path, processes: int = 1) -> list[multiproce
     return fork(sq_llava, ("generate-data", *arguments_of(run)), log, processes=processes)
 
 
-def test_command_says_what_is_kept_and_a_dry_run_does_nothing(run):
+def test_command_reports_what_is_kept_and_a_dry_run_does_nothing(run):
     result = generate_data(*arguments_of(run), "--dry-run")
     assert result.exit_code == 0, result.output
-    assert "5 of 5 images are still open, with 3 questions each." in result.stdout and not run.out.exists()
+    assert "5 of 5 images are left, with 3 questions each." in result.stdout and not run.out.exists()
     result = generate_data(*arguments_of(run))
     assert result.exit_code == 0, result.output
     assert "15 turns about 5 images" in result.stdout

@@ -64,7 +64,7 @@ def test_conversation_ends_before_a_turn_that_breaks_a_rule(rest, reasons):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_own_examples_pass_their_own_rules(kind):
-    """The model must be shown what is asked of it."""
+    """The examples show the model turns as it must write them, so they must pass the rules."""
     for message in read_prompts().examples[kind][1::2]:
         texts, rejected = read(kind, message["content"])
         assert texts and rejected == []

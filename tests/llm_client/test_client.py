@@ -234,11 +234,11 @@ def test_date_of_retry_after_is_waited_for(tmp_path):
 
 def test_answer_without_text_is_a_failure_of_one_request(tmp_path):
     with chat_server(lambda request, number: Reply(body=completion(None))) as server:
-        with pytest.raises(UnusableAnswer, match="holds no text"):
+        with pytest.raises(UnusableAnswer, match="has no text"):
             client_of(server, tmp_path).complete(say("a"))
         assert issubclass(UnusableAnswer, ChatFailure)
         asked = ask(client_of(server, tmp_path), "a")
-    assert "holds no text" in asked.failures["a"]
+    assert "has no text" in asked.failures["a"]
 
 
 def test_several_steps_of_an_item_are_each_paid_once(tmp_path):

@@ -98,7 +98,7 @@ def test_tied_embeddings_follow_the_text_config_unless_given():
         ("tie_word_embeddings", "yes", "give True, False or None"),
         ("initializer_range", "0.02", "give a float above 0"),
         ("initializer_range", -0.02, "give a float above 0"),
-        ("image_seq_length", 9.0, "leave it out"),
+        ("image_seq_length", 9.0, "remove it"),
     ],
 )
 def test_the_error_about_a_wrong_field_names_it_and_says_what_to_give(field, value, error):
@@ -109,7 +109,7 @@ def test_the_error_about_a_wrong_field_names_it_and_says_what_to_give(field, val
 
 @pytest.mark.parametrize("field", ["vision_config", "text_config"])
 def test_a_sub_config_of_the_wrong_type_is_named(field):
-    with pytest.raises(TypeError, match=f"{field} is 'llama': give a dict, a configuration object, or leave it out"):
+    with pytest.raises(TypeError, match=f"{field} is 'llama': give a dict or a configuration object, or remove it"):
         tiny_config(**{field: "llama"})
 
 

@@ -1,4 +1,4 @@
-"""What inference engines need from the code of a checkpoint. No engine runs here; `make test-vllm` runs vLLM.
+"""The code of a checkpoint meets the needs of inference engines. No engine runs here; `make test-vllm` runs vLLM.
 
 An engine builds the base model with `AutoModel.from_config`, replaces layers and attention by its own, encodes images
 with `get_image_features`, and finds the placeholders by the processor's offsets.
@@ -19,7 +19,7 @@ from tests.project.test_layout import HUB_CODE, path_of
 from tests.tiny import picture, tiny_config, tiny_inputs, tiny_minigpt4_config, tiny_model, tiny_processor
 
 
-# All that the code of a checkpoint imports from transformers. Version 5.16.1, the oldest supported one, has all of it.
+# Everything that the code of a checkpoint imports from transformers. The oldest supported version, 5.16.1, has it.
 # Run `make test-versions`, which uses a checkpoint with each version, before you add a name.
 IN_TRANSFORMERS_5_16 = {
     "transformers": {

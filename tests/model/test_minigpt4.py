@@ -83,7 +83,7 @@ def test_fields_follow_from_a_blip_2_tower_and_its_qformer():
         ({"resampler": None}, "qformer_config is given, but resampler is None: set resampler 'qformer'"),
         ({"prototype_variant": "paper"}, "prototype_variant is 'paper' and resampler 'qformer'.* Set .* 'none'"),
         ({"num_query_tokens": 0}, "num_query_tokens is 0: give an int of at least 1"),
-        ({"image_seq_length": 10}, "image_seq_length is 10, but the Q-Former gives 4 tokens per image: leave it out"),
+        ({"image_seq_length": 10}, "image_seq_length is 10, but the Q-Former gives 4 tokens per image: remove it"),
         ({"vision_feature_layer": -2}, "vision_feature_layer is -2, but a BLIP-2 vision tower .* use -1"),
         (
             {"qformer_config": {**tiny.TINY_QFORMER, "encoder_hidden_size": 1408}},

@@ -50,7 +50,7 @@ def test_only_seeds_with_all_settings_are_in_a_table():
     assert [(table["budget"], table["seeds"]) for table in tables] == [(60, [0, 2])]
 
 
-def test_sure_differences_are_bold_and_single_seeds_have_no_interval():
+def test_differences_from_0_are_bold_and_single_seeds_have_no_interval():
     assert ablation.points({"mean": -0.02, "half_width": 0.015}) == "**-2.0 ± 1.5**"
     assert ablation.points({"mean": 0.02, "half_width": 0.03}) == "+2.0 ± 3.0"
     assert ablation.points({"mean": 0.02, "half_width": None}) == "+2.0"

@@ -66,10 +66,12 @@ def test_table_of_three_systems_has_a_row_of_means_for_each():
     lowest = {name: 0.5 + number / 10 for number, name in enumerate(three_systems.SYSTEMS)}
     runs = {name: [run(accuracy), run(accuracy + 0.2)] for name, accuracy in lowest.items()}
     report = {"stage1_steps": 3, "steps": 4, "seeds": [0, 1], "num_questions": 5, "blind_guess": 0.6, "runs": runs}
-    rows = [line for line in three_systems.to_markdown(report).splitlines() if line.startswith("| **")]
+    lines = three_systems.to_markdown(report).splitlines()
+    rows = [line for line in lines if line.startswith("| **")]
     assert [row.split("**")[1] for row in rows] == ["LLaVA", "MiniGPT-4", "SQ-LLaVA"]
-    for row, accuracy in zip(rows, ("**60.0%** (50.0% to 70.0%)", "**70.0%**", "**80.0%** (70.0% to 90.0%)")):
-        assert accuracy in row and "1,000; 2,000 | 32 |" in row and row.endswith("| 25.0% |")
+    for row, accuracy in zip(rows, ("**60.0%** | 50.0 to 70.0", "**70.0%**", "**80.0%** | 70.0 to 90.0")):
+        assert accuracy in row and row.endswith("| 25.0% |")
+    assert sum(line.endswith("| 1,000; 2,000 | 32 |") for line in lines) == 3
 
 
 @pytest.mark.parametrize("name", readme.ORDER)

@@ -109,7 +109,7 @@ def test_blind_guess_takes_the_most_frequent_answer():
     assert data.blind_guess(train, test)["yes/no shape"] == 0.5
 
 
-def test_tokenizer_gives_its_text_back_and_keeps_clip_out_of_its_trap():
+def test_tokenizer_gives_its_text_back_and_its_end_token_is_not_2():
     tokenizer = build_tokenizer(["what color is the shape?", "blue"], adds_end=True)
     ids = tokenizer("what color is the shape?").input_ids
     assert tokenizer.decode(ids, skip_special_tokens=True) == "what color is the shape?"

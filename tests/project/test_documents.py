@@ -10,6 +10,7 @@ import re
 import shutil
 import subprocess
 import time
+import urllib.error
 import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +31,9 @@ NOT_RUN = {
     r"\bhf download": "needs the Hub",
     r"gpt-4o": "needs a paid server",
     r"\bsrun\b": "needs Slurm",
+    r"\bvllm serve\b": "vLLM needs its own environment",
+    r"\bRECIPE\b|\bsetting_table > ": "has a placeholder, or would write into the checkout",
+    r"NotFoundError": "shows an error",
 }
 LANGUAGES = {"bash", "python", "json", "yaml", "text", "math", "mermaid", "bibtex"}
 PROGRAMS = {
@@ -100,22 +104,25 @@ class Walk:
     def run(self, script: str, where: str) -> None:
         script = script.replace("127.0.0.1:8000", f"127.0.0.1:{self.port}")
         if SERVER.search(script):
-            return self.serve(SERVER.sub(rf"exec \g<0> --port {self.port}", script))
+            port = free_port() if self.servers else self.port
+            return self.serve(SERVER.sub(rf"exec \g<0> --port {port}", script), port)
         done = subprocess.run(
             self.command_of(script), cwd=self.checkout, env=self.environment, stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=300,
         )  # fmt: skip
         assert done.returncode == 0, f"{where}:\n{script}\n\n{done.stdout[-5000:]}"
 
-    def serve(self, script: str) -> None:
+    def serve(self, script: str, port: int) -> None:
         command = self.command_of(script)
         server = subprocess.Popen(command, cwd=self.checkout, env=self.environment, stdin=subprocess.DEVNULL)
         self.servers.append(server)
         end = time.monotonic() + 120
         while True:
             try:
-                urllib.request.urlopen(f"http://127.0.0.1:{self.port}/openapi.json", timeout=5).read()
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/docs", timeout=5).read()
                 return
+            except urllib.error.HTTPError:
+                return  # it answers
             except OSError:
                 assert server.poll() is None and time.monotonic() < end, f"no server: {script}"
                 time.sleep(0.2)

@@ -1,4 +1,4 @@
-"""What a checkpoint's code may import, and where docs/architecture.md says that functions are.
+"""The imports of a checkpoint's code, and the functions that docs/architecture.md names.
 
 `make lint` checks what the packages may import from each other.
 """

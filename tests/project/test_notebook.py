@@ -12,7 +12,7 @@ NOTEBOOK = ROOT / "notebooks" / "quickstart.ipynb"
 
 
 def kinds_of(cell: NotebookNode) -> set[str]:
-    """What a cell shows: "stream", or the MIME types of its pictures and values."""
+    """The kinds of a cell's output: "stream", or the MIME types of its pictures and values."""
     return {kind for output in cell.outputs for kind in output.get("data", {output.output_type: None})}
 
 

@@ -63,7 +63,7 @@ def test_wheel_has_the_command(wheel):
 
 
 def test_nothing_is_looked_for_beside_the_packages():
-    """A path from a module's own file to outside the package is right in the source tree only."""
+    """A path that leads out of the package is right only in the source tree."""
     for file in [*(ROOT / "sq_llava").rglob("*.py"), ROOT / "train_sft.py"]:
         text = file.read_text()
         assert "__file__).parent.parent" not in text and "__file__).parents" not in text, file

@@ -13,7 +13,7 @@ from sq_llava.locations import is_adapter
 from sq_llava.resources import CODE_FILES
 from sq_llava.training.adapter import count_parameters
 from tests import tiny
-from tests.runs import PLAIN_DESCENT, Run, assert_close, row_ids, train, write_in_order, write_row_ids
+from tests.runs import assert_close, train
 
 
 pytestmark = pytest.mark.slow
@@ -74,15 +74,6 @@ def test_resumed_run_equals_uninterrupted_run(parts, stage1, tmp_path):
     train(parts, tmp_path / "resumed", stage1, **settings, resume_from_checkpoint=tmp_path / "whole" / "checkpoint-4")
     whole, resumed = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "resumed"))
     assert_close(whole, resumed, atol=0)
-
-
-def test_two_processes_equal_one(parts, tmp_path):
-    settings = FULL | PLAIN_DESCENT | write_in_order(parts, tmp_path / "ordered.json") | {"max_steps": 3}
-    one = Run(parts, tmp_path / "one", **settings).finish()
-    settings |= {"processes": 2, "per_device_train_batch_size": 2}
-    two = Run(parts, tmp_path / "two", **settings).finish(write_row_ids, tmp_path)
-    assert row_ids(tmp_path)[1] == [[2, 3], [6, 7], [10, 11]]  # those without an image
-    assert_close(load_file(one / "model.safetensors"), load_file(two / "model.safetensors"))
 
 
 def test_half_precision_base_is_trained_in_full_precision(parts, stage1, tmp_path):

@@ -118,7 +118,7 @@ def test_head_gets_only_labelled_positions(rows, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("settings", [{"bf16": True}, {"gradient_checkpointing": True}], ids=["bf16", "checkpointing"])
-def test_autocast_and_gradient_checkpointing_leave_the_loss_as_it_is(settings, rows, tmp_path):
+def test_autocast_and_gradient_checkpointing_do_not_change_the_loss(settings, rows, tmp_path):
     trainer, batch = make_trainer(rows, tmp_path, **settings)
     if "gradient_checkpointing" in settings:
         trainer.model.gradient_checkpointing_enable({"use_reentrant": False})

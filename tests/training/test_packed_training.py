@@ -78,7 +78,7 @@ def varlen_attention(module, query, key, value, attention_mask, scaling=None, cu
 
 
 def test_attention_by_borders_alone_gives_the_padded_step(trainer):
-    """As for FlashAttention-2, which needs a GPU: one flat row, no mask, borders for the language model only."""
+    """The inputs are those of FlashAttention-2, which needs a GPU: one flat row, no mask, borders for the LLM only."""
     AttentionInterface.register("by_borders", varlen_attention)
     AttentionMaskInterface.register("by_borders", flash_attention_mask)
     assert_same_step(trainer, packs_of(trainer, 1), flat=True, implementation="by_borders")
@@ -91,7 +91,7 @@ def test_run_with_flash_attention_has_flat_batches(trainer, monkeypatch):
     assert batch["input_ids"].shape[0] == 1 and len(batch["cu_seq_lens_q"]) == len(batch["row_ids"]) + 1
 
 
-def test_fill_is_logged_and_epochs_have_whole_steps(trainer):
+def test_share_of_filled_positions_is_logged_and_epochs_have_whole_steps(trainer):
     fills = [entry["packing_fill"] for entry in trainer.state.log_history if "loss" in entry]
     assert len(fills) == 4 == len(trainer.packs)
     tokens = sum(int(trainer.data_collator([row])["attention_mask"].sum()) for row in trainer.train_dataset)

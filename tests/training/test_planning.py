@@ -66,7 +66,7 @@ def adapted():
 
 
 @pytest.mark.parametrize(("rows", "size", "processes", "steps"), [(256, 32, 8, 1), (128, 4, 1, 32), (128, 8, 2, 8)])
-def test_global_batch_is_made_of_accumulated_ones(rows, size, processes, steps):
+def test_global_batch_is_made_by_accumulation(rows, size, processes, steps):
     assert accumulation_steps(rows, size, processes) == steps
 
 
@@ -83,7 +83,7 @@ def test_global_batch_and_accumulation_exclude_each_other(parts, tmp_path):
         run(parts, tmp_path, global_batch_size=8, gradient_accumulation_steps=2)
 
 
-def test_number_of_gpus_belongs_to_a_plan(parts, tmp_path):
+def test_number_of_gpus_is_refused_without_a_plan(parts, tmp_path):
     with pytest.raises(ValueError, match="num_gpus is 8, which only works with --dry_run meta"):
         run(parts, tmp_path, num_gpus=8)
 
@@ -176,7 +176,7 @@ def test_plan_from_configurations_is_that_of_the_loaded_model(parts, tmp_path, c
     assert f" {weight_bytes(trainer.model) / 1024:.1f} KiB" in weights
 
 
-def test_sharding_divides_what_it_says(adapted, args):
+def test_sharding_divides_weights_gradients_and_optimizer_as_stated(adapted, args):
     ddp, zero2, full = (
         {term.name: term.num_bytes for term in estimate_memory(adapted, Batch(1, 50, 1), args, 8, sharding)}
         for sharding in SHARDINGS

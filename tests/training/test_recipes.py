@@ -204,7 +204,7 @@ def test_zero_settings_leave_batch_and_precision_to_the_recipe(launch, stage, mo
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_all_that_is_trained_has_one_precision(dtype):
+def test_all_trained_weights_have_one_precision(dtype):
     model = add_adapter(tiny.tiny_model().to(torch.bfloat16), SIZE, SIZE, train_vusr=True, trained_dtype=dtype)
     assert {p.dtype for p in model.parameters() if p.requires_grad} == {dtype}
     assert {p.dtype for p in model.parameters() if not p.requires_grad} == {torch.bfloat16}
@@ -214,4 +214,4 @@ def test_slurm_script_is_sound_and_names_the_recipe():
     script = RECIPES / "accelerate" / "multi_node.sbatch"
     subprocess.run(["bash", "-n", script], check=True)
     missing = subprocess.run(["bash", script], capture_output=True, text=True, env={"PATH": os.environ["PATH"]})
-    assert missing.returncode != 0 and "which recipe?" in missing.stderr
+    assert missing.returncode != 0 and "give the path of a recipe" in missing.stderr

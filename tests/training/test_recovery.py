@@ -30,7 +30,7 @@ def run(parts, tmp_path) -> Run:
     return Run(parts, tmp_path, resume=True)
 
 
-def test_run_killed_in_its_base_a_step_and_a_save_equals_the_uninterrupted_one(run, whole):
+def test_run_killed_in_setup_step_and_save_equals_the_uninterrupted_one(run, whole):
     assert run.exit_codes(runs.kill_in_base) == KILLED
     assert "contains no complete checkpoint. Training starts at step 0." in run.text
     assert run.exit_codes(in_step, 6, die) == KILLED
@@ -66,7 +66,7 @@ def test_signal_finishes_the_step_exits_with_75_and_loses_nothing(run, whole, nu
 
 
 @pytest.mark.parametrize("stage", ["stage1", "stage2"])
-def test_recipe_of_the_readme_is_saved_on_ctrl_c(parts, tmp_path, stage):
+def test_run_of_the_readmes_recipe_is_saved_on_ctrl_c(parts, tmp_path, stage):
     run = Run(parts, tmp_path)
     run.args = runs.command_line({
         "config": Path(train_sft.__file__).parent / "recipes" / "easy-vqa" / f"{stage}.yaml",

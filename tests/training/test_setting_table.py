@@ -46,10 +46,10 @@ def test_no_setting_is_in_the_table_twice():
 
 def test_tests_that_the_table_names_exist():
     for name, setting in SETTINGS.items():
-        if setting.verdict == "honoured" and setting.note:
+        if setting.verdict == "supported" and setting.note:
             file, _, test = setting.note.partition("::")
             assert f"def {test}(" in (ROOT / "tests" / file).read_text(), f"{name}: {setting.note}"
-        elif setting.verdict != "honoured":
+        elif setting.verdict != "supported":
             assert setting.note, name
 
 

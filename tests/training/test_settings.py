@@ -1,4 +1,4 @@
-"""What the settings of training do: LoRA, the loss, the batches, and where generation stops."""
+"""The effects of training settings: LoRA, the loss, the batches, and the end of generation."""
 
 import math
 import shutil
@@ -108,7 +108,7 @@ NO_LORA = LoraSize(0, 8, 0.0)
         (NO_LORA, SIZE, SIZE, {"use_dora": True}, "use_dora is True, but the stage"),
     ],
 )
-def test_lora_that_would_be_scaled_otherwise_is_refused(tmp_path, saved, vision, text, options, message):
+def test_lora_of_another_scale_is_refused(tmp_path, saved, vision, text, options, message):
     add_adapter(tiny.tiny_model(), SIZE, saved, train_vusr=True).save_pretrained(tmp_path)
     model = add_adapter(tiny.tiny_model(), vision, text, train_vusr=True, options=LoraOptions(**options))
     with pytest.raises(ValueError, match=f"^{message}"):
@@ -180,7 +180,7 @@ def test_settings_of_four_bits_reach_bitsandbytes(parts, tmp_path):
     assert config.bnb_4bit_quant_storage == config.bnb_4bit_compute_dtype == torch.bfloat16
 
 
-def test_architecture_of_a_model_from_parts_is_what_was_asked(parts, tmp_path):
+def test_model_from_parts_has_the_requested_architecture(parts, tmp_path):
     asked = {"prototype_variant": "released", "num_prototypes": 3, "num_prototype_iterations": 1}
     asked |= {"projector_type": "linear"}
     model, _, _ = load_base(*parse_settings(arguments(parts, tmp_path, **asked)), None)
@@ -240,7 +240,7 @@ def loss_of(trainer: SQLlavaTrainer, multiple: int | None = None) -> float:
         return trainer.compute_loss(trainer.model, batch_of(trainer, multiple)).item()
 
 
-def test_batches_are_padded_to_a_multiple_without_another_loss(trainer):
+def test_padding_to_a_multiple_does_not_change_the_loss(trainer):
     assert trainer.data_collator.pad_to_multiple_of == 64
     trainer.model.eval()
     assert batch_of(trainer, None)["input_ids"].shape[1] % 64 != 0
@@ -262,7 +262,7 @@ def test_dynamic_fine_tuning_weighs_each_token_by_its_probability(trainer, monke
     assert loss_of(trainer) == pytest.approx((-log_probs * log_probs.exp()).mean().item(), rel=1e-3)
 
 
-def test_noise_on_embeddings_is_there_in_training_alone(trainer):
+def test_noise_on_embeddings_is_added_only_in_training(trainer):
     model = trainer.model
     plain = [loss_of(trainer) for _ in (model.train(), model.eval())]
     handle = activate_neftune(model, 50.0, trainer.accelerator)  # as the Trainer does
@@ -272,7 +272,7 @@ def test_noise_on_embeddings_is_there_in_training_alone(trainer):
     assert noisy[False] == pytest.approx(plain[1], rel=1e-5)
 
 
-# Where generation stops
+# The end of generation
 
 
 @pytest.mark.parametrize(

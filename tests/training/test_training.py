@@ -125,7 +125,7 @@ def test_accumulated_batches_equal_one_large_batch_with_weighted_questions(parts
     assert_close(*weights)
 
 
-def test_question_weight_zero_leaves_the_loss_of_the_answers(parts, stage1, tmp_path):
+def test_question_weight_zero_leaves_only_the_loss_of_the_answers(parts, stage1, tmp_path):
     first = train(parts, tmp_path, stage1, question_loss_weight=0.0, max_steps=1).state.log_history[0]
     assert first["loss_questions"] > 0
     assert first["loss"] == pytest.approx(first["loss_answers"], rel=1e-4)

@@ -3,7 +3,7 @@
 metric = evaluate.load(str(files("sq_llava.evaluation.metrics_hub") / "vqa_accuracy.py"))
 metric.compute(predictions=["red"], references=[["red"] * 10])
 
-It is computed by `sq_llava.evaluation.metrics`. `sq-llava evaluate` does not use this file.
+The values are those of `sq_llava.evaluation.metrics`. `sq-llava evaluate` does not use this file.
 """
 
 import datasets
