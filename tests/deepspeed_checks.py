@@ -18,7 +18,7 @@ from transformers import AutoModel
 
 from sq_llava.checkpoints.load import merge_adapter
 from sq_llava.training.trainer import SQLlavaTrainer
-from tests import ROOT, processes
+from tests import ROOT, processes, tiny
 from tests.launches import allow_deepspeed_on_cpu, environment_of, launch_environment
 from tests.runs import (
     PLAIN_DESCENT,
@@ -95,6 +95,11 @@ def parts(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
+def tied(tmp_path_factory) -> Path:
+    return tiny.save_tied_llama(tmp_path_factory.mktemp("tied"))
+
+
+@pytest.fixture(scope="module")
 def stage1(parts, tmp_path_factory) -> tuple[Path, Path]:
     """The adapter of stage 1, and the checkpoint that it is merged into."""
     folder = tmp_path_factory.mktemp("stage1")
@@ -119,16 +124,20 @@ def one_process(parts, tmp_path_factory):
 
 @pytest.mark.parametrize(
     "case",
-    ["images first", "text first, accumulated", "stage 1", "images first, in full", "text first, in full",
-     "stage 1, in full"],
+    ["images first", "text first, accumulated", "packed", "stage 1", "images first, in full", "text first, in full",
+     "tied head, in full", "stage 1, in full"],
 )  # fmt: skip
 @pytest.mark.parametrize("launch", LAUNCHES)
-def test_two_processes_equal_one_where_one_sees_text_only(parts, stage1, one_process, tmp_path, launch, case):
+def test_two_processes_equal_one_where_one_sees_text_only(parts, tied, stage1, one_process, tmp_path, launch, case):
     full = "in full" in case
     first = "text" if "text first" in case else "images"
     settings = DESCENT | write_in_order(parts, tmp_path / "ordered.json", first) | (FULL if full else {})
     if "stage 1" in case:
         settings["previous"] = stage1[full]
+    elif "tied" in case:
+        settings["text_model_name_or_path"] = tied
+    elif case == "packed":
+        settings |= {"packing": True, "train_sampling_strategy": "random"}
     expected = one_process(case, **settings)
     if "accumulated" in case:
         settings |= {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2}
@@ -213,6 +222,15 @@ def test_zero3_asks_to_merge_an_adapter_before_full_finetuning(parts, stage1, tm
     run = ZeroRun("zero3", parts, tmp_path, previous=stage1[0], **FULL)
     assert run.exit_codes() == [1, 1]
     assert f"sq-llava merge {stage1[0]}" in run.text
+
+
+def test_tied_head_is_trained_with_lora_under_zero2_but_not_zero3(parts, tied, one_process, tmp_path):
+    settings = DESCENT | write_in_order(parts, tmp_path / "ordered.json") | {"text_model_name_or_path": tied}
+    run = ZeroRun("zero2", parts, tmp_path / "zero2", **settings)
+    assert_similar_runs(one_process("tied head", **settings), run.finish())
+    run = ZeroRun("zero3", parts, tmp_path / "zero3", **settings)
+    assert run.exit_codes() == [1, 1]
+    assert "ZeRO-3 cannot train the embedding of [vusr]" in run.text
 
 
 @pytest.mark.parametrize("launch", [*LAUNCHES, "zero3_offload"])

@@ -358,6 +358,8 @@ class SQLlavaTrainer(SFTTrainer):
         # Full finetuning trains and resumes in float32. The final model has the precision of its config.json, which is
         # that of the frozen tower.
         is_final = output_dir is None or Path(output_dir) == Path(self.args.output_dir)
+        if self.is_deepspeed_enabled and not is_deepspeed_zero3_enabled():
+            state_dict = None  # it has copies of the model's weights, in which a tied head is a weight of its own
         if is_final and not isinstance(self.model, PeftModel):
             state_dict = self.model.state_dict() if state_dict is None else state_dict
             state_dict = in_precision(state_dict, self.model.dtype)
