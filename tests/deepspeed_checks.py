@@ -46,6 +46,8 @@ class ZeroRun(Run):
 
     def __init__(self, launch: str, parts: Path, folder: Path, num_processes: int = 2, **settings):
         environment = environment_of(launch, num_processes=num_processes)
+        if num_processes == 1:  # a launcher gives a single process a rank too
+            environment |= processes.environments_of(2)[0] | {"WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
         settings = {"per_device_train_batch_size": 2, "use_cpu": False} | settings
         super().__init__(parts, folder, num_processes, environment, **settings)
 
@@ -204,6 +206,17 @@ def test_step_that_is_refused_is_not_applied(parts, tmp_path, launch):
     assert run.exit_codes(count_steps) == [1, 1]
     assert "Step 1 was not applied: its loss is" in run.text and "above max_loss 1 " in run.text
     assert "DeepSpeed applied a step" not in run.text
+
+
+@pytest.mark.parametrize("launch", LAUNCHES)
+def test_single_process_saves_the_steps_before_one_that_is_refused(parts, tmp_path, launch):
+    settings = write_in_order(parts, tmp_path / "ordered.json") | {"max_steps": 5, "per_device_train_batch_size": 4}
+    whole = ZeroRun(launch, parts, tmp_path / "whole", num_processes=1, **settings).finish()
+    run = ZeroRun(launch, parts, tmp_path / "poisoned", num_processes=1, **settings, resume=True)
+    assert run.exit_codes(poison_row, 4) == [1]
+    assert "Step 2 was not applied: its loss is nan." in run.text
+    assert run.steps_saved == [1]
+    assert_similar_runs(whole, run.finish(), atol=1e-7)
 
 
 @pytest.mark.parametrize("skipped", [True, False], ids=["skipped", "applied"])
