@@ -124,9 +124,9 @@ class StepWatch(TrainerCallback):
     Checks each optimizer step before it is applied, in all processes together, with one all-reduce.
 
     A step is refused with a `ValueError`, before any weight changes, if its loss or gradient is not finite, if none of
-    its tokens has a weight in the loss, or if its loss is above `max_loss`. DeepSpeed applies a step inside the backward
-    pass. With it, the loss is checked before that pass, and the gradient after it: the error says whether DeepSpeed has
-    applied the step.
+    its tokens has a weight in the loss, or if its loss is above `max_loss`. DeepSpeed applies a step inside the
+    backward pass. With it, the loss is checked before that pass, and the gradient after it: the error says whether
+    DeepSpeed has applied the step.
 
     On SIGTERM or SIGINT in any process, all processes finish the step and save a checkpoint; `stopped` is then true. A
     second SIGINT stops at once. The Trainer's own `enable_jit_checkpoint` is not used, because each process
