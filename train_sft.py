@@ -7,6 +7,8 @@ A setting on the command line replaces the one in the recipe:
 
     python -m train_sft --config recipes/sq-llava-7b/stage1.yaml --max_steps 100
 
+Most settings come from TRL. docs/settings.md shows which of them are refused.
+
 The same in Python:
 
     import train_sft

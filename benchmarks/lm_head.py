@@ -105,7 +105,7 @@ def to_markdown(report: dict) -> str:
         "TRL's fused head works in tiles: `stock` runs it on all positions, `ours` on the labelled ones only. The "
         "other two columns compute the logits of all or of the labelled positions at once.",
         f"Seconds forward and backward for {first['positions']:,} positions of width {first['width']} in float32, "
-        f"medians of {report['rounds']} rounds in turn. The last column says how many times faster ours is than "
+        f"medians of {report['rounds']} rounds. The last column says how many times faster ours is than "
         "stock, with the lowest and the highest round:",
         common.table(["vocabulary", "labelled", *forms, "stock / ours"], times, left=0),
         f"Peak of the memory that one pass allocates, with {sizes['labels']:,} labels in {sizes['positions']:,} "

@@ -24,7 +24,7 @@ HEAD = """# Benchmarks
 
 Most benchmarks compare this project with another library in the same run, on the same rows and with models of the
 same sizes. So you can compare ratios between machines, but not seconds. `1.5 (1.4 to 1.6)` is the median with the
-lowest and the highest round.
+lowest and the highest round. In each round, all variants run one after the other.
 
 `python -m benchmarks.NAME` runs one benchmark, and `--quick` makes it a short trial. `make bench` runs all those that
 need neither a GPU nor the demo, in 13 minutes on two cores, and then writes this page. `gpu` needs a GPU. `serving`,

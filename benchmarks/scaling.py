@@ -93,7 +93,7 @@ def draw(report: dict, path: Path) -> None:
 def to_markdown(report: dict) -> str:
     blocks = [
         "# How the cost of a step grows with its sizes",
-        f"Seconds; medians of {report['rounds']} rounds in turn. The exponent is that of the power law through the "
+        f"Seconds; medians of {report['rounds']} rounds. The exponent is that of the power law through the "
         "first and the last point: 1 means that the cost grows in proportion to the size.",
     ]
     for panel in report["panels"]:
@@ -122,7 +122,7 @@ def main():
          lambda variant, number: vision_side(variant, 168, number, 2), prototypes),
         ("vision side, N = 144, K = 64", "images", images,
          lambda variant, number: vision_side(variant, 168, 64, number), images),
-        ("whole step, N = 144, K = 256", "rows, of an image and 100 words", rows, whole_step, rows),
+        ("whole step, N = 144, K = 256", "rows, each with an image and 100 words", rows, whole_step, rows),
     ):  # fmt: skip
         print(f"{what}, against {size}", flush=True)
         panels.append({"what": what, "size": size, "sizes": list(labels), "seconds": measure(make, values, rounds)})

@@ -297,10 +297,10 @@ def to_markdown(report: dict) -> str:
         "Three ways to train are compared. `stock` is TRL's SFTTrainer with transformers' LLaVA and rows in random "
         "order. `padded` is this project with batches of similar length. `packed` is this project with packing.",
         f"Whole epochs of {main['rows']} rows with {main['tokens_with_loss']:,} tokens with loss; median (lowest to "
-        f"highest) of {report['rounds']} rounds in turn. The last column is the share of the language model's "
+        f"highest) of {report['rounds']} rounds. The last column is the share of the language model's "
         "positions that are not padding:",
         common.table(["path", "tokens with loss per second", "times faster than stock", "not padding"], paths),
-        f"The same with one setting changed, on {report['scaling_rows']} rows; median of two rounds in turn. Unless "
+        f"The same with one setting changed, on {report['scaling_rows']} rows; median of two rounds. Unless "
         f"the first column says otherwise, a step has 8 rows and the extractor {PROTOTYPES} prototypes; stock has no "
         "extractor:",
         common.table(

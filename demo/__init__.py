@@ -1,1 +1,1 @@
-"""Trains and evaluates a complete small SQ-LLaVA in ten minutes on two CPU cores, including data and base models."""
+"""Trains and evaluates a small SQ-LLaVA in under ten minutes on two CPU cores, including data and base models."""

@@ -294,8 +294,8 @@ def draw_question(questions_of_kind: dict[str, list[str]], colour: str, shape: s
     """Draws a question that fits the scene. All kinds are equally frequent.
 
     Three in ten yes/no questions are about something that is there. In easy-VQA there are fewer, but they teach the
-    model to look at the scene. If it were half, "yes" and "no" would be equally likely after "is there" and "is there
-    not", and the model would learn negation late.
+    model to look at the scene. With five in ten, "yes" and "no" would be equally likely after "is there" and "is
+    there not", and the model would learn negation late.
     """
     kind = draw.choice(sorted(questions_of_kind))
     is_about_scene = draw.random() < 0.3

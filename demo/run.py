@@ -149,7 +149,7 @@ STEPS = {
     "evaluation": (merge_and_evaluate, ["model", "evaluation", "evaluation.json"]),
     "LLaVA": (make_llava, ["llava"]),
 }
-# Steps that run one after another, and a step that runs at the same time.
+# Each round has steps that run one after another, and a step that runs at the same time as these.
 ROUNDS = [(["data"], None), (["CLIP"], "Llama"), (["stage 1", "stage 2", "evaluation"], "LLaVA")]
 
 

@@ -5,7 +5,8 @@
 The prompts of the result are those that the source was trained with:
 
 - A released SQ-LLaVA keeps the authors' system message and the question marker `VUSER:`.
-- LLaVA keeps Vicuna's system message. With a new prototype extractor, its question marker is the token `[vusr]`.
+- LLaVA keeps Vicuna's system message. Its question marker is `VUSER:`; with a new prototype extractor, it is the token
+  `[vusr]`.
 - A stage-1 projector gets this library's system message and `[vusr]`: its language model was not trained on
   conversations about images yet.
 

@@ -54,7 +54,8 @@ class Inspection:
 
     Attributes:
         parts (`dict`): Parameters and dtypes of each part of the model. LoRA is counted separately.
-        loras (`list[dict]`): For each LoRA its tower, ranks (from the tensors), alphas (from the configuration), file.
+        loras (`list[dict]`): Tower, ranks, alphas and file of each LoRA. Ranks are read from the tensors, alphas from
+            the configuration.
         missing (`list[str]`): Expected files or settings that are missing.
         faults (`list[str]`): Errors. A folder with faults cannot be used as it is.
     """
@@ -131,7 +132,10 @@ def _local_folder(path: str) -> Path:
     try:
         return Path(snapshot_download(path, local_files_only=True))
     except (LocalEntryNotFoundError, HFValidationError) as error:
-        raise ValueError(f"{path} is neither a folder nor an id in the local cache of the Hub.") from error
+        raise ValueError(
+            f"{path} is neither a folder nor an id in the local cache of the Hub. "
+            "Correct the path, or download the model first with `hf download`."
+        ) from error
 
 
 def _read_configs(folder: Path, inspection: Inspection, patterns: Sequence[str]) -> dict[str, dict]:

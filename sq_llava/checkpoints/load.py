@@ -132,7 +132,7 @@ def _load_plain(
     model = from_pretrained(folder, **kwargs)
     if processor is not None:
         model.generation_config.eos_token_id = stop_token_ids(model.generation_config.eos_token_id, processor)
-    # An adapter that is trained on this model names its base so: by the Hub id, not by a folder in the cache.
+    # An adapter that is trained on this model stores this name: the base's Hub id, not a folder in the cache.
     model.name_or_path = model.config.name_or_path = name
     return model
 

@@ -6,8 +6,8 @@
 ('extractor', 'connector')
 """
 
-# The first entry that has an infix in the name wins. The authors keep their extractor inside mm_projector. The
-# resampler is the Q-Former of BLIP-2.
+# A weight belongs to the first part with an infix that occurs in its name. The authors keep their extractor inside
+# mm_projector. The resampler is the Q-Former of BLIP-2.
 INFIXES = {
     "vision": ("vision_tower.", "vision_model."),
     "extractor": ("prototype_extractor.", *(f"mm_projector.{name}" for name in ("sim_", "c.", "v.", "f.", "ln_1."))),

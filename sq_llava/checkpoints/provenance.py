@@ -10,8 +10,8 @@
     converted_from: liuhaotian/llava-v1.5-7b
     new_extractor: paper       # variant of a new, untrained extractor in a converted LLaVA
 
-The model card shows it. The file holds names and numbers, but no local paths. It is not enough to repeat a run: that
-needs the recipe and the same data.
+The model card shows it. The file holds names and numbers, but no local paths. To repeat a run, you also
+need the recipe and the same data.
 """
 
 import re

@@ -202,7 +202,9 @@ def _name_base(publication: Publication, source: Path, base_model: str | None, a
             newest = api.model_info(name).sha
             config["revision"] = api.model_info(name, revision=trained_on).sha if trained_on else newest
         if config["revision"] != newest:
-            publication.notes.append(f"The base is {name} at commit {config['revision']}. Its newest is {newest}.")
+            publication.notes.append(
+                f"The base is {name} at commit {config['revision']}. Its newest commit is {newest}."
+            )
         if name == publication.base:
             publication.base_revision = config["revision"]
     file.unlink()  # a link to the source
@@ -229,8 +231,8 @@ def _refuse_other_code(publication: Publication, source: Path) -> None:
         for name, digest in code_digests(folder).items():
             if digest != own[name]:
                 raise ValueError(
-                    f"{folder / name} differs from this library's code, and would be run. Merge or convert the model "
-                    "again, or give --trust-remote-code if you trust it."
+                    f"{folder / name} differs from this library's code, and loading the model would run it. Merge or "
+                    "convert the model again, or give --trust-remote-code if you trust it."
                 )
 
 

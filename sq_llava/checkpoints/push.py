@@ -106,7 +106,8 @@ def check_card(publication: Publication, is_dry_run: bool, **about_model) -> Non
 
 def check_loading(publication: Publication) -> None:
     """
-    Loads and runs the files to upload in a process without this library, and without a token if it needs no Hub.
+    Loads and runs the files to upload in a process without this library. Unless an adapter's base is on the Hub, the
+    process has no token and does not reach the Hub.
 
     Raises:
         ValueError: if that fails.

@@ -54,9 +54,9 @@ class Precision:
     """
     The dtype to compute in, and the dtype in which the result is stored.
 
-    If both are float32, LoRA is added to the outputs of the layers. Weights that are stored in half precision are
-    rounded, which changes the output of every layer. PEFT then merges LoRA, and the reference's weights are rounded in
-    the same way, so that the comparison still finds small differences.
+    If both are float32, LoRA is added to the outputs of the layers. Otherwise, weights are rounded, which changes the
+    output of every layer. So PEFT merges LoRA, and the reference's weights are rounded like those of the result. The
+    comparison then still finds small differences.
     """
 
     compute: torch.dtype
@@ -229,7 +229,8 @@ def _with_lora(model: PreTrainedModel, folder: Path, in_tower: bool) -> nn.Modul
         return model
     targets = sorted({name.removeprefix("base_model.model.").partition(".lora_")[0] for name in weights})
     config = LoraConfig.from_pretrained(folder)
-    # With a task, PEFT expects a language model; a tower is none. With a base's name, it warns that the path differs.
+    # With a task type, PEFT expects a language model, but the model may be a vision tower. With the name of a base,
+    # PEFT warns that the path differs.
     config = replace(config, target_modules=targets, task_type=None, base_model_name_or_path=None, inference_mode=True)
     peft_model = get_peft_model(model, config)
     set_peft_model_state_dict(peft_model, weights)

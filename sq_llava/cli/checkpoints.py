@@ -244,5 +244,5 @@ def _check_results_are_of(folder: Path, file: Path | None, results: dict) -> Non
     if found != recorded:
         raise ValueError(
             f"{file}: model_hash is {recorded}, but {folder} has {found}. The results belong to other weights, or a "
-            "JSON file in that folder was changed. Evaluate it again, or remove --eval-results."
+            "JSON file in that folder was changed. Evaluate the model again, or remove --eval-results."
         )

@@ -17,7 +17,7 @@ from sq_llava.inference.settings import AskSettings
 from sq_llava.locations import is_missing_folder, require_folder_or_id
 
 
-JUDGE = "Judge for mmvet, llava_bench, ... (needs --judge-model)"
+JUDGE = "Judge for MM-Vet, LLaVA-Bench, scienceqa_reasoning (needs --judge-model)"
 
 app = typer.Typer()
 

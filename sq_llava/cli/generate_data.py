@@ -66,7 +66,7 @@ def llava(
             print_estimate(making.estimate(run))
             return
         made = making.generate(run, command_line())
-    console.print(f"{made.num_rows:,} rows of {len(made.asked.results):,} texts", highlight=False)
+    console.print(f"{made.num_rows:,} rows from {len(made.asked.results):,} texts", highlight=False)
     end_run(run.out, len(made.asked.failures), made.asked.num_open, made.asked.stopped)
 
 

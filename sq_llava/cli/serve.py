@@ -45,7 +45,9 @@ def serve(
     max_megapixels: Annotated[
         float,
         typer.Option(
-            min=0.001, help="Maximum megapixels of all images in a request, padded to squares.", rich_help_panel=LIMITS
+            min=0.001,
+            help="Maximum total megapixels of a request's images, after padding to squares.",
+            rich_help_panel=LIMITS,
         ),
     ] = 64.0,
 ) -> None:
@@ -62,7 +64,7 @@ def serve(
         name = model_name or (Path(model).resolve().name if Path(model).is_dir() else model)
         app = create_app(assistant, name, limits, max_batch_size, api_key)
         if host not in LOOPBACK and api_key is None:
-            messages_console.print("Warning: without --api-key-env, anyone who can reach this port can use it.")
+            messages_console.print("Warning: without --api-key-env, anyone who can reach this port can use the model.")
     messages_console.print(f"The name of the model is {name}.", markup=False, soft_wrap=True)
     # On SIGTERM and Ctrl-C, no new requests are accepted, and running requests are finished.
     seconds = int(limits.request_seconds) + 5

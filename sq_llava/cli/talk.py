@@ -148,7 +148,7 @@ def chat(
 ) -> None:
     """Chat about an image.
 
-    /ask: the model (vusr) asks itself a question and answers it. /new: start over. /quit: end.
+    /ask: the model asks itself a question (shown as vusr) and answers it. /new: start over. /quit: end.
     Ctrl-C stops an answer and drops that turn.
     """
     with errors_in_one_line():
@@ -159,7 +159,7 @@ def chat(
     from sq_llava.inference.dialogues import Dialogues
 
     console.print(
-        "Ask about the image. /ask: the model (vusr) asks itself a question. /new: start over. /quit: end. "
+        "Ask about the image. /ask: the model asks itself a question (shown as vusr). /new: start over. /quit: end. "
         "Ctrl-C: stop an answer.",
         style="dim",
     )

@@ -6,8 +6,9 @@
 
 Different turns become self-questions in each epoch. A turn has different tokens as a self-question (`[vusr] text</s>`)
 and as a user's turn (` USER: text`). Each exchange (a question and its answer) ends with the end-of-sequence token. No
-text may contain that token, and no other token crosses it, so the tokens of a row are the sum of the tokens of its
-exchanges. Two counts are enough to find the largest number: one with no turn drawn, one with all turns drawn.
+text may contain that token, and tokenizers never join it with other text. So the tokens of a row are the sum of the
+tokens of its exchanges. Two counts are enough to find the largest number: one with no turn drawn, one with all turns
+drawn.
 
 No image is read: each has `image_seq_length` tokens.
 """

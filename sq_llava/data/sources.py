@@ -90,7 +90,8 @@ class JsonFile:
     Attributes:
         offsets, sizes (`np.ndarray` of int64): Position and size of each row, in bytes.
         num_images (`np.ndarray` of int64): Number of images of each row.
-        text_bytes (`np.ndarray` of int64): Bytes of text in each row; here, of its JSON without base64 images.
+        text_bytes (`np.ndarray` of int64): Bytes of text in each row. For a JSON file, this is the size of the row's
+            JSON without base64 images.
         folder (`Path`): Default folder of the images.
         broken (`str` or `None`): The error that makes the rest of a `.json` file unreadable.
     """

@@ -66,7 +66,10 @@ class Finding:
 
 
 class CheckedRow(NamedTuple):
-    """The result for one row. `paths` are its image files, not checked yet; `None` and 0 tokens mean unknown."""
+    """
+    The result for one row. `paths` are its image files, not checked yet. An unknown id or number of images is `None`,
+    an unknown number of tokens is 0.
+    """
 
     id: str | None
     faults: list[Fault]
@@ -170,7 +173,7 @@ class DataCheck:
         texts = ["".join([part["text"] for part in m["content"] if part["type"] == "text"]) for m in messages]
         whole = "\n".join(texts)
         encoded = whole.encode()
-        # This test is faster than the regular expression, which only few rows need then.
+        # A fast test: the slower regular expression then runs on few rows only.
         if b"\xc2" in encoded or len(encoded.translate(None, CONTROL_BYTES)) < len(encoded):
             for index, text in enumerate(texts):
                 if found := sorted(set(CONTROL_CHARACTER.findall(text))):

@@ -38,7 +38,7 @@ class Picture:
     An image, with the questions and answers that a dataset has about it.
 
     Args:
-        id (`str`): Path of the image, or its row.
+        id (`str`): Path of the image, or `row N` for an image that is stored in a table.
         image: Any input of `sq_llava.data.images.open_image`.
         pairs (`Sequence[tuple[str, str]]`): (question, answer) pairs of the dataset.
         number (`int`): Number of the image. It is added to the seed.

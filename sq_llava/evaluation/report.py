@@ -24,7 +24,7 @@ from sq_llava.evaluation.results import read_records
 from sq_llava.evaluation.task import Example, Record, Task, main_score
 
 
-NUM_SHOWN = 3  # number of best examples in the report, and of worst ones
+NUM_SHOWN = 3  # the report shows this many of the best examples, and as many of the worst
 PICTURE_SIDE = 240  # pixels
 MAX_LENGTH = 400  # characters of a text
 

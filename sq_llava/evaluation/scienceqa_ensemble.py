@@ -2,10 +2,10 @@
 
     sq-llava evaluate --model M --tasks scienceqa_reasoning --data DIR --judge-model gpt-4o
 
-`llm/accuracy` uses the language model's answer. `complement/accuracy` uses the model's own answer if that one has no
-option. `judge/accuracy` is the same, but if both answers have different options, the language model reads both and
-decides. A question that the server did not answer counts in none of the three. In this module, an option is a letter,
-or `None` if the answer could not be parsed.
+`llm/accuracy` uses the language model's answer. `complement/accuracy` uses the model's own answer where the language
+model's answer has no option. `judge/accuracy` is the same, but if the two answers have different options, the language
+model reads both and decides. A question that the server did not answer counts in none of the three. In this module, an
+option is a letter, or `None` if the answer could not be parsed.
 """
 
 from collections.abc import Callable, Mapping, Sequence

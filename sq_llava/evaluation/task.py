@@ -133,9 +133,9 @@ def main_score(task: Task, record: Record) -> float | None:
     The score of one answer, for sorting examples.
 
     Returns:
-        The main metric of this answer. If the main metric exists only for the whole corpus: 1 if the prediction equals
-        the reference, else 0. If prediction or reference is not a string: the first value of the score. `None` without
-        a value, a score or a grade.
+        The main metric of this answer. If it exists only for the whole corpus: 1 if the prediction equals the
+        reference, else 0. If it does, but prediction or reference is not a string: the first value of the score.
+        `None` without a value, a score or a grade.
     """
     if record.score is None or record.score.judge_error is not None:
         return None

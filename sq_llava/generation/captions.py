@@ -50,7 +50,7 @@ TEXTS_AT_A_TIME = 1000
 
 REJECTED = {
     "image": "the image file is missing",
-    "rare": f"none of its phrases is in {MIN_FREQUENCY} captions",
+    "rare": f"none of its phrases is in {MIN_FREQUENCY} or more captions",
     "not drawn": f"its phrases are in more than {MAX_CAPTIONS} captions, and it was not drawn",
 }
 IDENTITY = ("kind", "captions_hash", "limit", "spacy_model")

@@ -156,7 +156,9 @@ def find_images(settings: CurateSettings) -> dict[str, Path]:
     for file in files:
         require_utf8(file)
         if not file.resolve().is_relative_to(root.resolve()):
-            raise ValueError(f"{file}: leads out of {root}, which training refuses. Copy the image into the folder.")
+            raise ValueError(
+                f"{file}: this link leads out of {root}, which training refuses. Copy the image into the folder."
+            )
     return {file.relative_to(root).as_posix(): file for file in settings.shard.take(files[: settings.limit])}
 
 

@@ -145,7 +145,7 @@ def draw_tasks(
 ) -> Iterator[Task]:
     """The rows to be made: `kinds_per_image` different kinds per image. The draw depends only on seed and image."""
     for scene in scenes:
-        # Weighted sampling without replacement: the largest values of u ** (1 / share) are the draw.
+        # Weighted sampling without replacement: the largest values of u ** (1 / share) are drawn.
         # Efraimidis and Spirakis, https://doi.org/10.1016/j.ipl.2005.11.003.
         drawn = {kind: uniform(seed, scene.id, kind) ** (1 / share) for kind, share in shares.items() if share}
         for kind in sorted(drawn, key=drawn.get, reverse=True)[:kinds_per_image]:
@@ -191,7 +191,7 @@ def read_answer(task: Task, text: str) -> tuple[dict[str, Any] | None, list[Reje
     for place, turn in enumerate(turns):
         reason = fault_of(turn, task.kind, kept)
         if reason is not None:
-            reasons = [reason, *["after a turn left out"] * (len(turns) - place - 1)]
+            reasons = [reason, *["after a dropped turn"] * (len(turns) - place - 1)]
             rejected = [
                 Rejected(task.id, task.kind, why, _write_turns([each])) for why, each in zip(reasons, turns[place:])
             ]

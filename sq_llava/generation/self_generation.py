@@ -115,13 +115,13 @@ def read_images(run: SelfGeneration) -> list[Picture]:
     pictures = []
     for picture in run.shard.take(read_pictures(run.images, run.image_root)[: run.limit]):
         if isinstance(picture.image, dict):
-            raise ValueError(f"{run.images}, {picture.id}: the image is inside of the table. Save it as a file.")
+            raise ValueError(f"{run.images}, {picture.id}: the image is stored in the dataset. Save it as a file.")
         path = Path(picture.image)
         if isinstance(picture.image, Path):  # it comes from a folder; a dataset's row has a path in the resolved root
             path = Path(run.images).resolve() / path.name
         require_utf8(path)
         if not path.is_relative_to(root) or not path.resolve().is_relative_to(root):
-            raise ValueError(f"{run.images}: {path} leaves the image root {root}. Copy the image into it.")
+            raise ValueError(f"{run.images}: {path} leads out of the image root {root}. Copy the image into it.")
         content = path.read_bytes() if path.is_file() else b""  # a missing file is recorded as failed later
         digest = hashlib.sha256(content).hexdigest()[:DIGEST_LETTERS]
         id = f"{path.relative_to(root).as_posix()}@{digest}"

@@ -102,7 +102,7 @@ class CurateSettings:
 class DescribeSettings:
     """Settings of a local model that describes images. `max_new_tokens` limits description and continuation each."""
 
-    short: Annotated[int, Option(min=0, help="Descriptions of at most N tokens are continued.")] = 80
+    short: Annotated[int, Option(min=0, help="Continue descriptions of at most N tokens.")] = 80
     max_new_tokens: Annotated[int, Option(min=1, help="Maximum length of a text from --describer, in tokens.")] = 512
     batch_size: Annotated[int, Option(min=1, help="Batch size of --describer.")] = 8
     device: Device = None
@@ -130,13 +130,13 @@ class FilterSettings:
     blank_test: Annotated[
         str,
         Option(
-            help="Drop what gets the same answer with a blank image. turn: each such turn. question: questions with "
-            "the same answer for all images. off: nothing."
+            help="Test whether answers change with a blank image. turn: drop each turn whose answer stays the same. "
+            "question: drop a question if its answers stay the same for all images. off: no test."
         ),
     ] = "question"
     min_drop: Annotated[
         float,
-        Option(help="Minimum drop in an answer's log-probability per token with a blank image, for --blank-test."),
+        Option(help="For --blank-test: minimum drop in an answer's log-probability per token if the image is blank."),
     ] = 0.0
     min_log_probability: Annotated[
         float | None, Option(help="Minimum log-probability of an answer (mean over its tokens).")
@@ -168,9 +168,7 @@ class SelfGeneration:
     """`images` and `image_root` are read by `read_pictures`, `clip` by [`ClipScorer`]."""
 
     model: Annotated[str, Option("-m", help="SQ-LLaVA: folder or Hub id.")]
-    images: Annotated[
-        str, Argument(help="Folder of images, or a training dataset, of which only the images are used.")
-    ]
+    images: Annotated[str, Argument(help="Folder of images, or a training dataset (only its images are used).")]
     out: Out
     ask: AskSettings = field(default_factory=AskSettings)
     filters: FilterSettings = field(default_factory=FilterSettings)

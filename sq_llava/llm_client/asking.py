@@ -1,8 +1,8 @@
 """Asks a server about many items, in threads. A kill at any moment loses no answer that was received.
 
-A function asks about one item, with one or several calls of `client.complete`. It first runs in threads, until the
-journal has the answers. Then it runs again, item by item, with the journal alone. Therefore the results do not depend
-on interruptions.
+The caller's function `work` asks about one item, with one or several calls of `client.complete`. It first runs in
+threads, until the journal has the answers. Then it runs again, item by item, with the journal alone. Therefore the
+results do not depend on interruptions.
 """
 
 from collections.abc import Callable, Mapping

@@ -38,7 +38,8 @@ class ChatSettings:
         int | None, Option(min=0, help="Maximum number of tokens in prompts and answers. Earlier runs count too.")
     ] = None
     max_cost: Annotated[
-        float | None, Option(min=0, help="Maximum cost, in the currency of both prices. Earlier runs count too.")
+        float | None,
+        Option(min=0, help="Maximum cost, in the currency of the two prices below. Earlier runs count too."),
     ] = None
     input_price: Annotated[float | None, Option(min=0, help="Price of one million prompt tokens.")] = None
     output_price: Annotated[float | None, Option(min=0, help="Price of one million answer tokens.")] = None

@@ -13,7 +13,7 @@ class Limits:
 
     Args:
         max_body_bytes (`int`): Maximum size of a request, or of a remote image.
-        max_pixels (`int`): Maximum number of pixels of all images in a request, padded to squares.
+        max_pixels (`int`): Maximum total pixels of a request's images, after padding to squares.
     """
 
     max_body_bytes: int = 20_000_000

@@ -153,7 +153,7 @@ def _turn_kinds(spoken: np.ndarray, messages: list[dict], row: dict[str, Any]) -
     begins = np.diff(spoken, prepend=False) & spoken
     if begins.sum() != len(kinds):
         raise ValueError(
-            f"Row {row['row_id']}: the model says {len(kinds)} turns, but {begins.sum()} were found in the tokens. "
+            f"Row {row['row_id']}: expected {len(kinds)} turns in the loss, but found {begins.sum()} in the tokens. "
             "The tokenizer merges the end of one turn and the beginning of the next into one token. Use another "
             "prompt_layout or tokenizer."
         )

@@ -15,7 +15,7 @@ import torch
 from torch.utils.data import Sampler
 
 
-# Number of global batches whose rows are sorted together. A larger window gives less padding but less random batches.
+# Number of global batches whose rows are sorted together. A larger window gives less padding and less randomness.
 WINDOW = 50
 
 

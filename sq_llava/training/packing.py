@@ -9,10 +9,11 @@ are those of the unpacked rows. Only the first token of each conversation has no
 from another conversation. Language models that ignore the positions, such as recurrent ones, are detected and refused
 (`require_separation`). Under ZeRO-3 this check is not run, because the weights are held in pieces.
 
-Rows are packed whole, each once per epoch, by the maximum number of tokens that each can have
-(`sq_llava/data/lengths.py`): best-fit decreasing, within windows of a permutation of all rows. The packs depend only
-on the seed and the epoch, not on the number of processes. Every epoch has the same number of packs, a whole number of
-optimizer steps. Rows are not cut to fill a pack or grouped by modality, and evaluation batches are not packed.
+Each row is packed whole, once per epoch. Its size is the maximum number of tokens that it can have
+(`sq_llava/data/lengths.py`). The rows are shuffled and divided into windows; each window is packed by best-fit
+decreasing. The packs depend only on the seed and the epoch, not on the number of processes. Every epoch has the same
+number of packs, a whole number of optimizer steps. Rows are not cut to fill a pack or grouped by modality, and
+evaluation batches are not packed.
 """
 
 from collections.abc import Iterator

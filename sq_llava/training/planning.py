@@ -190,7 +190,7 @@ def _optimizer_terms(model: nn.Module, training_args: SFTConfig, pieces: int, bu
         )
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     numbers, gradients = sum(p.numel() for p in trained), sum(p.nbytes for p in trained)
-    count, state = f"{numbers:,} trained numbers x", OPTIMIZER_BYTES[optim]
+    count, state = f"{numbers:,} trained parameters x", OPTIMIZER_BYTES[optim]
     in_buckets = " x 2 (DDP's buckets)" if buckets == 2 else ""
     in_pieces = f" / {pieces} GPUs" if pieces > 1 else ""
     formula = f"{count} {gradients / max(numbers, 1):.0f} bytes{in_buckets}{in_pieces}"
@@ -225,8 +225,8 @@ def quantized_bytes(linear: nn.Linear, quantization: BitsAndBytesConfig) -> floa
     numbers = linear.weight.numel()
     if quantization.load_in_8bit:
         return numbers + 4 * linear.out_features
-    # One scale for 64 numbers: a float32, or (nested) one byte plus a float32 for every 256 scales. And a table of 16
-    # float32 values.
+    # One scale for 64 numbers: a float32, or (nested) one byte plus a float32 for every 256 scales. Each weight also
+    # has a table of 16 float32 values.
     scale = 1 + 4 / 256 if quantization.bnb_4bit_use_double_quant else 4
     return numbers / 2 + numbers / 64 * scale + 64
 
@@ -261,7 +261,7 @@ def activation_terms(model: nn.Module, batch: Batch, training_args: SFTConfig, o
         width, count = tower_config.hidden_size, len(layers)
         if training_args.gradient_checkpointing:
             kept, formula = count * positions * width * held, f"{width} x {held} bytes: the input of each layer"
-            workspaces[f"a {name} layer inside"] = inside
+            workspaces[f"the inside of a {name} layer"] = inside
         else:
             kept, formula = count * inside, "all inner activations: no gradient checkpointing"
         terms.append(Term(f"activations, {name}", kept, f"{count} layers x {positions:,} positions x {formula}"))
@@ -470,7 +470,7 @@ def plan_from_configs(
 ) -> None:
     """Prints parameters, memory and steps of a run. It loads only the configurations of the models."""
     parts = (arguments.vision_model_name_or_path, arguments.text_model_name_or_path)
-    if None not in parts:  # also in place of a previous stage that does not exist yet
+    if None not in parts:  # used even if a previous stage is set, because it may not exist yet
         config = compose_config(*parts, arguments.qformer_model_name_or_path, **architecture(arguments))
     else:
         start, _ = starting_point(arguments, model_config)

@@ -129,9 +129,9 @@ class StepWatch(TrainerCallback):
     DeepSpeed has applied the step.
 
     On SIGTERM or SIGINT in any process, all processes finish the step and save a checkpoint; `stopped` is then true. A
-    second SIGINT stops at once. The Trainer's own `enable_jit_checkpoint` is not used, because each process
-    would decide alone, three seconds later. It may save between backward pass and step, with the number of the
-    previous step, and it exits with 0.
+    SIGINT after that stops at once. The Trainer's own `enable_jit_checkpoint` is not used: each process would decide
+    alone, three seconds later. The checkpoint may be saved between backward pass and step, with the number of the
+    previous step, and the run exits with 0.
 
     Args:
         accelerator ([`~accelerate.Accelerator`]): The trainer's accelerator.

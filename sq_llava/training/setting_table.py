@@ -3,7 +3,7 @@
     python -m sq_llava.training.setting_table > docs/settings.md
 
 It contains every field of `SQLlavaArguments`, of TRL's `ModelConfig` and `SFTConfig`, and of transformers'
-`TrainingArguments`. What it does not do: check combinations of settings; `sq_llava/training/settings.py` does that.
+`TrainingArguments`. It does not check combinations of settings; `sq_llava/training/settings.py` does that.
 """
 
 from dataclasses import MISSING, dataclass, fields

@@ -36,8 +36,8 @@ class SQLlavaArguments:
     """This project's own settings: the stage, the data, the model to start from, and the loss."""
 
     stage: Literal["align", "instruct"] = _option(
-        "Training stage (required). 'align' (stage 1) trains ViT-LoRA, extractor and projector on captions. "
-        "'instruct' (stage 2) trains LLM-LoRA too, on conversations."
+        "Training stage (required). 'align' (stage 1) trains LoRA on the vision tower (ViT-LoRA), prototype extractor "
+        "and projector, on captions. 'instruct' (stage 2) also trains LoRA on the language model, on conversations."
     )
     dataset_path: str | None = _option(
         "Training data: a JSON, JSONL or Parquet file, a folder, or a Hub id. docs/data.md shows the layouts.",
@@ -48,7 +48,7 @@ class SQLlavaArguments:
         default_factory=list,
         metadata={
             "help": "Several data sources instead of dataset_path. Each entry has path, and optionally image_root, "
-            "split, weight or num_rows."
+            "split, name, revision, instructions, and weight or num_rows."
         },
     )
     eval_datasets: list[DataSource] = field(

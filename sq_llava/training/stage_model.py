@@ -79,7 +79,7 @@ def composed_processor(arguments: SQLlavaArguments, model_config: ModelConfig) -
     """Makes the processor of a recipe. Loads no weights."""
     parts = (arguments.vision_model_name_or_path, arguments.text_model_name_or_path)
     settings = processor_settings(arguments)
-    if None not in parts:  # also in place of a previous stage that does not exist yet
+    if None not in parts:  # used even if a previous stage is set, because it may not exist yet
         return compose_processor(*parts, arguments.qformer_model_name_or_path, **settings)
     start, _ = starting_point(arguments, model_config)
     return SQLlavaProcessor.from_pretrained(start, **settings)

@@ -317,7 +317,7 @@ def test_adapter_names_the_commit_of_its_base_that_it_was_trained_on(hub, pushed
         newest = hub.repositories["org/model"].branches["main"]
     assert json.loads(hub.files("org/pinned-lora")["adapter_config.json"])["revision"] == trained_on
     assert [(request["base"], request["base_revision"]) for request in requests] == [("org/model", trained_on)] * 2
-    assert f"The base is org/model at commit {trained_on}. Its newest is {newest}." in publication.notes
+    assert f"The base is org/model at commit {trained_on}. Its newest commit is {newest}." in publication.notes
 
 
 def test_dry_run_loads_the_model_and_sends_nothing(hub, pushed):

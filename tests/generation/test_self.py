@@ -271,7 +271,7 @@ def test_other_questions_or_shards_in_the_same_folder_are_refused(run, whole, ch
 def test_image_outside_of_the_root_is_refused(run, parts, tmp_path):
     (tmp_path / "links").mkdir()
     (tmp_path / "links" / "a.png").symlink_to(parts / "images" / "0.png")
-    with pytest.raises(ValueError, match=r"a\.png leaves the image root .*links\. Copy the image into it"):
+    with pytest.raises(ValueError, match=r"a\.png leads out of the image root .*links\. Copy the image into it"):
         generate(replace(run, images=str(tmp_path / "links")))
 
 
@@ -279,7 +279,7 @@ def test_image_inside_of_a_table_is_refused(run, parts, tmp_path):
     turns = [{"role": "user", "content": "What?"}, {"role": "assistant", "content": "A dog."}]
     image = {"bytes": (parts / "images" / "0.png").read_bytes(), "path": None}
     datasets.Dataset.from_list([{"messages": turns, "images": [image]}]).to_parquet(tmp_path / "rows.parquet")
-    with pytest.raises(ValueError, match=r"row 0: the image is inside of the table\. Save it as a file"):
+    with pytest.raises(ValueError, match=r"row 0: the image is stored in the dataset\. Save it as a file"):
         generate(replace(run, images=str(tmp_path / "rows.parquet")))
 
 

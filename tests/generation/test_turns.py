@@ -52,7 +52,7 @@ def test_text_that_breaks_a_rule_is_left_out_with_its_reason(kind, text, reason)
         ("Question: How many", ["question or answer missing"]),  # cut off
         (
             "Question: Who owns it?\nAnswer: That cannot be determined.\nQuestion: Why?\nAnswer: So.",
-            ["unsure", "after a turn left out"],
+            ["unsure", "after a dropped turn"],
         ),
     ],
 )

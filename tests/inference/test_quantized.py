@@ -133,7 +133,7 @@ def test_planned_size_of_a_quantized_model_is_its_size(both_stages):
 
 
 def test_precision_auto_is_refused_with_four_bits(parts, tmp_path):
-    with pytest.raises(ValueError, match="dtype is 'auto': with load_in_4bit, give"):
+    with pytest.raises(ValueError, match=r"dtype is 'auto'\. With load_in_4bit, set"):
         train("align", parts, tmp_path, load_in_4bit=True, dtype="auto")
 
 
