@@ -150,7 +150,8 @@ def test_two_processes_equal_one_where_one_sees_text_only(parts, tied, stage1, o
 @pytest.mark.parametrize("launch", LAUNCHES)
 def test_killed_run_resumes_and_leaves_what_one_process_leaves(parts, one_process, tmp_path, launch, settings):
     plain = one_process(f"files, {settings}", **settings, max_steps=1)
-    settings = settings | {"max_steps": 5}
+    # Three steps per epoch, of which the last has half a batch: the run is killed and resumed there.
+    settings = settings | write_in_order(parts, tmp_path / "ordered.json") | {"max_steps": 5}
     whole = ZeroRun(launch, parts, tmp_path / "whole", **settings).finish()
     run = ZeroRun(launch, parts, tmp_path / "killed", **settings, resume=True)
     assert -signal.SIGKILL in run.exit_codes(in_step, 4, die)
