@@ -2,6 +2,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 VLLM := .venv-vllm
+DEEPSPEED := .venv-deepspeed
 SEED ?= 0
 RUN ?= runs/demo
 
@@ -11,7 +12,7 @@ export TOKENIZERS_PARALLELISM ?= false
 export HF_HUB_DISABLE_TELEMETRY ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-clean test test-fast test-versions test-vllm test-wheel wheel lint bench
+.PHONY: help setup demo demo-clean test test-fast test-deepspeed test-versions test-vllm test-wheel wheel lint bench
 
 help:  ## List the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -52,6 +53,18 @@ test-vllm: $(RUN)/model/config.json setup $(VLLM)/.installed  ## Compare vLLM wi
 
 $(RUN)/model/config.json:
 	@echo "$(RUN)/model does not exist. Run 'make demo' first."; exit 1
+
+test-deepspeed: $(DEEPSPEED)/.installed  ## Train with DeepSpeed (ZeRO-2 and ZeRO-3) in two processes on a CPU
+	OMP_NUM_THREADS=1 $(DEEPSPEED)/bin/python -m pytest tests/deepspeed_checks.py
+
+# It sees the packages of .venv by a .pth file. DeepSpeed compiles nothing.
+$(DEEPSPEED)/.installed: requirements-deepspeed.txt $(VENV)/.installed
+	$(PYTHON) -m venv --without-pip $(DEEPSPEED)
+	PURELIB='import sysconfig; print(sysconfig.get_path("purelib"))'; \
+		$(abspath $(BIN))/python -c "$$PURELIB" > "$$($(DEEPSPEED)/bin/python -c "$$PURELIB")/packages.pth"
+	DS_BUILD_OPS=0 DS_ACCELERATOR=cpu $(BIN)/pip --python $(DEEPSPEED)/bin/python install --quiet --no-deps \
+		--no-build-isolation --requirement requirements-deepspeed.txt
+	touch $@
 
 $(VLLM)/.installed: requirements-vllm.txt
 	$(PYTHON) -m venv $(VLLM)

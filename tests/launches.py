@@ -1,19 +1,23 @@
-"""Processes as `accelerate launch --config_file FILE` starts them, and FSDP2 on CPUs.
+"""Processes as `accelerate launch --config_file FILE` starts them, and FSDP2 and DeepSpeed on CPUs.
 
     accelerate launch --config_file recipes/accelerate/fsdp2.yaml --num_processes 2 --mixed_precision no \
         -m tests.launches --config RECIPE
 
-runs `train_sft.py` with FSDP2 over gloo, which needs `ACCELERATE_USE_CPU=true`. accelerate has FSDP for GPUs only, and
-would run DDP without a word; all that it and PyTorch do then works on CPUs too.
+runs `train_sft.py` with FSDP2 over gloo, which needs `ACCELERATE_USE_CPU=true`. With zero2.yaml or zero3.yaml it runs
+DeepSpeed, which needs `DS_ACCELERATOR=cpu` and the option `--use_cpu false`. accelerate has both for GPUs only, and
+would run DDP or one process without a word; all that it, DeepSpeed and PyTorch do then works on CPUs too.
 """
 
 import os
+from importlib import import_module
 from pathlib import Path
 
+from accelerate import DeepSpeedPlugin
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
 from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
+from peft.tuners.trainable_tokens.layer import TrainableTokensLayer, gather_params_ctx
 
 import train_sft
 from tests import ROOT
@@ -36,7 +40,9 @@ def environment_of(launch: str, **options) -> dict[str, str]:
         ROOT / "recipes" / "accelerate" / f"{launch}.yaml", **{"mixed_precision": "no"} | options
     )
     added = {name: value for name, value in environment.items() if os.environ.get(name) != value}
-    return added | {"ACCELERATE_USE_CPU": "true", "GLOO_SOCKET_IFNAME": "lo"}
+    # `ACCELERATE_USE_CPU` would make accelerate ignore DeepSpeed.
+    device = {"DS_ACCELERATOR": "cpu"} if "ACCELERATE_USE_DEEPSPEED" in added else {"ACCELERATE_USE_CPU": "true"}
+    return added | device | {"GLOO_SOCKET_IFNAME": "lo"}
 
 
 def allow_fsdp_on_cpu(*prepare) -> None:
@@ -57,7 +63,36 @@ def allow_fsdp_on_cpu(*prepare) -> None:
         function(*arguments)
 
 
+def allow_deepspeed_on_cpu(*prepare) -> None:
+    """Lets accelerate run DeepSpeed on CPUs, where `use_cpu` is false. Then it calls `prepare`, as above."""
+    plugin_init = DeepSpeedPlugin.__post_init__
+
+    def init(self):
+        plugin_init(self)
+        if self.zero_stage == 3:
+            # By default, weights of less than 100,000 numbers are not sharded. Tiny models have no others.
+            self.deepspeed_config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+
+    def collect(self, weight, rows, embed_dim):
+        with gather_params_ctx([weight], modifier_rank=None):
+            return weight[rows].clone()
+
+    DeepSpeedPlugin.__post_init__ = init
+    # Without a GPU, accelerate would choose no backend.
+    PartialState._prepare_backend = lambda self, *args: ("gloo", DistributedType.MULTI_CPU)
+    # Otherwise DeepSpeed would compile a C++ file, for processes that share memory.
+    import_module("deepspeed.comm.torch").build_shm_op = lambda: None
+    # PEFT's own function makes a tensor on a CUDA device.
+    TrainableTokensLayer._collect_token_weights = collect
+    if prepare:
+        function, *arguments = prepare
+        function(*arguments)
+
+
 if __name__ == "__main__":
-    allow_fsdp_on_cpu()
+    if "ACCELERATE_USE_DEEPSPEED" in os.environ:
+        allow_deepspeed_on_cpu()
+    else:
+        allow_fsdp_on_cpu()
     train_sft.main()
     PartialState().destroy_process_group()

@@ -222,6 +222,15 @@ def save_towers(root: Path) -> None:
     tokenizer.save_pretrained(root / "llama")
 
 
+def save_tied_llama(folder: Path) -> Path:
+    """Writes a Llama whose head is its embeddings."""
+    tokenizer = llama_tokenizer()
+    config = LlamaConfig(**TINY_LLAMA | {"vocab_size": len(tokenizer), "tie_word_embeddings": True})
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
 def write_rows(root: Path, exchanges_of: Callable[[int], list[tuple[str, str]]], num_rows: int = 16) -> Path:
     """
     Writes `root/train.json` in LLaVA's layout, and pictures into the same folder. Every third row has no image.

@@ -27,6 +27,7 @@ from sq_llava.checkpoints.completeness import checkpoint_faults, step_of
 from sq_llava.checkpoints.layouts import NAMES, Layout, recognise
 from sq_llava.checkpoints.parts import INFIXES, part_of
 from sq_llava.checkpoints.weight_files import TORCH_NAMES, Tensor, WeightFile, read_weight_map
+from sq_llava.checkpoints.zero3 import loading_whole
 from sq_llava.resources import CODE_FILES, code_digests
 
 
@@ -228,6 +229,7 @@ def _describe_bases(layout: Layout, inspection: Inspection) -> None:
             inspection.missing.append(f"the {role}: {name} is neither a folder nor in the local cache of the Hub")
 
 
+@loading_whole()
 def _check_weights(
     folder: Path,
     headers: dict[str, list[Tensor]],

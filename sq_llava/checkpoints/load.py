@@ -28,6 +28,7 @@ from sq_llava.checkpoints.compose import stop_token_ids
 from sq_llava.checkpoints.inspection import TOKENIZER, inspect
 from sq_llava.checkpoints.layouts import NAMES, recognise
 from sq_llava.checkpoints.provenance import read_provenance, write_provenance
+from sq_llava.checkpoints.zero3 import from_pretrained
 from sq_llava.early_checks import require_new_folder
 from sq_llava.locations import base_of_adapter, fetch, find_config, is_adapter, is_hub_id, revision_of_base
 
@@ -128,7 +129,7 @@ def load_model(
 def _load_plain(
     folder: Path, name: str, processor: SQLlavaProcessor | None, **kwargs
 ) -> SQLlavaForConditionalGeneration:
-    model = SQLlavaForConditionalGeneration.from_pretrained(folder, **kwargs)
+    model = from_pretrained(folder, **kwargs)
     if processor is not None:
         model.generation_config.eos_token_id = stop_token_ids(model.generation_config.eos_token_id, processor)
     # An adapter that is trained on this model stores this name: the base's Hub id, not a folder in the cache.

@@ -124,7 +124,9 @@ class StepWatch(TrainerCallback):
     Checks each optimizer step before it is applied, in all processes together, with one all-reduce.
 
     A step is refused with a `ValueError`, before any weight changes, if its loss or gradient is not finite, if none of
-    its tokens has a weight in the loss, or if its loss is above `max_loss`.
+    its tokens has a weight in the loss, or if its loss is above `max_loss`. DeepSpeed applies a step inside the
+    backward pass. With it, the loss is checked before that pass, and the gradient after it: the error says whether
+    DeepSpeed has applied the step.
 
     On SIGTERM or SIGINT in any process, all processes finish the step and save a checkpoint; `stopped` is then true. A
     SIGINT after that stops at once. The Trainer's own `enable_jit_checkpoint` is not used: each process would decide
@@ -173,22 +175,31 @@ class StepWatch(TrainerCallback):
         # a different number of times after a resume, so each step sets its own seed for dropout.
         key = f"{args.seed}:{state.global_step}:{args.process_index}".encode()
         torch.manual_seed(int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "big"))
+        self.micro_batches.clear()
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
-        step = state.global_step + 1
+        step, norm = state.global_step + 1, self.gradient_norm
         if self.accelerator.distributed_type != DistributedType.DEEPSPEED:
-            self.check(step, self.gradient_norm)
-        # DeepSpeed does not always know the norm. With float16, it leaves such steps out by itself.
-        elif self.accelerator.mixed_precision != "fp16" and not math.isfinite(self.gradient_norm or 0.0):
-            raise ValueError(
-                f"The norm of the gradient of step {step} is {self.gradient_norm}, and DeepSpeed has applied it: the "
-                "weights of this run are lost. Resume from its last checkpoint, with mended rows or settings."
-            )
+            self.check(step, norm)
+        # DeepSpeed does not always know the norm. With float16, it skips such steps itself.
+        elif norm is not None and not math.isfinite(norm) and self.accelerator.mixed_precision != "fp16":
+            self._refuse_after_backward(step, norm)
+
+    def _refuse_after_backward(self, step: int, gradient_norm: float) -> None:
+        """DeepSpeed knows the gradient's norm only when the backward pass is over, and has skipped or applied it."""
+        if self.accelerator.optimizer_step_was_skipped:
+            self.applying = False
+            self._refuse(step, f"its gradient norm is {gradient_norm}.")
+        raise ValueError(
+            f"The gradient norm of step {step} is {gradient_norm}, and DeepSpeed has applied this step: the weights "
+            "of this run are lost. Fix the rows or the settings, and resume from the last checkpoint with --resume."
+        )
 
     def check(self, step: int, gradient_norm: torch.Tensor | float | None = None) -> None:
         """
         Args:
-            gradient_norm: `None` under DeepSpeed, which is asked before the backward pass: that applies the step.
+            gradient_norm: `None` under DeepSpeed, where this is called before the backward pass, which also applies
+                the step.
 
         Raises:
             ValueError: if the step is refused.
@@ -213,7 +224,6 @@ class StepWatch(TrainerCallback):
         # With float16, the gradient scaler skips such steps itself.
         if not math.isfinite(norm) and self.accelerator.scaler is None:
             self._refuse(step, f"its gradient norm is {norm}.")
-        self.micro_batches.clear()
         self.stopped = stop_requested > 0
         self.applying = True
 

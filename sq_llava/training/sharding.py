@@ -1,7 +1,7 @@
 """How a launch spreads a model over its processes, and what FSDP2 and DeepSpeed need beside what accelerate does.
 
 Names of a sharding, in `run.json` of a checkpoint: `"none"` (one process, or DDP), `"fsdp2-full"`, `"fsdp2-sharded"`,
-`"zero-1"`, `"zero-2"`, `"zero-3"`. What this module does not do: shard; that is accelerate's part.
+`"zero-1"`, `"zero-2"`, `"zero-3"`, `"zero-3-offload"`. What this module does not do: shard; that is accelerate's part.
 """
 
 import json
@@ -10,13 +10,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from accelerate import Accelerator, FullyShardedDataParallelPlugin
+from accelerate import Accelerator, DeepSpeedPlugin, FullyShardedDataParallelPlugin
 from accelerate.utils import DistributedType, gather_object
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from transformers.distributed.fsdp import is_fsdp_enabled
-from transformers.integrations import deepspeed, is_deepspeed_zero3_enabled
-from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
+from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.training_args import TrainingArguments
 
 from sq_llava.checkpoints.completeness import RUN_FILE
@@ -31,16 +30,14 @@ LAUNCHES = {
     "--fsdp_state_dict_type SHARDED_STATE_DICT",
     "zero-2": "accelerate launch --config_file recipes/accelerate/zero2.yaml",
     "zero-3": "accelerate launch --config_file recipes/accelerate/zero3.yaml",
+    "zero-3-offload": "accelerate launch --config_file recipes/accelerate/zero3_offload.yaml",
 }
-# Their checkpoints are read by as many processes as wrote them.
-FIXED_NUMBER = ("zero-1", "zero-2", "zero-3")
 
 
 def sharding_asked_for(training_args: TrainingArguments) -> str:
     """The sharding that the launch asks for, before a model is loaded."""
     if training_args.deepspeed_plugin is not None:
-        stage = training_args.deepspeed_plugin.zero_stage
-        return f"zero-{stage}" if stage else NONE
+        return _zero_name(training_args.deepspeed_plugin)
     if training_args.fsdp_plugin_args is not None:
         return _fsdp_name(FullyShardedDataParallelPlugin(**training_args.fsdp_plugin_args))
     if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
@@ -62,28 +59,19 @@ def sharding_of(accelerator: Accelerator) -> str:
     if accelerator.distributed_type == DistributedType.FSDP:
         return _fsdp_name(accelerator.state.fsdp_plugin)
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
-        stage = accelerator.state.deepspeed_plugin.zero_stage
-        return f"zero-{stage}" if stage else NONE
+        return _zero_name(accelerator.state.deepspeed_plugin)
     return NONE
+
+
+def _zero_name(plugin: DeepSpeedPlugin) -> str:
+    # With offload, DeepSpeed replaces the optimizer by one of its own, with other states.
+    offloads = {plugin.offload_optimizer_device, plugin.offload_param_device} - {"none", None}
+    return f"zero-{plugin.zero_stage}{'-offload' if offloads else ''}" if plugin.zero_stage else NONE
 
 
 def loads_in_pieces() -> bool:
     """Whether only the first process has a whole model: with ZeRO-3, and FSDP2 with `cpu_ram_efficient_loading`."""
     return is_deepspeed_zero3_enabled() or is_fsdp_enabled()
-
-
-@contextmanager
-def loading_whole() -> Iterator[None]:
-    """Loads models whole in this process, also under ZeRO-3."""
-    if not is_deepspeed_zero3_enabled():
-        yield
-        return
-    launched = deepspeed._hf_deepspeed_config_weak_ref()
-    unset_hf_deepspeed_config()
-    try:
-        yield
-    finally:
-        set_hf_deepspeed_config(launched)
 
 
 def require_launch(asked: str, accelerator: Accelerator) -> None:
@@ -121,7 +109,8 @@ def require_resumable(checkpoint: str, sharding: str, num_processes: int) -> Non
     """
     run = json.loads((Path(checkpoint) / RUN_FILE).read_text())
     before, processes = run.get("sharding", NONE), run["num_processes"]
-    wrong_number = before in FIXED_NUMBER and processes != num_processes
+    # Only as many processes as wrote a checkpoint of DeepSpeed can read it.
+    wrong_number = before.startswith("zero-") and processes != num_processes
     if before == sharding and not wrong_number:
         return
     launch = LAUNCHES.get(before, f"accelerate launch, with DeepSpeed's {before},")

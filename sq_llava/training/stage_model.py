@@ -18,9 +18,10 @@ from trl import ModelConfig, SFTConfig, get_quantization_config
 from processing_sq_llava import PROMPT_LAYOUTS, SQLlavaProcessor
 from sq_llava.checkpoints.compose import compose, compose_processor
 from sq_llava.checkpoints.load import load_base_and_processor, load_model, require_kind
+from sq_llava.checkpoints.zero3 import loading_whole
 from sq_llava.training.adapter import LoraOptions, LoraSize, add_adapter, load_adapter_weights, train_in_full
 from sq_llava.training.settings import LORA_INITIALISATIONS, SQLlavaArguments
-from sq_llava.training.sharding import loading_whole, loads_in_pieces
+from sq_llava.training.sharding import loads_in_pieces
 
 
 ARCHITECTURE = ("prototype_variant", "num_prototypes", "num_prototype_iterations", "projector_type")
@@ -195,9 +196,23 @@ def trained_dtype(model) -> torch.dtype:
 
 
 def add_stage_adapter(model, arguments: SQLlavaArguments, model_config: ModelConfig):
-    """Adds the adapter of the stage to the base."""
+    """
+    Adds the adapter of the stage to the base.
+
+    Raises:
+        ValueError: if the launch cannot train what the stage trains.
+    """
     instruct = arguments.stage == "instruct"
     text_lora = LoraSize(model_config.lora_r if instruct else 0, model_config.lora_alpha, model_config.lora_dropout)
+    # With LLM-LoRA, `[vusr]` is trained even with self_question_ratio 0. Otherwise the adapter of a stage with
+    # self-questions could not be loaded. MiniGPT-4 has neither.
+    train_vusr = instruct and (arguments.self_question_ratio > 0 or text_lora.rank > 0)
+    if train_vusr and model.config.tie_word_embeddings and is_deepspeed_zero3_enabled():
+        # TRL's loss gathers the head's weight, which is not a parameter then: PEFT computes it from embeddings.
+        raise ValueError(
+            "ZeRO-3 cannot train the embedding of [vusr] in a language model whose head shares its weights with the "
+            "embeddings. Launch with recipes/accelerate/fsdp2.yaml or zero2.yaml."
+        )
     options = LoraOptions(
         target_modules=named_targets(model_config),
         use_rslora=model_config.use_rslora,
@@ -208,9 +223,7 @@ def add_stage_adapter(model, arguments: SQLlavaArguments, model_config: ModelCon
         model,
         LoraSize(arguments.vision_lora_r, arguments.vision_lora_alpha, arguments.vision_lora_dropout),
         text_lora,
-        # With LLM-LoRA, `[vusr]` is trained even with self_question_ratio 0. Otherwise the adapter of a stage with
-        # self-questions could not be loaded. MiniGPT-4 has neither.
-        train_vusr=instruct and (arguments.self_question_ratio > 0 or text_lora.rank > 0),
+        train_vusr=train_vusr,
         trained_dtype=trained_dtype(model),
         options=options,
     )

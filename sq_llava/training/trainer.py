@@ -208,11 +208,14 @@ class SQLlavaTrainer(SFTTrainer):
         accelerate fills the last batches with rows from the start of the epoch, so that all processes have the same
         number of rows. One process would not train on them twice.
         """
-        state = self.accelerator.gradient_state
-        if self.args.world_size == 1 or self.packs is not None or not state.end_of_dataloader or state.remainder < 1:
+        args = self.args
+        is_last = self.accelerator.gradient_state.end_of_dataloader and not args.dataloader_drop_last
+        # accelerate's own remainder is wrong in an epoch that a resumed run is in the middle of.
+        remainder = len(self.train_dataset) % (self._train_batch_size * args.world_size)
+        if args.world_size == 1 or self.packs is not None or not is_last or not remainder:
             return
-        positions = self.args.process_index * self._train_batch_size + torch.arange(len(batch["row_ids"]))
-        repeated = (positions >= state.remainder).to(batch["labels"].device)
+        positions = args.process_index * self._train_batch_size + torch.arange(len(batch["row_ids"]))
+        repeated = (positions >= remainder).to(batch["labels"].device)
         batch["labels"][repeated], batch["turn_kinds"][repeated] = IGNORE_INDEX, 0
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
@@ -358,6 +361,8 @@ class SQLlavaTrainer(SFTTrainer):
         # Full finetuning trains and resumes in float32. The final model has the precision of its config.json, which is
         # that of the frozen tower.
         is_final = output_dir is None or Path(output_dir) == Path(self.args.output_dir)
+        if self.is_deepspeed_enabled and not is_deepspeed_zero3_enabled():
+            state_dict = None  # it has copies of the model's weights, in which a tied head is a weight of its own
         if is_final and not isinstance(self.model, PeftModel):
             state_dict = self.model.state_dict() if state_dict is None else state_dict
             state_dict = in_precision(state_dict, self.model.dtype)

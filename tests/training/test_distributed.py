@@ -9,7 +9,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from transformers import AutoModel, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModel
 
 from sq_llava.checkpoints.load import merge_adapter
 from tests import ROOT, tiny
@@ -40,13 +40,7 @@ class TwoProcesses(Run):
 
 @pytest.fixture(scope="module")
 def tied(tmp_path_factory) -> Path:
-    """A Llama whose head is its embeddings."""
-    folder = tmp_path_factory.mktemp("tied")
-    tokenizer = tiny.llama_tokenizer()
-    config = LlamaConfig(**tiny.TINY_LLAMA | {"vocab_size": len(tokenizer), "tie_word_embeddings": True})
-    LlamaForCausalLM(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+    return tiny.save_tied_llama(tmp_path_factory.mktemp("tied"))
 
 
 @pytest.mark.parametrize("launch", ["ddp", "fsdp2"])
