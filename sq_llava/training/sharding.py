@@ -149,14 +149,40 @@ def layer_classes(model: nn.Module) -> set[str]:
 @contextmanager
 def embeddings_in_the_root_unit(model: nn.Module) -> Iterator[None]:
     """
-    Keeps accelerate from making FSDP units of the embeddings and the head. TRL's loss multiplies by the weight of the
-    head without calling it: as a unit of its own, its gradient would not be averaged over the processes.
+    Keeps accelerate from making FSDP units of the embeddings and the head, and from untying them.
+
+    TRL's loss multiplies by the weight of the head without calling it: in its own unit, the gradient of the head would
+    not be averaged over the processes. accelerate ties weights again by the names that they have without PEFT.
     """
-    model.get_input_embeddings = model.get_output_embeddings = lambda: None
+    shared = shared_parameters(model)
+
+    def tie_weights() -> None:
+        for (owner, name), *others in shared:
+            for module, other_name in others:
+                module._parameters[other_name] = owner._parameters[name]
+
+    replaced = {
+        "get_input_embeddings": lambda: None,
+        "get_output_embeddings": lambda: None,
+        "tie_weights": tie_weights,
+    }
+    for name, function in replaced.items():
+        setattr(model, name, function)
     try:
         yield
     finally:
-        del model.get_input_embeddings, model.get_output_embeddings
+        for name in replaced:
+            delattr(model, name)
+
+
+def shared_parameters(model: nn.Module) -> list[list[tuple[nn.Module, str]]]:
+    """The places of each parameter that has several: modules, and names in them."""
+    places: dict[nn.Parameter, list[tuple[nn.Module, str]]] = {}
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                places.setdefault(parameter, []).append((module, name))
+    return [found for found in places.values() if len(found) > 1]
 
 
 @contextmanager

@@ -363,6 +363,9 @@ class SQLlavaTrainer(SFTTrainer):
         is_final = output_dir is None or Path(output_dir) == Path(self.args.output_dir)
         if self.is_deepspeed_enabled and not is_deepspeed_zero3_enabled():
             state_dict = None  # it has copies of the model's weights, in which a tied head is a weight of its own
+        if state_dict is not None and not isinstance(self.model, PeftModel):
+            # Gathered from several processes, a tied head is a weight of its own.
+            state_dict = {name: w for name, w in state_dict.items() if name not in self.model.all_tied_weights_keys}
         if is_final and not isinstance(self.model, PeftModel):
             state_dict = self.model.state_dict() if state_dict is None else state_dict
             state_dict = in_precision(state_dict, self.model.dtype)

@@ -43,16 +43,20 @@ def tied(tmp_path_factory) -> Path:
     return tiny.save_tied_llama(tmp_path_factory.mktemp("tied"))
 
 
-@pytest.mark.parametrize("launch", ["ddp", "fsdp2"])
+ACCUMULATED = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2}
+
+
 @pytest.mark.parametrize(
-    ("first", "settings"),
+    ("launch", "first", "settings"),
     [
-        ("images", {}),
-        ("text", {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2}),
-        ("images", PACKING),
-        ("text", FULL),
+        ("ddp", "images", ACCUMULATED),
+        ("ddp", "text", FULL),
+        ("fsdp2", "images", {}),
+        ("fsdp2", "text", ACCUMULATED),
+        ("fsdp2", "images", PACKING),
+        ("fsdp2", "text", FULL),
     ],
-    ids=["images first", "text first, accumulated", "packed", "in full"],
+    ids=["ddp", "ddp in full", "images first", "text first, accumulated", "packed", "in full"],
 )
 def test_two_processes_equal_one_where_one_sees_text_only(parts, tmp_path, launch, first, settings):
     settings = DESCENT | write_in_order(parts, tmp_path / "ordered.json", first) | settings
@@ -97,8 +101,11 @@ def test_tied_head_is_sharded(parts, tied, tmp_path, settings):
     assert_similar_runs(Run(parts, tmp_path / "one", **settings).finish(), two)
 
 
-@pytest.mark.parametrize("state_dict_type", ["FULL_STATE_DICT", "SHARDED_STATE_DICT"])
-@pytest.mark.parametrize("settings", [{}, FULL], ids=["adapter", "in full"])
+@pytest.mark.parametrize(
+    ("state_dict_type", "settings"),
+    [("SHARDED_STATE_DICT", {}), ("FULL_STATE_DICT", FULL)],
+    ids=["adapter from shards", "in full"],
+)
 def test_killed_sharded_run_resumes_and_leaves_what_one_process_leaves(parts, tmp_path, state_dict_type, settings):
     settings = settings | {"max_steps": 5}
     options = {"fsdp_state_dict_type": state_dict_type}
