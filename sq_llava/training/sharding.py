@@ -1,7 +1,7 @@
-"""How a launch spreads a model over its processes, and what FSDP2 and DeepSpeed need beside what accelerate does.
+"""How a launch divides a model among its processes, and what FSDP2 and DeepSpeed need besides accelerate.
 
-Names of a sharding, in `run.json` of a checkpoint: `"none"` (one process, or DDP), `"fsdp2-full"`, `"fsdp2-sharded"`,
-`"zero-1"`, `"zero-2"`, `"zero-3"`, `"zero-3-offload"`. What this module does not do: shard; that is accelerate's part.
+A sharding has one of these names, also in `run.json` of a checkpoint: `"none"` (one process, or DDP), `"fsdp2-full"`,
+`"fsdp2-sharded"`, `"zero-1"`, `"zero-2"`, `"zero-3"`, `"zero-3-offload"`. The sharding itself is done by accelerate.
 """
 
 import json
