@@ -12,7 +12,7 @@ export TOKENIZERS_PARALLELISM ?= false
 export HF_HUB_DISABLE_TELEMETRY ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-clean test test-fast test-deepspeed test-versions test-vllm test-wheel wheel lint bench
+.PHONY: help setup demo demo-clean test test-fast test-documents test-deepspeed test-versions test-vllm test-wheel wheel lint bench
 
 help:  ## List the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -32,10 +32,13 @@ demo-clean:  ## Delete the output of the demo
 	rm -rf $(RUN)
 
 test: setup  ## Run all tests, in minutes on two cores
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not walk"
 
 test-fast: setup  ## Run the tests that are not marked slow
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow and not walk"
+
+test-documents: setup  ## Run the commands and snippets of README.md and docs/, and the notebook
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m walk
 
 wheel: setup  ## Build a wheel in dist/
 	rm -rf build

@@ -138,7 +138,7 @@ class Walk:
             server.wait(30)
 
 
-@pytest.mark.slow
+@pytest.mark.walk
 @pytest.mark.parametrize("document", DOCUMENTS, ids=name_of)
 def test_commands_and_snippets_work_as_printed(document, checkout):
     """The commands come first, each fence by itself; then all Python of the document, as one script."""

@@ -31,6 +31,7 @@ PARENTS = {
     "SQLlavaTrainer._get_train_sampler": ["train_dataset"],
     "SQLlavaTrainer._get_num_items_in_batch": ["batch_samples", "device"],
     "SQLlavaTrainer._get_grad_norm": ["model", "grad_norm"],
+    "SQLlavaTrainer._prepare_for_training": None,
     "SQLlavaTrainer._run_epoch": None,
     "SQLlavaTrainer._save_checkpoint": ["model", "trial"],
     "SQLlavaTrainer._save": ["output_dir", "state_dict"],
