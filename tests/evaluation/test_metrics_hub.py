@@ -1,5 +1,6 @@
 """The scripts for the library `evaluate`: they load without a network and return the values of the pure functions."""
 
+import sys
 from importlib.resources import files
 
 import evaluate
@@ -15,6 +16,8 @@ def load(tmp_path_factory):
     cache = tmp_path_factory.mktemp("cache")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(evaluate.config, "HF_MODULES_CACHE", str(cache / "modules"))
+        for name in [name for name in sys.modules if name.startswith("evaluate_modules")]:
+            patch.delitem(sys.modules, name)  # of another test, in another cache
         yield lambda name: evaluate.load(str(FOLDER / f"{name}.py"), cache_dir=str(cache))
 
 

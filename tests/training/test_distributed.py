@@ -86,13 +86,13 @@ def test_two_machines_train_like_one_process(parts, tmp_path):
 
 def resume_from_what_is_seen() -> None:
     """Body of one of two processes, of which only the second sees a checkpoint."""
-    rank = PartialState().process_index
+    rank = PartialState(cpu=True).process_index
     require_same_checkpoint("checkpoint-2" if rank else None, num_processes=2)
 
 
 def test_machine_that_does_not_see_the_checkpoint_stops_the_run(tmp_path):
     log = tmp_path / "log"
-    children = fork(resume_from_what_is_seen, (), log, processes=2, environment={"ACCELERATE_USE_CPU": "true"})
+    children = fork(resume_from_what_is_seen, (), log, processes=2)
     assert 0 not in ended(children)
     assert "The processes see different checkpoints (none on process 0, checkpoint-2 on process 1)" in log.read_text()
 
