@@ -71,7 +71,7 @@ def convert(
     prototypes: Annotated[
         str | None,
         typer.Option(
-            help="Add untrained prototypes to a LLaVA, as in the paper (paper) or the released code (released)."
+            help="Add untrained prototypes to a LLaVA. paper: as in the paper. released: as in the released code."
         ),
     ] = None,
     max_shard_size: Annotated[str, typer.Option(help="Maximum size of a weights file.")] = "5GB",

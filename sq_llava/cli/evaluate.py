@@ -38,8 +38,8 @@ def evaluate(
     data: Annotated[
         str | None,
         typer.Option(
-            help="Folder of the task's data, folder with a subfolder per task, Hub id of a dataset, or hub: each "
-            "task's own dataset on the Hub."
+            help="Folder of the task's data, folder with a subfolder per task, Hub id of a dataset, or the word "
+            "hub for each task's own dataset on the Hub."
         ),
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Output folder. Default: runs/evaluation/<model>.")] = None,

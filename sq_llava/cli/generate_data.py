@@ -25,7 +25,10 @@ from sq_llava.stopping import INTERRUPTED, STOPPED
 
 SERVER = "Server"
 ShardOption = Annotated[
-    str | None, typer.Option("--shard", help="i/n: process only part i of n of the input. All parts share one --out.")
+    str | None,
+    typer.Option(
+        "--shard", help="i/n: split the input into n parts and process only part i. All parts share one --out."
+    ),
 ]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Only print how much is left to do, and what it costs.")]
 

@@ -74,7 +74,11 @@ class QuestionEvaluation:
         str | None, Option(help="CLIP model to measure how well texts fit their image: folder or Hub id.")
     ] = None
     truth: Annotated[
-        str | None, Option(help="easy_vqa (for its images): measure how many questions have a true premise.")
+        str | None,
+        Option(
+            help="easy_vqa (only for images of easy-VQA): measure how many questions have its form and assume no "
+            "shape or colour that is not in the image."
+        ),
     ] = None
     dtype: Dtype = "auto"
     device: Device = None

@@ -102,7 +102,9 @@ class CurateSettings:
 class DescribeSettings:
     """Settings of a local model that describes images. `max_new_tokens` limits description and continuation each."""
 
-    short: Annotated[int, Option(min=0, help="Continue descriptions of at most N tokens.")] = 80
+    short: Annotated[
+        int, Option(min=0, help="If a description has N tokens or fewer, ask the model to continue it.")
+    ] = 80
     max_new_tokens: Annotated[int, Option(min=1, help="Maximum length of a text from --describer, in tokens.")] = 512
     batch_size: Annotated[int, Option(min=1, help="Batch size of --describer.")] = 8
     device: Device = None
@@ -131,12 +133,15 @@ class FilterSettings:
         str,
         Option(
             help="Test whether answers change with a blank image. turn: drop each turn whose answer stays the same. "
-            "question: drop a question if its answers stay the same for all images. off: no test."
+            "question: drop a question if, for every image, its answer stays the same with the blank image. "
+            "off: no test."
         ),
     ] = "question"
     min_drop: Annotated[
         float,
-        Option(help="For --blank-test: minimum drop in an answer's log-probability per token if the image is blank."),
+        Option(
+            help="For --blank-test: how much lower an answer's log-probability per token must be with a blank image."
+        ),
     ] = 0.0
     min_log_probability: Annotated[
         float | None, Option(help="Minimum log-probability of an answer (mean over its tokens).")

@@ -25,7 +25,11 @@ class Limits:
     ] = None
     max_waiting: Annotated[
         int,
-        Option(min=0, help="Maximum number of requests above --max-batch-size. Others are refused with status 429."),
+        Option(
+            min=0,
+            help="Maximum number of requests accepted in addition to --max-batch-size. Others are refused with status "
+            "429.",
+        ),
     ] = 64
     request_seconds: Annotated[
         float,
