@@ -16,8 +16,10 @@ def load(tmp_path_factory):
     cache = tmp_path_factory.mktemp("cache")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(evaluate.config, "HF_MODULES_CACHE", str(cache / "modules"))
+        # Another test may have imported scripts from another cache, which then stands on the path as well.
         for name in [name for name in sys.modules if name.startswith("evaluate_modules")]:
-            patch.delitem(sys.modules, name)  # of another test, in another cache
+            patch.delitem(sys.modules, name)
+        patch.syspath_prepend(cache / "modules")
         yield lambda name: evaluate.load(str(FOLDER / f"{name}.py"), cache_dir=str(cache))
 
 
