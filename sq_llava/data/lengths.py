@@ -24,9 +24,10 @@ import numpy as np
 from jinja2 import TemplateError
 
 from processing_sq_llava import SQLlavaProcessor
+from sq_llava.data.json_file import JsonFile
 from sq_llava.data.rows import RowReader
 from sq_llava.data.self_questions import draw_self_questions, first_exchange
-from sq_llava.data.sources import JsonFile, Table
+from sq_llava.data.sources import Table
 
 
 ROWS_AT_A_TIME = 256

@@ -32,8 +32,9 @@ import numpy as np
 
 from processing_sq_llava import IMAGE_TOKEN
 from sq_llava.data.images import Fault
+from sq_llava.data.json_file import JsonFile
 from sq_llava.data.row_layouts import IMAGE_PART, is_unicode, normalize, shown
-from sq_llava.data.sources import DataSource, JsonFile, Table, image_root_of, open_source
+from sq_llava.data.sources import DataSource, Table, image_root_of, open_source
 
 
 # A rough estimate for English text in JSON with Llama's tokenizer, used to group rows of similar length.

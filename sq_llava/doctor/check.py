@@ -30,11 +30,12 @@ from trl import ModelConfig, SFTConfig
 
 from processing_sq_llava import SQLlavaProcessor
 from sq_llava.data.images import Fault, image_faults
+from sq_llava.data.json_file import JsonFile
 from sq_llava.data.lengths import kept_exchanges, prefix_lengths, token_counts
 from sq_llava.data.packing import pack_in_windows
 from sq_llava.data.rows import is_embedded, read_row, rows_per_epoch, with_instruction
 from sq_llava.data.self_questions import askable_turns
-from sq_llava.data.sources import DataSource, JsonFile, Table, image_root_of, open_source
+from sq_llava.data.sources import DataSource, Table, image_root_of, open_source
 from sq_llava.stopping import children_miss_interrupts
 from sq_llava.training.settings import SQLlavaArguments
 from sq_llava.training.stage_model import composed_processor

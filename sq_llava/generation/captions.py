@@ -30,8 +30,8 @@ import numpy as np
 from rich.progress import Progress
 
 from sq_llava.console import needs_extra
+from sq_llava.data.json_file import JsonFile
 from sq_llava.data.rows import read_row
-from sq_llava.data.sources import JsonFile
 from sq_llava.generation.prompt_files import draw, hash_of, read_instructions
 from sq_llava.generation.rows import Card, Rejected, Shard, make_row, write_output
 from sq_llava.generation.settings import CaptionSettings

@@ -8,10 +8,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sq_llava.data import sources
+from sq_llava.data import json_file
 from sq_llava.data.images import open_image
+from sq_llava.data.json_file import JsonFile
 from sq_llava.data.rows import hold_out, load_rows
-from sq_llava.data.sources import DataSource, JsonFile
+from sq_llava.data.sources import DataSource
 from tests import tiny
 from tests.pictures import encoded
 
@@ -203,7 +204,7 @@ def test_every_row_of_a_json_list_is_found_whatever_the_window(
     text = json.dumps(rows, indent=indent, ensure_ascii=ascii_only)
     file.write_text(text, encoding="utf-8-sig" if mark else "utf-8", errors="surrogatepass")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sources, "WINDOW", window)
+        patch.setattr(json_file, "WINDOW", window)
         found = JsonFile(str(file))
         assert found.broken is None
         assert [json.loads(found.read(i).decode("utf-8", "surrogatepass")) for i in range(len(found))] == rows
