@@ -9,12 +9,10 @@ in bfloat16, or with offload.
 
 import math
 import os
-import signal
 from pathlib import Path
 
 import pytest
 from accelerate import DeepSpeedPlugin
-from transformers import AutoModel
 
 from sq_llava.checkpoints.load import merge_adapter
 from sq_llava.training.trainer import SQLlavaTrainer
@@ -23,9 +21,8 @@ from tests.launches import allow_deepspeed_on_cpu, environment_of, launch_enviro
 from tests.runs import (
     PLAIN_DESCENT,
     Run,
+    assert_killed_run_equals,
     assert_similar_runs,
-    die,
-    in_step,
     make_parts,
     poison_row,
     trained_weights,
@@ -154,20 +151,7 @@ def test_killed_run_resumes_and_leaves_what_one_process_leaves(parts, one_proces
     settings = settings | write_in_order(parts, tmp_path / "ordered.json") | {"max_steps": 5}
     whole = ZeroRun(launch, parts, tmp_path / "whole", **settings).finish()
     run = ZeroRun(launch, parts, tmp_path / "killed", **settings, resume=True)
-    assert -signal.SIGKILL in run.exit_codes(in_step, 4, die)
-    assert run.steps_saved == [2]
-    run.finish()
-    assert "training resumes from" in run.text
-    assert_similar_runs(whole, run.output_dir, atol=1e-7)
-
-    files = [{file.name for file in folder.iterdir() if file.is_file()} for folder in (plain, run.output_dir)]
-    assert files[0] == files[1]
-    folder = run.output_dir
-    if not settings.get("full_finetuning"):
-        folder = tmp_path / "merged"
-        merge_adapter(str(run.output_dir), str(folder))
-    model = AutoModel.from_pretrained(folder, trust_remote_code=True)
-    assert type(model).__name__ == "SQLlavaForConditionalGeneration"
+    model = assert_killed_run_equals(run, whole, plain, tmp_path / "merged")
     if settings.get("full_finetuning"):
         weights = trained_weights(run.output_dir)
         assert {weight.dtype for weight in weights.values()} == {model.dtype}

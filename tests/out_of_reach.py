@@ -6,28 +6,18 @@ Other modules cannot import this one: it hides the package `tests`, too.
 """
 
 import json
+import runpy
 import sys
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 
-SOURCES = {
-    "configuration_sq_llava",
-    "image_processing_sq_llava",
-    "modeling_sq_llava",
-    "processing_sq_llava",
-    "sq_llava",
-    "tests",
-}
-
-
-class SourcesOutOfReach:
-    """An import hook."""
-
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in SOURCES:
-            raise ModuleNotFoundError(f"{name} is hidden in this process", name=name)
+# The hook of `push`, which hides this project in the same way, and here the tests too.
+FRESH_LOAD = Path(__file__).parent.parent / "sq_llava" / "checkpoints" / "fresh_load.py"
+HOOK = runpy.run_path(str(FRESH_LOAD))
+SOURCES = HOOK["SOURCES"]
+SOURCES.add("tests")
 
 
 def run_checks(checks: Sequence[Callable], folder: Path) -> None:
@@ -35,7 +25,7 @@ def run_checks(checks: Sequence[Callable], folder: Path) -> None:
     Calls each check with the folder and the content of its `expected.pt`. Writes `results.json` into the folder: the
     traceback of each check by name, or "" if it passed.
     """
-    sys.meta_path.insert(0, SourcesOutOfReach())
+    sys.meta_path.insert(0, HOOK["SourcesOutOfReach"]())
     import torch
 
     torch.set_num_threads(1)

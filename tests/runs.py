@@ -12,11 +12,12 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file
-from transformers import TrainerState
+from transformers import AutoModel, PreTrainedModel, TrainerState
 
 import train_sft
 from processing_sq_llava import SQLlavaProcessor
 from sq_llava.checkpoints.completeness import step_of
+from sq_llava.checkpoints.load import merge_adapter
 from sq_llava.training.collator import SelfQuestioningCollator
 from sq_llava.training.trainer import SQLlavaTrainer
 from tests import tiny
@@ -164,6 +165,32 @@ def assert_similar_runs(left: Path, right: Path, atol=1e-6) -> None:
         ours["epoch"] = theirs["epoch"]  # counted in batches, of which there can be more
         assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-5)
     assert_close(trained_weights(left), trained_weights(right), atol=atol)
+
+
+def assert_killed_run_equals(run: Run, whole: Path, plain: Path, merged: Path) -> PreTrainedModel:
+    """
+    Kills a run of several processes in its fourth step, and resumes it. Returns the model that it leaves.
+
+    Args:
+        run (`Run`): Not started yet, with `resume`.
+        whole (`Path`): Output of the same run, never killed.
+        plain (`Path`): Output of one process. The run must leave the same files.
+        merged (`Path`): Where the model is merged to, if the run trains an adapter. It must load by its own code.
+    """
+    assert -signal.SIGKILL in run.exit_codes(in_step, 4, die)
+    assert run.steps_saved == [2]
+    run.finish()
+    assert "training resumes from" in run.text
+    assert_similar_runs(whole, run.output_dir, atol=1e-7)
+    files = [{file.name for file in folder.iterdir() if file.is_file()} for folder in (plain, run.output_dir)]
+    assert files[0] == files[1]
+    folder = run.output_dir
+    if (folder / "adapter_config.json").is_file():
+        merge_adapter(str(folder), str(merged))
+        folder = merged
+    model = AutoModel.from_pretrained(folder, trust_remote_code=True)
+    assert type(model).__name__ == "SQLlavaForConditionalGeneration"
+    return model
 
 
 def assert_equal_runs(left: Path, right: Path) -> None:

@@ -1,4 +1,4 @@
-"""Loads models while DeepSpeed ZeRO-3 is on: in pieces, of which each process has one, or whole."""
+"""Loads models under DeepSpeed ZeRO-3, where each process normally holds one part of each weight."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,20 +11,20 @@ from modeling_sq_llava import SQLlavaForConditionalGeneration
 
 
 def from_pretrained(folder: Path, **kwargs) -> SQLlavaForConditionalGeneration:
-    """`SQLlavaForConditionalGeneration.from_pretrained`. Under ZeRO-3, the rest of a run is like without it."""
+    """Loads a model. Under ZeRO-3, it leaves the random generator and the names of saved weights as without ZeRO-3."""
     if not deepspeed.is_deepspeed_zero3_enabled():
         return SQLlavaForConditionalGeneration.from_pretrained(folder, **kwargs)
-    # ZeRO-3 draws random weights before it loads the saved ones.
+    # ZeRO-3 first initialises all weights at random, and then loads the saved ones.
     with torch.random.fork_rng(devices=[]):
         model = SQLlavaForConditionalGeneration.from_pretrained(folder, **kwargs)
-    # transformers keeps them to give saved weights their old names. Under ZeRO-3, it also keeps those it did not use.
+    # When transformers saves a model, it undoes these renamings. Under ZeRO-3, the list also has unused ones.
     model._weight_conversions = [conversion for conversion in model._weight_conversions if conversion.was_used()]
     return model
 
 
 @contextmanager
 def loading_whole() -> Iterator[None]:
-    """Loads models whole in this process, also under ZeRO-3."""
+    """Inside this context, this process loads whole models, also under ZeRO-3."""
     if not deepspeed.is_deepspeed_zero3_enabled():
         yield
         return

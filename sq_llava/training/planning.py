@@ -18,8 +18,6 @@ from dataclasses import dataclass
 
 import datasets
 import torch
-from accelerate import Accelerator
-from accelerate.utils import DistributedType
 from rich.console import Console
 from rich.filesize import pick_unit_and_suffix
 from rich.table import Table
@@ -35,6 +33,7 @@ from sq_llava.locations import base_of_adapter, find_config, is_adapter
 from sq_llava.training.adapter import count_parameters, without_adapter
 from sq_llava.training.packing import PackSampler, pack_sampler
 from sq_llava.training.settings import SQLlavaArguments
+from sq_llava.training.sharding import sharding_of
 from sq_llava.training.stage_model import architecture, prepare_stage, quantization_config, starting_point
 
 
@@ -49,6 +48,12 @@ OPTIMIZER_BYTES = {
     "sgd": 0,
 }
 SHARDINGS = ("DDP", "ZeRO-2", "ZeRO-3, FSDP2")
+SHARDING_OF = {
+    "zero-2": SHARDINGS[1],
+    "zero-3": SHARDINGS[2],
+    "fsdp2-full": SHARDINGS[2],
+    "fsdp2-sharded": SHARDINGS[2],
+}
 # Size of a tile of logits in TRL's fused LM head: maximum tokens, and vocabulary entries.
 HEAD_TOKENS, HEAD_WORDS = 4096, 32768
 
@@ -399,15 +404,6 @@ def longest_rows(rows: datasets.Dataset, count: int) -> datasets.Dataset:
     return rows.select([order[min(index, len(order) - 1)] for index in range(count)])
 
 
-def sharding_of(accelerator: Accelerator) -> str:
-    """Returns the entry of `SHARDINGS` that this launch uses."""
-    if accelerator.distributed_type == DistributedType.FSDP:
-        return SHARDINGS[2]
-    if accelerator.distributed_type == DistributedType.DEEPSPEED:
-        return {2: SHARDINGS[1], 3: SHARDINGS[2]}.get(accelerator.state.deepspeed_plugin.zero_stage, SHARDINGS[0])
-    return SHARDINGS[0]
-
-
 def resident_peak() -> int:
     """Peak resident memory of this process so far, in bytes."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -436,7 +432,7 @@ def try_one_step(trainer: SFTTrainer, resident_before: int) -> int:
         trainer.packs.keep_fullest()
         inputs = next(iter(trainer.get_train_dataloader()))
     batch = Batch(*inputs["input_ids"].shape, len(inputs.get("pixel_values", [])))
-    sharding = sharding_of(trainer.accelerator)
+    sharding = SHARDING_OF.get(sharding_of(trainer.accelerator).removesuffix("-offload"), SHARDINGS[0])
     estimate = estimate_memory(trainer.model, batch, args, world_size, sharding, on_gpu=on_gpu)
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()

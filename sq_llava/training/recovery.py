@@ -186,7 +186,7 @@ class StepWatch(TrainerCallback):
             self._refuse_after_backward(step, norm)
 
     def _refuse_after_backward(self, step: int, gradient_norm: float) -> None:
-        """DeepSpeed knows the gradient's norm only when the backward pass is over, and has skipped or applied it."""
+        """Refuses a step whose gradient is not finite. DeepSpeed has already skipped or applied it."""
         if self.accelerator.optimizer_step_was_skipped:
             self.applying = False
             self._refuse(step, f"its gradient norm is {gradient_norm}.")
@@ -198,8 +198,9 @@ class StepWatch(TrainerCallback):
     def check(self, step: int, gradient_norm: torch.Tensor | float | None = None) -> None:
         """
         Args:
-            gradient_norm: `None` under DeepSpeed, where this is called before the backward pass, which also applies
-                the step.
+            step (`int`): Number of the step, from 1.
+            gradient_norm: `None` under DeepSpeed, which computes it in the backward pass. DeepSpeed also applies the
+                step there, so this is called before.
 
         Raises:
             ValueError: if the step is refused.

@@ -35,7 +35,7 @@ LAUNCHES = {
 
 
 def sharding_asked_for(training_args: TrainingArguments) -> str:
-    """The sharding that the launch asks for, before a model is loaded."""
+    """Returns the sharding of the launch settings. It is known before a model is loaded."""
     if training_args.deepspeed_plugin is not None:
         return _zero_name(training_args.deepspeed_plugin)
     if training_args.fsdp_plugin_args is not None:
@@ -48,14 +48,14 @@ def sharding_asked_for(training_args: TrainingArguments) -> str:
 def _fsdp_name(plugin: FullyShardedDataParallelPlugin) -> str:
     if plugin.fsdp_version != 2:
         raise ValueError(
-            "The launch asks for FSDP1, which this model is not trained with: set fsdp_version to 2, as "
-            "recipes/accelerate/fsdp2.yaml does."
+            "The launch asks for FSDP1, which is not supported. Set fsdp_version to 2, as in "
+            "recipes/accelerate/fsdp2.yaml."
         )
     return "fsdp2-full" if "FULL" in str(plugin.state_dict_type) else "fsdp2-sharded"
 
 
 def sharding_of(accelerator: Accelerator) -> str:
-    """The sharding that a trainer has."""
+    """Returns the sharding that accelerate really uses."""
     if accelerator.distributed_type == DistributedType.FSDP:
         return _fsdp_name(accelerator.state.fsdp_plugin)
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
@@ -64,20 +64,20 @@ def sharding_of(accelerator: Accelerator) -> str:
 
 
 def _zero_name(plugin: DeepSpeedPlugin) -> str:
-    # With offload, DeepSpeed replaces the optimizer by one of its own, with other states.
+    # With offload, DeepSpeed uses its own optimizer, which has other states.
     offloads = {plugin.offload_optimizer_device, plugin.offload_param_device} - {"none", None}
     return f"zero-{plugin.zero_stage}{'-offload' if offloads else ''}" if plugin.zero_stage else NONE
 
 
 def loads_in_pieces() -> bool:
-    """Whether only the first process has a whole model: with ZeRO-3, and FSDP2 with `cpu_ram_efficient_loading`."""
+    """Returns whether only the first process holds a whole model: ZeRO-3, or FSDP2 with efficient loading."""
     return is_deepspeed_zero3_enabled() or is_fsdp_enabled()
 
 
 def require_launch(asked: str, accelerator: Accelerator) -> None:
     """
     Raises:
-        ValueError: if the launch asks for a sharding that accelerate does not do here.
+        ValueError: if accelerate ignores the sharding of the launch, as it does on a CPU.
     """
     if (sharding := sharding_of(accelerator)) != asked:
         raise ValueError(
@@ -89,7 +89,7 @@ def require_launch(asked: str, accelerator: Accelerator) -> None:
 def require_same_checkpoint(checkpoint: str | None, num_processes: int) -> None:
     """
     Raises:
-        ValueError: if the processes would resume from different checkpoints: a machine does not see `output_dir`.
+        ValueError: if the processes would resume from different checkpoints. Then a machine does not see `output_dir`.
     """
     if num_processes == 1:
         return
@@ -104,19 +104,19 @@ def require_same_checkpoint(checkpoint: str | None, num_processes: int) -> None:
 def require_resumable(checkpoint: str, sharding: str, num_processes: int) -> None:
     """
     Raises:
-        ValueError: if optimizer and scheduler of a checkpoint cannot be read under another sharding, or by another
-            number of processes.
+        ValueError: if this launch cannot read the states of optimizer and scheduler, because it has another sharding,
+            or with DeepSpeed another number of processes.
     """
     run = json.loads((Path(checkpoint) / RUN_FILE).read_text())
     before, processes = run.get("sharding", NONE), run["num_processes"]
-    # Only as many processes as wrote a checkpoint of DeepSpeed can read it.
+    # A DeepSpeed checkpoint has one part per process.
     wrong_number = before.startswith("zero-") and processes != num_processes
     if before == sharding and not wrong_number:
         return
     launch = LAUNCHES.get(before, f"accelerate launch, with DeepSpeed's {before},")
     raise ValueError(
         f"{checkpoint} was written under {before} by {processes} processes; this launch is {sharding} with "
-        f"{num_processes}. The states of its optimizer and scheduler cannot be read so. Resume with "
+        f"{num_processes}. This launch cannot read the states of optimizer and scheduler. Resume with "
         f"`{launch} --num_processes {processes} -m train_sft ... --resume`."
     )
 
@@ -136,7 +136,7 @@ def wrap_layers(plugin: FullyShardedDataParallelPlugin, model: nn.Module) -> Non
 
 
 def layer_classes(model: nn.Module) -> set[str]:
-    """The names of the classes of all stacked layers: members of a `ModuleList` that is in no other one."""
+    """Returns the names of the classes of all stacked layers, the members of each outermost `ModuleList`."""
     names = set()
     for child in model.children():
         if isinstance(child, nn.ModuleList):
@@ -151,8 +151,9 @@ def embeddings_in_the_root_unit(model: nn.Module) -> Iterator[None]:
     """
     Keeps accelerate from making FSDP units of the embeddings and the head, and from untying them.
 
-    TRL's loss multiplies by the weight of the head without calling it: in its own unit, the gradient of the head would
-    not be averaged over the processes. accelerate ties weights again by the names that they have without PEFT.
+    TRL's loss multiplies by the weight of the head and does not call the head. If the head were its own unit, its
+    gradient would not be averaged over the processes. accelerate ties weights by their names, which PEFT changes, so
+    they are tied here.
     """
     shared = shared_parameters(model)
 
@@ -176,7 +177,7 @@ def embeddings_in_the_root_unit(model: nn.Module) -> Iterator[None]:
 
 
 def shared_parameters(model: nn.Module) -> list[list[tuple[nn.Module, str]]]:
-    """The places of each parameter that has several: modules, and names in them."""
+    """Returns each parameter that several modules share, as a list of (module, name of the parameter in it)."""
     places: dict[nn.Parameter, list[tuple[nn.Module, str]]] = {}
     for module in model.modules():
         for name, parameter in module._parameters.items():
@@ -188,8 +189,9 @@ def shared_parameters(model: nn.Module) -> list[list[tuple[nn.Module, str]]]:
 @contextmanager
 def own_class(model: nn.Module) -> Iterator[None]:
     """
-    Gives a model its own class while it is saved. FSDP2 replaces it, and `save_pretrained` would write the class, and
-    the code file, of PyTorch's.
+    Gives a model its original class while it is saved.
+
+    FSDP2 replaces the class. `save_pretrained` would then save the name of that class, and a code file of PyTorch.
     """
     sharded_class = type(model)
     if isinstance(model, FSDPModule):

@@ -20,6 +20,7 @@ saves the steps since the last checkpoint.
 import json
 import math
 import shutil
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -203,14 +204,14 @@ class SQLlavaTrainer(SFTTrainer):
 
     def _ignore_repeated_rows(self, batch: dict[str, torch.Tensor]) -> None:
         """
-        Takes rows out of the loss that are in the last batch of an epoch for the second time.
+        Removes the loss of rows that the last batch of an epoch repeats.
 
         accelerate fills the last batches with rows from the start of the epoch, so that all processes have the same
         number of rows. One process would not train on them twice.
         """
         args = self.args
         is_last = self.accelerator.gradient_state.end_of_dataloader and not args.dataloader_drop_last
-        # accelerate's own remainder is wrong in an epoch that a resumed run is in the middle of.
+        # accelerate's own remainder is wrong if the run was resumed in the middle of this epoch.
         remainder = len(self.train_dataset) % (self._train_batch_size * args.world_size)
         if args.world_size == 1 or self.packs is not None or not is_last or not remainder:
             return
@@ -325,9 +326,7 @@ class SQLlavaTrainer(SFTTrainer):
         )
 
     def _prepare_for_training(self, *args, **kwargs):
-        if not self.is_fsdp_enabled:
-            return super()._prepare_for_training(*args, **kwargs)
-        with embeddings_in_the_root_unit(self.model):
+        with embeddings_in_the_root_unit(self.model) if self.is_fsdp_enabled else nullcontext():
             return super()._prepare_for_training(*args, **kwargs)
 
     def _run_epoch(self, *args, **kwargs):
@@ -361,10 +360,8 @@ class SQLlavaTrainer(SFTTrainer):
         # Full finetuning trains and resumes in float32. The final model has the precision of its config.json, which is
         # that of the frozen tower.
         is_final = output_dir is None or Path(output_dir) == Path(self.args.output_dir)
-        if self.is_deepspeed_enabled and not is_deepspeed_zero3_enabled():
-            state_dict = None  # it has copies of the model's weights, in which a tied head is a weight of its own
         if state_dict is not None and not isinstance(self.model, PeftModel):
-            # Gathered from several processes, a tied head is a weight of its own.
+            # In the copies that FSDP2 and DeepSpeed give, a tied head is a weight of its own.
             state_dict = {name: w for name, w in state_dict.items() if name not in self.model.all_tied_weights_keys}
         if is_final and not isinstance(self.model, PeftModel):
             state_dict = self.model.state_dict() if state_dict is None else state_dict
@@ -375,7 +372,7 @@ class SQLlavaTrainer(SFTTrainer):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         super().save_model(output_dir, _internal_call)
         if not _internal_call and sharding_of(self.accelerator) == "fsdp2-sharded":
-            # The Trainer leaves shards alone, which no other stage, `merge` or AutoModel takes.
+            # The Trainer saves only shards, which the next stage, `merge` and AutoModel cannot load.
             self._save(output_dir, self.accelerator.get_state_dict(self.model))
 
     def _save_rng_state(self, output_dir: str) -> None:

@@ -4,20 +4,17 @@ Both are launched with the environment that `accelerate launch` gives its proces
 """
 
 import os
-import signal
 import subprocess
 from pathlib import Path
 
 import pytest
 from accelerate import PartialState
-from transformers import AutoModel
 
-from sq_llava.checkpoints.load import merge_adapter
 from sq_llava.training.sharding import require_same_checkpoint
 from tests import ROOT, tiny
 from tests.launches import allow_fsdp_on_cpu, environment_of
 from tests.processes import ended, fork, free_port
-from tests.runs import PLAIN_DESCENT, Run, assert_similar_runs, die, in_step, write_in_order
+from tests.runs import PLAIN_DESCENT, Run, assert_killed_run_equals, assert_similar_runs, write_in_order
 from tests.warm_python import warm_python
 
 
@@ -116,20 +113,7 @@ def test_killed_sharded_run_resumes_and_leaves_what_one_process_leaves(parts, tm
     plain = Run(parts, tmp_path / "plain", **settings | {"max_steps": 1}).finish()
     whole = TwoProcesses("fsdp2", parts, tmp_path / "whole", options, **settings).finish()
     run = TwoProcesses("fsdp2", parts, tmp_path / "killed", options, **settings, resume=True)
-    assert -signal.SIGKILL in run.exit_codes(in_step, 4, die)
-    assert run.steps_saved == [2]
-    run.finish()
-    assert "training resumes from" in run.text
-    assert_similar_runs(whole, run.output_dir, atol=1e-7)
-
-    files = [{file.name for file in folder.iterdir() if file.is_file()} for folder in (plain, run.output_dir)]
-    assert files[0] == files[1]
-    folder = run.output_dir
-    if "full_finetuning" not in settings:
-        folder = tmp_path / "merged"
-        merge_adapter(str(run.output_dir), str(folder))
-    model = AutoModel.from_pretrained(folder, trust_remote_code=True)
-    assert type(model).__name__ == "SQLlavaForConditionalGeneration"
+    assert_killed_run_equals(run, whole, plain, tmp_path / "merged")
 
 
 def test_sharded_run_resumes_only_under_its_own_launch(parts, tmp_path):
