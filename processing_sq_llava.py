@@ -16,10 +16,16 @@
 (SYSTEM stands for the system message.) The loss is on the answers, on the questions of `vusr` turns, and on the
 delimiter after each. `apply_chat_template(..., return_assistant_tokens_mask=True)` returns this mask.
 
-`SQLlavaProcessor(..., **PROMPT_LAYOUTS["minigpt4"])` gives the prompt layout of MiniGPT-4
-(https://arxiv.org/abs/2304.10592):
+This is Vicuna's prompt layout. `SQLlavaProcessor(..., **PROMPT_LAYOUTS["chatml"])` gives that of Qwen and SmolLM, in
+which `[vusr]` stands in the place of the role name:
 
-    <s>###Human: <Img><image></Img>What is it? ###Assistant: A dog.</s>
+    <|im_start|>user
+    <image>
+    What is it?<|im_end|>
+    <|im_start|>assistant
+    A dog.<|im_end|>
+    <|im_start|>[vusr]
+    What is it doing?<|im_end|>
 
 `image_processing_sq_llava.py` processes the images.
 """
@@ -27,7 +33,8 @@ delimiter after each. `apply_chat_template(..., return_assistant_tokens_mask=Tru
 import difflib
 import inspect
 import json
-from typing import Literal, get_args
+from collections.abc import Sequence
+from typing import Any, Literal, get_args
 
 from transformers import AddedToken, LlamaTokenizer, ProcessorMixin
 from transformers.processing_utils import MultiModalData, ProcessingKwargs
@@ -51,22 +58,70 @@ SYSTEM_MESSAGE = (
     "curious virtual user can ask complex questions that are relevant to the content in the image."
 )
 
-# Name of a prompt layout -> settings of the processor. Here an answer ends with the end-of-sequence token, at which
-# generation stops; MiniGPT-4 itself stops at the `###` of the next turn. A space precedes `###Assistant:`, as in the
-# prompt that the MiniGPT-4 paper uses to curate its data; the paper's template for stage 2 has no space.
+# How turns are written. `{begin}` is `turn_begin ~ marker ~ role_end`, and the text between stars is in the loss:
+#     the user's turn       {begin} text_begin text user_end
+#     the model's question  {begin} *text_begin text delimiter* turn_separator
+#     the model's answer    before_answer {begin} thought *text_begin text delimiter* turn_separator
+#     the system message    system_begin system_message system_end, before the first turn or after its {begin}
+# The values are Vicuna's.
+TURN_FORMAT = {
+    "turn_begin": "",
+    "role_end": "",
+    "text_begin": " ",
+    "user_end": "",
+    "before_answer": " ",
+    "turn_separator": "",
+    "system_begin": "",
+    "system_end": " ",
+    "system_in_turn": False,
+    # Whose white space is removed at both ends: none, spoken (answers and questions of the model) or all. A line break
+    # at the beginning of an answer would otherwise join the one of `role_end` in one token.
+    "trim": "none",
+}
+
+
+def _layout(user: str, assistant: str, image_begin: str = "", image_end: str = "\n", **others) -> dict:
+    turns = {name: others.pop(name) for name in TURN_FORMAT if name in others}
+    markers = {"user_marker": user, "assistant_marker": assistant, "image_begin": image_begin, "image_end": image_end}
+    return {**markers, "turn_format": {**TURN_FORMAT, **turns}, **others}
+
+
+def _layout_of_turns(begin: str, role_end: str, end: str, separator: str, assistant: str = "assistant", **others):
+    """A layout in which every turn begins with a role name between two markers, and ends with the delimiter."""
+    system = {"system_begin": f"{begin}system{role_end}", "system_end": f"{end}{separator}"}
+    turns = {"turn_begin": begin, "role_end": role_end, "user_end": f"{end}{separator}", "turn_separator": separator}
+    return _layout(
+        "user", assistant, delimiter=end, **{"text_begin": "", "before_answer": "", **system, **turns, **others}
+    )
+
+
+def _mistral(text_begin: str, **others) -> dict:
+    spaces = {"text_begin": text_begin, "before_answer": "", "trim": "spoken"}
+    return _layout("[INST]", "[/INST]", delimiter="</s>", **spaces, **others)
+
+
+BEFORE_THE_FIRST_TEXT = {"system_begin": "", "system_end": "\n\n", "system_in_turn": True}
+# Name of a prompt layout -> settings of the processor. `mistral` is the format of Mistral's SentencePiece tokenizers,
+# `mistral_tekken` that of Mistral Nemo, `mistral_v7` that of Mistral Small 3. In `minigpt4` an answer ends with the
+# end-of-sequence token, at which generation stops; MiniGPT-4 itself stops at the `###` of the next turn. A space
+# precedes `###Assistant:`, as in the prompt that the MiniGPT-4 paper uses to curate its data; the paper's template for
+# stage 2 has no space.
 PROMPT_LAYOUTS = {
-    "minigpt4": {
-        "system_message": "",
-        "user_marker": "###Human:",
-        "assistant_marker": "###Assistant:",
-        "image_begin": "<Img>",
-        "image_end": "</Img>",
-    }
+    "vicuna": _layout("USER:", "ASSISTANT:"),
+    "minigpt4": _layout("###Human:", "###Assistant:", "<Img>", "</Img>", system_message=""),
+    "chatml": _layout_of_turns("<|im_start|>", "\n", "<|im_end|>", "\n", trim="spoken"),
+    "llama3": _layout_of_turns("<|start_header_id|>", "<|end_header_id|>\n\n", "<|eot_id|>", "", trim="all"),
+    "gemma": _layout_of_turns(
+        "<start_of_turn>", "\n", "<end_of_turn>", "\n", "model", **BEFORE_THE_FIRST_TEXT, trim="all"
+    ),
+    "mistral": _mistral(" ", **BEFORE_THE_FIRST_TEXT),
+    "mistral_tekken": _mistral("", **BEFORE_THE_FIRST_TEXT),
+    "mistral_v7": _mistral("", system_begin="[SYSTEM_PROMPT]", system_end="[/SYSTEM_PROMPT]"),
 }
 
 PROCESSOR_SETTINGS = (
     "image_seq_length", "image_aspect_ratio", "text_prefix", "image_begin", "image_end", "system_message",
-    "user_marker", "vusr_marker", "assistant_marker",
+    "user_marker", "vusr_marker", "assistant_marker", "turn_format", "thought",
 )  # fmt: skip
 # Keys that transformers itself writes to, or reads from, a processor_config.json.
 TRANSFORMERS_KEYS = {"auto_map", "processor_class", "transformers_version", "audio_tokenizer", "video_processor"}
@@ -111,14 +166,18 @@ TEMPLATE_BODY = r"""
             {%- endif -%}
         {%- endfor -%}
     {%- endif -%}
-    {%- for token in control_tokens -%}
-        {%- if token in ns.typed -%}
-            {{- raise_exception("The text of a turn of role '" ~ message['role'] ~ "' contains '" ~ token ~
-                "', which is a control token of this model: remove it" ~
-                (", or give the image as {'type': 'image'}." if token == image_token else ".")) -}}
-        {%- endif -%}
+    {#- Most texts have no `<`, and a language model may have hundreds of control tokens. -#}
+    {%- for beginning, tokens in control_tokens.items() -%}
+        {%- for token in (tokens if beginning in ns.typed else []) -%}
+            {%- if token in ns.typed -%}
+                {{- raise_exception("The text of a turn of role '" ~ message['role'] ~ "' contains '" ~ token ~
+                    "', which is a control token of this model: remove it" ~
+                    (", or give the image as {'type': 'image'}." if token == image_token else ".")) -}}
+            {%- endif -%}
+        {%- endfor -%}
     {%- endfor -%}
-    {{- ns.text -}}
+    {%- set spoken = message['role'] in ['assistant', 'vusr'] or message['self_question'] -%}
+    {{- ns.text | trim if trim == 'all' or trim == 'spoken' and spoken else ns.text -}}
 {%- endmacro -%}
 
 {{- bos -}}
@@ -133,29 +192,66 @@ TEMPLATE_BODY = r"""
     {%- endfor -%}
 {%- else -%}
     {%- set has_system = messages and messages[0]['role'] == 'system' -%}
+    {%- set turns = messages[1:] if has_system else messages -%}
     {%- set system = text_of(messages[0]) if has_system else system_message -%}
-    {{- text_prefix ~ system -}}
-    {%- for message in (messages[1:] if has_system else messages) -%}
+    {%- set system = system_begin ~ system ~ system_end if system else '' -%}
+    {{- text_prefix ~ ('' if system_in_turn else system) -}}
+    {%- for message in turns -%}
         {%- set text = text_of(message) -%}
-        {%- set space = ' ' if loop.first and system else '' -%}
+        {%- set start = system if system_in_turn and loop.first else '' -%}
         {%- if message['role'] == 'vusr' or message['role'] == 'user' and message['self_question'] -%}
-            {{- space ~ vusr_marker -}}
-            {%- generation -%}{{- ' ' ~ text ~ eos_token -}}{%- endgeneration -%}
+            {{- vusr_begin ~ start -}}
+            {%- generation -%}{{- text_begin ~ text ~ eos_token -}}{%- endgeneration -%}
+            {{- turn_separator -}}
         {%- elif message['role'] == 'user' -%}
-            {{- space ~ user_marker ~ ' ' ~ text -}}
+            {{- user_begin ~ text_begin ~ start ~ text ~ user_end -}}
         {%- elif message['role'] == 'assistant' -%}
-            {{- ' ' ~ assistant_marker -}}
-            {%- generation -%}{{- ' ' ~ text ~ eos_token -}}{%- endgeneration -%}
+            {{- ('' if system and loop.first else before_answer) ~ assistant_begin ~ start -}}
+            {%- generation -%}{{- text_begin ~ text ~ eos_token -}}{%- endgeneration -%}
+            {{- turn_separator -}}
         {%- else -%}
             {{- raise_exception("Role '" ~ message['role'] ~ "': the roles are system (first only), user, vusr and "
                 ~ "assistant.") -}}
         {%- endif -%}
     {%- endfor -%}
     {%- if add_generation_prompt -%}
-        {{- vusr_marker if ask else ' ' ~ assistant_marker -}}
+        {%- set start = system if system_in_turn and not turns else '' -%}
+        {%- set answer = ('' if system and not turns else before_answer) ~ assistant_begin -%}
+        {{- (vusr_begin if ask else answer) ~ start -}}
     {%- endif -%}
 {%- endif -%}
 """.strip()
+
+
+def write_chat_template(settings: dict, bos: str = "", control_tokens: Sequence[str] = ()) -> str:
+    """
+    Writes the chat template of a prompt layout.
+
+    Args:
+        settings (`dict`): Settings of [`SQLlavaProcessor`], such as those in `PROMPT_LAYOUTS`. Missing: Vicuna's.
+        bos (`str`): The begin-of-sequence token, with which each text begins.
+        control_tokens (`Sequence[str]`): Strings that no text of a message may contain.
+
+    Returns:
+        `str`: A Jinja template.
+    """
+    defaults = {"system_message": "", "vusr_marker": VUSR_TOKEN, "text_prefix": "", "thought": ""}
+    settings = {**defaults, **PROMPT_LAYOUTS["vicuna"], **settings}
+    turns = settings["turn_format"]
+    begins = {
+        f"{role}_begin": turns["turn_begin"] + settings[f"{role}_marker"] + turns["role_end"]
+        for role in ("user", "vusr", "assistant")
+    }
+    begins["assistant_begin"] += settings["thought"]
+    by_first_character = {}
+    for token in control_tokens:
+        by_first_character.setdefault(token[0], []).append(token)
+    texts = {name: settings[name] for name in ("system_message", "image_begin", "image_end", "text_prefix")}
+    written = {name: value for name, value in turns.items() if name not in ("turn_begin", "role_end")}
+    variables = {"bos": bos, **texts, **begins, **written, "image_token": IMAGE_TOKEN}
+    variables["control_tokens"] = by_first_character
+    lines = [f"{{%- set {name} = {json.dumps(value, ensure_ascii=False)} -%}}\n" for name, value in variables.items()]
+    return TEMPLATE_HEADER + "".join(lines) + TEMPLATE_BODY
 
 
 class SQLlavaProcessorKwargs(ProcessingKwargs, total=False):
@@ -186,6 +282,12 @@ class SQLlavaProcessor(ProcessorMixin):
         vusr_marker (`str`, defaults to `"[vusr]"`):
             Text that starts a turn in which the model asks. `"[vusr]"` is registered as a special token; any other
             marker, such as `"VUSER:"` of the authors' checkpoints, is plain text.
+        turn_format (`dict`, *optional*):
+            How turns are written around their markers: values for the keys of `TURN_FORMAT`. Default: as in Vicuna.
+            `PROMPT_LAYOUTS` has this setting and the markers for the formats of other language models.
+        thought (`str`, defaults to `""`):
+            Text before each answer that is not in the loss: the empty thought of a language model that thinks, such as
+            `"<think>\n\n</think>\n\n"`. It makes the model answer at once.
         delimiter (`str`, *optional*): The end-of-sequence token after each answer: one of the tokenizer's added
             tokens, such as `"<|im_end|>"`. Default: the tokenizer's own. It is saved with the tokenizer.
         chat_template (`str` or `dict`, *optional*):
@@ -211,16 +313,20 @@ class SQLlavaProcessor(ProcessorMixin):
         user_marker: str = "USER:",
         vusr_marker: str = VUSR_TOKEN,
         assistant_marker: str = "ASSISTANT:",
+        turn_format: dict[str, Any] | None = None,
+        thought: str = "",
         delimiter: str | None = None,
         chat_template: str | dict[str, str] | None = None,
     ):
         if image_aspect_ratio not in get_args(ImageAspectRatio):
             raise ValueError(f"image_aspect_ratio is {image_aspect_ratio!r}: choose 'pad' or 'crop'.")
+        ends = {tokenizer.eos_token, delimiter} - {None}
         if delimiter is not None:
             if delimiter not in tokenizer.get_added_vocab():
                 raise ValueError(
-                    f"The delimiter (in a recipe: eos_token) is {delimiter!r}, which is not one of the tokenizer's "
-                    f"added tokens: give one of {', '.join(tokenizer.get_added_vocab())}."
+                    f"The delimiter (in a recipe: prompt_layout or eos_token) is {delimiter!r}, which is not one of "
+                    "the tokenizer's added tokens: give one of "
+                    f"{', '.join(tokenizer.get_added_vocab())}."
                 )
             tokenizer.eos_token = delimiter
         if tokenizer.eos_token is None:
@@ -230,6 +336,9 @@ class SQLlavaProcessor(ProcessorMixin):
         for name, marker in (("user", user_marker), ("vusr", vusr_marker), ("assistant", assistant_marker)):
             if not marker or marker != marker.strip():
                 raise ValueError(f"{name}_marker is {marker!r}: it must not be empty or have white space at its ends.")
+        turn_format = {**TURN_FORMAT, **(turn_format or {})}
+        for name in turn_format.keys() - TURN_FORMAT.keys():
+            raise ValueError(f"turn_format has no key {name!r}{_meant(name, set(TURN_FORMAT))}.")
         # `from_pretrained` also passes its keywords to the tokenizer, which would save them as its own settings.
         for name in ("delimiter", *PROCESSOR_SETTINGS):
             tokenizer.init_kwargs.pop(name, None)
@@ -242,14 +351,17 @@ class SQLlavaProcessor(ProcessorMixin):
         self.user_marker = user_marker
         self.vusr_marker = vusr_marker
         self.assistant_marker = assistant_marker
+        self.turn_format = turn_format
+        self.thought = thought
         self._register_tokens(tokenizer)
         self.image_token = IMAGE_TOKEN
         self.image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
         self.vusr_token_id = tokenizer.convert_tokens_to_ids(VUSR_TOKEN) if vusr_marker == VUSR_TOKEN else None
-        self.control_tokens = self._find_control_tokens(tokenizer)
+        self.control_tokens = self._find_control_tokens(tokenizer, ends)
         templates = chat_template if isinstance(chat_template, dict) else {"default": chat_template}
-        if (templates.get("default") or TEMPLATE_HEADER).startswith(TEMPLATE_HEADER):
-            templates = {**templates, "default": self._write_chat_template(tokenizer)}
+        self.writes_template = (templates.get("default") or TEMPLATE_HEADER).startswith(TEMPLATE_HEADER)
+        if self.writes_template:
+            templates = {**templates, "default": self._write_chat_template(tokenizer, self.control_tokens)}
         chat_template = templates if len(templates) > 1 else templates["default"]
         tokenizer.chat_template = chat_template
         image_processor = _square_image_processor(image_processor, image_aspect_ratio)
@@ -284,39 +396,28 @@ class SQLlavaProcessor(ProcessorMixin):
             # training: Mistral's puts a space after each special token, Llama's does not.
             tokenizer.init_kwargs["legacy"] = tokenizer.legacy
 
-    def _find_control_tokens(self, tokenizer) -> list[str]:
+    def _find_control_tokens(self, tokenizer, ends: set[str]) -> list[str]:
         """
         The strings that the text of a message must not contain, because they would fake an image, a turn or its end:
         `<image>`, the vusr markers, the tokenizer's begin, end, padding and unknown tokens, and every special token
-        that its chat template contains. Other special tokens, such as a user's `<box>`, are allowed. The template that
-        we write lists these strings, so a reloaded processor finds them again.
+        that its chat template or the prompt layout contains. Other special tokens, such as a user's `<box>`, are
+        allowed. The template that we write lists these strings, so a reloaded processor finds them again.
         """
         templates = tokenizer.chat_template or ""
         templates = "".join(templates.values()) if isinstance(templates, dict) else templates
+        templates += self._write_chat_template(tokenizer)
         special_tokens = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
         named = (tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token, tokenizer.unk_token)
-        of_sequence = {token for token in named if token is not None}
+        of_sequence = {token for token in named if token is not None} | ends
         of_template = {token for token in special_tokens if token in templates}
         return sorted({IMAGE_TOKEN, VUSR_TOKEN, self.vusr_marker} | of_sequence | of_template)
 
-    def _write_chat_template(self, tokenizer) -> str:
+    def _write_chat_template(self, tokenizer, control_tokens: Sequence[str] = ()) -> str:
         # Trainers and servers tokenize the rendered template without adding special tokens. So the template itself
         # writes the begin-of-sequence token, if this tokenizer uses one.
         begins_with_bos = tokenizer.bos_token_id is not None and tokenizer("a").input_ids[0] == tokenizer.bos_token_id
-        settings = {
-            "bos": tokenizer.bos_token if begins_with_bos else "",
-            "system_message": self.system_message,
-            "user_marker": self.user_marker,
-            "vusr_marker": self.vusr_marker,
-            "assistant_marker": self.assistant_marker,
-            "image_token": IMAGE_TOKEN,
-            "image_begin": self.image_begin,
-            "image_end": self.image_end,
-            "text_prefix": self.text_prefix,
-            "control_tokens": self.control_tokens,
-        }
-        lines = [f"{{%- set {name} = {json.dumps(value)} -%}}\n" for name, value in settings.items()]
-        return TEMPLATE_HEADER + "".join(lines) + TEMPLATE_BODY
+        settings = {name: getattr(self, name) for name in PROCESSOR_SETTINGS}
+        return write_chat_template(settings, tokenizer.bos_token if begins_with_bos else "", control_tokens)
 
     def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs) -> str:
         """The text that replaces one `<image>` of the prompt: one placeholder per image token."""

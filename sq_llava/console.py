@@ -7,6 +7,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 
 from rich.console import Console
 from rich.markup import escape
@@ -25,6 +26,13 @@ class _Console(Console):
 
 console = _Console()
 messages_console = _Console(stderr=True)
+
+
+@cache
+def print_in_first_process(line: str) -> None:
+    """Prints a message to stderr, once in a launch: only in its first process, and not again."""
+    if int(os.environ.get("RANK", 0)) == 0:
+        messages_console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def examples(*lines: str) -> str:

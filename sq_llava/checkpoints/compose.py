@@ -21,7 +21,9 @@ from transformers import (
 from configuration_sq_llava import SQLlavaConfig
 from modeling_sq_llava import SQLlavaForConditionalGeneration
 from processing_sq_llava import SQLlavaProcessor
+from sq_llava.checkpoints.prompt_layouts import layout_settings
 from sq_llava.checkpoints.provenance import public_name
+from sq_llava.console import print_in_first_process
 
 
 # The vocabulary is padded to a multiple of this: the matrix product of the LM head is faster on whole tiles.
@@ -150,20 +152,36 @@ def compose_config(
 
 
 def compose_processor(
-    vision_model: str, text_model: str, qformer_model: str | None = None, **processor_kwargs
+    vision_model: str,
+    text_model: str,
+    qformer_model: str | None = None,
+    prompt_layout: str | None = None,
+    **processor_kwargs,
 ) -> SQLlavaProcessor:
-    """The processor that [`compose`] returns, without loading weights."""
+    """
+    The processor that [`compose`] returns, without loading weights.
+
+    Args:
+        prompt_layout (`str`, *optional*): A name in `PROMPT_LAYOUTS`. Default: `"auto"`, the layout of the language
+            model's own chat template, or Vicuna's if it has none that is known. A line says which was taken.
+        processor_kwargs: Settings of [`SQLlavaProcessor`]. They replace those of the layout.
+    """
     config = SQLlavaConfig(
         vision_config=_vision_config(vision_model),
         text_config=text_config_of(text_model),
         prototype_variant="none",  # does not change image_seq_length
         **_qformer_fields(qformer_model),
     )
+    tokenizer = AutoTokenizer.from_pretrained(text_model)
+    layout = {}
+    if prompt_layout is not None or not processor_kwargs.keys() & {"turn_format", "chat_template"}:
+        layout, sentence = layout_settings(prompt_layout, tokenizer, str(text_model))
+        print_in_first_process(sentence)
     return SQLlavaProcessor(
         AutoImageProcessor.from_pretrained(vision_model),
-        AutoTokenizer.from_pretrained(text_model),
+        tokenizer,
         image_seq_length=config.image_seq_length,
-        **processor_kwargs,
+        **{**layout, **processor_kwargs},
     )
 
 
@@ -185,7 +203,8 @@ def compose(
             loads as one, such as Gemma 3 or Llama 4. Only the text part of such a model is used.
         qformer_model (`str`, *optional*): Folder or Hub id of a BLIP-2 model whose Q-Former is used.
         dtype, attn_implementation: As for `from_pretrained`.
-        processor_kwargs (`dict`, *optional*): Settings of [`SQLlavaProcessor`]: `image_aspect_ratio`, ...
+        processor_kwargs (`dict`, *optional*): Arguments of [`compose_processor`]: `prompt_layout`,
+            `image_aspect_ratio`, ...
         config_kwargs: Fields of [`SQLlavaConfig`]: `prototype_variant`, `num_prototypes`, ...
 
     Returns:
@@ -208,8 +227,15 @@ def compose(
         config, dtype=whole.dtype, attn_implementation=attn_implementation
     )
     _copy_weights(model, vision_model, whole, qformer_model)
-    set_special_tokens(model, processor, whole.generation_config.eos_token_id)
+    set_special_tokens(model, processor, _own_stop_tokens(whole, text_model))
     return model, processor
+
+
+def _own_stop_tokens(whole: PreTrainedModel, text_model: str) -> list[int]:
+    """The stop tokens of the language model, and the end token of its tokenizer, which a layout may replace."""
+    own = whole.generation_config.eos_token_id
+    own = own if isinstance(own, list) else [own]
+    return [token for token in (*own, AutoTokenizer.from_pretrained(text_model).eos_token_id) if token is not None]
 
 
 def _text_config_for(whole: PreTrainedModel, processor: SQLlavaProcessor) -> PreTrainedConfig:

@@ -5,10 +5,10 @@
     812
 
 Different turns become self-questions in each epoch. A turn has different tokens as a self-question (`[vusr] text</s>`)
-and as a user's turn (` USER: text`). Each exchange (a question and its answer) ends with the end-of-sequence token. No
-text may contain that token, and tokenizers never join it with other text. So the tokens of a row are the sum of the
-tokens of its exchanges. Two counts are enough to find the largest number: one with no turn drawn, one with all turns
-drawn.
+and as a user's turn (` USER: text`). Each exchange (a question and its answer) ends with the end-of-sequence token,
+and in some prompt layouts with a line break behind it. No text may contain that token, and tokenizers never join it
+with other text. So the tokens of a row are the sum of the tokens of its exchanges. Two counts are enough to find the
+largest number: one with no turn drawn, one with all turns drawn.
 
 No image is read: each has `image_seq_length` tokens.
 """
@@ -135,14 +135,23 @@ class LengthBound:
 
     def _by_exchange(self, conversations: list[list[dict]]) -> list[np.ndarray]:
         """Counts the tokens of each exchange. A system message is counted with the first exchange."""
+        processor = self.processor
+        if not processor.writes_template:  # nothing is known of a user's own template
+            return [np.diff(lengths, prepend=0) for lengths in prefix_lengths(processor, conversations, plain=False)]
+        delimiter, turns = processor.tokenizer.eos_token, processor.turn_format
+        after = len(processor.tokenizer(delimiter + turns["turn_separator"], add_special_tokens=False).input_ids) - 1
         counts = []
-        for messages, ids in zip(conversations, token_ids(self.processor, conversations, plain=False)):
-            # Some tokenizers begin a text with the end-of-sequence token. That one ends no exchange.
-            ends = 1 + np.flatnonzero(ids[1:] == self.processor.tokenizer.eos_token_id)
+        for messages, ids in zip(conversations, token_ids(processor, conversations, plain=False)):
+            # Some tokenizers begin a text with the end-of-sequence token. That one ends no turn.
+            ends = 1 + np.flatnonzero(ids[1:] == processor.tokenizer.eos_token_id)
+            # A question ends with the delimiter if the model asks it, or if in this layout every turn does.
             asked = np.array([bool(m.get("self_question")) for m in messages if m["role"] == "user"])
-            last = (1 + asked).cumsum() - 1  # a self-question ends with this token, too
-            assert len(ends) == last[-1] + 1 and ends[-1] == len(ids) - 1, "an exchange has no end token"
-            counts.append(np.diff(_sizes(self.processor, ids).cumsum()[ends[last]], prepend=0))
+            per_exchange = 1 + (asked | (delimiter in turns["user_end"]))
+            # The delimiters of the system message, if any, are the first ones.
+            last = len(ends) - per_exchange.sum() + per_exchange.cumsum() - 1
+            ends = ends[last] + after
+            assert ends[-1] == len(ids) - 1, "an exchange has no end token"
+            counts.append(np.diff(_sizes(processor, ids).cumsum()[ends], prepend=0))
         return counts
 
 

@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 from trl import ModelConfig, SFTConfig, TrlParser
 
+from processing_sq_llava import PROMPT_LAYOUTS
 from sq_llava.console import needs_extra
 from sq_llava.data.sources import DataSource
 from sq_llava.training.setting_table import is_given, refuse_settings
@@ -84,11 +85,15 @@ class SQLlavaArguments:
         "'pad' pads images to a square with the mean colour; 'crop' crops the centre. Default: the model's, or pad.",
         default=None,
     )
-    prompt_layout: Literal["minigpt4"] | None = _option(
-        "Prompt layout: the markers of turns and images. Default: the model's, or Vicuna v1.", default=None
+    prompt_layout: Literal["auto", *PROMPT_LAYOUTS] | None = _option(
+        "Prompt layout: how turns and images are written. auto: the one of the language model's own chat template, or "
+        "vicuna; a model that exists keeps its own. Default: auto.",
+        default=None,
     )
     system_message: str | None = _option(
-        "System message before each conversation. Default: the model's, or the paper's.", default=None
+        "System message before each conversation. 'paper': that of the paper. Default: the model's; a new model has "
+        "the language model's own in its own layout, and the paper's in another.",
+        default=None,
     )
     self_question_ratio: float = _option(
         "Probability that a user turn after the first becomes a self-question (the paper's 1 - delta).", default=0.5

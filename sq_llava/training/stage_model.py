@@ -15,7 +15,7 @@ from transformers import BitsAndBytesConfig
 from transformers.integrations import is_deepspeed_zero3_enabled
 from trl import ModelConfig, SFTConfig, get_quantization_config
 
-from processing_sq_llava import PROMPT_LAYOUTS, SQLlavaProcessor
+from processing_sq_llava import PROMPT_LAYOUTS, SYSTEM_MESSAGE, SQLlavaProcessor
 from sq_llava.checkpoints.compose import compose, compose_processor
 from sq_llava.checkpoints.load import load_base_and_processor, load_model, require_kind
 from sq_llava.checkpoints.zero3 import loading_whole
@@ -68,11 +68,17 @@ def architecture(arguments: SQLlavaArguments) -> dict:
 
 
 def processor_settings(arguments: SQLlavaArguments) -> dict[str, str]:
-    """The fields of the processor that the recipe sets; the others keep the model's values."""
+    """The fields of the processor that the recipe sets, without the prompt layout; the others keep their values."""
     settings = {name: getattr(arguments, name) for name in ("image_aspect_ratio", "system_message")}
+    if arguments.system_message == "paper":
+        settings["system_message"] = SYSTEM_MESSAGE
     settings["delimiter"] = arguments.eos_token
-    layout = {} if arguments.prompt_layout is None else PROMPT_LAYOUTS[arguments.prompt_layout]
-    return layout | {name: value for name, value in settings.items() if value is not None}
+    return {name: value for name, value in settings.items() if value is not None}
+
+
+def layout_of_checkpoint(arguments: SQLlavaArguments) -> dict:
+    """The prompt layout that a recipe sets for an existing checkpoint. With `auto`, the checkpoint keeps its own."""
+    return {} if arguments.prompt_layout in (None, "auto") else PROMPT_LAYOUTS[arguments.prompt_layout]
 
 
 def composed_processor(arguments: SQLlavaArguments, model_config: ModelConfig) -> SQLlavaProcessor:
@@ -80,9 +86,11 @@ def composed_processor(arguments: SQLlavaArguments, model_config: ModelConfig) -
     parts = (arguments.vision_model_name_or_path, arguments.text_model_name_or_path)
     settings = processor_settings(arguments)
     if None not in parts:  # used even if a previous stage is set, because it may not exist yet
-        return compose_processor(*parts, arguments.qformer_model_name_or_path, **settings)
+        return compose_processor(
+            *parts, arguments.qformer_model_name_or_path, prompt_layout=arguments.prompt_layout, **settings
+        )
     start, _ = starting_point(arguments, model_config)
-    return SQLlavaProcessor.from_pretrained(start, **settings)
+    return SQLlavaProcessor.from_pretrained(start, **layout_of_checkpoint(arguments) | settings)
 
 
 def load_base(
@@ -107,7 +115,8 @@ def load_base(
     quantized_loading = loading if quantization is None else {**loading, "quantization_config": quantization}
     processing = processor_settings(arguments)
     if start is not None:
-        model, processor, adapter = load_base_and_processor(start, processor_settings=processing, **quantized_loading)
+        settings = layout_of_checkpoint(arguments) | processing
+        model, processor, adapter = load_base_and_processor(start, processor_settings=settings, **quantized_loading)
         return model, processor, None if adapter is None else str(adapter)
 
     if checkpoint is not None:
@@ -119,7 +128,7 @@ def load_base(
                 *parts,
                 arguments.qformer_model_name_or_path,
                 **loading,
-                processor_kwargs=processing,
+                processor_kwargs={"prompt_layout": arguments.prompt_layout, **processing},
                 **architecture(arguments),
             )
     if arguments.dry_run == "real" and quantization is None and not loads_in_pieces():

@@ -1,0 +1,181 @@
+"""Recognises the chat format of a language model: the prompt layout `auto` of a model that is made from parts.
+
+    >>> tokenizer = AutoTokenizer.from_pretrained("Qwen/Qwen3-1.7B")
+    >>> settings, sentence = layout_settings("auto", tokenizer, "Qwen/Qwen3-1.7B")
+    >>> processor = SQLlavaProcessor(image_processor, tokenizer, **settings)
+
+The language model's own chat template renders a short conversation. The layout that renders the same text is taken.
+The processor writes a template of its own in this layout, because the language model's knows no images, no turns in
+which the model asks, and no loss.
+"""
+
+from dataclasses import dataclass
+
+from jinja2 import TemplateError
+from transformers import PreTrainedTokenizerBase
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from processing_sq_llava import PROMPT_LAYOUTS, write_chat_template
+
+
+AUTO = "auto"
+USER = {"role": "user", "content": "Kiwi"}
+ANSWER = {"role": "assistant", "content": "Plum"}
+NEXT = {"role": "user", "content": "Fig"}
+SYSTEM = {"role": "system", "content": "Pear"}
+# What a template may write differently although the turns are equal.
+OTHER_PROBES = {
+    "system messages": [SYSTEM, USER],
+    "earlier answers": [USER, ANSWER, NEXT],
+    "the last answer": [USER, ANSWER],
+}
+
+
+@dataclass(frozen=True)
+class ChatFormat:
+    """
+    The chat format of a language model.
+
+    Attributes:
+        layout (`str`): A name in `PROMPT_LAYOUTS`.
+        system_message (`str`): The message that the template writes if a conversation has none.
+        thought (`str`): The empty thought with which answers begin, or `""`.
+        differences (`list[str]`): What the layout writes differently than the template.
+    """
+
+    layout: str
+    system_message: str
+    thought: str
+    differences: list[str]
+
+    @property
+    def settings(self) -> dict:
+        """Settings of the processor."""
+        return PROMPT_LAYOUTS[self.layout] | {"system_message": self.system_message, "thought": self.thought}
+
+
+def recognise_chat_format(tokenizer: PreTrainedTokenizerBase) -> ChatFormat:
+    """
+    Finds the prompt layout that writes a conversation as the tokenizer's chat template does.
+
+    Raises:
+        ValueError: if there is no chat template, or no layout fits. The message can follow "because".
+    """
+    if not tokenizer.chat_template:
+        raise ValueError("its tokenizer has no chat template")
+    try:
+        prompt = _own_text(tokenizer, [USER, ANSWER, NEXT], add_generation_prompt=True)
+    except (TemplateError, TypeError, KeyError, ValueError) as error:
+        raise ValueError(f"its chat template renders no plain conversation: {error}") from error
+    formats = []
+    for layout in PROMPT_LAYOUTS:
+        if (found := _match(tokenizer, layout, prompt)) is not None:
+            settings = PROMPT_LAYOUTS[layout] | found
+            formats.append(ChatFormat(layout, **found, differences=_differences(tokenizer, settings)))
+    if not formats:
+        raise ValueError(f"its chat template writes none of the known layouts, but {prompt!r}")
+    return min(formats, key=lambda found: len(found.differences))  # layouts can differ in the system message only
+
+
+def layout_settings(
+    prompt_layout: str | None, tokenizer: PreTrainedTokenizerBase, text_model: str
+) -> tuple[dict, str]:
+    """
+    The settings of the processor for a new model.
+
+    Args:
+        prompt_layout (`str`, *optional*): A name in `PROMPT_LAYOUTS`. Default: `"auto"`, the language model's own.
+        tokenizer: The tokenizer of the language model.
+        text_model (`str`): The language model's name, for the sentence.
+
+    Returns:
+        The settings, and a sentence that says what was chosen. In the language model's own layout, the settings have
+        its system message and its empty thought.
+    """
+    own = reason = None
+    try:
+        own = recognise_chat_format(tokenizer)
+    except ValueError as error:
+        reason = error
+    if prompt_layout in (None, AUTO):
+        if own is None:
+            return {}, f"prompt_layout: vicuna. {text_model}: {reason}."
+        return own.settings, f"prompt_layout: {own.layout}, as in the chat template of {text_model}. {_details(own)}"
+    if own is not None and own.layout == prompt_layout:
+        return own.settings, f"prompt_layout: {own.layout}, the language model's own. {_details(own)}"
+    return PROMPT_LAYOUTS[prompt_layout], f"prompt_layout: {prompt_layout}, which is not {text_model}'s own."
+
+
+def layout_name(settings: dict) -> str:
+    """The name of the prompt layout in a `processor_config.json`, or `"custom"`."""
+    # Older checkpoints have no turn_format; theirs is Vicuna's.
+    found = {**PROMPT_LAYOUTS["vicuna"], **settings}
+    for name, layout in PROMPT_LAYOUTS.items():
+        if all(found[key] == layout[key] for key in PROMPT_LAYOUTS["vicuna"]):
+            return name
+    return "custom"
+
+
+def _match(tokenizer: PreTrainedTokenizerBase, layout: str, prompt: str) -> dict[str, str] | None:
+    """`system_message` and `thought` in a prompt of this layout, or `None` if the prompt is of another layout."""
+    row = PROMPT_LAYOUTS[layout]
+    turns = _our_text(tokenizer, row, [USER, ANSWER, NEXT], add_generation_prompt=True)
+    header = turns[len(_our_text(tokenizer, row, [USER, ANSWER, NEXT])) :]
+    _, found, thought = prompt.rpartition(header)
+    if not found or (thought and "</" not in thought):  # a thought that stays open is the model's to end
+        return None
+    prompt = prompt.replace(thought, "") if thought else prompt
+    if not prompt.endswith(turns):
+        return None
+    system = prompt.removesuffix(turns).removeprefix(_bos(tokenizer))
+    begin, end = (row["turn_format"][name] for name in ("system_begin", "system_end"))
+    if not system:
+        return {"system_message": "", "thought": thought}
+    if row["turn_format"]["system_in_turn"] or not (system.startswith(begin) and system.endswith(end)):
+        return None
+    return {"system_message": system.removeprefix(begin).removesuffix(end), "thought": thought}
+
+
+def _differences(tokenizer: PreTrainedTokenizerBase, settings: dict) -> list[str]:
+    """Names what the layout with these settings writes differently than the tokenizer's own template."""
+    differences = []
+    for name, messages in OTHER_PROBES.items():
+        prompts = messages[-1]["role"] == "user"
+        try:
+            own = _own_text(tokenizer, messages, add_generation_prompt=prompts)
+        except (TemplateError, TypeError, KeyError, ValueError):
+            own = None
+        ours = _bos(tokenizer) + _our_text(tokenizer, settings, messages, add_generation_prompt=prompts)
+        if own != ours:
+            differences.append(name)
+    return differences
+
+
+def _bos(tokenizer: PreTrainedTokenizerBase) -> str:
+    return tokenizer.bos_token if tokenizer("a").input_ids[0] == tokenizer.bos_token_id else ""
+
+
+def _own_text(tokenizer: PreTrainedTokenizerBase, messages: list[dict], add_generation_prompt: bool) -> str:
+    # Templates of models that think know this variable; the others ignore it.
+    return tokenizer.apply_chat_template(
+        messages, tokenize=False, add_generation_prompt=add_generation_prompt, enable_thinking=False
+    )
+
+
+def _our_text(tokenizer, settings: dict, messages: list[dict], add_generation_prompt: bool = False) -> str:
+    [text], _ = render_jinja_template(
+        [messages],
+        chat_template=write_chat_template(settings),
+        add_generation_prompt=add_generation_prompt,
+        eos_token=settings.get("delimiter", tokenizer.eos_token),
+    )
+    return text
+
+
+def _details(own: ChatFormat) -> str:
+    details = f"System message: {own.system_message!r}." if own.system_message else "No system message."
+    if own.thought:
+        details += f" Every answer begins with {own.thought!r}, which is not in the loss."
+    if own.differences:
+        details += f" That template writes differently: {', '.join(own.differences)}."
+    return details
