@@ -26,6 +26,7 @@ from modeling_sq_llava import SQLlavaForConditionalGeneration
 from sq_llava.checkpoints.completeness import checkpoint_faults, step_of
 from sq_llava.checkpoints.layouts import NAMES, Layout, recognise
 from sq_llava.checkpoints.parts import INFIXES, part_of
+from sq_llava.checkpoints.prompt_layouts import layout_name
 from sq_llava.checkpoints.weight_files import TORCH_NAMES, Tensor, WeightFile, read_weight_map
 from sq_llava.checkpoints.zero3 import loading_whole
 from sq_llava.resources import CODE_FILES, code_digests
@@ -205,6 +206,8 @@ def _describe_settings(configs: dict[str, dict], inspection: Inspection) -> None
     elif config.get("mm_projector_type") == "cluster":
         inspection.prototypes = {"prototype_variant": "released", "num_prototypes": config.get("num_latents", 256)}
     inspection.markers = {name: processor[name] for name in MARKERS if name in processor}
+    if "user_marker" in processor:
+        inspection.markers["prompt_layout"] = layout_name(processor)
     sources = [config, config.get("text_config") or {}, configs.get("generation_config.json", {})]
     for name in TOKEN_IDS:
         values = [source[name] for source in sources if source.get(name) is not None]

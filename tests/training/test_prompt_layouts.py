@@ -1,0 +1,106 @@
+"""A language model with its own chat format, from its parts to answers: trained, merged, loaded again."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import GenerationConfig, Qwen3Config, Qwen3ForCausalLM, set_seed
+
+from processing_sq_llava import SYSTEM_MESSAGE
+from sq_llava.checkpoints.inspection import inspect
+from sq_llava.checkpoints.load import load_checkpoint, merge_adapter
+from sq_llava.data.messages import place_images
+from sq_llava.inference.assistant import Assistant
+from tests import runs, tiny
+from tests.assistants import HISTORIES, assert_batch_equals_one_by_one
+from tests.chat_tokenizers import qwen3
+
+
+END, DOCUMENT_END = "<|im_end|>", "<|endoftext|>"
+
+
+def save_qwen3(folder: Path) -> Path:
+    """Writes a Qwen3 whose generation config stops only at the end of a document."""
+    tokenizer = qwen3()
+    fields = {name: value for name, value in tiny.TINY_LLAMA.items() if name != "model_type"}
+    set_seed(0)
+    model = Qwen3ForCausalLM(Qwen3Config(**fields, head_dim=16, tie_word_embeddings=True))
+    model.generation_config = GenerationConfig(eos_token_id=tokenizer.convert_tokens_to_ids(DOCUMENT_END))
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory) -> Path:
+    root = runs.make_parts(tmp_path_factory.mktemp("parts"))
+    save_qwen3(root / "qwen3")
+    return root
+
+
+@pytest.fixture(scope="module")
+def trained(parts, tmp_path_factory):
+    """The trainer of a stage 2 from new parts, with the paper's system message and the data check."""
+    settings = {"text_model_name_or_path": parts / "qwen3", "system_message": "paper", "doctor": "sample"}
+    settings |= {"train_sampling_strategy": "group_by_length", "self_question_ratio": 1.0}
+    return runs.train(parts, tmp_path_factory.mktemp("stage2") / "run", **settings)
+
+
+@pytest.fixture(scope="module")
+def assistant(trained, tmp_path_factory) -> Assistant:
+    merged = tmp_path_factory.mktemp("merged")
+    merge_adapter(trained.args.output_dir, str(merged))
+    assert inspect(merged).sound and inspect(merged).markers["prompt_layout"] == "chatml"
+    return Assistant(*load_checkpoint(str(merged)))
+
+
+pytestmark = pytest.mark.slow
+
+
+def test_stage_two_is_trained_on_answers_and_questions_of_the_models_own_layout(trained):
+    batch = trained.data_collator([trained.train_dataset[1]])
+    tokenizer = trained.processing_class.tokenizer
+    text = tokenizer.decode(batch["input_ids"][0])
+    exchange = f"What is this?{END}\n<|im_start|>assistant\n<think>\n\n</think>\n\nA dog 1.{END}\n"
+    assert text.startswith(f"<|im_start|>system\n{SYSTEM_MESSAGE}{END}\n<|im_start|>user\n<image>")
+    assert text.endswith(f"{exchange}<|im_start|>[vusr]\n{exchange}<|im_start|>[vusr]\n{exchange}")
+    labels = batch["labels"][0]
+    spoken = tokenizer.decode(labels[labels != -100])
+    assert spoken == f"A dog 1.{END}" + f"What is this?{END}A dog 1.{END}" * 2
+
+
+def test_merged_model_stops_at_the_delimiter_and_at_the_language_models_own_end(assistant):
+    tokenizer, model = assistant.processor.tokenizer, assistant.model
+    ends = tokenizer.convert_tokens_to_ids([END, DOCUMENT_END])
+    assert model.generation_config.eos_token_id == ends
+    for end in ends:
+
+        def force(input_ids, scores, end=end):
+            token = end if input_ids.shape[1] == 4 + 3 else 9
+            return torch.full_like(scores, -torch.inf).index_fill(1, torch.tensor(token), 0.0)
+
+        output = model.generate(torch.tensor([[9, 8, 7, 6]]), max_new_tokens=8, logits_processor=[force])
+        assert output[0].tolist() == [9, 8, 7, 6, 9, 9, 9, end]
+
+
+def test_merged_model_answers_in_batches_asks_and_converses_as_without_a_cache(assistant):
+    image, history = tiny.picture(), HISTORIES[0]
+    requests = [(image, "What is it?"), (None, "Hello."), (image, [*history, {"role": "user", "content": "Where?"}])]
+    assert_batch_equals_one_by_one(assistant, requests, max_new_tokens=6)
+    messages = assistant.converse(image, num_turns=2, history=history, top_k=1, max_new_tokens=6)
+    fresh = place_images(image, history)
+    for turn, role in enumerate(["vusr", "assistant"] * 2):
+        inputs = assistant.processor.apply_chat_template(
+            fresh, add_generation_prompt=True, ask=role == "vusr", tokenize=True, return_dict=True, return_tensors="pt"
+        )
+        output = assistant.model.generate(**inputs, do_sample=False, max_new_tokens=6)
+        text = assistant.processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+        assert messages[2 + turn] == {"role": role, "content": text}
+        fresh.append({"role": role, "content": text})
+
+
+def test_second_stage_keeps_the_layout_of_the_first(trained, parts, tmp_path):
+    again = runs.train(parts, tmp_path / "run", Path(trained.args.output_dir), max_steps=1, prompt_layout="auto")
+    processor, first = again.processing_class, trained.processing_class
+    assert (processor.turn_format, processor.thought) == (first.turn_format, first.thought)
+    assert processor.tokenizer.eos_token == END
