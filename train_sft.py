@@ -53,6 +53,7 @@ from trl import ModelConfig, SFTConfig
 
 from processing_sq_llava import SQLlavaProcessor
 from sq_llava.checkpoints.card import write_card
+from sq_llava.checkpoints.chat_templates import check_template
 from sq_llava.checkpoints.provenance import read_provenance, record_stage
 from sq_llava.data.lengths import LengthBound, with_length_bounds
 from sq_llava.data.rows import hold_out, load_rows
@@ -77,7 +78,7 @@ from sq_llava.training.sharding import (
     require_same_checkpoint,
     sharding_asked_for,
 )
-from sq_llava.training.stage_model import load_base, prepare_stage, starting_point
+from sq_llava.training.stage_model import load_base, prepare_stage, starting_point, template_needs
 from sq_llava.training.trainer import SQLlavaTrainer
 
 
@@ -118,6 +119,7 @@ def train(arguments: SQLlavaArguments, training_args: SFTConfig, model_config: M
     require_same_checkpoint(checkpoint, training_args.world_size)
 
     model, processor, previous_stage = load_base(arguments, training_args, model_config, checkpoint)
+    check_template(processor, template_needs(arguments))
     rows, eval_rows = read_rows(arguments, training_args, processor)
     model = prepare_stage(model, previous_stage, arguments, model_config)
     steps = leave_one_step(rows, training_args, arguments.packing) if arguments.dry_run == "real" else None

@@ -45,6 +45,20 @@ def llama3() -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def llama31() -> PreTrainedTokenizerBase:
+    """Llama 3.1: always a system message, which begins with two dates."""
+    tokenizer = llama3()
+    dates = "Cutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\n"
+    tokenizer.chat_template = tokenizer.chat_template.replace(
+        "{% for message in messages %}",
+        "{% set has_system = messages[0]['role'] == 'system' %}<|start_header_id|>system<|end_header_id|>\n\n"
+        + dates
+        + "{{ messages[0]['content'] | trim if has_system else '' }}<|eot_id|>"
+        "{% for message in (messages[1:] if has_system else messages) %}",
+    )
+    return tokenizer
+
+
 CHATML = (
     "{% for message in messages %}{% if loop.first and message['role'] != 'system' and default_system %}"
     "<|im_start|>system\n{{ default_system }}<|im_end|>\n{% endif %}"
@@ -54,9 +68,10 @@ CHATML = (
 
 
 def smollm() -> PreTrainedTokenizerBase:
-    """SmolLM2: ChatML with a system message of its own. The end of a turn is the padding token, too."""
+    """SmolLM2: a system message of its own. The tokens of a turn also stand for begin, end and padding."""
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     tokenizer = _byte_level(special, eos_token="<|im_end|>", pad_token="<|im_end|>", unk_token="<|endoftext|>")
+    tokenizer.bos_token = "<|im_start|>"  # which it never writes
     tokenizer.chat_template = "{% set default_system = 'You are a small model.' %}" + CHATML
     return tokenizer
 
@@ -153,6 +168,7 @@ def mistral_small() -> PreTrainedTokenizerBase:
 CHAT_TOKENIZERS = {
     "llama2": (tiny.llama_tokenizer, "vicuna", "</s>"),
     "llama3": (llama3, "llama3", "<|eot_id|>"),
+    "llama31": (llama31, "llama3", "<|eot_id|>"),
     "qwen_base": (qwen_base, "chatml", "<|im_end|>"),
     "qwen3": (qwen3, "chatml", "<|im_end|>"),
     "smollm": (smollm, "chatml", "<|im_end|>"),

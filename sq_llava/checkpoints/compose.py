@@ -21,6 +21,7 @@ from transformers import (
 from configuration_sq_llava import SQLlavaConfig
 from modeling_sq_llava import SQLlavaForConditionalGeneration
 from processing_sq_llava import SQLlavaProcessor
+from sq_llava.checkpoints.chat_templates import check_template
 from sq_llava.checkpoints.prompt_layouts import layout_settings
 from sq_llava.checkpoints.provenance import public_name
 from sq_llava.console import print_in_first_process
@@ -177,12 +178,14 @@ def compose_processor(
     if prompt_layout is not None or not processor_kwargs.keys() & {"turn_format", "chat_template"}:
         layout, sentence = layout_settings(prompt_layout, tokenizer, str(text_model))
         print_in_first_process(sentence)
-    return SQLlavaProcessor(
+    processor = SQLlavaProcessor(
         AutoImageProcessor.from_pretrained(vision_model),
         tokenizer,
         image_seq_length=config.image_seq_length,
         **{**layout, **processor_kwargs},
     )
+    check_template(processor)
+    return processor
 
 
 def compose(

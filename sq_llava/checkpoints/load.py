@@ -24,6 +24,7 @@ from configuration_sq_llava import SQLlavaConfig
 from modeling_sq_llava import SQLlavaForConditionalGeneration
 from processing_sq_llava import SQLlavaProcessor
 from sq_llava.checkpoints.card import write_card
+from sq_llava.checkpoints.chat_templates import check_template
 from sq_llava.checkpoints.compose import stop_token_ids
 from sq_llava.checkpoints.inspection import TOKENIZER, inspect
 from sq_llava.checkpoints.layouts import NAMES, recognise
@@ -207,6 +208,7 @@ def load_base_and_processor(
     """
     folder = require_model(path, revision)
     processor = SQLlavaProcessor.from_pretrained(folder, **(processor_settings or {}))
+    check_template(processor)
     if is_adapter(folder):
         return load_base_of(folder, processor, **kwargs), processor, folder
     return _load_plain(folder, str(path), processor, **kwargs), processor, None

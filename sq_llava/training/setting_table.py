@@ -79,7 +79,9 @@ OURS = {
         supported("training/test_settings.py::test_model_from_parts_has_the_requested_architecture"),
     ),
     "image_aspect_ratio": supported("model/test_processing.py::test_centre_crop_shows_only_the_middle"),
-    "prompt_layout": supported("model/test_minigpt4.py::test_prompt_is_minigpt_4s_to_the_character"),
+    "prompt_layout": supported(
+        "training/test_prompt_layouts.py::test_stage_two_is_trained_on_answers_and_questions_of_the_models_own_layout"
+    ),
     "system_message": supported("model/test_processing.py::test_a_setting_changed_at_loading_changes_the_template"),
     "self_question_ratio": supported("training/test_collator.py::test_ratio_is_the_share_of_self_questions"),
     "question_loss_weight": supported(
@@ -155,10 +157,7 @@ SFT = {
         "Vision towers and language models come from transformers, without remote code: remove it"
     ),
     "router_aux_loss_coef": TRAINER,
-    "chat_template_path": refused(
-        "The chat template is built from the processor's settings, because it marks the tokens in the loss, the "
-        "self-questions and the images: set prompt_layout and system_message instead"
-    ),
+    "chat_template_path": supported("training/test_prompt_layouts.py::test_users_template_is_trained_with_and_saved"),
     "dataset_text_field": refused(CONVERSATIONS),
     "dataset_kwargs": refused(CONVERSATIONS, {"skip_prepare_dataset": True}),
     "dataset_num_proc": refused("Rows are prepared in the dataloader workers: set dataloader_num_workers instead"),

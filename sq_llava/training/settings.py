@@ -135,10 +135,11 @@ class SQLlavaArguments:
         "`sq-llava doctor` prints a full report.",
         default="sample",
     )
-    # TRL's settings, moved here by `parse_settings`: TRL refuses `packing` for images, and applies `eos_token` only
-    # after data and template have been read.
+    # TRL's settings, moved here by `parse_settings`: TRL refuses `packing` for images, and applies `eos_token` and
+    # `chat_template_path` only after the data has been read.
     packing: bool = field(init=False, default=False)
     eos_token: str | None = field(init=False, default=None)
+    chat_template_path: str | None = field(init=False, default=None)
     # The command that checks the data of these settings, set by `parse_settings`.
     doctor_command: str = field(init=False, default="sq-llava doctor")
     max_loss: float | None = _option(
@@ -236,6 +237,7 @@ def parse_settings(
         _require_no_adapter(arguments, model_config)
     _take_over_packing(arguments, training_args)
     arguments.eos_token = training_args.eos_token
+    _take_over_chat_template(arguments, training_args)
     arguments.doctor_command = shlex.join(["sq-llava", "doctor", *args])
     return arguments, training_args, model_config
 
@@ -244,6 +246,22 @@ def parse_recipe(recipe: str | Path, **overrides: Any) -> tuple[SQLlavaArguments
     """Like `parse_settings`, for a recipe and settings that override it."""
     options = [text for name, value in overrides.items() for text in (f"--{name}", str(value))]
     return parse_settings(["--config", str(recipe), *options])
+
+
+def _take_over_chat_template(arguments: SQLlavaArguments, training_args: SFTConfig) -> None:
+    path, training_args.chat_template_path = training_args.chat_template_path, None
+    if path is None:
+        return
+    if not (Path(path).is_file() and path.endswith((".jinja", ".j2"))):
+        raise ValueError(
+            f"chat_template_path is {path!r}: give a Jinja file (.jinja or .j2). To take the chat format of the "
+            "language model, remove chat_template_path: prompt_layout auto does that."
+        )
+    if arguments.prompt_layout is not None:
+        raise ValueError(
+            f"chat_template_path is {path!r} and prompt_layout is {arguments.prompt_layout!r}: remove one of them."
+        )
+    arguments.chat_template_path = path
 
 
 def _require_evaluation(arguments: SQLlavaArguments, training_args: SFTConfig) -> None:

@@ -16,6 +16,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from trl import ModelConfig, SFTConfig, get_quantization_config
 
 from processing_sq_llava import PROMPT_LAYOUTS, SYSTEM_MESSAGE, SQLlavaProcessor
+from sq_llava.checkpoints.chat_templates import check_template
 from sq_llava.checkpoints.compose import compose, compose_processor
 from sq_llava.checkpoints.load import load_base_and_processor, load_model, require_kind
 from sq_llava.checkpoints.zero3 import loading_whole
@@ -73,6 +74,8 @@ def processor_settings(arguments: SQLlavaArguments) -> dict[str, str]:
     if arguments.system_message == "paper":
         settings["system_message"] = SYSTEM_MESSAGE
     settings["delimiter"] = arguments.eos_token
+    if arguments.chat_template_path is not None:
+        settings["chat_template"] = Path(arguments.chat_template_path).read_text()
     return {name: value for name, value in settings.items() if value is not None}
 
 
@@ -81,8 +84,26 @@ def layout_of_checkpoint(arguments: SQLlavaArguments) -> dict:
     return {} if arguments.prompt_layout in (None, "auto") else PROMPT_LAYOUTS[arguments.prompt_layout]
 
 
+def template_needs(arguments: SQLlavaArguments) -> set[str]:
+    """What the chat template of a run must know, as keys of `MISSING` in `sq_llava/checkpoints/chat_templates.py`."""
+    if arguments.stage == "align":
+        return {"plain"}
+    return {"image", "generation"} | ({"self_question"} if arguments.self_question_ratio > 0 else set())
+
+
 def composed_processor(arguments: SQLlavaArguments, model_config: ModelConfig) -> SQLlavaProcessor:
-    """Makes the processor of a recipe. Loads no weights."""
+    """
+    Makes the processor of a recipe. Loads no weights.
+
+    Raises:
+        ValueError: if the settings do not name a model, or its chat template cannot be used for this stage.
+    """
+    processor = _composed_processor(arguments, model_config)
+    check_template(processor, template_needs(arguments))
+    return processor
+
+
+def _composed_processor(arguments: SQLlavaArguments, model_config: ModelConfig) -> SQLlavaProcessor:
     parts = (arguments.vision_model_name_or_path, arguments.text_model_name_or_path)
     settings = processor_settings(arguments)
     if None not in parts:  # used even if a previous stage is set, because it may not exist yet

@@ -14,6 +14,7 @@ from sq_llava.inference.assistant import Assistant
 from tests import runs, tiny
 from tests.assistants import HISTORIES, assert_batch_equals_one_by_one
 from tests.chat_tokenizers import qwen3
+from tests.checkpoints.test_chat_templates import TEMPLATE
 
 
 END, DOCUMENT_END = "<|im_end|>", "<|endoftext|>"
@@ -104,3 +105,28 @@ def test_second_stage_keeps_the_layout_of_the_first(trained, parts, tmp_path):
     processor, first = again.processing_class, trained.processing_class
     assert (processor.turn_format, processor.thought) == (first.turn_format, first.thought)
     assert processor.tokenizer.eos_token == END
+
+
+def test_users_template_is_trained_with_and_saved(parts, tmp_path):
+    (tmp_path / "mine.jinja").write_text(TEMPLATE)
+    settings = {"chat_template_path": tmp_path / "mine.jinja", "self_question_ratio": 1.0, "max_steps": 1}
+    settings |= {"train_sampling_strategy": "group_by_length"}
+    trainer = runs.train(parts, tmp_path / "run", **settings)
+    batch = trainer.data_collator([trainer.train_dataset[1]])
+    tokenizer = trainer.processing_class.tokenizer
+    assert tokenizer.decode(batch["input_ids"][0]).endswith("[vusr]What is this?</s>A:A dog 1.</s>")
+    _, processor = load_checkpoint(str(tmp_path / "run"))
+    assert processor.chat_template == TEMPLATE
+
+
+def test_users_template_that_the_stage_cannot_use_is_refused(parts, tmp_path):
+    file = tmp_path / "mine.jinja"
+    file.write_text(TEMPLATE.replace("if plain", "if false"))
+    with pytest.raises(ValueError, match="cannot use the chat template: it does not know plain=True"):
+        runs.train(parts, tmp_path / "run", stage="align", chat_template_path=file)
+    for wrong, error in (
+        ({"chat_template_path": parts / "llama"}, "give a Jinja file .* prompt_layout auto does that"),
+        ({"chat_template_path": file, "prompt_layout": "chatml"}, "and prompt_layout is 'chatml': remove one"),
+    ):
+        with pytest.raises(ValueError, match=error):
+            runs.train(parts, tmp_path / "run", **wrong)

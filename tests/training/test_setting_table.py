@@ -74,7 +74,6 @@ def test_defaults_and_accepted_values_are_not_refused(configs):
     [
         ({"label_smoothing_factor": 0.1}, "label_smoothing_factor is 0.1, which is not supported. It needs all"),
         ({"completion_only_loss": False}, "completion_only_loss is False"),
-        ({"chat_template_path": "mine.jinja"}, "chat_template_path is 'mine.jinja'.*set prompt_layout"),
         ({"hub_strategy": "checkpoint"}, "hub_strategy is 'checkpoint'.*sq-llava push"),
         ({"push_to_hub": True}, "push_to_hub is True.*sq-llava push OUTPUT_DIR ORG/NAME"),
         ({"lora_modules_to_save": "lm_head"}, "lora_modules_to_save is .'lm_head'.*full_finetuning"),
