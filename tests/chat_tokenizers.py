@@ -1,7 +1,16 @@
 """Small tokenizers in the manner of well-known language models, each with a chat template like that model's own."""
 
+from pathlib import Path
+
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
-from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import (
+    GenerationConfig,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    set_seed,
+)
 
 from tests import tiny
 
@@ -96,6 +105,18 @@ def qwen3() -> PreTrainedTokenizerBase:
         "{% if enable_thinking is defined and not enable_thinking %}{{ '" + thought + "' }}{% endif %}{% endif %}"
     )
     return tokenizer
+
+
+def save_qwen3(folder: Path, head_dim: int = 16) -> Path:
+    """Writes a small Qwen3 with one matrix for embeddings and head. Its generation config lacks the end of a turn."""
+    tokenizer = qwen3()
+    fields = {name: value for name, value in tiny.TINY_LLAMA.items() if name != "model_type"}
+    set_seed(0)
+    model = Qwen3ForCausalLM(Qwen3Config(**fields, head_dim=head_dim, tie_word_embeddings=True))
+    model.generation_config = GenerationConfig(eos_token_id=tokenizer.convert_tokens_to_ids("<|endoftext|>"))
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
 
 
 def gemma() -> PreTrainedTokenizerBase:

@@ -1,11 +1,13 @@
 """Generates the results of transformers that `vllm_checks.py` compares vLLM with. `make test-vllm` runs it.
 
     python -m tests.vllm_reference --model runs/demo/model --output-dir runs/vllm
+    python -m tests.vllm_reference --chatml --output-dir runs/vllm/chatml
 
-writes OUTPUT_DIR/model, the checkpoint with the code and the chat template of this checkout, and
+Each writes OUTPUT_DIR/model, a checkpoint with the code and the chat template of this checkout, and
 OUTPUT_DIR/requests.json: conversations about images of easy-VQA's test set, with the token ids of each prompt and the
-greedy tokens of the model in float32, one conversation at a time. The end-of-sequence token does not stop them: all
-have the same length, and the tokens after it are compared too.
+greedy tokens of the model in float32, one conversation at a time. With --chatml, the model is a new one on a small
+Qwen3, untrained, and its prompts are in ChatML. The end-of-sequence token stops no model: all outputs have the same
+length, and the tokens after it are compared too.
 """
 
 import argparse
@@ -16,7 +18,9 @@ import torch
 import transformers
 
 from demo.data import image_root
-from sq_llava import load
+from sq_llava import compose, load
+from tests.chat_tokenizers import save_qwen3
+from tests.tiny import save_towers
 
 
 NUM_TOKENS = 24
@@ -65,7 +69,9 @@ def generate(assistant, request: dict) -> dict:
     )
     tokens = output.sequences[0, inputs["input_ids"].shape[1] :]
     log_probs = torch.stack(output.logits)[:, 0].log_softmax(dim=-1)
-    end = tokens.tolist().index(assistant.processor.tokenizer.eos_token_id)
+    end = [*tokens.tolist(), assistant.processor.tokenizer.eos_token_id].index(
+        assistant.processor.tokenizer.eos_token_id
+    )
     return {
         **request,
         "prompt_ids": inputs["input_ids"][0].tolist(),
@@ -75,17 +81,30 @@ def generate(assistant, request: dict) -> dict:
     }
 
 
+def untrained_chatml_model(folder: Path) -> str:
+    """Writes a composed model to `folder/composed`. vLLM's attention needs heads of at least 32 channels."""
+    save_towers(folder)
+    save_qwen3(folder / "qwen3", head_dim=32)
+    model, processor = compose(str(folder / "clip"), str(folder / "qwen3"), num_prototypes=5)
+    assert processor.chat_template.count("<|im_start|>") and processor.thought
+    model.save_pretrained(folder / "composed")
+    processor.save_pretrained(folder / "composed")
+    return str(folder / "composed")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="runs/demo/model")
+    parser.add_argument("--chatml", action="store_true", help="Use an untrained model with ChatML instead.")
     parser.add_argument("--output-dir", type=Path, default=Path("runs/vllm"))
     args = parser.parse_args()
-    assistant = load(args.model, device="cpu", dtype="float32")
+    model = untrained_chatml_model(args.output_dir) if args.chatml else args.model
+    assistant = load(model, device="cpu", dtype="float32")
     assistant.model.save_pretrained(args.output_dir / "model")
     assistant.processor.save_pretrained(args.output_dir / "model")
     assistant.model.generation_config.eos_token_id = None
     requests = [generate(assistant, request) for request in conversations()]
-    document = {"transformers": transformers.__version__, "requests": requests}
+    document = {"transformers": transformers.__version__, "trained": not args.chatml, "requests": requests}
     (args.output_dir / "requests.json").write_text(json.dumps(document, indent=2) + "\n")
 
 

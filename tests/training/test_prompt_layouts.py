@@ -4,7 +4,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import GenerationConfig, Qwen3Config, Qwen3ForCausalLM, set_seed
 
 from processing_sq_llava import SYSTEM_MESSAGE
 from sq_llava.checkpoints.inspection import inspect
@@ -13,23 +12,11 @@ from sq_llava.data.messages import place_images
 from sq_llava.inference.assistant import Assistant
 from tests import runs, tiny
 from tests.assistants import HISTORIES, assert_batch_equals_one_by_one
-from tests.chat_tokenizers import qwen3
+from tests.chat_tokenizers import save_qwen3
 from tests.checkpoints.test_chat_templates import TEMPLATE
 
 
 END, DOCUMENT_END = "<|im_end|>", "<|endoftext|>"
-
-
-def save_qwen3(folder: Path) -> Path:
-    """Writes a Qwen3 whose generation config stops only at the end of a document."""
-    tokenizer = qwen3()
-    fields = {name: value for name, value in tiny.TINY_LLAMA.items() if name != "model_type"}
-    set_seed(0)
-    model = Qwen3ForCausalLM(Qwen3Config(**fields, head_dim=16, tie_word_embeddings=True))
-    model.generation_config = GenerationConfig(eos_token_id=tokenizer.convert_tokens_to_ids(DOCUMENT_END))
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")
