@@ -167,8 +167,8 @@ TEMPLATE_BODY = r"""
         {%- endfor -%}
     {%- endif -%}
     {#- Most texts have no `<`, and a language model may have hundreds of control tokens. -#}
-    {%- for beginning, tokens in control_tokens.items() -%}
-        {%- for token in (tokens if beginning in ns.typed else []) -%}
+    {%- for beginning in control_tokens -%}
+        {%- for token in (control_tokens[beginning] if beginning in ns.typed else []) -%}
             {%- if token in ns.typed -%}
                 {{- raise_exception("The text of a turn of role '" ~ message['role'] ~ "' contains '" ~ token ~
                     "', which is a control token of this model: remove it" ~

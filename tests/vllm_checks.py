@@ -4,8 +4,8 @@
 
 DIR is the output of `vllm_reference.py`. The engine runs in float32, where greedy tokens must be equal: one request
 after another, all at once, and again from the prefix cache. The OpenAI server runs in bfloat16, as in practice. Each
-check prints a line. Exit code 1: a check failed. Speed is not measured, and no GPU is used. Questions of an untrained
-model need not end in "?".
+check prints a line. Exit code 1: a check failed. Speed is not measured, and no GPU is used. The server of an untrained
+model runs in float32, and its questions need not end in "?".
 """
 
 import argparse
@@ -158,13 +158,13 @@ def check_engine(report: Report, model: str, requests: list[dict], trained: bool
     )
 
 
-def start_server(model: str, log) -> tuple[subprocess.Popen, str]:
+def start_server(model: str, dtype: str, log) -> tuple[subprocess.Popen, str]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     command = [sys.executable, "-P", "-m", "vllm.entrypoints.openai.api_server", "--model", model]
     command += ["--served-model-name", "sq-llava", "--trust-remote-code", "--model-impl", "transformers"]
-    command += ["--dtype", "bfloat16", "--host", "127.0.0.1", "--port", str(port), "--enforce-eager"]
+    command += ["--dtype", dtype, "--host", "127.0.0.1", "--port", str(port), "--enforce-eager"]
     for name in ("max_model_len", "block_size", "limit_mm_per_prompt"):
         command += [f"--{name.replace('_', '-')}", json.dumps(ENGINE[name])]
     server = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
@@ -183,9 +183,10 @@ def start_server(model: str, log) -> tuple[subprocess.Popen, str]:
 
 def check_server(report: Report, model: str, requests: list[dict], trained: bool, log_file: Path) -> None:
     start = time.monotonic()
+    dtype = "bfloat16" if trained else "float32"  # without training, rounding decides between words
     with log_file.open("w") as log:
-        server, url = start_server(model, log)
-        print(f"OpenAI server in bfloat16; up in {time.monotonic() - start:.0f} s", flush=True)
+        server, url = start_server(model, dtype, log)
+        print(f"OpenAI server in {dtype}; up in {time.monotonic() - start:.0f} s", flush=True)
         try:
             check_requests(report, openai.OpenAI(base_url=f"{url}/v1", api_key="none"), requests, trained)
         finally:
