@@ -208,7 +208,8 @@ def check_requests(report: Report, client: openai.OpenAI, requests: list[dict], 
     answering = [request for request in requests if not request["ask"]]
     start = time.monotonic()
     texts = [complete(request, temperature=0.0)[0] for request in answering]
-    equal = sum(text == request["text"] for text, request in zip(texts, answering))
+    # An untrained model may end within a character, which transformers decodes as U+FFFD, and vLLM leaves out.
+    equal = sum(text.rstrip("\ufffd") == request["text"].rstrip("\ufffd") for text, request in zip(texts, answering))
     report.add(
         equal == len(answering),
         "answers to images as data: URLs, and to none",
