@@ -125,9 +125,10 @@ class DataCheck:
         self.sources = [*self.sources, *self.eval_sources]
         self.opened = [open_source(source) for source in self.sources]
         self.image_roots = [image_root_of(source, rows) for source, rows in zip(self.sources, self.opened)]
-        begin = self.processor.turn_format["turn_begin"]
-        markers = (self.processor.user_marker, self.processor.assistant_marker)
-        self._markers = [] if self.plain else [begin + marker for marker in markers]
+        # Where a token begins each turn, a marker alone is no more than the name of a role.
+        begins_with_token = bool(self.processor.turn_format["turn_begin"])
+        markers = [self.processor.user_marker, self.processor.assistant_marker]
+        self._markers = [] if self.plain or begins_with_token else markers
         # A text without any of these characters has no control token. This fast test is enough for most texts.
         self._first_characters = {token[0] for token in self.processor.control_tokens}
 

@@ -1,11 +1,13 @@
 """The prompt layouts of today's language models, on small tokenizers in the manner of theirs: one law a test."""
 
+import json
 import re
 import time
 from functools import cache
 
 import pytest
 from jinja2 import TemplateError
+from rich.progress import Progress
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from processing_sq_llava import PROMPT_LAYOUTS, SYSTEM_MESSAGE, SQLlavaProcessor
@@ -13,6 +15,8 @@ from sq_llava.checkpoints.compose import stop_token_ids
 from sq_llava.checkpoints.prompt_layouts import layout_name, layout_settings, recognise_chat_format
 from sq_llava.data.lengths import LengthBound, prefix_lengths
 from sq_llava.data.self_questions import ANSWER, QUESTION, draw_self_questions
+from sq_llava.data.sources import DataSource
+from sq_llava.doctor.check import DataCheck, examine
 from sq_llava.training.collator import SelfQuestioningCollator
 from tests import tiny
 from tests.chat_tokenizers import CHAT_TOKENIZERS, qwen_base
@@ -230,21 +234,31 @@ def test_reloaded_processor_gives_equal_ids_masks_and_control_tokens(processor, 
     assert again.tokenizer.chat_template == processor.chat_template
 
 
-@pytest.mark.parametrize("num_system", [0, 1], ids=["no system turn", "system turn"])
-def test_lengths_of_exchanges_are_those_of_the_collator(processor, num_system):
-    system = [message("system", "Be kind.")][:num_system]
-    conversations = [system + conversation(*[text] * 4) + conversation(text)[2:] for text in NASTY]
-    conversations = [[{"role": m["role"], "content": m["content"]} for m in messages] for messages in conversations]
-    bound = LengthBound(processor, max_length=10_000)
-    for ratio in (0.0, 1.0):
-        collator = SelfQuestioningCollator(processor, self_question_ratio=ratio)
-        for messages in conversations:
-            flagged = draw_self_questions(messages, ratio, 0, 0, 0)
-            [counted] = bound._by_exchange([flagged])
-            [whole] = prefix_lengths(processor, [flagged], plain=False)
-            assert counted.cumsum().tolist() == whole.tolist()
-            batch = collator([{"row_id": 0, "messages": messages, "images": [tiny.picture()]}])
-            assert batch["input_ids"].shape[1] == whole[-1]
+@pytest.mark.parametrize("ratio", [0.0, 1.0], ids=["user asks", "model asks"])
+def test_lengths_of_exchanges_are_those_of_the_collator(processor, ratio):
+    turns = [message(role, text) for role, text in zip(["user", "assistant"] * 5, NASTY)]
+    turns[0]["content"].insert(0, IMAGE)
+    collator = SelfQuestioningCollator(processor, self_question_ratio=ratio)
+    for messages in (turns, [message("system", "Be kind."), *turns]):
+        drawn = draw_self_questions(messages, ratio, 0, 0, 0)
+        [counted] = LengthBound(processor, max_length=10_000)._by_exchange([drawn])
+        [whole] = prefix_lengths(processor, [drawn], plain=False)
+        assert counted.cumsum().tolist() == whole.tolist()
+        batch = collator([{"row_id": 0, "messages": messages, "images": [tiny.picture()]}])
+        assert batch["input_ids"].shape[1] == whole[-1]
+
+
+def test_doctor_finds_the_control_tokens_and_role_markers_of_the_layout(tmp_path):
+    answers = ["<|im_start|>user", "The user.", "USER: and ASSISTANT:"]
+    turns = [[{"from": "human", "value": "Who?"}, {"from": "gpt", "value": answer}] for answer in answers]
+    rows = [{"id": str(number), "conversations": turn} for number, turn in enumerate(turns)]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    found = {}
+    for name in ("smollm", "llama2"):
+        check = DataCheck([DataSource(str(tmp_path / "rows.json"))], made(name)[0])
+        report = examine(check, Progress(disable=True))
+        found[name] = [(finding.code, finding.row) for finding in report.findings]
+    assert found == {"smollm": [("control_token", 0)], "llama2": [("role_marker", 2)]}
 
 
 def test_a_layout_whose_tokens_the_tokenizer_lacks_is_refused():
