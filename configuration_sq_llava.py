@@ -257,12 +257,14 @@ def _check_names(names: Iterable[str], is_saved: bool):
 
 def _sub_config(name: str, value: dict | PreTrainedConfig | None, default: dict) -> PreTrainedConfig:
     if isinstance(value, PreTrainedConfig):
+        vars(value).pop("auto_map", None)  # names code of the part's first model, which a saved SQ-LLaVA does not have
         return value
     if value is None:
         value = default
     if not isinstance(value, dict):
         raise TypeError(f"{name} is {value!r}: give a dict or a configuration object, or remove it.")
     fields = {"model_type": default["model_type"], **value}
+    fields.pop("auto_map", None)
     if fields["model_type"] not in CONFIG_MAPPING:
         raise ValueError(
             f"{name}.model_type is {fields['model_type']!r}, which this version of transformers does not know."

@@ -107,15 +107,24 @@ def fetch(model: str | os.PathLike, revision: str | None = None) -> Path:
     Raises:
         ValueError: if neither the Hub nor its cache has the model.
     """
+    return _fetch(model, revision, MODEL_FILES, IN_FOLDERS)
+
+
+def fetch_code(model: str | os.PathLike, revision: str | None = None) -> Path:
+    """Like [`fetch`], but only code and JSON files are downloaded, to check them. They are not run."""
+    return _fetch(model, revision, ["*.json", "*.py"])
+
+
+def _fetch(
+    model: str | os.PathLike, revision: str | None, patterns: list[str], ignored: list[str] | None = None
+) -> Path:
     folder = require_folder_or_id(model)
     if folder is not None:
         return folder
     from huggingface_hub import snapshot_download
 
     with hub_errors(f"{model}: could not be downloaded from the Hub"):
-        return Path(
-            snapshot_download(str(model), revision=revision, allow_patterns=MODEL_FILES, ignore_patterns=IN_FOLDERS)
-        )
+        return Path(snapshot_download(str(model), revision=revision, allow_patterns=patterns, ignore_patterns=ignored))
 
 
 def is_adapter(model: str | os.PathLike, revision: str | None = None) -> bool:

@@ -5,6 +5,8 @@
 >>> model, processor = compose(blip2, "lmsys/vicuna-7b-v1.5", blip2, prototype_variant="none")
 """
 
+from pathlib import Path
+
 import torch
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -22,6 +24,7 @@ from configuration_sq_llava import SQLlavaConfig
 from modeling_sq_llava import SQLlavaForConditionalGeneration
 from processing_sq_llava import SQLlavaProcessor
 from sq_llava.checkpoints.provenance import public_name
+from sq_llava.checkpoints.trust import without_remote_code
 
 
 # The vocabulary is padded to a multiple of this: the matrix product of the LM head is faster on whole tiles.
@@ -59,8 +62,14 @@ def padded_size(num_tokens: int) -> int:
     return -(-num_tokens // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
 
 
+def config_of(model: str | Path) -> PreTrainedConfig:
+    """The configuration of a model whose code is in transformers; others are a ValueError."""
+    with without_remote_code(model):
+        return AutoConfig.from_pretrained(model, trust_remote_code=False)
+
+
 def _vision_config(vision_model: str) -> PreTrainedConfig:
-    config = AutoConfig.from_pretrained(vision_model)
+    config = config_of(vision_model)
     config = getattr(config, "vision_config", config)
     config.name_or_path = public_name(vision_model)  # may be published: no path of this machine
     return config
@@ -74,7 +83,7 @@ def text_config_of(text_model: str) -> PreTrainedConfig:
     Raises:
         ValueError: if transformers cannot load it as a causal language model, or if its layers read token ids.
     """
-    config = AutoConfig.from_pretrained(text_model)
+    config = config_of(text_model)
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise ValueError(
             f"The language model {text_model} is a {config.model_type}, which transformers cannot load as a causal "
@@ -97,7 +106,7 @@ def _qformer_fields(qformer_model: str | None) -> dict:
     """Fields of [`SQLlavaConfig`] for the Q-Former of a BLIP-2 model; empty without one."""
     if qformer_model is None:
         return {}
-    config = AutoConfig.from_pretrained(qformer_model)
+    config = config_of(qformer_model)
     if config.model_type != "blip-2":
         raise ValueError(
             f"qformer_model_name_or_path is {str(qformer_model)!r}, a {config.model_type}. Give a BLIP-2 model in "
@@ -119,13 +128,15 @@ class _Blip2ImageSide(Blip2VisionModelWithProjection):
 
 def load_vision_tower(vision_model: str, attn_implementation: str | None = None, **kwargs) -> torch.nn.Module:
     """Loads the pretrained vision tower of a vision model or a BLIP-2; `kwargs` go to `from_pretrained`."""
-    if AutoConfig.from_pretrained(vision_model).model_type == "blip-2":
+    if config_of(vision_model).model_type == "blip-2":
         tower = _Blip2ImageSide.from_pretrained(vision_model, **kwargs).vision_model
         # Only for the tower: the Q-Former, which is loaded with it, does not support FlashAttention.
         if attn_implementation is not None:
             tower.set_attn_implementation(attn_implementation)
         return tower
-    model = AutoModel.from_pretrained(vision_model, attn_implementation=attn_implementation, **kwargs)
+    model = AutoModel.from_pretrained(
+        vision_model, attn_implementation=attn_implementation, trust_remote_code=False, **kwargs
+    )
     return getattr(model, "vision_model", model)
 
 
@@ -159,12 +170,11 @@ def compose_processor(
         prototype_variant="none",  # does not change image_seq_length
         **_qformer_fields(qformer_model),
     )
-    return SQLlavaProcessor(
-        AutoImageProcessor.from_pretrained(vision_model),
-        AutoTokenizer.from_pretrained(text_model),
-        image_seq_length=config.image_seq_length,
-        **processor_kwargs,
-    )
+    with without_remote_code(vision_model):
+        image_processor = AutoImageProcessor.from_pretrained(vision_model, trust_remote_code=False)
+    with without_remote_code(text_model):
+        tokenizer = AutoTokenizer.from_pretrained(text_model, trust_remote_code=False)
+    return SQLlavaProcessor(image_processor, tokenizer, image_seq_length=config.image_seq_length, **processor_kwargs)
 
 
 def compose(
@@ -196,7 +206,9 @@ def compose(
     """
     processor = compose_processor(vision_model, text_model, qformer_model, **(processor_kwargs or {}))
     # A multimodal model is loaded completely; only its text part is used.
-    whole = AutoModelForCausalLM.from_pretrained(text_model, dtype=dtype, attn_implementation=attn_implementation)
+    whole = AutoModelForCausalLM.from_pretrained(
+        text_model, dtype=dtype, attn_implementation=attn_implementation, trust_remote_code=False
+    )
     config = SQLlavaConfig(
         vision_config=_vision_config(vision_model),
         text_config=_text_config_for(whole, processor),

@@ -25,7 +25,7 @@ from pathlib import Path
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from rich.filesize import decimal
-from transformers import CONFIG_MAPPING, AutoConfig, AutoImageProcessor, AutoTokenizer, PreTrainedConfig
+from transformers import CONFIG_MAPPING, AutoImageProcessor, AutoTokenizer, PreTrainedConfig
 from transformers.dynamic_module_utils import custom_object_save
 from transformers.utils.chat_template_utils import render_jinja_template
 
@@ -33,9 +33,10 @@ from configuration_sq_llava import SQLlavaConfig
 from modeling_sq_llava import PROTOTYPE_EXTRACTORS, SQLlavaForConditionalGeneration
 from processing_sq_llava import SYSTEM_MESSAGE, VUSR_TOKEN, SQLlavaProcessor
 from sq_llava.checkpoints.card import write_card
-from sq_llava.checkpoints.compose import NEW_TOKENS, padded_size, set_special_tokens
+from sq_llava.checkpoints.compose import NEW_TOKENS, config_of, padded_size, set_special_tokens
 from sq_llava.checkpoints.layouts import NAMES, Layout, is_original
 from sq_llava.checkpoints.provenance import public_name, write_provenance
+from sq_llava.checkpoints.trust import foreign_code, without_remote_code
 from sq_llava.checkpoints.weight_files import TORCH_NAMES, read_json, read_json_if_there
 from sq_llava.checkpoints.weights import (
     EMBEDDINGS,
@@ -124,7 +125,7 @@ def plan(
         raise ValueError(f"The weights cannot be stored as {dtype_name!r}. Give --dtype {', '.join(DTYPES)}.")
 
     text_config, vision_config = _text_config(layout), _vision_config(layout)
-    notes = [*_notes_on_tower(layout), *_notes_on_inputs(layout)]
+    notes = [*_notes_on_tower(layout), *_notes_on_inputs(layout), *_notes_on_code(layout)]
     architecture = _architecture(layout, prototypes, notes)
     config = SQLlavaConfig(vision_config=vision_config, text_config=text_config, **architecture)
     processor = _processor(layout, config, prototypes is not None)
@@ -218,7 +219,7 @@ def _require_vicuna_prompts(layout: Layout) -> None:
 
 def _text_config(layout: Layout) -> PreTrainedConfig:
     if layout.kind == "llava_hf":
-        return AutoConfig.from_pretrained(layout.path, trust_remote_code=False).text_config
+        return config_of(layout.path).text_config
     folder = layout.text_folder
     fields = read_json(folder / "config.json")
     if is_original(fields):
@@ -226,7 +227,7 @@ def _text_config(layout: Layout) -> PreTrainedConfig:
     elif "text_config" in fields:
         raise ValueError(f"{folder} is a {fields.get('model_type')}. Give a plain language model as --base.")
     else:
-        text_config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        text_config = config_of(folder)
     text_config.name_or_path = public_name(layout.base_name) if layout.base_name else ""
     return text_config
 
@@ -244,7 +245,7 @@ def _original_text_config(folder: Path, fields: dict) -> PreTrainedConfig:
 
 
 def _vision_config(layout: Layout) -> PreTrainedConfig:
-    config = AutoConfig.from_pretrained(layout.vision_folder, trust_remote_code=False)
+    config = config_of(layout.vision_folder)
     config = getattr(config, "vision_config", config)
     config.name_or_path = public_name(layout.vision_name) if layout.vision_name else ""
     return config
@@ -269,6 +270,13 @@ def _notes_on_inputs(layout: Layout) -> Iterator[str]:
     settings = read_json_if_there(layout.path / "preprocessor_config.json") or {}
     if settings.get("do_center_crop", True) and not settings.get("do_pad"):
         yield "Images are padded to a square, as in LLaVA-1.5's training. The source's processor crops them."
+
+
+def _notes_on_code(layout: Layout) -> Iterator[str]:
+    """Says which entries are left out because they name code that the result does not have."""
+    for folder in dict.fromkeys((layout.path, layout.text_folder, layout.vision_folder)):
+        for entry in foreign_code(folder):
+            yield f"Left out, and never run: the code that {folder} names. {entry}"
 
 
 def _architecture(layout: Layout, prototypes: str | None, notes: list[str]) -> dict:
@@ -321,7 +329,8 @@ def _processor(layout: Layout, config: SQLlavaConfig, new_extractor: bool) -> SQ
     if not (tower / "preprocessor_config.json").is_file():
         raise ValueError(f"{tower} holds no preprocessor_config.json. Copy the one of the vision tower there.")
     # The language model's configuration is given: with a LLaVA config.json, the ids would differ from SentencePiece's.
-    tokenizer = AutoTokenizer.from_pretrained(folder, config=config.text_config, trust_remote_code=False)
+    with without_remote_code(folder):
+        tokenizer = AutoTokenizer.from_pretrained(folder, config=config.text_config, trust_remote_code=False)
     vusr_marker, system_message = RELEASED_VUSR_MARKER, VICUNA_SYSTEM_MESSAGE
     if layout.kind == "projector":
         vusr_marker, system_message = VUSR_TOKEN, SYSTEM_MESSAGE
@@ -329,7 +338,8 @@ def _processor(layout: Layout, config: SQLlavaConfig, new_extractor: bool) -> SQ
         vusr_marker = VUSR_TOKEN
     elif layout.projector_type == "cluster":
         system_message = RELEASED_SYSTEM_MESSAGE
-    image_processor = AutoImageProcessor.from_pretrained(tower, trust_remote_code=False)
+    with without_remote_code(tower):
+        image_processor = AutoImageProcessor.from_pretrained(tower, trust_remote_code=False)
     settings = {
         "image_seq_length": config.image_seq_length,
         "image_aspect_ratio": _choose(layout, "image_aspect_ratio", ASPECT_RATIOS, layout.aspect_ratio),

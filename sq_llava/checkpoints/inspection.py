@@ -26,6 +26,7 @@ from modeling_sq_llava import SQLlavaForConditionalGeneration
 from sq_llava.checkpoints.completeness import checkpoint_faults, step_of
 from sq_llava.checkpoints.layouts import NAMES, Layout, recognise
 from sq_llava.checkpoints.parts import INFIXES, part_of
+from sq_llava.checkpoints.trust import changed_code, foreign_code
 from sq_llava.checkpoints.weight_files import TORCH_NAMES, Tensor, WeightFile, read_weight_map
 from sq_llava.checkpoints.zero3 import loading_whole
 from sq_llava.resources import CODE_FILES, code_digests
@@ -56,6 +57,8 @@ class Inspection:
         parts (`dict`): Parameters and dtypes of each part of the model. LoRA is counted separately.
         loras (`list[dict]`): Tower, ranks, alphas and file of each LoRA. Ranks are read from the tensors, alphas from
             the configuration.
+        foreign_code (`list[str]`): Entries that name code other than this library's. An SQ-LLaVA with such entries is
+            not loaded, see `trust.py`.
         missing (`list[str]`): Expected files or settings that are missing.
         faults (`list[str]`): Errors. A folder with faults cannot be used as it is.
     """
@@ -71,13 +74,14 @@ class Inspection:
     bases: dict[str, str] = field(default_factory=dict)
     checkpoints: dict[str, str] = field(default_factory=dict)
     code: dict[str, dict] = field(default_factory=dict)
+    foreign_code: list[str] = field(default_factory=list)
     files: dict[str, int] = field(default_factory=dict)
     missing: list[str] = field(default_factory=list)
     faults: list[str] = field(default_factory=list)
 
     @property
     def sound(self) -> bool:
-        return not self.faults
+        return not self.faults and not self.foreign_code
 
     def to_json(self) -> dict:
         return {"sound": self.sound, **asdict(self)}
@@ -113,9 +117,11 @@ def inspect(path: str | Path, base: Path | None = None, only_loaded: bool = Fals
     _count_parameters(headers, inspection)
     _describe_lora(headers, configs, inspection)
     _describe_settings(configs, inspection)
-    own = code_digests()
+    if inspection.kind in ("checkpoint", "adapter"):
+        inspection.foreign_code = foreign_code(folder)
+    changed = changed_code(folder)
     inspection.code = {
-        name: {"sha256": digest, "as_in_this_library": digest == own[name]}
+        name: {"sha256": digest, "as_in_this_library": name not in changed}
         for name, digest in code_digests(folder).items()
     }
     steps = sorted((path for path in folder.iterdir() if step_of(path) is not None), key=step_of)
@@ -374,7 +380,7 @@ def print_inspection(inspection: Inspection, console: Console) -> None:
         console.print(_table_of_parts(inspection))
     for title, lines in _facts(inspection).items():
         if lines:
-            style = {"missing": "yellow", "broken": "red"}.get(title)
+            style = {"missing": "yellow", "broken": "red", "not this library's code": "red"}.get(title)
             console.print(title, style=style or "bold")
             for line in lines:
                 console.print(f"  {line}", style=style, markup=False, highlight=False, soft_wrap=True)
@@ -412,6 +418,7 @@ def _facts(inspection: Inspection) -> dict[str, list[str]]:
             f"SHA-256 {code['sha256']}"
             for name, code in inspection.code.items()
         ],
+        "not this library's code": inspection.foreign_code,
         "missing": inspection.missing,
         "broken": inspection.faults,
     }

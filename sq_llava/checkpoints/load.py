@@ -28,6 +28,7 @@ from sq_llava.checkpoints.compose import stop_token_ids
 from sq_llava.checkpoints.inspection import TOKENIZER, inspect
 from sq_llava.checkpoints.layouts import NAMES, recognise
 from sq_llava.checkpoints.provenance import read_provenance, write_provenance
+from sq_llava.checkpoints.trust import refusal
 from sq_llava.checkpoints.zero3 import from_pretrained
 from sq_llava.early_checks import require_new_folder
 from sq_llava.locations import base_of_adapter, fetch, find_config, is_adapter, is_hub_id, revision_of_base
@@ -79,7 +80,9 @@ def require_model(model: str | os.PathLike, revision: str | None = None) -> Path
     return folder
 
 
-def require_whole(folder: Path, base: Path | None = None, name: str | None = None) -> None:
+def require_whole(
+    folder: Path, base: Path | None = None, name: str | None = None, trust_remote_code: bool = False
+) -> None:
     """
     Runs the check of `sq-llava inspect` on the files that are read when an SQ-LLaVA or an adapter is loaded.
 
@@ -87,11 +90,15 @@ def require_whole(folder: Path, base: Path | None = None, name: str | None = Non
         base (`Path`, *optional*): Folder of an adapter's base. Default: the base that the adapter names, if it is on
             this machine.
         name (`str`, *optional*): Name of the model in errors. Default: the folder.
+        trust_remote_code (`bool`): Accept entries that name other code than this library's.
 
     Raises:
-        ValueError: if files or weights are missing, or weights are superfluous or of a wrong shape.
+        ValueError: if files or weights are missing, or weights are superfluous or of a wrong shape; if a file names
+            code that is not this library's.
     """
     inspection = inspect(folder, base, only_loaded=True)
+    if inspection.foreign_code and not trust_remote_code:
+        raise ValueError(refusal(name or folder, inspection.foreign_code))
     faults = [*inspection.faults, *(f"{file} is missing" for file in inspection.missing if file in NEEDED)]
     if faults:
         more = f"; and {len(faults) - SHOWN_FAULTS} more" if len(faults) > SHOWN_FAULTS else ""

@@ -259,10 +259,10 @@ class ClipScorer:
     """
 
     def __init__(self, path: str, device: str):
-        if AutoConfig.from_pretrained(path).model_type != "clip":
+        if AutoConfig.from_pretrained(path, trust_remote_code=False).model_type != "clip":
             raise ValueError(f"--clip {path}: is not a complete CLIP. Use a model with both towers.")
         self.model = CLIPModel.from_pretrained(path).to(device).eval()
-        self.processor = CLIPProcessor.from_pretrained(path)
+        self.processor = CLIPProcessor.from_pretrained(path, trust_remote_code=False)
         self.max_length = self.model.config.text_config.max_position_embeddings
 
     @torch.inference_mode()
