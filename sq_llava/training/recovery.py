@@ -19,8 +19,10 @@ import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import DistributedType
 from transformers import TrainerCallback
+from transformers.trainer_pt_utils import safe_globals
 
 from sq_llava.checkpoints.completeness import RUN_FILE, STATE_FILE, checkpoint_faults, json_fault, step_of
+from sq_llava.checkpoints.weight_files import load_plain
 
 
 # sysexits.h: "temporary failure, try again later". A scheduler may restart the job on this exit code.
@@ -83,6 +85,19 @@ def find_checkpoint(output_dir: str, resume: bool, given: str | None) -> str | N
         return None
     PartialState().print(f"--resume: training resumes from {complete[-1]}.")
     return str(complete[-1])
+
+
+def require_plain_states(checkpoint: str) -> None:
+    """
+    Checks that the states of optimizer, schedule and random generators hold only tensors and numbers. Nothing is
+    read but their structure.
+
+    Raises:
+        ValueError: if a file is damaged, or holds code that would be run.
+    """
+    for file in sorted([*Path(checkpoint).glob("*.pt"), *Path(checkpoint).glob("*.pth")]):
+        with safe_globals():
+            load_plain(file)
 
 
 def _refuse_damaged(half_written: dict[Path, list[str]]) -> None:
