@@ -34,9 +34,10 @@ from modeling_sq_llava import PROTOTYPE_EXTRACTORS, SQLlavaForConditionalGenerat
 from processing_sq_llava import SYSTEM_MESSAGE, VUSR_TOKEN, SQLlavaProcessor
 from sq_llava.checkpoints.card import write_card
 from sq_llava.checkpoints.compose import NEW_TOKENS, padded_size, set_special_tokens
+from sq_llava.checkpoints.config_checks import at_most_parameters
 from sq_llava.checkpoints.layouts import NAMES, Layout, is_original
 from sq_llava.checkpoints.provenance import public_name, write_provenance
-from sq_llava.checkpoints.weight_files import TORCH_NAMES, read_json, read_json_if_there
+from sq_llava.checkpoints.weight_files import TORCH_NAMES
 from sq_llava.checkpoints.weights import (
     EMBEDDINGS,
     HEAD,
@@ -47,6 +48,7 @@ from sq_llava.checkpoints.weights import (
     write_file,
 )
 from sq_llava.early_checks import require_new_folder
+from sq_llava.json_text import read_json, read_json_if_there
 
 
 VICUNA_SYSTEM_MESSAGE = (
@@ -129,7 +131,7 @@ def plan(
     config = SQLlavaConfig(vision_config=vision_config, text_config=text_config, **architecture)
     processor = _processor(layout, config, prototypes is not None)
     _set_vocabulary(config, processor, embeddings.shape[0], notes)
-    model = _empty_model(config, DTYPES[dtype_name])
+    model = _empty_model(config, DTYPES[dtype_name], 2 * len(sources.weights) + 1_000)
     if prototypes is not None:
         _add_new_extractor(model, sources, prototypes, notes)
     targets = model.state_dict()
@@ -371,10 +373,10 @@ def _set_vocabulary(config: SQLlavaConfig, processor: SQLlavaProcessor, rows: in
     config.vusr_token_id = processor.vusr_token_id
 
 
-def _empty_model(config: SQLlavaConfig, dtype: torch.dtype) -> SQLlavaForConditionalGeneration:
+def _empty_model(config: SQLlavaConfig, dtype: torch.dtype, most_parameters: int) -> SQLlavaForConditionalGeneration:
     for part in (config, config.text_config, config.vision_config):
         part.dtype = dtype
-    with torch.device("meta"):
+    with torch.device("meta"), at_most_parameters(most_parameters):
         model = SQLlavaForConditionalGeneration._from_config(config, dtype=dtype)
     config.architectures = [type(model).__name__]
     return model
