@@ -8,13 +8,15 @@ A configuration may lie, by accident or on purpose. With a million layers, or im
 work for hours or take all memory. `sq_llava/checkpoints/inspection.py` compares the shapes of the weights.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import wraps
 
 from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from configuration_sq_llava import SQLlavaConfig
+from processing_sq_llava import SQLlavaProcessor
 
 
 # Parameters of a model whose files are not there to count. The largest models of transformers have about 50,000.
@@ -26,6 +28,37 @@ MOST_TEXTS = 100
 def one_line(error: Exception) -> str:
     """The kind and the text of an error of another library."""
     return f"{type(error).__name__}: {' '.join(str(error).split())}".removeprefix("ValueError: ").rstrip(".: ")
+
+
+def named_errors(function: Callable) -> Callable:
+    """
+    Wraps a function that reads the configuration or the tokenizer of another model with transformers. Its first
+    argument names the model.
+
+    Raises:
+        ValueError: with the name of the model, for any error of a library about damaged files and wrong values.
+    """
+
+    @wraps(function)
+    def call(model, *args, **kwargs):
+        try:
+            return function(model, *args, **kwargs)
+        except (ValueError, OSError):
+            raise
+        except Exception as error:  # transformers and tokenizers raise errors of many kinds
+            raise ValueError(f"{getattr(model, 'path', model)} cannot be read ({one_line(error)}).") from error
+
+    return call
+
+
+def require_fitting(processor: SQLlavaProcessor, config: SQLlavaConfig) -> None:
+    """
+    Raises:
+        ValueError: if the processor makes images of another size than the model takes.
+    """
+    settings = {"image_processor": processor.image_processor.to_dict(), "image_seq_length": processor.image_seq_length}
+    for fault in processor_faults(settings, config):
+        raise ValueError(f"{fault}. Use the image processor that belongs to the vision tower.")
 
 
 def read_config(fields: dict, file: str = "config.json") -> SQLlavaConfig:

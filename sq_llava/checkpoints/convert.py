@@ -34,7 +34,7 @@ from modeling_sq_llava import PROTOTYPE_EXTRACTORS, SQLlavaForConditionalGenerat
 from processing_sq_llava import SYSTEM_MESSAGE, VUSR_TOKEN, SQLlavaProcessor
 from sq_llava.checkpoints.card import write_card
 from sq_llava.checkpoints.compose import NEW_TOKENS, padded_size, set_special_tokens
-from sq_llava.checkpoints.config_checks import at_most_parameters
+from sq_llava.checkpoints.config_checks import at_most_parameters, named_errors, require_fitting
 from sq_llava.checkpoints.layouts import NAMES, Layout, is_original
 from sq_llava.checkpoints.provenance import public_name, write_provenance
 from sq_llava.checkpoints.weight_files import TORCH_NAMES
@@ -215,6 +215,7 @@ def _require_vicuna_prompts(layout: Layout) -> None:
     )
 
 
+@named_errors
 def _text_config(layout: Layout) -> PreTrainedConfig:
     if layout.kind == "llava_hf":
         return AutoConfig.from_pretrained(layout.path, trust_remote_code=False).text_config
@@ -242,6 +243,7 @@ def _original_text_config(folder: Path, fields: dict) -> PreTrainedConfig:
     return config_class(**{name: value for name, value in fields.items() if name in known})
 
 
+@named_errors
 def _vision_config(layout: Layout) -> PreTrainedConfig:
     config = AutoConfig.from_pretrained(layout.vision_folder, trust_remote_code=False)
     config = getattr(config, "vision_config", config)
@@ -313,6 +315,7 @@ def _choose(layout: Layout, name: str, choices: dict, value):
     return choices[value]
 
 
+@named_errors
 def _processor(layout: Layout, config: SQLlavaConfig, new_extractor: bool) -> SQLlavaProcessor:
     folder, tower = layout.text_folder, layout.vision_folder
     if not any((folder / name).is_file() for name in ("tokenizer.model", "tokenizer.json")):
@@ -344,6 +347,7 @@ def _processor(layout: Layout, config: SQLlavaConfig, new_extractor: bool) -> SQ
             f"{layout.path}: image_token_index is {image_token_id} in config.json, but the id of <image> in the "
             f"tokenizer is {processor.image_token_id}. Use the tokenizer that belongs to this model."
         )
+    require_fitting(processor, config)
     return processor
 
 

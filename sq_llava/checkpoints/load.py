@@ -25,7 +25,7 @@ from modeling_sq_llava import SQLlavaForConditionalGeneration
 from processing_sq_llava import TEMPLATE_HEADER, SQLlavaProcessor
 from sq_llava.checkpoints.card import write_card
 from sq_llava.checkpoints.compose import stop_token_ids
-from sq_llava.checkpoints.config_checks import one_line
+from sq_llava.checkpoints.config_checks import named_errors
 from sq_llava.checkpoints.inspection import TOKENIZER, inspect
 from sq_llava.checkpoints.layouts import NAMES, recognise
 from sq_llava.checkpoints.provenance import read_provenance, write_provenance
@@ -115,19 +115,14 @@ def load_processor(folder: str | os.PathLike, trust_chat_template: bool = False,
     Raises:
         ValueError: if a file is damaged or a setting wrong; or for a chat template of somebody else.
     """
-    try:
-        processor = SQLlavaProcessor.from_pretrained(folder, trust_remote_code=False, **settings)
-    except ValueError:
-        raise
-    except Exception as error:  # for damaged files, the tokenizers library raises a plain Exception
-        raise ValueError(f"{folder}: the processor cannot be loaded ({one_line(error)}).") from error
+    processor = named_errors(SQLlavaProcessor.from_pretrained)(folder, trust_remote_code=False, **settings)
     templates = processor.chat_template
     template = templates.get("default") if isinstance(templates, dict) else templates
     if not (trust_chat_template or (template or "").startswith(TEMPLATE_HEADER)):
         raise ValueError(
             f"{folder} has a chat template of its own: {(template or '')[:60]!r}... It is a program, which can loop "
-            "for hours or fill the memory. If you trust it, give --trust-chat-template (in Python: "
-            "trust_chat_template=True). Otherwise remove chat_template.jinja: the processor then writes its own."
+            "for hours or fill the memory. If you trust it, give --trust-chat-template to answer, ask, chat or serve "
+            "(in Python: trust_chat_template=True). Otherwise remove the template: the processor then writes its own."
         )
     return processor
 

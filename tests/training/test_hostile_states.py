@@ -55,7 +55,8 @@ def test_states_of_a_run_pass(checkpoint):
 def test_state_with_code_is_refused_and_the_code_is_not_run(checkpoint, tmp_path, name, kind):
     file, trap = checkpoint / name, tmp_path / "ran"
     if kind == "torch":
-        torch.save({"state": Touch(trap)}, file)
+        torch.save({"state": Touch(trap)}, tmp_path / "state.pt")
+        (tmp_path / "state.pt").replace(file)
     else:
         file.write_bytes(pickle.dumps(Touch(trap)) if kind == "pickle" else file.read_bytes()[:-20])
     with pytest.raises(ValueError, match=rf"{name} was not loaded: it is damaged, or holds") as raised:
