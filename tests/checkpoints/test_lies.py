@@ -7,8 +7,10 @@ import shutil
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
 from sq_llava.checkpoints.load import load_checkpoint, load_model, load_processor
+from sq_llava.cli.main import app
 from sq_llava.training.adapter import LoraSize, add_adapter
 from tests import tiny
 from tests.limits import limited
@@ -185,3 +187,31 @@ def test_large_file_of_settings_is_not_read(copy):
     with (copy / "generation_config.json").open("wb") as file:
         file.truncate(2**40)
     assert "generation_config.json has 1,099,511,627,776 bytes, which is too large" in refused(copy)
+
+
+COMMANDS = {
+    "answer": ["answer", "a.png", "What?", "--model", "copy"],
+    "ask": ["ask", "a.png", "--model", "copy"],
+    "serve": ["serve", "copy"],
+    "inspect": ["inspect", "copy"],
+    "push": ["push", "copy", "org/name", "--dry-run"],
+    "merge": ["merge", "adapter", "--out", "merged"],
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", COMMANDS)
+def test_each_command_refuses_a_configuration_that_lies_in_one_line(models, copy, command, monkeypatch):
+    monkeypatch.chdir(copy.parent)
+    shutil.copytree(models / "adapter", "adapter")
+    edit_json(Path("adapter/adapter_config.json"), base_model_name_or_path=str(copy))
+    tiny.picture().save("a.png")
+    config = json.loads((copy / "config.json").read_text())
+    config["text_config"]["num_hidden_layers"] = 10**8
+    (copy / "config.json").write_text(json.dumps(config))
+    with limited(60):
+        result = CliRunner().invoke(app, COMMANDS[command])
+    said = result.stdout if command == "inspect" else result.stderr
+    assert result.exit_code == 1 and not Path("merged").exists()
+    assert "text_config.num_hidden_layers is 100000000: give an int of at most 1000" in said
+    assert command == "inspect" or len(result.stderr.strip().splitlines()) == 1
