@@ -23,6 +23,7 @@ from transformers import (
 from configuration_sq_llava import SQLlavaConfig
 from modeling_sq_llava import SQLlavaForConditionalGeneration
 from processing_sq_llava import SQLlavaProcessor
+from sq_llava.checkpoints.config_checks import named_errors, require_fitting
 from sq_llava.checkpoints.provenance import public_name
 from sq_llava.checkpoints.trust import without_remote_code
 
@@ -68,6 +69,7 @@ def config_of(model: str | Path) -> PreTrainedConfig:
         return AutoConfig.from_pretrained(model, trust_remote_code=False)
 
 
+@named_errors
 def _vision_config(vision_model: str) -> PreTrainedConfig:
     config = config_of(vision_model)
     config = getattr(config, "vision_config", config)
@@ -75,6 +77,7 @@ def _vision_config(vision_model: str) -> PreTrainedConfig:
     return config
 
 
+@named_errors
 def text_config_of(text_model: str) -> PreTrainedConfig:
     """
     The configuration of a causal language model. Multimodal models that transformers can load as one, such as Gemma 3
@@ -102,6 +105,7 @@ def text_config_of(text_model: str) -> PreTrainedConfig:
     return text_config
 
 
+@named_errors
 def _qformer_fields(qformer_model: str | None) -> dict:
     """Fields of [`SQLlavaConfig`] for the Q-Former of a BLIP-2 model; empty without one."""
     if qformer_model is None:
@@ -126,6 +130,7 @@ class _Blip2ImageSide(Blip2VisionModelWithProjection):
     _keys_to_ignore_on_load_missing = [r"^vision_projection"]
 
 
+@named_errors
 def load_vision_tower(vision_model: str, attn_implementation: str | None = None, **kwargs) -> torch.nn.Module:
     """Loads the pretrained vision tower of a vision model or a BLIP-2; `kwargs` go to `from_pretrained`."""
     if config_of(vision_model).model_type == "blip-2":
@@ -138,6 +143,23 @@ def load_vision_tower(vision_model: str, attn_implementation: str | None = None,
         vision_model, attn_implementation=attn_implementation, trust_remote_code=False, **kwargs
     )
     return getattr(model, "vision_model", model)
+
+
+@named_errors
+def _image_processor_of(vision_model: str):
+    with without_remote_code(vision_model):
+        return AutoImageProcessor.from_pretrained(vision_model, trust_remote_code=False)
+
+
+@named_errors
+def _tokenizer_of(text_model: str):
+    with without_remote_code(text_model):
+        return AutoTokenizer.from_pretrained(text_model, trust_remote_code=False)
+
+
+@named_errors
+def _load_text_model(text_model: str, **kwargs) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_pretrained(text_model, trust_remote_code=False, **kwargs)
 
 
 def compose_config(
@@ -170,11 +192,14 @@ def compose_processor(
         prototype_variant="none",  # does not change image_seq_length
         **_qformer_fields(qformer_model),
     )
-    with without_remote_code(vision_model):
-        image_processor = AutoImageProcessor.from_pretrained(vision_model, trust_remote_code=False)
-    with without_remote_code(text_model):
-        tokenizer = AutoTokenizer.from_pretrained(text_model, trust_remote_code=False)
-    return SQLlavaProcessor(image_processor, tokenizer, image_seq_length=config.image_seq_length, **processor_kwargs)
+    processor = SQLlavaProcessor(
+        _image_processor_of(vision_model),
+        _tokenizer_of(text_model),
+        image_seq_length=config.image_seq_length,
+        **processor_kwargs,
+    )
+    require_fitting(processor, config)
+    return processor
 
 
 def compose(
@@ -206,9 +231,7 @@ def compose(
     """
     processor = compose_processor(vision_model, text_model, qformer_model, **(processor_kwargs or {}))
     # A multimodal model is loaded completely; only its text part is used.
-    whole = AutoModelForCausalLM.from_pretrained(
-        text_model, dtype=dtype, attn_implementation=attn_implementation, trust_remote_code=False
-    )
+    whole = _load_text_model(text_model, dtype=dtype, attn_implementation=attn_implementation)
     config = SQLlavaConfig(
         vision_config=_vision_config(vision_model),
         text_config=_text_config_for(whole, processor),

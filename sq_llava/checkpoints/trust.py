@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from sq_llava.json_text import MOST_BYTES
 from sq_llava.resources import CODE_FILES, code_digests
 
 
@@ -47,6 +48,9 @@ def foreign_code(folder: Path) -> list[str]:
     found = [f"{CUSTOM_GENERATE} replaces `generate`"] if (folder / CUSTOM_GENERATE).is_file() else []
     for file in sorted(folder.glob("*.json")):
         if file.name in DATA_FILES or not file.is_file():
+            continue
+        if file.stat().st_size > MOST_BYTES:
+            found.append(f"{file.name} is too large to be checked")
             continue
         try:
             content = json.loads(file.read_text(encoding="utf-8"))

@@ -47,10 +47,13 @@ LIBRARY = [
 
 
 def calls_in(file: Path):
-    """Calls of methods in a file: the name before the dot, the method, and the keywords."""
-    for node in ast.walk(ast.parse(file.read_text())):
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
-            yield ast.unparse(node.func.value), node.func.attr, {word.arg: word.value for word in node.keywords}
+    """The methods that a file calls or passes on: the name before the dot, the method, and the keywords."""
+    nodes = list(ast.walk(ast.parse(file.read_text())))
+    calls = {id(node.func): node for node in nodes if isinstance(node, ast.Call)}
+    for node in nodes:
+        if isinstance(node, ast.Attribute):
+            words = calls[id(node)].keywords if id(node) in calls else []  # a method that is passed on has none
+            yield ast.unparse(node.value), node.attr, {word.arg: word.value for word in words}
 
 
 def test_each_load_says_that_no_code_of_a_model_or_of_a_pickle_is_run():
