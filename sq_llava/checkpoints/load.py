@@ -98,8 +98,6 @@ def require_whole(
             code that is not this library's.
     """
     inspection = inspect(folder, base, only_loaded=True)
-    if inspection.foreign_code and not trust_remote_code:
-        raise ValueError(refusal(name or folder, inspection.foreign_code))
     faults = [*inspection.faults, *(f"{file} is missing" for file in inspection.missing if file in NEEDED)]
     if faults:
         more = f"; and {len(faults) - SHOWN_FAULTS} more" if len(faults) > SHOWN_FAULTS else ""
@@ -107,6 +105,8 @@ def require_whole(
             f"{name or folder} cannot be loaded: {'; '.join(faults[:SHOWN_FAULTS])}{more}. "
             f"Show all: sq-llava inspect {folder}"
         )
+    if inspection.foreign_code and not trust_remote_code:
+        raise ValueError(refusal(name or folder, inspection.foreign_code))
 
 
 def load_processor(folder: str | os.PathLike, trust_chat_template: bool = False, **settings) -> SQLlavaProcessor:
