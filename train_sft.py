@@ -120,7 +120,7 @@ def train(arguments: SQLlavaArguments, training_args: SFTConfig, model_config: M
     model, processor, previous_stage = load_base(arguments, training_args, model_config, checkpoint)
     rows, eval_rows = read_rows(arguments, training_args, processor)
     model = prepare_stage(model, previous_stage, arguments, model_config)
-    steps = leave_one_step(rows, training_args, arguments.packing) if arguments.dry_run == "real" else None
+    steps = leave_one_step(rows, arguments, training_args) if arguments.dry_run == "real" else None
     trainer = make_trainer(model, processor, rows, eval_rows, arguments, training_args)
     require_launch(sharding, trainer.accelerator)
     if trainer.accelerator.is_main_process:
@@ -200,6 +200,7 @@ def make_trainer(
         max_loss=arguments.max_loss,
         generation_check=generation_check,
         packing=arguments.packing,
+        max_rows_per_image=arguments.rows_per_image_pass,
     )
 
 

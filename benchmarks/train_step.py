@@ -166,7 +166,9 @@ def stock_messages(messages: list[dict]) -> list[dict]:
     return [{"role": m["role"], "content": "".join(part.get("text", "") for part in m["content"])} for m in messages]
 
 
-def own_trainer(data: Data, folder: Path, rows_per_step: int, packing: bool, prototypes: int) -> Trainer:
+def own_trainer(
+    data: Data, folder: Path, rows_per_step: int, packing: bool, prototypes: int, max_rows_per_image: int = 1
+) -> Trainer:
     processor = data.processor
     fields = {"num_prototypes": prototypes} if prototypes else {"prototype_variant": "none"}
     text = TEXT | {"vocab_size": len(processor.tokenizer)}
@@ -188,6 +190,7 @@ def own_trainer(data: Data, folder: Path, rows_per_step: int, packing: bool, pro
         question_loss_weight=1.0,
         part_learning_rates={},
         packing=packing,
+        max_rows_per_image=max_rows_per_image,
     )
 
 

@@ -381,14 +381,17 @@ def size(num_bytes: float) -> str:
     return f"{num_bytes / unit:.1f} {suffix}"
 
 
-def leave_one_step(rows: datasets.Dataset, training_args: SFTConfig, packing: bool) -> str:
+def leave_one_step(rows: datasets.Dataset, arguments: SQLlavaArguments, training_args: SFTConfig) -> str:
     """
     Changes the settings to a single step on one batch. Nothing is saved or reported.
 
     Returns:
         `str`: The description of the steps of the whole run.
     """
-    packs = pack_sampler(rows, training_args, training_args.world_size) if packing else None
+    packs = None
+    if arguments.packing:
+        shared = arguments.rows_per_image_pass
+        packs = pack_sampler(rows, training_args, training_args.world_size, max_rows_per_image=shared)
     steps = describe_steps(len(rows), training_args, training_args.world_size, packs)
     training_args.max_steps = training_args.gradient_accumulation_steps = 1
     training_args.save_strategy = training_args.eval_strategy = "no"
@@ -490,4 +493,7 @@ def plan_from_configs(
     else:
         print(describe_steps(len(rows), training_args, num_gpus, packs))
         if packs is not None:
-            print("The number of packs is approximate, because text was not tokenized; --dry_run real counts exactly.")
+            unknown = "text was not tokenized"
+            if arguments.share_images:
+                unknown += ", and rows with the same image were counted as if they shared nothing"
+            print(f"The number of packs is approximate, because {unknown}; --dry_run real counts exactly.")

@@ -41,6 +41,7 @@ from sq_llava.training.length_sampler import ModalityLengthSampler
 from sq_llava.training.packing import PackedRows, PackingCollator, PackSampler, pack_sampler, require_separation
 from sq_llava.training.recovery import CheckpointError, StepWatch
 from sq_llava.training.sharding import embeddings_in_the_root_unit, own_class, sharding_of, wrap_layers
+from sq_llava.training.shared_prefix import attention_mask, register_shared_prefix
 
 
 def in_precision(state_dict: dict[str, torch.Tensor], dtype: torch.dtype) -> dict[str, torch.Tensor]:
@@ -77,6 +78,7 @@ class SQLlavaTrainer(SFTTrainer):
             loss of a uniform guess.
         generation_check (`GenerationCheck`, *optional*): Runs with each evaluation.
         packing (`bool`): Whether to pack training rows. Their `length` must then come from `with_length_bounds`.
+        max_rows_per_image (`int`): With packing, the most rows that share the pass over their image. 1 for no sharing.
         args, kwargs: As for [`~trl.SFTTrainer`]. The data collator must be a [`SelfQuestioningCollator`].
     """
 
@@ -90,8 +92,10 @@ class SQLlavaTrainer(SFTTrainer):
         max_loss: float | None = None,
         generation_check: GenerationCheck | None = None,
         packing: bool = False,
+        max_rows_per_image: int = 1,
         **kwargs,
     ):
+        self.max_rows_per_image = max_rows_per_image
         self.question_loss_weight = question_loss_weight
         self.part_learning_rates = part_learning_rates
         self.generation_check = generation_check
@@ -123,9 +127,17 @@ class SQLlavaTrainer(SFTTrainer):
             parameter.data = data.to(parameter.device)
 
     def _make_packs(self) -> PackSampler:
+        language_model = without_adapter(self.model).model.language_model
         if not is_deepspeed_zero3_enabled():
-            require_separation(without_adapter(self.model).model.language_model)
-        return pack_sampler(self.train_dataset, self.args, self.args.world_size, self.data_collator.epoch)
+            require_separation(language_model, self._shares_images)
+        if self._shares_images and self._is_flat:
+            register_shared_prefix(language_model.config._attn_implementation)
+        epoch = self.data_collator.epoch
+        return pack_sampler(self.train_dataset, self.args, self.args.world_size, epoch, self.max_rows_per_image)
+
+    @property
+    def _shares_images(self) -> bool:
+        return self.max_rows_per_image > 1
 
     def create_optimizer(self, model=None) -> torch.optim.Optimizer:
         """Creates the Trainer's optimizer, and splits its parameter groups by part of the model."""
@@ -166,7 +178,7 @@ class SQLlavaTrainer(SFTTrainer):
         loader = torch.utils.data.DataLoader(
             PackedRows(self.train_dataset),
             batch_sampler=self.packs,
-            collate_fn=PackingCollator(self.data_collator, self._is_flat),
+            collate_fn=PackingCollator(self.data_collator, self._is_flat, self._shares_images),
             num_workers=args.dataloader_num_workers,
             pin_memory=args.dataloader_pin_memory,
             persistent_workers=args.dataloader_persistent_workers,
@@ -222,6 +234,10 @@ class SQLlavaTrainer(SFTTrainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         weights = self._loss_weights(inputs)
         kinds, row_ids = inputs.pop("turn_kinds"), inputs.pop("row_ids")
+        num_tokens, branches = inputs.pop("num_tokens", None), inputs.pop("branches", None)
+        if branches is not None:
+            config, dtype = self.model.config.get_text_config(), self._score_dtype
+            inputs["attention_mask"] = attention_mask(branches, inputs["position_ids"], config, dtype)
         inputs["use_cache"] = False
         if self.aux_loss_enabled:
             inputs["output_router_logits"] = True
@@ -254,7 +270,7 @@ class SQLlavaTrainer(SFTTrainer):
         if self.aux_loss_enabled:
             self._count_aux_loss(outputs.aux_loss.detach())
         if self.model.training:
-            self._count_packed(inputs, row_ids)
+            self._count_packed(num_tokens)
             self.watch.micro_batches.append((row_ids, torch.stack([weighted_loss.detach(), weights.sum()]).float()))
             if self.is_deepspeed_enabled and self.accelerator.sync_gradients:
                 self.watch.check(self.state.global_step + 1)  # its backward pass applies the step
@@ -275,9 +291,16 @@ class SQLlavaTrainer(SFTTrainer):
         mode = "train" if self.model.training else "eval"
         self._aux_losses.setdefault(mode, []).append(aux_loss)
 
-    def _count_packed(self, inputs: dict[str, torch.Tensor], row_ids: torch.Tensor) -> None:
-        if self.packs is not None:
-            tokens = (inputs["position_ids"] > 0).sum() + len(row_ids)  # the first token of each has position 0
+    @property
+    def _score_dtype(self) -> torch.dtype:
+        """The precision of attention scores, where eager attention adds the mask."""
+        device_type = self.accelerator.device.type
+        if torch.is_autocast_enabled(device_type):
+            return torch.get_autocast_dtype(device_type)
+        return without_adapter(self.model).get_input_embeddings().weight.dtype
+
+    def _count_packed(self, tokens: torch.Tensor | None) -> None:
+        if tokens is not None:
             room = torch.full_like(tokens, self.packs.packs_per_batch * self.packs.max_length)
             self._packed = self._packed.to(tokens.device) + torch.stack([tokens, room])
 
@@ -297,6 +320,7 @@ class SQLlavaTrainer(SFTTrainer):
             "seed": args.seed,
             # With packing, rows_per_step counts packs.
             "packing": self.packs is not None,
+            "max_rows_per_image": self.max_rows_per_image,
             "sharding": sharding_of(self.accelerator),
         }
 
