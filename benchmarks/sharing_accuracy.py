@@ -124,8 +124,8 @@ def to_markdown(report: dict) -> str:
         f"One epoch of {first['rows']:,} rows of easy-VQA, one question each, about six for each image, from the "
         f"demo's stage 1; about {first['rows_per_step']} rows per step. Accuracy is exact match on every "
         f"{first['test_stride']}th test question ({first['test_questions']:,}). The difference is in percentage "
-        "points between runs of the same seed, with a 95% interval by Student's t; it is bold if the interval does not "
-        "include 0.",
+        "points between runs of the same seed, with a 95% interval by Student's t; it is bold if the interval does "
+        "not include 0.",
         table(["images", "accuracy", "minus not shared", "tokens computed", "steps"], rows),
     )
 
