@@ -59,6 +59,7 @@ from sq_llava.data.rows import hold_out, load_rows
 from sq_llava.doctor.check import data_check
 from sq_llava.doctor.report import SAMPLE_ROWS, check_before_training
 from sq_llava.locations import fetch
+from sq_llava.output import output_lock
 from sq_llava.training.collator import EpochCallback, SelfQuestioningCollator
 from sq_llava.training.generation_check import GenerationCheck
 from sq_llava.training.planning import (
@@ -103,6 +104,12 @@ def train(arguments: SQLlavaArguments, training_args: SFTConfig, model_config: M
     num_processes = complete_settings(arguments, training_args)
     if arguments.dry_run == "meta":
         return plan_from_configs(arguments, training_args, model_config, num_processes)
+    with output_lock(training_args.output_dir, needed=PartialState().is_main_process):
+        return train_stage(arguments, training_args, model_config)
+
+
+def train_stage(arguments: SQLlavaArguments, training_args: SFTConfig, model_config: ModelConfig) -> SQLlavaTrainer:
+    """Does what [`train`] does, once the output folder is locked."""
     require_extras(training_args, model_config)
     start, _ = starting_point(arguments, model_config)
     sharding = sharding_asked_for(training_args)

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import transformers
 from safetensors.torch import load_file
 from transformers import AutoModel, PreTrainedModel, TrainerState
 
@@ -18,6 +17,7 @@ import train_sft
 from processing_sq_llava import SQLlavaProcessor
 from sq_llava.checkpoints.completeness import step_of
 from sq_llava.checkpoints.load import merge_adapter
+from sq_llava.training import trainer
 from sq_llava.training.collator import SelfQuestioningCollator
 from sq_llava.training.trainer import SQLlavaTrainer
 from tests import tiny
@@ -291,7 +291,7 @@ def kill_in_rotation() -> None:
             (Path(output_dir) / f"checkpoint-{oldest}" / "optimizer.pt").unlink()
             die()
 
-    transformers.trainer.rotate_checkpoints = half_delete
+    trainer.rotate_checkpoints = half_delete
 
 
 def kill_in_base() -> None:

@@ -19,6 +19,7 @@ from processing_sq_llava import PROMPT_LAYOUTS, SQLlavaProcessor
 from sq_llava.checkpoints.compose import compose, compose_processor
 from sq_llava.checkpoints.load import load_base_and_processor, load_model, require_kind
 from sq_llava.checkpoints.zero3 import loading_whole
+from sq_llava.output import folder_written_whole
 from sq_llava.training.adapter import LoraOptions, LoraSize, add_adapter, load_adapter_weights, train_in_full
 from sq_llava.training.settings import LORA_INITIALISATIONS, SQLlavaArguments
 from sq_llava.training.sharding import loads_in_pieces
@@ -139,12 +140,10 @@ def save_base(model, processor, output_dir: str) -> Path:
     """
     base = Path(output_dir).absolute() / "base"
     if PartialState().is_main_process:
-        part = base.with_name("half-written-base")
-        for folder in (part, base):
-            shutil.rmtree(folder, ignore_errors=True)
-        model.save_pretrained(part)
-        processor.save_pretrained(part)
-        part.rename(base)
+        shutil.rmtree(base, ignore_errors=True)
+        with folder_written_whole(base) as folder:
+            model.save_pretrained(folder)
+            processor.save_pretrained(folder)
     PartialState().wait_for_everyone()
     if model is not None:
         model.name_or_path = str(base)

@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from sq_llava.resumable.run_note import command_line
+from sq_llava.output import command_line
 from tests import ROOT
 
 
