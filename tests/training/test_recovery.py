@@ -1,6 +1,8 @@
 """Runs that are killed, stopped, out of disk space or fed with bad rows resume as if nothing had happened."""
 
+import os
 import random
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -8,9 +10,10 @@ from pathlib import Path
 import pytest
 
 import train_sft
+from sq_llava.early_checks import LOCK_FILE
 from sq_llava.training.recovery import EXIT_TRY_AGAIN
 from tests import runs
-from tests.processes import ended
+from tests.processes import ended, locked_by_another_process
 from tests.runs import Run, assert_equal_runs, die, in_step, signal_self
 
 
@@ -39,6 +42,45 @@ def test_run_killed_in_setup_step_and_save_equals_the_uninterrupted_one(run, who
     assert run.exit_codes(runs.kill_at_the_end) == KILLED
     assert "checkpoint-6 is half-written (trainer_state.json is cut off) and is skipped" in run.text
     assert_equal_runs(whole, run.finish())
+
+
+def test_second_run_into_the_same_output_dir_is_refused_before_a_model_is_loaded(run, monkeypatch):
+    monkeypatch.setattr(train_sft, "load_base", None)
+    with locked_by_another_process(run.output_dir), pytest.raises(ValueError, match="run: another run writes into"):
+        train_sft.main(run.args)
+
+
+def test_run_is_locked_while_it_trains_and_the_lock_of_a_killed_run_is_taken_over(run):
+    assert run.exit_codes(in_step, 3, die) == KILLED
+    assert (run.output_dir / LOCK_FILE).exists()
+    run.finish()
+    assert not list(run.output_dir.glob(f"{LOCK_FILE}*")) and not list(run.output_dir.glob("*half-written*"))
+
+
+def test_checkpoint_is_on_the_disk_before_it_counts_and_before_older_ones_are_removed(parts, tmp_path, monkeypatch):
+    """The order of: files that are flushed, `run.json` that lists them, and removed checkpoints."""
+    flush, move, remove, events = os.fsync, os.replace, shutil.rmtree, []
+
+    def flushed(file):
+        flush(file)
+        events.append(Path(os.readlink(f"/proc/self/fd/{file}")).name)
+
+    def named(source, target):
+        move(source, target)
+        events.append(f"named {Path(target).name}")
+
+    def removed(folder, **settings):
+        remove(folder, **settings)
+        events.append(f"removed {Path(folder).name}")
+
+    monkeypatch.setattr(os, "fsync", flushed)
+    monkeypatch.setattr(os, "replace", named)
+    monkeypatch.setattr(shutil, "rmtree", removed)
+    runs.train(parts, tmp_path / "run", max_steps=2, save_steps=1, save_total_limit=1)
+    second = events[events.index("named run.json") + 1 : events.index("removed checkpoint-1")]
+    before, after = second[: second.index("named run.json")], second[second.index("named run.json") :]
+    assert {"adapter_model.safetensors", "optimizer.pt", "rng_state.pth"} <= set(before)
+    assert "trainer_state.json" in after and "run" in after
 
 
 def test_half_written_checkpoints_are_skipped_and_renamed(parts, whole, tmp_path):
