@@ -78,7 +78,7 @@ from sq_llava.training.sharding import (
     require_same_checkpoint,
     sharding_asked_for,
 )
-from sq_llava.training.stage_model import load_base, prepare_stage, starting_point
+from sq_llava.training.stage_model import load_base, prepare_stage, require_other_folder, starting_point
 from sq_llava.training.trainer import SQLlavaTrainer
 
 
@@ -112,11 +112,11 @@ def train_stage(arguments: SQLlavaArguments, training_args: SFTConfig, model_con
     """Does what [`train`] does, once the output folder is locked."""
     require_extras(training_args, model_config)
     start, _ = starting_point(arguments, model_config)
+    require_other_folder(start, training_args.output_dir)
     sharding = sharding_asked_for(training_args)
     resident_before = resident_peak()
     set_seed(training_args.seed)
     with PartialState().main_process_first():
-        # Training may overwrite the folder it started from, so read the provenance first.
         came_from = read_provenance(fetch(start)) if start else {}
         checkpoint = find_checkpoint(training_args.output_dir, arguments.resume, training_args.resume_from_checkpoint)
         if checkpoint is not None:

@@ -244,9 +244,10 @@ def full_disk_named(path: str | os.PathLike) -> Iterator[None]:
 
 
 def _full_disk(error: Exception) -> str | None:
-    """The reason, if an error comes from a full disk. Errors of safetensors and Arrow have it only in their text."""
+    """The reason, if an error comes from a full disk. Safetensors, Arrow and shutil have it only in their text."""
     for number in FULL:
-        if getattr(error, "errno", None) == number or re.search(rf"os error {number}\b|errno {number}\b", str(error)):
+        told = re.search(rf"\b(os error|errno) {number}\b", str(error), re.IGNORECASE)
+        if getattr(error, "errno", None) == number or told:
             return os.strerror(number)
     return None
 

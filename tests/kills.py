@@ -1,4 +1,7 @@
-"""Kills each writing command at random moments, in a process of its own that has loaded everything before."""
+"""Ends each writing command in bad ways, in a process of its own that has loaded everything before.
+
+The command runs beside another one, with a full disk, and is killed at random moments.
+"""
 
 import json
 import os
@@ -24,7 +27,7 @@ from sq_llava.evaluation import question_run, run
 from sq_llava.generation.review_sheet import Entry, write_sheet
 from sq_llava.generation.rows import Card, Shard, make_row, write_output
 from sq_llava.inference.settings import AskSettings
-from sq_llava.output import HALF_WRITTEN
+from sq_llava.output import HALF_WRITTEN, FullDiskError
 from sq_llava.training.adapter import LoraSize, add_adapter
 from sq_llava.training.recovery import CONFIGURATIONS
 from tests import released, runs, tiny
@@ -143,6 +146,36 @@ def check_whole_or_absent(out: Path, whole: dict[str, bytes]) -> None:
         assert not missing, f"missing: {missing}"
 
 
+def reason_of(error: BaseException) -> BaseException:
+    """The error that ended a command, which prints it and exits."""
+    return error.__context__ if isinstance(error, SystemExit) else error
+
+
+def check_full_disk(write: Write, out: Path, whole: dict[str, bytes]) -> None:
+    """If the largest file does not fit, the command names it in one line, and leaves no half-written file."""
+    child = os.fork()
+    if child == 0:
+        runs.limit_file_size(max(map(len, whole.values())) // 2)
+        try:
+            write(out)
+        except (FullDiskError, SystemExit) as error:
+            text = str(reason_of(error))
+            is_told = str(out) in text and "could not be written: File too large (" in text and "\n" not in text
+            os._exit(not is_told)
+        finally:
+            os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0, "a full disk was not told"
+    check_whole_or_absent(out, whole)
+    assert not [name for name in files_of(out) if HALF_WRITTEN in name]
+
+
+def remove_output(out: Path) -> None:
+    """Leaves only what a killed run leaves, and the journals."""
+    for name in filter(is_final, files_of(out)):
+        (out / name).unlink()
+    shutil.rmtree(out / "model", ignore_errors=True)
+
+
 def check_refused(write: Write, out: Path) -> None:
     """While another process writes the same output, the command ends at once and writes nothing."""
     with (
@@ -153,8 +186,8 @@ def check_refused(write: Write, out: Path) -> None:
         begin = time.monotonic()
         try:
             write(out)
-        except ValueError as error:
-            assert "another run writes into this folder: process" in str(error), error
+        except (ValueError, SystemExit) as error:
+            assert "another run writes into this folder: process" in str(reason_of(error)), reason_of(error)
         else:
             raise AssertionError("a second run was not refused")
         assert not any(map(is_final, files_of(out))) and time.monotonic() - begin < 1
@@ -172,10 +205,10 @@ def kill_at_random_moments(name: str, root: Path) -> None:
         write(out)
         seconds = time.monotonic() - begin
     whole, draw, num_killed = files_of(out), random.Random(name), 0
+    remove_output(out)
+    check_full_disk(write, out, whole)
     for _ in range(NUM_KILLS):
-        for file in filter(is_final, files_of(out)):
-            (out / file).unlink()
-        shutil.rmtree(out / "model", ignore_errors=True)
+        remove_output(out)
         child = os.fork()
         if child == 0:
             try:
@@ -186,7 +219,7 @@ def kill_at_random_moments(name: str, root: Path) -> None:
         os.kill(child, signal.SIGKILL)
         num_killed += os.WIFSIGNALED(os.waitpid(child, 0)[1])
         check_whole_or_absent(out, whole)
-    shutil.rmtree(out / "model", ignore_errors=True)
+    remove_output(out)
     write(out)
     assert files_of(out).keys() == whole.keys(), "files of the killed runs are left"
     print(json.dumps({"command": name, "seconds": seconds, "killed": num_killed}))

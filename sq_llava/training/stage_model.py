@@ -63,6 +63,18 @@ def starting_point(arguments: SQLlavaArguments, model_config: ModelConfig) -> tu
     return start, parts
 
 
+def require_other_folder(start: str | None, output_dir: str) -> None:
+    """
+    Raises:
+        ValueError: if the run would write into the folder of the model that it starts from.
+    """
+    if start is not None and Path(start).expanduser().resolve() == Path(output_dir).expanduser().resolve():
+        raise ValueError(
+            f"output_dir is {output_dir}, the folder of the model that training starts from. Its files would be "
+            "overwritten. Choose another output_dir."
+        )
+
+
 def architecture(arguments: SQLlavaArguments) -> dict:
     """The fields of a new model's configuration that a recipe can set."""
     return {name: getattr(arguments, name) for name in ARCHITECTURE}

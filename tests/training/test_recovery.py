@@ -50,6 +50,11 @@ def test_second_run_into_the_same_output_dir_is_refused_before_a_model_is_loaded
         train_sft.main(run.args)
 
 
+def test_run_into_the_folder_that_it_starts_from_is_refused(parts, whole):
+    with pytest.raises(ValueError, match=r"the folder of the model that training starts from. Its files would be"):
+        runs.train(parts, whole, whole)
+
+
 def test_run_is_locked_while_it_trains_and_the_lock_of_a_killed_run_is_taken_over(run):
     assert run.exit_codes(in_step, 3, die) == KILLED
     assert (run.output_dir / LOCK_FILE).exists()
