@@ -27,6 +27,7 @@ import shlex
 import shutil
 import socket
 import sys
+import tempfile
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -165,6 +166,16 @@ def folder_written_whole(path: str | os.PathLike) -> Iterator[Path]:
                 sync_path(path.parent)
         finally:
             shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def temporary_folder(prefix: str) -> Iterator[Path]:
+    """A folder in the machine's folder of temporary files. Those that killed processes have left are removed."""
+    for lock in Path(tempfile.gettempdir()).glob(f"{prefix}*/{LOCK_FILE}"):
+        with suppress(ValueError, OSError), output_lock(lock.parent):  # in use, or of another user
+            shutil.rmtree(lock.parent)
+    with tempfile.TemporaryDirectory(prefix=prefix, ignore_cleanup_errors=True) as folder, output_lock(folder):
+        yield Path(folder)
 
 
 @contextmanager

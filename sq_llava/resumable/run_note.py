@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -56,13 +57,15 @@ class RunNote:
         self.out = out
         self.about = check_note(out, about, identity)
         self._is_written = False
+        self._lock = threading.Lock()
 
     def write(self) -> None:
-        """Writes `run.json`. Call it before each result; only the first call writes."""
-        if not self._is_written:
-            self.out.mkdir(parents=True, exist_ok=True)
-            write_json(self.out / "run.json", self.about)
-            self._is_written = True
+        """Writes `run.json`. Call it before each result, also in threads; only the first call writes."""
+        with self._lock:
+            if not self._is_written:
+                self.out.mkdir(parents=True, exist_ok=True)
+                write_json(self.out / "run.json", self.about)
+                self._is_written = True
 
 
 def hash_of_file(path: Path) -> str:

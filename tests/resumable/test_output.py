@@ -6,12 +6,21 @@ import os
 import signal
 import socket
 import sys
+import tempfile
+import time
 from pathlib import Path
 
 import pytest
 
 from sq_llava.early_checks import LOCK_FILE, require_new_folder
-from sq_llava.output import FullDiskError, folder_written_whole, output_lock, write_text, written_whole
+from sq_llava.output import (
+    FullDiskError,
+    folder_written_whole,
+    output_lock,
+    temporary_folder,
+    write_text,
+    written_whole,
+)
 
 
 def in_child(function, *arguments) -> tuple[int, str]:
@@ -62,6 +71,18 @@ def test_lock_of_a_killed_process_is_taken_over(tmp_path):
     with output_lock(tmp_path):
         assert json.loads((tmp_path / LOCK_FILE).read_text())["pid"] == os.getpid()
     assert names(tmp_path) == set()
+
+
+def test_lock_ends_with_its_process_even_if_a_process_that_it_forked_lives_on(tmp_path):
+    child = os.fork()
+    if child == 0:
+        with output_lock(tmp_path):
+            if os.fork():
+                os.kill(os.getpid(), signal.SIGKILL)
+            time.sleep(1)
+            os._exit(0)
+    os.waitpid(child, 0)
+    take(tmp_path)
 
 
 def test_lock_is_released_by_its_last_holder_in_the_process(tmp_path):
@@ -134,6 +155,24 @@ def test_next_run_removes_what_a_killed_one_left_but_nothing_else(tmp_path):
 def test_file_that_is_a_device_is_written_itself():
     write_text("/dev/null", "text")
     assert Path("/dev/null").is_char_device()
+
+
+def use_temporary_folder(ends: bool) -> None:
+    with temporary_folder("push-") as folder:
+        (folder / "weights").touch()
+        if not ends:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_temporary_folder_of_a_killed_process_is_removed_by_the_next(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    (tmp_path / "push-of-somebody").mkdir()
+    with temporary_folder("push-"):
+        assert in_child(use_temporary_folder, False)[0] == -signal.SIGKILL
+        assert len(list(tmp_path.iterdir())) == 3
+        use_temporary_folder(ends=True)
+        assert len(list(tmp_path.iterdir())) == 2  # the one in use stays
+    assert names(tmp_path) == {"push-of-somebody"}
 
 
 def make_folder(out: Path) -> None:

@@ -41,7 +41,9 @@ def test_run_killed_in_setup_step_and_save_equals_the_uninterrupted_one(run, who
     assert run.exit_codes(runs.kill_in_state_file) == KILLED
     assert run.exit_codes(runs.kill_at_the_end) == KILLED
     assert "checkpoint-6 is half-written (trainer_state.json is cut off) and is skipped" in run.text
+    assert (run.output_dir / LOCK_FILE).exists() and (run.output_dir / "adapter_config.json").exists()
     assert_equal_runs(whole, run.finish())
+    assert not (run.output_dir / LOCK_FILE).exists() and not list(run.output_dir.glob("half-written-[bm]*"))
 
 
 def test_second_run_into_the_same_output_dir_is_refused_before_a_model_is_loaded(run, monkeypatch):
@@ -53,13 +55,6 @@ def test_second_run_into_the_same_output_dir_is_refused_before_a_model_is_loaded
 def test_run_into_the_folder_that_it_starts_from_is_refused(parts, whole):
     with pytest.raises(ValueError, match=r"the folder of the model that training starts from. Its files would be"):
         runs.train(parts, whole, whole)
-
-
-def test_run_is_locked_while_it_trains_and_the_lock_of_a_killed_run_is_taken_over(run):
-    assert run.exit_codes(in_step, 3, die) == KILLED
-    assert (run.output_dir / LOCK_FILE).exists()
-    run.finish()
-    assert not list(run.output_dir.glob(f"{LOCK_FILE}*")) and not list(run.output_dir.glob("*half-written*"))
 
 
 def test_checkpoint_is_on_the_disk_before_it_counts_and_before_older_ones_are_removed(parts, tmp_path, monkeypatch):
