@@ -37,7 +37,7 @@ test: setup  ## Run all tests, in minutes on two cores
 test-fast: setup  ## Run the tests that are not marked slow
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow and not walk"
 
-test-documents: setup  ## Run the commands and snippets of README.md and docs/, and the notebook
+test-documents: setup  ## Run what the documents show, the notebook, the quick demo and the quick benchmarks
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m walk
 
 wheel: setup  ## Build a wheel in dist/
