@@ -172,8 +172,10 @@ def folder_written_whole(path: str | os.PathLike) -> Iterator[Path]:
 def temporary_folder(prefix: str) -> Iterator[Path]:
     """A folder in the machine's folder of temporary files. Those that killed processes have left are removed."""
     for lock in Path(tempfile.gettempdir()).glob(f"{prefix}*/{LOCK_FILE}"):
-        with suppress(ValueError, OSError), output_lock(lock.parent):  # in use, or of another user
-            shutil.rmtree(lock.parent)
+        with suppress(ValueError, OSError):  # in use, or of another user
+            if json.loads(lock.read_text())["pid"] != os.getpid():
+                with output_lock(lock.parent):
+                    shutil.rmtree(lock.parent)
     with tempfile.TemporaryDirectory(prefix=prefix, ignore_cleanup_errors=True) as folder, output_lock(folder):
         yield Path(folder)
 

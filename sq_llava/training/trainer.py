@@ -387,16 +387,20 @@ class SQLlavaTrainer(SFTTrainer):
             return
         final = Path(output_dir or self.args.output_dir)
         part = final / HALF_WRITTEN_MODEL
-        with full_disk_named(final):
+        if self.args.should_save:
+            shutil.rmtree(part, ignore_errors=True)  # left by a run that was killed
+        try:
+            with full_disk_named(final):
+                super().save_model(str(part))
+                if sharding_of(self.accelerator) == "fsdp2-sharded":
+                    # The Trainer saves only shards, which the next stage, `merge` and AutoModel cannot load.
+                    self._save(str(part), self.accelerator.get_state_dict(self.model))
+                self.accelerator.wait_for_everyone()
+                if self.args.should_save:
+                    place_model(part, final)
+        finally:
             if self.args.should_save:
-                shutil.rmtree(part, ignore_errors=True)  # left by a run that was killed
-            super().save_model(str(part))
-            if sharding_of(self.accelerator) == "fsdp2-sharded":
-                # The Trainer saves only shards, which the next stage, `merge` and AutoModel cannot load.
-                self._save(str(part), self.accelerator.get_state_dict(self.model))
-            self.accelerator.wait_for_everyone()
-            if self.args.should_save:
-                place_model(part, final)
+                shutil.rmtree(part, ignore_errors=True)
 
     def save_state(self) -> None:
         if self.is_world_process_zero():
