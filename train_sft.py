@@ -47,6 +47,7 @@ if __name__ == "__main__":  # before the slow imports below
 
 import datasets
 from accelerate import PartialState
+from torch.distributed.elastic.multiprocessing.errors import record
 from transformers import set_seed
 from transformers.utils.versions import require_version
 from trl import ModelConfig, SFTConfig
@@ -220,6 +221,6 @@ def run(trainer: SQLlavaTrainer, checkpoint: str | None) -> None:
 if __name__ == "__main__":
     with one_line_when_stopped(), errors_in_one_line(traceback_of=SQLlavaTrainer.train):
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        main()
+        record(main)()  # a launcher then names the process whose error came first, with its traceback
     # A gloo thread that outlives the interpreter would abort the process.
     PartialState().destroy_process_group()
