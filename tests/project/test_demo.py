@@ -2,6 +2,8 @@
 
 import errno
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 
@@ -138,10 +140,9 @@ def test_time_of_steps_that_run_together_counts_once():
     assert report.seconds_of(steps) == (15.0 - 9.0) + 2.0
 
 
-@pytest.mark.slow
-def test_quick_demo_writes_its_report_and_is_reused(tmp_path, capfd):
-    folder = tmp_path / "quick"
-    run.main(["--quick", "--output-dir", str(folder)])
+@pytest.mark.walk
+def test_quick_demo_writes_its_report_and_is_reused(tmp_path, capfd, quick_demo):
+    folder = Path(shutil.copytree(quick_demo, tmp_path / "quick"))
     result = json.loads((folder / "report.json").read_text())
     assert {
         "test_accuracy", "blank_image_accuracy", "blind_guess_accuracy", "accuracy_by_kind", "blind_guess_by_kind",
