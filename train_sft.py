@@ -218,9 +218,14 @@ def run(trainer: SQLlavaTrainer, checkpoint: str | None) -> None:
     trainer.save_state()
 
 
-if __name__ == "__main__":
+def run_script() -> None:
     with one_line_when_stopped(), errors_in_one_line(traceback_of=SQLlavaTrainer.train):
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        record(main)()  # a launcher then names the process whose error came first, with its traceback
+        main()
     # A gloo thread that outlives the interpreter would abort the process.
     PartialState().destroy_process_group()
+
+
+if __name__ == "__main__":
+    # After an error in training, a launcher names the process where it came first, with its traceback.
+    record(run_script)()
