@@ -99,10 +99,10 @@ def _held_terms(
     half = training_args.bf16 or training_args.fp16
     is_zero = sharding.startswith("ZeRO")
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    # DeepSpeed keeps trained weights in half precision, and float32 copies of them in its optimizer. If all is in
-    # float32, ZeRO-3 has no copies.
+    # DeepSpeed keeps trained weights in half precision, and float32 copies of them in its optimizer. It makes copies
+    # even of weights in float32.
     itemsize = 2 if is_zero and half else max((parameter.itemsize for parameter in trained), default=4)
-    state = OPTIMIZER_BYTES[optim] + (4 if sharding == "ZeRO-2" or (is_zero and half) else 0)
+    state = OPTIMIZER_BYTES[optim] + (4 if is_zero else 0)
     numbers, own = sum(map(_numbers, trained)), sum(_numbers(p, sharding, num_gpus) for p in trained)
     weights = weight_bytes(model, quantization) - sum(_numbers(p) * (p.itemsize - itemsize) for p in trained)
     if sharding in ("FSDP2", "ZeRO-3"):
