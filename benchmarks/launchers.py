@@ -215,7 +215,7 @@ def to_markdown(report: dict) -> str:
         rows.append([row["launcher"], row["processes"], *cells, f"{row['rows_per_second']:.2f}"])
     device = "GPUs, in bfloat16"
     if not report["on_gpu"]:
-        device = "CPUs (gloo), in float32 (ZeRO-3 trains in bfloat16, because it needs one precision)"
+        device = "CPUs (gloo), in float32 (ZeRO-3 needs one precision, so its frozen tower is in float32 too)"
     header = [
         "launcher", "processes", "weights", "of them bfloat16", "gradients", "optimizer", "peak",
         "loss, differs by", "resumed, differs by", "within tolerance", "rows / s",
