@@ -70,7 +70,7 @@ from sq_llava.training.planning import (
     resident_peak,
     try_one_step,
 )
-from sq_llava.training.recovery import EXIT_TRY_AGAIN, find_checkpoint, warn_of_changes
+from sq_llava.training.recovery import EXIT_TRY_AGAIN, find_checkpoint, require_plain_states, warn_of_changes
 from sq_llava.training.settings import SQLlavaArguments, parse_settings, require_extras
 from sq_llava.training.sharding import (
     require_launch,
@@ -115,6 +115,7 @@ def train(arguments: SQLlavaArguments, training_args: SFTConfig, model_config: M
         checkpoint = find_checkpoint(training_args.output_dir, arguments.resume, training_args.resume_from_checkpoint)
         if checkpoint is not None:
             require_resumable(checkpoint, sharding, training_args.world_size)
+            require_plain_states(checkpoint)
         check_data(arguments, training_args, model_config)
     require_same_checkpoint(checkpoint, training_args.world_size)
 

@@ -64,7 +64,8 @@ def errors_in_one_line(traceback_of: Callable | None = None) -> Iterator[None]:
             raise
         if int(os.environ.get("RANK", 0)) > 0:
             time.sleep(SECONDS_FOR_THE_FIRST)
-        messages_console.print(f"[red]Error:[/red] {escape(str(error))}", soft_wrap=True)
+        text = " ".join(line.strip() for line in str(error).splitlines())  # errors of libraries can have several
+        messages_console.print(f"[red]Error:[/red] {escape(text)}", soft_wrap=True)
         sys.exit(1)
 
 

@@ -24,6 +24,7 @@ from sq_llava.generation.rows import Card, Rejected, make_row, write_output
 from sq_llava.generation.scenes import Box, Scene, read_scenes
 from sq_llava.generation.settings import PROMPTS, LlavaSettings
 from sq_llava.generation.turns import Turn, fault_of, parse_turns, without_rulers
+from sq_llava.json_text import parse_json
 from sq_llava.llm_client.asking import Asked, ask_all
 from sq_llava.llm_client.client import ChatClient, Estimate, Messages
 from sq_llava.llm_client.replies import without_thoughts
@@ -86,7 +87,7 @@ def read_prompts(folder: Path = PROMPTS / "llava") -> Prompts:
 def _read_examples(content: str, path: Path, questions: tuple[str, ...]) -> dict[str, Messages]:
     examples = {kind: [] for kind in KINDS}
     try:
-        for number, each in enumerate(json.loads(content)):
+        for number, each in enumerate(parse_json(content)):
             boxes = tuple(Box(box["label"], tuple(box["box"])) for box in each.get("boxes", []))
             scene = Scene("", "", tuple(each["captions"]), boxes)
             for kind in KINDS:

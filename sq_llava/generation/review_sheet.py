@@ -11,7 +11,6 @@ decisions" writes a JSON file. A decision holds for one text: if the text of a r
 import base64
 import hashlib
 import html
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from importlib.resources import files
@@ -21,6 +20,7 @@ from typing import Any
 from PIL import Image
 
 from sq_llava.data.images import jpeg_data_url
+from sq_llava.json_text import parse_json
 
 
 # For the images of the page: 5,000 of them take about 100 MB.
@@ -81,7 +81,7 @@ def read_decisions(path: Path) -> dict[tuple[str, str], str]:
         ValueError: If the file is malformed. The message names entry, field and value.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = parse_json(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise ValueError(f"--decisions {path}: no such file.") from error
     except ValueError as error:

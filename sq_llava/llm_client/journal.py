@@ -7,7 +7,6 @@
 A line without an answer records a request that was probably billed but gave no answer. No request has its key.
 """
 
-import json
 import threading
 import warnings
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 
 from filelock import BaseFileLock, FileLock, Timeout
 
+from sq_llava.json_text import parse_json
 from sq_llava.resumable.jsonl import read_complete_lines, to_line
 
 
@@ -28,7 +28,7 @@ class Journal:
         self._line_of: dict[str, dict[str, Any]] = {}
         for number, line in enumerate(read_complete_lines(path, mends=not reads_only), 1):
             try:
-                line = json.loads(line)
+                line = parse_json(line)
             except ValueError as error:
                 raise ValueError(
                     f"{path}, line {number}: cannot be read as JSON: {error}. Remove the line: "

@@ -12,6 +12,7 @@ import hashlib
 import json
 import math
 import os
+import pickle
 import signal
 from pathlib import Path
 
@@ -19,8 +20,11 @@ import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import DistributedType
 from transformers import TrainerCallback
+from transformers.trainer_pt_utils import safe_globals
 
 from sq_llava.checkpoints.completeness import RUN_FILE, STATE_FILE, checkpoint_faults, json_fault, step_of
+from sq_llava.checkpoints.config_checks import one_line
+from sq_llava.checkpoints.weight_files import load_plain
 
 
 # sysexits.h: "temporary failure, try again later". A scheduler may restart the job on this exit code.
@@ -83,6 +87,44 @@ def find_checkpoint(output_dir: str, resume: bool, given: str | None) -> str | N
         return None
     PartialState().print(f"--resume: training resumes from {complete[-1]}.")
     return str(complete[-1])
+
+
+def require_plain_states(checkpoint: str) -> None:
+    """
+    Checks that the states of optimizer, schedule and random generators, and the index of a sharded checkpoint of FSDP,
+    hold only data. Tensors are not read.
+
+    DeepSpeed loads its own files as pickles that may run code: resume only your own runs with it.
+
+    Raises:
+        ValueError: if a file is damaged, or holds code that would be run.
+    """
+    for file in sorted([*Path(checkpoint).glob("*.pt"), *Path(checkpoint).glob("*.pth")]):
+        with safe_globals():
+            load_plain(file)
+    for file in sorted(Path(checkpoint).glob("*/.metadata")):
+        try:
+            with file.open("rb") as stream:
+                _IndexOfShards(stream).load()
+        except Exception as error:  # pickle documents no common class for errors of damaged files
+            raise ValueError(
+                f"{file} was not loaded: it is damaged, or holds code that would be run ({one_line(error)}). "
+                "Resume from another checkpoint."
+            ) from error
+
+
+class _IndexOfShards(pickle.Unpickler):
+    """Reads an index of torch.distributed.checkpoint, which torch itself would load with any code in it."""
+
+    def find_class(self, module: str, name: str):
+        is_data = (module, name) in (("torch", "Size"), ("torch.serialization", "_get_layout"))
+        is_own = module.startswith("torch.distributed.checkpoint.") or module == "pathlib"
+        if not is_data and "." not in name and (is_own or module == "torch"):
+            found = super().find_class(module, name)
+            is_data = isinstance(found, torch.dtype) or (isinstance(found, type) and is_own)
+        if not is_data:
+            raise pickle.UnpicklingError(f"{module}.{name}")
+        return super().find_class(module, name)
 
 
 def _refuse_damaged(half_written: dict[Path, list[str]]) -> None:

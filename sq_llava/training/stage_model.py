@@ -17,7 +17,7 @@ from trl import ModelConfig, SFTConfig, get_quantization_config
 
 from processing_sq_llava import PROMPT_LAYOUTS, SQLlavaProcessor
 from sq_llava.checkpoints.compose import compose, compose_processor
-from sq_llava.checkpoints.load import load_base_and_processor, load_model, require_kind
+from sq_llava.checkpoints.load import load_base_and_processor, load_model, load_processor, require_kind
 from sq_llava.checkpoints.zero3 import loading_whole
 from sq_llava.training.adapter import LoraOptions, LoraSize, add_adapter, load_adapter_weights, train_in_full
 from sq_llava.training.settings import LORA_INITIALISATIONS, SQLlavaArguments
@@ -82,7 +82,7 @@ def composed_processor(arguments: SQLlavaArguments, model_config: ModelConfig) -
     if None not in parts:  # used even if a previous stage is set, because it may not exist yet
         return compose_processor(*parts, arguments.qformer_model_name_or_path, **settings)
     start, _ = starting_point(arguments, model_config)
-    return SQLlavaProcessor.from_pretrained(start, **settings)
+    return load_processor(start, **settings)
 
 
 def load_base(
@@ -155,7 +155,7 @@ def read_base(base: Path, arguments: SQLlavaArguments, loading: dict, processing
     """Loads the base of a run, and its processor. A newly composed base could have other random weights."""
     if not base.is_dir():
         raise ValueError(f"The checkpoints need their base in {base}, which does not exist. Restore that folder.")
-    processor = SQLlavaProcessor.from_pretrained(base, **processing)
+    processor = load_processor(base, **processing)
     model = load_model(base, processor, **loading)
     for name, value in architecture(arguments).items():
         if getattr(model.config, name) != value:

@@ -241,6 +241,31 @@ def test_answer_without_text_is_a_failure_of_one_request(tmp_path):
     assert "has no text" in asked.failures["a"]
 
 
+WRONG_BODIES = {
+    "long": (completion("a" * 10_000_000), "10,000,[0-9]{3} characters, more than 1,000,000"),
+    "deep": ("[" * 100_000, "not a chat completion .*nested too deeply"),
+    "infinite tokens": (completion("a", prompt_tokens=float("inf")), "not a chat completion .*infinity"),
+    "negative tokens": (completion("a", prompt_tokens=-(10**9)), "a negative number of tokens"),
+    "null": ("null", "not a chat completion"),
+    "binary": ("\0" * 100, "not a chat completion"),
+    "number": (completion(7), "has no text"),
+    "page": ("<html>" + "a" * 100_000, "not a chat completion"),
+}
+
+
+@pytest.mark.parametrize("kind", WRONG_BODIES)
+def test_hostile_reply_is_a_short_failure_of_one_request_and_lowers_no_bill(tmp_path, kind):
+    body, error = WRONG_BODIES[kind]
+    with chat_server(lambda request, number: Reply(body=body)) as server:
+        client = client_of(server, tmp_path)
+        with pytest.raises(UnusableAnswer, match=error) as raised:
+            client.complete(say("a"))
+    assert len(str(raised.value)) < 600
+    [line] = client.journal.all()
+    assert "answer" not in line and line["prompt_tokens"] > 0
+    assert (tmp_path / "answers.jsonl").stat().st_size < 2000
+
+
 def test_several_steps_of_an_item_are_each_paid_once(tmp_path):
     def work_with(client):
         def work(text):
