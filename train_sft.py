@@ -47,6 +47,7 @@ if __name__ == "__main__":  # before the slow imports below
 
 import datasets
 from accelerate import PartialState
+from torch.distributed.elastic.multiprocessing.errors import record
 from transformers import set_seed
 from transformers.utils.versions import require_version
 from trl import ModelConfig, SFTConfig
@@ -225,9 +226,14 @@ def run(trainer: SQLlavaTrainer, checkpoint: str | None) -> None:
     trainer.save_state()
 
 
-if __name__ == "__main__":
+def run_script() -> None:
     with one_line_when_stopped(), errors_in_one_line(traceback_of=SQLlavaTrainer.train):
         signal.signal(signal.SIGINT, signal.default_int_handler)
         main()
     # A gloo thread that outlives the interpreter would abort the process.
     PartialState().destroy_process_group()
+
+
+if __name__ == "__main__":
+    # After an error in training, a launcher names the process where it came first, with its traceback.
+    record(run_script)()

@@ -129,10 +129,13 @@ def fork(
     return children
 
 
-def ended(children: list[multiprocessing.Process]) -> list[int]:
-    """Waits for the processes and returns their exit codes. A negative code is the signal that ended the process."""
+def ended(children: list[multiprocessing.Process], seconds: float = 60) -> list[int]:
+    """
+    Waits for the processes and returns their exit codes. A negative code is the signal that ended the process. A
+    process that is alive after this many seconds is killed.
+    """
     for child in children:
-        child.join(60)
+        child.join(seconds)
         if child.is_alive():
             child.kill()
             child.join()

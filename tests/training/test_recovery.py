@@ -1,10 +1,8 @@
 """Runs that are killed, stopped, out of disk space or fed with bad rows resume as if nothing had happened."""
 
 import os
-import random
 import shutil
 import signal
-import time
 from pathlib import Path
 
 import pytest
@@ -13,7 +11,7 @@ import train_sft
 from sq_llava.early_checks import LOCK_FILE
 from sq_llava.training.recovery import EXIT_TRY_AGAIN
 from tests import runs
-from tests.processes import ended, locked_by_another_process
+from tests.processes import locked_by_another_process
 from tests.runs import Run, assert_equal_runs, die, in_step, signal_self
 
 
@@ -185,30 +183,14 @@ def test_row_found_invalid_during_training_loses_no_step(parts, whole, tmp_path)
     assert_equal_runs(whole, run.finish())
 
 
-def wait_for_steps(number: int, children: list, run: Run) -> None:
-    """Waits until the run has made this many more steps, or has ended."""
-    losses_then = run.text.count("'loss'") + number
-    while run.text.count("'loss'") < losses_then and children[0].is_alive():
-        time.sleep(0.001)
-
-
 @pytest.mark.parametrize(("processes", "num_kills"), [(1, 4), (2, 2)])
 def test_run_killed_at_random_moments_equals_the_uninterrupted_one(parts, tmp_path, processes, num_kills):
-    settings = {"per_device_train_batch_size": 4 // processes, "max_steps": 6 * num_kills, "save_steps": 3}
+    # Three steps per epoch, of which the last has half a batch.
+    settings = runs.write_in_order(parts, tmp_path / "ordered.json") | {"max_steps": 6 * num_kills}
+    settings |= {"per_device_train_batch_size": 4 // processes}
     whole = Run(parts, tmp_path / "whole", processes, **settings).finish()
     run = Run(parts, tmp_path / "killed", processes, resume=True, **settings)
-    draw = random.Random(0)
-    for _ in range(num_kills):
-        children = run.start()
-        wait_for_steps(1, children, run)
-        begin, num_steps = time.monotonic(), draw.randint(1, 3)
-        wait_for_steps(num_steps, children, run)
-        # At a random moment of the next step, judged by how long the last steps took.
-        time.sleep(draw.uniform(0, 1) * (time.monotonic() - begin) / num_steps)
-        # One of two processes, or both. The other one ends with an error, or is killed by `ended`.
-        for child in draw.sample(children, draw.randint(1, processes)):
-            child.kill()
-        assert -signal.SIGKILL in ended(children), "the run ended before it could be killed"
+    runs.kill_at_random_moments(run, num_kills)
     assert_equal_runs(whole, run.finish())
 
 
