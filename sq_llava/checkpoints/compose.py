@@ -21,6 +21,7 @@ from transformers import (
 from configuration_sq_llava import SQLlavaConfig
 from modeling_sq_llava import SQLlavaForConditionalGeneration
 from processing_sq_llava import SQLlavaProcessor
+from sq_llava.checkpoints.config_checks import named_errors, require_fitting
 from sq_llava.checkpoints.provenance import public_name
 
 
@@ -59,6 +60,7 @@ def padded_size(num_tokens: int) -> int:
     return -(-num_tokens // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
 
 
+@named_errors
 def _vision_config(vision_model: str) -> PreTrainedConfig:
     config = AutoConfig.from_pretrained(vision_model)
     config = getattr(config, "vision_config", config)
@@ -66,6 +68,7 @@ def _vision_config(vision_model: str) -> PreTrainedConfig:
     return config
 
 
+@named_errors
 def text_config_of(text_model: str) -> PreTrainedConfig:
     """
     The configuration of a causal language model. Multimodal models that transformers can load as one, such as Gemma 3
@@ -93,6 +96,7 @@ def text_config_of(text_model: str) -> PreTrainedConfig:
     return text_config
 
 
+@named_errors
 def _qformer_fields(qformer_model: str | None) -> dict:
     """Fields of [`SQLlavaConfig`] for the Q-Former of a BLIP-2 model; empty without one."""
     if qformer_model is None:
@@ -117,6 +121,7 @@ class _Blip2ImageSide(Blip2VisionModelWithProjection):
     _keys_to_ignore_on_load_missing = [r"^vision_projection"]
 
 
+@named_errors
 def load_vision_tower(vision_model: str, attn_implementation: str | None = None, **kwargs) -> torch.nn.Module:
     """Loads the pretrained vision tower of a vision model or a BLIP-2; `kwargs` go to `from_pretrained`."""
     if AutoConfig.from_pretrained(vision_model).model_type == "blip-2":
@@ -159,12 +164,14 @@ def compose_processor(
         prototype_variant="none",  # does not change image_seq_length
         **_qformer_fields(qformer_model),
     )
-    return SQLlavaProcessor(
-        AutoImageProcessor.from_pretrained(vision_model),
-        AutoTokenizer.from_pretrained(text_model),
+    processor = SQLlavaProcessor(
+        named_errors(AutoImageProcessor.from_pretrained)(vision_model),
+        named_errors(AutoTokenizer.from_pretrained)(text_model),
         image_seq_length=config.image_seq_length,
         **processor_kwargs,
     )
+    require_fitting(processor, config)
+    return processor
 
 
 def compose(
@@ -196,7 +203,8 @@ def compose(
     """
     processor = compose_processor(vision_model, text_model, qformer_model, **(processor_kwargs or {}))
     # A multimodal model is loaded completely; only its text part is used.
-    whole = AutoModelForCausalLM.from_pretrained(text_model, dtype=dtype, attn_implementation=attn_implementation)
+    load_text_model = named_errors(AutoModelForCausalLM.from_pretrained)
+    whole = load_text_model(text_model, dtype=dtype, attn_implementation=attn_implementation)
     config = SQLlavaConfig(
         vision_config=_vision_config(vision_model),
         text_config=_text_config_for(whole, processor),

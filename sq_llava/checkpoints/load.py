@@ -22,15 +22,16 @@ from transformers import (
 
 from configuration_sq_llava import SQLlavaConfig
 from modeling_sq_llava import SQLlavaForConditionalGeneration
-from processing_sq_llava import SQLlavaProcessor
+from processing_sq_llava import TEMPLATE_HEADER, SQLlavaProcessor
 from sq_llava.checkpoints.card import write_card
 from sq_llava.checkpoints.compose import stop_token_ids
+from sq_llava.checkpoints.config_checks import named_errors
 from sq_llava.checkpoints.inspection import TOKENIZER, inspect
 from sq_llava.checkpoints.layouts import NAMES, recognise
 from sq_llava.checkpoints.provenance import read_provenance, write_provenance
 from sq_llava.checkpoints.zero3 import from_pretrained
-from sq_llava.early_checks import require_new_folder
 from sq_llava.locations import base_of_adapter, fetch, find_config, is_adapter, is_hub_id, revision_of_base
+from sq_llava.output import folder_written_whole
 
 
 # This library loads checkpoints with its own classes. The code in a checkpoint is for machines without this library.
@@ -99,6 +100,31 @@ def require_whole(folder: Path, base: Path | None = None, name: str | None = Non
             f"{name or folder} cannot be loaded: {'; '.join(faults[:SHOWN_FAULTS])}{more}. "
             f"Show all: sq-llava inspect {folder}"
         )
+
+
+def load_processor(folder: str | os.PathLike, trust_chat_template: bool = False, **settings) -> SQLlavaProcessor:
+    """
+    Loads the processor of a checkpoint or an adapter.
+
+    Args:
+        folder: A folder or a Hub id.
+        trust_chat_template (`bool`): Accept a chat template that the processor did not write from its settings. Such
+            a template is a program without limits: it can loop for hours or fill the memory.
+        settings: Settings that replace the saved ones.
+
+    Raises:
+        ValueError: if a file is damaged or a setting wrong; or for a chat template of somebody else.
+    """
+    processor = named_errors(SQLlavaProcessor.from_pretrained)(folder, trust_remote_code=False, **settings)
+    templates = processor.chat_template
+    template = templates.get("default") if isinstance(templates, dict) else templates
+    if not (trust_chat_template or (template or "").startswith(TEMPLATE_HEADER)):
+        raise ValueError(
+            f"{folder} has a chat template of its own: {(template or '')[:60]!r}... It is a program, which can loop "
+            "for hours or fill the memory. If you trust it, give --trust-chat-template to answer, ask, chat or serve "
+            "(in Python: trust_chat_template=True). Otherwise remove the template: the processor then writes its own."
+        )
+    return processor
 
 
 def load_model(
@@ -173,7 +199,8 @@ def load_checkpoint(path: str, revision: str | None = None, **kwargs) -> tuple[t
     Args:
         path (`str`): A folder or a Hub id.
         revision (`str`, *optional*): Branch, tag or commit on the Hub.
-        kwargs: As for `from_pretrained` of the model: `dtype`, `device_map`, `attn_implementation`, ...
+        kwargs: As for [`load_processor`], `trust_chat_template`; and for `from_pretrained` of the model: `dtype`,
+            `device_map`, `attn_implementation`, ...
 
     Returns:
         A [`SQLlavaForConditionalGeneration`] (for an adapter, a `PeftModel` around it) and the processor.
@@ -190,7 +217,11 @@ def load_checkpoint(path: str, revision: str | None = None, **kwargs) -> tuple[t
 
 
 def load_base_and_processor(
-    path: str, revision: str | None = None, processor_settings: dict | None = None, **kwargs
+    path: str,
+    revision: str | None = None,
+    processor_settings: dict | None = None,
+    trust_chat_template: bool = False,
+    **kwargs,
 ) -> tuple[SQLlavaForConditionalGeneration, SQLlavaProcessor, Path | None]:
     """
     Loads the processor, and a plain checkpoint or the base of an adapter.
@@ -198,6 +229,7 @@ def load_base_and_processor(
     Args:
         path, revision, kwargs: As for [`load_checkpoint`].
         processor_settings (`dict`, *optional*): Settings that replace the saved ones of the processor.
+        trust_chat_template (`bool`): As for [`load_processor`].
 
     Returns:
         The model, the processor, and the folder of the adapter or `None`.
@@ -206,7 +238,7 @@ def load_base_and_processor(
         ValueError: if it is not an SQ-LLaVA, or incomplete.
     """
     folder = require_model(path, revision)
-    processor = SQLlavaProcessor.from_pretrained(folder, **(processor_settings or {}))
+    processor = load_processor(folder, trust_chat_template, **(processor_settings or {}))
     if is_adapter(folder):
         return load_base_of(folder, processor, **kwargs), processor, folder
     return _load_plain(folder, str(path), processor, **kwargs), processor, None
@@ -221,18 +253,18 @@ def merge_adapter(adapter: str, output_dir: str) -> None:
         output_dir (`str`): Folder for the checkpoint; it must be new or empty.
 
     Raises:
-        ValueError: if it is not an adapter, or the folder is not empty.
+        ValueError: if it is not an adapter, if the folder is not empty, or if another process is writing it.
     """
     if not is_adapter(adapter):
         raise ValueError(
             f"{adapter} holds no adapter_config.json. Give the output_dir of a training stage. (A stage with "
             "full_finetuning needs no merge: its output_dir is a plain checkpoint.)"
         )
-    require_new_folder(output_dir)
-    provenance = read_provenance(fetch(adapter))
-    model, processor = load_checkpoint(adapter)
-    merged = model.merge_and_unload()
-    merged.save_pretrained(output_dir)
-    processor.save_pretrained(output_dir)
-    write_provenance(output_dir, provenance)
-    write_card(output_dir)
+    with folder_written_whole(output_dir) as folder:
+        provenance = read_provenance(fetch(adapter))
+        model, processor = load_checkpoint(adapter)
+        merged = model.merge_and_unload()
+        merged.save_pretrained(folder)
+        processor.save_pretrained(folder)
+        write_provenance(folder, provenance)
+        write_card(folder)

@@ -10,7 +10,6 @@ A temporary folder holds new files, and links to files that are not changed. The
 import json
 import re
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -18,7 +17,6 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-import yaml
 from huggingface_hub import HfApi
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 from rich.console import Console
@@ -27,8 +25,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from sq_llava.checkpoints.card import EXAMPLE_IMAGE, draw_example
-from sq_llava.checkpoints.provenance import PROVENANCE_FILE, public_name
+from sq_llava.checkpoints.provenance import PROVENANCE_FILE, public_name, read_provenance
 from sq_llava.locations import base_of_adapter, hub_errors, is_adapter, is_hub_id
+from sq_llava.output import temporary_folder
 from sq_llava.resources import CODE_FILES, code_digests
 
 
@@ -102,8 +101,8 @@ def prepare(
 
     require_kind(source)
     require_whole(source)
-    with tempfile.TemporaryDirectory(prefix="sq-llava-push-", ignore_cleanup_errors=True) as workspace:
-        workspace = Path(workspace)
+    read_provenance(source)  # may be damaged; it is needed for the card
+    with temporary_folder("sq-llava-push-") as workspace:
         publication = Publication(repo_id, workspace, workspace / "publication")
         publication.folder.mkdir()
         if is_adapter(source) and not adapter_only:
@@ -215,8 +214,8 @@ def _refuse_machine_paths(publication: Publication) -> None:
     for file in publication.folder.iterdir():
         if file.name.endswith(("config.json", "index.json")):
             content = json.loads(file.read_text())
-        elif file.suffix == ".yaml":
-            content = yaml.safe_load(file.read_text())
+        elif file.name == PROVENANCE_FILE:
+            content = read_provenance(publication.folder)
         else:
             continue
         for place, text in _texts(content, file.name):

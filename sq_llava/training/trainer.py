@@ -17,7 +17,6 @@ Each step is checked before it is applied (`sq_llava/training/recovery.py`). Wit
 saves the steps since the last checkpoint.
 """
 
-import json
 import math
 import shutil
 from contextlib import nullcontext
@@ -31,15 +30,17 @@ from safetensors import SafetensorError
 from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.trainer_utils import rotate_checkpoints
 from trl import SFTTrainer
 
 from sq_llava.checkpoints.completeness import RUN_FILE, STATE_FILE, checkpoint_faults, file_sizes
 from sq_llava.data.self_questions import ANSWER, IGNORE_INDEX, QUESTION
+from sq_llava.output import full_disk_named, sync, write_json, written_whole
 from sq_llava.training.adapter import trained_parameters, without_adapter
 from sq_llava.training.generation_check import GenerationCheck
 from sq_llava.training.length_sampler import ModalityLengthSampler
 from sq_llava.training.packing import PackedRows, PackingCollator, PackSampler, pack_sampler, require_separation
-from sq_llava.training.recovery import CheckpointError, StepWatch
+from sq_llava.training.recovery import HALF_WRITTEN_MODEL, CheckpointError, StepWatch, place_model
 from sq_llava.training.sharding import embeddings_in_the_root_unit, own_class, sharding_of, wrap_layers
 from sq_llava.training.shared_prefix import attention_mask, register_shared_prefix
 
@@ -361,14 +362,22 @@ class SQLlavaTrainer(SFTTrainer):
         super()._run_epoch(*args, **kwargs)
 
     def _save_checkpoint(self, model, trial) -> None:
-        step = self.state.global_step
+        step, limit = self.state.global_step, self.args.save_total_limit
         before, self.watch.saved_step = self.watch.saved_step, step
         folder = Path(self.args.output_dir) / f"checkpoint-{step}"
         try:
             if self.args.should_save:
                 # Without this file, the folder does not count as complete while it is overwritten.
                 (folder / STATE_FILE).unlink(missing_ok=True)
+            # Older checkpoints are removed below, when a power failure cannot damage the new one any more.
+            self.args.save_total_limit = None
             super()._save_checkpoint(model, trial)
+            if self.args.should_save:
+                sync(folder)
+                best = self.state.best_model_checkpoint
+                rotate_checkpoints(
+                    self.args.output_dir, save_total_limit=limit, best_model_checkpoint=best, use_mtime=True
+                )
         except (OSError, RuntimeError, SafetensorError) as error:
             if not checkpoint_faults(folder):
                 raise  # the checkpoint is complete; something after it failed, such as an upload
@@ -379,11 +388,13 @@ class SQLlavaTrainer(SFTTrainer):
                 f"{folder} could not be written ({free} free on the disk): {error}. It was removed; {rest}. Free disk "
                 "space, then resume with --resume."
             ) from error
+        finally:
+            self.args.save_total_limit = limit
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
         # Full finetuning trains and resumes in float32. The final model has the precision of its config.json, which is
         # that of the frozen tower.
-        is_final = output_dir is None or Path(output_dir) == Path(self.args.output_dir)
+        is_final = output_dir is not None and Path(output_dir).name == HALF_WRITTEN_MODEL
         if state_dict is not None and not isinstance(self.model, PeftModel):
             # In the copies that FSDP2 and DeepSpeed give, a tied head is a weight of its own.
             state_dict = {name: w for name, w in state_dict.items() if name not in self.model.all_tied_weights_keys}
@@ -394,18 +405,39 @@ class SQLlavaTrainer(SFTTrainer):
             super()._save(output_dir, state_dict)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        super().save_model(output_dir, _internal_call)
-        if not _internal_call and sharding_of(self.accelerator) == "fsdp2-sharded":
-            # The Trainer saves only shards, which the next stage, `merge` and AutoModel cannot load.
-            self._save(output_dir, self.accelerator.get_state_dict(self.model))
+        """Saves a checkpoint (`_internal_call`), or the final model, which is complete or not there at any moment."""
+        if _internal_call:
+            super().save_model(output_dir, _internal_call)
+            return
+        final = Path(output_dir or self.args.output_dir)
+        part = final / HALF_WRITTEN_MODEL
+        if self.args.should_save:
+            shutil.rmtree(part, ignore_errors=True)  # left by a run that was killed
+        try:
+            with full_disk_named(final):
+                super().save_model(str(part))
+                if sharding_of(self.accelerator) == "fsdp2-sharded":
+                    # The Trainer saves only shards, which the next stage, `merge` and AutoModel cannot load.
+                    self._save(str(part), self.accelerator.get_state_dict(self.model))
+                self.accelerator.wait_for_everyone()
+                if self.args.should_save:
+                    place_model(part, final)
+        finally:
+            if self.args.should_save:
+                shutil.rmtree(part, ignore_errors=True)
+
+    def save_state(self) -> None:
+        if self.is_world_process_zero():
+            with written_whole(Path(self.args.output_dir) / STATE_FILE) as new:
+                self.state.save_to_json(new)
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
         # The last two files mark a checkpoint as complete, so they are written after the files of all processes.
+        sync(Path(output_dir))
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
-            run = self.run | {"files": file_sizes(Path(output_dir))}
-            (Path(output_dir) / RUN_FILE).write_text(json.dumps(run, indent=2))
+            write_json(Path(output_dir) / RUN_FILE, self.run | {"files": file_sizes(Path(output_dir))})
 
     def create_model_card(self, *args, **kwargs) -> None:
         """Writes no card into an adapter folder; `merge_adapter` writes the card of the merged checkpoint."""

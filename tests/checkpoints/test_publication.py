@@ -95,7 +95,8 @@ def test_wrong_requests_are_refused(settings, message, written):
 
 
 def test_local_path_in_a_configuration_is_refused(model):
-    write_provenance(model, {"stages": [{"data": [{"path": "/data/mine/train.json"}]}]})
+    stage = {"stage": "align", "rows": 1, "steps": 1, "settings": {}, "versions": {}}
+    write_provenance(model, {"stages": [stage | {"data": [{"path": "/data/mine/train.json"}]}]})
     match = r"provenance.yaml, stages, data, path is /data/mine/train.json, a path on this machine"
     with pytest.raises(ValueError, match=match), prepare(model, "org/model"):
         pass
