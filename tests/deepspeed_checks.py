@@ -136,7 +136,7 @@ def test_two_processes_equal_one_where_one_sees_text_only(parts, tied, stage1, o
     elif "tied" in case:
         settings["text_model_name_or_path"] = tied
     elif case == "packed":
-        settings |= {"packing": True, "train_sampling_strategy": "random"}
+        settings |= {"packing": True, "share_images": True, "train_sampling_strategy": "random"}
     expected = one_process(case, **settings)
     if "accumulated" in case:
         settings |= {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2}

@@ -33,7 +33,7 @@ pytestmark = pytest.mark.slow
 
 DESCENT = PLAIN_DESCENT | {"learning_rate": 0.05, "question_loss_weight": 0.3, "max_steps": 5, "save_strategy": "no"}
 FULL = {"full_finetuning": True, "lora_r": 0, "vision_lora_r": 0}
-PACKING = {"packing": True, "train_sampling_strategy": "random"}
+PACKING = {"packing": True, "share_images": True, "train_sampling_strategy": "random"}
 
 
 class LaunchedRun(Run):
