@@ -703,7 +703,7 @@ class SQLlavaForConditionalGeneration(SQLlavaPreTrainedModel, GenerationMixin):
         needed = [getattr(text_config, name, None) for name in ("router_aux_loss_coef", "num_experts")]
         if router_logits is None or None in needed:
             return None
-        if attention_mask is not None and attention_mask.ndim == 2:
+        if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2:
             # With a cache, the mask covers more positions than were routed.
             sequence_length = router_logits[0].shape[0] // attention_mask.shape[0]
             attention_mask = attention_mask[:, -sequence_length:]

@@ -47,6 +47,7 @@ if __name__ == "__main__":  # before the slow imports below
 
 import datasets
 from accelerate import PartialState
+from torch.distributed.elastic.multiprocessing.errors import record
 from transformers import set_seed
 from transformers.utils.versions import require_version
 from trl import ModelConfig, SFTConfig
@@ -59,6 +60,7 @@ from sq_llava.data.rows import hold_out, load_rows
 from sq_llava.doctor.check import data_check
 from sq_llava.doctor.report import SAMPLE_ROWS, check_before_training
 from sq_llava.locations import fetch
+from sq_llava.output import output_lock
 from sq_llava.training.collator import EpochCallback, SelfQuestioningCollator
 from sq_llava.training.generation_check import GenerationCheck
 from sq_llava.training.planning import (
@@ -77,7 +79,7 @@ from sq_llava.training.sharding import (
     require_same_checkpoint,
     sharding_asked_for,
 )
-from sq_llava.training.stage_model import load_base, prepare_stage, starting_point
+from sq_llava.training.stage_model import load_base, prepare_stage, require_other_folder, starting_point
 from sq_llava.training.trainer import SQLlavaTrainer
 
 
@@ -103,13 +105,19 @@ def train(arguments: SQLlavaArguments, training_args: SFTConfig, model_config: M
     num_processes = complete_settings(arguments, training_args)
     if arguments.dry_run == "meta":
         return plan_from_configs(arguments, training_args, model_config, num_processes)
+    with output_lock(training_args.output_dir, needed=PartialState().is_main_process):
+        return train_stage(arguments, training_args, model_config)
+
+
+def train_stage(arguments: SQLlavaArguments, training_args: SFTConfig, model_config: ModelConfig) -> SQLlavaTrainer:
+    """Does what [`train`] does, once the output folder is locked."""
     require_extras(training_args, model_config)
     start, _ = starting_point(arguments, model_config)
+    require_other_folder(start, training_args.output_dir)
     sharding = sharding_asked_for(training_args)
     resident_before = resident_peak()
     set_seed(training_args.seed)
     with PartialState().main_process_first():
-        # Training may overwrite the folder it started from, so read the provenance first.
         came_from = read_provenance(fetch(start)) if start else {}
         checkpoint = find_checkpoint(training_args.output_dir, arguments.resume, training_args.resume_from_checkpoint)
         if checkpoint is not None:
@@ -121,7 +129,7 @@ def train(arguments: SQLlavaArguments, training_args: SFTConfig, model_config: M
     model, processor, previous_stage = load_base(arguments, training_args, model_config, checkpoint)
     rows, eval_rows = read_rows(arguments, training_args, processor)
     model = prepare_stage(model, previous_stage, arguments, model_config)
-    steps = leave_one_step(rows, training_args, arguments.packing) if arguments.dry_run == "real" else None
+    steps = leave_one_step(rows, arguments, training_args) if arguments.dry_run == "real" else None
     trainer = make_trainer(model, processor, rows, eval_rows, arguments, training_args)
     require_launch(sharding, trainer.accelerator)
     if trainer.accelerator.is_main_process:
@@ -201,6 +209,7 @@ def make_trainer(
         max_loss=arguments.max_loss,
         generation_check=generation_check,
         packing=arguments.packing,
+        max_rows_per_image=arguments.rows_per_image_pass,
     )
 
 
@@ -218,9 +227,14 @@ def run(trainer: SQLlavaTrainer, checkpoint: str | None) -> None:
     trainer.save_state()
 
 
-if __name__ == "__main__":
+def run_script() -> None:
     with one_line_when_stopped(), errors_in_one_line(traceback_of=SQLlavaTrainer.train):
         signal.signal(signal.SIGINT, signal.default_int_handler)
         main()
     # A gloo thread that outlives the interpreter would abort the process.
     PartialState().destroy_process_group()
+
+
+if __name__ == "__main__":
+    # After an error in training, a launcher names the process where it came first, with its traceback.
+    record(run_script)()

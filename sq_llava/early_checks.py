@@ -10,6 +10,8 @@ from pathlib import Path
 
 
 DTYPES = ("float32", "bfloat16", "float16")
+# The lock of an output folder (`sq_llava/output.py`). It does not count as content of the folder.
+LOCK_FILE = ".sq-llava.lock"
 # Files with these suffixes are the images of a folder.
 IMAGE_SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
 
@@ -99,13 +101,15 @@ def require_recipe_of(args: list[str]) -> None:
 def require_new_folder(folder: str | os.PathLike) -> None:
     """
     Raises:
-        ValueError: if the folder is a file, or is not empty.
+        ValueError: if the folder is a file, is not empty, or is a mount point, which no other folder can replace.
     """
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder} is a file: give a new folder.")
-    if folder.is_dir() and any(folder.iterdir()):
+    if folder.is_dir() and any(not file.name.startswith(LOCK_FILE) for file in folder.iterdir()):
         raise ValueError(f"{folder} is not empty: give a new folder.")
+    if folder.is_mount():
+        raise ValueError(f"{folder} is a mount point: give a new folder inside it, such as {folder / 'model'}.")
 
 
 def require_dtype(dtype: str, option: str = "dtype", automatic: bool = True) -> None:

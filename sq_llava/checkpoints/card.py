@@ -23,6 +23,7 @@ from sq_llava.checkpoints.provenance import public_name, read_provenance
 from sq_llava.checkpoints.weight_files import WeightFile
 from sq_llava.json_text import parse_json, read_json_if_there
 from sq_llava.locations import is_hub_id
+from sq_llava.output import written_whole
 from sq_llava.resources import code_digests, find_resource
 
 
@@ -42,7 +43,8 @@ def write_card(folder: str | Path) -> None:
     the current folder: an invented Hub id could belong to somebody.
     """
     folder = Path(folder)
-    render_card(folder, ".").save(folder / "README.md")
+    with written_whole(folder / "README.md") as new:
+        render_card(folder, ".").save(new)
 
 
 def render_card(

@@ -15,7 +15,6 @@ result is compared with the source in `sq_llava/checkpoints/verify.py`.
 """
 
 import json
-import os
 import re
 import shutil
 from collections.abc import Iterator
@@ -50,6 +49,7 @@ from sq_llava.checkpoints.weights import (
 )
 from sq_llava.early_checks import require_new_folder
 from sq_llava.json_text import read_json, read_json_if_there
+from sq_llava.output import folder_written_whole
 
 
 VICUNA_SYSTEM_MESSAGE = (
@@ -440,21 +440,25 @@ def write(conversion: Conversion, progress) -> None:
     Args:
         progress: A running `rich.progress.Progress`.
     """
-    out, model = conversion.out, conversion.model
-    # The inner folder has the final name, because the card is named after it.
-    unfinished = out.with_name(f"half-written-{out.name}")
-    shutil.rmtree(unfinished, ignore_errors=True)  # left by a run that was killed
-    folder = unfinished / out.name
-    folder.mkdir(parents=True)
+    with folder_written_whole(conversion.out) as folder:
+        _write_weights(conversion, folder, progress)
+        _write_other_files(conversion, folder)
+
+
+def _write_weights(conversion: Conversion, folder: Path, progress) -> None:
     task = progress.add_task("", total=conversion.size)
     for number, (name, targets) in enumerate(conversion.files.items(), start=1):
         progress.update(task, description=f"Writing file {number} of {len(conversion.files)}")
         chosen = {target: conversion.sources.weights[target] for target in targets}
-        write_file(folder / name, chosen, model.dtype, partial(progress.advance, task))
+        write_file(folder / name, chosen, conversion.model.dtype, partial(progress.advance, task))
     if len(conversion.files) > 1:
         weight_map = {target: name for name, targets in conversion.files.items() for target in targets}
         index = {"metadata": {"total_size": conversion.size}, "weight_map": weight_map}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _write_other_files(conversion: Conversion, folder: Path) -> None:
+    model = conversion.model
     custom_object_save(model, folder, config=model.config)
     model.config.save_pretrained(folder)
     model.generation_config.save_pretrained(folder)
@@ -465,16 +469,3 @@ def write(conversion: Conversion, progress) -> None:
         provenance["new_extractor"] = variant
     write_provenance(folder, provenance)
     write_card(folder)
-    _sync(folder)
-    if out.is_dir():
-        out.rmdir()
-    folder.rename(out)
-    unfinished.rmdir()
-
-
-def _sync(folder: Path) -> None:
-    """Flushes a folder's files to disk. Without it, they could be empty after a power failure."""
-    for path in folder.rglob("*"):
-        if path.is_file():
-            with open(path, "rb") as file:
-                os.fsync(file.fileno())

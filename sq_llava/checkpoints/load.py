@@ -31,8 +31,8 @@ from sq_llava.checkpoints.layouts import NAMES, recognise
 from sq_llava.checkpoints.provenance import read_provenance, write_provenance
 from sq_llava.checkpoints.trust import refusal
 from sq_llava.checkpoints.zero3 import from_pretrained
-from sq_llava.early_checks import require_new_folder
 from sq_llava.locations import base_of_adapter, fetch, find_config, is_adapter, is_hub_id, revision_of_base
+from sq_llava.output import folder_written_whole
 
 
 # This library loads checkpoints with its own classes. The code in a checkpoint is for machines without this library.
@@ -260,18 +260,18 @@ def merge_adapter(adapter: str, output_dir: str) -> None:
         output_dir (`str`): Folder for the checkpoint; it must be new or empty.
 
     Raises:
-        ValueError: if it is not an adapter, or the folder is not empty.
+        ValueError: if it is not an adapter, if the folder is not empty, or if another process is writing it.
     """
     if not is_adapter(adapter):
         raise ValueError(
             f"{adapter} holds no adapter_config.json. Give the output_dir of a training stage. (A stage with "
             "full_finetuning needs no merge: its output_dir is a plain checkpoint.)"
         )
-    require_new_folder(output_dir)
-    provenance = read_provenance(fetch(adapter))
-    model, processor = load_checkpoint(adapter)
-    merged = model.merge_and_unload()
-    merged.save_pretrained(output_dir)
-    processor.save_pretrained(output_dir)
-    write_provenance(output_dir, provenance)
-    write_card(output_dir)
+    with folder_written_whole(output_dir) as folder:
+        provenance = read_provenance(fetch(adapter))
+        model, processor = load_checkpoint(adapter)
+        merged = model.merge_and_unload()
+        merged.save_pretrained(folder)
+        processor.save_pretrained(folder)
+        write_provenance(folder, provenance)
+        write_card(folder)

@@ -23,6 +23,7 @@ from typing import Any
 import yaml
 
 from sq_llava.locations import is_hub_id
+from sq_llava.output import write_text
 
 
 PROVENANCE_FILE = "provenance.yaml"
@@ -108,7 +109,7 @@ def _require_form(provenance: dict) -> None:
 
 def write_provenance(folder: str | Path, provenance: dict) -> None:
     if provenance:
-        (Path(folder) / PROVENANCE_FILE).write_text(yaml.safe_dump(provenance, sort_keys=False, width=119))
+        write_text(Path(folder) / PROVENANCE_FILE, yaml.safe_dump(provenance, sort_keys=False, width=119))
 
 
 def record_stage(before: dict, arguments, training_args, model_config, run: dict[str, int], steps: int) -> None:

@@ -10,7 +10,6 @@ A temporary folder holds new files, and links to files that are not changed. The
 import json
 import re
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -29,6 +28,7 @@ from sq_llava.checkpoints.card import EXAMPLE_IMAGE, draw_example
 from sq_llava.checkpoints.provenance import PROVENANCE_FILE, public_name, read_provenance
 from sq_llava.checkpoints.trust import changed_code, foreign_code
 from sq_llava.locations import base_of_adapter, fetch_code, hub_errors, is_adapter, is_hub_id
+from sq_llava.output import temporary_folder
 from sq_llava.resources import CODE_FILES
 
 
@@ -103,8 +103,7 @@ def prepare(
     require_kind(source)
     require_whole(source, trust_remote_code=trust_remote_code)
     read_provenance(source)  # may be damaged; it is needed for the card
-    with tempfile.TemporaryDirectory(prefix="sq-llava-push-", ignore_cleanup_errors=True) as workspace:
-        workspace = Path(workspace)
+    with temporary_folder("sq-llava-push-") as workspace:
         publication = Publication(repo_id, workspace, workspace / "publication")
         publication.folder.mkdir()
         if is_adapter(source) and not adapter_only:

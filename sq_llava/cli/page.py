@@ -16,6 +16,7 @@ from sq_llava.cli.options import (
 )
 from sq_llava.console import console, errors_in_one_line, examples, messages_console, needs_extra
 from sq_llava.early_checks import require_folder, require_image
+from sq_llava.output import written_whole
 from sq_llava.serving.settings import AllowedHosts
 
 
@@ -73,7 +74,8 @@ def prototypes(
 
         seen = look(assistant, picture)
         chosen = [*seen.shares][:top]
-        paint(picture, seen, chosen).save(out)
+        with written_whole(out) as new:
+            paint(picture, seen, chosen).save(new)
         for rank, prototype in enumerate(chosen):
             red, green, blue = colour_of_rank(rank)
             console.print(

@@ -110,7 +110,7 @@ def image_name(image: str | Path | dict[str, Any] | bytes | io.BytesIO | Image.I
 def image_key(image: str | Path | dict[str, Any] | bytes | Image.Image) -> Hashable:
     """Returns a key that two images of a batch share if they are the same path, bytes or object."""
     if isinstance(image, dict):
-        return image.get("path"), image.get("bytes")
+        image = image["path"] if image.get("bytes") is None else image["bytes"]
     if isinstance(image, bytes):
         return image
     return id(image) if isinstance(image, Image.Image) else str(image)

@@ -21,6 +21,7 @@ from PIL import Image
 
 from sq_llava.data.images import jpeg_data_url
 from sq_llava.json_text import parse_json
+from sq_llava.output import written_whole
 
 
 # For the images of the page: 5,000 of them take about 100 MB.
@@ -50,13 +51,11 @@ def write_sheet(path: Path, entries: Iterable[Entry], title: str) -> None:
     script = page.partition("<script>")[2].partition("</script>")[0]
     page = page.replace("SCRIPT_HASH", base64.b64encode(hashlib.sha256(script.encode()).digest()).decode())
     head, _, foot = page.partition("ENTRIES")
-    new = path.with_suffix(".new")
-    with new.open("w", encoding="utf-8") as file:
+    with written_whole(path) as new, new.open("w", encoding="utf-8") as file:
         file.write(head.replace("TITLE", html.escape(title)))
         for entry in entries:
             file.write(_entry_html(entry))
         file.write(foot)
-    new.replace(path)
 
 
 def _entry_html(entry: Entry) -> str:

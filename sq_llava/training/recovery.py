@@ -4,8 +4,11 @@
 
 A run may be killed at any moment. Resumed with `--resume`, it has the same losses and weights as a run that was never
 killed. The newest complete checkpoint holds weights, optimizer and schedule. Self-questions, the order of rows and
-dropout depend only on the seed and on epoch, row, turn, step and process. Power failures may damage checkpoints (no
-fsync).
+dropout depend only on the seed and on epoch, row, turn, step and process.
+
+A power failure cannot damage a complete checkpoint: its files are flushed to the disk (fsync) before `run.json` lists
+them, and older checkpoints are removed only after that. The final model gets its place in `output_dir` when all of its
+files are complete.
 """
 
 import hashlib
@@ -13,6 +16,7 @@ import json
 import math
 import os
 import pickle
+import shutil
 import signal
 from pathlib import Path
 
@@ -25,11 +29,16 @@ from transformers.trainer_pt_utils import safe_globals
 from sq_llava.checkpoints.completeness import RUN_FILE, STATE_FILE, checkpoint_faults, json_fault, step_of
 from sq_llava.checkpoints.config_checks import one_line
 from sq_llava.checkpoints.weight_files import load_plain
+from sq_llava.output import sync, sync_path
 
 
 # sysexits.h: "temporary failure, try again later". A scheduler may restart the job on this exit code.
 EXIT_TRY_AGAIN = os.EX_TEMPFAIL
 SET_ASIDE = "half-written-"
+# Folder in `output_dir` of the final model until it is complete.
+HALF_WRITTEN_MODEL = "half-written-model"
+# Without its configuration, a folder is neither a model nor an adapter.
+CONFIGURATIONS = ("adapter_config.json", "config.json")
 
 
 class CheckpointError(OSError):
@@ -148,6 +157,24 @@ def _set_aside(folder: Path, faults: list[str]) -> None:
         f"{folder} is half-written ({'; '.join(faults)}) and is skipped. It was renamed to {target.name} and may be "
         "deleted."
     )
+
+
+def place_model(part: Path, final: Path) -> None:
+    """
+    Moves the files of a complete model to their place. A kill meanwhile leaves no model, but never a mix of two: the
+    configuration is removed first and comes last.
+    """
+    sync(part)
+    files = sorted(part.iterdir(), key=lambda file: file.name in CONFIGURATIONS)
+    for file in files:
+        if file.name in CONFIGURATIONS:
+            (final / file.name).unlink(missing_ok=True)
+    for file in files:
+        if file.is_dir():
+            shutil.rmtree(final / file.name, ignore_errors=True)
+        file.replace(final / file.name)
+    part.rmdir()
+    sync_path(final)
 
 
 def warn_of_changes(checkpoint: str, run: dict[str, int]) -> None:

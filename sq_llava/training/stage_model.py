@@ -19,6 +19,7 @@ from processing_sq_llava import PROMPT_LAYOUTS, SQLlavaProcessor
 from sq_llava.checkpoints.compose import compose, compose_processor
 from sq_llava.checkpoints.load import load_base_and_processor, load_model, load_processor, require_kind
 from sq_llava.checkpoints.zero3 import loading_whole
+from sq_llava.output import folder_written_whole
 from sq_llava.training.adapter import LoraOptions, LoraSize, add_adapter, load_adapter_weights, train_in_full
 from sq_llava.training.settings import LORA_INITIALISATIONS, SQLlavaArguments
 from sq_llava.training.sharding import loads_in_pieces
@@ -60,6 +61,18 @@ def starting_point(arguments: SQLlavaArguments, model_config: ModelConfig) -> tu
                 "text_model_name_or_path."
             ) from error
     return start, parts
+
+
+def require_other_folder(start: str | None, output_dir: str) -> None:
+    """
+    Raises:
+        ValueError: if the run would write into the folder of the model that it starts from.
+    """
+    if start is not None and Path(start).expanduser().resolve() == Path(output_dir).expanduser().resolve():
+        raise ValueError(
+            f"output_dir is {output_dir}, the folder of the model that training starts from. Its files would be "
+            "overwritten. Choose another output_dir."
+        )
 
 
 def architecture(arguments: SQLlavaArguments) -> dict:
@@ -139,12 +152,10 @@ def save_base(model, processor, output_dir: str) -> Path:
     """
     base = Path(output_dir).absolute() / "base"
     if PartialState().is_main_process:
-        part = base.with_name("half-written-base")
-        for folder in (part, base):
-            shutil.rmtree(folder, ignore_errors=True)
-        model.save_pretrained(part)
-        processor.save_pretrained(part)
-        part.rename(base)
+        shutil.rmtree(base, ignore_errors=True)
+        with folder_written_whole(base) as folder:
+            model.save_pretrained(folder)
+            processor.save_pretrained(folder)
     PartialState().wait_for_everyone()
     if model is not None:
         model.name_or_path = str(base)

@@ -180,13 +180,13 @@ def test_journal_is_unlocked_when_its_client_is_deleted(tmp_path):
         client = client_of(server, tmp_path)
         client.complete(say("a"))
         script = (
-            "import sys; from pathlib import Path; from sq_llava.llm_client.journal import lock; "
-            "lock(Path(sys.argv[1]))"
+            "import sys; from sq_llava.output import output_lock\nwith output_lock(sys.argv[1], 'answers.jsonl'): pass"
         )
-        command = [sys.executable, "-c", script, str(tmp_path / "answers.jsonl")]
+        command = [sys.executable, "-c", script, str(tmp_path)]
         assert b"another run writes" in subprocess.run(command, capture_output=True).stderr
         del client
         assert subprocess.run(command).returncode == 0
+    assert [file.name for file in tmp_path.iterdir()] == ["answers.jsonl"]
 
 
 def test_odd_characters_of_an_answer_are_kept(tmp_path):
