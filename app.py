@@ -14,8 +14,10 @@ This file has no options. `sq-llava demo` starts the same page with options.
 import os
 
 from sq_llava import load
-from sq_llava.page.layout import LAUNCH, create_page
+from sq_llava.page.layout import create_page, launch_settings
 
 
 if __name__ == "__main__":
-    create_page(load(os.environ.get("MODEL", "runs/demo/model"))).launch(**LAUNCH)
+    page = create_page(load(os.environ.get("MODEL", "runs/demo/model")))
+    # A Space sets this variable to 0.0.0.0.
+    page.launch(**launch_settings(os.environ.get("GRADIO_SERVER_NAME", "127.0.0.1")))

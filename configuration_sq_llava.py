@@ -46,6 +46,23 @@ TRANSFORMERS_KEYWORDS = {
     "num_labels", "output_attentions", "per_layer_config", "quantization_config", "torch_dtype",
 }  # fmt: skip
 VISION_MODEL_TYPES = ("clip_vision_model", "siglip_vision_model", "blip_2_vision_model")
+# Largest values of the sizes in a configuration, far above those of any model. With a wrong number, such as a million
+# layers, transformers would work for hours or use all memory before it finds a weight of another shape.
+LARGEST_SIZES = {
+    "num_hidden_layers": 1_000,
+    "num_attention_heads": 2**16,
+    "num_key_value_heads": 2**16,
+    "head_dim": 2**20,
+    "hidden_size": 2**20,
+    "intermediate_size": 2**24,
+    "vocab_size": 2**26,
+    "max_position_embeddings": 2**28,
+    "image_size": 2**14,
+    "patch_size": 2**14,
+    "num_channels": 2**10,
+}
+# No weight depends on these numbers: each is the work for one image.
+MOST_PROTOTYPES, MOST_ITERATIONS, MOST_QUERIES = 2**16, 100, 2**16
 
 # Each checkpoint holds its own code, so no entry names another repository. `AutoModel` loads a model that can generate
 # (see `SQLlavaAutoModel`).
@@ -101,7 +118,7 @@ class SQLlavaConfig(PreTrainedConfig):
             Standard deviation of the initial weights of the extractor, the projector and the Q-Former's queries.
 
     Raises:
-        ValueError: if a field is unknown or its value is wrong.
+        ValueError: if a field is unknown or its value is wrong, also in a sub-configuration that is given as a `dict`.
         TypeError: if a sub-configuration is neither a `dict` nor a `PreTrainedConfig`.
     """
 
@@ -144,8 +161,8 @@ class SQLlavaConfig(PreTrainedConfig):
                 )
         _check_choice("prototype_variant", self.prototype_variant, PrototypeVariant)
         _check_choice("projector_type", self.projector_type, ProjectorType)
-        _check_int("num_prototypes", self.num_prototypes, lowest=1)
-        _check_int("num_prototype_iterations", self.num_prototype_iterations, lowest=1)
+        _check_int("num_prototypes", self.num_prototypes, 1, MOST_PROTOTYPES)
+        _check_int("num_prototype_iterations", self.num_prototype_iterations, 1, MOST_ITERATIONS)
         _check_int("image_token_id", self.image_token_id, lowest=0)
         if self.vusr_token_id is not None:
             _check_int("vusr_token_id", self.vusr_token_id, lowest=0)
@@ -156,6 +173,7 @@ class SQLlavaConfig(PreTrainedConfig):
                 f"projector_hidden_act is {self.projector_hidden_act!r}: give the name of an activation of "
                 "transformers, such as 'gelu' or 'quick_gelu'."
             )
+        self._check_vision_size()
         self._check_vision_features()
         self._check_resampler()
         self._check_image_seq_length()
@@ -167,6 +185,11 @@ class SQLlavaConfig(PreTrainedConfig):
             raise ValueError(f"initializer_range is {self.initializer_range!r}: give a float above 0.")
         kwargs["auto_map"] = dict(AUTO_MAP)
         super().__post_init__(**kwargs)
+
+    def _check_vision_size(self):
+        image_size, patch_size = self.vision_config.image_size, self.vision_config.patch_size
+        _check_int("vision_config.image_size", image_size, 1, LARGEST_SIZES["image_size"])
+        _check_int("vision_config.patch_size", patch_size, 1, image_size)
 
     def _check_vision_features(self):
         num_layers, model_type = self.vision_config.num_hidden_layers, self.vision_config.model_type
@@ -192,7 +215,7 @@ class SQLlavaConfig(PreTrainedConfig):
             )
 
     def _check_resampler(self):
-        _check_int("num_query_tokens", self.num_query_tokens, lowest=1)
+        _check_int("num_query_tokens", self.num_query_tokens, 1, MOST_QUERIES)
         if self.resampler is None:
             if self.qformer_config is not None:
                 raise ValueError("qformer_config is given, but resampler is None: set resampler 'qformer'.")
@@ -257,17 +280,35 @@ def _check_names(names: Iterable[str], is_saved: bool):
 
 def _sub_config(name: str, value: dict | PreTrainedConfig | None, default: dict) -> PreTrainedConfig:
     if isinstance(value, PreTrainedConfig):
+        vars(value).pop("auto_map", None)  # names code of the part's first model, which a saved SQ-LLaVA does not have
+        _check_sizes(name, {size: getattr(value, size, None) for size in LARGEST_SIZES})
         return value
     if value is None:
         value = default
     if not isinstance(value, dict):
         raise TypeError(f"{name} is {value!r}: give a dict or a configuration object, or remove it.")
     fields = {"model_type": default["model_type"], **value}
-    if fields["model_type"] not in CONFIG_MAPPING:
+    fields.pop("auto_map", None)
+    if not isinstance(fields["model_type"], str) or fields["model_type"] not in CONFIG_MAPPING:
         raise ValueError(
             f"{name}.model_type is {fields['model_type']!r}, which this version of transformers does not know."
         )
-    return CONFIG_MAPPING[fields["model_type"]](**fields)
+    config_class = CONFIG_MAPPING[fields["model_type"]]
+    # Checked before the configuration is made: some make a list with an entry for each layer.
+    _check_sizes(name, {size: fields.get(config_class.attribute_map.get(size, size)) for size in LARGEST_SIZES})
+    try:
+        return config_class(**fields)
+    except Exception as error:  # for wrong values, configurations of transformers raise errors of many kinds
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{name} ({fields['model_type']}) has a wrong value: {reason}") from error
+
+
+def _check_sizes(name: str, sizes: dict):
+    """Checks the sizes in a sub-configuration. `None`: it has no such field. A list has a size for each layer."""
+    for field, value in sizes.items():
+        for size in value if isinstance(value, (list, tuple)) else [value]:
+            if size is not None:
+                _check_int(f"{name}.{field}", size, 1, LARGEST_SIZES[field])
 
 
 def _check_choice(name: str, value, literal):
@@ -275,9 +316,11 @@ def _check_choice(name: str, value, literal):
         raise ValueError(f"{name} is {value!r}: choose one of {', '.join(map(repr, get_args(literal)))}.")
 
 
-def _check_int(name: str, value, lowest: int):
+def _check_int(name: str, value, lowest: int, highest: int | None = None):
     if type(value) is not int or value < lowest:
         raise ValueError(f"{name} is {value!r}: give an int of at least {lowest}.")
+    if highest is not None and value > highest:
+        raise ValueError(f"{name} is {value}: give an int of at most {highest}.")
 
 
 SQLlavaConfig.register_for_auto_class()

@@ -14,6 +14,7 @@ import binascii
 import io
 import math
 import os
+import stat
 import sys
 import urllib.request
 from functools import cache
@@ -34,6 +35,11 @@ MAX_IMAGE_SIDE = math.isqrt(MAX_IMAGE_PIXELS)
 # longer one would become very long.
 MAX_ASPECT_RATIO = 200
 DOWNLOAD_SECONDS = 60
+# Limits on the file of an image. Pillow reads it block by block, and joins the blocks of comments and EXIF data in
+# quadratic time: a small file with very many blocks would take hours.
+MAX_IMAGE_BYTES = 2**30
+MAX_READS_OF_HEADER = 10_000
+MAX_READS = 200_000
 
 # For each EXIF orientation, the operation that turns the image upright. Pillow's `exif_transpose` is not used: it also
 # rewrites the EXIF data, which fails for some files.
@@ -68,12 +74,86 @@ def open_in_rgb(
         return to_rgb(image)
     if isinstance(image, str):
         image = _locate(image)
-    if isinstance(image, (bytes, bytearray)):
-        image = io.BytesIO(image)
-    with Image.open(image, formats=formats or safe_formats()) as file:
+    with open_stream(image) as stream, open_header(stream, formats) as file:
         converted = to_rgb(file)
         # A copy, because the opened file would keep its source in memory.
         return converted.copy() if converted is file else converted
+
+
+class _FewReads:
+    """A stream that can be read only a limited number of times."""
+
+    reads_left = MAX_READS
+
+    def _count_read(self):
+        self.reads_left -= 1
+        if self.reads_left < 0:
+            raise ValueError("it has too many blocks")
+
+    def read(self, size: int | None = -1) -> bytes:
+        self._count_read()
+        return super().read(size)
+
+    def readline(self, size: int | None = -1) -> bytes:
+        self._count_read()
+        return super().readline(size)
+
+
+class _Bytes(_FewReads, io.BytesIO):
+    def __repr__(self) -> str:
+        return "the bytes"
+
+
+class _File(_FewReads, io.BufferedReader):
+    def __repr__(self) -> str:  # Pillow's errors name the stream
+        return repr(str(self.name))
+
+
+def open_stream(image: str | Path | bytes | BinaryIO) -> BinaryIO:
+    """
+    Opens a path or the bytes of an image for [`open_header`]. A stream is read into memory.
+
+    Raises:
+        ValueError: if the path is no file (a folder, a device, a pipe, ...), or if it has more than `MAX_IMAGE_BYTES`.
+        FileNotFoundError: if there is no such file.
+    """
+    if isinstance(image, (str, Path)):
+        stream = _File(io.FileIO(image, opener=_open_file))
+        num_bytes = os.fstat(stream.fileno()).st_size
+    else:
+        if not isinstance(image, (bytes, bytearray)):
+            if image.seekable():
+                image.seek(0)
+            image = image.read(MAX_IMAGE_BYTES + 1)
+        stream, num_bytes = _Bytes(image), len(image)
+    if num_bytes > MAX_IMAGE_BYTES:
+        stream.close()
+        raise ValueError(f"{num_bytes:,} bytes are more than the {MAX_IMAGE_BYTES:,} that are allowed")
+    return stream
+
+
+def _open_file(path: str, flags: int) -> int:
+    # Opening a pipe would wait for its writer, and a device can be endless.
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise ValueError("it is no file, but a folder, a device, a pipe or a socket")
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
+
+
+def open_header(stream: BinaryIO, formats: tuple[str, ...] | None = None) -> Image.Image:
+    """
+    Opens an image without its pixels.
+
+    Args:
+        stream: From [`open_stream`]. It must stay open until the pixels are decoded.
+        formats (`tuple[str, ...]`, *optional*): As in [`open_in_rgb`].
+
+    Raises:
+        ValueError: if the header has too many blocks. Pillow raises other errors for broken files.
+    """
+    stream.reads_left = MAX_READS_OF_HEADER
+    image = Image.open(stream, formats=formats or safe_formats())
+    stream.reads_left = MAX_READS
+    return image
 
 
 @cache
@@ -88,7 +168,7 @@ def _locate(image: str) -> Path | bytes:
     if image.startswith(("http://", "https://")):
         request = urllib.request.Request(image, headers={"Accept": "image/*", "User-Agent": "sq-llava"})
         with urllib.request.urlopen(request, timeout=DOWNLOAD_SECONDS) as response:
-            return response.read()
+            return response.read(MAX_IMAGE_BYTES + 1)
     if not image.startswith("data:image/") and os.path.isfile(image):
         return Path(image)
     try:

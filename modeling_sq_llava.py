@@ -277,7 +277,9 @@ class SQLlavaQFormer(nn.Module):
         width = config.qformer_config.hidden_size
         self.query_tokens = nn.Parameter(torch.empty(1, config.num_query_tokens, width))
         # Always SDPA: the towers may use FlashAttention, which the Q-Former does not support.
-        self.qformer = AutoModel.from_config(config.qformer_config, attn_implementation="sdpa")
+        self.qformer = AutoModel.from_config(
+            config.qformer_config, attn_implementation="sdpa", trust_remote_code=False
+        )
 
     def train(self, mode: bool = True):
         # The Q-Former is frozen, as in MiniGPT-4. Dropout would only add noise to the projector's input.
@@ -367,14 +369,14 @@ class SQLlavaModel(SQLlavaPreTrainedModel):
         if config.vision_config.model_type == "blip_2_vision_model":  # AutoModel does not know this one
             self.vision_tower = Blip2VisionModel._from_config(config.vision_config)
         else:
-            self.vision_tower = AutoModel.from_config(config.vision_config)
+            self.vision_tower = AutoModel.from_config(config.vision_config, trust_remote_code=False)
         if config.prototype_variant == "none":
             self.prototype_extractor = nn.Identity()
         else:
             self.prototype_extractor = PROTOTYPE_EXTRACTORS[config.prototype_variant](config)
         self.resampler = nn.Identity() if config.resampler is None else SQLlavaQFormer(config)
         self.multi_modal_projector = SQLlavaMultiModalProjector(config)
-        self.language_model = AutoModel.from_config(config.text_config)
+        self.language_model = AutoModel.from_config(config.text_config, trust_remote_code=False)
         self.post_init()
 
     def get_vision_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
@@ -701,7 +703,7 @@ class SQLlavaForConditionalGeneration(SQLlavaPreTrainedModel, GenerationMixin):
         needed = [getattr(text_config, name, None) for name in ("router_aux_loss_coef", "num_experts")]
         if router_logits is None or None in needed:
             return None
-        if attention_mask is not None and attention_mask.ndim == 2:
+        if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2:
             # With a cache, the mask covers more positions than were routed.
             sequence_length = router_logits[0].shape[0] // attention_mask.shape[0]
             attention_mask = attention_mask[:, -sequence_length:]

@@ -126,6 +126,11 @@ PROCESSOR_SETTINGS = (
 # Keys that transformers itself writes to, or reads from, a processor_config.json.
 TRANSFORMERS_KEYS = {"auto_map", "processor_class", "transformers_version", "audio_tokenizer", "video_processor"}
 
+AUTO_MAP = {
+    "AutoImageProcessor": "image_processing_sq_llava.SQLlavaImageProcessor",
+    "AutoProcessor": "processing_sq_llava.SQLlavaProcessor",
+}
+
 TEMPLATE_HEADER = "{#- SQ-LLaVA: written by SQLlavaProcessor from its settings -#}\n"
 # `{% generation %}` marks the text that is in the loss. A user turn with `self_question` set is a vusr turn.
 # `plain=True` gives the caption layout of stage 1. `ask=True` ends the prompt with the vusr marker.
@@ -339,8 +344,9 @@ class SQLlavaProcessor(ProcessorMixin):
         turn_format = {**TURN_FORMAT, **(turn_format or {})}
         for name in turn_format.keys() - TURN_FORMAT.keys():
             raise ValueError(f"turn_format has no key {name!r}{_meant(name, set(TURN_FORMAT))}.")
-        # `from_pretrained` also passes its keywords to the tokenizer, which would save them as its own settings.
-        for name in ("delimiter", *PROCESSOR_SETTINGS):
+        # `from_pretrained` also passes its keywords to the tokenizer, which would save them as its own settings. An
+        # `auto_map` of the tokenizer's first model would name code that a saved SQ-LLaVA does not have.
+        for name in ("auto_map", "delimiter", *PROCESSOR_SETTINGS):
             tokenizer.init_kwargs.pop(name, None)
         self.image_seq_length = image_seq_length
         self.image_aspect_ratio = image_aspect_ratio
@@ -366,6 +372,12 @@ class SQLlavaProcessor(ProcessorMixin):
         tokenizer.chat_template = chat_template
         image_processor = _square_image_processor(image_processor, image_aspect_ratio)
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, trust_remote_code: bool | None = None, **kwargs):
+        """Like the method of transformers. Without `trust_remote_code`, it never asks on the terminal to run code."""
+        kwargs["trust_remote_code"] = bool(trust_remote_code)
+        return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
 
     @classmethod
     def from_args_and_dict(cls, args, processor_dict, **kwargs):
@@ -454,6 +466,8 @@ def _square_image_processor(image_processor, image_aspect_ratio: ImageAspectRati
             image_std=image_processor.image_std,
         )
     image_processor.do_pad = image_aspect_ratio == "pad"
+    if "auto_map" in vars(image_processor):  # that of another model may name code that a saved SQ-LLaVA does not have
+        image_processor.auto_map = dict(AUTO_MAP)
     return image_processor
 
 

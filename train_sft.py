@@ -47,6 +47,7 @@ if __name__ == "__main__":  # before the slow imports below
 
 import datasets
 from accelerate import PartialState
+from torch.distributed.elastic.multiprocessing.errors import record
 from transformers import set_seed
 from transformers.utils.versions import require_version
 from trl import ModelConfig, SFTConfig
@@ -60,6 +61,7 @@ from sq_llava.data.rows import hold_out, load_rows
 from sq_llava.doctor.check import data_check
 from sq_llava.doctor.report import SAMPLE_ROWS, check_before_training
 from sq_llava.locations import fetch
+from sq_llava.output import output_lock
 from sq_llava.training.collator import EpochCallback, SelfQuestioningCollator
 from sq_llava.training.generation_check import GenerationCheck
 from sq_llava.training.planning import (
@@ -70,7 +72,7 @@ from sq_llava.training.planning import (
     resident_peak,
     try_one_step,
 )
-from sq_llava.training.recovery import EXIT_TRY_AGAIN, find_checkpoint, warn_of_changes
+from sq_llava.training.recovery import EXIT_TRY_AGAIN, find_checkpoint, require_plain_states, warn_of_changes
 from sq_llava.training.settings import SQLlavaArguments, parse_settings, require_extras
 from sq_llava.training.sharding import (
     require_launch,
@@ -78,7 +80,13 @@ from sq_llava.training.sharding import (
     require_same_checkpoint,
     sharding_asked_for,
 )
-from sq_llava.training.stage_model import load_base, prepare_stage, starting_point, template_needs
+from sq_llava.training.stage_model import (
+    load_base,
+    prepare_stage,
+    require_other_folder,
+    starting_point,
+    template_needs,
+)
 from sq_llava.training.trainer import SQLlavaTrainer
 
 
@@ -104,17 +112,24 @@ def train(arguments: SQLlavaArguments, training_args: SFTConfig, model_config: M
     num_processes = complete_settings(arguments, training_args)
     if arguments.dry_run == "meta":
         return plan_from_configs(arguments, training_args, model_config, num_processes)
+    with output_lock(training_args.output_dir, needed=PartialState().is_main_process):
+        return train_stage(arguments, training_args, model_config)
+
+
+def train_stage(arguments: SQLlavaArguments, training_args: SFTConfig, model_config: ModelConfig) -> SQLlavaTrainer:
+    """Does what [`train`] does, once the output folder is locked."""
     require_extras(training_args, model_config)
     start, _ = starting_point(arguments, model_config)
+    require_other_folder(start, training_args.output_dir)
     sharding = sharding_asked_for(training_args)
     resident_before = resident_peak()
     set_seed(training_args.seed)
     with PartialState().main_process_first():
-        # Training may overwrite the folder it started from, so read the provenance first.
         came_from = read_provenance(fetch(start)) if start else {}
         checkpoint = find_checkpoint(training_args.output_dir, arguments.resume, training_args.resume_from_checkpoint)
         if checkpoint is not None:
             require_resumable(checkpoint, sharding, training_args.world_size)
+            require_plain_states(checkpoint)
         check_data(arguments, training_args, model_config)
     require_same_checkpoint(checkpoint, training_args.world_size)
 
@@ -122,7 +137,7 @@ def train(arguments: SQLlavaArguments, training_args: SFTConfig, model_config: M
     check_template(processor, template_needs(arguments))
     rows, eval_rows = read_rows(arguments, training_args, processor)
     model = prepare_stage(model, previous_stage, arguments, model_config)
-    steps = leave_one_step(rows, training_args, arguments.packing) if arguments.dry_run == "real" else None
+    steps = leave_one_step(rows, arguments, training_args) if arguments.dry_run == "real" else None
     trainer = make_trainer(model, processor, rows, eval_rows, arguments, training_args)
     require_launch(sharding, trainer.accelerator)
     if trainer.accelerator.is_main_process:
@@ -202,6 +217,7 @@ def make_trainer(
         max_loss=arguments.max_loss,
         generation_check=generation_check,
         packing=arguments.packing,
+        max_rows_per_image=arguments.rows_per_image_pass,
     )
 
 
@@ -219,9 +235,14 @@ def run(trainer: SQLlavaTrainer, checkpoint: str | None) -> None:
     trainer.save_state()
 
 
-if __name__ == "__main__":
+def run_script() -> None:
     with one_line_when_stopped(), errors_in_one_line(traceback_of=SQLlavaTrainer.train):
         signal.signal(signal.SIGINT, signal.default_int_handler)
         main()
     # A gloo thread that outlives the interpreter would abort the process.
     PartialState().destroy_process_group()
+
+
+if __name__ == "__main__":
+    # After an error in training, a launcher names the process where it came first, with its traceback.
+    record(run_script)()

@@ -94,7 +94,7 @@ def convert(folder: Path, shard_size: int) -> None:
 
 
 def merge_with_peft(folder: Path, shard_size: int) -> None:
-    model = AutoModelForCausalLM.from_pretrained(folder / "base", dtype="auto")
+    model = AutoModelForCausalLM.from_pretrained(folder / "base", dtype="auto", trust_remote_code=False)
     merged = PeftModel.from_pretrained(model, folder / "release").merge_and_unload()
     merged.save_pretrained(folder / "merged", max_shard_size=shard_size)
 

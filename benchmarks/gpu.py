@@ -2,6 +2,7 @@
 
     python -m benchmarks.gpu           # writes benchmarks/results/gpu.{json,md}; planned for under 8 minutes on 80 GB
     python -m benchmarks.gpu --tiny    # the same code with tiny sizes on a CPU; its figures mean nothing
+    python -m benchmarks.gpu --distributed   # instead checks all launchers on all GPUs: see `benchmarks.launchers`
 
 The weights are random, in bfloat16, and made on the device: CLIP ViT-L/14-336, Vicuna-7B's sizes, K = 256, LoRA as in
 recipes/sq-llava-7b/stage{1,2}.yaml. A step is forward, backward, clipping and AdamW over 16 rows of a simulated mix
@@ -17,7 +18,7 @@ Model FLOPs utilisation counts the operations that the model needs. It does not 
   and values), within each row only. In the language model half of the pairs count, because it is causal.
 - The extractor's products of K, N and D.
 
-The peak is TRL's figure for the device, or `--peak-tflops`. Not measured: loading images, several GPUs, real weights.
+The peak is TRL's figure for the device, or `--peak-tflops`. Not measured: loading images, real weights.
 """
 
 import gc
@@ -36,7 +37,7 @@ from transformers import LlavaConfig, LlavaForConditionalGeneration
 from transformers.utils import is_flash_attn_2_available
 from trl.trainer.utils import add_fused_lm_head, get_peak_flops
 
-from benchmarks import common
+from benchmarks import common, launchers
 from benchmarks.batching import simulated_mix
 from benchmarks.generate import without_end
 from benchmarks.random_models import loss_of, make_model, square_image_processor, with_adapter
@@ -401,11 +402,17 @@ def main():
     arguments = common.parse_arguments(
         __doc__,
         tiny=(False, "Run tiny sizes on a CPU, to see that the code works."),
+        distributed=(False, "Check all launchers on the GPUs of this machine: losses, resume, speed and memory."),
         peak_tflops=(0, "Peak of the GPU in bfloat16, in TFLOPS; 0 takes TRL's figure for the device."),
     )
     arguments.quick = arguments.quick or arguments.tiny
     if not arguments.quick and not torch.cuda.is_available():
         raise SystemExit("No NVIDIA GPU was found. Run this on a GPU, or try the same code on a CPU with --tiny.")
+    if arguments.distributed:
+        setting = launchers.on_cpus((1, 2)) if arguments.quick else launchers.on_gpus(torch.cuda.device_count())
+        report = {"command": "python -m benchmarks.gpu --distributed"} | launchers.measure(setting)
+        common.save("launchers", report, launchers.to_markdown, arguments)
+        return
     report = measure(make_setting(arguments.quick, arguments.peak_tflops))
     common.save("gpu", report, to_markdown, arguments)
 

@@ -16,7 +16,8 @@ from benchmarks import common
 
 ORDER = (
     "train_step", "lm_head", "batching", "memory", "ask", "generate", "prototype_extractor", "scaling",
-    "image_pipeline", "doctor", "convert", "startup", "serving", "gpu", "ablation", "self_training", "three_systems",
+    "image_pipeline", "doctor", "convert", "startup", "serving", "gpu", "launchers", "ablation", "self_training",
+    "three_systems",
 )  # fmt: skip
 HEAD = """# Benchmarks
 
@@ -27,8 +28,9 @@ same sizes. So you can compare ratios between machines, but not seconds. `1.5 (1
 lowest and the highest round. In each round, all variants run one after the other.
 
 `python -m benchmarks.NAME` runs one benchmark, and `--quick` makes it a short trial. `make bench` runs all those that
-need neither a GPU nor the demo, in 13 minutes on two cores, and then writes this page. `gpu` needs a GPU. `serving`,
-`ablation`, `self_training` and `three_systems` need the output of `make demo`; `ablation` takes hours."""
+need neither a GPU nor the demo, in 13 minutes on two cores, and then writes this page. `gpu` needs a GPU, `launchers`
+the environment of `make test-deepspeed`. `serving`, `ablation`, `self_training` and `three_systems` need the output of
+`make demo`; `ablation` takes hours."""
 
 
 def what_it_is(name: str) -> str:

@@ -48,11 +48,11 @@ from benchmarks import common
 from benchmarks.random_models import clip_sizes, llama_sizes, make_model, square_image_processor
 from processing_sq_llava import SQLlavaProcessor
 from sq_llava.data.lengths import LengthBound, with_length_bounds
-from sq_llava.data.packing import pack_in_windows
 from sq_llava.data.rows import load_rows
 from sq_llava.data.sources import DataSource
 from sq_llava.training.adapter import LoraSize, add_adapter
 from sq_llava.training.collator import SelfQuestioningCollator
+from sq_llava.training.packing import pack_sampler
 from sq_llava.training.trainer import SQLlavaTrainer
 
 
@@ -166,7 +166,9 @@ def stock_messages(messages: list[dict]) -> list[dict]:
     return [{"role": m["role"], "content": "".join(part.get("text", "") for part in m["content"])} for m in messages]
 
 
-def own_trainer(data: Data, folder: Path, rows_per_step: int, packing: bool, prototypes: int) -> Trainer:
+def own_trainer(
+    data: Data, folder: Path, rows_per_step: int, packing: bool, prototypes: int, max_rows_per_image: int = 1
+) -> Trainer:
     processor = data.processor
     fields = {"num_prototypes": prototypes} if prototypes else {"prototype_variant": "none"}
     text = TEXT | {"vocab_size": len(processor.tokenizer)}
@@ -174,9 +176,8 @@ def own_trainer(data: Data, folder: Path, rows_per_step: int, packing: bool, pro
         VISION, text, image_token_id=processor.image_token_id, vusr_token_id=processor.vusr_token_id, **fields
     )
     if packing:
-        packs = pack_in_windows(np.arange(len(data.rows)), data.rows["length"][:], MAX_LENGTH)
-        size = max(1, round(rows_per_step * len(packs) / len(data.rows)))
-        args = settings(folder, size)
+        packs = pack_sampler(data.rows, settings(folder, 1), 1, max_rows_per_image=max_rows_per_image)
+        args = settings(folder, max(1, round(rows_per_step * packs.num_packs / len(data.rows))))
     else:
         args = settings(folder, rows_per_step, train_sampling_strategy="group_by_length")
     return SQLlavaTrainer(
@@ -188,6 +189,7 @@ def own_trainer(data: Data, folder: Path, rows_per_step: int, packing: bool, pro
         question_loss_weight=1.0,
         part_learning_rates={},
         packing=packing,
+        max_rows_per_image=max_rows_per_image,
     )
 
 

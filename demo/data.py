@@ -29,6 +29,7 @@ from pathlib import Path
 import easy_vqa
 
 from sq_llava.evaluation.easy_vqa import KINDS, derive_caption, question_kind
+from sq_llava.output import write_text
 
 
 def image_root() -> Path:
@@ -135,7 +136,7 @@ def write_data(
     output_dir.mkdir(parents=True, exist_ok=True)
     paths = {name: output_dir / f"{name}.json" for name in rows_of_file}
     for name, path in paths.items():
-        path.write_text(json.dumps(rows_of_file[name]) + "\n", encoding="utf-8")
+        write_text(path, json.dumps(rows_of_file[name]) + "\n")
     return paths
 
 

@@ -23,6 +23,7 @@ from sq_llava.evaluation.easy_vqa import KINDS, answer_question, derive_caption
 from sq_llava.evaluation.run import Evaluation, read_examples, score
 from sq_llava.evaluation.run import evaluate as run_evaluation
 from sq_llava.evaluation.task import Example, Metric, summarize
+from sq_llava.output import write_json
 
 
 FIRST_QUESTION = "what color is the shape?"
@@ -144,7 +145,7 @@ def evaluate(
     if split == "test":
         image_root = easy_vqa.image_root_of(data_dir / "test.json")
         result |= measure_questions(assistant, image_root, num_images=num_images, questions_per_image=4, seed=seed)
-    output.write_text(json.dumps(result, indent=2) + "\n")
+    write_json(output, result)
     return result
 
 

@@ -17,6 +17,7 @@ from PIL import Image
 
 from demo.processes import threads_of_each
 from sq_llava.evaluation.easy_vqa import KINDS
+from sq_llava.output import write_json, write_text, written_whole
 
 
 matplotlib.use("Agg")
@@ -86,7 +87,8 @@ def draw_losses(run: Path) -> None:
         axis.grid(alpha=0.3)
         axis.legend()
     figure.tight_layout()
-    figure.savefig(run / "losses.png", dpi=110)
+    with written_whole(run / "losses.png") as new:
+        figure.savefig(new, dpi=110)
     plt.close(figure)
 
 
@@ -101,7 +103,8 @@ def draw_contact_sheet(run: Path, sheet: list[dict]) -> None:
         lines += [f"[vusr] {question}\n          {answer}" for question, answer in entry["own_turns"]]
         axis.text(0, 68, "\n".join(lines), va="top", fontsize=8, wrap=True)
     figure.subplots_adjust(left=0.02, right=0.98, top=0.98, bottom=0.12, hspace=0.5, wspace=0.25)
-    figure.savefig(run / "contact_sheet.png", dpi=110)
+    with written_whole(run / "contact_sheet.png") as new:
+        figure.savefig(new, dpi=110)
     plt.close(figure)
 
 
@@ -139,8 +142,8 @@ def write_report(run: Path, steps: dict[str, dict], seed: int) -> None:
         if torch.cuda.is_available()
         else f"CPU, two processes of {threads_of_each()} thread(s)",
     }
-    (run / "report.json").write_text(json.dumps(result, indent=2) + "\n")
-    (run / "report.md").write_text(to_markdown(result))
+    write_json(run / "report.json", result)
+    write_text(run / "report.md", to_markdown(result))
 
 
 def to_markdown(result: dict) -> str:

@@ -29,6 +29,8 @@ if __name__ == "__main__":  # before the imports below, which take seconds
     signal.signal(signal.SIGINT, stop_at_once)
 
 from demo.data import caption_rows, provide_images, questions_and_answers, read_questions, write_data
+from sq_llava.console import errors_in_one_line
+from sq_llava.output import output_lock, write_json, write_text
 from sq_llava.resources import find_resource
 
 
@@ -136,7 +138,7 @@ def make_llava(run: Path, seed: int, quick: bool) -> None:
     for stage, settings in LLAVA.items():
         train_stage(run, seed, quick, stage, folder, **settings)
     accuracy = evaluate_answers(folder / "stage2", run / "data", folder, max_rows=200 if quick else None)
-    (folder / "evaluation.json").write_text(json.dumps(accuracy, indent=2) + "\n")
+    write_json(folder / "evaluation.json", accuracy)
 
 
 # The function of each step, and what it writes.
@@ -176,7 +178,8 @@ def work(name: str, run: Path, seed: int, quick: bool, log: Path | None, begin: 
     facts = {"begin": begin, "seconds": time.time() - begin, "peak_memory_mib": peak / unit}
     note = note_of(run, name)
     note.parent.mkdir(parents=True, exist_ok=True)
-    note.write_text(json.dumps(facts) + "\n")
+    os.sync()  # a power failure must not damage the output of a step that counts as complete
+    write_text(note, json.dumps(facts) + "\n")
 
 
 class Step:
@@ -244,8 +247,7 @@ def check_settings(run: Path, settings: list[str]) -> None:
             f"{run} has a run with other settings ({note.read_text().strip()}). Choose another --output-dir, or "
             "remove this run with `make demo-clean`."
         )
-    run.mkdir(parents=True, exist_ok=True)
-    note.write_text(text + "\n")
+    write_text(note, text + "\n")
 
 
 def main(args: list[str] | None = None) -> None:
@@ -255,17 +257,22 @@ def main(args: list[str] | None = None) -> None:
     parser.add_argument("--quick", action="store_true", help="Run a few training steps, to see that it works.")
     args = parser.parse_args(args)
     run = args.output_dir
-    settings = ["--seed", str(args.seed)] + ["--quick"] * args.quick
-    check_settings(run, settings)
+    with errors_in_one_line(), output_lock(run):
+        make(run, args.seed, args.quick)
+
+
+def make(run: Path, seed: int, quick: bool) -> None:
+    """Runs all steps that are not complete, and writes the report."""
+    check_settings(run, ["--seed", str(seed)] + ["--quick"] * quick)
     try:
-        steps = run_steps(run, args.seed, args.quick)
+        steps = run_steps(run, seed, quick)
     except KeyboardInterrupt:
         print("Stopped. Run the demo again to resume after the last complete step.", file=sys.stderr)
         raise SystemExit(STOPPED) from None
 
     from demo.report import write_report
 
-    write_report(run, steps, args.seed)
+    write_report(run, steps, seed)
     print(f"=== The report is {run / 'report.md'}")
     print((run / "report.md").read_text())
 

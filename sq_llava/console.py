@@ -54,6 +54,11 @@ def needs_extra(extra: str) -> Iterator[None]:
         raise ValueError(f"{error.name} is not installed: pip install 'sq-llava[{extra}]'.") from error
 
 
+def is_first_process() -> bool:
+    """`True` in the first process of a launch with several (such as torchrun), and in a process without launcher."""
+    return int(os.environ.get("RANK", 0)) == 0
+
+
 @contextmanager
 def errors_in_one_line(traceback_of: Callable | None = None) -> Iterator[None]:
     """
@@ -70,9 +75,10 @@ def errors_in_one_line(traceback_of: Callable | None = None) -> Iterator[None]:
             raise
         if is_caused_by(error, KeyboardInterrupt) or (traceback_of is not None and _ran_in(traceback_of, error)):
             raise
-        if int(os.environ.get("RANK", 0)) > 0:
+        if not is_first_process():
             time.sleep(SECONDS_FOR_THE_FIRST)
-        messages_console.print(f"[red]Error:[/red] {escape(str(error))}", soft_wrap=True)
+        text = " ".join(line.strip() for line in str(error).splitlines())  # errors of libraries can have several
+        messages_console.print(f"[red]Error:[/red] {escape(text)}", soft_wrap=True)
         sys.exit(1)
 
 

@@ -6,11 +6,12 @@ Weights and data are not read: the library checks them when it opens them.
 """
 
 import os
-import warnings
 from pathlib import Path
 
 
 DTYPES = ("float32", "bfloat16", "float16")
+# The lock of an output folder (`sq_llava/output.py`). It does not count as content of the folder.
+LOCK_FILE = ".sq-llava.lock"
 # Files with these suffixes are the images of a folder.
 IMAGE_SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
 
@@ -36,19 +37,19 @@ def require_file(path: str | os.PathLike, role: str) -> None:
 def require_image(path: str | os.PathLike) -> None:
     """
     Raises:
-        ValueError: if there is no such file, or it does not start with an image header. Pixels are not decoded.
+        ValueError: if there is no such file, or its first bytes are not those of an image.
     """
-    from PIL import Image, UnidentifiedImageError
+    from PIL import Image
 
-    if not Path(path).is_file():
+    if not Path(path).is_file():  # nor a pipe or a device
         raise ValueError(f"{path}: no such image.")
-    try:
-        with warnings.catch_warnings(action="ignore"), Image.open(path):
-            pass
-    except UnidentifiedImageError as error:
-        raise ValueError(
-            f"{path}: unknown image format, or a broken header. Save the image again as PNG or JPEG."
-        ) from error
+    with open(path, "rb") as file:
+        start = file.read(16).ljust(16, b"\0")
+    Image.init()
+    by_suffix = Image.EXTENSION.get(Path(path).suffix.lower())
+    # A few old formats have no first bytes of their own: the suffix tells them.
+    if not any(accepts(start) if accepts else name == by_suffix for name, (_, accepts) in Image.OPEN.items()):
+        raise ValueError(f"{path}: unknown image format, or a broken header. Save the image again as PNG or JPEG.")
 
 
 def find_images(paths: list[Path]) -> list[Path]:
@@ -100,13 +101,15 @@ def require_recipe_of(args: list[str]) -> None:
 def require_new_folder(folder: str | os.PathLike) -> None:
     """
     Raises:
-        ValueError: if the folder is a file, or is not empty.
+        ValueError: if the folder is a file, is not empty, or is a mount point, which no other folder can replace.
     """
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder} is a file: give a new folder.")
-    if folder.is_dir() and any(folder.iterdir()):
+    if folder.is_dir() and any(not file.name.startswith(LOCK_FILE) for file in folder.iterdir()):
         raise ValueError(f"{folder} is not empty: give a new folder.")
+    if folder.is_mount():
+        raise ValueError(f"{folder} is a mount point: give a new folder inside it, such as {folder / 'model'}.")
 
 
 def require_dtype(dtype: str, option: str = "dtype", automatic: bool = True) -> None:

@@ -8,12 +8,13 @@
 Only configurations are read, never weights. Large libraries are imported only when they are needed.
 """
 
-import json
 import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from sq_llava.json_text import read_json
 
 
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
@@ -107,15 +108,24 @@ def fetch(model: str | os.PathLike, revision: str | None = None) -> Path:
     Raises:
         ValueError: if neither the Hub nor its cache has the model.
     """
+    return _fetch(model, revision, MODEL_FILES, IN_FOLDERS)
+
+
+def fetch_code(model: str | os.PathLike, revision: str | None = None) -> Path:
+    """Like [`fetch`], but only code and JSON files are downloaded, to check them. They are not run."""
+    return _fetch(model, revision, ["*.json", "*.py"])
+
+
+def _fetch(
+    model: str | os.PathLike, revision: str | None, patterns: list[str], ignored: list[str] | None = None
+) -> Path:
     folder = require_folder_or_id(model)
     if folder is not None:
         return folder
     from huggingface_hub import snapshot_download
 
     with hub_errors(f"{model}: could not be downloaded from the Hub"):
-        return Path(
-            snapshot_download(str(model), revision=revision, allow_patterns=MODEL_FILES, ignore_patterns=IN_FOLDERS)
-        )
+        return Path(snapshot_download(str(model), revision=revision, allow_patterns=patterns, ignore_patterns=ignored))
 
 
 def is_adapter(model: str | os.PathLike, revision: str | None = None) -> bool:
@@ -130,9 +140,14 @@ def base_of_adapter(model: str | os.PathLike, revision: str | None = None) -> st
     The path or Hub id of an adapter's base model.
 
     Raises:
-        ValueError: if the base is an absolute path that does not exist.
+        ValueError: if the base is not a text, or an absolute path that does not exist.
     """
-    base = read_adapter_config(model, revision)["base_model_name_or_path"]
+    base = read_adapter_config(model, revision).get("base_model_name_or_path")
+    if not isinstance(base, str) or not base or "\0" in base:
+        raise ValueError(
+            f"{model}/adapter_config.json: base_model_name_or_path is {base!r}, but must be the folder or the Hub id "
+            "of the base model."
+        )
     if Path(base).is_absolute() and not Path(base).is_dir():
         raise ValueError(
             f"{model}/adapter_config.json: base_model_name_or_path is {base}, which does not exist. Move the base "
@@ -143,8 +158,11 @@ def base_of_adapter(model: str | os.PathLike, revision: str | None = None) -> st
 
 def revision_of_base(model: str | os.PathLike, revision: str | None = None) -> str | None:
     """The commit of the base model that an adapter was trained on, if its configuration names one."""
-    return read_adapter_config(model, revision).get("revision")
+    commit = read_adapter_config(model, revision).get("revision")
+    if not isinstance(commit, str | None):
+        raise ValueError(f"{model}/adapter_config.json: revision is {commit!r}, but must be a branch, tag or commit.")
+    return commit
 
 
 def read_adapter_config(model: str | os.PathLike, revision: str | None = None) -> dict:
-    return json.loads(find_config(model, revision).read_text())
+    return read_json(find_config(model, revision))

@@ -17,11 +17,12 @@ from accelerate import DeepSpeedPlugin
 from sq_llava.checkpoints.load import merge_adapter
 from sq_llava.training.trainer import SQLlavaTrainer
 from tests import ROOT, processes, tiny
-from tests.launches import allow_deepspeed_on_cpu, environment_of, launch_environment
+from tests.launches import allow_deepspeed_on_cpu, environment_of, held_bytes, launch_environment, write_held_bytes
 from tests.runs import (
     PLAIN_DESCENT,
     Run,
     assert_killed_run_equals,
+    assert_memory_is_planned,
     assert_similar_runs,
     make_parts,
     poison_row,
@@ -34,6 +35,7 @@ os.environ["DS_ACCELERATOR"] = "cpu"  # for the server of the processes
 processes.PRELOADED += ["deepspeed"]
 
 LAUNCHES = ["zero2", "zero3"]
+COLUMN = {"zero2": "ZeRO-2", "zero3": "ZeRO-3"}
 DESCENT = PLAIN_DESCENT | {"learning_rate": 0.05, "question_loss_weight": 0.3, "max_steps": 5, "save_strategy": "no"}
 FULL = {"full_finetuning": True, "lora_r": 0, "vision_lora_r": 0}
 
@@ -43,8 +45,6 @@ class ZeroRun(Run):
 
     def __init__(self, launch: str, parts: Path, folder: Path, num_processes: int = 2, **settings):
         environment = environment_of(launch, num_processes=num_processes)
-        if num_processes == 1:  # a launcher gives a single process a rank too
-            environment |= processes.environments_of(2)[0] | {"WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
         settings = {"per_device_train_batch_size": 2, "use_cpu": False} | settings
         super().__init__(parts, folder, num_processes, environment, **settings)
 
@@ -136,11 +136,13 @@ def test_two_processes_equal_one_where_one_sees_text_only(parts, tied, stage1, o
     elif "tied" in case:
         settings["text_model_name_or_path"] = tied
     elif case == "packed":
-        settings |= {"packing": True, "train_sampling_strategy": "random"}
+        settings |= {"packing": True, "share_images": True, "train_sampling_strategy": "random"}
     expected = one_process(case, **settings)
     if "accumulated" in case:
         settings |= {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2}
-    assert_similar_runs(expected, ZeroRun(launch, parts, tmp_path, **settings).finish())
+    run = ZeroRun(launch, parts, tmp_path, **settings)
+    assert_similar_runs(expected, run.finish(write_held_bytes, tmp_path))
+    assert_memory_is_planned(run, held_bytes(tmp_path), COLUMN[launch])
 
 
 @pytest.mark.parametrize("settings", [{}, FULL], ids=["adapter", "in full"])
@@ -149,9 +151,11 @@ def test_killed_run_resumes_and_leaves_what_one_process_leaves(parts, one_proces
     plain = one_process(f"files, {settings}", **settings, max_steps=1)
     # Three steps per epoch, of which the last has half a batch: the run is killed and resumed there.
     settings = settings | write_in_order(parts, tmp_path / "ordered.json") | {"max_steps": 5}
-    whole = ZeroRun(launch, parts, tmp_path / "whole", **settings).finish()
+    whole = ZeroRun(launch, parts, tmp_path / "whole", **settings)
+    whole.finish(write_held_bytes, tmp_path)
+    assert_memory_is_planned(whole, held_bytes(tmp_path), COLUMN[launch])
     run = ZeroRun(launch, parts, tmp_path / "killed", **settings, resume=True)
-    model = assert_killed_run_equals(run, whole, plain, tmp_path / "merged")
+    model = assert_killed_run_equals(run, whole.output_dir, plain, tmp_path / "merged")
     if settings.get("full_finetuning"):
         weights = trained_weights(run.output_dir)
         assert {weight.dtype for weight in weights.values()} == {model.dtype}
@@ -161,13 +165,13 @@ def test_run_resumes_only_under_its_own_launch(parts, tmp_path):
     ZeroRun("zero2", parts, tmp_path, max_steps=2).finish()
     settings = {"max_steps": 4, "resume": True}
     for other, launched in {
-        Run(parts, tmp_path, **settings): "none with 1",
-        ZeroRun("zero3", parts, tmp_path, **settings): "zero-3 with 2",
-        ZeroRun("zero2", parts, tmp_path, num_processes=3, **settings): "zero-2 with 3",
+        Run(parts, tmp_path, **settings): "1 process without sharding",
+        ZeroRun("zero3", parts, tmp_path, **settings): "2 processes with zero-3",
+        ZeroRun("zero2", parts, tmp_path, num_processes=3, **settings): "3 processes with zero-2",
     }.items():
         other.log.write_text("")
         assert 1 in other.exit_codes()
-        assert f"was written under zero-2 by 2 processes; this launch is {launched}" in other.text
+        assert f"was written by 2 processes with zero-2, but this launch has {launched}" in other.text
         assert "zero2.yaml --num_processes 2 -m train_sft ... --resume" in other.text
         assert "Loading weights" not in other.text
 
@@ -176,8 +180,8 @@ def test_checkpoint_of_one_process_is_not_resumed_with_deepspeed(parts, tmp_path
     Run(parts, tmp_path, max_steps=2).finish()
     run = ZeroRun("zero3", parts, tmp_path, max_steps=4, resume=True)
     assert 1 in run.exit_codes()
-    assert "was written under none by 1 processes; this launch is zero-3 with 2" in run.text
-    assert "ddp.yaml --num_processes 1 -m train_sft ... --resume" in run.text
+    assert "was written by 1 process without sharding, but this launch has 2 processes with zero-3" in run.text
+    assert "`python -m train_sft ... --resume`" in run.text
 
 
 @pytest.mark.parametrize("launch", LAUNCHES)

@@ -8,19 +8,26 @@ DeepSpeed, which needs `DS_ACCELERATOR=cpu` and the option `--use_cpu false`. ac
 would run DDP or one process without a word; all that it, DeepSpeed and PyTorch do then works on CPUs too.
 """
 
+import json
 import os
+from collections import Counter
 from importlib import import_module
 from pathlib import Path
 
+import torch
 from accelerate import DeepSpeedPlugin
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
 from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 from peft.tuners.trainable_tokens.layer import TrainableTokensLayer, gather_params_ctx
+from torch.distributed.tensor import DTensor
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import train_sft
+from sq_llava.training.recovery import StepWatch
 from tests import ROOT
+from tests.processes import environments_of
 
 
 def launch_environment(file: Path, **options) -> dict[str, str]:
@@ -42,6 +49,8 @@ def environment_of(launch: str, **options) -> dict[str, str]:
     added = {name: value for name, value in environment.items() if os.environ.get(name) != value}
     # `ACCELERATE_USE_CPU` would make accelerate ignore DeepSpeed.
     device = {"DS_ACCELERATOR": "cpu"} if "ACCELERATE_USE_DEEPSPEED" in added else {"ACCELERATE_USE_CPU": "true"}
+    if options.get("num_processes") == 1:  # a launcher gives a single process a rank too
+        device |= environments_of(2)[0] | {"WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
     return added | device | {"GLOO_SOCKET_IFNAME": "lo"}
 
 
@@ -87,6 +96,55 @@ def allow_deepspeed_on_cpu(*prepare) -> None:
     if prepare:
         function, *arguments = prepare
         function(*arguments)
+
+
+def write_held_bytes(folder: Path) -> None:
+    """
+    Writes the bytes that this process holds after its first step to `folder/held<RANK>.json`: `weights` (also by
+    precision), `gradients` and `optimizer`.
+    """
+    held, shards = Counter(), set()
+
+    def count_optimizer(optimizer, *_) -> None:
+        # DeepSpeed steps each parameter group by itself, on flat copies of this process's parts.
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        for parameter in parameters:
+            if parameter.grad is not None:
+                tensors = {name: state for name, state in optimizer.state[parameter].items() if torch.is_tensor(state)}
+                states = [state for name, state in tensors.items() if name != "step"]
+                held["gradients"] += _local(parameter.grad).nbytes
+                held["optimizer"] += sum(_local(state).nbytes for state in states)
+                held[_local(parameter).untyped_storage().data_ptr()] = parameter.nbytes
+
+    original = StepWatch.on_step_end
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        original(self, args, state, control, model=model, **kwargs)
+        if not shards:
+            for tensor in [*model.parameters(), *model.buffers()]:
+                local = _local(tensor)
+                shards.add(local.untyped_storage().data_ptr())
+                held["weights"] += local.nbytes
+                held[f"weights in {str(local.dtype).removeprefix('torch.')}"] += local.nbytes
+            # Copies of the weights, which only DeepSpeed's optimizer has.
+            held["optimizer"] += sum(size for key, size in held.items() if isinstance(key, int) and key not in shards)
+            figures = {name: size for name, size in held.items() if isinstance(name, str)}
+            (folder / f"held{args.process_index}.json").write_text(json.dumps(figures))
+
+    register_optimizer_step_post_hook(count_optimizer)
+    StepWatch.on_step_end = on_step_end
+
+
+def _local(tensor: torch.Tensor) -> torch.Tensor:
+    """The part of a tensor that this process holds, under FSDP2 and ZeRO-3 too."""
+    tensor = getattr(tensor, "ds_tensor", tensor)
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def held_bytes(folder: Path) -> dict[str, int]:
+    """What `write_held_bytes` wrote, in the process that holds most."""
+    processes = [json.loads(file.read_text()) for file in folder.glob("held*.json")]
+    return {name: max(process[name] for process in processes) for name in processes[0]}
 
 
 if __name__ == "__main__":

@@ -11,12 +11,14 @@ import os
 import runpy
 import socket
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
 from sq_llava.__main__ import main
+from sq_llava.output import output_lock
 
 
 PROCESSES = multiprocessing.get_context("forkserver")
@@ -24,6 +26,26 @@ PRELOADED = [
     "tests.runs", "demo.evaluate", "sq_llava.evaluation.run", "sq_llava.generation.llava",
     "sq_llava.generation.self_generation",
 ]  # fmt: skip
+
+
+@contextmanager
+def locked_by_another_process(folder: Path, part: str = "") -> Iterator[None]:
+    """While the block runs, another process holds the lock of an output folder."""
+    here, there = socket.socketpair()
+    child = os.fork()
+    if child == 0:
+        try:
+            here.close()
+            with output_lock(folder, part):
+                there.send(b"locked")
+                there.recv(1)  # empty as soon as the other end is closed
+        finally:
+            os._exit(0)
+    there.close()
+    with here:
+        assert here.recv(10) == b"locked"
+        yield
+    os.waitpid(child, 0)
 
 
 def lines_of(path: Path) -> list[dict]:
@@ -107,10 +129,13 @@ def fork(
     return children
 
 
-def ended(children: list[multiprocessing.Process]) -> list[int]:
-    """Waits for the processes and returns their exit codes. A negative code is the signal that ended the process."""
+def ended(children: list[multiprocessing.Process], seconds: float = 60) -> list[int]:
+    """
+    Waits for the processes and returns their exit codes. A negative code is the signal that ended the process. A
+    process that is alive after this many seconds is killed.
+    """
     for child in children:
-        child.join(60)
+        child.join(seconds)
         if child.is_alive():
             child.kill()
             child.join()

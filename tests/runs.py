@@ -4,13 +4,14 @@ import json
 import math
 import multiprocessing
 import os
+import random
 import resource
 import signal
+import time
 from pathlib import Path
 
 import pytest
 import torch
-import transformers
 from safetensors.torch import load_file
 from transformers import AutoModel, PreTrainedModel, TrainerState
 
@@ -18,7 +19,11 @@ import train_sft
 from processing_sq_llava import SQLlavaProcessor
 from sq_llava.checkpoints.completeness import step_of
 from sq_llava.checkpoints.load import merge_adapter
+from sq_llava.training import trainer
 from sq_llava.training.collator import SelfQuestioningCollator
+from sq_llava.training.memory import Batch, estimate_memory
+from sq_llava.training.planning import model_from_configs
+from sq_llava.training.settings import parse_settings
 from sq_llava.training.trainer import SQLlavaTrainer
 from tests import tiny
 from tests.processes import ended, fork
@@ -61,7 +66,7 @@ def make_parts(root: Path) -> Path:
 
 def write_in_order(parts: Path, file: Path, first: str = "images") -> dict:
     """
-    Writes ten rows, in turn two with an image and two without, so that one of two processes never sees an image.
+    Writes ten rows, in turn two about one image and two without, so that one of two processes never sees an image.
 
     With four rows per step, half a batch is left over in an epoch.
 
@@ -70,6 +75,8 @@ def write_in_order(parts: Path, file: Path, first: str = "images") -> dict:
     """
     rows = json.loads((parts / "train.json").read_text())
     with_image, text_only = ([row for row in rows if ("image" in row) == kind] for kind in (True, False))
+    for one, other in zip(with_image[::2], with_image[1::2]):
+        other["image"] = one["image"]
     pairs = [(with_image[at : at + 2], text_only[at : at + 2]) for at in (0, 2, 4)]
     ordered = [row for pair in pairs for half in pair[:: 1 if first == "images" else -1] for row in half][:10]
     file.write_text(json.dumps(ordered))
@@ -167,6 +174,24 @@ def assert_similar_runs(left: Path, right: Path, atol=1e-6) -> None:
     assert_close(trained_weights(left), trained_weights(right), atol=atol)
 
 
+def assert_memory_is_planned(run: Run, held: dict[str, int], sharding: str, pieces: int = 2) -> None:
+    """
+    Compares what the processes of a run held with what `--dry_run meta` estimates, to 1%.
+
+    Args:
+        held: As `tests.launches.held_bytes` returns it.
+        sharding, pieces: A column of the plan, and the number of processes that it divides a model among.
+    """
+    arguments, training_args, model_config = parse_settings(run.args)
+    model = model_from_configs(arguments, model_config)
+    terms = estimate_memory(model, Batch(1, 8, 1), training_args, pieces, sharding)
+    planned = {term.name: term.num_bytes for term in terms}
+    if sharding == "DDP":
+        planned["gradients"] /= 2  # the other half is in its buckets
+    for name in ("weights", "gradients", "optimizer"):
+        assert held[name] == pytest.approx(planned[name], rel=0.01), name
+
+
 def assert_killed_run_equals(run: Run, whole: Path, plain: Path, merged: Path) -> PreTrainedModel:
     """
     Kills a run of several processes in its fourth step, and resumes it. Returns the model that it leaves.
@@ -223,6 +248,32 @@ def logits(model, processor: SQLlavaProcessor) -> torch.Tensor:
     messages = [{"role": "user", "content": content}]
     inputs = processor.apply_chat_template(messages, tokenize=True, return_dict=True, return_tensors="pt")
     return model.eval()(**inputs).logits
+
+
+def wait_for_steps(number: int, children: list, run: Run) -> None:
+    """Waits until the run has made this many more steps, or has ended."""
+    losses_then = run.text.count("'loss'") + number
+    while run.text.count("'loss'") < losses_then and children[0].is_alive():
+        time.sleep(0.001)
+
+
+def kill_at_random_moments(run: Run, num_kills: int, seed: int = 0) -> None:
+    """Starts or resumes a run this often, and kills one of its processes or several in a step."""
+    draw = random.Random(seed)
+    for _ in range(num_kills):
+        children = run.start()
+        wait_for_steps(1, children, run)
+        begin, num_steps = time.monotonic(), draw.randint(1, 3)
+        wait_for_steps(num_steps, children, run)
+        # At a random moment of the next step, judged by how long the last steps took.
+        time.sleep(draw.uniform(0, 1) * (time.monotonic() - begin) / num_steps)
+        killed = draw.sample(range(run.processes), draw.randint(1, run.processes))
+        for rank in killed:
+            children[rank].kill()
+        codes = ended(children)
+        assert codes[killed[0]] == -signal.SIGKILL, "the run ended before it could be killed"
+        # `ended` kills a process that is alive after a minute.
+        assert codes.count(-signal.SIGKILL) == len(killed), "a process waited for a killed one"
 
 
 # Functions that are called in a process before it trains.
@@ -291,7 +342,7 @@ def kill_in_rotation() -> None:
             (Path(output_dir) / f"checkpoint-{oldest}" / "optimizer.pt").unlink()
             die()
 
-    transformers.trainer.rotate_checkpoints = half_delete
+    trainer.rotate_checkpoints = half_delete
 
 
 def kill_in_base() -> None:

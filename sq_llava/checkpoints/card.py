@@ -5,7 +5,6 @@ This module measures nothing: scores come from the JSON file of an evaluation. W
 no scores.
 """
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,8 +20,10 @@ from PIL import Image, ImageDraw
 
 from sq_llava.checkpoints.parts import GROUPS, group_of
 from sq_llava.checkpoints.provenance import public_name, read_provenance
-from sq_llava.checkpoints.weight_files import WeightFile, read_json_if_there
+from sq_llava.checkpoints.weight_files import WeightFile
+from sq_llava.json_text import parse_json, read_json_if_there
 from sq_llava.locations import is_hub_id
+from sq_llava.output import written_whole
 from sq_llava.resources import code_digests, find_resource
 
 
@@ -31,6 +32,9 @@ TEMPLATE = find_resource("model_card.md").read_text(encoding="utf-8")
 # Picture for the card's examples. It is published in the repository.
 EXAMPLE_IMAGE = "image.png"
 EXAMPLE_QUESTION = "What is in this picture?"
+# Texts from files must stay texts. These characters would begin a link, a tag or a cell, or end a code span.
+INERT = str.maketrans({"`": "'", "<": "‹", ">": "›", "|": "¦", "[": "(", "]": ")"})
+INERT_IN_CODE = str.maketrans({"`": "'"})
 
 
 def write_card(folder: str | Path) -> None:
@@ -39,7 +43,8 @@ def write_card(folder: str | Path) -> None:
     the current folder: an invented Hub id could belong to somebody.
     """
     folder = Path(folder)
-    render_card(folder, ".").save(folder / "README.md")
+    with written_whole(folder / "README.md") as new:
+        render_card(folder, ".").save(new)
 
 
 def render_card(
@@ -68,30 +73,49 @@ def render_card(
     folder = Path(folder)
     adapter, config, processor = _read_configs(folder)
     provenance = read_provenance(folder)
+    metadata = _metadata(adapter, config, provenance, license, languages, example_url)
     has_extractor = (
         "prototype_extractor" in adapter["modules_to_save"] if adapter else config["prototype_variant"] != "none"
     )
     towers = {name: config.get(f"{name}_config", {}).get("_name_or_path") for name in ("vision", "text")}
     return ModelCard.from_template(
-        _metadata(adapter, config, provenance, license, languages, example_url),
+        metadata,
         template_str=TEMPLATE,
-        model_name=repo_id.partition("/")[2] or folder.resolve().name,
+        model_name=inert(repo_id.partition("/")[2] or folder.resolve().name),
         repo_id=repo_id,
         revision=revision,
         pin=f',\n    revision="{revision}"' if revision else "",
         adapter=adapter,
-        config=config,
-        towers={name: public_name(path) if path else "unknown" for name, path in towers.items()},
-        vusr_marker=processor["vusr_marker"],
+        base_is_on_the_hub=bool(adapter) and is_hub_id(adapter["base_model_name_or_path"]),
+        config=inert(config),
+        towers={name: inert(public_name(path)) if path else "unknown" for name, path in towers.items()},
+        vusr_marker=inert(processor["vusr_marker"], INERT_IN_CODE),
         has_extractor=has_extractor,
         asks=_is_trained_to_ask(provenance, has_extractor),
         parameters=count_saved_parameters(folder),
         code=code_digests(folder),
-        provenance=provenance,
-        results=results,
+        provenance={**inert(provenance), "stages": [_inert_stage(stage) for stage in provenance.get("stages", [])]},
+        no_record=not provenance,
+        results=inert(results),
         image=EXAMPLE_IMAGE,
         question=EXAMPLE_QUESTION,
     )
+
+
+def inert(value: Any, table: dict[int, str] = INERT) -> Any:
+    """The same value, with all texts in it on one line and without Markdown, HTML or tables."""
+    if isinstance(value, str):
+        return " ".join(value.split()).translate(table)
+    if isinstance(value, list):
+        return [inert(each, table) for each in value]
+    if isinstance(value, dict):
+        return {inert(name, table): inert(each, table) for name, each in value.items()}
+    return value
+
+
+def _inert_stage(stage: dict) -> dict:
+    # The settings are in code spans, and may hold tokens such as <|im_end|>.
+    return {**inert(stage), "settings": inert(stage["settings"], INERT_IN_CODE)}
 
 
 def _read_configs(folder: Path) -> tuple[dict, dict, dict]:
@@ -161,8 +185,11 @@ def read_results(file: str | Path) -> dict[str, Any]:
     Raises:
         ValueError: if there are no results, or an entry lacks one of the four fields.
     """
-    content = json.loads(Path(file).read_text())
-    if isinstance(content, list):
+    try:
+        content = parse_json(Path(file).read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{file} is not valid JSON ({error}). Give the results.json of an evaluation.") from error
+    if not isinstance(content, dict):
         content = {"results": content}
     elif "test_accuracy" in content:
         content = {"results": list(_demo_results(content)), "command": "python -m demo.evaluate"}
@@ -170,10 +197,9 @@ def read_results(file: str | Path) -> dict[str, Any]:
         raise ValueError(f"{file} has no list `results`. Give the results.json of an evaluation.")
     for number, entry in enumerate(content["results"]):
         for name, kind in (("task", str), ("metric", str), ("value", (int, float)), ("num", int)):
-            if not isinstance(entry.get(name), kind):
-                raise ValueError(
-                    f"{file}, results, entry {number}: {name} is {entry.get(name)!r}. Run the evaluation again."
-                )
+            value = entry.get(name) if isinstance(entry, dict) else None
+            if not isinstance(value, kind):
+                raise ValueError(f"{file}, results, entry {number}: {name} is {value!r}. Run the evaluation again.")
     # `sq-llava evaluate` writes these next to results.json.
     beside = sorted((Path(file).parent / ".eval_results").glob("*.yaml"))
     return {

@@ -6,9 +6,10 @@
 The choice of the checkpoint to resume from is in `sq_llava/training/recovery.py`.
 """
 
-import json
 import re
 from pathlib import Path
+
+from sq_llava.json_text import parse_json
 
 
 # The Trainer writes this file last.
@@ -36,7 +37,7 @@ def checkpoint_faults(folder: Path) -> list[str]:
     if json_fault(folder / RUN_FILE):
         return faults
     there = file_sizes(folder)
-    for name, size in json.loads((folder / RUN_FILE).read_text())["files"].items():
+    for name, size in parse_json((folder / RUN_FILE).read_bytes())["files"].items():
         if name not in there:
             faults.append(f"{name} is missing")
         elif there[name] != size:
@@ -49,7 +50,7 @@ def json_fault(file: Path) -> str | None:
     if not file.is_file():
         return f"{file.name} is missing"
     try:
-        json.loads(file.read_bytes())
+        parse_json(file.read_bytes())
     except ValueError:
         return f"{file.name} is cut off"
     return None

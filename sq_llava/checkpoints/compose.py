@@ -5,6 +5,8 @@
 >>> model, processor = compose(blip2, "lmsys/vicuna-7b-v1.5", blip2, prototype_variant="none")
 """
 
+from pathlib import Path
+
 import torch
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -22,8 +24,10 @@ from configuration_sq_llava import SQLlavaConfig
 from modeling_sq_llava import SQLlavaForConditionalGeneration
 from processing_sq_llava import SQLlavaProcessor
 from sq_llava.checkpoints.chat_templates import check_template
+from sq_llava.checkpoints.config_checks import named_errors, require_fitting
 from sq_llava.checkpoints.prompt_layouts import layout_settings
 from sq_llava.checkpoints.provenance import public_name
+from sq_llava.checkpoints.trust import without_remote_code
 from sq_llava.console import print_in_first_process
 
 
@@ -62,13 +66,21 @@ def padded_size(num_tokens: int) -> int:
     return -(-num_tokens // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
 
 
+def config_of(model: str | Path) -> PreTrainedConfig:
+    """The configuration of a model whose code is in transformers; others are a ValueError."""
+    with without_remote_code(model):
+        return AutoConfig.from_pretrained(model, trust_remote_code=False)
+
+
+@named_errors
 def _vision_config(vision_model: str) -> PreTrainedConfig:
-    config = AutoConfig.from_pretrained(vision_model)
+    config = config_of(vision_model)
     config = getattr(config, "vision_config", config)
     config.name_or_path = public_name(vision_model)  # may be published: no path of this machine
     return config
 
 
+@named_errors
 def text_config_of(text_model: str) -> PreTrainedConfig:
     """
     The configuration of a causal language model. Multimodal models that transformers can load as one, such as Gemma 3
@@ -77,7 +89,7 @@ def text_config_of(text_model: str) -> PreTrainedConfig:
     Raises:
         ValueError: if transformers cannot load it as a causal language model, or if its layers read token ids.
     """
-    config = AutoConfig.from_pretrained(text_model)
+    config = config_of(text_model)
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise ValueError(
             f"The language model {text_model} is a {config.model_type}, which transformers cannot load as a causal "
@@ -96,11 +108,12 @@ def text_config_of(text_model: str) -> PreTrainedConfig:
     return text_config
 
 
+@named_errors
 def _qformer_fields(qformer_model: str | None) -> dict:
     """Fields of [`SQLlavaConfig`] for the Q-Former of a BLIP-2 model; empty without one."""
     if qformer_model is None:
         return {}
-    config = AutoConfig.from_pretrained(qformer_model)
+    config = config_of(qformer_model)
     if config.model_type != "blip-2":
         raise ValueError(
             f"qformer_model_name_or_path is {str(qformer_model)!r}, a {config.model_type}. Give a BLIP-2 model in "
@@ -120,16 +133,36 @@ class _Blip2ImageSide(Blip2VisionModelWithProjection):
     _keys_to_ignore_on_load_missing = [r"^vision_projection"]
 
 
+@named_errors
 def load_vision_tower(vision_model: str, attn_implementation: str | None = None, **kwargs) -> torch.nn.Module:
     """Loads the pretrained vision tower of a vision model or a BLIP-2; `kwargs` go to `from_pretrained`."""
-    if AutoConfig.from_pretrained(vision_model).model_type == "blip-2":
+    if config_of(vision_model).model_type == "blip-2":
         tower = _Blip2ImageSide.from_pretrained(vision_model, **kwargs).vision_model
         # Only for the tower: the Q-Former, which is loaded with it, does not support FlashAttention.
         if attn_implementation is not None:
             tower.set_attn_implementation(attn_implementation)
         return tower
-    model = AutoModel.from_pretrained(vision_model, attn_implementation=attn_implementation, **kwargs)
+    model = AutoModel.from_pretrained(
+        vision_model, attn_implementation=attn_implementation, trust_remote_code=False, **kwargs
+    )
     return getattr(model, "vision_model", model)
+
+
+@named_errors
+def _image_processor_of(vision_model: str):
+    with without_remote_code(vision_model):
+        return AutoImageProcessor.from_pretrained(vision_model, trust_remote_code=False)
+
+
+@named_errors
+def _tokenizer_of(text_model: str):
+    with without_remote_code(text_model):
+        return AutoTokenizer.from_pretrained(text_model, trust_remote_code=False)
+
+
+@named_errors
+def _load_text_model(text_model: str, **kwargs) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_pretrained(text_model, trust_remote_code=False, **kwargs)
 
 
 def compose_config(
@@ -173,18 +206,19 @@ def compose_processor(
         prototype_variant="none",  # does not change image_seq_length
         **_qformer_fields(qformer_model),
     )
-    tokenizer = AutoTokenizer.from_pretrained(text_model)
+    tokenizer = _tokenizer_of(text_model)
     layout = {}
     if prompt_layout is not None or not processor_kwargs.keys() & {"turn_format", "chat_template"}:
         layout, sentence = layout_settings(prompt_layout, tokenizer, str(text_model))
         print_in_first_process(sentence)
     processor = SQLlavaProcessor(
-        AutoImageProcessor.from_pretrained(vision_model),
+        _image_processor_of(vision_model),
         tokenizer,
         image_seq_length=config.image_seq_length,
         **{**layout, **processor_kwargs},
     )
     check_template(processor)
+    require_fitting(processor, config)
     return processor
 
 
@@ -218,7 +252,7 @@ def compose(
     """
     processor = compose_processor(vision_model, text_model, qformer_model, **(processor_kwargs or {}))
     # A multimodal model is loaded completely; only its text part is used.
-    whole = AutoModelForCausalLM.from_pretrained(text_model, dtype=dtype, attn_implementation=attn_implementation)
+    whole = _load_text_model(text_model, dtype=dtype, attn_implementation=attn_implementation)
     config = SQLlavaConfig(
         vision_config=_vision_config(vision_model),
         text_config=_text_config_for(whole, processor),
@@ -238,7 +272,7 @@ def _own_stop_tokens(whole: PreTrainedModel, text_model: str) -> list[int]:
     """The stop tokens of the language model, and the end token of its tokenizer, which a layout may replace."""
     own = whole.generation_config.eos_token_id
     own = own if isinstance(own, list) else [own]
-    return [token for token in (*own, AutoTokenizer.from_pretrained(text_model).eos_token_id) if token is not None]
+    return [token for token in (*own, _tokenizer_of(text_model).eos_token_id) if token is not None]
 
 
 def _text_config_for(whole: PreTrainedModel, processor: SQLlavaProcessor) -> PreTrainedConfig:

@@ -15,7 +15,7 @@ result is compared with the source in `sq_llava/checkpoints/verify.py`.
 """
 
 import json
-import os
+import re
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -25,18 +25,19 @@ from pathlib import Path
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from rich.filesize import decimal
-from transformers import CONFIG_MAPPING, AutoConfig, AutoImageProcessor, AutoTokenizer, PreTrainedConfig
+from transformers import CONFIG_MAPPING, AutoImageProcessor, AutoTokenizer, PreTrainedConfig
 from transformers.dynamic_module_utils import custom_object_save
-from transformers.utils.chat_template_utils import render_jinja_template
 
 from configuration_sq_llava import SQLlavaConfig
 from modeling_sq_llava import PROTOTYPE_EXTRACTORS, SQLlavaForConditionalGeneration
 from processing_sq_llava import SYSTEM_MESSAGE, VUSR_TOKEN, SQLlavaProcessor
 from sq_llava.checkpoints.card import write_card
-from sq_llava.checkpoints.compose import NEW_TOKENS, padded_size, set_special_tokens
+from sq_llava.checkpoints.compose import NEW_TOKENS, config_of, padded_size, set_special_tokens
+from sq_llava.checkpoints.config_checks import at_most_parameters, named_errors, require_fitting
 from sq_llava.checkpoints.layouts import NAMES, Layout, is_original
 from sq_llava.checkpoints.provenance import public_name, write_provenance
-from sq_llava.checkpoints.weight_files import TORCH_NAMES, read_json, read_json_if_there
+from sq_llava.checkpoints.trust import foreign_code, without_remote_code
+from sq_llava.checkpoints.weight_files import TORCH_NAMES
 from sq_llava.checkpoints.weights import (
     EMBEDDINGS,
     HEAD,
@@ -47,6 +48,8 @@ from sq_llava.checkpoints.weights import (
     write_file,
 )
 from sq_llava.early_checks import require_new_folder
+from sq_llava.json_text import read_json, read_json_if_there
+from sq_llava.output import folder_written_whole
 
 
 VICUNA_SYSTEM_MESSAGE = (
@@ -60,6 +63,8 @@ RELEASED_SYSTEM_MESSAGE = VICUNA_SYSTEM_MESSAGE + (
     "the image, asking to discuss about events happening in the image, etc. Again, do not ask about uncertain details."
 )
 RELEASED_VUSR_MARKER = "VUSER:"
+# In a chat template, "USER:" is written out, or, as in that of llava-hf, made from the role.
+VICUNA_USER = re.compile(r"USER:|role['\"]?\]?\s*(?:\.upper\(\)|\|\s*upper)")
 # Values in the original code's config.json, and what they are called here: how images become square (by default they
 # are cropped), which tokens of the tower are used, and the kind of projector.
 ASPECT_RATIOS = {"pad": "pad", "square": "crop", None: "crop"}
@@ -124,12 +129,12 @@ def plan(
         raise ValueError(f"The weights cannot be stored as {dtype_name!r}. Give --dtype {', '.join(DTYPES)}.")
 
     text_config, vision_config = _text_config(layout), _vision_config(layout)
-    notes = [*_notes_on_tower(layout), *_notes_on_inputs(layout)]
+    notes = [*_notes_on_tower(layout), *_notes_on_inputs(layout), *_notes_on_code(layout)]
     architecture = _architecture(layout, prototypes, notes)
     config = SQLlavaConfig(vision_config=vision_config, text_config=text_config, **architecture)
     processor = _processor(layout, config, prototypes is not None)
     _set_vocabulary(config, processor, embeddings.shape[0], notes)
-    model = _empty_model(config, DTYPES[dtype_name])
+    model = _empty_model(config, DTYPES[dtype_name], 2 * len(sources.weights) + 1_000)
     if prototypes is not None:
         _add_new_extractor(model, sources, prototypes, notes)
     targets = model.state_dict()
@@ -193,7 +198,7 @@ def _chat_template(folder: Path) -> tuple[Path, str] | None:
         if isinstance(template, dict):
             template = template.get("default")
         if template:
-            return folder / name, template
+            return folder / name, str(template)
     return None
 
 
@@ -202,23 +207,19 @@ def _require_vicuna_prompts(layout: Layout) -> None:
     if found is None:
         return
     file, template = found
-    for content in ([{"type": "text", "text": "Hi"}], "Hi"):
-        try:
-            # Jinja runs in a sandbox. The template of llava-hf makes "USER:" from the role.
-            rendered, _ = render_jinja_template([[{"role": "user", "content": content}]], chat_template=template)
-        except Exception:  # templates can raise anything
-            continue
-        if "USER:" in rendered[0]:
-            return
+    # The template is not run, because it is a program that could loop for hours.
+    if VICUNA_USER.search(template):
+        return
     raise ValueError(
         f"{file}: chat_template is {template[:60]!r}..., whose prompts have no USER:. Converted models use Vicuna's "
         "prompts, so convert a LLaVA that was trained with them. If this one was, remove the template."
     )
 
 
+@named_errors
 def _text_config(layout: Layout) -> PreTrainedConfig:
     if layout.kind == "llava_hf":
-        return AutoConfig.from_pretrained(layout.path, trust_remote_code=False).text_config
+        return config_of(layout.path).text_config
     folder = layout.text_folder
     fields = read_json(folder / "config.json")
     if is_original(fields):
@@ -226,7 +227,7 @@ def _text_config(layout: Layout) -> PreTrainedConfig:
     elif "text_config" in fields:
         raise ValueError(f"{folder} is a {fields.get('model_type')}. Give a plain language model as --base.")
     else:
-        text_config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        text_config = config_of(folder)
     text_config.name_or_path = public_name(layout.base_name) if layout.base_name else ""
     return text_config
 
@@ -243,8 +244,9 @@ def _original_text_config(folder: Path, fields: dict) -> PreTrainedConfig:
     return config_class(**{name: value for name, value in fields.items() if name in known})
 
 
+@named_errors
 def _vision_config(layout: Layout) -> PreTrainedConfig:
-    config = AutoConfig.from_pretrained(layout.vision_folder, trust_remote_code=False)
+    config = config_of(layout.vision_folder)
     config = getattr(config, "vision_config", config)
     config.name_or_path = public_name(layout.vision_name) if layout.vision_name else ""
     return config
@@ -269,6 +271,13 @@ def _notes_on_inputs(layout: Layout) -> Iterator[str]:
     settings = read_json_if_there(layout.path / "preprocessor_config.json") or {}
     if settings.get("do_center_crop", True) and not settings.get("do_pad"):
         yield "Images are padded to a square, as in LLaVA-1.5's training. The source's processor crops them."
+
+
+def _notes_on_code(layout: Layout) -> Iterator[str]:
+    """Says which entries are left out because they name code that the result does not have."""
+    for folder in dict.fromkeys((layout.path, layout.text_folder, layout.vision_folder)):
+        for entry in foreign_code(folder):
+            yield f"Left out, and never run: the code that {folder} names. {entry}"
 
 
 def _architecture(layout: Layout, prototypes: str | None, notes: list[str]) -> dict:
@@ -314,6 +323,7 @@ def _choose(layout: Layout, name: str, choices: dict, value):
     return choices[value]
 
 
+@named_errors
 def _processor(layout: Layout, config: SQLlavaConfig, new_extractor: bool) -> SQLlavaProcessor:
     folder, tower = layout.text_folder, layout.vision_folder
     if not any((folder / name).is_file() for name in ("tokenizer.model", "tokenizer.json")):
@@ -321,7 +331,8 @@ def _processor(layout: Layout, config: SQLlavaConfig, new_extractor: bool) -> SQ
     if not (tower / "preprocessor_config.json").is_file():
         raise ValueError(f"{tower} holds no preprocessor_config.json. Copy the one of the vision tower there.")
     # The language model's configuration is given: with a LLaVA config.json, the ids would differ from SentencePiece's.
-    tokenizer = AutoTokenizer.from_pretrained(folder, config=config.text_config, trust_remote_code=False)
+    with without_remote_code(folder):
+        tokenizer = AutoTokenizer.from_pretrained(folder, config=config.text_config, trust_remote_code=False)
     vusr_marker, system_message = RELEASED_VUSR_MARKER, VICUNA_SYSTEM_MESSAGE
     if layout.kind == "projector":
         vusr_marker, system_message = VUSR_TOKEN, SYSTEM_MESSAGE
@@ -329,7 +340,8 @@ def _processor(layout: Layout, config: SQLlavaConfig, new_extractor: bool) -> SQ
         vusr_marker = VUSR_TOKEN
     elif layout.projector_type == "cluster":
         system_message = RELEASED_SYSTEM_MESSAGE
-    image_processor = AutoImageProcessor.from_pretrained(tower, trust_remote_code=False)
+    with without_remote_code(tower):
+        image_processor = AutoImageProcessor.from_pretrained(tower, trust_remote_code=False)
     settings = {
         "image_seq_length": config.image_seq_length,
         "image_aspect_ratio": _choose(layout, "image_aspect_ratio", ASPECT_RATIOS, layout.aspect_ratio),
@@ -345,6 +357,7 @@ def _processor(layout: Layout, config: SQLlavaConfig, new_extractor: bool) -> SQ
             f"{layout.path}: image_token_index is {image_token_id} in config.json, but the id of <image> in the "
             f"tokenizer is {processor.image_token_id}. Use the tokenizer that belongs to this model."
         )
+    require_fitting(processor, config)
     return processor
 
 
@@ -371,10 +384,10 @@ def _set_vocabulary(config: SQLlavaConfig, processor: SQLlavaProcessor, rows: in
     config.vusr_token_id = processor.vusr_token_id
 
 
-def _empty_model(config: SQLlavaConfig, dtype: torch.dtype) -> SQLlavaForConditionalGeneration:
+def _empty_model(config: SQLlavaConfig, dtype: torch.dtype, most_parameters: int) -> SQLlavaForConditionalGeneration:
     for part in (config, config.text_config, config.vision_config):
         part.dtype = dtype
-    with torch.device("meta"):
+    with torch.device("meta"), at_most_parameters(most_parameters):
         model = SQLlavaForConditionalGeneration._from_config(config, dtype=dtype)
     config.architectures = [type(model).__name__]
     return model
@@ -427,21 +440,25 @@ def write(conversion: Conversion, progress) -> None:
     Args:
         progress: A running `rich.progress.Progress`.
     """
-    out, model = conversion.out, conversion.model
-    # The inner folder has the final name, because the card is named after it.
-    unfinished = out.with_name(f"half-written-{out.name}")
-    shutil.rmtree(unfinished, ignore_errors=True)  # left by a run that was killed
-    folder = unfinished / out.name
-    folder.mkdir(parents=True)
+    with folder_written_whole(conversion.out) as folder:
+        _write_weights(conversion, folder, progress)
+        _write_other_files(conversion, folder)
+
+
+def _write_weights(conversion: Conversion, folder: Path, progress) -> None:
     task = progress.add_task("", total=conversion.size)
     for number, (name, targets) in enumerate(conversion.files.items(), start=1):
         progress.update(task, description=f"Writing file {number} of {len(conversion.files)}")
         chosen = {target: conversion.sources.weights[target] for target in targets}
-        write_file(folder / name, chosen, model.dtype, partial(progress.advance, task))
+        write_file(folder / name, chosen, conversion.model.dtype, partial(progress.advance, task))
     if len(conversion.files) > 1:
         weight_map = {target: name for name, targets in conversion.files.items() for target in targets}
         index = {"metadata": {"total_size": conversion.size}, "weight_map": weight_map}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _write_other_files(conversion: Conversion, folder: Path) -> None:
+    model = conversion.model
     custom_object_save(model, folder, config=model.config)
     model.config.save_pretrained(folder)
     model.generation_config.save_pretrained(folder)
@@ -452,16 +469,3 @@ def write(conversion: Conversion, progress) -> None:
         provenance["new_extractor"] = variant
     write_provenance(folder, provenance)
     write_card(folder)
-    _sync(folder)
-    if out.is_dir():
-        out.rmdir()
-    folder.rename(out)
-    unfinished.rmdir()
-
-
-def _sync(folder: Path) -> None:
-    """Flushes a folder's files to disk. Without it, they could be empty after a power failure."""
-    for path in folder.rglob("*"):
-        if path.is_file():
-            with open(path, "rb") as file:
-                os.fsync(file.fileno())

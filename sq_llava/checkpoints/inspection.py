@@ -7,7 +7,6 @@ It understands plain checkpoints, outputs of training stages, all released kinds
 and folders that are incomplete because something was interrupted. It downloads nothing and loads no model.
 """
 
-import json
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -21,14 +20,30 @@ from rich.filesize import decimal
 from rich.table import Table
 from transformers.utils import logging
 
-from configuration_sq_llava import SQLlavaConfig
 from modeling_sq_llava import SQLlavaForConditionalGeneration
 from sq_llava.checkpoints.completeness import checkpoint_faults, step_of
+from sq_llava.checkpoints.config_checks import (
+    MOST_PARAMETERS,
+    at_most_parameters,
+    generation_faults,
+    one_line,
+    processor_faults,
+    read_config,
+)
 from sq_llava.checkpoints.layouts import NAMES, Layout, recognise
 from sq_llava.checkpoints.parts import INFIXES, part_of
 from sq_llava.checkpoints.prompt_layouts import layout_name
-from sq_llava.checkpoints.weight_files import TORCH_NAMES, Tensor, WeightFile, read_weight_map
+from sq_llava.checkpoints.trust import changed_code, foreign_code
+from sq_llava.checkpoints.weight_files import (
+    TORCH_NAMES,
+    Tensor,
+    WeightFile,
+    find_weight_files,
+    read_headers,
+    read_weight_map,
+)
 from sq_llava.checkpoints.zero3 import loading_whole
+from sq_llava.json_text import MOST_BYTES, parse_json, read_json
 from sq_llava.resources import CODE_FILES, code_digests
 
 
@@ -57,6 +72,8 @@ class Inspection:
         parts (`dict`): Parameters and dtypes of each part of the model. LoRA is counted separately.
         loras (`list[dict]`): Tower, ranks, alphas and file of each LoRA. Ranks are read from the tensors, alphas from
             the configuration.
+        foreign_code (`list[str]`): Entries that name code other than this library's. An SQ-LLaVA with such entries is
+            not loaded, see `trust.py`.
         missing (`list[str]`): Expected files or settings that are missing.
         faults (`list[str]`): Errors. A folder with faults cannot be used as it is.
     """
@@ -72,13 +89,14 @@ class Inspection:
     bases: dict[str, str] = field(default_factory=dict)
     checkpoints: dict[str, str] = field(default_factory=dict)
     code: dict[str, dict] = field(default_factory=dict)
+    foreign_code: list[str] = field(default_factory=list)
     files: dict[str, int] = field(default_factory=dict)
     missing: list[str] = field(default_factory=list)
     faults: list[str] = field(default_factory=list)
 
     @property
     def sound(self) -> bool:
-        return not self.faults
+        return not self.faults and not self.foreign_code
 
     def to_json(self) -> dict:
         return {"sound": self.sound, **asdict(self)}
@@ -112,11 +130,16 @@ def inspect(path: str | Path, base: Path | None = None, only_loaded: bool = Fals
         inspection.kind, inspection.evidence = layout.kind, layout.evidence
         _describe_bases(layout, inspection)
     _count_parameters(headers, inspection)
-    _describe_lora(headers, configs, inspection)
-    _describe_settings(configs, inspection)
-    own = code_digests()
+    try:
+        _describe_lora(headers, configs, inspection)
+        _describe_settings(configs, inspection)
+    except (AttributeError, KeyError, TypeError) as error:  # a value that is expected to be a list is a number, ...
+        inspection.faults.append(f"a JSON file holds a value of a wrong type ({one_line(error)})")
+    if inspection.kind in ("checkpoint", "adapter"):
+        inspection.foreign_code = foreign_code(folder)
+    changed = changed_code(folder)
     inspection.code = {
-        name: {"sha256": digest, "as_in_this_library": digest == own[name]}
+        name: {"sha256": digest, "as_in_this_library": name not in changed}
         for name, digest in code_digests(folder).items()
     }
     steps = sorted((path for path in folder.iterdir() if step_of(path) is not None), key=step_of)
@@ -139,13 +162,21 @@ def _local_folder(path: str) -> Path:
         ) from error
 
 
+def _find(folder: Path, patterns: Sequence[str]) -> list[Path]:
+    """The files that match, sorted. A pipe or a device is no file: reading it could take forever."""
+    return sorted({file for pattern in patterns for file in folder.glob(pattern) if file.is_file()})
+
+
 def _read_configs(folder: Path, inspection: Inspection, patterns: Sequence[str]) -> dict[str, dict]:
     """The JSON files that match, by their path in the folder."""
     configs = {}
-    for file in sorted({file for pattern in patterns for file in folder.glob(pattern)}):
+    for file in _find(folder, patterns):
         name = str(file.relative_to(folder))
+        if (num_bytes := file.stat().st_size) > MOST_BYTES:
+            inspection.faults.append(f"{name} has {num_bytes:,} bytes, which is too large for a file of settings")
+            continue
         try:
-            fields = json.loads(file.read_bytes())
+            fields = parse_json(file.read_bytes())
         except ValueError:
             inspection.faults.append(f"{name} is not valid JSON: it is cut off or damaged")
             continue
@@ -159,7 +190,7 @@ def _read_configs(folder: Path, inspection: Inspection, patterns: Sequence[str])
 def _read_headers(folder: Path, inspection: Inspection, patterns: Sequence[str]) -> dict[str, list[Tensor]]:
     """The headers of each weight file. Code in `.bin` files, which are pickles, is not run."""
     headers = {}
-    for file in sorted({file for pattern in patterns for file in folder.glob(pattern)}):
+    for file in _find(folder, patterns):
         name = str(file.relative_to(folder))
         try:
             headers[name] = WeightFile(file).headers()
@@ -261,6 +292,14 @@ def _check_weights(
             inspection.faults += faults_of_weights(configs["config.json"], files)
         elif inspection.kind == "adapter" and layout.base is not None:
             inspection.faults += faults_of_adapter(folder, layout.base, headers)
+    if not inspection.faults and inspection.kind in ("checkpoint", "adapter"):
+        inspection.faults += generation_faults(configs.get("generation_config.json", {}))
+        if inspection.kind == "checkpoint" or layout.base is not None:
+            config = read_json((folder if inspection.kind == "checkpoint" else layout.base) / "config.json")
+            # Older checkpoints have the settings of the images in a file of their own.
+            images = {"image_processor": configs.get("preprocessor_config.json")}
+            settings = images | configs.get("processor_config.json", {})
+            inspection.faults += processor_faults(settings, read_config(config))
 
 
 @contextmanager
@@ -288,18 +327,18 @@ def faults_of_weights(config: dict, headers: dict[str, list[Tensor]]) -> list[st
         config: Content of `config.json`.
         headers: Headers of the weights, by file.
     """
-    if "quantization_config" in config:
-        return []  # a quantizer has other names and shapes
+    if "transformers_weights" in config:
+        return ["config.json: transformers_weights names other files of weights, which is not supported: remove it"]
     shapes = {tensor.name: tensor for tensors in headers.values() for tensor in tensors}
     weights = {
         name: torch.empty(tensor.shape, dtype=getattr(torch, TORCH_NAMES.get(tensor.dtype, "float32")), device="meta")
         for name, tensor in shapes.items()
     }
     try:
-        with quiet_transformers():
+        with quiet_transformers(), at_most_parameters(2 * len(shapes) + 1_000):
             _, report = SQLlavaForConditionalGeneration.from_pretrained(
                 None,
-                config=SQLlavaConfig.from_dict(config),
+                config=read_config({name: value for name, value in config.items() if name != "quantization_config"}),
                 state_dict=weights,
                 device_map="meta",
                 output_loading_info=True,
@@ -307,6 +346,12 @@ def faults_of_weights(config: dict, headers: dict[str, list[Tensor]]) -> list[st
             )
     except RuntimeError:  # transformers names these weights only in its log
         return ["weights of experts, which are fused when they are loaded, are missing or of a wrong shape"]
+    except Exception as error:  # for wrong values, models of transformers raise errors of many kinds
+        return [f"no model can be made from config.json: {one_line(error).removeprefix('config.json: ')}"]
+    if "quantization_config" in config:
+        # A quantizer has other names and shapes. The weights that it skipped are compared.
+        exact = [each for each in report["mismatched_keys"] if shapes[each[0]].dtype in TORCH_NAMES]
+        return _describe_differences((), exact, (), "config.json")
     return _describe_differences(
         report["missing_keys"], report["mismatched_keys"], report["unexpected_keys"], "config.json"
     )
@@ -327,18 +372,15 @@ def faults_of_adapter(folder: Path, base: Path, headers: dict[str, list[Tensor]]
     """Like [`faults_of_weights`], for an adapter: by its `adapter_config.json` and the configuration of its base."""
     if not (base / "config.json").is_file():
         return [f"its base {base} holds no config.json"]
-    fields = json.loads((base / "config.json").read_bytes())
+    fields, settings = read_json(base / "config.json"), read_json(folder / "adapter_config.json")
     if fields.get("model_type") != "sq_llava":
         return [f"its base {base} has the model_type {fields.get('model_type')!r}, not 'sq_llava'"]
-    from peft import PeftConfig, get_peft_model, get_peft_model_state_dict  # see `load_checkpoint`
-
-    peft_config = PeftConfig.from_pretrained(folder)
-    peft_config.init_lora_weights = False  # some initialisations compute with the weights of the base
-    with torch.device("meta"):
-        model = SQLlavaForConditionalGeneration(SQLlavaConfig.from_dict(fields))
-        model.name_or_path = peft_config.base_model_name_or_path
-        adapted = get_peft_model(model, peft_config)
-    weights = get_peft_model_state_dict(adapted, save_embedding_layers=False)
+    if settings.get("peft_type") != "LORA":
+        return [f"adapter_config.json: peft_type is {settings.get('peft_type')!r}, but this library has LORA only"]
+    try:
+        weights = _weights_of_adapter(folder, base, fields)
+    except Exception as error:  # for wrong values, PEFT and transformers raise errors of many kinds
+        return [f"no adapter can be made from adapter_config.json and {base / 'config.json'}: {one_line(error)}"]
     wanted = {name: tuple(weight.shape) for name, weight in weights.items()}
     found = {tensor.name: tensor.shape for tensors in headers.values() for tensor in tensors}
     both = wanted.keys() & found.keys()
@@ -346,6 +388,22 @@ def faults_of_adapter(folder: Path, base: Path, headers: dict[str, list[Tensor]]
     return _describe_differences(
         wanted.keys() - found.keys(), mismatched, found.keys() - wanted.keys(), "adapter_config.json"
     )
+
+
+def _weights_of_adapter(folder: Path, base: Path, config: dict) -> dict[str, torch.Tensor]:
+    """The weights that an adapter should have, on the meta device. `config`: content of the base's `config.json`."""
+    from peft import PeftConfig, get_peft_model, get_peft_model_state_dict  # see `load_checkpoint`
+
+    peft_config = PeftConfig.from_pretrained(folder)
+    peft_config.init_lora_weights = False  # some initialisations compute with the weights of the base
+    files, most = find_weight_files(base), MOST_PARAMETERS
+    if files and all(file.is_file() for file in files):  # else it is not downloaded yet
+        most = 6 * sum(1 for _ in read_headers(base)) + 1_000
+    with torch.device("meta"), at_most_parameters(most):
+        model = SQLlavaForConditionalGeneration(read_config(config))
+        model.name_or_path = peft_config.base_model_name_or_path
+        adapted = get_peft_model(model, peft_config)
+    return get_peft_model_state_dict(adapted, save_embedding_layers=False)
 
 
 def _list_missing(configs: dict[str, dict], inspection: Inspection) -> None:
@@ -377,7 +435,7 @@ def print_inspection(inspection: Inspection, console: Console) -> None:
         console.print(_table_of_parts(inspection))
     for title, lines in _facts(inspection).items():
         if lines:
-            style = {"missing": "yellow", "broken": "red"}.get(title)
+            style = {"missing": "yellow", "broken": "red", "not this library's code": "red"}.get(title)
             console.print(title, style=style or "bold")
             for line in lines:
                 console.print(f"  {line}", style=style, markup=False, highlight=False, soft_wrap=True)
@@ -415,6 +473,7 @@ def _facts(inspection: Inspection) -> dict[str, list[str]]:
             f"SHA-256 {code['sha256']}"
             for name, code in inspection.code.items()
         ],
+        "not this library's code": inspection.foreign_code,
         "missing": inspection.missing,
         "broken": inspection.faults,
     }

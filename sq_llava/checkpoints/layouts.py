@@ -16,7 +16,8 @@ from typing import Literal
 
 from huggingface_hub import HfApi, snapshot_download, try_to_load_from_cache
 
-from sq_llava.checkpoints.weight_files import WeightFile, find_weight_files, read_json_if_there
+from sq_llava.checkpoints.weight_files import WeightFile, find_weight_files
+from sq_llava.json_text import read_json_if_there
 from sq_llava.locations import hub_errors, is_missing_folder, require_folder_or_id
 
 

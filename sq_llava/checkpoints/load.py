@@ -22,16 +22,18 @@ from transformers import (
 
 from configuration_sq_llava import SQLlavaConfig
 from modeling_sq_llava import SQLlavaForConditionalGeneration
-from processing_sq_llava import SQLlavaProcessor
+from processing_sq_llava import TEMPLATE_HEADER, SQLlavaProcessor
 from sq_llava.checkpoints.card import write_card
 from sq_llava.checkpoints.chat_templates import check_template
 from sq_llava.checkpoints.compose import stop_token_ids
+from sq_llava.checkpoints.config_checks import named_errors
 from sq_llava.checkpoints.inspection import TOKENIZER, inspect
 from sq_llava.checkpoints.layouts import NAMES, recognise
 from sq_llava.checkpoints.provenance import read_provenance, write_provenance
+from sq_llava.checkpoints.trust import refusal
 from sq_llava.checkpoints.zero3 import from_pretrained
-from sq_llava.early_checks import require_new_folder
 from sq_llava.locations import base_of_adapter, fetch, find_config, is_adapter, is_hub_id, revision_of_base
+from sq_llava.output import folder_written_whole
 
 
 # This library loads checkpoints with its own classes. The code in a checkpoint is for machines without this library.
@@ -80,7 +82,9 @@ def require_model(model: str | os.PathLike, revision: str | None = None) -> Path
     return folder
 
 
-def require_whole(folder: Path, base: Path | None = None, name: str | None = None) -> None:
+def require_whole(
+    folder: Path, base: Path | None = None, name: str | None = None, trust_remote_code: bool = False
+) -> None:
     """
     Runs the check of `sq-llava inspect` on the files that are read when an SQ-LLaVA or an adapter is loaded.
 
@@ -88,9 +92,11 @@ def require_whole(folder: Path, base: Path | None = None, name: str | None = Non
         base (`Path`, *optional*): Folder of an adapter's base. Default: the base that the adapter names, if it is on
             this machine.
         name (`str`, *optional*): Name of the model in errors. Default: the folder.
+        trust_remote_code (`bool`): Accept entries that name other code than this library's.
 
     Raises:
-        ValueError: if files or weights are missing, or weights are superfluous or of a wrong shape.
+        ValueError: if files or weights are missing, or weights are superfluous or of a wrong shape; if a file names
+            code that is not this library's.
     """
     inspection = inspect(folder, base, only_loaded=True)
     faults = [*inspection.faults, *(f"{file} is missing" for file in inspection.missing if file in NEEDED)]
@@ -100,6 +106,34 @@ def require_whole(folder: Path, base: Path | None = None, name: str | None = Non
             f"{name or folder} cannot be loaded: {'; '.join(faults[:SHOWN_FAULTS])}{more}. "
             f"Show all: sq-llava inspect {folder}"
         )
+    if inspection.foreign_code and not trust_remote_code:
+        raise ValueError(refusal(name or folder, inspection.foreign_code))
+
+
+def load_processor(folder: str | os.PathLike, trust_chat_template: bool = False, **settings) -> SQLlavaProcessor:
+    """
+    Loads the processor of a checkpoint or an adapter.
+
+    Args:
+        folder: A folder or a Hub id.
+        trust_chat_template (`bool`): Accept a chat template that the processor did not write from its settings. Such
+            a template is a program without limits: it can loop for hours or fill the memory.
+        settings: Settings that replace the saved ones. A `chat_template` among them is trusted.
+
+    Raises:
+        ValueError: if a file is damaged or a setting wrong; or for a chat template of somebody else.
+    """
+    processor = named_errors(SQLlavaProcessor.from_pretrained)(folder, trust_remote_code=False, **settings)
+    templates = processor.chat_template
+    template = templates.get("default") if isinstance(templates, dict) else templates
+    trusted = trust_chat_template or "chat_template" in settings
+    if not (trusted or (template or "").startswith(TEMPLATE_HEADER)):
+        raise ValueError(
+            f"{folder} has a chat template of its own: {(template or '')[:60]!r}... It is a program, which can loop "
+            "for hours or fill the memory. If you trust it, give --trust-chat-template to answer, ask, chat or serve "
+            "(in Python: trust_chat_template=True). Otherwise remove the template: the processor then writes its own."
+        )
+    return processor
 
 
 def load_model(
@@ -174,7 +208,8 @@ def load_checkpoint(path: str, revision: str | None = None, **kwargs) -> tuple[t
     Args:
         path (`str`): A folder or a Hub id.
         revision (`str`, *optional*): Branch, tag or commit on the Hub.
-        kwargs: As for `from_pretrained` of the model: `dtype`, `device_map`, `attn_implementation`, ...
+        kwargs: As for [`load_processor`], `trust_chat_template`; and for `from_pretrained` of the model: `dtype`,
+            `device_map`, `attn_implementation`, ...
 
     Returns:
         A [`SQLlavaForConditionalGeneration`] (for an adapter, a `PeftModel` around it) and the processor.
@@ -191,7 +226,11 @@ def load_checkpoint(path: str, revision: str | None = None, **kwargs) -> tuple[t
 
 
 def load_base_and_processor(
-    path: str, revision: str | None = None, processor_settings: dict | None = None, **kwargs
+    path: str,
+    revision: str | None = None,
+    processor_settings: dict | None = None,
+    trust_chat_template: bool = False,
+    **kwargs,
 ) -> tuple[SQLlavaForConditionalGeneration, SQLlavaProcessor, Path | None]:
     """
     Loads the processor, and a plain checkpoint or the base of an adapter.
@@ -199,6 +238,7 @@ def load_base_and_processor(
     Args:
         path, revision, kwargs: As for [`load_checkpoint`].
         processor_settings (`dict`, *optional*): Settings that replace the saved ones of the processor.
+        trust_chat_template (`bool`): As for [`load_processor`].
 
     Returns:
         The model, the processor, and the folder of the adapter or `None`.
@@ -207,7 +247,7 @@ def load_base_and_processor(
         ValueError: if it is not an SQ-LLaVA, or incomplete.
     """
     folder = require_model(path, revision)
-    processor = SQLlavaProcessor.from_pretrained(folder, **(processor_settings or {}))
+    processor = load_processor(folder, trust_chat_template, **(processor_settings or {}))
     check_template(processor)
     if is_adapter(folder):
         return load_base_of(folder, processor, **kwargs), processor, folder
@@ -223,18 +263,18 @@ def merge_adapter(adapter: str, output_dir: str) -> None:
         output_dir (`str`): Folder for the checkpoint; it must be new or empty.
 
     Raises:
-        ValueError: if it is not an adapter, or the folder is not empty.
+        ValueError: if it is not an adapter, if the folder is not empty, or if another process is writing it.
     """
     if not is_adapter(adapter):
         raise ValueError(
             f"{adapter} holds no adapter_config.json. Give the output_dir of a training stage. (A stage with "
             "full_finetuning needs no merge: its output_dir is a plain checkpoint.)"
         )
-    require_new_folder(output_dir)
-    provenance = read_provenance(fetch(adapter))
-    model, processor = load_checkpoint(adapter)
-    merged = model.merge_and_unload()
-    merged.save_pretrained(output_dir)
-    processor.save_pretrained(output_dir)
-    write_provenance(output_dir, provenance)
-    write_card(output_dir)
+    with folder_written_whole(output_dir) as folder:
+        provenance = read_provenance(fetch(adapter))
+        model, processor = load_checkpoint(adapter)
+        merged = model.merge_and_unload()
+        merged.save_pretrained(folder)
+        processor.save_pretrained(folder)
+        write_provenance(folder, provenance)
+        write_card(folder)

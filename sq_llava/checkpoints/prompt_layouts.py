@@ -92,6 +92,8 @@ def layout_settings(
         The settings, and a sentence that says what was chosen. In the language model's own layout, the settings have
         its system message and its empty thought.
     """
+    if prompt_layout in ("vicuna", "minigpt4"):  # these two leave the language model's format on purpose
+        return PROMPT_LAYOUTS[prompt_layout], f"prompt_layout: {prompt_layout}, as the settings say."
     own = reason = None
     try:
         own = recognise_chat_format(tokenizer)
@@ -103,7 +105,7 @@ def layout_settings(
         return own.settings, f"prompt_layout: {own.layout}, as in the chat template of {text_model}. {_details(own)}"
     if own is not None and own.layout == prompt_layout:
         return own.settings, f"prompt_layout: {own.layout}, the language model's own. {_details(own)}"
-    return PROMPT_LAYOUTS[prompt_layout], f"prompt_layout: {prompt_layout}, which is not {text_model}'s own."
+    return PROMPT_LAYOUTS[prompt_layout], f"prompt_layout: {prompt_layout}, but not that of {text_model}."
 
 
 def layout_name(settings: dict) -> str:

@@ -17,13 +17,19 @@ need the recipe and the same data.
 import re
 from importlib.metadata import version
 from pathlib import Path
+from types import UnionType
+from typing import Any
 
 import yaml
 
 from sq_llava.locations import is_hub_id
+from sq_llava.output import write_text
 
 
 PROVENANCE_FILE = "provenance.yaml"
+# A record of a hundred stages has about 100 KB.
+MOST_BYTES = 2**20
+STAGE_FIELDS = {"stage": str, "data": list, "rows": int, "steps": int, "settings": dict, "versions": dict}
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate")
 CACHED = re.compile(r"/(?:models|datasets)--([^/]+)/snapshots/[0-9a-f]{40}/?$")
 
@@ -51,19 +57,59 @@ def public_name(path: str) -> str:
 
 
 def read_provenance(folder: str | Path) -> dict:
-    """The content of a checkpoint's `provenance.yaml`; empty if there is none."""
+    """
+    The content of a checkpoint's `provenance.yaml`; empty if there is none.
+
+    Raises:
+        ValueError: if the file is damaged, or a field has another form than in the example above.
+    """
     file = Path(folder) / PROVENANCE_FILE
     if not file.is_file():
         return {}
-    provenance = yaml.safe_load(file.read_text())
+    try:
+        if file.stat().st_size > MOST_BYTES:
+            raise ValueError(f"it has more than {MOST_BYTES:,} bytes")
+        provenance = yaml.safe_load(file.read_text(encoding="utf-8"))
+        if isinstance(provenance, dict):
+            _require_form(provenance)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{file}: {reason}. Restore the file, or delete it.") from error
     if not isinstance(provenance, dict):
-        raise ValueError(f"{file} holds {provenance!r}, not a mapping of fields. Restore the file, or delete it.")
+        shown = repr(provenance) if isinstance(provenance, str) else f"a {type(provenance).__name__}"
+        raise ValueError(f"{file} holds {shown}, not a mapping of fields. Restore the file, or delete it.")
     return provenance
+
+
+def _require_form(provenance: dict) -> None:
+    def require(value: Any, kind: type | UnionType, place: str) -> Any:
+        if not isinstance(value, kind):
+            # Not repr: a few lines of YAML can name a list of lists with billions of entries.
+            raise ValueError(f"{place} is a {type(value).__name__}, not {getattr(kind, '__name__', kind)}")
+        return value
+
+    def require_plain(fields: dict, place: str) -> None:
+        for name, value in fields.items():
+            for each in value if isinstance(value, list) else [value]:
+                require(each, str | int | float | None, f"{place}, {name}")
+
+    stages = require(provenance.get("stages", []), list, "stages")
+    require_plain({name: value for name, value in provenance.items() if name != "stages"}, "the content")
+    for number, stage in enumerate(stages):
+        place = f"stages, entry {number}"
+        require(stage, dict, place)
+        for name, kind in STAGE_FIELDS.items():
+            require(stage.get(name), kind, f"{place}, {name}")
+        for source in stage["data"]:
+            require(require(source, dict, f"{place}, data").get("path"), str, f"{place}, data, path")
+            require_plain(source, f"{place}, data")
+        require_plain(stage["settings"], f"{place}, settings")
+        require_plain(stage["versions"], f"{place}, versions")
 
 
 def write_provenance(folder: str | Path, provenance: dict) -> None:
     if provenance:
-        (Path(folder) / PROVENANCE_FILE).write_text(yaml.safe_dump(provenance, sort_keys=False, width=119))
+        write_text(Path(folder) / PROVENANCE_FILE, yaml.safe_dump(provenance, sort_keys=False, width=119))
 
 
 def record_stage(before: dict, arguments, training_args, model_config, run: dict[str, int], steps: int) -> None:

@@ -10,7 +10,6 @@ A temporary folder holds new files, and links to files that are not changed. The
 import json
 import re
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -18,7 +17,6 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-import yaml
 from huggingface_hub import HfApi
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 from rich.console import Console
@@ -27,9 +25,11 @@ from rich.markup import escape
 from rich.table import Table
 
 from sq_llava.checkpoints.card import EXAMPLE_IMAGE, draw_example
-from sq_llava.checkpoints.provenance import PROVENANCE_FILE, public_name
-from sq_llava.locations import base_of_adapter, hub_errors, is_adapter, is_hub_id
-from sq_llava.resources import CODE_FILES, code_digests
+from sq_llava.checkpoints.provenance import PROVENANCE_FILE, public_name, read_provenance
+from sq_llava.checkpoints.trust import changed_code, foreign_code
+from sq_llava.locations import base_of_adapter, fetch_code, hub_errors, is_adapter, is_hub_id
+from sq_llava.output import temporary_folder
+from sq_llava.resources import CODE_FILES
 
 
 COMMON_FILES = (
@@ -101,9 +101,9 @@ def prepare(
     from sq_llava.checkpoints.load import merge_adapter, require_kind, require_whole
 
     require_kind(source)
-    require_whole(source)
-    with tempfile.TemporaryDirectory(prefix="sq-llava-push-", ignore_cleanup_errors=True) as workspace:
-        workspace = Path(workspace)
+    require_whole(source, trust_remote_code=trust_remote_code)
+    read_provenance(source)  # may be damaged; it is needed for the card
+    with temporary_folder("sq-llava-push-") as workspace:
         publication = Publication(repo_id, workspace, workspace / "publication")
         publication.folder.mkdir()
         if is_adapter(source) and not adapter_only:
@@ -117,7 +117,7 @@ def prepare(
             _name_base(publication, source, base_model, api)
         _refuse_machine_paths(publication)
         if not trust_remote_code:
-            _refuse_other_code(publication, source)
+            _refuse_other_code(publication, source, with_hub=api is not None)
         files = sorted(file for file in publication.folder.rglob("*") if file.is_file())
         publication.files = {file.relative_to(publication.folder).as_posix(): file.stat().st_size for file in files}
         if api is not None:
@@ -215,8 +215,8 @@ def _refuse_machine_paths(publication: Publication) -> None:
     for file in publication.folder.iterdir():
         if file.name.endswith(("config.json", "index.json")):
             content = json.loads(file.read_text())
-        elif file.suffix == ".yaml":
-            content = yaml.safe_load(file.read_text())
+        elif file.name == PROVENANCE_FILE:
+            content = read_provenance(publication.folder)
         else:
             continue
         for place, text in _texts(content, file.name):
@@ -224,16 +224,32 @@ def _refuse_machine_paths(publication: Publication) -> None:
                 raise ValueError(f"{place} is {text}, a path on this machine. Replace it by a name, or remove it.")
 
 
-def _refuse_other_code(publication: Publication, source: Path) -> None:
-    """Refuses changed code: the check of the upload runs the code in the folder and in the base of an adapter."""
-    own = code_digests()
-    for folder in (source, *([Path(publication.base)] if publication.base else [])):
-        for name, digest in code_digests(folder).items():
-            if digest != own[name]:
-                raise ValueError(
-                    f"{folder / name} differs from this library's code, and loading the model would run it. Merge or "
-                    "convert the model again, or give --trust-remote-code if you trust it."
-                )
+def _refuse_other_code(publication: Publication, source: Path, with_hub: bool) -> None:
+    """Refuses code that is not this library's: the checks of the upload run that of the folder and of its base."""
+    for name, folder in {str(source): source, **_fetch_bases(publication, with_hub)}.items():
+        changed = [f"{folder / file} differs from this library's code" for file in changed_code(folder)]
+        if found := foreign_code(folder) + changed:
+            raise ValueError(
+                f"{name}: {'; '.join(found)}. Loading the model would run this code. Merge or convert the model "
+                "again, or give --trust-remote-code if you trust it."
+            )
+
+
+def _fetch_bases(publication: Publication, with_hub: bool) -> dict[str, Path]:
+    """
+    The folders of the bases that the checks load, by name: the one that an adapter was trained on, and with a Hub the
+    one that the published adapter names. Only code and JSON files of a base on the Hub are downloaded.
+    """
+    if publication.base is None:
+        return {}
+    bases = {publication.base: fetch_code(publication.base, publication.base_revision)}
+    if is_hub_id(publication.base):
+        publication.base_revision = bases[publication.base].name  # load the commit that is checked
+    config = json.loads((publication.folder / "adapter_config.json").read_text())
+    name = config["base_model_name_or_path"]
+    if with_hub and name not in bases:
+        bases[name] = fetch_code(name, config["revision"])
+    return bases
 
 
 def _texts(content: Any, place: str) -> Iterator[tuple[str, str]]:

@@ -295,9 +295,13 @@ def _original_language_model(layout: Layout, precision: Precision) -> nn.Module:
         fields.pop("model_type", None)
         config = LlamaConfig(**{name: value for name, value in fields.items() if not name.startswith("mm_")})
     else:
-        config = AutoConfig.from_pretrained(folder)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     model, report = AutoModelForCausalLM.from_pretrained(
-        folder, config=config, dtype=precision.load_dtype(folder), output_loading_info=True
+        folder,
+        config=config,
+        dtype=precision.load_dtype(folder),
+        output_loading_info=True,
+        trust_remote_code=False,
     )
     _require_complete(folder, report)
     return precision.apply(_with_lora(model, layout.path, in_tower=False))

@@ -6,15 +6,16 @@ It reads `.safetensors` and `.bin` files, and never runs code in a pickle. `sq_l
 which weight of the model a tensor becomes.
 """
 
-import json
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import parse_local_safetensors_file_metadata
 from safetensors import SafetensorError, safe_open
+
+from sq_llava.json_text import read_json
 
 
 if TYPE_CHECKING:
@@ -108,26 +109,6 @@ def read_weight_map(index: Path) -> dict[str, str]:
     return weight_map
 
 
-def read_json(file: Path) -> dict:
-    """
-    The fields of a JSON file.
-
-    Raises:
-        ValueError: if it is cut off or damaged, or does not hold an object.
-    """
-    try:
-        fields = json.loads(file.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{file} is not valid JSON ({error}). Download it again.") from error
-    if not isinstance(fields, dict):
-        raise ValueError(f"{file} holds {str(fields)[:40]!r}, not a JSON object. Download it again.")
-    return fields
-
-
-def read_json_if_there(file: Path) -> dict | None:
-    return read_json(file) if file.is_file() else None
-
-
 def read_pickle(file: Path) -> dict[str, "torch.Tensor"]:
     """
     The tensors of a `.bin` file, mapped into memory and not read yet. No code in it is run.
@@ -137,9 +118,25 @@ def read_pickle(file: Path) -> dict[str, "torch.Tensor"]:
     """
     import torch  # takes seconds, and headers of safetensors do not need it
 
+    state = load_plain(file)
+    if not isinstance(state, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in state.values()):
+        raise ValueError(f"{file} does not hold named tensors. Give the weights of a model.")
+    return state
+
+
+def load_plain(file: Path) -> Any:
+    """
+    The content of a file of `torch.save`: tensors, numbers, texts and containers of them. The tensors are mapped into
+    memory and not read yet.
+
+    Raises:
+        ValueError: if it holds anything else, such as code, or is cut off.
+    """
+    import torch  # see `read_pickle`
+
     try:
         # Files of torch before 1.6 are not zip archives and cannot be mapped.
-        state = torch.load(file, map_location="cpu", weights_only=True, mmap=_is_zip(file))
+        return torch.load(file, map_location="cpu", weights_only=True, mmap=_is_zip(file))
     except FileNotFoundError as error:
         raise ValueError(f"{file}: no such file.") from error
     except Exception as error:  # torch documents no common class for errors of damaged archives and pickles
@@ -148,9 +145,6 @@ def read_pickle(file: Path) -> dict[str, "torch.Tensor"]:
             f"{file} was not loaded: it is damaged, or holds more than tensors, such as code that would be run "
             f"({type(error).__name__}: {reason}). Download it again from a source that you trust."
         ) from error
-    if not isinstance(state, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in state.values()):
-        raise ValueError(f"{file} does not hold named tensors. Give the weights of a model.")
-    return state
 
 
 def _is_zip(file: Path) -> bool:

@@ -1,6 +1,7 @@
 """The commands for checkpoints: `sq-llava merge`, `convert`, `inspect` and `push`."""
 
 import json
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated
 
@@ -11,6 +12,7 @@ from sq_llava.cli.options import AsJson
 from sq_llava.console import console, errors_in_one_line, examples, messages_console
 from sq_llava.early_checks import require_dtype, require_file, require_folder, require_new_folder
 from sq_llava.locations import find_config, require_folder_or_id
+from sq_llava.output import new_folder_lock, write_json
 
 
 app = typer.Typer()
@@ -87,10 +89,11 @@ def convert(
 
     The result is a plain checkpoint with processor, code and model card.
     """
-    with errors_in_one_line():
+    with errors_in_one_line(), ExitStack() as locks:
         _check_places(source, base, vision, out)
         require_dtype(dtype, "--dtype")
         require_dtype(verify_dtype, "--verify-dtype", automatic=False)
+        locks.enter_context(new_folder_lock(out))
         with messages_console.status("Reading names and shapes"):
             from transformers.utils import logging
 
@@ -130,7 +133,7 @@ def _verify_conversion(layout, out: Path, unequal: Path, dtype: str, keep_report
         result = verification.verify(layout, out, dtype)
     verification.print_verification(result, console)
     if keep_report:
-        (out / "verification.json").write_text(json.dumps(result.to_json(), indent=2) + "\n")
+        write_json(out / "verification.json", result.to_json())
     if not result.passed:
         out.rename(unequal)
         messages_console.print(f"Moved to {unequal}", markup=False, soft_wrap=True)

@@ -1,6 +1,7 @@
 """`sq-llava doctor`: checks the training data of a recipe."""
 
 import json
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated
 
@@ -9,7 +10,8 @@ from rich.progress import Progress
 
 from sq_llava.cli.options import AsJson
 from sq_llava.console import console, errors_in_one_line, examples, messages_console
-from sq_llava.early_checks import require_new_folder, require_recipe
+from sq_llava.early_checks import require_recipe
+from sq_llava.output import new_folder_lock
 
 
 app = typer.Typer()
@@ -41,13 +43,13 @@ def doctor(
 
     Exit code 1: there are errors.
     """
-    with errors_in_one_line():
+    with errors_in_one_line(), ExitStack() as locks:
         if config is not None:
             require_recipe(config)
         if fix is not None:
-            require_new_folder(fix)
             if limit is not None:
                 raise ValueError("--fix needs all rows, but --limit checks only some of them: leave --limit out.")
+            locks.enter_context(new_folder_lock(fix))
         with messages_console.status("Opening the data"):
             from sq_llava.doctor.check import data_check, examine
             from sq_llava.doctor.report import print_preview, print_report, write_sound_rows

@@ -10,11 +10,12 @@ from rich.markup import escape
 from rich.table import Table
 
 from sq_llava.cli.options import OptionsOf, check_model_options, quiet_libraries, takes_options
-from sq_llava.console import console, errors_in_one_line, examples, messages_console
+from sq_llava.console import console, errors_in_one_line, examples, is_first_process, messages_console
 from sq_llava.early_checks import require_folder
 from sq_llava.evaluation.settings import Evaluation, JudgeSettings, QuestionEvaluation
 from sq_llava.inference.settings import AskSettings
 from sq_llava.locations import is_missing_folder, require_folder_or_id
+from sq_llava.output import output_lock
 
 
 JUDGE = "Judge for MM-Vet, LLaVA-Bench, scienceqa_reasoning (needs --judge-model)"
@@ -119,18 +120,19 @@ def _run_and_show(evaluation, against: str | None) -> bool:
     from sq_llava.evaluation.run import evaluate as run
 
     other, others_results = None if against is None else Path(against), []
-    if other is not None and (other / "results.json").is_file():
-        check_comparable(other, evaluation)
-    elif other is not None:
-        other = evaluation.out / "against"
-        # Both models share one folder of the judge's answers: the limits hold for both together.
-        others_results = run(replace(evaluation, model=against, out=other, judge_folder=evaluation.out))
-    results = run(evaluation)
-    if not results:  # a process other than the first
-        return True
-    show(results)
-    if other is not None:
-        show_differences(compare(other, evaluation.out), evaluation.out / "comparison")
+    with output_lock(evaluation.out, needed=is_first_process()):
+        if other is not None and (other / "results.json").is_file():
+            check_comparable(other, evaluation)
+        elif other is not None:
+            other = evaluation.out / "against"
+            # Both models share one folder of the judge's answers: the limits hold for both together.
+            others_results = run(replace(evaluation, model=against, out=other, judge_folder=evaluation.out))
+        results = run(evaluation)
+        if not results:  # a process other than the first
+            return True
+        show(results)
+        if other is not None:
+            show_differences(compare(other, evaluation.out), evaluation.out / "comparison")
     messages_console.print(f"Wrote {evaluation.out}", markup=False, soft_wrap=True)
     is_whole = _show_what_is_missing(results, evaluation.out)
     return _show_what_is_missing(others_results, other) and is_whole

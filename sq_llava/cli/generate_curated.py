@@ -12,7 +12,7 @@ from sq_llava.early_checks import require_file, require_folder
 from sq_llava.generation.rows import Shard
 from sq_llava.generation.settings import PROMPTS, CurateSettings, DescribeSettings, PromptFolder
 from sq_llava.llm_client.settings import ChatSettings
-from sq_llava.resumable.run_note import command_line
+from sq_llava.output import command_line
 
 
 REPAIR = "Repair of the descriptions (needs --repair-model)"

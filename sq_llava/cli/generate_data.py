@@ -19,7 +19,7 @@ from sq_llava.early_checks import require_file, require_folder
 from sq_llava.generation.rows import Shard
 from sq_llava.generation.settings import PROMPTS, CaptionSettings, LlavaSettings
 from sq_llava.llm_client.settings import ChatSettings
-from sq_llava.resumable.run_note import command_line
+from sq_llava.output import command_line, folder_written_whole
 from sq_llava.stopping import INTERRUPTED, STOPPED
 
 
@@ -86,9 +86,8 @@ def prompts(
         methods = sorted(path.name for path in PROMPTS.iterdir() if path.is_dir())
         if method not in methods:
             raise ValueError(f"{method}: no such prompts. Give one of {', '.join(methods)}.")
-        if folder.exists():
-            raise ValueError(f"{folder} exists already: give a new folder.")
-        shutil.copytree(PROMPTS / method, folder)
+        with folder_written_whole(folder) as new:
+            shutil.copytree(PROMPTS / method, new, dirs_exist_ok=True)
     messages_console.print(f"Wrote {folder}", markup=False, soft_wrap=True)
 
 

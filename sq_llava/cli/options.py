@@ -114,6 +114,9 @@ class ModelOptions:
     load_in_8bit: Annotated[bool, Option(help="Load vision tower and language model in 8 bits (bitsandbytes).")] = (
         False
     )
+    trust_chat_template: Annotated[
+        bool, Option(help="Use the model's own chat template: a program that nothing limits.")
+    ] = False
 
 
 Model = Annotated[dict, OptionsOf(ModelOptions)]
@@ -143,11 +146,18 @@ def check_model_options(model: str, device: str | None, dtype: str, **_: Any) ->
     require_device(device)
 
 
-def load_model(model: str, device: str | None, dtype: str, load_in_4bit: bool = False, load_in_8bit: bool = False):
+def load_model(
+    model: str,
+    device: str | None,
+    dtype: str,
+    load_in_4bit: bool = False,
+    load_in_8bit: bool = False,
+    trust_chat_template: bool = False,
+):
     """Loads an [`Assistant`], with a message on standard error."""
     check_model_options(model, device, dtype)
     with messages_console.status("Loading the model"):
         quiet_libraries()
         from sq_llava.inference.assistant import load
 
-        return load(model, device, dtype, load_in_4bit, load_in_8bit)
+        return load(model, device, dtype, load_in_4bit, load_in_8bit, trust_chat_template)

@@ -16,6 +16,8 @@ from sq_llava.cli.options import (
 )
 from sq_llava.console import console, errors_in_one_line, examples, messages_console, needs_extra
 from sq_llava.early_checks import require_folder, require_image
+from sq_llava.output import written_whole
+from sq_llava.serving.settings import AllowedHosts
 
 
 app = typer.Typer()
@@ -30,14 +32,16 @@ def demo(
         str, typer.Option(help="Address to listen on. 0.0.0.0: reachable from other machines.")
     ] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.")] = 7860,
+    allowed_hosts: AllowedHosts = None,
 ) -> None:
     """Start a web page to chat about pictures, at http://HOST:PORT."""
     with errors_in_one_line():
         check_model_options(model, **loading)
         with needs_extra("page"):
-            from sq_llava.page.layout import LAUNCH, create_page
+            from sq_llava.page.layout import create_page, launch_settings
+        settings = launch_settings(host, allowed_hosts)
         assistant = load_model(model, **loading)
-        create_page(assistant).launch(server_name=host, server_port=port, **LAUNCH)
+        create_page(assistant).launch(server_port=port, **settings)
 
 
 @app.command(
@@ -70,7 +74,8 @@ def prototypes(
 
         seen = look(assistant, picture)
         chosen = [*seen.shares][:top]
-        paint(picture, seen, chosen).save(out)
+        with written_whole(out) as new:
+            paint(picture, seen, chosen).save(new)
         for rank, prototype in enumerate(chosen):
             red, green, blue = colour_of_rank(rank)
             console.print(

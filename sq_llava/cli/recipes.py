@@ -14,6 +14,7 @@ from typing import Annotated
 import typer
 
 from sq_llava.console import console, errors_in_one_line, examples, messages_console
+from sq_llava.output import output_lock, write_text
 from sq_llava.resources import find_resource
 
 
@@ -52,7 +53,8 @@ def copy_recipes(name: str, folder: Path) -> tuple[list[Path], list[Path]]:
         The files that were written, and the existing files that were kept: launch settings and identical recipes.
 
     Raises:
-        ValueError: if the name is unknown, or a recipe would be overwritten. Nothing is written then.
+        ValueError: if the name is unknown, if a recipe would be overwritten, or if another process copies recipes
+            into the folder. Nothing is written then.
     """
     recipes = list_recipes()
     wanted = name.removeprefix("recipes/").removesuffix(".yaml").rstrip("/")
@@ -68,9 +70,10 @@ def copy_recipes(name: str, folder: Path) -> tuple[list[Path], list[Path]]:
         if is_edited and key in chosen:
             raise ValueError(f"{target} exists already and is different. Move it, or give another folder.")
     written = [target for target in texts if not target.exists()]
-    for target in written:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_text(texts[target], encoding="utf-8")
+    with output_lock(folder):
+        for target in written:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            write_text(target, texts[target])
     return written, [target for target in texts if target not in written]
 
 

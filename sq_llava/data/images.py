@@ -20,7 +20,7 @@ from typing import Any
 
 from PIL import ExifTags, Image, UnidentifiedImageError
 
-from image_processing_sq_llava import check_size, open_in_rgb, safe_formats
+from image_processing_sq_llava import check_size, open_header, open_in_rgb, open_stream
 
 
 # The last bytes of a complete file. A GIF ends with the one byte ";"; the zero before it ends its last block.
@@ -69,7 +69,7 @@ def open_image(
     name = image_name(image)
     try:
         # A string is always a path here, never a URL or base64.
-        opened = open_in_rgb(image if isinstance(image, Image.Image) else image_stream(image), formats)
+        opened = open_in_rgb(image if isinstance(image, Image.Image) else image_source(image), formats)
     except FileNotFoundError as error:
         raise ValueError(f"{name}: no such image file.") from error
     # For a broken file, Pillow raises exceptions of many kinds, also TypeError and MemoryError.
@@ -110,20 +110,18 @@ def image_name(image: str | Path | dict[str, Any] | bytes | io.BytesIO | Image.I
 def image_key(image: str | Path | dict[str, Any] | bytes | Image.Image) -> Hashable:
     """Returns a key that two images of a batch share if they are the same path, bytes or object."""
     if isinstance(image, dict):
-        return image.get("path"), image.get("bytes")
+        image = image["path"] if image.get("bytes") is None else image["bytes"]
     if isinstance(image, bytes):
         return image
     return id(image) if isinstance(image, Image.Image) else str(image)
 
 
-def image_stream(image: str | Path | dict[str, Any] | bytes | io.BytesIO) -> Path | io.BytesIO:
-    """Returns the path or stream that `PIL.Image.open` reads."""
-    if isinstance(image, io.BytesIO):
+def image_source(image: str | Path | dict[str, Any] | bytes | io.BytesIO) -> Path | bytes | io.BytesIO:
+    """Returns the path, the bytes or the stream of an image."""
+    if isinstance(image, (bytes, io.BytesIO)):
         return image
-    if isinstance(image, bytes):
-        return io.BytesIO(image)
     if isinstance(image, dict) and image.get("bytes") is not None:
-        return io.BytesIO(image["bytes"])
+        return image["bytes"]
     return Path(image["path"] if isinstance(image, dict) else image)
 
 
@@ -185,8 +183,7 @@ def require_whole_images(images: list[Path]) -> None:
 
 def _read_header(image: str | Path | dict[str, Any], name: str) -> tuple[list[Fault], bool]:
     """Returns the faults that the header shows, and whether header and last bytes show that the file is complete."""
-    source = image_stream(image)
-    with source if isinstance(source, io.BytesIO) else source.open("rb") as stream:
+    with open_stream(image_source(image)) as stream:
         num_bytes = stream.seek(0, io.SEEK_END)
         if num_bytes == 0:
             return [Fault("image_empty", f"{name} is an empty file.", "Restore the file.")], True
@@ -198,7 +195,7 @@ def _read_header(image: str | Path | dict[str, Any], name: str) -> tuple[list[Fa
             return [Fault("image_truncated", message, "Restore the file.")], True
         stream.seek(-min(num_bytes, 12), io.SEEK_END)
         end = stream.read()
-        with Image.open(stream, formats=safe_formats()) as file:
+        with open_header(stream) as file:
             check_size(file)
             # Not file.getexif(): for a PNG, it decodes all pixels first.
             orientation = Image.Image.getexif(file).get(ExifTags.Base.Orientation, 1)

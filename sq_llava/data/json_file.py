@@ -13,6 +13,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from sq_llava.data.row_layouts import measure
+from sq_llava.json_text import parse_json
 
 
 # Bytes of JSON read at a time, and the largest size of a row. A larger row counts as broken JSON.
@@ -31,7 +32,7 @@ class JsonFile:
         text_bytes (`np.ndarray` of int64): Bytes of text in each row. For a JSON file, this is the size of the row's
             JSON without base64 images.
         folder (`Path`): Default folder of the images.
-        broken (`str` or `None`): The error that makes the rest of a `.json` file unreadable.
+        broken (`str` or `None`): The error that makes the rest of the file unreadable.
     """
 
     def __init__(self, path: str):
@@ -64,7 +65,7 @@ class JsonFile:
         """Yields several rows, faster than one by one. In place of a row that cannot be read it yields the error."""
         for data in self._read_several(indices):
             try:
-                yield json.loads(data.decode("utf-8"))
+                yield parse_json(data.decode("utf-8"))
             except ValueError as error:
                 yield error
 
@@ -73,20 +74,22 @@ class JsonFile:
         Raises:
             ValueError: if the row is not JSON in UTF-8.
         """
-        return json.loads(self.read(index).decode("utf-8"))
+        return parse_json(self.read(index).decode("utf-8"))
 
 
 def _scan_lines(path: str) -> Iterator[tuple[int, int, int, int]]:
     with open(path, "rb") as stream:
         offset = 0
-        for line in stream:
+        while line := stream.readline(MAX_ROW_BYTES + 1):
+            if len(line) > MAX_ROW_BYTES:
+                raise ValueError(f"{_line_of(path, offset)}: the row has more than {MAX_ROW_BYTES:,} bytes")
             text = line.removeprefix(BOM) if offset == 0 else line
             begin = offset + len(line) - len(text.lstrip())
             offset += len(line)
             if not text.strip():
                 continue
             try:
-                measures = measure(json.loads(text))
+                measures = measure(parse_json(text))
             except ValueError:
                 measures = (0, 0)  # reading the row reports the error
             yield begin, len(text.strip()), *measures
@@ -164,6 +167,8 @@ class _Window:
             try:
                 row, self.at = self.decoder.raw_decode(self.text, self.at)
                 return begin, self.position - begin, *measure(row)
+            except RecursionError as error:
+                raise self.error(begin, "the row is nested too deeply") from error
             except json.JSONDecodeError as error:
                 place = self.start + error.pos
                 if not self.read_on():

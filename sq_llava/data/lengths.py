@@ -1,4 +1,5 @@
 """Counts the tokens of rows, and the largest number that a row can have in any epoch. Counts are cached on disk.
+Also finds the rows that begin with the same text and image (`sq_llava/data/shared_images.py`).
 
     >>> rows = with_length_bounds(rows, LengthBound(processor, max_length=2048))
     >>> rows[0]["length"]  # row 0 never has more tokens than this
@@ -27,6 +28,7 @@ from processing_sq_llava import SQLlavaProcessor
 from sq_llava.data.json_file import JsonFile
 from sq_llava.data.rows import RowReader
 from sq_llava.data.self_questions import draw_self_questions, first_exchange
+from sq_llava.data.shared_images import image_prefix, prefix_number
 from sq_llava.data.sources import Table
 
 
@@ -163,9 +165,16 @@ class CountTokens:
     bound: LengthBound
 
     def __call__(self, batch: dict[str, list[int]]) -> dict[str, list[int]]:
-        conversations = [self.reader.read(*place)["messages"] for place in zip(batch["source"], batch["index"])]
+        rows = [self.reader.read(*place) for place in zip(batch["source"], batch["index"])]
+        conversations = [row["messages"] for row in rows]
         try:
-            return {"length": self.bound.of_rows(conversations, batch["row_id"])}
+            lengths = self.bound.of_rows(conversations, batch["row_id"])
+            prefixes = [self._prefix(ids, row["images"]) for ids, row in zip(self._openings(conversations), rows)]
+            return {
+                "length": lengths,
+                "image_group": [number for number, _ in prefixes],
+                "prefix_length": [size for _, size in prefixes],
+            }
         except TemplateError as error:
             for row_id, messages in zip(batch["row_id"], conversations):
                 try:
@@ -174,10 +183,25 @@ class CountTokens:
                     raise ValueError(f"Row {row_id}: {error_of_row}") from error_of_row
             raise error
 
+    def _openings(self, conversations: list[list[dict]]) -> list[np.ndarray]:
+        """Returns the token ids of each row up to its first answer. Each image is one token."""
+        openings = [messages[: first_exchange(messages)] for messages in conversations]
+        return token_ids(self.bound.processor, openings, self.bound.plain)
+
+    def _prefix(self, ids: np.ndarray, images: list) -> tuple[int, int]:
+        """Returns the number of a row's prefix ([`prefix_number`]) and its tokens; zeros without an image."""
+        prefix = ids[: image_prefix(ids, self.bound.processor.image_token_id)]
+        if not len(prefix):
+            return 0, 0
+        num_images = int((prefix == self.bound.processor.image_token_id).sum())
+        return prefix_number(prefix, images[:num_images]), int(_sizes(self.bound.processor, prefix).sum())
+
 
 def with_length_bounds(rows: datasets.Dataset, bound: LengthBound, num_proc: int | None = None) -> datasets.Dataset:
     """
-    Replaces the estimated `length` of each row by the largest number of tokens that it can have.
+    Replaces the estimated `length` of each row by the largest number of tokens that it can have. Adds the columns
+    `image_group` and `prefix_length`: the number of the row's prefix, and its tokens
+    ([`~sq_llava.data.shared_images.ImageSharing`]).
 
     The counts are kept in the cache of `datasets`. They are computed again when the data, the tokenizer, its chat
     template, `max_length` or the choice of rows changes.
@@ -207,14 +231,17 @@ def with_length_bounds(rows: datasets.Dataset, bound: LengthBound, num_proc: int
         new_fingerprint=key,
         desc="Counting tokens",
     )
-    lengths = counted.with_format("numpy")["length"][:]
-    rows = rows.with_format(None).remove_columns("length").add_column("length", lengths)
+    counts = counted.with_format("numpy")[:]
+    rows = rows.with_format(None).remove_columns("length")
+    for name in ("length", "image_group", "prefix_length"):
+        rows = rows.add_column(name, counts[name])
     return rows.with_transform(reader)
 
 
 def _fingerprint(places: datasets.Dataset, reader: RowReader, bound: LengthBound) -> str:
     tokenizer = bound.processor.tokenizer
     settings = [bound.max_length, bound.plain, bound.self_question_ratio > 0, bound.processor.image_seq_length]
+    settings += [["length", "image_group", "prefix_length"]]
     settings += [reader.instructions]
     texts = [tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template, *map(_identity, reader.sources)]
     digest = hashlib.blake2b(json.dumps([settings, texts]).encode(), digest_size=16)

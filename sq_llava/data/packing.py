@@ -48,16 +48,26 @@ def pack_in_windows(order: np.ndarray, lengths: list[int], max_length: int) -> l
     return packs
 
 
-def split_packs(packs: list[list[int]], count: int) -> list[list[int]]:
-    """Halves the packs that have the most rows until there are `count` packs."""
+def split_packs(packs: list[list[list[int]]], count: int) -> list[list[list[int]]]:
+    """
+    Halves the packs that have the most rows until there are `count` packs.
+
+    Args:
+        packs: The items of each pack, and the rows of each item. Items are only split in packs of one item.
+        count (`int`): At most the number of rows.
+    """
     packs = list(packs)
-    largest = [(-len(pack), number) for number, pack in enumerate(packs)]
+    largest = [(-sum(map(len, pack)), number) for number, pack in enumerate(packs)]
     heapify(largest)
     while len(packs) < count:
         _, number = heappop(largest)
-        # Rows are sorted from long to short. Taking every second row gives two halves of similar length.
-        packs[number], half = packs[number][::2], packs[number][1::2]
-        packs.append(half)
-        heappush(largest, (-len(packs[number]), number))
-        heappush(largest, (-len(half), len(packs) - 1))
+        items = packs[number] if len(packs[number]) > 1 else [[row] for row in packs[number][0]]
+        # Items are sorted from long to short. Taking every second item gives two halves of similar length.
+        halves = items[::2], items[1::2]
+        if len(packs[number]) == 1:
+            halves = tuple([[row for item in half for row in item]] for half in halves)
+        packs[number] = halves[0]
+        packs.append(halves[1])
+        for place in (number, len(packs) - 1):
+            heappush(largest, (-sum(map(len, packs[place])), place))
     return packs

@@ -11,7 +11,7 @@ The check itself is in `sq_llava/doctor/check.py`.
 
 import json
 from collections import Counter, defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -26,7 +26,7 @@ from sq_llava.data.rows import RowReader
 from sq_llava.data.self_questions import ANSWER, QUESTION
 from sq_llava.data.sources import Table
 from sq_llava.doctor.check import DataCheck, Finding, Report, examine
-from sq_llava.early_checks import require_new_folder
+from sq_llava.output import folder_written_whole
 from sq_llava.training.collator import SelfQuestioningCollator
 
 
@@ -155,19 +155,26 @@ def write_sound_rows(check: DataCheck, report: Report, folder: Path) -> list[dic
     Args:
         check ([`DataCheck`]): What was checked.
         report ([`Report`]): From [`examine`], without a limit.
-        folder (`Path`): New or empty folder.
+        folder (`Path`): New or empty folder. It appears when all of its files are complete.
 
     Returns:
         Entries for `datasets` of a recipe, one for each source with at least one row left.
 
     Raises:
-        ValueError: if the folder has files already, or some rows were not checked.
+        ValueError: if the folder has files already, if another process is writing it, or if some rows were not
+            checked.
     """
-    require_new_folder(folder)
     for source in report.summary["sources"]:
         if source["rows_looked_at"] < source["rows"]:
             raise ValueError(f"{source['file']}: only a part of the rows was checked: remove --limit.")
-    folder.mkdir(parents=True, exist_ok=True)
+    with folder_written_whole(folder) as new:
+        entries = _write_kept_rows(check, report, new)
+        _write_lines(new / "left_out.jsonl", _left_out(report))
+    return [{**entry, "path": str(folder / entry["path"])} for entry in entries]
+
+
+def _write_kept_rows(check: DataCheck, report: Report, folder: Path) -> list[dict]:
+    """Writes a file or folder for each source with at least one row left, and returns entries with its name."""
     entries = []
     for number, (source, rows) in enumerate(zip(check.sources, check.opened)):
         kept = [index for index in range(len(rows)) if index not in report.left_out[number]]
@@ -179,20 +186,22 @@ def write_sound_rows(check: DataCheck, report: Report, folder: Path) -> list[dic
         else:
             path = folder / f"{stem}.jsonl"
             _write_lines(path, rows.rows(kept))
-        entry = {"path": str(path), "image_root": str(check.image_roots[number])}
+        entry = {"path": path.name, "image_root": str(check.image_roots[number])}
         kept_settings = ("weight", "num_rows", "instructions")
         entries.append(entry | {name: value for name in kept_settings if (value := getattr(source, name))})
+    return entries
+
+
+def _left_out(report: Report) -> Iterator[dict]:
+    """The rows with errors, for `left_out.jsonl`."""
     reasons = defaultdict(list)
     for finding in report.findings:
         if finding.level == "error":
             reasons[finding.file, finding.row, finding.id].append(
                 {"code": finding.code, "message": finding.message, "fix": finding.fix}
             )
-    _write_lines(
-        folder / "left_out.jsonl",
-        ({"file": file, "row": row, "id": name, "errors": errors} for (file, row, name), errors in reasons.items()),
-    )
-    return entries
+    for (file, row, name), errors in reasons.items():
+        yield {"file": file, "row": row, "id": name, "errors": errors}
 
 
 def _write_lines(path: Path, rows) -> None:

@@ -17,6 +17,7 @@ from sq_llava.evaluation.reading import TaskImage
 from sq_llava.evaluation.task import Example, Record
 from sq_llava.inference.assistant import Assistant
 from sq_llava.resumable.resume import run_resumable
+from sq_llava.resumable.run_note import RunNote
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,12 @@ class AnswerSettings:
 
 
 def answer_examples(
-    assistant: Assistant, examples: Sequence[Example], folder: Path, settings: AnswerSettings, description: str
+    assistant: Assistant,
+    examples: Sequence[Example],
+    folder: Path,
+    settings: AnswerSettings,
+    description: str,
+    note: RunNote | None = None,
 ) -> list[Record]:
     """
     Answers every example with greedy decoding.
@@ -38,6 +44,7 @@ def answer_examples(
         examples (`Sequence[Example]`): Examples with unique ids.
         folder (`Path`): Folder for the answers. Answers that are already in it are not generated again.
         description (`str`): Label of the progress bar.
+        note ([`RunNote`], *optional*): The note of the run. It is written before the first answer.
 
     Returns:
         One unscored record per example, in the order of `examples`, on every process.
@@ -55,8 +62,9 @@ def answer_examples(
         ]
         return [{"answer": text} for text in assistant.answer_batch(requests, settings.max_new_tokens)]
 
+    failed = {"answer": ""}
     lines = run_resumable(
-        examples, answer, folder, "answers", description, make_batches=make_batches, failed={"answer": ""}
+        examples, answer, folder, "answers", description, make_batches=make_batches, failed=failed, note=note
     )
     return [
         Record(example, prompts[example.id], lines[example.id]["answer"], lines[example.id]["error"])

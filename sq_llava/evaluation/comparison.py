@@ -23,6 +23,7 @@ from sq_llava.evaluation.report import as_text
 from sq_llava.evaluation.results import read_records
 from sq_llava.evaluation.run import TASKS, Evaluation, find_task, read_examples
 from sq_llava.evaluation.task import Record, Task, main_score
+from sq_llava.output import write_json, write_text
 from sq_llava.resumable.jsonl import write_jsonl
 
 
@@ -153,8 +154,8 @@ def compare(
     about |= {"num_corpus_resamples": num_corpus_resamples, "differences": [asdict(each) for each in differences]}
     # The fields that are needed to repeat both runs. The metrics are in `differences`.
     about["runs"] = [{name: value for name, value in run.items() if name != "results"} for run in runs]
-    (out / "comparison.json").write_text(json.dumps(about, indent=2) + "\n")
-    (out / "comparison.md").write_text(to_markdown(first, second, runs, differences, flipped), encoding="utf-8")
+    write_json(out / "comparison.json", about)
+    write_text(out / "comparison.md", to_markdown(first, second, runs, differences, flipped))
     return differences
 
 

@@ -30,6 +30,7 @@ from sq_llava.evaluation import options
 from sq_llava.evaluation.options import lettered
 from sq_llava.evaluation.reading import Data, EncodedImage, TaskImage, read_tsv
 from sq_llava.evaluation.task import Example, Record, Score, Task
+from sq_llava.output import written_whole
 
 
 FIELDS = ("index", "question", "hint", "A", "B", "C", "D", "image")
@@ -173,7 +174,8 @@ def write_submission(records: Sequence[Record], folder: Path) -> Path:
             cell = sheet.cell(number, column, value)
             if isinstance(value, str):
                 cell.data_type = "s"  # otherwise "=3" becomes a formula
-    workbook.save(path)
+    with written_whole(path) as new:
+        workbook.save(new)
     check_upload(path, [int(record.example.id) for record in records])
     return path
 

@@ -26,6 +26,7 @@ from typing import Any
 from sq_llava.evaluation.judge import Judge, Messages, Verdict
 from sq_llava.evaluation.reading import Data, TaskImage, check_fields, read_json, read_jsonl, unique_by
 from sq_llava.evaluation.task import Example, Record, Score, Task
+from sq_llava.output import write_text
 
 
 LMMS_EVAL_PREFIX = (
@@ -150,7 +151,7 @@ def write_submission(records: Sequence[Record], folder: Path) -> Path:
     """Writes an object of id -> answer. The answer of a failed example is empty."""
     path = folder / "mmvet.json"
     answers = {record.example.id: record.answer for record in records}
-    path.write_text(json.dumps(answers, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_text(path, json.dumps(answers, indent=2, ensure_ascii=False) + "\n")
     return path
 
 

@@ -5,7 +5,6 @@ OUT/asked-*.jsonl     questions and answers as they were generated; an interrupt
 OUT/report.md         the metrics, with types.png, clip.png and pictures.png
 """
 
-import json
 import textwrap
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -14,6 +13,7 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
+from accelerate import PartialState
 from matplotlib.figure import Figure
 
 from sq_llava.data.images import open_image
@@ -30,9 +30,11 @@ from sq_llava.evaluation.questions import (
     read_pictures,
 )
 from sq_llava.evaluation.reading import evenly_spaced
-from sq_llava.evaluation.results import claim_folder, environment, hash_of_code, hash_of_model
+from sq_llava.evaluation.results import environment, hash_of_code, hash_of_model
 from sq_llava.evaluation.settings import QuestionEvaluation
 from sq_llava.inference.processes import join_processes
+from sq_llava.output import output_lock, write_json, write_text, written_whole
+from sq_llava.resumable.run_note import RunNote
 
 
 NUM_SHOWN = 12  # images in the report
@@ -61,20 +63,25 @@ def evaluate_questions(evaluation: QuestionEvaluation) -> dict[str, Any]:
         The metrics; an empty `dict` on all processes but the first.
 
     Raises:
-        ValueError: If there are no images, if `truth` is set but no image's content is known, or if the folder holds a
-            different run. Raised before the model is loaded.
+        ValueError: If there are no images, if `truth` is set but no image's content is known, if the folder holds a
+            different run, or if another process writes into it. Raised before the model is loaded.
     """
     if evaluation.truth not in (None, "easy_vqa"):
         raise ValueError(f"--truth {evaluation.truth}: unknown dataset. Only easy_vqa is supported.")
     state, device = join_processes(evaluation.device)
+    with output_lock(evaluation.out, needed=state.is_main_process):
+        return _evaluate(evaluation, state, device)
+
+
+def _evaluate(evaluation: QuestionEvaluation, state: PartialState, device: str) -> dict[str, Any]:
     everything = read_pictures(evaluation.images, evaluation.image_root)
     pictures = evenly_spaced(everything, evaluation.limit)
     captions = captions_of(pictures) if evaluation.truth is not None else []
     about = describe(evaluation, hash_of_pictures(pictures))
-    claim_folder(evaluation.out, about, IDENTITY)
+    note = RunNote(evaluation.out, about, IDENTITY)
     scorer = ClipScorer(evaluation.clip, device) if evaluation.clip is not None else None
     assistant = load_any(evaluation.model, evaluation.dtype, device)
-    asked = ask_about(assistant, pictures, evaluation.out, evaluation.settings, evaluation.batch_size)
+    asked = ask_about(assistant, pictures, evaluation.out, evaluation.settings, evaluation.batch_size, note)
     if not state.is_main_process:
         return {}
     figures = figures_of(asked)
@@ -84,7 +91,8 @@ def evaluate_questions(evaluation: QuestionEvaluation) -> dict[str, Any]:
     cosines: dict[str, list[float]] = {}
     if scorer is not None:
         figures["clip"], cosines = clip_figures(scorer, asked, pictures)
-    (evaluation.out / "results.json").write_text(json.dumps({**about, "figures": figures}, indent=2) + "\n")
+    note.write()
+    write_json(evaluation.out / "results.json", {**about, "figures": figures})
     write_report(evaluation.out, about, figures, cosines, asked, pictures)
     return figures
 
@@ -130,7 +138,7 @@ def write_report(
         _save(_draw_cosines(cosines), out / "clip.png")
     _save(_draw_pictures(asked, pictures), out / "pictures.png")
     lines += ["![Images with the model's questions and its own answers](pictures.png)"]
-    (out / "report.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    write_text(out / "report.md", "\n".join(lines) + "\n")
 
 
 def _formatted(value: float | None) -> str:
@@ -207,5 +215,6 @@ def _cut(text: str) -> str:
 
 def _save(figure: Figure, path: Path) -> None:
     figure.tight_layout()
-    figure.savefig(path, dpi=110)
+    with written_whole(path) as new:
+        figure.savefig(new, dpi=110)
     plt.close(figure)

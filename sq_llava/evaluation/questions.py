@@ -30,6 +30,7 @@ from sq_llava.inference.assistant import Assistant
 from sq_llava.inference.dialogues import DESCRIBE, Dialogues
 from sq_llava.inference.settings import AskSettings
 from sq_llava.resumable.resume import run_resumable
+from sq_llava.resumable.run_note import RunNote
 
 
 @dataclass(frozen=True)
@@ -96,13 +97,19 @@ def _pictures_of_rows(place: str, image_root: str | None) -> list[Picture]:
 
 
 def ask_about(
-    assistant: Assistant, pictures: Sequence[Picture], folder: Path, settings: AskSettings, batch_size: int = 4
+    assistant: Assistant,
+    pictures: Sequence[Picture],
+    folder: Path,
+    settings: AskSettings,
+    batch_size: int = 4,
+    note: RunNote | None = None,
 ) -> list[dict[str, Any]]:
     """
     Lets the model ask about every image. Runs on several processes and resumes from what `folder` holds.
 
     Args:
         batch_size (`int`): Images per batch. The model gets `settings.num_questions` rows for each.
+        note ([`RunNote`], *optional*): The note of the run. It is written before the first line.
 
     Returns:
         One `dict` per image, in order: `id`, `first` (the first answer), `questions`, `answers`, `blank_answers`,
@@ -113,7 +120,7 @@ def ask_about(
     def ask(batch: Sequence[Picture]) -> list[dict[str, Any]]:
         return _ask_together(assistant, batch, settings)
 
-    lines = run_resumable(pictures, ask, folder, "asked", "Asking", batch_size, failed=failed)
+    lines = run_resumable(pictures, ask, folder, "asked", "Asking", batch_size, failed=failed, note=note)
     return [lines[picture.id] for picture in pictures]
 
 
@@ -259,10 +266,10 @@ class ClipScorer:
     """
 
     def __init__(self, path: str, device: str):
-        if AutoConfig.from_pretrained(path).model_type != "clip":
+        if AutoConfig.from_pretrained(path, trust_remote_code=False).model_type != "clip":
             raise ValueError(f"--clip {path}: is not a complete CLIP. Use a model with both towers.")
         self.model = CLIPModel.from_pretrained(path).to(device).eval()
-        self.processor = CLIPProcessor.from_pretrained(path)
+        self.processor = CLIPProcessor.from_pretrained(path, trust_remote_code=False)
         self.max_length = self.model.config.text_config.max_position_embeddings
 
     @torch.inference_mode()

@@ -10,7 +10,6 @@ lead out of their folder.
 import base64
 import binascii
 import csv
-import json
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -20,6 +19,7 @@ from typing import Any
 import datasets
 import pyarrow as pa
 
+from sq_llava.json_text import parse_json
 from sq_llava.locations import is_hub_id
 
 
@@ -293,7 +293,7 @@ def read_jsonl(path: Path, fields: Sequence[str]) -> list[dict[str, Any]]:
             if not line.strip():
                 continue
             try:
-                row = json.loads(line.decode())
+                row = parse_json(line.decode())
             except ValueError as error:
                 raise ValueError(f"{path}, line {number}: not valid JSON ({error}).") from error
             rows.append(check_fields(row, fields, f"{path}, line {number}"))
@@ -303,7 +303,7 @@ def read_jsonl(path: Path, fields: Sequence[str]) -> list[dict[str, Any]]:
 def read_json(path: Path, kind: type = dict) -> Any:
     """The content of a JSON file. Raises a `ValueError` if it is not valid JSON or not a `kind` (`list` or `dict`)."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = parse_json(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path}: not valid JSON ({error}).") from error
     if not isinstance(content, kind):

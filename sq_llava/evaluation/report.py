@@ -22,6 +22,7 @@ from sq_llava.evaluation.answering import open_task_image
 from sq_llava.evaluation.paper import figures_of
 from sq_llava.evaluation.results import read_records
 from sq_llava.evaluation.task import Example, Record, Task, main_score
+from sq_llava.output import write_text, written_whole
 
 
 NUM_SHOWN = 3  # the report shows this many of the best examples, and as many of the worst
@@ -47,7 +48,7 @@ def write_report(out: Path, tasks: Mapping[str, Task]) -> Path:
     parts += [_task_part(tasks[name], run, records[name], out) for name in names]
     write_eval_results(run, tasks, out)
     path = out / "report.md"
-    path.write_text("\n".join(part for part in parts if part), encoding="utf-8")
+    write_text(path, "\n".join(part for part in parts if part))
     return path
 
 
@@ -84,7 +85,8 @@ def save_pictures(task: Task, examples: Sequence[Example], folder: Path) -> None
         if examples[number].images and records[number].error is None:
             picture = open_task_image(examples[number].images[0])
             picture.thumbnail((PICTURE_SIDE, PICTURE_SIDE))
-            picture.save(folder / "pictures" / f"{number}.jpg")
+            with written_whole(folder / "pictures" / f"{number}.jpg") as new:
+                picture.save(new)
 
 
 def _heading(run: dict[str, Any]) -> str:
@@ -185,7 +187,8 @@ def _draw_main_metrics(run: dict[str, Any], tasks: Mapping[str, Task], out: Path
         colours = ["#cc6677", *["#bbbbbb"] * len(paper)]
         drawn = axis.barh(list(bars), list(bars.values()), xerr=[error, *[0] * len(paper)], color=colours)
         _label(axis, drawn, "{:.1f}", f"{task.title}: {task.main_metric}")
-    figure.savefig(out / "figures.png", dpi=110)
+    with written_whole(out / "figures.png") as new:
+        figure.savefig(new, dpi=110)
     return "![Main metric of each task with its 95% interval](figures.png)\n"
 
 
@@ -207,7 +210,8 @@ def _draw_breakdown(task: Task, run: dict[str, Any], records: Sequence[Record], 
         color="#4477aa",
     )
     _label(axis, drawn, "{:.3f}", f"{task.title}: {name} by {task.breakdown}")
-    figure.savefig(out / task.name / "breakdown.png", dpi=110)
+    with written_whole(out / task.name / "breakdown.png") as new:
+        figure.savefig(new, dpi=110)
     return f"![{name} by {task.breakdown}]({task.name}/breakdown.png)\n"
 
 
@@ -240,7 +244,7 @@ def write_eval_results(run: dict[str, Any], tasks: Mapping[str, Task], out: Path
         )
         path = out / ".eval_results" / f"{name}.yaml"
         path.parent.mkdir(exist_ok=True)
-        path.write_text(yaml.safe_dump(eval_result_entries_to_yaml([result]), sort_keys=False), encoding="utf-8")
+        write_text(path, yaml.safe_dump(eval_result_entries_to_yaml([result]), sort_keys=False))
         paths.append(path)
     return paths
 

@@ -18,14 +18,12 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from accelerate import PartialState
-
 from sq_llava.evaluation.reading import StoredImage, TaskImage, read_jsonl
 from sq_llava.evaluation.task import Example, Metric, Record, Score
 from sq_llava.locations import base_of_adapter, find_config, is_adapter, revision_of_base
+from sq_llava.output import command_line, write_json
 from sq_llava.resources import CODE_FILES, code_file
 from sq_llava.resumable.jsonl import write_jsonl
-from sq_llava.resumable.run_note import check_note, command_line, write_note
 
 
 # Fields of a line of `examples.jsonl`.
@@ -182,7 +180,7 @@ def write_results(results: Sequence[TaskResult], out: Path, about: dict[str, Any
     ]
     missing = {result.task: result.missing for result in results if result.missing is not None}
     path = out / "results.json"
-    path.write_text(json.dumps({**about, "missing": missing, "results": entries}, indent=2) + "\n")
+    write_json(path, {**about, "missing": missing, "results": entries})
     return path
 
 
@@ -195,13 +193,3 @@ def environment() -> dict[str, Any]:
         "machine": platform.machine(),
         "packages": {name: version(name) for name in PACKAGES},
     }
-
-
-def claim_folder(out: Path, about: dict[str, Any], identity: Sequence[str], writer: str = "") -> dict[str, Any]:
-    """Checks and writes `run.json` before a run starts. Like `check_note`, but for several processes."""
-    about = check_note(out, about, identity)
-    PartialState().wait_for_everyone()
-    if PartialState().is_main_process:
-        write_note(out, about, writer)
-    PartialState().wait_for_everyone()
-    return about

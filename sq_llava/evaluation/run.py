@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+from accelerate import PartialState
 from transformers import set_seed
 
 from sq_llava.evaluation import (
@@ -30,7 +31,6 @@ from sq_llava.evaluation.reading import Data, evenly_spaced
 from sq_llava.evaluation.report import save_pictures, write_report
 from sq_llava.evaluation.results import (
     TaskResult,
-    claim_folder,
     environment,
     hash_of_code,
     hash_of_data,
@@ -42,6 +42,8 @@ from sq_llava.evaluation.settings import Evaluation
 from sq_llava.evaluation.task import Example, Record, Score, Task, summarize
 from sq_llava.inference.processes import join_processes
 from sq_llava.llm_client.client import ChatStopped
+from sq_llava.output import output_lock
+from sq_llava.resumable.run_note import RunNote
 
 
 TASKS: dict[str, Task] = {
@@ -80,26 +82,32 @@ def evaluate(evaluation: Evaluation) -> list[TaskResult]:
         One result per task; an empty list on all processes but the first.
 
     Raises:
-        ValueError: If the data of a task is missing or wrong, or `out` holds answers of a different run. Raised before
-            the model is loaded.
+        ValueError: If the data of a task is missing or wrong, if `out` holds answers of a different run, or if another
+            process writes into `out`. Raised before the model is loaded.
     """
     tasks = [find_task(name) for name in dict.fromkeys(evaluation.tasks)]
     state, device = join_processes(evaluation.device)
+    with output_lock(evaluation.out, needed=state.is_main_process):
+        return _evaluate(evaluation, tasks, state, device)
+
+
+def _evaluate(evaluation: Evaluation, tasks: Sequence[Task], state: PartialState, device: str) -> list[TaskResult]:
     examples = {task.name: read_examples(task, evaluation) for task in tasks}
     judge = None
     if evaluation.judge is not None and state.is_main_process:
         judge = Judge(evaluation.judge, evaluation.judge_folder or evaluation.out)
     about = describe(evaluation, {name: hash_of_data(each) for name, each in examples.items()})
-    claim_folder(evaluation.out, about, IDENTITY)
+    note = RunNote(evaluation.out, about, IDENTITY)
     set_seed(evaluation.seed)
     assistant = load_any(evaluation.model, evaluation.dtype, device, evaluation.trust_remote_code)
     answered = []
     for task in tasks:
         settings = AnswerSettings(task.max_new_tokens, evaluation.batch_size, evaluation.system_message)
         folder = evaluation.out / task.name
-        answered.append(answer_examples(assistant, examples[task.name], folder, settings, task.title))
+        answered.append(answer_examples(assistant, examples[task.name], folder, settings, task.title, note))
     if not state.is_main_process:
         return []
+    note.write()
     # The judge runs after all answers: other processes would time out if they had to wait for it.
     results = [assess(task, records, evaluation, about, judge) for task, records in zip(tasks, answered)]
     write_results(results, evaluation.out, about)

@@ -8,6 +8,7 @@ from typing import Any
 from sq_llava.evaluation.metrics import normalize_m4c, short_form, vqa_accuracy
 from sq_llava.evaluation.reading import Data, check_fields, read_json_rows, read_jsonl, unique_by
 from sq_llava.evaluation.task import Example, Score
+from sq_llava.output import write_text
 
 
 INSTRUCTION = "\nAnswer the question using a single word or phrase."
@@ -69,7 +70,7 @@ def score(example: Example, answer: str) -> Score:
 def write_upload(path: Path, answers: Mapping[Any, str], id_field: str, answer_field: str = "answer") -> Path:
     """Writes `[{id_field: id, answer_field: answer}, ...]` in the order of `answers`, and checks the file."""
     entries = [{id_field: id, answer_field: answer} for id, answer in answers.items()]
-    path.write_text(json.dumps(entries, ensure_ascii=False), encoding="utf-8")
+    write_text(path, json.dumps(entries, ensure_ascii=False))
     check_upload(path, list(answers), id_field, answer_field)
     return path
 

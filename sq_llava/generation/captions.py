@@ -35,8 +35,9 @@ from sq_llava.data.rows import read_row
 from sq_llava.generation.prompt_files import draw, hash_of, read_instructions
 from sq_llava.generation.rows import Card, Rejected, Shard, make_row, write_output
 from sq_llava.generation.settings import CaptionSettings
-from sq_llava.resumable.jsonl import read_complete_lines, to_line
-from sq_llava.resumable.run_note import check_note, hash_of_file, write_note
+from sq_llava.output import output_lock
+from sq_llava.resumable.jsonl import LineWriter, read_complete_lines
+from sq_llava.resumable.run_note import RunNote, check_note, hash_of_file
 
 
 MIN_FREQUENCY = 3
@@ -215,9 +216,11 @@ class PhraseJournal:
         folder (`Path`): OUT.
         name (`str`): Name of the file that this run appends to.
         num_rows (`int`): Number of rows of the input.
+        note ([`RunNote`], *optional*): The note of the run. It is written before the first phrases.
     """
 
-    def __init__(self, folder: Path, name: str, num_rows: int):
+    def __init__(self, folder: Path, name: str, num_rows: int, note: RunNote | None = None):
+        self.note = note
         self.folder = folder
         self.own = folder / name
         self.num_rows = num_rows
@@ -243,9 +246,11 @@ class PhraseJournal:
     def append(self, found: Iterator[tuple[int, Sequence[str]]]) -> Iterator[int]:
         """Writes the phrases of each row to the file, then yields the row."""
         read_complete_lines(self.own)  # removes a line that a kill cut off
-        with self.own.open("ab", buffering=0) as file:
+        with LineWriter(self.own) as file:
             for row, phrases in found:
-                file.write(to_line([row, phrases]).encode())
+                if self.note is not None:
+                    self.note.write()
+                file.add([[row, phrases]])
                 yield row
 
 
@@ -307,20 +312,27 @@ def generate(settings: CaptionSettings, command: str, progress: Progress) -> Cho
         [`Choice`], or `None` if phrases of other shards are missing.
 
     Raises:
-        ValueError: Before long work starts, if the input is wrong or `settings.out` holds another run.
+        ValueError: Before long work starts, if the input is wrong, if `settings.out` holds another run, or if another
+            process makes the same shard.
     """
+    with output_lock(settings.out, settings.shard.lock):
+        return _generate(settings, command, progress)
+
+
+def _generate(settings: CaptionSettings, command: str, progress: Progress) -> Choice | None:
     instructions = read_instructions(settings.prompts / "instructions.txt")
     captions = CaptionFile(settings.captions, settings.limit)
     known = look_at(captions, settings.image_root)
     about = describe(settings, command)
-    write_note(settings.out, check_note(settings.out, about, IDENTITY), f"-{settings.shard.index}")
-    journal = PhraseJournal(settings.out, settings.shard.name("phrases.jsonl"), len(known.ids))
+    note = RunNote(settings.out, about, IDENTITY)
+    journal = PhraseJournal(settings.out, settings.shard.name("phrases.jsonl"), len(known.ids), note)
     wanted = known.has_image & ~journal.read()[2]
     is_ours = np.arange(len(wanted)) % settings.shard.count == settings.shard.index
     find_phrases(settings, captions, wanted & is_ours, journal, progress)
     rows, phrases, is_read = journal.read()
     if (known.has_image & ~is_read).any():
         return None
+    note.write()
     choice = choose(rows, phrases, known.ids, settings.seed)
     chosen = (
         make_row(each.id, [each.image], [(draw(instructions, settings.seed, each.id), each.text)], kind="caption")

@@ -43,7 +43,8 @@ from sq_llava.generation.settings import CurateSettings
 from sq_llava.generation.text_rules import first_fault, share_of_new_words, words_of
 from sq_llava.llm_client.asking import Asked, ask_all
 from sq_llava.llm_client.client import ChatRequest, Estimate
-from sq_llava.resumable.run_note import check_note, write_note
+from sq_llava.output import output_lock
+from sq_llava.resumable.run_note import RunNote
 
 
 # The repairer is not in here: its answers are kept by request, and the descriptions do not depend on it.
@@ -87,14 +88,21 @@ def curate(settings: CurateSettings, describer: Describer, repairer: Repairer | 
         command (`str`): The command, for the data card.
 
     Raises:
-        ValueError: Before a model is asked, if the input is wrong or the folder holds another run. After that, if a
-            decision is about a text that is not in the folder.
+        ValueError: Before a model is asked, if the input is wrong, the folder holds another run, or another process
+            makes the same shard. After that, if a decision is about a text that is not in the folder.
     """
+    with output_lock(settings.out, settings.shard.lock):
+        return _curate(settings, describer, repairer, command)
+
+
+def _curate(settings: CurateSettings, describer: Describer, repairer: Repairer | None, command: str) -> Curated:
     decisions = read_decisions(settings.decisions) if settings.decisions else {}
     about = describe_run(settings, describer, repairer, command)
     images, failures = openable(find_images(settings))
-    write_note(settings.out, check_note(settings.out, about, IDENTITY), f"-{settings.shard.index}")
-    described = describer.describe_all(images)
+    note = RunNote(settings.out, about, IDENTITY)
+    described = describer.describe_all(images, note)
+    if described.results:
+        note.write()
     texts = repair_all(repairer, described)
     passed, rejected = apply_rules(described.results, texts.results)
     check_decisions(decisions, passed, settings.decisions)

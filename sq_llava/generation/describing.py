@@ -27,6 +27,7 @@ from sq_llava.llm_client.asking import Asked, ask_all
 from sq_llava.llm_client.client import ChatClient, ChatRequest, Journal, Messages, NotAsked
 from sq_llava.llm_client.replies import without_thoughts
 from sq_llava.resumable.resume import in_batches, work_in_batches
+from sq_llava.resumable.run_note import RunNote
 from sq_llava.stopping import INTERRUPTED
 
 
@@ -79,8 +80,9 @@ class ServerDescriber:
         self.name, self.hash = client.settings.model, None
         self.longest = 2 * client.settings.max_tokens
 
-    def describe_all(self, images: Mapping[str, Path]) -> Asked:
-        """Describes all images. Images that cannot be opened must not be among them."""
+    def describe_all(self, images: Mapping[str, Path], note: RunNote | None = None) -> Asked:
+        """Describes all images, which must open. The note of the run is written before the first description."""
+        self.client.before_answer = None if note is None else note.write
         return ask_all(self.client, images, self._describe, "Describing")
 
     def kept(self, image: Path) -> Description | None:
@@ -127,19 +129,21 @@ class LocalDescriber:
         self.model = model
         self.settings = settings
         self.prompts = prompts
-        self.journal = Journal(journal_path)
+        # Another process may be writing it: `describe_all` reads it again under the lock of the folder.
+        self.journal = Journal(journal_path, reads_only=True)
         self.name, self.hash = model, hash_of_model(model)
         self.longest = 2 * settings.max_new_tokens
         self._depends_on = [self.hash, prompts.describe, prompts.go_on, settings.short, settings.max_new_tokens]
 
-    def describe_all(self, images: Mapping[str, Path]) -> Asked:
-        """Describes all images. Images that cannot be opened must not be among them."""
+    def describe_all(self, images: Mapping[str, Path], note: RunNote | None = None) -> Asked:
+        """Describes all images, which must open. The note of the run is written before the first description."""
+        self.journal = Journal(self.journal.path)
         rest = {id: path for id, path in images.items() if self.kept(path) is None}
         failures: dict[str, str] = {}
         stopped = None
         if rest:
             try:
-                self._describe(rest, failures)
+                self._describe(rest, failures, note)
             except KeyboardInterrupt:
                 stopped = INTERRUPTED
         results = {id: said for id, path in images.items() if (said := self.kept(path)) is not None}
@@ -154,12 +158,14 @@ class LocalDescriber:
         """No requests: a local model costs nothing."""
         return iter(())
 
-    def _describe(self, images: Mapping[str, Path], failures: dict[str, str]) -> None:
+    def _describe(self, images: Mapping[str, Path], failures: dict[str, str], note: RunNote | None) -> None:
         assistant = load(self.model, self.settings.device, self.settings.dtype)
         batches = in_batches(list(images.items()), self.settings.batch_size)
         for outcomes in work_in_batches(batches, partial(self._describe_batch, assistant), "Describing"):
             for (id, path), said, error in outcomes:
                 if error is None:
+                    if note is not None:
+                        note.write()
                     self.journal.add({"key": self._key(path), "id": id, **asdict(said)})
                 else:
                     failures[id] = error

@@ -24,10 +24,12 @@ from sq_llava.generation.rows import Card, Rejected, make_row, write_output
 from sq_llava.generation.scenes import Box, Scene, read_scenes
 from sq_llava.generation.settings import PROMPTS, LlavaSettings
 from sq_llava.generation.turns import Turn, fault_of, parse_turns, without_rulers
+from sq_llava.json_text import parse_json
 from sq_llava.llm_client.asking import Asked, ask_all
 from sq_llava.llm_client.client import ChatClient, Estimate, Messages
 from sq_llava.llm_client.replies import without_thoughts
-from sq_llava.resumable.run_note import check_note, hash_of_file, write_note
+from sq_llava.output import output_lock
+from sq_llava.resumable.run_note import RunNote, hash_of_file
 
 
 KINDS = ("conversation", "detail", "reasoning")
@@ -86,7 +88,7 @@ def read_prompts(folder: Path = PROMPTS / "llava") -> Prompts:
 def _read_examples(content: str, path: Path, questions: tuple[str, ...]) -> dict[str, Messages]:
     examples = {kind: [] for kind in KINDS}
     try:
-        for number, each in enumerate(json.loads(content)):
+        for number, each in enumerate(parse_json(content)):
             boxes = tuple(Box(box["label"], tuple(box["box"])) for box in each.get("boxes", []))
             scene = Scene("", "", tuple(each["captions"]), boxes)
             for kind in KINDS:
@@ -240,17 +242,23 @@ def generate(settings: LlavaSettings, command: str) -> Made:
     Raises:
         ValueError: Before anything is asked, if the input is wrong, the folder holds another run, or a run is active.
     """
+    with output_lock(settings.out, settings.shard.lock):
+        return _generate(settings, command)
+
+
+def _generate(settings: LlavaSettings, command: str) -> Made:
     prompts = read_prompts(settings.prompts)
     tasks = read_tasks(settings, prompts)
     client = ChatClient(settings.chat, settings.out / settings.shard.name(JOURNAL))
-    about = check_note(settings.out, describe_run(settings, prompts, command), IDENTITY)
-    client.claim()
-    write_note(settings.out, about, f"-{settings.shard.index}")
+    note = RunNote(settings.out, describe_run(settings, prompts, command), IDENTITY)
+    client.before_answer = note.write
     asked = ask_all(client, tasks, lambda task: client.complete(messages_of(task, prompts)), "Asking")
+    if asked.results:
+        note.write()
     read = [read_answer(tasks[id], text) for id, text in asked.results.items()]
     rows = [row for row, _ in read if row is not None]
     rejected = [each for _, left_out in read for each in left_out]
-    card = _card(about | {"answered by": ", ".join(client.report()["answered_by"])})
+    card = _card(note.about | {"answered by": ", ".join(client.report()["answered_by"])})
     write_output(settings.out, settings.shard, rows, rejected, asked.failures, card)
     return Made(asked, len(rows))
 

@@ -11,7 +11,6 @@ decisions" writes a JSON file. A decision holds for one text: if the text of a r
 import base64
 import hashlib
 import html
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from importlib.resources import files
@@ -21,6 +20,8 @@ from typing import Any
 from PIL import Image
 
 from sq_llava.data.images import jpeg_data_url
+from sq_llava.json_text import parse_json
+from sq_llava.output import written_whole
 
 
 # For the images of the page: 5,000 of them take about 100 MB.
@@ -50,13 +51,11 @@ def write_sheet(path: Path, entries: Iterable[Entry], title: str) -> None:
     script = page.partition("<script>")[2].partition("</script>")[0]
     page = page.replace("SCRIPT_HASH", base64.b64encode(hashlib.sha256(script.encode()).digest()).decode())
     head, _, foot = page.partition("ENTRIES")
-    new = path.with_suffix(".new")
-    with new.open("w", encoding="utf-8") as file:
+    with written_whole(path) as new, new.open("w", encoding="utf-8") as file:
         file.write(head.replace("TITLE", html.escape(title)))
         for entry in entries:
             file.write(_entry_html(entry))
         file.write(foot)
-    new.replace(path)
 
 
 def _entry_html(entry: Entry) -> str:
@@ -81,7 +80,7 @@ def read_decisions(path: Path) -> dict[tuple[str, str], str]:
         ValueError: If the file is malformed. The message names entry, field and value.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = parse_json(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise ValueError(f"--decisions {path}: no such file.") from error
     except ValueError as error:

@@ -13,9 +13,7 @@ Each run rewrites all files but the answers when it ends, each file in one step.
 """
 
 import json
-import os
 import re
-import socket
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -23,6 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO, TypeVar
 
+from sq_llava.output import written_whole
 from sq_llava.resumable.jsonl import to_line
 
 
@@ -54,6 +53,11 @@ class Shard:
 
     def take(self, items: Sequence[Item]) -> Sequence[Item]:
         return items[self.index :: self.count]
+
+    @property
+    def lock(self) -> str:
+        """The part of the output folder that a run of this shard locks; empty for the whole folder."""
+        return "" if self.count == 1 else f"shard-{self.index:05}-of-{self.count:05}"
 
     def name(self, file: str) -> str:
         """`data.jsonl` -> `data-00001-of-00008.jsonl`, if there are several shards."""
@@ -173,13 +177,8 @@ def read_lines(paths: Iterable[Path]) -> Iterator[dict[str, Any]]:
 @contextmanager
 def _new(out: Path, name: str) -> Iterator[TextIO]:
     """A file that gets its name when it is complete. Several machines may write the same file at the same time."""
-    path = out / f"{name}.{socket.gethostname()}.{os.getpid()}.new"
-    try:
-        with path.open("w", encoding="utf-8", newline="\n") as file:
-            yield file
-        path.replace(out / name)
-    finally:
-        path.unlink(missing_ok=True)
+    with written_whole(out / name) as new, new.open("w", encoding="utf-8", newline="\n") as file:
+        yield file
 
 
 def _files(out: Path, stem: str, shard: Shard) -> list[Path]:

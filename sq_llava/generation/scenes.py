@@ -9,13 +9,14 @@ COCO's `captions_*.json`, optionally with `instances_*.json` for the boxes; or a
 No image is opened.
 """
 
-import json
 import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
+
+from sq_llava.json_text import parse_json
 
 
 # Half of a surrogate pair, which UTF-8 cannot encode.
@@ -75,7 +76,7 @@ def _read_lines(path: Path) -> list[Scene]:
             if not line.strip():
                 continue
             try:
-                row = json.loads(line)
+                row = parse_json(line)
             except ValueError as error:
                 raise ValueError(f"{place}: cannot be read as JSON: {error}. Correct the line.") from error
             _require(isinstance(row, dict), place, row, "an object with image, captions and boxes")
@@ -155,7 +156,7 @@ def _from_pixels(label: str, box: list[float], width: int, height: int) -> Box:
 
 def _load(path: Path, fields: tuple[str, ...]) -> Mapping[str, Any]:
     try:
-        content = json.loads(path.read_bytes())
+        content = parse_json(path.read_bytes())
     except ValueError as error:
         raise ValueError(f"{path}: cannot be read as JSON: {error}.") from error
     for name in fields:

@@ -22,9 +22,11 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
+from accelerate import PartialState
+
 from sq_llava.checkpoints.provenance import public_name
 from sq_llava.evaluation.questions import ClipScorer, Picture, ask_about, read_pictures
-from sq_llava.evaluation.results import claim_folder, hash_of_model
+from sq_llava.evaluation.results import hash_of_model
 from sq_llava.generation.filters import Outcome, Turn, filter_turns
 from sq_llava.generation.judging import Exhibit, first_requests, judge_turns, read_prompt
 from sq_llava.generation.rows import Card, Rejected, make_row, require_utf8, write_output
@@ -34,8 +36,9 @@ from sq_llava.inference.assistant import load
 from sq_llava.inference.processes import join_processes
 from sq_llava.llm_client.asking import Asked
 from sq_llava.llm_client.client import BYTES_PER_TOKEN, ChatClient, Estimate
+from sq_llava.output import command_line, output_lock
 from sq_llava.resumable.resume import read_lines
-from sq_llava.resumable.run_note import command_line
+from sq_llava.resumable.run_note import RunNote
 from sq_llava.stopping import INTERRUPTED
 
 
@@ -78,15 +81,20 @@ def generate(run: SelfGeneration) -> Made | None:
 
     Raises:
         ValueError: Before a model is loaded, if there are no images, if an image is inside a table or outside the
-            image root, or if the folder holds another run.
+            image root, if the folder holds another run, or if another process makes the same shard.
     """
     state, device = join_processes(run.device)
+    with output_lock(run.out, run.shard.lock, needed=state.is_main_process):
+        return _generate(run, state, device)
+
+
+def _generate(run: SelfGeneration, state: PartialState, device: str) -> Made | None:
     pictures = read_images(run)
     client = None if run.judge is None else ChatClient(run.judge, run.out / run.shard.name("answers.jsonl"))
-    about = claim_folder(run.out, describe(run), IDENTITY, f"-{run.shard.index}")
+    note = RunNote(run.out, describe(run), IDENTITY)
     stopped = None
     try:
-        ask_and_score(run, pictures, device)
+        ask_and_score(run, pictures, device, note)
     except KeyboardInterrupt:
         if state.num_processes > 1:
             raise
@@ -94,13 +102,15 @@ def generate(run: SelfGeneration) -> Made | None:
     lines, failures, num_open = read_work(run, pictures)
     if not state.is_main_process:
         return None
+    if lines:
+        note.write()
     outcomes = filter_turns(as_turns(run, lines), run.filters)
     if client is not None:
         client.reads_only = stopped is not None
         outcomes, asked = judge(run, client, outcomes)
         failures |= asked.failures
         num_open, stopped = num_open + asked.num_open, stopped or asked.stopped
-    return replace(write(run, pictures, outcomes, failures, about), num_open=num_open, stopped=stopped)
+    return replace(write(run, pictures, outcomes, failures, note.about), num_open=num_open, stopped=stopped)
 
 
 def read_images(run: SelfGeneration) -> list[Picture]:
@@ -162,13 +172,14 @@ def clip_stem(run: SelfGeneration) -> str:
     return f"clip-{hash_of_model(run.clip)[:DIGEST_LETTERS]}"
 
 
-def ask_and_score(run: SelfGeneration, pictures: Sequence[Picture], device: str) -> None:
+def ask_and_score(run: SelfGeneration, pictures: Sequence[Picture], device: str, note: RunNote) -> None:
     """Adds the missing lines to the folder. A model is loaded only if some of its lines are missing."""
     ids = [picture.id for picture in pictures]
     asked, scored = (read_lines(run.progress, stem, ids) for stem in ("asked", "scored"))
     if len(asked) < len(ids) or len(scored) < len(ids):
         assistant = load(run.model, device=device, dtype=run.dtype)
-        asked = {line["id"]: line for line in ask_about(assistant, pictures, run.progress, run.ask, run.batch_size)}
+        lines = ask_about(assistant, pictures, run.progress, run.ask, run.batch_size, note)
+        asked = {line["id"]: line for line in lines}
         lines = [asked[id] for id in ids]
         score_each(run.progress, "scored", pictures, lines, partial(score_answers, assistant))
     if run.clip is not None and len(read_lines(run.progress, clip_stem(run), ids)) < len(ids):

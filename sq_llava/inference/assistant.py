@@ -236,6 +236,7 @@ def load(
     dtype: str = "auto",
     load_in_4bit: bool = False,
     load_in_8bit: bool = False,
+    trust_chat_template: bool = False,
     **kwargs,
 ) -> Assistant:
     """
@@ -246,6 +247,7 @@ def load(
         device (`str`, *optional*): `"cuda"`, `"mps"`, `"cpu"`, ... Default: the first one available.
         dtype (`str`): `"auto"` (as saved), `"float32"`, `"bfloat16"` or `"float16"`.
         load_in_4bit, load_in_8bit (`bool`): Load the weights of both towers in 4 or 8 bits, with bitsandbytes.
+        trust_chat_template (`bool`): Accept a chat template that the processor did not write from its settings.
         kwargs: Passed to the model's `from_pretrained`, e.g. `revision`. With `device_map`, do not give `device`.
 
     Raises:
@@ -257,7 +259,7 @@ def load(
     if load_in_4bit or load_in_8bit:
         kwargs["quantization_config"] = _bits(load_in_4bit, load_in_8bit, dtype)
         kwargs.setdefault("device_map", {"": device or best_device()})
-    model, processor = load_checkpoint(str(path), dtype=dtype, **kwargs)
+    model, processor = load_checkpoint(str(path), dtype=dtype, trust_chat_template=trust_chat_template, **kwargs)
     if "device_map" not in kwargs:
         model.to(device or best_device())
     return Assistant(model.eval(), processor)

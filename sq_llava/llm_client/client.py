@@ -22,8 +22,10 @@ import os
 import random
 import threading
 import uuid
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from itertools import count
@@ -34,9 +36,10 @@ import openai
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from sq_llava.llm_client.journal import Journal, lock
+from sq_llava.llm_client.journal import Journal
 from sq_llava.llm_client.replies import mend, read_completion, retry_after
 from sq_llava.llm_client.settings import ChatSettings
+from sq_llava.output import output_lock
 
 
 Messages = Sequence[Mapping[str, Any]]
@@ -101,9 +104,14 @@ class ChatClient:
         server_matters (`bool`): Reuse an answer only if it came from the same base URL.
         reads_only (`bool`): Send nothing; no key is needed.
 
+    Attributes:
+        before_answer (`Callable`, *optional*): Called before each new answer is kept.
+
     Raises:
         ValueError: If `OPENAI_API_KEY` is not set.
     """
+
+    before_answer: Callable[[], None] | None = None
 
     def __init__(
         self, settings: ChatSettings, journal_path: Path, server_matters: bool = False, reads_only: bool = False
@@ -123,7 +131,7 @@ class ChatClient:
         self.budget = Budget(settings, self.journal)
         self._server_matters = server_matters
         self._used: dict[str, dict[str, Any]] = {}
-        self._lock = None
+        self._lock: ExitStack | None = None
         self._claiming = threading.Lock()
         self._asking: dict[str, threading.Lock] = {}
         self._num_unanswered = 0
@@ -138,7 +146,11 @@ class ChatClient:
         """
         with self._claiming:
             if self._lock is None:
-                self._lock = lock(self.journal.path)
+                lock = ExitStack()
+                # Two processes would pay for the same answers.
+                lock.enter_context(output_lock(self.journal.path.parent, self.journal.path.name))
+                weakref.finalize(self, lock.close)
+                self._lock = lock
                 # Another process may have added answers.
                 self.journal = Journal(self.journal.path)
                 self.budget = Budget(self.settings, self.journal)
@@ -168,6 +180,8 @@ class ChatClient:
                 line = self.journal.get(request.key)
                 if line is None:
                     line = {"key": request.key, **self._ask(request)}
+                    if self.before_answer is not None:
+                        self.before_answer()
                     self.journal.add(line)
         self._used[request.key] = line
         return line["answer"]

@@ -5,13 +5,16 @@
 The status code of a response is interpreted in `client.py`.
 """
 
-import json
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from typing import Any
 
+from sq_llava.json_text import parse_json
+
 
 LONGEST_WAIT = 120.0  # seconds, even if the server asks for more
+# Far more than any answer with its reasoning. A longer one would take long to search, and would fill the journal.
+MOST_CHARACTERS = 1_000_000
 
 
 def read_completion(body: str, most_tokens: tuple[int, int]) -> dict[str, Any]:
@@ -26,10 +29,12 @@ def read_completion(body: str, most_tokens: tuple[int, int]) -> dict[str, Any]:
         `answer`, `model`, `date`, `prompt_tokens` and `completion_tokens`, as the journal keeps them.
 
     Raises:
-        ValueError: If the body is not a chat completion or has no text.
+        ValueError: If the body is not a chat completion, has no text or is far too long.
     """
+    if len(body) > MOST_CHARACTERS:
+        raise ValueError(f"the server's answer has {len(body):,} characters, more than {MOST_CHARACTERS:,}")
     try:
-        completion = json.loads(body)
+        completion = parse_json(body)
         answer = completion["choices"][0]["message"]["content"]
         usage = completion.get("usage") or dict(zip(("prompt_tokens", "completion_tokens"), most_tokens))
         line = {
@@ -39,7 +44,9 @@ def read_completion(body: str, most_tokens: tuple[int, int]) -> dict[str, Any]:
             "prompt_tokens": int(usage["prompt_tokens"]),
             "completion_tokens": int(usage["completion_tokens"]),
         }
-    except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
+        if min(line["prompt_tokens"], line["completion_tokens"]) < 0:
+            raise ValueError("a negative number of tokens")
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError, OverflowError) as error:
         raise ValueError(f"the server's answer is not a chat completion ({error!r}): {body[:200]!r}") from error
     if not line["answer"].strip():
         raise ValueError(f"the server's answer has no text: {body[:200]!r}")

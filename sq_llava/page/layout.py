@@ -1,6 +1,6 @@
 """The web page: chat about pictures, let the model ask, and see its prototypes.
 
-    >>> create_page(load("runs/demo/model")).launch(**LAUNCH)
+    >>> create_page(load("runs/demo/model")).launch(**launch_settings())
 
 Built with Gradio 6. All text is shown as plain text, and the fonts are those of the system. A Content-Security-Policy
 keeps the browser from loading anything from other servers. Only one text is generated at a time, for all visitors.
@@ -8,10 +8,11 @@ keeps the browser from loading anything from other servers. Only one text is gen
 
 import html
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import fields
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 from PIL import Image, ImageOps
 
@@ -19,6 +20,7 @@ from sq_llava.data.images import open_image
 from sq_llava.inference.assistant import Assistant
 from sq_llava.inference.prototypes import PrototypeMap, colour_of_rank, look, paint
 from sq_llava.page.dialogue import Settings, Turn, complete, converse, opening, speak
+from sq_llava.serving.connections import hosts_to_accept
 
 
 # Gradio reads these when it is imported.
@@ -27,6 +29,7 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
 import gradio as gr
 from starlette.middleware import Middleware
+from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 
 PHOTOS = files("sq_llava.page") / "photos"
@@ -80,15 +83,27 @@ class ContentSecurityPolicy:
         await self.app(scope, receive, send_with_policy)
 
 
-LAUNCH = {
-    "theme": gr.themes.Default(font=SYSTEM_FONT, font_mono=[gr.themes.Font("monospace")]),
-    "css": STYLE,
-    "footer_links": ["settings"],
-    "ssr_mode": False,
-    "share": False,
-    "max_file_size": "20mb",
-    "app_kwargs": {"middleware": [Middleware(ContentSecurityPolicy)]},
-}
+def launch_settings(host: str = "127.0.0.1", allowed_hosts: Sequence[str] | None = None) -> dict[str, Any]:
+    """
+    Settings of Gradio's `launch` for the page.
+
+    Args:
+        host, allowed_hosts: Address to listen on, and names that visitors may use; see `hosts_to_accept`.
+
+    Raises:
+        ValueError: if one of `allowed_hosts` is not a name.
+    """
+    hosts = Middleware(TrustedHostMiddleware, allowed_hosts=hosts_to_accept(host, allowed_hosts), www_redirect=False)
+    return {
+        "server_name": host,
+        "theme": gr.themes.Default(font=SYSTEM_FONT, font_mono=[gr.themes.Font("monospace")]),
+        "css": STYLE,
+        "footer_links": ["settings"],
+        "ssr_mode": False,
+        "share": False,
+        "max_file_size": "20mb",
+        "app_kwargs": {"middleware": [hosts, Middleware(ContentSecurityPolicy)]},
+    }
 
 
 class Page:
@@ -204,7 +219,7 @@ def _check_pictures(turns: list[Turn]) -> None:
 
 
 def create_page(assistant: Assistant) -> gr.Blocks:
-    """The page of one model. Start it with `launch(**LAUNCH)`."""
+    """The page of one model. Start it with `launch(**launch_settings())`."""
     page = Page(assistant)
     with gr.Blocks(title="SQ-LLaVA", analytics_enabled=False, delete_cache=(3600, 24 * 3600)) as blocks:
         turns, picture = gr.State([]), gr.State(None)

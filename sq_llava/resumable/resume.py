@@ -17,7 +17,8 @@ from jinja2 import TemplateError
 from rich.progress import Progress
 
 from sq_llava.console import messages_console
-from sq_llava.resumable.jsonl import read_complete_lines, to_line
+from sq_llava.resumable.jsonl import LineWriter, read_complete_lines
+from sq_llava.resumable.run_note import RunNote
 
 
 Item = TypeVar("Item")
@@ -36,6 +37,7 @@ def run_resumable(
     batch_size: int = 1,
     make_batches: Callable[[Sequence[Item]], Sequence[Sequence[Item]]] | None = None,
     failed: Mapping[str, Any] = {},
+    note: RunNote | None = None,
 ) -> dict[str, dict[str, Any]]:
     """
     Works on every item that has no line in `folder` yet. If a batch fails, its items are tried one by one.
@@ -50,6 +52,7 @@ def run_resumable(
         make_batches (`Callable`, *optional*): Divides the remaining items into batches, which are distributed over the
             processes. By default, items are distributed, and each process makes its own batches.
         failed (`Mapping`): Fields of the line of an item that failed, in addition to `error`.
+        note ([`RunNote`], *optional*): The note of the run. It is written before the first line.
 
     Returns:
         The line of each item by its id, on every process. A line has an `error`, which is `None` for success.
@@ -60,14 +63,15 @@ def run_resumable(
     left = [item for item in items if item.id not in done]
     batches = make_batches(left)[mine] if make_batches else in_batches(left[mine], batch_size)
     fresh = []
-    with (folder / f"{stem}-{state.process_index}.jsonl").open("ab") as file:
+    with LineWriter(folder / f"{stem}-{state.process_index}.jsonl") as file:
         for outcomes in work_in_batches(batches, work, description, state.is_main_process):
             lines = [
                 {"id": item.id, **(failed if result is None else result), "error": error}
                 for item, result, error in outcomes
             ]
-            file.writelines(to_line(line).encode() for line in lines)
-            file.flush()
+            if note is not None:
+                note.write()
+            file.add(lines)
             fresh += lines
     return done | {line["id"]: line for line in gather_object(fresh)}
 

@@ -2,12 +2,12 @@
 
 import hashlib
 import json
-import shlex
-import sys
+import threading
 from collections.abc import Sequence
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
+
+from sq_llava.output import write_json
 
 
 def check_note(out: Path, about: dict[str, Any], identity: Sequence[str]) -> dict[str, Any]:
@@ -42,27 +42,32 @@ def check_note(out: Path, about: dict[str, Any], identity: Sequence[str]) -> dic
     return about
 
 
-def write_note(out: Path, about: dict[str, Any], writer: str = "") -> None:
-    """Writes `run.json` in one step, so a kill leaves no half file. Each `writer` has its own temporary file."""
-    out.mkdir(parents=True, exist_ok=True)
-    whole = out / f"run{writer}.new"
-    whole.write_text(json.dumps(about, indent=2) + "\n")
-    whole.replace(out / "run.json")
+class RunNote:
+    """
+    The note of a run. It is written with the first result, so a run that fails before does not claim its folder.
+
+    Args:
+        out, about, identity: As for [`check_note`], which is called at once.
+
+    Attributes:
+        about (`dict`): What [`check_note`] returns.
+    """
+
+    def __init__(self, out: Path, about: dict[str, Any], identity: Sequence[str]):
+        self.out = out
+        self.about = check_note(out, about, identity)
+        self._is_written = False
+        self._lock = threading.Lock()
+
+    def write(self) -> None:
+        """Writes `run.json`. Call it before each result, also in threads; only the first call writes."""
+        with self._lock:
+            if not self._is_written:
+                self.out.mkdir(parents=True, exist_ok=True)
+                write_json(self.out / "run.json", self.about)
+                self._is_written = True
 
 
 def hash_of_file(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def command_line() -> str:
-    """The command that started this process, as it can be typed: `sq-llava evaluate ...`, `python -m demo.run ...`."""
-    program = Path(sys.argv[0])
-    is_module = program.suffix == ".py" and (program.parent / "__init__.py").is_file()
-    if program.stem == "sq-llava" or program == files("sq_llava") / "__main__.py":
-        start = ["sq-llava"]
-    elif is_module:
-        start = ["python", "-m", f"{program.parent.name}.{program.stem}"]
-    else:
-        start = ["python", str(program)]
-    return shlex.join([*start, *sys.argv[1:]])

@@ -6,6 +6,7 @@
 """
 
 import asyncio
+import hashlib
 import hmac
 import time
 from collections.abc import AsyncIterator, Awaitable
@@ -17,6 +18,7 @@ from fastapi.responses import JSONResponse, StreamingResponse
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
+from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from sq_llava.inference.assistant import Assistant
@@ -24,26 +26,38 @@ from sq_llava.serving.chat import ChatService, Limits, timeout_event
 from sq_llava.serving.engine import Engine
 from sq_llava.serving.metrics import Metrics
 from sq_llava.serving.schema import ApiError, ChatCompletion, ChatCompletionRequest, ErrorResponse, error_body
+from sq_llava.serving.settings import Access
 
 
 CHAT_PATH = "/v1/chat/completions"
+# Programs that watch a server have no key.
+OPEN_PATH = "/health"
 # After a refusal, a client may keep sending for this long. After a timeout, it has this long to read the error.
 SECONDS_FOR_LAST_WORDS = 2.0
 
 
 def create_app(
-    assistant: Assistant, model_name: str, limits: Limits, max_batch_size: int, api_key: str | None = None
+    assistant: Assistant,
+    model_name: str,
+    limits: Limits,
+    max_batch_size: int,
+    api_key: str | None = None,
+    access: Access | None = None,
 ) -> FastAPI:
     """
     Args:
         model_name (`str`): Name of the model for clients.
         limits (`Limits`): Limits on requests.
         max_batch_size (`int`): Maximum number of texts that are generated at the same time.
-        api_key (`str`, *optional*): Key that clients must send to all paths under /v1, as `Authorization: Bearer KEY`.
+        api_key (`str`, *optional*): Key that clients must send to all paths except /health, as
+            `Authorization: Bearer KEY`.
+        access (`Access`, *optional*): Which names of the server are accepted, and which paths are closed. Default: all
+            names, and no path.
 
     Raises:
         ValueError: if the model cannot be batched, or its generation_config.json has an unsupported setting.
     """
+    access = access or Access()
     engine = Engine(assistant, max_batch_size)
     metrics = Metrics(engine)
     chat_service = ChatService(assistant, engine, model_name, limits, metrics)
@@ -55,17 +69,19 @@ def create_app(
         chat_service.preparing.shutdown(wait=False, cancel_futures=True)
 
     # FastAPI's documentation pages are off: they load scripts from other servers.
-    app = FastAPI(title="SQ-LLaVA", lifespan=lifespan, docs_url=None, redoc_url=None)
+    openapi_url = None if access.disable_fastapi_docs else "/openapi.json"
+    app = FastAPI(title="SQ-LLaVA", lifespan=lifespan, openapi_url=openapi_url, docs_url=None, redoc_url=None)
     app.add_middleware(Gate, limits=limits, max_requests=max_batch_size + limits.max_waiting, metrics=metrics)
     app.add_middleware(ApiKey, api_key=api_key)
+    app.add_middleware(TrustedHostMiddleware, allowed_hosts=access.allowed_hosts or ["*"], www_redirect=False)
     app.add_exception_handler(HTTPException, _http_error)
     app.add_exception_handler(RequestValidationError, _validation_error)
     app.add_exception_handler(Exception, _unexpected_error)
-    _add_routes(app, chat_service, metrics)
+    _add_routes(app, chat_service, None if access.disable_metrics else metrics)
     return app
 
 
-def _add_routes(app: FastAPI, chat_service: ChatService, metrics: Metrics) -> None:
+def _add_routes(app: FastAPI, chat_service: ChatService, metrics: Metrics | None) -> None:
     model = {
         "id": chat_service.model_name,
         "object": "model",
@@ -94,15 +110,17 @@ def _add_routes(app: FastAPI, chat_service: ChatService, metrics: Metrics) -> No
             raise ApiError(404, f"The model {name!r} does not exist.", "model_not_found", "model")
         return model
 
-    @app.get("/health", responses={503: {"model": ErrorResponse}})
+    @app.get(OPEN_PATH, responses={503: {"model": ErrorResponse}})
     async def health() -> dict:
         if not chat_service.engine.thread.is_alive():
             raise ApiError(503, "The generation thread has stopped. Restart the server.")
         return {"status": "ok"}
 
-    @app.get("/metrics")
-    async def prometheus_metrics() -> Response:
-        return Response(metrics.text(), media_type=CONTENT_TYPE_LATEST)
+    if metrics is not None:
+
+        @app.get("/metrics")
+        async def prometheus_metrics() -> Response:
+            return Response(metrics.text(), media_type=CONTENT_TYPE_LATEST)
 
 
 async def _unless_gone(request: Request, work: Awaitable):
@@ -125,16 +143,18 @@ async def _unless_gone(request: Request, work: Awaitable):
 
 
 class ApiKey:
-    """If there is an API key, refuses requests to /v1 without it."""
+    """If there is an API key, refuses requests without it, except to /health."""
 
     def __init__(self, app: ASGIApp, api_key: str | None):
         self.app = app
-        self.expected = None if api_key is None else f"Bearer {api_key}".encode()
+        self.expected = None if api_key is None else hashlib.sha256(api_key.encode()).digest()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and self.expected is not None and scope["path"].startswith("/v1"):
-            given = Headers(scope=scope).get("authorization", "").encode("latin-1")
-            if not hmac.compare_digest(given, self.expected):
+        if scope["type"] == "http" and self.expected is not None and scope["path"] != OPEN_PATH:
+            scheme, _, key = Headers(scope=scope).get("authorization", "").partition(" ")
+            # Digests have one length, so the time of the comparison says nothing about the key.
+            is_equal = hmac.compare_digest(hashlib.sha256(key.strip().encode("latin-1")).digest(), self.expected)
+            if not (is_equal and scheme.lower() == "bearer"):
                 message = "The API key is missing or wrong. Send it in the header Authorization: Bearer KEY."
                 headers = {"WWW-Authenticate": "Bearer"}
                 response = JSONResponse(error_body(401, message, "invalid_api_key"), 401, headers)

@@ -11,7 +11,6 @@ import binascii
 import ipaddress
 import re
 import socket
-from io import BytesIO
 from urllib.parse import urljoin
 
 import aiohttp
@@ -20,13 +19,11 @@ from aiohttp.resolver import ThreadedResolver
 from PIL import Image, UnidentifiedImageError
 from yarl import URL
 
+from image_processing_sq_llava import open_header, open_stream
 from sq_llava.data.images import open_image
 
 
 FORMATS = ("GIF", "JPEG", "PNG", "WEBP")
-# Pillow reads a file block by block, and joins the blocks of comments and EXIF data in quadratic time.
-MAX_READS_OF_HEADER = 10_000
-MAX_READS = 200_000
 DATA_URL = re.compile(r"data:image/[a-zA-Z0-9.+-]+;base64,", re.ASCII)
 MAX_REDIRECTS = 3
 DOWNLOAD_SECONDS = 10.0
@@ -61,26 +58,12 @@ def num_pixels(data: bytes) -> int:
         ValueError: if the bytes are not an image in one of the four formats, or were made to take very long.
     """
     try:
-        with Image.open(_FewReads(data, MAX_READS_OF_HEADER), formats=FORMATS) as image:
+        with open_stream(data) as stream, open_header(stream, FORMATS) as image:
             return max(image.size) ** 2
     except UnidentifiedImageError as error:
         raise ValueError(f"is not an image in one of the formats {', '.join(FORMATS)}") from error
     except Exception as error:  # for broken files, Pillow's parsers raise errors of any kind
         raise ValueError(f"is a broken image ({error})") from error
-
-
-class _FewReads(BytesIO):
-    """Bytes that can be read only a limited number of times."""
-
-    def __init__(self, data: bytes, most: int):
-        super().__init__(data)
-        self.left = most
-
-    def read(self, size: int | None = -1) -> bytes:
-        self.left -= 1
-        if self.left < 0:
-            raise ValueError("it has too many blocks")
-        return super().read(size)
 
 
 def decode_image(data: bytes) -> Image.Image:
@@ -91,7 +74,7 @@ def decode_image(data: bytes) -> Image.Image:
         ValueError: if the bytes cannot be read as an image.
     """
     try:
-        return open_image(_FewReads(data, MAX_READS), FORMATS)
+        return open_image(data, FORMATS)
     except ValueError as error:
         raise ValueError(f"is a broken image ({error.__cause__ or error})") from error
 

@@ -1,4 +1,4 @@
-"""Limits of the server. The fields become options of `sq-llava serve`, so no large library is imported here."""
+"""Limits of the server, and who may use it. The fields become options of `sq-llava serve`: no large imports here."""
 
 from dataclasses import dataclass
 from typing import Annotated
@@ -35,6 +35,27 @@ class Limits:
         float,
         Option(min=0.1, help="Maximum seconds from the first byte of a request to the last byte of its reply."),
     ] = 120.0
+    header_seconds: Annotated[
+        float, Option(min=0.1, help="Maximum seconds until the headers of a request are complete.")
+    ] = 10.0
     allow_remote_images: Annotated[
         bool, Option(help="Download images from http(s) URLs, from public addresses only.")
     ] = False
+
+
+AllowedHosts = Annotated[
+    list[str] | None,
+    Option(
+        help="Name of the server that requests may have in their Host header, e.g. example.org or *.example.org. Can "
+        "be repeated. Default: the names of this machine with a loopback --host; otherwise all names."
+    ),
+]
+
+
+@dataclass(frozen=True)
+class Access:
+    """Who may use the server, and which paths it has besides the API."""
+
+    allowed_hosts: AllowedHosts = None
+    disable_metrics: Annotated[bool, Option(help="Close /metrics.")] = False
+    disable_fastapi_docs: Annotated[bool, Option(help="Close /openapi.json.")] = False

@@ -8,7 +8,6 @@ TensorBoard, Weights & Biases or trackio if the run reports there.
 """
 
 import importlib
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from processing_sq_llava import SQLlavaProcessor
 from sq_llava.data.images import open_image
 from sq_llava.inference.assistant import Assistant
 from sq_llava.inference.prompts import context_length, token_ids
+from sq_llava.resumable.jsonl import write_jsonl
 
 
 @dataclass
@@ -77,8 +77,7 @@ class GenerationCheck:
             step = trainer.state.global_step
             folder = Path(trainer.args.output_dir) / "generations"
             folder.mkdir(parents=True, exist_ok=True)
-            lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in answers + asked]
-            (folder / f"step-{step}.jsonl").write_text("".join(lines), encoding="utf-8")
+            write_jsonl(folder / f"step-{step}.jsonl", answers + asked)
             report_questions(trainer, [(record["questions"], self._images(record["row_id"])) for record in asked])
         return {
             "eval_accuracy": sum(record["correct"] for record in answers) / len(answers),

@@ -6,15 +6,12 @@
     accelerate launch -m train_sft --config recipes/sq-llava-7b/stage2.yaml --dry_run real
 
 `meta` needs only the configurations of the models: it builds the model without weights and adds up its memory. `real`
-loads everything, trains one step on the longest rows, and measures. Weights, gradients and optimizer states are added
-up tensor by tensor. Activations are an upper estimate: on a CPU it was 1.0 to 1.7 times the measured peak of fourteen
-small dense models; on a GPU it was not compared. Time is not estimated.
+loads everything, trains one step on the longest rows, and measures. Time is not estimated.
 """
 
 import math
 import resource
 import sys
-from dataclasses import dataclass
 
 import datasets
 import torch
@@ -26,36 +23,20 @@ from transformers import BitsAndBytesConfig
 from trl import ModelConfig, SFTConfig, SFTTrainer
 
 from configuration_sq_llava import SQLlavaConfig
-from modeling_sq_llava import SQLlavaForConditionalGeneration, UpcastLinear
+from modeling_sq_llava import SQLlavaForConditionalGeneration
 from sq_llava.checkpoints.compose import compose_config
 from sq_llava.data.rows import hold_out, load_rows
 from sq_llava.locations import base_of_adapter, find_config, is_adapter
 from sq_llava.training.adapter import count_parameters, without_adapter
+from sq_llava.training.memory import SHARDINGS, Batch, Term, estimate_memory, expert_parameters
 from sq_llava.training.packing import PackSampler, pack_sampler
 from sq_llava.training.settings import SQLlavaArguments
-from sq_llava.training.sharding import sharding_of
+from sq_llava.training.sharding import processes_per_model, sharding_of
 from sq_llava.training.stage_model import architecture, prepare_stage, quantization_config, starting_point
 
 
-# Bytes of optimizer state for each trained (float32) parameter.
-OPTIMIZER_BYTES = {
-    "adamw_torch": 8,
-    "adamw_torch_fused": 8,
-    "adamw_8bit": 2,
-    "adamw_bnb_8bit": 2,
-    "paged_adamw_8bit": 2,
-    "paged_adamw_32bit": 8,
-    "sgd": 0,
-}
-SHARDINGS = ("DDP", "ZeRO-2", "ZeRO-3, FSDP2")
-SHARDING_OF = {
-    "zero-2": SHARDINGS[1],
-    "zero-3": SHARDINGS[2],
-    "fsdp2-full": SHARDINGS[2],
-    "fsdp2-sharded": SHARDINGS[2],
-}
-# Size of a tile of logits in TRL's fused LM head: maximum tokens, and vocabulary entries.
-HEAD_TOKENS, HEAD_WORDS = 4096, 32768
+# The column of the plan for each sharding. The others keep weights and gradients whole, like DDP.
+COLUMN_OF = {"fsdp2-full": "FSDP2", "fsdp2-sharded": "FSDP2", "zero-2": "ZeRO-2", "zero-3": "ZeRO-3"}
 
 
 def accumulation_steps(global_batch_size: int, per_device_train_batch_size: int, num_processes: int) -> int:
@@ -119,199 +100,6 @@ def complete_settings(arguments: SQLlavaArguments, training_args: SFTConfig) -> 
 
 def _one_of(numbers: list[int]) -> str:
     return ", ".join(map(str, numbers)) if numbers else "no number"
-
-
-@dataclass(frozen=True)
-class Batch:
-    """The batch of one device in one forward pass: rows, tokens of the longest row (with image tokens), and images."""
-
-    rows: int
-    tokens: int
-    images: int
-
-
-@dataclass(frozen=True)
-class Term:
-    """One part of the memory of a GPU: its name, its size in bytes, and how the size is computed, in words."""
-
-    name: str
-    num_bytes: float
-    formula: str
-
-
-def estimate_memory(
-    model: nn.Module,
-    batch: Batch,
-    training_args: SFTConfig,
-    num_gpus: int = 1,
-    sharding: str = "DDP",
-    quantization: BitsAndBytesConfig | None = None,
-    on_gpu: bool = True,
-) -> list[Term]:
-    """
-    Estimates the memory of one GPU.
-
-    Args:
-        model ([`~torch.nn.Module`]): The model with its adapter, or trained in full. Its weights may be on the meta
-            device.
-        batch ([`Batch`]): The batch of one device.
-        training_args (`SFTConfig`): Settings; `optim`, `gradient_checkpointing`, `bf16` and `fp16` matter here.
-        num_gpus (`int`): Number of GPUs that `sharding` divides memory among.
-        sharding (`str`): One of `SHARDINGS`.
-        quantization (`BitsAndBytesConfig`, *optional*): The planned quantization, for a model on the meta device.
-        on_gpu (`bool`): Whether TRL's fused head runs its Triton kernels; without them it needs more memory.
-
-    Returns:
-        `list[Term]`: The parts of the memory, in bytes.
-
-    Raises:
-        ValueError: for an optimizer whose state size is unknown.
-    """
-    full, half = sharding == SHARDINGS[2], sharding == SHARDINGS[1]
-    pieces = num_gpus if full or half else 1
-    buckets = 2 if num_gpus > 1 and not (full or half) else 1
-    return [
-        _weight_term(model, quantization, pieces if full else 1),
-        *_optimizer_terms(model, training_args, pieces, buckets),
-        *activation_terms(model, batch, training_args, on_gpu),
-    ]
-
-
-def _weight_term(model: nn.Module, quantization: BitsAndBytesConfig | None, pieces: int) -> Term:
-    weights = weight_bytes(model, quantization)
-    if pieces == 1:
-        return Term("weights", weights, "all weights, trained and frozen, each in its own precision")
-    gathered = 2 * max(sum(p.nbytes for p in layer.parameters()) for layer in _layers(_text_tower(model)))
-    formula = f"all weights / {pieces} GPUs + two gathered layers"
-    return Term("weights", weights / pieces + gathered, formula)
-
-
-def _optimizer_terms(model: nn.Module, training_args: SFTConfig, pieces: int, buckets: int) -> list[Term]:
-    """Gradients and the optimizer's state."""
-    optim = str(getattr(training_args.optim, "value", training_args.optim))
-    if optim not in OPTIMIZER_BYTES:
-        raise ValueError(
-            f"optim is {optim}, whose memory is unknown. The estimate supports {', '.join(OPTIMIZER_BYTES)}."
-        )
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    numbers, gradients = sum(p.numel() for p in trained), sum(p.nbytes for p in trained)
-    count, state = f"{numbers:,} trained parameters x", OPTIMIZER_BYTES[optim]
-    in_buckets = " x 2 (DDP's buckets)" if buckets == 2 else ""
-    in_pieces = f" / {pieces} GPUs" if pieces > 1 else ""
-    formula = f"{count} {gradients / max(numbers, 1):.0f} bytes{in_buckets}{in_pieces}"
-    return [
-        Term("gradients", gradients * buckets / pieces, formula),
-        Term("optimizer", numbers * state / pieces, f"{count} {state} bytes ({optim}){in_pieces}"),
-    ]
-
-
-def weight_bytes(model: nn.Module, quantization: BitsAndBytesConfig | None = None) -> float:
-    """Bytes of all weights and buffers (shared ones once), after the planned quantization if there is one."""
-    tensors = {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]}
-    scales = []
-    for parameter in model.parameters():
-        if (state := getattr(parameter, "quant_state", None)) is not None:  # 4 bits: scales of blocks
-            nested = [state.state2.absmax, state.state2.code] if state.nested else []
-            scales += [state.absmax, state.code, *nested]
-        if (scale := getattr(parameter, "SCB", None)) is not None:  # 8 bits: scales of rows
-            scales.append(scale)
-    total = float(sum(tensor.nbytes for tensor in [*tensors.values(), *scales]))
-    if quantization is not None:
-        for name, module in model.named_modules():
-            in_tower = ".vision_tower." in name or ".language_model." in name
-            if in_tower and ".lora_" not in name and type(module) is nn.Linear:
-                total -= module.weight.nbytes
-                total += quantized_bytes(module, quantization)
-    return total
-
-
-def quantized_bytes(linear: nn.Linear, quantization: BitsAndBytesConfig) -> float:
-    """Bytes of a linear layer's weight after quantization, with its scales."""
-    numbers = linear.weight.numel()
-    if quantization.load_in_8bit:
-        return numbers + 4 * linear.out_features
-    # One scale for 64 numbers: a float32, or (nested) one byte plus a float32 for every 256 scales. Each weight also
-    # has a table of 16 float32 values.
-    scale = 1 + 4 / 256 if quantization.bnb_4bit_use_double_quant else 4
-    return numbers / 2 + numbers / 64 * scale + 64
-
-
-def activation_terms(model: nn.Module, batch: Batch, training_args: SFTConfig, on_gpu: bool = True) -> list[Term]:
-    """An upper estimate of what the forward pass keeps for the backward pass, and of the largest workspace."""
-    base = without_adapter(model)
-    config, text_config = base.config, base.config.get_text_config()
-    held = base.get_input_embeddings().weight.itemsize
-    # Bytes for each input and output feature of a linear layer (LoRA included) at one position. Measurements show that
-    # the size of the number plus 2 bytes also covers activations between the layers and the backward pass.
-    feature_bytes = held + 2
-    tokens = batch.rows * batch.tokens
-    # A text-only batch runs the vision side on one blank image.
-    patches = max(batch.images, 1) * (config.num_vision_tokens + 1)
-    towers = {
-        "text": (_layers(_text_tower(model)), tokens, batch.tokens, text_config),
-        "vision": (
-            _layers(base.model.vision_tower)[: config.num_vision_layers_used],
-            patches,
-            config.num_vision_tokens + 1,
-            config.vision_config,
-        ),
-    }
-    terms = []
-    workspaces = {"the language model's head": _head_bytes(text_config, tokens, held, training_args, on_gpu)}
-    for name, (layers, positions, length, tower_config) in towers.items():
-        experts_per_token = getattr(tower_config, "num_experts_per_tok", None) or 1
-        inside = positions * feature_bytes * max(_features(layer, experts_per_token) for layer in layers)
-        if config._attn_implementation == "eager":
-            inside += positions * length * tower_config.num_attention_heads * 12
-        width, count = tower_config.hidden_size, len(layers)
-        if training_args.gradient_checkpointing:
-            kept, formula = count * positions * width * held, f"{width} x {held} bytes: the input of each layer"
-            workspaces[f"the inside of a {name} layer"] = inside
-        else:
-            kept, formula = count * inside, "all inner activations: no gradient checkpointing"
-        terms.append(Term(f"activations, {name}", kept, f"{count} layers x {positions:,} positions x {formula}"))
-    connector = 6 * (_features(base.model.prototype_extractor) + _features(base.model.multi_modal_projector))
-    connector += 16 * config.num_prototypes * (config.num_prototype_iterations + 1)
-    formula = f"{patches:,} image tokens x {connector:,} bytes: prototypes and projections"
-    terms.append(Term("activations, connector", patches * connector, formula))
-    # FlashAttention takes lengths instead of a mask.
-    mask = 0 if "flash" in config._attn_implementation else tokens * batch.tokens * held
-    formula = f"{tokens:,} x {batch.tokens:,} x {held} bytes" if mask else "none: FlashAttention"
-    terms.append(Term("attention mask", mask, formula))
-    largest = max(workspaces, key=workspaces.get)
-    return [*terms, Term("workspace", workspaces[largest], f"of the largest part: {largest}")]
-
-
-def _head_bytes(text_config, tokens: int, held: int, training_args: SFTConfig, on_gpu: bool) -> int:
-    """Memory of TRL's fused LM head: a tile of logits, the hidden states, and their gradient in float32."""
-    tile, words = min(tokens, HEAD_TOKENS), min(text_config.vocab_size, HEAD_WORDS)
-    precision = 2 if training_args.bf16 or training_args.fp16 else held
-    total = tokens * text_config.hidden_size * (held + 8) + tile * HEAD_WORDS * precision
-    # Without Triton, PyTorch makes several copies of the tile, and casts the head's weight to float32.
-    return total if on_gpu else total + tile * words * 28 + words * text_config.hidden_size * 4
-
-
-def _text_tower(model: nn.Module) -> nn.Module:
-    return without_adapter(model).model.language_model
-
-
-def _layers(tower: nn.Module) -> nn.ModuleList:
-    return max((module for module in tower.modules() if isinstance(module, nn.ModuleList)), key=len)
-
-
-def _features(module: nn.Module, experts_per_token: int = 1) -> int:
-    linears = [m for m in module.modules() if isinstance(m, (nn.Linear, UpcastLinear))]
-    of_experts = sum(sum(parameter.shape[1:]) for parameter in expert_parameters(module))
-    return sum(linear.in_features + linear.out_features for linear in linears) + experts_per_token * of_experts
-
-
-def expert_parameters(module: nn.Module) -> list[nn.Parameter]:
-    """The expert weights of a mixture of experts. All experts of a layer share one 3D tensor, not linear layers."""
-    return [
-        parameter
-        for name, parameter in module.named_parameters()
-        if ".experts." in f".{name}" and ".lora_" not in name and parameter.ndim == 3
-    ]
 
 
 def describe_steps(
@@ -381,14 +169,17 @@ def size(num_bytes: float) -> str:
     return f"{num_bytes / unit:.1f} {suffix}"
 
 
-def leave_one_step(rows: datasets.Dataset, training_args: SFTConfig, packing: bool) -> str:
+def leave_one_step(rows: datasets.Dataset, arguments: SQLlavaArguments, training_args: SFTConfig) -> str:
     """
     Changes the settings to a single step on one batch. Nothing is saved or reported.
 
     Returns:
         `str`: The description of the steps of the whole run.
     """
-    packs = pack_sampler(rows, training_args, training_args.world_size) if packing else None
+    packs = None
+    if arguments.packing:
+        shared = arguments.rows_per_image_pass
+        packs = pack_sampler(rows, training_args, training_args.world_size, max_rows_per_image=shared)
     steps = describe_steps(len(rows), training_args, training_args.world_size, packs)
     training_args.max_steps = training_args.gradient_accumulation_steps = 1
     training_args.save_strategy = training_args.eval_strategy = "no"
@@ -432,8 +223,9 @@ def try_one_step(trainer: SFTTrainer, resident_before: int) -> int:
         trainer.packs.keep_fullest()
         inputs = next(iter(trainer.get_train_dataloader()))
     batch = Batch(*inputs["input_ids"].shape, len(inputs.get("pixel_values", [])))
-    sharding = SHARDING_OF.get(sharding_of(trainer.accelerator).removesuffix("-offload"), SHARDINGS[0])
-    estimate = estimate_memory(trainer.model, batch, args, world_size, sharding, on_gpu=on_gpu)
+    sharding = COLUMN_OF.get(sharding_of(trainer.accelerator).removesuffix("-offload"), SHARDINGS[0])
+    num_gpus = processes_per_model(trainer.accelerator)
+    estimate = estimate_memory(trainer.model, batch, args, num_gpus, sharding, on_gpu=on_gpu)
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
     trainer.train()
@@ -453,7 +245,8 @@ def print_parameters(model, part_learning_rates: dict[str, float], learning_rate
         rate = part_learning_rates.get(part, learning_rate)
         table.add_row(part, f"{trained:,}", f"{frozen:,}", f"{rate:g}" if trained else "-")
     Console().print(table)
-    experts = [weight for weight in expert_parameters(_text_tower(model)) if not weight.requires_grad]
+    language_model = without_adapter(model).model.language_model
+    experts = [weight for weight in expert_parameters(language_model) if not weight.requires_grad]
     if experts and count_parameters(model)["text"][0]:
         print(
             f"The {sum(weight.numel() for weight in experts):,} expert weights of the language model stay frozen: "
@@ -461,10 +254,8 @@ def print_parameters(model, part_learning_rates: dict[str, float], learning_rate
         )
 
 
-def plan_from_configs(
-    arguments: SQLlavaArguments, training_args: SFTConfig, model_config: ModelConfig, num_gpus: int
-) -> None:
-    """Prints parameters, memory and steps of a run. It loads only the configurations of the models."""
+def model_from_configs(arguments: SQLlavaArguments, model_config: ModelConfig) -> nn.Module:
+    """Builds the model of a stage on the meta device, from the configurations of the models."""
     parts = (arguments.vision_model_name_or_path, arguments.text_model_name_or_path)
     if None not in parts:  # used even if a previous stage is set, because it may not exist yet
         config = compose_config(*parts, arguments.qformer_model_name_or_path, **architecture(arguments))
@@ -477,11 +268,18 @@ def plan_from_configs(
         model = SQLlavaForConditionalGeneration._from_config(
             config, dtype=dtype, attn_implementation=model_config.attn_implementation
         )
-        model = prepare_stage(model, None, arguments, model_config)
+        return prepare_stage(model, None, arguments, model_config)
+
+
+def plan_from_configs(
+    arguments: SQLlavaArguments, training_args: SFTConfig, model_config: ModelConfig, num_gpus: int
+) -> None:
+    """Prints parameters, memory and steps of a run. It loads only the configurations of the models."""
+    model = model_from_configs(arguments, model_config)
     print_parameters(model, arguments.part_learning_rates, training_args.learning_rate)
     print_plan(model, training_args, num_gpus, quantization_config(model_config), arguments.packing)
     try:
-        rows = load_rows(arguments.datasets, training_args.seed, config.image_seq_length)
+        rows = load_rows(arguments.datasets, training_args.seed, without_adapter(model).config.image_seq_length)
         if arguments.num_eval_rows:
             rows, _ = hold_out(rows, arguments.num_eval_rows, training_args.seed)
         packs = pack_sampler(rows, training_args, num_gpus) if arguments.packing else None
@@ -490,4 +288,7 @@ def plan_from_configs(
     else:
         print(describe_steps(len(rows), training_args, num_gpus, packs))
         if packs is not None:
-            print("The number of packs is approximate, because text was not tokenized; --dry_run real counts exactly.")
+            unknown = "text was not tokenized"
+            if arguments.share_images:
+                unknown += ", and rows with the same image were counted as if they shared nothing"
+            print(f"The number of packs is approximate, because {unknown}; --dry_run real counts exactly.")

@@ -4,14 +4,19 @@
 
 A run may be killed at any moment. Resumed with `--resume`, it has the same losses and weights as a run that was never
 killed. The newest complete checkpoint holds weights, optimizer and schedule. Self-questions, the order of rows and
-dropout depend only on the seed and on epoch, row, turn, step and process. Power failures may damage checkpoints (no
-fsync).
+dropout depend only on the seed and on epoch, row, turn, step and process.
+
+A power failure cannot damage a complete checkpoint: its files are flushed to the disk (fsync) before `run.json` lists
+them, and older checkpoints are removed only after that. The final model gets its place in `output_dir` when all of its
+files are complete.
 """
 
 import hashlib
 import json
 import math
 import os
+import pickle
+import shutil
 import signal
 from pathlib import Path
 
@@ -19,13 +24,21 @@ import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import DistributedType
 from transformers import TrainerCallback
+from transformers.trainer_pt_utils import safe_globals
 
 from sq_llava.checkpoints.completeness import RUN_FILE, STATE_FILE, checkpoint_faults, json_fault, step_of
+from sq_llava.checkpoints.config_checks import one_line
+from sq_llava.checkpoints.weight_files import load_plain
+from sq_llava.output import sync, sync_path
 
 
 # sysexits.h: "temporary failure, try again later". A scheduler may restart the job on this exit code.
 EXIT_TRY_AGAIN = os.EX_TEMPFAIL
 SET_ASIDE = "half-written-"
+# Folder in `output_dir` of the final model until it is complete.
+HALF_WRITTEN_MODEL = "half-written-model"
+# Without its configuration, a folder is neither a model nor an adapter.
+CONFIGURATIONS = ("adapter_config.json", "config.json")
 
 
 class CheckpointError(OSError):
@@ -85,6 +98,44 @@ def find_checkpoint(output_dir: str, resume: bool, given: str | None) -> str | N
     return str(complete[-1])
 
 
+def require_plain_states(checkpoint: str) -> None:
+    """
+    Checks that the states of optimizer, schedule and random generators, and the index of a sharded checkpoint of FSDP,
+    hold only data. Tensors are not read.
+
+    DeepSpeed loads its own files as pickles that may run code: resume only your own runs with it.
+
+    Raises:
+        ValueError: if a file is damaged, or holds code that would be run.
+    """
+    for file in sorted([*Path(checkpoint).glob("*.pt"), *Path(checkpoint).glob("*.pth")]):
+        with safe_globals():
+            load_plain(file)
+    for file in sorted(Path(checkpoint).glob("*/.metadata")):
+        try:
+            with file.open("rb") as stream:
+                _IndexOfShards(stream).load()
+        except Exception as error:  # pickle documents no common class for errors of damaged files
+            raise ValueError(
+                f"{file} was not loaded: it is damaged, or holds code that would be run ({one_line(error)}). "
+                "Resume from another checkpoint."
+            ) from error
+
+
+class _IndexOfShards(pickle.Unpickler):
+    """Reads an index of torch.distributed.checkpoint, which torch itself would load with any code in it."""
+
+    def find_class(self, module: str, name: str):
+        is_data = (module, name) in (("torch", "Size"), ("torch.serialization", "_get_layout"))
+        is_own = module.startswith("torch.distributed.checkpoint.") or module == "pathlib"
+        if not is_data and "." not in name and (is_own or module == "torch"):
+            found = super().find_class(module, name)
+            is_data = isinstance(found, torch.dtype) or (isinstance(found, type) and is_own)
+        if not is_data:
+            raise pickle.UnpicklingError(f"{module}.{name}")
+        return super().find_class(module, name)
+
+
 def _refuse_damaged(half_written: dict[Path, list[str]]) -> None:
     """Refuses to start from the beginning if a checkpoint was damaged after it was complete: it may be repairable."""
     for folder, faults in half_written.items():
@@ -106,6 +157,24 @@ def _set_aside(folder: Path, faults: list[str]) -> None:
         f"{folder} is half-written ({'; '.join(faults)}) and is skipped. It was renamed to {target.name} and may be "
         "deleted."
     )
+
+
+def place_model(part: Path, final: Path) -> None:
+    """
+    Moves the files of a complete model to their place. A kill meanwhile leaves no model, but never a mix of two: the
+    configuration is removed first and comes last.
+    """
+    sync(part)
+    files = sorted(part.iterdir(), key=lambda file: file.name in CONFIGURATIONS)
+    for file in files:
+        if file.name in CONFIGURATIONS:
+            (final / file.name).unlink(missing_ok=True)
+    for file in files:
+        if file.is_dir():
+            shutil.rmtree(final / file.name, ignore_errors=True)
+        file.replace(final / file.name)
+    part.rmdir()
+    sync_path(final)
 
 
 def warn_of_changes(checkpoint: str, run: dict[str, int]) -> None:

@@ -258,7 +258,7 @@ TRAINING = {
     ),
     "parallelism_config": refused(
         "The loss needs whole sequences in each process, so tensor, context and sequence parallelism do not work: use "
-        "recipes/accelerate/fsdp2.yaml or zero3.yaml"
+        "recipes/accelerate/fsdp2.yaml, hsdp.yaml or zero3.yaml"
     ),
     **each(
         "dataloader_num_workers dataloader_persistent_workers",

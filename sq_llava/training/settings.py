@@ -135,6 +135,12 @@ class SQLlavaArguments:
         "`sq-llava doctor` prints a full report.",
         default="sample",
     )
+    share_images: bool = _option(
+        "With packing, rows that begin with the same text and image share one pass over both. Losses and gradients "
+        "are those of the rows alone.",
+        default=False,
+    )
+    max_rows_per_image: int = _option("With share_images, the most rows that share one pass.", default=8)
     # TRL's settings, moved here by `parse_settings`: TRL refuses `packing` for images, and applies `eos_token` and
     # `chat_template_path` only after the data has been read.
     packing: bool = field(init=False, default=False)
@@ -160,12 +166,19 @@ class SQLlavaArguments:
         for name in ("self_question_ratio", "question_loss_weight"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} is {getattr(self, name)}: it must be a number from 0 to 1.")
+        if self.max_rows_per_image < 2:
+            raise ValueError(f"max_rows_per_image is {self.max_rows_per_image}: it must be 2 or more.")
         if self.init_lora_weights not in LORA_INITIALISATIONS:
             raise ValueError(
                 f"init_lora_weights is {self.init_lora_weights!r}: choose one of {', '.join(LORA_INITIALISATIONS)}. "
                 "(PEFT's pissa, olora, corda, loftq and lora_ga change the weights of the base, so the saved adapter "
                 "would not fit the original base. eva needs to read data first, and mica freezes half of LoRA.)"
             )
+
+    @property
+    def rows_per_image_pass(self) -> int:
+        """The most rows that share one pass over their image; 1 without `share_images`."""
+        return self.max_rows_per_image if self.share_images else 1
 
     @property
     def part_learning_rates(self) -> dict[str, float]:
@@ -346,6 +359,12 @@ def _take_over_packing(arguments: SQLlavaArguments, training_args: SFTConfig) ->
     Moves TRL's `packing` to `arguments`: TRL refuses it for images, and `sq_llava/training/packing.py` implements it.
     Refuses settings that do not work with packing.
     """
+    if arguments.share_images and not training_args.packing:
+        raise ValueError("share_images is true, but packing is not: set packing to true, or remove share_images.")
+    if arguments.share_images and arguments.stage == "align":
+        raise ValueError(
+            "share_images is true in stage align. Its rows are an image and a caption: nothing is shared. Remove it."
+        )
     if not training_args.packing:
         return
     refused = {

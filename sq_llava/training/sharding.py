@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from accelerate import Accelerator, DeepSpeedPlugin, FullyShardedDataParallelPlugin
+from accelerate import Accelerator, DeepSpeedPlugin, FullyShardedDataParallelPlugin, ParallelismConfig
 from accelerate.utils import DistributedType, gather_object
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
@@ -35,7 +35,14 @@ LAUNCHES = {
 
 
 def sharding_asked_for(training_args: TrainingArguments) -> str:
-    """Returns the sharding of the launch settings. It is known before a model is loaded."""
+    """
+    Returns the sharding of the launch settings. It is known before a model is loaded.
+
+    Raises:
+        ValueError: if the launch asks for a kind of parallelism that does not work here.
+    """
+    if os.environ.get("ACCELERATE_USE_PARALLELISM_CONFIG", "false").lower() == "true":
+        _require_data_parallel(ParallelismConfig(), training_args.world_size)
     if training_args.deepspeed_plugin is not None:
         return _zero_name(training_args.deepspeed_plugin)
     if training_args.fsdp_plugin_args is not None:
@@ -52,6 +59,29 @@ def _fsdp_name(plugin: FullyShardedDataParallelPlugin) -> str:
             "recipes/accelerate/fsdp2.yaml."
         )
     return "fsdp2-full" if "FULL" in str(plugin.state_dict_type) else "fsdp2-sharded"
+
+
+def _require_data_parallel(mesh: ParallelismConfig, num_processes: int) -> None:
+    """A mesh may only replicate and shard (HSDP): the loss needs whole sequences in each process."""
+    sizes = {name: getattr(mesh, name, 1) for name in ("tp_size", "cp_size", "sp_size")}  # older ones have no sp_size
+    if others := [f"{name} {size}" for name, size in sizes.items() if size > 1]:
+        raise ValueError(
+            f"The launch sets {', '.join(others)}. The loss needs whole sequences in each process, so tensor, context "
+            "and sequence parallelism do not work: use recipes/accelerate/hsdp.yaml, fsdp2.yaml or zero3.yaml."
+        )
+    if mesh.data_parallel_size != num_processes:
+        raise ValueError(
+            f"The launch has dp_replicate_size {mesh.dp_replicate_size} and dp_shard_size {mesh.dp_shard_size}, which "
+            f"is {mesh.data_parallel_size} processes, but {num_processes} were started. Set "
+            "--parallelism_config_dp_replicate_size and --parallelism_config_dp_shard_size, so that their product is "
+            f"{num_processes}."
+        )
+
+
+def processes_per_model(accelerator: Accelerator) -> int:
+    """Returns the number of processes that hold one copy of a sharded model together."""
+    mesh = accelerator.parallelism_config
+    return accelerator.num_processes if mesh is None else mesh.dp_shard_size
 
 
 def sharding_of(accelerator: Accelerator) -> str:
@@ -113,12 +143,22 @@ def require_resumable(checkpoint: str, sharding: str, num_processes: int) -> Non
     wrong_number = before.startswith("zero-") and processes != num_processes
     if before == sharding and not wrong_number:
         return
-    launch = LAUNCHES.get(before, f"accelerate launch, with DeepSpeed's {before},")
+    if before == NONE and processes == 1:
+        command = "python"
+    else:
+        launch = LAUNCHES.get(before, f"accelerate launch, with DeepSpeed's {before},")
+        command = f"{launch} --num_processes {processes}"
     raise ValueError(
-        f"{checkpoint} was written under {before} by {processes} processes; this launch is {sharding} with "
-        f"{num_processes}. This launch cannot read the states of optimizer and scheduler. Resume with "
-        f"`{launch} --num_processes {processes} -m train_sft ... --resume`."
+        f"{checkpoint} was written by {_describe(before, processes)}, but this launch has "
+        f"{_describe(sharding, num_processes)}. It cannot read the states of optimizer and scheduler. Resume with "
+        f"`{command} -m train_sft ... --resume`."
     )
+
+
+def _describe(sharding: str, num_processes: int) -> str:
+    """A launch in words, such as `2 processes with fsdp2-full`."""
+    processes = "1 process" if num_processes == 1 else f"{num_processes} processes"
+    return f"{processes} {'without sharding' if sharding == NONE else f'with {sharding}'}"
 
 
 def wrap_layers(plugin: FullyShardedDataParallelPlugin, model: nn.Module) -> None:
@@ -129,21 +169,19 @@ def wrap_layers(plugin: FullyShardedDataParallelPlugin, model: nn.Module) -> Non
     function no layer would be wrapped, and all weights would be gathered at once.
     """
     if plugin.transformer_cls_names_to_wrap is None:
-        plugin.transformer_cls_names_to_wrap = sorted(layer_classes(model))
+        plugin.transformer_cls_names_to_wrap = sorted({type(layer).__name__ for layer in stacked_layers(model)})
     os.environ["FSDP_TRANSFORMER_CLS_TO_WRAP"] = ",".join(plugin.transformer_cls_names_to_wrap)  # PEFT reads it
     policy = plugin.auto_wrap_policy
     plugin.set_auto_wrap_policy = lambda model: setattr(plugin, "auto_wrap_policy", policy)
 
 
-def layer_classes(model: nn.Module) -> set[str]:
-    """Returns the names of the classes of all stacked layers, the members of each outermost `ModuleList`."""
-    names = set()
+def stacked_layers(model: nn.Module) -> Iterator[nn.Module]:
+    """Yields all stacked layers, the members of each outermost `ModuleList`."""
     for child in model.children():
         if isinstance(child, nn.ModuleList):
-            names |= {type(layer).__name__ for layer in child}
+            yield from child
         else:
-            names |= layer_classes(child)
-    return names
+            yield from stacked_layers(child)
 
 
 @contextmanager

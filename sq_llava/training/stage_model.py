@@ -18,8 +18,9 @@ from trl import ModelConfig, SFTConfig, get_quantization_config
 from processing_sq_llava import PROMPT_LAYOUTS, SYSTEM_MESSAGE, SQLlavaProcessor
 from sq_llava.checkpoints.chat_templates import check_template
 from sq_llava.checkpoints.compose import compose, compose_processor
-from sq_llava.checkpoints.load import load_base_and_processor, load_model, require_kind
+from sq_llava.checkpoints.load import load_base_and_processor, load_model, load_processor, require_kind
 from sq_llava.checkpoints.zero3 import loading_whole
+from sq_llava.output import folder_written_whole
 from sq_llava.training.adapter import LoraOptions, LoraSize, add_adapter, load_adapter_weights, train_in_full
 from sq_llava.training.settings import LORA_INITIALISATIONS, SQLlavaArguments
 from sq_llava.training.sharding import loads_in_pieces
@@ -61,6 +62,18 @@ def starting_point(arguments: SQLlavaArguments, model_config: ModelConfig) -> tu
                 "text_model_name_or_path."
             ) from error
     return start, parts
+
+
+def require_other_folder(start: str | None, output_dir: str) -> None:
+    """
+    Raises:
+        ValueError: if the run would write into the folder of the model that it starts from.
+    """
+    if start is not None and Path(start).expanduser().resolve() == Path(output_dir).expanduser().resolve():
+        raise ValueError(
+            f"output_dir is {output_dir}, the folder of the model that training starts from. Its files would be "
+            "overwritten. Choose another output_dir."
+        )
 
 
 def architecture(arguments: SQLlavaArguments) -> dict:
@@ -111,7 +124,7 @@ def _composed_processor(arguments: SQLlavaArguments, model_config: ModelConfig) 
             *parts, arguments.qformer_model_name_or_path, prompt_layout=arguments.prompt_layout, **settings
         )
     start, _ = starting_point(arguments, model_config)
-    return SQLlavaProcessor.from_pretrained(start, **layout_of_checkpoint(arguments) | settings)
+    return load_processor(start, **layout_of_checkpoint(arguments) | settings)
 
 
 def load_base(
@@ -169,12 +182,10 @@ def save_base(model, processor, output_dir: str) -> Path:
     """
     base = Path(output_dir).absolute() / "base"
     if PartialState().is_main_process:
-        part = base.with_name("half-written-base")
-        for folder in (part, base):
-            shutil.rmtree(folder, ignore_errors=True)
-        model.save_pretrained(part)
-        processor.save_pretrained(part)
-        part.rename(base)
+        shutil.rmtree(base, ignore_errors=True)
+        with folder_written_whole(base) as folder:
+            model.save_pretrained(folder)
+            processor.save_pretrained(folder)
     PartialState().wait_for_everyone()
     if model is not None:
         model.name_or_path = str(base)
@@ -185,7 +196,7 @@ def read_base(base: Path, arguments: SQLlavaArguments, loading: dict, processing
     """Loads the base of a run, and its processor. A newly composed base could have other random weights."""
     if not base.is_dir():
         raise ValueError(f"The checkpoints need their base in {base}, which does not exist. Restore that folder.")
-    processor = SQLlavaProcessor.from_pretrained(base, **processing)
+    processor = load_processor(base, **processing)
     model = load_model(base, processor, **loading)
     for name, value in architecture(arguments).items():
         if getattr(model.config, name) != value:

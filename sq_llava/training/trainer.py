@@ -17,7 +17,6 @@ Each step is checked before it is applied (`sq_llava/training/recovery.py`). Wit
 saves the steps since the last checkpoint.
 """
 
-import json
 import math
 import shutil
 from contextlib import nullcontext
@@ -31,16 +30,19 @@ from safetensors import SafetensorError
 from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.trainer_utils import rotate_checkpoints
 from trl import SFTTrainer
 
 from sq_llava.checkpoints.completeness import RUN_FILE, STATE_FILE, checkpoint_faults, file_sizes
 from sq_llava.data.self_questions import ANSWER, IGNORE_INDEX, QUESTION
+from sq_llava.output import full_disk_named, sync, write_json, written_whole
 from sq_llava.training.adapter import trained_parameters, without_adapter
 from sq_llava.training.generation_check import GenerationCheck
 from sq_llava.training.length_sampler import ModalityLengthSampler
 from sq_llava.training.packing import PackedRows, PackingCollator, PackSampler, pack_sampler, require_separation
-from sq_llava.training.recovery import CheckpointError, StepWatch
+from sq_llava.training.recovery import HALF_WRITTEN_MODEL, CheckpointError, StepWatch, place_model
 from sq_llava.training.sharding import embeddings_in_the_root_unit, own_class, sharding_of, wrap_layers
+from sq_llava.training.shared_prefix import attention_mask, register_shared_prefix
 
 
 def in_precision(state_dict: dict[str, torch.Tensor], dtype: torch.dtype) -> dict[str, torch.Tensor]:
@@ -77,6 +79,7 @@ class SQLlavaTrainer(SFTTrainer):
             loss of a uniform guess.
         generation_check (`GenerationCheck`, *optional*): Runs with each evaluation.
         packing (`bool`): Whether to pack training rows. Their `length` must then come from `with_length_bounds`.
+        max_rows_per_image (`int`): With packing, the most rows that share the pass over their image. 1 for no sharing.
         args, kwargs: As for [`~trl.SFTTrainer`]. The data collator must be a [`SelfQuestioningCollator`].
     """
 
@@ -90,8 +93,10 @@ class SQLlavaTrainer(SFTTrainer):
         max_loss: float | None = None,
         generation_check: GenerationCheck | None = None,
         packing: bool = False,
+        max_rows_per_image: int = 1,
         **kwargs,
     ):
+        self.max_rows_per_image = max_rows_per_image
         self.question_loss_weight = question_loss_weight
         self.part_learning_rates = part_learning_rates
         self.generation_check = generation_check
@@ -123,9 +128,17 @@ class SQLlavaTrainer(SFTTrainer):
             parameter.data = data.to(parameter.device)
 
     def _make_packs(self) -> PackSampler:
+        language_model = without_adapter(self.model).model.language_model
         if not is_deepspeed_zero3_enabled():
-            require_separation(without_adapter(self.model).model.language_model)
-        return pack_sampler(self.train_dataset, self.args, self.args.world_size, self.data_collator.epoch)
+            require_separation(language_model, self._shares_images)
+        if self._shares_images and self._is_flat:
+            register_shared_prefix(language_model.config._attn_implementation)
+        epoch = self.data_collator.epoch
+        return pack_sampler(self.train_dataset, self.args, self.args.world_size, epoch, self.max_rows_per_image)
+
+    @property
+    def _shares_images(self) -> bool:
+        return self.max_rows_per_image > 1
 
     def create_optimizer(self, model=None) -> torch.optim.Optimizer:
         """Creates the Trainer's optimizer, and splits its parameter groups by part of the model."""
@@ -166,7 +179,7 @@ class SQLlavaTrainer(SFTTrainer):
         loader = torch.utils.data.DataLoader(
             PackedRows(self.train_dataset),
             batch_sampler=self.packs,
-            collate_fn=PackingCollator(self.data_collator, self._is_flat),
+            collate_fn=PackingCollator(self.data_collator, self._is_flat, self._shares_images),
             num_workers=args.dataloader_num_workers,
             pin_memory=args.dataloader_pin_memory,
             persistent_workers=args.dataloader_persistent_workers,
@@ -222,6 +235,10 @@ class SQLlavaTrainer(SFTTrainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         weights = self._loss_weights(inputs)
         kinds, row_ids = inputs.pop("turn_kinds"), inputs.pop("row_ids")
+        num_tokens, branches = inputs.pop("num_tokens", None), inputs.pop("branches", None)
+        if branches is not None:
+            config, dtype = self.model.config.get_text_config(), self._score_dtype
+            inputs["attention_mask"] = attention_mask(branches, inputs["position_ids"], config, dtype)
         inputs["use_cache"] = False
         if self.aux_loss_enabled:
             inputs["output_router_logits"] = True
@@ -254,7 +271,7 @@ class SQLlavaTrainer(SFTTrainer):
         if self.aux_loss_enabled:
             self._count_aux_loss(outputs.aux_loss.detach())
         if self.model.training:
-            self._count_packed(inputs, row_ids)
+            self._count_packed(num_tokens)
             self.watch.micro_batches.append((row_ids, torch.stack([weighted_loss.detach(), weights.sum()]).float()))
             if self.is_deepspeed_enabled and self.accelerator.sync_gradients:
                 self.watch.check(self.state.global_step + 1)  # its backward pass applies the step
@@ -275,9 +292,16 @@ class SQLlavaTrainer(SFTTrainer):
         mode = "train" if self.model.training else "eval"
         self._aux_losses.setdefault(mode, []).append(aux_loss)
 
-    def _count_packed(self, inputs: dict[str, torch.Tensor], row_ids: torch.Tensor) -> None:
-        if self.packs is not None:
-            tokens = (inputs["position_ids"] > 0).sum() + len(row_ids)  # the first token of each has position 0
+    @property
+    def _score_dtype(self) -> torch.dtype:
+        """The precision of attention scores, where eager attention adds the mask."""
+        device_type = self.accelerator.device.type
+        if torch.is_autocast_enabled(device_type):
+            return torch.get_autocast_dtype(device_type)
+        return without_adapter(self.model).get_input_embeddings().weight.dtype
+
+    def _count_packed(self, tokens: torch.Tensor | None) -> None:
+        if tokens is not None:
             room = torch.full_like(tokens, self.packs.packs_per_batch * self.packs.max_length)
             self._packed = self._packed.to(tokens.device) + torch.stack([tokens, room])
 
@@ -297,6 +321,7 @@ class SQLlavaTrainer(SFTTrainer):
             "seed": args.seed,
             # With packing, rows_per_step counts packs.
             "packing": self.packs is not None,
+            "max_rows_per_image": self.max_rows_per_image,
             "sharding": sharding_of(self.accelerator),
         }
 
@@ -337,14 +362,22 @@ class SQLlavaTrainer(SFTTrainer):
         super()._run_epoch(*args, **kwargs)
 
     def _save_checkpoint(self, model, trial) -> None:
-        step = self.state.global_step
+        step, limit = self.state.global_step, self.args.save_total_limit
         before, self.watch.saved_step = self.watch.saved_step, step
         folder = Path(self.args.output_dir) / f"checkpoint-{step}"
         try:
             if self.args.should_save:
                 # Without this file, the folder does not count as complete while it is overwritten.
                 (folder / STATE_FILE).unlink(missing_ok=True)
+            # Older checkpoints are removed below, when a power failure cannot damage the new one any more.
+            self.args.save_total_limit = None
             super()._save_checkpoint(model, trial)
+            if self.args.should_save:
+                sync(folder)
+                best = self.state.best_model_checkpoint
+                rotate_checkpoints(
+                    self.args.output_dir, save_total_limit=limit, best_model_checkpoint=best, use_mtime=True
+                )
         except (OSError, RuntimeError, SafetensorError) as error:
             if not checkpoint_faults(folder):
                 raise  # the checkpoint is complete; something after it failed, such as an upload
@@ -355,11 +388,13 @@ class SQLlavaTrainer(SFTTrainer):
                 f"{folder} could not be written ({free} free on the disk): {error}. It was removed; {rest}. Free disk "
                 "space, then resume with --resume."
             ) from error
+        finally:
+            self.args.save_total_limit = limit
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
         # Full finetuning trains and resumes in float32. The final model has the precision of its config.json, which is
         # that of the frozen tower.
-        is_final = output_dir is None or Path(output_dir) == Path(self.args.output_dir)
+        is_final = output_dir is not None and Path(output_dir).name == HALF_WRITTEN_MODEL
         if state_dict is not None and not isinstance(self.model, PeftModel):
             # In the copies that FSDP2 and DeepSpeed give, a tied head is a weight of its own.
             state_dict = {name: w for name, w in state_dict.items() if name not in self.model.all_tied_weights_keys}
@@ -370,18 +405,39 @@ class SQLlavaTrainer(SFTTrainer):
             super()._save(output_dir, state_dict)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        super().save_model(output_dir, _internal_call)
-        if not _internal_call and sharding_of(self.accelerator) == "fsdp2-sharded":
-            # The Trainer saves only shards, which the next stage, `merge` and AutoModel cannot load.
-            self._save(output_dir, self.accelerator.get_state_dict(self.model))
+        """Saves a checkpoint (`_internal_call`), or the final model, which is complete or not there at any moment."""
+        if _internal_call:
+            super().save_model(output_dir, _internal_call)
+            return
+        final = Path(output_dir or self.args.output_dir)
+        part = final / HALF_WRITTEN_MODEL
+        if self.args.should_save:
+            shutil.rmtree(part, ignore_errors=True)  # left by a run that was killed
+        try:
+            with full_disk_named(final):
+                super().save_model(str(part))
+                if sharding_of(self.accelerator) == "fsdp2-sharded":
+                    # The Trainer saves only shards, which the next stage, `merge` and AutoModel cannot load.
+                    self._save(str(part), self.accelerator.get_state_dict(self.model))
+                self.accelerator.wait_for_everyone()
+                if self.args.should_save:
+                    place_model(part, final)
+        finally:
+            if self.args.should_save:
+                shutil.rmtree(part, ignore_errors=True)
+
+    def save_state(self) -> None:
+        if self.is_world_process_zero():
+            with written_whole(Path(self.args.output_dir) / STATE_FILE) as new:
+                self.state.save_to_json(new)
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
         # The last two files mark a checkpoint as complete, so they are written after the files of all processes.
+        sync(Path(output_dir))
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
-            run = self.run | {"files": file_sizes(Path(output_dir))}
-            (Path(output_dir) / RUN_FILE).write_text(json.dumps(run, indent=2))
+            write_json(Path(output_dir) / RUN_FILE, self.run | {"files": file_sizes(Path(output_dir))})
 
     def create_model_card(self, *args, **kwargs) -> None:
         """Writes no card into an adapter folder; `merge_adapter` writes the card of the merged checkpoint."""

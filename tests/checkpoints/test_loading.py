@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 import train_sft
 from sq_llava.checkpoints.load import load_checkpoint, load_model, merge_adapter, require_model
 from sq_llava.cli.main import app
+from sq_llava.evaluation.other_models import load_any
 from sq_llava.evaluation.results import hash_of_model
 from sq_llava.inference.assistant import Assistant
 from sq_llava.training.adapter import LoraSize, add_adapter
@@ -39,6 +40,12 @@ def models(tmp_path_factory) -> Path:
     edit_weights(root / "broken" / "model.safetensors", lambda weights: weights.pop(LOST))
     shutil.copytree(root / "adapter", root / "broken-adapter")
     edit_weights(root / "broken-adapter" / "adapter_model.safetensors", lambda weights: weights.pop(min(weights)))
+    shutil.copytree(root / "plain", root / "foreign")
+    (root / "foreign" / "folder").mkdir()
+    (root / "foreign" / "folder" / "module.py").write_text(f"open({str(root / 'code_ran')!r}, 'w').close()\n")
+    edit_json(root / "foreign" / "tokenizer_config.json", auto_map={"AutoTokenizer": ["folder/module.Class", None]})
+    shutil.copytree(root / "adapter", root / "adapter-on-foreign")
+    edit_json(root / "adapter-on-foreign" / "adapter_config.json", base_model_name_or_path=str(root / "foreign"))
     released.write_llava_hf(root / "llava-hf")
     BertConfig(hidden_size=8, num_attention_heads=2).save_pretrained(root / "bert")
     (root / "pictures").mkdir()
@@ -84,13 +91,37 @@ def test_model_of_another_kind_is_refused_by_each_command(models, command, model
     assert what in result.stderr and len(result.stderr.strip().splitlines()) == 1 and result.stdout == ""
 
 
-@pytest.mark.parametrize("model", ["broken", "llava-hf", "bert", "broken-adapter"])
+@pytest.mark.slow
+@pytest.mark.parametrize("model", ["foreign", "adapter-on-foreign"])
+@pytest.mark.parametrize("command", COMMANDS)
+def test_model_that_names_other_code_is_refused_by_each_command_and_runs_nothing(
+    models, command, model, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(models)
+    result = run(models, COMMANDS[command], model, tmp_path)
+    assert result.exit_code == 1
+    assert "tokenizer_config.json: auto_map, AutoTokenizer is 'folder/module.Class'" in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1 and result.stdout == ""
+    assert not (models / "code_ran").exists()
+
+
+@pytest.mark.parametrize("model", ["foreign", "adapter-on-foreign"])
+def test_model_that_names_other_code_is_neither_evaluated_nor_merged(models, model, tmp_path):
+    with pytest.raises(ValueError, match=r"foreign names code that is not this library's"):
+        load_any(str(models / model), trust_remote_code=True)
+    if model == "adapter-on-foreign":
+        with pytest.raises(ValueError, match=r"foreign names code that is not this library's"):
+            merge_adapter(str(models / model), str(tmp_path / "merged"))
+    assert not (models / "code_ran").exists() and not (tmp_path / "merged").exists()
+
+
+@pytest.mark.parametrize("model", ["broken", "llava-hf", "bert", "broken-adapter", "foreign", "adapter-on-foreign"])
 def test_training_refuses_a_start_that_cannot_be_loaded(models, model, tmp_path):
     parts = runs.make_parts(tmp_path)
     settings = runs.SETTINGS | {"dataset_path": parts / "train.json", "output_dir": tmp_path / "run"}
     settings["model_name_or_path"] = models / model
     arguments = [text for name, value in settings.items() for text in (f"--{name}", str(value))]
-    with pytest.raises(ValueError, match=rf"{model}( cannot be loaded| is)"):
+    with pytest.raises(ValueError, match=rf"{model.split('-')[-1]}( cannot be loaded| is| names code)"):
         train_sft.main(arguments)
 
 

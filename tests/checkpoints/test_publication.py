@@ -60,6 +60,32 @@ def test_changed_code_is_refused(is_base, written, model, tmp_path):
         assert publication.files
 
 
+@pytest.mark.parametrize("file", ["config.json", "tokenizer_config.json", "processor_config.json"])
+@pytest.mark.parametrize("module", ["folder/module", "org/name--module", "module"])
+def test_folder_that_names_other_code_is_refused_before_it_runs(file, module, model, tmp_path):
+    for place in (model, model / "folder"):
+        place.mkdir(exist_ok=True)
+        (place / "module.py").write_text(f"open({str(tmp_path / 'code_ran')!r}, 'w').close()\n")
+    name = f"{module}.Class"
+    edit_json(model / file, auto_map={"AutoConfig": name, "AutoTokenizer": [name, name], "AutoProcessor": name})
+    match = rf"{file}: auto_map, AutoConfig is '{module}.Class'; .*, AutoTokenizer is .*, AutoProcessor is"
+    with pytest.raises(ValueError, match=match), prepare(model, "org/x"):
+        pass
+    assert not (tmp_path / "code_ran").exists()
+
+
+def test_base_of_an_adapter_that_names_other_code_is_refused(written, model, tmp_path):
+    source = Path(shutil.copytree(written / "lora", tmp_path / "lora"))
+    edit_json(source / "adapter_config.json", base_model_name_or_path=str(model))
+    (model / "custom_generate").mkdir()
+    (model / "custom_generate" / "generate.py").touch()
+    settings = {"adapter_only": True, "base_model": "org/model"}
+    with pytest.raises(ValueError, match=r"model: custom_generate/generate\.py"), prepare(source, "org/x", **settings):
+        pass
+    with prepare(source, "org/x", **settings, trust_remote_code=True) as publication:
+        assert publication.files
+
+
 def test_code_that_is_run_before_the_upload_gets_no_token(model, monkeypatch):
     names = "[name for name in os.environ if name.endswith(('HF_TOKEN', 'HUB_TOKEN'))]"
     append_code(model, f"import os\nassert not {names}")
@@ -95,7 +121,8 @@ def test_wrong_requests_are_refused(settings, message, written):
 
 
 def test_local_path_in_a_configuration_is_refused(model):
-    write_provenance(model, {"stages": [{"data": [{"path": "/data/mine/train.json"}]}]})
+    stage = {"stage": "align", "rows": 1, "steps": 1, "settings": {}, "versions": {}}
+    write_provenance(model, {"stages": [stage | {"data": [{"path": "/data/mine/train.json"}]}]})
     match = r"provenance.yaml, stages, data, path is /data/mine/train.json, a path on this machine"
     with pytest.raises(ValueError, match=match), prepare(model, "org/model"):
         pass

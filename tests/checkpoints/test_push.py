@@ -21,7 +21,7 @@ from sq_llava.cli.main import app
 from sq_llava.evaluation.results import hash_of_model
 from sq_llava.resources import CODE_FILES
 from tests import ROOT
-from tests.checkpoints.published import INPUTS, NOT_PUBLISHED, write_adapter, write_model
+from tests.checkpoints.published import INPUTS, NOT_PUBLISHED, append_code, write_adapter, write_model
 from tests.hub_checks import CHECKS
 from tests.local_hub import LocalHub
 from tests.released import edit_json
@@ -288,6 +288,20 @@ def test_adapter_is_compared_on_the_base_that_the_hub_has(hub, pushed, monkeypat
     with pytest.raises(ValueError, match=r"logits differ from the local ones by up to \S+ Does its base on the Hub"):
         compare("org/other")
     compare("org/model")
+
+
+def test_code_of_a_base_on_the_hub_is_checked_before_it_is_run(hub, pushed, tmp_path):
+    base = tmp_path / "base"
+    base.mkdir()
+    for file in pushed["home"].glob("second/*.*"):
+        if file.is_file():
+            shutil.copy(file, base)
+    append_code(base, "raise RuntimeError('the code has run')")
+    hub.add("org/changed", base)
+    settings = {"adapter_only": True, "base_model": "org/changed"}
+    match = r"org/changed: .*modeling_sq_llava\.py differs from this library's code"
+    with hub.online() as api, pytest.raises(ValueError, match=match):
+        prepare(pushed["home"] / "lora", "org/again", api=api, **settings).__enter__()
 
 
 def test_upload_that_differs_gets_no_card(hub, pushed, monkeypatch):

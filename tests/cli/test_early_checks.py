@@ -39,7 +39,7 @@ CASES = {
     "generate-data curate none --out out --describer model": "none: no such folder.",
     "generate-data llava none.json --out out --model gpt": "The captions none.json: no such file.",
     "generate-data captions none.json --image-root . --out out --spacy-model en": "The captions none.json: no such",
-    "generate-data prompts llava full": "full exists already: give a new folder.",
+    "generate-data prompts llava full": "full is not empty: give a new folder.",
     "merge nope --out out": "nope: no such folder.",
     "merge model --out full": "full is not empty: give a new folder.",
     "merge model --out a.png": "a.png is a file: give a new folder.",

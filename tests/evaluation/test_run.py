@@ -7,18 +7,20 @@ import subprocess
 import time
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import Mock
 
 import huggingface_hub
 import pytest
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
 
+from sq_llava.evaluation import run
 from sq_llava.evaluation.answering import by_images
 from sq_llava.evaluation.results import hash_of_model
 from sq_llava.evaluation.run import Evaluation, evaluate
 from sq_llava.evaluation.task import Example
 from tests import tiny
 from tests.evaluation_layouts import evaluate_command, stored, write_easy_vqa, write_json, write_parquet
-from tests.processes import ended, fork, lines_of, sq_llava
+from tests.processes import ended, fork, lines_of, locked_by_another_process, sq_llava
 from tests.warm_python import warm_python
 
 
@@ -113,6 +115,22 @@ def test_killed_run_resumes_without_answering_again(evaluation, one_by_one, tmp_
     lines = answers.read_bytes().splitlines()
     assert len(lines) == NUM_QUESTIONS
     assert lines[:2] == kept.splitlines()[:2]
+
+
+def test_second_run_into_a_folder_is_refused_before_it_loads_a_model(evaluation, monkeypatch):
+    monkeypatch.setattr(run, "load_any", None)
+    with locked_by_another_process(evaluation.out), pytest.raises(ValueError, match=r"out: another run writes into"):
+        evaluate(evaluation)
+
+
+def test_run_that_fails_before_its_first_answer_does_not_claim_the_folder(evaluation, monkeypatch):
+    with monkeypatch.context() as context:
+        context.setattr(run, "load_any", Mock(side_effect=ValueError("no such model")))
+        with pytest.raises(ValueError, match="no such model"):
+            evaluate(replace(evaluation, limit=1, system_message="You see."))
+        assert not evaluation.out.exists()
+    evaluate(replace(evaluation, limit=1))
+    assert json.loads((evaluation.out / "run.json").read_text())["system_message"] is None
 
 
 def test_failed_example_is_recorded_and_counted(evaluation, own_data, one_by_one):

@@ -7,20 +7,24 @@ import random
 import signal
 import time
 from collections import Counter
+from inspect import signature
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
 import pytest
 
 from sq_llava.data.rows import load_rows
 from sq_llava.data.sources import DataSource
+from sq_llava.generation import captions, curate, llava, self_generation
 from sq_llava.generation.llava import KINDS, draw_tasks, parse_shares, read_prompts
+from sq_llava.generation.rows import Shard
 from sq_llava.generation.scenes import Scene
 from sq_llava.generation.settings import LlavaSettings
 from tests import tiny
 from tests.chat_server import ChatServer, Reply, chat_server
 from tests.generation.commands import generate_data, made, texts_of
-from tests.processes import ended, fork, lines_of, sq_llava
+from tests.processes import ended, fork, lines_of, locked_by_another_process, sq_llava
 
 
 pytestmark = pytest.mark.usefixtures("api_key")
@@ -59,6 +63,32 @@ def write_scenes(folder: Path, num: int) -> Path:
 def run(folder: Path, server: ChatServer, *arguments, num: int = 12):
     options = ["--model", "writer", "--base-url", server.url, "--out", folder / "out", *arguments]
     return generate_data("llava", write_scenes(folder, num), *options)
+
+
+def test_mistyped_model_does_not_claim_the_folder(tmp_path):
+    def refuse(request, number):
+        if request["model"] == "writter":
+            return Reply(status=404, body='{"error": {"message": "no such model"}}')
+        return write(request, number)
+
+    with chat_server(refuse) as server:
+        mistyped = run(tmp_path, server, "--model", "writter", num=2)
+        assert mistyped.exit_code == 1 and "no such model" in mistyped.stderr
+        assert not (tmp_path / "out" / "run.json").exists()
+        assert run(tmp_path, server, num=2).exit_code == 0
+        refused = run(tmp_path, server, "--model", "writter", num=2)
+    assert "run with model 'writer', but this run has 'writter'" in refused.stderr
+
+
+@pytest.mark.parametrize("generate", [captions.generate, curate.curate, llava.generate, self_generation.generate])
+def test_each_method_refuses_a_second_run_of_the_same_shard_at_once(generate, tmp_path):
+    settings = SimpleNamespace(out=tmp_path, shard=Shard(1, 4), device="cpu")
+    others = len(signature(generate).parameters) - 1
+    with (
+        locked_by_another_process(tmp_path, "shard-00001-of-00004"),
+        pytest.raises(ValueError, match="shard-00001-of-00004: another run writes into this folder"),
+    ):
+        generate(settings, *[None] * others)
 
 
 def test_rows_are_read_by_training_as_they_are(tmp_path):

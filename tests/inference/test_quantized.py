@@ -18,7 +18,7 @@ import train_sft
 from modeling_sq_llava import SQLlavaForConditionalGeneration
 from sq_llava.checkpoints.load import load_checkpoint, merge_adapter
 from sq_llava.cli.main import app
-from sq_llava.training.planning import weight_bytes
+from sq_llava.training.memory import weight_bytes
 from sq_llava.training.trainer import SQLlavaTrainer
 from tests import tiny
 

@@ -180,13 +180,13 @@ def test_journal_is_unlocked_when_its_client_is_deleted(tmp_path):
         client = client_of(server, tmp_path)
         client.complete(say("a"))
         script = (
-            "import sys; from pathlib import Path; from sq_llava.llm_client.journal import lock; "
-            "lock(Path(sys.argv[1]))"
+            "import sys; from sq_llava.output import output_lock\nwith output_lock(sys.argv[1], 'answers.jsonl'): pass"
         )
-        command = [sys.executable, "-c", script, str(tmp_path / "answers.jsonl")]
+        command = [sys.executable, "-c", script, str(tmp_path)]
         assert b"another run writes" in subprocess.run(command, capture_output=True).stderr
         del client
         assert subprocess.run(command).returncode == 0
+    assert [file.name for file in tmp_path.iterdir()] == ["answers.jsonl"]
 
 
 def test_odd_characters_of_an_answer_are_kept(tmp_path):
@@ -239,6 +239,31 @@ def test_answer_without_text_is_a_failure_of_one_request(tmp_path):
         assert issubclass(UnusableAnswer, ChatFailure)
         asked = ask(client_of(server, tmp_path), "a")
     assert "has no text" in asked.failures["a"]
+
+
+WRONG_BODIES = {
+    "long": (completion("a" * 10_000_000), "10,000,[0-9]{3} characters, more than 1,000,000"),
+    "deep": ("[" * 100_000, "not a chat completion .*nested too deeply"),
+    "infinite tokens": (completion("a", prompt_tokens=float("inf")), "not a chat completion .*infinity"),
+    "negative tokens": (completion("a", prompt_tokens=-(10**9)), "a negative number of tokens"),
+    "null": ("null", "not a chat completion"),
+    "binary": ("\0" * 100, "not a chat completion"),
+    "number": (completion(7), "has no text"),
+    "page": ("<html>" + "a" * 100_000, "not a chat completion"),
+}
+
+
+@pytest.mark.parametrize("kind", WRONG_BODIES)
+def test_hostile_reply_is_a_short_failure_of_one_request_and_lowers_no_bill(tmp_path, kind):
+    body, error = WRONG_BODIES[kind]
+    with chat_server(lambda request, number: Reply(body=body)) as server:
+        client = client_of(server, tmp_path)
+        with pytest.raises(UnusableAnswer, match=error) as raised:
+            client.complete(say("a"))
+    assert len(str(raised.value)) < 600
+    [line] = client.journal.all()
+    assert "answer" not in line and line["prompt_tokens"] > 0
+    assert (tmp_path / "answers.jsonl").stat().st_size < 2000
 
 
 def test_several_steps_of_an_item_are_each_paid_once(tmp_path):

@@ -106,7 +106,8 @@ def test_auto_says_what_it_took_and_what_is_written_differently():
         "prompt_layout: chatml, as in the chat template of org/qwen3. No system message. Every answer begins with "
         r"'<think>\n\n</think>\n\n', which is not in the loss. That template writes differently: earlier answers."
     )
-    assert sentence("gemma", "vicuna") == "prompt_layout: vicuna, which is not org/gemma's own."
+    assert sentence("gemma", "vicuna") == "prompt_layout: vicuna, as the settings say."
+    assert sentence("gemma", "chatml") == "prompt_layout: chatml, but not that of org/gemma."
 
 
 @pytest.mark.parametrize(
@@ -249,16 +250,16 @@ def test_lengths_of_exchanges_are_those_of_the_collator(processor, ratio):
 
 
 def test_doctor_finds_the_control_tokens_and_role_markers_of_the_layout(tmp_path):
-    answers = ["<|im_start|>user", "The user.", "USER: and ASSISTANT:"]
+    answers = ["<|start_header_id|>user", "The user.", "USER: and ASSISTANT:"]
     turns = [[{"from": "human", "value": "Who?"}, {"from": "gpt", "value": answer}] for answer in answers]
     rows = [{"id": str(number), "conversations": turn} for number, turn in enumerate(turns)]
     (tmp_path / "rows.json").write_text(json.dumps(rows))
     found = {}
-    for name in ("smollm", "llama2"):
+    for name in ("llama3", "llama2"):
         check = DataCheck([DataSource(str(tmp_path / "rows.json"))], made(name)[0])
         report = examine(check, Progress(disable=True))
         found[name] = [(finding.code, finding.row) for finding in report.findings]
-    assert found == {"smollm": [("control_token", 0)], "llama2": [("role_marker", 2)]}
+    assert found == {"llama3": [("control_token", 0)], "llama2": [("role_marker", 2)]}
 
 
 def test_a_layout_whose_tokens_the_tokenizer_lacks_is_refused():

@@ -4,6 +4,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import httpx2
 import pytest
 
 from sq_llava.inference.assistant import Assistant
@@ -67,10 +68,10 @@ def fast_again(assistant):
 
 @pytest.fixture(scope="module")
 def url(assistant) -> Iterator[str]:
-    from sq_llava.page.layout import LAUNCH, create_page
+    from sq_llava.page.layout import create_page, launch_settings
 
     blocks = create_page(assistant)
-    _, address, _ = blocks.launch(server_name="127.0.0.1", prevent_thread_lock=True, quiet=True, **LAUNCH)
+    _, address, _ = blocks.launch(prevent_thread_lock=True, quiet=True, **launch_settings())
     yield address.rstrip("/")
     blocks.close()
 
@@ -142,6 +143,19 @@ def test_browser_is_told_to_load_nothing_from_outside(visitor, url):
     assert "default-src 'self'" in policy
     visitor.page.evaluate("fetch('http://203.0.113.1/').catch(error => error.message)")
     assert any("Content Security Policy" in error for error in visitor.errors)
+
+
+def test_web_page_whose_name_points_to_this_machine_is_refused(url):
+    """DNS rebinding: the browser of a visitor sends the name of the page."""
+    assert httpx2.get(url).status_code == 200
+    for path in ("", "/config", "/gradio_api/info"):
+        assert httpx2.get(url + path, headers={"Host": "evil.example"}).status_code == 400
+
+
+@pytest.mark.parametrize("path", ["/etc/passwd", str(Path(__file__)), "../../../../etc/passwd", "C:/x"])
+def test_files_of_this_machine_are_not_served(url, path):
+    for route in ("/gradio_api/file=", "/file=", "/gradio_api/stream/"):
+        assert httpx2.get(url + route + path).status_code in (403, 404, 405), route
 
 
 @in_browser

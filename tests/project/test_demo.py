@@ -11,6 +11,7 @@ from demo import data, report, run
 from demo.base_models import build_tokenizer
 from demo.evaluate import is_valid
 from sq_llava.evaluation import easy_vqa
+from tests.processes import locked_by_another_process
 
 
 @pytest.mark.parametrize(
@@ -132,6 +133,12 @@ def test_run_with_other_settings_is_not_resumed(tmp_path):
     run.check_settings(tmp_path, ["--seed", "0"])
     with pytest.raises(SystemExit, match=r"other settings \(--seed 0; steps: data, CLIP, "):
         run.check_settings(tmp_path, ["--seed", "1"])
+
+
+def test_second_demo_into_a_folder_is_refused(tmp_path, capsys):
+    with locked_by_another_process(tmp_path), pytest.raises(SystemExit):
+        run.main(["--output-dir", str(tmp_path)])
+    assert "another run writes into this folder" in capsys.readouterr().err
 
 
 def test_time_of_steps_that_run_together_counts_once():

@@ -37,6 +37,48 @@ def test_code_of_a_checkpoint_needs_only_torch_transformers_and_pil(module):
     assert {name.split(".")[0] for name in imports(module)} <= allowed
 
 
+LIBRARY = [
+    *(path_of(module) for module in HUB_CODE),
+    *ROOT.glob("sq_llava/**/*.py"),
+    *ROOT.glob("demo/*.py"),
+    *ROOT.glob("benchmarks/*.py"),
+    ROOT / "train_sft.py",
+]
+
+
+def calls_in(file: Path):
+    """The methods that a file calls or passes on: the name before the dot, the method, and the keywords."""
+    nodes = list(ast.walk(ast.parse(file.read_text())))
+    calls = {id(node.func): node for node in nodes if isinstance(node, ast.Call)}
+    for node in nodes:
+        if isinstance(node, ast.Attribute):
+            words = calls[id(node)].keywords if id(node) in calls else []  # a method that is passed on has none
+            yield ast.unparse(node.value), node.attr, {word.arg: word.value for word in words}
+
+
+def test_each_load_says_that_no_code_of_a_model_or_of_a_pickle_is_run():
+    """Without `trust_remote_code`, auto classes ask on the terminal. SQLlavaProcessor itself says it for its parts."""
+    found = {}
+    for file in LIBRARY:
+        for name, method, keywords in calls_in(file):
+            is_auto = name.startswith("Auto") or (name.endswith("Processor") and name != "SQLlavaProcessor")
+            if is_auto and method in ("from_pretrained", "from_config"):
+                value = ast.unparse(keywords["trust_remote_code"]) if "trust_remote_code" in keywords else "not said"
+                found.setdefault(value, set()).add(file.name)
+            if (name, method) == ("torch", "load"):
+                assert ast.unparse(keywords["weights_only"]) == "True", file
+            # Our own unpickler accepts only an index of shards.
+            assert (name, method) not in (
+                ("pickle", "load"),
+                ("pickle", "loads"),
+                ("dill", "load"),
+                ("joblib", "load"),
+            )
+    # The process that checks a push, and other models in `sq-llava evaluate --trust-remote-code`.
+    assert found.pop("True") == {"fresh_load.py"} and found.pop("trust_remote_code") == {"other_models.py"}
+    assert found.keys() == {"False"} and "compose.py" in found["False"]
+
+
 def test_reading_a_recipe_needs_no_model_no_peft_and_no_doctor():
     """Only modules of this project are followed: TRL imports PEFT itself."""
     reached, waiting = set(), ["sq_llava.training.settings"]
@@ -55,8 +97,9 @@ def test_module_says_what_it_does(file):
     assert ast.get_docstring(ast.parse(file.read_text())), f"{file.name} has no docstring"
 
 
-def test_functions_on_the_architecture_page_are_where_it_says():
-    text = (ROOT / "docs" / "architecture.md").read_text()
+@pytest.mark.parametrize("page", ["architecture", "security"])
+def test_functions_and_tests_on_a_page_are_where_it_says(page):
+    text = (ROOT / "docs" / f"{page}.md").read_text()
     found = re.findall(r"`([\w.]+)`\s+\(`([\w/]+\.py)`\)", text)
     assert len(found) > 20
     for name, file in found:

@@ -22,6 +22,7 @@ from typer.testing import CliRunner
 from sq_llava.cli import main as cli
 from sq_llava.serving.app import create_app
 from sq_llava.serving.chat import Limits
+from sq_llava.serving.connections import TimedConnection
 from tests import ROOT, tiny
 from tests.assistants import tiny_assistant
 from tests.serving.test_chat import ask_for, metric_of, user
@@ -219,13 +220,16 @@ def test_command_serves_the_folder_by_its_name_with_the_limits_given(folder, mon
     monkeypatch.setattr(uvicorn, "run", lambda app, **settings: served.append((app, settings)))
     monkeypatch.setenv("SECRET", "s3cret")
     options = ["--port", "9", "--max-body-mb", "0.001", "--api-key-env", "SECRET", "--device", "cpu"]
+    options += ["--header-seconds", "3", "--allowed-hosts", "a.example", "--allowed-hosts", "*.b.example"]
     result = CliRunner().invoke(cli.app, ["serve", str(folder), *options])
     assert result.exit_code == 0, result.output
     ((app, settings),) = served
     assert settings["port"] == 9 and settings["host"] == "127.0.0.1"
-    with TestClient(app, headers={"Authorization": "Bearer s3cret"}) as http:
+    assert settings["http"].func is TimedConnection and settings["http"].keywords == {"header_seconds": 3}
+    with TestClient(app, base_url="http://x.b.example:9", headers={"Authorization": "Bearer s3cret"}) as http:
         assert http.get("/v1/models").json()["data"][0]["id"] == "tiny"
         assert http.post("/v1/chat/completions", json={"model": "x" * 2000}).status_code == 413
+        assert http.get("/v1/models", headers={"Host": "evil.example"}).status_code == 400
 
 
 def test_api_key_that_is_not_set_is_refused_before_a_model_is_loaded(monkeypatch):

@@ -1,5 +1,6 @@
 """Packed training has the losses of padded batches, also after a kill and with a second process."""
 
+import json
 import signal
 
 import pytest
@@ -126,7 +127,12 @@ def test_settings_that_packing_does_not_support_are_refused(parts, tmp_path, set
 
 
 def test_killed_run_and_two_processes_equal_the_uninterrupted_one(parts, tmp_path):
-    settings = PACKED | {"gradient_accumulation_steps": 2, "max_steps": 8, "save_steps": 3}
+    """The rows show two images, and share the passes over them."""
+    rows = json.loads((parts / "train.json").read_text())
+    shared = [row | ({"image": f"{1 + index % 2}.png"} if "image" in row else {}) for index, row in enumerate(rows)]
+    (tmp_path / "rows.json").write_text(json.dumps(shared))
+    settings = PACKED | {"dataset_path": tmp_path / "rows.json", "image_root": parts, "share_images": True}
+    settings |= {"gradient_accumulation_steps": 2, "max_steps": 8, "save_steps": 3}
     whole = Run(parts, tmp_path / "whole", **settings).finish()
     run = Run(parts, tmp_path / "killed", resume=True, **settings)
     assert run.exit_codes(runs.in_step, 8, runs.die) == [-signal.SIGKILL]  # in the middle of the second epoch

@@ -12,15 +12,8 @@ from trl.trainer.utils import add_fused_lm_head
 import train_sft
 from benchmarks.common import allocated_peak
 from sq_llava.training.adapter import LoraSize, add_adapter, count_parameters
-from sq_llava.training.planning import (
-    SHARDINGS,
-    Batch,
-    accumulation_steps,
-    activation_terms,
-    estimate_memory,
-    longest_rows,
-    weight_bytes,
-)
+from sq_llava.training.memory import SHARDINGS, Batch, activation_terms, estimate_memory, weight_bytes
+from sq_llava.training.planning import accumulation_steps, longest_rows
 from tests import runs, tiny
 
 
@@ -176,13 +169,24 @@ def test_plan_from_configurations_is_that_of_the_loaded_model(parts, tmp_path, c
     assert f" {weight_bytes(trainer.model) / 1024:.1f} KiB" in weights
 
 
-def test_sharding_divides_weights_gradients_and_optimizer_as_stated(adapted, args):
-    ddp, zero2, full = (
-        {term.name: term.num_bytes for term in estimate_memory(adapted, Batch(1, 50, 1), args, 8, sharding)}
+def test_each_sharding_divides_what_it_says(adapted, args):
+    args.bf16 = True
+    sizes = {
+        sharding: {t.name: t.num_bytes for t in estimate_memory(adapted, Batch(1, 50, 1), args, 8, sharding)}
         for sharding in SHARDINGS
-    )
-    assert ddp["gradients"] == 2 * 8 * zero2["gradients"] and ddp["optimizer"] == 8 * zero2["optimizer"]
-    assert zero2["weights"] == ddp["weights"] > full["weights"] > ddp["weights"] / 8
+    }
+    ddp, fsdp2, zero2, zero3 = sizes.values()
+    about = pytest.approx
+    trained = ddp["optimizer"] / 8
+    assert ddp["gradients"] == 2 * 4 * trained and fsdp2["gradients"] == about(4 * trained / 8, rel=0.05)
+    assert fsdp2["optimizer"] == about(ddp["optimizer"] / 8, rel=0.05)
+    for zero in (zero2, zero3):  # in bfloat16, with float32 copies in the optimizer
+        assert zero["gradients"] == about(2 * trained / 8, rel=0.05)
+        assert zero["optimizer"] == about(12 * trained / 8, rel=0.05)
+    assert zero2["weights"] == ddp["weights"] - 2 * trained
+    assert ddp["weights"] / 8 < fsdp2["weights"] < ddp["weights"] / 7 and zero3["weights"] < zero2["weights"] / 7
+    assert ddp["gathered weights"] == zero2["gathered weights"] == 0
+    assert 0 < fsdp2["gathered weights"] == zero3["gathered weights"] < ddp["weights"]
 
 
 def test_unknown_optimizer_is_refused(adapted, args):

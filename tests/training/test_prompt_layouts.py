@@ -102,7 +102,7 @@ def test_users_template_is_trained_with_and_saved(parts, tmp_path):
     batch = trainer.data_collator([trainer.train_dataset[1]])
     tokenizer = trainer.processing_class.tokenizer
     assert tokenizer.decode(batch["input_ids"][0]).endswith("[vusr]What is this?</s>A:A dog 1.</s>")
-    _, processor = load_checkpoint(str(tmp_path / "run"))
+    _, processor = load_checkpoint(str(tmp_path / "run"), trust_chat_template=True)
     assert processor.chat_template == TEMPLATE
 
 

@@ -24,7 +24,7 @@ from sq_llava.data.sources import DataSource
 from sq_llava.resources import find_resource
 from sq_llava.training.adapter import LoraSize, add_adapter
 from sq_llava.training.settings import SQLlavaArguments
-from sq_llava.training.sharding import wrap_layers
+from sq_llava.training.sharding import sharding_asked_for, wrap_layers
 from tests import runs, tiny
 from tests.launches import launch_environment
 
@@ -169,7 +169,7 @@ def test_recipe_states_the_memory_that_the_dry_run_estimates(recipe, big_configs
 def test_accelerate_reads_the_launch_settings(file):
     config = load_config_from_file(str(file))
     assert config.mixed_precision == "bf16"
-    assert config.num_processes == (1 if file.stem in ("single", "zero3_offload") else 8)
+    assert config.num_processes == {"single": 1, "zero3_offload": 1, "hsdp": 16}.get(file.stem, 8)
 
 
 def test_fsdp2_makes_each_layer_a_unit_of_its_own(monkeypatch):
@@ -189,6 +189,25 @@ def test_fsdp2_makes_each_layer_a_unit_of_its_own(monkeypatch):
         *(f"vision_tower.encoder.layers.{index}" for index in range(3)),
         *(f"language_model.layers.{index}" for index in range(2)),
     ]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {},
+            "dp_replicate_size 2 and dp_shard_size 8, which is 16 processes, but 1 were started. Set --",
+        ),
+        ({"parallelism_config_tp_size": 2}, "The launch sets tp_size 2. The loss needs whole sequences"),
+    ],
+    ids=["size", "kind"],
+)
+def test_mesh_of_another_size_or_kind_is_refused(options, message, monkeypatch, tmp_path):
+    for name, value in launch_environment(RECIPES / "accelerate" / "hsdp.yaml", **options).items():
+        monkeypatch.setenv(name, value)
+    training_args = type("Arguments", (), {"world_size": 1})
+    with pytest.raises(ValueError, match=message):
+        sharding_asked_for(training_args)
 
 
 @pytest.mark.parametrize(("launch", "stage"), [("zero2", 2), ("zero3", 3), ("zero3_offload", 3)])

@@ -1,16 +1,17 @@
 """Runs that are killed, stopped, out of disk space or fed with bad rows resume as if nothing had happened."""
 
-import random
+import os
+import shutil
 import signal
-import time
 from pathlib import Path
 
 import pytest
 
 import train_sft
+from sq_llava.early_checks import LOCK_FILE
 from sq_llava.training.recovery import EXIT_TRY_AGAIN
 from tests import runs
-from tests.processes import ended
+from tests.processes import locked_by_another_process
 from tests.runs import Run, assert_equal_runs, die, in_step, signal_self
 
 
@@ -38,7 +39,46 @@ def test_run_killed_in_setup_step_and_save_equals_the_uninterrupted_one(run, who
     assert run.exit_codes(runs.kill_in_state_file) == KILLED
     assert run.exit_codes(runs.kill_at_the_end) == KILLED
     assert "checkpoint-6 is half-written (trainer_state.json is cut off) and is skipped" in run.text
+    assert (run.output_dir / LOCK_FILE).exists() and (run.output_dir / "adapter_config.json").exists()
     assert_equal_runs(whole, run.finish())
+    assert not (run.output_dir / LOCK_FILE).exists() and not list(run.output_dir.glob("half-written-[bm]*"))
+
+
+def test_second_run_into_the_same_output_dir_is_refused_before_a_model_is_loaded(run, monkeypatch):
+    monkeypatch.setattr(train_sft, "load_base", None)
+    with locked_by_another_process(run.output_dir), pytest.raises(ValueError, match="run: another run writes into"):
+        train_sft.main(run.args)
+
+
+def test_run_into_the_folder_that_it_starts_from_is_refused(parts, whole):
+    with pytest.raises(ValueError, match=r"the folder of the model that training starts from. Its files would be"):
+        runs.train(parts, whole, whole)
+
+
+def test_checkpoint_is_on_the_disk_before_it_counts_and_before_older_ones_are_removed(parts, tmp_path, monkeypatch):
+    """The order of: files that are flushed, `run.json` that lists them, and removed checkpoints."""
+    flush, move, remove, events = os.fsync, os.replace, shutil.rmtree, []
+
+    def flushed(file):
+        flush(file)
+        events.append(Path(os.readlink(f"/proc/self/fd/{file}")).name)
+
+    def named(source, target):
+        move(source, target)
+        events.append(f"named {Path(target).name}")
+
+    def removed(folder, **settings):
+        remove(folder, **settings)
+        events.append(f"removed {Path(folder).name}")
+
+    monkeypatch.setattr(os, "fsync", flushed)
+    monkeypatch.setattr(os, "replace", named)
+    monkeypatch.setattr(shutil, "rmtree", removed)
+    runs.train(parts, tmp_path / "run", max_steps=2, save_steps=1, save_total_limit=1)
+    second = events[events.index("named run.json") + 1 : events.index("removed checkpoint-1")]
+    before, after = second[: second.index("named run.json")], second[second.index("named run.json") :]
+    assert {"adapter_model.safetensors", "optimizer.pt", "rng_state.pth"} <= set(before)
+    assert "trainer_state.json" in after and "run" in after
 
 
 def test_half_written_checkpoints_are_skipped_and_renamed(parts, whole, tmp_path):
@@ -143,30 +183,14 @@ def test_row_found_invalid_during_training_loses_no_step(parts, whole, tmp_path)
     assert_equal_runs(whole, run.finish())
 
 
-def wait_for_steps(number: int, children: list, run: Run) -> None:
-    """Waits until the run has made this many more steps, or has ended."""
-    losses_then = run.text.count("'loss'") + number
-    while run.text.count("'loss'") < losses_then and children[0].is_alive():
-        time.sleep(0.001)
-
-
 @pytest.mark.parametrize(("processes", "num_kills"), [(1, 4), (2, 2)])
 def test_run_killed_at_random_moments_equals_the_uninterrupted_one(parts, tmp_path, processes, num_kills):
-    settings = {"per_device_train_batch_size": 4 // processes, "max_steps": 6 * num_kills, "save_steps": 3}
+    # Three steps per epoch, of which the last has half a batch.
+    settings = runs.write_in_order(parts, tmp_path / "ordered.json") | {"max_steps": 6 * num_kills}
+    settings |= {"per_device_train_batch_size": 4 // processes}
     whole = Run(parts, tmp_path / "whole", processes, **settings).finish()
     run = Run(parts, tmp_path / "killed", processes, resume=True, **settings)
-    draw = random.Random(0)
-    for _ in range(num_kills):
-        children = run.start()
-        wait_for_steps(1, children, run)
-        begin, num_steps = time.monotonic(), draw.randint(1, 3)
-        wait_for_steps(num_steps, children, run)
-        # At a random moment of the next step, judged by how long the last steps took.
-        time.sleep(draw.uniform(0, 1) * (time.monotonic() - begin) / num_steps)
-        # One of two processes, or both. The other one ends with an error, or is killed by `ended`.
-        for child in draw.sample(children, draw.randint(1, processes)):
-            child.kill()
-        assert -signal.SIGKILL in ended(children), "the run ended before it could be killed"
+    runs.kill_at_random_moments(run, num_kills)
     assert_equal_runs(whole, run.finish())
 
 
