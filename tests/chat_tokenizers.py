@@ -19,7 +19,8 @@ from tests import tiny
 SPLIT = Regex(
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-LINES = [*tiny.CORPUS, "A line.\n\nAnother line.\nAnd another."]
+# Two line breaks become one token.
+LINES = [*tiny.CORPUS, "A line.\n\nAnother line.\nAnd another.\n\n" * 20]
 
 
 def _byte_level(special_tokens: list[str], bos: str | None = None, **names) -> PreTrainedTokenizerFast:
@@ -107,13 +108,17 @@ def qwen3() -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def save_qwen3(folder: Path, head_dim: int = 16) -> Path:
-    """Writes a small Qwen3 with one matrix for embeddings and head. Its generation config lacks the end of a turn."""
-    tokenizer = qwen3()
+def save_qwen3(folder: Path, head_dim: int = 16, base: bool = False) -> Path:
+    """
+    Writes a small Qwen3 with one matrix for embeddings and head. Its generation config stops at the end of a document
+    only. That of a base model has no stop token at all, and its tokenizer ends with a document.
+    """
+    tokenizer = qwen_base() if base else qwen3()
     fields = {name: value for name, value in tiny.TINY_LLAMA.items() if name != "model_type"}
     set_seed(0)
     model = Qwen3ForCausalLM(Qwen3Config(**fields, head_dim=head_dim, tie_word_embeddings=True))
-    model.generation_config = GenerationConfig(eos_token_id=tokenizer.convert_tokens_to_ids("<|endoftext|>"))
+    end = None if base else tokenizer.convert_tokens_to_ids("<|endoftext|>")
+    model.generation_config = GenerationConfig(eos_token_id=end)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder

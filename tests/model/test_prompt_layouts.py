@@ -225,6 +225,15 @@ def test_control_tokens_are_refused_and_other_special_tokens_are_text(name, proc
     assert "<box>" in tiny.tiny_processor(tokenizer, **made(name)[1]).apply_chat_template([message("user", "<box>")])
 
 
+def test_tokens_of_a_layout_are_control_tokens_without_a_template_of_the_tokenizer():
+    tokenizer = qwen_base()
+    tokenizer.chat_template = None
+    processor = tiny.tiny_processor(tokenizer, **PROMPT_LAYOUTS["chatml"])
+    for token in ("<|im_start|>", "<|im_end|>", "<|endoftext|>"):
+        with pytest.raises(TemplateError, match=re.escape(f"contains '{token}'")):
+            processor.apply_chat_template([message("user", token)])
+
+
 def test_reloaded_processor_gives_equal_ids_masks_and_control_tokens(processor, tmp_path):
     processor.save_pretrained(tmp_path)
     again = SQLlavaProcessor.from_pretrained(tmp_path)

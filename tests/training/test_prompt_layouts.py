@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from processing_sq_llava import SYSTEM_MESSAGE
+from sq_llava.checkpoints.compose import compose
 from sq_llava.checkpoints.inspection import inspect
 from sq_llava.checkpoints.load import load_checkpoint, merge_adapter
 from sq_llava.data.messages import place_images
@@ -69,6 +70,11 @@ def test_merged_model_stops_at_the_delimiter_and_at_the_language_models_own_end(
 
         output = model.generate(torch.tensor([[9, 8, 7, 6]]), max_new_tokens=8, logits_processor=[force])
         assert output[0].tolist() == [9, 8, 7, 6, 9, 9, 9, end]
+
+
+def test_base_model_stops_at_the_delimiter_and_where_its_tokenizer_ends(parts, tmp_path):
+    model, processor = compose(str(parts / "clip"), str(save_qwen3(tmp_path, base=True)), prototype_variant="none")
+    assert model.generation_config.eos_token_id == processor.tokenizer.convert_tokens_to_ids([END, DOCUMENT_END])
 
 
 def test_merged_model_answers_in_batches_asks_and_converses_as_without_a_cache(assistant):
