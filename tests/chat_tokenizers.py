@@ -20,7 +20,7 @@ SPLIT = Regex(
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 # Two line breaks become one token.
-LINES = [*tiny.CORPUS, "A line.\n\nAnother line.\nAnd another.\n\n" * 20]
+LINES = [*tiny.CORPUS, "A line\n\nAnother line\n\n" * 20]
 
 
 def _byte_level(special_tokens: list[str], bos: str | None = None, **names) -> PreTrainedTokenizerFast:
