@@ -12,7 +12,7 @@ export TOKENIZERS_PARALLELISM ?= false
 export HF_HUB_DISABLE_TELEMETRY ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-clean test test-fast test-documents test-deepspeed test-versions test-vllm test-wheel wheel lint bench
+.PHONY: help setup demo demo-clean test test-fast test-documents test-long test-deepspeed test-versions test-vllm test-wheel wheel lint bench
 
 help:  ## List the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -33,13 +33,16 @@ demo-clean:  ## Delete the output of the demo
 	rm -rf $(RUN)
 
 test: setup  ## Run all tests, in minutes on two cores
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not walk"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder -m "not walk and not long"
 
 test-fast: setup  ## Run the tests that are not marked slow
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow and not walk"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder -m "not slow and not walk and not long"
 
 test-documents: setup  ## Run what the documents show, the notebook, the quick demo and the quick benchmarks
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m walk
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m walk
+
+test-long: setup  ## Kill each command that writes, and a sharded run, at random moments; train on a mesh
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m long
 
 wheel: setup  ## Build a wheel in dist/
 	rm -rf build

@@ -125,8 +125,9 @@ def new_folder_lock(path: str | os.PathLike) -> Iterator[Path]:
     Yields:
         `half-written-NAME`, beside the final folder. It is removed at the end.
     """
-    path = Path(path).expanduser().resolve()
+    path = Path(path).expanduser()
     require_new_folder(path)
+    path = path.resolve()
     if path.is_dir():
         with output_lock(path):  # removes the lock file of a run that was killed
             pass
@@ -152,8 +153,9 @@ def folder_written_whole(path: str | os.PathLike) -> Iterator[Path]:
         ValueError: If the final folder is not empty, or another process is writing it.
         FullDiskError: If the disk is full.
     """
-    path = Path(path).expanduser().resolve()
+    path = Path(path).expanduser()
     with new_folder_lock(path) as unfinished:
+        path = path.resolve()
         folder = unfinished / path.name  # with the final name, because a model card is named after its folder
         shutil.rmtree(folder, ignore_errors=True)  # left by a run that was killed
         try:

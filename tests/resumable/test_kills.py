@@ -8,7 +8,7 @@ from tests.kills import NUM_KILLS, WRITERS, kill_at_random_moments
 from tests.processes import ended, fork
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("name", WRITERS)
 def test_command_killed_at_random_moments_leaves_all_or_nothing(name, tmp_path):
     log = tmp_path / "log"

@@ -77,6 +77,7 @@ def test_two_processes_equal_one_where_one_sees_text_only(parts, tmp_path, launc
     assert_similar_runs(Run(parts, tmp_path / "one", **alone).finish(), two.output_dir)
 
 
+@pytest.mark.long
 def test_four_processes_replicate_and_shard_and_two_resume_their_run(parts, tmp_path):
     # With this epsilon, Adam does not enlarge the differences of sums in another order.
     settings = DESCENT | {"optim": "adamw_torch", "adam_epsilon": 0.01, "learning_rate": 5e-3}
@@ -158,6 +159,7 @@ def test_killed_sharded_run_resumes_and_leaves_what_one_process_leaves(parts, tm
     assert_killed_run_equals(run, whole.output_dir, plain, tmp_path / "merged")
 
 
+@pytest.mark.long
 def test_sharded_run_killed_at_random_moments_equals_the_uninterrupted_one(parts, tmp_path):
     settings = write_in_order(parts, tmp_path / "ordered.json") | {"max_steps": 15}
     whole = LaunchedRun("fsdp2", parts, tmp_path / "whole", **settings).finish()
