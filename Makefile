@@ -32,17 +32,17 @@ demo: setup  ## Train and evaluate a small SQ-LLaVA, in less than ten minutes on
 demo-clean:  ## Delete the output of the demo
 	rm -rf $(RUN)
 
-test: setup  ## Run all tests, in minutes on two cores
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder -m "not walk and not long"
+test: setup  ## Run the tests, in about ten minutes on two cores
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not walk and not long"
 
 test-fast: setup  ## Run the tests that are not marked slow
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder -m "not slow and not walk and not long"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow and not walk and not long"
 
 test-documents: setup  ## Run what the documents show, the notebook, the quick demo and the quick benchmarks
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m walk
 
-test-long: setup  ## Kill each command that writes, and a sharded run, at random moments; train on a mesh
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m long
+test-long: setup  ## Run the tests that take longest: kills at random moments, a mesh, several machines
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m long
 
 wheel: setup  ## Build a wheel in dist/
 	rm -rf build

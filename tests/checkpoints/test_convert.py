@@ -353,6 +353,7 @@ def test_interrupted_conversion_leaves_no_folder_and_can_be_repeated(llava, tmp_
     assert {file.name for file in tmp_path.iterdir()} == {"source", "result"}
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_killed_conversion_leaves_no_folder_and_can_be_repeated(llava, tmp_path):
     code = (
@@ -378,6 +379,7 @@ def test_killed_conversion_leaves_no_folder_and_can_be_repeated(llava, tmp_path)
     assert {file.name for file in tmp_path.iterdir()} == {"source", "result"}
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_memory_is_that_of_the_largest_files_not_of_the_checkpoint():
     report = benchmark.run(benchmark.SMALL, num_shards=4, with_peer=False)

@@ -95,6 +95,7 @@ def test_code_that_is_run_before_the_upload_gets_no_token(model, monkeypatch):
         publishing.check_loading(publication)
 
 
+@pytest.mark.long
 def test_folder_that_others_cannot_load_is_not_uploaded(model):
     (model / "configuration_sq_llava.py").unlink()
     match = r"org/broken cannot be loaded; nothing was uploaded: .*configuration_sq_llava"

@@ -272,6 +272,7 @@ def test_file_that_was_changed_on_the_hub_is_found(hub, pushed):
             hub.contents[sha256] = content
 
 
+@pytest.mark.long
 def test_adapter_is_compared_on_the_base_that_the_hub_has(hub, pushed, monkeypatch):
     home = pushed["home"]
     for name, value in {"HF_HOME": str(home / "hf_home"), **hub.environment("writer")}.items():

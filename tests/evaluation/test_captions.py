@@ -259,6 +259,7 @@ def test_penn_treebank_words_equal_those_of_pycocoevalcap():
     assert ptb_words(texts) == [each[0] for each in PTBTokenizer().tokenize(wrapped).values()]
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @needs_java
 def test_meteor_equals_that_of_pycocoevalcap():

@@ -208,6 +208,7 @@ def coverage(num_sets: int, interval_of) -> float:
     return sum(low <= truth <= high for low, high, truth in map(interval_of, range(num_sets))) / num_sets
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_interval_of_a_mean_covers_the_truth_in_95_of_100_datasets():
     def interval_of(seed):
@@ -219,6 +220,7 @@ def test_interval_of_a_mean_covers_the_truth_in_95_of_100_datasets():
     assert 0.92 <= coverage(300, interval_of) <= 0.98
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_interval_of_a_ratio_covers_the_truth_in_95_of_100_datasets():
     def ratio(records):

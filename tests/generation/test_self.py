@@ -391,6 +391,7 @@ def test_command_reports_what_is_kept_and_a_dry_run_does_nothing(run):
     assert len(lines_of(run.out / "data.jsonl")) == NUM_IMAGES
 
 
+@pytest.mark.long
 def test_killed_command_resumes_without_asking_again(run, tmp_path):
     log = tmp_path / "log"
     (child,) = start(run, log)

@@ -399,6 +399,7 @@ def test_flash_attention_2_is_supported_where_it_is_installed():
         assert module._supports_flash_attn
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.parametrize("variant", ["paper", "released"])
 def test_the_forward_pass_compiles_to_one_graph(variant):

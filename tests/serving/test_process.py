@@ -125,6 +125,7 @@ def server_process(folder: Path):
         process.communicate()
 
 
+@pytest.mark.long
 def test_eight_clients_get_the_same_together_as_alone_and_the_shutdown_waits_for_them(folder):
     def ask(port: int, number: int) -> str:
         message = user(f"What is it? {'And what else? ' * (number % 3)}", *map(tiny.picture, range(number % 3)))

@@ -102,6 +102,7 @@ def start_launcher(port: int, run: Run, machines: int = 2) -> subprocess.Popen:
         return subprocess.Popen([*command, "-m", "train_sft", *run.args], env=environment, stdout=log, stderr=log)
 
 
+@pytest.mark.long
 def test_two_machines_train_like_one_process(parts, tmp_path):
     settings = DESCENT | write_in_order(parts, tmp_path / "ordered.json") | {"max_steps": 3}
     two = Run(parts, tmp_path / "two", **settings | {"per_device_train_batch_size": 2})
@@ -135,7 +136,10 @@ def test_machine_that_does_not_see_the_checkpoint_stops_the_run(tmp_path):
     assert "The processes see different checkpoints (none on process 0, checkpoint-2 on process 1)" in log.read_text()
 
 
-@pytest.mark.parametrize("settings", [{}, FULL], ids=["adapter", "in full"])
+IN_FULL = pytest.param(FULL, marks=pytest.mark.long)
+
+
+@pytest.mark.parametrize("settings", [{}, IN_FULL], ids=["adapter", "in full"])
 def test_tied_head_is_sharded(parts, tied, tmp_path, settings):
     settings = DESCENT | settings | {"text_model_name_or_path": tied, "max_steps": 3}
     two = LaunchedRun("fsdp2", parts, tmp_path / "two", **settings).finish()
@@ -144,7 +148,7 @@ def test_tied_head_is_sharded(parts, tied, tmp_path, settings):
 
 @pytest.mark.parametrize(
     ("state_dict_type", "settings"),
-    [("SHARDED_STATE_DICT", {}), ("FULL_STATE_DICT", FULL)],
+    [("SHARDED_STATE_DICT", {}), pytest.param("FULL_STATE_DICT", FULL, marks=pytest.mark.long)],
     ids=["adapter from shards", "in full"],
 )
 def test_killed_sharded_run_resumes_and_leaves_what_one_process_leaves(parts, tmp_path, state_dict_type, settings):

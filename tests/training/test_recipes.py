@@ -103,7 +103,7 @@ def test_unknown_setting_in_a_recipe_is_refused(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("size", ["7b", "13b"])
+@pytest.mark.parametrize("size", ["7b", pytest.param("13b", marks=pytest.mark.long)])
 def test_tiny_twins_train_one_after_another(size, parts, tmp_path):
     for name in ("stage1", "stage1-sharegpt4v", "stage2", "stage2-sharegpt4v", "stage2-qlora"):
         recipe = Path(f"sq-llava-{size}/{name}.yaml")

@@ -131,6 +131,7 @@ def test_signal_in_the_last_step_lets_the_run_end(run, whole):
     assert_equal_runs(whole, run.finish(in_step, 9, signal_self, 0, signal.SIGTERM))
 
 
+@pytest.mark.long
 def test_rows_grouped_by_length_come_once_an_epoch_and_in_the_same_order_after_a_kill(parts, tmp_path):
     settings = {"processes": 2, "per_device_train_batch_size": 2, "train_sampling_strategy": "group_by_length"}
     whole = Run(parts, tmp_path / "whole", **settings).finish(runs.write_row_ids, tmp_path)
@@ -143,6 +144,7 @@ def test_rows_grouped_by_length_come_once_an_epoch_and_in_the_same_order_after_a
     assert_equal_runs(whole, run.finish())
 
 
+@pytest.mark.long
 def test_signal_to_dataloader_workers_too_loses_nothing(parts, tmp_path):
     settings = {"dataloader_num_workers": 2, "dataloader_persistent_workers": True}
     settings["dataloader_multiprocessing_context"] = "fork"
@@ -183,7 +185,7 @@ def test_row_found_invalid_during_training_loses_no_step(parts, whole, tmp_path)
     assert_equal_runs(whole, run.finish())
 
 
-@pytest.mark.parametrize(("processes", "num_kills"), [(1, 4), (2, 2)])
+@pytest.mark.parametrize(("processes", "num_kills"), [pytest.param(1, 4, marks=pytest.mark.long), (2, 2)])
 def test_run_killed_at_random_moments_equals_the_uninterrupted_one(parts, tmp_path, processes, num_kills):
     # Three steps per epoch, of which the last has half a batch.
     settings = runs.write_in_order(parts, tmp_path / "ordered.json") | {"max_steps": 6 * num_kills}
@@ -197,7 +199,7 @@ def test_run_killed_at_random_moments_equals_the_uninterrupted_one(parts, tmp_pa
 @pytest.mark.parametrize(
     ("fault", "message"),
     [
-        (runs.poison_row, "was not applied: its loss is nan"),
+        pytest.param(runs.poison_row, "was not applied: its loss is nan", marks=pytest.mark.long),
         (runs.break_row, "train.json, row 5: the image is broken"),
     ],
 )
