@@ -21,8 +21,9 @@ setup: $(VENV)/.installed  ## Create .venv with the pinned packages
 
 $(VENV)/.installed: requirements.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	# Without compiling 20,000 files, of which few are imported; Python compiles those at their first import.
 	$(BIN)/pip install --quiet --no-compile --requirement requirements.txt
+	# pip would compile the files one after another. Some packages contain templates that cannot be compiled.
+	-$(BIN)/python -m compileall -q -q -j 0 $(VENV)/lib
 	$(BIN)/pip install --quiet --no-deps --editable .
 	touch $@
 
