@@ -135,12 +135,12 @@ def settings(folder: Path, batch_size: int, **more) -> SFTConfig:
     )
 
 
-def stock_trainer(data: Data, folder: Path, rows_per_step: int, vision: dict = VISION, text: dict = TEXT) -> Trainer:
+def stock_trainer(data: Data, folder: Path, rows_per_step: int) -> Trainer:
     processor = data.processor
-    text = text | {"vocab_size": len(processor.tokenizer)}
+    text = TEXT | {"vocab_size": len(processor.tokenizer)}
     torch.manual_seed(0)
     config = LlavaConfig(
-        vision_config=dict(vision), text_config=text, image_token_index=processor.image_token_id, image_seq_length=64
+        vision_config=dict(VISION), text_config=text, image_token_index=processor.image_token_id, image_seq_length=64
     )
     model = LlavaForConditionalGeneration(config)
     lora = LoraConfig(
@@ -167,20 +167,13 @@ def stock_messages(messages: list[dict]) -> list[dict]:
 
 
 def own_trainer(
-    data: Data,
-    folder: Path,
-    rows_per_step: int,
-    packing: bool,
-    prototypes: int,
-    max_rows_per_image: int = 1,
-    vision: dict = VISION,
-    text: dict = TEXT,
+    data: Data, folder: Path, rows_per_step: int, packing: bool, prototypes: int, max_rows_per_image: int = 1
 ) -> Trainer:
     processor = data.processor
     fields = {"num_prototypes": prototypes} if prototypes else {"prototype_variant": "none"}
-    text = text | {"vocab_size": len(processor.tokenizer)}
+    text = TEXT | {"vocab_size": len(processor.tokenizer)}
     model = make_model(
-        vision, text, image_token_id=processor.image_token_id, vusr_token_id=processor.vusr_token_id, **fields
+        VISION, text, image_token_id=processor.image_token_id, vusr_token_id=processor.vusr_token_id, **fields
     )
     if packing:
         packs = pack_sampler(data.rows, settings(folder, 1), 1, max_rows_per_image=max_rows_per_image)
