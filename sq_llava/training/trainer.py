@@ -298,7 +298,7 @@ class SQLlavaTrainer(SFTTrainer):
         device_type = self.accelerator.device.type
         if torch.is_autocast_enabled(device_type):
             return torch.get_autocast_dtype(device_type)
-        return without_adapter(self.model).get_input_embeddings().weight.dtype
+        return without_adapter(self.model).model.language_model.dtype
 
     def _count_packed(self, tokens: torch.Tensor | None) -> None:
         if tokens is not None:
