@@ -23,32 +23,29 @@ to the inputs) and 2 more to compute it again; attention between positions comes
 of all layers, which checkpointing keeps, for a step of 16 rows.
 """
 
-import json
 import tempfile
 from pathlib import Path
 
 import datasets
 import numpy as np
 import torch
-from PIL import Image
 from transformers import Trainer, logging
 from transformers.trainer_callback import PrinterCallback
 
 from benchmarks import common
 from benchmarks.train_step import (
     MAX_LENGTH,
-    NUM_WORDS,
     PROTOTYPES,
     Data,
+    conversation,
+    draw_image,
+    draw_words,
     own_trainer,
+    read_data,
+    show_image,
     stock_trainer,
-    word_processor,
 )
-from sq_llava.data.lengths import LengthBound, with_length_bounds
-from sq_llava.data.rows import load_rows
 from sq_llava.data.shared_images import ImageSharing
-from sq_llava.data.sources import DataSource
-from sq_llava.training.collator import SelfQuestioningCollator
 from sq_llava.training.packing import PackSampler
 
 
@@ -97,27 +94,14 @@ def make_data(folder: Path, workload: str, num_rows: int) -> Data:
     generator = np.random.default_rng(0)
     raw = []
     for image in images_of_rows(workload, num_rows, generator):
-        exchanges, num_words = num_exchanges_and_words(workload, image is None, generator)
-        words = [f"w{word}" for word in generator.integers(NUM_WORDS, size=num_words)]
-        turns = []
-        for piece in np.array_split(words, exchanges):
-            asked = max(1, len(piece) // 3)  # a third of each exchange is the question
-            turns += [("human", " ".join(piece[:asked])), ("gpt", " ".join(piece[asked:]) or "w0")]
-        row = {"id": str(len(raw)), "conversations": [{"from": role, "value": text} for role, text in turns]}
+        num_exchanges, num_words = num_exchanges_and_words(workload, image is None, generator)
+        row = {"id": str(len(raw))} | conversation(draw_words(num_words, generator), num_exchanges)
         if image is not None:
-            row["image"] = f"{image}.jpg"
-            if not (folder / row["image"]).exists():
-                pixels = generator.integers(0, 256, (12, 16, 3), dtype=np.uint8)
-                Image.fromarray(pixels).resize((160, 120), Image.Resampling.BICUBIC).save(folder / row["image"])
-            row["conversations"][0]["value"] = "<image>\n" + row["conversations"][0]["value"]
+            if not (path := folder / f"{image}.jpg").exists():
+                draw_image(path, generator)
+            show_image(row, path.name)
         raw.append(row)
-    path = folder / "rows.json"
-    path.write_text(json.dumps(raw))
-    processor = word_processor(NUM_WORDS)
-    rows = load_rows([DataSource(str(path))], image_seq_length=64)
-    rows = with_length_bounds(rows, LengthBound(processor, MAX_LENGTH, self_question_ratio=0.0))
-    batch = SelfQuestioningCollator(processor, self_question_ratio=0.0)([rows[index] for index in range(num_rows)])
-    return Data(processor, rows, int((batch["labels"] != -100).sum()), int(batch["attention_mask"].sum()))
+    return read_data(folder, raw)
 
 
 def make_trainers(data: Data, folder: Path) -> dict[str, Trainer]:

@@ -94,25 +94,48 @@ def make_data(folder: Path, num_rows: int, mix: str = "as of LLaVA", vocabulary:
     raw = []
     for number in range(num_rows):
         num_words = min(3 + int(generator.gamma(shape, mean / shape)), MAX_LENGTH - 64 - 3 * 4)
-        words = [f"w{word}" for word in generator.integers(NUM_WORDS, size=num_words)]
-        # A third of each exchange is the question, the rest the answer.
-        turns = []
-        for piece in np.array_split(words, min(generator.integers(1, 4), max(1, num_words // 3))):
-            asked = max(1, len(piece) // 3)
-            turns += [("human", " ".join(piece[:asked])), ("gpt", " ".join(piece[asked:]) or "w0")]
-        row = {"id": str(number), "conversations": [{"from": role, "value": text} for role, text in turns]}
+        words = draw_words(num_words, generator)
+        row = {"id": str(number)} | conversation(words, min(generator.integers(1, 4), max(1, num_words // 3)))
         if generator.random() >= 0.06:
-            row["image"] = f"{number}.jpg"
-            pixels = generator.integers(0, 256, (12, 16, 3), dtype=np.uint8)
-            Image.fromarray(pixels).resize((160, 120), Image.Resampling.BICUBIC).save(folder / row["image"])
-            row["conversations"][0]["value"] = "<image>\n" + row["conversations"][0]["value"]
+            draw_image(folder / f"{number}.jpg", generator)
+            show_image(row, f"{number}.jpg")
         raw.append(row)
+    return read_data(folder, raw, vocabulary)
+
+
+def draw_words(number: int, generator: np.random.Generator) -> list[str]:
+    return [f"w{word}" for word in generator.integers(NUM_WORDS, size=number)]
+
+
+def conversation(words: list[str], num_exchanges: int) -> dict[str, list]:
+    """A conversation with these words. A third of each exchange is the question, the rest the answer."""
+    turns = []
+    for piece in np.array_split(words, num_exchanges):
+        asked = max(1, len(piece) // 3)
+        turns += [("human", " ".join(piece[:asked])), ("gpt", " ".join(piece[asked:]) or "w0")]
+    return {"conversations": [{"from": role, "value": text} for role, text in turns]}
+
+
+def draw_image(path: Path, generator: np.random.Generator) -> None:
+    pixels = generator.integers(0, 256, (12, 16, 3), dtype=np.uint8)
+    Image.fromarray(pixels).resize((160, 120), Image.Resampling.BICUBIC).save(path)
+
+
+def show_image(row: dict, name: str) -> None:
+    """Puts an image before the first question."""
+    row["image"] = name
+    row["conversations"][0]["value"] = "<image>\n" + row["conversations"][0]["value"]
+
+
+def read_data(folder: Path, raw: list[dict], vocabulary: int = NUM_WORDS) -> Data:
+    """Writes the rows into a file, and reads them as training does."""
     path = folder / "rows.json"
     path.write_text(json.dumps(raw))
     processor = word_processor(vocabulary)
     rows = load_rows([DataSource(str(path))], image_seq_length=64)
-    rows = with_length_bounds(rows, LengthBound(processor, MAX_LENGTH, self_question_ratio=0.0))
-    batch = SelfQuestioningCollator(processor, self_question_ratio=0.0)([rows[index] for index in range(num_rows)])
+    bound = LengthBound(processor, MAX_LENGTH, self_question_ratio=0.0)
+    rows = with_length_bounds(rows, bound, prefixes=True)
+    batch = SelfQuestioningCollator(processor, self_question_ratio=0.0)([rows[index] for index in range(len(rows))])
     return Data(processor, rows, int((batch["labels"] != -100).sum()), int(batch["attention_mask"].sum()))
 
 
