@@ -295,7 +295,7 @@ def train_base(sizes: Sizes, tower: Path, folder: Path, prototype_variant: str) 
     on_features(model)
     train = Steps(model, sizes.base_steps, 3e-3)
     losses = {}
-    for _ in range(sizes.base_steps):
+    for step in range(sizes.base_steps):
         rows = [_written_row(facts[n], scenes[n], draw) for n in draw.sample(range(len(scenes)), half)]
         batch = texts(rows)
         # As in the pretraining of a language model, all words are in the loss; but answers count more.
@@ -307,6 +307,8 @@ def train_base(sizes: Sizes, tower: Path, folder: Path, prototype_variant: str) 
         train.step(text_loss + caption_loss)
         for name, loss in (("text", text_loss), ("caption", caption_loss)):
             losses[name] = 0.95 * losses.get(name, loss.item()) + 0.05 * loss.item()
+        if step % 100 == 0:
+            print(f"Base model, step {step}: {losses}", flush=True)
     del model.model.get_vision_features
     model.save_pretrained(folder)
     processor.save_pretrained(folder)

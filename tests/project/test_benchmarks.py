@@ -11,9 +11,10 @@ from sq_llava.evaluation import easy_vqa
 
 
 FOLDER = Path(readme.__file__).parent
-SHARED = {"common", "readme", "random_models", "load"}
+SHARED = {"common", "readme", "random_models", "load", "scene_models", "scene_report", "scene_world"}
 BY_HAND = {
-    "gpu", "launchers", "shared_images", "sharing_accuracy", "serving", "ablation", "self_training", "three_systems",
+    "gpu", "launchers", "shared_images", "sharing_accuracy", "serving", "ablation", "scenes", "self_training",
+    "three_systems",
 }  # fmt: skip
 
 
