@@ -111,6 +111,19 @@ def caption(scene: Scene, draw: random.Random) -> str:
     return " and ".join(f"a {thing.color} {thing.shape}" for thing in draw.sample(scene, 2))
 
 
+def word_list(scene: Scene, draw: random.Random, number: int = 10) -> str:
+    """Pairs of attributes, half of which one thing has: `small red? yes blue cross? no ...`."""
+    items = []
+    for _ in range(number):
+        names = draw.sample(list(ATTRIBUTES), 2)
+        thing = draw.choice(scene)
+        words = [getattr(thing, name) for name in names]
+        if draw.random() < 0.5:
+            words = [draw.choice(ATTRIBUTES[name]) for name in names]
+        items.append(f"{words[0]} {words[1]}? {_yes(bool(_described(' '.join(words), scene)))}")
+    return " ".join(items)
+
+
 # --- Phrases: which things does a phrase name? ---
 
 SIMPLE = rf"the (?:(?:{'|'.join(SIZES)}) )?(?:(?:{'|'.join(COLOURS)}) )?(?:{'|'.join(SHAPES)}|thing)"
@@ -142,7 +155,7 @@ def _described(head: str, scene: Scene) -> list[Thing]:
 def draw_phrase(thing: Thing, scene: Scene, hidden: str | None, simple: bool, draw: random.Random) -> str | None:
     """Draws a phrase that names only `thing` and does not tell the attribute `hidden`; `None` if there is none."""
     phrases = [phrase for phrase in _heads(thing, hidden) if resolve(phrase, scene) == thing]
-    if not simple and (not phrases or draw.random() < 0.5):
+    if not simple and (not phrases or draw.random() < 0.25):
         anchor = draw.choice([other for other in scene if other != thing])
         others = [phrase for phrase in _heads(anchor, None) if resolve(phrase, scene) == anchor]
         longer = [f"{h} {d} {o}" for h, d, o in product(_heads(thing, hidden), DIRECTIONS, others)]
