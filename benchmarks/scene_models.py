@@ -74,7 +74,7 @@ class Sizes:
     tower_steps: int = 4000
     base_steps: int = 1000
     batch_size: int = 32
-    learning_rate: float = 1e-3
+    learning_rate: float = 2e-3
     asked_pictures: int = 200
     asked_questions: int = 2  # about each of them
 

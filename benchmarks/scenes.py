@@ -55,7 +55,9 @@ The sizes (learning rate, steps, kinds of questions, pretraining) were chosen on
 pictures that are not in the study. A first choice was thrown away: with all five kinds of questions and a base model
 that knew short captions only, the baseline was at 54% after 150 steps in (referring, yes/no), which is chance. So the
 study asks for attributes (half of the questions), counts and existence, and leaves out comparisons and relations. The
-base model also learns from lists of true and false pairs of attributes, so that it looks at the picture.
+base model also learns from lists of true and false pairs of attributes, so that it looks at the picture. With it, the
+baseline reaches 69% in this corner after 50 steps and 70% after 100; chance is about 50%. The small budget is the main
+one: it lies between chance and what can be reached, and most seeds fit into the machine time.
 """
 
 import argparse
@@ -107,8 +109,8 @@ class Budget:
     steps: int
 
 
-BUDGETS = {"medium": Budget(1500, 150), "small": Budget(500, 75), "large": Budget(4000, 300)}
-MAIN_BUDGET = "medium"
+BUDGETS = {"small": Budget(500, 60), "medium": Budget(1500, 150), "large": Budget(4000, 300)}
+MAIN_BUDGET = "small"
 
 
 @dataclass(frozen=True)
