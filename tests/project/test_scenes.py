@@ -3,6 +3,7 @@
 import json
 from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import pytest
 import torch
 
@@ -93,13 +94,9 @@ def test_pictures_with_held_out_combinations_are_asked_about_them():
 def test_asked_questions_are_checked_against_their_picture(pool):
     scene_list = [SCENE, pool[0][0]]
     asked = [["what color is the large circle?", "what color is the large square?"], ["the the?", "is there a red?"]]
-    found = scene_report_of(asked, scene_list)
+    found = scene_models.check_questions(asked, scene_list, Bits(scene_list))
     assert found["questions"] == 4 and found["well_formed"] == 0.5
     assert found["premise_true"] == 0.25 and found["answerable"] == 0.25 and found["bits"] >= 0
-
-
-def scene_report_of(asked, scene_list):
-    return scene_models.check_questions(asked, scene_list, Bits(scene_list))
 
 
 @pytest.fixture(scope="module")
@@ -151,8 +148,6 @@ def test_holm_multiplies_the_smallest_p_value_most_and_keeps_the_order():
 
 
 def test_calibration_error_is_the_gap_between_confidence_and_accuracy():
-    import numpy as np
-
     sure, right = np.array([0.95, 0.95, 0.55, 0.55]), np.array([True, True, True, False])
     assert scene_models.calibration_error(sure, right) == pytest.approx(0.5 * 0.05 + 0.5 * 0.05)
 
@@ -184,12 +179,13 @@ def test_main_budget_and_first_arms_are_run_first_seed_by_seed(tmp_path):
 def test_quick_study_reports_and_does_again_only_what_is_missing(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(scenes, "ProcessPoolExecutor", lambda jobs, **_: ThreadPoolExecutor(1))
     monkeypatch.setattr(scenes, "BUDGETS", dict(scenes.BUDGETS))
+    monkeypatch.setattr(scenes, "CORNERS", [("generic", "open"), ("referring", "yes/no")])
     work, report = tmp_path / "work", tmp_path / "report"
     command = ["--quick", "--work", str(work), "--output-dir", str(report), "--seeds", "0", "1"]
     command += ["--budgets", scenes.MAIN_BUDGET, "--arms", "baseline", "sq-1", "instruct"]
     scenes.main(command)
     first = json.loads((report / "scenes.json").read_text())
-    assert first["finished"] == 24 and not first["missing"] and len(first["cells"]) == 12
+    assert first["finished"] == 12 and not first["missing"] and len(first["cells"]) == 6
     asker = next(cell for cell in first["cells"] if cell["arm"] == "sq-1")
     assert asker["minus"].keys() == {"baseline", "instruct"} and asker["question_tokens"] > 0
     assert asker["asked"].keys() == set(scene_report.ASKED) and first["rule"]["seeds"] == [0, 1]
@@ -200,7 +196,7 @@ def test_quick_study_reports_and_does_again_only_what_is_missing(tmp_path, monke
     gone.unlink()
     capsys.readouterr()
     scenes.main(command)
-    assert "1 of 24 to run" in capsys.readouterr().out
+    assert "1 of 12 to run" in capsys.readouterr().out
     assert {file for file, time in before.items() if file.stat().st_mtime_ns != time} == {gone}
     again = json.loads((report / "scenes.json").read_text())
     assert [cell["accuracies"] for cell in again["cells"]] == [cell["accuracies"] for cell in first["cells"]]
