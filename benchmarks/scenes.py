@@ -74,13 +74,12 @@ import torch
 
 from benchmarks.ablation import Task, read_note
 from benchmarks.common import RESULTS
+from benchmarks.scene_measures import measure_answers, measure_questions
 from benchmarks.scene_models import (
     TURNS,
     Arm,
     Sizes,
     draw_pool,
-    measure_answers,
-    measure_questions,
     test_pool,
     train_base,
     train_run,

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import scene_models, scene_report, scene_world, scenes
+from benchmarks import scene_measures, scene_models, scene_report, scene_world, scenes
 from benchmarks.scene_world import COMBINATIONS, CORNERS, Bits, Thing, parse
 from sq_llava.data.self_questions import ANSWER, QUESTION
 from sq_llava.training.collator import SelfQuestioningCollator
@@ -94,7 +94,7 @@ def test_pictures_with_held_out_combinations_are_asked_about_them():
 def test_asked_questions_are_checked_against_their_picture(pool):
     scene_list = [SCENE, pool[0][0]]
     asked = [["what color is the large circle?", "what color is the large square?"], ["the the?", "is there a red?"]]
-    found = scene_models.check_questions(asked, scene_list, Bits(scene_list))
+    found = scene_measures.check_questions(asked, scene_list, Bits(scene_list))
     assert found["questions"] == 4 and found["well_formed"] == 0.5
     assert found["premise_true"] == 0.25 and found["answerable"] == 0.25 and found["bits"] >= 0
 
@@ -149,7 +149,7 @@ def test_holm_multiplies_the_smallest_p_value_most_and_keeps_the_order():
 
 def test_calibration_error_is_the_gap_between_confidence_and_accuracy():
     sure, right = np.array([0.95, 0.95, 0.55, 0.55]), np.array([True, True, True, False])
-    assert scene_models.calibration_error(sure, right) == pytest.approx(0.5 * 0.05 + 0.5 * 0.05)
+    assert scene_measures.calibration_error(sure, right) == pytest.approx(0.5 * 0.05 + 0.5 * 0.05)
 
 
 def finished(arm: str, seed: int, accuracy: float) -> dict:
