@@ -6,7 +6,7 @@ This module is not a benchmark.
 import numpy as np
 import torch
 
-from benchmarks.scene_models import Arm, Sizes, conversation, text_part
+from benchmarks.scene_models import MARKERS, Arm, Sizes, conversation, text_part
 from benchmarks.scene_world import Bits, Fact, Scene, parse
 from demo.base_models import END
 from processing_sq_llava import VUSR_TOKEN
