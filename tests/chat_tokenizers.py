@@ -4,11 +4,14 @@ from pathlib import Path
 
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import (
+    AutoModelForCausalLM,
     GenerationConfig,
+    LlamaConfig,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
     Qwen3Config,
     Qwen3ForCausalLM,
+    SmolLM3Config,
     set_seed,
 )
 
@@ -219,3 +222,14 @@ CHAT_TOKENIZERS = {
     "tekken": (tekken, "mistral_tekken", "</s>"),
     "mistral_small": (mistral_small, "mistral_v7", "</s>"),
 }
+
+
+def save_chat_model(folder: Path, name: str) -> None:
+    """Writes a small language model with one of these tokenizers: a Qwen3, a SmolLM3, or else a Llama."""
+    tokenizer = CHAT_TOKENIZERS[name][0]()
+    fields = {field: value for field, value in tiny.TINY_LLAMA.items() if field != "model_type"}
+    ends = {"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": None}
+    config = {"qwen3": Qwen3Config, "smollm3": SmolLM3Config}.get(name, LlamaConfig)(**fields, **ends)
+    set_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
