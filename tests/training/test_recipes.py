@@ -13,6 +13,7 @@ from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.utils import DeepSpeedPlugin
 from accelerate.utils.fsdp_utils import fsdp2_prepare_auto_wrap_policy
 from safetensors.torch import load_file
+from transformers import AutoImageProcessor
 from transformers.distributed.fsdp import update_fsdp_plugin_peft
 from trl import ModelConfig, SFTConfig, TrlParser
 
@@ -162,7 +163,9 @@ def test_pair_is_trained_merged_and_answers_in_the_format_of_its_language_model(
     merge_adapter(str(tmp_path / pair / "stage2"), str(tmp_path / "merged"))
     model, processor = load_checkpoint(str(tmp_path / "merged"))
     assert model.config.vision_config.model_type == f"{vision}_vision_model"
-    assert processor.image_processor.size["shortest_edge"] == model.config.vision_config.image_size
+    images = processor.image_processor
+    assert images.size["shortest_edge"] == model.config.vision_config.image_size
+    assert list(images.image_mean) == list(AutoImageProcessor.from_pretrained(parts / vision).image_mean)
     [answer] = Assistant(model, processor).answer_batch([(tiny.picture(), "What?")], max_new_tokens=4)
     assert isinstance(answer, str)
 
