@@ -37,6 +37,8 @@ PAIRS = (
     "clip-llama3.1-8b",
     "siglip2-qwen3-8b",
 )
+# Other language models that the comment of a recipe names.
+VARIANTS = {"siglip2-smollm2-360m": ["SmolLM2-135M-Instruct"]}
 DOCUMENT = ROOT / "docs" / "training.md"
 BEGIN, END = "<!-- pairs: written by tests/recipe_memory.py -->\n", "<!-- end of pairs -->\n"
 FOUR_BITS = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "per_device_train_batch_size": 1, "num_gpus": 1}
@@ -130,31 +132,42 @@ def num_gpus(recipe: Path) -> int:
     return 8 if "8 GPUs" in header(recipe) else 1
 
 
-def row(pair: str, in_four_bits: str) -> str:
-    """A row of the table. The estimates of both stages are those in the comments of the recipes."""
-    stage1, stage2 = (Path(pair) / f"stage{number}.yaml" for number in (1, 2))
-    settings = yaml.safe_load((RECIPES / stage1).read_text())
-    vision, text = (Path(settings[f"{part}_model_name_or_path"]).name for part in ("vision", "text"))
+def row(pair: str, memory: list[str], text: str | None = None) -> str:
+    """
+    A row of the table.
+
+    Args:
+        pair (`str`): One of `PAIRS`.
+        memory (`list[str]`): Memory of stage 1, of stage 2, and in 4 bits.
+        text (`str`, *optional*): Another language model than that of the recipes.
+    """
+    settings = yaml.safe_load((RECIPES / pair / "stage1.yaml").read_text())
+    vision, own = (Path(settings[f"{part}_model_name_or_path"]).name for part in ("vision", "text"))
     config = SQLlavaConfig(vision_config=configurations()[vision])
-    memory = [f"{sizes_in(header(recipe))[0]} on {gpus(recipe)}" for recipe in (stage1, stage2)]
-    return f"| `{pair}` | {vision} | {text} | {config.image_seq_length} | {' | '.join(memory)} | {in_four_bits} |"
+    number = num_gpus(Path(pair, "stage1.yaml"))
+    gpus = "1" if number == 1 else f"each of {number}"
+    return f"| `{pair}` | {vision} | {text or own} | {config.image_seq_length} | {gpus} | {' | '.join(memory)} |"
 
 
-def gpus(recipe: Path) -> str:
-    number = num_gpus(recipe)
-    return f"each of {number} GPUs" if number > 1 else "1 GPU"
+def memory(pair: str, root: Path, **overrides) -> list[str]:
+    """Memory of stage 1, of stage 2, and of the larger one in 4 bits. With several GPUs, that of DDP."""
+    stages = [Path(pair, f"stage{number}.yaml") for number in (1, 2)]
+    whole = [estimates(stage, root, **overrides)[0] for stage in stages]
+    in_four_bits = [estimates(stage, root, **FOUR_BITS | overrides)[0] for stage in stages]
+    return [*whole, max(in_four_bits, key=lambda size: (size.endswith("GiB"), float(size.split()[0])))]
 
 
 def main():
     lines = [
-        "| recipes | vision tower | language model | tokens per image | stage 1 | stage 2 | in 4 bits, 1 row |",
-        "|---|---|---|---|---|---|---|",
+        "| recipes | vision tower | language model | tokens per image | GPUs | stage 1 | stage 2 | in 4 bits, 1 row |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     with TemporaryDirectory() as folder:
         root = write_configurations(Path(folder))
         for pair in PAIRS:
-            sizes = [estimates(Path(pair) / f"stage{number}.yaml", root, **FOUR_BITS)[0] for number in (1, 2)]
-            lines.append(row(pair, max(sizes, key=lambda size: (size.endswith("GiB"), float(size.split()[0])))))
+            for text in VARIANTS.get(pair, []):
+                lines.append(row(pair, memory(pair, root, text_model_name_or_path=root / text), text))
+            lines.append(row(pair, memory(pair, root)))
     text = DOCUMENT.read_text()
     before, after = text.partition(BEGIN)[0], text.partition(END)[2]
     DOCUMENT.write_text(f"{before}{BEGIN}\n{chr(10).join(lines)}\n\n{END}{after}")
