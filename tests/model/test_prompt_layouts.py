@@ -95,7 +95,7 @@ def test_auto_takes_the_layout_that_writes_what_the_models_own_template_writes(n
 
 
 def test_system_message_with_todays_date_or_an_open_turn_is_taken_without_them():
-    # As SmolLM3 writes it, and as Llama 3.3 does.
+    # As SmolLM3 writes it, and as Llama 3.2 does.
     message = "## Metadata\n\nReasoning Mode: /no_think\n\nYou are a model."
     chat_format = recognise_chat_format(CHAT_TOKENIZERS["smollm3"][0]())
     assert (chat_format.layout, chat_format.system_message) == ("chatml", message)
