@@ -227,7 +227,7 @@ def test_server_that_fails_in_all_ways_gives_the_same_files_in_the_end(tmp_path)
         Reply("late", seconds=1.5),
         Reply(closes=True),
         Reply("cut off", cuts=True),
-        Reply(body='{"choices": [{"mess'),  # an answer that is billed, but cannot be read
+        Reply(body='{"choices": [{"mess'),
     ]
 
     def flaky(request, number):
@@ -236,9 +236,7 @@ def test_server_that_fails_in_all_ways_gives_the_same_files_in_the_end(tmp_path)
     with chat_server(write) as server:
         run(tmp_path / "whole", server)
     with chat_server(flaky) as server:
-        result = run(tmp_path, server, "--timeout", 1)
-        assert result.exit_code == 1 and "2 failed" in result.stderr
-        assert run(tmp_path, server).exit_code == 0
+        assert run(tmp_path, server, "--timeout", 1).exit_code == 0
         assert len(server.requests) == 24
     assert made(tmp_path / "out") == made(tmp_path / "whole" / "out")
 

@@ -3,17 +3,31 @@
 import json
 import subprocess
 import sys
+import tempfile
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sq_llava.llm_client import client as client_module
 from sq_llava.llm_client.asking import ask_all
 from sq_llava.llm_client.client import ChatClient, ChatFailure, ChatStopped, NotAsked, UnusableAnswer, measure
-from sq_llava.llm_client.replies import read_completion, retry_after
+from sq_llava.llm_client.journal import Journal
+from sq_llava.llm_client.replies import (
+    BROKEN,
+    CUT_OFF,
+    EMPTY,
+    FILTERED,
+    REFUSED,
+    TOO_LONG,
+    read_completion,
+    retry_after,
+    without_thoughts,
+)
 from sq_llava.llm_client.settings import ChatSettings
 from tests.chat_server import Reply, chat_server, completion
 from tests.processes import lines_of
@@ -122,8 +136,8 @@ def test_caps_count_all_runs_and_lost_requests(tmp_path):
             client = client_of(server, tmp_path, max_requests=4, retries=0, timeout=1.0, concurrency=1)
             asked = ask(client, *"abcde")
             assert "--max-requests 4" in asked.stopped and list(asked.results) == ["d"]
-        # 34 bytes + 1024 tokens for each lost request.
-        assert client_of(server, tmp_path).budget.describe() == f"4 requests, {3 * 1058 + 110:,} tokens"
+        # 34 bytes + 1024 tokens for each lost request; the empty answer as the server counts it.
+        assert str(client_of(server, tmp_path).budget.spent) == f"4 requests, {2 * 1058 + 2 * 110:,} tokens"
     assert len(server.requests) == 4
 
 
@@ -149,7 +163,7 @@ def test_equal_requests_are_paid_once(tmp_path):
 def test_every_line_of_a_journal_counts(tmp_path):
     line = json.dumps({"key": "a", "answer": "1", "prompt_tokens": 100, "completion_tokens": 10})
     (tmp_path / "answers.jsonl").write_text(f"{line}\n{line}\n")
-    assert reader_of(tmp_path).budget.describe() == "2 requests, 220 tokens"
+    assert str(reader_of(tmp_path).budget.spent) == "2 requests, 220 tokens"
 
 
 @pytest.mark.slow
@@ -202,7 +216,7 @@ def test_odd_characters_of_an_answer_are_kept(tmp_path):
 @given(text=st.text(st.characters(exclude_categories=()), min_size=1).filter(str.strip))
 @settings(max_examples=200, deadline=None)
 def test_any_text_of_json_can_be_written(text):
-    answer = read_completion(completion(text), (1, 1))["answer"]
+    answer = read_completion(completion(text), "writer", (1, 1))["answer"]
     answer.encode()
     whole = json.loads(json.dumps(text))  # two adjacent halves of a surrogate pair become one character
     assert len(answer) == len(whole)
@@ -232,38 +246,216 @@ def test_date_of_retry_after_is_waited_for(tmp_path):
     assert server.times[1] - server.times[0] > 1.0
 
 
-def test_answer_without_text_is_a_failure_of_one_request(tmp_path):
-    with chat_server(lambda request, number: Reply(body=completion(None))) as server:
-        with pytest.raises(UnusableAnswer, match="has no text"):
-            client_of(server, tmp_path).complete(say("a"))
-        assert issubclass(UnusableAnswer, ChatFailure)
-        asked = ask(client_of(server, tmp_path), "a")
-    assert "has no text" in asked.failures["a"]
+UNUSABLE = {
+    EMPTY: completion(None),
+    CUT_OFF: completion("Half of a", finish_reason="length"),
+    FILTERED: completion("Half of a", finish_reason="content_filter"),
+    REFUSED: completion(None, choices=[{"message": {"content": None, "refusal": "I cannot."}}]),
+    BROKEN: completion(None, choices=[], error={"message": "died"}),
+    TOO_LONG: completion("a" * 1_000_001),
+}
+
+
+@pytest.mark.parametrize("fault", UNUSABLE)
+def test_unusable_reply_is_paid_as_counted_and_only_another_attempt_asks_again(fault, tmp_path):
+    def reply(request, number):
+        return "1" if request.get("seed") else Reply(body=UNUSABLE[fault])
+
+    with chat_server(reply) as server:
+        for _ in range(2):
+            client = client_of(server, tmp_path)
+            with pytest.raises(UnusableAnswer, match=fault):
+                client.complete(say("a"))
+            asked = ask(client_of(server, tmp_path), "a")
+            assert asked.unusable["a"][0] == fault and not asked.failures and not asked.num_open
+        assert len(server.requests) == 1 and str(client.budget.spent) == "1 request, 110 tokens"
+        client = client_of(server, tmp_path, attempts=2)
+        assert list(client.answers(say("a"))) == ["1"] and len(server.requests) == 2
+    assert (tmp_path / "answers.jsonl").stat().st_size < 2000
+
+
+# Good answers in bodies that other clients fail on, and the prompt and answer tokens to count. Without a count, these
+# are at most 34 and 1024.
+ODD_BODIES = {
+    "null": (completion("fine", completion_tokens=None), (100, 1024)),
+    "no usage": (completion("fine", usage=None), (34, 1024)),
+    "usage of zero": (completion("fine", 0, 0), (34, 1024)),
+    "infinite": (completion("fine", float("inf")), (34, 10)),
+    "negative": (completion("fine", -(10**9), -1), (34, 1024)),
+    "text": (completion("fine", "100", "many"), (100, 1024)),
+    "total": (completion("fine", usage={"prompt_tokens": 9, "completion_tokens": 10, "total_tokens": 59}), (9, 50)),
+    "parts": (completion([{"type": "thinking", "thinking": []}, {"type": "text", "text": "fine"}]), (100, 10)),
+    "texts": (completion(["fi", "ne"]), (100, 10)),
+    "no model": (completion("fine", model=None), (100, 10)),
+    "no error": (completion("fine", error=None), (100, 10)),
+    "other finish": (completion("fine", finish_reason="end_turn"), (100, 10)),
+    "thoughts": (completion("<think>\nis it?</think>\nfine"), (100, 10)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("form", ODD_BODIES)
+def test_good_answer_in_an_odd_body_is_used_and_no_bill_is_lowered(form, tmp_path):
+    body, tokens = ODD_BODIES[form]
+    with chat_server(lambda request, number: Reply(body=body)) as server:
+        client = client_of(server, tmp_path)
+        assert client.complete(say("a")) == "fine"
+    assert (client.budget.spent.prompt_tokens, client.budget.spent.completion_tokens) == tokens
+
+
+def test_text_longer_than_the_limit_counts_by_its_length_if_the_server_does_not_count():
+    assert read_completion(completion("a" * 4000, usage=None), "writer", (34, 100))["completion_tokens"] == 1000
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        ("<think>8 7?</think>\n9 6", "9 6"),
+        ("8 7?</think>9 6", "9 6"),
+        ("<thinking>a</thinking><Reasoning>b</Reasoning> c ", "c"),
+        ("[THINK]a[/THINK]b", "b"),
+        ("<|channel|>analysis<|message|>a<|end|><|start|>assistant<|channel|>final<|message|>b", "b"),
+        ("<think>I wonder", ""),
+        ("a <think> b", "a <think> b"),
+    ],
+)
+def test_reasoning_is_no_part_of_an_answer(text, answer):
+    assert without_thoughts(text) == answer
 
 
 WRONG_BODIES = {
-    "long": (completion("a" * 10_000_000), "10,000,[0-9]{3} characters, more than 1,000,000"),
     "deep": ("[" * 100_000, "not a chat completion .*nested too deeply"),
-    "infinite tokens": (completion("a", prompt_tokens=float("inf")), "not a chat completion .*infinity"),
-    "negative tokens": (completion("a", prompt_tokens=-(10**9)), "a negative number of tokens"),
     "null": ("null", "not a chat completion"),
     "binary": ("\0" * 100, "not a chat completion"),
-    "number": (completion(7), "has no text"),
     "page": ("<html>" + "a" * 100_000, "not a chat completion"),
+    "no choices": (completion("", choices=[]), "not a chat completion"),
 }
 
 
 @pytest.mark.parametrize("kind", WRONG_BODIES)
-def test_hostile_reply_is_a_short_failure_of_one_request_and_lowers_no_bill(tmp_path, kind):
+def test_response_that_is_no_completion_is_a_short_failure_and_counts_in_full(tmp_path, kind):
     body, error = WRONG_BODIES[kind]
     with chat_server(lambda request, number: Reply(body=body)) as server:
-        client = client_of(server, tmp_path)
-        with pytest.raises(UnusableAnswer, match=error) as raised:
+        client = client_of(server, tmp_path, retries=0)
+        with pytest.raises(ChatFailure, match=error) as raised:
             client.complete(say("a"))
-    assert len(str(raised.value)) < 600
+    assert len(str(raised.value)) < 600 and not isinstance(raised.value, UnusableAnswer)
     [line] = client.journal.all()
-    assert "answer" not in line and line["prompt_tokens"] > 0
+    assert "answer" not in line and (line["prompt_tokens"], line["completion_tokens"]) == (34, 1024)
     assert (tmp_path / "answers.jsonl").stat().st_size < 2000
+
+
+def refusal(status: int, message: str = "no") -> Reply:
+    return Reply(status=status, body=json.dumps({"error": {"message": message}}))
+
+
+@pytest.mark.parametrize("status", [400, 402, 403, 422])
+def test_same_refusal_in_a_row_ends_the_run_and_one_does_not(status, tmp_path):
+    def reply(request, number):
+        return "1" if request["messages"][0]["content"] in "bcd" else refusal(status)
+
+    with chat_server(reply) as server:
+        asked = ask(client_of(server, tmp_path, concurrency=1), *"abcdefghijklmnopq")
+        assert list(asked.results) == list("bcd") and len(asked.failures) == 11 and asked.num_open == 3
+        assert f"the server refused 10 requests in a row: Error code: {status} - no." in asked.stopped
+        sent = [request["messages"][0]["content"] for request in server.requests]
+        # Before the first answer of a run, a few are enough. What was refused before comes last.
+        again = ask(client_of(server, tmp_path, concurrency=1), *"abcdefghijklmnopq")
+        assert "the server refused 5 requests in a row" in again.stopped and len(again.failures) == 14
+    assert [request["messages"][0]["content"] for request in server.requests[len(sent) :]] == list("opqae")
+
+
+def test_items_that_are_refused_do_not_keep_the_others_from_being_made(tmp_path):
+    def reply(request, number):
+        return refusal(403, "flagged") if int(request["messages"][0]["content"]) < 12 else "1"
+
+    items = list(map(str, range(20)))
+    with chat_server(reply) as server:
+        for _ in range(3):
+            asked = ask(client_of(server, tmp_path, concurrency=1), *items)
+    assert list(asked.results) == items[12:] and len(asked.failures) == 12 and not asked.num_open
+    assert str(client_of(server, tmp_path).budget.spent) == "8 requests, 880 tokens"
+
+
+@pytest.mark.parametrize(
+    ("code", "num_requests", "error"),
+    [(400, 1, "no"), (503, 3, "no"), ("503", 3, "no"), ("odd", 1, "no"), (None, 1, "no")],
+)
+def test_error_with_status_200_is_treated_by_its_own_status(code, num_requests, error, tmp_path, monkeypatch):
+    monkeypatch.setattr(client_module, "LONGEST_BACKOFF", 0.0)
+    body = json.dumps({"error": {"message": "no", "code": code}})
+    with chat_server(lambda request, number: Reply(body=body)) as server:
+        client = client_of(server, tmp_path)
+        with pytest.raises(ChatFailure, match=error):
+            client.complete(say("a"))
+    assert len(server.requests) == num_requests and client.budget.spent.num_requests == 0
+
+
+def test_server_that_gives_no_usable_answer_is_not_paid_for_all(tmp_path):
+    with chat_server(lambda request, number: Reply(body=UNUSABLE[CUT_OFF])) as server:
+        asked = ask(client_of(server, tmp_path, concurrency=1), *"abcdefgh")
+    assert f"5 requests in a row have no usable answer: {CUT_OFF}. Raise --max-tokens." in asked.stopped
+    assert len(server.requests) == 5 and len(asked.unusable) == 5 and asked.num_open == 3
+
+
+def test_reply_that_is_longer_than_the_limit_raises_what_is_reserved_later(tmp_path):
+    # Each answer uses 150 + 100 tokens instead of 10 + 34. The first goes alone. Then 250 + (150 + 100) fit once.
+    reply = Reply(body=completion("1", completion_tokens=150), seconds=0.05)
+    caps = {"max_total_tokens": 900, "max_tokens": 10}
+    with chat_server(lambda request, number: reply) as server:
+        asked = ask(client_of(server, tmp_path, **caps), *"abcdefgh")
+        assert "An answer had 150 tokens: the server ignores max_completion_tokens 10." in asked.stopped
+        assert "Try --max-tokens-field max_tokens." in asked.stopped
+        assert client_of(server, tmp_path).budget.spent.completion_tokens == 150 * len(server.requests) == 450
+        ask(client_of(server, tmp_path, **caps), *"abcdefgh")
+        assert len(server.requests) == 3
+        # The other field may be honoured, so one request tries it.
+        ask(client_of(server, tmp_path, **caps, max_tokens_field="max_tokens"), *"abcdefgh")
+    assert len(server.requests) == 4 and "max_completion_tokens" not in server.requests[3]
+
+
+REPLIES = st.sampled_from(
+    [
+        Reply("1"),
+        Reply(body=completion("1", completion_tokens=90), billed=(100, 90)),
+        Reply(body=completion(None, completion_tokens=100), billed=(100, 100)),
+        Reply(body=completion("1", finish_reason="length", completion_tokens=100), billed=(100, 100)),
+        Reply(body=completion("1", usage=None), billed=(34, 70)),
+        Reply(body=completion("1", completion_tokens=None), billed=(100, 50)),
+        Reply(body='{"choices": [{"mess', billed=(34, 100)),
+        Reply("1", cuts=True),
+        Reply(closes=True),
+        refusal(400),
+        refusal(403),
+        Reply(status=429, headers={"Retry-After": "0"}, body="{}"),
+        Reply(body=json.dumps({"error": {"message": "no"}}), billed=(0, 0)),
+    ]
+)
+
+
+@given(replies=st.lists(REPLIES, min_size=1, max_size=8), concurrency=st.sampled_from([1, 4]))
+@settings(max_examples=15, deadline=None)
+def test_whatever_a_server_does_the_cap_holds_and_paid_replies_are_kept(replies, concurrency):
+    given_out = iter(replies * 20)
+    caps = {"max_total_tokens": 1000, "max_tokens": 100, "image_tokens": 1, "concurrency": concurrency, "retries": 1}
+    items = [f"{number:070}" for number in range(8)]  # a prompt has more than 100 bytes, so at most 100 tokens
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        patch.object(client_module, "LONGEST_BACKOFF", 0.0),
+        chat_server(lambda request, number: next(given_out)) as server,
+    ):
+        for _ in range(2):
+            num_sent = len(server.requests)
+            before = Journal(Path(folder) / "answers.jsonl")
+            client = client_of(server, Path(folder), **caps)
+            asked = ask(client, *items)
+            # What was paid is not asked for again.
+            paid = {item for item in items if before.get(client.request(say(item)).key) is not None}
+            assert paid.isdisjoint(request["messages"][0]["content"] for request in server.requests[num_sent:])
+            spent = client.budget.spent
+            assert sum(server.billed) <= spent.prompt_tokens + spent.completion_tokens <= 1000
+            assert len(asked.results) + len(asked.failures) + len(asked.unusable) + asked.num_open == len(items)
+            stored = [line for line in client.journal.all() if "refused" not in line]
+            assert len(stored) == spent.num_requests
 
 
 def test_several_steps_of_an_item_are_each_paid_once(tmp_path):
@@ -287,11 +479,12 @@ def test_several_steps_of_an_item_are_each_paid_once(tmp_path):
 
 @pytest.mark.parametrize("concurrency", [1, 8])
 def test_cap_on_tokens_is_never_exceeded(concurrency, tmp_path):
-    # An answer uses 100 + 10 tokens and reserves 34 bytes + 100 tokens. The fourth request fits, the fifth does not.
+    # An answer uses 30 + 90 tokens and reserves 34 bytes + 100 tokens. The fourth request fits, the fifth does not.
     cap = {"max_total_tokens": 500, "max_tokens": 100, "concurrency": concurrency}
-    with chat_server(lambda request, number: Reply("1", seconds=0.02)) as server:
+    reply = Reply(body=completion("1", 30, 90), seconds=0.02)
+    with chat_server(lambda request, number: reply) as server:
         asked = ask(client_of(server, tmp_path, **cap), *"abcdefgh")
-        assert "--max-total-tokens 500: 440 are used, and the next request can use up to 134." in asked.stopped
+        assert "--max-total-tokens 500: 480 are used, and the next request can use up to 134." in asked.stopped
         assert len(server.requests) == 4
         ask(client_of(server, tmp_path, **cap), *"abcdefgh")
     assert len(server.requests) == 4
@@ -301,8 +494,8 @@ def test_budget_describes_what_was_used(tmp_path):
     with chat_server(lambda request, number: "1") as server:
         client = client_of(server, tmp_path, input_price=100.0, output_price=1000.0)
         ask(client, *"abc")
-        assert client.budget.describe() == "3 requests, 330 tokens, 0.06 spent"
-        assert client_of(server, tmp_path).budget.describe() == "3 requests, 330 tokens"
+        assert str(client.budget.spent) == "3 requests, 330 tokens, 0.0600 spent"
+        assert str(client_of(server, tmp_path).budget.spent) == "3 requests, 330 tokens"
 
 
 def test_image_counts_as_a_fixed_number_of_tokens(tmp_path):
@@ -343,8 +536,35 @@ def test_byte_count_of_a_prompt_does_not_depend_on_its_images(texts, num_images)
         ({"input_price": 1.0}, "--input-price and --output-price: give both"),
         ({"max_cost": 1.0}, "--max-cost needs"),
         ({"base_url": "localhost:8000"}, "--base-url: give http"),
+        ({"max_tokens_field": "tokens"}, "--max-tokens-field is 'tokens': choose max_completion_tokens or max_tokens"),
+        ({"extra_body": "{"}, "--extra-body {: not JSON"),
+        ({"extra_body": "[1]"}, r"--extra-body \[1\]: give an object"),
+        ({"extra_body": '{"max_tokens": 5}'}, "--extra-body sets max_tokens: use --max-tokens"),
+        ({"extra_body": '{"n": 2}'}, "--extra-body sets n, which this command sets itself"),
+        ({"extra_body": '{"seed": "a"}'}, "seed must be a whole number or null"),
     ],
 )
 def test_wrong_settings_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         ChatSettings("writer", **settings)
+
+
+def test_further_fields_are_sent_and_change_the_answer_that_is_kept(tmp_path):
+    with chat_server(echo) as server:
+        client_of(server, tmp_path).complete(say("a"))
+        extra = '{"top_k": 20, "temperature": null, "chat_template_kwargs": {"enable_thinking": false}}'
+        client_of(server, tmp_path, top_p=0.9, extra_body=extra).complete(say("a"))
+        client_of(server, tmp_path, max_tokens_field="max_tokens").complete(say("a"))
+    first, second = server.requests
+    assert first == {"model": "writer", "messages": say("a"), "temperature": 0.0, "max_completion_tokens": 1024}
+    added = {"top_p": 0.9, "top_k": 20, "chat_template_kwargs": {"enable_thinking": False}}
+    assert second == {"model": "writer", "messages": say("a"), "max_completion_tokens": 1024, **added}
+
+
+@pytest.mark.parametrize(
+    ("extra", "seeds"), [(None, [None, 1, 2]), ('{"seed": 7}', [7, 8, 9]), ('{"seed": null}', [None] * 3)]
+)
+def test_each_attempt_has_another_seed(extra, seeds, tmp_path):
+    with chat_server(echo) as server:
+        assert len(list(client_of(server, tmp_path, attempts=3, extra_body=extra).answers(say("a")))) == 3
+    assert [request.get("seed") for request in server.requests] == seeds
