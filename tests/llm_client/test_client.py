@@ -433,7 +433,8 @@ REPLIES = st.sampled_from(
 
 
 @given(replies=st.lists(REPLIES, min_size=1, max_size=8), concurrency=st.sampled_from([1, 4]))
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=10, deadline=None)
+@pytest.mark.slow
 def test_whatever_a_server_does_the_cap_holds_and_paid_replies_are_kept(replies, concurrency):
     given_out = iter(replies * 20)
     caps = {"max_total_tokens": 1000, "max_tokens": 100, "image_tokens": 1, "concurrency": concurrency, "retries": 1}
