@@ -2,7 +2,7 @@
 
     python -m tests.generation.misbehaving_servers > table.md
 
-Each server gets the same command twice: 16 rows, at most 0.5 to spend. The table says how many rows there are in the
+Each server gets the same command twice: 12 rows, at most 0.5 to spend. The table says how many rows there are in the
 end, how many requests each run sent, what the server charged, what the client counted, and what the command said.
 """
 
@@ -21,7 +21,7 @@ from tests.generation.commands import generate_data
 from tests.processes import lines_of
 
 
-NUM_ROWS, CAP = 16, 0.5
+NUM_ROWS, CAP = 12, 0.5
 # An honest reply has 100 prompt tokens and 10 answer tokens: 0.0101.
 INPUT_PRICE, OUTPUT_PRICE = 1.0, 1000.0
 TEXT = "Question: What is it?\nAnswer: A boat.\n\nQuestion: What color is it?\nAnswer: It is red."
@@ -92,7 +92,7 @@ def ignores_field(request: dict, number: int) -> Reply | str:
 
 
 def runs_out(request: dict, number: int) -> Reply | str:
-    return error(402, "Insufficient credits") if place_of(request) > 1 else TEXT
+    return error(402, "Insufficient credits") if place_of(request) > 0 else TEXT
 
 
 def unusable_at_first(body: str) -> ReplyTo:
@@ -112,7 +112,7 @@ SERVERS = (
     Server("ignores `max_completion_tokens`: 140 tokens instead of 20", ignores_field, ("--concurrency", 8)),
     Server("refuses `max_completion_tokens` (422)", refuses_field, again=FIELD),
     Server("refuses every request (400)", for_some(error(400, "Billing hard limit has been reached"))),
-    Server("has no money left after 2 rows (402)", runs_out),
+    Server("has no money left after a row (402)", runs_out),
     Server("refuses 2 flagged images (403)", for_some(error(403, "Your input was flagged"), 3, 7)),
     Server("knows the key no more (401)", for_some(error(401, "Incorrect API key provided"))),
     Server("cuts 2 texts off (`length`)", unusable_at_first(CUT), again=ANOTHER),
