@@ -107,7 +107,7 @@ class ServerDescriber:
     def _describe(self, image: Path) -> Description:
         messages = self._messages(image)
         try:
-            first = next(self.client.answers(messages, final=[CUT_OFF]))
+            first = next(self.client.answers(messages, handled=[CUT_OFF]))
             if len(words_of(first)) * 4 > self.short * 3:
                 return Description(first)
         except UnusableAnswer as error:

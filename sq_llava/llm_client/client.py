@@ -188,13 +188,14 @@ class ChatClient:
                 self.journal = Journal(self.journal.path)
                 self.budget = Budget(self.settings, self.journal, self._stopping)
 
-    def complete(self, messages: Messages, attempt: int = 0) -> str:
+    def complete(self, messages: Messages, attempt: int = 0, handled: Container[str] = ()) -> str:
         """
         The server's answer without its reasoning, from the journal if it is there.
 
         Args:
             messages: Messages of the chat completions API, with `role` and `content` (a text or a list of parts).
             attempt (`int`): Each number gets its own answer to the same messages.
+            handled: Faults of a reply after which the caller uses its text. They do not end a run.
 
         Raises:
             ValueError: If another process writes to the journal.
@@ -219,20 +220,19 @@ class ChatClient:
         fault = line.get("fault") or (None if answer else EMPTY)
         # An item with several attempts counts once.
         unusable = fault and UnusableAnswer(fault, answer, line.get("detail", ""))
-        if is_new and attempt == 0 and self._failures.add(fault):
+        if is_new and attempt == 0 and self._failures.add(None if fault in handled else fault):
             hint = f" Raise {self.settings.option_prefix}max-tokens." if fault == CUT_OFF else ""
             raise self._stop(f"{self._failures} have no usable answer: {unusable}.{hint}")
         if unusable:
             raise unusable
         return answer
 
-    def answers(self, messages: Messages, final: Container[str] = ()) -> Iterator[str]:
+    def answers(self, messages: Messages, handled: Container[str] = ()) -> Iterator[str]:
         """
         Usable answers to the same messages, from up to `settings.attempts` attempts. Take the first of the right form.
 
         Args:
-            messages: As for [`complete`].
-            final: Faults after which no other attempt is made.
+            messages, handled: As for [`complete`]. After a fault that is handled, no other attempt is made.
 
         Raises:
             UnusableAnswer: If no attempt gave a usable answer. It is the last reply.
@@ -241,10 +241,10 @@ class ChatClient:
         unusable, num_answers = None, 0
         for attempt in range(self.settings.attempts):
             try:
-                answer = self.complete(messages, attempt)
+                answer = self.complete(messages, attempt, handled)
             except UnusableAnswer as error:
                 unusable = error
-                if error.fault in final:
+                if error.fault in handled:
                     break
             else:
                 num_answers += 1

@@ -15,9 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from unittest.mock import patch
 
+from click.testing import Result
+from typer.testing import CliRunner
+
+from sq_llava.cli.generate_data import app
 from sq_llava.llm_client import client
 from tests.chat_server import KEY, Reply, chat_server, completion
-from tests.generation.commands import generate_data
 from tests.processes import lines_of
 
 
@@ -141,6 +144,11 @@ SERVERS = (
 )  # fmt: skip
 
 
+def run_command(*arguments) -> Result:
+    # Not the whole `sq-llava`, which takes a tenth of a second to build.
+    return CliRunner().invoke(app, list(map(str, arguments)))
+
+
 def run_session(server: Server, folder: Path) -> Session:
     """Runs the command twice. The environment must have a key."""
     captions = folder / "scenes.jsonl"
@@ -160,9 +168,9 @@ def run_session(server: Server, folder: Path) -> Session:
         )
         limits = ("--max-tokens", 20, "--concurrency", 1)
         command = ("llava", captions, *options, *prices, *limits, *server.options)
-        first = generate_data(*command)
+        first = run_command(*command)
         num_first = len(running.requests)
-        second = generate_data(*command, *server.again)
+        second = run_command(*command, *server.again)
     used = re.findall(r"All runs so far: .*, ([\d.]+) spent", second.stderr)
     charged = sum(tokens * price for tokens, price in zip(running.billed, (INPUT_PRICE, OUTPUT_PRICE))) / 1e6
     return Session(

@@ -397,6 +397,16 @@ def test_server_that_gives_no_usable_answer_is_not_paid_for_all(tmp_path):
     assert len(server.requests) == 5 and len(asked.unusable) == 5 and asked.num_open == 3
 
 
+def test_fault_that_the_caller_handles_ends_no_run_and_gives_the_text(tmp_path):
+    with chat_server(lambda request, number: Reply(body=UNUSABLE[CUT_OFF])) as server:
+        client = client_of(server, tmp_path, attempts=2)
+        for number in range(12):
+            with pytest.raises(UnusableAnswer) as raised:
+                next(client.answers(say(str(number)), handled=[CUT_OFF]))
+            assert raised.value.text == "Half of a"
+    assert len(server.requests) == 12
+
+
 def test_reply_that_is_longer_than_the_limit_raises_what_is_reserved_later(tmp_path):
     # Each answer uses 150 + 100 tokens instead of 10 + 34. The first goes alone. Then 250 + (150 + 100) fit once.
     reply = Reply(body=completion("1", completion_tokens=150), seconds=0.05)
