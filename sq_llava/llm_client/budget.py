@@ -138,9 +138,8 @@ class Budget:
             self._changed.notify_all()
 
     def _learn(self, used: tuple[int, int], planned: tuple[int, int]) -> None:
-        if used != planned:  # equal if the server did not count: this shows nothing
-            ratios = (mine / most for mine, most in zip(used, planned))
-            self._excess = tuple(map(max, ratios, self._excess or (1.0, 1.0)))
+        ratios = (mine / most for mine, most in zip(used, planned))
+        self._excess = tuple(map(max, ratios, self._excess or (1.0, 1.0)))
 
     def wake(self) -> None:
         """Lets threads that wait for a reservation see that the run stops."""

@@ -146,6 +146,13 @@ def test_cap_on_tokens_is_never_exceeded(concurrency, tmp_path):
     assert len(server.requests) == 4
 
 
+def test_server_that_does_not_count_gets_many_requests_at_a_time_after_the_first(tmp_path):
+    reply = Reply(body=completion("1", usage=None), seconds=0.1)
+    with chat_server(lambda request, number: reply) as server:
+        ask(client_of(server, tmp_path, max_total_tokens=10_000, max_tokens=100, concurrency=4), *"abcdefghi")
+    assert len(server.requests) == 9 and server.most_at_once == 4
+
+
 def test_budget_describes_what_was_used(tmp_path):
     with chat_server(lambda request, number: "1") as server:
         client = client_of(server, tmp_path, input_price=100.0, output_price=1000.0)
