@@ -57,8 +57,8 @@ from sq_llava.training.trainer import SQLlavaTrainer
 
 
 SIDE, MAX_LENGTH, NUM_WORDS = 112, 228, 1000
-VISION = clip_sizes(96, layers=6, heads=4, side=SIDE)
-TEXT = llama_sizes(192, inner=512, layers=4, heads=4, vocabulary=NUM_WORDS)
+# Fields of the vision tower and of the language model.
+TOWERS = (clip_sizes(96, layers=6, heads=4, side=SIDE), llama_sizes(192, 512, layers=4, heads=4, vocabulary=NUM_WORDS))
 LORA = LoraSize(8, 16, 0.0)
 # With this vocabulary, the head's share of the multiplications is that of Qwen3-0.6B.
 BIG_VOCABULARY = 3200
@@ -158,18 +158,19 @@ def settings(folder: Path, batch_size: int, **more) -> SFTConfig:
     )
 
 
-def stock_trainer(data: Data, folder: Path, rows_per_step: int) -> Trainer:
+def stock_trainer(data: Data, folder: Path, rows_per_step: int, towers: tuple[dict, dict] = TOWERS) -> Trainer:
     processor = data.processor
-    text = TEXT | {"vocab_size": len(processor.tokenizer)}
+    vision, text = towers[0], towers[1] | {"vocab_size": len(processor.tokenizer)}
     torch.manual_seed(0)
     config = LlavaConfig(
-        vision_config=dict(VISION), text_config=text, image_token_index=processor.image_token_id, image_seq_length=64
+        vision_config=dict(vision), text_config=text, image_token_index=processor.image_token_id, image_seq_length=64
     )
     model = LlavaForConditionalGeneration(config)
+    used = rf"vision_tower\.encoder\.layers\.[0-{vision['num_hidden_layers'] - 2}]\..*"
     lora = LoraConfig(
         r=LORA.rank,
         lora_alpha=LORA.alpha,
-        target_modules=r".*(vision_tower\.encoder\.layers\.[0-4]\..*|language_model\..*)\b"
+        target_modules=rf".*({used}|language_model\..*)\b"
         r"(q_proj|k_proj|v_proj|out_proj|o_proj|fc1|fc2|gate_proj|up_proj|down_proj)",
         modules_to_save=["multi_modal_projector"],
     )
@@ -190,13 +191,19 @@ def stock_messages(messages: list[dict]) -> list[dict]:
 
 
 def own_trainer(
-    data: Data, folder: Path, rows_per_step: int, packing: bool, prototypes: int, max_rows_per_image: int = 1
+    data: Data,
+    folder: Path,
+    rows_per_step: int,
+    packing: bool,
+    prototypes: int,
+    max_rows_per_image: int = 1,
+    towers: tuple[dict, dict] = TOWERS,
 ) -> Trainer:
     processor = data.processor
     fields = {"num_prototypes": prototypes} if prototypes else {"prototype_variant": "none"}
-    text = TEXT | {"vocab_size": len(processor.tokenizer)}
+    vision, text = towers[0], towers[1] | {"vocab_size": len(processor.tokenizer)}
     model = make_model(
-        VISION, text, image_token_id=processor.image_token_id, vusr_token_id=processor.vusr_token_id, **fields
+        vision, text, image_token_id=processor.image_token_id, vusr_token_id=processor.vusr_token_id, **fields
     )
     if packing:
         packs = pack_sampler(data.rows, settings(folder, 1), 1, max_rows_per_image=max_rows_per_image)
