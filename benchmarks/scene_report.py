@@ -12,7 +12,6 @@ import torch
 
 from benchmarks.ablation import interval, points
 from benchmarks.common import document, table, text, write
-from benchmarks.scene_models import test_pool
 from benchmarks.scene_world import CORNERS, Bits, Scene, parse, write_scene
 
 
@@ -270,14 +269,16 @@ def draw(report: dict, file: Path) -> None:
     plt.close(figure)
 
 
-def write_report(work: Path, tasks: list, output_dir: Path, arms: dict, main_budget: str, budgets: dict) -> None:
+def write_report(
+    work: Path, tasks: list, output_dir: Path, arms: dict, main_budget: str, budgets: dict, read_test
+) -> None:
     """Writes the report of the finished runs among `tasks`, and says how many are missing."""
     runs = [json.loads(task.note.read_text()) for task in tasks if task.note.is_file()]
     cells = summarize(runs, list(arms))
     if not cells:
         print("No report yet: no cell is finished for two seeds.")
         return
-    scenes, facts = test_pool(tasks[0].sizes)
+    scenes, facts = read_test(work, tasks[0].sizes)
     report = {
         "command": COMMAND,
         "torch": torch.__version__,

@@ -14,8 +14,7 @@ FOLDER = Path(readme.__file__).parent
 SHARED = {"common", "readme", "random_models", "load", "scene_measures", "scene_models", "scene_report", "scene_world"}
 BY_HAND = {
     "gpu", "launchers", "shared_images", "sharing_accuracy", "serving", "asking_first", "ablation", "scenes",
-    "self_training",
-    "three_systems",
+    "self_training", "three_systems",
 }  # fmt: skip
 
 
