@@ -54,20 +54,21 @@ def corner_name(corner) -> str:
     return ", ".join(corner)
 
 
-def summarize(runs: list[dict], arms: list[str]) -> list[dict]:
+def summarize(runs: list[dict], arms: list[str], first_arms: tuple[str, ...]) -> list[dict]:
     """
-    The cells: an arm in a corner at a budget, over the seeds for which it and the baseline are finished.
+    The cells: an arm in a corner at a budget, over the seeds for which it and all `first_arms` are finished.
 
     Args:
         runs: The notes of the finished runs.
         arms: The arms in the order of the tables.
+        first_arms: The arms that are run together; the first of them is the baseline.
     """
     found = {(run["budget"], tuple(run["corner"]), run["arm"], run["seed"]): run for run in runs}
     cells = []
     for budget in dict.fromkeys(run["budget"] for run in runs):
         for corner in CORNERS:
             for arm in arms:
-                cell = _cell(found, budget, corner, arm)
+                cell = _cell(found, budget, corner, arm, first_arms)
                 if cell is not None:
                     cells.append(cell)
     tested = [difference for cell in cells for difference in cell["minus"].values() if difference["p"] is not None]
@@ -76,19 +77,19 @@ def summarize(runs: list[dict], arms: list[str]) -> list[dict]:
     return cells
 
 
-def _cell(found: dict, budget: str, corner: tuple[str, str], arm: str) -> dict | None:
+def _cell(found: dict, budget: str, corner: tuple[str, str], arm: str, first_arms: tuple[str, ...]) -> dict | None:
     def seeds_of(name: str) -> set[int]:
         return {seed for b, c, a, seed in found if (b, c, a) == (budget, corner, name)}
 
     def values(name: str, outcome: str) -> list[float]:
         return [found[budget, corner, name, seed][outcome] for seed in seeds]
 
-    seeds = sorted(seeds_of(arm) & seeds_of("baseline"))
+    seeds = sorted(seeds_of(arm).intersection(*map(seeds_of, first_arms)))
     if len(seeds) < 2:
         return None
     own = [found[budget, corner, arm, seed] for seed in seeds]
     others = [] if arm == "baseline" else ["baseline"]
-    others += ["instruct"] if arm == "sq-1" and set(seeds) <= seeds_of("instruct") else []
+    others += ["instruct"] if arm == "sq-1" else []
     cell = {"budget": budget, "corner": list(corner), "arm": arm, "seeds": seeds, "minus": {}}
     cell["accuracies"] = values(arm, "accuracy")
     for other in others:
@@ -136,8 +137,8 @@ def knobs(scenes: list[Scene], facts: list, number: int = 150) -> list[dict]:
     return rows
 
 
-def examples_of(runs: list[dict], scenes: list[Scene], per_corner: int = 4) -> list[dict]:
-    """Questions that `sq-1` asked, with the scene, whether the premise is true, and the bits."""
+def examples_of(runs: list[dict], scenes: list[Scene], per_corner: int = 5) -> list[dict]:
+    """The first questions that `sq-1` asked, one for each picture, with the scene, their truth and their bits."""
     examples = []
     for corner in CORNERS:
         asked = [run for run in runs if run["arm"] == "sq-1" and tuple(run["corner"]) == corner]
@@ -241,7 +242,7 @@ def to_markdown(report: dict) -> str:
 
 def draw(report: dict, file: Path) -> None:
     """The four corners: accuracy minus LLaVA's at the main budget; a dot for each seed, the mean with its interval."""
-    figure, axes = plt.subplots(2, 2, figsize=(11, 6.5), sharex=True)
+    figure, axes = plt.subplots(2, 2, figsize=(11, 6.5), sharex=True, sharey=True)
     for axis, corner in zip(axes.flat, CORNERS):
         cells = [
             cell for cell in report["cells"]
@@ -257,7 +258,7 @@ def draw(report: dict, file: Path) -> None:
         axis.set_ylim(len(cells) - 0.5, -0.5)
         bits = next(k for k in report["knobs"] if tuple(k["corner"]) == corner)
         axis.set_title(
-            f"{corner[0]} questions ({bits['question_bits']:.1f} bits), {corner[1]} answers "
+            f"{corner[0]} questions ({bits['question_bits']:.1f} bits)\n{corner[1]} answers "
             f"({bits['answer_bits']:.1f} bits)",
             fontsize=10,
         )
@@ -270,11 +271,18 @@ def draw(report: dict, file: Path) -> None:
 
 
 def write_report(
-    work: Path, tasks: list, output_dir: Path, arms: dict, main_budget: str, budgets: dict, read_test
+    work: Path,
+    tasks: list,
+    output_dir: Path,
+    arms: dict,
+    first_arms: tuple,
+    main_budget: str,
+    budgets: dict,
+    read_test,
 ) -> None:
     """Writes the report of the finished runs among `tasks`, and says how many are missing."""
     runs = [json.loads(task.note.read_text()) for task in tasks if task.note.is_file()]
-    cells = summarize(runs, list(arms))
+    cells = summarize(runs, list(arms), first_arms)
     if not cells:
         print("No report yet: no cell is finished for two seeds.")
         return

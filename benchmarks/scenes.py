@@ -242,7 +242,7 @@ def main(args: list[str] | None = None) -> None:
         arguments.work.mkdir(parents=True, exist_ok=True)
         make_bases(arguments.work, sizes, sorted({ARMS[arm].prototype_variant for arm in arguments.arms}))
         run_all(tasks, arguments.jobs)
-    write_report(arguments.work, tasks, arguments.output_dir, ARMS, MAIN_BUDGET, BUDGETS, test_data)
+    write_report(arguments.work, tasks, arguments.output_dir, ARMS, FIRST_ARMS, MAIN_BUDGET, BUDGETS, test_data)
 
 
 if __name__ == "__main__":

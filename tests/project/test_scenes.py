@@ -160,11 +160,13 @@ def finished(arm: str, seed: int, accuracy: float) -> dict:
 
 def test_differences_are_paired_and_only_common_seeds_count():
     runs = [finished("baseline", seed, 0.5 + seed / 10) for seed in range(3)]
-    runs += [finished("sq-1", 2, 0.73), finished("sq-1", 0, 0.51), finished("instruct", 1, 0.9)]
-    cells = scene_report.summarize(runs, list(scenes.ARMS))
-    assert [(cell["arm"], cell["seeds"]) for cell in cells] == [("baseline", [0, 1, 2]), ("sq-1", [0, 2])]
+    runs += [finished("sq-1", 2, 0.73), finished("sq-1", 0, 0.51), finished("sq-1", 1, 0.9)]
+    runs += [finished("instruct", 0, 0.5), finished("instruct", 2, 0.7), finished("prototypes", 2, 0.5)]
+    cells = scene_report.summarize(runs, list(scenes.ARMS), scenes.FIRST_ARMS)
+    assert [(cell["arm"], cell["seeds"]) for cell in cells] == [(arm, [0, 2]) for arm in scenes.FIRST_ARMS]
     assert cells[1]["minus"]["baseline"]["values"] == pytest.approx([0.01, 0.03])
-    assert cells[1]["minus"].keys() == {"baseline"}
+    assert cells[2]["minus"].keys() == {"baseline"} and cells[1]["minus"].keys() == {"baseline", "instruct"}
+    assert cells[2]["minus"]["baseline"]["p"] is None and cells[2]["minus"]["baseline"]["holm"] is None
 
 
 def test_main_budget_and_first_arms_are_run_first_seed_by_seed(tmp_path):
