@@ -29,6 +29,9 @@ END_MARKERS = {"JPEG": b"\xff\xd9", "MPO": b"\xff\xd9", "PNG": b"\0\0\0\0IEND\xa
 # Images for a chat server: longest side in pixels, and JPEG quality.
 CHAT_SIDE, CHAT_QUALITY = 1024, 90
 
+# Longest side in pixels of an image that a visitor or a client sends. No model here sees more.
+MAX_SENT_SIDE = 4096
+
 
 @dataclass(frozen=True)
 class Fault:
@@ -76,6 +79,16 @@ def open_image(
     except Exception as error:
         raise ValueError(f"{name}: cannot be read as an image ({error}). Save it again as PNG or JPEG.") from error
     return opened.copy() if opened is image else opened
+
+
+def open_sent_image(image: str | Path | bytes, formats: tuple[str, ...] | None = None) -> Image.Image:
+    """
+    [`open_image`] for the server and the page. A side longer than `MAX_SENT_SIDE` is scaled down to it, so that the
+    photo of a phone, padded to a square, needs little memory.
+    """
+    opened = open_image(image, formats)
+    opened.thumbnail((MAX_SENT_SIDE, MAX_SENT_SIDE))
+    return opened
 
 
 def chat_part(image: str | Path | dict[str, Any] | Image.Image) -> dict[str, Any]:

@@ -1,10 +1,10 @@
 """The conversation on the page: who speaks next, and the text, piece by piece. This module does not use Gradio.
 
->>> for turns in speak(assistant, [Turn("user", "What is it?", ("dog.png",))], "assistant", Settings()):
-...     print(turns[-1].text)
+>>> for view in reply(assistant, [Turn("user", "What is it?", ("dog.png",))], Settings()):
+...     print(view.turns[-1].text, view.questions)
 """
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import closing
 from dataclasses import dataclass
 
@@ -30,6 +30,22 @@ class Turn:
 
 
 @dataclass(frozen=True)
+class View:
+    """
+    What a visitor sees at one moment.
+
+    Args:
+        turns (`list[Turn]`): The conversation.
+        questions (`tuple[str, ...]`): Questions that the model suggests after the last turn.
+        busy (`str`): What the model does while it has no new words to show.
+    """
+
+    turns: list[Turn]
+    questions: tuple[str, ...] = ()
+    busy: str = ""
+
+
+@dataclass(frozen=True)
 class Settings:
     """Values of the sliders. A `temperature` of 0 is greedy. Questions have the defaults of `sq-llava ask`."""
 
@@ -48,8 +64,9 @@ def complete(turns: list[Turn]) -> list[Turn]:
     return turns
 
 
-def speak(assistant: Assistant, turns: list[Turn], role: str, settings: Settings) -> Iterator[list[Turn]]:
-    """Lets the model answer (role `assistant`) or ask (role `vusr`). Yields the conversation as the new turn grows."""
+def speak(assistant: Assistant, turns: list[Turn], role: str, settings: Settings) -> Generator[View, None, list[Turn]]:
+    """Lets the model answer (role `assistant`) or ask (role `vusr`). Returns the conversation with the new turn."""
+    yield View(turns, busy="Thinking of a question" if role == "vusr" else "Thinking")
     # A slider gives whole numbers as int, which transformers does not accept.
     sampling = {"temperature": float(settings.temperature), "top_p": 1.0, "do_sample": True}
     if role == "vusr":
@@ -59,20 +76,43 @@ def speak(assistant: Assistant, turns: list[Turn], role: str, settings: Settings
         sampling = {}
     images = [file for turn in turns for file in turn.files]
     messages = [{"role": turn.role, "content": _parts(turn)} for turn in turns]
-    text = ""
+    text, spoken = "", turns
     pieces = assistant.stream(images, messages, settings.max_new_tokens, ask=role == "vusr", **sampling)
     with closing(pieces):
         for piece in pieces:
             text += piece
-            yield [*turns, Turn(role, text.strip())]
+            if text.strip():
+                spoken = [*turns, Turn(role, text.strip())]
+                yield View(spoken)
+    return spoken if text.strip() else [*turns, Turn(role, "")]
 
 
-def converse(assistant: Assistant, turns: list[Turn], settings: Settings) -> Iterator[list[Turn]]:
-    """Lets the model ask itself and answer, turn after turn. Yields the conversation as it grows."""
+def reply(assistant: Assistant, turns: list[Turn], settings: Settings) -> Iterator[View]:
+    """Answers the last turn, unless it is an answer. Then lets the model suggest questions."""
+    turns = yield from _answered(assistant, turns, settings)
+    questions = ()
+    for _ in range(settings.num_questions):
+        asked = ""
+        for view in speak(assistant, turns, "vusr", settings):
+            asked = view.turns[-1].text
+            yield View(turns, questions, "Thinking of a question")
+        questions = tuple(dict.fromkeys([*questions, asked]))
+    yield View(turns, questions)
+
+
+def converse(assistant: Assistant, turns: list[Turn], settings: Settings) -> Iterator[View]:
+    """Answers the last turn, unless it is an answer. Then lets the model ask itself and answer, turn after turn."""
+    turns = yield from _answered(assistant, turns, settings)
     for _ in range(settings.num_turns):
         for role in ("vusr", "assistant"):
-            for turns in speak(assistant, turns, role, settings):  # noqa: B020
-                yield turns
+            turns = yield from speak(assistant, turns, role, settings)
+    yield from reply(assistant, turns, settings)
+
+
+def _answered(assistant: Assistant, turns: list[Turn], settings: Settings) -> Generator[View, None, list[Turn]]:
+    if turns[-1].role == "assistant":
+        return turns
+    return (yield from speak(assistant, turns, "assistant", settings))
 
 
 def opening(text: str, files: list[str]) -> Turn:
