@@ -56,9 +56,18 @@ STYLE = """
 #chat .message img {max-height: 12rem; width: auto}
 #chat button[title="Share"], #chat button[aria-label="Share"] {display: none}
 #chat .placeholder {text-align: center}
-#chat .examples {grid-template-columns: repeat(auto-fit, minmax(8rem, 1fr)); max-width: 40rem}
-#chat .example-image-container {width: 100%; height: 4rem}
-#buttons button {white-space: nowrap; padding-inline: 0.5rem}
+#chat .examples {grid-template-columns: repeat(3, 1fr); max-width: min(40rem, 100%)}
+#chat .example-image-container {width: 100%; height: 4rem; margin-bottom: 0.5rem}
+#buttons {gap: 0.5rem}
+#buttons button {white-space: nowrap; padding-inline: 0}
+@media (max-width: 600px) {
+  #buttons button {font-size: var(--text-md)}
+  #chat .examples {grid-template-columns: 1fr; padding: 0}
+  #chat .example {padding: 0.5rem}
+  #chat .example-content {flex-direction: row; align-items: center; gap: 0.75rem}
+  #chat .example-text-content {margin: 0}
+  #chat .example-image-container {width: 3rem; height: 3rem; margin: 0}
+}
 """
 
 
@@ -112,7 +121,7 @@ def create_page(assistant: Assistant) -> gr.Blocks:
         turns, picture = gr.State([]), gr.State(None)
         gr.Markdown("# SQ-LLaVA\nChat about a picture, and let the model ask.")
         with gr.Row():
-            with gr.Column(scale=3, min_width=320):
+            with gr.Column(scale=3, min_width=300):
                 chat = gr.Chatbot(
                     label="Conversation", render_markdown=False, latex_delimiters=[], allow_tags=False, height="55vh",
                     buttons=[], layout="bubble", elem_id="chat", placeholder=INVITATION,
@@ -123,12 +132,12 @@ def create_page(assistant: Assistant) -> gr.Blocks:
                     placeholder="Ask about a picture", autofocus=False, elem_id="box",
                 )  # fmt: skip
                 with gr.Row(elem_id="buttons"):
-                    ask = gr.Button("Ask me something", variant="primary", min_width=120)
-                    talk = gr.Button("Let it talk to itself", min_width=120)
+                    ask = gr.Button("Ask me something", variant="primary", min_width=140)
+                    talk = gr.Button("Let it talk to itself", min_width=140)
                     stop = gr.Button("Stop", interactive=False, min_width=80)
                 sliders = _sliders()
             if assistant.model.config.prototype_variant != "none":
-                with gr.Column(scale=2, min_width=320):
+                with gr.Column(scale=2, min_width=300):
                     prototypes = gr.HTML(EMPTY, elem_id="prototypes", js_on_load=None)
                     picture.change(page.look, picture, prototypes, **UNSEEN)
 

@@ -30,6 +30,8 @@ EMPTY = (
 STYLE = """
 .prototypes, .prototypes .picture {margin: 0 !important}
 .prototypes {font-size: var(--text-sm)}
+#prototypes, #prototypes * {line-height: 1.3}
+#prototypes :has(> .prototypes) {padding: 0; margin: 0}
 .prototypes .picture {
   display: flex; width: 100%; height: 45vh; align-items: center; justify-content: center; text-align: center;
   padding: 0; border: 1px solid var(--border-color-primary); border-radius: var(--radius-lg);
@@ -41,7 +43,7 @@ STYLE = """
 }
 .prototypes li {list-style: none; margin: 0}
 .prototypes button {
-  width: 100%; height: 100%; text-align: left; white-space: nowrap; padding-left: 0.5rem; color: inherit;
+  width: 100%; height: 100%; text-align: left; white-space: nowrap; padding: 0 0 0 0.5rem; color: inherit;
   border-left: 1rem solid; background: var(--background-fill-secondary); font-weight: normal;
 }
 .prototypes g :is(.shade, text) {visibility: hidden; pointer-events: none}
