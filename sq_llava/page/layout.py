@@ -52,7 +52,7 @@ CONTENT_SECURITY_POLICY = (
     "connect-src 'self'; object-src 'none'; base-uri 'self'; form-action 'self'"
 )
 STYLE = """
-.gradio-container {max-width: 1200px !important; margin: auto}
+.gradio-container {width: 100%; min-width: 0 !important; max-width: 1200px !important; margin: auto}
 #chat .message img {max-height: 12rem; width: auto}
 #chat button[title="Share"], #chat button[aria-label="Share"] {display: none}
 #chat .placeholder {text-align: center}

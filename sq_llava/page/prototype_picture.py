@@ -31,7 +31,7 @@ STYLE = """
 .prototypes, .prototypes .picture {margin: 0 !important}
 .prototypes {font-size: var(--text-sm)}
 #prototypes, #prototypes * {line-height: 1.3}
-#prototypes :has(> .prototypes) {padding: 0; margin: 0}
+#prototypes .html-container {padding: 0}
 .prototypes .picture {
   display: flex; width: 100%; height: 45vh; align-items: center; justify-content: center; text-align: center;
   padding: 0; border: 1px solid var(--border-color-primary); border-radius: var(--radius-lg);
@@ -44,7 +44,7 @@ STYLE = """
 .prototypes li {list-style: none; margin: 0}
 .prototypes button {
   width: 100%; height: 100%; text-align: left; white-space: nowrap; padding: 0 0 0 0.5rem; color: inherit;
-  border-left: 1rem solid; background: var(--background-fill-secondary); font-weight: normal;
+  border-left: 1rem solid; background: var(--background-fill-secondary); font-weight: normal; font-size: inherit;
 }
 .prototypes g :is(.shade, text) {visibility: hidden; pointer-events: none}
 .prototypes g text {fill: white; stroke: black; stroke-width: 0.2em; paint-order: stroke}
@@ -70,8 +70,8 @@ def prototype_picture(assistant: Assistant, image: Image.Image) -> str:
     )
     return (
         '<figure class="prototypes">'
-        f'<svg class="picture" viewBox="0 0 {image.width} {image.height}" role="img" aria-label="The picture, coloured '
-        'by its prototypes. The list below names the largest ones.">'
+        f'<svg class="picture" viewBox="0 0 {image.width} {image.height}" role="img" aria-label="The '
+        'picture, coloured by its prototypes. The list below names the largest ones.">'
         f'<svg width="{image.width}" height="{image.height}">'
         f'<image href="{painted}" width="{image.width}" height="{image.height}"/>{regions}</svg></svg>'
         f"<figcaption>{LEGEND}</figcaption><ul>{buttons}</ul></figure>"
