@@ -13,6 +13,10 @@ from sq_llava.inference.dialogues import DESCRIBE
 from sq_llava.inference.settings import AskSettings
 
 
+# What the model does while it has no new words to show.
+BUSY = {"assistant": "Thinking", "vusr": "Thinking of a question"}
+
+
 @dataclass(frozen=True)
 class Turn:
     """
@@ -37,7 +41,7 @@ class View:
     Args:
         turns (`list[Turn]`): The conversation.
         questions (`tuple[str, ...]`): Questions that the model suggests after the last turn.
-        busy (`str`): What the model does while it has no new words to show.
+        busy (`str`): One of `BUSY`, or nothing while words come.
     """
 
     turns: list[Turn]
@@ -66,7 +70,7 @@ def complete(turns: list[Turn]) -> list[Turn]:
 
 def speak(assistant: Assistant, turns: list[Turn], role: str, settings: Settings) -> Generator[View, None, list[Turn]]:
     """Lets the model answer (role `assistant`) or ask (role `vusr`). Returns the conversation with the new turn."""
-    yield View(turns, busy="Thinking of a question" if role == "vusr" else "Thinking")
+    yield View(turns, busy=BUSY[role])
     # A slider gives whole numbers as int, which transformers does not accept.
     sampling = {"temperature": float(settings.temperature), "top_p": 1.0, "do_sample": True}
     if role == "vusr":
@@ -92,11 +96,11 @@ def reply(assistant: Assistant, turns: list[Turn], settings: Settings) -> Iterat
     turns = yield from _answered(assistant, turns, settings)
     questions = ()
     for _ in range(settings.num_questions):
-        asked = ""
+        asked = []
         for view in speak(assistant, turns, "vusr", settings):
-            asked = view.turns[-1].text
-            yield View(turns, questions, "Thinking of a question")
-        questions = tuple(dict.fromkeys([*questions, asked]))
+            asked = [turn.text for turn in view.turns[len(turns) :]]
+            yield View(turns, questions, BUSY["vusr"])
+        questions = tuple(dict.fromkeys([*questions, *asked]))
     yield View(turns, questions)
 
 

@@ -16,7 +16,7 @@ import gradio as gr
 from sq_llava.data.images import MAX_SENT_SIDE, open_image, open_sent_image
 from sq_llava.inference.assistant import Assistant
 from sq_llava.output import written_whole
-from sq_llava.page.dialogue import Settings, Turn, View, complete, converse, opening, reply
+from sq_llava.page.dialogue import BUSY, Settings, Turn, View, complete, converse, opening, reply
 from sq_llava.page.line import Line, LineIsFull, Waiting
 from sq_llava.page.prototype_picture import EMPTY, prototype_picture
 
@@ -85,14 +85,19 @@ class Page:
 
     def _run(self, request: gr.Request, box: dict, turns: list[Turn], work, settings: Settings) -> Iterator[tuple]:
         """Shows each step of `work`. Wrong input is a warning; then the box gets back what was typed."""
-        run = self._begin(request.session_hash)
+        visitor = request.session_hash
+        self._end(visitor)
+        run = self.runs[visitor] = Run()
         try:
             yield from self._shown_steps(run, box, turns, work, settings)
         finally:
             run.over.set()
+            if self.runs.get(visitor) is run:
+                del self.runs[visitor]
 
     def _shown_steps(self, run: Run, box: dict, turns: list[Turn], work, settings: Settings) -> Iterator[tuple]:
-        view, note, box_at_end = View(turns, busy="Thinking"), "", gr.skip()
+        """The steps as values for the `outputs`, and at the end the ones that stay."""
+        view, note, box_at_end = View(turns, busy=BUSY["assistant"]), "", gr.skip()
         try:
             view = replace(view, turns=_continued(turns, box))
             if not any(turn.files for turn in view.turns):
@@ -121,12 +126,6 @@ class Page:
                 box_at_end = gr.skip()
             view = replace(view, turns=complete(view.turns))
         yield box_at_end, *shown(view, note), stop_button(is_running=False)
-
-    def _begin(self, visitor: str) -> Run:
-        """Ends the visitor's run, and begins a new one."""
-        self._end(visitor)
-        run = self.runs[visitor] = Run()
-        return run
 
     def _end(self, visitor: str) -> None:
         if run := self.runs.pop(visitor, None):
@@ -157,7 +156,7 @@ def words_of(view: View, waiting: Waiting | None = None) -> str:
     ahead, seconds = waiting or (0, 0)
     words = f"{view.busy}…"
     if ahead:
-        words = f"Waiting: {ahead} {'visitor comes' if ahead == 1 else 'visitors come'} first."
+        words = f"Waiting: {ahead} {'request comes' if ahead == 1 else 'requests come'} first."
     return f"{words} {seconds} s" if seconds >= PATIENCE else words
 
 

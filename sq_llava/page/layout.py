@@ -58,11 +58,12 @@ STYLE = """
 #chat .placeholder {text-align: center}
 #chat .examples {grid-template-columns: repeat(3, 1fr); max-width: min(40rem, 100%)}
 #chat .example-image-container {width: 100%; height: 4rem; margin-bottom: 0.5rem}
+#box:focus-within {border-color: var(--color-accent)}
 #buttons {gap: 0.5rem}
 #buttons button {white-space: nowrap; padding-inline: 0}
 @media (max-width: 600px) {
   #buttons button {font-size: var(--text-md)}
-  #chat .examples {grid-template-columns: 1fr; padding: 0}
+  #chat .examples {grid-template-columns: 1fr; gap: 0.4rem; padding: 0 0 0.4rem}
   #chat .example {padding: 0.5rem}
   #chat .example-content {flex-direction: row; align-items: center; gap: 0.75rem}
   #chat .example-text-content {margin: 0}

@@ -18,14 +18,14 @@ END = object()
 
 
 class Waiting(NamedTuple):
-    """Nothing new for so many whole `seconds`. `ahead` is the number of visitors who come first."""
+    """Nothing new for so many whole `seconds`. `ahead` is the number of requests that come first."""
 
     ahead: int
     seconds: int
 
 
 class LineIsFull(Exception):
-    """So many visitors wait for the model that no more are let in."""
+    """So many requests wait for the model that no more are let in."""
 
 
 class Line:
@@ -42,16 +42,16 @@ class Line:
     def follow(self, steps: Iterator[Any], stopped: Event) -> Iterator[Any]:
         """
         Runs `steps` in a thread when its turn comes. It ends `TICK` seconds after `stopped` is set, also while the
-        model still works on its next word; the next piece of work then waits for that word.
+        model still works on its next word. The next request then waits for that word.
 
         Yields:
             What `steps` yields; [`Waiting`] once at the start, and for each second in which nothing comes.
 
         Raises:
-            LineIsFull: if too many visitors wait.
+            LineIsFull: if too many requests wait.
         """
         if len(self.tickets) >= self.longest:
-            raise LineIsFull(f"{self.longest} visitors wait for the model already. Try again in a minute.")
+            raise LineIsFull(f"{self.longest} requests wait for the model already. Try again in a minute.")
         ticket, results = object(), SimpleQueue()
         self.tickets.append(ticket)
         Thread(target=self._work, args=(ticket, steps, results, stopped), daemon=True).start()
@@ -61,7 +61,8 @@ class Line:
                 try:
                     result = results.get(timeout=TICK)
                 except Empty:
-                    ahead = self.tickets.index(ticket) if ticket in self.tickets else 0
+                    tickets = [*self.tickets]  # another thread may change it
+                    ahead = tickets.index(ticket) if ticket in tickets else 0
                     waiting = Waiting(ahead, int(time.monotonic() - since))
                     if waiting != shown:
                         yield waiting

@@ -36,6 +36,7 @@ STYLE = """
   display: flex; width: 100%; height: 45vh; align-items: center; justify-content: center; text-align: center;
   padding: 0; border: 1px solid var(--border-color-primary); border-radius: var(--radius-lg);
 }
+.prototypes div.picture {padding: 1rem; box-sizing: border-box}
 .prototypes figcaption {margin: 0.5rem 0}
 .prototypes ul {
   display: grid; grid-template-columns: 1fr 1fr; grid-auto-rows: 1.9rem; align-content: start; gap: 0.25rem;

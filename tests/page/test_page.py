@@ -257,7 +257,7 @@ def test_visitor_waits_in_line_and_one_who_leaves_gives_up_the_model(browser, ur
     first.press("What is on the table?")
     first.page.get_by_text("A very").wait_for()
     second.press("What is on the table?")
-    second.page.get_by_text("Waiting: 1 visitor comes first.").wait_for()
+    second.page.get_by_text("Waiting: 1 request comes first.").wait_for()
     first.page.close()
     second.page.get_by_text("A very").wait_for()
     assert_closed_once(assistant)
@@ -430,7 +430,7 @@ def test_line_does_one_work_at_a_time_in_order_and_says_how_many_come_first():
     first, second = line.follow(work("first"), Event()), line.follow(work("second"), Event())
     assert next(first) == Waiting(ahead=0, seconds=0)
     assert next(second) == Waiting(ahead=1, seconds=0)
-    with pytest.raises(LineIsFull, match="2 visitors wait"):
+    with pytest.raises(LineIsFull, match="2 requests wait"):
         next(line.follow(work("third"), Event()))
     go.set()
     assert [step for step in second if not isinstance(step, Waiting)] == ["second"]
