@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sq_llava.generation.bad_rows import BadRows
 from sq_llava.generation.prompt_files import read_prompt_file
 from sq_llava.generation.rows import Card, Rejected, make_row, write_output
 from sq_llava.generation.scenes import Box, Scene, read_scenes
@@ -170,9 +171,10 @@ def messages_of(task: Task, prompts: Prompts) -> Messages:
     ]
 
 
-def read_answer(task: Task, text: str) -> tuple[dict[str, Any] | None, list[Rejected]]:
+def read_answer(task: Task, text: str, seed: int = 0) -> tuple[dict[str, Any] | None, list[Rejected]]:
     """
-    Makes a row from the model's text.
+    Makes a row from the model's text. The image comes before or after the first question, as in LLaVA's data; seed and
+    row decide.
 
     Returns:
         The row (`None` if no part of the text is usable), and the parts that were left out. A conversation ends before
@@ -199,36 +201,39 @@ def read_answer(task: Task, text: str) -> tuple[dict[str, Any] | None, list[Reje
             ]
             break
         kept.append(turn)
-    row = make_row(task.id, [task.scene.image], kept, kind=task.kind) if kept else None
-    return row, rejected
+    image_last = uniform(seed, task.id, "place of the image") < 0.5
+    return make_row(task.id, [task.scene.image], kept, image_last, kind=task.kind) if kept else None, rejected
 
 
-def read_tasks(settings: LlavaSettings, prompts: Prompts) -> dict[str, Task]:
+def read_tasks(settings: LlavaSettings, prompts: Prompts) -> tuple[dict[str, Task], BadRows]:
     """
-    The rows to be made, by their ids.
+    The rows to be made, by their ids, and the parts of the input that cannot be used.
 
     Raises:
-        ValueError: If captions, boxes or shares are wrong.
+        ValueError: If the shares are wrong, or the captions and boxes cannot be read, or too many are bad.
     """
-    shares = parse_shares(settings.shares)
-    scenes = settings.shard.take(read_scenes(settings.captions, settings.instances)[: settings.limit])
-    return {task.id: task for task in draw_tasks(scenes, shares, settings.kinds_per_image, prompts, settings.seed)}
+    shares, bad = parse_shares(settings.shares), BadRows(settings.max_bad_share)
+    scenes = settings.shard.take(read_scenes(settings.captions, settings.instances, bad)[: settings.limit])
+    tasks = draw_tasks(scenes, shares, settings.kinds_per_image, prompts, settings.seed)
+    return {task.id: task for task in tasks}, bad
 
 
-def estimate(settings: LlavaSettings) -> Estimate:
+def estimate(settings: LlavaSettings) -> tuple[Estimate, BadRows]:
     """Estimates the cost of the missing rows. No request is sent, and no file is written."""
     prompts = read_prompts(settings.prompts)
     client = ChatClient(settings.chat, settings.out / settings.shard.name(JOURNAL), reads_only=True)
-    requests = (client.request(messages_of(task, prompts)) for task in read_tasks(settings, prompts).values())
-    return client.estimate(request for request in requests if client.journal.get(request.key) is None)
+    tasks, bad = read_tasks(settings, prompts)
+    requests = (client.request(messages_of(task, prompts)) for task in tasks.values())
+    return client.estimate(request for request in requests if client.journal.get(request.key) is None), bad
 
 
 @dataclass(frozen=True)
 class Made:
-    """The outcome of a run, and the number of rows made from all answers so far."""
+    """The outcome of a run, the number of rows made from all answers so far, and what the input has of no use."""
 
     asked: Asked
     num_rows: int
+    bad: BadRows
 
 
 def generate(settings: LlavaSettings, command: str) -> Made:
@@ -248,19 +253,20 @@ def generate(settings: LlavaSettings, command: str) -> Made:
 
 def _generate(settings: LlavaSettings, command: str) -> Made:
     prompts = read_prompts(settings.prompts)
-    tasks = read_tasks(settings, prompts)
+    tasks, bad = read_tasks(settings, prompts)
+    bad.write(settings.out)
     client = ChatClient(settings.chat, settings.out / settings.shard.name(JOURNAL))
     note = RunNote(settings.out, describe_run(settings, prompts, command), IDENTITY)
     client.before_answer = note.write
     asked = ask_all(client, tasks, lambda task: client.complete(messages_of(task, prompts)), "Asking")
     if asked.results:
         note.write()
-    read = [read_answer(tasks[id], text) for id, text in asked.results.items()]
+    read = [read_answer(tasks[id], text, settings.seed) for id, text in asked.results.items()]
     rows = [row for row, _ in read if row is not None]
     rejected = [each for _, left_out in read for each in left_out]
-    card = _card(note.about | {"answered by": ", ".join(client.report()["answered_by"])})
+    card = _card(note.about | {"answered by": ", ".join(client.report()["answered_by"])}, bad)
     write_output(settings.out, settings.shard, rows, rejected, asked.failures, card)
-    return Made(asked, len(rows))
+    return Made(asked, len(rows), bad)
 
 
 def describe_run(settings: LlavaSettings, prompts: Prompts, command: str) -> dict[str, Any]:
@@ -283,12 +289,13 @@ def describe_run(settings: LlavaSettings, prompts: Prompts, command: str) -> dic
     }
 
 
-def _card(about: Mapping[str, Any]) -> Card:
+def _card(about: Mapping[str, Any], bad: BadRows) -> Card:
     return Card(
         title="Instructions from captions and boxes",
         summary=(
             "Conversations, detailed descriptions and reasoning about images. The language model that wrote them read "
-            "captions and boxes instead of the images, as for LLaVA (https://arxiv.org/abs/2304.08485)."
+            "captions and boxes instead of the images, as for LLaVA (https://arxiv.org/abs/2304.08485). "
+            f"{bad} could not be used."
         ),
         settings=about,
         shares=("kind",),
