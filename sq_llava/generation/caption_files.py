@@ -13,6 +13,8 @@ name at the end of the URL.
 """
 
 import csv
+import os
+import posixpath
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -60,7 +62,7 @@ class CaptionFile:
     Args:
         path (`Path`): A file in one of the layouts in the table above.
         limit (`int`, *optional*): Number of rows to read.
-        image_root (`Path`, *optional*): Folder of the images of URLs.
+        image_root (`Path`, *optional*): Folder of the images. Default: the folder of the file.
 
     Raises:
         ValueError: If the file is missing, of another kind or encoding, or its columns are unknown.
@@ -71,7 +73,7 @@ class CaptionFile:
             raise ValueError(f"{path}: captions must be in a .json, .jsonl, .csv or .tsv file.")
         if not path.is_file():
             raise ValueError(f"{path}: no such file.")
-        self.path, self.limit, self.image_root = path, limit, image_root
+        self.path, self.limit, self.image_root = path, limit, image_root or path.parent
         with path.open("rb") as file:
             if file.read(2) in (b"\xff\xfe", b"\xfe\xff"):
                 raise ValueError(f"{path}, line 1: the file is in UTF-16. Save it again as UTF-8.")
@@ -172,9 +174,11 @@ class CaptionFile:
     def _file_of_url(self, url: str, number: int) -> str:
         """The file of a URL's image, as a path in the image root; the first name if there is no such file."""
         folder, place = divmod(number, IMAGES_PER_FOLDER)
-        names = [f"{folder:05}/{folder:05}{place:04}.jpg", PurePosixPath(unquote(urlsplit(url).path)).name]
-        root = self.image_root or Path()
-        return next((name for name in names if name and (root / name).is_file()), names[0])
+        usual = f"{folder:05}/{folder:05}{place:04}.jpg"
+        if os.path.isfile(os.path.join(self.image_root, usual)):
+            return usual
+        last = posixpath.basename(unquote(urlsplit(url).path))
+        return last if last and os.path.isfile(os.path.join(self.image_root, last)) else usual
 
 
 def _as_pair(row: dict[str, Any]) -> dict[str, Any]:

@@ -20,6 +20,7 @@ Nothing is downloaded, neither images nor the spaCy pipeline, and no image is op
 """
 
 import json
+import os
 from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -224,7 +225,7 @@ def look_at(captions: CaptionFile, image_root: Path, max_bad_share: float) -> Kn
         if error is not None:
             errors[number] = error
         ids.append(hash_of(caption.id) if error is None else 0)
-        has_image.append(error is None and (root / caption.image).is_file())
+        has_image.append(error is None and os.path.isfile(os.path.join(root, caption.image)))
         lines.append(caption.line or 0)
     if not ids:
         raise ValueError(f"{captions.path}: holds no rows.")

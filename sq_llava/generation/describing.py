@@ -21,7 +21,7 @@ from sq_llava.data.images import chat_part, open_image
 from sq_llava.evaluation.results import hash_of_model
 from sq_llava.generation.prompt_files import read_instructions, read_prompt_file
 from sq_llava.generation.settings import DescribeSettings
-from sq_llava.generation.text_rules import words_of
+from sq_llava.generation.text_rules import count_words
 from sq_llava.inference.assistant import Assistant, load
 from sq_llava.llm_client.asking import Asked, ask_all
 from sq_llava.llm_client.client import ChatClient, ChatRequest, Journal, Messages, NotAsked
@@ -105,7 +105,7 @@ class ServerDescriber:
     def _describe(self, image: Path) -> Description:
         messages = self._messages(image)
         first = _answer(self.client, messages)
-        if len(words_of(first)) * 4 > self.short * 3:
+        if count_words(first) * 4 > self.short * 3:
             return Description(first)
         return Description(first, _answer(self.client, _told_to_go_on(messages, first, self.prompts)))
 
