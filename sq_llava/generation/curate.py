@@ -314,8 +314,8 @@ def card_of(about: Mapping[str, Any]) -> Card:
             f"{about['describer']} described each image in detail, and continued short descriptions.{repaired} Rules "
             "left out refusals, repetitions, and unfinished or broken texts. A person compared each row with "
             "`checked` to its image and kept it, and corrected the text of those with `edited`; nobody looked at the "
-            "other rows. With `repair_refused`, the repair failed or said something else, so the description stayed as "
-            "it was."
+            "other rows. With `repair_refused`, the description is not repaired, because the repair failed or said "
+            "something else."
         ),
         settings=about,
         shares=("continued", "repaired", "repair_refused", "checked", "edited"),
