@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from processing_sq_llava import SQLlavaProcessor
+from processing_sq_llava import PROMPT_LAYOUTS, SQLlavaProcessor
 from sq_llava.data.images import Fault
 
 
@@ -31,9 +31,7 @@ class TextCheck:
 
     def __init__(self, processor: SQLlavaProcessor, plain: bool = False):
         self.processor, self.plain = processor, plain
-        # Where a token begins each turn, a marker alone is no more than the name of a role.
-        begins_with_token = bool(processor.turn_format["turn_begin"])
-        self._markers = [] if plain or begins_with_token else [processor.user_marker, processor.assistant_marker]
+        self._markers = [] if plain else _turn_markers(processor)
         # A text without any of these characters has no control token. This fast test is enough for most texts.
         self._first_characters = {token[0] for token in processor.control_tokens}
         tokenizer = processor.tokenizer
@@ -68,7 +66,7 @@ class TextCheck:
             if found := [marker for marker in self._markers if marker in text]:
                 yield Fault(
                     "role_marker",
-                    f"turn {index} has markers that begin a turn in the prompt: {', '.join(map(repr, found))}.",
+                    f"turn {index} has markers of turns: {', '.join(map(repr, found))}.",
                     "Split the text into turns, or write the markers differently.",
                     "warning",
                 )
@@ -95,6 +93,21 @@ class TextCheck:
                 "Check that this is the language model that you want, and that it knows the language of the texts.",
                 "warning",
             )
+
+
+def _turn_markers(processor: SQLlavaProcessor) -> list[str]:
+    """What marks a turn, in this model's prompts or in those of others, and is no control token of this model."""
+    own = [processor.user_marker, processor.assistant_marker]
+    if processor.turn_format["turn_begin"]:  # then a marker alone is no more than the name of a role
+        own = []
+    others = [
+        text
+        for layout in PROMPT_LAYOUTS.values()
+        if (begin := layout["turn_format"]["turn_begin"])
+        for text in (begin, layout["delimiter"])
+        if text not in processor.control_tokens
+    ]
+    return own + others
 
 
 def _texts_of(messages: list[dict]) -> list[str]:
