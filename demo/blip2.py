@@ -117,7 +117,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base", type=Path, default=Path("runs/demo"), help="Folder of `make demo`.")
     parser.add_argument("--out", type=Path, default=Path("runs/demo/blip2"), help="Folder of the BLIP-2.")
-    parser.add_argument("--steps", type=int, default=100, help="Number of optimizer steps.")
+    parser.add_argument("--steps", type=int, default=60, help="Number of optimizer steps.")
     arguments = parser.parse_args()
     with errors_in_one_line():
         make_blip2(arguments.base / "data", arguments.out, arguments.steps)
