@@ -144,10 +144,11 @@ def show(results) -> None:
         if not result.metrics:
             continue
         counts = f"{result.num:,} examples, {result.parsed_share:.1%} parsed, {result.num_failed} failed"
-        table = _table(f"{result.task}: {counts}", "value", "standard error", "examples")
+        table = _table(f"{result.task}: {counts}", "value", "standard error", "95% interval", "examples")
         for metric in result.metrics:
             error = "" if metric.standard_error is None else f"{metric.standard_error:.4f}"
-            table.add_row(metric.name, f"{metric.value:.4f}", error, f"{metric.num:,}")
+            interval = "" if metric.interval is None else "{:.4f} to {:.4f}".format(*metric.interval)
+            table.add_row(metric.name, f"{metric.value:.4f}", error, interval, f"{metric.num:,}")
         console.print(table)
 
 

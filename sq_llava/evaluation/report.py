@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import yaml
 from huggingface_hub import EvalResultEntry, eval_result_entries_to_yaml
 from matplotlib.axes import Axes
@@ -20,6 +21,7 @@ from matplotlib.figure import Figure
 
 from sq_llava.evaluation.answering import open_task_image
 from sq_llava.evaluation.paper import figures_of
+from sq_llava.evaluation.peers import PEERS
 from sq_llava.evaluation.results import read_records
 from sq_llava.evaluation.task import Example, Record, Task, main_score
 from sq_llava.output import write_text, written_whole
@@ -130,16 +132,17 @@ def _metrics_table(run: dict[str, Any]) -> str:
     rows = []
     for each in run["results"]:
         error = "" if each["standard_error"] is None else f"{each['standard_error']:.4f}"
+        interval = "" if each["interval"] is None else "{:.4f} to {:.4f}".format(*each["interval"])
         rows.append(
-            f"| {each['task']} | {as_text(each['metric'])} | {each['value']:.4f} | {error} | {each['num']:,} | "
-            f"{each['parsed_share']:.1%} | {each['num_failed']} | {each['num_unjudged']} |"
+            f"| {each['task']} | {as_text(each['metric'])} | {each['value']:.4f} | {error} | {interval} | "
+            f"{each['num']:,} | {each['parsed_share']:.1%} | {each['num_failed']} | {each['num_unjudged']} |"
         )
-    head = "| task | metric | value | standard error | examples | parsed | failed | not graded |"
-    return f"## All metrics\n\n{head}\n|---|---|---|---|---|---|---|---|\n" + "\n".join(rows) + "\n"
+    head = "| task | metric | value | standard error | 95% interval | examples | parsed | failed | not graded |"
+    return f"## All metrics\n\n{head}\n|---|---|---|---|---|---|---|---|---|\n" + "\n".join(rows) + "\n"
 
 
 def _task_part(task: Task, run: dict[str, Any], records: Sequence[Record], out: Path) -> str:
-    parts = [f"## {task.title}\n", task.note or ""]
+    parts = [f"## {task.title}\n", task.note or "", _peers(task, run)]
     if task.name in run["missing"]:
         parts.append(f"**No metrics**: {run['missing'][task.name]}\n")
     judge = next((each["judge"] for each in run["results"] if each["task"] == task.name and each["judge"]), None)
@@ -151,6 +154,13 @@ def _task_part(task: Task, run: dict[str, Any], records: Sequence[Record], out: 
         parts.append(f"### {heading}\n")
         parts += [_example(records[number], out, f"{task.name}/pictures/{number}.jpg") for number in numbers]
     return "\n".join(part for part in parts if part)
+
+
+def _peers(task: Task, run: dict[str, Any]) -> str:
+    """Says which versions of other projects the metrics named after them follow."""
+    named = [each["metric"] for each in run["results"] if each["task"] == task.name and each["follows"]]
+    found = {part: PEERS[part] for name in named for part in name.split("/")[:-1] if part in PEERS}
+    return "".join(f"- `{prefix}/` follows {project}.\n" for prefix, project in found.items())
 
 
 def _example(record: Record, out: Path, picture: str) -> str:
@@ -183,9 +193,10 @@ def _draw_main_metrics(run: dict[str, Any], tasks: Mapping[str, Task], out: Path
         paper = figures_of(task.name)
         bars = {f"this run ({entry['num']:,} examples)": entry["value"] * task.scale}
         bars |= {f"{model} (paper)": value for model, value in paper.items()}
-        error = 1.96 * (entry["standard_error"] or 0) * task.scale
+        errors = np.zeros((2, len(bars)))
+        errors[:, 0] = reach(entry) * task.scale
         colours = ["#cc6677", *["#bbbbbb"] * len(paper)]
-        drawn = axis.barh(list(bars), list(bars.values()), xerr=[error, *[0] * len(paper)], color=colours)
+        drawn = axis.barh(list(bars), list(bars.values()), xerr=errors, color=colours)
         _label(axis, drawn, "{:.1f}", f"{task.title}: {task.main_metric}")
     with written_whole(out / "figures.png") as new:
         figure.savefig(new, dpi=110)
@@ -206,13 +217,20 @@ def _draw_breakdown(task: Task, run: dict[str, Any], records: Sequence[Record], 
     drawn = axis.barh(
         [f"{part} ({each['num']:,})" for part, each in zip(parts, chosen)],
         [each["value"] for each in chosen],
-        xerr=[1.96 * (each["standard_error"] or 0) for each in chosen],
+        xerr=np.stack([reach(each) for each in chosen], axis=1),
         color="#4477aa",
     )
     _label(axis, drawn, "{:.3f}", f"{task.title}: {name} by {task.breakdown}")
     with written_whole(out / task.name / "breakdown.png") as new:
         figure.savefig(new, dpi=110)
     return f"![{name} by {task.breakdown}]({task.name}/breakdown.png)\n"
+
+
+def reach(entry: dict[str, Any]) -> np.ndarray:
+    """How far the 95% interval reaches below and above the value, of shape `(2,)`; zeros without an interval."""
+    low, high = entry["interval"] or (entry["value"], entry["value"])
+    # A bootstrapped interval need not contain the value.
+    return np.maximum(0, [entry["value"] - low, high - entry["value"]])
 
 
 def _label(axis: Axes, bars: BarContainer, form: str, title: str) -> None:
@@ -251,7 +269,8 @@ def write_eval_results(run: dict[str, Any], tasks: Mapping[str, Task], out: Path
 
 def _notes(run: dict[str, Any], entry: dict[str, Any]) -> str:
     """How a result was produced. `notes` is the only free text field of the format."""
-    parts = [entry["metric"], f"{entry['num']} examples, {entry['num_failed']} failed"]
+    follows = "" if entry["follows"] is None else f" (follows {entry['follows']})"
+    parts = [entry["metric"] + follows, f"{entry['num']} examples, {entry['num_failed']} failed"]
     if run["split"] is not None:
         parts.append(f"split {run['split']}")
     if entry["judge"] is not None:
