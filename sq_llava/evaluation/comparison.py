@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from sq_llava.evaluation.report import as_text
+from sq_llava.evaluation.report import as_text, main_entry, which_weights
 from sq_llava.evaluation.results import read_records
 from sq_llava.evaluation.run import TASKS, Evaluation, find_task, read_examples
 from sq_llava.evaluation.task import Record, Task, breakdown_values, main_score, scored_parts, units_of, weigh
@@ -264,6 +264,39 @@ def flips(task: Task, pairs: Sequence[Pair]) -> list[dict[str, Any]]:
     return sorted(lines, key=lambda line: -abs(line["change"]))
 
 
+def write_overview(folders: Sequence[Path], path: Path) -> Path:
+    """
+    Writes a table of several evaluations: a row for each task with its main metric, and a column for each model.
+
+    Returns:
+        `path`.
+    """
+    runs = [json.loads((folder / "results.json").read_text()) for folder in folders]
+    names = list(dict.fromkeys(name for run in runs for name in run["data_hashes"]))
+    rows = []
+    for name in names:
+        found = [main_entry(run, TASKS[name]) for run in runs]
+        rows.append(f"| {name} | {as_text(TASKS[name].main_metric)} | {' | '.join(map(_with_interval, found))} |\n")
+    head = " | ".join(as_text(run["model"]) for run in runs)
+    table = f"| task | metric | {head} |\n|---|---|{'---|' * len(runs)}\n{''.join(rows)}"
+    about = "".join(
+        f"- {as_text(run['model'])} ({which_weights(run)}): {folder}\n" for run, folder in zip(runs, folders)
+    )
+    write_text(
+        path,
+        f"# {len(runs)} models\n\n{about}\nMain metrics with their 95% intervals. Differences between two models are "
+        f"in the folder `comparison` of the second: they are paired, so their intervals are narrower.\n\n{table}",
+    )
+    return path
+
+
+def _with_interval(entry: Mapping[str, Any] | None) -> str:
+    if entry is None:
+        return ""
+    interval = "" if entry["interval"] is None else " ({:.4f} to {:.4f})".format(*entry["interval"])
+    return f"{entry['value']:.4f}{interval}"
+
+
 def to_markdown(
     first: Path,
     second: Path,
@@ -273,7 +306,7 @@ def to_markdown(
 ) -> str:
     names = (first.name, second.name) if first.name != second.name else (str(first), str(second))
     about = "\n".join(
-        f"- {as_text(name)}: {as_text(run['model'])} (hash {run['model_hash']}), code "
+        f"- {as_text(name)}: {as_text(run['model'])} ({which_weights(run)}), code "
         f"{run['code_hash'][:12]}, seed {run['seed']}, {run['date']}: `{run['command']}`"
         for name, run in zip(names, runs, strict=True)
     )

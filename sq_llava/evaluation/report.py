@@ -95,7 +95,7 @@ def _heading(run: dict[str, Any]) -> str:
     packages = ", ".join(f"{name} {version}" for name, version in run["packages"].items())
     data = "; ".join(f"{name} {digest[:12]}" for name, digest in run["data_hashes"].items())
     rows = {
-        "model": f"{run['model']} (hash {run['model_hash']})",
+        "model": f"{run['model']} ({which_weights(run)})",
         "command": f"`{run['command']}`",
         "date": run["date"],
         "examples": "all" if run["limit"] is None else f"**at most {run['limit']} per task**",
@@ -109,7 +109,13 @@ def _heading(run: dict[str, Any]) -> str:
     return f"# Evaluation of {run['model']}\n\n| | |\n|---|---|\n{table}\n"
 
 
-def _main_metric(run: dict[str, Any], task: Task) -> dict[str, Any] | None:
+def which_weights(run: Mapping[str, Any]) -> str:
+    """The hash of a run's model, or the server of the model."""
+    return f"hash {run['model_hash']}" if run.get("server") is None else f"served at {run['server']}"
+
+
+def main_entry(run: Mapping[str, Any], task: Task) -> dict[str, Any] | None:
+    """The entry of a task's main metric in `results.json`, or `None`."""
     return next((e for e in run["results"] if (e["task"], e["metric"]) == (task.name, task.main_metric)), None)
 
 
@@ -117,7 +123,7 @@ def _paper_table(run: dict[str, Any], tasks: Mapping[str, Task]) -> str:
     names = [name for name in run["data_hashes"] if figures_of(name)]
     if not names:
         return ""
-    measured = [_main_metric(run, tasks[name]) for name in names]
+    measured = [main_entry(run, tasks[name]) for name in names]
     own = ["-" if each is None else f"{each['value'] * tasks[each['task']].scale:.1f}" for each in measured]
     nums = ["" if each is None else f"{each['num']:,}" for each in measured]
     rows = [f"| **this run** | {' | '.join(own)} |", f"| examples in this run | {' | '.join(nums)} |"]
@@ -182,7 +188,7 @@ def as_text(value: Any) -> str:
 
 def _draw_main_metrics(run: dict[str, Any], tasks: Mapping[str, Task], out: Path) -> str:
     """Draws the main metric of each task and the paper's results."""
-    found = [(tasks[name], _main_metric(run, tasks[name])) for name in run["data_hashes"]]
+    found = [(tasks[name], main_entry(run, tasks[name])) for name in run["data_hashes"]]
     found = [(task, entry) for task, entry in found if entry is not None]
     if not found:
         return ""
@@ -250,7 +256,7 @@ def write_eval_results(run: dict[str, Any], tasks: Mapping[str, Task], out: Path
     """
     paths = []
     for name in run["data_hashes"]:
-        entry = _main_metric(run, tasks[name])
+        entry = main_entry(run, tasks[name])
         if entry is None or tasks[name].hub_id is None or run["limit"] is not None or entry["num_unjudged"]:
             continue
         result = EvalResultEntry(
@@ -275,7 +281,7 @@ def _notes(run: dict[str, Any], entry: dict[str, Any]) -> str:
         parts.append(f"split {run['split']}")
     if entry["judge"] is not None:
         parts.append(f"graded by {', '.join(entry['judge']['answered_by'])}")
-    hashes = {"model": run["model_hash"], "code": run["code_hash"], "data": entry["data_hash"]}
+    hashes = {"model": run["model_hash"] or which_weights(run), "code": run["code_hash"], "data": entry["data_hash"]}
     parts.append("hashes: " + ", ".join(f"{name} {digest}" for name, digest in hashes.items()))
     versions = ", ".join(f"{name} {version}" for name, version in run["packages"].items())
     parts.append(f"Python {run['python']}, {versions}, seed {run['seed']}")

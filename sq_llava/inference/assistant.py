@@ -66,6 +66,10 @@ class Assistant:
         """
         return self.answer_batch([(images, messages)], max_new_tokens, **generate_kwargs)[0]
 
+    def render(self, messages: list[dict]) -> str:
+        """The prompt of a conversation as text, by the model's chat template."""
+        return self.processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+
     @torch.inference_mode()
     def answer_batch(self, requests: list[tuple], max_new_tokens: int = 512, **generate_kwargs) -> list[str]:
         """
