@@ -1,4 +1,4 @@
-"""A model on a server is scored as a local one: the same prompts and images, answers that are kept, errors in words."""
+"""A model on a server is scored as a local one: the same prompts and images, answers that are kept, clear errors."""
 
 import base64
 import io
@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import uvicorn
 from PIL import Image
+from transformers import GenerationConfig
 
 from sq_llava.evaluation import run
 from sq_llava.evaluation.results import read_records
@@ -55,7 +56,10 @@ def question_of(request: dict) -> str:
 
 
 def test_server_gets_the_prompt_the_image_and_the_greedy_limit_of_the_task(evaluation_at, data):
-    with chat_server(lambda request, number: "yes" if "0" in question_of(request) else "no") as server:
+    def reply(request, number):
+        return Reply("yes" if "0" in question_of(request) else "no", seconds=0.2)
+
+    with chat_server(reply) as server:
         [result] = evaluate(replace(evaluation_at(server.url), system_message="Be brief."))
         assert server.most_at_once == 2
     assert figures(result)["accuracy"] == pytest.approx(1 / NUM_QUESTIONS)
@@ -89,20 +93,21 @@ def test_run_names_the_server_and_the_model(evaluation_at, tmp_path):
         evaluate(other)
 
 
-def test_answers_are_kept_when_the_server_goes_away(evaluation_at, tmp_path):
-    def reply(request, number):
-        return Reply(status=401, body="{}") if "3" in question_of(request) else "yes"
+def test_run_stops_when_the_server_refuses_everything_and_resumes_from_there(evaluation_at):
+    keys = []
 
-    with chat_server(reply) as server, pytest.raises(ConnectionError, match=r"served: the server refused.*resume"):
-        evaluate(evaluation_at(server.url, concurrency=1))
-    with chat_server(lambda request, number: "yes") as again:
-        # Another port is another server. The run continues on the same one.
-        evaluation = evaluation_at(server.url)
-        with pytest.raises(ConnectionError, match="no server answers"):
-            evaluate(evaluation)
-        evaluate(evaluation_at(again.url)) if False else None
-    kept = (tmp_path / "out" / "served.jsonl").read_text().count("\n")
-    assert kept == 3
+    def reply(request, number):
+        return "yes" if keys or "3" not in question_of(request) else Reply(status=401, body="{}")
+
+    with chat_server(reply) as server:
+        with pytest.raises(ConnectionError, match=r"served: the server refused: .*401.* Repeat the command to resume"):
+            evaluate(evaluation_at(server.url, concurrency=1))
+        asked = len(server.requests)
+        keys.append("paid")
+        [result] = evaluate(evaluation_at(server.url))
+        assert len(server.requests) == NUM_QUESTIONS + 1  # only the refused one was sent twice
+    assert 1 <= asked <= NUM_QUESTIONS
+    assert (result.num_failed, figures(result)["accuracy"]) == (0, 1)
 
 
 def test_second_run_asks_nothing_again(evaluation_at, tmp_path):
@@ -128,7 +133,7 @@ def test_example_that_the_server_refuses_fails_alone(evaluation_at, tmp_path):
 def test_answer_without_text_is_an_empty_answer(evaluation_at, tmp_path):
     with chat_server(lambda request, number: Reply(body=completion(""))) as server:
         [result] = evaluate(evaluation_at(server.url))
-    assert (result.num_failed, figures(result)["accuracy"], result.parsed_share) == (0, 0, 0)
+    assert (result.num_failed, figures(result)["accuracy"]) == (0, 0)
     assert {record.answer for record in records_of(tmp_path / "out")} == {""}
 
 
@@ -192,7 +197,7 @@ def test_models_of_one_server_are_compared_in_one_folder(data, tmp_path, monkeyp
     assert done.exit_code == 0, done.output
     table = (tmp_path / "models.md").read_text()
     assert "| task | metric | org/bad | org/good |" in table
-    assert "| easy\\_vqa | accuracy | 0.0000 (0.0000 to 0.4345) | 1.0000 (0.5655 to 1.0000) |" in table
+    assert "| easy_vqa | accuracy | 0.0000 (0.0000 to 0.4345) | 1.0000 (0.5655 to 1.0000) |" in table
     content = json.loads((tmp_path / "good" / "comparison" / "comparison.json").read_text())
     assert content["first"] == str(tmp_path / "bad")
     assert [each["difference"] for each in content["differences"]] == [1.0, 1.0]
@@ -216,6 +221,10 @@ def served(folder: str):
 @pytest.mark.slow
 def test_model_on_our_server_has_the_answers_and_scores_of_the_local_model(evaluation_at, data, tmp_path):
     folder = tiny.save_model(tmp_path / "model")
+    settings = GenerationConfig.from_pretrained(folder)
+    # Tokens of single bytes, of which an untrained model makes invalid text, which a stream shows in another way.
+    settings.suppress_tokens += range(3, 259)
+    settings.save_pretrained(folder)
     local = Evaluation(folder, ["easy_vqa"], str(data), tmp_path / "local", device="cpu", dtype="float32")
     [expected] = evaluate(local)
     with served(folder) as url:
