@@ -52,6 +52,7 @@ An the it's dont don't shes she's somebody'd y'all cat cats. T-shirt t-shirt tsh
 WORDS = NASTY.split()
 GAPS = (" ", " ", " ", " ", "  ", "\n", "\t", "", ", ", "-", "/", ". ", " .", ",")
 LETTERS = "ABCDE"
+PACKAGES = {"lmms-eval": "lmms-eval", "LLaVA": "llava-torch", "VQA v2 in LAVIS": "salesforce-lavis"}
 
 
 class Table:
@@ -67,7 +68,8 @@ class Table:
         """Adds a row. `pairs`: (input, our value, their value). If not `is_equal`, the values may differ."""
         pairs = list(pairs)
         wrong = [each for each in pairs if not equal(each[1], each[2])]
-        self.rows.append((task, metric, peer, len(pairs), len(pairs) - len(wrong)))
+        shown = f"`{metric}`" if metric.endswith("/accuracy") else metric
+        self.rows.append((task, shown, peer, len(pairs), len(pairs) - len(wrong)))
         if is_equal:
             self.differing += len(wrong)
             for given, ours, theirs in wrong[:5]:
@@ -76,9 +78,16 @@ class Table:
     def to_markdown(self) -> str:
         head = "| task | metric | compared with | pairs | equal |\n|---|---|---|---|---|\n"
         rows = (
-            f"| {task} | `{metric}` | {peer} | {num:,} | {same:,} |\n" for task, metric, peer, num, same in self.rows
+            f"| `{task}` | {metric} | {named(peer)} | {num:,} | {same:,} |\n"
+            for task, metric, peer, num, same in self.rows
         )
         return head + "".join(rows)
+
+
+def named(peer: str) -> str:
+    """The peer with the version of its package."""
+    name, comma, rest = peer.partition(",")
+    return f"{name} {version(PACKAGES[name])}{comma}{rest}" if name in PACKAGES else peer
 
 
 def equal(first: Any, second: Any) -> bool:
@@ -174,14 +183,16 @@ def check_vqa(table: Table, draw: random.Random) -> None:
         theirs = lambda said, known, process=process: lmms_eval(process, known, said)  # noqa: E731
         table.compare(task.name, name, "lmms-eval", rows(task, name, theirs))
     texts = [text(draw) for _ in range(NUM)]
-    table.compare("vqav2", "submission", "LLaVA", ((each, normalize_m4c(each), evalai(each)) for each in texts))
+    table.compare(
+        "vqav2", "answers of the submission", "LLaVA", ((each, normalize_m4c(each), evalai(each)) for each in texts)
+    )
 
     def processed(each: str) -> str:
         each = each.replace("\n", " ").replace("\t", " ").strip()
         return official.processDigitArticle(official.processPunctuation(each))
 
     pairs_of_texts = ((each, normalize_official(each), processed(each)) for each in texts)
-    table.compare("vqav2", "official/accuracy, normalizer", "VQA v2 (copy in LAVIS)", pairs_of_texts)
+    table.compare("vqav2", "normalizer of `official/accuracy`", "VQA v2 in LAVIS", pairs_of_texts)
 
 
 def check_gqa(table: Table, draw: random.Random) -> None:
@@ -234,9 +245,9 @@ def check_pope(table: Table, draw: random.Random) -> None:
     parsed = [{"text": answer} for answer in answers]
     run_eval_pope(eval_pope, [(answer, "yes") for answer in answers], parsed)
     pairs = ((said, "yes" if pope.says_yes(said) else "no", each["text"]) for said, each in zip(answers, parsed))
-    table.compare("pope", "llava/, parser", "LLaVA", pairs)
-    table.compare("pope", "llava/, five metrics of 40 answers", "LLaVA", llava)
-    table.compare("pope", "lmms_eval/, five metrics of 40 answers", "lmms-eval", lmms_eval)
+    table.compare("pope", "parser of `llava/`", "LLaVA", pairs)
+    table.compare("pope", "five metrics `llava/` of 40 answers", "LLaVA", llava)
+    table.compare("pope", "five metrics `lmms_eval/` of 40 answers", "lmms-eval", lmms_eval)
 
 
 def run_eval_pope(
@@ -304,7 +315,7 @@ def check_scienceqa(table: Table, draw: random.Random) -> None:
     name = "lmms_eval/accuracy"
     table.compare("scienceqa", name, "lmms-eval", rows(scienceqa.TASK, name, theirs))
     on_purpose = rows(scienceqa.TASK, "accuracy", right)
-    table.compare("scienceqa", "accuracy", "LLaVA, differs on purpose", on_purpose, is_equal=False)
+    table.compare("scienceqa", "`accuracy`", "LLaVA, differs on purpose", on_purpose, is_equal=False)
 
 
 CELLS = ("red", "NA", "None", "none", "null", "N/A", "nan", "NaN", "NULL", "", "n/a", "NONE", "Null", "#N/A", "x", " ")
@@ -315,7 +326,7 @@ def check_mmbench(table: Table, draw: random.Random) -> None:
     said = [option_answer(draw) if draw.random() < 0.7 else text(draw, (*WORDS, "A", "B", "red")) for _ in range(NUM)]
     infer = cn_utils.mmbench_evaluator.can_infer
     pairs = ((each, mmbench.option_of(each, choices), infer(each, dict(choices)) or None) for each in said)
-    table.compare("mmbench", "letter/accuracy, parser", "lmms-eval", pairs)
+    table.compare("mmbench", "parser of `letter/accuracy`", "lmms-eval", pairs)
 
     settings = {"post_prompt": "\n请直接使用所提供的选项字母作为答案回答。"}
     docs = []
@@ -336,7 +347,7 @@ def check_mmbench(table: Table, draw: random.Random) -> None:
         options = llava["get_options"](theirs, ["A", "B", "C", "D"])
         ours = (mmbench.text_of(row, "hint") or None, list(mmbench.choices_of(row).values()))
         pairs.append((row, ours, (hint, options)))
-    table.compare("mmbench", "hint and options of a row", "LLaVA", pairs)
+    table.compare("mmbench", "hint and options of a TSV row", "LLaVA", pairs)
 
 
 NOUNS = """
@@ -361,14 +372,14 @@ def check_captions(table: Table, draw: random.Random) -> None:
         args = SimpleNamespace(output_path=folder)
         theirs = {name: float(nocaps_utils.nocaps_aggregation_result(results, name, args)) for name in names}
     pairs = ((f"{NUM_CAPTIONS} captions", ours[f"lmms_eval/{names[name]}"], theirs[name]) for name in names)
-    table.compare("captions", f"lmms_eval/, seven metrics of {NUM_CAPTIONS:,} images", "lmms-eval", pairs)
+    table.compare("captions", f"seven metrics `lmms_eval/` of {NUM_CAPTIONS:,} images", "lmms-eval", pairs)
     same = [Record(Example(each.example.id, "", [], each.example.reference[:1]), "", each.example.reference[0])
             for each in records]  # fmt: skip
     # CIDEr-D needs four tokens. Longer predictions than 20 tokens are cut.
     whole = [each for each in same if len(each.answer.split()) >= 7 and len(re.findall(r"\w+|\S", each.answer)) <= 20]
     perfect = captions.corpus_metrics(whole)
     pairs = [(name, perfect[f"{name}/CIDEr-D"], 10.0) for name in ("plain", "ptb", "lmms_eval")]
-    table.compare("captions", "CIDEr-D of captions equal to their reference", "10", pairs)
+    table.compare("captions", "CIDEr-D of captions that equal their references", "the highest value, 10", pairs)
 
 
 def caption(draw: random.Random) -> str:
