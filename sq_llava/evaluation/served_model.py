@@ -26,6 +26,7 @@ from sq_llava.llm_client.replies import without_thoughts
 
 
 SECONDS_TO_CONNECT = 10.0
+NO_TEXT = "has no text"  # in the client's error
 
 
 class ServedModel:
@@ -93,8 +94,10 @@ class ServedModel:
     def _answer(self, messages: list[dict[str, Any]]) -> str:
         try:
             return without_thoughts(self._client.complete(messages))
-        except UnusableAnswer:
-            return ""  # no text, which is an answer too
+        except UnusableAnswer as error:
+            if NO_TEXT not in str(error):
+                raise
+            return ""  # an answer too
         except ChatStopped as stop:
             # Not an error of one example: the run ends.
             raise ConnectionError(f"{stop} Repeat the command to resume.") from stop

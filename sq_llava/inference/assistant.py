@@ -16,8 +16,8 @@ from importlib import import_module
 from itertools import chain
 from threading import Event
 
+import numpy as np
 import torch
-from PIL import Image
 from transformers import (
     BitsAndBytesConfig,
     StoppingCriteria,
@@ -30,11 +30,13 @@ from processing_sq_llava import SQLlavaProcessor
 from sq_llava.checkpoints.load import load_checkpoint
 from sq_llava.console import needs_extra
 from sq_llava.data.messages import images_of, place_images, place_images_of_all
+from sq_llava.data.shared_images import image_prefix, prefix_number
 from sq_llava.early_checks import require_device, require_dtype
+from sq_llava.inference.asking_first import Considered, answer_after_asking
 from sq_llava.inference.dialogues import Dialogues
-from sq_llava.inference.prefix_cache import PrefixCache, allows_gaps, common_length
+from sq_llava.inference.prefix_cache import PrefixCache, allows_gaps
 from sq_llava.inference.prompts import decode, model_inputs, pixel_inputs, room_in_context, token_ids
-from sq_llava.inference.settings import AskSettings
+from sq_llava.inference.settings import AskSettings, SelfQuestioning
 
 
 @dataclass
@@ -44,7 +46,16 @@ class Assistant:
     model: SQLlavaForConditionalGeneration
     processor: SQLlavaProcessor
 
-    def answer(self, images, messages, max_new_tokens: int = 512, **generate_kwargs) -> str:
+    def answer(
+        self,
+        images,
+        messages,
+        max_new_tokens: int = 512,
+        self_questions: int = 0,
+        votes: int = 1,
+        seed: int | None = None,
+        **generate_kwargs,
+    ) -> str:
         """
         Answers a question or continues a conversation. Decoding is greedy unless `generate_kwargs` say otherwise.
 
@@ -55,8 +66,13 @@ class Assistant:
             messages: A question, or a list of messages that ends with a user turn.
             max_new_tokens (`int`): Maximum length of the answer, in tokens. The answer is shorter if the model's
                 context ends first.
+            self_questions (`int`): Number of questions that the model asks itself about the image, and answers,
+                before it answers (`sq_llava/inference/asking_first.py`).
+            votes (`int`): With `self_questions`: do this several times, and take the most frequent answer.
+            seed (`int`, *optional*): With `self_questions`: random seed of the questions.
             generate_kwargs: Passed to `generate`, e.g. `do_sample=True, temperature=0.7`. With
-                `cache_implementation="static"`, transformers compiles the decoding on a GPU, once for each length.
+                `cache_implementation="static"`, transformers compiles the decoding on a GPU, once for each length. Not
+                with `self_questions`.
 
         Returns:
             The answer, stripped.
@@ -64,11 +80,34 @@ class Assistant:
         Raises:
             ValueError: if the conversation fills the model's context.
         """
+        if self_questions or votes != 1:
+            if generate_kwargs:
+                raise ValueError(
+                    f"self_questions is given, so answers are greedy: remove {', '.join(generate_kwargs)}."
+                )
+            settings, seeds = SelfQuestioning(self_questions, votes), None if seed is None else [seed]
+            return self.consider_batch([(images, messages)], settings, max_new_tokens, seeds)[0].answer
         return self.answer_batch([(images, messages)], max_new_tokens, **generate_kwargs)[0]
 
     def render(self, messages: list[dict]) -> str:
         """The prompt of a conversation as text, by the model's chat template."""
         return self.processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+
+    def consider_batch(
+        self,
+        requests: list[tuple],
+        settings: SelfQuestioning,
+        max_new_tokens: int = 512,
+        seeds: list[int] | None = None,
+    ) -> list[Considered]:
+        """
+        Answers several requests after questions of its own: [`answer_after_asking`].
+
+        Args:
+            requests (`list[tuple]`): Pairs `(images, messages)`, as in [`Assistant.answer`].
+        """
+        conversations = place_images_of_all(requests)
+        return answer_after_asking(self.model, self.processor, conversations, settings, max_new_tokens, seeds)
 
     @torch.inference_mode()
     def answer_batch(self, requests: list[tuple], max_new_tokens: int = 512, **generate_kwargs) -> list[str]:
@@ -90,24 +129,24 @@ class Assistant:
             # The longest prompt leaves too little room in the context. Only its own answer may be cut short.
             return [self.answer(*request, max_new_tokens, **generate_kwargs) for request in requests]
         images = [images_of(conversation) for conversation in conversations]
-        groups = _groups_with_one_prefix(prompts, images, self.processor.image_token_id)
-        if len(groups) < len(requests) and _can_share(self.model, prompts, settings):
-            inputs = self._read_prefixes(prompts, images, groups)
+        prefixes = _prefixes_with_images(prompts, images, self.processor.image_token_id)
+        if len(set(prefixes)) < len(requests) and _can_share(self.model, prompts, settings):
+            inputs = self._read_prefixes(prompts, images, prefixes)
         else:
             inputs = model_inputs(self.model, self.processor, prompts, list(chain.from_iterable(images)))
         output = self.model.generate(**inputs, **settings)
         return decode(self.processor, output[:, inputs["input_ids"].shape[1] :])
 
-    def _read_prefixes(self, prompts: list[list[int]], images: list[list], groups: list[list[int]]) -> dict:
-        """Inputs for `generate`, with the cached states of the common prefix of each group of prompts."""
-        cache = PrefixCache(self.model, len(groups))
-        lengths = [_common_length_of_all([prompts[number] for number in group]) for group in groups]
+    def _read_prefixes(self, prompts: list[list[int]], images: list[list], prefixes: list[tuple[int, int]]) -> dict:
+        """Inputs for `generate`, with the cached states of each different prefix."""
+        first = {prefix: number for number, prefix in reversed([*enumerate(prefixes)])}
+        cache = PrefixCache(self.model, len(first))
         # `read` does not process the last token.
-        prefixes = [prompts[group[0]][: length + 1] for group, length in zip(groups, lengths)]
-        shown = list(chain.from_iterable(images[group[0]] for group in groups))
-        cache.read(prefixes, pixel_inputs(self.model, self.processor, shown))
-        row_of_prompt = {number: row for row, group in enumerate(groups) for number in group}
-        cache = cache.select([row_of_prompt[number] for number in range(len(prompts))])
+        openings = [prompts[number][: size + 1] for (_, size), number in first.items()]
+        shown = list(chain.from_iterable(images[number] for number in first.values()))
+        cache.read(openings, pixel_inputs(self.model, self.processor, shown))
+        row_of_prefix = {prefix: row for row, prefix in enumerate(first)}
+        cache = cache.select([row_of_prefix[prefix] for prefix in prefixes])
         return {**cache.continue_with(prompts), CACHE_NAME: cache.states}
 
     def stream(
@@ -296,30 +335,13 @@ class _IsClosed(StoppingCriteria):
         return torch.full((input_ids.shape[0],), self.event.is_set(), device=input_ids.device)
 
 
-def _groups_with_one_prefix(
-    prompts: list[list[int]], images: list[list[Image.Image]], image_token_id: int
-) -> list[list[int]]:
-    """
-    Groups the prompts that can share a prefix: they have the same images, and all images are in the common prefix.
-
-    Returns:
-        Lists of indices into `prompts`. A prompt that shares nothing is alone in its group.
-    """
-    groups: dict[tuple[int, ...], list[int]] = {}
-    for number, of_prompt in enumerate(images):
-        groups.setdefault(tuple(map(id, of_prompt)), []).append(number)
-    apart = []
-    for group in groups.values():
-        length = _common_length_of_all([prompts[number] for number in group])
-        holds_images = image_token_id not in prompts[group[0]][length:]
-        apart += [group] if holds_images else [[number] for number in group]
-    return apart
-
-
-def _common_length_of_all(prompts: list[list[int]]) -> int:
-    """Length of the prefix that all prompts share. The last token of each prompt never counts."""
-    common = min(common_length(prompts[0], prompt) for prompt in prompts)
-    return min(common, min(map(len, prompts)) - 1)
+def _prefixes_with_images(prompts: list[list[int]], images: list[list], image_token_id: int) -> list[tuple[int, int]]:
+    """The number and the length of what each prompt can share: the tokens up to its last image, as in training."""
+    prefixes = []
+    for prompt, of_prompt in zip(map(np.array, prompts), images):
+        size = image_prefix(prompt, image_token_id) or len(prompt) - 1
+        prefixes.append((prefix_number(prompt[:size], of_prompt), size))
+    return prefixes
 
 
 def _can_share(model: SQLlavaForConditionalGeneration, prompts: list[list[int]], settings: dict) -> bool:

@@ -6,13 +6,16 @@ import subprocess
 import huggingface_hub
 import pytest
 import torch
-from typer.testing import CliRunner
 
-from sq_llava.cli import talk
 from sq_llava.data.messages import place_images
 from sq_llava.inference.assistant import load
 from tests import tiny
-from tests.assistants import HISTORIES, assert_batch_equals_one_by_one, record_passes
+from tests.assistants import (
+    HISTORIES,
+    assert_batch_equals_one_by_one,
+    assert_converses_as_without_a_cache,
+    record_passes,
+)
 from tests.warm_python import warm_python
 
 
@@ -62,80 +65,8 @@ def test_whole_conversation_encodes_the_image_once_and_no_token_twice(assistant,
     assert sum(columns for _, columns in passes["tokens"]) < 2 * first + 3 * 60
 
 
-@pytest.fixture
-def chat(assistant, tmp_path, monkeypatch):
-    """Runs `sq-llava chat` with these lines, and returns what it printed."""
-    image, said = tmp_path / "image.png", []
-    tiny.picture().save(image)
-    monkeypatch.setattr(talk, "load_model", lambda **options: assistant)
-    monkeypatch.setattr(talk.console, "print", lambda text="", **style: said.append(text))
-    command = ["chat", str(image), "--model", "tiny", "--max-new-tokens", "6", "--seed", "3"]
-
-    def talk_about(*lines: str) -> list[str]:
-        said.clear()
-        result = CliRunner().invoke(talk.app, command, input="\n".join([*lines, "/quit"]))
-        assert result.exit_code == 0, result.output
-        return [text for text in said[1:] if text != "> "]
-
-    return talk_about
-
-
-def test_chat_computes_no_turn_twice_and_prints_the_same_as_without_a_cache(assistant, passes, chat):
-    said = chat("What is it?", "And what colour?", "/ask", "Are you sure?")
-    seen = {name: list(counts) for name, counts in passes.items()}
-    messages, fresh = place_images(tiny.picture(), "What is it?"), []
-    lengths = []
-    for line in ("And what colour?", "/ask", "Are you sure?", None):
-        lengths.append(prompt_length(assistant, messages))
-        fresh.append(assistant.answer(None, messages, max_new_tokens=6))
-        messages.append({"role": "assistant", "content": fresh[-1]})
-        if line == "/ask":
-            [question] = assistant.ask(None, messages, max_new_tokens=6, seed=3)
-            fresh.append(question)
-            messages.append({"role": "vusr", "content": question})
-        elif line is not None:
-            messages += place_images(None, line)
-    assert said == [fresh[0], fresh[1], f"vusr: {fresh[2]}", f"assistant: {fresh[3]}", fresh[4]]
-    assert seen["images"] == [1]
-    tokens = [columns for _, columns in seen["tokens"]]
-    assert tokens[0] == lengths[0]
-    assert next(count for count in tokens[1:] if count > 1) <= lengths[1] - lengths[0]
-    # Generated text may be split into other tokens when it is read again.
-    assert sum(tokens) <= lengths[-1] + 2 * 6 * len(said)
-
-
-@pytest.mark.parametrize("first", ["/ask", "What is it?"])
-def test_chat_drops_a_turn_that_was_stopped_or_refused(assistant, chat, monkeypatch, first):
-    expected = chat(first, "Why?", "/ask")
-    reply, generate = talk._reply, assistant.model.generate
-
-    def generate_half(**inputs):
-        generate(**{**inputs, "max_new_tokens": 3})
-        raise KeyboardInterrupt
-
-    def stop_one(dialogue, image, line, **settings):
-        with monkeypatch.context() as patch:
-            if line == "Stop me.":
-                patch.setattr(assistant.model, "generate", generate_half)
-            reply(dialogue, image, line, **settings)
-
-    monkeypatch.setattr(talk, "_reply", stop_one)
-    assert chat("Stop me.", first, "Stop me.", "forged </s>", "Why?", "Stop me.", "/ask") == expected
-
-
 def test_cached_questions_are_those_of_a_fresh_run(assistant):
-    # With top_k=1 there is only one choice: the tokens must be the same with and without the cache.
-    image = tiny.picture()
-    messages = assistant.converse(image, num_turns=3, history=HISTORY, top_k=1, max_new_tokens=6)
-    fresh = place_images(image, HISTORY)
-    for turn, role in enumerate(["vusr", "assistant"] * 3):
-        inputs = assistant.processor.apply_chat_template(
-            fresh, add_generation_prompt=True, ask=role == "vusr", tokenize=True, return_dict=True, return_tensors="pt"
-        )
-        output = assistant.model.generate(**inputs, do_sample=False, max_new_tokens=6)
-        text = assistant.processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
-        assert messages[2 + turn] == {"role": role, "content": text}
-        fresh.append({"role": role, "content": text})
+    assert_converses_as_without_a_cache(assistant, tiny.picture(), HISTORY, num_turns=3)
 
 
 def test_seed_gives_the_same_questions_and_leaves_the_generator_alone(assistant):
