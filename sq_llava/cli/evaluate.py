@@ -143,19 +143,16 @@ def output_folders(models: Sequence[str], out: Path | None) -> dict[str, Path]:
     """
     Model -> its output folder: `out` itself for one model, and a folder in it for each of several.
 
-        >>> output_folders(["a/model", "b/model", "org/c"], Path("out"))
-        {'a/model': PosixPath('out/a-model'), 'b/model': PosixPath('out/b-model'), 'org/c': PosixPath('out/c')}
+        >>> output_folders(["a/model", "b/model"], Path("out"))
+        {'a/model': PosixPath('out/a-model'), 'b/model': PosixPath('out/b-model')}
     """
     models = list(dict.fromkeys(models))
     names = [Path(model).name for model in models]
     if len(models) == 1:
         return {models[0]: out or DEFAULT_OUT / names[0]}
-    folders = {}
-    for model, name in zip(models, names):
-        folders[model] = (out or DEFAULT_OUT) / (
-            name if names.count(name) == 1 else "-".join(Path(model).parts).lstrip("/")
-        )
-    return folders
+    if len(set(names)) < len(names):
+        names = [model.strip("/").replace("/", "-") for model in models]
+    return {model: (out or DEFAULT_OUT) / name for model, name in zip(models, names)}
 
 
 def _judge_settings(judge: dict) -> JudgeSettings | None:

@@ -85,8 +85,10 @@ class ServedModel:
         self._client.settings = replace(self._client.settings, max_tokens=max_new_tokens)
         with ThreadPoolExecutor(self._client.settings.concurrency) as pool:
             futures = [pool.submit(self._answer, _for_server(each, urls)) for each in conversations]
-            wait(futures, return_when=FIRST_EXCEPTION)
-            pool.shutdown(cancel_futures=True)
+            try:
+                wait(futures, return_when=FIRST_EXCEPTION)
+            finally:  # after Ctrl+C too: requests under way are answered and kept, the others are not sent
+                pool.shutdown(cancel_futures=True)
         if errors := [each.exception() for each in futures if not each.cancelled() and each.exception() is not None]:
             raise next((error for error in errors if isinstance(error, ConnectionError)), errors[0])
         return [each.result() for each in futures]

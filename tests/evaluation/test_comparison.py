@@ -201,6 +201,21 @@ def test_values_are_not_cut_on_a_narrow_terminal(capsys, monkeypatch):
     assert name in "".join(line[1:14].strip() for line in folded)
 
 
+@pytest.mark.parametrize(
+    "models, out, folders",
+    [
+        (["runs/a/model"], "out", ["out"]),
+        (["runs/a/model"], None, ["runs/evaluation/model"]),
+        (["org/one", "two"], "out", ["out/one", "out/two"]),
+        (["org/one", "two", "two"], None, ["runs/evaluation/one", "runs/evaluation/two"]),
+        (["runs/a/model", "/b/model"], "out", ["out/runs-a-model", "out/b-model"]),
+    ],
+)
+def test_each_of_several_models_has_its_own_folder(models, out, folders):
+    found = command.output_folders(models, out and Path(out))
+    assert list(map(str, found.values())) == folders
+
+
 @pytest.mark.slow
 def test_command_compares_with_a_folder_or_with_another_model(tmp_path):
     one, other = (tiny.save_model(tmp_path / name) for name in ("one", "other"))
