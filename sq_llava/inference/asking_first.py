@@ -76,7 +76,7 @@ def _is_new(messages: list[dict]) -> bool:
 
 def _consider(model, processor, conversations, describe: bool, settings, max_new_tokens, seeds) -> list[Considered]:
     votes = settings.votes
-    starts, lasts = zip(*(_split(messages, describe) for messages in conversations))
+    starts, lasts = zip(*map(split_last_turn, conversations))
     dialogues = Dialogues(model, processor, list(starts))
     if describe:
         dialogues.answer(max_new_tokens)
@@ -103,10 +103,13 @@ def _consider(model, processor, conversations, describe: bool, settings, max_new
     ]
 
 
-def _split(messages: list[dict], describe: bool) -> tuple[list[dict], dict]:
-    """Returns what comes before the model's own questions, and the user's last turn."""
+def split_last_turn(messages: list[dict]) -> tuple[list[dict], dict]:
+    """
+    Returns what comes before the model's own questions, and the user's last turn. If there is no answer yet, the
+    images move from the last turn into one that asks for a description.
+    """
     *head, last = messages
-    if not describe:
+    if not _is_new(messages):
         return head, last
     images = [part for part in last["content"] if part["type"] == "image"]
     texts = [part for part in last["content"] if part["type"] != "image"]
