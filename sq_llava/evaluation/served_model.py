@@ -22,11 +22,12 @@ from sq_llava.data.images import png_data_url
 from sq_llava.data.messages import images_of, place_images_of_all
 from sq_llava.evaluation.settings import KEY_VARIABLE, ServerSettings
 from sq_llava.llm_client.client import ChatClient, ChatStopped, UnusableAnswer
-from sq_llava.llm_client.replies import without_thoughts
+from sq_llava.llm_client.replies import CUT_OFF, EMPTY, REFUSED
 
 
 SECONDS_TO_CONNECT = 10.0
-NO_TEXT = "has no text"  # in the client's error
+# What the client calls unusable is the answer of the model here: a text at its maximum length, none, or a refusal.
+ANSWERS = (CUT_OFF, EMPTY, REFUSED)
 
 
 class ServedModel:
@@ -95,11 +96,11 @@ class ServedModel:
 
     def _answer(self, messages: list[dict[str, Any]]) -> str:
         try:
-            return without_thoughts(self._client.complete(messages))
+            return self._client.complete(messages, handled=ANSWERS)
         except UnusableAnswer as error:
-            if NO_TEXT not in str(error):
+            if error.fault not in ANSWERS:
                 raise
-            return ""  # an answer too
+            return error.text
         except ChatStopped as stop:
             # Not an error of one example: the run ends.
             raise ConnectionError(f"{stop} Repeat the command to resume.") from stop

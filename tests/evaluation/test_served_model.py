@@ -137,6 +137,23 @@ def test_answer_without_text_is_an_empty_answer(evaluation_at, tmp_path):
     assert {record.answer for record in records_of(tmp_path / "out")} == {""}
 
 
+def test_answer_that_is_cut_at_the_limit_of_the_task_is_an_answer(evaluation_at, tmp_path):
+    with chat_server(lambda request, number: Reply(body=completion("yes", finish_reason="length"))) as server:
+        [result] = evaluate(evaluation_at(server.url))
+    assert (result.num_failed, figures(result)["accuracy"]) == (0, 1)
+
+
+def test_answer_that_a_filter_stops_fails_alone(evaluation_at, tmp_path):
+    def reply(request, number):
+        filtered = "3" in question_of(request)
+        return Reply(body=completion("yes", finish_reason="content_filter" if filtered else "stop"))
+
+    with chat_server(reply) as server:
+        [result] = evaluate(evaluation_at(server.url))
+    assert "content filter" in records_of(tmp_path / "out")[3].error
+    assert result.num_failed == 1
+
+
 def test_thoughts_are_not_part_of_the_answer(evaluation_at):
     with chat_server(lambda request, number: "<think>No? No!</think> yes") as server:
         [result] = evaluate(evaluation_at(server.url))
