@@ -101,6 +101,13 @@ def jpeg_data_url(image: Image.Image, longest_side: int, quality: int) -> str:
     return f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
+def png_data_url(image: Image.Image) -> str:
+    """Encodes an image as `data:image/png;base64,...`, without loss."""
+    file = io.BytesIO()
+    image.save(file, "PNG", compress_level=1)
+    return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
+
+
 def image_name(image: str | Path | dict[str, Any] | bytes | io.BytesIO | Image.Image) -> str:
     """Returns the name of the image for error messages."""
     if isinstance(image, dict):
