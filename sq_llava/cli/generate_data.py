@@ -66,11 +66,18 @@ def llava(
 
         run = LlavaSettings(chat=ChatSettings(**chat), shard=Shard.parse(shard), **settings)
         if dry_run:
-            print_estimate(making.estimate(run))
+            estimate, bad = making.estimate(run)
+            print_bad_rows(bad)
+            print_estimate(estimate)
             return
         made = making.generate(run, command_line())
-    console.print(f"{made.num_rows:,} rows from {len(made.asked.results):,} texts", highlight=False)
-    end_run(run.out, len(made.asked.failures), made.asked.num_open, made.asked.stopped)
+    print_bad_rows(made.bad, run.out)
+    num_texts = len(made.asked.results) + len(made.asked.unusable)
+    left_out = ". Left out:" if made.reasons else ""
+    console.print(f"{made.num_rows:,} rows from {num_texts:,} texts{left_out}", highlight=False)
+    for reason, count in made.reasons.items():
+        console.print(f"  {count:>7,}  {reason}", highlight=False)
+    end_run(run.out, len(made.asked.failures), made.asked.num_open, made.asked.stopped, made.spent)
 
 
 @app.command(epilog=examples("sq-llava generate-data prompts llava my-prompts"))
@@ -120,27 +127,43 @@ def captions(
 
         run = CaptionSettings(shard=Shard.parse(shard), **settings)
         if dry_run:
-            num_captions, num_left = choosing.count(run)
+            num_captions, num_left, bad = choosing.count(run)
+            print_bad_rows(bad)
             console.print(
                 f"{num_captions:,} captions with an image, {num_left:,} of them not yet read by spaCy.",
                 highlight=False,
             )
             return
         with Progress(console=messages_console, transient=True) as progress:
-            choice = choosing.generate(run, command_line(), progress)
+            chosen = choosing.generate(run, command_line(), progress)
+    choice, known = chosen.choice, chosen.known
+    print_bad_rows(known.bad, run.out)
     if choice is None:
         messages_console.print("This shard is done. The captions are chosen when the other shards are done too.")
         return
     console.print(
-        f"Chose {choice.taken.sum():,} of {len(choice.taken):,} captions, by {choice.num_phrases:,} noun phrases.",
+        f"Chose {choice.taken.sum():,} of {known.is_sound.sum():,} captions, by {choice.num_phrases:,} noun phrases.",
         highlight=False,
     )
     messages_console.print(f"Wrote {run.out}", markup=False, soft_wrap=True)
 
 
-def end_run(out: Path, num_failed: int, num_open: int, stopped: str | None) -> None:
-    """Prints how a run ended. Exit code 1: some requests failed or are not done; 130: stopped by Ctrl-C."""
+def print_bad_rows(bad, out: Path | None = None) -> None:
+    """Prints how many rows of the input cannot be used, and the first few of them. `out` holds the list of all."""
+    if bad:
+        place = f" {out / bad.file} lists them." if out is not None else ""
+        lines = [f"{bad} cannot be used.{place}", *bad.shown()]
+        messages_console.print("\n  ".join(lines), markup=False, highlight=False, soft_wrap=True)
+
+
+def end_run(out: Path, num_failed: int, num_open: int, stopped: str | None, spent: str) -> None:
+    """
+    Prints how a run ended, and what the requests of all runs used. Exit code 1: some requests failed or are not done;
+    130: stopped by Ctrl-C.
+    """
     messages_console.print(f"Wrote {out}", markup=False, soft_wrap=True)
+    if spent:
+        messages_console.print(f"All runs so far: {spent}.", markup=False, highlight=False, soft_wrap=True)
     if num_failed:
         place = escape(f"{out}/failures*.jsonl")
         messages_console.print(
@@ -162,3 +185,5 @@ def print_estimate(estimate) -> None:
         highlight=False,
         soft_wrap=True,
     )
+    if estimate.attempts > 1:
+        console.print(f"Answers of a wrong form are asked for again: at most {estimate.attempts} times as much.")

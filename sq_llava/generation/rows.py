@@ -99,20 +99,24 @@ class Card:
     not_checked: Sequence[str] = field(default_factory=tuple)
 
 
-def make_row(id: str, images: Sequence[str], turns: Iterable[tuple[str, str]], **details: Any) -> dict[str, Any]:
+def make_row(
+    id: str, images: Sequence[str], turns: Iterable[tuple[str, str]], image_last: bool = False, **details: Any
+) -> dict[str, Any]:
     """
     A row that `sq_llava/data/rows.py` and TRL can read.
 
     Args:
         id (`str`): Id of the row.
-        images (`Sequence[str]`): Paths relative to the image root. The images go before the first question.
+        images (`Sequence[str]`): Paths relative to the image root.
         turns (`Iterable[tuple[str, str]]`): Questions with their answers.
+        image_last (`bool`): Whether the images go behind the first question, not before it.
         details: Further keys of the row, such as its kind and scores.
     """
     messages = []
     for question, answer in turns:
         pictures = [] if messages else [{"type": "image"} for _ in images]
-        messages.append({"role": "user", "content": [*pictures, {"type": "text", "text": question}]})
+        content = [*pictures, {"type": "text", "text": question}]
+        messages.append({"role": "user", "content": content[::-1] if image_last else content})
         messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
     return {"id": id, "messages": messages, "images": list(images), **details}
 
@@ -181,12 +185,13 @@ def _new(out: Path, name: str) -> Iterator[TextIO]:
         yield file
 
 
-def _files(out: Path, stem: str, shard: Shard) -> list[Path]:
+def made_files(out: Path, stem: str, shard: Shard) -> list[Path]:
+    """The files of all shards that are there."""
     return [path for index in range(shard.count) if (path := out / Shard(index, shard.count).name(stem)).is_file()]
 
 
 def _card(out: Path, shard: Shard, card: Card) -> str:
-    data = _files(out, "data.jsonl", shard)
+    data = made_files(out, "data.jsonl", shard)
     num_turns = 0
     shares = {name: Counter() for name in card.shares}
     images = set()
@@ -197,8 +202,10 @@ def _card(out: Path, shard: Shard, card: Card) -> str:
         images.update(row["images"])
         for name, counts in shares.items():
             counts.update(row[name] if isinstance(row[name], list) else [row[name]])
-    reasons = Counter(f"{each['step']}: {each['reason']}" for each in read_lines(_files(out, "rejected.jsonl", shard)))
-    num_failures = sum(1 for _ in read_lines(_files(out, "failures.jsonl", shard)))
+    reasons = Counter(
+        f"{each['step']}: {each['reason']}" for each in read_lines(made_files(out, "rejected.jsonl", shard))
+    )
+    num_failures = sum(1 for _ in read_lines(made_files(out, "failures.jsonl", shard)))
     lines = [
         *_front_matter(card, num_rows, shard),
         f"# {card.title}\n",

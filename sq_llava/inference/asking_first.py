@@ -11,6 +11,7 @@ https://arxiv.org/abs/2203.11171).
 
 from collections import Counter
 from dataclasses import dataclass
+from typing import Any
 
 from modeling_sq_llava import SQLlavaForConditionalGeneration
 from processing_sq_llava import SQLlavaProcessor
@@ -45,7 +46,7 @@ def answer_after_asking(
     Args:
         conversations (`list[list[dict]]`): Messages that end with a user turn, with the images in place.
         settings ([`SelfQuestioning`]): Number of questions and votes.
-        max_new_tokens (`int`): Maximum length of each answer, in tokens.
+        max_new_tokens (`int`): Maximum length of an answer to the user, in tokens.
         seeds (`list[int]`, *optional*): One random seed for each conversation. With it, the questions do not depend on
             the rest of the batch.
 
@@ -79,16 +80,16 @@ def _consider(model, processor, conversations, describe: bool, settings, max_new
     starts, lasts = zip(*map(split_last_turn, conversations))
     dialogues = Dialogues(model, processor, list(starts))
     if describe:
-        dialogues.answer(max_new_tokens)
+        dialogues.answer(settings.own_tokens)
     dialogues = dialogues.repeated(votes, seeds)
     begins = [len(messages) for messages in dialogues.messages]
     asking = AskSettings()
-    longest = min(max_new_tokens, asking.max_new_tokens)
+    longest = min(settings.own_tokens, asking.max_new_tokens)
     for _ in range(settings.self_questions):
         asked = dialogues.ask(1, asking.temperature, asking.top_k, asking.top_p, longest)
         for messages, [question] in zip(dialogues.messages, asked):
             messages.append({"role": "vusr", "content": question})
-        dialogues.answer(max_new_tokens)
+        dialogues.answer(settings.own_tokens)
     for number, messages in enumerate(dialogues.messages):
         messages.append(lasts[number // votes])
     answers = dialogues.answer(max_new_tokens)
@@ -115,3 +116,29 @@ def split_last_turn(messages: list[dict]) -> tuple[list[dict], dict]:
     texts = [part for part in last["content"] if part["type"] != "image"]
     first = {"role": "user", "content": [*images, {"type": "text", "text": DESCRIBE}]}
     return [*head, first], {**last, "content": texts}
+
+
+@dataclass(frozen=True)
+class AsksFirst:
+    """
+    A model that asks itself before each answer, with the methods that an evaluation needs. Prompts without an image
+    are answered at once.
+
+    Args:
+        assistant ([`Assistant`]): The model.
+        settings ([`SelfQuestioning`]): Number of questions and votes.
+        seed (`int`): Random seed of the questions about each image.
+    """
+
+    assistant: Any
+    settings: SelfQuestioning
+    seed: int = 0
+
+    def render(self, messages: list[dict]) -> str:
+        return self.assistant.render(messages)
+
+    def answer_batch(self, requests: list[tuple], max_new_tokens: int) -> list[str]:
+        if not requests[0][0]:  # the requests of a batch have the same number of images
+            return self.assistant.answer_batch(requests, max_new_tokens)
+        found = self.assistant.consider_batch(requests, self.settings, max_new_tokens, [self.seed] * len(requests))
+        return [each.answer for each in found]

@@ -49,8 +49,14 @@ class SelfQuestioning:
         ),
     ] = 1
 
+    # Maximum length of each of the model's own turns, in tokens.
+    own_tokens: int = 256
+
     def __post_init__(self):
         if self.self_questions < 0 or self.votes < 1:
             raise ValueError("self_questions must be at least 0, and votes at least 1.")
         if self.votes > 1 and not self.self_questions:
             raise ValueError("votes needs self_questions: without questions, all votes are the same greedy answer.")
+
+    def __str__(self) -> str:
+        return f"{self.self_questions} self-questions, {self.votes} votes"

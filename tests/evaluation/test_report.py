@@ -8,7 +8,7 @@ import yaml
 from huggingface_hub import parse_eval_result_entries
 from PIL import Image
 
-from sq_llava.evaluation.report import choose, save_pictures, write_report
+from sq_llava.evaluation.report import choose, reach, save_pictures, write_report
 from sq_llava.evaluation.results import write_results
 from sq_llava.evaluation.run import TASKS, Evaluation, describe
 from sq_llava.evaluation.task import Example, Record, Score
@@ -30,11 +30,13 @@ def run(tmp_path, monkeypatch):
     write_split(tmp_path / "data", "test", rows)
     monkeypatch.setattr("sq_llava.evaluation.run.hash_of_model", lambda model: "0" * 40)  # org/model does not exist
 
-    def write(**changes):
+    def write(graded=None, **changes):
         out = tmp_path / "out"
         result = assess_answers("pope", tmp_path / "data", ANSWERS, out)
         evaluation = replace(Evaluation("org/model", ["pope"], str(tmp_path / "data"), out), **changes)
-        write_results([replace(result, data_hash="d" * 64)], out, describe(evaluation, {"pope": "d" * 64}))
+        write_results(
+            [replace(result, data_hash="d" * 64, **(graded or {}))], out, describe(evaluation, {"pope": "d" * 64})
+        )
         save_pictures(TASKS["pope"], examples_of("pope", tmp_path / "data"), out / "pope")
         return write_report(out, TASKS)
 
@@ -64,6 +66,17 @@ def test_report_has_every_metric(run):
     assert "| 4 | 75.0% | 1 |" not in text  # two of four can be parsed: one is odd, one failed
     assert "| 4 | 50.0% | 1 | 0 |" in text
     assert "**at most 4 per task**" in text
+    assert "- `lmms_eval/` follows lmms-eval 0.7.3." in text
+    assert {each["follows"] for each in results if "lmms_eval/" in each["metric"]} == {"lmms-eval 0.7.3"}
+
+
+def test_bars_do_not_pass_the_largest_value(run):
+    results = json.loads((run().parent / "results.json").read_text())["results"]
+    for each in results:
+        if each["interval"] is not None:
+            low, high = each["interval"]
+            assert 0 <= low <= high <= 1
+            assert reach(each).tolist() == pytest.approx([max(0, each["value"] - low), max(0, high - each["value"])])
 
 
 def test_results_of_the_paper_are_labelled(run):
@@ -113,7 +126,7 @@ def test_entry_for_the_hub_can_be_read_by_its_library(run):
     path = run().parent / ".eval_results" / "pope.yaml"
     [entry] = parse_eval_result_entries(yaml.safe_load(path.read_text()))
     assert (entry.dataset_id, entry.task_id, entry.value) == ("lmms-lab-encoder/POPE", "pope", 33.3333)
-    assert entry.notes.startswith("llava/mean_f1; 4 examples, 1 failed; hashes: model 0000")
+    assert entry.notes.startswith("llava/mean_f1 (follows LLaVA 1.2.2); 4 examples, 1 failed; hashes: model 0000")
 
 
 @pytest.mark.slow
@@ -129,6 +142,16 @@ def test_entry_for_the_hub_says_how_to_repeat_the_run_and_who_graded(run):
     assert "; split validation; graded by gpt-2026; hashes: model mmm" in entry.notes
     assert f"code {content['code_hash']}, data {'d' * 64}; Python {content['python']}, torch " in entry.notes
     assert entry.notes.endswith("seed 5; sq-llava evaluate --tasks pope")
+
+
+@pytest.mark.parametrize(("num_unjudged", "is_told"), [(0, False), (1, True)])
+def test_ungraded_answers_are_in_the_first_line_and_no_figure_is_beside_the_papers(num_unjudged, is_told, run):
+    judge = {"model": "gpt-2026", "answered_by": ["gpt-2026"], "dates": ["2026-01-01"]}
+    text = run(graded={"judge": judge, "num_unjudged": num_unjudged}).read_text()
+    first = text.partition("\n")[0]
+    warning = "**1 of 4 answers of POPE have no grade. The figures are only about the others.**"
+    assert first == (warning if is_told else "# Evaluation of org/model")
+    assert ("| **this run** | - |" in text) == is_told and ("![Main metric" not in text) == is_told
 
 
 def test_part_of_a_benchmark_gets_no_entry_for_the_hub(run):
