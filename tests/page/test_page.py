@@ -265,14 +265,6 @@ def test_visitor_waits_in_line_and_one_who_leaves_gives_up_the_model(browser, ur
 
 
 @in_browser
-def test_model_talks_to_itself_for_three_turns_by_default(visitor, photo):
-    visitor.upload(photo)
-    visitor.press("Let it talk to itself")
-    visitor.sees("The model asks: What is number 2?")
-    visitor.sees_nothing_run(num_answers=4)
-
-
-@in_browser
 def test_sliders_change_the_settings(visitor, photo, assistant):
     visitor.upload(photo)
     visitor.press("Settings ▼")
@@ -375,20 +367,7 @@ def test_phone_shows_everything_without_scrolling_sideways_and_names_it_for_scre
 
 
 @in_browser
-def test_trash_starts_a_new_conversation(visitor, photo):
-    visitor.upload(photo)
-    visitor.say("What is it?")
-    visitor.sees("A dog.")
-    visitor.page.locator(".prototypes image").wait_for()
-    visitor.press("Clear")
-    visitor.page.locator(".prototypes image").wait_for(state="detached")
-    visitor.say("And now?")
-    visitor.page.get_by_text("There is no picture yet").wait_for()
-    assert visitor.texts("bot") == []
-
-
-@in_browser
-def test_trash_stops_the_generation(visitor, photo, assistant):
+def test_trash_stops_the_generation_and_starts_a_new_conversation(visitor, photo, assistant):
     visitor.upload(photo)
     assistant.seconds = 0.3
     visitor.press("Let it talk to itself")
@@ -398,14 +377,17 @@ def test_trash_stops_the_generation(visitor, photo, assistant):
     visitor.page.locator(".prototypes image").wait_for(state="detached")
     assert_closed_once(assistant)
     assert visitor.texts("user") == visitor.texts("bot") == []
+    visitor.say("And now?")
+    visitor.page.get_by_text("There is no picture yet").wait_for()
+    visitor.sees_no_error()
 
 
 def test_model_asks_as_vusr_and_answers(assistant):
     said = [opening("", ["a.png"]), Turn("assistant", "A dog.")]
-    *_, view = converse(assistant, said, Settings(num_turns=2))
-    assert [turn.role for turn in view.turns] == ["user", "assistant", "vusr", "assistant", "vusr", "assistant"]
+    *_, view = converse(assistant, said, Settings())
+    assert [turn.role for turn in view.turns] == ["user", "assistant"] + 3 * ["vusr", "assistant"]
     assert view.turns[2].text == "What is number 0?"
-    assert view.questions == ("What is number 2?",)
+    assert view.questions == ("What is number 3?",)
 
 
 def test_each_answer_is_followed_by_suggested_questions(assistant):
