@@ -35,8 +35,12 @@ SECONDS_TO_END = 5
 
 @dataclass
 class Run:
-    """Work for one visitor. `stopped` ends it; `over` is set when it changes the page no more."""
+    """
+    Work for one visitor. `stopped` ends it; `over` is set when it changes the page no more. `is_replaced` says that
+    something else of the same visitor, such as a new question, decides what the page shows then.
+    """
 
+    is_replaced: bool = False
     stopped: Event = field(default_factory=Event)
     over: Event = field(default_factory=Event)
 
@@ -112,7 +116,7 @@ class Page:
                     waiting = step
                 else:
                     continue
-                yield gr.skip(), *shown(view, words_of(view, waiting)), gr.skip()
+                yield gr.skip(), *shown(view, words_of(view, waiting)), stop_button(is_running=True)
             box_at_end = gr.skip()
             if view.turns[-1].role == "user":
                 note = "Stopped before the first word."
@@ -125,10 +129,13 @@ class Page:
             if view.turns and view.turns[-1].role == "assistant":
                 box_at_end = gr.skip()
             view = replace(view, turns=complete(view.turns))
-        yield box_at_end, *shown(view, note), stop_button(is_running=False)
+        last = box_at_end, *shown(view, note), stop_button(is_running=False)
+        # Gradio sends the last values once more at the end, perhaps after the first ones of what replaces this run.
+        yield tuple(gr.skip() for _ in last) if run.is_replaced else last
 
     def _end(self, visitor: str) -> None:
         if run := self.runs.pop(visitor, None):
+            run.is_replaced = True
             run.stopped.set()
             run.over.wait(SECONDS_TO_END)
 
