@@ -23,7 +23,7 @@ $(VENV)/.installed: requirements.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --no-compile --requirement requirements.txt
 	# pip would compile the files one after another. Some packages contain templates that cannot be compiled.
-	-$(BIN)/python -m compileall -q -q -j 0 $(VENV)/lib
+	$(BIN)/python -m compileall -q -q -j 0 $(VENV)/lib || true
 	$(BIN)/pip install --quiet --no-deps --editable .
 	touch $@
 

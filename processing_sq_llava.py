@@ -228,6 +228,15 @@ TEMPLATE_BODY = r"""
 """.strip()
 
 
+def begin_of_text(tokenizer) -> str:
+    """
+    The begin-of-sequence token, or `""` for a tokenizer that puts none before a text. Trainers and servers tokenize a
+    rendered template without adding special tokens, so the template itself must write it.
+    """
+    begins_with_bos = tokenizer.bos_token_id is not None and tokenizer("a").input_ids[0] == tokenizer.bos_token_id
+    return tokenizer.bos_token if begins_with_bos else ""
+
+
 def write_chat_template(settings: dict, bos: str = "", control_tokens: Sequence[str] = ()) -> str:
     """
     Writes the chat template of a prompt layout.
@@ -425,11 +434,8 @@ class SQLlavaProcessor(ProcessorMixin):
         return sorted({IMAGE_TOKEN, VUSR_TOKEN, self.vusr_marker} | of_sequence | of_template)
 
     def _write_chat_template(self, tokenizer, control_tokens: Sequence[str] = ()) -> str:
-        # Trainers and servers tokenize the rendered template without adding special tokens. So the template itself
-        # writes the begin-of-sequence token, if this tokenizer uses one.
-        begins_with_bos = tokenizer.bos_token_id is not None and tokenizer("a").input_ids[0] == tokenizer.bos_token_id
         settings = {name: getattr(self, name) for name in PROCESSOR_SETTINGS}
-        return write_chat_template(settings, tokenizer.bos_token if begins_with_bos else "", control_tokens)
+        return write_chat_template(settings, begin_of_text(tokenizer), control_tokens)
 
     def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs) -> str:
         """The text that replaces one `<image>` of the prompt: one placeholder per image token."""

@@ -183,7 +183,7 @@ def read_rows(
         plain = arguments.stage == "align"
         bound = LengthBound(processor, training_args.max_length, plain, arguments.self_question_ratio)
         with PartialState().local_main_process_first():
-            rows = with_length_bounds(rows, bound)
+            rows = with_length_bounds(rows, bound, prefixes=arguments.share_images)
     return rows, eval_rows
 
 

@@ -248,6 +248,7 @@ def run_task(task: Task) -> None:
 
 def run_all(tasks: list[Task], jobs: int) -> None:
     """Runs the unfinished tasks in order. A run waits until its stage 1 is finished."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     waiting = [task for task in tasks if read_note(task) is None]
     for task in waiting:
         if not (seed_data(task) / "test.json").is_file():
@@ -461,7 +462,6 @@ def main(args: list[str] | None = None) -> None:
         if args.plan:
             return
         require_base(args.base, "clip/config.json", "llama/config.json")
-        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         run_all(tasks, args.jobs)
     write_report(args.work, tasks, args.output_dir)
 

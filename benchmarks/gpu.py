@@ -7,7 +7,8 @@
 The weights are random, in bfloat16, and made on the device: CLIP ViT-L/14-336, Vicuna-7B's sizes, K = 256, LoRA as in
 recipes/sq-llava-7b/stage{1,2}.yaml. A step is forward, backward, clipping and AdamW over 16 rows of a simulated mix
 (see `benchmarks.batching`); half of their text has labels. `ours` is SQ-LLaVA, packed, with and without gradient
-checkpointing. `stock` is transformers' LlavaForConditionalGeneration under TRL's fused head, padded, with
+checkpointing. With `shared images`, two rows are about each image and share its pass; their lengths and labels are
+those of the other steps. `stock` is transformers' LlavaForConditionalGeneration under TRL's fused head, padded, with
 checkpointing. Both use FlashAttention 2 if it is installed, and SDPA otherwise.
 
 Model FLOPs utilisation counts the operations that the model needs. It does not count recomputed operations:
@@ -28,12 +29,14 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 import yaml
+from accelerate.utils import send_to_device
 from peft import LoraConfig, PeftModel, get_peft_model
 from PIL import Image
 from torch.nn.utils.rnn import pad_sequence
-from transformers import LlavaConfig, LlavaForConditionalGeneration
+from transformers import AutoConfig, LlavaConfig, LlavaForConditionalGeneration
 from transformers.utils import is_flash_attn_2_available
 from trl.trainer.utils import add_fused_lm_head, get_peak_flops
 
@@ -44,9 +47,11 @@ from benchmarks.random_models import loss_of, make_model, square_image_processor
 from configuration_sq_llava import CLIP_VIT_L_14_336, VICUNA_7B
 from modeling_sq_llava import SQLlavaForConditionalGeneration
 from processing_sq_llava import SQLlavaProcessor
-from sq_llava.data.packing import pack_rows
+from sq_llava.data.shared_images import ImageSharing, image_prefix
 from sq_llava.inference.assistant import Assistant
 from sq_llava.training.adapter import LoraSize
+from sq_llava.training.packing import PackingCollator, PackSampler
+from sq_llava.training.shared_prefix import attention_mask, register_shared_prefix
 from tests.tiny import llama_tokenizer
 
 
@@ -115,58 +120,88 @@ def lora_of(stage: str) -> dict[str, LoraSize]:
     return {"vision_lora": vision, "text_lora": text or LoraSize(0, 1, 0.0)}
 
 
-def make_rows(setting: Setting, image_seq_length: int, captions: bool) -> list[dict[str, torch.Tensor]]:
-    """Rows of token ids and labels: captions of 30 words, or a mix of conversations with text-only rows."""
+def make_rows(
+    setting: Setting, image_seq_length: int, captions: bool, rows_per_image: int = 1
+) -> list[dict[str, torch.Tensor | int | None]]:
+    """
+    Rows of token ids and labels: captions of 30 words, or a mix of conversations with text-only rows. `image` is the
+    number of a row's image. All rows begin with the same token, so that rows about one image have the same prefix.
+    """
     generator = torch.Generator().manual_seed(0)
     lengths, num_images = simulated_mix(setting.sizes.rows)
-    rows = []
+    rows, number = [], 0
     for length, images in zip(lengths.tolist(), num_images.tolist()):
         images = 1 if captions else images
         words = 30 if captions else max(4, (length - 576 * images) // setting.sizes.shorter)
         text = torch.randint(3, setting.processor.image_token_id, (words,), generator=generator)
         placeholders = torch.full((images * image_seq_length,), setting.processor.image_token_id)
-        ids = torch.cat([text[:1], placeholders, text[1:]])
+        ids = torch.cat([torch.tensor([1]), placeholders, text[1:]])
         labels = torch.full_like(ids, -100)
         labels[-(words // 2) :] = ids[-(words // 2) :]
-        rows.append({"input_ids": ids, "labels": labels, "images": images})
+        rows.append({"input_ids": ids, "labels": labels, "image": number // rows_per_image if images else None})
+        number += images
     return rows
 
 
-def pixels_for(rows: list[dict], setting: Setting) -> dict[str, torch.Tensor]:
-    number, side = sum(row["images"] for row in rows), setting.sizes.vision["image_size"]
-    return {"pixel_values": torch.randn(number, 3, side, side, device=setting.device, dtype=torch.bfloat16)}
+def pixels(number: int, setting: Setting) -> torch.Tensor:
+    side = setting.sizes.vision["image_size"]
+    return torch.randn(number, 3, side, side, device=setting.device, dtype=torch.bfloat16)
 
 
-def packed(rows: list[dict], setting: Setting) -> dict[str, torch.Tensor | int]:
-    """A batch as `PackingCollator` makes it: a row for each pack, or one flat row for FlashAttention."""
-    flat = "flash" in setting.attention
-    lengths = [len(row["input_ids"]) for row in rows]
-    packs = pack_rows(list(range(len(rows))), lengths, setting.sizes.max_length)
-    order = [number for pack in packs for number in pack]
-    packs = [order] if flat else packs
-    batch = {}
-    for name, fill in (("input_ids", 0), ("labels", -100)):
-        members = [torch.cat([rows[number][name] for number in pack]) for pack in packs]
-        batch[name] = pad_sequence(members, batch_first=True, padding_value=fill)
-    positions = [torch.cat([torch.arange(lengths[number]) for number in pack]) for pack in packs]
-    batch["position_ids"] = pad_sequence(positions, batch_first=True)
-    batch = {name: tensor.to(setting.device) for name, tensor in batch.items()}
-    if flat:
-        in_order = torch.tensor([0] + [lengths[number] for number in order], device=setting.device)
-        borders = in_order.cumsum(0).int()
-        batch |= {"cu_seq_lens_q": borders, "cu_seq_lens_k": borders}
-        batch |= {"max_length_q": max(lengths), "max_length_k": max(lengths)}
-    return batch | pixels_for(rows, setting)
+def num_images(rows: list[dict]) -> int:
+    return len({row["image"] for row in rows} - {None})
+
+
+@dataclass
+class RowCollator:
+    """Pads rows of token ids on the right: a stand-in for `SelfQuestioningCollator`."""
+
+    setting: Setting
+
+    @property
+    def processor(self) -> SQLlavaProcessor:
+        return self.setting.processor
+
+    @property
+    def max_length(self) -> int:
+        return self.setting.sizes.max_length
+
+    def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
+        batch = {
+            name: pad_sequence([row[name] for row in rows], batch_first=True, padding_value=fill)
+            for name, fill in (("input_ids", 0), ("labels", -100))
+        }
+        lengths = torch.tensor([len(row["input_ids"]) for row in rows])
+        batch["attention_mask"] = (torch.arange(int(lengths.max())) < lengths[:, None]).long()
+        batch["turn_kinds"] = (batch["labels"] != -100).long()
+        shown = [row["image"] for row in rows if row["image"] is not None]
+        places = {image: place for place, image in enumerate(dict.fromkeys(shown))}
+        batch["image_indices"] = torch.tensor([places[image] for image in shown])
+        return batch | {"pixel_values": pixels(len(places), self.setting)}
+
+
+def packed(rows: list[dict], setting: Setting, rows_per_image: int = 1) -> dict[str, torch.Tensor | int | dict]:
+    """The packs of an epoch in one batch, as the trainer makes them."""
+    lengths = np.array([len(row["input_ids"]) for row in rows])
+    groups = np.array([-1 if row["image"] is None else row["image"] for row in rows])
+    prefixes = np.array([image_prefix(row["input_ids"].numpy(), setting.processor.image_token_id) for row in rows])
+    sharing = ImageSharing(groups, prefixes, rows_per_image)
+    sampler = PackSampler(lengths, setting.sizes.max_length, 1, 1, 0, torch.zeros(()), sharing)
+    packs = [[rows[number] for number in pack] for pack in sampler.packs(0)]
+    batch = PackingCollator(RowCollator(setting), "flash" in setting.attention, rows_per_image > 1)(packs)
+    if "shared_prefix" in batch:
+        register_shared_prefix(setting.attention)
+    elif "branches" in batch:
+        config = AutoConfig.for_model(**setting.sizes.text, attn_implementation=setting.attention)
+        batch["attention_mask"] = attention_mask(batch.pop("branches"), batch["position_ids"], config, torch.bfloat16)
+    del batch["turn_kinds"], batch["num_tokens"]
+    return send_to_device(batch, setting.device)
 
 
 def padded(rows: list[dict], setting: Setting) -> dict[str, torch.Tensor]:
-    batch = {
-        name: pad_sequence([row[name] for row in rows], batch_first=True, padding_value=fill).to(setting.device)
-        for name, fill in (("input_ids", 0), ("labels", -100))
-    }
-    lengths = torch.tensor([len(row["input_ids"]) for row in rows], device=setting.device)
-    batch["attention_mask"] = (torch.arange(int(lengths.max()), device=setting.device) < lengths[:, None]).long()
-    return batch | pixels_for(rows, setting)
+    batch = RowCollator(setting)(rows)
+    del batch["turn_kinds"], batch["image_indices"]
+    return send_to_device(batch, setting.device)
 
 
 def model_flops(model: PeftModel, rows: list[dict]) -> float:
@@ -174,7 +209,7 @@ def model_flops(model: PeftModel, rows: list[dict]) -> float:
     config = model.config
     vision, text = config.vision_config, config.text_config
     lengths = [len(row["input_ids"]) for row in rows]
-    images, patches = sum(row["images"] for row in rows), config.image_seq_length
+    images, patches = num_images(rows), config.image_seq_length
     used = tuple(f".layers.{number}." for number in range(config.num_vision_layers_used))
     total = 0.0
     for name, weight in model.named_parameters():
@@ -224,10 +259,10 @@ def num_labels(rows: list[dict]) -> int:
     return sum(int((row["labels"] != -100).sum()) for row in rows)
 
 
-def train_ours(setting: Setting, stage: str, checkpointing: bool) -> dict | None:
+def train_ours(setting: Setting, stage: str, checkpointing: bool, rows_per_image: int = 1) -> dict | None:
     model = with_adapter(setting.model(), **lora_of(stage), checkpointing=checkpointing)
-    rows = make_rows(setting, model.config.image_seq_length, captions=stage == "stage1")
-    batch = packed(rows, setting)
+    rows = make_rows(setting, model.config.image_seq_length, stage == "stage1", rows_per_image)
+    batch = packed(rows, setting, rows_per_image)
     result = time_steps(model, batch, loss_of, setting)
     if result is not None:
         seconds = result["seconds"]["median"]
@@ -277,7 +312,7 @@ def train_stock(setting: Setting) -> dict | None:
 @torch.inference_mode()
 def extractor_share(setting: Setting) -> dict:
     model = setting.model().model.eval()
-    pixel_values = pixels_for([{"images": setting.sizes.rows}], setting)["pixel_values"]
+    pixel_values = pixels(setting.sizes.rows, setting)
     features = model.get_vision_features(pixel_values)
     functions = {
         "tower": partial(model.get_vision_features, pixel_values),
@@ -312,7 +347,7 @@ def generate(setting: Setting) -> dict:
     placeholders = torch.full((1, image_tokens), setting.processor.image_token_id)
     input_ids = torch.cat([ids[:, :1], placeholders, ids[:, 1:]], dim=1).to(setting.device)
     inputs = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
-    inputs |= pixels_for([{"images": 1}], setting) | {"do_sample": False}
+    inputs |= {"pixel_values": pixels(1, setting), "do_sample": False}
     new_tokens = 2 * setting.sizes.new_tokens
     functions = {
         name: partial(without_end(model, setting.pad_token_id).generate, **inputs, max_new_tokens=new_tokens)
@@ -339,6 +374,9 @@ def make_setting(tiny: bool, peak_tflops: int) -> Setting:
 PARTS = {
     "stage 2, ours, checkpointing": partial(train_ours, stage="stage2", checkpointing=True),
     "stage 2, ours": partial(train_ours, stage="stage2", checkpointing=False),
+    "stage 2, ours, shared images, checkpointing": partial(
+        train_ours, stage="stage2", checkpointing=True, rows_per_image=2
+    ),
     "stage 2, stock, checkpointing": train_stock,
     "stage 1, ours, checkpointing": partial(train_ours, stage="stage1", checkpointing=True),
     "stage 1, ours": partial(train_ours, stage="stage1", checkpointing=False),

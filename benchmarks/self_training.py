@@ -17,7 +17,6 @@ balanced sets were added after the others had been measured.
 import argparse
 import json
 import math
-import os
 import random
 import shutil
 import statistics
@@ -290,7 +289,6 @@ def main(args: list[str] | None = None) -> None:
     if arguments.plan:
         return
     ablation.require_base(arguments.base, "model/config.json", "stage1/adapter_config.json")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     run_all(tasks, arguments.jobs)
     write_report(tasks, None if arguments.quick else arguments.output_dir)
 

@@ -1,11 +1,15 @@
 """Training speed on rows that share images: TRL's stock trainer, batches by length, packs, packs with shared images.
 
-    python -m benchmarks.shared_images         # writes benchmarks/results/shared_images.{json,md}, 8 minutes
+    python -m benchmarks.shared_images         # writes benchmarks/results/shared_images.{json,md}, half an hour
 
 The result is the number of tokens with loss per second over whole epochs of `trainer.train()`, on the CPU in float32.
 The three first ways and the lengths are those of `benchmarks/train_step.py`: a row is a ninth as long as in
-llava_v1_5_mix665k, and an image has 64 tokens. The models are small: about half of the time of a step with shared
-images is its constant cost (Python, optimizer), so the ratios are below those of the positions.
+llava_v1_5_mix665k, and an image has 64 tokens. Each workload is measured with two sizes of models:
+
+    small      those of `benchmarks/train_step.py`, 8 rows a step. About half of the time of a step with shared images
+               is its constant cost (Python, optimizer), so the ratios are below those of the positions
+    larger     a language model of 26M weights and a tower of 6M, 24 rows a step: arithmetic dominates, as in large
+               models
 
     mix         the shares of llava_v1_5_mix665k (https://github.com/haotian-liu/LLaVA/issues/657): 55% of the rows are
                 about images of COCO, 3.1 rows an image (364,100 rows on 118,287 images); 39% are about an image of
@@ -23,38 +27,62 @@ to the inputs) and 2 more to compute it again; attention between positions comes
 of all layers, which checkpointing keeps, for a step of 16 rows.
 """
 
-import json
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 
 import datasets
 import numpy as np
 import torch
-from PIL import Image
 from transformers import Trainer, logging
 from transformers.trainer_callback import PrinterCallback
 
 from benchmarks import common
+from benchmarks.random_models import clip_sizes, llama_sizes
 from benchmarks.train_step import (
     MAX_LENGTH,
     NUM_WORDS,
     PROTOTYPES,
+    SIDE,
+    TOWERS,
     Data,
+    conversation,
+    draw_image,
+    draw_words,
     own_trainer,
+    read_data,
+    show_image,
     stock_trainer,
-    word_processor,
 )
-from sq_llava.data.lengths import LengthBound, with_length_bounds
-from sq_llava.data.rows import load_rows
 from sq_llava.data.shared_images import ImageSharing
-from sq_llava.data.sources import DataSource
-from sq_llava.training.collator import SelfQuestioningCollator
 from sq_llava.training.packing import PackSampler
 
 
+WORKLOADS = ("mix", "instruct", "self-made", "captions")
 WAYS = ("stock", "by length", "packed", "shared")
 MAX_ROWS_PER_IMAGE = 8
-ROWS_PER_STEP = 8
+
+
+@dataclass(frozen=True)
+class Size:
+    """Sizes of the towers, the rows of an optimizer step, and the rows of a workload."""
+
+    towers: tuple[dict, dict]
+    rows_per_step: int
+    num_rows: int
+
+
+SIZES = {
+    "small": Size(TOWERS, rows_per_step=8, num_rows=96),
+    "larger": Size(
+        (
+            clip_sizes(256, layers=8, heads=4, side=SIDE),
+            llama_sizes(512, 1408, layers=8, heads=8, vocabulary=NUM_WORDS),
+        ),
+        rows_per_step=24,
+        num_rows=48,
+    ),
+}
 
 # Weights of the linear layers, without embeddings.
 IMAGE_TOKENS, PACK_7B = 576, 2048
@@ -97,34 +125,22 @@ def make_data(folder: Path, workload: str, num_rows: int) -> Data:
     generator = np.random.default_rng(0)
     raw = []
     for image in images_of_rows(workload, num_rows, generator):
-        exchanges, num_words = num_exchanges_and_words(workload, image is None, generator)
-        words = [f"w{word}" for word in generator.integers(NUM_WORDS, size=num_words)]
-        turns = []
-        for piece in np.array_split(words, exchanges):
-            asked = max(1, len(piece) // 3)  # a third of each exchange is the question
-            turns += [("human", " ".join(piece[:asked])), ("gpt", " ".join(piece[asked:]) or "w0")]
-        row = {"id": str(len(raw)), "conversations": [{"from": role, "value": text} for role, text in turns]}
+        num_exchanges, num_words = num_exchanges_and_words(workload, image is None, generator)
+        row = {"id": str(len(raw))} | conversation(draw_words(num_words, generator), num_exchanges)
         if image is not None:
-            row["image"] = f"{image}.jpg"
-            if not (folder / row["image"]).exists():
-                pixels = generator.integers(0, 256, (12, 16, 3), dtype=np.uint8)
-                Image.fromarray(pixels).resize((160, 120), Image.Resampling.BICUBIC).save(folder / row["image"])
-            row["conversations"][0]["value"] = "<image>\n" + row["conversations"][0]["value"]
+            if not (path := folder / f"{image}.jpg").exists():
+                draw_image(path, generator)
+            show_image(row, path.name)
         raw.append(row)
-    path = folder / "rows.json"
-    path.write_text(json.dumps(raw))
-    processor = word_processor(NUM_WORDS)
-    rows = load_rows([DataSource(str(path))], image_seq_length=64)
-    rows = with_length_bounds(rows, LengthBound(processor, MAX_LENGTH, self_question_ratio=0.0))
-    batch = SelfQuestioningCollator(processor, self_question_ratio=0.0)([rows[index] for index in range(num_rows)])
-    return Data(processor, rows, int((batch["labels"] != -100).sum()), int(batch["attention_mask"].sum()))
+    return read_data(folder, raw)
 
 
-def make_trainers(data: Data, folder: Path) -> dict[str, Trainer]:
+def make_trainers(data: Data, folder: Path, size: Size) -> dict[str, Trainer]:
     own = {"by length": (False, 1), "packed": (True, 1), "shared": (True, MAX_ROWS_PER_IMAGE)}
-    trainers = {"stock": stock_trainer(data, folder, ROWS_PER_STEP)}
+    rows, towers = size.rows_per_step, size.towers
+    trainers = {"stock": stock_trainer(data, folder, rows, towers)}
     for name, (packing, max_rows) in own.items():
-        trainers[name] = own_trainer(data, folder, ROWS_PER_STEP, packing, PROTOTYPES, max_rows)
+        trainers[name] = own_trainer(data, folder, rows, packing, PROTOTYPES, max_rows, towers)
     for trainer in trainers.values():
         trainer.remove_callback(PrinterCallback)
     return trainers
@@ -194,11 +210,10 @@ def _operations(lengths: np.ndarray, shared: np.ndarray, images: int, head_posit
     return {"operations": text + vision, "positions": positions}
 
 
-def measure(folder: Path, workload: str, num_rows: int, rounds: int) -> dict:
-    print(f"workload: {workload}", flush=True)
+def measure(folder: Path, workload: str, size: Size, num_rows: int, rounds: int) -> dict:
     folder.mkdir()
     data = make_data(folder, workload, num_rows)
-    trainers = make_trainers(data, folder)
+    trainers = make_trainers(data, folder, size)
     work = {name: work_of_an_epoch(data, trainer) for name, trainer in trainers.items()}
     times = common.interleave({name: trainer.train for name, trainer in trainers.items()}, rounds)
     return {
@@ -220,20 +235,22 @@ def to_markdown(report: dict) -> str:
         f"{MAX_ROWS_PER_IMAGE} rows an image). All train on the same labels; median (lowest to highest) of "
         f"{report['rounds']} rounds. Positions are those of the language model in an epoch, with padding.",
     ]
-    for workload, found in report["workloads"].items():
-        rows = [
-            [
-                way,
-                common.with_spread(found["per_second"][way]),
-                f"**{common.with_spread(found['times_faster'][way])}**",
-                f"{found['work'][way]['positions']:,}",
-                found["work"][way]["images"],
-                f"{found['peak_mib'][way]:,.0f}",
+    for size, workloads in report["sizes"].items():
+        blocks.append(f"## {size.capitalize()} models, {SIZES[size].rows_per_step} rows a step")
+        for workload, found in workloads.items():
+            rows = [
+                [
+                    way,
+                    common.with_spread(found["per_second"][way]),
+                    f"**{common.with_spread(found['times_faster'][way])}**",
+                    f"{found['work'][way]['positions']:,}",
+                    found["work"][way]["images"],
+                    f"{found['peak_mib'][way]:,.0f}",
+                ]
+                for way in WAYS
             ]
-            for way in WAYS
-        ]
-        header = ["way", "tokens with loss per second", "times faster", "positions", "images", "MiB"]
-        blocks += [f"{workload}: {found['rows']} rows.", common.table(header, rows)]
+            header = ["way", "tokens with loss per second", "times faster", "positions", "images", "MiB"]
+            blocks += [f"{workload}: {found['rows']} rows.", common.table(header, rows)]
     calculated = [
         [
             way,
@@ -245,6 +262,7 @@ def to_markdown(report: dict) -> str:
     ]
     header = ["way", "TFLOP for each token with loss", "times fewer", "GiB of layer inputs, 16 rows"]
     blocks += [
+        "## CLIP ViT-L/14-336 and Vicuna-7B, by calculation",
         "Calculated, not measured, for CLIP ViT-L/14-336 and Vicuna-7B on the mix at its full lengths, in packs of "
         f"{PACK_7B} tokens that FlashAttention takes without padding; stock has batches of 16 rows:",
         common.table(header, calculated),
@@ -254,14 +272,20 @@ def to_markdown(report: dict) -> str:
 
 def main():
     arguments = common.parse_arguments(__doc__)
-    num_rows, rounds = (16, 1) if arguments.quick else (96, 3)
+    rounds = 1 if arguments.quick else 3
     logging.set_verbosity_error()
     datasets.disable_progress_bars()
     torch.manual_seed(0)
-    workloads = ("mix", "instruct", "self-made", "captions")
+    sizes = {}
     with tempfile.TemporaryDirectory() as name:
-        found = {workload: measure(Path(name) / workload, workload, num_rows, rounds) for workload in workloads}
-    report = {"rounds": rounds, "workloads": found, "calculated_7b": calculated_7b(1024 if arguments.quick else 16384)}
+        for size in ["small"] if arguments.quick else SIZES:
+            sizes[size] = {}
+            for workload in WORKLOADS:
+                print(f"{size} models, workload {workload}", flush=True)
+                folder = Path(name) / f"{size}-{workload}"
+                num_rows = 16 if arguments.quick else SIZES[size].num_rows
+                sizes[size][workload] = measure(folder, workload, SIZES[size], num_rows, rounds)
+    report = {"rounds": rounds, "sizes": sizes, "calculated_7b": calculated_7b(1024 if arguments.quick else 16384)}
     common.save("shared_images", report, to_markdown, arguments)
 
 

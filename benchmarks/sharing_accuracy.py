@@ -11,7 +11,6 @@ A finished run is a JSON file in `--work`. The same command later runs only the 
 """
 
 import json
-import os
 import statistics
 import tempfile
 from dataclasses import dataclass
@@ -146,7 +145,6 @@ def main(args: list[str] | None = None) -> None:
     if arguments.plan:
         return
     ablation.require_base(arguments.base, "stage1/adapter_config.json")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     run_all(tasks, arguments.jobs)
     report = {"command": COMMAND, "torch": torch.__version__, "runs": [read_note(task) for task in tasks]}
     markdown = document(report, to_markdown)

@@ -57,8 +57,8 @@ from sq_llava.training.trainer import SQLlavaTrainer
 
 
 SIDE, MAX_LENGTH, NUM_WORDS = 112, 228, 1000
-VISION = clip_sizes(96, layers=6, heads=4, side=SIDE)
-TEXT = llama_sizes(192, inner=512, layers=4, heads=4, vocabulary=NUM_WORDS)
+# Fields of the vision tower and of the language model.
+TOWERS = (clip_sizes(96, layers=6, heads=4, side=SIDE), llama_sizes(192, 512, layers=4, heads=4, vocabulary=NUM_WORDS))
 LORA = LoraSize(8, 16, 0.0)
 # With this vocabulary, the head's share of the multiplications is that of Qwen3-0.6B.
 BIG_VOCABULARY = 3200
@@ -94,25 +94,48 @@ def make_data(folder: Path, num_rows: int, mix: str = "as of LLaVA", vocabulary:
     raw = []
     for number in range(num_rows):
         num_words = min(3 + int(generator.gamma(shape, mean / shape)), MAX_LENGTH - 64 - 3 * 4)
-        words = [f"w{word}" for word in generator.integers(NUM_WORDS, size=num_words)]
-        # A third of each exchange is the question, the rest the answer.
-        turns = []
-        for piece in np.array_split(words, min(generator.integers(1, 4), max(1, num_words // 3))):
-            asked = max(1, len(piece) // 3)
-            turns += [("human", " ".join(piece[:asked])), ("gpt", " ".join(piece[asked:]) or "w0")]
-        row = {"id": str(number), "conversations": [{"from": role, "value": text} for role, text in turns]}
+        words = draw_words(num_words, generator)
+        row = {"id": str(number)} | conversation(words, min(generator.integers(1, 4), max(1, num_words // 3)))
         if generator.random() >= 0.06:
-            row["image"] = f"{number}.jpg"
-            pixels = generator.integers(0, 256, (12, 16, 3), dtype=np.uint8)
-            Image.fromarray(pixels).resize((160, 120), Image.Resampling.BICUBIC).save(folder / row["image"])
-            row["conversations"][0]["value"] = "<image>\n" + row["conversations"][0]["value"]
+            draw_image(folder / f"{number}.jpg", generator)
+            show_image(row, f"{number}.jpg")
         raw.append(row)
+    return read_data(folder, raw, vocabulary)
+
+
+def draw_words(number: int, generator: np.random.Generator) -> list[str]:
+    return [f"w{word}" for word in generator.integers(NUM_WORDS, size=number)]
+
+
+def conversation(words: list[str], num_exchanges: int) -> dict[str, list]:
+    """A conversation with these words. A third of each exchange is the question, the rest the answer."""
+    turns = []
+    for piece in np.array_split(words, num_exchanges):
+        asked = max(1, len(piece) // 3)
+        turns += [("human", " ".join(piece[:asked])), ("gpt", " ".join(piece[asked:]) or "w0")]
+    return {"conversations": [{"from": role, "value": text} for role, text in turns]}
+
+
+def draw_image(path: Path, generator: np.random.Generator) -> None:
+    pixels = generator.integers(0, 256, (12, 16, 3), dtype=np.uint8)
+    Image.fromarray(pixels).resize((160, 120), Image.Resampling.BICUBIC).save(path)
+
+
+def show_image(row: dict, name: str) -> None:
+    """Puts an image before the first question."""
+    row["image"] = name
+    row["conversations"][0]["value"] = "<image>\n" + row["conversations"][0]["value"]
+
+
+def read_data(folder: Path, raw: list[dict], vocabulary: int = NUM_WORDS) -> Data:
+    """Writes the rows into a file, and reads them as training does."""
     path = folder / "rows.json"
     path.write_text(json.dumps(raw))
     processor = word_processor(vocabulary)
     rows = load_rows([DataSource(str(path))], image_seq_length=64)
-    rows = with_length_bounds(rows, LengthBound(processor, MAX_LENGTH, self_question_ratio=0.0))
-    batch = SelfQuestioningCollator(processor, self_question_ratio=0.0)([rows[index] for index in range(num_rows)])
+    bound = LengthBound(processor, MAX_LENGTH, self_question_ratio=0.0)
+    rows = with_length_bounds(rows, bound, prefixes=True)
+    batch = SelfQuestioningCollator(processor, self_question_ratio=0.0)([rows[index] for index in range(len(rows))])
     return Data(processor, rows, int((batch["labels"] != -100).sum()), int(batch["attention_mask"].sum()))
 
 
@@ -135,18 +158,19 @@ def settings(folder: Path, batch_size: int, **more) -> SFTConfig:
     )
 
 
-def stock_trainer(data: Data, folder: Path, rows_per_step: int) -> Trainer:
+def stock_trainer(data: Data, folder: Path, rows_per_step: int, towers: tuple[dict, dict] = TOWERS) -> Trainer:
     processor = data.processor
-    text = TEXT | {"vocab_size": len(processor.tokenizer)}
+    vision, text = towers[0], towers[1] | {"vocab_size": len(processor.tokenizer)}
     torch.manual_seed(0)
     config = LlavaConfig(
-        vision_config=dict(VISION), text_config=text, image_token_index=processor.image_token_id, image_seq_length=64
+        vision_config=dict(vision), text_config=text, image_token_index=processor.image_token_id, image_seq_length=64
     )
     model = LlavaForConditionalGeneration(config)
+    used = rf"vision_tower\.encoder\.layers\.[0-{vision['num_hidden_layers'] - 2}]\..*"
     lora = LoraConfig(
         r=LORA.rank,
         lora_alpha=LORA.alpha,
-        target_modules=r".*(vision_tower\.encoder\.layers\.[0-4]\..*|language_model\..*)\b"
+        target_modules=rf".*({used}|language_model\..*)\b"
         r"(q_proj|k_proj|v_proj|out_proj|o_proj|fc1|fc2|gate_proj|up_proj|down_proj)",
         modules_to_save=["multi_modal_projector"],
     )
@@ -167,13 +191,19 @@ def stock_messages(messages: list[dict]) -> list[dict]:
 
 
 def own_trainer(
-    data: Data, folder: Path, rows_per_step: int, packing: bool, prototypes: int, max_rows_per_image: int = 1
+    data: Data,
+    folder: Path,
+    rows_per_step: int,
+    packing: bool,
+    prototypes: int,
+    max_rows_per_image: int = 1,
+    towers: tuple[dict, dict] = TOWERS,
 ) -> Trainer:
     processor = data.processor
     fields = {"num_prototypes": prototypes} if prototypes else {"prototype_variant": "none"}
-    text = TEXT | {"vocab_size": len(processor.tokenizer)}
+    vision, text = towers[0], towers[1] | {"vocab_size": len(processor.tokenizer)}
     model = make_model(
-        VISION, text, image_token_id=processor.image_token_id, vusr_token_id=processor.vusr_token_id, **fields
+        vision, text, image_token_id=processor.image_token_id, vusr_token_id=processor.vusr_token_id, **fields
     )
     if packing:
         packs = pack_sampler(data.rows, settings(folder, 1), 1, max_rows_per_image=max_rows_per_image)

@@ -31,7 +31,7 @@ messages_console = _Console(stderr=True)
 @cache
 def print_in_first_process(line: str) -> None:
     """Prints a message to stderr, once in a launch: only in its first process, and not again."""
-    if int(os.environ.get("RANK", 0)) == 0:
+    if is_first_process():
         messages_console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 

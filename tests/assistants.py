@@ -1,5 +1,6 @@
 """Tiny assistants for tests, and a record of what goes through a model."""
 
+from sq_llava.data.messages import place_images
 from sq_llava.inference.assistant import Assistant
 from tests import tiny
 
@@ -40,3 +41,17 @@ def assert_batch_equals_one_by_one(assistant: Assistant, requests: list[tuple], 
     answers = assistant.answer_batch(requests, **settings)
     assert answers == [assistant.answer(*request, **settings) for request in requests]
     return answers
+
+
+def assert_converses_as_without_a_cache(assistant: Assistant, image, history: list[dict], num_turns: int) -> None:
+    """With top_k=1 there is only one choice: the tokens must be the same with and without the cache."""
+    messages = assistant.converse(image, num_turns=num_turns, history=history, top_k=1, max_new_tokens=6)
+    fresh = place_images(image, history)
+    for turn, role in enumerate(["vusr", "assistant"] * num_turns):
+        inputs = assistant.processor.apply_chat_template(
+            fresh, add_generation_prompt=True, ask=role == "vusr", tokenize=True, return_dict=True, return_tensors="pt"
+        )
+        output = assistant.model.generate(**inputs, do_sample=False, max_new_tokens=6)
+        text = assistant.processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+        assert messages[2 + turn] == {"role": role, "content": text}
+        fresh.append({"role": role, "content": text})

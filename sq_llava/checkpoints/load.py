@@ -22,7 +22,7 @@ from transformers import (
 
 from configuration_sq_llava import SQLlavaConfig
 from modeling_sq_llava import SQLlavaForConditionalGeneration
-from processing_sq_llava import TEMPLATE_HEADER, SQLlavaProcessor
+from processing_sq_llava import SQLlavaProcessor
 from sq_llava.checkpoints.card import write_card
 from sq_llava.checkpoints.chat_templates import check_template
 from sq_llava.checkpoints.compose import stop_token_ids
@@ -124,12 +124,10 @@ def load_processor(folder: str | os.PathLike, trust_chat_template: bool = False,
         ValueError: if a file is damaged or a setting wrong; or for a chat template of somebody else.
     """
     processor = named_errors(SQLlavaProcessor.from_pretrained)(folder, trust_remote_code=False, **settings)
-    templates = processor.chat_template
-    template = templates.get("default") if isinstance(templates, dict) else templates
-    trusted = trust_chat_template or "chat_template" in settings
-    if not (trusted or (template or "").startswith(TEMPLATE_HEADER)):
+    if not (processor.writes_template or trust_chat_template or "chat_template" in settings):
+        template = processor.tokenizer.get_chat_template()
         raise ValueError(
-            f"{folder} has a chat template of its own: {(template or '')[:60]!r}... It is a program, which can loop "
+            f"{folder} has a chat template of its own: {template[:60]!r}... It is a program, which can loop "
             "for hours or fill the memory. If you trust it, give --trust-chat-template to answer, ask, chat or serve "
             "(in Python: trust_chat_template=True). Otherwise remove the template: the processor then writes its own."
         )

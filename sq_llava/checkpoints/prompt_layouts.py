@@ -15,7 +15,7 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from processing_sq_llava import PROMPT_LAYOUTS, write_chat_template
+from processing_sq_llava import PROMPT_LAYOUTS, begin_of_text, write_chat_template
 
 
 AUTO = "auto"
@@ -129,7 +129,7 @@ def _match(tokenizer: PreTrainedTokenizerBase, layout: str, prompt: str) -> dict
     prompt = prompt.replace(thought, "") if thought else prompt
     if not prompt.endswith(turns):
         return None
-    system = prompt.removesuffix(turns).removeprefix(_bos(tokenizer))
+    system = prompt.removesuffix(turns).removeprefix(begin_of_text(tokenizer))
     begin, end = (row["turn_format"][name] for name in ("system_begin", "system_end"))
     if not system:
         return {"system_message": "", "thought": thought}
@@ -147,14 +147,10 @@ def _differences(tokenizer: PreTrainedTokenizerBase, settings: dict) -> list[str
             own = _own_text(tokenizer, messages, add_generation_prompt=prompts)
         except (TemplateError, TypeError, KeyError, ValueError):
             own = None
-        ours = _bos(tokenizer) + _our_text(tokenizer, settings, messages, add_generation_prompt=prompts)
+        ours = begin_of_text(tokenizer) + _our_text(tokenizer, settings, messages, add_generation_prompt=prompts)
         if own != ours:
             differences.append(name)
     return differences
-
-
-def _bos(tokenizer: PreTrainedTokenizerBase) -> str:
-    return tokenizer.bos_token if tokenizer("a").input_ids[0] == tokenizer.bos_token_id else ""
 
 
 def _own_text(tokenizer: PreTrainedTokenizerBase, messages: list[dict], add_generation_prompt: bool) -> str:

@@ -52,7 +52,7 @@ def serve(
         float,
         typer.Option(
             min=0.001,
-            help="Maximum total megapixels of a request's images, after padding to squares.",
+            help="Maximum total megapixels of a request's images.",
             rich_help_panel=LIMITS,
         ),
     ] = 64.0,

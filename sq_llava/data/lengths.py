@@ -159,22 +159,25 @@ class LengthBound:
 
 @dataclass(frozen=True)
 class CountTokens:
-    """Counts the tokens of a batch of rows; the function that `datasets.map` calls."""
+    """
+    Counts the tokens of a batch of rows; the function that `datasets.map` calls. With `prefixes`, it also finds the
+    rows that begin alike.
+    """
 
     reader: RowReader
     bound: LengthBound
+    prefixes: bool = False
 
     def __call__(self, batch: dict[str, list[int]]) -> dict[str, list[int]]:
         rows = [self.reader.read(*place) for place in zip(batch["source"], batch["index"])]
         conversations = [row["messages"] for row in rows]
         try:
-            lengths = self.bound.of_rows(conversations, batch["row_id"])
-            prefixes = [self._prefix(ids, row["images"]) for ids, row in zip(self._openings(conversations), rows)]
-            return {
-                "length": lengths,
-                "image_group": [number for number, _ in prefixes],
-                "prefix_length": [size for _, size in prefixes],
-            }
+            columns = {"length": self.bound.of_rows(conversations, batch["row_id"])}
+            if self.prefixes:
+                openings = zip(self._openings(conversations), rows)
+                prefixes = [self._prefix(ids, row["images"]) for ids, row in openings]
+                columns["image_group"], columns["prefix_length"] = map(list, zip(*prefixes))
+            return columns
         except TemplateError as error:
             for row_id, messages in zip(batch["row_id"], conversations):
                 try:
@@ -197,11 +200,11 @@ class CountTokens:
         return prefix_number(prefix, images[:num_images]), int(_sizes(self.bound.processor, prefix).sum())
 
 
-def with_length_bounds(rows: datasets.Dataset, bound: LengthBound, num_proc: int | None = None) -> datasets.Dataset:
+def with_length_bounds(
+    rows: datasets.Dataset, bound: LengthBound, num_proc: int | None = None, prefixes: bool = False
+) -> datasets.Dataset:
     """
-    Replaces the estimated `length` of each row by the largest number of tokens that it can have. Adds the columns
-    `image_group` and `prefix_length`: the number of the row's prefix, and its tokens
-    ([`~sq_llava.data.shared_images.ImageSharing`]).
+    Replaces the estimated `length` of each row by the largest number of tokens that it can have.
 
     The counts are kept in the cache of `datasets`. They are computed again when the data, the tokenizer, its chat
     template, `max_length` or the choice of rows changes.
@@ -210,19 +213,21 @@ def with_length_bounds(rows: datasets.Dataset, bound: LengthBound, num_proc: int
         rows (`datasets.Dataset`): From [`load_rows`].
         bound ([`LengthBound`]): How to count.
         num_proc (`int`, *optional*): Number of processes. Default: one per core, or one if there are few rows.
+        prefixes (`bool`): Also add the columns `image_group` and `prefix_length`, which rows with shared images need:
+            the number of the row's prefix, and its tokens ([`~sq_llava.data.shared_images.ImageSharing`]).
 
     Raises:
         ValueError: for a row that is wrong or too long.
     """
     reader = rows.format["format_kwargs"]["transform"]
     places = rows.with_format(None).select_columns(["row_id", "source", "index"])
-    key = _fingerprint(places, reader, bound)
+    key = _fingerprint(places, reader, bound, prefixes)
     if num_proc is None and len(rows) >= ROWS_FOR_PROCESSES:
         num_proc = os.cpu_count()
     cache = Path(datasets.config.HF_DATASETS_CACHE) / "sq_llava_lengths"
     cache.mkdir(parents=True, exist_ok=True)
     counted = places.map(
-        CountTokens(reader, bound),
+        CountTokens(reader, bound, prefixes),
         batched=True,
         batch_size=ROWS_AT_A_TIME,
         num_proc=num_proc,
@@ -233,15 +238,15 @@ def with_length_bounds(rows: datasets.Dataset, bound: LengthBound, num_proc: int
     )
     counts = counted.with_format("numpy")[:]
     rows = rows.with_format(None).remove_columns("length")
-    for name in ("length", "image_group", "prefix_length"):
+    for name in counted.column_names:
         rows = rows.add_column(name, counts[name])
     return rows.with_transform(reader)
 
 
-def _fingerprint(places: datasets.Dataset, reader: RowReader, bound: LengthBound) -> str:
+def _fingerprint(places: datasets.Dataset, reader: RowReader, bound: LengthBound, prefixes: bool) -> str:
     tokenizer = bound.processor.tokenizer
     settings = [bound.max_length, bound.plain, bound.self_question_ratio > 0, bound.processor.image_seq_length]
-    settings += [["length", "image_group", "prefix_length"]]
+    settings += ["prefixes"] if prefixes else []
     settings += [reader.instructions]
     texts = [tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template, *map(_identity, reader.sources)]
     digest = hashlib.blake2b(json.dumps([settings, texts]).encode(), digest_size=16)

@@ -16,8 +16,8 @@ from importlib import import_module
 from itertools import chain
 from threading import Event
 
+import numpy as np
 import torch
-from PIL import Image
 from transformers import (
     BitsAndBytesConfig,
     StoppingCriteria,
@@ -30,9 +30,10 @@ from processing_sq_llava import SQLlavaProcessor
 from sq_llava.checkpoints.load import load_checkpoint
 from sq_llava.console import needs_extra
 from sq_llava.data.messages import images_of, place_images, place_images_of_all
+from sq_llava.data.shared_images import image_prefix, prefix_number
 from sq_llava.early_checks import require_device, require_dtype
 from sq_llava.inference.dialogues import Dialogues
-from sq_llava.inference.prefix_cache import PrefixCache, allows_gaps, common_length
+from sq_llava.inference.prefix_cache import PrefixCache, allows_gaps
 from sq_llava.inference.prompts import decode, model_inputs, pixel_inputs, room_in_context, token_ids
 from sq_llava.inference.settings import AskSettings
 
@@ -86,24 +87,24 @@ class Assistant:
             # The longest prompt leaves too little room in the context. Only its own answer may be cut short.
             return [self.answer(*request, max_new_tokens, **generate_kwargs) for request in requests]
         images = [images_of(conversation) for conversation in conversations]
-        groups = _groups_with_one_prefix(prompts, images, self.processor.image_token_id)
-        if len(groups) < len(requests) and _can_share(self.model, prompts, settings):
-            inputs = self._read_prefixes(prompts, images, groups)
+        prefixes = _prefixes_with_images(prompts, images, self.processor.image_token_id)
+        if len(set(prefixes)) < len(requests) and _can_share(self.model, prompts, settings):
+            inputs = self._read_prefixes(prompts, images, prefixes)
         else:
             inputs = model_inputs(self.model, self.processor, prompts, list(chain.from_iterable(images)))
         output = self.model.generate(**inputs, **settings)
         return decode(self.processor, output[:, inputs["input_ids"].shape[1] :])
 
-    def _read_prefixes(self, prompts: list[list[int]], images: list[list], groups: list[list[int]]) -> dict:
-        """Inputs for `generate`, with the cached states of the common prefix of each group of prompts."""
-        cache = PrefixCache(self.model, len(groups))
-        lengths = [_common_length_of_all([prompts[number] for number in group]) for group in groups]
+    def _read_prefixes(self, prompts: list[list[int]], images: list[list], prefixes: list[tuple[int, int]]) -> dict:
+        """Inputs for `generate`, with the cached states of each different prefix."""
+        first = {prefix: number for number, prefix in reversed([*enumerate(prefixes)])}
+        cache = PrefixCache(self.model, len(first))
         # `read` does not process the last token.
-        prefixes = [prompts[group[0]][: length + 1] for group, length in zip(groups, lengths)]
-        shown = list(chain.from_iterable(images[group[0]] for group in groups))
-        cache.read(prefixes, pixel_inputs(self.model, self.processor, shown))
-        row_of_prompt = {number: row for row, group in enumerate(groups) for number in group}
-        cache = cache.select([row_of_prompt[number] for number in range(len(prompts))])
+        openings = [prompts[number][: size + 1] for (_, size), number in first.items()]
+        shown = list(chain.from_iterable(images[number] for number in first.values()))
+        cache.read(openings, pixel_inputs(self.model, self.processor, shown))
+        row_of_prefix = {prefix: row for row, prefix in enumerate(first)}
+        cache = cache.select([row_of_prefix[prefix] for prefix in prefixes])
         return {**cache.continue_with(prompts), CACHE_NAME: cache.states}
 
     def stream(
@@ -292,30 +293,13 @@ class _IsClosed(StoppingCriteria):
         return torch.full((input_ids.shape[0],), self.event.is_set(), device=input_ids.device)
 
 
-def _groups_with_one_prefix(
-    prompts: list[list[int]], images: list[list[Image.Image]], image_token_id: int
-) -> list[list[int]]:
-    """
-    Groups the prompts that can share a prefix: they have the same images, and all images are in the common prefix.
-
-    Returns:
-        Lists of indices into `prompts`. A prompt that shares nothing is alone in its group.
-    """
-    groups: dict[tuple[int, ...], list[int]] = {}
-    for number, of_prompt in enumerate(images):
-        groups.setdefault(tuple(map(id, of_prompt)), []).append(number)
-    apart = []
-    for group in groups.values():
-        length = _common_length_of_all([prompts[number] for number in group])
-        holds_images = image_token_id not in prompts[group[0]][length:]
-        apart += [group] if holds_images else [[number] for number in group]
-    return apart
-
-
-def _common_length_of_all(prompts: list[list[int]]) -> int:
-    """Length of the prefix that all prompts share. The last token of each prompt never counts."""
-    common = min(common_length(prompts[0], prompt) for prompt in prompts)
-    return min(common, min(map(len, prompts)) - 1)
+def _prefixes_with_images(prompts: list[list[int]], images: list[list], image_token_id: int) -> list[tuple[int, int]]:
+    """The number and the length of what each prompt can share: the tokens up to its last image, as in training."""
+    prefixes = []
+    for prompt, of_prompt in zip(map(np.array, prompts), images):
+        size = image_prefix(prompt, image_token_id) or len(prompt) - 1
+        prefixes.append((prefix_number(prompt[:size], of_prompt), size))
+    return prefixes
 
 
 def _can_share(model: SQLlavaForConditionalGeneration, prompts: list[list[int]], settings: dict) -> bool:

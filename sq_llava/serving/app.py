@@ -1,4 +1,4 @@
-"""The web application: /v1/chat/completions, /v1/models, /health, /metrics.
+"""The web application: /v1/chat/completions, /v1/models, /health, /metrics, and a page at / that says how to use it.
 
     >>> app = create_app(load("runs/demo/model"), "demo", Limits(), max_batch_size=16)
 
@@ -14,26 +14,37 @@ from contextlib import asynccontextmanager
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, StreamingResponse
+from fastapi.responses import HTMLResponse, JSONResponse, StreamingResponse
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from sq_llava.inference.assistant import Assistant
 from sq_llava.serving.chat import ChatService, Limits, timeout_event
 from sq_llava.serving.engine import Engine
+from sq_llava.serving.front_page import PAGE_POLICY, page
 from sq_llava.serving.metrics import Metrics
-from sq_llava.serving.schema import ApiError, ChatCompletion, ChatCompletionRequest, ErrorResponse, error_body
+from sq_llava.serving.schema import (
+    UNSUPPORTED,
+    ApiError,
+    ChatCompletion,
+    ChatCompletionRequest,
+    ErrorResponse,
+    error_body,
+)
 from sq_llava.serving.settings import Access
 
 
 CHAT_PATH = "/v1/chat/completions"
-# Programs that watch a server have no key.
-OPEN_PATH = "/health"
+# Programs that watch a server have no key, and neither has somebody who looks at the page.
+OPEN_PATHS = ("/", "/health")
+HEALTH_PATH = "/health"
 # After a refusal, a client may keep sending for this long. After a timeout, it has this long to read the error.
 SECONDS_FOR_LAST_WORDS = 2.0
+IN_VLLM = "docs/serving.md, 'Beyond this server', says what vLLM offers."
 
 
 def create_app(
@@ -49,10 +60,10 @@ def create_app(
         model_name (`str`): Name of the model for clients.
         limits (`Limits`): Limits on requests.
         max_batch_size (`int`): Maximum number of texts that are generated at the same time.
-        api_key (`str`, *optional*): Key that clients must send to all paths except /health, as
+        api_key (`str`, *optional*): Key that clients must send to all paths except / and /health, as
             `Authorization: Bearer KEY`.
-        access (`Access`, *optional*): Which names of the server are accepted, and which paths are closed. Default: all
-            names, and no path.
+        access (`Access`, *optional*): Which names of the server and which origins are accepted, and which paths are
+            closed. Default: all names, no other origin, and no path.
 
     Raises:
         ValueError: if the model cannot be batched, or its generation_config.json has an unsupported setting.
@@ -73,11 +84,29 @@ def create_app(
     app = FastAPI(title="SQ-LLaVA", lifespan=lifespan, openapi_url=openapi_url, docs_url=None, redoc_url=None)
     app.add_middleware(Gate, limits=limits, max_requests=max_batch_size + limits.max_waiting, metrics=metrics)
     app.add_middleware(ApiKey, api_key=api_key)
+    if access.cors:
+        # Outside of ApiKey: a browser asks for leave without the key.
+        headers = ["Authorization", "Content-Type"]
+        app.add_middleware(
+            CORSMiddleware, allow_origins=access.cors, allow_methods=["GET", "POST"], allow_headers=headers
+        )
     app.add_middleware(TrustedHostMiddleware, allowed_hosts=access.allowed_hosts or ["*"], www_redirect=False)
     app.add_exception_handler(HTTPException, _http_error)
     app.add_exception_handler(RequestValidationError, _validation_error)
     app.add_exception_handler(Exception, _unexpected_error)
     _add_routes(app, chat_service, None if access.disable_metrics else metrics)
+    paths = [
+        HEALTH_PATH,
+        "/v1/models",
+        *([] if access.disable_metrics else ["/metrics"]),
+        *filter(None, [openapi_url]),
+    ]
+    name = model_name if api_key is None else None
+
+    @app.get("/", include_in_schema=False)
+    async def show_page(request: Request) -> HTMLResponse:
+        return HTMLResponse(page(name, str(request.base_url), paths), headers={"Content-Security-Policy": PAGE_POLICY})
+
     return app
 
 
@@ -110,7 +139,8 @@ def _add_routes(app: FastAPI, chat_service: ChatService, metrics: Metrics | None
             raise ApiError(404, f"The model {name!r} does not exist.", "model_not_found", "model")
         return model
 
-    @app.get(OPEN_PATH, responses={503: {"model": ErrorResponse}})
+    @app.head(HEALTH_PATH, include_in_schema=False)
+    @app.get(HEALTH_PATH, responses={503: {"model": ErrorResponse}})
     async def health() -> dict:
         if not chat_service.engine.thread.is_alive():
             raise ApiError(503, "The generation thread has stopped. Restart the server.")
@@ -143,14 +173,14 @@ async def _unless_gone(request: Request, work: Awaitable):
 
 
 class ApiKey:
-    """If there is an API key, refuses requests without it, except to /health."""
+    """If there is an API key, refuses requests without it, except to the open paths."""
 
     def __init__(self, app: ASGIApp, api_key: str | None):
         self.app = app
         self.expected = None if api_key is None else hashlib.sha256(api_key.encode()).digest()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and self.expected is not None and scope["path"] != OPEN_PATH:
+        if scope["type"] == "http" and self.expected is not None and scope["path"] not in OPEN_PATHS:
             scheme, _, key = Headers(scope=scope).get("authorization", "").partition(" ")
             # Digests have one length, so the time of the comparison says nothing about the key.
             is_equal = hmac.compare_digest(hashlib.sha256(key.strip().encode("latin-1")).digest(), self.expected)
@@ -266,14 +296,23 @@ async def _http_error(request: Request, error: HTTPException) -> JSONResponse:
 
 async def _validation_error(request: Request, error: RequestValidationError) -> JSONResponse:
     # In a union, each type reports its own errors. The deepest ones belong to the type that the client meant.
-    found = max(error.errors(), key=lambda entry: len(entry["loc"]))
+    # Of these, an error about a value says more than one about its type.
+    found = max(error.errors(), key=lambda entry: (len(entry["loc"]), not entry["type"].endswith("_type")))
     if found["type"] == "json_invalid":
         message = f"The body is not valid JSON: {found['ctx']['error']}."
         return JSONResponse(error_body(400, message, "invalid_json"), 400)
     # Leave out Pydantic's names for the types of a union, and field names that are huge or not valid Unicode.
-    steps = [str(step) for step in found["loc"][1:] if isinstance(step, int) or step[:100].isidentifier()]
-    place = ".".join(steps)[:200]
-    message = f"{place}: {found['msg']}." if place else f"{found['msg']}. Send a JSON object as application/json."
+    steps = [step for step in found["loc"][1:] if isinstance(step, int) or step[:100].isidentifier()]
+    place = "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in steps).removeprefix(".")[:200]
+    if steps and (feature := UNSUPPORTED.get(steps[0])):
+        message = f"{place}: {feature} not supported. {IN_VLLM}"
+        return JSONResponse(error_body(400, message, "unsupported", place), 400)
+    if found["type"] == "extra_forbidden":
+        message = f"{place}: this server does not know the field. {IN_VLLM}"
+    elif place:
+        message = f"{place}: {found['msg']}."
+    else:
+        message = f"{found['msg']}. Send a JSON object as application/json."
     return JSONResponse(error_body(400, message, "invalid_request", place or None), 400)
 
 

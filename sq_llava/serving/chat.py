@@ -86,11 +86,11 @@ class ChatService:
             message = f"n is {chat.n}, but this server generates at most {self.engine.max_batch_size} texts at a time."
             raise ApiError(400, message, param="n")
         images = await self._read_images(chat)
-        answers_first = chat.self_question and chat.messages[-1].role != "assistant"
+        answers_first = chat.asks and chat.messages[-1].role != "assistant"
         messages = await self._in_thread(self._place_images, chat, images)
         if answers_first:
             _describe_unless_asked(messages)
-        prompt = await self._in_thread(self._encode, messages, chat.self_question and not answers_first)
+        prompt = await self._in_thread(self._encode, messages, chat.asks and not answers_first)
         sampling = self._sampling(chat, len(prompt.input_ids))
         if not answers_first:
             return Ready(chat, prompt, sampling)
@@ -105,7 +105,7 @@ class ChatService:
     async def _read_images(self, chat: ChatCompletionRequest) -> list[tuple[str, bytes]]:
         """The place of each image in the request, and its file."""
         places = [
-            (f"messages[{index}].content[{part_index}].image_url.url", part.image_url.url)
+            (f"messages[{index}].content[{part_index}].image_url", part.image_url.url)
             for index, message in enumerate(chat.messages)
             if not isinstance(message.content, str)
             for part_index, part in enumerate(message.content)
@@ -130,8 +130,8 @@ class ChatService:
                 raise ApiError(400, f"{place} {error}.", "invalid_image", place) from error
             if pixels > self.limits.max_pixels:
                 message = (
-                    f"{place}: padded to squares, the images have more than {self.limits.max_pixels:,} pixels in "
-                    "total. Send smaller images."
+                    f"{place}: the images have more than {self.limits.max_pixels:,} pixels in total. Send smaller "
+                    "images."
                 )
                 raise ApiError(400, message, "image_too_large", place)
             found.append((place, data))
@@ -194,8 +194,10 @@ class ChatService:
             )
             raise ApiError(400, message, "context_length_exceeded", "messages")
         stop = (chat.stop,) if isinstance(chat.stop, str) else tuple(chat.stop or ())
-        defaults = QUESTION_SAMPLING if chat.self_question else {"temperature": 1.0, "top_p": 1.0, "top_k": None}
+        defaults = QUESTION_SAMPLING if chat.asks else {"temperature": 1.0, "top_p": 1.0, "top_k": None}
         given = {name: getattr(chat, name) for name in defaults if getattr(chat, name) is not None}
+        if given.get("top_k") == -1:
+            given["top_k"] = None
         return Sampling(wanted or min(DEFAULT_NEW_TOKENS, room), seed=chat.seed, stop=stop, **{**defaults, **given})
 
     async def pieces(self, prompt: Prompt, sampling: Sampling, num_rows: int) -> AsyncIterator[Piece]:

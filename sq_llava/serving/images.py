@@ -25,6 +25,7 @@ from sq_llava.data.images import open_image
 
 FORMATS = ("GIF", "JPEG", "PNG", "WEBP")
 DATA_URL = re.compile(r"data:image/[a-zA-Z0-9.+-]+;base64,", re.ASCII)
+MAX_SIDE = 4096
 MAX_REDIRECTS = 3
 DOWNLOAD_SECONDS = 10.0
 
@@ -45,21 +46,22 @@ def decode_data_url(url: str) -> bytes:
     if match is None:
         raise ValueError("is not of the form data:image/png;base64,...")
     try:
-        return base64.b64decode(url[match.end() :], validate=True)
+        # Many encoders break the lines.
+        return base64.b64decode(re.sub(r"[\r\n\t ]+", "", url[match.end() :]), validate=True)
     except binascii.Error as error:
         raise ValueError(f"is not valid base64 ({error})") from error
 
 
 def num_pixels(data: bytes) -> int:
     """
-    Number of pixels of the square that the image is padded to. Only the header is read.
+    Number of pixels of an image. Only the header is read.
 
     Raises:
         ValueError: if the bytes are not an image in one of the four formats, or were made to take very long.
     """
     try:
         with open_stream(data) as stream, open_header(stream, FORMATS) as image:
-            return max(image.size) ** 2
+            return image.width * image.height
     except UnidentifiedImageError as error:
         raise ValueError(f"is not an image in one of the formats {', '.join(FORMATS)}") from error
     except Exception as error:  # for broken files, Pillow's parsers raise errors of any kind
@@ -68,15 +70,17 @@ def num_pixels(data: bytes) -> int:
 
 def decode_image(data: bytes) -> Image.Image:
     """
-    The decoded image.
+    The decoded image. A side longer than `MAX_SIDE` is scaled down to it, so that padding needs little memory.
 
     Raises:
         ValueError: if the bytes cannot be read as an image.
     """
     try:
-        return open_image(data, FORMATS)
+        image = open_image(data, FORMATS)
     except ValueError as error:
         raise ValueError(f"is a broken image ({error.__cause__ or error})") from error
+    image.thumbnail((MAX_SIDE, MAX_SIDE))
+    return image
 
 
 def is_public(address: str) -> bool:

@@ -4,8 +4,9 @@
         {"type": "image_url", "image_url": {"url": "data:image/png;base64,..."}},
         {"type": "text", "text": "What is it?"}]}]}
 
-`self_question` and `top_k` are extensions. So is the role `vusr`, for questions that the model asked before. Unknown
-fields, and values that need an unsupported feature, are refused and never ignored.
+`self_question` and `top_k` are extensions. So is the role `vusr`, for questions that the model asked before.
+`chat_template_kwargs` with `ask` means the same as `self_question`: vLLM takes it too. Unknown fields, and values that
+need an unsupported feature, are refused and never ignored. Values that change nothing are accepted.
 """
 
 from typing import Annotated, Any, Literal
@@ -16,6 +17,18 @@ from starlette.exceptions import HTTPException
 
 # Maximum number of parts in all messages together. The server can do nothing else while it checks a request.
 MAX_PARTS = 1000
+# What each field would need. Such a field is accepted with the values that change nothing.
+UNSUPPORTED = {
+    **dict.fromkeys(("tools", "tool_choice", "functions", "function_call"), "Tools are"),
+    **dict.fromkeys(("logprobs", "top_logprobs"), "Log probabilities are"),
+    **dict.fromkeys(("frequency_penalty", "presence_penalty", "repetition_penalty"), "Penalties are"),
+    "logit_bias": "A logit bias is",
+    "min_p": "min_p is",
+    "modalities": "Output other than text is",
+    "response_format": "A response format other than text is",
+    "service_tier": "A service tier is",
+    "store": "Storing completions is",
+}
 
 
 def _check_unicode(text: str) -> str:
@@ -77,6 +90,13 @@ class ResponseFormat(Strict):
     type: Literal["text"]
 
 
+class TemplateSettings(Strict):
+    ask: bool = False
+
+
+NOTHING = Field(max_length=0)
+IGNORED = Field(None, description="Ignored.")
+
 StopString = Annotated[str, Field(min_length=1, max_length=1000), AfterValidator(_check_unicode)]
 
 
@@ -84,23 +104,40 @@ class ChatCompletionRequest(Strict):
     model: Text
     messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_PARTS)]
     self_question: bool = Field(False, description="Ask a question instead of answering one.")
+    chat_template_kwargs: TemplateSettings | None = Field(None, description="`ask`: the same as self_question.")
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = Field(
         None, description="Default: 1, or 1.2 with self_question. 0 is greedy."
     )
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    top_k: Annotated[int, Field(ge=1)] | None = None
+    top_k: Literal[-1] | Annotated[int, Field(ge=1)] | None = Field(None, description="-1: no limit, as in vLLM.")
     n: Annotated[int, Field(ge=1)] | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
     stop: StopString | Annotated[list[StopString], Field(max_length=4)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    user: str | None = Field(None, description="Ignored.")
+    user: str | None = IGNORED
+    safety_identifier: str | None = IGNORED
+    prompt_cache_key: str | None = IGNORED
+    metadata: dict[str, Any] | None = IGNORED
+    parallel_tool_calls: bool | None = IGNORED
+    # Only the values that change nothing; see UNSUPPORTED.
     frequency_penalty: Literal[0] | None = None
     presence_penalty: Literal[0] | None = None
+    repetition_penalty: Literal[1] | None = None
+    min_p: Literal[0] | None = None
+    logit_bias: Annotated[dict, NOTHING] | None = None
     logprobs: Literal[False] | None = None
+    top_logprobs: None = None
     response_format: ResponseFormat | None = None
+    modalities: list[Literal["text"]] | None = None
+    service_tier: Literal["auto", "default"] | None = None
+    store: Literal[False] | None = None
+    tools: Annotated[list, NOTHING] | None = None
+    tool_choice: Literal["none"] | None = None
+    functions: Annotated[list, NOTHING] | None = None
+    function_call: Literal["none"] | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -112,6 +149,12 @@ class ChatCompletionRequest(Strict):
         if num_parts > MAX_PARTS:
             raise ValueError(f"messages have {num_parts} parts, but at most {MAX_PARTS} are allowed")
         return value
+
+    @property
+    def asks(self) -> bool:
+        """Whether the model asks, instead of answering."""
+        settings = self.chat_template_kwargs
+        return self.self_question or (settings is not None and settings.ask)
 
     @model_validator(mode="after")
     def _check_stream_options(self) -> "ChatCompletionRequest":

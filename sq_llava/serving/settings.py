@@ -1,5 +1,6 @@
 """Limits of the server, and who may use it. The fields become options of `sq-llava serve`: no large imports here."""
 
+import re
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -13,7 +14,7 @@ class Limits:
 
     Args:
         max_body_bytes (`int`): Maximum size of a request, or of a remote image.
-        max_pixels (`int`): Maximum total pixels of a request's images, after padding to squares.
+        max_pixels (`int`): Maximum total pixels of a request's images.
     """
 
     max_body_bytes: int = 20_000_000
@@ -54,8 +55,27 @@ AllowedHosts = Annotated[
 
 @dataclass(frozen=True)
 class Access:
-    """Who may use the server, and which paths it has besides the API."""
+    """
+    Who may use the server, and which paths it has besides the API.
+
+    Raises:
+        ValueError: if a value of `cors` is not an origin.
+    """
 
     allowed_hosts: AllowedHosts = None
+    cors: Annotated[
+        list[str] | None,
+        Option(
+            metavar="ORIGIN",
+            help="Origin of web pages whose scripts may use the server, e.g. https://example.org. Can be repeated.",
+        ),
+    ] = None
     disable_metrics: Annotated[bool, Option(help="Close /metrics.")] = False
     disable_fastapi_docs: Annotated[bool, Option(help="Close /openapi.json.")] = False
+
+    def __post_init__(self):
+        for origin in self.cors or ():
+            if origin != "*" and not re.fullmatch(r"https?://[^/\s?#@]+", origin):
+                raise ValueError(
+                    f"--cors {origin}: not an origin. Give scheme, name and port, e.g. https://example.org."
+                )

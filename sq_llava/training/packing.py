@@ -76,7 +76,9 @@ class PackSampler(Sampler[list[list[int]]]):
         self.seed = seed
         self.epoch = epoch
         self.kept: list[list[int]] | None = None
-        self.num_unsplit = len(self._pack(epoch=0, attempt=0))
+        first = self._pack(epoch=0, attempt=0)
+        self.num_unsplit = len(first)
+        self.num_tokens = sum(self.size(item) for pack in first for item in pack)
         # 0.2% more packs than epoch 0 needs, because other epochs may need a few more.
         self.num_packs = -(-(self.num_unsplit + self.num_unsplit // 500) // packs_per_step) * packs_per_step
         if self.num_packs > len(self.lengths):
@@ -134,8 +136,7 @@ class PackSampler(Sampler[list[list[int]]]):
 
     def describe(self) -> str:
         """Describes how full the packs are, and why they are not fuller."""
-        rows, passes, alone = len(self.lengths), "", sum(self.lengths)
-        tokens = alone if self.sharing is None else sum(map(self.size, self.packs(0)))
+        rows, tokens, alone, passes = len(self.lengths), self.num_tokens, sum(self.lengths), ""
         if self.sharing is not None:
             passes = (
                 f" Rows about the same image share its pass: {tokens:,} tokens are computed in place of {alone:,} "

@@ -29,14 +29,13 @@ from transformers.trainer_pt_utils import safe_globals
 from sq_llava.checkpoints.completeness import RUN_FILE, STATE_FILE, checkpoint_faults, json_fault, step_of
 from sq_llava.checkpoints.config_checks import one_line
 from sq_llava.checkpoints.weight_files import load_plain
-from sq_llava.output import sync, sync_path
+from sq_llava.output import HALF_WRITTEN, sync, sync_path
 
 
 # sysexits.h: "temporary failure, try again later". A scheduler may restart the job on this exit code.
 EXIT_TRY_AGAIN = os.EX_TEMPFAIL
-SET_ASIDE = "half-written-"
 # Folder in `output_dir` of the final model until it is complete.
-HALF_WRITTEN_MODEL = "half-written-model"
+HALF_WRITTEN_MODEL = f"{HALF_WRITTEN}model"
 # Without its configuration, a folder is neither a model nor an adapter.
 CONFIGURATIONS = ("adapter_config.json", "config.json")
 
@@ -147,11 +146,11 @@ def _refuse_damaged(half_written: dict[Path, list[str]]) -> None:
 
 
 def _set_aside(folder: Path, faults: list[str]) -> None:
-    target = folder.with_name(SET_ASIDE + folder.name)
+    target = folder.with_name(HALF_WRITTEN + folder.name)
     number = 1
     while target.exists():
         number += 1
-        target = folder.with_name(f"{SET_ASIDE}{folder.name}-{number}")
+        target = folder.with_name(f"{HALF_WRITTEN}{folder.name}-{number}")
     folder.rename(target)
     print(
         f"{folder} is half-written ({'; '.join(faults)}) and is skipped. It was renamed to {target.name} and may be "

@@ -10,6 +10,7 @@ hidden states, the losses and the gradients are those of the rows alone.
 Sliding windows are kept: they count positions, which are those of the rows alone.
 """
 
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -59,14 +60,15 @@ def attention_mask(
     """
     kinds = set(getattr(config, "layer_types", None) or [])
     window = getattr(config, "sliding_window", None)
-    whole = _mask(numbers, positions, None, config._attn_implementation, dtype)
+    make = partial(_mask, numbers, positions, config._attn_implementation, dtype)
     if window is None or kinds == {"full_attention"}:
-        return whole
-    windowed = _mask(numbers, positions, window, config._attn_implementation, dtype)
-    return {"full_attention": whole, "sliding_attention": windowed} if len(kinds) > 1 else windowed
+        return make(None)
+    if len(kinds) > 1:
+        return {"full_attention": make(None), "sliding_attention": make(window)}
+    return make(window)
 
 
-def _mask(numbers, positions, window: int | None, implementation: str, dtype: torch.dtype) -> torch.Tensor | BlockMask:
+def _mask(numbers, positions, implementation: str, dtype: torch.dtype, window: int | None) -> torch.Tensor | BlockMask:
     group, branch = numbers.unbind(-1)
     batch_size, width = group.shape
 

@@ -205,7 +205,15 @@ def test_ctrl_c_stops_an_answer_of_chat_and_a_second_one_ends_it(folder, tmp_pat
     assert text.endswith("\nStopped.\n") and "Traceback" not in text
 
 
-def test_child_process_ignores_ctrl_c(capfd):
+@pytest.fixture
+def interruptible():
+    """Python's own handler of SIGINT: a shell starts processes in the background with SIGINT ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_child_process_ignores_ctrl_c(capfd, interruptible):
     with stopping.children_miss_interrupts():
         child = subprocess.Popen(
             [sys.executable, "-c", "import os, signal; os.kill(os.getpid(), signal.SIGINT); print('alive')"]

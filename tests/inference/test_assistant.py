@@ -12,7 +12,12 @@ from sq_llava.cli import talk
 from sq_llava.data.messages import place_images
 from sq_llava.inference.assistant import load
 from tests import tiny
-from tests.assistants import HISTORIES, assert_batch_equals_one_by_one, record_passes
+from tests.assistants import (
+    HISTORIES,
+    assert_batch_equals_one_by_one,
+    assert_converses_as_without_a_cache,
+    record_passes,
+)
 from tests.warm_python import warm_python
 
 
@@ -124,18 +129,7 @@ def test_chat_drops_a_turn_that_was_stopped_or_refused(assistant, chat, monkeypa
 
 
 def test_cached_questions_are_those_of_a_fresh_run(assistant):
-    # With top_k=1 there is only one choice: the tokens must be the same with and without the cache.
-    image = tiny.picture()
-    messages = assistant.converse(image, num_turns=3, history=HISTORY, top_k=1, max_new_tokens=6)
-    fresh = place_images(image, HISTORY)
-    for turn, role in enumerate(["vusr", "assistant"] * 3):
-        inputs = assistant.processor.apply_chat_template(
-            fresh, add_generation_prompt=True, ask=role == "vusr", tokenize=True, return_dict=True, return_tensors="pt"
-        )
-        output = assistant.model.generate(**inputs, do_sample=False, max_new_tokens=6)
-        text = assistant.processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
-        assert messages[2 + turn] == {"role": role, "content": text}
-        fresh.append({"role": role, "content": text})
+    assert_converses_as_without_a_cache(assistant, tiny.picture(), HISTORY, num_turns=3)
 
 
 def test_seed_gives_the_same_questions_and_leaves_the_generator_alone(assistant):

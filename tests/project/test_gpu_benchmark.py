@@ -40,13 +40,24 @@ def test_count_of_operations_is_near_those_that_are_run(setting):
     assert gpu.model_flops(model, rows) == pytest.approx(counter.get_total_flops(), rel=0.25)
 
 
-def test_packed_rows_hold_the_tokens_of_the_rows(setting):
-    rows = gpu.make_rows(setting, 16, captions=False)
-    batch = gpu.packed(rows, setting)
+@pytest.mark.parametrize("rows_per_image", [1, 2])
+def test_packed_rows_hold_the_tokens_of_the_rows(setting, rows_per_image):
+    rows = gpu.make_rows(setting, 16, captions=False, rows_per_image=rows_per_image)
+    batch = gpu.packed(rows, setting, rows_per_image)
     assert (batch["labels"] != -100).sum() == sum((row["labels"] != -100).sum() for row in rows)
-    num_tokens = (batch["position_ids"] > 0).sum() + len(rows)
-    assert num_tokens == sum(len(row["input_ids"]) for row in rows)
-    assert len(batch["pixel_values"]) == sum(row["images"] for row in rows)
+    images = [row["image"] for row in rows if row["image"] is not None]
+    assert len(batch["pixel_values"]) == len(set(images)) == -(-len(images) // rows_per_image)
+    num_placeholders = (batch["input_ids"] == setting.processor.image_token_id).sum()
+    assert num_placeholders == 16 * len(set(images))
+
+
+def test_rows_that_share_images_have_the_loss_of_the_rows(setting):
+    model = with_adapter(setting.model().float(), **gpu.lora_of("stage2")).eval()
+    rows = gpu.make_rows(setting, model.config.image_seq_length, captions=False, rows_per_image=2)
+    alone, shared = gpu.packed(rows, setting), gpu.packed(rows, setting, rows_per_image=2)
+    alone["pixel_values"] = shared["pixel_values"] = torch.ones_like(shared["pixel_values"]).float()
+    assert "attention_mask" in shared and shared["input_ids"].numel() < alone["input_ids"].numel()
+    torch.testing.assert_close(loss_of(model, shared), loss_of(model, alone), rtol=1e-5, atol=0)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

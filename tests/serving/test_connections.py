@@ -58,17 +58,24 @@ def test_half_sent_headers_are_closed_in_time_however_many_they_are():
     talk(client)
 
 
-@pytest.mark.parametrize("begin", [b"", REQUEST, b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\n\r\nab"])
-def test_bytes_that_trickle_do_not_keep_a_connection_open(begin):
-    """On a new connection, and after a reply."""
-
+@pytest.mark.parametrize(
+    ("begin", "rest"),
+    [
+        (b"", HALF * 2),
+        (REQUEST, HALF * 2),
+        (b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\n\r\nab", HALF * 2),
+        (b"PUT / HTTP/1.1\r\nHost: x\r\nContent-Length: 1000000\r\n\r\n", b"x" * 30),
+    ],
+    ids=["new connection", "after a reply", "after a body", "rest of a body"],
+)
+def test_bytes_that_trickle_do_not_keep_a_connection_open(begin, rest):
     async def client(connect):
         reader, writer = await connect()
         if begin:
             writer.write(begin)
             await reader.readuntil(b"ok")
         closing = asyncio.ensure_future(seconds_until_closed(reader))
-        for byte in HALF * 2:
+        for byte in rest:
             if closing.done():
                 break
             writer.write(bytes([byte]))
@@ -82,20 +89,6 @@ def test_connection_that_says_nothing_is_closed():
     async def client(connect):
         reader, _ = await connect()
         assert await seconds_until_closed(reader) < 50 * SECONDS
-
-    talk(client)
-
-
-def test_rest_of_a_body_after_the_reply_does_not_keep_a_connection_open():
-    async def client(connect):
-        reader, writer = await connect()
-        writer.write(b"PUT / HTTP/1.1\r\nHost: x\r\nContent-Length: 1000000\r\n\r\n")
-        await reader.readuntil(b"ok")
-        closing = asyncio.ensure_future(seconds_until_closed(reader))
-        for _ in range(30):
-            writer.write(b"x")
-            await asyncio.sleep(SECONDS / 10)
-        assert closing.done()
 
     talk(client)
 

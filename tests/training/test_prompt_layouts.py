@@ -9,10 +9,9 @@ from processing_sq_llava import SYSTEM_MESSAGE
 from sq_llava.checkpoints.compose import compose
 from sq_llava.checkpoints.inspection import inspect
 from sq_llava.checkpoints.load import load_checkpoint, merge_adapter
-from sq_llava.data.messages import place_images
 from sq_llava.inference.assistant import Assistant
 from tests import runs, tiny
-from tests.assistants import HISTORIES, assert_batch_equals_one_by_one
+from tests.assistants import HISTORIES, assert_batch_equals_one_by_one, assert_converses_as_without_a_cache
 from tests.chat_tokenizers import save_qwen3
 from tests.checkpoints.test_chat_templates import TEMPLATE
 
@@ -81,16 +80,7 @@ def test_merged_model_answers_in_batches_asks_and_converses_as_without_a_cache(a
     image, history = tiny.picture(), HISTORIES[0]
     requests = [(image, "What is it?"), (None, "Hello."), (image, [*history, {"role": "user", "content": "Where?"}])]
     assert_batch_equals_one_by_one(assistant, requests, max_new_tokens=6)
-    messages = assistant.converse(image, num_turns=2, history=history, top_k=1, max_new_tokens=6)
-    fresh = place_images(image, history)
-    for turn, role in enumerate(["vusr", "assistant"] * 2):
-        inputs = assistant.processor.apply_chat_template(
-            fresh, add_generation_prompt=True, ask=role == "vusr", tokenize=True, return_dict=True, return_tensors="pt"
-        )
-        output = assistant.model.generate(**inputs, do_sample=False, max_new_tokens=6)
-        text = assistant.processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
-        assert messages[2 + turn] == {"role": role, "content": text}
-        fresh.append({"role": role, "content": text})
+    assert_converses_as_without_a_cache(assistant, image, history, num_turns=2)
 
 
 def test_second_stage_keeps_the_layout_of_the_first(trained, parts, tmp_path):

@@ -276,7 +276,7 @@ def test_each_epoch_has_each_row_once_in_packs_that_fit(data, per_step, max_rows
 
 
 def test_planned_size_is_at_least_that_of_the_batch(rows, processor):
-    rows = with_length_bounds(rows, LengthBound(processor, 300))
+    rows = with_length_bounds(rows, LengthBound(processor, 300), prefixes=True)
     _, args, _ = parse_recipe(RECIPE, **CPU, max_length=300, per_device_train_batch_size=1, packing=True)
     sampler = pack_sampler(rows, args, num_processes=1, max_rows_per_image=4)
     collator = SelfQuestioningCollator(processor, max_length=300)
