@@ -57,9 +57,12 @@ def write_pictures(folder: Path, copies: int, seed: int) -> None:
     """
     Writes `stage1.json` and `stage2.json` in LLaVA's layout, `pictures.json`, and the pictures.
 
+    Stage 1 has the captions of all pictures, stage 2 conversations about the whole photographs only. A larger stage 2
+    would need more steps than a CPU does in half an hour.
+
     Args:
         folder: Folder to write to.
-        copies: Number of varied copies of each described picture. Each has a caption and a conversation.
+        copies: Number of varied copies of each described picture.
         seed: Random seed of the copies and of the order of the questions.
     """
     generator = random.Random(seed)
@@ -76,7 +79,8 @@ def write_pictures(folder: Path, copies: int, seed: int) -> None:
             exchanges = [[DESCRIBE, entry["caption"]], *entry["questions"]]
             generator.shuffle(exchanges)
             captions.append(llava_row(name, [["", entry["caption"]]]))
-            conversations.append(llava_row(name, exchanges))
+            if entry["box"] is None:
+                conversations.append(llava_row(name, exchanges))
     for name, content in {"stage1": captions, "stage2": conversations, "pictures": pictures}.items():
         write_json(folder / f"{name}.json", content)
 

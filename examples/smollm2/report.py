@@ -19,15 +19,17 @@ from sq_llava.output import write_text
 
 
 BATCH_SIZE = 16
+SHOWN_PARTS = 6  # every sixth
 
 REPORT = """# SmolLM2-135M learns to see {num_pictures} pictures
 
 SmolLM2-135M-Instruct (real weights, from 4 bits) and a small CLIP, which was trained here from scratch, became an
-SQ-LLaVA. Both stages were trained on {num_pictures} pictures: {num_photographs} photographs of scikit-image and parts
-of them. They have {num_questions} questions and answers, written for this example. Seed {seed}, {versions}.
+SQ-LLaVA. Stage 1 was trained on captions of {num_pictures} pictures: {num_photographs} photographs of scikit-image and
+parts of them. Stage 2 was trained on conversations about the {num_photographs} whole photographs, with {num_questions}
+questions. All texts were written for this example. Seed {seed}, {versions}.
 
 **So little data teaches no vision in general.** The model can learn which answer belongs to which of these pictures.
-Nothing in the data lets it learn what other pictures show; the last table shows what it says about some.
+Nothing in the data lets it learn what other pictures show; the last tables show what it says about some.
 
 ## Losses
 
@@ -37,9 +39,9 @@ The CLIP picks the right one of {num_pictures} captions for {clip_accuracy:.0%} 
 
 ## Does it look at the picture?
 
-{num_asked} of the questions in the training data, asked one at a time and answered greedily. An answer counts if it is
-exactly the one that was written. The pictures are those of the data, without the cuts and changes of brightness that
-training made.
+{num_asked} of the {num_questions} questions of stage 2, asked one at a time and answered greedily. An answer counts if
+it is exactly the one that was written. The pictures are shown without the cuts and changes of brightness that training
+made.
 
 | picture | right answers |
 |---|---|
@@ -71,6 +73,12 @@ The reference is what was written for the data. After the first answer, the mode
 
 {seen_table}
 
+## Parts of these photographs
+
+Stage 1 has the captions of these parts, stage 2 has no questions about them.
+
+{parts_table}
+
 ## Photographs that it has never seen
 
 {unseen_table}
@@ -99,6 +107,7 @@ def evaluate(run: Path, seed: int, limit: int | None = None) -> dict:
         picture["question"], picture["reference"] = picture["questions"][0]
     trained = [picture for picture in pictures if not picture.get("unseen")]
     whole = [picture for picture in trained if picture["box"] is None]
+    parts = [picture for picture in trained if picture["box"]][::SHOWN_PARTS]
     unseen = [picture for picture in pictures if picture.get("unseen")]
     probe = [json.loads(line) for line in (run / "data" / "text_probe.jsonl").read_text().splitlines()]
     shown = probe[:: max(1, len(probe) // 6)][:limit]
@@ -106,19 +115,20 @@ def evaluate(run: Path, seed: int, limit: int | None = None) -> dict:
     return {
         "num_pictures": len(trained),
         "num_photographs": len(whole),
-        "num_questions": sum(len(picture["questions"]) for picture in trained),
-        **measure_answers(assistant, trained, run / "data", limit),
+        "num_questions": sum(len(picture["questions"]) for picture in whole),
+        **measure_answers(assistant, whole, run / "data", limit),
         "text": [{**row, "said": text} for row, text in zip(shown, said)],
         "seen": look(assistant, whole[:limit], seed),
+        "parts": look(assistant, parts[:limit], seed),
         "unseen": look(assistant, unseen[:limit], seed),
     }
 
 
 def measure_answers(assistant, pictures: list[dict], data: Path, limit: int | None) -> dict[str, float]:
-    """The share of right answers to every fifth question: with its picture, that of another one, and a gray one."""
+    """The share of right answers to every other question: with its picture, that of another one, and a gray one."""
     Image.new("RGB", (128, 128), "gray").save(data / "gray.png")
     asked = [(picture["image"], *pair) for picture in pictures for pair in picture["questions"]]
-    asked = asked[::5][:limit]
+    asked = asked[::2][:limit]
     own = [image for image, _, _ in asked]
     # Far enough away to show another photograph.
     shift = len(own) // 2
@@ -207,6 +217,7 @@ def write_report(run: Path, steps: dict[str, dict], seed: int) -> None:
             loss_after=probed[-1],
             text_table=table(["prompt", "SmolLM2 before", "after stage 2"], text_rows),
             seen_table=looks_table(result["seen"]),
+            parts_table=looks_table(result["parts"]),
             unseen_table=looks_table(result["unseen"]),
             step_table=table(["step", "seconds", "CPU seconds"], [time_of(*item) for item in steps.items()]),
         ),
