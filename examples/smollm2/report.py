@@ -19,7 +19,8 @@ from sq_llava.output import write_text
 
 
 BATCH_SIZE = 16
-SHOWN_PARTS = 6  # every sixth
+# The tables show every second photograph and every eighth part of one.
+SHOWN_WHOLE, SHOWN_PARTS = 2, 8
 
 REPORT = """# SmolLM2-135M learns to see {num_pictures} pictures
 
@@ -66,7 +67,7 @@ Text prompts after stage 2, answered without a picture:
 
 {text_table}
 
-## Photographs that it was trained on
+## Photographs that both stages were trained on
 
 The reference is what was written for the data. After the first answer, the model asks a question itself
 (`[vusr]`; temperature 1.2, top-p 0.95, top-k 300) and answers it.
@@ -118,7 +119,7 @@ def evaluate(run: Path, seed: int, limit: int | None = None) -> dict:
         "num_questions": sum(len(picture["questions"]) for picture in whole),
         **measure_answers(assistant, whole, run / "data", limit),
         "text": [{**row, "said": text} for row, text in zip(shown, said)],
-        "seen": look(assistant, whole[:limit], seed),
+        "seen": look(assistant, whole[::SHOWN_WHOLE][:limit], seed),
         "parts": look(assistant, parts[:limit], seed),
         "unseen": look(assistant, unseen[:limit], seed),
     }
