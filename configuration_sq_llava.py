@@ -46,6 +46,8 @@ TRANSFORMERS_KEYWORDS = {
     "num_labels", "output_attentions", "per_layer_config", "quantization_config", "torch_dtype",
 }  # fmt: skip
 VISION_MODEL_TYPES = ("clip_vision_model", "siglip_vision_model", "blip_2_vision_model")
+# SigLIP 2 of variable resolution. Those of fixed resolution are `siglip_vision_model`, like the first SigLIP.
+NAFLEX = "siglip2_vision_model"
 # Largest values of the sizes in a configuration, far above those of any model. With a wrong number, such as a million
 # layers, transformers would work for hours or use all memory before it finds a weight of another shape.
 LARGEST_SIZES = {
@@ -147,6 +149,12 @@ class SQLlavaConfig(PreTrainedConfig):
         _check_names(kwargs, is_saved=self.transformers_version is not None)
         self.vision_config = _sub_config("vision_config", self.vision_config, CLIP_VIT_L_14_336)
         self.text_config = _sub_config("text_config", self.text_config, VICUNA_7B)
+        if self.vision_config.model_type == NAFLEX:
+            raise ValueError(
+                f"{self.vision_config.name_or_path or 'vision_config'} is a {NAFLEX} (SigLIP 2 NaFlex), whose number "
+                "of patches changes with the image. SQ-LLaVA has a fixed number of tokens per image. Take a SigLIP 2 "
+                "of fixed resolution, such as google/siglip2-base-patch16-384 or google/siglip2-so400m-patch14-384."
+            )
         if self.vision_config.model_type not in VISION_MODEL_TYPES:
             raise ValueError(
                 f"vision_config.model_type is {self.vision_config.model_type!r}: SQ-LLaVA takes "

@@ -462,8 +462,13 @@ def _square_image_processor(image_processor, image_aspect_ratio: ImageAspectRati
     if type(image_processor).__name__.startswith("LlavaImageProcessor"):
         image_processor = SQLlavaImageProcessor.from_dict(image_processor.to_dict())
     elif type(image_processor).__name__ != "SQLlavaImageProcessor":
-        size = image_processor.crop_size if image_processor.do_center_crop else image_processor.size
-        side = size["height"] if "height" in size else size["shortest_edge"]
+        size = (image_processor.crop_size if image_processor.do_center_crop else image_processor.size) or {}
+        side = size.get("height") or size.get("shortest_edge")
+        if side is None:
+            raise ValueError(
+                f"The image processor is a {type(image_processor).__name__}, whose images have no fixed size. Take "
+                "that of a vision tower of fixed resolution, such as google/siglip2-base-patch16-384."
+            )
         image_processor = SQLlavaImageProcessor(
             size={"shortest_edge": side},
             crop_size={"height": side, "width": side},

@@ -4,11 +4,14 @@ from pathlib import Path
 
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import (
+    AutoModelForCausalLM,
     GenerationConfig,
+    LlamaConfig,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
     Qwen3Config,
     Qwen3ForCausalLM,
+    SmolLM3Config,
     set_seed,
 )
 
@@ -108,6 +111,21 @@ def qwen3() -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def smollm3() -> PreTrainedTokenizerBase:
+    """SmolLM3: an empty thought in each answer, and a system message with a date, whose turn it leaves open."""
+    tokenizer = qwen3()
+    thought = "<think>\\n\\n</think>\\n"
+    tokenizer.chat_template = (
+        "<|im_start|>system\n## Metadata\n\nToday Date: {{ strftime_now('%d %B %Y') }}\nReasoning Mode: "
+        "{{ '/think' if enable_thinking is not defined or enable_thinking else '/no_think' }}\n\n"
+        "{% if messages[0]['role'] == 'system' %}{{ messages[0]['content'] }}{% else %}You are a model.{% endif %}\n\n"
+        "{% for message in messages if message['role'] != 'system' %}<|im_start|>{{ message['role'] }}\n"
+        "{% if message['role'] == 'assistant' %}{{ '" + thought + "' }}{% endif %}{{ message['content'] }}<|im_end|>\n"
+        "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{{ '" + thought + "' }}{% endif %}"
+    )
+    return tokenizer
+
+
 def save_qwen3(folder: Path, head_dim: int = 16, base: bool = False) -> Path:
     """
     Writes a small Qwen3 with one matrix for embeddings and head. Its generation config stops at the end of a document
@@ -198,8 +216,20 @@ CHAT_TOKENIZERS = {
     "qwen_base": (qwen_base, "chatml", "<|im_end|>"),
     "qwen3": (qwen3, "chatml", "<|im_end|>"),
     "smollm": (smollm, "chatml", "<|im_end|>"),
+    "smollm3": (smollm3, "chatml", "<|im_end|>"),
     "gemma": (gemma, "gemma", "<end_of_turn>"),
     "mistral": (mistral, "mistral", "</s>"),
     "tekken": (tekken, "mistral_tekken", "</s>"),
     "mistral_small": (mistral_small, "mistral_v7", "</s>"),
 }
+
+
+def save_chat_model(folder: Path, name: str) -> None:
+    """Writes a small language model with one of these tokenizers: a Qwen3, a SmolLM3, or else a Llama."""
+    tokenizer = CHAT_TOKENIZERS[name][0]()
+    fields = {field: value for field, value in tiny.TINY_LLAMA.items() if field != "model_type"}
+    ends = {"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": None}
+    config = {"qwen3": Qwen3Config, "smollm3": SmolLM3Config}.get(name, LlamaConfig)(**fields, **ends)
+    set_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)

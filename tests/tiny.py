@@ -20,6 +20,9 @@ from transformers import (
     LlamaForCausalLM,
     LlamaTokenizer,
     PreTrainedTokenizerFast,
+    SiglipConfig,
+    SiglipImageProcessorPil,
+    SiglipModel,
     set_seed,
 )
 
@@ -220,6 +223,16 @@ def save_towers(root: Path) -> None:
     tiny_image_processor().save_pretrained(root / "clip")
     LlamaForCausalLM(LlamaConfig(**{**TINY_LLAMA, "vocab_size": len(tokenizer)})).save_pretrained(root / "llama")
     tokenizer.save_pretrained(root / "llama")
+
+
+def save_siglip(folder: Path) -> None:
+    """Writes a SigLIP, or a SigLIP 2 of fixed resolution, as it is on the Hub: both towers and a pooling head."""
+    text = {"num_hidden_layers": 1, "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2}
+    SiglipModel(SiglipConfig(text_config={**text, "vocab_size": 64}, vision_config=TINY_VISION)).save_pretrained(
+        folder
+    )
+    side = TINY_VISION["image_size"]
+    SiglipImageProcessorPil(size={"height": side, "width": side}).save_pretrained(folder)
 
 
 def save_tied_llama(folder: Path) -> Path:

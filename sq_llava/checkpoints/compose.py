@@ -200,6 +200,14 @@ def compose_processor(
             model's own chat template, or Vicuna's if it has none that is known. A line says which was taken.
         processor_kwargs: Settings of [`SQLlavaProcessor`]. They replace those of the layout.
     """
+    processor, _ = _processor_and_own_end(vision_model, text_model, qformer_model, prompt_layout, **processor_kwargs)
+    return processor
+
+
+def _processor_and_own_end(
+    vision_model: str, text_model: str, qformer_model: str | None, prompt_layout: str | None = None, **processor_kwargs
+) -> tuple[SQLlavaProcessor, int | None]:
+    """The processor, and the end token of the language model's tokenizer, which the layout may replace."""
     config = SQLlavaConfig(
         vision_config=_vision_config(vision_model),
         text_config=text_config_of(text_model),
@@ -207,6 +215,7 @@ def compose_processor(
         **_qformer_fields(qformer_model),
     )
     tokenizer = _tokenizer_of(text_model)
+    own_end = tokenizer.eos_token_id
     layout = {}
     if prompt_layout is not None or not processor_kwargs.keys() & {"turn_format", "chat_template"}:
         layout, sentence = layout_settings(prompt_layout, tokenizer, str(text_model))
@@ -219,7 +228,7 @@ def compose_processor(
     )
     check_template(processor)
     require_fitting(processor, config)
-    return processor
+    return processor, own_end
 
 
 def compose(
@@ -250,7 +259,7 @@ def compose(
     Raises:
         ValueError: if one of the models is of a kind that cannot be used.
     """
-    processor = compose_processor(vision_model, text_model, qformer_model, **(processor_kwargs or {}))
+    processor, own_end = _processor_and_own_end(vision_model, text_model, qformer_model, **(processor_kwargs or {}))
     # A multimodal model is loaded completely; only its text part is used.
     whole = _load_text_model(text_model, dtype=dtype, attn_implementation=attn_implementation)
     config = SQLlavaConfig(
@@ -264,15 +273,10 @@ def compose(
         config, dtype=whole.dtype, attn_implementation=attn_implementation
     )
     _copy_weights(model, vision_model, whole, qformer_model)
-    set_special_tokens(model, processor, _own_stop_tokens(whole, text_model))
-    return model, processor
-
-
-def _own_stop_tokens(whole: PreTrainedModel, text_model: str) -> list[int]:
-    """The stop tokens of the language model, and the end token of its tokenizer, which a layout may replace."""
     own = whole.generation_config.eos_token_id
     own = own if isinstance(own, list) else [own]
-    return [token for token in (*own, _tokenizer_of(text_model).eos_token_id) if token is not None]
+    set_special_tokens(model, processor, [token for token in (*own, own_end) if token is not None])
+    return model, processor
 
 
 def _text_config_for(whole: PreTrainedModel, processor: SQLlavaProcessor) -> PreTrainedConfig:

@@ -120,6 +120,10 @@ def plan(
     require_new_folder(out)
     _require_parts(layout, prototypes)
     _require_vicuna_prompts(layout)
+    text_config, vision_config = _text_config(layout), _vision_config(layout)
+    notes = [*_notes_on_tower(layout), *_notes_on_inputs(layout), *_notes_on_code(layout)]
+    architecture = _architecture(layout, prototypes, notes)
+    config = SQLlavaConfig(vision_config=vision_config, text_config=text_config, **architecture)
     sources = read_sources(layout)
     if EMBEDDINGS not in sources.weights:
         raise ValueError(f"{layout.text_folder} holds no embeddings of a language model. Is it complete?")
@@ -127,11 +131,6 @@ def plan(
     dtype_name = TORCH_NAMES.get(embeddings.dtype, embeddings.dtype) if dtype == "auto" else dtype
     if dtype_name not in DTYPES:
         raise ValueError(f"The weights cannot be stored as {dtype_name!r}. Give --dtype {', '.join(DTYPES)}.")
-
-    text_config, vision_config = _text_config(layout), _vision_config(layout)
-    notes = [*_notes_on_tower(layout), *_notes_on_inputs(layout), *_notes_on_code(layout)]
-    architecture = _architecture(layout, prototypes, notes)
-    config = SQLlavaConfig(vision_config=vision_config, text_config=text_config, **architecture)
     processor = _processor(layout, config, prototypes is not None)
     _set_vocabulary(config, processor, embeddings.shape[0], notes)
     model = _empty_model(config, DTYPES[dtype_name], 2 * len(sources.weights) + 1_000)

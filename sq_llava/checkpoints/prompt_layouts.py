@@ -29,6 +29,9 @@ OTHER_PROBES = {
     "earlier answers": [USER, ANSWER, NEXT],
     "the last answer": [USER, ANSWER],
 }
+# Before a template, this takes the place of the function that gives today's date.
+ANOTHER_DAY = "{%- macro strftime_now(format) -%} 1 January 2000 {%- endmacro -%}"
+TODAYS_DATE, SYSTEM_END = "today's date", "the end of its system message"
 
 
 @dataclass(frozen=True)
@@ -63,17 +66,21 @@ def recognise_chat_format(tokenizer: PreTrainedTokenizerBase) -> ChatFormat:
     """
     if not tokenizer.chat_template:
         raise ValueError("its tokenizer has no chat template")
+    messages = [USER, ANSWER, NEXT]
     try:
-        prompt = _own_text(tokenizer, [USER, ANSWER, NEXT], add_generation_prompt=True)
+        prompt = _own_text(tokenizer, messages, add_generation_prompt=True)
+        dated = prompt != _own_text(tokenizer, messages, add_generation_prompt=True, keep_date=True)
     except (TemplateError, TypeError, KeyError, ValueError) as error:
         raise ValueError(f"its chat template renders no plain conversation: {error}") from error
     formats = []
     for layout in PROMPT_LAYOUTS:
         if (found := _match(tokenizer, layout, prompt)) is not None:
-            settings = PROMPT_LAYOUTS[layout] | found
-            formats.append(ChatFormat(layout, **found, differences=_differences(tokenizer, settings)))
+            differences = _differences(tokenizer, layout, *found) + [TODAYS_DATE] * dated
+            formats.append(ChatFormat(layout, *found[:2], differences))
     if not formats:
-        raise ValueError(f"its chat template writes none of the known layouts, but {prompt!r}")
+        raise ValueError(
+            f"its chat template writes none of the known layouts ({', '.join(PROMPT_LAYOUTS)}), but {prompt!r}"
+        )
     return min(formats, key=lambda found: len(found.differences))  # layouts can differ in the system message only
 
 
@@ -95,13 +102,15 @@ def layout_settings(
     if prompt_layout in ("vicuna", "minigpt4"):  # these two leave the language model's format on purpose
         return PROMPT_LAYOUTS[prompt_layout], f"prompt_layout: {prompt_layout}, as the settings say."
     own = reason = None
+    has_template = tokenizer.chat_template is not None
     try:
         own = recognise_chat_format(tokenizer)
     except ValueError as error:
         reason = error
     if prompt_layout in (None, AUTO):
         if own is None:
-            return {}, f"prompt_layout: vicuna. {text_model}: {reason}."
+            lost = " Its own turns are not used. chat_template_path in a recipe can keep them." if has_template else ""
+            return {}, f"prompt_layout: vicuna. {text_model}: {reason}.{lost}"
         return own.settings, f"prompt_layout: {own.layout}, as in the chat template of {text_model}. {_details(own)}"
     if own is not None and own.layout == prompt_layout:
         return own.settings, f"prompt_layout: {own.layout}, the language model's own. {_details(own)}"
@@ -118,8 +127,11 @@ def layout_name(settings: dict) -> str:
     return "custom"
 
 
-def _match(tokenizer: PreTrainedTokenizerBase, layout: str, prompt: str) -> dict[str, str] | None:
-    """`system_message` and `thought` in a prompt of this layout, or `None` if the prompt is of another layout."""
+def _match(tokenizer: PreTrainedTokenizerBase, layout: str, prompt: str) -> tuple[str, str, str] | None:
+    """
+    The system message and the thought in a prompt of this layout, and all text before its first turn. `None` if the
+    prompt is of another layout.
+    """
     row = PROMPT_LAYOUTS[layout]
     turns = _our_text(tokenizer, row, [USER, ANSWER, NEXT], add_generation_prompt=True)
     header = turns[len(_our_text(tokenizer, row, [USER, ANSWER, NEXT])) :]
@@ -132,32 +144,50 @@ def _match(tokenizer: PreTrainedTokenizerBase, layout: str, prompt: str) -> dict
     system = prompt.removesuffix(turns).removeprefix(begin_of_text(tokenizer))
     begin, end = (row["turn_format"][name] for name in ("system_begin", "system_end"))
     if not system:
-        return {"system_message": "", "thought": thought}
-    if row["turn_format"]["system_in_turn"] or not (system.startswith(begin) and system.endswith(end)):
+        return "", thought, ""
+    if row["turn_format"]["system_in_turn"] or not system.startswith(begin):
         return None
-    return {"system_message": system.removeprefix(begin).removesuffix(end), "thought": thought}
+    if system.endswith(end):
+        return system.removeprefix(begin).removesuffix(end), thought, system
+    # SmolLM3's template leaves the turn of its own system message open. Here it ends like the others.
+    return (system.removeprefix(begin).rstrip(), thought, system) if begin else None
 
 
-def _differences(tokenizer: PreTrainedTokenizerBase, settings: dict) -> list[str]:
-    """Names what the layout with these settings writes differently than the tokenizer's own template."""
-    differences = []
+def _differences(
+    tokenizer: PreTrainedTokenizerBase, layout: str, system_message: str, thought: str, own_system: str
+) -> list[str]:
+    """Names what the layout with the values of [`_match`] writes differently than the tokenizer's own template."""
+    settings = PROMPT_LAYOUTS[layout] | {"system_message": system_message, "thought": thought}
+    begin, end = (settings["turn_format"][name] for name in ("system_begin", "system_end"))
+    our_system = begin + system_message + end if system_message else ""
+    differences = [SYSTEM_END] if own_system != our_system else []
     for name, messages in OTHER_PROBES.items():
         prompts = messages[-1]["role"] == "user"
         try:
             own = _own_text(tokenizer, messages, add_generation_prompt=prompts)
         except (TemplateError, TypeError, KeyError, ValueError):
-            own = None
+            own = ""
         ours = begin_of_text(tokenizer) + _our_text(tokenizer, settings, messages, add_generation_prompt=prompts)
-        if own != ours:
+        if (own.replace(own_system, our_system, 1) if own_system else own) != ours:
             differences.append(name)
     return differences
 
 
-def _own_text(tokenizer: PreTrainedTokenizerBase, messages: list[dict], add_generation_prompt: bool) -> str:
+def _own_text(
+    tokenizer: PreTrainedTokenizerBase, messages: list[dict], add_generation_prompt: bool, keep_date: bool = False
+) -> str:
+    """The text of the tokenizer's own template, without the lines that depend on today's date."""
+    settings = {"tokenize": False, "add_generation_prompt": add_generation_prompt}
     # Templates of models that think know this variable; the others ignore it.
-    return tokenizer.apply_chat_template(
-        messages, tokenize=False, add_generation_prompt=add_generation_prompt, enable_thinking=False
+    text = tokenizer.apply_chat_template(messages, enable_thinking=False, **settings)
+    if keep_date:
+        return text
+    # A date that is written into a checkpoint would be wrong on every later day.
+    other = tokenizer.apply_chat_template(
+        messages, chat_template=ANOTHER_DAY + tokenizer.get_chat_template(), enable_thinking=False, **settings
     )
+    lines = zip(text.splitlines(keepends=True), other.splitlines(keepends=True))
+    return "".join(line for line, on_other_day in lines if line == on_other_day)
 
 
 def _our_text(tokenizer, settings: dict, messages: list[dict], add_generation_prompt: bool = False) -> str:

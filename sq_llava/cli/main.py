@@ -15,6 +15,7 @@ import typer
 
 from sq_llava import __version__
 from sq_llava.cli import (
+    chat,
     checkpoints,
     data,
     evaluate,
@@ -41,7 +42,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for module in (talk, checkpoints, data, evaluate, serve, page):
+for module in (talk, chat, checkpoints, data, evaluate, serve, page):
     app.add_typer(module.app)
 
 generation = typer.Typer(

@@ -21,7 +21,7 @@ from inspect import Parameter, Signature, signature
 from typing import Annotated, Any, get_args, get_type_hints
 
 from typer import Argument, Option
-from typer.models import OptionInfo, ParameterInfo
+from typer.models import ArgumentInfo, OptionInfo, ParameterInfo
 
 from sq_llava.console import messages_console
 from sq_llava.early_checks import require_device, require_dtype
@@ -77,7 +77,7 @@ class OptionsOf:
 
 
 def takes_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Replaces each `OptionsOf` parameter of a command by one parameter for each option. Required ones come first."""
+    """Replaces each `OptionsOf` parameter of a command by a parameter for each option. Required options come first."""
     parameters, groups = [], {}
     for parameter in signature(command).parameters.values():
         options = next((each for each in get_args(parameter.annotation) if isinstance(each, OptionsOf)), None)
@@ -95,10 +95,15 @@ def takes_options(command: Callable[..., None]) -> Callable[..., None]:
         }
         command(**given, **settings)
 
-    parameters.sort(key=lambda parameter: parameter.default is not Parameter.empty)
+    # Arguments keep their order.
+    parameters.sort(key=lambda parameter: parameter.default is not Parameter.empty and not _is_argument(parameter))
     run.__signature__ = Signature(parameters)
     run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     return run
+
+
+def _is_argument(parameter: Parameter) -> bool:
+    return any(isinstance(each, ArgumentInfo) for each in get_args(parameter.annotation))
 
 
 @dataclass(frozen=True)

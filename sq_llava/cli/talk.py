@@ -1,126 +1,188 @@
-"""`sq-llava ask`, `sq-llava answer` and `sq-llava chat`."""
+"""`sq-llava ask` and `sq-llava answer`."""
 
 import json
+import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.markup import escape
 from rich.progress import Progress
 
+from sq_llava.cli.chat import Printer
+from sq_llava.cli.images import image_files, named
 from sq_llava.cli.options import AsJson, Model, OptionsOf, check_model_options, load_model, takes_options
 from sq_llava.console import console, errors_in_one_line, examples, messages_console
-from sq_llava.early_checks import find_images, require_image
-from sq_llava.inference.settings import AskSettings
+from sq_llava.inference.settings import AskSettings, SelfQuestioning
 
 
-Images = Annotated[list[Path], typer.Argument(help="Image files, or folders of images.", show_default=False)]
+if TYPE_CHECKING:
+    from sq_llava.inference.assistant import Assistant
+
+
+Images = Annotated[
+    list[str] | None,
+    typer.Argument(help="Image files, folders of images, URLs, or - for standard input.", show_default=False),
+]
 BatchSize = Annotated[int, typer.Option(min=1, help="Number of images in a batch.")]
+Together = Annotated[bool, typer.Option(help="Show the model all images at once, in one prompt.")]
 
 app = typer.Typer()
+
+
+@dataclass(frozen=True)
+class Shown:
+    """Images that the model sees in one prompt, and their name in the output."""
+
+    name: str
+    files: list[Path]
 
 
 @app.command(
     epilog=examples(
         "sq-llava ask runs/demo/images/test/images/0.png --model runs/demo/model -n 5",
         "sq-llava ask photos/ --model org/sq-llava-7b --seed 0 --json > questions.json",
+        "sq-llava ask https://example.org/photo.jpg --model org/sq-llava-7b",
     )
 )
 @takes_options
 def ask(
-    images: Images,
     model: Model,
     asking: Annotated[dict, OptionsOf(AskSettings, num_questions=1, max_new_tokens=300, seed=None)],
+    images: Images = None,
+    together: Together = False,
     batch_size: BatchSize = 8,
     as_json: AsJson = False,
 ) -> None:
     """Let the model ask questions about images."""
-    with errors_in_one_line():
-        files, assistant = _open(images, model)
-        results = _in_batches(files, batch_size, "Asking", partial(_ask, assistant, **asking))
+    with errors_in_one_line(), _open(images, together, model, "sq-llava ask IMAGE ...") as (shown, assistant):
+        results = _in_batches(shown, batch_size, "Asking", partial(_ask, assistant, **asking))
         _show(results, as_json, lambda result: "\n".join(f"  {question}" for question in result["questions"]))
 
 
 def _ask(
-    assistant, files: list[Path], after: str | None, max_new_tokens: int, seed: int | None, **sampling
+    assistant, batch: list[Shown], after: str | None, max_new_tokens: int, seed: int | None, **sampling
 ) -> list[dict]:
     histories = None
     if after is not None:
-        firsts = assistant.answer_batch([(file, after) for file in files], max_new_tokens)
+        firsts = assistant.answer_batch([(shown.files, after) for shown in batch], max_new_tokens)
         histories = [[{"role": "user", "content": after}, {"role": "assistant", "content": first}] for first in firsts]
     # Each image gets the same seed, so that its questions do not depend on the other images.
-    seeds = None if seed is None else [seed] * len(files)
+    seeds = None if seed is None else [seed] * len(batch)
+    files = [shown.files for shown in batch]
     asked = assistant.ask_batch(files, histories, max_new_tokens=max_new_tokens, seeds=seeds, **sampling)
-    return [{"image": str(file), "questions": questions} for file, questions in zip(files, asked, strict=True)]
+    return [{"image": shown.name, "questions": questions} for shown, questions in zip(batch, asked, strict=True)]
 
 
 @app.command(
     epilog=examples(
         'sq-llava answer runs/demo/images/test/images/0.png "what color is the shape?" --model runs/demo/model',
         'sq-llava answer photos/ "What is it?" --model org/sq-llava-7b --json > answers.json',
+        'sq-llava answer before.jpg after.jpg "What has changed?" --together --model org/sq-llava-7b',
+        'curl -s https://example.org/photo.jpg | sq-llava answer - "Who is it?" --model org/sq-llava-7b',
     )
 )
 @takes_options
 def answer(
-    images: Images,
+    *,
+    images: Images = None,
     question: Annotated[str, typer.Argument(help="Question about each image.", show_default=False)],
     model: Model,
+    thinking: Annotated[dict, OptionsOf(SelfQuestioning)],
+    together: Together = False,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Maximum length of an answer, in tokens.")] = 512,
     batch_size: BatchSize = 8,
+    seed: Annotated[int, typer.Option(help="Random seed of the questions of --self-questions.")] = 0,
     as_json: AsJson = False,
 ) -> None:
     """Answer a question about images, with greedy decoding."""
+    example = f"sq-llava answer IMAGE {shlex.quote(question)} ..."
     with errors_in_one_line():
-        files, assistant = _open(images, model)
+        thinking = SelfQuestioning(**thinking)
+        with _open(images, together, model, example) as (shown, assistant):
+            if len(shown) == 1 and console.is_terminal and not (as_json or thinking.self_questions):
+                _stream(assistant.stream(shown[0].files, question, max_new_tokens))
+                return
+            work = partial(_answer, assistant, question, thinking, max_new_tokens, seed)
+            _show(_in_batches(shown, batch_size, "Answering", work), as_json, _text_of)
 
-        def answer_all(batch: list[Path]) -> list[dict]:
-            answers = assistant.answer_batch([(file, question) for file in batch], max_new_tokens)
-            return [{"image": str(file), "answer": text} for file, text in zip(batch, answers, strict=True)]
 
-        results = _in_batches(files, batch_size, "Answering", answer_all)
-        _show(results, as_json, lambda result: f"  {result['answer']}")
+def _answer(
+    assistant, question: str, thinking: SelfQuestioning, max_new_tokens: int, seed: int, batch: list[Shown]
+) -> list[dict]:
+    requests = [(shown.files, question) for shown in batch]
+    if not thinking.self_questions:
+        answers = assistant.answer_batch(requests, max_new_tokens)
+        return [{"image": shown.name, "answer": text} for shown, text in zip(batch, answers, strict=True)]
+    found = assistant.consider_batch(requests, thinking, max_new_tokens, [seed] * len(batch))
+    return [{"image": shown.name, **asdict(result)} for shown, result in zip(batch, found, strict=True)]
 
 
-def _open(images: list[Path], model: dict):
-    """Returns the image files and an [`Assistant`], after checks of both. The fast checks come first."""
-    files = find_images(images)
+def _text_of(result: dict) -> str:
+    asked = [
+        f"  vusr: {pair['question']}\n  assistant: {pair['answer']}"
+        for pairs in result.get("asked", [])
+        for pair in pairs
+    ]
+    return "\n".join([*asked, f"  {result['answer']}"])
+
+
+def _stream(pieces: Iterator[str]) -> None:
+    printer = Printer("  ")
+    for piece in pieces:
+        printer(piece)
+    printer("", stream_end=True)
+
+
+@contextmanager
+def _open(
+    images: list[str] | None, together: bool, model: dict, example: str
+) -> Iterator[tuple[list[Shown], "Assistant"]]:
+    """Yields the images and an [`Assistant`], after checks of both. The fast checks come first."""
     check_model_options(**model)
-    from sq_llava.data.images import require_whole_images
+    with image_files(images, example) as names:
+        from sq_llava.data.images import require_whole_images
 
-    require_whole_images(files)
-    return files, load_model(**model)
+        for file, name in names.items():
+            with named(file, name):
+                require_whole_images([file])
+        shown = [Shown(name, [file]) for file, name in names.items()]
+        if together:
+            shown = [Shown(", ".join(names.values()), list(names))]
+        yield shown, load_model(**model)
 
 
 def _in_batches(
-    files: list[Path], batch_size: int, description: str, work: Callable[[list[Path]], list[dict]]
+    shown: list[Shown], batch_size: int, description: str, work: Callable[[list[Shown]], list[dict]]
 ) -> list[dict]:
-    """Calls `work` on batches of the files, with a progress bar, and returns all results."""
+    """Calls `work` on batches of the images, with a progress bar, and returns all results."""
     results = []
-    with Progress(console=messages_console, transient=True, disable=len(files) == 1) as progress:
-        bar = progress.add_task(description, total=len(files))
-        for start in range(0, len(files), batch_size):
-            batch = files[start : start + batch_size]
+    with Progress(console=messages_console, transient=True, disable=len(shown) == 1) as progress:
+        bar = progress.add_task(description, total=len(shown))
+        for start in range(0, len(shown), batch_size):
+            batch = shown[start : start + batch_size]
             results += _together_or_alone(batch, work)
             progress.advance(bar, len(batch))
     return results
 
 
-def _together_or_alone(batch: list[Path], work: Callable[[list[Path]], list[dict]]) -> list[dict]:
+def _together_or_alone(batch: list[Shown], work: Callable[[list[Shown]], list[dict]]) -> list[dict]:
     """
-    Calls `work` on a batch. If that fails, it is called on each file alone.
+    Calls `work` on a batch. If that fails, it is called on each image alone.
 
     Raises:
-        ValueError: if it fails on a single file. The message names the file.
+        ValueError: if it fails on a single image. The message names it.
     """
     try:
         return work(batch)
     except (ValueError, RuntimeError) as error:
         if len(batch) == 1:
-            raise ValueError(f"{batch[0]}: {error}") from error
-    return [result for file in batch for result in _together_or_alone([file], work)]
+            raise ValueError(f"{batch[0].name}: {error}") from error
+    return [result for shown in batch for result in _together_or_alone([shown], work)]
 
 
 def _show(results: list[dict], as_json: bool, text_of: Callable[[dict], str]) -> None:
@@ -132,81 +194,3 @@ def _show(results: list[dict], as_json: bool, text_of: Callable[[dict], str]) ->
         if len(results) > 1:
             console.print(result["image"], style="bold", markup=False)
         console.print(text_of(result), markup=False, highlight=False)
-
-
-@app.command(
-    epilog=examples(
-        "sq-llava chat runs/demo/images/test/images/0.png --model runs/demo/model",
-        "sq-llava chat dog.png --model org/sq-llava-7b --load-in-4bit",
-    )
-)
-@takes_options
-def chat(
-    image: Annotated[Path, typer.Argument(help="Image file.", show_default=False)],
-    model: Model,
-    asking: Annotated[dict, OptionsOf(AskSettings, without=("num_questions", "after"), max_new_tokens=512, seed=None)],
-) -> None:
-    """Chat about an image.
-
-    /ask: the model asks itself a question (shown as vusr) and answers it. /new: start over. /quit: end.
-    Ctrl-C stops an answer and drops that turn.
-    """
-    with errors_in_one_line():
-        require_image(image)
-        if sys.stdin is None:
-            raise ValueError("Standard input is closed, but chat reads your messages from it.")
-        assistant = load_model(**model)
-    from sq_llava.inference.dialogues import Dialogues
-
-    console.print(
-        "Ask about the image. /ask: the model asks itself a question (shown as vusr). /new: start over. /quit: end. "
-        "Ctrl-C: stop an answer.",
-        style="dim",
-    )
-    start = partial(Dialogues, assistant.model, assistant.processor)
-    dialogue = start([[]])
-    while (line := _read_line()) not in (None, "/quit"):
-        history = list(dialogue.messages[0])
-        try:
-            if line == "/new":
-                dialogue = start([[]])
-            elif line:
-                _reply(dialogue, image, line, **asking)
-        except ValueError as error:  # e.g. a control token in the message
-            messages_console.print(f"[red]Error:[/red] {escape(str(error))}", soft_wrap=True)
-            dialogue = start([history])
-        except KeyboardInterrupt:
-            messages_console.print("Stopped. This turn was dropped.")
-            # Start with an empty cache: the old one may hold half of a step.
-            dialogue = start([history])
-
-
-def _reply(dialogue, image: Path, line: str, max_new_tokens: int, seed: int | None, **sampling) -> None:
-    """Lets the model answer `line`, or ask and answer (`/ask`), and prints the new turns."""
-    from sq_llava.data.messages import place_images
-    from sq_llava.inference.dialogues import DESCRIBE
-
-    [messages] = dialogue.messages
-    is_asked = line != "/ask"
-    if is_asked or not messages:
-        messages += place_images(None if messages else image, line if is_asked else DESCRIBE)
-        [text] = dialogue.answer(max_new_tokens)
-        console.print(text if is_asked else f"assistant: {text}", markup=False)
-    if not is_asked:
-        dialogue.seed(None if seed is None else [seed])
-        [[question]] = dialogue.ask(1, max_new_tokens=max_new_tokens, **sampling)
-        console.print(f"vusr: {question}", style="cyan", markup=False)
-        messages.append({"role": "vusr", "content": question})
-        [text] = dialogue.answer(max_new_tokens)
-        console.print(f"assistant: {text}", markup=False)
-
-
-def _read_line() -> str | None:
-    try:
-        return console.input("> ").strip()
-    except EOFError:
-        console.print()
-        return None
-    except KeyboardInterrupt:
-        console.print()
-        raise

@@ -65,9 +65,10 @@ _MEDIA_KEY = re.compile(
     re.IGNORECASE,
 )
 _IMAGE_KINDS = {"image", "img", "picture", "photo"}
-# Placeholders of other models. IMAGE_TOKEN is excluded, and so are tags with attributes, which are HTML.
+# Placeholders of other models. IMAGE_TOKEN is excluded, and so are the turns of ChatML (`<|im_start|>`) and tags with
+# attributes, which are HTML.
 _MEDIA_TAG = re.compile(
-    rf"(?!(?-i:{IMAGE_TOKEN}))<\|?(?:(?:start|begin|end)_of_)?(?:/?img|image|video|audio|speech|sound|(?:im|vision)(?=[_-]))"
+    rf"(?!(?-i:{IMAGE_TOKEN})|<\|im_(?:start|end)\|>)<\|?(?:(?:start|begin|end)_of_)?(?:/?img|image|video|audio|speech|sound|(?:im|vision)(?=[_-]))"
     r"(?:here|[_-]?(?:\d+|pad|bos|eos|patch|start|end|token|soft_token|context|placeholder|content|embed))*\|?>"
     r"|(?-i:\[IMG\])",
     re.IGNORECASE,

@@ -28,7 +28,7 @@ import numpy as np
 from rich.progress import Progress
 from trl import ModelConfig, SFTConfig
 
-from processing_sq_llava import SQLlavaProcessor
+from processing_sq_llava import PROMPT_LAYOUTS, SQLlavaProcessor
 from sq_llava.data.images import Fault, image_faults
 from sq_llava.data.json_file import JsonFile
 from sq_llava.data.lengths import kept_exchanges, prefix_lengths, token_counts
@@ -89,6 +89,21 @@ class Place(NamedTuple):
     id: str | None
 
 
+def _turn_markers(processor: SQLlavaProcessor) -> list[str]:
+    """What marks a turn, in this model's prompts or in those of others, and is no control token of this model."""
+    own = [processor.user_marker, processor.assistant_marker]
+    if processor.turn_format["turn_begin"]:  # then a marker alone is no more than the name of a role
+        own = []
+    others = [
+        text
+        for layout in PROMPT_LAYOUTS.values()
+        if (begin := layout["turn_format"]["turn_begin"])
+        for text in (begin, layout["delimiter"])
+        if text not in processor.control_tokens
+    ]
+    return own + others
+
+
 @dataclass
 class DataCheck:
     """
@@ -125,10 +140,7 @@ class DataCheck:
         self.sources = [*self.sources, *self.eval_sources]
         self.opened = [open_source(source) for source in self.sources]
         self.image_roots = [image_root_of(source, rows) for source, rows in zip(self.sources, self.opened)]
-        # Where a token begins each turn, a marker alone is no more than the name of a role.
-        begins_with_token = bool(self.processor.turn_format["turn_begin"])
-        markers = [self.processor.user_marker, self.processor.assistant_marker]
-        self._markers = [] if self.plain or begins_with_token else markers
+        self._markers = [] if self.plain else _turn_markers(self.processor)
         # A text without any of these characters has no control token. This fast test is enough for most texts.
         self._first_characters = {token[0] for token in self.processor.control_tokens}
 
@@ -199,7 +211,7 @@ class DataCheck:
             if found := [marker for marker in self._markers if marker in text]:
                 yield Fault(
                     "role_marker",
-                    f"turn {index} has markers that begin a turn in the prompt: {', '.join(map(repr, found))}.",
+                    f"turn {index} has markers of turns: {', '.join(map(repr, found))}.",
                     "Split the text into turns, or write the markers differently.",
                     "warning",
                 )

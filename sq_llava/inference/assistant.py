@@ -32,10 +32,11 @@ from sq_llava.console import needs_extra
 from sq_llava.data.messages import images_of, place_images, place_images_of_all
 from sq_llava.data.shared_images import image_prefix, prefix_number
 from sq_llava.early_checks import require_device, require_dtype
+from sq_llava.inference.asking_first import Considered, answer_after_asking
 from sq_llava.inference.dialogues import Dialogues
 from sq_llava.inference.prefix_cache import PrefixCache, allows_gaps
 from sq_llava.inference.prompts import decode, model_inputs, pixel_inputs, room_in_context, token_ids
-from sq_llava.inference.settings import AskSettings
+from sq_llava.inference.settings import AskSettings, SelfQuestioning
 
 
 @dataclass
@@ -45,7 +46,16 @@ class Assistant:
     model: SQLlavaForConditionalGeneration
     processor: SQLlavaProcessor
 
-    def answer(self, images, messages, max_new_tokens: int = 512, **generate_kwargs) -> str:
+    def answer(
+        self,
+        images,
+        messages,
+        max_new_tokens: int = 512,
+        self_questions: int = 0,
+        votes: int = 1,
+        seed: int | None = None,
+        **generate_kwargs,
+    ) -> str:
         """
         Answers a question or continues a conversation. Decoding is greedy unless `generate_kwargs` say otherwise.
 
@@ -56,8 +66,13 @@ class Assistant:
             messages: A question, or a list of messages that ends with a user turn.
             max_new_tokens (`int`): Maximum length of the answer, in tokens. The answer is shorter if the model's
                 context ends first.
+            self_questions (`int`): Number of questions that the model asks itself about the image, and answers,
+                before it answers (`sq_llava/inference/asking_first.py`).
+            votes (`int`): With `self_questions`: do this several times, and take the most frequent answer.
+            seed (`int`, *optional*): With `self_questions`: random seed of the questions.
             generate_kwargs: Passed to `generate`, e.g. `do_sample=True, temperature=0.7`. With
-                `cache_implementation="static"`, transformers compiles the decoding on a GPU, once for each length.
+                `cache_implementation="static"`, transformers compiles the decoding on a GPU, once for each length. Not
+                with `self_questions`.
 
         Returns:
             The answer, stripped.
@@ -65,7 +80,30 @@ class Assistant:
         Raises:
             ValueError: if the conversation fills the model's context.
         """
+        if self_questions or votes != 1:
+            if generate_kwargs:
+                raise ValueError(
+                    f"self_questions is given, so answers are greedy: remove {', '.join(generate_kwargs)}."
+                )
+            settings, seeds = SelfQuestioning(self_questions, votes), None if seed is None else [seed]
+            return self.consider_batch([(images, messages)], settings, max_new_tokens, seeds)[0].answer
         return self.answer_batch([(images, messages)], max_new_tokens, **generate_kwargs)[0]
+
+    def consider_batch(
+        self,
+        requests: list[tuple],
+        settings: SelfQuestioning,
+        max_new_tokens: int = 512,
+        seeds: list[int] | None = None,
+    ) -> list[Considered]:
+        """
+        Answers several requests after questions of its own: [`answer_after_asking`].
+
+        Args:
+            requests (`list[tuple]`): Pairs `(images, messages)`, as in [`Assistant.answer`].
+        """
+        conversations = place_images_of_all(requests)
+        return answer_after_asking(self.model, self.processor, conversations, settings, max_new_tokens, seeds)
 
     @torch.inference_mode()
     def answer_batch(self, requests: list[tuple], max_new_tokens: int = 512, **generate_kwargs) -> list[str]:

@@ -11,6 +11,7 @@ from itertools import chain
 import torch
 from PIL import Image
 from transformers import LogitsProcessorList
+from transformers.generation import BaseStreamer
 
 from modeling_sq_llava import CACHE_NAME, SQLlavaForConditionalGeneration
 from processing_sq_llava import SQLlavaProcessor
@@ -90,19 +91,47 @@ class Dialogues:
         if seeds is not None:
             self.generators = [torch.Generator(self.model.device).manual_seed(seed) for seed in seeds]
 
+    def repeated(self, times: int, seeds: list[int] | None = None) -> "Dialogues":
+        """
+        New conversations: each of these `times` times, one after another. Nothing is computed again.
+
+        Args:
+            seeds (`list[int]`, *optional*): One random seed for each conversation of this batch. The copies of a
+                conversation get different seeds.
+        """
+        rows = [row for row in range(len(self.messages)) for _ in range(times)]
+        messages = [list(self.messages[row]) for row in rows]
+        if seeds is not None:
+            seeds = [times * seeds[row] + number % times for number, row in enumerate(rows)]
+        copies = Dialogues(self.model, self.processor, messages, seeds)
+        if not self.cache.is_empty:
+            copies.cache = self.cache.select(rows)
+        return copies
+
     @property
     def images(self) -> list[list[Image.Image]]:
         """The images of each conversation."""
         return [images_of(conversation) for conversation in self.messages]
 
     @torch.inference_mode()
-    def answer(self, max_new_tokens: int) -> list[str]:
-        """Answers the last turn of each conversation greedily. Appends the answers to `messages` and returns them."""
+    def answer(self, max_new_tokens: int, streamer: BaseStreamer | None = None) -> list[str]:
+        """
+        Answers the last turn of each conversation greedily. Appends the answers to `messages` and returns them.
+
+        Args:
+            max_new_tokens (`int`): Maximum length of an answer, in tokens.
+            streamer (`BaseStreamer`, *optional*): Gets the tokens as they are generated. For a single conversation.
+        """
         prompts, max_new_tokens = self._prompts(ask=False, max_new_tokens=max_new_tokens)
         images = self._unseen_pixels()
         inputs = self.cache.continue_with(prompts)
         output = self.model.generate(
-            **inputs, **images, **{CACHE_NAME: self.cache.states}, do_sample=False, max_new_tokens=max_new_tokens
+            **inputs,
+            **images,
+            **{CACHE_NAME: self.cache.states},
+            do_sample=False,
+            max_new_tokens=max_new_tokens,
+            streamer=streamer,
         )
         new_tokens = output[:, inputs["input_ids"].shape[1] :]
         # The cache holds all tokens but the last one, which the model has not read. Tokens after the end of a shorter

@@ -7,15 +7,16 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from PIL import Image
 
 from sq_llava.data.messages import images_of
+from sq_llava.inference.asking_first import split_last_turn
 from sq_llava.inference.assistant import Assistant
 from sq_llava.inference.dialogues import DESCRIBE
 from sq_llava.inference.prompts import context_length, pixel_values, token_ids
-from sq_llava.inference.settings import AskSettings
+from sq_llava.inference.settings import AskSettings, SelfQuestioning
 from sq_llava.serving.decoding import Prompt, Sampling
 from sq_llava.serving.engine import Engine, Failure, Generation, Piece
 from sq_llava.serving.images import decode_data_url, decode_image, fetch, num_pixels
@@ -37,14 +38,15 @@ class Ready:
     A request with its encoded prompt.
 
     Args:
-        first_answer (`str`, *optional*): Answer of the model before it asks (`self_question`).
-        extra_tokens (`int`): Number of tokens generated for that answer.
+        extra (`dict`): Fields of the reply about what came before: `first_answer` (`self_question`), or `asked`
+            (`self_questions`).
+        extra_tokens (`int`): Number of tokens generated for that.
     """
 
     chat: ChatCompletionRequest
     prompt: Prompt
     sampling: Sampling
-    first_answer: str | None = None
+    extra: dict = field(default_factory=dict)
     extra_tokens: int = 0
 
 
@@ -86,21 +88,55 @@ class ChatService:
             message = f"n is {chat.n}, but this server generates at most {self.engine.max_batch_size} texts at a time."
             raise ApiError(400, message, param="n")
         images = await self._read_images(chat)
-        answers_first = chat.asks and chat.messages[-1].role != "assistant"
         messages = await self._in_thread(self._place_images, chat, images)
-        if answers_first:
+        extra, num_tokens = {}, 0
+        if chat.self_questions:
+            messages, extra, num_tokens = await self._ask_itself(chat, messages)
+        elif chat.asks and messages[-1]["role"] != "assistant":
+            # The model has learned to ask only after an answer.
             _describe_unless_asked(messages)
-        prompt = await self._in_thread(self._encode, messages, chat.asks and not answers_first)
-        sampling = self._sampling(chat, len(prompt.input_ids))
-        if not answers_first:
-            return Ready(chat, prompt, sampling)
-        # The model has learned to ask only after an answer.
-        greedy = replace(sampling, temperature=0.0, stop=())
-        answer = await self._generate_one(prompt, greedy)
-        messages.append({"role": "assistant", "content": [{"type": "text", "text": answer.content}]})
-        prompt = await self._in_thread(self._encode, messages, True)
-        sampling = self._sampling(chat, len(prompt.input_ids))
-        return Ready(chat, prompt, sampling, answer.content, answer.num_tokens)
+            answer = await self._add_turn(chat, messages)
+            extra, num_tokens = {"first_answer": answer.content}, answer.num_tokens
+        prompt = await self._in_thread(self._encode, messages, chat.asks)
+        return Ready(chat, prompt, self._sampling(chat, len(prompt.input_ids)), extra, num_tokens)
+
+    async def _ask_itself(self, chat: ChatCompletionRequest, messages: list[dict]) -> tuple[list[dict], dict, int]:
+        """Returns messages with the model's own questions and answers, these as fields, and the number of tokens."""
+        if not images_of(messages) or messages[-1]["role"] == "assistant":
+            message = "self_questions needs an image, and messages that end with a user turn."
+            raise ApiError(400, message, param="self_questions")
+        messages, last = split_last_turn(messages)
+        longest = SelfQuestioning.own_tokens
+        turns = []
+        if messages[-1]["role"] != "assistant":
+            turns.append(await self._add_turn(chat, messages, longest=longest))
+        asked = []
+        for _ in range(chat.self_questions):
+            question = await self._add_turn(chat, messages, True, min(longest, AskSettings.max_new_tokens))
+            answer = await self._add_turn(chat, messages, longest=longest)
+            asked.append({"question": question.content, "answer": answer.content})
+            turns += [question, answer]
+        return [*messages, last], {"asked": asked}, sum(turn.num_tokens for turn in turns)
+
+    async def _add_turn(
+        self, chat: ChatCompletionRequest, messages: list[dict], ask: bool = False, longest: int | None = None
+    ) -> "_Text":
+        """
+        Generates the next turn, an answer (greedy) or a question (sampled), and appends it to `messages`.
+
+        Args:
+            longest (`int`, *optional*): Maximum length, in tokens. Default: what the request asks for.
+        """
+        prompt = await self._in_thread(self._encode, messages, ask)
+        sampling = replace(self._sampling(chat, len(prompt.input_ids)), temperature=0.0, stop=())
+        if ask:
+            sampling = replace(sampling, **QUESTION_SAMPLING)
+        if longest is not None:
+            room = self.context_length - len(prompt.input_ids)
+            sampling = replace(sampling, max_new_tokens=min(longest, room))
+        text = await self._generate_one(prompt, sampling)
+        messages.append({"role": "vusr" if ask else "assistant", "content": [{"type": "text", "text": text.content}]})
+        return text
 
     async def _read_images(self, chat: ChatCompletionRequest) -> list[tuple[str, bytes]]:
         """The place of each image in the request, and its file."""
@@ -256,7 +292,7 @@ class ChatService:
             for index, text in enumerate(texts)
         ]
         body = {**self._head("chat.completion"), "choices": choices, "usage": _usage(ready, texts)}
-        return body if ready.first_answer is None else {**body, "first_answer": ready.first_answer}
+        return {**body, **ready.extra}
 
     async def stream(self, ready: Ready) -> AsyncIterator[str]:
         """Generates `chat.completion.chunk`s as server-sent events, with `[DONE]` at the end."""
@@ -264,9 +300,8 @@ class ChatService:
         options = ready.chat.stream_options
         with_usage = options is not None and options.include_usage
         head = {**self._head("chat.completion.chunk"), **({"usage": None} if with_usage else {})}
-        first = {} if ready.first_answer is None else {"first_answer": ready.first_answer}
         for index in range(num_rows):
-            yield _event({**head, **first, "choices": [_delta(index, {"role": "assistant", "content": ""})]})
+            yield _event({**head, **ready.extra, "choices": [_delta(index, {"role": "assistant", "content": ""})]})
         texts = [_Text() for _ in range(num_rows)]
         try:
             async for piece in self.pieces(ready.prompt, ready.sampling, num_rows):

@@ -4,9 +4,9 @@
         {"type": "image_url", "image_url": {"url": "data:image/png;base64,..."}},
         {"type": "text", "text": "What is it?"}]}]}
 
-`self_question` and `top_k` are extensions. So is the role `vusr`, for questions that the model asked before.
-`chat_template_kwargs` with `ask` means the same as `self_question`: vLLM takes it too. Unknown fields, and values that
-need an unsupported feature, are refused and never ignored. Values that change nothing are accepted.
+`self_question`, `self_questions` and `top_k` are extensions. So is the role `vusr`, for questions that the model asked
+before. `chat_template_kwargs` with `ask` means the same as `self_question`: vLLM takes it too. Unknown fields, and
+values that need an unsupported feature, are refused and never ignored. Values that change nothing are accepted.
 """
 
 from typing import Annotated, Any, Literal
@@ -104,6 +104,9 @@ class ChatCompletionRequest(Strict):
     model: Text
     messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_PARTS)]
     self_question: bool = Field(False, description="Ask a question instead of answering one.")
+    self_questions: Annotated[int, Field(ge=0, le=16)] = Field(
+        0, description="Number of questions that the model asks itself, and answers, before it answers."
+    )
     chat_template_kwargs: TemplateSettings | None = Field(None, description="`ask`: the same as self_question.")
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     max_tokens: Annotated[int, Field(ge=1)] | None = None
@@ -160,6 +163,8 @@ class ChatCompletionRequest(Strict):
     def _check_stream_options(self) -> "ChatCompletionRequest":
         if self.stream_options is not None and not self.stream:
             raise ValueError("stream_options needs stream: true")
+        if self.self_questions and self.asks:
+            raise ValueError("self_questions is for answers. Remove it, or self_question")
         return self
 
 
@@ -181,6 +186,11 @@ class Choice(BaseModel):
     logprobs: None = None
 
 
+class Asked(BaseModel):
+    question: str
+    answer: str
+
+
 class ChatCompletion(BaseModel):
     id: str
     object: Literal["chat.completion"] = "chat.completion"
@@ -189,6 +199,7 @@ class ChatCompletion(BaseModel):
     choices: list[Choice]
     usage: Usage
     first_answer: str | None = Field(None, description="With self_question: the model's answer before its question.")
+    asked: list[Asked] | None = Field(None, description="With self_questions: the model's questions and its answers.")
 
 
 class ErrorDetail(BaseModel):

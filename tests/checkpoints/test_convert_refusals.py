@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import Siglip2Config
 
 from sq_llava.checkpoints import convert
 from sq_llava.checkpoints.layouts import recognise
@@ -158,6 +159,14 @@ def test_missing_parts_are_asked_for_by_their_options(parts, tmp_path):
     lone = PROJECTOR(tmp_path / "lone", config=False)
     with pytest.raises(ValueError, match=r"needs a language model that it does not name\. .* as --base"):
         plan(lone, vision=parts / "clip")
+
+
+def test_vision_tower_of_variable_resolution_is_refused_before_any_weight_is_read(parts, tmp_path, monkeypatch):
+    source = LORA(tmp_path / "source", base=parts / "base", vision=parts / "clip")
+    Siglip2Config().save_pretrained(tmp_path / "siglip2-base-patch16-naflex")
+    monkeypatch.setattr(convert, "read_sources", None)
+    with pytest.raises(ValueError, match=r"\(SigLIP 2 NaFlex\).* Take a SigLIP 2 of fixed resolution"):
+        plan(source, vision=tmp_path / "siglip2-base-patch16-naflex")
 
 
 def test_parts_that_a_source_has_itself_are_refused(llava_hf, parts, tmp_path):

@@ -69,7 +69,7 @@ def test_image_that_fails_in_a_batch_is_tried_alone_and_named(folder, monkeypatc
 
     def fail_on_b(self, requests, max_new_tokens):
         sizes.append(len(requests))
-        if any(file.name == "b.png" for file, _ in requests):
+        if any(file.name == "b.png" for files, _ in requests for file in files):
             raise RuntimeError("out of memory")
         return ["fine"]
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from sq_llava import stopping
-from sq_llava.cli import talk
+from sq_llava.cli import chat as chat_command
 from sq_llava.inference.assistant import Assistant
 from sq_llava.training.trainer import SQLlavaTrainer
 from tests import ROOT, tiny
@@ -167,13 +167,13 @@ def sit_at(terminal: str) -> None:
     os.dup2(os.open(terminal, os.O_RDWR), 0)
     ioctl(0, termios.TIOCSCTTY, 0)
     sys.stdin = open(0, closefd=False)  # noqa: SIM115
-    reply = talk._reply
+    answer = chat_command.Chat.answer
 
-    def reply_aloud(dialogue, image, line, **settings):
-        print(f"{len(dialogue.messages[0])} messages before: {line}", flush=True)
-        reply(dialogue, image, line, **settings)
+    def answer_aloud(self, line, prefix=""):
+        print(f"{len(self.dialogue.messages[0])} messages before: {line}", flush=True)
+        answer(self, line, prefix)
 
-    talk._reply = reply_aloud
+    chat_command.Chat.answer = answer_aloud
 
 
 def wait_for(log: Path, text: str, count: int = 1) -> None:

@@ -261,7 +261,7 @@ def test_other_media_and_fields_that_look_like_them_are_errors(folder, name):
         {
             "source": "x",
             "width": 8,
-            "response": 'HTML: <video src="a"></video>, <img src="b"> <image/> <imagery> 3 < 4',
+            "response": 'HTML: <video src="a"></video>, <img src="b"> <image/> <imagery> 3 < 4 <|im_start|>',
         },
     ],
 )

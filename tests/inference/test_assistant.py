@@ -6,9 +6,7 @@ import subprocess
 import huggingface_hub
 import pytest
 import torch
-from typer.testing import CliRunner
 
-from sq_llava.cli import talk
 from sq_llava.data.messages import place_images
 from sq_llava.inference.assistant import load
 from tests import tiny
@@ -65,67 +63,6 @@ def test_whole_conversation_encodes_the_image_once_and_no_token_twice(assistant,
     assert passes["images"] == [1]
     first = prompt_length(assistant, messages[:2] if history is None else place_images(image, HISTORY), ask=True)
     assert sum(columns for _, columns in passes["tokens"]) < 2 * first + 3 * 60
-
-
-@pytest.fixture
-def chat(assistant, tmp_path, monkeypatch):
-    """Runs `sq-llava chat` with these lines, and returns what it printed."""
-    image, said = tmp_path / "image.png", []
-    tiny.picture().save(image)
-    monkeypatch.setattr(talk, "load_model", lambda **options: assistant)
-    monkeypatch.setattr(talk.console, "print", lambda text="", **style: said.append(text))
-    command = ["chat", str(image), "--model", "tiny", "--max-new-tokens", "6", "--seed", "3"]
-
-    def talk_about(*lines: str) -> list[str]:
-        said.clear()
-        result = CliRunner().invoke(talk.app, command, input="\n".join([*lines, "/quit"]))
-        assert result.exit_code == 0, result.output
-        return [text for text in said[1:] if text != "> "]
-
-    return talk_about
-
-
-def test_chat_computes_no_turn_twice_and_prints_the_same_as_without_a_cache(assistant, passes, chat):
-    said = chat("What is it?", "And what colour?", "/ask", "Are you sure?")
-    seen = {name: list(counts) for name, counts in passes.items()}
-    messages, fresh = place_images(tiny.picture(), "What is it?"), []
-    lengths = []
-    for line in ("And what colour?", "/ask", "Are you sure?", None):
-        lengths.append(prompt_length(assistant, messages))
-        fresh.append(assistant.answer(None, messages, max_new_tokens=6))
-        messages.append({"role": "assistant", "content": fresh[-1]})
-        if line == "/ask":
-            [question] = assistant.ask(None, messages, max_new_tokens=6, seed=3)
-            fresh.append(question)
-            messages.append({"role": "vusr", "content": question})
-        elif line is not None:
-            messages += place_images(None, line)
-    assert said == [fresh[0], fresh[1], f"vusr: {fresh[2]}", f"assistant: {fresh[3]}", fresh[4]]
-    assert seen["images"] == [1]
-    tokens = [columns for _, columns in seen["tokens"]]
-    assert tokens[0] == lengths[0]
-    assert next(count for count in tokens[1:] if count > 1) <= lengths[1] - lengths[0]
-    # Generated text may be split into other tokens when it is read again.
-    assert sum(tokens) <= lengths[-1] + 2 * 6 * len(said)
-
-
-@pytest.mark.parametrize("first", ["/ask", "What is it?"])
-def test_chat_drops_a_turn_that_was_stopped_or_refused(assistant, chat, monkeypatch, first):
-    expected = chat(first, "Why?", "/ask")
-    reply, generate = talk._reply, assistant.model.generate
-
-    def generate_half(**inputs):
-        generate(**{**inputs, "max_new_tokens": 3})
-        raise KeyboardInterrupt
-
-    def stop_one(dialogue, image, line, **settings):
-        with monkeypatch.context() as patch:
-            if line == "Stop me.":
-                patch.setattr(assistant.model, "generate", generate_half)
-            reply(dialogue, image, line, **settings)
-
-    monkeypatch.setattr(talk, "_reply", stop_one)
-    assert chat("Stop me.", first, "Stop me.", "forged </s>", "Why?", "Stop me.", "/ask") == expected
 
 
 def test_cached_questions_are_those_of_a_fresh_run(assistant):

@@ -92,6 +92,7 @@ def test_tied_embeddings_follow_the_text_config_unless_given():
         ("image_token_id", None, "give an int of at least 0"),
         ("vusr_token_id", -7, "give an int of at least 0"),
         ("vision_config", {"model_type": "resnet"}, "SQ-LLaVA takes clip_vision_model or siglip_vision_model or blip"),
+        ("vision_config", {"model_type": "siglip2_vision_model"}, "of fixed resolution, such as google/siglip2-base-"),
         ("vision_config", CLIPConfig(), "Pass the vision part of a CLIP, SigLIP or BLIP-2 configuration"),
         ("text_config", {"model_type": "no_such_model"}, "which this version of transformers does not know"),
         ("projector_hidden_act", "guess", "the name of an activation of transformers"),

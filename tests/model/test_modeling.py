@@ -99,8 +99,11 @@ def test_the_image_and_its_prototypes_reach_the_logits(tiny_model, inputs):
         (TINY_CLIP, CLIPVisionModel, "default"),
         (TINY_CLIP, CLIPVisionModel, "full"),
         (TINY_SIGLIP, SiglipVisionModel, "full"),
+        # As in SigLIP 2 so400m, whose images of 384 pixels have 27 patches of 14 and a rest.
+        ({**TINY_SIGLIP, "image_size": 48}, SiglipVisionModel, "full"),
+        ({**TINY_SIGLIP, "vision_use_head": False}, SiglipVisionModel, "full"),
     ],
-    ids=["clip", "clip with CLS", "siglip"],
+    ids=["clip", "clip with CLS", "siglip", "siglip with a rest", "siglip without head"],
 )
 def test_vision_features_are_the_hidden_states_of_transformers_tower(vision_config, tower_class, strategy, layer):
     config = tiny_config(

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jinja2 import TemplateError
 from PIL import Image
-from transformers import ProcessorMixin, SiglipImageProcessorPil
+from transformers import ProcessorMixin, Siglip2ImageProcessorPil, SiglipImageProcessorPil
 
 from processing_sq_llava import PAD_TOKEN, SQLlavaProcessor
 from tests.tiny import TOKENIZERS, byte_level_tokenizer, llama_tokenizer, picture, tiny_image_processor, tiny_processor
@@ -491,6 +491,11 @@ def test_images_are_padded_to_a_square_with_the_mean_colour(image_processor, mea
         assert_one_colour(padding, mean, tolerance=1 / 255)
     assert_one_colour(pixels[:, 12:30], [1.0, 0.0, 0.0])
     torch.testing.assert_close(pixels_of(processor, Image.new("RGB", (42, 84), "red")), pixels.mT)
+
+
+def test_image_processor_without_a_fixed_size_is_refused():
+    with pytest.raises(ValueError, match="is a Siglip2ImageProcessorPil, whose images have no fixed size"):
+        SQLlavaProcessor(Siglip2ImageProcessorPil(), byte_level_tokenizer())
 
 
 def test_centre_crop_shows_only_the_middle():

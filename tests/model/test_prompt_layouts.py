@@ -70,7 +70,7 @@ def tokens(processor, messages, **settings) -> tuple[list[int], list[int]]:
 # Recognising the language model's own format
 
 
-@pytest.mark.parametrize("name", [name for name in CHAT_TOKENIZERS if name != "llama2"])
+@pytest.mark.parametrize("name", [name for name in CHAT_TOKENIZERS if name not in ("llama2", "smollm3")])
 def test_auto_takes_the_layout_that_writes_what_the_models_own_template_writes(name):
     make, layout, _ = CHAT_TOKENIZERS[name]
     tokenizer = make()
@@ -94,6 +94,23 @@ def test_auto_takes_the_layout_that_writes_what_the_models_own_template_writes(n
         assert (processor.apply_chat_template(messages, **prompt) == own) == (kind not in different), kind
 
 
+def test_system_message_with_todays_date_or_an_open_turn_is_taken_without_them():
+    # As SmolLM3 writes it, and as Llama 3.2 does.
+    message = "## Metadata\n\nReasoning Mode: /no_think\n\nYou are a model."
+    chat_format = recognise_chat_format(CHAT_TOKENIZERS["smollm3"][0]())
+    assert (chat_format.layout, chat_format.system_message) == ("chatml", message)
+    assert chat_format.thought == "<think>\n\n</think>\n"
+    assert chat_format.differences == ["the end of its system message", "system messages", "today's date"]
+    tokenizer = CHAT_TOKENIZERS["llama31"][0]()
+    tokenizer.chat_template = tokenizer.chat_template.replace("26 Jul 2024", "{{ strftime_now('%d %b %Y') }}")
+    chat_format = recognise_chat_format(tokenizer)
+    assert (chat_format.layout, chat_format.system_message) == (
+        "llama3",
+        "Cutting Knowledge Date: December 2023\n\n",
+    )
+    assert chat_format.differences == ["system messages", "today's date"]
+
+
 def test_auto_says_what_it_took_and_what_is_written_differently():
     def sentence(name, layout="auto"):
         return layout_settings(layout, CHAT_TOKENIZERS[name][0](), f"org/{name}")[1]
@@ -110,25 +127,40 @@ def test_auto_says_what_it_took_and_what_is_written_differently():
     assert sentence("gemma", "chatml") == "prompt_layout: chatml, but not that of org/gemma."
 
 
+# The older formats of Llama 2 and Mistral, whose `[INST]` is plain text.
+INST = (
+    "{% for m in messages %}{% if m['role'] == 'user' %}[INST] {{ m['content'] }} [/INST]"
+    "{% else %}{{ ' ' }}{{ m['content'] }}END{% endif %}{% endfor %}"
+)
+
+
 @pytest.mark.parametrize(
     ("template", "reason"),
     [
         (
             "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}",
-            "none of the known layouts, but '<us",
+            "none of the known layouts (vicuna, minigpt4, chatml, llama3, gemma, mistral, mistral_tekken, "
+            "mistral_v7), but '<us",
         ),
         ("{{ raise_exception('Give tools.') }}", "renders no plain conversation: Give tools."),
         ("{{ messages[0]['parts'] + 1 }}", "renders no plain conversation: "),
         (qwen_base().chat_template.replace("assistant\n", "assistant\n<think>\n"), "none of the known layouts"),
+        (
+            INST.replace("END", "{{ ' ' }}{{ eos_token }}"),
+            "but '[INST] Kiwi [/INST] Plum <|endoftext|>[INST] Fig [/INST]'",
+        ),
+        (INST.replace("END", "{{ eos_token }}"), "but '[INST] Kiwi [/INST] Plum<|endoftext|>[INST] Fig [/INST]'"),
     ],
-    ids=["unknown", "refuses", "breaks", "open thought"],
+    ids=["unknown", "refuses", "breaks", "open thought", "Llama-2-chat", "Mistral v0.2"],
 )
 def test_auto_falls_back_to_vicuna_and_says_why(template, reason):
     tokenizer = qwen_base()
     tokenizer.chat_template = template
     settings, sentence = layout_settings(None, tokenizer, "org/model")
     assert settings == {} and sentence.startswith("prompt_layout: vicuna. org/model: its chat template ")
-    assert reason in sentence
+    assert reason in sentence and sentence.endswith(
+        "Its own turns are not used. chat_template_path in a recipe can keep them."
+    )
 
 
 def test_system_message_is_the_language_models_in_its_own_layout_and_the_papers_in_another():
@@ -258,17 +290,21 @@ def test_lengths_of_exchanges_are_those_of_the_collator(processor, ratio):
         assert batch["input_ids"].shape[1] == whole[-1]
 
 
-def test_doctor_finds_the_control_tokens_and_role_markers_of_the_layout(tmp_path):
-    answers = ["<|start_header_id|>user", "The user.", "USER: and ASSISTANT:"]
+def test_doctor_finds_the_control_tokens_and_turn_markers_of_the_layout(tmp_path):
+    answers = ["<|start_header_id|>user", "The user.", "USER: and ASSISTANT:", "<|im_start|>user\nHi.<|im_end|>"]
     turns = [[{"from": "human", "value": "Who?"}, {"from": "gpt", "value": answer}] for answer in answers]
     rows = [{"id": str(number), "conversations": turn} for number, turn in enumerate(turns)]
     (tmp_path / "rows.json").write_text(json.dumps(rows))
     found = {}
-    for name in ("llama3", "llama2"):
+    for name in ("llama3", "llama2", "qwen3"):
         check = DataCheck([DataSource(str(tmp_path / "rows.json"))], made(name)[0])
         report = examine(check, Progress(disable=True))
         found[name] = [(finding.code, finding.row) for finding in report.findings]
-    assert found == {"llama3": [("control_token", 0)], "llama2": [("role_marker", 2)]}
+    assert found == {
+        "llama3": [("control_token", 0), ("role_marker", 3)],
+        "llama2": [("role_marker", 0), ("role_marker", 2), ("role_marker", 3)],
+        "qwen3": [("role_marker", 0), ("control_token", 3)],
+    }
 
 
 def test_a_layout_whose_tokens_the_tokenizer_lacks_is_refused():

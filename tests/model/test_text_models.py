@@ -14,10 +14,11 @@ from transformers import (
     Qwen2_5_VLConfig,
     Qwen3MoeConfig,
     Qwen3MoeForCausalLM,
+    Siglip2Config,
     set_seed,
 )
 
-from sq_llava.checkpoints.compose import compose, compose_config
+from sq_llava.checkpoints.compose import compose, compose_config, compose_processor
 from sq_llava.checkpoints.inspection import inspect
 from sq_llava.checkpoints.load import load_checkpoint, merge_adapter
 from sq_llava.training.trainer import require_router_loss
@@ -89,6 +90,14 @@ def test_multimodal_model_without_a_usable_text_part_is_refused_with_its_type(pa
     for make in (compose_config, compose):
         with pytest.raises(ValueError, match=message):
             make(str(parts / "clip"), str(tmp_path))
+
+
+def test_vision_model_of_variable_resolution_is_refused_before_anything_is_loaded(parts, tmp_path, monkeypatch):
+    Siglip2Config().save_pretrained(tmp_path)
+    monkeypatch.setattr("sq_llava.checkpoints.compose._tokenizer_of", None)
+    for make in (compose_config, compose_processor, compose):
+        with pytest.raises(ValueError, match="such as google/siglip2-base-patch16-384"):
+            make(str(tmp_path), str(parts / "gemma3"))
 
 
 def first_step(parts: Path, output_dir: Path, coefficient: float, **overrides) -> dict:

@@ -13,7 +13,8 @@ from sq_llava.evaluation import easy_vqa
 FOLDER = Path(readme.__file__).parent
 SHARED = {"common", "readme", "random_models", "load"}
 BY_HAND = {
-    "gpu", "launchers", "shared_images", "sharing_accuracy", "serving", "ablation", "self_training", "three_systems",
+    "gpu", "launchers", "shared_images", "sharing_accuracy", "serving", "asking_first", "ablation", "self_training",
+    "three_systems",
 }  # fmt: skip
 
 

@@ -13,6 +13,7 @@ from openai import OpenAI
 from PIL import Image
 
 from sq_llava.inference.dialogues import DESCRIBE
+from sq_llava.inference.settings import SelfQuestioning
 from sq_llava.serving.app import create_app
 from sq_llava.serving.chat import ChatService, Limits
 from sq_llava.serving.settings import Access
@@ -239,6 +240,9 @@ def test_error_about_an_image_names_its_place(client, url, problem):
         ({"messages": [{"role": "user", "content": [0] * 1000}]}, "valid dictionary", None),
         ({"messages": [{"role": "user", "content": [{"type": "text", "text": ""}] * 1001}]}, "1001 parts", None),
         ({"stream_options": {"include_usage": True}}, "needs stream: true", None),
+        ({"self_questions": 1}, "needs an image", "self_questions"),
+        ({"self_questions": 1, "self_question": True}, "Remove it, or self_question", None),
+        ({"self_questions": 17}, "less than or equal to 16", "self_questions"),
     ],
     ids=lambda value: str(value)[:60] if isinstance(value, dict) else "",
 )
@@ -274,6 +278,28 @@ def test_a_question_is_asked_for_as_in_vllm(client):
         for extra in ({"self_question": True}, {"chat_template_kwargs": {"ask": True}})
     )
     assert asked.first_answer == told.first_answer and asked.choices == told.choices
+
+
+def test_model_asks_itself_before_it_answers(client, monkeypatch):
+    monkeypatch.setattr(SelfQuestioning, "own_tokens", 8)
+    settings = {"seed": 3, "extra_body": {"self_questions": 2}}
+    question = user("What?", tiny.picture())
+    reply = ask_for(client, question, **settings)
+    assert len(reply.asked) == 2
+
+    def text_of(*messages) -> str:
+        return ask_for(client, *messages).choices[0].message.content
+
+    first = user(DESCRIBE, tiny.picture())
+    messages = [first, {"role": "assistant", "content": text_of(first)}]
+    for pair in reply.asked:
+        messages.append({"role": "vusr", "content": pair["question"]})
+        assert pair["answer"] == text_of(*messages)
+        messages.append({"role": "assistant", "content": pair["answer"]})
+    assert reply.choices[0].message.content == text_of(*messages, user("What?"))
+    assert reply.usage.completion_tokens > 8 * 3
+    chunks = list(ask_for(client, question, stream=True, **settings))
+    assert chunks[0].asked == reply.asked
 
 
 def test_base64_may_have_line_breaks(client):

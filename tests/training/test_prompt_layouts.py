@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 from processing_sq_llava import SYSTEM_MESSAGE
 from sq_llava.checkpoints.compose import compose
@@ -17,6 +18,14 @@ from tests.checkpoints.test_chat_templates import TEMPLATE
 
 
 END, DOCUMENT_END = "<|im_end|>", "<|endoftext|>"
+
+
+def recorded(function, calls: list):
+    def call(*args, **kwargs):
+        calls.append(args)
+        return function(*args, **kwargs)
+
+    return call
 
 
 @pytest.fixture(scope="module")
@@ -71,9 +80,12 @@ def test_merged_model_stops_at_the_delimiter_and_at_the_language_models_own_end(
         assert output[0].tolist() == [9, 8, 7, 6, 9, 9, 9, end]
 
 
-def test_base_model_stops_at_the_delimiter_and_where_its_tokenizer_ends(parts, tmp_path):
+def test_base_model_stops_at_the_delimiter_and_where_its_tokenizer_ends(parts, tmp_path, monkeypatch):
+    loaded = []
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", recorded(AutoTokenizer.from_pretrained, loaded))
     model, processor = compose(str(parts / "clip"), str(save_qwen3(tmp_path, base=True)), prototype_variant="none")
     assert model.generation_config.eos_token_id == processor.tokenizer.convert_tokens_to_ids([END, DOCUMENT_END])
+    assert len(loaded) == 1  # the tokenizer is loaded once
 
 
 def test_merged_model_answers_in_batches_asks_and_converses_as_without_a_cache(assistant):

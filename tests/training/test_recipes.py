@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import subprocess
 from pathlib import Path
 
@@ -14,23 +13,30 @@ from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.utils import DeepSpeedPlugin
 from accelerate.utils.fsdp_utils import fsdp2_prepare_auto_wrap_policy
 from safetensors.torch import load_file
-from transformers import Blip2Config, CLIPVisionConfig, LlamaConfig
+from transformers import AutoImageProcessor
 from transformers.distributed.fsdp import update_fsdp_plugin_peft
 from trl import ModelConfig, SFTConfig, TrlParser
 
 import train_sft
-from configuration_sq_llava import CLIP_VIT_L_14_336, VICUNA_7B
+from sq_llava.checkpoints.load import load_checkpoint, merge_adapter
+from sq_llava.checkpoints.prompt_layouts import recognise_chat_format
 from sq_llava.data.sources import DataSource
-from sq_llava.resources import find_resource
+from sq_llava.inference.assistant import Assistant
 from sq_llava.training.adapter import LoraSize, add_adapter
 from sq_llava.training.settings import SQLlavaArguments
 from sq_llava.training.sharding import sharding_asked_for, wrap_layers
-from tests import runs, tiny
+from sq_llava.training.trainer import SQLlavaTrainer
+from tests import recipe_memory, tiny
+from tests.chat_tokenizers import CHAT_TOKENIZERS, save_chat_model
 from tests.launches import launch_environment
+from tests.recipe_memory import PAIRS, RECIPES
 
 
-RECIPES = find_resource("recipes")
-ORIGINALS = sorted(file.relative_to(RECIPES) for file in RECIPES.glob("*b/*.yaml"))  # of 7b and 13b models
+ORIGINALS = sorted(
+    file.relative_to(RECIPES)
+    for file in RECIPES.glob("*/*.yaml")
+    if file.parent.name not in ("accelerate", "easy-vqa")  # launch settings, and the recipes of the demo
+)
 LAUNCHES = sorted((RECIPES / "accelerate").glob("*.yaml"))
 SIZE = LoraSize(4, 8, 0.0)
 
@@ -41,9 +47,10 @@ def keys(file: Path) -> set[str]:
 
 @pytest.fixture(scope="module")
 def parts(tmp_path_factory) -> Path:
-    """A CLIP, a Llama, captions and conversations with pictures."""
+    """A CLIP, a SigLIP, a Llama, captions and conversations with pictures."""
     root = tmp_path_factory.mktemp("parts")
     tiny.save_towers(root)
+    tiny.save_siglip(root / "siglip")
     tiny.save_blip2(root / "blip2")
     tiny.picture().save(root / "a.png")
     turns = [("human", "<image>\nWhat?"), ("gpt", "A dog."), ("human", "Where?"), ("gpt", "In the grass.")]
@@ -52,19 +59,19 @@ def parts(tmp_path_factory) -> Path:
     return root
 
 
-def run_twin(recipe: Path, parts: Path, folder: Path) -> None:
-    """Trains one step of a tiny recipe, with these models and rows."""
+def run_twin(recipe: Path, parts: Path, folder: Path, **models: Path) -> SQLlavaTrainer:
+    """Trains one step of a tiny recipe, with these models and rows. `models` are others than those it names."""
     settings = yaml.safe_load((RECIPES / "tiny" / recipe).read_text())
     for source in settings.get("datasets", [settings]):
         source |= {"path" if "path" in source else "dataset_path": str(parts / "rows.json"), "image_root": str(parts)}
     for name in ("vision", "text", "qformer"):
         if path := settings.get(f"{name}_model_name_or_path"):
-            settings[f"{name}_model_name_or_path"] = str(parts / Path(path).name)
+            settings[f"{name}_model_name_or_path"] = str(models.get(name, parts / Path(path).name))
     if "model_name_or_path" in settings:
         settings["model_name_or_path"] = str(folder / recipe.parent / Path(settings["model_name_or_path"]).name)
     settings |= {"output_dir": str(folder / recipe.with_suffix("")), "max_steps": 1, "use_cpu": True}
     (folder / "recipe.yaml").write_text(yaml.safe_dump(settings))
-    train_sft.main(["--config", str(folder / "recipe.yaml"), "--resume", "0"])
+    return train_sft.main(["--config", str(folder / "recipe.yaml"), "--resume", "0"])
 
 
 @pytest.mark.parametrize("recipe", ORIGINALS, ids=str)
@@ -129,40 +136,74 @@ def test_tiny_twins_of_the_other_systems_train_what_they_say(system, parts, tmp_
             assert (folder / "model.safetensors").is_file() and not (folder / "adapter_config.json").exists()
 
 
-@pytest.fixture(scope="module")
-def big_configs(tmp_path_factory) -> Path:
-    """The configurations, without weights, of the vision towers and of both sizes of Vicuna."""
-    root = tmp_path_factory.mktemp("configs")
-    CLIPVisionConfig(**CLIP_VIT_L_14_336).save_pretrained(root / "clip-vit-large-patch14-336")
-    CLIPVisionConfig(**{**CLIP_VIT_L_14_336, "image_size": 224}).save_pretrained(root / "clip-vit-large-patch14")
-    Blip2Config().save_pretrained(root / "blip2-flan-t5-xxl")
-    vicuna = {**VICUNA_7B, "vocab_size": 32000}
-    LlamaConfig(**vicuna).save_pretrained(root / "7b")
-    LlamaConfig(
-        **vicuna, hidden_size=5120, num_hidden_layers=40, num_attention_heads=40, intermediate_size=13824
-    ).save_pretrained(root / "13b")
-    return root
+# Two models in the manner of each pair. The tiny recipes name those of the demo.
+MODELS_OF_PAIRS = {
+    "siglip2-smollm2-360m": ("siglip", "smollm"),
+    "siglip2-qwen3-1.7b": ("siglip", "qwen3"),
+    "siglip2-smollm3-3b": ("siglip", "smollm3"),
+    "clip-llama3.1-8b": ("clip", "llama31"),
+    "siglip2-qwen3-8b": ("siglip", "qwen3"),
+}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("recipe", ORIGINALS, ids=str)
-def test_recipe_states_the_memory_that_the_dry_run_estimates(recipe, big_configs, capsys, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "200")
-    header = (RECIPES / recipe).read_text().split("\nstage:")[0]
+@pytest.mark.parametrize(
+    "pair", [name if name == PAIRS[1] else pytest.param(name, marks=pytest.mark.long) for name in PAIRS]
+)
+def test_pair_is_trained_merged_and_answers_in_the_format_of_its_language_model(pair, parts, tmp_path):
+    vision, text = MODELS_OF_PAIRS[pair]
+    make, layout, end = CHAT_TOKENIZERS[text]
+    save_chat_model(tmp_path / text, text)
+    run_twin(Path(pair, "stage1.yaml"), parts, tmp_path, vision=parts / vision, text=tmp_path / text)
+    trainer = run_twin(Path(pair, "stage2.yaml"), parts, tmp_path)
+    row = trainer.data_collator([trainer.train_dataset[0]])["input_ids"][0]
+    format = recognise_chat_format(make())
+    assert format.layout == layout
+    assert f"{format.thought}A dog.{end}" in trainer.processing_class.tokenizer.decode(row)
+    merge_adapter(str(tmp_path / pair / "stage2"), str(tmp_path / "merged"))
+    model, processor = load_checkpoint(str(tmp_path / "merged"))
+    assert model.config.vision_config.model_type == f"{vision}_vision_model"
+    images = processor.image_processor
+    assert images.size["shortest_edge"] == model.config.vision_config.image_size
+    assert list(images.image_mean) == list(AutoImageProcessor.from_pretrained(parts / vision).image_mean)
+    [answer] = Assistant(model, processor).answer_batch([(tiny.picture(), "What?")], max_new_tokens=4)
+    assert isinstance(answer, str)
+
+
+@pytest.fixture(scope="module")
+def big_configs(tmp_path_factory) -> Path:
+    return recipe_memory.write_configurations(tmp_path_factory.mktemp("configs"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "recipe",
+    [pytest.param(recipe, marks=pytest.mark.long) if recipe.parent.name in PAIRS else recipe for recipe in ORIGINALS],
+    ids=str,
+)
+def test_recipe_states_the_memory_that_the_dry_run_estimates(recipe, big_configs):
+    header = recipe_memory.header(recipe)
     assert "estimated, not measured" in header and "Not run by this project" in header
-    num_gpus = 8 if "8 GPUs" in header else 1
-    first = yaml.safe_load((RECIPES / recipe).with_name("stage1.yaml").read_text())
-    parts = {
-        name: str(big_configs / Path(first[name]).name)
-        for name in ("vision_model_name_or_path", "qformer_model_name_or_path")
-        if name in first
-    }
-    parts["text_model_name_or_path"] = str(big_configs / recipe.parent.name.rpartition("-")[2])
-    settings = {"config": RECIPES / recipe, "dry_run": "meta", "num_gpus": num_gpus, "use_cpu": True}
-    train_sft.main(runs.command_line(settings | parts))
-    total = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("│ total "))
-    sizes = re.compile(r"\d+\.\d GiB")
-    assert sizes.findall(total) == sizes.findall(header)
+    assert recipe_memory.estimates(recipe, big_configs) == recipe_memory.sizes_in(header)
+
+
+@pytest.mark.parametrize("pair", PAIRS)
+def test_table_of_pairs_says_what_their_recipes_say(pair):
+    *_, line = (line for line in recipe_memory.DOCUMENT.read_text().splitlines() if line.startswith(f"| `{pair}`"))
+    headers = [recipe_memory.header(Path(pair, f"stage{number}.yaml")) for number in (1, 2)]
+    *_, in_four_bits = recipe_memory.sizes_in(line)
+    memory = [recipe_memory.sizes_in(header)[0] for header in headers]
+    assert line == recipe_memory.row(pair, [*memory, in_four_bits])
+
+
+@pytest.mark.slow
+@pytest.mark.long
+def test_table_of_pairs_is_the_one_that_the_script_writes(tmp_path, monkeypatch):
+    text = recipe_memory.DOCUMENT.read_text()
+    monkeypatch.setattr(recipe_memory, "DOCUMENT", tmp_path / "training.md")
+    (tmp_path / "training.md").write_text(text)
+    recipe_memory.main()
+    assert (tmp_path / "training.md").read_text() == text
 
 
 @pytest.mark.parametrize("file", LAUNCHES, ids=lambda file: file.name)

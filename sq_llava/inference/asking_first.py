@@ -1,0 +1,117 @@
+"""The model asks itself about an image before it answers, and answers with its own questions in view.
+
+    user: <image> DESCRIBE     assistant: a description        unless the conversation has an answer already
+    vusr: What is behind it?   assistant: A tree.              `self_questions` times
+    user: the user's question  assistant: the answer
+
+The image goes through the model once. Questions are sampled, and answers are greedy. With `votes`, the model does this
+several times behind one description, and its most frequent answer counts (Wang et al., 2022,
+https://arxiv.org/abs/2203.11171).
+"""
+
+from collections import Counter
+from dataclasses import dataclass
+
+from modeling_sq_llava import SQLlavaForConditionalGeneration
+from processing_sq_llava import SQLlavaProcessor
+from sq_llava.data.messages import images_of
+from sq_llava.inference.dialogues import DESCRIBE, Dialogues
+from sq_llava.inference.settings import AskSettings, SelfQuestioning
+
+
+@dataclass(frozen=True)
+class Considered:
+    """
+    An answer, and what the model asked before it.
+
+    Args:
+        answer (`str`): The answer.
+        asked (`list[list[dict[str, str]]]`): For each vote, pairs of a `question` and its `answer`.
+    """
+
+    answer: str
+    asked: list[list[dict[str, str]]]
+
+
+def answer_after_asking(
+    model: SQLlavaForConditionalGeneration,
+    processor: SQLlavaProcessor,
+    conversations: list[list[dict]],
+    settings: SelfQuestioning,
+    max_new_tokens: int,
+    seeds: list[int] | None = None,
+) -> list[Considered]:
+    """
+    Args:
+        conversations (`list[list[dict]]`): Messages that end with a user turn, with the images in place.
+        settings ([`SelfQuestioning`]): Number of questions and votes.
+        max_new_tokens (`int`): Maximum length of an answer to the user, in tokens.
+        seeds (`list[int]`, *optional*): One random seed for each conversation. With it, the questions do not depend on
+            the rest of the batch.
+
+    Raises:
+        ValueError: if a conversation has no image, does not end with a user turn, or fills the model's context.
+    """
+    for conversation in conversations:
+        if not images_of(conversation):
+            raise ValueError("self_questions needs an image: the model asks about images.")
+        if conversation[-1]["role"] != "user":
+            raise ValueError("self_questions needs messages that end with a user turn.")
+    found: list[Considered | None] = [None] * len(conversations)
+    # Conversations that need a description come in one batch, the others in another one.
+    for is_new in (True, False):
+        places = [place for place, messages in enumerate(conversations) if _is_new(messages) == is_new]
+        if places:
+            own_seeds = None if seeds is None else [seeds[place] for place in places]
+            batch = [conversations[place] for place in places]
+            results = _consider(model, processor, batch, is_new, settings, max_new_tokens, own_seeds)
+            for place, result in zip(places, results, strict=True):
+                found[place] = result
+    return found
+
+
+def _is_new(messages: list[dict]) -> bool:
+    return all(message["role"] != "assistant" for message in messages)
+
+
+def _consider(model, processor, conversations, describe: bool, settings, max_new_tokens, seeds) -> list[Considered]:
+    votes = settings.votes
+    starts, lasts = zip(*map(split_last_turn, conversations))
+    dialogues = Dialogues(model, processor, list(starts))
+    if describe:
+        dialogues.answer(settings.own_tokens)
+    dialogues = dialogues.repeated(votes, seeds)
+    begins = [len(messages) for messages in dialogues.messages]
+    asking = AskSettings()
+    longest = min(settings.own_tokens, asking.max_new_tokens)
+    for _ in range(settings.self_questions):
+        asked = dialogues.ask(1, asking.temperature, asking.top_k, asking.top_p, longest)
+        for messages, [question] in zip(dialogues.messages, asked):
+            messages.append({"role": "vusr", "content": question})
+        dialogues.answer(settings.own_tokens)
+    for number, messages in enumerate(dialogues.messages):
+        messages.append(lasts[number // votes])
+    answers = dialogues.answer(max_new_tokens)
+    pairs = []
+    for begin, messages in zip(begins, dialogues.messages):
+        own = messages[begin:-2]
+        pairs.append([{"question": one["content"], "answer": two["content"]} for one, two in zip(own[::2], own[1::2])])
+    return [
+        # Of answers that are equally frequent, the first one counts.
+        Considered(Counter(answers[begin : begin + votes]).most_common(1)[0][0], pairs[begin : begin + votes])
+        for begin in range(0, len(answers), votes)
+    ]
+
+
+def split_last_turn(messages: list[dict]) -> tuple[list[dict], dict]:
+    """
+    Returns what comes before the model's own questions, and the user's last turn. If there is no answer yet, the
+    images move from the last turn into one that asks for a description.
+    """
+    *head, last = messages
+    if not _is_new(messages):
+        return head, last
+    images = [part for part in last["content"] if part["type"] == "image"]
+    texts = [part for part in last["content"] if part["type"] != "image"]
+    first = {"role": "user", "content": [*images, {"type": "text", "text": DESCRIBE}]}
+    return [*head, first], {**last, "content": texts}

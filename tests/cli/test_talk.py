@@ -1,0 +1,195 @@
+"""`ask`, `answer` and `chat`: which images they take, and what they print."""
+
+import io
+import json
+from contextlib import nullcontext
+from types import SimpleNamespace
+
+import pytest
+from rich.console import Console
+from typer.testing import CliRunner
+
+from sq_llava.cli import chat as chat_command
+from sq_llava.cli import images, talk
+from sq_llava.cli.chat import Printer
+from sq_llava.cli.main import app
+from sq_llava.data.messages import place_images
+from sq_llava.serving import images as remote
+from tests import tiny
+from tests.assistants import record_passes
+from tests.inference.test_assistant import prompt_length
+
+
+@pytest.fixture
+def passes(assistant, monkeypatch) -> dict[str, list]:
+    return record_passes(assistant, monkeypatch)
+
+
+@pytest.fixture
+def run(assistant, monkeypatch):
+    """Runs a command with the tiny assistant, and returns its result."""
+    monkeypatch.setattr(talk, "load_model", lambda **options: assistant)
+    monkeypatch.setattr(talk, "check_model_options", lambda **options: None)
+    return lambda *command, **settings: CliRunner().invoke(
+        app, [*map(str, command), "--model", "tiny", "--max-new-tokens", "6"], **settings
+    )
+
+
+@pytest.fixture
+def photo(tmp_path):
+    path = tmp_path / "photo.png"
+    tiny.picture().save(path)
+    return path
+
+
+def test_image_from_standard_input_is_answered_as_from_a_file(run, photo):
+    piped = run("answer", "-", "Why?", "--json", input=photo.read_bytes())
+    [from_file] = json.loads(run("answer", photo, "Why?", "--json").stdout)
+    assert json.loads(piped.stdout) == [{**from_file, "image": "standard input"}]
+    assert "standard input: unknown image format" in run("answer", "-", "Why?", input=b"text").output
+    assert "standard input is empty" in run("answer", "-", "Why?", input=b"").output
+
+
+def test_url_is_downloaded_by_the_rules_of_the_server(run, photo, monkeypatch):
+    url = "https://example.org/photo.png"
+
+    async def fetch(asked: str, max_bytes: int) -> bytes:
+        assert asked == url
+        return photo.read_bytes()
+
+    with monkeypatch.context() as patch:
+        patch.delenv("HF_HUB_OFFLINE")
+        assert "127.0.0.1, which is not a host on the public" in run("ask", "http://127.0.0.1/a.png").stderr
+        patch.setattr(remote, "fetch", fetch)
+        result = run("ask", url, "--json", "--seed", 0)
+    assert result.exit_code == 0, result.stderr
+    [of_url], [of_file] = json.loads(result.stdout), json.loads(run("ask", photo, "--json", "--seed", 0).stdout)
+    assert of_url == {**of_file, "image": url} and f"Downloading {url}" in result.stderr
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert "HF_HUB_OFFLINE is set, so nothing is downloaded" in run("ask", url).stderr
+
+
+def test_several_images_are_shown_together(run, assistant, photo, tmp_path):
+    other = tmp_path / "other.png"
+    tiny.picture(3).save(other)
+    [result] = json.loads(run("answer", photo, other, "Which?", "--together", "--json").stdout)
+    assert result == {"image": f"{photo}, {other}", "answer": assistant.answer([photo, other], "Which?", 6)}
+    assert len(json.loads(run("answer", photo, other, "Which?", "--json").stdout)) == 2
+
+
+def test_without_an_image_the_bundled_photo_is_offered(run, monkeypatch):
+    refused = run("answer", "Who is it?")
+    assert refused.exit_code == 1 and "cat.jpg 'Who is it?'" in refused.stderr
+    monkeypatch.setattr(images.sys, "stdin", SimpleNamespace(isatty=lambda: True))
+    terminal = Console(file=io.StringIO(), force_terminal=True)
+    monkeypatch.setattr(images, "console", terminal)
+    for typed, files in (("", ["cat.jpg"]), ("n", [])):
+        monkeypatch.setattr(terminal, "input", lambda text, typed=typed: typed)
+        expected = nullcontext() if files else pytest.raises(ValueError, match=r"No image is given\.$")
+        with expected, images.image_files(None, "sq-llava ask IMAGE") as found:
+            assert [file.name for file in found] == files
+
+
+def test_answer_comes_word_by_word_on_a_terminal(run, assistant, photo, monkeypatch):
+    screen = io.StringIO()
+    terminal = Console(file=screen, force_terminal=True, color_system=None)
+    for module in (talk, chat_command):
+        monkeypatch.setattr(module, "console", terminal)
+    pieces = []
+    monkeypatch.setattr(Printer, "__call__", lambda self, piece, stream_end=False: pieces.append(piece))
+    assert run("answer", photo, "Why?").exit_code == 0
+    assert len(pieces) > 2 and "".join(pieces).strip() == assistant.answer(photo, "Why?", 6)
+
+
+def test_words_are_printed_without_space_at_the_ends(monkeypatch):
+    screen = io.StringIO()
+    monkeypatch.setattr(chat_command, "console", Console(file=screen))
+    printer = Printer("> ")
+    for piece in (" ", "a ", "", "b", "\n", " c", " \n"):
+        printer(piece)
+    printer("", stream_end=True)
+    assert screen.getvalue() == "> a b\n c\n"
+
+
+def test_questions_before_an_answer_are_shown(run, photo):
+    command = ("answer", photo, "Why?", "--self-questions", 2, "--votes", 3)
+    [result] = json.loads(run(*command, "--json").stdout)
+    assert [len(pairs) for pairs in result["asked"]] == [2, 2, 2]
+    shown = run(*command).stdout
+    assert shown.count("  vusr: ") == 6 and shown.rstrip("\n").endswith(f"  {result['answer']}".rstrip())
+    assert "votes needs self_questions" in run("answer", photo, "Why?", "--votes", 3).stderr
+
+
+@pytest.fixture
+def chat(assistant, tmp_path, monkeypatch):
+    """Runs `sq-llava chat` with these lines, and returns what it printed."""
+    image, said = tmp_path / "image.png", []
+    tiny.picture().save(image)
+    monkeypatch.setattr(chat_command, "load_model", lambda **options: assistant)
+    monkeypatch.setattr(chat_command.console, "print", lambda text="", **style: said.append(text))
+    command = ["chat", str(image), "--model", "tiny", "--max-new-tokens", "6", "--seed", "3"]
+
+    def talk_about(*lines: str) -> list[str]:
+        said.clear()
+        result = CliRunner().invoke(app, command, input="\n".join([*lines, "/quit"]))
+        assert result.exit_code == 0, result.output
+        return [text for text in said[1:] if text != "> "]
+
+    return talk_about
+
+
+def test_chat_computes_no_turn_twice_and_prints_the_same_as_without_a_cache(assistant, passes, chat):
+    said = chat("What is it?", "And what colour?", "/ask", "Are you sure?")
+    seen = {name: list(counts) for name, counts in passes.items()}
+    messages, fresh = place_images(tiny.picture(), "What is it?"), []
+    lengths = []
+    for line in ("And what colour?", "/ask", "Are you sure?", None):
+        lengths.append(prompt_length(assistant, messages))
+        fresh.append(assistant.answer(None, messages, max_new_tokens=6))
+        messages.append({"role": "assistant", "content": fresh[-1]})
+        if line == "/ask":
+            [question] = assistant.ask(None, messages, max_new_tokens=6, seed=3)
+            fresh.append(question)
+            messages.append({"role": "vusr", "content": question})
+        elif line is not None:
+            messages += place_images(None, line)
+    assert said == [fresh[0], fresh[1], f"vusr: {fresh[2]}", f"assistant: {fresh[3]}", fresh[4]]
+    assert seen["images"] == [1]
+    tokens = [columns for _, columns in seen["tokens"]]
+    assert tokens[0] == lengths[0]
+    assert next(count for count in tokens[1:] if count > 1) <= lengths[1] - lengths[0]
+    # Generated text may be split into other tokens when it is read again.
+    assert sum(tokens) <= lengths[-1] + 2 * 6 * len(said)
+
+
+@pytest.mark.parametrize("first", ["/ask", "What is it?"])
+def test_chat_drops_a_turn_that_was_stopped_or_refused(assistant, chat, monkeypatch, first):
+    expected = chat(first, "Why?", "/ask")
+    speak, generate = chat_command.Chat.speak, assistant.model.generate
+
+    def generate_half(**inputs):
+        generate(**{**inputs, "max_new_tokens": 3})
+        raise KeyboardInterrupt
+
+    def stop_one(self, prefix):
+        with monkeypatch.context() as patch:
+            if "Stop me." in str(self.dialogue.messages[0][-1]["content"]):
+                patch.setattr(assistant.model, "generate", generate_half)
+            speak(self, prefix)
+
+    monkeypatch.setattr(chat_command.Chat, "speak", stop_one)
+    assert chat("Stop me.", first, "Stop me.", "forged </s>", "Why?", "Stop me.", "/ask") == expected
+
+
+def test_chat_takes_another_image_saves_and_names_wrong_commands(chat, assistant, tmp_path):
+    other, saved = tmp_path / "other.png", tmp_path / "chat.json"
+    tiny.picture(3).save(other)
+    said = chat(f"/image {other}", "Why?", f"/save {saved}", f"/save {saved}", "/image none.png", "/nothing", "/help")
+    answer = assistant.answer(other, "Why?", 6)
+    assert said[1] == answer
+    assert json.loads(saved.read_text()) == {
+        "image": str(other),
+        "messages": [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": answer}],
+    }
+    for command in ("/ask", "/image", "/new", "/save", "/help", "/quit"):
+        assert command in said[-1]
