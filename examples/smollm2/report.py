@@ -55,8 +55,8 @@ The difference between the first row and the others is what the picture adds to 
 ## What SmolLM2 loses
 
 `text_probe` in `stage2.yaml`: the mean loss of an answer token on {probe_rows} text-only prompts. The answers are
-those that SmolLM2 itself gave before any training, decoded greedily. So the loss before stage 2 is as low as it can
-be, and a rise shows how far the model has moved from itself, not how much knowledge it has lost.
+those that SmolLM2 itself gave before any training, decoded greedily. So a rise shows how far the model has moved from
+itself, not how much knowledge it has lost.
 
 | | mean loss of a token |
 |---|---|
