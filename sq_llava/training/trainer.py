@@ -17,7 +17,6 @@ Each step is checked before it is applied (`sq_llava/training/recovery.py`). Wit
 saves the steps since the last checkpoint.
 """
 
-import math
 import shutil
 from contextlib import nullcontext
 from dataclasses import replace
@@ -77,8 +76,8 @@ class SQLlavaTrainer(SFTTrainer):
         question_loss_weight (`float`): Weight of a self-question token; an answer token has weight 1.
         part_learning_rates (`dict[str, float]`): Learning rates of `"vision"` and `"connector"`. Other parts use
             `learning_rate`.
-        max_loss (`float`, *optional*): Stop at a step with a higher loss. Default: 2 ln(vocabulary size), twice the
-            loss of a uniform guess.
+        max_loss (`float`, *optional*): Stop at a step with a higher loss. Default: twice the loss that the run began
+            with ([`StepWatch.highest_loss`]).
         generation_check (`GenerationCheck`, *optional*): Runs with each evaluation.
         text_probe (`TextProbe`, *optional*): Runs before and after training, and with each evaluation.
         packing (`bool`): Whether to pack training rows. Their `length` must then come from `with_length_bounds`.
@@ -109,7 +108,7 @@ class SQLlavaTrainer(SFTTrainer):
         self._init_trl(*args, **kwargs)
         self.args.logging_nan_inf_filter = False  # it would log another number where the loss is nan
         vocab_size = self.model.config.get_text_config().vocab_size
-        self.watch = StepWatch(self.accelerator, 2 * math.log(vocab_size) if max_loss is None else max_loss)
+        self.watch = StepWatch(self.accelerator, vocab_size, max_loss)
         self.add_callback(self.watch)
         if text_probe is not None:
             # First in the list: at the end of training, trackers take no values any more.
