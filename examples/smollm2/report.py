@@ -50,7 +50,8 @@ made.
 | that of another question | {other:.1%} |
 | a gray one | {gray:.1%} |
 
-The difference between the first row and the others is what the picture adds to the question.
+The difference between the first row and the others is what the picture adds to the question. With so few questions, a
+difference of two or three answers can be chance.
 
 ## What SmolLM2 loses
 
