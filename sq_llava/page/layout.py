@@ -108,7 +108,6 @@ def launch_settings(host: str = "127.0.0.1", allowed_hosts: Sequence[str] | None
         "share": False,
         # The browser checks it before the upload. A photo of 50 megapixels has about 20 MB.
         "max_file_size": "50mb",
-        "allowed_paths": [str(PHOTOS)],
         "app_kwargs": {"middleware": [hosts, Middleware(ContentSecurityPolicy)]},
     }
 
@@ -116,6 +115,8 @@ def launch_settings(host: str = "127.0.0.1", allowed_hosts: Sequence[str] | None
 def create_page(assistant: Assistant) -> gr.Blocks:
     """The page of one model. Start it with `launch(**launch_settings())`."""
     page = Page(assistant)
+    # Gradio's cache is shared by all pages of this machine, and each page deletes its files there when it ends.
+    gr.set_static_paths([str(PHOTOS)])
     with gr.Blocks(
         title="SQ-LLaVA", analytics_enabled=False, fill_width=True, delete_cache=(3600, 24 * 3600)
     ) as blocks:
