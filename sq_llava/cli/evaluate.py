@@ -1,5 +1,6 @@
 """`sq-llava evaluate` and `sq-llava evaluate-questions`: their options and their output."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -9,7 +10,7 @@ from rich.box import SIMPLE
 from rich.markup import escape
 from rich.table import Table
 
-from sq_llava.cli.options import OptionsOf, check_model_options, quiet_libraries, takes_options
+from sq_llava.cli.options import AsJson, OptionsOf, check_model_options, quiet_libraries, takes_options
 from sq_llava.console import console, errors_in_one_line, examples, is_first_process, messages_console
 from sq_llava.early_checks import require_folder
 from sq_llava.evaluation.settings import Evaluation, JudgeSettings, QuestionEvaluation
@@ -151,6 +152,23 @@ def show(results) -> None:
         console.print(table)
 
 
+def show_questions(figures: dict[str, Any]) -> None:
+    """Prints the metrics of a model's questions."""
+    from sq_llava.evaluation.question_run import metric_rows
+
+    table = _table("Questions of the model", "value")
+    for row in metric_rows(figures):
+        table.add_row(*row)
+    for name, share in figures["types"].items():
+        table.add_row(f"questions of type {name}", f"{share:.1%}")
+    clip = figures.get("clip", {})
+    for name in [name for name in clip if f"{name}_with_another_image" in clip]:
+        about = f"CLIP similarity of {name.replace('_', ' ')}"
+        table.add_row(f"{about} and their image", f"{clip[name]:.3f}")
+        table.add_row(f"{about} and another image", f"{clip[f'{name}_with_another_image']:.3f}")
+    console.print(table)
+
+
 def show_differences(differences, out: Path) -> None:
     """Prints the differences between this run and the one it is compared with."""
     for task in dict.fromkeys(each.task for each in differences):
@@ -229,6 +247,7 @@ def evaluate_questions(
     settings: Annotated[dict, OptionsOf(QuestionEvaluation)],
     asking: Annotated[dict, OptionsOf(AskSettings)],
     out: Annotated[Path | None, typer.Option(help="Output folder. Default: runs/questions/<model>.")] = None,
+    as_json: AsJson = False,
 ) -> None:
     """Measure the questions that a model asks.
 
@@ -243,7 +262,10 @@ def evaluate_questions(
         out = out or Path("runs/questions") / Path(settings["model"]).name
         figures = run(QuestionEvaluation(out=out, settings=AskSettings(**asking), **settings))
     if figures:
-        console.print_json(data=figures)
+        if as_json:
+            print(json.dumps(figures, indent=2))
+        else:
+            show_questions(figures)
         messages_console.print(f"Wrote {out}", soft_wrap=True)
         if figures["num_failed"]:
             messages_console.print(

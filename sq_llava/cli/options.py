@@ -69,7 +69,7 @@ class OptionsOf:
                 # Typer keeps the first name in `default`: here a short one (-n). A prefix leaves no short name.
                 short = () if self.prefix or info.default is ... else (info.default,)
                 info.default, info.param_decls = f"--{name.replace('_', '-')}", short
-                if self.prefix and info.min is not None:
+                if info.min is not None:
                     info.metavar = "N"  # shorter than "<float range>", so that 80 columns show the whole name
             default = self.defaults.get(field.name, field.default)
             default = Parameter.empty if default is MISSING else default

@@ -29,7 +29,7 @@ Images = Annotated[
     typer.Argument(help="Image files, folders of images, URLs, or - for standard input.", show_default=False),
 ]
 BatchSize = Annotated[int, typer.Option(min=1, help="Number of images in a batch.")]
-Together = Annotated[bool, typer.Option(help="Show the model all images at once, in one prompt.")]
+Together = Annotated[bool, typer.Option("--together", help="Show the model all images at once, in one prompt.")]
 
 app = typer.Typer()
 
