@@ -23,6 +23,7 @@ class Reply:
         seconds (`float`): Time before the answer.
         closes (`bool`): Close the connection without an answer.
         cuts (`bool`): Send half of the body, then close the connection.
+        billed (`tuple[int, int]`): Prompt and answer tokens that the server charges for a reply with the status 200.
     """
 
     text: str = ""
@@ -32,24 +33,32 @@ class Reply:
     seconds: float = 0.0
     closes: bool = False
     cuts: bool = False
+    billed: tuple[int, int] = (100, 10)
 
 
 @dataclass
 class ChatServer:
-    """The requests (their bodies) that came in, and the highest number of requests at the same time."""
+    """
+    The requests (their bodies) that came in, the highest number of requests at the same time, and the prompt and
+    answer tokens that the server charges.
+    """
 
     url: str
     requests: list[dict] = field(default_factory=list)
     authorizations: list[str] = field(default_factory=list)
     times: list[float] = field(default_factory=list)
     most_at_once: int = 0
+    billed: tuple[int, int] = (0, 0)
 
 
-def completion(text: str | None, prompt_tokens: int = 100, completion_tokens: int = 10) -> str:
+def completion(
+    text: object, prompt_tokens: object = 100, completion_tokens: object = 10, finish_reason: str = "stop", **fields
+) -> str:
+    """The body of a reply. `fields` are added to it, or replace its fields."""
     usage = {"prompt_tokens": prompt_tokens, "completion_tokens": completion_tokens}
-    choices = [{"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": text}}]
+    choices = [{"index": 0, "finish_reason": finish_reason, "message": {"role": "assistant", "content": text}}]
     body = {"id": "1", "object": "chat.completion", "model": "judge-2026", "choices": choices, "usage": usage}
-    return json.dumps(body, ensure_ascii=False)
+    return json.dumps(body | fields, ensure_ascii=False)
 
 
 @contextmanager
@@ -77,7 +86,11 @@ def chat_server(reply: Callable[[dict, int], Reply | str]) -> Iterator[ChatServe
                 server_state.most_at_once = max(server_state.most_at_once, under_way)
             try:
                 said = reply(request, number)
-                self.send(Reply(text=said) if isinstance(said, str) else said)
+                said = Reply(text=said) if isinstance(said, str) else said
+                if said.status == 200:
+                    with lock:
+                        server_state.billed = tuple(map(sum, zip(server_state.billed, said.billed)))
+                self.send(said)
             finally:
                 with lock:
                     under_way -= 1

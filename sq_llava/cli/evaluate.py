@@ -145,6 +145,7 @@ def show(results) -> None:
         if not result.metrics:
             continue
         counts = f"{result.num:,} examples, {result.parsed_share:.1%} parsed, {result.num_failed} failed"
+        counts += f", {result.num_unjudged} not graded" if result.num_unjudged else ""
         table = _table(f"{result.task}: {counts}", "value", "standard error", "examples")
         for metric in result.metrics:
             error = "" if metric.standard_error is None else f"{metric.standard_error:.4f}"
@@ -201,6 +202,8 @@ def _show_what_is_missing(results, out: Path | None) -> bool:
         `True` if the results are complete. Without a judge, no grade is missing.
     """
     is_whole = True
+    for judge in [result.judge for result in results if result.judge is not None][-1:]:  # it has the sum of all tasks
+        messages_console.print(f"{judge['model']}, all runs so far: {judge['spent']}.", markup=False, soft_wrap=True)
     for result in results:
         if result.missing is not None:
             messages_console.print(f"{out}, {result.task}: {result.missing}", markup=False, soft_wrap=True)

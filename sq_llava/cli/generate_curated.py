@@ -17,7 +17,7 @@ from sq_llava.output import command_line
 
 REPAIR = "Repair of the descriptions (needs --repair-model)"
 # Settings of the describing server that also apply to the repairing one.
-SHARED = ("temperature", "max_tokens", "concurrency", "timeout")
+SHARED = ("temperature", "top_p", "max_tokens", "attempts", "concurrency", "timeout")
 
 app = typer.Typer()
 
@@ -41,10 +41,19 @@ def curate(
     server: Annotated[dict, OptionsOf(ChatSettings, panel=SERVER, model=None)],
     repair: Annotated[
         dict,
-        OptionsOf(ChatSettings, "repair", panel=REPAIR, without=(*SHARED, "base_url", "image_tokens"), model=None),
+        OptionsOf(
+            ChatSettings,
+            "repair",
+            panel=REPAIR,
+            without=(*SHARED, "base_url", "max_tokens_field", "image_tokens"),
+            model=None,
+        ),
     ],
     repair_base_url: Annotated[
         str | None, typer.Option(help="URL of the server for repairs. Default: --base-url.", rich_help_panel=REPAIR)
+    ] = None,
+    repair_max_tokens_field: Annotated[
+        str | None, typer.Option(help="Like --max-tokens-field, which is the default.", rich_help_panel=REPAIR)
     ] = None,
     describer: Annotated[
         str | None, typer.Option(help="SQ-LLaVA that describes: folder or Hub id. For a model on a server: --model.")
@@ -78,7 +87,10 @@ def curate(
             looks = LocalDescriber(describer, DescribeSettings(**local), texts, journal)
         repairs = None
         if repair["model"] is not None:
-            shared = {name: server[name] for name in SHARED} | {"base_url": repair_base_url or server["base_url"]}
+            shared = {name: server[name] for name in SHARED} | {
+                "base_url": repair_base_url or server["base_url"],
+                "max_tokens_field": repair_max_tokens_field or server["max_tokens_field"],
+            }
             repairs = Repairer(client({**repair, **shared, "option_prefix": "--repair-"}, "repairs.jsonl"), texts)
         if dry_run:
             num_images, num_left, estimates = curating.estimate(run, looks, repairs)
@@ -109,4 +121,4 @@ def _show_curated(made, out: Path) -> None:
     console.print(f"{counts}, {made.num_checked:,} of these checked by a person. {left_out}", highlight=False)
     for reason, count in made.reasons.items():
         console.print(f"  {count:>7,}  {reason}", highlight=False)
-    end_run(out, made.num_failed, made.num_open, made.stopped)
+    end_run(out, made.num_failed, made.num_open, made.stopped, made.spent)

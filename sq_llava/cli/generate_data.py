@@ -69,8 +69,12 @@ def llava(
             print_estimate(making.estimate(run))
             return
         made = making.generate(run, command_line())
-    console.print(f"{made.num_rows:,} rows from {len(made.asked.results):,} texts", highlight=False)
-    end_run(run.out, len(made.asked.failures), made.asked.num_open, made.asked.stopped)
+    num_texts = len(made.asked.results) + len(made.asked.unusable)
+    left_out = ". Left out:" if made.reasons else ""
+    console.print(f"{made.num_rows:,} rows from {num_texts:,} texts{left_out}", highlight=False)
+    for reason, count in made.reasons.items():
+        console.print(f"  {count:>7,}  {reason}", highlight=False)
+    end_run(run.out, len(made.asked.failures), made.asked.num_open, made.asked.stopped, made.spent)
 
 
 @app.command(epilog=examples("sq-llava generate-data prompts llava my-prompts"))
@@ -138,9 +142,14 @@ def captions(
     messages_console.print(f"Wrote {run.out}", markup=False, soft_wrap=True)
 
 
-def end_run(out: Path, num_failed: int, num_open: int, stopped: str | None) -> None:
-    """Prints how a run ended. Exit code 1: some requests failed or are not done; 130: stopped by Ctrl-C."""
+def end_run(out: Path, num_failed: int, num_open: int, stopped: str | None, spent: str) -> None:
+    """
+    Prints how a run ended, and what the requests of all runs used. Exit code 1: some requests failed or are not done;
+    130: stopped by Ctrl-C.
+    """
     messages_console.print(f"Wrote {out}", markup=False, soft_wrap=True)
+    if spent:
+        messages_console.print(f"All runs so far: {spent}.", markup=False, highlight=False, soft_wrap=True)
     if num_failed:
         place = escape(f"{out}/failures*.jsonl")
         messages_console.print(
@@ -162,3 +171,5 @@ def print_estimate(estimate) -> None:
         highlight=False,
         soft_wrap=True,
     )
+    if estimate.attempts > 1:
+        console.print(f"Answers of a wrong form are asked for again: at most {estimate.attempts} times as much.")

@@ -39,7 +39,9 @@ def generate_self(
     settings: Annotated[dict, OptionsOf(SelfGeneration)],
     asking: Annotated[dict, OptionsOf(AskSettings, num_questions=8, max_new_tokens=128)],
     filters: Annotated[dict, OptionsOf(FilterSettings, panel=FILTERS)],
-    judge: Annotated[dict, OptionsOf(ChatSettings, prefix="judge", panel=JUDGE, model=None, max_tokens=256)],
+    judge: Annotated[
+        dict, OptionsOf(ChatSettings, prefix="judge", panel=JUDGE, model=None, max_tokens=256, attempts=3)
+    ],
     shard: ShardOption = None,
     dry_run: DryRun = False,
 ) -> None:
@@ -80,4 +82,4 @@ def _show_made(made, out: Path) -> None:
     console.print(f"{counts} in {made.num_rows:,} rows. Left out:", highlight=False)
     for reason, count in sorted(made.left_out.items()):
         console.print(f"  {count:>7,}  {reason}", highlight=False)
-    end_run(out, made.num_failed, made.num_open, made.stopped)
+    end_run(out, made.num_failed, made.num_open, made.stopped, made.spent)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from sq_llava.evaluation.settings import JudgeSettings
-from sq_llava.llm_client.client import ChatClient, ChatFailure, Messages, UnusableAnswer
+from sq_llava.llm_client.client import ChatClient, ChatFailure, Messages
 
 
 @dataclass(frozen=True)
@@ -65,17 +65,17 @@ class Judge:
         return dict(self._client.work_on(conversations, lambda each: self._verdict(each, parse), description))
 
     def report(self) -> dict[str, Any]:
-        """The judge's name, and the dates and numbers of tokens of its answers since the last report."""
+        """The judge's name; dates, tokens and cost of its answers since the last report; and what all runs used."""
         return self._client.report()
 
     def _verdict(self, messages: Messages, parse: Callable[[str], Any]) -> Verdict:
-        text, reason = "", ""
-        for attempt in range(self.settings.attempts):
-            try:
-                text = self._client.complete(messages, attempt)
-                return Verdict(parse(text), text)
-            except (UnusableAnswer, ValueError) as error:
-                reason = str(error)
-            except ChatFailure as error:
-                return Verdict(None, text, str(error))
+        text = reason = ""
+        try:
+            for text in self._client.answers(messages):
+                try:
+                    return Verdict(parse(text), text)
+                except ValueError as error:
+                    reason = str(error)
+        except ChatFailure as error:
+            return Verdict(None, text, str(error))
         return Verdict(None, text, f"no answer could be parsed in {self.settings.attempts} attempts: {reason}")

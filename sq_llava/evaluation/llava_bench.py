@@ -38,6 +38,14 @@ from sq_llava.resumable.jsonl import write_jsonl
 
 CATEGORIES = ("conv", "detail", "complex")
 LOWEST, HIGHEST = 1.0, 10.0
+# What judges write around two scores: marks of Markdown and JSON, labels, the scale.
+_AROUND_SCORES = re.compile(
+    r"""[*_`#|\[\](){}":=]|(?<!\S)[-\u2013\u2022](?!\S)|(?:/|\bout\ of)\ ?10\b(?!\.)
+    |\bassistant\ ?[12]\b(?:'s)?|\b(?:scores?|ratings?)(?:[ _]?[12](?="?\ ?[:=]))?(?![^\W_])
+    |\b(?:here|the|final|of|for|is|are|and|gets)\b""",
+    re.I | re.X,
+)
+_SCORES = re.compile(r"(\d+(?:\.\d+)?)[,;&\s]+(\d+(?:\.\d+)?)\s*[.,;]?")
 
 SYSTEM_MESSAGE = "You compare answers, and you are fair and exact."
 INSTRUCTION = """\
@@ -151,16 +159,22 @@ def question_for_judge(record: Record, swapped: bool = False) -> Messages:
 
 def parse_review(text: str) -> tuple[float, float]:
     """
-    The two scores on the first line of the judge's answer.
+    The two scores on the first line of the judge's answer. Judges also write labels, `/10` and marks around them.
 
-        >>> parse_review("8 6.5\\nAssistant 1 is right."), parse_review("9, 7")
+        >>> parse_review("8 6.5\\nAssistant 1 is right."), parse_review("**Scores:** 9/10, 7/10")
         ((8.0, 6.5), (9.0, 7.0))
 
     Raises:
         ValueError: If the line has anything else, or a score is not from 1 to 10.
     """
-    first = text.strip().split("\n")[0].strip()
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)[,\s]+(\d+(?:\.\d+)?)", first)
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    # A label or a score may have a line of its own.
+    for num_lines in (1, 2, 3):
+        numbers = _AROUND_SCORES.sub(" ", " ".join(lines[:num_lines]))
+        found = _SCORES.fullmatch(numbers.strip())
+        if found is not None:
+            break
+    first = lines[0] if lines else ""
     if found is None:
         raise ValueError(f"the first line is {first[:80]!r}, expected two scores")
     scores = float(found[1]), float(found[2])

@@ -52,6 +52,13 @@ Why is the sign funny? | It forbids dogs to read, but only somebody who reads it
 It tells dogs not to read, which they cannot do anyway. | 0.7
 """
 
+# A number from 0 to 1, perhaps with a label before it, the scale behind it, and marks of Markdown around both.
+_GRADE = re.compile(
+    r"""[\s|*_`#"{]*(?:(?:the\ )?(?:correctness|score|grade)(?:\ score)?[\s*_`"]*(?:[:=|]|\bis\b)[\s*_`"]*)?
+    (0|1|[01]?\.\d+)(?=(?:\ ?/\ ?1(?:\.0)?)?[.,;\s|*_`"}]*(?:\s|$))""",
+    re.I | re.X,
+)
+
 
 def read(data: Data) -> list[Example]:
     if not data.is_table:
@@ -114,15 +121,15 @@ def question_for_judge(record: Record) -> Messages:
 
 def parse_grade(text: str) -> float:
     """
-    The grade at the beginning of the judge's answer.
+    The grade at the beginning of the judge's answer, perhaps after a label.
 
-        >>> parse_grade("0.5"), parse_grade("1 - all there"), parse_grade("| 0.0 |")
-        (0.5, 1.0, 0.0)
+        >>> parse_grade("0.5"), parse_grade("1 - all there"), parse_grade("**Correctness:** 0.7")
+        (0.5, 1.0, 0.7)
 
     Raises:
         ValueError: If the answer does not begin with a number from 0 to 1.
     """
-    found = re.match(r"[\s|*]*(0|1|[01]?\.\d+)(?=[.\s|*]*(\s|$))", text)
+    found = _GRADE.match(text)
     if found is None or float(found[1]) > 1:
         raise ValueError(f"{text[:80]!r} does not begin with a number from 0 to 1")
     return float(found[1])

@@ -28,6 +28,8 @@ from sq_llava.output import write_text, written_whole
 NUM_SHOWN = 3  # the report shows this many of the best examples, and as many of the worst
 PICTURE_SIDE = 240  # pixels
 MAX_LENGTH = 400  # characters of a text
+# If more of the answers have no grade, a figure about the others is not set beside the paper's.
+MOST_UNGRADED = 0.03
 
 
 def write_report(out: Path, tasks: Mapping[str, Task]) -> Path:
@@ -44,7 +46,13 @@ def write_report(out: Path, tasks: Mapping[str, Task]) -> Path:
     run = json.loads((out / "results.json").read_text())
     names = list(run["data_hashes"])
     records = {name: read_records(out / name / "examples.jsonl") for name in names}
-    parts = [_heading(run), _draw_main_metrics(run, tasks, out), _paper_table(run, tasks), _metrics_table(run)]
+    parts = [
+        _ungraded(run, tasks),
+        _heading(run),
+        _draw_main_metrics(run, tasks, out),
+        _paper_table(run, tasks),
+        _metrics_table(run),
+    ]
     parts += [_task_part(tasks[name], run, records[name], out) for name in names]
     write_eval_results(run, tasks, out)
     path = out / "report.md"
@@ -107,7 +115,24 @@ def _heading(run: dict[str, Any]) -> str:
     return f"# Evaluation of {run['model']}\n\n| | |\n|---|---|\n{table}\n"
 
 
+def _ungraded(run: dict[str, Any], tasks: Mapping[str, Task]) -> str:
+    """The first line of the report, if too many answers have no grade."""
+    shares = {name: f"{each['num']:,} of {each['of']:,}" for name, each in run["ungraded"].items()}
+    parts = [
+        f"{shares[name]} answers of {tasks[name].title} have no grade" for name in shares if _is_partial(run, name)
+    ]
+    return f"**{'; '.join(parts)}. The figures are only about the others.**\n" if parts else ""
+
+
+def _is_partial(run: dict[str, Any], task: str) -> bool:
+    each = run["ungraded"].get(task, {"num": 0, "of": 1})
+    return each["num"] > MOST_UNGRADED * each["of"]
+
+
 def _main_metric(run: dict[str, Any], task: Task) -> dict[str, Any] | None:
+    """The entry of the main metric. `None` if there is none, or if too many answers have no grade."""
+    if _is_partial(run, task.name):
+        return None
     return next((e for e in run["results"] if (e["task"], e["metric"]) == (task.name, task.main_metric)), None)
 
 

@@ -179,8 +179,9 @@ def write_results(results: Sequence[TaskResult], out: Path, about: dict[str, Any
         for metric in result.metrics
     ]
     missing = {result.task: result.missing for result in results if result.missing is not None}
+    ungraded = {result.task: {"num": result.num_unjudged, "of": result.num} for result in results if result.judge}
     path = out / "results.json"
-    write_json(path, {**about, "missing": missing, "results": entries})
+    write_json(path, {**about, "missing": missing, "ungraded": ungraded, "results": entries})
     return path
 
 

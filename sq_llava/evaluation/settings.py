@@ -19,7 +19,7 @@ class JudgeSettings(ChatSettings):
     """The language model that grades answers."""
 
     option_prefix: str = "--judge-"
-    attempts: Annotated[int, Option(min=1, help="Maximum number of attempts to get a valid grade.")] = 3
+    attempts: Annotated[int, Option(min=1, help="Maximum number of attempts to get a grade that can be read.")] = 3
     swap: Annotated[
         bool, Option(help="LLaVA-Bench: also judge the answers in the other order. Needs twice the requests.")
     ] = False

@@ -25,7 +25,7 @@ A local model runs on one GPU. To use several GPUs, start a run with its own `--
 import hashlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,15 +38,18 @@ from sq_llava.early_checks import IMAGE_SUFFIXES
 from sq_llava.generation.describing import Description, LocalDescriber, Prompts, Repairer, ServerDescriber
 from sq_llava.generation.prompt_files import draw
 from sq_llava.generation.review_sheet import Entry, check_decisions, read_decisions, write_sheet
-from sq_llava.generation.rows import Card, Rejected, make_row, require_utf8, write_output
+from sq_llava.generation.rows import Card, Rejected, made_files, make_row, require_utf8, write_output
 from sq_llava.generation.settings import CurateSettings
 from sq_llava.generation.text_rules import first_fault, share_of_new_words, words_of
 from sq_llava.llm_client.asking import Asked, ask_all
+from sq_llava.llm_client.budget import spent_in
 from sq_llava.llm_client.client import ChatRequest, Estimate
 from sq_llava.output import output_lock
 from sq_llava.resumable.run_note import RunNote
 
 
+# The answers of the models on servers.
+ANSWERS, REPAIRS = "answers.jsonl", "repairs.jsonl"
 # The repairer is not in here: its answers are kept by request, and the descriptions do not depend on it.
 IDENTITY = ("kind", "describer", "describer_hash", "prompts_hash", "num_shards")
 # The repairer does not see the image. It may remove and correct words, but hardly add any.
@@ -65,7 +68,7 @@ Describer = LocalDescriber | ServerDescriber
 
 @dataclass(frozen=True)
 class Curated:
-    """Counts of a run. `num_open` images were not reached before the run stopped."""
+    """Counts of a run. `num_open` images were not reached before the run stopped. `spent` is for all shards."""
 
     num_images: int
     num_continued: int
@@ -75,6 +78,7 @@ class Curated:
     num_failed: int
     num_open: int = 0
     stopped: str | None = None
+    spent: str = ""
 
 
 def curate(settings: CurateSettings, describer: Describer, repairer: Repairer | None, command: str) -> Curated:
@@ -109,10 +113,12 @@ def _curate(settings: CurateSettings, describer: Describer, repairer: Repairer |
     decided = {id: decision for (id, _), decision in decisions.items()}
     entries = (Entry(id, open_image(images[id]), text, decided.get(id)) for id, text in passed.items())
     write_sheet(settings.out / settings.shard.name("review.html"), entries, f"{len(passed):,} descriptions to check")
+    rejected += [Rejected(id, "server", *reply) for id, reply in described.unusable.items()]
     rejected += [Rejected(id, "person", DROPPED, text) for id, text in passed.items() if decided.get(id) == "drop"]
     rows = make_rows(settings, describer.prompts, described.results, passed, decided)
     failures |= described.failures | texts.failures
-    write_output(settings.out, settings.shard, rows, rejected, failures, card_of(about))
+    spent = used_by(settings, describer, repairer)
+    write_output(settings.out, settings.shard, rows, rejected, failures, card_of(about | spent))
     return Curated(
         num_images=len(images),
         num_continued=sum(said.more is not None for said in described.results.values()),
@@ -122,7 +128,21 @@ def _curate(settings: CurateSettings, describer: Describer, repairer: Repairer |
         num_failed=len(failures),
         num_open=described.num_open + texts.num_open,
         stopped=described.stopped or texts.stopped,
+        spent=", ".join(f"{name}: {what}" for name, what in spent.items()),
     )
+
+
+def used_by(settings: CurateSettings, describer: Describer, repairer: Repairer | None) -> dict[str, str]:
+    """What the models on servers used, for all shards that are there."""
+    clients = {}
+    if isinstance(describer, ServerDescriber):
+        clients["used to describe", ANSWERS] = describer.client
+    if repairer is not None:
+        clients["used to repair", REPAIRS] = repairer.client
+    return {
+        name: str(spent_in(made_files(settings.out, journal, settings.shard), client.settings))
+        for (name, journal), client in clients.items()
+    }
 
 
 def make_rows(
@@ -183,13 +203,18 @@ def openable(images: Mapping[str, Path]) -> tuple[dict[str, Path], dict[str, str
 
 
 def repair_all(repairer: Repairer | None, described: Asked) -> Asked:
-    """Repairs the descriptions. If the describer was stopped, uses only the repairs of earlier runs."""
+    """
+    Repairs the descriptions. If the describer was stopped, uses only the repairs of earlier runs. A description stays
+    as it is if the reply to it cannot be used.
+    """
     texts = {id: said.text for id, said in described.results.items()}
     if repairer is None:
         return Asked(texts, {}, 0)
     if described.stopped is not None:
         repairer.client.reads_only = True
-    return ask_all(repairer.client, texts, repairer.repair, "Repairing")
+    asked = ask_all(repairer.client, texts, repairer.repair, "Repairing")
+    repaired = asked.results | {id: texts[id] for id in asked.unusable}
+    return replace(asked, results={id: repaired[id] for id in texts if id in repaired})
 
 
 def apply_rules(

@@ -4,9 +4,9 @@
     describer = LocalDescriber("runs/demo/model", DescribeSettings(), prompts, Path("descriptions.jsonl"))
     describer.describe_all({"17.png": Path("images/17.png")}).results["17.png"].text
 
-If a description is short, the model is told once to continue, and the two texts are joined. A local model's own
-tokenizer counts the length. A server may count a model's reasoning too, so the length of its text is estimated: 4
-tokens for 3 English words.
+If a description is short, or a server cut it off, the model is told once to continue, and the two texts are joined. A
+local model's own tokenizer counts the length. A server may count a model's reasoning too, so the length of its text is
+estimated: 4 tokens for 3 English words.
 """
 
 import hashlib
@@ -24,8 +24,8 @@ from sq_llava.generation.settings import DescribeSettings
 from sq_llava.generation.text_rules import words_of
 from sq_llava.inference.assistant import Assistant, load
 from sq_llava.llm_client.asking import Asked, ask_all
-from sq_llava.llm_client.client import ChatClient, ChatRequest, Journal, Messages, NotAsked
-from sq_llava.llm_client.replies import without_thoughts
+from sq_llava.llm_client.client import ChatClient, ChatRequest, Journal, Messages, NotAsked, UnusableAnswer
+from sq_llava.llm_client.replies import CUT_OFF
 from sq_llava.resumable.resume import in_batches, work_in_batches
 from sq_llava.resumable.run_note import RunNote
 from sq_llava.stopping import INTERRUPTED
@@ -89,13 +89,15 @@ class ServerDescriber:
         """The description of an earlier run, if it is complete."""
         try:
             return self._describe(image)
-        except NotAsked:
+        except (NotAsked, UnusableAnswer):
             return None
 
     def requests_left(self, image: Path) -> Iterator[ChatRequest]:
         """All requests that an image may still need. The client must have `reads_only`."""
         try:
             self._describe(image)
+        except UnusableAnswer:
+            return
         except NotAsked as missing:
             yield missing.request
             messages = self._messages(image)
@@ -104,10 +106,15 @@ class ServerDescriber:
 
     def _describe(self, image: Path) -> Description:
         messages = self._messages(image)
-        first = _answer(self.client, messages)
-        if len(words_of(first)) * 4 > self.short * 3:
-            return Description(first)
-        return Description(first, _answer(self.client, _told_to_go_on(messages, first, self.prompts)))
+        try:
+            first = next(self.client.answers(messages, handled=[CUT_OFF]))
+            if len(words_of(first)) * 4 > self.short * 3:
+                return Description(first)
+        except UnusableAnswer as error:
+            if error.fault != CUT_OFF or not error.text:
+                raise
+            first = error.text
+        return Description(first, next(self.client.answers(_told_to_go_on(messages, first, self.prompts))))
 
     def _messages(self, image: Path) -> Messages:
         return [{"role": "user", "content": [chat_part(image), {"type": "text", "text": self.prompts.describe}]}]
@@ -199,21 +206,19 @@ class Repairer:
 
     def repair(self, text: str) -> str:
         """The repaired text. An empty text is not sent."""
-        return _answer(self.client, self._messages(text)) if text else ""
+        return next(self.client.answers(self._messages(text))) if text else ""
 
     def requests_left(self, text: str) -> Iterator[ChatRequest]:
         """The requests that a text still needs. The client must have `reads_only`."""
         try:
             self.repair(text)
+        except UnusableAnswer:
+            return
         except NotAsked as missing:
             yield missing.request
 
     def _messages(self, text: str) -> Messages:
         return [{"role": "system", "content": self.prompts.repair}, {"role": "user", "content": text}]
-
-
-def _answer(client: ChatClient, messages: Messages) -> str:
-    return without_thoughts(client.complete(messages))
 
 
 def _told_to_go_on(messages: Messages, first: str, prompts: Prompts) -> list[dict[str, Any]]:

@@ -6,6 +6,7 @@ copied and edited (`sq-llava generate-data prompts self NEW_FOLDER`).
 The judge cannot correct an answer.
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,12 +14,11 @@ from pathlib import Path
 from sq_llava.data.images import chat_part
 from sq_llava.generation.prompt_files import read_prompt_file
 from sq_llava.llm_client.asking import Asked, ask_all
-from sq_llava.llm_client.client import ChatClient, ChatRequest, Messages
-from sq_llava.llm_client.replies import without_thoughts
+from sq_llava.llm_client.client import ChatClient, ChatRequest, Messages, UnusableAnswer
 
 
-ATTEMPTS = 3
-WORDS = {"accept": True, "reject": False}
+# The first word of an answer, perhaps after a label and between marks: "**Verdict:** Accept".
+_VERDICT = re.compile(r"\W*(?:(?:final\s+)?(?:verdict|decision|judge?ment|answer)\W+)?(accept|reject)(?:ed)?\b", re.I)
 
 
 @dataclass(frozen=True)
@@ -50,17 +50,17 @@ def judge_turns(client: ChatClient, prompt: str, exhibits: Mapping[str, Exhibit]
         exhibits (`Mapping`): The turns by their ids.
 
     Returns:
-        The results are `True` for an accepted turn, `False` for a rejected turn, and `None` if none of `ATTEMPTS`
-        answers could be read.
+        The results are `True` for an accepted turn, `False` for a rejected turn, and `None` if no
+        answer could be read in all attempts.
     """
 
     def judge(exhibit: Exhibit) -> bool | None:
-        messages = as_messages(prompt, exhibit)
-        for attempt in range(ATTEMPTS):
-            said = without_thoughts(client.complete(messages, attempt)).split(maxsplit=1)
-            word = said[0].strip("\"'.,:;*#").lower() if said else ""
-            if word in WORDS:
-                return WORDS[word]
+        try:
+            for text in client.answers(as_messages(prompt, exhibit)):
+                if found := _VERDICT.match(text):
+                    return found[1].lower() == "accept"
+        except UnusableAnswer:
+            pass  # cut off, empty or filtered in all attempts
         return None
 
     return ask_all(client, exhibits, judge, "Judging")

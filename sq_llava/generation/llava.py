@@ -14,20 +14,21 @@ No image is opened. Errors in the captions remain in the data.
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from sq_llava.generation.prompt_files import read_prompt_file
-from sq_llava.generation.rows import Card, Rejected, make_row, write_output
+from sq_llava.generation.rows import Card, Rejected, made_files, make_row, write_output
 from sq_llava.generation.scenes import Box, Scene, read_scenes
 from sq_llava.generation.settings import PROMPTS, LlavaSettings
 from sq_llava.generation.turns import Turn, fault_of, parse_turns, without_rulers
 from sq_llava.json_text import parse_json
 from sq_llava.llm_client.asking import Asked, ask_all
+from sq_llava.llm_client.budget import spent_in
 from sq_llava.llm_client.client import ChatClient, Estimate, Messages
-from sq_llava.llm_client.replies import without_thoughts
 from sq_llava.output import output_lock
 from sq_llava.resumable.run_note import RunNote, hash_of_file
 
@@ -35,8 +36,8 @@ from sq_llava.resumable.run_note import RunNote, hash_of_file
 KINDS = ("conversation", "detail", "reasoning")
 # A run resumes from the answers in its folder only if these are equal.
 IDENTITY = (
-    *("kind", "captions_hash", "instances_hash", "prompts_hash", "model", "temperature", "max_tokens", "shares"),
-    *("kinds_per_image", "seed", "num_shards"),
+    *("kind", "captions_hash", "instances_hash", "prompts_hash", "model", "temperature", "max_tokens", "top_p"),
+    *("extra_body", "shares", "kinds_per_image", "seed", "num_shards"),
 )
 JOURNAL = "answers.jsonl"
 
@@ -178,7 +179,6 @@ def read_answer(task: Task, text: str) -> tuple[dict[str, Any] | None, list[Reje
         The row (`None` if no part of the text is usable), and the parts that were left out. A conversation ends before
         the first turn that breaks a rule, because later turns may refer to that turn.
     """
-    text = without_thoughts(text)
     if task.kind == "detail":
         turns = [(task.question, without_rulers(text))]
     else:
@@ -225,10 +225,19 @@ def estimate(settings: LlavaSettings) -> Estimate:
 
 @dataclass(frozen=True)
 class Made:
-    """The outcome of a run, and the number of rows made from all answers so far."""
+    """
+    The outcome of a run.
+
+    Args:
+        num_rows (`int`): Number of rows made from all answers so far.
+        reasons (`Mapping[str, int]`): Why texts were left out, and how many.
+        spent (`str`): What the requests of all shards used.
+    """
 
     asked: Asked
     num_rows: int
+    reasons: Mapping[str, int]
+    spent: str
 
 
 def generate(settings: LlavaSettings, command: str) -> Made:
@@ -252,15 +261,27 @@ def _generate(settings: LlavaSettings, command: str) -> Made:
     client = ChatClient(settings.chat, settings.out / settings.shard.name(JOURNAL))
     note = RunNote(settings.out, describe_run(settings, prompts, command), IDENTITY)
     client.before_answer = note.write
-    asked = ask_all(client, tasks, lambda task: client.complete(messages_of(task, prompts)), "Asking")
+    asked = ask_all(client, tasks, lambda task: write_row(client, task, prompts), "Asking")
     if asked.results:
         note.write()
-    read = [read_answer(tasks[id], text) for id, text in asked.results.items()]
-    rows = [row for row, _ in read if row is not None]
-    rejected = [each for _, left_out in read for each in left_out]
-    card = _card(note.about | {"answered by": ", ".join(client.report()["answered_by"])})
+    rows = [row for row, _ in asked.results.values() if row is not None]
+    rejected = [each for _, left_out in asked.results.values() for each in left_out]
+    rejected += [Rejected(id, "server", *reply) for id, reply in asked.unusable.items()]
+    answered_by = ", ".join(client.report()["answered_by"])
+    spent = str(spent_in(made_files(settings.out, JOURNAL, settings.shard), settings.chat))
+    card = _card(note.about | {"answered by": answered_by, "used": spent})
     write_output(settings.out, settings.shard, rows, rejected, asked.failures, card)
-    return Made(asked, len(rows))
+    reasons = Counter(f"{each.step}: {each.reason}" for each in rejected)
+    return Made(asked, len(rows), dict(reasons.most_common()), spent)
+
+
+def write_row(client: ChatClient, task: Task, prompts: Prompts) -> tuple[dict[str, Any] | None, list[Rejected]]:
+    """What [`read_answer`] makes of the first answer that gives a row, or of the last answer if none does."""
+    for text in client.answers(messages_of(task, prompts)):
+        row, rejected = read_answer(task, text)
+        if row is not None:
+            break
+    return row, rejected
 
 
 def describe_run(settings: LlavaSettings, prompts: Prompts, command: str) -> dict[str, Any]:
@@ -275,6 +296,8 @@ def describe_run(settings: LlavaSettings, prompts: Prompts, command: str) -> dic
         "model": settings.chat.model,
         "temperature": settings.chat.temperature,
         "max_tokens": settings.chat.max_tokens,
+        "top_p": settings.chat.top_p,
+        "extra_body": settings.chat.extra_body,
         "shares": settings.shares,
         "kinds_per_image": settings.kinds_per_image,
         "limit": settings.limit,

@@ -181,12 +181,13 @@ def _new(out: Path, name: str) -> Iterator[TextIO]:
         yield file
 
 
-def _files(out: Path, stem: str, shard: Shard) -> list[Path]:
+def made_files(out: Path, stem: str, shard: Shard) -> list[Path]:
+    """The files of all shards that are there."""
     return [path for index in range(shard.count) if (path := out / Shard(index, shard.count).name(stem)).is_file()]
 
 
 def _card(out: Path, shard: Shard, card: Card) -> str:
-    data = _files(out, "data.jsonl", shard)
+    data = made_files(out, "data.jsonl", shard)
     num_turns = 0
     shares = {name: Counter() for name in card.shares}
     images = set()
@@ -197,8 +198,10 @@ def _card(out: Path, shard: Shard, card: Card) -> str:
         images.update(row["images"])
         for name, counts in shares.items():
             counts.update(row[name] if isinstance(row[name], list) else [row[name]])
-    reasons = Counter(f"{each['step']}: {each['reason']}" for each in read_lines(_files(out, "rejected.jsonl", shard)))
-    num_failures = sum(1 for _ in read_lines(_files(out, "failures.jsonl", shard)))
+    reasons = Counter(
+        f"{each['step']}: {each['reason']}" for each in read_lines(made_files(out, "rejected.jsonl", shard))
+    )
+    num_failures = sum(1 for _ in read_lines(made_files(out, "failures.jsonl", shard)))
     lines = [
         *_front_matter(card, num_rows, shard),
         f"# {card.title}\n",

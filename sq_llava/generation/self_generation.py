@@ -29,12 +29,13 @@ from sq_llava.evaluation.questions import ClipScorer, Picture, ask_about, read_p
 from sq_llava.evaluation.results import hash_of_model
 from sq_llava.generation.filters import Outcome, Turn, filter_turns
 from sq_llava.generation.judging import Exhibit, first_requests, judge_turns, read_prompt
-from sq_llava.generation.rows import Card, Rejected, make_row, require_utf8, write_output
+from sq_llava.generation.rows import Card, Rejected, made_files, make_row, require_utf8, write_output
 from sq_llava.generation.scoring import score_answers, score_each, score_with_clip
 from sq_llava.generation.settings import SelfGeneration
 from sq_llava.inference.assistant import load
 from sq_llava.inference.processes import join_processes
 from sq_llava.llm_client.asking import Asked
+from sq_llava.llm_client.budget import spent_in
 from sq_llava.llm_client.client import BYTES_PER_TOKEN, ChatClient, Estimate
 from sq_llava.output import command_line, output_lock
 from sq_llava.resumable.resume import read_lines
@@ -42,6 +43,7 @@ from sq_llava.resumable.run_note import RunNote
 from sq_llava.stopping import INTERRUPTED
 
 
+JUDGED = "answers.jsonl"  # of the judge
 # A run resumes from the lines in its folder only if these are equal.
 IDENTITY = ("model_hash", "ask", "dtype", "num_shards")
 # Length of the hash of an image's content. The hash is in the image's id and is added to the seed.
@@ -56,7 +58,7 @@ NOT_CHECKED = (
 class Made:
     """
     Counts of a run. `left_out` counts turns by filter and rule. `num_open` counts the images or turns that were not
-    reached before the run stopped.
+    reached before the run stopped. `spent` is what the judge used in all shards.
     """
 
     num_images: int
@@ -67,6 +69,7 @@ class Made:
     num_failed: int
     num_open: int = 0
     stopped: str | None = None
+    spent: str = ""
 
 
 def generate(run: SelfGeneration) -> Made | None:
@@ -90,7 +93,7 @@ def generate(run: SelfGeneration) -> Made | None:
 
 def _generate(run: SelfGeneration, state: PartialState, device: str) -> Made | None:
     pictures = read_images(run)
-    client = None if run.judge is None else ChatClient(run.judge, run.out / run.shard.name("answers.jsonl"))
+    client = None if run.judge is None else ChatClient(run.judge, run.out / run.shard.name(JUDGED))
     note = RunNote(run.out, describe(run), IDENTITY)
     stopped = None
     try:
@@ -105,12 +108,16 @@ def _generate(run: SelfGeneration, state: PartialState, device: str) -> Made | N
     if lines:
         note.write()
     outcomes = filter_turns(as_turns(run, lines), run.filters)
+    about, spent = note.about, ""
     if client is not None:
         client.reads_only = stopped is not None
         outcomes, asked = judge(run, client, outcomes)
         failures |= asked.failures
         num_open, stopped = num_open + asked.num_open, stopped or asked.stopped
-    return replace(write(run, pictures, outcomes, failures, note.about), num_open=num_open, stopped=stopped)
+        spent = str(spent_in(made_files(run.out, JUDGED, run.shard), run.judge))
+        about = about | {"used by the judge": spent}
+    made = write(run, pictures, outcomes, failures, about)
+    return replace(made, num_open=num_open, stopped=stopped, spent=spent)
 
 
 def read_images(run: SelfGeneration) -> list[Picture]:
@@ -314,7 +321,7 @@ def estimate(run: SelfGeneration) -> tuple[int, int, Estimate | None]:
     lines = read_work(run, pictures)[0] if run.progress.is_dir() else {}
     if run.judge is None:
         return len(pictures), len(pictures) - len(lines), None
-    client = ChatClient(run.judge, run.out / run.shard.name("answers.jsonl"), reads_only=True)
+    client = ChatClient(run.judge, run.out / run.shard.name(JUDGED), reads_only=True)
     prompt = read_prompt(run.prompts)
     known = exhibits_of(run, filter_turns(as_turns(run, lines), run.filters))
     requests = [

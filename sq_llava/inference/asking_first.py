@@ -45,7 +45,7 @@ def answer_after_asking(
     Args:
         conversations (`list[list[dict]]`): Messages that end with a user turn, with the images in place.
         settings ([`SelfQuestioning`]): Number of questions and votes.
-        max_new_tokens (`int`): Maximum length of each answer, in tokens.
+        max_new_tokens (`int`): Maximum length of an answer to the user, in tokens.
         seeds (`list[int]`, *optional*): One random seed for each conversation. With it, the questions do not depend on
             the rest of the batch.
 
@@ -79,16 +79,16 @@ def _consider(model, processor, conversations, describe: bool, settings, max_new
     starts, lasts = zip(*map(split_last_turn, conversations))
     dialogues = Dialogues(model, processor, list(starts))
     if describe:
-        dialogues.answer(max_new_tokens)
+        dialogues.answer(settings.own_tokens)
     dialogues = dialogues.repeated(votes, seeds)
     begins = [len(messages) for messages in dialogues.messages]
     asking = AskSettings()
-    longest = min(max_new_tokens, asking.max_new_tokens)
+    longest = min(settings.own_tokens, asking.max_new_tokens)
     for _ in range(settings.self_questions):
         asked = dialogues.ask(1, asking.temperature, asking.top_k, asking.top_p, longest)
         for messages, [question] in zip(dialogues.messages, asked):
             messages.append({"role": "vusr", "content": question})
-        dialogues.answer(max_new_tokens)
+        dialogues.answer(settings.own_tokens)
     for number, messages in enumerate(dialogues.messages):
         messages.append(lasts[number // votes])
     answers = dialogues.answer(max_new_tokens)

@@ -49,6 +49,9 @@ class SelfQuestioning:
         ),
     ] = 1
 
+    # Maximum length of each of the model's own turns, in tokens.
+    own_tokens: int = 256
+
     def __post_init__(self):
         if self.self_questions < 0 or self.votes < 1:
             raise ValueError("self_questions must be at least 0, and votes at least 1.")

@@ -7,11 +7,16 @@ Every answer is kept in a journal (`journal.py`) under a hash of everything that
 from there. One process at a time may write to a journal. The API key is read from `OPENAI_API_KEY` and is
 never written to a file.
 
-A request is sent again after the statuses 408, 409, 429 and 5xx, a timeout, or a lost connection. The client waits for
-the seconds of `Retry-After` (at most 120), or else for about 0.5, 1, 2, 4, then 8 seconds. After a timeout or a lost
-connection, nobody knows whether the request was billed, so its full price counts against the caps, in later runs too.
-The same holds for a response without text. If `NUM_UNANSWERED` requests in a row stay without an answer after all
-retries, the client stops.
+A request is sent again after the statuses 408, 409, 429 and 5xx, a timeout, a lost connection, or a response that is
+no chat completion. The client waits for the seconds of `Retry-After` (at most 120), or else for about 0.5, 1, 2, 4,
+then 8 seconds. Unless the server reported an error, nobody knows whether such a request was billed, so its full price
+counts against the caps, in later runs too.
+
+A reply that was paid but has no usable text, for example because it was cut off, stays in the journal, and the same
+request is not sent again. Another attempt is another request, with another seed.
+
+The client stops if many requests in a row fail for the same reason: 5 before the server's first answer, 10 after it,
+and 10 if the server is busy or gone.
 
 The user gives the prices. Requests under way when a run is killed are not counted.
 """
@@ -20,10 +25,11 @@ import hashlib
 import json
 import os
 import random
+import re
 import threading
 import uuid
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -36,9 +42,19 @@ import openai
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from sq_llava.llm_client.budget import Budget, ChatStopped
 from sq_llava.llm_client.journal import Journal
-from sq_llava.llm_client.replies import mend, read_completion, retry_after
-from sq_llava.llm_client.settings import ChatSettings
+from sq_llava.llm_client.replies import (
+    BYTES_PER_TOKEN,
+    CUT_OFF,
+    EMPTY,
+    ErrorReply,
+    mend,
+    read_completion,
+    retry_after,
+    without_thoughts,
+)
+from sq_llava.llm_client.settings import MAX_TOKENS_FIELDS, ChatSettings
 from sq_llava.output import output_lock
 
 
@@ -46,20 +62,20 @@ Messages = Sequence[Mapping[str, Any]]
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-# The server would refuse every request: wrong key, no permission for the model, no such model, no money left.
-FINAL_ERRORS = (openai.AuthenticationError, openai.PermissionDeniedError, openai.NotFoundError)
+# The server would refuse every request: wrong key, no such model, no money left.
+FINAL_STATUSES = (401, 404)
 NO_MONEY = "insufficient_quota"
 # The request was not sent. Compared by name: releases of openai use different HTTP libraries, which share these names.
 NOT_CONNECTED = ("ConnectError", "ConnectTimeout", "PoolTimeout")
-# After this many failures in a row, each with all retries, the server is probably gone.
-NUM_UNANSWERED = 10
+# After this many failures in a row for the same reason, all requests would probably fail. A server that has answered
+# gets more patience: a few requests in a row may be refused for what is in them. So does one that is busy.
+NUM_IN_A_ROW, NUM_BEFORE_ANSWERS = 10, 5
+NO_ANSWER = "no answer"
 LONGEST_BACKOFF = 8.0  # seconds before a retry, if the server names none
-# For estimates: English text with its JSON.
-BYTES_PER_TOKEN = 4
-
-
-class ChatStopped(RuntimeError):
-    """No more requests: a cap is reached, or the server refuses everything or is gone. Answers are kept."""
+# How servers say that they do not know a field of a request.
+_UNKNOWN_FIELD = re.compile(
+    r"unsupported|not supported|unknown|unrecogni[sz]ed|unexpected|extra |not permitted|not allowed", re.I
+)
 
 
 class ChatFailure(RuntimeError):
@@ -67,7 +83,20 @@ class ChatFailure(RuntimeError):
 
 
 class UnusableAnswer(ChatFailure):
-    """The server responded without text."""
+    """
+    The server's reply is paid, but its text cannot be used. It is not asked for again, except in another attempt.
+
+    Args:
+        fault (`str`): The reason, one of those in `replies.py`.
+        text (`str`): The text that came.
+        detail (`str`): What else the server said.
+    """
+
+    def __init__(self, fault: str, text: str = "", detail: str = ""):
+        super().__init__(f"{fault}: {detail}" if detail else fault)
+        self.fault = fault
+        self.text = text
+        self.detail = detail
 
 
 class NotAsked(ChatFailure):
@@ -88,12 +117,16 @@ class ChatRequest:
 
 @dataclass(frozen=True)
 class Estimate:
-    """Estimate for requests: number of prompt tokens (about) and answer tokens (at most), and their cost."""
+    """
+    Estimate for requests: number of prompt tokens (about) and answer tokens (at most), and their cost. An answer of a
+    wrong form is asked for again, up to `attempts` times in all.
+    """
 
     num_requests: int
     prompt_tokens: int
     completion_tokens: int
     cost: float
+    attempts: int
 
 
 class ChatClient:
@@ -127,15 +160,15 @@ class ChatClient:
         # The library's own retries would not count against the caps.
         self._once = self.api.with_options(max_retries=0)
         self.base_url = str(self.api.base_url)
+        self._stopping = threading.Event()
         self.journal = Journal(journal_path, reads_only=True)
-        self.budget = Budget(settings, self.journal)
+        self.budget = Budget(settings, self.journal, self._stopping)
         self._server_matters = server_matters
         self._used: dict[str, dict[str, Any]] = {}
         self._lock: ExitStack | None = None
         self._claiming = threading.Lock()
         self._asking: dict[str, threading.Lock] = {}
-        self._num_unanswered = 0
-        self._stopping = threading.Event()
+        self._failures = _InARow()
 
     def claim(self) -> None:
         """
@@ -153,24 +186,26 @@ class ChatClient:
                 self._lock = lock
                 # Another process may have added answers.
                 self.journal = Journal(self.journal.path)
-                self.budget = Budget(self.settings, self.journal)
+                self.budget = Budget(self.settings, self.journal, self._stopping)
 
-    def complete(self, messages: Messages, attempt: int = 0) -> str:
+    def complete(self, messages: Messages, attempt: int = 0, handled: Container[str] = ()) -> str:
         """
-        The server's answer, from the journal if it is there.
+        The server's answer without its reasoning, from the journal if it is there.
 
         Args:
             messages: Messages of the chat completions API, with `role` and `content` (a text or a list of parts).
             attempt (`int`): Each number gets its own answer to the same messages.
+            handled: Faults of a reply after which the caller uses its text. They do not end a run.
 
         Raises:
             ValueError: If another process writes to the journal.
-            UnusableAnswer: If the server's response has no text.
-            ChatFailure: If this request gets no answer.
+            UnusableAnswer: If the reply has no text, was cut off or filtered.
+            ChatFailure: If this request gets no reply.
             ChatStopped: If no request can be sent any more.
         """
         request = self.request(messages, attempt)
         line = self.journal.get(request.key)
+        is_new = False
         if line is None:
             if self.reads_only:
                 raise NotAsked(request)
@@ -179,24 +214,69 @@ class ChatClient:
             with self._asking.setdefault(request.key, threading.Lock()):
                 line = self.journal.get(request.key)
                 if line is None:
-                    line = {"key": request.key, **self._ask(request)}
-                    if self.before_answer is not None:
-                        self.before_answer()
-                    self.journal.add(line)
+                    line, is_new = self._ask(request), True
         self._used[request.key] = line
-        return line["answer"]
+        answer = without_thoughts(line["answer"])
+        fault = line.get("fault") or (None if answer else EMPTY)
+        # An item with several attempts counts once.
+        unusable = fault and UnusableAnswer(fault, answer, line.get("detail", ""))
+        if is_new and attempt == 0 and self._failures.add(None if fault in handled else fault):
+            hint = f" Raise {self.settings.option_prefix}max-tokens." if fault == CUT_OFF else ""
+            raise self._stop(f"{self._failures} have no usable answer: {unusable}.{hint}")
+        if unusable:
+            raise unusable
+        return answer
+
+    def answers(self, messages: Messages, handled: Container[str] = ()) -> Iterator[str]:
+        """
+        Usable answers to the same messages, from up to `settings.attempts` attempts. Take the first of the right form.
+
+        Args:
+            messages, handled: As for [`complete`]. After a fault that is handled, no other attempt is made.
+
+        Raises:
+            UnusableAnswer: If no attempt gave a usable answer. It is the last reply.
+            ChatFailure, ChatStopped, ValueError: As for [`complete`].
+        """
+        unusable, num_answers = None, 0
+        for attempt in range(self.settings.attempts):
+            try:
+                answer = self.complete(messages, attempt, handled)
+            except UnusableAnswer as error:
+                unusable = error
+                if error.fault in handled:
+                    break
+            else:
+                num_answers += 1
+                yield answer
+        if not num_answers:
+            raise unusable
 
     def request(self, messages: Messages, attempt: int = 0) -> ChatRequest:
-        temperature = min(self.settings.temperature + 0.5 * attempt, max(1.0, self.settings.temperature))
+        settings = self.settings
         body = {
-            "model": self.settings.model,
+            "model": settings.model,
             "messages": list(messages),
-            "temperature": temperature,
-            "max_completion_tokens": self.settings.max_tokens,
+            "temperature": min(settings.temperature + 0.5 * attempt, max(1.0, settings.temperature)),
+            MAX_TOKENS_FIELDS[0]: settings.max_tokens,
         }
+        if settings.top_p is not None:
+            body["top_p"] = settings.top_p
+        extra = settings.extra_fields()
+        body |= extra
+        # The name of the field for the maximum length does not change an answer, so it is not in the hash.
         depends_on = [self.base_url] if self._server_matters else []
         content = json.dumps([*depends_on, body, attempt], sort_keys=True)
-        return ChatRequest(hashlib.sha256(content.encode()).hexdigest(), body)
+        body[settings.max_tokens_field] = body.pop(MAX_TOKENS_FIELDS[0])
+        if attempt and extra.get("seed", 0) is not None:
+            body["seed"] = extra.get("seed", 0) + attempt
+        sent = {name: value for name, value in body.items() if value is not None}
+        return ChatRequest(hashlib.sha256(content.encode()).hexdigest(), sent)
+
+    def refusal(self, request: ChatRequest) -> str | None:
+        """Why the server refused this request the last time, if it did."""
+        line = self.journal.get(f"{request.key} refused")
+        return line and line["refused"]
 
     def work_on(
         self, items: Mapping[str, Item], work: Callable[[Item], Result], description: str
@@ -211,25 +291,46 @@ class ChatClient:
                 requests under way are answered and kept.
         """
         self.claim()
+        stops: list[ChatStopped] = []
+
+        def run(item: Item) -> Result:
+            try:
+                return work(item)
+            except ChatStopped as stop:
+                stops.append(stop)
+                self._end_waiting()  # at once, so that no other thread sends a request
+                raise
+
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         spent = TextColumn("{task.fields[spent]}")
         progress = Progress(*columns, spent, console=Console(stderr=True), transient=True)
         with ThreadPoolExecutor(self.settings.concurrency) as pool, progress:
-            bar = progress.add_task(description, total=len(items), spent=self.budget.describe())
-            futures = {pool.submit(work, item): id for id, item in items.items()}
+            bar = progress.add_task(description, total=len(items), spent=str(self.budget.spent))
+            futures = {pool.submit(run, item): id for id, item in items.items()}
             try:
                 for future in as_completed(futures):
                     result = future.result()
-                    progress.update(bar, advance=1, spent=self.budget.describe())
+                    progress.update(bar, advance=1, spent=str(self.budget.spent))
                     yield futures[future], result
+            except ChatStopped:
+                raise stops[0] from None  # the others stopped because of this one
             finally:
-                self._stopping.set()  # ends all waiting for a retry
+                self._end_waiting()
                 pool.shutdown(cancel_futures=True)
                 self._stopping.clear()
 
+    def _end_waiting(self) -> None:
+        """Ends all waiting, for a retry or at a cap. No request is sent after that."""
+        self._stopping.set()
+        self.budget.wake()
+
     def report(self) -> dict[str, Any]:
-        """Models, dates and number of tokens of the answers since the last report."""
+        """
+        Models, dates, number of tokens and cost of the replies since the last report; and in `spent`, what all
+        requests in the journal used.
+        """
         used, self._used = list(self._used.values()), {}
+        tokens = [sum(line[name] for line in used) for name in ("prompt_tokens", "completion_tokens")]
         return {
             "model": self.settings.model,
             "answered_by": sorted({line["model"] for line in used}),
@@ -238,12 +339,14 @@ class ChatClient:
             "temperature": self.settings.temperature,
             "max_tokens": self.settings.max_tokens,
             "num_answers": len(used),
-            "prompt_tokens": sum(line["prompt_tokens"] for line in used),
-            "completion_tokens": sum(line["completion_tokens"] for line in used),
+            "prompt_tokens": tokens[0],
+            "completion_tokens": tokens[1],
+            "cost": None if self.settings.input_price is None else self.settings.price(*tokens),
+            "spent": str(self.budget.spent),
         }
 
     def estimate(self, requests: Iterable[ChatRequest]) -> Estimate:
-        """The tokens and the cost of these requests, if every answer has the maximum length."""
+        """The tokens and the cost of these requests, if every answer has the maximum length and the right form."""
         num_requests, prompt_tokens = 0, 0
         for request in requests:
             num_images, num_bytes = measure(request.body["messages"])
@@ -251,70 +354,95 @@ class ChatClient:
             prompt_tokens += num_bytes // BYTES_PER_TOKEN + num_images * self.settings.image_tokens
         completion_tokens = num_requests * self.settings.max_tokens
         cost = self.settings.price(prompt_tokens, completion_tokens)
-        return Estimate(num_requests, prompt_tokens, completion_tokens, cost)
+        return Estimate(num_requests, prompt_tokens, completion_tokens, cost, self.settings.attempts)
 
     def _say(self, error: Exception) -> str:
         """The text of an error without the API key, which some servers repeat."""
-        return mend(str(error)).replace(self.api.api_key, "[OPENAI_API_KEY]")[:500]
+        text = str(error)
+        if isinstance(error, openai.APIStatusError) and text == f"Error code: {error.status_code}":
+            text = f"{text} - {error.response.text}"  # a body that is not OpenAI's, such as FastAPI's
+        return mend(text).replace(self.api.api_key, "[OPENAI_API_KEY]")[:500]
+
+    def _stop(self, reason: str) -> ChatStopped:
+        return ChatStopped(f"{self.settings.model}: {reason.rstrip('. ')}. The answers so far are kept.")
 
     def _ask(self, request: ChatRequest) -> dict[str, Any]:
-        """Sends a request until it is answered, or as often as the settings allow."""
+        """Sends a request until it is answered, or as often as the settings allow. The reply is kept."""
         for attempt in count():
             try:
-                return self._send(request)
+                line = {"key": request.key, **self._send(request)}
+                break
             except _Unanswered as error:
                 wait = random.uniform(0.75, 1.0) * min(0.5 * 2**attempt, LONGEST_BACKOFF)
                 is_last = attempt == self.settings.retries
                 if is_last or self._stopping.wait(wait if error.seconds is None else error.seconds):
-                    raise self._given_up(error) from None
-
-    def _given_up(self, error: Exception) -> ChatFailure | ChatStopped:
-        """Gives up one request, or all of them. The count may be wrong by a few between threads: this does no harm."""
-        self._num_unanswered += 1
-        if self._num_unanswered < NUM_UNANSWERED:
-            return ChatFailure(str(error))
-        return ChatStopped(
-            f"{self.settings.model}: the server did not answer {self._num_unanswered} requests in a row, each sent "
-            f"{self.settings.retries + 1} times: {error} Run again when the server is back: the answers are kept."
-        )
+                    if self._failures.add(NO_ANSWER):
+                        sent = f"each sent {self.settings.retries + 1} times"
+                        raise self._stop(f"the server did not answer {self._failures}, {sent}: {error}") from None
+                    raise ChatFailure(str(error)) from None
+        if self.before_answer is not None:
+            self.before_answer()
+        self.journal.add(line)
+        return line
 
     def _send(self, request: ChatRequest) -> dict[str, Any]:
         """Sends a request once. A lost request counts in full against the caps, a refused one does not count."""
         num_images, num_bytes = measure(request.body["messages"])
         # No token is shorter than a byte.
         most = num_bytes + num_images * self.settings.image_tokens, self.settings.max_tokens
-        self.budget.reserve(*most)
+        reservation = self.budget.reserve(*most)
         used = lost = None
         try:
-            response = self._once.chat.completions.with_raw_response.create(**request.body).http_response
-            self._num_unanswered = 0
-            used = most
-            line = read_completion(response.text, most)
+            line = read_completion(self._post(request), self.settings.model, most)
             used = line["prompt_tokens"], line["completion_tokens"]
-            return line
+            return {**line, "reserved": {"prompt_tokens": most[0], self.settings.max_tokens_field: most[1]}}
+        except ErrorReply as error:
+            raise self._refused(request, error.status, error.code, self._say(error)) from None
         except ValueError as error:
             lost = self._say(error)
-            raise UnusableAnswer(lost) from None
+            raise _Unanswered(lost) from None
         except openai.APIStatusError as error:
-            if isinstance(error, FINAL_ERRORS) or error.code == NO_MONEY:
-                raise ChatStopped(f"{self.settings.model}: the server refused: {self._say(error)}") from None
-            # Other statuses below 500 concern this one request.
-            if error.status_code not in (408, 409, 429) and error.status_code < 500:
-                self._num_unanswered = 0
-                raise ChatFailure(self._say(error)) from None
-            raise _Unanswered(self._say(error), retry_after(error.response.headers.get("Retry-After"))) from None
+            seconds = retry_after(error.response.headers.get("Retry-After"))
+            raise self._refused(request, error.status_code, error.code, self._say(error), seconds) from None
         except openai.APIConnectionError as error:
             name = type(error.__cause__).__name__
             reason = f"{self._say(error)} ({name})"
             if name not in NOT_CONNECTED:
-                used, lost = most, reason  # it may have been answered and billed
+                lost = reason  # it may have been answered and billed
             raise _Unanswered(reason) from None
         finally:
-            self.budget.settle(most, used)
-            if lost is not None:
-                key = f"{request.key} lost {uuid.uuid4().hex}"  # no request has this key: it is not an answer
-                tokens = {"prompt_tokens": most[0], "completion_tokens": most[1]}
-                self.journal.add({"key": key, "lost": lost, "date": datetime.now(UTC).date().isoformat(), **tokens})
+            self.budget.settle(reservation, most if lost else used)
+            if lost is not None:  # no request has this key: it is not an answer
+                self._note(f"{request.key} lost {uuid.uuid4().hex}", "lost", lost, most)
+
+    def _post(self, request: ChatRequest) -> str:
+        """The body of the server's response."""
+        known = {name: request.body[name] for name in ("model", "messages")}
+        others = {name: value for name, value in request.body.items() if name not in known}
+        return self._once.chat.completions.with_raw_response.create(**known, extra_body=others).http_response.text
+
+    def _refused(
+        self, request: ChatRequest, status: int, code: Any, reason: str, seconds: float | None = None
+    ) -> Exception:
+        """What a refusal means: for all requests, for a while, or for this request alone."""
+        if status in FINAL_STATUSES or code == NO_MONEY:
+            return self._stop(f"the server refused: {reason}")
+        if status in (408, 409, 429) or status >= 500:
+            return _Unanswered(reason, seconds)
+        if self.refusal(request) is None:
+            self._note(f"{request.key} refused", "refused", reason, (0, 0))
+        told = self.settings.max_tokens_field
+        if told in reason and _UNKNOWN_FIELD.search(reason):
+            other = next(name for name in MAX_TOKENS_FIELDS if name != told)
+            reason += f" Try {self.settings.option_prefix}max-tokens-field {other}."
+        if self._failures.add(f"status {status}"):
+            return self._stop(f"the server refused {self._failures}: {reason}")
+        return ChatFailure(reason)
+
+    def _note(self, key: str, kind: str, reason: str, used: tuple[int, int]) -> None:
+        """Keeps a line without an answer in the journal."""
+        tokens = {"prompt_tokens": used[0], "completion_tokens": used[1]}
+        self.journal.add({"key": key, kind: reason, "date": datetime.now(UTC).date().isoformat(), **tokens})
 
 
 class _Unanswered(Exception):
@@ -323,6 +451,28 @@ class _Unanswered(Exception):
     def __init__(self, reason: str, seconds: float | None = None):
         super().__init__(reason)
         self.seconds = seconds
+
+
+class _InARow:
+    """Counts the requests in a row that failed for the same reason."""
+
+    def __init__(self):
+        self._lock = threading.Lock()
+        self._reason: str | None = None
+        self._num = 0
+        self._has_answered = False
+
+    def add(self, reason: str | None) -> bool:
+        """Counts a failure, or an answer if `reason` is `None`. Returns `True` if there are too many."""
+        with self._lock:
+            self._num = self._num + 1 if reason == self._reason else 1
+            self._reason = reason
+            self._has_answered |= reason is None
+            most = NUM_IN_A_ROW if self._has_answered or reason == NO_ANSWER else NUM_BEFORE_ANSWERS
+            return reason is not None and self._num >= most
+
+    def __str__(self) -> str:
+        return f"{self._num} requests in a row"
 
 
 def measure(messages: Messages) -> tuple[int, int]:
@@ -335,69 +485,3 @@ def measure(messages: Messages) -> tuple[int, int]:
         num_images += len(images)
         texts.append({**message, "content": [part for part in parts if part not in images]} if images else message)
     return num_images, len(json.dumps(texts).encode())
-
-
-class Budget:
-    """
-    Enforces the caps. Before a request is sent, its maximum cost is reserved. So no cap is exceeded, even with many
-    requests under way.
-    """
-
-    def __init__(self, settings: ChatSettings, journal: Journal):
-        self._settings = settings
-        self._changed = threading.Condition()
-        lines = journal.all()
-        self.num_requests = len(lines)
-        self.tokens = sum(line["prompt_tokens"] + line["completion_tokens"] for line in lines)
-        self.cost = sum(settings.price(line["prompt_tokens"], line["completion_tokens"]) for line in lines)
-        self._reserved_tokens = 0
-        self._reserved_cost = 0.0
-        self._num_under_way = 0
-
-    def describe(self) -> str:
-        cost = "" if self._settings.input_price is None else f", {self.cost:.2f} spent"
-        return f"{self.num_requests:,} requests, {self.tokens:,} tokens{cost}"
-
-    def reserve(self, prompt_tokens: int, completion_tokens: int) -> None:
-        """
-        Reserves the maximum that a request can use. At a cap, it waits for requests under way, which may cost less.
-
-        Raises:
-            ChatStopped: If the request does not fit under a cap and none is under way.
-        """
-        tokens, cost = prompt_tokens + completion_tokens, self._settings.price(prompt_tokens, completion_tokens)
-        with self._changed:
-            while (reason := self._too_much(tokens, cost)) is not None:
-                if not self._num_under_way:
-                    raise ChatStopped(f"stopped by {reason} Raise this limit and run again: the answers are kept.")
-                self._changed.wait()
-            self.num_requests += 1
-            self._reserved_tokens += tokens
-            self._reserved_cost += cost
-            self._num_under_way += 1
-
-    def settle(self, most: tuple[int, int], used: tuple[int, int] | None) -> None:
-        """Replaces the reservation by what was used. A request that the server refused (`used` is `None`) is free."""
-        with self._changed:
-            self._reserved_tokens -= sum(most)
-            self._reserved_cost -= self._settings.price(*most)
-            self._num_under_way -= 1
-            if used is None:
-                self.num_requests -= 1
-            else:
-                self.tokens += sum(used)
-                self.cost += self._settings.price(*used)
-            self._changed.notify_all()
-
-    def _too_much(self, tokens: int, cost: float) -> str | None:
-        max_tokens, max_cost = self._settings.max_total_tokens, self._settings.max_cost
-        max_requests, prefix = self._settings.max_requests, self._settings.option_prefix
-        if max_requests is not None and self.num_requests >= max_requests:
-            return f"{prefix}max-requests {max_requests}."
-        if max_cost is not None and self.cost + self._reserved_cost + cost > max_cost:
-            spent = f"{self.cost:g} is spent, and the next request can cost up to {cost:g}"
-            return f"{prefix}max-cost {max_cost:g}: {spent}."
-        if max_tokens is not None and self.tokens + self._reserved_tokens + tokens > max_tokens:
-            used = f"{self.tokens} are used, and the next request can use up to {tokens}"
-            return f"{prefix}max-total-tokens {max_tokens}: {used}."
-        return None

@@ -4,7 +4,8 @@
     journal.add({"key": "9f3a", "answer": "A dog.", "prompt_tokens": 100, "completion_tokens": 10})
     journal.get("9f3a")["answer"]
 
-A line without an answer records a request that was probably billed but gave no answer. No request has its key.
+A line with `fault` is a paid reply whose text cannot be used. Two kinds of lines have no answer, and keys that no
+request has: `lost` records a request that was probably billed, `refused` one that the server refused and did not bill.
 """
 
 import threading
@@ -39,6 +40,10 @@ class Journal:
     def all(self) -> list[dict[str, Any]]:
         """Every line. If several lines have the same key, each of them was paid for."""
         return list(self._lines)
+
+    @property
+    def has_refusals(self) -> bool:
+        return any("refused" in line for line in self._lines)
 
     def add(self, line: dict[str, Any]) -> None:
         with self._lock:

@@ -16,7 +16,7 @@ from sq_llava.inference.asking_first import split_last_turn
 from sq_llava.inference.assistant import Assistant
 from sq_llava.inference.dialogues import DESCRIBE
 from sq_llava.inference.prompts import context_length, pixel_values, token_ids
-from sq_llava.inference.settings import AskSettings
+from sq_llava.inference.settings import AskSettings, SelfQuestioning
 from sq_llava.serving.decoding import Prompt, Sampling
 from sq_llava.serving.engine import Engine, Failure, Generation, Piece
 from sq_llava.serving.images import decode_data_url, decode_image, fetch, num_pixels
@@ -106,21 +106,34 @@ class ChatService:
             message = "self_questions needs an image, and messages that end with a user turn."
             raise ApiError(400, message, param="self_questions")
         messages, last = split_last_turn(messages)
-        turns = [] if messages[-1]["role"] == "assistant" else [await self._add_turn(chat, messages)]
+        longest = SelfQuestioning.own_tokens
+        turns = []
+        if messages[-1]["role"] != "assistant":
+            turns.append(await self._add_turn(chat, messages, longest=longest))
         asked = []
         for _ in range(chat.self_questions):
-            question, answer = [await self._add_turn(chat, messages, ask) for ask in (True, False)]
+            question = await self._add_turn(chat, messages, True, min(longest, AskSettings.max_new_tokens))
+            answer = await self._add_turn(chat, messages, longest=longest)
             asked.append({"question": question.content, "answer": answer.content})
             turns += [question, answer]
         return [*messages, last], {"asked": asked}, sum(turn.num_tokens for turn in turns)
 
-    async def _add_turn(self, chat: ChatCompletionRequest, messages: list[dict], ask: bool = False) -> "_Text":
-        """Generates the next turn, an answer (greedy) or a question (sampled), and appends it to `messages`."""
+    async def _add_turn(
+        self, chat: ChatCompletionRequest, messages: list[dict], ask: bool = False, longest: int | None = None
+    ) -> "_Text":
+        """
+        Generates the next turn, an answer (greedy) or a question (sampled), and appends it to `messages`.
+
+        Args:
+            longest (`int`, *optional*): Maximum length, in tokens. Default: what the request asks for.
+        """
         prompt = await self._in_thread(self._encode, messages, ask)
         sampling = replace(self._sampling(chat, len(prompt.input_ids)), temperature=0.0, stop=())
         if ask:
-            longest = min(AskSettings.max_new_tokens, sampling.max_new_tokens)
-            sampling = replace(sampling, max_new_tokens=longest, **QUESTION_SAMPLING)
+            sampling = replace(sampling, **QUESTION_SAMPLING)
+        if longest is not None:
+            room = self.context_length - len(prompt.input_ids)
+            sampling = replace(sampling, max_new_tokens=min(longest, room))
         text = await self._generate_one(prompt, sampling)
         messages.append({"role": "vusr" if ask else "assistant", "content": [{"type": "text", "text": text.content}]})
         return text

@@ -10,7 +10,9 @@ import time
 import pytest
 
 from sq_llava.evaluation.judge import Judge, JudgeSettings
+from sq_llava.llm_client import client
 from sq_llava.llm_client.client import ChatStopped
+from sq_llava.llm_client.replies import CUT_OFF, EMPTY
 from tests.chat_server import KEY, Reply, chat_server, completion
 from tests.processes import lines_of
 
@@ -92,7 +94,7 @@ def test_failed_request_is_listed_and_the_others_are_answered(tmp_path):
     assert "too long" in verdicts["c"].error
     sent = [request["messages"][0]["content"] for request in server.requests]
     assert (sent.count("b"), sent.count("c")) == (2, 1)  # an invalid request is not retried
-    assert len(lines_of(tmp_path / "judge.jsonl")) == 2
+    assert len([line for line in lines_of(tmp_path / "judge.jsonl") if "answer" in line]) == 2
 
 
 def test_answer_that_cannot_be_parsed_is_requested_again_with_a_higher_temperature(tmp_path):
@@ -106,25 +108,27 @@ def test_answer_that_cannot_be_parsed_is_requested_again_with_a_higher_temperatu
     assert "no answer could be parsed in 2 attempts: could not convert string to float: 'well...'" in verdict.error
 
 
-@pytest.mark.slow
+@pytest.mark.parametrize("body", [completion(None), completion("  "), completion("2", finish_reason="length")])
+def test_reply_without_a_usable_text_is_paid_and_followed_by_another_attempt(body, tmp_path):
+    with chat_server(lambda request, number: "1" if request.get("seed") else Reply(body=body)) as server:
+        assert ask(judge_of(server, tmp_path), "a")["a"].value == 1.0
+        verdict = ask(judge_of(server, tmp_path, attempts=1), "a")["a"]
+    assert len(server.requests) == 2
+    assert verdict.value is None and verdict.error in (EMPTY, CUT_OFF)
+
+
 @pytest.mark.parametrize(
-    "garbage",
-    [
-        Reply(body="<html>busy</html>", headers={"Content-Type": "text/html"}),
-        Reply(body='{"choices": [{"mess'),
-        Reply(body=json.dumps({"choices": [], "model": "m"})),
-        Reply(body="[]"),
-        Reply(body=completion(None)),
-        Reply(body=completion("  ")),
-    ],
-    ids=["html", "cut off", "no choices", "list", "null", "blank"],
+    "body",
+    ["<html>busy</html>", '{"choices": [{"mess', json.dumps({"choices": [], "model": "m"}), "[]"],
+    ids=["html", "cut off", "no choices", "list"],
 )
-def test_malformed_response_is_no_answer(garbage, tmp_path):
-    with chat_server(lambda request, number: garbage if request["temperature"] == 0 else "1") as server:
+def test_malformed_response_is_no_answer(body, tmp_path, monkeypatch):
+    monkeypatch.setattr(client, "LONGEST_BACKOFF", 0.0)
+    with chat_server(lambda request, number: Reply(body=body) if number == 0 else "1") as server:
         assert ask(judge_of(server, tmp_path), "a")["a"].value == 1.0
         assert len(server.requests) == 2
-        verdict = ask(judge_of(server, tmp_path, attempts=1), "a")["a"]
-    assert "the server's answer" in verdict.error
+        verdict = ask(judge_of(server, tmp_path, retries=0), "b")["b"]
+    assert "the server's answer is not a chat completion" in verdict.error
 
 
 @pytest.mark.parametrize(
@@ -176,10 +180,11 @@ def test_key_is_sent_but_never_written(tmp_path, capfd):
 
 @pytest.mark.parametrize("concurrency", [1, 8])
 def test_cap_on_cost_is_never_exceeded(concurrency, tmp_path):
-    # A request costs 100 * 10 + 10 * 100 = 2000 millionths, at most 34 bytes * 10 + 100 tokens * 100 = 10340. After
+    # A request costs 30 * 10 + 17 * 100 = 2000 millionths, at most 34 bytes * 10 + 100 tokens * 100 = 10340. After
     # 8000, the fifth request still fits into 20000; the sixth does not.
     prices = {"max_cost": 0.02, "input_price": 10.0, "output_price": 100.0, "max_tokens": 100}
-    with chat_server(lambda request, number: Reply("1", seconds=0.02)) as server:
+    reply = Reply(body=completion("1", 30, 17), seconds=0.02)
+    with chat_server(lambda request, number: reply) as server:
         judge = judge_of(server, tmp_path, concurrency=concurrency, **prices)
         with pytest.raises(ChatStopped, match=r"--judge-max-cost 0.02: 0.01 is spent, and the next request can cost"):
             ask(judge, *"abcdefghijkl")

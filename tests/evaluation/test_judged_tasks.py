@@ -6,6 +6,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from sq_llava.evaluation import llava_bench, mmvet, run
 from sq_llava.evaluation.judge import Judge, JudgeSettings
@@ -172,11 +174,41 @@ def test_coco_context_has_captions_and_boxes(tmp_path):
     assert lines_of(tmp_path / "llava_bench_coco" / "reviews.jsonl")[0]["category"] == "conv"
 
 
-@pytest.mark.parametrize("text", ["8 7 6", "8", "", "Scores: 8 7", "0 7", "8 11", "8/10 7/10", "\n\nfine\n8 7"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "8 7 6",
+        "8",
+        "",
+        "0 7",
+        "8 11",
+        "8/5 7/5",
+        "80/100 70/100",
+        "\n\nfine\n8 7",
+        "8-7",
+        "Assistant 2 is good: 8 7",
+        "7",
+    ],
+)
 def test_review_without_two_scores_on_its_first_line_is_refused(text):
     with pytest.raises(ValueError, match=r"the first line is .* expected two scores|expected numbers from 1 to 10"):
         llava_bench.parse_review(text)
-    assert llava_bench.parse_review("\n 8.5,  7\n1 2") == (8.5, 7.0)
+
+
+REVIEWS = [
+    "{0} {1}", "\n {0},  {1}\n1 2", "**{0} {1}**\nBecause.", "Scores: {0}, {1}", "**Scores:** {0} {1}",
+    "{0}/10 {1}/10",
+    "Scores:\n{0} {1}\nfine", "Assistant 1: {0}, Assistant 2: {1}", "- Assistant 1: {0}/10\n- Assistant 2: {1}/10\n",
+    "### Final scores\n\n**{0}** and **{1}**.", "[[{0}, {1}]]", "{0} out of 10, {1} out of 10", "{0}; {1}",
+    '{{"score_1": {0}, "score_2": {1}}}', "The score of Assistant 1 is {0} and the score of Assistant 2 is {1}.",
+]  # fmt: skip
+
+
+@given(scores=st.tuples(*[st.integers(10, 100).map(lambda tenths: tenths / 10)] * 2), form=st.sampled_from(REVIEWS))
+@settings(deadline=None)
+def test_review_is_read_in_every_form_that_judges_write(scores, form):
+    assert llava_bench.parse_review(form.format(*scores)) == scores
+    assert llava_bench.parse_review(form.format(*map(int, scores))) == tuple(map(int, scores))
 
 
 def test_missing_and_duplicate_ids_of_llava_bench_are_named(tmp_path):
@@ -261,13 +293,21 @@ def test_mmvet_asks_as_llava_or_as_lmms_eval(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("text", "value"), [("0.5", 0.5), ("1", 1.0), (" 1.0\nAll.", 1.0), ("| .3 |", 0.3), ("**0.0**", 0.0), ("0.", 0.0)]
-)
+    ("text", "value"),
+    [
+        ("0.5", 0.5), ("1", 1.0), (" 1.0\nAll.", 1.0), ("| .3 |", 0.3), ("**0.0**", 0.0), ("0.", 0.0),
+        ("Correctness: 0.7", 0.7), ("**Correctness**: 0.7", 0.7), ("**Score:** 0.7, as it is.", 0.7), ("0.7/1.0", 0.7),
+        ("correctness = .7.", 0.7), ("The correctness score is 0.7.\nIt lacks x.", 0.7), ("### Grade: 1/1", 1.0),
+        ('{"correctness": 0.7}', 0.7), ("the score is 1", 1.0),
+    ],
+)  # fmt: skip
 def test_grade_is_the_number_that_the_judge_begins_with(text, value):
     assert mmvet.parse_grade(text) == value
 
 
-@pytest.mark.parametrize("text", ["", "good", "10", "1.5", "-1", "0,5", "1/2", "50%", "0.5.1", "the score is 1"])
+@pytest.mark.parametrize(
+    "text", ["", "good", "10", "1.5", "-1", "0,5", "1/2", "50%", "0.5.1", "Score: 7", "0.7/10", "Row 1: 0.7"]
+)
 def test_other_grades_are_refused(text):
     with pytest.raises(ValueError, match="does not begin with a number from 0 to 1"):
         mmvet.parse_grade(text)

@@ -30,11 +30,13 @@ def run(tmp_path, monkeypatch):
     write_split(tmp_path / "data", "test", rows)
     monkeypatch.setattr("sq_llava.evaluation.run.hash_of_model", lambda model: "0" * 40)  # org/model does not exist
 
-    def write(**changes):
+    def write(graded=None, **changes):
         out = tmp_path / "out"
         result = assess_answers("pope", tmp_path / "data", ANSWERS, out)
         evaluation = replace(Evaluation("org/model", ["pope"], str(tmp_path / "data"), out), **changes)
-        write_results([replace(result, data_hash="d" * 64)], out, describe(evaluation, {"pope": "d" * 64}))
+        write_results(
+            [replace(result, data_hash="d" * 64, **(graded or {}))], out, describe(evaluation, {"pope": "d" * 64})
+        )
         save_pictures(TASKS["pope"], examples_of("pope", tmp_path / "data"), out / "pope")
         return write_report(out, TASKS)
 
@@ -129,6 +131,16 @@ def test_entry_for_the_hub_says_how_to_repeat_the_run_and_who_graded(run):
     assert "; split validation; graded by gpt-2026; hashes: model mmm" in entry.notes
     assert f"code {content['code_hash']}, data {'d' * 64}; Python {content['python']}, torch " in entry.notes
     assert entry.notes.endswith("seed 5; sq-llava evaluate --tasks pope")
+
+
+@pytest.mark.parametrize(("num_unjudged", "is_told"), [(0, False), (1, True)])
+def test_ungraded_answers_are_in_the_first_line_and_no_figure_is_beside_the_papers(num_unjudged, is_told, run):
+    judge = {"model": "gpt-2026", "answered_by": ["gpt-2026"], "dates": ["2026-01-01"]}
+    text = run(graded={"judge": judge, "num_unjudged": num_unjudged}).read_text()
+    first = text.partition("\n")[0]
+    warning = "**1 of 4 answers of POPE have no grade. The figures are only about the others.**"
+    assert first == (warning if is_told else "# Evaluation of org/model")
+    assert ("| **this run** | - |" in text) == is_told and ("![Main metric" not in text) == is_told
 
 
 def test_part_of_a_benchmark_gets_no_entry_for_the_hub(run):

@@ -18,7 +18,7 @@ from sq_llava.generation.describing import DescribeSettings, Description, LocalD
 from sq_llava.generation.review_sheet import hash_of_text
 from sq_llava.generation.settings import PROMPTS
 from tests import tiny
-from tests.chat_server import KEY, ChatServer, Reply, chat_server
+from tests.chat_server import KEY, ChatServer, Reply, chat_server, completion
 from tests.generation.commands import generate_data, made, texts_of
 from tests.processes import ended, fork, lines_of, sq_llava
 
@@ -134,6 +134,40 @@ def test_texts_are_repaired_and_rewritten_or_faulty_ones_left_out(photos, out):
     assert {id: row["repaired"] for id, row in rows_of(out).items()} == {"0.png": True, "more/4.png": False}
     editor = next(request for request in server.requests if request["model"] == "editor")
     assert "image_url" not in json.dumps(editor)
+
+
+def test_description_that_the_server_cut_off_is_continued_once(photos, out):
+    painter = Painter(photos)
+
+    def reply(request, number):
+        name, last = painter.name(request), request["messages"][-1]["content"]
+        is_cut = name == "0.png" if isinstance(last, list) else name == "1.png"
+        text = SHORT if name == "1.png" and isinstance(last, list) else painter(request, number)
+        return Reply(body=completion(text, finish_reason="length" if is_cut else "stop"))
+
+    with chat_server(reply) as server:
+        result = run(*options(photos, server, out))
+        assert "1 the answer was cut off at the token limit" in " ".join(result.stdout.split())
+        assert rows_of(out)["0.png"]["continued"] and not rows_of(out)["2.png"]["continued"]
+        assert descriptions(out)["0.png"].endswith("This is picture 0. It is bright.")
+        [rejected] = lines_of(out / "rejected.jsonl")
+        assert (rejected["id"], rejected["step"], rejected["text"]) == ("1.png", "server", "It is bright.")
+        run(*options(photos, server, out))
+    assert len(server.requests) == 7
+
+
+def test_description_stays_as_it_is_if_its_repair_cannot_be_used(photos, out):
+    painter = Painter(photos)
+
+    def reply(request, number):
+        is_repair = request["model"] == "editor" and "picture 2" in request["messages"][-1]["content"]
+        return Reply(body=completion("A", finish_reason="length")) if is_repair else painter(request, number)
+
+    with chat_server(reply) as server:
+        result = run(*options(photos, server, out, *EDITOR))
+    assert len(rows_of(out)) == 5 and not rows_of(out)["2.png"]["repaired"]
+    assert "All runs so far: used to describe: 5 requests, 550 tokens, used to repair: 5 requests" in result.stderr
+    assert "- used to repair: `5 requests, 550 tokens`" in (out / "README.md").read_text()
 
 
 def test_short_text_may_be_true_of_two_images_and_a_long_one_not():

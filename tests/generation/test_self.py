@@ -20,12 +20,13 @@ from sq_llava.evaluation import questions
 from sq_llava.evaluation.questions import AskSettings
 from sq_llava.generation import self_generation
 from sq_llava.generation.filters import FilterSettings
+from sq_llava.generation.judging import Exhibit, judge_turns
 from sq_llava.generation.rows import Shard
 from sq_llava.generation.scoring import mean_log_probabilities
 from sq_llava.generation.self_generation import SelfGeneration, estimate, generate
 from sq_llava.inference import assistant, dialogues, prompts
 from sq_llava.inference.assistant import Assistant
-from sq_llava.llm_client.client import ChatSettings
+from sq_llava.llm_client.client import ChatClient, ChatSettings
 from tests import tiny
 from tests.chat_server import Reply, chat_server
 from tests.generation.commands import generate_data, texts_of
@@ -316,7 +317,14 @@ def judged(run, whole, monkeypatch) -> SelfGeneration:
 
 
 def by_a_judge(run: SelfGeneration, server, **settings) -> SelfGeneration:
-    settings = {"concurrency": 2, "retries": 0, "max_tokens": 64, "option_prefix": "--judge-", **settings}
+    settings = {
+        "concurrency": 2,
+        "retries": 0,
+        "max_tokens": 64,
+        "attempts": 3,
+        "option_prefix": "--judge-",
+        **settings,
+    }
     return replace(run, judge=ChatSettings("judge", server.url, **settings))
 
 
@@ -338,9 +346,24 @@ def test_judge_sees_image_question_and_answer_and_is_paid_once(judged, whole):
         assert generate(by_a_judge(judged, server)) == made
         assert len(server.requests) == num_turns + 2 and files_of(judged.out) == files
     assert made.left_out == {"judge: rejected": 1, "judge: not readable": 1}
+    assert made.spent == f"{num_turns + 2} requests, {110 * (num_turns + 2):,} tokens"
+    assert f"- used by the judge: `{made.spent}`".encode() in files["README.md"]
     assert [each["id"] for each in lines_of(judged.out / "rejected.jsonl")] == ["0.png#1", "0.png#2"]
     assert server.requests[0]["messages"][1]["content"][0]["image_url"]["url"].startswith("data:image/jpeg;base64,")
     assert b"secret" not in b"".join(files.values())
+
+
+@pytest.mark.parametrize(
+    ("text", "verdict"),
+    [("**Accept**", True), ("Verdict: reject.", False), ("## Decision\n\n**Accepted**", True), ("I accept", None)],
+)
+def test_verdict_is_read_behind_a_label_and_marks(text, verdict, tmp_path, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "secret")
+    image = tmp_path / "0.png"
+    tiny.picture().save(image)
+    with chat_server(lambda request, number: text) as server:
+        client = ChatClient(ChatSettings("judge", server.url), tmp_path / "answers.jsonl")
+        assert judge_turns(client, "Judge.", {"a": Exhibit(image, "What?", "A boat.")}).results == {"a": verdict}
 
 
 def test_judge_stops_at_its_cap_and_resumes_later(judged):
@@ -354,9 +377,12 @@ def test_judge_stops_at_its_cap_and_resumes_later(judged):
 
 
 def test_turn_that_the_judge_did_not_answer_is_listed_and_tried_again(judged):
-    with chat_server(lambda request, number: Reply(status=400, body="{}") if number == 0 else "accept") as server:
-        made = generate(by_a_judge(judged, server))
-        assert (made.num_failed, made.num_kept) == (NUM_IMAGES * NUM_QUESTIONS, 0)
+    def reply(request, number):
+        return Reply(status=400, body="{}") if len(server.requests) <= 3 else "accept"
+
+    with chat_server(reply) as server:
+        made = generate(by_a_judge(judged, server, concurrency=1))
+        assert (made.num_failed, made.num_kept) == (3, NUM_IMAGES * NUM_QUESTIONS - 3)
         assert generate(by_a_judge(judged, server)).num_failed == 0
 
 

@@ -13,7 +13,7 @@ LAST = {"role": "user", "content": "And what colour?"}
 @pytest.mark.parametrize("history", [[], HISTORIES[0]], ids=["description", "history"])
 def test_answer_has_the_models_own_questions_in_view(assistant, history):
     image = tiny.picture()
-    [result] = assistant.consider_batch([(image, [*history, LAST])], SelfQuestioning(2), 6, seeds=[1])
+    [result] = assistant.consider_batch([(image, [*history, LAST])], SelfQuestioning(2, own_tokens=6), 6, seeds=[1])
     expected = assistant.converse(image, num_turns=2, history=history or None, max_new_tokens=6, seed=1)
     asked = [message["content"] for message in expected[-4:]]
     [pairs] = result.asked
@@ -23,13 +23,13 @@ def test_answer_has_the_models_own_questions_in_view(assistant, history):
 
 def test_image_goes_through_the_model_once(assistant, monkeypatch):
     passes = record_passes(assistant, monkeypatch)
-    assistant.answer(tiny.picture(), "Why?", 4, self_questions=2, votes=3, seed=0)
+    assistant.consider_batch([(tiny.picture(), "Why?")], SelfQuestioning(2, votes=3, own_tokens=4), 4, seeds=[0])
     assert passes["images"] == [1]
 
 
 def test_batch_equals_one_by_one(assistant):
     requests = [(tiny.picture(0), "Why?"), (tiny.picture(1), [*HISTORIES[1], LAST]), (tiny.picture(2), "Where?")]
-    settings, seeds = SelfQuestioning(2, votes=2), [0, 1, 2]
+    settings, seeds = SelfQuestioning(2, votes=2, own_tokens=6), [0, 1, 2]
     together = assistant.consider_batch(requests, settings, 6, seeds)
     alone = [assistant.consider_batch([each], settings, 6, [seed])[0] for each, seed in zip(requests, seeds)]
     assert together == alone

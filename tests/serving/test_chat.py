@@ -13,6 +13,7 @@ from openai import OpenAI
 from PIL import Image
 
 from sq_llava.inference.dialogues import DESCRIBE
+from sq_llava.inference.settings import SelfQuestioning
 from sq_llava.serving.app import create_app
 from sq_llava.serving.chat import ChatService, Limits
 from sq_llava.serving.settings import Access
@@ -279,7 +280,8 @@ def test_a_question_is_asked_for_as_in_vllm(client):
     assert asked.first_answer == told.first_answer and asked.choices == told.choices
 
 
-def test_model_asks_itself_before_it_answers(client):
+def test_model_asks_itself_before_it_answers(client, monkeypatch):
+    monkeypatch.setattr(SelfQuestioning, "own_tokens", 8)
     settings = {"seed": 3, "extra_body": {"self_questions": 2}}
     question = user("What?", tiny.picture())
     reply = ask_for(client, question, **settings)
