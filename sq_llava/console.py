@@ -1,6 +1,7 @@
 """Code that all commands share: consoles for output and messages, errors in one line, examples in the help."""
 
 import errno
+import gc
 import logging
 import os
 import sys
@@ -48,6 +49,22 @@ def quiet_warnings() -> None:
     warnings.filterwarnings("default", module="sq_llava")
     logging.lastResort.setLevel(logging.ERROR)  # for loggers that nobody configured
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+
+@contextmanager
+def loading(message: str = "Loading libraries") -> Iterator[None]:
+    """
+    Shows a message while large libraries are imported. Python's garbage collector is off in the meantime: it would
+    search the thousands of new modules again and again, and would find nothing.
+    """
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        with messages_console.status(message):
+            yield
+    finally:
+        if was_on:
+            gc.enable()
 
 
 def examples(*lines: str) -> str:

@@ -9,7 +9,7 @@ import typer
 from rich.progress import Progress
 
 from sq_llava.cli.options import AsJson
-from sq_llava.console import console, errors_in_one_line, examples, messages_console
+from sq_llava.console import console, errors_in_one_line, examples, loading, messages_console
 from sq_llava.early_checks import require_dtype, require_file, require_folder, require_new_folder
 from sq_llava.locations import find_config, require_folder_or_id
 from sq_llava.output import new_folder_lock, write_json
@@ -41,8 +41,8 @@ def merge(
     with errors_in_one_line():
         require_folder(adapter)
         require_new_folder(out)
-        from sq_llava.checkpoints.load import merge_adapter
-
+        with loading():
+            from sq_llava.checkpoints.load import merge_adapter
         merge_adapter(adapter, out)
         messages_console.print(f"Wrote {out}")
 
@@ -100,7 +100,7 @@ def convert(
         require_dtype(dtype, "--dtype")
         require_dtype(verify_dtype, "--verify-dtype", automatic=False)
         locks.enter_context(new_folder_lock(out))
-        with messages_console.status("Reading names and shapes"):
+        with loading("Reading names and shapes"):
             from transformers.utils import logging
 
             from sq_llava.checkpoints import convert as conversion
@@ -162,7 +162,7 @@ def inspect(
     """
     with errors_in_one_line():
         require_folder_or_id(folder)
-        with messages_console.status("Reading headers"):
+        with loading("Reading headers"):
             from sq_llava.checkpoints import inspection
 
             found = inspection.inspect(folder)

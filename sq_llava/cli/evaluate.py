@@ -11,7 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from sq_llava.cli.options import AsJson, OptionsOf, check_model_options, quiet_libraries, takes_options
-from sq_llava.console import console, errors_in_one_line, examples, is_first_process, messages_console
+from sq_llava.console import console, errors_in_one_line, examples, is_first_process, loading, messages_console
 from sq_llava.early_checks import require_folder
 from sq_llava.evaluation.settings import Evaluation, JudgeSettings, QuestionEvaluation
 from sq_llava.inference.settings import AskSettings
@@ -64,7 +64,7 @@ def evaluate(
     with errors_in_one_line():
         _check_places(data, against)
         check_model_options(**settings)
-        with messages_console.status("Loading libraries"):
+        with loading():
             from sq_llava.checkpoints.convert import VICUNA_SYSTEM_MESSAGE
 
             quiet_libraries()
@@ -83,7 +83,7 @@ def evaluate(
 
 
 def _list_tasks() -> None:
-    with messages_console.status("Loading libraries"):
+    with loading():
         from sq_llava.evaluation.run import TASKS
     for name, task in sorted(TASKS.items()):
         console.print(f"{name:24}{task.title}", markup=False, highlight=False)
@@ -258,7 +258,7 @@ def evaluate_questions(
     """
     with errors_in_one_line():
         check_asking(**settings)
-        with messages_console.status("Loading libraries"):
+        with loading():
             from sq_llava.evaluation.question_run import evaluate_questions as run
 
             quiet_libraries()

@@ -23,7 +23,7 @@ from typing import Annotated, Any, get_args, get_type_hints
 from typer import Argument, Option
 from typer.models import ArgumentInfo, OptionInfo, ParameterInfo
 
-from sq_llava.console import messages_console
+from sq_llava.console import loading
 from sq_llava.early_checks import require_device, require_dtype
 from sq_llava.inference.settings import Device, Dtype
 from sq_llava.locations import find_config
@@ -161,7 +161,7 @@ def load_model(
 ):
     """Loads an [`Assistant`], with a message on standard error."""
     check_model_options(model, device, dtype)
-    with messages_console.status("Loading the model"):
+    with loading("Loading the model"):
         quiet_libraries()
         from sq_llava.inference.assistant import load
 

@@ -1,5 +1,6 @@
 """What commands print: help at any width, plain text where colours are unwanted, and no warnings of libraries."""
 
+import gc
 import logging
 import sys
 import warnings
@@ -12,7 +13,7 @@ from typer.testing import CliRunner
 
 from sq_llava.cli import evaluate
 from sq_llava.cli.main import app
-from sq_llava.console import quiet_warnings
+from sq_llava.console import loading, quiet_warnings
 
 
 def commands_below(group, path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
@@ -66,7 +67,7 @@ def test_questions_are_shown_in_a_table_of_80_columns(monkeypatch):
 
 
 @pytest.fixture
-def as_at_start(monkeypatch):
+def as_at_start(monkeypatch, capsys):
     """A process that was started without PYTHONWARNINGS; afterwards everything is as before."""
     monkeypatch.setattr(sys, "warnoptions", [])
     monkeypatch.setattr(logging, "lastResort", logging.StreamHandler())
@@ -99,3 +100,10 @@ def test_pythonwarnings_shows_all_warnings(as_at_start, monkeypatch):
     quiet_warnings()
     warn("torch.nn")
     assert len(as_at_start) == 2 and logging.lastResort.level == logging.NOTSET
+
+
+def test_garbage_is_collected_again_after_libraries_are_loaded():
+    with pytest.raises(ValueError, match="damaged"), loading():
+        assert not gc.isenabled()
+        raise ValueError("damaged")
+    assert gc.isenabled()
