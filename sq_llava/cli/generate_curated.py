@@ -117,6 +117,8 @@ def _check_curation(settings: dict, local: dict, server: dict, describer: str | 
 def _show_curated(made, out: Path) -> None:
     """Prints what was made of the images. Exit code 1: something is missing."""
     counts = f"{made.num_images:,} images, {made.num_continued:,} described in two steps, {made.num_kept:,} kept"
+    if made.num_refused:
+        console.print(f"{made.num_refused:,} stay as they were, because their repair was refused.", highlight=False)
     left_out = "Left out:" if made.reasons else "None was left out."
     console.print(f"{counts}, {made.num_checked:,} of these checked by a person. {left_out}", highlight=False)
     for reason, count in made.reasons.items():

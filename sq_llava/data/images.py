@@ -21,7 +21,10 @@ from typing import Any
 from PIL import ExifTags, Image, UnidentifiedImageError
 
 from image_processing_sq_llava import check_size, open_header, open_in_rgb, open_stream
+from sq_llava.early_checks import read_heic
 
+
+read_heic()
 
 # The last bytes of a complete file. A GIF ends with the one byte ";"; the zero before it ends its last block.
 END_MARKERS = {"JPEG": b"\xff\xd9", "MPO": b"\xff\xd9", "PNG": b"\0\0\0\0IEND\xaeB`\x82", "GIF": b"\0;"}
@@ -96,6 +99,13 @@ def jpeg_data_url(image: Image.Image, longest_side: int, quality: int) -> str:
     file = io.BytesIO()
     image.save(file, "JPEG", quality=quality)
     return f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}"
+
+
+def png_data_url(image: Image.Image) -> str:
+    """Encodes an image as `data:image/png;base64,...`, without loss."""
+    file = io.BytesIO()
+    image.save(file, "PNG", compress_level=1)
+    return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
 def image_name(image: str | Path | dict[str, Any] | bytes | io.BytesIO | Image.Image) -> str:

@@ -24,7 +24,7 @@ from sq_llava.evaluation import (
     vizwiz,
     vqav2,
 )
-from sq_llava.evaluation.answering import AnswerSettings, answer_examples
+from sq_llava.evaluation.answering import AnswerSettings, Model, answer_examples
 from sq_llava.evaluation.judge import Judge
 from sq_llava.evaluation.other_models import load_any
 from sq_llava.evaluation.reading import Data, evenly_spaced
@@ -38,6 +38,7 @@ from sq_llava.evaluation.results import (
     write_examples,
     write_results,
 )
+from sq_llava.evaluation.served_model import ServedModel
 from sq_llava.evaluation.settings import Evaluation
 from sq_llava.evaluation.task import Example, Record, Score, Task, summarize
 from sq_llava.inference.processes import join_processes
@@ -46,6 +47,8 @@ from sq_llava.output import output_lock
 from sq_llava.resumable.run_note import RunNote
 
 
+# A batch for a server has this many times as many requests as it gets at once. Few of them then wait for the slowest.
+NUM_ROUNDS = 8
 TASKS: dict[str, Task] = {
     task.name: task
     for task in (
@@ -99,12 +102,15 @@ def _evaluate(evaluation: Evaluation, tasks: Sequence[Task], state: PartialState
     about = describe(evaluation, {name: hash_of_data(each) for name, each in examples.items()})
     note = RunNote(evaluation.out, about, IDENTITY)
     set_seed(evaluation.seed)
-    assistant = load_any(evaluation.model, evaluation.dtype, device, evaluation.trust_remote_code)
+    model = load_model(evaluation, state, device)
+    batch_size = evaluation.batch_size
+    if evaluation.server is not None:
+        batch_size = NUM_ROUNDS * evaluation.server.concurrency
     answered = []
     for task in tasks:
-        settings = AnswerSettings(task.max_new_tokens, evaluation.batch_size, evaluation.system_message)
+        settings = AnswerSettings(task.max_new_tokens, batch_size, evaluation.system_message)
         folder = evaluation.out / task.name
-        answered.append(answer_examples(assistant, examples[task.name], folder, settings, task.title, note))
+        answered.append(answer_examples(model, examples[task.name], folder, settings, task.title, note))
     if not state.is_main_process:
         return []
     note.write()
@@ -115,6 +121,21 @@ def _evaluate(evaluation: Evaluation, tasks: Sequence[Task], state: PartialState
         save_pictures(task, examples[task.name], evaluation.out / task.name)
     write_report(evaluation.out, TASKS)
     return results
+
+
+def load_model(evaluation: Evaluation, state: PartialState, device: str) -> Model:
+    """
+    The model that answers.
+
+    Raises:
+        ValueError: If the checkpoint is wrong, or if several processes would use one server.
+        ConnectionError: If no server answers.
+    """
+    if evaluation.server is None:
+        return load_any(evaluation.model, evaluation.dtype, device, evaluation.trust_remote_code)
+    if state.num_processes > 1:
+        raise ValueError("--base-url: start one process, without torchrun. --concurrency sends requests in parallel.")
+    return ServedModel(evaluation.server, evaluation.out)
 
 
 def assess(
@@ -195,7 +216,9 @@ def describe(evaluation: Evaluation, data_hashes: dict[str, str]) -> dict[str, A
     """The fields of `results.json` that are needed to repeat the run."""
     return {
         "model": evaluation.model,
-        "model_hash": hash_of_model(evaluation.model),
+        # Nobody knows which weights a server has.
+        "model_hash": hash_of_model(evaluation.model) if evaluation.server is None else None,
+        "server": evaluation.server and evaluation.server.base_url,
         "code_hash": hash_of_code(),
         "data_hashes": data_hashes,
         "split": evaluation.split,
@@ -209,4 +232,4 @@ def describe(evaluation: Evaluation, data_hashes: dict[str, str]) -> dict[str, A
 
 
 # A run resumes from the answers in its folder only if these fields are equal.
-IDENTITY = ("model_hash", "model", "data_hashes", "system_message", "dtype")
+IDENTITY = ("model_hash", "model", "server", "data_hashes", "system_message", "dtype")

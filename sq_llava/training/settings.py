@@ -149,7 +149,9 @@ class SQLlavaArguments:
     # The command that checks the data of these settings, set by `parse_settings`.
     doctor_command: str = field(init=False, default="sq-llava doctor")
     max_loss: float | None = _option(
-        "Stop the run at a step whose loss is above this. Default: 2 ln(vocabulary size).", default=None
+        "Stop the run at a step whose loss is above this. Default: twice the mean loss of the first ten steps, or "
+        "twice that of a uniform guess if it is higher.",
+        default=None,
     )
 
     def __post_init__(self):

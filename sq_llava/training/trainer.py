@@ -17,7 +17,6 @@ Each step is checked before it is applied (`sq_llava/training/recovery.py`). Wit
 saves the steps since the last checkpoint.
 """
 
-import math
 import shutil
 from contextlib import nullcontext
 from dataclasses import replace
@@ -75,8 +74,8 @@ class SQLlavaTrainer(SFTTrainer):
         question_loss_weight (`float`): Weight of a self-question token; an answer token has weight 1.
         part_learning_rates (`dict[str, float]`): Learning rates of `"vision"` and `"connector"`. Other parts use
             `learning_rate`.
-        max_loss (`float`, *optional*): Stop at a step with a higher loss. Default: 2 ln(vocabulary size), twice the
-            loss of a uniform guess.
+        max_loss (`float`, *optional*): Stop at a step with a higher loss. Default: twice the loss that the run began
+            with ([`StepWatch.highest_loss`]).
         generation_check (`GenerationCheck`, *optional*): Runs with each evaluation.
         packing (`bool`): Whether to pack training rows. Their `length` must then come from `with_length_bounds`.
         max_rows_per_image (`int`): With packing, the most rows that share the pass over their image. 1 for no sharing.
@@ -105,7 +104,7 @@ class SQLlavaTrainer(SFTTrainer):
         self._init_trl(*args, **kwargs)
         self.args.logging_nan_inf_filter = False  # it would log another number where the loss is nan
         vocab_size = self.model.config.get_text_config().vocab_size
-        self.watch = StepWatch(self.accelerator, 2 * math.log(vocab_size) if max_loss is None else max_loss)
+        self.watch = StepWatch(self.accelerator, vocab_size, max_loss)
         self.add_callback(self.watch)
         # Tokens in packs, and the capacity of those packs, since the last log line.
         self._packed = torch.zeros(2)
