@@ -15,7 +15,7 @@ from sq_llava.cli.options import AsJson, OptionsOf, check_model_options, quiet_l
 from sq_llava.console import console, errors_in_one_line, examples, is_first_process, loading, messages_console
 from sq_llava.early_checks import require_folder
 from sq_llava.evaluation.settings import Evaluation, JudgeSettings, QuestionEvaluation, ServerSettings
-from sq_llava.inference.settings import AskSettings
+from sq_llava.inference.settings import AskSettings, SelfQuestioning
 from sq_llava.locations import is_missing_folder, require_folder_or_id
 from sq_llava.output import output_lock
 
@@ -40,6 +40,7 @@ app = typer.Typer()
 @takes_options
 def evaluate(
     settings: Annotated[dict, OptionsOf(Evaluation, without=("model",))],
+    thinking: Annotated[dict, OptionsOf(SelfQuestioning)],
     server: Annotated[
         dict,
         OptionsOf(ServerSettings, panel=SERVER, without=("model", "temperature", "top_p", "max_tokens", "attempts")),
@@ -95,7 +96,7 @@ def evaluate(
         if settings["system_message"] == "vicuna":
             settings["system_message"] = VICUNA_SYSTEM_MESSAGE
         settings |= {"tasks": [name.strip() for name in tasks.split(",")], "data": data}
-        settings |= {"judge": _judge_settings(judge)}
+        settings |= {"judge": _judge_settings(judge), "thinking": SelfQuestioning(**thinking)}
         evaluations = [
             Evaluation(
                 model=each,

@@ -16,13 +16,14 @@ from sq_llava.data.images import open_image
 from sq_llava.evaluation.reading import TaskImage
 from sq_llava.evaluation.served_model import ServedModel
 from sq_llava.evaluation.task import Example, Record
+from sq_llava.inference.asking_first import AsksFirst
 from sq_llava.inference.assistant import Assistant
 from sq_llava.resumable.resume import run_resumable
 from sq_llava.resumable.run_note import RunNote
 
 
 # What answers prompts: `render` and `answer_batch` are all that an evaluation needs.
-Model = Assistant | ServedModel
+Model = Assistant | AsksFirst | ServedModel
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from sq_llava.evaluation import (
 )
 from sq_llava.evaluation.answering import AnswerSettings, Model, answer_examples
 from sq_llava.evaluation.judge import Judge
-from sq_llava.evaluation.other_models import load_any
+from sq_llava.evaluation.other_models import OtherModel, load_any
 from sq_llava.evaluation.reading import Data, evenly_spaced
 from sq_llava.evaluation.report import save_pictures, write_report
 from sq_llava.evaluation.results import (
@@ -41,6 +41,7 @@ from sq_llava.evaluation.results import (
 from sq_llava.evaluation.served_model import ServedModel
 from sq_llava.evaluation.settings import Evaluation
 from sq_llava.evaluation.task import Example, Record, Score, Task, summarize
+from sq_llava.inference.asking_first import AsksFirst
 from sq_llava.inference.processes import join_processes
 from sq_llava.llm_client.client import ChatStopped
 from sq_llava.output import output_lock
@@ -132,7 +133,12 @@ def load_model(evaluation: Evaluation, state: PartialState, device: str) -> Mode
         ConnectionError: If no server answers.
     """
     if evaluation.server is None:
-        return load_any(evaluation.model, evaluation.dtype, device, evaluation.trust_remote_code)
+        model = load_any(evaluation.model, evaluation.dtype, device, evaluation.trust_remote_code)
+        if not evaluation.thinking.self_questions:
+            return model
+        if isinstance(model, OtherModel):
+            raise ValueError(f"--self-questions needs an SQ-LLaVA, but {evaluation.model} is another model.")
+        return AsksFirst(model, evaluation.thinking, evaluation.seed)
     if state.num_processes > 1:
         raise ValueError("--base-url: start one process, without torchrun. --concurrency sends requests in parallel.")
     return ServedModel(evaluation.server, evaluation.out)
@@ -227,9 +233,10 @@ def describe(evaluation: Evaluation, data_hashes: dict[str, str]) -> dict[str, A
         "system_message": evaluation.system_message,
         "dtype": evaluation.dtype,
         "seed": evaluation.seed,
+        "self_questioning": str(evaluation.thinking) if evaluation.thinking.self_questions else None,
         **environment(),
     }
 
 
 # A run resumes from the answers in its folder only if these fields are equal.
-IDENTITY = ("model_hash", "model", "server", "data_hashes", "system_message", "dtype")
+IDENTITY = ("model_hash", "model", "server", "data_hashes", "system_message", "dtype", "self_questioning")

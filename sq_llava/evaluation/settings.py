@@ -4,13 +4,13 @@
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
 from typer import Option
 
-from sq_llava.inference.settings import AskSettings, Device, Dtype
+from sq_llava.inference.settings import AskSettings, Device, Dtype, SelfQuestioning
 from sq_llava.llm_client.settings import ChatSettings
 
 
@@ -51,6 +51,7 @@ class Evaluation:
         tasks (`Sequence[str]`): Names from `sq_llava.evaluation.run.TASKS`.
         data (`str`): A folder, a Hub id, or `"hub"`; see [`Data.locate`].
         out (`Path`): Output folder. An interrupted run resumes from it.
+        thinking (`SelfQuestioning`): Questions that the model asks itself before each answer.
         server (`ServerSettings`, *optional*): The server that `model` runs on, instead of a model to load.
         judge (`JudgeSettings`, *optional*): The judge, for tasks that need one.
         judge_folder (`Path`, *optional*): Folder for the judge's answers. Answers that are already in it count toward
@@ -74,6 +75,7 @@ class Evaluation:
     device: Device = None
     trust_remote_code: Annotated[bool, Option(help="Allow a model to run code from its own repository.")] = False
     seed: Annotated[int, Option(help="Random seed.")] = 0
+    thinking: SelfQuestioning = field(default_factory=SelfQuestioning)
     server: ServerSettings | None = None
     judge: JudgeSettings | None = None
     judge_folder: Path | None = None
@@ -81,6 +83,8 @@ class Evaluation:
     def __post_init__(self):
         if self.server is None:
             return
+        if self.thinking.self_questions:
+            raise ValueError("--self-questions has no effect on a model on a server (--base-url). Leave it out.")
         for name in ("batch_size", "dtype", "device", "trust_remote_code"):
             if getattr(self, name) != getattr(Evaluation, name):
                 option = name.replace("_", "-")
