@@ -1,6 +1,7 @@
 """What commands print: help at any width, plain text where colours are unwanted, and no warnings of libraries."""
 
 import gc
+import io
 import logging
 import sys
 import warnings
@@ -67,10 +68,10 @@ def test_questions_are_shown_in_a_table_of_80_columns(monkeypatch):
 
 
 @pytest.fixture
-def as_at_start(monkeypatch, capsys):
+def as_at_start(monkeypatch):
     """A process that was started without PYTHONWARNINGS; afterwards everything is as before."""
     monkeypatch.setattr(sys, "warnoptions", [])
-    monkeypatch.setattr(logging, "lastResort", logging.StreamHandler())
+    monkeypatch.setattr(logging, "lastResort", logging.StreamHandler(io.StringIO()))
     monkeypatch.setenv("TRANSFORMERS_VERBOSITY", "")
     with warnings.catch_warnings(record=True) as seen:
         warnings.resetwarnings()
@@ -82,7 +83,7 @@ def warn(module: str) -> None:
         warnings.warn_explicit("old", category, "file.py", 1, module=module, registry={})
 
 
-def test_warnings_of_other_packages_are_hidden_and_our_own_are_shown(as_at_start, capsys):
+def test_warnings_of_other_packages_are_hidden_and_our_own_are_shown(as_at_start):
     quiet_warnings()
     warn("torch.nn")
     assert not as_at_start
@@ -92,7 +93,7 @@ def test_warnings_of_other_packages_are_hidden_and_our_own_are_shown(as_at_start
     library.propagate = False
     library.warning("cast")
     library.error("broken")
-    assert capsys.readouterr().err == "broken\n"
+    assert logging.lastResort.stream.getvalue() == "broken\n"
 
 
 def test_pythonwarnings_shows_all_warnings(as_at_start, monkeypatch):
