@@ -429,6 +429,7 @@ def data_check(
     arguments: SQLlavaArguments, training_args: SFTConfig, model_config: ModelConfig, **looked_at: bool
 ) -> DataCheck:
     """Makes the check of a recipe. It needs the data and the processor, but no weights."""
+    text_probe = [] if arguments.text_probe is None else [DataSource(arguments.text_probe)]
     return DataCheck(
         arguments.datasets,
         composed_processor(arguments, model_config),
@@ -436,6 +437,6 @@ def data_check(
         max_length=training_args.max_length,
         self_question_ratio=arguments.self_question_ratio,
         packing=arguments.packing,
-        eval_sources=[*arguments.eval_datasets, *arguments.generation_datasets],
+        eval_sources=[*arguments.eval_datasets, *arguments.generation_datasets, *text_probe],
         **looked_at,
     )

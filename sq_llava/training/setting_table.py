@@ -67,6 +67,9 @@ OURS = {
     "generation_datasets": supported(
         "training/test_generation_check.py::test_generations_are_scored_written_and_sent_to_tensorboard"
     ),
+    "text_probe": supported(
+        "training/test_text_probe.py::test_loss_on_text_is_measured_before_the_first_step_and_after_the_last"
+    ),
     **each(
         "vision_model_name_or_path text_model_name_or_path",
         supported("training/test_training.py::test_stage_two_begins_with_the_logits_of_stage_one"),

@@ -23,6 +23,7 @@ pytestmark = pytest.mark.slow
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 STAGE = {"stage": "instruct", "data": [{"path": "org/data", "split": "train"}], "rows": 7, "steps": 3}
+PROBE = {"path": "t.json", "rows": 7, "loss_before": 1.5, "loss_after": 2.0}
 STAGE |= {"settings": {"learning_rate": 0.5}, "versions": {"torch": "2.13.0"}}
 
 
@@ -126,6 +127,7 @@ def test_first_example_of_a_published_card_needs_no_file(checkpoint):
         ({"converted_from": "org/llava", "new_extractor": "paper"}, "new** and untrained: train this model", False),
         ({"stages": [STAGE | {"stage": "align"}]}, "Stage `align`: 3 steps on 7 rows of `org/data` (train)", False),
         ({"stages": [STAGE]}, "`learning_rate: 0.5` With torch 2.13.0.", True),
+        ({"stages": [STAGE | {"text_probe": PROBE}]}, "7 text-only rows of t.json: 1.5 before the stage, 2.0", True),
         ({"converted_from": "x", "new_extractor": "paper", "stages": [STAGE]}, "only in the stages below", True),
     ],
 )  # fmt: skip
