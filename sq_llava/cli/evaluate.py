@@ -1,5 +1,6 @@
 """`sq-llava evaluate` and `sq-llava evaluate-questions`: their options and their output."""
 
+import json
 from collections.abc import Sequence
 from dataclasses import fields, replace
 from pathlib import Path
@@ -10,8 +11,8 @@ from rich.box import SIMPLE
 from rich.markup import escape
 from rich.table import Table
 
-from sq_llava.cli.options import OptionsOf, check_model_options, quiet_libraries, takes_options
-from sq_llava.console import console, errors_in_one_line, examples, is_first_process, messages_console
+from sq_llava.cli.options import AsJson, OptionsOf, check_model_options, quiet_libraries, takes_options
+from sq_llava.console import console, errors_in_one_line, examples, is_first_process, loading, messages_console
 from sq_llava.early_checks import require_folder
 from sq_llava.evaluation.settings import Evaluation, JudgeSettings, QuestionEvaluation, ServerSettings
 from sq_llava.inference.settings import AskSettings, SelfQuestioning
@@ -88,7 +89,7 @@ def evaluate(
         if server["base_url"] is None:
             for each in model:
                 check_model_options(each, **settings)
-        with messages_console.status("Loading libraries"):
+        with loading():
             from sq_llava.checkpoints.convert import VICUNA_SYSTEM_MESSAGE
 
             quiet_libraries()
@@ -111,7 +112,7 @@ def evaluate(
 
 
 def _list_tasks() -> None:
-    with messages_console.status("Loading libraries"):
+    with loading():
         from sq_llava.evaluation.run import TASKS
     for name, task in sorted(TASKS.items()):
         console.print(f"{name:24}{task.title}", markup=False, highlight=False)
@@ -236,6 +237,23 @@ def show(results) -> None:
         console.print(table)
 
 
+def show_questions(figures: dict[str, Any]) -> None:
+    """Prints the metrics of a model's questions."""
+    from sq_llava.evaluation.question_run import metric_rows
+
+    table = _table("Questions of the model", "value")
+    for row in metric_rows(figures):
+        table.add_row(*row)
+    for name, share in figures["types"].items():
+        table.add_row(f"questions of type {name}", f"{share:.1%}")
+    clip = figures.get("clip", {})
+    for name in [name for name in clip if f"{name}_with_another_image" in clip]:
+        about = f"CLIP similarity of {name.replace('_', ' ')}"
+        table.add_row(f"{about} and their image", f"{clip[name]:.3f}")
+        table.add_row(f"{about} and another image", f"{clip[f'{name}_with_another_image']:.3f}")
+    console.print(table)
+
+
 def show_differences(differences, out: Path) -> None:
     """Prints the differences between this run and the one it is compared with."""
     for task in dict.fromkeys(each.task for each in differences):
@@ -316,6 +334,7 @@ def evaluate_questions(
     settings: Annotated[dict, OptionsOf(QuestionEvaluation)],
     asking: Annotated[dict, OptionsOf(AskSettings)],
     out: Annotated[Path | None, typer.Option(help="Output folder. Default: runs/questions/<model>.")] = None,
+    as_json: AsJson = False,
 ) -> None:
     """Measure the questions that a model asks.
 
@@ -323,14 +342,17 @@ def evaluate_questions(
     """
     with errors_in_one_line():
         check_asking(**settings)
-        with messages_console.status("Loading libraries"):
+        with loading():
             from sq_llava.evaluation.question_run import evaluate_questions as run
 
             quiet_libraries()
         out = out or Path("runs/questions") / Path(settings["model"]).name
         figures = run(QuestionEvaluation(out=out, settings=AskSettings(**asking), **settings))
     if figures:
-        console.print_json(data=figures)
+        if as_json:
+            print(json.dumps(figures, indent=2))
+        else:
+            show_questions(figures)
         messages_console.print(f"Wrote {out}", soft_wrap=True)
         if figures["num_failed"]:
             messages_console.print(

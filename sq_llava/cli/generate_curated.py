@@ -7,7 +7,7 @@ import typer
 
 from sq_llava.cli.generate_data import SERVER, DryRun, ShardOption, end_run, print_estimate
 from sq_llava.cli.options import OptionsOf, check_model_options, quiet_libraries, takes_options
-from sq_llava.console import console, errors_in_one_line, examples, messages_console
+from sq_llava.console import console, errors_in_one_line, examples, loading
 from sq_llava.early_checks import require_file, require_folder
 from sq_llava.generation.rows import Shard
 from sq_llava.generation.settings import PROMPTS, CurateSettings, DescribeSettings, PromptFolder
@@ -68,7 +68,7 @@ def curate(
     """
     with errors_in_one_line():
         _check_curation(settings, local, server, describer, prompts)
-        with messages_console.status("Loading libraries"):
+        with loading():
             from sq_llava.generation import curate as curating
             from sq_llava.generation.describing import LocalDescriber, Prompts, Repairer, ServerDescriber
             from sq_llava.llm_client.client import ChatClient

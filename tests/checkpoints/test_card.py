@@ -101,6 +101,24 @@ def test_widget_asks_about_the_picture(checkpoint):
     assert data["widget"] == [{"text": "What is in this picture?", "src": "https://host/image.png"}]
 
 
+def test_example_shows_what_the_model_said_as_plain_text(checkpoint):
+    samples = {"answer": "A cat | <b>on</b>\n[a mat](x)", "questions": ["Why?", "Where?"]}
+    text = card_of(checkpoint, samples=samples).text
+    assert "![The example picture](image.png)" in text
+    assert "| question | What is in this picture? |\n| its answer | A cat ¦ ‹b›on‹/b› (a mat)(x) |\n" in text
+    assert "| it asks | Why? |\n| it asks | Where? |\n\nThe model wrote this" in text
+    answers_only = card_of(checkpoint, {"converted_from": "org/llava"} | {"new_extractor": "paper"}, samples=samples)
+    assert "| its answer |" in answers_only.text and "it asks" not in answers_only.text
+    assert "## Example" not in card_of(checkpoint).text
+
+
+def test_first_example_of_a_published_card_needs_no_file(checkpoint):
+    text = card_of(checkpoint, revision=COMMIT, example_url="https://host/image.png").text
+    first = re.search(r"```python\n(.*?)```", text, re.S)[1]
+    assert '"url": "https://host/image.png"' in first and "pipeline" in first
+    assert '"url": "image.png"' in card_of(checkpoint).text
+
+
 @pytest.mark.parametrize(
     ("provenance", "says", "asks"),
     [
