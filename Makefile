@@ -3,6 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 VLLM := .venv-vllm
 DEEPSPEED := .venv-deepspeed
+PEERS := .venv-peers
 SEED ?= 0
 RUN ?= runs/demo
 
@@ -12,7 +13,7 @@ export TOKENIZERS_PARALLELISM ?= false
 export HF_HUB_DISABLE_TELEMETRY ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-clean test test-fast test-documents test-long test-deepspeed test-versions test-vllm test-wheel wheel lint bench
+.PHONY: help setup demo demo-clean test test-fast test-documents test-long test-deepspeed test-peers test-versions test-vllm test-wheel wheel lint bench
 
 help:  ## List the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -67,11 +68,24 @@ $(RUN)/model/config.json:
 test-deepspeed: $(DEEPSPEED)/.installed  ## Train with DeepSpeed (ZeRO-2 and ZeRO-3) in two processes on a CPU
 	OMP_NUM_THREADS=1 $(DEEPSPEED)/bin/python -m pytest tests/deepspeed_checks.py
 
-# It sees the packages of .venv by a .pth file. DeepSpeed compiles nothing.
-$(DEEPSPEED)/.installed: requirements-deepspeed.txt $(VENV)/.installed
-	$(PYTHON) -m venv --without-pip $(DEEPSPEED)
+test-peers: $(PEERS)/.installed  ## Compare metrics with the code of the projects that they are named after
+	OMP_NUM_THREADS=1 $(PEERS)/bin/python -m tests.peers_checks
+
+# A virtual environment that sees the packages of .venv, by a .pth file.
+define venv-on-top
+	$(PYTHON) -m venv --without-pip $(1)
 	PURELIB='import sysconfig; print(sysconfig.get_path("purelib"))'; \
-		$(abspath $(BIN))/python -c "$$PURELIB" > "$$($(DEEPSPEED)/bin/python -c "$$PURELIB")/packages.pth"
+		$(abspath $(BIN))/python -c "$$PURELIB" > "$$($(1)/bin/python -c "$$PURELIB")/packages.pth"
+endef
+
+$(PEERS)/.installed: requirements-peers.txt $(VENV)/.installed
+	$(call venv-on-top,$(PEERS))
+	$(BIN)/pip --python $(PEERS)/bin/python install --quiet --no-deps --requirement requirements-peers.txt
+	touch $@
+
+# DeepSpeed compiles nothing.
+$(DEEPSPEED)/.installed: requirements-deepspeed.txt $(VENV)/.installed
+	$(call venv-on-top,$(DEEPSPEED))
 	DS_BUILD_OPS=0 DS_ACCELERATOR=cpu $(BIN)/pip --python $(DEEPSPEED)/bin/python install --quiet --no-deps \
 		--no-build-isolation --requirement requirements-deepspeed.txt
 	touch $@

@@ -17,12 +17,11 @@ import os
 import stat
 import sys
 import urllib.request
-from functools import cache
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
-from PIL import ExifTags, Image, ImageMath
+from PIL import ExifTags, Image, ImageMath, UnidentifiedImageError
 from transformers import LlavaImageProcessorPil
 from transformers.image_utils import ChannelDimension, infer_channel_dimension_format, is_valid_image
 
@@ -40,6 +39,9 @@ DOWNLOAD_SECONDS = 60
 MAX_IMAGE_BYTES = 2**30
 MAX_READS_OF_HEADER = 10_000
 MAX_READS = 200_000
+
+# Beginnings of the files of phones, after four bytes. Pillow reads them with a plug-in only.
+HEIC_BEGINNINGS = tuple(b"ftyp" + brand for brand in (b"heic", b"heix", b"heim", b"heis", b"hevc", b"mif1", b"msf1"))
 
 # For each EXIF orientation, the operation that turns the image upright. Pillow's `exif_transpose` is not used: it also
 # rewrites the EXIF data, which fails for some files.
@@ -148,15 +150,21 @@ def open_header(stream: BinaryIO, formats: tuple[str, ...] | None = None) -> Ima
         formats (`tuple[str, ...]`, *optional*): As in [`open_in_rgb`].
 
     Raises:
-        ValueError: if the header has too many blocks. Pillow raises other errors for broken files.
+        ValueError: if the header has too many blocks, or the file is HEIC and Pillow does not know pillow-heif. Pillow
+            raises other errors for broken files.
     """
     stream.reads_left = MAX_READS_OF_HEADER
-    image = Image.open(stream, formats=formats or safe_formats())
+    try:
+        image = Image.open(stream, formats=formats or safe_formats())
+    except UnidentifiedImageError as error:
+        stream.seek(4)
+        if stream.read(8) in HEIC_BEGINNINGS:
+            raise ValueError("it is a HEIC image, which needs pillow-heif: pip install pillow-heif") from error
+        raise
     stream.reads_left = MAX_READS
     return image
 
 
-@cache
 def safe_formats() -> tuple[str, ...]:
     """All formats that Pillow reads except EPS: EPS files are programs, which Pillow would run with Ghostscript."""
     Image.init()

@@ -1,4 +1,4 @@
-"""Adds `model_card.md` and `recipes/`, which are at the top of the source tree, to the package data.
+"""Adds `model_card.md`, `recipes/` and `space/`, which are at the top of the source tree, to the package data.
 
 In a wheel they are inside `sq_llava`. An editable install reads them where they are (`sq_llava/resources.py`).
 Everything else is in pyproject.toml.
@@ -12,7 +12,7 @@ from setuptools.command.build_py import build_py
 
 
 class BuildWithResources(build_py):
-    """Copies the card template and the recipes into the package that is built."""
+    """Copies the card template, the recipes and the files of a Space into the package that is built."""
 
     def run(self) -> None:
         super().run()
@@ -20,8 +20,9 @@ class BuildWithResources(build_py):
             return
         package = Path(self.build_lib) / "sq_llava"
         shutil.copy("model_card.md", package)
-        shutil.rmtree(package / "recipes", ignore_errors=True)  # files of an earlier build may be outdated
-        shutil.copytree("recipes", package / "recipes")
+        for name in ("recipes", "space"):
+            shutil.rmtree(package / name, ignore_errors=True)  # files of an earlier build may be outdated
+            shutil.copytree(name, package / name, ignore=shutil.ignore_patterns("__pycache__"))
 
 
 setup(cmdclass={"build_py": BuildWithResources})

@@ -87,6 +87,7 @@ from sq_llava.training.stage_model import (
     starting_point,
     template_needs,
 )
+from sq_llava.training.text_probe import TextProbe, read_text_probe, summarize
 from sq_llava.training.trainer import SQLlavaTrainer
 
 
@@ -130,6 +131,7 @@ def train_stage(arguments: SQLlavaArguments, training_args: SFTConfig, model_con
         if checkpoint is not None:
             require_resumable(checkpoint, sharding, training_args.world_size)
             require_plain_states(checkpoint)
+        probe_rows = None if arguments.text_probe is None else read_text_probe(arguments.text_probe)
         check_data(arguments, training_args, model_config)
     require_same_checkpoint(checkpoint, training_args.world_size)
 
@@ -138,7 +140,7 @@ def train_stage(arguments: SQLlavaArguments, training_args: SFTConfig, model_con
     rows, eval_rows = read_rows(arguments, training_args, processor)
     model = prepare_stage(model, previous_stage, arguments, model_config)
     steps = leave_one_step(rows, arguments, training_args) if arguments.dry_run == "real" else None
-    trainer = make_trainer(model, processor, rows, eval_rows, arguments, training_args)
+    trainer = make_trainer(model, processor, rows, eval_rows, probe_rows, arguments, training_args)
     require_launch(sharding, trainer.accelerator)
     if trainer.accelerator.is_main_process:
         print_parameters(model, arguments.part_learning_rates, training_args.learning_rate)
@@ -153,7 +155,8 @@ def train_stage(arguments: SQLlavaArguments, training_args: SFTConfig, model_con
         return trainer
     run(trainer, checkpoint)
     if trainer.accelerator.is_main_process:
-        record_stage(came_from, arguments, training_args, model_config, trainer.run, trainer.state.global_step)
+        steps, probed = trainer.state.global_step, summarize_text_probe(trainer)
+        record_stage(came_from, arguments, training_args, model_config, trainer.run, steps, probed)
         if arguments.full_finetuning:
             write_card(training_args.output_dir)
     return trainer
@@ -189,6 +192,7 @@ def make_trainer(
     processor: SQLlavaProcessor,
     rows: datasets.Dataset,
     eval_rows: datasets.Dataset | None,
+    probe_rows: list[dict] | None,
     arguments: SQLlavaArguments,
     training_args: SFTConfig,
 ) -> SQLlavaTrainer:
@@ -204,6 +208,10 @@ def make_trainer(
     if arguments.generation_datasets:
         generation_check = GenerationCheck(load_rows(arguments.generation_datasets, training_args.seed), processor)
         generation_check.require_room(model)
+    text_probe = None
+    if arguments.text_probe is not None:
+        batch_size = training_args.per_device_eval_batch_size
+        text_probe = TextProbe.make(arguments.text_probe, probe_rows, collator, batch_size)
     return SQLlavaTrainer(
         model=model,
         args=training_args,
@@ -216,9 +224,19 @@ def make_trainer(
         part_learning_rates=arguments.part_learning_rates,
         max_loss=arguments.max_loss,
         generation_check=generation_check,
+        text_probe=text_probe,
         packing=arguments.packing,
         max_rows_per_image=arguments.rows_per_image_pass,
     )
+
+
+def summarize_text_probe(trainer: SQLlavaTrainer) -> dict | None:
+    """Prints and returns what `text_probe` measured."""
+    if trainer.text_probe is None:
+        return None
+    summary = summarize(trainer.text_probe, trainer.state.log_history)
+    print(f"Loss on text_probe: {', '.join(f'{name} {value}' for name, value in summary.items())}")
+    return summary
 
 
 def run(trainer: SQLlavaTrainer, checkpoint: str | None) -> None:

@@ -1,6 +1,9 @@
-"""CPU time of `sq-llava --help` and `import sq_llava`, compared with the commands of transformers and TRL.
+"""CPU time until the help, the library or a first answer is there, compared with transformers and TRL.
 
-    python -m benchmarks.startup            # a minute; writes benchmarks/results/startup.{json,md}
+    python -m benchmarks.startup            # three minutes; writes benchmarks/results/startup.{json,md}
+
+`sq-llava answer` answers with a tiny random model, so that its time is that of the imports. An import of one of
+transformers' own vision-language models is the least that any program needs which runs such a model.
 
 The result is the CPU time, user and system, of fresh processes that run in turn. So other work on the machine hardly
 counts, and reading from a cold disk does not count at all. All figures include the start of Python itself.
@@ -10,19 +13,26 @@ import os
 import resource
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 from benchmarks import common
+from tests import tiny
 
 
 SCRIPTS = Path(sys.executable).parent
+ANSWER = "`sq-llava answer`, tiny model"
+FLOOR = "`from transformers import LlavaForConditionalGeneration`"
 COMMANDS = {
     "`sq-llava --help`": [sys.executable, "-m", "sq_llava", "--help"],
     "`sq-llava evaluate --help`": [sys.executable, "-m", "sq_llava", "evaluate", "--help"],
     "`import sq_llava`": [sys.executable, "-c", "import sq_llava"],
     "`trl --help`": [str(SCRIPTS / "trl"), "--help"],
     "`transformers --help`": [str(SCRIPTS / "transformers"), "--help"],
+    ANSWER: [sys.executable, "-m", "sq_llava", "answer", "IMAGE", "What is it?", "--model=MODEL"],
+    FLOOR: [sys.executable, "-c", "from transformers import LlavaForConditionalGeneration"],
     "`import torch, transformers`": [sys.executable, "-c", "import torch, transformers"],
+    "`import torch`": [sys.executable, "-c", "import torch"],
     "`python -c pass`": [sys.executable, "-c", "pass"],
 }
 OURS = "`sq-llava --help`"
@@ -36,9 +46,13 @@ def cpu_seconds(command: list[str]) -> float:
 
 
 def measure(rounds: int) -> dict[str, list[float]]:
-    for command in COMMANDS.values():
-        cpu_seconds(command)  # lets Python write its compiled files
-    turns = [{name: cpu_seconds(command) for name, command in COMMANDS.items()} for _ in range(rounds)]
+    with tempfile.TemporaryDirectory() as folder:
+        paths = {"IMAGE": f"{folder}/image.png", "--model=MODEL": f"--model={tiny.save_model(Path(folder) / 'model')}"}
+        tiny.picture().save(paths["IMAGE"])
+        commands = {name: [paths.get(part, part) for part in command] for name, command in COMMANDS.items()}
+        for command in commands.values():
+            cpu_seconds(command)  # lets Python write its compiled files
+        turns = [{name: cpu_seconds(command) for name, command in commands.items()} for _ in range(rounds)]
     return {name: [turn[name] for turn in turns] for name in COMMANDS}
 
 

@@ -20,8 +20,8 @@ from pathlib import Path
 
 from benchmarks import common
 from benchmarks.ablation import require_base, train
-from demo.base_models import pretrain_blip2
-from demo.data import blind_guess, caption_rows, read_questions, write_data
+from demo.blip2 import make_blip2
+from demo.data import blind_guess, write_data
 from demo.evaluate import BLANK_SHARE, measure_answers, measure_blank
 from demo.run import LLAVA, PLAIN
 from sq_llava import load
@@ -55,18 +55,6 @@ SYSTEMS = {
     ),
     "SQ-LLaVA": System("ViT-LoRA, prototype extractor and projector; then LLM-LoRA and [vusr] too"),
 }
-
-
-def make_blip2(base: Path, work: Path, num_steps: int) -> Path:
-    """Trains the towers of MiniGPT-4 on the captions that the demo's CLIP was trained on."""
-    folder = work / "blip2"
-    if not (folder / "preprocessor_config.json").is_file():
-        captions = json.loads((base / "data" / "stage1_train.json").read_text())
-        held_out = {row["image"] for row in json.loads((base / "data" / "holdout.json").read_text())}
-        holdout = [row for row in caption_rows(read_questions("train")) if row["image"] in held_out]
-        accuracy = pretrain_blip2(captions, holdout, folder, num_steps=num_steps)
-        print(f"BLIP-2 picks the right one of 24 captions for {accuracy:.1%} of the held-out images")
-    return folder
 
 
 def run(name: str, seed: int, arguments) -> dict:
@@ -150,7 +138,7 @@ def main() -> None:
         arguments.steps = arguments.stage1_steps = arguments.blip2_steps = 2
     arguments.base, arguments.work = Path(arguments.base), Path(arguments.work)
     require_base(arguments.base, "clip", "llama", "data")
-    make_blip2(arguments.base, arguments.work, arguments.blip2_steps)
+    make_blip2(arguments.base / "data", arguments.work / "blip2", arguments.blip2_steps)
     seeds = list(range(arguments.num_seeds))
     runs = {name: [] for name in SYSTEMS}
     for seed in seeds:

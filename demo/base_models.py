@@ -5,7 +5,7 @@
     clip/     CLIPModel, image processor and tokenizer, like `openai/clip-vit-large-patch14-336`
     llama/    LlamaForCausalLM and tokenizer, like `lmsys/vicuna-7b-v1.5`
 
-(`python -m benchmarks.three_systems` makes a third model with `pretrain_blip2`.)
+(`demo/blip2.py` makes a third model, for MiniGPT-4.)
 
 The base models know nothing about SQ-LLaVA: `<image>` and `[vusr]` are not in the vocabulary, and the LLM has never
 seen an image. Like a real LLM, it has learned from text alone to answer questions about the text before them; see
@@ -23,9 +23,6 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, proce
 from torch import nn
 from tqdm import tqdm
 from transformers import (
-    Blip2Config,
-    Blip2VisionModelWithProjection,
-    BlipImageProcessor,
     CLIPConfig,
     CLIPImageProcessor,
     CLIPModel,
@@ -225,62 +222,6 @@ def guess_captions(model: CLIPModel, caption_inputs: dict, pixel_values: torch.T
     distances = torch.cdist(text_embeddings, text_embeddings) + torch.eye(len(CAPTIONS), device=pixel_values.device)
     assert distances.min() > 1e-3, "two captions have the same text embedding"
     return (embed_images(model, pixel_values) @ text_embeddings.T).argmax(dim=-1)
-
-
-def build_blip2() -> Blip2VisionModelWithProjection:
-    """A vision tower with the size of `build_clip`'s, and a Q-Former with 32 queries."""
-    towers = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "initializer_range": 0.02}
-    config = Blip2Config(
-        vision_config={**towers, "num_hidden_layers": 3, "image_size": IMAGE_SIZE, "patch_size": PATCH_SIZE},
-        qformer_config={
-            **towers, "num_hidden_layers": 2, "encoder_hidden_size": 64, "cross_attention_frequency": 1,
-            "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0,
-        },
-        image_text_hidden_size=64,
-    )  # fmt: skip
-    model = Blip2VisionModelWithProjection(config)
-    nn.init.normal_(model.query_tokens)  # they start at zero, and equal queries would stay equal
-    return model
-
-
-def pretrain_blip2(
-    train_rows: list[dict],
-    holdout_rows: list[dict],
-    output_dir: str | Path,
-    seed: int = 0,
-    num_steps: int = 900,
-    batch_size: int = 64,
-    learning_rate: float = 2e-3,
-    device: str = "cpu",
-) -> float:
-    """Trains BLIP-2's vision tower and Q-Former on images and captions, and saves them with their image processor.
-
-    The loss is BLIP-2's contrastive loss, with one embedding for each caption. An image is represented by the mean of
-    its queries, so that all of them learn; BLIP-2 takes the closest query. Arguments and result are those of
-    `pretrain_clip`.
-    """
-    set_seed(seed)
-    image_processor = BlipImageProcessor(size={"height": IMAGE_SIZE, "width": IMAGE_SIZE})
-    texts = nn.Embedding(len(CAPTIONS), 64)
-    texts.register_parameter("logit_scale", nn.Parameter(torch.tensor(2.66)))  # CLIP's, 1 / 0.07
-    model = nn.ModuleDict({"images": build_blip2(), "texts": texts}).to(device)
-    pixel_values = load_images(image_processor, train_rows).to(device)
-    caption_of_image = caption_numbers(train_rows).to(device)
-
-    def compare(images: torch.Tensor) -> torch.Tensor:
-        embedded = model["images"](pixel_values=images).image_embeds  # [num_images, num_queries, 64]
-        return F.normalize(embedded.mean(dim=1), dim=-1) @ F.normalize(texts.weight, dim=-1).T
-
-    def compute_loss() -> torch.Tensor:
-        batch, images = draw_images(pixel_values, batch_size)
-        return contrastive_loss(texts.logit_scale.exp() * compare(images), caption_of_image[batch])
-
-    train(model, compute_loss, num_steps, learning_rate, betas=(0.9, 0.98), description="BLIP-2")
-    with torch.no_grad():
-        guesses = compare(load_images(image_processor, holdout_rows).to(device)).argmax(dim=-1)
-    model["images"].save_pretrained(output_dir)
-    image_processor.save_pretrained(output_dir)
-    return (guesses.cpu() == caption_numbers(holdout_rows)).double().mean().item()
 
 
 def draw_scene(colour: str, shape: str, draw: random.Random) -> str:

@@ -1,10 +1,13 @@
 """Code that all commands share: consoles for output and messages, errors in one line, examples in the help."""
 
 import errno
+import gc
+import logging
 import os
 import sys
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -33,6 +36,35 @@ def print_in_first_process(line: str) -> None:
     """Prints a message to stderr, once in a launch: only in its first process, and not again."""
     if is_first_process():
         messages_console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def quiet_warnings() -> None:
+    """
+    Hides the warnings of other packages: they speak to programmers, and the user of a command cannot act on them. This
+    library's warnings and all errors stay. With PYTHONWARNINGS or `python -W`, everything is shown.
+    """
+    if sys.warnoptions:
+        return
+    warnings.simplefilter("ignore")
+    warnings.filterwarnings("default", module="sq_llava")
+    logging.lastResort.setLevel(logging.ERROR)  # for loggers that nobody configured
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+
+@contextmanager
+def loading(message: str = "Loading libraries") -> Iterator[None]:
+    """
+    Shows a message while large libraries are imported. Python's garbage collector is off in the meantime: it would
+    search the thousands of new modules again and again, and would find nothing.
+    """
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        with messages_console.status(message):
+            yield
+    finally:
+        if was_on:
+            gc.enable()
 
 
 def examples(*lines: str) -> str:

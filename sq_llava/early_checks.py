@@ -6,6 +6,7 @@ Weights and data are not read: the library checks them when it opens them.
 """
 
 import os
+from contextlib import suppress
 from pathlib import Path
 
 
@@ -13,7 +14,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 # The lock of an output folder (`sq_llava/output.py`). It does not count as content of the folder.
 LOCK_FILE = ".sq-llava.lock"
 # Files with these suffixes are the images of a folder.
-IMAGE_SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
+IMAGE_SUFFIXES = {".avif", ".bmp", ".gif", ".heic", ".heif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
 
 
 def require_folder(folder: str | os.PathLike) -> None:
@@ -34,6 +35,14 @@ def require_file(path: str | os.PathLike, role: str) -> None:
         raise ValueError(f"{role} {path}: no such file.")
 
 
+def read_heic() -> None:
+    """Lets Pillow read HEIC, the format of phones, if pillow-heif is installed."""
+    with suppress(ModuleNotFoundError):
+        from pillow_heif import register_heif_opener
+
+        register_heif_opener()
+
+
 def require_image(path: str | os.PathLike) -> None:
     """
     Raises:
@@ -46,9 +55,12 @@ def require_image(path: str | os.PathLike) -> None:
     with open(path, "rb") as file:
         start = file.read(16).ljust(16, b"\0")
     Image.init()
+    read_heic()
     by_suffix = Image.EXTENSION.get(Path(path).suffix.lower())
     # A few old formats have no first bytes of their own: the suffix tells them.
     if not any(accepts(start) if accepts else name == by_suffix for name, (_, accepts) in Image.OPEN.items()):
+        if start[4:8] == b"ftyp" and Path(path).suffix.lower() in (".heic", ".heif"):
+            raise ValueError(f"{path}: a HEIC image needs pillow-heif: pip install pillow-heif.")
         raise ValueError(f"{path}: unknown image format, or a broken header. Save the image again as PNG or JPEG.")
 
 

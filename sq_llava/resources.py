@@ -3,9 +3,9 @@
     >>> find_resource("model_card.md").read_text()
     >>> code_file("modeling_sq_llava.py")
 
-`model_card.md` and `recipes/` are at the top of the source tree, where readers look for them. In a wheel they are
-inside the package (see `setup.py`). The code files of a checkpoint are top-level modules. For a file next to the
-module that reads it, use `importlib.resources` instead.
+`model_card.md`, `recipes/` and `space/` are at the top of the source tree, where readers look for them. In a wheel
+they are inside the package (see `setup.py`). The code files of a checkpoint are top-level modules. For a file next to
+the module that reads it, use `importlib.resources` instead.
 """
 
 import hashlib

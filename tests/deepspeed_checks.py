@@ -193,7 +193,7 @@ def test_step_that_is_refused_is_not_applied(parts, tmp_path, launch):
     assert run.text.count("DeepSpeed applied a step") == 2  # one in each process
     run = ZeroRun(launch, parts, tmp_path / "diverging", **settings, max_loss=1.0)
     assert run.exit_codes(count_steps) == [1, 1]
-    assert "Step 1 was not applied: its loss is" in run.text and "above max_loss 1 " in run.text
+    assert "Step 1 was not applied: its loss is" in run.text and "above max_loss 1. " in run.text
     assert "DeepSpeed applied a step" not in run.text
 
 

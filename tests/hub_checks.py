@@ -38,9 +38,9 @@ def snippets_of_the_card_run_unchanged(folder, expected):
     import torch
 
     namespace = {}
-    first, ask, pipeline, four_bits, vllm = snippets("model.md")
+    pipeline, first, ask, four_bits, vllm = snippets("model.md")
     assert "ask=True" in ask and "load_in_4bit=True" in four_bits and "vllm" in vllm
-    for snippet in (first, ask, pipeline):
+    for snippet in (pipeline, first, ask):
         exec(snippet, namespace)
     assert_code_is_pinned("model.md")
     assert torch.equal(logits_of(namespace["model"], expected), expected["second"])

@@ -3,9 +3,9 @@
     with LocalHub() as hub:
         subprocess.run([...], env={**hub.environment("writer"), "HF_HOME": ...})
 
-It has repositories of models and datasets with branches and commits; private repositories; uploads of large files by
-LFS, which are checked against their hashes; tokens that may write, read, or write elsewhere. It answers the requests
-of huggingface_hub, transformers, PEFT and datasets, but has no Xet. Everything is kept in memory.
+It has repositories of models, datasets and Spaces with branches and commits; private repositories; uploads of large
+files by LFS, which are checked against their hashes; tokens that may write, read, or write elsewhere. It answers the
+requests of huggingface_hub, transformers, PEFT and datasets, but has no Xet. Everything is kept in memory.
 """
 
 import base64
@@ -50,6 +50,8 @@ class Repository:
         self.commits: dict[str, dict[str, File]] = {}
         self.messages: dict[str, str] = {}
         self.branches: dict[str, str] = {}
+        self.sdk: str | None = None
+        self.variables: dict[str, str] = {}
         self.commit("main", {}, "initial commit")
 
     def commit(self, branch: str, files: dict[str, File], message: str) -> str:
@@ -69,7 +71,8 @@ class HubError(Exception):
 class LocalHub:
     """
     Attributes:
-        repositories (`dict[str, Repository]`): By Hub id; datasets have keys such as "datasets/org/name".
+        repositories (`dict[str, Repository]`): By Hub id; datasets have keys such as "datasets/org/name", Spaces
+            "spaces/org/name".
         log (`list[tuple[str, str]]`): Method and path of each request.
         stored (`list[str]`): SHA-256 of each large file that arrived completely, in order.
         hold_after (`int`, *optional*): After this number of large files, the next upload hangs, and `held` is set.
@@ -196,12 +199,21 @@ class Handler(BaseHTTPRequestHandler):
     def create(self, body):
         request = json.loads(body)
         repo_id = f"{request['organization']}/{request['name']}"
+        if request.get("type") == "space":
+            repo_id = f"spaces/{repo_id}"
         if not self.may_write(repo_id) or self.user["role"] != "write":
             raise HubError(403, message="You may not create that")
         exists = repo_id in self.hub.repositories
         if not exists:
             self.hub.repositories[repo_id] = Repository(request.get("visibility") == "private")
+            self.hub.repositories[repo_id].sdk = request.get("sdk")
         self.send(409 if exists else 200, {"url": f"{self.hub.url}/{repo_id}", "id": repo_id})
+
+    def add_variable(self, body, repo_id):
+        request = json.loads(body)
+        variables = self.repository(repo_id, write=True).variables
+        variables[request["key"]] = request["value"]
+        self.send(200, {key: {"value": value, "updatedAt": None} for key, value in variables.items()})
 
     def check(self, body, repo_id):
         self.repository(repo_id, write=True)
@@ -248,10 +260,14 @@ class Handler(BaseHTTPRequestHandler):
         self.send(200, {})
 
     def validate(self, body):
-        text = json.loads(body)["content"]
+        request = json.loads(body)
+        text = request["content"]
         metadata = yaml.safe_load(text.split("---\n")[1]) if text.startswith("---\n") else {}
-        wrong = metadata["pipeline_tag"] != "image-text-to-text" or metadata["library_name"] not in LIBRARIES
-        wrong = wrong or metadata.get("license") not in (None, "apache-2.0", "mit")
+        if request.get("repoType") == "space":
+            wrong = metadata.get("sdk") != "gradio" or not {"app_file", "sdk_version"} <= metadata.keys()
+        else:
+            wrong = metadata["pipeline_tag"] != "image-text-to-text" or metadata["library_name"] not in LIBRARIES
+            wrong = wrong or metadata.get("license") not in (None, "apache-2.0", "mit")
         self.send(400 if wrong else 200, {"errors": [{"message": "wrong metadata"}] if wrong else [], "warnings": []})
 
     def preupload(self, body, repo_id, revision):
@@ -322,13 +338,14 @@ class Handler(BaseHTTPRequestHandler):
         self.send(200, self.hub.contents[file.sha256], {"X-Repo-Commit": commit, "ETag": f'"{etag}"'})
 
 
-REPO = r"(?P<repo_id>(?:datasets/)?[\w.-]+/[\w.-]+)"
-API = rf"/api/(?:models/|(?=datasets/)){REPO}"
+REPO = r"(?P<repo_id>(?:datasets/|spaces/)?[\w.-]+/[\w.-]+)"
+API = rf"/api/(?:models/|(?=datasets/|spaces/)){REPO}"
 ROUTES = [
     (r"/api/whoami-v2", "GET", Handler.who_am_i),
     (r"/api/repos/create", "POST", Handler.create),
     (r"/api/validate-yaml", "POST", Handler.validate),
     (rf"{API}/auth-check/write", "GET", Handler.check),
+    (rf"{API}/variables", "POST", Handler.add_variable),
     (API, "GET", Handler.info),
     (rf"{API}/revision/(?P<revision>.+)", "GET", Handler.info),
     (rf"{API}/tree/(?P<revision>[^/]+)(?:/(?P<folder>.+))?", "GET", Handler.tree),

@@ -16,7 +16,7 @@ from huggingface_hub import (
     ModelCardData,
     eval_result_entries_to_yaml,
 )
-from PIL import Image, ImageDraw
+from PIL import Image
 
 from sq_llava.checkpoints.parts import GROUPS, group_of
 from sq_llava.checkpoints.provenance import public_name, read_provenance
@@ -29,7 +29,7 @@ from sq_llava.resources import code_digests, find_resource
 
 # Read at import: an installation without the template fails at once, not after hours of work that end with a card.
 TEMPLATE = find_resource("model_card.md").read_text(encoding="utf-8")
-# Picture for the card's examples. It is published in the repository.
+# Picture for the card's examples. It is published in the repository. A checkpoint may bring its own.
 EXAMPLE_IMAGE = "image.png"
 EXAMPLE_QUESTION = "What is in this picture?"
 # Texts from files must stay texts. These characters would begin a link, a tag or a cell, or end a code span.
@@ -55,6 +55,7 @@ def render_card(
     license: str | None = None,
     languages: Sequence[str] = (),
     example_url: str | None = None,
+    samples: dict[str, Any] | None = None,
 ) -> ModelCard:
     """
     Renders the card of a plain checkpoint or an adapter.
@@ -65,7 +66,8 @@ def render_card(
         revision (`str`, *optional*): The commit that the examples load.
         results (`dict`, *optional*): Scores, as returned by [`read_results`].
         license, languages: Metadata for the Hub. Left out unless given.
-        example_url (`str`, *optional*): URL of a picture for the Hub's widget.
+        example_url (`str`, *optional*): URL of the example picture, for the Hub's widget and for the first example.
+        samples (`dict`, *optional*): What the model said about the picture: its `answer`, and its `questions`.
 
     Raises:
         ValueError: if a configuration that the card needs is missing.
@@ -98,6 +100,8 @@ def render_card(
         no_record=not provenance,
         results=inert(results),
         image=EXAMPLE_IMAGE,
+        image_url=example_url,
+        samples=inert(samples),
         question=EXAMPLE_QUESTION,
     )
 
@@ -154,15 +158,10 @@ def _metadata(
     )
 
 
-def draw_example() -> Image.Image:
-    """A simple scene, 336 x 336 pixels, for the card's examples and for the comparison of logits in a push."""
-    image = Image.new("RGB", (336, 336), "white")
-    pen = ImageDraw.Draw(image)
-    pen.rectangle((0, 220, 336, 336), fill="green")
-    pen.ellipse((40, 30, 120, 110), fill="gold")
-    pen.rectangle((170, 150, 290, 260), fill="firebrick")
-    pen.polygon([(155, 150), (230, 80), (305, 150)], fill="saddlebrown")
-    return image
+def save_example(file: Path) -> None:
+    """Saves the picture for the card's examples, and for the comparison of logits in a push: a photo of a cat."""
+    with Image.open(find_resource("page/photos/cat.jpg")) as photo:
+        photo.save(file)
 
 
 def count_saved_parameters(folder: Path) -> dict[str, int]:

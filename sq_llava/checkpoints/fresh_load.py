@@ -3,17 +3,25 @@
     python -P fresh_load.py '{"model": "org/name", "revision": "0123...", "output": "logits", ...}'
 
 `sq_llava/checkpoints/push.py` runs it before and after an upload, and compares the results. It writes the logits of
-one prompt with a picture, and one generated token, to `output`. With `base`, `model` is an adapter for this base.
+one prompt with a picture, and one generated token, to `output`. With `base`, `model` is an adapter for this base. With
+`samples`, it also lets the model answer and ask, for the model card, and writes the texts to this file.
 """
 
 import json
 import sys
+from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 from transformers import AutoModel, AutoProcessor
 
 
+# As in the examples of the card.
+SAMPLING = {"do_sample": True, "temperature": 1.2, "top_k": 300, "top_p": 0.95}
+MAX_NEW_TOKENS = 64
+NUM_QUESTIONS = 2
+# Questions are drawn until there are enough different ones, at most so many times.
+MAX_DRAWS = 4
 SOURCES = {
     "configuration_sq_llava",
     "image_processing_sq_llava",
@@ -56,23 +64,53 @@ def main(
     revision: str | None = None,
     base: str | None = None,
     base_revision: str | None = None,
+    samples: str | None = None,
 ) -> None:
     sys.meta_path.insert(0, SourcesOutOfReach())
     loaded, processor = load(model, revision, base, base_revision)
     content = [{"type": "image", "path": image}, {"type": "text", "text": question}]
-    inputs = processor.apply_chat_template(
-        [{"role": "user", "content": content}],
-        add_generation_prompt=True,
-        tokenize=True,
-        return_dict=True,
-        return_tensors="pt",
-    )
+    messages = [{"role": "user", "content": content}]
+    inputs = prompt(processor, messages)
     with torch.inference_mode():
         logits = loaded(**inputs).logits.float()
         generated = loaded.generate(**inputs, do_sample=False, max_new_tokens=1)
     if not logits.isfinite().all():
         raise ValueError(f"The logits of {model} are not finite numbers.")
     save_file({"logits": logits, "generated": generated}, output)
+    if samples is not None:
+        Path(samples).write_text(json.dumps(draw_samples(loaded, processor, messages)))
+
+
+def prompt(processor, messages: list[dict], ask: bool = False):
+    return processor.apply_chat_template(
+        messages, add_generation_prompt=True, ask=ask, tokenize=True, return_dict=True, return_tensors="pt"
+    )
+
+
+def draw_samples(model, processor, messages: list[dict]) -> dict:
+    """
+    Lets the model answer, and then ask.
+
+    Returns:
+        `answer`, the greedy answer, and `questions`, up to `NUM_QUESTIONS` different ones.
+    """
+
+    @torch.inference_mode()
+    def text(inputs, **settings) -> str:
+        output = model.generate(**inputs, max_new_tokens=MAX_NEW_TOKENS, **settings)
+        return processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+
+    answer = text(prompt(processor, messages), do_sample=False)
+    asking = prompt(processor, [*messages, {"role": "assistant", "content": answer}], ask=True)
+    torch.manual_seed(0)
+    questions: list[str] = []
+    for _ in range(MAX_DRAWS):
+        question = text(asking, **SAMPLING)
+        if question and question not in questions:
+            questions.append(question)
+        if len(questions) == NUM_QUESTIONS:
+            break
+    return {"answer": answer, "questions": questions}
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@
       steps: 2180
       settings: {learning_rate: 0.002, global_batch_size: 256, ...}
       versions: {torch: 2.13.0, ...}
+      text_probe: {path: held_out.jsonl, rows: 300, loss_before: 1.21, loss_after: 1.38}    # if it was measured
     converted_from: liuhaotian/llava-v1.5-7b
     new_extractor: paper       # variant of a new, untrained extractor in a converted LLaVA
 
@@ -30,6 +31,8 @@ PROVENANCE_FILE = "provenance.yaml"
 # A record of a hundred stages has about 100 KB.
 MOST_BYTES = 2**20
 STAGE_FIELDS = {"stage": str, "data": list, "rows": int, "steps": int, "settings": dict, "versions": dict}
+# What a stage with `text_probe` also has, as `text_probe`. The loss before may be missing.
+TEXT_PROBE_FIELDS = {"path": str, "rows": int, "loss_before": float | None, "loss_after": float}
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate")
 CACHED = re.compile(r"/(?:models|datasets)--([^/]+)/snapshots/[0-9a-f]{40}/?$")
 
@@ -105,6 +108,10 @@ def _require_form(provenance: dict) -> None:
             require_plain(source, f"{place}, data")
         require_plain(stage["settings"], f"{place}, settings")
         require_plain(stage["versions"], f"{place}, versions")
+        if "text_probe" in stage:
+            probe = require(stage["text_probe"], dict, f"{place}, text_probe")
+            for name, kind in TEXT_PROBE_FIELDS.items():
+                require(probe.get(name), kind, f"{place}, text_probe, {name}")
 
 
 def write_provenance(folder: str | Path, provenance: dict) -> None:
@@ -112,7 +119,9 @@ def write_provenance(folder: str | Path, provenance: dict) -> None:
         write_text(Path(folder) / PROVENANCE_FILE, yaml.safe_dump(provenance, sort_keys=False, width=119))
 
 
-def record_stage(before: dict, arguments, training_args, model_config, run: dict[str, int], steps: int) -> None:
+def record_stage(
+    before: dict, arguments, training_args, model_config, run: dict[str, int], steps: int, text_probe: dict | None
+) -> None:
     """
     Writes `provenance.yaml` into the `output_dir` of a training stage: the earlier provenance, and this stage.
 
@@ -121,6 +130,7 @@ def record_stage(before: dict, arguments, training_args, model_config, run: dict
         arguments, training_args, model_config: As returned by `parse_settings`.
         run (`dict[str, int]`): `SQLlavaTrainer.run`: `num_rows`, `rows_per_step`, ...
         steps (`int`): Number of optimizer steps that were done.
+        text_probe (`dict`, *optional*): Fields of `TEXT_PROBE_FIELDS`, if losses on text were measured.
     """
     instruct = arguments.stage == "instruct"
     settings = _settings(arguments, STAGE_SETTINGS + (INSTRUCT_SETTINGS if instruct else ()))
@@ -136,6 +146,7 @@ def record_stage(before: dict, arguments, training_args, model_config, run: dict
         "steps": steps,
         "settings": {"global_batch_size": run["rows_per_step"], **settings},
         "versions": {package: version(package) for package in PACKAGES},
+        **({} if text_probe is None else {"text_probe": text_probe}),
     }
     write_provenance(training_args.output_dir, before | {"stages": [*before.get("stages", []), stage]})
 

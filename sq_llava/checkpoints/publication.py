@@ -24,7 +24,7 @@ from rich.filesize import decimal
 from rich.markup import escape
 from rich.table import Table
 
-from sq_llava.checkpoints.card import EXAMPLE_IMAGE, draw_example
+from sq_llava.checkpoints.card import EXAMPLE_IMAGE, save_example
 from sq_llava.checkpoints.provenance import PROVENANCE_FILE, public_name, read_provenance
 from sq_llava.checkpoints.trust import changed_code, foreign_code
 from sq_llava.locations import base_of_adapter, fetch_code, hub_errors, is_adapter, is_hub_id
@@ -176,7 +176,7 @@ def _lay_out(source: Path, publication: Publication) -> None:
         else:
             target.symlink_to(file.resolve())
     if not (publication.folder / EXAMPLE_IMAGE).exists():
-        draw_example().save(publication.folder / EXAMPLE_IMAGE)
+        save_example(publication.folder / EXAMPLE_IMAGE)
 
 
 def _name_base(publication: Publication, source: Path, base_model: str | None, api: HfApi | None) -> None:

@@ -13,7 +13,8 @@ The steps:
    resumes an interrupted push.
 4. The commit is downloaded and compared byte by byte. A second process loads it by its Hub id; its logits must be
    equal to the last bit.
-5. A second commit adds the card. The card's examples load the first commit; a commit cannot contain its own hash.
+5. A second commit adds the card, with the texts that the model wrote in step 2. The card's examples load the first
+   commit; a commit cannot contain its own hash.
 
 The folder's own `README.md` is not published: the card is always generated. If the same model with the same card is
 on the Hub already, nothing changes.
@@ -82,10 +83,13 @@ def check_rights(api: HfApi, repo_id: str, private: bool) -> None:
 
 
 def _card_files(
-    publication: Publication, commit: str, url: str, results: dict[str, Any] | None = None, **metadata
+    publication: Publication, commit: str, url: str | None, results: dict[str, Any] | None = None, **metadata
 ) -> dict[str, str]:
-    """The card, whose examples load a commit, and the files with an evaluation's results; text by file name."""
-    example_url = f"{url}/resolve/{commit}/{EXAMPLE_IMAGE}"
+    """
+    The card, whose examples load a commit, and the files with an evaluation's results; text by file name. With `url`,
+    the repository's, the examples load the picture from there.
+    """
+    example_url = f"{url}/resolve/{commit}/{EXAMPLE_IMAGE}" if url else None
     card = render_card(publication.folder, publication.repo_id, commit, results, example_url=example_url, **metadata)
     entries = eval_result_files(results or {"results": []})
     return {"README.md": str(card)} | {name: yaml.safe_dump(part, sort_keys=False) for name, part in entries.items()}
@@ -104,10 +108,16 @@ def check_card(publication: Publication, is_dry_run: bool, **about_model) -> Non
             ModelCard(files["README.md"]).validate()
 
 
-def check_loading(publication: Publication) -> None:
+def check_loading(publication: Publication, with_samples: bool = False) -> dict[str, Any] | None:
     """
     Loads and runs the files to upload in a process without this library. Unless an adapter's base is on the Hub, the
     process has no token and does not reach the Hub.
+
+    Args:
+        with_samples (`bool`): Also let the model answer and ask about the example picture, for the card.
+
+    Returns:
+        With samples: the model's `answer`, and its `questions`.
 
     Raises:
         ValueError: if that fails.
@@ -117,10 +127,14 @@ def check_loading(publication: Publication) -> None:
         "base": publication.base,
         "base_revision": publication.base_revision,
     }
+    samples = publication.workspace / "samples.json"
+    if with_samples:
+        request["samples"] = str(samples)
     offline = publication.base is None or not is_hub_id(publication.base)
     environment = {"HF_HUB_OFFLINE": "1", **dict.fromkeys(TOKENS)} if offline else {}
     failed = f"{publication.repo_id} cannot be loaded; nothing was uploaded"
     _load_fresh(publication, "local", request, environment, failed)
+    return json.loads(samples.read_text()) if with_samples else None
 
 
 def _load_fresh(
@@ -261,10 +275,12 @@ def publish_card(
     results: dict[str, Any] | None = None,
     license: str | None = None,
     languages: Sequence[str] = (),
+    samples: dict[str, Any] | None = None,
 ) -> str:
     """
     Uploads the card, whose examples load `commit`, and an evaluation's results.
 
+    With `samples`, which [`check_loading`] returns, the card shows what the model answered and asked.
     License and languages of the present card are kept unless others are given. Result files of an earlier model, or of
     an earlier evaluation when new results are given, are deleted.
 
@@ -276,7 +292,10 @@ def publish_card(
     present = _present_card(api, publication, branch)
     if present is not None:
         license, languages = license or present.data.license, languages or present.data.language or ()
-    files = _card_files(publication, commit, url, results, license=license, languages=languages)
+    with hub_errors(f"{repo_id} could not be read. Run the command again"):
+        picture_is_public = not api.model_info(repo_id).private
+    about = {"license": license, "languages": languages, "samples": samples}
+    files = _card_files(publication, commit, url if picture_is_public else None, results, **about)
     is_new = present is None or commit not in PINNED.findall(present.content)
     with hub_errors("The model is on the Hub, but its card is not. Run the command again"):
         there = api.list_repo_files(repo_id, revision=branch) if is_new or results is not None else []

@@ -3,16 +3,22 @@
 import json
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.progress import Progress
 
 from sq_llava.cli.options import AsJson
-from sq_llava.console import console, errors_in_one_line, examples, messages_console
+from sq_llava.console import console, errors_in_one_line, examples, loading, messages_console
 from sq_llava.early_checks import require_dtype, require_file, require_folder, require_new_folder
 from sq_llava.locations import find_config, require_folder_or_id
 from sq_llava.output import new_folder_lock, write_json
+
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
+
+    from sq_llava.checkpoints.publication import Publication
 
 
 app = typer.Typer()
@@ -35,8 +41,8 @@ def merge(
     with errors_in_one_line():
         require_folder(adapter)
         require_new_folder(out)
-        from sq_llava.checkpoints.load import merge_adapter
-
+        with loading():
+            from sq_llava.checkpoints.load import merge_adapter
         merge_adapter(adapter, out)
         messages_console.print(f"Wrote {out}")
 
@@ -94,7 +100,7 @@ def convert(
         require_dtype(dtype, "--dtype")
         require_dtype(verify_dtype, "--verify-dtype", automatic=False)
         locks.enter_context(new_folder_lock(out))
-        with messages_console.status("Reading names and shapes"):
+        with loading("Reading names and shapes"):
             from transformers.utils import logging
 
             from sq_llava.checkpoints import convert as conversion
@@ -156,7 +162,7 @@ def inspect(
     """
     with errors_in_one_line():
         require_folder_or_id(folder)
-        with messages_console.status("Reading headers"):
+        with loading("Reading headers"):
             from sq_llava.checkpoints import inspection
 
             found = inspection.inspect(folder)
@@ -173,6 +179,8 @@ def inspect(
         "sq-llava push runs/demo/model org/name --dry-run",
         "sq-llava push runs/sq-llava-7b/stage2 org/name --private --eval-results results.json",
         "sq-llava push runs/sq-llava-7b/stage2 org/name-lora --adapter-only --base-model org/base",
+        "With a Space that shows the chat page for the model:",
+        "sq-llava push runs/demo/model org/name --space",
     )
 )
 def push(
@@ -194,6 +202,12 @@ def push(
         list[str] | None, typer.Option(help="Language for the model card, e.g. en. Can be repeated.")
     ] = None,
     message: Annotated[str | None, typer.Option(help="Commit message.")] = None,
+    no_samples: Annotated[
+        bool, typer.Option("--no-samples", help="Do not let the model answer and ask for the model card.")
+    ] = False,
+    space: Annotated[
+        bool, typer.Option("--space", help="Also publish the chat page as a Space of the same name.")
+    ] = False,
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Publish and run code that differs from this library's.")
     ] = False,
@@ -204,12 +218,15 @@ def push(
         require_folder(folder)
         if eval_results is not None:
             require_file(eval_results, "--eval-results")
+        if space and revision is not None:
+            raise ValueError(f"--space shows the model of the branch main: remove --revision {revision}.")
         find_config(folder)
         from huggingface_hub import HfApi
 
         from sq_llava.checkpoints import push as publishing
         from sq_llava.checkpoints.card import read_results
         from sq_llava.checkpoints.publication import prepare, print_publication
+        from sq_llava.checkpoints.space import check_space
 
         results = read_results(eval_results) if eval_results else None
         about_model = {"results": results, "license": license, "languages": language or []}
@@ -217,19 +234,59 @@ def push(
         api = None if dry_run else HfApi()
         if api is not None:
             publishing.check_rights(api, repo_id, private)
+            if space:
+                check_space(api, repo_id)
         with prepare(folder, repo_id, adapter_only, base_model, api, trust_remote_code) as publication:
             print_publication(publication, messages_console)
             publishing.check_card(publication, dry_run, **about_model)
+            space_folder = _lay_out_space(publication) if space else None
             with messages_console.status("Loading the model in a new process"):
-                publishing.check_loading(publication)
+                samples = publishing.check_loading(publication, with_samples=not no_samples)
+            _print_samples(samples)
             if api is None:
+                if space:
+                    _print_needs(publication, private, "https://huggingface.co")
                 messages_console.print("The model loads and answers. Nothing was uploaded.")
                 return
             commit = publishing.upload(api, publication, private, revision, message)
             messages_console.print(f"Uploaded as commit {commit}. Downloading it again to compare.", soft_wrap=True)
             publishing.check_published(api, publication, commit)
-            url = publishing.publish_card(api, publication, commit, revision, **about_model)
-        messages_console.print(f"Published, identical to the local files: {url}", markup=False, soft_wrap=True)
+            url = publishing.publish_card(api, publication, commit, revision, samples=samples, **about_model)
+            messages_console.print(f"Published, identical to the local files: {url}", markup=False, soft_wrap=True)
+            if space_folder is not None:
+                _publish_space(api, publication, space_folder, commit)
+
+
+def _print_samples(samples: dict | None) -> None:
+    if samples is not None:
+        messages_console.print(f"For the card, the model answers: {samples['answer']}", markup=False, soft_wrap=True)
+        for question in samples["questions"]:
+            messages_console.print(f"and asks: {question}", markup=False, soft_wrap=True)
+
+
+def _lay_out_space(publication: "Publication") -> Path:
+    from sq_llava.checkpoints.space import lay_out_space, print_space
+
+    folder = publication.workspace / "space"
+    print_space(publication.repo_id, lay_out_space(folder, publication.repo_id), messages_console)
+    return folder
+
+
+def _publish_space(api: "HfApi", publication: "Publication", folder: Path, commit: str) -> None:
+    from sq_llava.checkpoints.space import publish_space
+
+    private = bool(api.model_info(publication.repo_id).private)
+    url = publish_space(api, publication.repo_id, folder, commit, private)
+    messages_console.print(f"Published the Space, which is built now: {url}", markup=False, soft_wrap=True)
+    _print_needs(publication, private, api.endpoint)
+
+
+def _print_needs(publication: "Publication", private: bool, endpoint: str) -> None:
+    from sq_llava.checkpoints.space import what_the_space_needs
+
+    settings = f"{endpoint}/spaces/{publication.repo_id}/settings"
+    for line in what_the_space_needs(publication.size, private, settings):
+        messages_console.print(line, markup=False, soft_wrap=True)
 
 
 def _check_results_are_of(folder: Path, file: Path | None, results: dict) -> None:

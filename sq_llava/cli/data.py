@@ -9,7 +9,7 @@ import typer
 from rich.progress import Progress
 
 from sq_llava.cli.options import AsJson
-from sq_llava.console import console, errors_in_one_line, examples, messages_console
+from sq_llava.console import console, errors_in_one_line, examples, loading, messages_console
 from sq_llava.early_checks import require_recipe
 from sq_llava.output import new_folder_lock
 
@@ -50,7 +50,7 @@ def doctor(
             if limit is not None:
                 raise ValueError("--fix needs all rows, but --limit checks only some of them: leave --limit out.")
             locks.enter_context(new_folder_lock(fix))
-        with messages_console.status("Opening the data"):
+        with loading("Opening the data"):
             from sq_llava.doctor.check import data_check, examine
             from sq_llava.doctor.report import print_preview, print_report, write_sound_rows
             from sq_llava.training.settings import parse_settings

@@ -1,6 +1,8 @@
 """`sq-llava evaluate` and `sq-llava evaluate-questions`: their options and their output."""
 
-from dataclasses import replace
+import json
+from collections.abc import Sequence
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -9,16 +11,19 @@ from rich.box import SIMPLE
 from rich.markup import escape
 from rich.table import Table
 
-from sq_llava.cli.options import OptionsOf, check_model_options, quiet_libraries, takes_options
-from sq_llava.console import console, errors_in_one_line, examples, is_first_process, messages_console
+from sq_llava.cli.options import AsJson, OptionsOf, check_model_options, quiet_libraries, takes_options
+from sq_llava.console import console, errors_in_one_line, examples, is_first_process, loading, messages_console
 from sq_llava.early_checks import require_folder
-from sq_llava.evaluation.settings import Evaluation, JudgeSettings, QuestionEvaluation
-from sq_llava.inference.settings import AskSettings
+from sq_llava.evaluation.settings import Evaluation, JudgeSettings, QuestionEvaluation, ServerSettings
+from sq_llava.inference.settings import AskSettings, SelfQuestioning
 from sq_llava.locations import is_missing_folder, require_folder_or_id
 from sq_llava.output import output_lock
 
 
+SERVER = "Model on a server (needs --base-url)"
 JUDGE = "Judge for MM-Vet, LLaVA-Bench, scienceqa_reasoning (needs --judge-model)"
+
+DEFAULT_OUT = Path("runs/evaluation")
 
 app = typer.Typer()
 
@@ -28,14 +33,29 @@ app = typer.Typer()
         "sq-llava evaluate --tasks help",
         "sq-llava evaluate --model runs/demo/model --tasks easy_vqa --data runs/demo/data",
         "sq-llava evaluate --model org/sq-llava-7b --tasks pope,textvqa --data playground/data/eval --limit 100",
+        "sq-llava evaluate --base-url http://127.0.0.1:8000/v1 --model NAME --tasks pope --data playground/data/eval",
         "torchrun --nproc_per_node 8 -m sq_llava evaluate --model org/sq-llava-7b --tasks vqav2 --data hub",
     )
 )
 @takes_options
 def evaluate(
-    settings: Annotated[dict, OptionsOf(Evaluation, model=None)],
+    settings: Annotated[dict, OptionsOf(Evaluation, without=("model",))],
+    thinking: Annotated[dict, OptionsOf(SelfQuestioning)],
+    server: Annotated[
+        dict,
+        OptionsOf(ServerSettings, panel=SERVER, without=("model", "temperature", "top_p", "max_tokens", "attempts")),
+    ],
     judge: Annotated[dict, OptionsOf(JudgeSettings, prefix="judge", panel=JUDGE, model=None)],
     tasks: Annotated[str, typer.Option(help="Names of tasks, separated by commas. --tasks help lists them all.")],
+    model: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--model",
+            "-m",
+            help="Folder or Hub id of an SQ-LLaVA, or of another model in transformers. With --base-url: its name on "
+            "the server. Several times: each gets a folder in --out, and is compared with the first.",
+        ),
+    ] = None,
     data: Annotated[
         str | None,
         typer.Option(
@@ -43,10 +63,13 @@ def evaluate(
             "hub for each task's own dataset on the Hub."
         ),
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="Output folder. Default: runs/evaluation/<model>.")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Output folder. Default: runs/evaluation/<model>; for several models runs/evaluation."),
+    ] = None,
     against: Annotated[
         str | None,
-        typer.Option(help="Another model to evaluate and compare with, or the output folder of its evaluation."),
+        typer.Option(help="Another model to load, evaluate and compare with, or the output folder of its evaluation."),
     ] = None,
 ) -> None:
     """Score a model on benchmarks.
@@ -58,31 +81,38 @@ def evaluate(
     if tasks == "help":
         _list_tasks()
         return
-    if settings["model"] is None:
+    if not model:
         raise typer.BadParameter("give a folder or a Hub id.", param_hint="'--model'")
     with errors_in_one_line():
         _check_places(data, against)
-        check_model_options(**settings)
-        with messages_console.status("Loading libraries"):
+        _check_server_options(server)
+        if server["base_url"] is None:
+            for each in model:
+                check_model_options(each, **settings)
+        with loading():
             from sq_llava.checkpoints.convert import VICUNA_SYSTEM_MESSAGE
 
             quiet_libraries()
         if settings["system_message"] == "vicuna":
             settings["system_message"] = VICUNA_SYSTEM_MESSAGE
-        evaluation = Evaluation(
-            tasks=[name.strip() for name in tasks.split(",")],
-            data=data,
-            out=out or Path("runs/evaluation") / Path(settings["model"]).name,
-            judge=_judge_settings(judge),
-            **settings,
-        )
-        is_whole = _run_and_show(evaluation, against)
+        settings |= {"tasks": [name.strip() for name in tasks.split(",")], "data": data}
+        settings |= {"judge": _judge_settings(judge), "thinking": SelfQuestioning(**thinking)}
+        evaluations = [
+            Evaluation(
+                model=each,
+                out=folder,
+                server=None if server["base_url"] is None else ServerSettings(each, **server),
+                **settings,
+            )
+            for each, folder in output_folders(model, out).items()
+        ]
+        is_whole = _run_all(evaluations, against)
     if not is_whole:
         raise typer.Exit(1)
 
 
 def _list_tasks() -> None:
-    with messages_console.status("Loading libraries"):
+    with loading():
         from sq_llava.evaluation.run import TASKS
     for name, task in sorted(TASKS.items()):
         console.print(f"{name:24}{task.title}", markup=False, highlight=False)
@@ -101,6 +131,32 @@ def _check_places(data: str | None, against: str | None) -> None:
         require_folder_or_id(against, "--against")
 
 
+def _check_server_options(server: dict) -> None:
+    """
+    Raises:
+        ValueError: if there is an option of a server, but no server.
+    """
+    changed = (each.name for each in fields(ServerSettings) if server.get(each.name, each.default) != each.default)
+    if server["base_url"] is None and (name := next(changed, None)) is not None:
+        raise ValueError(f"--{name.replace('_', '-')} needs --base-url, the URL of the server.")
+
+
+def output_folders(models: Sequence[str], out: Path | None) -> dict[str, Path]:
+    """
+    Model -> its output folder: `out` itself for one model, and a folder in it for each of several.
+
+        >>> output_folders(["a/model", "b/model"], Path("out"))
+        {'a/model': PosixPath('out/a-model'), 'b/model': PosixPath('out/b-model')}
+    """
+    models = list(dict.fromkeys(models))
+    names = [Path(model).name for model in models]
+    if len(models) == 1:
+        return {models[0]: out or DEFAULT_OUT / names[0]}
+    if len(set(names)) < len(names):
+        names = [model.strip("/").replace("/", "-") for model in models]
+    return {model: (out or DEFAULT_OUT) / name for model, name in zip(models, names)}
+
+
 def _judge_settings(judge: dict) -> JudgeSettings | None:
     if judge["model"] is not None:
         return JudgeSettings(**judge)
@@ -109,7 +165,34 @@ def _judge_settings(judge: dict) -> JudgeSettings | None:
     return None
 
 
-def _run_and_show(evaluation, against: str | None) -> bool:
+def _run_all(evaluations: Sequence[Evaluation], against: str | None) -> bool:
+    """
+    Evaluates the models, compares each with `against` or else with the first, and writes a table of several models.
+
+    Returns:
+        As [`_run_and_show`], for all models.
+    """
+    first, *others = evaluations
+    if not others:
+        return _run_and_show(first, against)
+    from sq_llava.evaluation.comparison import write_overview
+
+    # The limits of the judge hold for all models together.
+    judge_folder = first.out.parent
+    is_whole = _run_and_show(replace(first, judge_folder=judge_folder), against)
+    if against is None:
+        against = str(first.out)
+    elif not (Path(against) / "results.json").is_file():
+        against = str(first.out / "against")
+    for each in others:
+        is_whole &= _run_and_show(replace(each, judge_folder=judge_folder), against)
+    if is_first_process():
+        overview = write_overview([each.out for each in evaluations], first.out.parent / "models.md")
+        messages_console.print(f"Wrote {overview}", markup=False, soft_wrap=True)
+    return is_whole
+
+
+def _run_and_show(evaluation: Evaluation, against: str | None) -> bool:
     """
     Evaluates, and prints the results.
 
@@ -126,7 +209,8 @@ def _run_and_show(evaluation, against: str | None) -> bool:
         elif other is not None:
             other = evaluation.out / "against"
             # Both models share one folder of the judge's answers: the limits hold for both together.
-            others_results = run(replace(evaluation, model=against, out=other, judge_folder=evaluation.out))
+            folder = evaluation.judge_folder or evaluation.out
+            others_results = run(replace(evaluation, model=against, server=None, out=other, judge_folder=folder))
         results = run(evaluation)
         if not results:  # a process other than the first
             return True
@@ -145,11 +229,29 @@ def show(results) -> None:
             continue
         counts = f"{result.num:,} examples, {result.parsed_share:.1%} parsed, {result.num_failed} failed"
         counts += f", {result.num_unjudged} not graded" if result.num_unjudged else ""
-        table = _table(f"{result.task}: {counts}", "value", "standard error", "examples")
+        table = _table(f"{result.task}: {counts}", "value", "standard error", "95% interval", "examples")
         for metric in result.metrics:
             error = "" if metric.standard_error is None else f"{metric.standard_error:.4f}"
-            table.add_row(metric.name, f"{metric.value:.4f}", error, f"{metric.num:,}")
+            interval = "" if metric.interval is None else "{:.4f} to {:.4f}".format(*metric.interval)
+            table.add_row(metric.name, f"{metric.value:.4f}", error, interval, f"{metric.num:,}")
         console.print(table)
+
+
+def show_questions(figures: dict[str, Any]) -> None:
+    """Prints the metrics of a model's questions."""
+    from sq_llava.evaluation.question_run import metric_rows
+
+    table = _table("Questions of the model", "value")
+    for row in metric_rows(figures):
+        table.add_row(*row)
+    for name, share in figures["types"].items():
+        table.add_row(f"questions of type {name}", f"{share:.1%}")
+    clip = figures.get("clip", {})
+    for name in [name for name in clip if f"{name}_with_another_image" in clip]:
+        about = f"CLIP similarity of {name.replace('_', ' ')}"
+        table.add_row(f"{about} and their image", f"{clip[name]:.3f}")
+        table.add_row(f"{about} and another image", f"{clip[f'{name}_with_another_image']:.3f}")
+    console.print(table)
 
 
 def show_differences(differences, out: Path) -> None:
@@ -232,6 +334,7 @@ def evaluate_questions(
     settings: Annotated[dict, OptionsOf(QuestionEvaluation)],
     asking: Annotated[dict, OptionsOf(AskSettings)],
     out: Annotated[Path | None, typer.Option(help="Output folder. Default: runs/questions/<model>.")] = None,
+    as_json: AsJson = False,
 ) -> None:
     """Measure the questions that a model asks.
 
@@ -239,14 +342,17 @@ def evaluate_questions(
     """
     with errors_in_one_line():
         check_asking(**settings)
-        with messages_console.status("Loading libraries"):
+        with loading():
             from sq_llava.evaluation.question_run import evaluate_questions as run
 
             quiet_libraries()
         out = out or Path("runs/questions") / Path(settings["model"]).name
         figures = run(QuestionEvaluation(out=out, settings=AskSettings(**asking), **settings))
     if figures:
-        console.print_json(data=figures)
+        if as_json:
+            print(json.dumps(figures, indent=2))
+        else:
+            show_questions(figures)
         messages_console.print(f"Wrote {out}", soft_wrap=True)
         if figures["num_failed"]:
             messages_console.print(

@@ -7,7 +7,7 @@ import typer
 
 from sq_llava.cli.generate_data import SERVER, DryRun, ShardOption, end_run, print_estimate
 from sq_llava.cli.options import OptionsOf, check_model_options, quiet_libraries, takes_options
-from sq_llava.console import console, errors_in_one_line, examples, messages_console
+from sq_llava.console import console, errors_in_one_line, examples, loading
 from sq_llava.early_checks import require_file, require_folder
 from sq_llava.generation.rows import Shard
 from sq_llava.generation.settings import PROMPTS, CurateSettings, DescribeSettings, PromptFolder
@@ -68,7 +68,7 @@ def curate(
     """
     with errors_in_one_line():
         _check_curation(settings, local, server, describer, prompts)
-        with messages_console.status("Loading libraries"):
+        with loading():
             from sq_llava.generation import curate as curating
             from sq_llava.generation.describing import LocalDescriber, Prompts, Repairer, ServerDescriber
             from sq_llava.llm_client.client import ChatClient
@@ -117,6 +117,8 @@ def _check_curation(settings: dict, local: dict, server: dict, describer: str | 
 def _show_curated(made, out: Path) -> None:
     """Prints what was made of the images. Exit code 1: something is missing."""
     counts = f"{made.num_images:,} images, {made.num_continued:,} described in two steps, {made.num_kept:,} kept"
+    if made.num_refused:
+        console.print(f"{made.num_refused:,} stay as they were, because their repair was refused.", highlight=False)
     left_out = "Left out:" if made.reasons else "None was left out."
     console.print(f"{counts}, {made.num_checked:,} of these checked by a person. {left_out}", highlight=False)
     for reason, count in made.reasons.items():

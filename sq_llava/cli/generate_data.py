@@ -66,9 +66,12 @@ def llava(
 
         run = LlavaSettings(chat=ChatSettings(**chat), shard=Shard.parse(shard), **settings)
         if dry_run:
-            print_estimate(making.estimate(run))
+            estimate, bad = making.estimate(run)
+            print_bad_rows(bad)
+            print_estimate(estimate)
             return
         made = making.generate(run, command_line())
+    print_bad_rows(made.bad, run.out)
     num_texts = len(made.asked.results) + len(made.asked.unusable)
     left_out = ". Left out:" if made.reasons else ""
     console.print(f"{made.num_rows:,} rows from {num_texts:,} texts{left_out}", highlight=False)
@@ -124,22 +127,33 @@ def captions(
 
         run = CaptionSettings(shard=Shard.parse(shard), **settings)
         if dry_run:
-            num_captions, num_left = choosing.count(run)
+            num_captions, num_left, bad = choosing.count(run)
+            print_bad_rows(bad)
             console.print(
                 f"{num_captions:,} captions with an image, {num_left:,} of them not yet read by spaCy.",
                 highlight=False,
             )
             return
         with Progress(console=messages_console, transient=True) as progress:
-            choice = choosing.generate(run, command_line(), progress)
+            chosen = choosing.generate(run, command_line(), progress)
+    choice, known = chosen.choice, chosen.known
+    print_bad_rows(known.bad, run.out)
     if choice is None:
         messages_console.print("This shard is done. The captions are chosen when the other shards are done too.")
         return
     console.print(
-        f"Chose {choice.taken.sum():,} of {len(choice.taken):,} captions, by {choice.num_phrases:,} noun phrases.",
+        f"Chose {choice.taken.sum():,} of {known.is_sound.sum():,} captions, by {choice.num_phrases:,} noun phrases.",
         highlight=False,
     )
     messages_console.print(f"Wrote {run.out}", markup=False, soft_wrap=True)
+
+
+def print_bad_rows(bad, out: Path | None = None) -> None:
+    """Prints how many rows of the input cannot be used, and the first few of them. `out` holds the list of all."""
+    if bad:
+        place = f" {out / bad.file} lists them." if out is not None else ""
+        lines = [f"{bad} cannot be used.{place}", *bad.shown()]
+        messages_console.print("\n  ".join(lines), markup=False, highlight=False, soft_wrap=True)
 
 
 def end_run(out: Path, num_failed: int, num_open: int, stopped: str | None, spent: str) -> None:

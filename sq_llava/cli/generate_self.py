@@ -8,7 +8,7 @@ import typer
 from sq_llava.cli.evaluate import check_asking
 from sq_llava.cli.generate_data import DryRun, ShardOption, end_run, print_estimate
 from sq_llava.cli.options import OptionsOf, quiet_libraries, takes_options
-from sq_llava.console import console, errors_in_one_line, examples, messages_console
+from sq_llava.console import console, errors_in_one_line, examples, loading
 from sq_llava.early_checks import require_folder
 from sq_llava.generation.rows import Shard
 from sq_llava.generation.settings import FilterSettings, SelfGeneration
@@ -52,7 +52,7 @@ def generate_self(
     with errors_in_one_line():
         check_asking(**settings)
         require_folder(settings["prompts"])
-        with messages_console.status("Loading libraries"):
+        with loading():
             from sq_llava.generation import self_generation
 
             quiet_libraries()

@@ -23,7 +23,7 @@ from typing import Annotated, Any, get_args, get_type_hints
 from typer import Argument, Option
 from typer.models import ArgumentInfo, OptionInfo, ParameterInfo
 
-from sq_llava.console import messages_console
+from sq_llava.console import loading
 from sq_llava.early_checks import require_device, require_dtype
 from sq_llava.inference.settings import Device, Dtype
 from sq_llava.locations import find_config
@@ -69,7 +69,7 @@ class OptionsOf:
                 # Typer keeps the first name in `default`: here a short one (-n). A prefix leaves no short name.
                 short = () if self.prefix or info.default is ... else (info.default,)
                 info.default, info.param_decls = f"--{name.replace('_', '-')}", short
-                if self.prefix and info.min is not None:
+                if info.min is not None:
                     info.metavar = "N"  # shorter than "<float range>", so that 80 columns show the whole name
             default = self.defaults.get(field.name, field.default)
             default = Parameter.empty if default is MISSING else default
@@ -161,7 +161,7 @@ def load_model(
 ):
     """Loads an [`Assistant`], with a message on standard error."""
     check_model_options(model, device, dtype)
-    with messages_console.status("Loading the model"):
+    with loading("Loading the model"):
         quiet_libraries()
         from sq_llava.inference.assistant import load
 

@@ -14,7 +14,7 @@ from sq_llava.cli.options import (
     load_model,
     takes_options,
 )
-from sq_llava.console import console, errors_in_one_line, examples, messages_console, needs_extra
+from sq_llava.console import console, errors_in_one_line, examples, loading, messages_console, needs_extra
 from sq_llava.early_checks import require_folder, require_image
 from sq_llava.output import written_whole
 from sq_llava.serving.settings import AllowedHosts
@@ -37,7 +37,7 @@ def demo(
     """Start a web page to chat about pictures, at http://HOST:PORT."""
     with errors_in_one_line():
         check_model_options(model, **loading)
-        with needs_extra("page"):
+        with needs_extra("page"), loading():
             from sq_llava.page.layout import create_page, launch_settings
         settings = launch_settings(host, allowed_hosts)
         assistant = load_model(model, **loading)
@@ -66,7 +66,8 @@ def prototypes(
             raise ValueError(f"--out {out} is the input image: give another file.")
         require_image(image)
         check_model_options(**model)
-        from sq_llava.data.images import open_image
+        with loading():
+            from sq_llava.data.images import open_image
 
         picture = open_image(image)
         assistant = load_model(**model)

@@ -16,7 +16,7 @@ from rich.progress import Progress
 from sq_llava.cli.chat import Printer
 from sq_llava.cli.images import image_files, named
 from sq_llava.cli.options import AsJson, Model, OptionsOf, check_model_options, load_model, takes_options
-from sq_llava.console import console, errors_in_one_line, examples, messages_console
+from sq_llava.console import console, errors_in_one_line, examples, loading, messages_console
 from sq_llava.inference.settings import AskSettings, SelfQuestioning
 
 
@@ -29,7 +29,7 @@ Images = Annotated[
     typer.Argument(help="Image files, folders of images, URLs, or - for standard input.", show_default=False),
 ]
 BatchSize = Annotated[int, typer.Option(min=1, help="Number of images in a batch.")]
-Together = Annotated[bool, typer.Option(help="Show the model all images at once, in one prompt.")]
+Together = Annotated[bool, typer.Option("--together", help="Show the model all images at once, in one prompt.")]
 
 app = typer.Typer()
 
@@ -145,7 +145,8 @@ def _open(
     """Yields the images and an [`Assistant`], after checks of both. The fast checks come first."""
     check_model_options(**model)
     with image_files(images, example) as names:
-        from sq_llava.data.images import require_whole_images
+        with loading():
+            from sq_llava.data.images import require_whole_images
 
         for file, name in names.items():
             with named(file, name):

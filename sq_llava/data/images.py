@@ -21,13 +21,19 @@ from typing import Any
 from PIL import ExifTags, Image, UnidentifiedImageError
 
 from image_processing_sq_llava import check_size, open_header, open_in_rgb, open_stream
+from sq_llava.early_checks import read_heic
 
+
+read_heic()
 
 # The last bytes of a complete file. A GIF ends with the one byte ";"; the zero before it ends its last block.
 END_MARKERS = {"JPEG": b"\xff\xd9", "MPO": b"\xff\xd9", "PNG": b"\0\0\0\0IEND\xaeB`\x82", "GIF": b"\0;"}
 
 # Images for a chat server: longest side in pixels, and JPEG quality.
 CHAT_SIDE, CHAT_QUALITY = 1024, 90
+
+# Longest side in pixels of an image that a visitor or a client sends. No model here sees more.
+MAX_SENT_SIDE = 4096
 
 
 @dataclass(frozen=True)
@@ -78,6 +84,16 @@ def open_image(
     return opened.copy() if opened is image else opened
 
 
+def open_sent_image(image: str | Path | bytes, formats: tuple[str, ...] | None = None) -> Image.Image:
+    """
+    [`open_image`] for the server and the page. A side longer than `MAX_SENT_SIDE` is scaled down to it, so that the
+    photo of a phone, padded to a square, needs little memory.
+    """
+    opened = open_image(image, formats)
+    opened.thumbnail((MAX_SENT_SIDE, MAX_SENT_SIDE))
+    return opened
+
+
 def chat_part(image: str | Path | dict[str, Any] | Image.Image) -> dict[str, Any]:
     """Returns the message part that holds the image for an OpenAI-compatible server."""
     return {"type": "image_url", "image_url": {"url": jpeg_data_url(open_image(image), CHAT_SIDE, CHAT_QUALITY)}}
@@ -96,6 +112,13 @@ def jpeg_data_url(image: Image.Image, longest_side: int, quality: int) -> str:
     file = io.BytesIO()
     image.save(file, "JPEG", quality=quality)
     return f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}"
+
+
+def png_data_url(image: Image.Image) -> str:
+    """Encodes an image as `data:image/png;base64,...`, without loss."""
+    file = io.BytesIO()
+    image.save(file, "PNG", compress_level=1)
+    return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
 def image_name(image: str | Path | dict[str, Any] | bytes | io.BytesIO | Image.Image) -> str:

@@ -69,6 +69,17 @@ class JsonFile:
             except ValueError as error:
                 yield error
 
+    def lines(self, indices: Iterable[int]) -> list[int]:
+        """The lines of the file on which rows begin, counted from 1. `indices` must be sorted."""
+        lines, line, position = [], 1, 0
+        with open(self.path, "rb") as stream:
+            for index in indices:
+                while position < self.offsets[index]:
+                    block = stream.read(min(WINDOW, int(self.offsets[index]) - position))
+                    line, position = line + block.count(b"\n"), position + len(block)
+                lines.append(line)
+        return lines
+
     def __getitem__(self, index: int) -> Any:
         """
         Raises:

@@ -56,7 +56,12 @@ def token_ids(processor: SQLlavaProcessor, conversations: list[list[dict]], plai
 
 def token_counts(processor: SQLlavaProcessor, conversations: list[list[dict]], plain: bool) -> list[int]:
     """Counts the tokens of each conversation, images included. Turns flagged as self-questions count as such."""
-    return [int(_sizes(processor, ids).sum()) for ids in token_ids(processor, conversations, plain)]
+    return [count_tokens(processor, ids) for ids in token_ids(processor, conversations, plain)]
+
+
+def count_tokens(processor: SQLlavaProcessor, ids: np.ndarray) -> int:
+    """Counts the tokens of a conversation of [`token_ids`], images included."""
+    return int(_sizes(processor, ids).sum())
 
 
 def prefix_lengths(processor: SQLlavaProcessor, conversations: list[list[dict]], plain: bool) -> list[np.ndarray]:

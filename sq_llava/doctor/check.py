@@ -6,7 +6,8 @@
 
 `train_sft.py` checks a sample of the rows before it loads a model; `--doctor full` checks all of them. `read_row` of
 `sq_llava/data/rows.py` finds the faults of a single row, and `image_faults` of `sq_llava/data/images.py` those of an
-image. This module adds the checks that need the processor or other rows, and runs all checks in several processes.
+image. `TextCheck` of `sq_llava/doctor/text_check.py` finds what the tokenizer cannot use. This module adds
+the checks that need other rows, and runs all checks in several processes.
 `docs/data.md` lists the codes of all faults.
 
 The pixels of an image whose header and last bytes are fine are not decoded. The meaning of a text is not judged.
@@ -14,7 +15,6 @@ The pixels of an image whose header and last bytes are fine are not decoded. The
 
 import multiprocessing
 import os
-import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -28,14 +28,15 @@ import numpy as np
 from rich.progress import Progress
 from trl import ModelConfig, SFTConfig
 
-from processing_sq_llava import PROMPT_LAYOUTS, SQLlavaProcessor
+from processing_sq_llava import SQLlavaProcessor
 from sq_llava.data.images import Fault, image_faults
 from sq_llava.data.json_file import JsonFile
-from sq_llava.data.lengths import kept_exchanges, prefix_lengths, token_counts
+from sq_llava.data.lengths import count_tokens, kept_exchanges, prefix_lengths, token_ids
 from sq_llava.data.packing import pack_in_windows
 from sq_llava.data.rows import is_embedded, read_row, rows_per_epoch, with_instruction
 from sq_llava.data.self_questions import askable_turns
 from sq_llava.data.sources import DataSource, Table, image_root_of, open_source
+from sq_llava.doctor.text_check import TextCheck
 from sq_llava.stopping import children_miss_interrupts
 from sq_llava.training.settings import SQLlavaArguments
 from sq_llava.training.stage_model import composed_processor
@@ -48,9 +49,6 @@ IMAGES_AT_A_TIME = 64
 ROWS_FOR_PROCESSES = 20_000
 PREVIEWED_ROWS = 3
 HISTOGRAM_BARS = 12
-# Control characters except tab and line breaks.
-CONTROL_CHARACTER = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
-CONTROL_BYTES = bytes(byte for byte in range(128) if CONTROL_CHARACTER.match(chr(byte)))
 
 
 @dataclass(frozen=True)
@@ -89,21 +87,6 @@ class Place(NamedTuple):
     id: str | None
 
 
-def _turn_markers(processor: SQLlavaProcessor) -> list[str]:
-    """What marks a turn, in this model's prompts or in those of others, and is no control token of this model."""
-    own = [processor.user_marker, processor.assistant_marker]
-    if processor.turn_format["turn_begin"]:  # then a marker alone is no more than the name of a role
-        own = []
-    others = [
-        text
-        for layout in PROMPT_LAYOUTS.values()
-        if (begin := layout["turn_format"]["turn_begin"])
-        for text in (begin, layout["delimiter"])
-        if text not in processor.control_tokens
-    ]
-    return own + others
-
-
 @dataclass
 class DataCheck:
     """
@@ -140,9 +123,7 @@ class DataCheck:
         self.sources = [*self.sources, *self.eval_sources]
         self.opened = [open_source(source) for source in self.sources]
         self.image_roots = [image_root_of(source, rows) for source, rows in zip(self.sources, self.opened)]
-        self._markers = [] if self.plain else _turn_markers(self.processor)
-        # A text without any of these characters has no control token. This fast test is enough for most texts.
-        self._first_characters = {token[0] for token in self.processor.control_tokens}
+        self._texts = TextCheck(self.processor, self.plain)
 
     def check_rows(self, source: int, indices: Sequence[int]) -> list[CheckedRow]:
         """Checks the rows of a source at these indices, in this order."""
@@ -152,9 +133,10 @@ class DataCheck:
             if self.measure_lengths and messages is not None:
                 to_measure[len(checked)] = with_instruction(messages, self.sources[source].instructions, index)
             checked.append(row)
-        lengths = token_counts(self.processor, list(to_measure.values()), self.plain)
-        for (index, messages), length in zip(to_measure.items(), lengths):
-            checked[index] = self._with_length(checked[index], messages, length)
+        tokenized = token_ids(self.processor, list(to_measure.values()), self.plain)
+        for (index, messages), ids in zip(to_measure.items(), tokenized):
+            row = self._with_length(checked[index], messages, count_tokens(self.processor, ids))
+            checked[index] = row._replace(faults=[*row.faults, *self._texts.unknown_faults(messages, ids)])
         return checked
 
     def _check_row(self, raw: Any, source: int) -> tuple[CheckedRow, list[dict] | None]:
@@ -171,7 +153,7 @@ class DataCheck:
         if any(fault.level == "error" for fault in faults):
             return CheckedRow(row_id, faults), None
         paths = []
-        text_faults = list(self._text_faults(messages))
+        text_faults = list(self._texts.faults(messages))
         can_be_tokenized = not any(fault.level == "error" for fault in text_faults)
         faults += text_faults
         if self.read_images:
@@ -183,38 +165,6 @@ class DataCheck:
         num_askable = 0 if self.plain else len(askable_turns(messages))
         row = CheckedRow(row_id, faults, paths, len(images), num_askable=num_askable)
         return row, messages if can_be_tokenized else None
-
-    def _text_faults(self, messages: list[dict]) -> Iterator[Fault]:
-        # Joined without the images, as in the chat template, which refuses a row with a control token.
-        texts = ["".join([part["text"] for part in m["content"] if part["type"] == "text"]) for m in messages]
-        whole = "\n".join(texts)
-        encoded = whole.encode()
-        # A fast test: the slower regular expression then runs on few rows only.
-        if b"\xc2" in encoded or len(encoded.translate(None, CONTROL_BYTES)) < len(encoded):
-            for index, text in enumerate(texts):
-                if found := sorted(set(CONTROL_CHARACTER.findall(text))):
-                    yield Fault(
-                        "control_character",
-                        f"turn {index} has control characters: {', '.join(map(ascii, found))}.",
-                        "Remove them.",
-                        "warning",
-                    )
-        if not any(beginning in whole for beginning in (*self._first_characters, *self._markers)):
-            return
-        for index, text in enumerate(texts):
-            if found := [token for token in self.processor.control_tokens if token in text]:
-                yield Fault(
-                    "control_token",
-                    f"turn {index} has control tokens of this model: {', '.join(map(repr, found))}.",
-                    "Remove them or write them differently.",
-                )
-            if found := [marker for marker in self._markers if marker in text]:
-                yield Fault(
-                    "role_marker",
-                    f"turn {index} has markers of turns: {', '.join(map(repr, found))}.",
-                    "Split the text into turns, or write the markers differently.",
-                    "warning",
-                )
 
     def _with_length(self, row: CheckedRow, messages: list[dict], length: int) -> CheckedRow:
         """Adds the length of a row without self-questions, and what the collator cuts off from it."""
@@ -479,6 +429,7 @@ def data_check(
     arguments: SQLlavaArguments, training_args: SFTConfig, model_config: ModelConfig, **looked_at: bool
 ) -> DataCheck:
     """Makes the check of a recipe. It needs the data and the processor, but no weights."""
+    text_probe = [] if arguments.text_probe is None else [DataSource(arguments.text_probe)]
     return DataCheck(
         arguments.datasets,
         composed_processor(arguments, model_config),
@@ -486,6 +437,6 @@ def data_check(
         max_length=training_args.max_length,
         self_question_ratio=arguments.self_question_ratio,
         packing=arguments.packing,
-        eval_sources=[*arguments.eval_datasets, *arguments.generation_datasets],
+        eval_sources=[*arguments.eval_datasets, *arguments.generation_datasets, *text_probe],
         **looked_at,
     )

@@ -14,10 +14,16 @@ from PIL import Image
 
 from sq_llava.data.images import open_image
 from sq_llava.evaluation.reading import TaskImage
+from sq_llava.evaluation.served_model import ServedModel
 from sq_llava.evaluation.task import Example, Record
+from sq_llava.inference.asking_first import AsksFirst
 from sq_llava.inference.assistant import Assistant
 from sq_llava.resumable.resume import run_resumable
 from sq_llava.resumable.run_note import RunNote
+
+
+# What answers prompts: `render` and `answer_batch` are all that an evaluation needs.
+Model = Assistant | AsksFirst | ServedModel
 
 
 @dataclass(frozen=True)
@@ -30,7 +36,7 @@ class AnswerSettings:
 
 
 def answer_examples(
-    assistant: Assistant,
+    model: Model,
     examples: Sequence[Example],
     folder: Path,
     settings: AnswerSettings,
@@ -49,7 +55,7 @@ def answer_examples(
     Returns:
         One unscored record per example, in the order of `examples`, on every process.
     """
-    prompts = {example.id: render(assistant, example, settings.system_message) for example in examples}
+    prompts = {example.id: render(model, example, settings.system_message) for example in examples}
 
     def make_batches(left: Sequence[Example]) -> list[list[Example]]:
         return _same_number_of_images(by_images(left, prompts), settings.batch_size)
@@ -60,7 +66,7 @@ def answer_examples(
             ([images[image] for image in example.images] or None, conversation(example, settings.system_message))
             for example in batch
         ]
-        return [{"answer": text} for text in assistant.answer_batch(requests, settings.max_new_tokens)]
+        return [{"answer": text} for text in model.answer_batch(requests, settings.max_new_tokens)]
 
     failed = {"answer": ""}
     lines = run_resumable(
@@ -102,7 +108,7 @@ def conversation(example: Example, system_message: str | None) -> list[dict[str,
     return messages
 
 
-def render(assistant: Assistant, example: Example, system_message: str | None) -> str:
+def render(model: Model, example: Example, system_message: str | None) -> str:
     """
     The prompt as text.
 
@@ -110,9 +116,7 @@ def render(assistant: Assistant, example: Example, system_message: str | None) -
         ValueError: If the model's chat template rejects the example.
     """
     try:
-        return assistant.processor.apply_chat_template(
-            conversation(example, system_message), add_generation_prompt=True, tokenize=False
-        )
+        return model.render(conversation(example, system_message))
     except TemplateError as error:
         raise ValueError(f"example {example.id}: {error}") from error
 

@@ -1,4 +1,4 @@
-"""Caption metrics over a whole corpus (CIDEr-D, BLEU, METEOR; with pycocoevalcap), and the tokenizers for them.
+"""Caption metrics over a whole corpus (CIDEr-D, BLEU, ROUGE-L, METEOR; with pycocoevalcap), and their tokenizers.
 
     >>> words("A man's dog, running -- in the park.")
     ['a', "man's", 'dog', 'running', 'in', 'the', 'park']
@@ -16,9 +16,11 @@ from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 
+import numpy as np
 from pycocoevalcap.bleu.bleu import Bleu
 from pycocoevalcap.cider.cider import Cider
 from pycocoevalcap.meteor import meteor as meteor_package
+from pycocoevalcap.rouge.rouge import Rouge
 from pycocoevalcap.tokenizer import ptbtokenizer
 
 
@@ -74,6 +76,16 @@ def cider_d(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> 
 def bleu(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> list[float]:
     """BLEU-1 to BLEU-4 of the corpus, from 0 to 1. The brevity penalty uses the reference closest in length."""
     return [float(value) for value in Bleu(4).compute_score(*_numbered(predictions, references), verbose=0)[0]]
+
+
+def rouge_l(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> float:
+    """ROUGE-L, the mean over all images, from 0 to 1 (https://aclanthology.org/W04-1013)."""
+    return float(rouge_l_of_each(predictions, references).mean())
+
+
+def rouge_l_of_each(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> np.ndarray:
+    """ROUGE-L of each image, of shape `(num_images,)`."""
+    return np.array(Rouge().compute_score(*_numbered(predictions, references))[1])
 
 
 def meteor(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> float:

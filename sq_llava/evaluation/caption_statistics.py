@@ -1,4 +1,4 @@
-"""BLEU and CIDEr-D of a corpus with a weight for each image, for confidence intervals by resampling.
+"""BLEU, CIDEr-D and ROUGE-L of a corpus with a weight for each image, for confidence intervals by resampling.
 
     >>> statistics = CaptionStatistics(["a dog", "a red cat"], [["a dog runs"], ["the red cat", "a cat"]])
     >>> statistics.figures(np.array([1, 1])) == statistics.figures(np.array([2, 2]))
@@ -13,6 +13,8 @@ from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
+
+from sq_llava.evaluation.caption_metrics import rouge_l_of_each
 
 
 MAX_ORDER = 4
@@ -60,6 +62,7 @@ class CaptionStatistics:
         self._penalties, self._image_of_reference = np.array(penalties), np.array(image_of_reference)
         self._num_references = np.array([len(texts) for texts in references])
         self._bleu = np.array(bleu, dtype=float)
+        self._rouge_l = rouge_l_of_each(predictions, references)
 
     def _id(self, gram: tuple[str, ...]) -> int:
         return self._gram_ids.setdefault(gram, len(self._gram_ids))
@@ -70,10 +73,11 @@ class CaptionStatistics:
             weights (`np.ndarray`): How often each image counts, of shape `(num_images,)`.
 
         Returns:
-            `CIDEr-D` and `BLEU-1` to `BLEU-4`.
+            `CIDEr-D`, `BLEU-1` to `BLEU-4`, and `ROUGE-L`.
         """
         precision = {f"BLEU-{order}": value for order, value in enumerate(self._bleu_of(weights), start=1)}
-        return {"CIDEr-D": self._cider_d(weights), **precision}
+        rouge_l = float(weights @ self._rouge_l / weights.sum())
+        return {"CIDEr-D": self._cider_d(weights), **precision, "ROUGE-L": rouge_l}
 
     def _cider_d(self, weights: np.ndarray) -> float:
         images, grams, _ = self._documents

@@ -3,13 +3,13 @@
     sq-llava evaluate --model M --tasks coco_captions,flickr30k,nocaps,conceptual_captions --data DIR
 
 All tasks use the prompt of LLaVA's and lmms-eval's caption tasks. (For Karpathy's split, lmms-eval uses another one:
-"Describe the image briefly.") Predictions are lower-cased, stripped of punctuation and cut to 20 words, as in the
-SQ-LLaVA paper. Metrics are computed over the whole corpus. They come in three forms that cannot be compared with each
-other:
+"Describe the image briefly.") Predictions and references are lower-cased and stripped of punctuation by the same
+tokenizer; predictions are then cut to 20 words, as in the SQ-LLaVA paper. Metrics are computed over the whole corpus.
+They come in three forms that cannot be compared with each other:
 
     plain/       tokenized by `caption_metrics.words`; always available
     ptb/         tokenized by the Penn Treebank tokenizer, and METEOR; needs a Java runtime
-    lmms_eval/   as ptb/, but on the whole answer as the model wrote it
+    lmms_eval/   as ptb/, but the prediction is not cut, as in lmms-eval 0.7.3
 
 SPICE is not computed. `captions.json` holds the captions in the COCO results format, for other scorers and for the
 NoCaps server (https://eval.ai/web/challenges/challenge-page/355), which alone has the captions of the test split.
@@ -39,7 +39,7 @@ from typing import Any
 
 import numpy as np
 
-from sq_llava.evaluation.caption_metrics import bleu, cider_d, has_java, meteor, ptb_words, words
+from sq_llava.evaluation.caption_metrics import bleu, cider_d, has_java, meteor, ptb_words, rouge_l, words
 from sq_llava.evaluation.caption_statistics import CaptionStatistics
 from sq_llava.evaluation.reading import Data, TaskImage, check_fields, read_json
 from sq_llava.evaluation.short_answers import write_upload
@@ -50,8 +50,9 @@ PROMPT = "Provide a one-sentence caption for the provided image."
 MAX_WORDS = 20
 NOTE = """\
 Tokenizers: `plain/` is this project's own (lower case, no punctuation); do not compare it with published results.
-`ptb/` is the Penn Treebank tokenizer on predictions cut to 20 words, and `lmms_eval/` the same on whole predictions.
-These two and METEOR are present only if the run had a Java runtime. SPICE is not computed.
+`ptb/` is the Penn Treebank tokenizer with predictions cut to 20 words, and `lmms_eval/` the same with whole
+predictions, as in lmms-eval 0.7.3 with pycocoevalcap 1.2. These two and METEOR are present only if the run had a Java
+runtime. SPICE is not computed.
 """
 NOCAPS_CAPTIONS = "nocaps_val_4500_captions.json"
 
@@ -205,21 +206,20 @@ def _tokenize(records: Sequence[Record]) -> Iterator[tuple[str, list[str], list[
     """Yields the name of each tokenizer with the tokenized predictions and references."""
     answers = [record.answer for record in records]
     references = [record.example.reference for record in records]
-    short = [shorten(answer) for answer in answers]
-    yield "plain", short, [[" ".join(words(text)) for text in texts] for texts in references]
+    yield "plain", list(map(shorten, answers)), [[" ".join(words(text)) for text in texts] for texts in references]
     if has_java():
-        texts = [text for each in references for text in each]
-        tokenized = iter(ptb_words([*short, *answers, *texts]))
-        short, whole = ([next(tokenized) for _ in answers] for _ in range(2))
+        tokenized = iter(ptb_words([*answers, *(text for each in references for text in each)]))
+        whole = [next(tokenized) for _ in answers]
         references = [[next(tokenized) for _ in each] for each in references]
-        yield "ptb", short, references
+        yield "ptb", [" ".join(text.split()[:MAX_WORDS]) for text in whole], references
         yield "lmms_eval", whole, references
 
 
 def corpus_figures(name: str, predictions: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, float]:
-    """BLEU and CIDEr-D of texts that the tokenizer `name` has tokenized."""
+    """CIDEr-D, BLEU and ROUGE-L of texts that the tokenizer `name` has tokenized."""
     precision = {f"{name}/BLEU-{number}": value for number, value in enumerate(bleu(predictions, references), start=1)}
-    return {f"{name}/CIDEr-D": cider_d(predictions, references), **precision}
+    rouge = {f"{name}/ROUGE-L": rouge_l(predictions, references)}
+    return {f"{name}/CIDEr-D": cider_d(predictions, references), **precision, **rouge}
 
 
 def write_submission(records: Sequence[Record], folder: Path) -> Path:

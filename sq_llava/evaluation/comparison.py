@@ -3,6 +3,7 @@
     >>> differences = compare(Path("runs/evaluation/a"), Path("runs/evaluation/b"))
 
 Both models answered the same examples, so the examples are resampled in pairs, with replacement (paired bootstrap).
+Examples that are not independent, such as the questions of POPE about an image, are drawn together.
 The interval holds 95% of the resampled differences. It covers the random choice of examples, but not the randomness of
 training. Written to OUT:
 
@@ -11,25 +12,24 @@ training. Written to OUT:
 """
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from sq_llava.evaluation.report import as_text
+from sq_llava.evaluation.report import as_text, main_entry, which_weights
 from sq_llava.evaluation.results import read_records
 from sq_llava.evaluation.run import TASKS, Evaluation, find_task, read_examples
-from sq_llava.evaluation.task import Record, Task, main_score
+from sq_llava.evaluation.task import Record, Task, breakdown_values, main_score, scored_parts, units_of, weigh
+from sq_llava.evaluation.uncertainty import Interval, percentile_interval, resampled
 from sq_llava.output import write_json, write_text
 from sq_llava.resumable.jsonl import write_jsonl
 
 
 NUM_SHOWN = 5  # changed examples in the report
 NUM_LETTERS = 300  # the report shows this many last characters of a prompt
-BOUNDS = (2.5, 97.5)  # percentiles of a 95% interval
 
 
 @dataclass(frozen=True)
@@ -181,61 +181,68 @@ def compare_task(
 ) -> list[Difference]:
     """The differences of shared metrics. Pairs in which one record has no score or grade are left out."""
     pairs = [pair for pair in pairs if all(record.score and record.score.judge_error is None for record in pair)]
+    differences = _compare_part(task, pairs, "", num_resamples, num_corpus_resamples, seed)
+    for value in breakdown_values(task, [second for _, second in pairs]):
+        chosen = [pair for pair in pairs if pair[1].example.details.get(task.breakdown) == value]
+        differences += _compare_part(task, chosen, f"{value}/", num_resamples, num_corpus_resamples, seed)
+    return differences
+
+
+def _compare_part(
+    task: Task, pairs: Sequence[Pair], prefix: str, num_resamples: int, num_corpus_resamples: int, seed: int
+) -> list[Difference]:
+    found: dict[str, list[tuple[Hashable, float, float]]] = {}
+    parts = [list(scored_parts(task, [pair[side] for pair in pairs])) for side in (0, 1)]
+    for (unit, first), (_, second) in zip(*parts):
+        for name in first.keys() & second.keys():
+            found.setdefault(name, []).append((unit, first[name], second[name]))
+    in_order = [name for name in dict.fromkeys(name for _, values in parts[0] for name in values) if name in found]
     differences = []
-    for name in dict.fromkeys(name for pair in pairs for name in pair[0].score.values):
-        scored = [pair for pair in pairs if all(name in record.score.values for record in pair)]
-        if scored:
-            both = np.array([[record.score.values[name] for record in pair] for pair in scored])
-            interval = mean_interval(both[:, 1] - both[:, 0], num_resamples, seed)
-            differences.append(_difference(task, name, *both.mean(axis=0), interval, len(scored)))
-    return differences + _compare_corpus(task, pairs, num_corpus_resamples, seed)
+    for name in in_order:
+        units, *both = zip(*found[name])
+        first, second = map(np.array, both)
+        interval = difference_interval(second - first, num_resamples, seed, units)
+        means = first.mean(), second.mean()
+        differences.append(_difference(task, prefix + name, *means, interval, len(units)))
+    return differences + _compare_corpus(task, pairs, prefix, num_corpus_resamples, seed)
 
 
-def mean_interval(differences: np.ndarray, num_resamples: int, seed: int) -> tuple[float, float]:
-    """The 95% interval of the mean of paired differences, by percentile bootstrap. `differences` is `(num_pairs,)`."""
-    draw = np.random.default_rng(seed)
-    num = len(differences)
-    means = [differences[draw.integers(num, size=num)].mean() for _ in range(num_resamples)]
-    return tuple(np.percentile(means, BOUNDS))
+def difference_interval(
+    differences: np.ndarray, num_resamples: int, seed: int, units: Sequence[Hashable] | None = None
+) -> Interval:
+    """The 95% interval of the mean of paired differences, of shape `(num_pairs,)`: a percentile bootstrap of units."""
+
+    def mean(times: np.ndarray) -> dict[str, float]:
+        return {"mean": float(times @ differences / times.sum())}
+
+    units = range(len(differences)) if units is None else units
+    return percentile_interval(resampled(mean, units, num_resamples, seed)["mean"])
 
 
-def _compare_corpus(task: Task, pairs: Sequence[Pair], num_resamples: int, seed: int) -> list[Difference]:
+def _compare_corpus(task: Task, pairs: Sequence[Pair], prefix: str, num_resamples: int, seed: int) -> list[Difference]:
     if task.corpus_metrics is None or not pairs:
         return []
-    weigh = task.weighted_metrics or partial(_repeat, task.corpus_metrics)
-    figures_of = [weigh([pair[side] for pair in pairs]) for side in (0, 1)]
-    units = [pair[0].example.id if task.unit is None else task.unit(pair[0].example) for pair in pairs]
-    number_of = {unit: number for number, unit in enumerate(dict.fromkeys(units))}
-    unit_numbers = np.array([number_of[unit] for unit in units])
+    figures_of = [weigh(task, [pair[side] for pair in pairs]) for side in (0, 1)]
     first, second = (figures(np.ones(len(pairs), dtype=int)) for figures in figures_of)
-    shared = [name for name in first if name in second]
-    if not shared:
-        return []
-    draw = np.random.default_rng(seed)
-    drawn = []
-    for _ in range(num_resamples):
-        times = np.bincount(draw.integers(len(number_of), size=len(number_of)), minlength=len(number_of))
-        figures = [each(times[unit_numbers]) for each in figures_of]
-        # A resample can lack a metric, if it lacks the few examples that the metric needs.
-        drawn.append([figures[1].get(name, np.nan) - figures[0].get(name, np.nan) for name in shared])
-    intervals = np.nanpercentile(np.array(drawn), BOUNDS, axis=0).T
+    units = units_of(task, [pair[0] for pair in pairs])
+    # The same seed draws the same examples for both.
+    drawn = [resampled(figures, units, num_resamples, seed) for figures in figures_of]
     return [
-        _difference(task, name, first[name], second[name], interval, len(pairs))
-        for name, interval in zip(shared, intervals)
+        _difference(
+            task,
+            prefix + name,
+            first[name],
+            second[name],
+            percentile_interval(drawn[1][name] - drawn[0][name]),
+            len(pairs),
+        )
+        for name in first
+        if name in second and name in drawn[0] and name in drawn[1]
     ]
 
 
-def _repeat(
-    corpus_metrics: Callable[[Sequence[Record]], dict[str, float]], records: Sequence[Record]
-) -> Callable[[np.ndarray], dict[str, float]]:
-    return lambda times: corpus_metrics([record for record, each in zip(records, times) for _ in range(each)])
-
-
-def _difference(
-    task: Task, metric: str, first: float, second: float, interval: tuple[float, float], num: int
-) -> Difference:
-    low, high = map(float, interval)
-    return Difference(task.name, metric, float(first), float(second), float(second - first), low, high, num)
+def _difference(task: Task, metric: str, first: float, second: float, interval: Interval, num: int) -> Difference:
+    return Difference(task.name, metric, float(first), float(second), float(second - first), *interval, num)
 
 
 def flips(task: Task, pairs: Sequence[Pair]) -> list[dict[str, Any]]:
@@ -257,6 +264,39 @@ def flips(task: Task, pairs: Sequence[Pair]) -> list[dict[str, Any]]:
     return sorted(lines, key=lambda line: -abs(line["change"]))
 
 
+def write_overview(folders: Sequence[Path], path: Path) -> Path:
+    """
+    Writes a table of several evaluations: a row for each task with its main metric, and a column for each model.
+
+    Returns:
+        `path`.
+    """
+    runs = [json.loads((folder / "results.json").read_text()) for folder in folders]
+    names = list(dict.fromkeys(name for run in runs for name in run["data_hashes"]))
+    rows = []
+    for name in names:
+        found = [main_entry(run, TASKS[name]) for run in runs]
+        rows.append(f"| {name} | {as_text(TASKS[name].main_metric)} | {' | '.join(map(_with_interval, found))} |\n")
+    head = " | ".join(as_text(run["model"]) for run in runs)
+    table = f"| task | metric | {head} |\n|---|---|{'---|' * len(runs)}\n{''.join(rows)}"
+    about = "".join(
+        f"- {as_text(run['model'])} ({which_weights(run)}): {folder}\n" for run, folder in zip(runs, folders)
+    )
+    write_text(
+        path,
+        f"# {len(runs)} models\n\n{about}\nMain metrics with their 95% intervals. Differences between two models are "
+        f"in the folder `comparison` of the second: they are paired, so their intervals are narrower.\n\n{table}",
+    )
+    return path
+
+
+def _with_interval(entry: Mapping[str, Any] | None) -> str:
+    if entry is None:
+        return ""
+    interval = "" if entry["interval"] is None else " ({:.4f} to {:.4f})".format(*entry["interval"])
+    return f"{entry['value']:.4f}{interval}"
+
+
 def to_markdown(
     first: Path,
     second: Path,
@@ -266,7 +306,7 @@ def to_markdown(
 ) -> str:
     names = (first.name, second.name) if first.name != second.name else (str(first), str(second))
     about = "\n".join(
-        f"- {as_text(name)}: {as_text(run['model'])} (hash {run['model_hash']}), code "
+        f"- {as_text(name)}: {as_text(run['model'])} ({which_weights(run)}), code "
         f"{run['code_hash'][:12]}, seed {run['seed']}, {run['date']}: `{run['command']}`"
         for name, run in zip(names, runs, strict=True)
     )

@@ -2,9 +2,11 @@
 
     sq-llava evaluate --model M --tasks gqa --data DIR
 
-`llava/accuracy` is GQA's own metric: the answer must equal the reference, ignoring case and a trailing period.
-`lmms_eval/accuracy` ignores all punctuation in both. The predictions are also written in the format of GQA's
-`eval.py`, as `testdev_balanced_predictions.json`.
+`accuracy`: the answer must equal the reference, ignoring case, trailing periods and white space around both.
+`llava/accuracy` is what GQA's `eval.py` finds in the file that LLaVA's script writes: the script removes trailing
+periods but leaves the space before them, and `eval.py` compares exactly, so "cat ." is wrong. `lmms_eval/accuracy`
+ignores case and all punctuation, but no white space. The predictions of `accuracy` are also written for `eval.py`, as
+`testdev_balanced_predictions.json`.
 
 The Hub's layout has two tables: questions (testdev_balanced_instructions: id, imageId, question, answer) and images
 (testdev_balanced_images: id, image). LLaVA's folder: `llava_gqa_testdev_balanced.jsonl` (question_id, image, text),
@@ -15,7 +17,7 @@ import string
 from collections.abc import Sequence
 from pathlib import Path
 
-from sq_llava.evaluation.metrics import exact_match
+from sq_llava.evaluation.metrics import bare, exact_match
 from sq_llava.evaluation.reading import Data, check_fields, read_json, read_jsonl, unique_by
 from sq_llava.evaluation.short_answers import INSTRUCTION, write_upload
 from sq_llava.evaluation.task import Example, Record, Score, Task
@@ -65,19 +67,22 @@ def _read_folder(data: Data) -> list[Example]:
     return examples
 
 
-def prediction_of(answer: str) -> str:
-    """The answer as LLaVA writes it for GQA's evaluation: lower case, without a trailing period."""
+def prediction_of_llava(answer: str) -> str:
     return answer.strip().rstrip(".").lower()
 
 
 def score(example: Example, answer: str) -> Score:
-    bare, reference = (text.lower().translate(WITHOUT_PUNCTUATION) for text in (answer, example.reference))
-    values = {"llava/accuracy": exact_match(answer, example.reference), "lmms_eval/accuracy": float(bare == reference)}
-    return Score(values, is_parsed=prediction_of(answer) != "", prediction=prediction_of(answer))
+    letters, reference = (text.lower().translate(WITHOUT_PUNCTUATION) for text in (answer, example.reference))
+    values = {
+        "accuracy": exact_match(answer, example.reference),
+        "llava/accuracy": float(prediction_of_llava(answer) == example.reference),
+        "lmms_eval/accuracy": float(letters == reference),
+    }
+    return Score(values, is_parsed=bare(answer) != "", prediction=bare(answer))
 
 
 def write_submission(records: Sequence[Record], folder: Path) -> Path:
-    answers = {record.example.id: prediction_of(record.answer) for record in records}
+    answers = {record.example.id: bare(record.answer) for record in records}
     return write_upload(folder / "testdev_balanced_predictions.json", answers, "questionId", "prediction")
 
 

@@ -3,21 +3,19 @@
     >>> vqa_accuracy("Red.", ["red"] * 3 + ["crimson"] * 7, normalize=normalize_m4c)
     0.9
 
-Two ways to normalize answers are in use: `m4c` (EvalAI; LLaVA's results for TextVQA, VQAv2 and VizWiz) and `official`
-(the evaluation code of VQA v2). The choice can turn a score of 1 into 0, so metric names include it. This module does
-not parse answers beyond the rules of a metric: each task's module has its own parser.
+Three ways to normalize answers are in use: `m4c` (EvalAI; LLaVA's results for TextVQA, VQAv2 and VizWiz), `official`
+(the evaluation code of VQA v2) and `lmms_eval` (lmms-eval's VQA v2). The choice can turn a score of 1 into 0, so
+metric names include it. This module does not parse answers beyond the rules of a metric: each task's module has its
+own parser.
 """
 
 import math
-import random
 import re
-import statistics
 from collections.abc import Callable, Sequence
 from functools import lru_cache
-from typing import TypeVar
 
+import numpy as np
 
-Item = TypeVar("Item")
 
 # Correct spellings from the official VQA evaluation. A word that lacks exactly one of its apostrophes is corrected.
 # The official entries with a capital I are left out: they never match, because the text is lower-cased before.
@@ -47,10 +45,10 @@ PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 MAX_PERIODS = 32
 
 
-def _apply_rules(text: str) -> str:
-    """The steps that both normalizers share: punctuation, periods, numbers, articles, contractions."""
+def _apply_rules(text: str, grouped_digits: str = r"\d,\d") -> str:
+    """The steps that all normalizers share: punctuation, periods, numbers, articles, contractions."""
     result = text
-    has_grouped_digits = re.search(r"\d,\d", text) is not None
+    has_grouped_digits = re.search(grouped_digits, text) is not None
     for mark in PUNCTUATION:
         is_deleted = has_grouped_digits or f"{mark} " in text or f" {mark}" in text
         result = result.replace(mark, "" if is_deleted else " ")
@@ -81,6 +79,18 @@ def normalize_official(answer: str) -> str:
         ('red blue', "it's", '123')
     """
     return _apply_rules(_strip_official(answer))
+
+
+@lru_cache(maxsize=2**16)
+def normalize_lmms_eval(answer: str) -> str:
+    """
+    Normalizes an answer as lmms-eval 0.7.3 does for VQA v2: like the official code, but several commas between digits
+    count as one. Unlike the official code, it also normalizes if all human answers are the same.
+
+        >>> normalize_lmms_eval("1,,000-2"), normalize_official("1,,000-2")
+        ('10002', '1 000 2')
+    """
+    return _apply_rules(_strip_official(answer), grouped_digits=r"\d,+\d")
 
 
 def _strip_official(answer: str) -> str:
@@ -140,17 +150,20 @@ def vqa_accuracy_official(
     VQA accuracy as in the official code of VQA v2. If all human answers are the same, it does not normalize: "Yes."
     compared with ten times "yes" scores 0.
     """
-    are_identical = len(set(answers)) == 1
+    are_identical = len(set(map(_strip_official, answers))) == 1
     return vqa_accuracy(prediction, answers, _strip_official if are_identical else normalize_official, accuracy)
 
 
 def exact_match(prediction: str, reference: str) -> float:
-    """1 if the texts are equal, ignoring case and trailing periods; else 0. Used for GQA."""
-    return float(_bare(prediction) == _bare(reference))
+    """1 if the texts are equal, ignoring case, trailing periods and white space around them; else 0."""
+    return float(bare(prediction) == bare(reference))
 
 
-def _bare(text: str) -> str:
-    return text.strip().rstrip(".").strip().lower()
+def bare(text: str) -> str:
+    """A text in lower case, without trailing periods and without white space at either end."""
+    while (shorter := text.strip().rstrip(".")) != text:
+        text = shorter
+    return text.lower()
 
 
 def binary_scores(predictions: Sequence[bool], labels: Sequence[bool]) -> dict[str, float]:
@@ -163,18 +176,32 @@ def binary_scores(predictions: Sequence[bool], labels: Sequence[bool]) -> dict[s
     """
     if len(predictions) != len(labels) or not labels:
         raise ValueError(f"Got {len(predictions)} predictions and {len(labels)} labels. Pass the same number, not 0.")
-    pairs = list(zip(predictions, labels))
-    true_positives = sum(prediction and label for prediction, label in pairs)
-    positives, actual = sum(predictions), sum(labels)
-    precision = true_positives / positives if positives else 0.0
-    recall = true_positives / actual if actual else 0.0
-    return {
-        "accuracy": sum(prediction == label for prediction, label in pairs) / len(pairs),
+    says_yes = np.array(predictions, dtype=bool)
+    return weighted_binary_scores(says_yes, ~says_yes, np.array(labels, dtype=bool), np.ones(len(labels), dtype=int))
+
+
+def weighted_binary_scores(
+    says_yes: np.ndarray, says_no: np.ndarray, labels: np.ndarray, times: np.ndarray
+) -> dict[str, float]:
+    """
+    As [`binary_scores`], but an answer may also be neither "yes" nor "no", and each answer counts several times.
+
+    Args:
+        says_yes, says_no, labels (`np.ndarray`): Booleans of shape `(num,)`. A label is true for "yes".
+        times (`np.ndarray`): How often each answer counts, of shape `(num,)`.
+    """
+    both, yes, missed = times @ (says_yes & labels), times @ says_yes, times @ (says_no & labels)
+    precision = both / yes if yes else 0.0
+    recall = both / (both + missed) if both + missed else 0.0
+    num = max(1, times.sum())
+    values = {
+        "accuracy": (both + times @ (says_no & ~labels)) / num,
         "precision": precision,
         "recall": recall,
-        "f1": 2 * precision * recall / (precision + recall) if true_positives else 0.0,
-        "yes_ratio": positives / len(pairs),
+        "f1": 2 * precision * recall / (precision + recall) if both else 0.0,
+        "yes_ratio": yes / num,
     }
+    return {name: float(value) for name, value in values.items()}
 
 
 def relative_score(candidate: Sequence[float], reference: Sequence[float]) -> float:
@@ -182,32 +209,3 @@ def relative_score(candidate: Sequence[float], reference: Sequence[float]) -> fl
     if len(candidate) != len(reference) or not reference:
         raise ValueError(f"Got {len(candidate)} and {len(reference)} scores. Pass the same number, not 0.")
     return 100 * math.fsum(candidate) / math.fsum(reference)
-
-
-def standard_error(values: Sequence[float]) -> float | None:
-    """Standard error of the mean: sample standard deviation / sqrt(n). `None` for fewer than two values."""
-    if len(values) < 2:
-        return None
-    mean = math.fsum(values) / len(values)
-    variance = math.fsum((value - mean) ** 2 for value in values) / (len(values) - 1)
-    return math.sqrt(variance / len(values))
-
-
-def bootstrap_errors(
-    figures: Callable[[Sequence[Item]], dict[str, float]], items: Sequence[Item], num_resamples: int, seed: int = 0
-) -> dict[str, float]:
-    """
-    Bootstrap standard errors, for metrics that are not means: the standard deviation over resamples of the items.
-
-    Args:
-        figures (`Callable`): Items -> `{name: value}`.
-        items (`Sequence`): Each resample draws `len(items)` of them, with replacement.
-
-    Returns:
-        `{name: standard error}`; empty for fewer than two items or resamples.
-    """
-    if len(items) < 2 or num_resamples < 2:
-        return {}
-    draw = random.Random(seed)
-    drawn = [figures(draw.choices(items, k=len(items))) for _ in range(num_resamples)]
-    return {name: statistics.stdev(each[name] for each in drawn) for name in drawn[0]}

@@ -5,21 +5,24 @@
 
 The data repeats each question with its options rotated, in rows with an index of 1,000,000 or more. `letter/accuracy`
 uses only the original questions. `circular/accuracy`, the metric in the paper, counts a question as correct if all its
-rotations are answered correctly; it is computed only if the data has rotations. Options are parsed by MMBench's
-rules. If they find no option, MMBench's server asks a language model; here the answer counts as wrong and not parsed.
-`mmbench.xlsx` is for the server, which alone has the answers of the test split
+rotations are answered correctly; it is a share of questions, and computed only if the data has rotations. Options are
+parsed by MMBench's rules. If they find no option, MMBench's server asks a language model; here the answer counts as
+wrong and not parsed. `mmbench.xlsx` is for the server, which alone has the answers of the test split
 (https://mmbench.opencompass.org.cn/mmbench-submission).
 
-`mmbench_cn` uses LLaVA's prompt, `mmbench_cn_lmms_eval` that of lmms-eval. LLaVA's folder is `mmbench` for both
-languages, with the tables `mmbench_dev_20230712.tsv` and `mmbench_dev_cn_20231003.tsv` (index, question, hint, A to D,
-answer, category, image in base64, ...). The Hub's configurations are `en` and `cn`. The options of a question end
-before the first empty one. "nan" counts as empty, as in LLaVA's code and the Hub's table.
+`mmbench_cn` uses LLaVA's prompt, `mmbench_cn_lmms_eval` that of lmms-eval 0.7.3: its line before the options is in
+English, and a missing hint, which the Hub's table writes as "nan", is shown as "nan". LLaVA's folder is `mmbench` for
+both languages, with the tables `mmbench_dev_20230712.tsv` and `mmbench_dev_cn_20231003.tsv` (index, question, hint, A
+to D, answer, category, image in base64, ...). The Hub's configurations are `en` and `cn`. The options of a question
+end before the first empty one. As in LLaVA, which reads the table with pandas, texts such as "NA", "null" and "None"
+count as empty, also as the text of an option.
 """
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -43,21 +46,29 @@ FILES = {
 UPLOAD_COLUMNS = ("index", "question", *LETTERS, "prediction", "answer", "split")
 # How a letter may be written. The forms are tried in this order.
 FORMS = ("{}", "{}.", "{},", "{}:", "{})", "{}).", "({})", "({}).", ":{}", ":{},", ":{}.", ":{})", ":{}).")
+# What pandas reads as an empty cell. LLaVA also takes "nan" and "none" in any case for one.
+EMPTY_CELLS = "#N/A #NA -1.#IND -1.#QNAN -NaN -nan 1.#IND 1.#QNAN <NA> N/A NA NULL NaN None n/a nan null"
+EMPTY = {"", "#N/A N/A", *EMPTY_CELLS.split()}
 # An image field of at most this many characters may be the index of another row that has the same image.
 MAX_REFERENCE = 64
 
 
-def prompt_of_llava(hint: str, question: str, choices: Sequence[str], instruction: str) -> str:
-    text = f"{hint}\n{question}" if hint else question
-    return f"{text}\n{lettered(choices)}{instruction}"
+def prompt_of_llava(row: Mapping[str, Any], instruction: str) -> str:
+    hint = text_of(row, "hint")
+    text = f"{hint}\n{row['question']}" if hint else row["question"]
+    return f"{text}\n{lettered(list(choices_of(row).values()))}{instruction}"
 
 
-def prompt_of_lmms_eval(hint: str, question: str, choices: Sequence[str]) -> str:
-    text = f"{hint} {question}" if hint else question
-    return f"{text} 有如下几个选项：\n{lettered(choices)}\n\n请直接使用所提供的选项字母作为答案回答。"
+def prompt_of_lmms_eval(row: Mapping[str, Any]) -> str:
+    """The prompt of lmms-eval 0.7.3 for a row of the Hub's table, without correction."""
+    text = row["question"] if row["hint"] is None else f"{row['hint']} {row['question']}"
+    choices = {letter: row.get(letter) for letter in options.LETTERS}
+    lines = [f"{letter}. {choice}" for letter, choice in choices.items() if choice and choice != "nan"]
+    listed = "\n".join(["There are several options:", *lines]).rstrip("\n")
+    return f"{text} {listed}\n\n请直接使用所提供的选项字母作为答案回答。"
 
 
-def read(data: Data, language: str, prompt_of: Callable[[str, str, Sequence[str]], str]) -> list[Example]:
+def read(data: Data, language: str, prompt_of: Callable[[Mapping[str, Any]], str]) -> list[Example]:
     if data.is_table:
         rows = [(row, row["image"]) for row in data.rows(FIELDS, default_split="dev", config=language)]
     else:
@@ -66,6 +77,8 @@ def read(data: Data, language: str, prompt_of: Callable[[str, str, Sequence[str]
         if not str(row["index"]).isdecimal():
             raise ValueError(f"{data}, row {number}: index is {row['index']!r}, expected a number.")
     num_rows = Counter(int(row["index"]) % FIRST_ROTATION for row, _ in rows)
+    if set(num_rows.values()) == {1}:
+        num_rows = {}
     return [
         _example(row, image, prompt_of, num_rows, f"{data}, row {number}") for number, (row, image) in enumerate(rows)
     ]
@@ -78,6 +91,8 @@ def _read_tsv(data: Data, language: str) -> list[tuple[dict[str, Any], TaskImage
     images = {row["index"]: row["image"] for row in rows}
     found = []
     for row in rows:
+        row["hint"] = row["hint"] or None
+        row.update({name: None for name in ("hint", *LETTERS) if row[name] and row[name] in EMPTY})
         text = row.pop("image")
         if len(text) <= MAX_REFERENCE and text in images:
             text = images[text]
@@ -87,33 +102,37 @@ def _read_tsv(data: Data, language: str) -> list[tuple[dict[str, Any], TaskImage
 
 def _example(row: dict[str, Any], image: TaskImage, prompt_of, num_rows: Mapping[int, int], place: str) -> Example:
     index = int(row["index"])
-    choices = {}
-    for letter in LETTERS:
-        if not _text(row, letter):
-            break
-        choices[letter] = _text(row, letter)
-    answer = _text(row, "answer") or None
-    if answer is not None and answer not in choices:
-        raise ValueError(f"{place}: answer is {answer!r}, but the options are {', '.join(choices) or 'empty'}.")
+    choices = choices_of(row)
+    answer = text_of(row, "answer") or None
+    # The right option may be one that the prompt leaves out, such as "None".
+    there = [letter for letter in LETTERS if row[letter] not in ("", "nan")]
+    if answer is not None and answer not in there:
+        raise ValueError(f"{place}: answer is {answer!r}, but the options are {', '.join(there) or 'empty'}.")
     return Example(
         id=str(index),
-        prompt=prompt_of(_text(row, "hint"), row["question"], list(choices.values())),
+        prompt=prompt_of(row),
         images=[image],
         reference=answer,
         details={
             "question": row["question"],
             "choices": choices,
-            "category": _text(row, "category") or "uncategorized",
-            "split": _text(row, "split"),
-            "num_rows": num_rows[index % FIRST_ROTATION],
+            "category": text_of(row, "category") or "uncategorized",
+            "split": text_of(row, "split"),
+            "num_rows": num_rows.get(index % FIRST_ROTATION),
         },
     )
 
 
-def _text(row: dict[str, Any], field: str) -> str:
-    """The value of a field; "" if it is empty or missing."""
+def choices_of(row: Mapping[str, Any]) -> dict[str, str]:
+    """The options by letter, up to the first empty one."""
+    texts = {letter: text_of(row, letter) for letter in LETTERS}
+    return dict(takewhile(lambda choice: choice[1], texts.items()))
+
+
+def text_of(row: Mapping[str, Any], field: str) -> str:
+    """The value of a field; "" if it is missing, or empty for LLaVA."""
     text = row.get(field)
-    return "" if text is None or text == "nan" else text
+    return "" if text is None or text in EMPTY or text.lower() in ("nan", "none") else text
 
 
 def option_of(answer: str, choices: Mapping[str, str]) -> str | None:
@@ -144,23 +163,11 @@ def score(example: Example, answer: str) -> Score:
     return Score(values, is_parsed=option in example.details["choices"], prediction=option)
 
 
-def corpus_metrics(records: Sequence[Record]) -> dict[str, float]:
-    """Circular accuracy over the questions that have all their rows. A question that is drawn twice counts twice."""
-    if records[0].example.reference is None:
+def score_question(records: Sequence[Record]) -> dict[str, float]:
+    """Circular accuracy of one question: 1 if all rows are right. Empty without rotations, or if rows are missing."""
+    if records[0].example.reference is None or len(records) != records[0].example.details["num_rows"]:
         return {}
-    groups: dict[int, list[Record]] = {}
-    for record in records:
-        groups.setdefault(int(record.example.id) % FIRST_ROTATION, []).append(record)
-    times = {index: len(group) / group[0].example.details["num_rows"] for index, group in groups.items()}
-    whole = [index for index in groups if times[index].is_integer()]
-    if not any(len(groups[index]) > times[index] for index in whole):
-        return {}
-    right = [
-        times[index]
-        for index in whole
-        if all(each.score.prediction == each.example.reference for each in groups[index])
-    ]
-    return {"circular/accuracy": sum(right) / sum(times[index] for index in whole)}
+    return {"circular/accuracy": float(all(each.score.prediction == each.example.reference for each in records))}
 
 
 def write_submission(records: Sequence[Record], folder: Path) -> Path:
@@ -204,8 +211,8 @@ TASK = Task(
     hub_id="lmms-lab-encoder/MMBench",
     read=partial(read, language="en", prompt_of=partial(prompt_of_llava, instruction=options.INSTRUCTION)),
     score=score,
-    corpus_metrics=corpus_metrics,
     unit=lambda example: int(example.id) % FIRST_ROTATION,
+    score_unit=score_question,
     main_metric="circular/accuracy",
     breakdown="category",
     write_submission=write_submission,

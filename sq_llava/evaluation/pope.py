@@ -4,17 +4,24 @@
 
 Yes/no questions about COCO val2014 images. The three categories differ in how the absent objects were chosen: random,
 popular, adversarial. `llava/` uses the parser of POPE's authors, as LLaVA does. The paper reports `llava/mean_f1`, the
-mean of the F1 scores of the three categories. `lmms_eval/` has the metrics of lmms-eval: for `accuracy`, the whole
-answer must be "yes" or "no"; `yes_ratio` is computed from the labels, not from the answers.
+mean of the F1 scores of the three categories.
+
+`lmms_eval/` has the metrics of lmms-eval 0.7.3. There, the whole answer must be "yes" or "no". An answer that is
+neither counts as wrong for `accuracy`, but `precision` and `recall` leave it out. `yes_ratio` is computed from the
+labels, not from the answers.
+
+The questions about an image are not independent: they are resampled together for standard errors and intervals.
 
 LLaVA's folder: `llava_pope_test.jsonl` (question_id, image, text, category), the images in `val2014`, and
 `coco/coco_pope_*.json` (JSON Lines with image and label). Labels are matched by image, in the order of its questions,
 because the wording of the questions is not always the same in both files.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
-from sq_llava.evaluation.metrics import binary_scores
+import numpy as np
+
+from sq_llava.evaluation.metrics import weighted_binary_scores
 from sq_llava.evaluation.reading import Data, read_jsonl
 from sq_llava.evaluation.short_answers import INSTRUCTION
 from sq_llava.evaluation.task import Example, Record, Score, Task
@@ -33,7 +40,7 @@ def read(data: Data) -> list[Example]:
             prompt=row["question"] + INSTRUCTION,
             images=[row["image"]],
             reference=_checked_label(row["answer"], f"{data}, row {number}"),
-            details={"category": row["category"]},
+            details={"category": row["category"], "image": row.get("image_source")},
         )
         for number, row in enumerate(rows)
     ]
@@ -63,7 +70,7 @@ def _read_folder(data: Data) -> list[Example]:
                     prompt=row["text"],  # includes the instruction
                     images=[data.image(data.folder / "val2014", row["image"])],
                     reference=waiting[row["image"]].pop(0),
-                    details={"category": category},
+                    details={"category": category, "image": row["image"]},
                 )
             )
     return examples
@@ -95,22 +102,32 @@ def score(example: Example, answer: str) -> Score:
     )
 
 
+def weighted_metrics(records: Sequence[Record]) -> Callable[[np.ndarray], dict[str, float]]:
+    """The metrics as a function of how often each record counts. A failed example counts as a wrong answer."""
+    label = np.array([record.example.reference == "yes" for record in records])
+    failed = np.array([record.error is not None for record in records])
+    said = [record.answer.strip().lower() for record in records]
+    words = {word: np.array([text == word for text in said]) & ~failed for word in ("yes", "no")}
+    parsed_yes = np.where(failed, ~label, [record.score.prediction == "yes" for record in records])
+    of_category = np.array([record.example.details["category"] for record in records])
+    categories = sorted(set(of_category))
+
+    def figures(times: np.ndarray) -> dict[str, float]:
+        parsed = weighted_binary_scores(parsed_yes, ~parsed_yes, label, times)
+        metrics = {f"llava/{name}": value for name, value in parsed.items()}
+        if len(categories) > 1:
+            weights = [times * (of_category == name) for name in categories]
+            f1 = [weighted_binary_scores(parsed_yes, ~parsed_yes, label, each)["f1"] for each in weights]
+            metrics["llava/mean_f1"] = sum(f1) / len(f1)
+        exact = weighted_binary_scores(words["yes"], words["no"], label, times)
+        metrics |= {f"lmms_eval/{name}": exact[name] for name in ("precision", "recall", "f1")}
+        return {**metrics, "lmms_eval/yes_ratio": float(times @ label / times.sum())}
+
+    return figures
+
+
 def corpus_metrics(records: Sequence[Record]) -> dict[str, float]:
-    labels = [record.example.reference == "yes" for record in records]
-    # A failed example counts as a wrong answer.
-    predictions = [
-        record.score.prediction == "yes" if record.error is None else not label
-        for record, label in zip(records, labels)
-    ]
-    figures = binary_scores(predictions, labels)
-    metrics = {f"llava/{name}": value for name, value in figures.items()}
-    categories = sorted({record.example.details["category"] for record in records})
-    if len(categories) > 1:
-        parts = [[record for record in records if record.example.details["category"] == name] for name in categories]
-        f1 = [corpus_metrics(part)["llava/f1"] for part in parts]
-        metrics["llava/mean_f1"] = sum(f1) / len(f1)
-    metrics["lmms_eval/yes_ratio"] = sum(labels) / len(labels)
-    return metrics
+    return weighted_metrics(records)(np.ones(len(records), dtype=int))
 
 
 TASK = Task(
@@ -120,6 +137,8 @@ TASK = Task(
     read=read,
     score=score,
     corpus_metrics=corpus_metrics,
+    weighted_metrics=weighted_metrics,
+    unit=lambda example: example.details.get("image") or example.id,
     main_metric="llava/mean_f1",
     breakdown="category",
 )

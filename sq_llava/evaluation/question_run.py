@@ -128,9 +128,7 @@ def write_report(
     lines += [f"Date {about['date']}, model {about['model_hash']}, code {about['code_hash']}, images "]
     lines += [f"{about['data_hash']}, seed {about['settings']['seed']}; Python {about['python']}, {packages}.", ""]
     lines += ["| metric | value |", "|---|--:|"]
-    lines += [f"| {label} | {_formatted(figures[name])} |" for name, label in LABELS.items()]
-    if "easy_vqa" in figures:
-        lines += _truth_lines(figures["easy_vqa"])
+    lines += [f"| {label} | {value} |" for label, value in metric_rows(figures)]
     _save(_draw_types(figures["types"]), out / "types.png")
     lines += ["", "![Types of questions](types.png)", ""]
     if "clip" in figures:
@@ -141,21 +139,24 @@ def write_report(
     write_text(out / "report.md", "\n".join(lines) + "\n")
 
 
+def metric_rows(figures: dict[str, Any]) -> list[tuple[str, str]]:
+    """Label and value of each metric that is one number, for a table."""
+    rows = {label: figures[name] for name, label in LABELS.items()}
+    if truth := figures.get("easy_vqa"):
+        rows |= {
+            f"share of questions with a true premise ({truth['num_premises']} questions)": truth["premise_is_true"],
+            f"the same among the {truth['num_presuming']} questions that assume something": truth["presumed_is_true"],
+            f"share of the model's answers that are correct ({truth['num_own_answers']} answers)": truth[
+                "own_answer_is_right"
+            ],
+        }
+    return [(label, _formatted(value)) for label, value in rows.items()]
+
+
 def _formatted(value: float | None) -> str:
     if value is None:
         return "-"
     return str(value) if isinstance(value, int) else f"{value:.3f}"
-
-
-def _truth_lines(truth: dict[str, Any]) -> list[str]:
-    figures = {
-        f"share of questions with a true premise ({truth['num_premises']} questions)": truth["premise_is_true"],
-        f"the same among the {truth['num_presuming']} questions that assume something": truth["presumed_is_true"],
-        f"share of the model's answers that are correct ({truth['num_own_answers']} answers)": truth[
-            "own_answer_is_right"
-        ],
-    }
-    return [f"| {label} | {_formatted(value)} |" for label, value in figures.items()]
 
 
 def _clip_lines(clip: dict[str, float], path: str) -> list[str]:

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import yaml
 from huggingface_hub import EvalResultEntry, eval_result_entries_to_yaml
 from matplotlib.axes import Axes
@@ -20,6 +21,7 @@ from matplotlib.figure import Figure
 
 from sq_llava.evaluation.answering import open_task_image
 from sq_llava.evaluation.paper import figures_of
+from sq_llava.evaluation.peers import PEERS
 from sq_llava.evaluation.results import read_records
 from sq_llava.evaluation.task import Example, Record, Task, main_score
 from sq_llava.output import write_text, written_whole
@@ -101,7 +103,7 @@ def _heading(run: dict[str, Any]) -> str:
     packages = ", ".join(f"{name} {version}" for name, version in run["packages"].items())
     data = "; ".join(f"{name} {digest[:12]}" for name, digest in run["data_hashes"].items())
     rows = {
-        "model": f"{run['model']} (hash {run['model_hash']})",
+        "model": f"{run['model']} ({which_weights(run)})",
         "command": f"`{run['command']}`",
         "date": run["date"],
         "examples": "all" if run["limit"] is None else f"**at most {run['limit']} per task**",
@@ -115,6 +117,11 @@ def _heading(run: dict[str, Any]) -> str:
     return f"# Evaluation of {run['model']}\n\n| | |\n|---|---|\n{table}\n"
 
 
+def which_weights(run: Mapping[str, Any]) -> str:
+    """The hash of a run's model, or the server of the model."""
+    return f"hash {run['model_hash']}" if run.get("server") is None else f"served at {run['server']}"
+
+
 def _ungraded(run: dict[str, Any], tasks: Mapping[str, Task]) -> str:
     """The first line of the report, if too many answers have no grade."""
     shares = {name: f"{each['num']:,} of {each['of']:,}" for name, each in run["ungraded"].items()}
@@ -124,12 +131,12 @@ def _ungraded(run: dict[str, Any], tasks: Mapping[str, Task]) -> str:
     return f"**{'; '.join(parts)}. The figures are only about the others.**\n" if parts else ""
 
 
-def _is_partial(run: dict[str, Any], task: str) -> bool:
+def _is_partial(run: Mapping[str, Any], task: str) -> bool:
     each = run["ungraded"].get(task, {"num": 0, "of": 1})
     return each["num"] > MOST_UNGRADED * each["of"]
 
 
-def _main_metric(run: dict[str, Any], task: Task) -> dict[str, Any] | None:
+def main_entry(run: Mapping[str, Any], task: Task) -> dict[str, Any] | None:
     """The entry of the main metric. `None` if there is none, or if too many answers have no grade."""
     if _is_partial(run, task.name):
         return None
@@ -140,7 +147,7 @@ def _paper_table(run: dict[str, Any], tasks: Mapping[str, Task]) -> str:
     names = [name for name in run["data_hashes"] if figures_of(name)]
     if not names:
         return ""
-    measured = [_main_metric(run, tasks[name]) for name in names]
+    measured = [main_entry(run, tasks[name]) for name in names]
     own = ["-" if each is None else f"{each['value'] * tasks[each['task']].scale:.1f}" for each in measured]
     nums = ["" if each is None else f"{each['num']:,}" for each in measured]
     rows = [f"| **this run** | {' | '.join(own)} |", f"| examples in this run | {' | '.join(nums)} |"]
@@ -155,16 +162,17 @@ def _metrics_table(run: dict[str, Any]) -> str:
     rows = []
     for each in run["results"]:
         error = "" if each["standard_error"] is None else f"{each['standard_error']:.4f}"
+        interval = "" if each["interval"] is None else "{:.4f} to {:.4f}".format(*each["interval"])
         rows.append(
-            f"| {each['task']} | {as_text(each['metric'])} | {each['value']:.4f} | {error} | {each['num']:,} | "
-            f"{each['parsed_share']:.1%} | {each['num_failed']} | {each['num_unjudged']} |"
+            f"| {each['task']} | {as_text(each['metric'])} | {each['value']:.4f} | {error} | {interval} | "
+            f"{each['num']:,} | {each['parsed_share']:.1%} | {each['num_failed']} | {each['num_unjudged']} |"
         )
-    head = "| task | metric | value | standard error | examples | parsed | failed | not graded |"
-    return f"## All metrics\n\n{head}\n|---|---|---|---|---|---|---|---|\n" + "\n".join(rows) + "\n"
+    head = "| task | metric | value | standard error | 95% interval | examples | parsed | failed | not graded |"
+    return f"## All metrics\n\n{head}\n|---|---|---|---|---|---|---|---|---|\n" + "\n".join(rows) + "\n"
 
 
 def _task_part(task: Task, run: dict[str, Any], records: Sequence[Record], out: Path) -> str:
-    parts = [f"## {task.title}\n", task.note or ""]
+    parts = [f"## {task.title}\n", task.note or "", _peers(task, run)]
     if task.name in run["missing"]:
         parts.append(f"**No metrics**: {run['missing'][task.name]}\n")
     judge = next((each["judge"] for each in run["results"] if each["task"] == task.name and each["judge"]), None)
@@ -176,6 +184,13 @@ def _task_part(task: Task, run: dict[str, Any], records: Sequence[Record], out: 
         parts.append(f"### {heading}\n")
         parts += [_example(records[number], out, f"{task.name}/pictures/{number}.jpg") for number in numbers]
     return "\n".join(part for part in parts if part)
+
+
+def _peers(task: Task, run: dict[str, Any]) -> str:
+    """Says which versions of other projects the metrics named after them follow."""
+    named = [each["metric"] for each in run["results"] if each["task"] == task.name and each["follows"]]
+    found = {part: PEERS[part] for name in named for part in name.split("/")[:-1] if part in PEERS}
+    return "".join(f"- `{prefix}/` follows {project}.\n" for prefix, project in found.items())
 
 
 def _example(record: Record, out: Path, picture: str) -> str:
@@ -197,7 +212,7 @@ def as_text(value: Any) -> str:
 
 def _draw_main_metrics(run: dict[str, Any], tasks: Mapping[str, Task], out: Path) -> str:
     """Draws the main metric of each task and the paper's results."""
-    found = [(tasks[name], _main_metric(run, tasks[name])) for name in run["data_hashes"]]
+    found = [(tasks[name], main_entry(run, tasks[name])) for name in run["data_hashes"]]
     found = [(task, entry) for task, entry in found if entry is not None]
     if not found:
         return ""
@@ -208,9 +223,10 @@ def _draw_main_metrics(run: dict[str, Any], tasks: Mapping[str, Task], out: Path
         paper = figures_of(task.name)
         bars = {f"this run ({entry['num']:,} examples)": entry["value"] * task.scale}
         bars |= {f"{model} (paper)": value for model, value in paper.items()}
-        error = 1.96 * (entry["standard_error"] or 0) * task.scale
+        errors = np.zeros((2, len(bars)))
+        errors[:, 0] = reach(entry) * task.scale
         colours = ["#cc6677", *["#bbbbbb"] * len(paper)]
-        drawn = axis.barh(list(bars), list(bars.values()), xerr=[error, *[0] * len(paper)], color=colours)
+        drawn = axis.barh(list(bars), list(bars.values()), xerr=errors, color=colours)
         _label(axis, drawn, "{:.1f}", f"{task.title}: {task.main_metric}")
     with written_whole(out / "figures.png") as new:
         figure.savefig(new, dpi=110)
@@ -231,13 +247,20 @@ def _draw_breakdown(task: Task, run: dict[str, Any], records: Sequence[Record], 
     drawn = axis.barh(
         [f"{part} ({each['num']:,})" for part, each in zip(parts, chosen)],
         [each["value"] for each in chosen],
-        xerr=[1.96 * (each["standard_error"] or 0) for each in chosen],
+        xerr=np.stack([reach(each) for each in chosen], axis=1),
         color="#4477aa",
     )
     _label(axis, drawn, "{:.3f}", f"{task.title}: {name} by {task.breakdown}")
     with written_whole(out / task.name / "breakdown.png") as new:
         figure.savefig(new, dpi=110)
     return f"![{name} by {task.breakdown}]({task.name}/breakdown.png)\n"
+
+
+def reach(entry: dict[str, Any]) -> np.ndarray:
+    """How far the 95% interval reaches below and above the value, of shape `(2,)`; zeros without an interval."""
+    low, high = entry["interval"] or (entry["value"], entry["value"])
+    # A bootstrapped interval need not contain the value.
+    return np.maximum(0, [entry["value"] - low, high - entry["value"]])
 
 
 def _label(axis: Axes, bars: BarContainer, form: str, title: str) -> None:
@@ -257,7 +280,7 @@ def write_eval_results(run: dict[str, Any], tasks: Mapping[str, Task], out: Path
     """
     paths = []
     for name in run["data_hashes"]:
-        entry = _main_metric(run, tasks[name])
+        entry = main_entry(run, tasks[name])
         if entry is None or tasks[name].hub_id is None or run["limit"] is not None or entry["num_unjudged"]:
             continue
         result = EvalResultEntry(
@@ -276,12 +299,13 @@ def write_eval_results(run: dict[str, Any], tasks: Mapping[str, Task], out: Path
 
 def _notes(run: dict[str, Any], entry: dict[str, Any]) -> str:
     """How a result was produced. `notes` is the only free text field of the format."""
-    parts = [entry["metric"], f"{entry['num']} examples, {entry['num_failed']} failed"]
+    follows = "" if entry["follows"] is None else f" (follows {entry['follows']})"
+    parts = [entry["metric"] + follows, f"{entry['num']} examples, {entry['num_failed']} failed"]
     if run["split"] is not None:
         parts.append(f"split {run['split']}")
     if entry["judge"] is not None:
         parts.append(f"graded by {', '.join(entry['judge']['answered_by'])}")
-    hashes = {"model": run["model_hash"], "code": run["code_hash"], "data": entry["data_hash"]}
+    hashes = {"model": run["model_hash"] or which_weights(run), "code": run["code_hash"], "data": entry["data_hash"]}
     parts.append("hashes: " + ", ".join(f"{name} {digest}" for name, digest in hashes.items()))
     versions = ", ".join(f"{name} {version}" for name, version in run["packages"].items())
     parts.append(f"Python {run['python']}, {versions}, seed {run['seed']}")

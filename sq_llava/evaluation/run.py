@@ -24,9 +24,9 @@ from sq_llava.evaluation import (
     vizwiz,
     vqav2,
 )
-from sq_llava.evaluation.answering import AnswerSettings, answer_examples
+from sq_llava.evaluation.answering import AnswerSettings, Model, answer_examples
 from sq_llava.evaluation.judge import Judge
-from sq_llava.evaluation.other_models import load_any
+from sq_llava.evaluation.other_models import OtherModel, load_any
 from sq_llava.evaluation.reading import Data, evenly_spaced
 from sq_llava.evaluation.report import save_pictures, write_report
 from sq_llava.evaluation.results import (
@@ -38,14 +38,18 @@ from sq_llava.evaluation.results import (
     write_examples,
     write_results,
 )
+from sq_llava.evaluation.served_model import ServedModel
 from sq_llava.evaluation.settings import Evaluation
 from sq_llava.evaluation.task import Example, Record, Score, Task, summarize
+from sq_llava.inference.asking_first import AsksFirst
 from sq_llava.inference.processes import join_processes
 from sq_llava.llm_client.client import ChatStopped
 from sq_llava.output import output_lock
 from sq_llava.resumable.run_note import RunNote
 
 
+# A batch for a server has this many times as many requests as it gets at once. Few of them then wait for the slowest.
+NUM_ROUNDS = 8
 TASKS: dict[str, Task] = {
     task.name: task
     for task in (
@@ -99,12 +103,15 @@ def _evaluate(evaluation: Evaluation, tasks: Sequence[Task], state: PartialState
     about = describe(evaluation, {name: hash_of_data(each) for name, each in examples.items()})
     note = RunNote(evaluation.out, about, IDENTITY)
     set_seed(evaluation.seed)
-    assistant = load_any(evaluation.model, evaluation.dtype, device, evaluation.trust_remote_code)
+    model = load_model(evaluation, state, device)
+    batch_size = evaluation.batch_size
+    if evaluation.server is not None:
+        batch_size = NUM_ROUNDS * evaluation.server.concurrency
     answered = []
     for task in tasks:
-        settings = AnswerSettings(task.max_new_tokens, evaluation.batch_size, evaluation.system_message)
+        settings = AnswerSettings(task.max_new_tokens, batch_size, evaluation.system_message)
         folder = evaluation.out / task.name
-        answered.append(answer_examples(assistant, examples[task.name], folder, settings, task.title, note))
+        answered.append(answer_examples(model, examples[task.name], folder, settings, task.title, note))
     if not state.is_main_process:
         return []
     note.write()
@@ -115,6 +122,26 @@ def _evaluate(evaluation: Evaluation, tasks: Sequence[Task], state: PartialState
         save_pictures(task, examples[task.name], evaluation.out / task.name)
     write_report(evaluation.out, TASKS)
     return results
+
+
+def load_model(evaluation: Evaluation, state: PartialState, device: str) -> Model:
+    """
+    The model that answers.
+
+    Raises:
+        ValueError: If the checkpoint is wrong, or if several processes would use one server.
+        ConnectionError: If no server answers.
+    """
+    if evaluation.server is None:
+        model = load_any(evaluation.model, evaluation.dtype, device, evaluation.trust_remote_code)
+        if not evaluation.thinking.self_questions:
+            return model
+        if isinstance(model, OtherModel):
+            raise ValueError(f"--self-questions needs an SQ-LLaVA, but {evaluation.model} is another model.")
+        return AsksFirst(model, evaluation.thinking, evaluation.seed)
+    if state.num_processes > 1:
+        raise ValueError("--base-url: start one process, without torchrun. --concurrency sends requests in parallel.")
+    return ServedModel(evaluation.server, evaluation.out)
 
 
 def assess(
@@ -195,7 +222,9 @@ def describe(evaluation: Evaluation, data_hashes: dict[str, str]) -> dict[str, A
     """The fields of `results.json` that are needed to repeat the run."""
     return {
         "model": evaluation.model,
-        "model_hash": hash_of_model(evaluation.model),
+        # Nobody knows which weights a server has.
+        "model_hash": hash_of_model(evaluation.model) if evaluation.server is None else None,
+        "server": evaluation.server and evaluation.server.base_url,
         "code_hash": hash_of_code(),
         "data_hashes": data_hashes,
         "split": evaluation.split,
@@ -204,9 +233,10 @@ def describe(evaluation: Evaluation, data_hashes: dict[str, str]) -> dict[str, A
         "system_message": evaluation.system_message,
         "dtype": evaluation.dtype,
         "seed": evaluation.seed,
+        "self_questioning": str(evaluation.thinking) if evaluation.thinking.self_questions else None,
         **environment(),
     }
 
 
 # A run resumes from the answers in its folder only if these fields are equal.
-IDENTITY = ("model_hash", "model", "data_hashes", "system_message", "dtype")
+IDENTITY = ("model_hash", "model", "server", "data_hashes", "system_message", "dtype", "self_questioning")

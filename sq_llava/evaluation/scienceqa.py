@@ -7,9 +7,10 @@
 first LLaVA does: the model reasons and ends with "The answer is B." With `--judge-model`, it also computes ensembles
 with a language model that does not see the image (`scienceqa_ensemble.py`).
 
-`llava/accuracy` parses an answer as LLaVA does: "B", or "B. " at the beginning, or exactly one "The answer is B."
-Otherwise the answer counts as wrong and not parsed (LLaVA's code for the ensembles chooses a random option).
-`lmms_eval/accuracy` also accepts "b" and "B." without a following space, but not the sentence.
+`llava/accuracy` parses an answer as LLaVA does: "B", or "B. " at the beginning, or "The answer is B" exactly once and
+followed by any character. Otherwise the answer counts as wrong and not parsed (LLaVA's code for the ensembles chooses
+a random option). `lmms_eval/accuracy` (0.7.3) also accepts "b" and "B." without a following space, but not the
+sentence. `accuracy` accepts what people would: also "(B)", "b)", and "the answer is B" at the end or several times.
 
 The Hub's table (configurations ScienceQA-IMG and ScienceQA-FULL: image, question, choices, answer, hint) has no ids,
 so the id is the row number. LLaVA's folder: `llava_test_CQM-A.json` (id, image, conversations), ScienceQA's own
@@ -138,28 +139,49 @@ def option_of(answer: str, num_choices: int) -> str | None:
 
 
 def concluded_option(answer: str, num_choices: int) -> str | None:
-    """The letter of "The answer is B.", if a text has this sentence exactly once; else `None`."""
-    found = re.findall(r"The answer is ([A-Z])\.", answer)
+    """
+    The letter of "The answer is B." if a text has these words exactly once; else `None`. As in LLaVA, any character
+    but a line break may follow the letter, and one must.
+    """
+    found = re.findall(r"The answer is ([A-Z]).", answer)
     return found[0] if len(found) == 1 and found[0] in LETTERS[:num_choices] else None
 
 
 def option_of_lmms_eval(answer: str) -> str:
     text = answer.strip()
-    return text[0] if re.match(r"[A-Z]\.", text) else text.upper()
+    return text[0] if len(text) > 1 and text[0].isupper() and text[1] == "." else text.upper()
 
 
-def score(example: Example, answer: str) -> Score:
-    option = option_of(answer, example.details["num_choices"])
+def stated_option(answer: str, num_choices: int) -> str | None:
+    """
+    The letter that an answer states: alone, at the beginning, or in "the answer is". `None` if there is none, or if
+    "the answer is" occurs with different letters.
+
+        >>> [stated_option(text, 3) for text in ("(b)", "B: blue", "It is red, so the answer is C", "A dog", "E")]
+        ['B', 'B', 'C', None, None]
+    """
+    text = answer.strip()
+    letters = [match[1] for match in re.finditer(r"(?i:\banswer is:?) *\(?([A-Z])\b(?!')", text)]
+    if (first := re.match(r"\(?([A-Za-z])(?:[.:)]+(?=\s|$)|$)", text)) is not None:
+        letters = [first[1]]
+    options = {letter.upper() for letter in letters}
+    return options.pop() if len(options) == 1 and options <= set(LETTERS[:num_choices]) else None
+
+
+def score_reasoning(example: Example, answer: str) -> Score:
+    num_choices = example.details["num_choices"]
+    option = option_of(answer, num_choices)
     values = {
         "llava/accuracy": float(option == example.reference),
-        "lmms_eval/accuracy": float(option_of_lmms_eval(answer) == example.reference),
+        "accuracy": float(stated_option(answer, num_choices) == example.reference),
     }
     return Score(values, is_parsed=option is not None, prediction=option)
 
 
-def score_reasoning(example: Example, answer: str) -> Score:
-    option = concluded_option(answer, example.details["num_choices"])
-    return Score({"llava/accuracy": float(option == example.reference)}, option is not None, option)
+def score(example: Example, answer: str) -> Score:
+    common = score_reasoning(example, answer)
+    lmms_eval = float(option_of_lmms_eval(answer) == example.reference)
+    return replace(common, values={**common.values, "lmms_eval/accuracy": lmms_eval})
 
 
 TASK = Task(

@@ -4,14 +4,17 @@
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
 from typer import Option
 
-from sq_llava.inference.settings import AskSettings, Device, Dtype
+from sq_llava.inference.settings import AskSettings, Device, Dtype, SelfQuestioning
 from sq_llava.llm_client.settings import ChatSettings
+
+
+KEY_VARIABLE = "OPENAI_API_KEY"
 
 
 @dataclass(frozen=True)
@@ -26,20 +29,36 @@ class JudgeSettings(ChatSettings):
 
 
 @dataclass(frozen=True)
+class ServerSettings(ChatSettings):
+    """A model to evaluate that runs on an OpenAI-compatible server."""
+
+    base_url: Annotated[
+        str | None,
+        Option(help="URL of an OpenAI-compatible server (vLLM, sq-llava serve, ...), ending in /v1."),
+    ] = None
+    api_key_env: Annotated[
+        str, Option(metavar="VARIABLE", help="Environment variable with the key of the server, if it needs one.")
+    ] = KEY_VARIABLE
+
+
+@dataclass(frozen=True)
 class Evaluation:
     """
     Settings of `sq-llava evaluate`. Fields that are not listed here have a help text.
 
     Args:
+        model (`str`): Folder or Hub id of an SQ-LLaVA, or of another model in transformers; or its name on `server`.
         tasks (`Sequence[str]`): Names from `sq_llava.evaluation.run.TASKS`.
         data (`str`): A folder, a Hub id, or `"hub"`; see [`Data.locate`].
         out (`Path`): Output folder. An interrupted run resumes from it.
+        thinking (`SelfQuestioning`): Questions that the model asks itself before each answer.
+        server (`ServerSettings`, *optional*): The server that `model` runs on, instead of a model to load.
         judge (`JudgeSettings`, *optional*): The judge, for tasks that need one.
         judge_folder (`Path`, *optional*): Folder for the judge's answers. Answers that are already in it count toward
             the limits on requests and cost. Default: `out`.
     """
 
-    model: Annotated[str, Option("-m", help="Folder or Hub id of an SQ-LLaVA, or of another model in transformers.")]
+    model: str
     tasks: Sequence[str]
     data: str
     out: Path
@@ -56,8 +75,20 @@ class Evaluation:
     device: Device = None
     trust_remote_code: Annotated[bool, Option(help="Allow a model to run code from its own repository.")] = False
     seed: Annotated[int, Option(help="Random seed.")] = 0
+    thinking: SelfQuestioning = field(default_factory=SelfQuestioning)
+    server: ServerSettings | None = None
     judge: JudgeSettings | None = None
     judge_folder: Path | None = None
+
+    def __post_init__(self):
+        if self.server is None:
+            return
+        if self.thinking.self_questions:
+            raise ValueError("--self-questions has no effect on a model on a server (--base-url). Leave it out.")
+        for name in ("batch_size", "dtype", "device", "trust_remote_code"):
+            if getattr(self, name) != getattr(Evaluation, name):
+                option = name.replace("_", "-")
+                raise ValueError(f"--{option} has no effect on a model on a server (--base-url). Leave it out.")
 
 
 @dataclass(frozen=True)

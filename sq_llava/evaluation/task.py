@@ -4,7 +4,7 @@ Each module such as `pope.py` holds one benchmark and ends with its [`Task`]. Al
 examples in the same way.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,8 +12,15 @@ from typing import Any
 import numpy as np
 
 from sq_llava.evaluation.judge import Judge
-from sq_llava.evaluation.metrics import bootstrap_errors, standard_error
 from sq_llava.evaluation.reading import Data, TaskImage
+from sq_llava.evaluation.uncertainty import (
+    Interval,
+    corpus_interval,
+    mean_interval,
+    repeat,
+    resampled,
+    standard_error,
+)
 
 
 @dataclass(frozen=True)
@@ -68,14 +75,16 @@ class Record:
 @dataclass(frozen=True)
 class Metric:
     """
-    A metric over `num` examples. `value` is from 0 to 1 unless the task says otherwise. `standard_error` is `None` for
-    fewer than two examples, and for a corpus metric that is not bootstrapped (`Task.num_resamples`).
+    A metric over `num` examples, or units of examples. `value` is from 0 to 1 unless the task says otherwise.
+    `standard_error` and the 95% `interval` are `None` for fewer than two units, and for a corpus metric that is not
+    bootstrapped.
     """
 
     name: str
     value: float
     num: int
     standard_error: float | None = None
+    interval: Interval | None = None
 
 
 @dataclass(frozen=True)
@@ -97,9 +106,11 @@ class Task:
             over examples.
         weighted_metrics (`Callable`, *optional*): A fast form of `corpus_metrics` for resampling. Scored records -> a
             function that takes an array (how often each record counts) and returns the corpus metrics.
-        num_resamples (`int`): Bootstrap resamples for the standard errors of `corpus_metrics`; 0 for none.
-        unit (`Callable`, *optional*): Example -> key of its group, for a corpus metric that needs whole groups. The
-            examples of a group are resampled together when two runs are compared.
+        num_resamples (`int`): Bootstrap resamples for the standard errors of `corpus_metrics`.
+        unit (`Callable`, *optional*): Example -> key of its unit, for examples that are not independent, such as the
+            questions about an image. Standard errors, intervals and comparisons keep a unit together.
+        score_unit (`Callable`, *optional*): Scored records of a unit -> `{name: value}`, for metrics that are means
+            over units. Empty for a unit that lacks examples.
         breakdown (`str`, *optional*): Key of `Example.details`. Each of its values gets its own metrics. An example
             without the key counts only in the overall metrics.
         write_submission (`Callable`, *optional*): (records, folder) -> the file to upload to the task's server, or
@@ -119,8 +130,9 @@ class Task:
     folder: str | None = None
     corpus_metrics: Callable[[Sequence[Record]], dict[str, float]] | None = None
     weighted_metrics: Callable[[Sequence[Record]], Callable[[np.ndarray], dict[str, float]]] | None = None
-    num_resamples: int = 0
-    unit: Callable[[Example], Any] | None = None
+    num_resamples: int = 200
+    unit: Callable[[Example], Hashable] | None = None
+    score_unit: Callable[[Sequence[Record]], dict[str, float]] | None = None
     breakdown: str | None = None
     write_submission: Callable[[Sequence[Record], Path], Path | None] | None = None
     max_new_tokens: int = 128
@@ -160,23 +172,63 @@ def summarize(task: Task, records: Sequence[Record]) -> list[Metric]:
     if not records:
         return []
     metrics = _metrics_of(task, records, "")
-    if task.breakdown is not None:
-        for value in sorted({each.example.details.get(task.breakdown) for each in records} - {None}):
-            chosen = [record for record in records if record.example.details.get(task.breakdown) == value]
-            metrics += _metrics_of(task, chosen, f"{value}/")
+    for value in breakdown_values(task, records):
+        chosen = [record for record in records if record.example.details.get(task.breakdown) == value]
+        metrics += _metrics_of(task, chosen, f"{value}/")
     return metrics
 
 
+def breakdown_values(task: Task, records: Sequence[Record]) -> list[str]:
+    """The values of the task's breakdown, such as the categories."""
+    return sorted({record.example.details.get(task.breakdown) for record in records} - {None})
+
+
+def units_of(task: Task, records: Sequence[Record]) -> list[Hashable]:
+    """The unit of each record. By default, each is its own."""
+    return [record.example.id if task.unit is None else task.unit(record.example) for record in records]
+
+
+def scored_parts(task: Task, records: Sequence[Record]) -> Iterator[tuple[Hashable, dict[str, float]]]:
+    """The unit and the values of each record, and then of each unit. Metrics that are means are over these values."""
+    units = units_of(task, records)
+    yield from ((unit, record.score.values) for unit, record in zip(units, records))
+    if task.score_unit is not None:
+        members: dict[Hashable, list[Record]] = {}
+        for unit, record in zip(units, records):
+            members.setdefault(unit, []).append(record)
+        yield from ((unit, task.score_unit(each)) for unit, each in members.items())
+
+
+def weigh(task: Task, records: Sequence[Record]) -> Callable[[np.ndarray], dict[str, float]]:
+    """The corpus metrics as a function of how often each record counts, an array of shape `(num_records,)`."""
+    return task.weighted_metrics(records) if task.weighted_metrics else repeat(task.corpus_metrics, records)
+
+
 def _metrics_of(task: Task, records: Sequence[Record], prefix: str) -> list[Metric]:
-    values: dict[str, list[float]] = {}
-    for record in records:
-        for name, value in record.score.values.items():
-            values.setdefault(name, []).append(value)
-    metrics = [
-        Metric(prefix + name, sum(each) / len(each), len(each), standard_error(each)) for name, each in values.items()
-    ]
-    if task.corpus_metrics is not None:
-        figures = task.corpus_metrics(records)
-        errors = bootstrap_errors(task.corpus_metrics, records, task.num_resamples)
-        metrics += [Metric(prefix + name, value, len(records), errors.get(name)) for name, value in figures.items()]
+    found: dict[str, list[tuple[Hashable, float]]] = {}
+    for unit, values in scored_parts(task, records):
+        for name, value in values.items():
+            found.setdefault(name, []).append((unit, value))
+    metrics = []
+    for name, pairs in found.items():
+        units, values = zip(*pairs)
+        mean = sum(values) / len(values)
+        errors = standard_error(values, units), mean_interval(values, units)
+        metrics.append(Metric(prefix + name, mean, len(values), *errors))
+    return metrics + _corpus_metrics_of(task, records, prefix)
+
+
+def _corpus_metrics_of(task: Task, records: Sequence[Record], prefix: str) -> list[Metric]:
+    if task.corpus_metrics is None:
+        return []
+    figures, units = task.corpus_metrics(records), units_of(task, records)
+    num_units = len(set(units))
+    drawn = resampled(weigh(task, records), units, task.num_resamples) if figures and num_units > 1 else {}
+    metrics = []
+    for name, value in figures.items():
+        error = interval = None
+        if name in drawn:
+            error = float(np.nanstd(drawn[name], ddof=1))
+            interval = corpus_interval(value, drawn[name], num_units)
+        metrics.append(Metric(prefix + name, value, len(records), error, interval))
     return metrics

@@ -5,9 +5,8 @@
 
 The paper reports test-dev. Only the server has its answers (https://eval.ai/web/challenges/challenge-page/830).
 Results on the validation split are not comparable with it. They are computed in three forms: `m4c/` normalizes
-answers as the server does, `official/` as the evaluation code of VQA v2. `lmms_eval/` normalizes the prediction as the
-server does, and then prediction and human answers as VQA v2's code does. `accuracy` leaves out each human answer in
-turn; `accuracy_short` is min(1, matches / 3).
+answers as the server does, `official/` as the evaluation code of VQA v2, and `lmms_eval/` as lmms-eval 0.7.3.
+`accuracy` leaves out each human answer in turn; `accuracy_short` is min(1, matches / 3).
 
 LLaVA's folder: `llava_vqav2_mscoco_test-dev2015.jsonl` (or `test2015`: question_id, image, text) and the images in
 `test2015`. For `validation`: `v2_OpenEnded_mscoco_val2014_questions.json` and `v2_mscoco_val2014_annotations.json`
@@ -22,7 +21,13 @@ from pathlib import Path
 from typing import Any
 
 from sq_llava.evaluation import short_answers
-from sq_llava.evaluation.metrics import normalize_m4c, short_form, vqa_accuracy_official
+from sq_llava.evaluation.metrics import (
+    normalize_lmms_eval,
+    normalize_m4c,
+    short_form,
+    vqa_accuracy,
+    vqa_accuracy_official,
+)
 from sq_llava.evaluation.reading import Data, check_fields, read_json, read_jsonl, unique_by
 from sq_llava.evaluation.short_answers import INSTRUCTION, human_answers, read_questions, read_table, write_upload
 from sq_llava.evaluation.task import Example, Record, Score, Task
@@ -89,7 +94,7 @@ def score(example: Example, answer: str) -> Score:
         **common.values,
         "official/accuracy": vqa_accuracy_official(answer, example.reference),
         "official/accuracy_short": vqa_accuracy_official(answer, example.reference, short_form),
-        "lmms_eval/accuracy": vqa_accuracy_official(normalize_m4c(answer), example.reference),
+        "lmms_eval/accuracy": vqa_accuracy(answer, example.reference, normalize_lmms_eval),
     }
     return replace(common, values=values)
 

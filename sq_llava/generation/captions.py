@@ -14,11 +14,13 @@ The paper leaves two things open. Here, phrases are compared in lower case and w
 The phrases are appended to OUT/phrases*.jsonl as spaCy finds them: 3 million captions take hours, everything after
 that takes minutes. A run that was killed resumes from there. With `--shard i/n`, several machines share the work.
 
+Rows that cannot be used are listed in OUT/bad_rows.jsonl. If they are many, the run ends before spaCy starts.
+
 Nothing is downloaded, neither images nor the spaCy pipeline, and no image is opened.
 """
 
-import csv
 import json
+import os
 from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -30,8 +32,9 @@ import numpy as np
 from rich.progress import Progress
 
 from sq_llava.console import needs_extra
-from sq_llava.data.json_file import JsonFile
 from sq_llava.data.rows import read_row
+from sq_llava.generation.bad_rows import BadRows
+from sq_llava.generation.caption_files import BadRow, Caption, CaptionFile
 from sq_llava.generation.prompt_files import draw, hash_of, read_instructions
 from sq_llava.generation.rows import Card, Rejected, Shard, make_row, write_output
 from sq_llava.generation.settings import CaptionSettings
@@ -54,75 +57,8 @@ REJECTED = {
     "rare": f"none of its phrases is in {MIN_FREQUENCY} or more captions",
     "not drawn": f"its phrases are in more than {MAX_CAPTIONS} captions, and it was not drawn",
 }
+SAME_ID = "an earlier row has the same id. Give each row its own id."
 IDENTITY = ("kind", "captions_hash", "limit", "spacy_model")
-
-
-@dataclass(frozen=True)
-class Caption:
-    """One row of the input. `id` is the row's own, or its number."""
-
-    id: str
-    image: str
-    text: str
-
-
-class CaptionFile:
-    """
-    Iterates over the captions of a file. Each iteration reads the file again, so the rows are never all in memory.
-
-    Args:
-        path (`Path`): A `.json` (one list), `.jsonl`, `.csv` or `.tsv` file. The first line of a table names its
-            columns. A row has `image` and `caption`, and optionally `id`.
-        limit (`int`, *optional*): Number of rows to read.
-
-    Raises:
-        ValueError: If the file is missing or of another kind. While iterating: if a row is wrong. The message then
-            names file, row, field and value.
-    """
-
-    def __init__(self, path: Path, limit: int | None = None):
-        if path.suffix not in (".json", ".jsonl", ".csv", ".tsv"):
-            raise ValueError(f"{path}: captions must be in a .json, .jsonl, .csv or .tsv file.")
-        if not path.is_file():
-            raise ValueError(f"{path}: no such file.")
-        self.path = path
-        self.limit = limit
-        self._json = JsonFile(str(path)) if path.suffix.startswith(".json") else None
-        if self._json is not None and self._json.broken:
-            raise ValueError(f"{path}, after row {len(self._json) - 1}: cannot be read as JSON: {self._json.broken}.")
-
-    def __iter__(self) -> Iterator[Caption]:
-        rows = self._table() if self._json is None else self._json.rows(range(len(self._json)))
-        for number, row in enumerate(rows):
-            if number == self.limit:
-                return
-            yield self._caption(row, number)
-
-    def _table(self) -> Iterator[dict[str, Any]]:
-        with self.path.open(encoding="utf-8-sig", newline="") as lines:
-            # In a .tsv file, quotation marks have no meaning: a caption may start with one that is never closed.
-            tab = {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
-            reader = csv.DictReader(lines, **(tab if self.path.suffix == ".tsv" else {}))
-            missing = {"image", "caption"} - set(reader.fieldnames or ())
-            if missing:
-                raise ValueError(
-                    f"{self.path}, line 1: has no column {' and no column '.join(sorted(missing))}, only "
-                    f"{reader.fieldnames}. The first line must name the columns: image and caption, optionally id."
-                )
-            yield from reader
-
-    def _caption(self, row: Any, number: int) -> Caption:
-        place = f"{self.path}, row {number}"
-        if isinstance(row, ValueError):
-            raise ValueError(f"{place}: cannot be read as JSON: {row}") from row
-        if not isinstance(row, dict):
-            raise ValueError(f"{place}: is {row!r:.100}, expected an object with image and caption.")
-        for name in ("image", "caption"):
-            if not isinstance(row.get(name), str) or not row[name].strip():
-                raise ValueError(
-                    f"{place}: {name} is {row.get(name)!r:.100}, expected a text. Correct or remove the row."
-                )
-        return Caption(str(row.get("id", number)), row["image"], " ".join(row["caption"].split()))
 
 
 def _mixed(numbers: np.ndarray) -> np.ndarray:
@@ -256,38 +192,59 @@ class PhraseJournal:
 
 @dataclass(frozen=True)
 class Known:
-    """The results of one pass over the captions: the hashes of their ids, and whether their image files exist."""
+    """
+    The results of one pass over the captions.
+
+    Attributes:
+        ids (`np.ndarray` of uint64, `(num_rows,)`): Hashes of the captions' ids.
+        is_sound (`np.ndarray` of bool, `(num_rows,)`): Rows that can be used.
+        has_image (`np.ndarray` of bool, `(num_rows,)`): Sound rows whose image file exists.
+        bad ([`BadRows`]): The other rows.
+    """
 
     ids: np.ndarray
+    is_sound: np.ndarray
     has_image: np.ndarray
+    bad: BadRows
 
 
-def look_at(captions: CaptionFile, image_root: Path) -> Known:
+def look_at(captions: CaptionFile, image_root: Path, max_bad_share: float) -> Known:
     """
-    Checks all captions before long work starts.
+    Checks all captions before long work starts. A row is bad if it cannot be read, has an image outside of the root,
+    or repeats an id.
 
     Raises:
-        ValueError: For the first row that is wrong, has an image outside of the root, or repeats an id.
+        ValueError: If there are no rows, or too many are bad.
     """
     if not image_root.is_dir():
         raise ValueError(f"--image-root {image_root}: no such folder.")
     root = image_root.resolve()
-    ids, has_image = array("Q"), array("b")
+    ids, has_image, lines, errors = array("Q"), array("b"), array("q"), {}
     for number, caption in enumerate(captions):
-        faults = read_row(make_row(caption.id, [caption.image], [("", caption.text)]), root).faults
-        for fault in faults:
-            if fault.level == "error":
-                raise ValueError(f"{captions.path}, row {number} (id {caption.id!r}): {fault.message} {fault.fix}")
-        ids.append(hash_of(caption.id))
-        has_image.append((root / caption.image).is_file())
+        error = caption.error if isinstance(caption, BadRow) else _path_error(caption, root)
+        if error is not None:
+            errors[number] = error
+        ids.append(hash_of(caption.id) if error is None else 0)
+        has_image.append(error is None and os.path.isfile(os.path.join(root, caption.image)))
+        lines.append(caption.line or 0)
     if not ids:
         raise ValueError(f"{captions.path}: holds no rows.")
-    known = Known(np.asarray(ids), np.asarray(has_image).astype(bool))
-    unique, first = np.unique(known.ids, return_index=True)
-    if len(unique) < len(ids):
-        again = np.setdiff1d(np.arange(len(ids)), first)[0]
-        raise ValueError(f"{captions.path}, row {again}: an earlier row has the same id. Give each row its own id.")
+    known = Known(np.asarray(ids), np.ones(len(ids), dtype=bool), np.asarray(has_image) > 0, BadRows(max_bad_share))
+    known.is_sound[list(errors)] = False
+    sound = np.flatnonzero(known.is_sound)
+    first = sound[np.unique(known.ids[sound], return_index=True)[1]]
+    errors |= dict.fromkeys(np.setdiff1d(sound, first).tolist(), SAME_ID)
+    known.is_sound[list(errors)] = known.has_image[list(errors)] = False
+    numbers = sorted(errors)
+    for number, place in zip(numbers, captions.places((number, lines[number]) for number in numbers)):
+        known.bad.add(place, errors[number])
+    known.bad.judge(len(ids))
     return known
+
+
+def _path_error(caption: Caption, root: Path) -> str | None:
+    faults = read_row(make_row(caption.id, [caption.image], [("", caption.text)]), root).faults
+    return next((f"{fault.message} {fault.fix}" for fault in faults if fault.level == "error"), None)
 
 
 def find_phrases(
@@ -304,12 +261,17 @@ def find_phrases(
         progress.advance(bar)
 
 
-def generate(settings: CaptionSettings, command: str, progress: Progress) -> Choice | None:
+@dataclass(frozen=True)
+class Chosen:
+    """The outcome of a run. `choice` is `None` if phrases of other shards are missing."""
+
+    choice: Choice | None
+    known: Known
+
+
+def generate(settings: CaptionSettings, command: str, progress: Progress) -> Chosen:
     """
     Finds the phrases of this shard. When the phrases of all shards are known, chooses the captions and writes the set.
-
-    Returns:
-        [`Choice`], or `None` if phrases of other shards are missing.
 
     Raises:
         ValueError: Before long work starts, if the input is wrong, if `settings.out` holds another run, or if another
@@ -319,10 +281,11 @@ def generate(settings: CaptionSettings, command: str, progress: Progress) -> Cho
         return _generate(settings, command, progress)
 
 
-def _generate(settings: CaptionSettings, command: str, progress: Progress) -> Choice | None:
+def _generate(settings: CaptionSettings, command: str, progress: Progress) -> Chosen:
     instructions = read_instructions(settings.prompts / "instructions.txt")
-    captions = CaptionFile(settings.captions, settings.limit)
-    known = look_at(captions, settings.image_root)
+    captions = CaptionFile(settings.captions, settings.limit, settings.image_root)
+    known = look_at(captions, settings.image_root, settings.max_bad_share)
+    known.bad.write(settings.out)
     about = describe(settings, command)
     note = RunNote(settings.out, about, IDENTITY)
     journal = PhraseJournal(settings.out, settings.shard.name("phrases.jsonl"), len(known.ids), note)
@@ -331,7 +294,7 @@ def _generate(settings: CaptionSettings, command: str, progress: Progress) -> Ch
     find_phrases(settings, captions, wanted & is_ours, journal, progress)
     rows, phrases, is_read = journal.read()
     if (known.has_image & ~is_read).any():
-        return None
+        return Chosen(None, known)
     note.write()
     choice = choose(rows, phrases, known.ids, settings.seed)
     chosen = (
@@ -339,22 +302,24 @@ def _generate(settings: CaptionSettings, command: str, progress: Progress) -> Ch
         for each, is_taken in zip(captions, choice.taken)
         if is_taken
     )
-    write_output(settings.out, Shard(), chosen, _rejected(captions, known, choice), {}, card_of(about, choice))
-    return choice
+    card = card_of(about, choice, known)
+    write_output(settings.out, Shard(), chosen, _rejected(captions, known, choice), {}, card)
+    return Chosen(choice, known)
 
 
-def count(settings: CaptionSettings) -> tuple[int, int]:
+def count(settings: CaptionSettings) -> tuple[int, int, BadRows]:
     """Counts this shard's captions that have an image, and those of them that spaCy has not read yet."""
     check_note(settings.out, describe(settings, ""), IDENTITY)
-    known = look_at(CaptionFile(settings.captions, settings.limit), settings.image_root)
+    captions = CaptionFile(settings.captions, settings.limit, settings.image_root)
+    known = look_at(captions, settings.image_root, settings.max_bad_share)
     ours = settings.shard.take(known.has_image)
     is_read = PhraseJournal(settings.out, "phrases.jsonl", len(known.ids)).read()[2]
-    return int(ours.sum()), int((ours & ~settings.shard.take(is_read)).sum())
+    return int(ours.sum()), int((ours & ~settings.shard.take(is_read)).sum()), known.bad
 
 
 def _rejected(captions: CaptionFile, known: Known, choice: Choice) -> Iterator[Rejected]:
     for number, caption in enumerate(captions):
-        if choice.taken[number]:
+        if choice.taken[number] or not known.is_sound[number]:
             continue
         reason = "not drawn" if choice.common[number] else "rare" if known.has_image[number] else "image"
         yield Rejected(caption.id, "filter", REJECTED[reason], caption.text)
@@ -374,14 +339,15 @@ def describe(settings: CaptionSettings, command: str) -> dict[str, Any]:
     }
 
 
-def card_of(about: dict[str, Any], choice: Choice) -> Card:
+def card_of(about: dict[str, Any], choice: Choice, known: Known) -> Card:
     return Card(
         title="Captions chosen by their noun phrases",
         summary=(
-            f"{choice.taken.sum():,} of {len(choice.taken):,} captions, chosen so that no concept is too frequent. "
+            f"{choice.taken.sum():,} of {known.is_sound.sum():,} captions, chosen so that no concept is too frequent. "
             f"spaCy found {choice.num_phrases:,} different noun phrases. {choice.num_rare:,} are in fewer than "
             f"{MIN_FREQUENCY} captions and selected none. {choice.num_capped:,} are in more than {MAX_CAPTIONS}, "
-            f"of which {MAX_CAPTIONS} were drawn. Each caption answers an instruction from a list."
+            f"of which {MAX_CAPTIONS} were drawn. Each caption answers an instruction from a list. {known.bad} "
+            "could not be used."
         ),
         settings=about,
         not_checked=("Whether a caption is true of its image, and whether the image can be opened.",),

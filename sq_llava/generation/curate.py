@@ -25,7 +25,7 @@ A local model runs on one GPU. To use several GPUs, start a run with its own `--
 import hashlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -37,10 +37,10 @@ from sq_llava.data.images import open_image
 from sq_llava.early_checks import IMAGE_SUFFIXES
 from sq_llava.generation.describing import Description, LocalDescriber, Prompts, Repairer, ServerDescriber
 from sq_llava.generation.prompt_files import draw
-from sq_llava.generation.review_sheet import Entry, check_decisions, read_decisions, write_sheet
+from sq_llava.generation.review_sheet import Decision, Entry, check_decisions, read_decisions, write_sheet
 from sq_llava.generation.rows import Card, Rejected, made_files, make_row, require_utf8, write_output
 from sq_llava.generation.settings import CurateSettings
-from sq_llava.generation.text_rules import first_fault, share_of_new_words, words_of
+from sq_llava.generation.text_rules import count_words, first_fault, share_of_new_words, words_of
 from sq_llava.llm_client.asking import Asked, ask_all
 from sq_llava.llm_client.budget import spent_in
 from sq_llava.llm_client.client import ChatRequest, Estimate
@@ -58,6 +58,7 @@ REWRITTEN = "the repairer rewrote the text"
 # A remark such as "Here is the repaired text:" shows in the first words.
 NUM_FIRST_WORDS, MAX_NEW_FIRST_WORDS = 4, 1
 REMARK = "the repairer added a remark before the text"
+REPAIR = "repair"  # step of a refused repair in rejected.jsonl
 DROPPED = "a person dropped the text"
 # A long text that occurs twice comes from a describer that does not look. A short one can be true of several images.
 SAID_BEFORE = "an earlier image of the shard has the same text"
@@ -68,12 +69,16 @@ Describer = LocalDescriber | ServerDescriber
 
 @dataclass(frozen=True)
 class Curated:
-    """Counts of a run. `num_open` images were not reached before the run stopped. `spent` is for all shards."""
+    """
+    Counts of a run. The repair of `num_refused` descriptions was refused. `num_open` images were not reached before
+    the run stopped. `spent` is for all shards.
+    """
 
     num_images: int
     num_continued: int
     num_kept: int
     num_checked: int
+    num_refused: int
     reasons: dict[str, int]
     num_failed: int
     num_open: int = 0
@@ -108,14 +113,19 @@ def _curate(settings: CurateSettings, describer: Describer, repairer: Repairer |
     if described.results:
         note.write()
     texts = repair_all(repairer, described)
-    passed, rejected = apply_rules(described.results, texts.results)
+    ruled = apply_rules(described.results, texts)
+    passed = ruled.passed
     check_decisions(decisions, passed, settings.decisions)
     decided = {id: decision for (id, _), decision in decisions.items()}
     entries = (Entry(id, open_image(images[id]), text, decided.get(id)) for id, text in passed.items())
     write_sheet(settings.out / settings.shard.name("review.html"), entries, f"{len(passed):,} descriptions to check")
-    rejected += [Rejected(id, "server", *reply) for id, reply in described.unusable.items()]
-    rejected += [Rejected(id, "person", DROPPED, text) for id, text in passed.items() if decided.get(id) == "drop"]
-    rows = make_rows(settings, describer.prompts, described.results, passed, decided)
+    dropped = [id for id, decision in decided.items() if decision.drops]
+    rejected = [
+        *ruled.rejected,
+        *(Rejected(id, "server", *reply) for id, reply in described.unusable.items()),
+        *(Rejected(id, "person", DROPPED, passed[id]) for id in dropped),
+    ]
+    rows = make_rows(settings, describer.prompts, described.results, ruled, decided)
     failures |= described.failures | texts.failures
     spent = used_by(settings, describer, repairer)
     write_output(settings.out, settings.shard, rows, rejected, failures, card_of(about | spent))
@@ -124,7 +134,8 @@ def _curate(settings: CurateSettings, describer: Describer, repairer: Repairer |
         num_continued=sum(said.more is not None for said in described.results.values()),
         num_kept=len(rows),
         num_checked=sum(row["checked"] for row in rows),
-        reasons=dict(Counter(each.reason for each in rejected).most_common()),
+        num_refused=len(ruled.refused),
+        reasons=dict(Counter(each.reason for each in rejected if each.step != REPAIR).most_common()),
         num_failed=len(failures),
         num_open=described.num_open + texts.num_open,
         stopped=described.stopped or texts.stopped,
@@ -145,27 +156,48 @@ def used_by(settings: CurateSettings, describer: Describer, repairer: Repairer |
     }
 
 
+@dataclass(frozen=True)
+class Ruled:
+    """
+    Attributes:
+        passed (`dict`): The texts that pass, by image id.
+        rejected (`list[Rejected]`): Descriptions that are left out, and refused repairs.
+        refused (`set[str]`): Images whose description stays as it was, because its repair was refused.
+    """
+
+    passed: dict[str, str]
+    rejected: list[Rejected]
+    refused: set[str]
+
+
 def make_rows(
     settings: CurateSettings,
     prompts: Prompts,
     described: Mapping[str, Description],
-    texts: Mapping[str, str],
-    decided: Mapping[str, str],
+    ruled: Ruled,
+    decided: Mapping[str, Decision],
 ) -> list[dict[str, Any]]:
-    """A row for each text that was not dropped by a person."""
-    return [
-        make_row(
-            id,
-            [id],
-            [(draw(prompts.instructions, settings.seed, id), text)],
-            kind="description",
-            continued=described[id].more is not None,
-            repaired=text != described[id].text,
-            checked=id in decided,
+    """A row for each text that was not dropped by a person, in the words of the person if it was edited."""
+    rows = []
+    for id, text in ruled.passed.items():
+        decision = decided.get(id)
+        if decision is not None and decision.drops:
+            continue
+        edited = decision.text if decision is not None else None
+        rows.append(
+            make_row(
+                id,
+                [id],
+                [(draw(prompts.instructions, settings.seed, id), edited or text)],
+                kind="description",
+                continued=described[id].more is not None,
+                repaired=text != described[id].text,
+                repair_refused=id in ruled.refused,
+                checked=decision is not None,
+                edited=edited is not None,
+            )
         )
-        for id, text in texts.items()
-        if decided.get(id) != "drop"
-    ]
+    return rows
 
 
 def find_images(settings: CurateSettings) -> dict[str, Path]:
@@ -203,45 +235,52 @@ def openable(images: Mapping[str, Path]) -> tuple[dict[str, Path], dict[str, str
 
 
 def repair_all(repairer: Repairer | None, described: Asked) -> Asked:
-    """
-    Repairs the descriptions. If the describer was stopped, uses only the repairs of earlier runs. A description stays
-    as it is if the reply to it cannot be used.
-    """
+    """Repairs the descriptions. If the describer was stopped, uses only the repairs of earlier runs."""
     texts = {id: said.text for id, said in described.results.items()}
     if repairer is None:
         return Asked(texts, {}, 0)
     if described.stopped is not None:
         repairer.client.reads_only = True
-    asked = ask_all(repairer.client, texts, repairer.repair, "Repairing")
-    repaired = asked.results | {id: texts[id] for id in asked.unusable}
-    return replace(asked, results={id: repaired[id] for id in texts if id in repaired})
+    return ask_all(repairer.client, texts, repairer.repair, "Repairing")
 
 
-def apply_rules(
-    described: Mapping[str, Description], texts: Mapping[str, str]
-) -> tuple[dict[str, str], list[Rejected]]:
+def apply_rules(described: Mapping[str, Description], repaired: Asked) -> Ruled:
     """
-    Divides texts into those that pass and those that are left out.
+    Divides texts into those that pass and those that are left out. If the server refuses to repair a description, its
+    reply cannot be used, or the repairer does not do what it was told, the description stays as it was.
 
     Args:
         described (`Mapping`): The descriptions by image id.
-        texts (`Mapping`): The same descriptions after repair.
+        repaired ([`Asked`]): The same descriptions after repair, unusable replies, and failures of the server.
     """
-    passed, rejected, known = {}, [], set()
-    for id, text in texts.items():
-        first_words = " ".join(words_of(text)[:NUM_FIRST_WORDS])
-        if share_of_new_words(text, described[id].text) > MAX_NEW_WORDS:
-            rejected.append(Rejected(id, "repair", REWRITTEN, text))
-        elif NUM_FIRST_WORDS * share_of_new_words(first_words, described[id].text) > MAX_NEW_FIRST_WORDS:
-            rejected.append(Rejected(id, "repair", REMARK, text))
-        elif reason := first_fault(text):
-            rejected.append(Rejected(id, "rules", reason, text))
-        elif text in known and len(words_of(text)) >= MIN_WORDS_OF_ITS_OWN:
-            rejected.append(Rejected(id, "rules", SAID_BEFORE, text))
+    ruled, known = Ruled({}, [], repaired.failures.keys() | repaired.unusable.keys()), set()
+    ruled.rejected.extend(Rejected(id, REPAIR, *reply) for id, reply in repaired.unusable.items())
+    for id in described:
+        if id not in repaired.results and id not in ruled.refused:
+            continue  # not asked yet
+        original = described[id].text
+        text = repaired.results.get(id, original)
+        if reason := _fault_of_repair(text, original):
+            ruled.rejected.append(Rejected(id, REPAIR, reason, text))
+            ruled.refused.add(id)
+            text = original
+        if reason := first_fault(text):
+            ruled.rejected.append(Rejected(id, "rules", reason, text))
+        elif text in known and count_words(text) >= MIN_WORDS_OF_ITS_OWN:
+            ruled.rejected.append(Rejected(id, "rules", SAID_BEFORE, text))
         else:
-            passed[id] = text
+            ruled.passed[id] = text
             known.add(text)
-    return passed, rejected
+    return ruled
+
+
+def _fault_of_repair(text: str, original: str) -> str | None:
+    first_words = " ".join(words_of(text)[:NUM_FIRST_WORDS])
+    if share_of_new_words(text, original) > MAX_NEW_WORDS or (original and not text):
+        return REWRITTEN
+    if NUM_FIRST_WORDS * share_of_new_words(first_words, original) > MAX_NEW_FIRST_WORDS:
+        return REMARK
+    return None
 
 
 def estimate(
@@ -298,12 +337,14 @@ def card_of(about: Mapping[str, Any]) -> Card:
         summary=(
             f"{about['describer']} described each image in detail, and continued short descriptions.{repaired} Rules "
             "left out refusals, repetitions, and unfinished or broken texts. A person compared each row with "
-            "`checked` to its image and kept it; nobody looked at the other rows."
+            "`checked` to its image and kept it, and corrected the text of those with `edited`; nobody looked at the "
+            "other rows. With `repair_refused`, the description is not repaired, because the repair failed or said "
+            "something else."
         ),
         settings=about,
-        shares=("continued", "repaired", "checked"),
+        shares=("continued", "repaired", "repair_refused", "checked", "edited"),
         not_checked=(
             "Whether a description is true of its image, except for the rows that a person checked.",
-            "The language of the texts: the rules are made for English.",
+            "The language of the texts. Refusals are recognised in English only.",
         ),
     )

@@ -21,7 +21,7 @@ from sq_llava.data.images import chat_part, open_image
 from sq_llava.evaluation.results import hash_of_model
 from sq_llava.generation.prompt_files import read_instructions, read_prompt_file
 from sq_llava.generation.settings import DescribeSettings
-from sq_llava.generation.text_rules import words_of
+from sq_llava.generation.text_rules import count_words
 from sq_llava.inference.assistant import Assistant, load
 from sq_llava.llm_client.asking import Asked, ask_all
 from sq_llava.llm_client.client import ChatClient, ChatRequest, Journal, Messages, NotAsked, UnusableAnswer
@@ -108,7 +108,7 @@ class ServerDescriber:
         messages = self._messages(image)
         try:
             first = next(self.client.answers(messages, handled=[CUT_OFF]))
-            if len(words_of(first)) * 4 > self.short * 3:
+            if count_words(first) * 4 > self.short * 3:
                 return Description(first)
         except UnusableAnswer as error:
             if error.fault != CUT_OFF or not error.text:

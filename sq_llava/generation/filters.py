@@ -20,9 +20,7 @@ from typing import Any
 from processing_sq_llava import IMAGE_TOKEN, VUSR_TOKEN
 from sq_llava.evaluation.question_metrics import question_type, words_of
 from sq_llava.generation.settings import FilterSettings
-
-
-SENTENCE_ENDS = ("?", ".", "!", "\uff1f", "\u3002", "\uff01")  # the last three: Chinese and Japanese
+from sq_llava.generation.text_rules import is_unfinished
 
 
 @dataclass(frozen=True)
@@ -138,7 +136,7 @@ def _own_fault(turn: Turn, settings: FilterSettings, about_images: set[str]) -> 
     """Filter and reason by the turn alone. `about_images`: questions that need an image at least once in the set."""
     if not words_of(turn.question) or not words_of(turn.answer):
         return "text", "no words"
-    if not turn.question.endswith(SENTENCE_ENDS):
+    if is_unfinished(turn.question):
         return "text", "unfinished question"
     if any(token in f"{turn.question} {turn.answer}" for token in (IMAGE_TOKEN, VUSR_TOKEN)):
         return "text", "marker of an image or a turn"

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sq_llava.generation.bad_rows import BadRows
 from sq_llava.generation.prompt_files import read_prompt_file
 from sq_llava.generation.rows import Card, Rejected, made_files, make_row, write_output
 from sq_llava.generation.scenes import Box, Scene, read_scenes
@@ -171,9 +172,10 @@ def messages_of(task: Task, prompts: Prompts) -> Messages:
     ]
 
 
-def read_answer(task: Task, text: str) -> tuple[dict[str, Any] | None, list[Rejected]]:
+def read_answer(task: Task, text: str, seed: int = 0) -> tuple[dict[str, Any] | None, list[Rejected]]:
     """
-    Makes a row from the model's text.
+    Makes a row from the model's text. The image comes before or after the first question, as in LLaVA's data; seed and
+    row decide.
 
     Returns:
         The row (`None` if no part of the text is usable), and the parts that were left out. A conversation ends before
@@ -199,28 +201,30 @@ def read_answer(task: Task, text: str) -> tuple[dict[str, Any] | None, list[Reje
             ]
             break
         kept.append(turn)
-    row = make_row(task.id, [task.scene.image], kept, kind=task.kind) if kept else None
-    return row, rejected
+    image_last = uniform(seed, task.id, "place of the image") < 0.5
+    return make_row(task.id, [task.scene.image], kept, image_last, kind=task.kind) if kept else None, rejected
 
 
-def read_tasks(settings: LlavaSettings, prompts: Prompts) -> dict[str, Task]:
+def read_tasks(settings: LlavaSettings, prompts: Prompts) -> tuple[dict[str, Task], BadRows]:
     """
-    The rows to be made, by their ids.
+    The rows to be made, by their ids, and the parts of the input that cannot be used.
 
     Raises:
-        ValueError: If captions, boxes or shares are wrong.
+        ValueError: If the shares are wrong, or the captions and boxes cannot be read, or too many are bad.
     """
-    shares = parse_shares(settings.shares)
-    scenes = settings.shard.take(read_scenes(settings.captions, settings.instances)[: settings.limit])
-    return {task.id: task for task in draw_tasks(scenes, shares, settings.kinds_per_image, prompts, settings.seed)}
+    shares, bad = parse_shares(settings.shares), BadRows(settings.max_bad_share)
+    scenes = settings.shard.take(read_scenes(settings.captions, settings.instances, bad)[: settings.limit])
+    tasks = draw_tasks(scenes, shares, settings.kinds_per_image, prompts, settings.seed)
+    return {task.id: task for task in tasks}, bad
 
 
-def estimate(settings: LlavaSettings) -> Estimate:
+def estimate(settings: LlavaSettings) -> tuple[Estimate, BadRows]:
     """Estimates the cost of the missing rows. No request is sent, and no file is written."""
     prompts = read_prompts(settings.prompts)
     client = ChatClient(settings.chat, settings.out / settings.shard.name(JOURNAL), reads_only=True)
-    requests = (client.request(messages_of(task, prompts)) for task in read_tasks(settings, prompts).values())
-    return client.estimate(request for request in requests if client.journal.get(request.key) is None)
+    tasks, bad = read_tasks(settings, prompts)
+    requests = (client.request(messages_of(task, prompts)) for task in tasks.values())
+    return client.estimate(request for request in requests if client.journal.get(request.key) is None), bad
 
 
 @dataclass(frozen=True)
@@ -232,12 +236,14 @@ class Made:
         num_rows (`int`): Number of rows made from all answers so far.
         reasons (`Mapping[str, int]`): Why texts were left out, and how many.
         spent (`str`): What the requests of all shards used.
+        bad ([`BadRows`]): What in the input cannot be used.
     """
 
     asked: Asked
     num_rows: int
     reasons: Mapping[str, int]
     spent: str
+    bad: BadRows
 
 
 def generate(settings: LlavaSettings, command: str) -> Made:
@@ -257,11 +263,12 @@ def generate(settings: LlavaSettings, command: str) -> Made:
 
 def _generate(settings: LlavaSettings, command: str) -> Made:
     prompts = read_prompts(settings.prompts)
-    tasks = read_tasks(settings, prompts)
+    tasks, bad = read_tasks(settings, prompts)
+    bad.write(settings.out)
     client = ChatClient(settings.chat, settings.out / settings.shard.name(JOURNAL))
     note = RunNote(settings.out, describe_run(settings, prompts, command), IDENTITY)
     client.before_answer = note.write
-    asked = ask_all(client, tasks, lambda task: write_row(client, task, prompts), "Asking")
+    asked = ask_all(client, tasks, lambda task: write_row(client, task, prompts, settings.seed), "Asking")
     if asked.results:
         note.write()
     rows = [row for row, _ in asked.results.values() if row is not None]
@@ -269,16 +276,18 @@ def _generate(settings: LlavaSettings, command: str) -> Made:
     rejected += [Rejected(id, "server", *reply) for id, reply in asked.unusable.items()]
     answered_by = ", ".join(client.report()["answered_by"])
     spent = str(spent_in(made_files(settings.out, JOURNAL, settings.shard), settings.chat))
-    card = _card(note.about | {"answered by": answered_by, "used": spent})
+    card = _card(note.about | {"answered by": answered_by, "used": spent}, bad)
     write_output(settings.out, settings.shard, rows, rejected, asked.failures, card)
     reasons = Counter(f"{each.step}: {each.reason}" for each in rejected)
-    return Made(asked, len(rows), dict(reasons.most_common()), spent)
+    return Made(asked, len(rows), dict(reasons.most_common()), spent, bad)
 
 
-def write_row(client: ChatClient, task: Task, prompts: Prompts) -> tuple[dict[str, Any] | None, list[Rejected]]:
+def write_row(
+    client: ChatClient, task: Task, prompts: Prompts, seed: int
+) -> tuple[dict[str, Any] | None, list[Rejected]]:
     """What [`read_answer`] makes of the first answer that gives a row, or of the last answer if none does."""
     for text in client.answers(messages_of(task, prompts)):
-        row, rejected = read_answer(task, text)
+        row, rejected = read_answer(task, text, seed)
         if row is not None:
             break
     return row, rejected
@@ -306,12 +315,13 @@ def describe_run(settings: LlavaSettings, prompts: Prompts, command: str) -> dic
     }
 
 
-def _card(about: Mapping[str, Any]) -> Card:
+def _card(about: Mapping[str, Any], bad: BadRows) -> Card:
     return Card(
         title="Instructions from captions and boxes",
         summary=(
             "Conversations, detailed descriptions and reasoning about images. The language model that wrote them read "
-            "captions and boxes instead of the images, as for LLaVA (https://arxiv.org/abs/2304.08485)."
+            "captions and boxes instead of the images, as for LLaVA (https://arxiv.org/abs/2304.08485). "
+            f"{bad} could not be used."
         ),
         settings=about,
         shares=("kind",),

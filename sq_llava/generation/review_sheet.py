@@ -5,7 +5,8 @@
 
 The page needs neither a network nor a server. It contains small copies of the images. All texts are escaped. A
 Content-Security-Policy allows only its own script, and no requests. The browser remembers the decisions until "Save
-decisions" writes a JSON file. A decision holds for one text: if the text of a row changes, the decision is void.
+decisions" writes a JSON file. A decision can have the text as the person has edited it. It holds for one text: if the
+text of a row changes, the decision is void.
 """
 
 import base64
@@ -20,15 +21,35 @@ from typing import Any
 from PIL import Image
 
 from sq_llava.data.images import jpeg_data_url
+from sq_llava.data.row_layouts import is_unicode
+from sq_llava.generation.text_rules import MARKUP
 from sq_llava.json_text import parse_json
 from sq_llava.output import written_whole
 
 
-# For the images of the page: 5,000 of them take about 100 MB.
-THUMBNAIL_SIDE = 384
+# For the images of the page: 5,000 of them take about 200 MB.
+THUMBNAIL_SIDE = 512
 THUMBNAIL_QUALITY = 80
 DECISIONS = ("keep", "drop")
 TEMPLATE = files("sq_llava.generation") / "review_sheet.html"
+
+
+@dataclass(frozen=True)
+class Decision:
+    """
+    What a person decided about a text.
+
+    Args:
+        word (`str`): "keep" or "drop".
+        text (`str`, *optional*): The text that the person wrote in its place.
+    """
+
+    word: str
+    text: str | None = None
+
+    @property
+    def drops(self) -> bool:
+        return self.word == "drop"
 
 
 @dataclass(frozen=True)
@@ -38,7 +59,7 @@ class Entry:
     id: str
     image: Image.Image
     text: str
-    decision: str | None = None
+    decision: Decision | None = None
 
 
 def hash_of_text(text: str) -> str:
@@ -59,22 +80,25 @@ def write_sheet(path: Path, entries: Iterable[Entry], title: str) -> None:
 
 
 def _entry_html(entry: Entry) -> str:
-    decision = f' data-decision="{entry.decision}"' if entry.decision else ""
+    decision = f' data-decision="{entry.decision.word}"' if entry.decision else ""
+    if entry.decision and entry.decision.text is not None:
+        decision += f' data-edited="{html.escape(entry.decision.text)}"'
     return (
         f'<article tabindex="-1" data-id="{html.escape(entry.id)}" data-hash="{hash_of_text(entry.text)}"{decision}>'
         f'<img src="{jpeg_data_url(entry.image, THUMBNAIL_SIDE, THUMBNAIL_QUALITY)}" alt="">'
         f"<div><p>{html.escape(entry.text)}</p><footer><code>{html.escape(entry.id)}</code>"
+        '<button type="button" data-edit>Edit</button>'
         '<button type="button" data-decide="keep">Keep</button>'
         '<button type="button" data-decide="drop">Drop</button></footer></div></article>\n'
     )
 
 
-def read_decisions(path: Path) -> dict[tuple[str, str], str]:
+def read_decisions(path: Path) -> dict[tuple[str, str], Decision]:
     """
     Reads the decisions that the review page saved.
 
     Returns:
-        (id, hash of the text) -> "keep" or "drop".
+        (id, hash of the text) -> decision.
 
     Raises:
         ValueError: If the file is malformed. The message names entry, field and value.
@@ -90,7 +114,7 @@ def read_decisions(path: Path) -> dict[tuple[str, str], str]:
     return dict(_decision(entry, f"--decisions {path}, entry {number}") for number, entry in enumerate(content))
 
 
-def _decision(entry: Any, place: str) -> tuple[tuple[str, str], str]:
+def _decision(entry: Any, place: str) -> tuple[tuple[str, str], Decision]:
     if not isinstance(entry, Mapping):
         raise ValueError(f"{place}: is {entry!r:.100}, expected an object with id, text_hash and decision.")
     for name in ("id", "text_hash", "decision"):
@@ -98,7 +122,14 @@ def _decision(entry: Any, place: str) -> tuple[tuple[str, str], str]:
             raise ValueError(f"{place}: {name} is {entry.get(name)!r:.100}, expected a text, as the page saves it.")
     if entry["decision"] not in DECISIONS:
         raise ValueError(f"{place}: decision is {entry['decision']!r:.100}, expected {' or '.join(DECISIONS)}.")
-    return (entry["id"], entry["text_hash"]), entry["decision"]
+    text = entry.get("text")
+    is_text = isinstance(text, str) and text.strip() and is_unicode(text)
+    if text is not None and (not is_text or MARKUP.search(text)):
+        raise ValueError(
+            f"{place}: text is {text!r:.100}, expected a text without markup, or no text if it was not edited. Edit "
+            f"{entry['id']!r} again on the review page."
+        )
+    return (entry["id"], entry["text_hash"]), Decision(entry["decision"], text)
 
 
 def check_decisions(decisions: Iterable[tuple[str, str]], texts: Mapping[str, str], path: Path) -> None:

@@ -99,20 +99,24 @@ class Card:
     not_checked: Sequence[str] = field(default_factory=tuple)
 
 
-def make_row(id: str, images: Sequence[str], turns: Iterable[tuple[str, str]], **details: Any) -> dict[str, Any]:
+def make_row(
+    id: str, images: Sequence[str], turns: Iterable[tuple[str, str]], image_last: bool = False, **details: Any
+) -> dict[str, Any]:
     """
     A row that `sq_llava/data/rows.py` and TRL can read.
 
     Args:
         id (`str`): Id of the row.
-        images (`Sequence[str]`): Paths relative to the image root. The images go before the first question.
+        images (`Sequence[str]`): Paths relative to the image root.
         turns (`Iterable[tuple[str, str]]`): Questions with their answers.
+        image_last (`bool`): Whether the images go behind the first question, not before it.
         details: Further keys of the row, such as its kind and scores.
     """
     messages = []
     for question, answer in turns:
         pictures = [] if messages else [{"type": "image"} for _ in images]
-        messages.append({"role": "user", "content": [*pictures, {"type": "text", "text": question}]})
+        content = [*pictures, {"type": "text", "text": question}]
+        messages.append({"role": "user", "content": content[::-1] if image_last else content})
         messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
     return {"id": id, "messages": messages, "images": list(images), **details}
 

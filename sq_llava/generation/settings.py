@@ -22,6 +22,15 @@ BLANK_TESTS = ("turn", "question", "off")
 Out = Annotated[Path, Option(help="Output folder. The same command resumes a run that was stopped.")]
 Limit = Annotated[int | None, Option(min=1, help="Use only the first N images or captions.")]
 Seed = Annotated[int, Option(help="Random seed.")]
+MaxBadShare = Annotated[
+    float,
+    Option(
+        min=0,
+        max=1,
+        help="Stop before the work starts if more than this share of the rows of the input cannot be used. They are "
+        "listed in bad_rows.jsonl.",
+    ),
+]
 PromptFolder = Annotated[
     Path,
     Option(
@@ -55,6 +64,7 @@ class LlavaSettings:
         Option(help="Shares of the three kinds of rows.", show_default="conversation=58, detail=23, reasoning=77"),
     ] = "conversation=58,detail=23,reasoning=77"
     kinds_per_image: Annotated[int, Option(min=1, max=3, help="Rows per image, each of a different kind.")] = 1
+    max_bad_share: MaxBadShare = 0.1
     limit: Limit = None
     seed: Seed = 0
     shard: Shard = field(default_factory=Shard)
@@ -70,12 +80,17 @@ class CaptionSettings:
     """
 
     captions: Annotated[
-        Path, Argument(help="A .json, .jsonl, .csv or .tsv file. Each row has image and caption, and may have id.")
+        Path,
+        Argument(
+            help="A .json, .jsonl, .csv or .tsv file with image and caption; a .tsv of Conceptual Captions without a "
+            "header; or LLaVA's pretraining JSON."
+        ),
     ]
     image_root: Annotated[Path, Option(help="Folder that image paths are relative to.")]
     out: Out
     spacy_model: Annotated[str, Option(help="spaCy pipeline with a parser: name of an installed one, or a folder.")]
     prompts: PromptFolder = PROMPTS / "captions"
+    max_bad_share: MaxBadShare = 0.1
     limit: Limit = None
     seed: Seed = 0
     shard: Shard = field(default_factory=Shard)

@@ -3,20 +3,21 @@
     >>> parse_turns("Question: What is it?\\nAnswer: A dog.")
     [('What is it?', 'A dog.')]
 
-Each rule has a short name, which the data card counts. The rules are made for English.
+Each rule has a short name, which the data card counts. Lengths and ends of sentences are found in every script; doubts
+and refusals are recognised in English only.
 """
 
 import re
 from collections.abc import Sequence
 from itertools import zip_longest
 
-from sq_llava.generation.text_rules import REFUSAL, is_unfinished, repeats_phrase, repeats_sentence
+from sq_llava.generation.text_rules import REFUSAL, count_words, is_unfinished, repeats_phrase, repeats_sentence
 
 
 Turn = tuple[str, str]
 
 # The start of a line of a turn. Models like to add numbers and bold type.
-_LABEL = re.compile(r"^[ \t]*[*#>\-]*[ \t]*(question|answer)[ \t]*\d*[ \t]*\**[ \t]*[:.][ \t]*\**", re.I | re.M)
+_LABEL = re.compile(r"^[ \t]*[*#>\-]*[ \t]*(question|answer)[ \t]*\d*[ \t]*\**[ \t]*[:.\uff1a][ \t]*\**", re.I | re.M)
 # A line before the turns, such as "Here is the conversation:".
 _PREAMBLE = re.compile(r"\s*(?:[^\n]*:\W*)?|\W*")
 # Markdown rulers between turns.
@@ -80,7 +81,7 @@ def fault_of(turn: Turn, kind: str, earlier: Sequence[Turn] = ()) -> str | None:
     written = answer if kind == "detail" else f"{question}\n{answer}"
     if not question or not answer:
         return "question or answer missing"
-    num_words = len(answer.split())
+    num_words = count_words(answer)
     if num_words < FEWEST_WORDS[kind]:
         return "too short"
     if _CONTROL.search(written):

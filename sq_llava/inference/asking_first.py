@@ -11,6 +11,7 @@ https://arxiv.org/abs/2203.11171).
 
 from collections import Counter
 from dataclasses import dataclass
+from typing import Any
 
 from modeling_sq_llava import SQLlavaForConditionalGeneration
 from processing_sq_llava import SQLlavaProcessor
@@ -115,3 +116,29 @@ def split_last_turn(messages: list[dict]) -> tuple[list[dict], dict]:
     texts = [part for part in last["content"] if part["type"] != "image"]
     first = {"role": "user", "content": [*images, {"type": "text", "text": DESCRIBE}]}
     return [*head, first], {**last, "content": texts}
+
+
+@dataclass(frozen=True)
+class AsksFirst:
+    """
+    A model that asks itself before each answer, with the methods that an evaluation needs. Prompts without an image
+    are answered at once.
+
+    Args:
+        assistant ([`Assistant`]): The model.
+        settings ([`SelfQuestioning`]): Number of questions and votes.
+        seed (`int`): Random seed of the questions about each image.
+    """
+
+    assistant: Any
+    settings: SelfQuestioning
+    seed: int = 0
+
+    def render(self, messages: list[dict]) -> str:
+        return self.assistant.render(messages)
+
+    def answer_batch(self, requests: list[tuple], max_new_tokens: int) -> list[str]:
+        if not requests[0][0]:  # the requests of a batch have the same number of images
+            return self.assistant.answer_batch(requests, max_new_tokens)
+        found = self.assistant.consider_batch(requests, self.settings, max_new_tokens, [self.seed] * len(requests))
+        return [each.answer for each in found]

@@ -89,6 +89,10 @@ class Assistant:
             return self.consider_batch([(images, messages)], settings, max_new_tokens, seeds)[0].answer
         return self.answer_batch([(images, messages)], max_new_tokens, **generate_kwargs)[0]
 
+    def render(self, messages: list[dict]) -> str:
+        """The prompt of a conversation as text, by the model's chat template."""
+        return self.processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+
     def consider_batch(
         self,
         requests: list[tuple],

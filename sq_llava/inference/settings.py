@@ -57,3 +57,6 @@ class SelfQuestioning:
             raise ValueError("self_questions must be at least 0, and votes at least 1.")
         if self.votes > 1 and not self.self_questions:
             raise ValueError("votes needs self_questions: without questions, all votes are the same greedy answer.")
+
+    def __str__(self) -> str:
+        return f"{self.self_questions} self-questions, {self.votes} votes"

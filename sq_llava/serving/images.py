@@ -20,12 +20,11 @@ from PIL import Image, UnidentifiedImageError
 from yarl import URL
 
 from image_processing_sq_llava import open_header, open_stream
-from sq_llava.data.images import open_image
+from sq_llava.data.images import open_sent_image
 
 
 FORMATS = ("GIF", "JPEG", "PNG", "WEBP")
 DATA_URL = re.compile(r"data:image/[a-zA-Z0-9.+-]+;base64,", re.ASCII)
-MAX_SIDE = 4096
 MAX_REDIRECTS = 3
 DOWNLOAD_SECONDS = 10.0
 
@@ -70,17 +69,15 @@ def num_pixels(data: bytes) -> int:
 
 def decode_image(data: bytes) -> Image.Image:
     """
-    The decoded image. A side longer than `MAX_SIDE` is scaled down to it, so that padding needs little memory.
+    The decoded image, scaled down by [`open_sent_image`] if it is large.
 
     Raises:
         ValueError: if the bytes cannot be read as an image.
     """
     try:
-        image = open_image(data, FORMATS)
+        return open_sent_image(data, FORMATS)
     except ValueError as error:
         raise ValueError(f"is a broken image ({error.__cause__ or error})") from error
-    image.thumbnail((MAX_SIDE, MAX_SIDE))
-    return image
 
 
 def is_public(address: str) -> bool:

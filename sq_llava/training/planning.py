@@ -185,6 +185,7 @@ def leave_one_step(rows: datasets.Dataset, arguments: SQLlavaArguments, training
     training_args.save_strategy = training_args.eval_strategy = "no"
     training_args.eval_on_start = training_args.push_to_hub = False
     training_args.report_to = []
+    arguments.text_probe = None
     return steps
 
 

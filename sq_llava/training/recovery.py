@@ -19,6 +19,7 @@ import pickle
 import shutil
 import signal
 from pathlib import Path
+from statistics import fmean
 
 import torch
 from accelerate import Accelerator, PartialState
@@ -38,6 +39,8 @@ EXIT_TRY_AGAIN = os.EX_TEMPFAIL
 HALF_WRITTEN_MODEL = f"{HALF_WRITTEN}model"
 # Without its configuration, a folder is neither a model nor an adapter.
 CONFIGURATIONS = ("adapter_config.json", "config.json")
+# Number of steps whose mean loss is the beginning of a run, with which `StepWatch` compares later steps.
+FIRST_STEPS = 10
 
 
 class CheckpointError(OSError):
@@ -192,9 +195,9 @@ class StepWatch(TrainerCallback):
     Checks each optimizer step before it is applied, in all processes together, with one all-reduce.
 
     A step is refused with a `ValueError`, before any weight changes, if its loss or gradient is not finite, if none of
-    its tokens has a weight in the loss, or if its loss is above `max_loss`. DeepSpeed applies a step inside the
-    backward pass. With it, the loss is checked before that pass, and the gradient after it: the error says whether
-    DeepSpeed has applied the step.
+    its tokens has a weight in the loss, or if its loss is above [`StepWatch.highest_loss`]. DeepSpeed applies a step
+    inside the backward pass. With it, the loss is checked before that pass, and the gradient after it: the error says
+    whether DeepSpeed has applied the step.
 
     On SIGTERM or SIGINT in any process, all processes finish the step and save a checkpoint; `stopped` is then true. A
     SIGINT after that stops at once. The Trainer's own `enable_jit_checkpoint` is not used: each process would decide
@@ -203,12 +206,17 @@ class StepWatch(TrainerCallback):
 
     Args:
         accelerator ([`~accelerate.Accelerator`]): The trainer's accelerator.
-        max_loss (`float`): Maximum loss of a step, in nats per token of weight 1.
+        vocab_size (`int`): Size of the vocabulary.
+        max_loss (`float`, *optional*): Maximum loss of a step, in nats per token of weight 1. Default: twice the loss
+            that the run began with.
     """
 
-    def __init__(self, accelerator: Accelerator, max_loss: float):
+    def __init__(self, accelerator: Accelerator, vocab_size: int, max_loss: float | None = None):
         self.accelerator = accelerator
+        self.uniform_loss = math.log(vocab_size)
         self.max_loss = max_loss
+        # Losses of the first steps; in a resumed run, the first that its log has.
+        self.first_losses: list[float] = []
         self.stopped = False
         self.applying = False
         # Step of the newest checkpoint, begun or complete; None before training.
@@ -221,8 +229,21 @@ class StepWatch(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.saved_step = state.global_step
+        logged = [entry["loss"] for entry in state.log_history if "loss" in entry]
+        self.first_losses = logged[:FIRST_STEPS]
         self._process = os.getpid()
         self._handlers = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
+
+    @property
+    def highest_loss(self) -> float:
+        """
+        The highest loss that a step may have: `max_loss` if it was given. Otherwise twice the mean loss of the first
+        `FIRST_STEPS` steps, or twice the loss of a uniform guess if that is higher. The first step may have any loss:
+        texts that the language model has never seen can be worse than a guess.
+        """
+        if self.max_loss is not None:
+            return self.max_loss
+        return 2 * max(self.uniform_loss, fmean(self.first_losses)) if self.first_losses else math.inf
 
     def restore_handlers(self) -> None:
         for number, handler in self._handlers.items():
@@ -284,17 +305,23 @@ class StepWatch(TrainerCallback):
             self._refuse(step, "none of its tokens has a weight in the loss.")
         if not math.isfinite(loss):
             self._refuse(step, f"its loss is {loss}.")
-        if loss > self.max_loss:
-            self._refuse(
-                step,
-                f"its loss is {loss:.4g}, above max_loss {self.max_loss:.4g} (default: 2 ln(vocabulary size), twice "
-                "the loss of a uniform guess). Training diverges.",
-            )
+        if loss > self.highest_loss:
+            self._refuse(step, f"its loss is {loss:.4g}, above {self._limit()}. Training diverges.")
         # With float16, the gradient scaler skips such steps itself.
         if not math.isfinite(norm) and self.accelerator.scaler is None:
             self._refuse(step, f"its gradient norm is {norm}.")
+        if len(self.first_losses) < FIRST_STEPS:
+            self.first_losses.append(loss)
         self.stopped = stop_requested > 0
         self.applying = True
+
+    def _limit(self) -> str:
+        if self.max_loss is not None:
+            return f"max_loss {self.max_loss:.4g}"
+        return (
+            f"{self.highest_loss:.4g}: twice the mean loss of the first steps ({fmean(self.first_losses):.4g}), or of "
+            f"a uniform guess ({self.uniform_loss:.4g}) if that is higher. max_loss sets another limit"
+        )
 
     def _refuse(self, step: int, reason: str) -> None:
         rows = "; ".join(

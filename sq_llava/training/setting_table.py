@@ -67,6 +67,9 @@ OURS = {
     "generation_datasets": supported(
         "training/test_generation_check.py::test_generations_are_scored_written_and_sent_to_tensorboard"
     ),
+    "text_probe": supported(
+        "training/test_text_probe.py::test_loss_on_text_is_measured_before_the_first_step_and_after_the_last"
+    ),
     **each(
         "vision_model_name_or_path text_model_name_or_path",
         supported("training/test_training.py::test_stage_two_begins_with_the_logits_of_stage_one"),
@@ -107,7 +110,7 @@ OURS = {
     "dry_run": supported("training/test_planning.py::test_dry_run_takes_the_longest_rows_and_leaves_nothing"),
     "num_gpus": supported("training/test_planning.py::test_number_of_gpus_is_refused_without_a_plan"),
     "doctor": supported("doctor/test_check.py::test_training_continues_with_the_doctor_off_or_warnings_only"),
-    "max_loss": supported("training/test_step_watch.py::test_diverging_loss_stops_the_run"),
+    "max_loss": supported("training/test_step_watch.py::test_loss_above_max_loss_stops_the_run"),
     **each(
         "share_images max_rows_per_image",
         supported("training/test_shared_images.py::test_losses_and_gradients_are_those_of_the_rows_alone"),

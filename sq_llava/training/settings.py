@@ -64,6 +64,11 @@ class SQLlavaArguments:
             "help": "Data sources of a few rows. At each evaluation, the model answers the first question of each row."
         },
     )
+    text_probe: str | None = _option(
+        "File of held-out text-only rows. The loss of the language model on them is measured before and after "
+        "training, and at each evaluation (eval_text_probe_loss).",
+        default=None,
+    )
     vision_model_name_or_path: str | None = _option(
         "CLIP or SigLIP model to make a new model from, together with text_model_name_or_path.", default=None
     )
@@ -149,7 +154,9 @@ class SQLlavaArguments:
     # The command that checks the data of these settings, set by `parse_settings`.
     doctor_command: str = field(init=False, default="sq-llava doctor")
     max_loss: float | None = _option(
-        "Stop the run at a step whose loss is above this. Default: 2 ln(vocabulary size).", default=None
+        "Stop the run at a step whose loss is above this. Default: twice the mean loss of the first ten steps, or "
+        "twice that of a uniform guess if it is higher.",
+        default=None,
     )
 
     def __post_init__(self):
@@ -163,6 +170,11 @@ class SQLlavaArguments:
         self.datasets = self.datasets or [DataSource(self.dataset_path, self.image_root)]
         if self.eval_datasets and self.num_eval_rows:
             raise ValueError(f"num_eval_rows is {self.num_eval_rows} and eval_datasets is set: remove one of them.")
+        if self.text_probe is not None and self.stage == "align":
+            raise ValueError(
+                f"text_probe is {self.text_probe!r} in stage align, which does not change the language model: set it "
+                "in stage instruct."
+            )
         for name in ("self_question_ratio", "question_loss_weight"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} is {getattr(self, name)}: it must be a number from 0 to 1.")

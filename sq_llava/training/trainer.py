@@ -17,11 +17,11 @@ Each step is checked before it is applied (`sq_llava/training/recovery.py`). Wit
 saves the steps since the last checkpoint.
 """
 
-import math
 import shutil
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import torch
 from peft import PeftModel
@@ -43,6 +43,7 @@ from sq_llava.training.packing import PackedRows, PackingCollator, PackSampler, 
 from sq_llava.training.recovery import HALF_WRITTEN_MODEL, CheckpointError, StepWatch, place_model
 from sq_llava.training.sharding import embeddings_in_the_root_unit, own_class, sharding_of, wrap_layers
 from sq_llava.training.shared_prefix import attention_mask, register_shared_prefix
+from sq_llava.training.text_probe import TextProbe, TextProbeCallback
 
 
 def in_precision(state_dict: dict[str, torch.Tensor], dtype: torch.dtype) -> dict[str, torch.Tensor]:
@@ -75,9 +76,10 @@ class SQLlavaTrainer(SFTTrainer):
         question_loss_weight (`float`): Weight of a self-question token; an answer token has weight 1.
         part_learning_rates (`dict[str, float]`): Learning rates of `"vision"` and `"connector"`. Other parts use
             `learning_rate`.
-        max_loss (`float`, *optional*): Stop at a step with a higher loss. Default: 2 ln(vocabulary size), twice the
-            loss of a uniform guess.
+        max_loss (`float`, *optional*): Stop at a step with a higher loss. Default: twice the loss that the run began
+            with ([`StepWatch.highest_loss`]).
         generation_check (`GenerationCheck`, *optional*): Runs with each evaluation.
+        text_probe (`TextProbe`, *optional*): Runs before and after training, and with each evaluation.
         packing (`bool`): Whether to pack training rows. Their `length` must then come from `with_length_bounds`.
         max_rows_per_image (`int`): With packing, the most rows that share the pass over their image. 1 for no sharing.
         args, kwargs: As for [`~trl.SFTTrainer`]. The data collator must be a [`SelfQuestioningCollator`].
@@ -92,6 +94,7 @@ class SQLlavaTrainer(SFTTrainer):
         part_learning_rates: dict[str, float],
         max_loss: float | None = None,
         generation_check: GenerationCheck | None = None,
+        text_probe: TextProbe | None = None,
         packing: bool = False,
         max_rows_per_image: int = 1,
         **kwargs,
@@ -99,14 +102,17 @@ class SQLlavaTrainer(SFTTrainer):
         self.max_rows_per_image = max_rows_per_image
         self.question_loss_weight = question_loss_weight
         self.part_learning_rates = part_learning_rates
-        self.generation_check = generation_check
+        self.generation_check, self.text_probe = generation_check, text_probe
         self._sums: dict[str, torch.Tensor] = {}
         self._aux_losses: dict[str, list[torch.Tensor]] = {}
         self._init_trl(*args, **kwargs)
         self.args.logging_nan_inf_filter = False  # it would log another number where the loss is nan
         vocab_size = self.model.config.get_text_config().vocab_size
-        self.watch = StepWatch(self.accelerator, 2 * math.log(vocab_size) if max_loss is None else max_loss)
+        self.watch = StepWatch(self.accelerator, vocab_size, max_loss)
         self.add_callback(self.watch)
+        if text_probe is not None:
+            # First in the list: at the end of training, trackers take no values any more.
+            self.callback_handler.callbacks.insert(0, TextProbeCallback(text_probe, self))
         # Tokens in packs, and the capacity of those packs, since the last log line.
         self._packed = torch.zeros(2)
         self.packs = self._make_packs() if packing else None
@@ -198,7 +204,9 @@ class SQLlavaTrainer(SFTTrainer):
             self.data_collator = collator
 
     def evaluation_loop(self, *args, **kwargs):
+        probed = {} if self.text_probe is None else self.text_probe.run(self)
         output = super().evaluation_loop(*args, **kwargs)
+        output.metrics.update(probed)
         if self.generation_check is not None:
             output.metrics.update(self.generation_check.run(self))
         return output
@@ -442,24 +450,29 @@ class SQLlavaTrainer(SFTTrainer):
     def create_model_card(self, *args, **kwargs) -> None:
         """Writes no card into an adapter folder; `merge_adapter` writes the card of the merged checkpoint."""
 
+    def collect_metrics(self, mode: Literal["train", "eval"]) -> dict[str, float]:
+        """Returns the metrics over all batches of all processes since the last call; none if there was no batch."""
+        if mode not in self._sums:
+            return {}
+        sums = self._sums.pop(mode).to(self.accelerator.device, torch.float32)
+        top1, *by_kind = self.accelerator.reduce(sums, reduction="sum").tolist()
+        answer_loss, answer_tokens, answers, question_loss, question_tokens, questions = by_kind
+        metrics = {
+            "loss_answers": answer_loss / max(answer_tokens, 1),
+            "mean_token_accuracy": top1 / max(answer_tokens + question_tokens, 1),
+            "self_question_share": questions / max(answers + questions, 1),
+        }
+        if question_tokens:
+            metrics["loss_questions"] = question_loss / question_tokens
+        if mode in self._aux_losses:
+            aux_loss = torch.stack(self._aux_losses.pop(mode)).mean()
+            metrics["aux_loss"] = self.accelerator.reduce(aux_loss, reduction="mean").item()
+        return metrics
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         mode = "train" if self.model.training else "eval"
-        if mode in self._sums:
-            sums = self._sums.pop(mode).to(self.accelerator.device, torch.float32)
-            top1, *by_kind = self.accelerator.reduce(sums, reduction="sum").tolist()
-            answer_loss, answer_tokens, answers, question_loss, question_tokens, questions = by_kind
-            metrics = {
-                "loss_answers": answer_loss / max(answer_tokens, 1),
-                "mean_token_accuracy": top1 / max(answer_tokens + question_tokens, 1),
-                "self_question_share": questions / max(answers + questions, 1),
-            }
-            if question_tokens:
-                metrics["loss_questions"] = question_loss / question_tokens
-            if mode in self._aux_losses:
-                aux_loss = torch.stack(self._aux_losses.pop(mode)).mean()
-                metrics["aux_loss"] = self.accelerator.reduce(aux_loss, reduction="mean").item()
-            prefix = "eval_" if mode == "eval" else ""
-            logs.update({prefix + name: value for name, value in metrics.items()})
+        prefix = "eval_" if mode == "eval" else ""
+        logs.update({prefix + name: value for name, value in self.collect_metrics(mode).items()})
         if mode == "train" and self.packs is not None and "loss" in logs:
             packed = self._packed.to(self.accelerator.device, torch.float32)
             tokens, room = self.accelerator.reduce(packed, reduction="sum").tolist()

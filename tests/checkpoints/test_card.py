@@ -23,6 +23,7 @@ pytestmark = pytest.mark.slow
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 STAGE = {"stage": "instruct", "data": [{"path": "org/data", "split": "train"}], "rows": 7, "steps": 3}
+PROBE = {"path": "t.json", "rows": 7, "loss_before": 1.5, "loss_after": 2.0}
 STAGE |= {"settings": {"learning_rate": 0.5}, "versions": {"torch": "2.13.0"}}
 
 
@@ -100,6 +101,24 @@ def test_widget_asks_about_the_picture(checkpoint):
     assert data["widget"] == [{"text": "What is in this picture?", "src": "https://host/image.png"}]
 
 
+def test_example_shows_what_the_model_said_as_plain_text(checkpoint):
+    samples = {"answer": "A cat | <b>on</b>\n[a mat](x)", "questions": ["Why?", "Where?"]}
+    text = card_of(checkpoint, samples=samples).text
+    assert "![The example picture](image.png)" in text
+    assert "| question | What is in this picture? |\n| its answer | A cat ¦ ‹b›on‹/b› (a mat)(x) |\n" in text
+    assert "| it asks | Why? |\n| it asks | Where? |\n\nThe model wrote this" in text
+    answers_only = card_of(checkpoint, {"converted_from": "org/llava"} | {"new_extractor": "paper"}, samples=samples)
+    assert "| its answer |" in answers_only.text and "it asks" not in answers_only.text
+    assert "## Example" not in card_of(checkpoint).text
+
+
+def test_first_example_of_a_published_card_needs_no_file(checkpoint):
+    text = card_of(checkpoint, revision=COMMIT, example_url="https://host/image.png").text
+    first = re.search(r"```python\n(.*?)```", text, re.S)[1]
+    assert '"url": "https://host/image.png"' in first and "pipeline" in first
+    assert '"url": "image.png"' in card_of(checkpoint).text
+
+
 @pytest.mark.parametrize(
     ("provenance", "says", "asks"),
     [
@@ -108,6 +127,7 @@ def test_widget_asks_about_the_picture(checkpoint):
         ({"converted_from": "org/llava", "new_extractor": "paper"}, "new** and untrained: train this model", False),
         ({"stages": [STAGE | {"stage": "align"}]}, "Stage `align`: 3 steps on 7 rows of `org/data` (train)", False),
         ({"stages": [STAGE]}, "`learning_rate: 0.5` With torch 2.13.0.", True),
+        ({"stages": [STAGE | {"text_probe": PROBE}]}, "7 text-only rows of t.json: 1.5 before the stage, 2.0", True),
         ({"converted_from": "x", "new_extractor": "paper", "stages": [STAGE]}, "only in the stages below", True),
     ],
 )  # fmt: skip

@@ -3,7 +3,6 @@
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -107,20 +106,6 @@ def test_tasks_are_listed_without_a_model_or_data():
 @pytest.mark.parametrize("command", [["ask"], ["evaluate"], ["evaluate", "--tasks", "pope", "--data", "hub"]])
 def test_wrong_usage_has_another_exit_code(command):
     assert CliRunner().invoke(app, command).exit_code == 2
-
-
-def commands_below(group, path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
-    for name, command in group.commands.items():
-        yield (*path, name)
-        if hasattr(command, "commands"):
-            yield from commands_below(command, (*path, name))
-
-
-@pytest.mark.parametrize("command", [(), *commands_below(typer.main.get_command(app))], ids=" ".join)
-def test_help_ends_in_examples(command):
-    result = CliRunner().invoke(app, [*command, "--help"], env={"COLUMNS": "119"})
-    assert result.exit_code == 0
-    assert " ".join(("sq-llava", *command)) in result.output.partition("Examples:")[2]
 
 
 @pytest.mark.slow

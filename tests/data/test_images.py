@@ -1,6 +1,7 @@
 """Image files become the same pixels as in transformers, and broken files become errors that name them."""
 
 import io
+from importlib.util import find_spec
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from transformers import CLIPImageProcessorPil, LlavaImageProcessorPil, SiglipIm
 from image_processing_sq_llava import MAX_IMAGE_SIDE
 from processing_sq_llava import SQLlavaProcessor
 from sq_llava.data.images import image_faults, open_image
+from sq_llava.early_checks import find_images
 from tests import pictures, tiny
 
 
@@ -55,6 +57,27 @@ def test_photo_is_rotated_as_its_exif_data_says(orientation):
     photo = encoded(tiny.picture().resize((30, 20)), "PNG", exif=exif)
     expected = ImageOps.exif_transpose(Image.open(io.BytesIO(photo["bytes"]))).convert("RGB")
     assert open_image(photo).tobytes() == expected.tobytes()
+
+
+@pytest.mark.skipif(find_spec("pillow_heif") is not None, reason="pillow-heif is installed")
+def test_heic_file_is_named_with_the_package_that_reads_it(tmp_path):
+    for brand in (b"mif1", b"heic"):
+        file = tmp_path / "IMG_0001.HEIC"
+        file.write_bytes(b"\0\0\0\x18ftyp" + brand + bytes(100))
+        with pytest.raises(ValueError, match=r"IMG_0001.HEIC: .*needs pillow-heif: pip install pillow-heif"):
+            open_image(file)
+        [fault] = image_faults(str(file))
+        assert fault.code == "image_unreadable" and "pip install pillow-heif" in fault.message
+    with pytest.raises(ValueError, match=r"IMG_0001.HEIC: .*needs pillow-heif"):
+        find_images([tmp_path])  # a folder's HEIC images are not skipped
+
+
+def test_heic_file_is_read_where_pillow_heif_is_installed(tmp_path):
+    pytest.importorskip("pillow_heif")
+    tiny.picture(width=64, height=48).save(tmp_path / "a.heic")
+    assert find_images([tmp_path]) == [tmp_path / "a.heic"]
+    assert open_image(tmp_path / "a.heic").size == (64, 48)
+    assert list(image_faults(str(tmp_path / "a.heic"))) == []
 
 
 def test_eps_file_is_refused_and_its_program_not_run(monkeypatch):

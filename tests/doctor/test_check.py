@@ -18,6 +18,7 @@ from rich.progress import Progress
 from typer.testing import CliRunner
 
 import train_sft
+from demo.base_models import build_tokenizer
 from sq_llava.cli.main import app
 from sq_llava.data.images import image_faults
 from sq_llava.data.rows import load_rows
@@ -250,6 +251,21 @@ def test_cut_tokens_are_counted_as_in_the_collator(check, report):
     assert report.summary["tokens"]["rows_cut"] == 2
 
 
+def test_row_whose_words_the_tokenizer_mostly_does_not_know_is_reported(folder, tmp_path):
+    words = build_tokenizer(["a red circle", "what is there?"], adds_end=False)
+    answers = ["a red circle", "a teal circle", "un cercle rouge", "Ein roter Kreis"]
+    (tmp_path / "data.json").write_text(json.dumps([row(turns=talk("<image>\nwhat is there?", a)) for a in answers]))
+    source = DataSource(str(tmp_path / "data.json"), str(folder / "images"))
+    for plain, reported in ((True, [2, 3]), (False, [])):  # stage 1 uses the answers alone
+        findings = look(DataCheck([source], tiny.tiny_processor(words), plain)).findings
+        assert [(each.row, each.code, each.level) for each in findings] == [
+            (number, "unknown_tokens", "warning") for number in reported
+        ]
+    finding = look(DataCheck([source], tiny.tiny_processor(words), plain=True)).findings[0]
+    assert finding.file == source.path
+    assert finding.message.startswith("3 of the 3 tokens of its texts are '<unk>'")
+
+
 def test_an_image_of_many_rows_is_checked_once(check_rows, monkeypatch):
     checked = []
     monkeypatch.setattr(doctor, "image_faults", lambda path: checked.append(path) or image_faults(path))
@@ -474,5 +490,5 @@ def test_docs_list_every_code_with_its_level():
     for section in re.split(r"^#{2,3} ", (ROOT / "docs/data.md").read_text(), flags=re.M):
         level = section.partition(" codes\n")[0].lower()
         in_docs |= dict.fromkeys(re.findall(r"^\| `(\w+)` \|", section, re.M) if level in CODES else (), level)
-    assert in_docs == LEVELS | {"no_rows": "error"}
+    assert in_docs == LEVELS | {"no_rows": "error", "unknown_tokens": "warning"}
     assert in_docs.keys() == codes_of_source()

@@ -14,7 +14,16 @@ from pycocoevalcap.meteor.meteor import Meteor
 from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
 
 from sq_llava.evaluation import captions
-from sq_llava.evaluation.caption_metrics import _meteor_process, bleu, cider_d, has_java, meteor, ptb_words, words
+from sq_llava.evaluation.caption_metrics import (
+    _meteor_process,
+    bleu,
+    cider_d,
+    has_java,
+    meteor,
+    ptb_words,
+    rouge_l,
+    words,
+)
 from sq_llava.evaluation.caption_statistics import CaptionStatistics
 from sq_llava.evaluation.comparison import compare
 from sq_llava.evaluation.results import write_results
@@ -134,6 +143,13 @@ def test_cider_d_and_bleu_by_hand():
     assert bleu(predictions, references)[0] == pytest.approx(2 / 3 * math.exp(1 - 8 / 3))
 
 
+def test_rouge_l_by_hand():
+    # The longest common subsequence is "a fast": precision 2/3, recall 2/4; recall weighs 1.2 squared times as much.
+    precision, recall, weight = 2 / 3, 2 / 4, 1.2**2
+    of_first = (1 + weight) * precision * recall / (recall + weight * precision)
+    assert rouge_l(["a big fast", "zebra"], [["a dog runs fast"], ["two red cats"]]) == pytest.approx(of_first / 2)
+
+
 @pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @given(st.data())
@@ -146,6 +162,7 @@ def test_weighted_metrics_equal_pycocoevalcap_on_repeated_images(data):
     repeated = [image for image, weight in zip(images, weights) for _ in range(weight)]
     figures = CaptionStatistics(*zip(*images)).figures(np.array(weights))
     assert figures.pop("CIDEr-D") == pytest.approx(cider_d(*zip(*repeated)), abs=1e-12)
+    assert figures.pop("ROUGE-L") == pytest.approx(rouge_l(*zip(*repeated)), abs=1e-12)
     assert list(figures.values()) == pytest.approx(bleu(*zip(*repeated)), abs=1e-12)
 
 
@@ -189,6 +206,7 @@ def test_both_layouts_give_the_metrics_computed_by_hand(task, layout, tmp_path, 
     closest = 4 if task == "conceptual_captions" else 2  # "Cats, sleeping." is the closest in length to one word
     assert found["plain/BLEU-1"] == pytest.approx(2 / 3 * math.exp(1 - (4 + closest) / 3))
     assert {metric.num for metric in result.metrics if metric.name.startswith("plain/")} == {2}
+    assert all(metric.standard_error > 0 for metric in result.metrics if metric.name.startswith("plain/CIDEr"))
     assert [example.prompt for example in examples] == ["Provide a one-sentence caption for the provided image."] * 2
     assert image_bytes(examples[1]) == [png(12)]
     written = json.loads((tmp_path / "out" / task / "captions.json").read_text())
@@ -281,3 +299,19 @@ def test_java_adds_its_own_metrics(tmp_path):
     found = figures(assess_answers("coco_captions", tmp_path, ANSWERS, tmp_path / "out"))
     assert found["ptb/CIDEr-D"] == found["plain/CIDEr-D"]
     assert 0 < found["ptb/METEOR"] == found["lmms_eval/METEOR"] < 1
+
+
+@pytest.mark.slow
+@needs_java
+def test_caption_that_equals_its_reference_has_the_highest_cider_with_every_tokenizer(tmp_path):
+    texts = {
+        11: ["A man's T-shirt isn't (really) red, it's 3.5 times redder."],
+        12: ["Two street-signs at 10:30 a.m."],
+    }
+    rows = [{"cocoid": number, "sentences": each, "image": stored(number)} for number, each in texts.items()]
+    write_split(tmp_path / "data", "test", rows)
+    answers = {str(number): each[0] for number, each in texts.items()}
+    found = figures(assess_answers("coco_captions", tmp_path, answers, tmp_path / "out"))
+    names = [f"{name}/CIDEr-D" for name in ("plain", "ptb", "lmms_eval")]
+    assert [found[name] for name in names] == pytest.approx([10, 10, 10])
+    assert found["ptb/ROUGE-L"] == found["lmms_eval/ROUGE-L"] == 1

@@ -2,13 +2,14 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from sq_llava.cli import evaluate as command
-from sq_llava.evaluation.comparison import Difference, compare, compare_task, mean_interval
+from sq_llava.evaluation.comparison import Difference, compare, compare_task, difference_interval
 from sq_llava.evaluation.results import TaskResult
 from sq_llava.evaluation.run import find_task
 from sq_llava.evaluation.task import Example, Metric, Record, Score, Task
@@ -48,13 +49,14 @@ def test_difference_is_that_of_the_same_examples(tmp_path):
     first = {f"q{number}": float(number % 2) for number in range(40)}
     write_run(tmp_path / "a", "easy_vqa", first)
     write_run(tmp_path / "b", "easy_vqa", dict.fromkeys(reversed(first), 1.0))
-    [difference] = compare(tmp_path / "a", tmp_path / "b")
+    [difference, of_shape] = compare(tmp_path / "a", tmp_path / "b")
     assert (difference.first, difference.second, difference.difference, difference.num) == (0.5, 1.0, 0.5, 40)
     # Half of the differences are 1: the mean of 40 has a standard error of 0.079.
     assert difference.low == pytest.approx(0.5 - 1.96 * 0.079, abs=0.03)
     assert difference.high == pytest.approx(0.5 + 1.96 * 0.079, abs=0.03)
-    assert compare(tmp_path / "a", tmp_path / "b") == [difference]
-    [same] = compare(tmp_path / "a", tmp_path / "a", tmp_path / "out")
+    assert compare(tmp_path / "a", tmp_path / "b") == [difference, of_shape]
+    assert of_shape == replace(difference, metric="shape/accuracy")
+    [same, _] = compare(tmp_path / "a", tmp_path / "a", tmp_path / "out")
     assert (same.low, same.difference, same.high, same.is_clear) == (0, 0, 0, False)
 
 
@@ -62,7 +64,7 @@ def test_paired_interval_is_narrower_than_the_errors_of_single_runs(tmp_path):
     first = {f"q{number}": float(number % 2) for number in range(100)}
     write_run(tmp_path / "a", "easy_vqa", first)
     write_run(tmp_path / "b", "easy_vqa", {**first, "q0": 1.0, "q2": 1.0, "q4": 1.0, "q6": 1.0, "q8": 1.0})
-    [difference] = compare(tmp_path / "a", tmp_path / "b")
+    [difference, _] = compare(tmp_path / "a", tmp_path / "b")
     assert difference.is_clear  # 5% better, although the standard error of one run is 5%
 
 
@@ -109,6 +111,7 @@ def test_corpus_metrics_are_computed_for_each_resample(tmp_path):
         assess_answers("pope", tmp_path / "data", answers, tmp_path / name)
         write_results(tmp_path / name)
     found = {each.metric: each for each in compare(tmp_path / "a", tmp_path / "b", num_corpus_resamples=100)}
+    assert found["random/llava/f1"].first == found["popular/lmms_eval/f1"].first == pytest.approx(2 / 3)
     assert found["llava/f1"].first == pytest.approx(2 / 3)
     assert found["llava/f1"].second == found["llava/mean_f1"].second == 1
     # All answers are yes: F1 is 2 p / (p + 1) for a share p of yes among the labels; p has a standard error of 0.079.
@@ -123,8 +126,9 @@ def test_rows_of_one_question_are_resampled_together():
             example = Example(str(question + rotation * 1_000_000), "", [], "A", {"num_rows": 2, "category": "c"})
             options = ("A" if rotation == 0 or question % 3 else "B", "A")
             pairs.append(tuple(Record(example, "", "", score=Score({}, prediction=option)) for option in options))
-    [difference] = compare_task(find_task("mmbench"), pairs, 100, 200, 0)
-    assert (difference.metric, difference.second) == ("circular/accuracy", 1)
+    [difference, of_category] = compare_task(find_task("mmbench"), pairs, 200, 100, 0)
+    assert (difference.metric, difference.second, difference.num) == ("circular/accuracy", 1, 30)
+    assert of_category == replace(difference, metric="c/circular/accuracy")
     assert difference.first == pytest.approx(2 / 3)
     # A third of 30 questions differ: a standard error of 0.086.
     assert difference.high - difference.low == pytest.approx(2 * 1.96 * 0.086, rel=0.3)
@@ -176,16 +180,40 @@ def test_run_that_cannot_be_compared_does_not_start(tmp_path, monkeypatch, optio
 def test_values_are_not_cut_on_a_narrow_terminal(capsys, monkeypatch):
     monkeypatch.setattr(command.console, "width", 80)
     name = "complex/both_orders/relative_score"
-    metric = Metric(name, 104.16666, 12345, 0.12345)
+    metric = Metric(name, 104.16666, 12345, 0.12345, (103.9247, 104.4086))
     command.show([TaskResult("llava_bench", "data", "", 12345, 2, 0.998, [metric])])
     difference = Difference("llava_bench", name, 104.1667, 133.3333, 29.1667, -10.1234, 110.4321, 12345)
     command.show_differences([difference], Path("out"))
     shown = capsys.readouterr().out
-    for figure in ("104.1667", "0.1235", "12,345", "133.3333", "+29.1667", "-10.1234 to +110.4321", "99.8% parsed"):
+    for figure in (
+        "104.1667",
+        "0.1235",
+        "103.9247 to 104.4086",
+        "12,345",
+        "133.3333",
+        "+29.1667",
+        "-10.1234 to +110.4321",
+        "99.8% parsed",
+    ):
         assert figure in shown
     assert max(map(len, shown.splitlines())) <= 80
     folded = shown.partition("compared with the other")[2].splitlines()
     assert name in "".join(line[1:14].strip() for line in folded)
+
+
+@pytest.mark.parametrize(
+    "models, out, folders",
+    [
+        (["runs/a/model"], "out", ["out"]),
+        (["runs/a/model"], None, ["runs/evaluation/model"]),
+        (["org/one", "two"], "out", ["out/one", "out/two"]),
+        (["org/one", "two", "two"], None, ["runs/evaluation/one", "runs/evaluation/two"]),
+        (["runs/a/model", "/b/model"], "out", ["out/runs-a-model", "out/b-model"]),
+    ],
+)
+def test_each_of_several_models_has_its_own_folder(models, out, folders):
+    found = command.output_folders(models, out and Path(out))
+    assert list(map(str, found.values())) == folders
 
 
 @pytest.mark.slow
@@ -215,7 +243,7 @@ def test_interval_of_a_mean_covers_the_truth_in_95_of_100_datasets():
         draw = np.random.default_rng(1000 + seed)
         skill = draw.random(150)  # both runs find the same questions hard
         first, second = (draw.random(150) < skill), (draw.random(150) < np.minimum(1, skill + 0.1))
-        return *mean_interval(second.astype(float) - first, 400, seed), 0.1 - 0.1**2 / 2
+        return *difference_interval(second.astype(float) - first, 400, seed), 0.1 - 0.1**2 / 2
 
     assert 0.92 <= coverage(300, interval_of) <= 0.98
 

@@ -11,7 +11,7 @@ from openpyxl import load_workbook
 from sq_llava.evaluation.judge import Judge, JudgeSettings
 from sq_llava.evaluation.mmbench import check_upload
 from sq_llava.evaluation.mmbench import option_of as mmbench_option_of
-from sq_llava.evaluation.scienceqa import concluded_option, option_of, option_of_lmms_eval
+from sq_llava.evaluation.scienceqa import concluded_option, option_of, option_of_lmms_eval, stated_option
 from sq_llava.evaluation.scienceqa_ensemble import complement, disagreements, judged
 from tests.chat_server import Reply, chat_server
 from tests.evaluation_layouts import (
@@ -82,7 +82,7 @@ def test_scienceqa_asks_only_questions_with_an_image(tmp_path, layout):
         [png(2)],
     ]
     result = assess_answers("scienceqa", tmp_path, by_question(["B.", None, "A"]), tmp_path / "out")
-    assert figures(result) == {"llava/accuracy": 0.5, "lmms_eval/accuracy": 1.0}
+    assert figures(result) == {"llava/accuracy": 0.5, "accuracy": 1.0, "lmms_eval/accuracy": 1.0}
     assert result.parsed_share == 0.5
 
 
@@ -105,8 +105,9 @@ def test_scienceqa_reasoning_asks_as_the_first_llava_does(tmp_path, layout):
     assert [image_bytes(example) for example in examples] == [[png(0)], [], [png(2)]]
     answers = iter(["Roses are red. The answer is B.", "A", "The answer is A. Or: The answer is B."])
     result = assess_answers("scienceqa_reasoning", tmp_path, lambda _: next(answers), tmp_path / "out")
-    assert figures(result)["llava/accuracy"] == pytest.approx(1 / 3)
-    assert result.parsed_share == pytest.approx(1 / 3)
+    # A letter alone is an answer, too.
+    assert figures(result)["llava/accuracy"] == pytest.approx(2 / 3)
+    assert result.parsed_share == pytest.approx(2 / 3)
 
 
 def test_scienceqa_with_another_split_or_other_ids_is_refused(tmp_path):
@@ -119,25 +120,37 @@ def test_scienceqa_with_another_split_or_other_ids_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "answer, llava, lmms_eval",
+    "answer, llava, lmms_eval, stated",
     [
-        ("B", "B", "B"),
-        (" B\n", "B", "B"),
-        ("b", None, "B"),
-        ("B.", None, "B"),
-        ("B. a rose", "B", "B"),
-        ("B.a rose", None, "B"),
-        ("B: a rose", None, None),
-        ("The answer is B.", "B", None),
-        ("The answer is B", None, None),
-        ("The answer is B. No: the answer is A. The answer is A.", None, None),
-        ("D", None, "D"),  # there are only three options
-        ("The answer is D.", None, None),
-        ("", None, None),
+        ("B", "B", "B", "B"),
+        (" B\n", "B", "B", "B"),
+        ("b", None, "B", "B"),
+        ("B.", None, "B", "B"),
+        ("(B)", None, None, "B"),
+        ("B. a rose", "B", "B", "B"),
+        ("B.a rose", None, "B", None),
+        ("B: a rose", None, None, "B"),
+        ("The answer is B.", "B", None, "B"),
+        ("The answer is B, because", "B", None, "B"),
+        ("The answer is B\n", None, None, "B"),  # LLaVA strips answers, and its pattern needs a character
+        ("The answer is B\nIt is red.", None, None, "B"),
+        ("The answer is B", None, None, "B"),
+        ("The answer is Blue", "B", None, None),
+        ("the answer is B.", None, None, "B"),
+        ("I say that the answer is (B)", None, None, "B"),
+        ("The answer is B. So the answer is B.", "B", None, "B"),
+        ("The answer is B. Yes. The answer is B.", None, None, "B"),
+        ("The answer is B. No: the answer is A. The answer is A.", None, None, None),
+        ("A rose", None, None, None),
+        ("The answer is I'm not sure", None, None, None),
+        ("D", None, "D", None),  # there are only three options
+        ("The answer is D.", None, None, None),
+        ("", None, None, None),
     ],
 )
-def test_scienceqa_answers_are_parsed_as_llava_and_lmms_eval_do(answer, llava, lmms_eval):
+def test_scienceqa_answers_are_parsed_as_llava_and_lmms_eval_do(answer, llava, lmms_eval, stated):
     assert option_of(answer, 3) == llava
+    assert stated_option(answer, 3) == stated
     read = option_of_lmms_eval(answer)
     assert (read if read in list("ABCDE") else None) == lmms_eval
 
@@ -184,9 +197,8 @@ def test_language_model_complements_and_decides(tmp_path, monkeypatch):
         return "The answer is A." if "animal" in text else "The answer is B."
 
     result, server = ensemble(tmp_path, monkeypatch, reply)
-    assert {name: value for name, value in figures(result).items() if name.count("/") == 1} == pytest.approx(
-        {"llava/accuracy": 2 / 3, "llm/accuracy": 1 / 3, "complement/accuracy": 2 / 3, "judge/accuracy": 1}
-    )
+    expected = {"llava": 2 / 3, "llm": 1 / 3, "complement": 2 / 3, "judge": 1}
+    assert {name: figures(result)[f"{name}/accuracy"] for name in expected} == pytest.approx(expected)
     assert len(server.requests) == 4  # each question, and the disputed one again
 
 
@@ -200,9 +212,9 @@ def test_question_without_an_answer_of_the_server_is_in_no_ensemble(tmp_path, mo
 
 
 MMBENCH = [  # index, question, hint, options, answer, category
-    (7, "=Which is red?", "A picture of a garden.", ["sky", "rose", "None", ""], "B", "colour"),
-    (1_000_007, "=Which is red?", "A picture of a garden.", ["rose", "None", "sky", ""], "A", "colour"),
-    (2_000_007, "=Which is red?", "A picture of a garden.", ["None", "sky", "rose", ""], "C", "colour"),
+    (7, "=Which is red?", "A picture of a garden.", ["sky", "rose", "Nothing", ""], "B", "colour"),
+    (1_000_007, "=Which is red?", "A picture of a garden.", ["rose", "Nothing", "sky", ""], "A", "colour"),
+    (2_000_007, "=Which is red?", "A picture of a garden.", ["Nothing", "sky", "rose", ""], "C", "colour"),
     (9, "Where\tis\nit?", "", ["left", "right", "", "never"], "A", "place"),
     (1_000_009, "Where\tis\nit?", "", ["right", "left", "", "never"], "B", "place"),
 ]
@@ -240,7 +252,7 @@ def write_mmbench(folder, layout, rows=MMBENCH, language="en", split="dev"):
 def test_mmbench_prompt_has_hint_and_options_up_to_the_first_empty_one(tmp_path, layout):
     write_mmbench(tmp_path / "mmbench", layout)
     examples = {example.id: example for example in examples_of("mmbench", tmp_path)}
-    assert examples["7"].prompt == "A picture of a garden.\n=Which is red?\nA. sky\nB. rose\nC. None" + L
+    assert examples["7"].prompt == "A picture of a garden.\n=Which is red?\nA. sky\nB. rose\nC. Nothing" + L
     assert examples["9"].prompt == "Where\tis\nit?\nA. left\nB. right" + L
     assert image_bytes(examples["2000007"]) == image_bytes(examples["7"]) == [png(7)]
 
@@ -251,9 +263,31 @@ def test_chinese_mmbench_has_the_prompts_of_llava_and_of_lmms_eval(tmp_path, lay
     write_mmbench(tmp_path / "mmbench", layout, [(7, "哪个是红色的？", "", ["天空", "玫瑰", "", ""], "B", "c")], "cn")
     [llava], [lmms_eval] = (examples_of(name, tmp_path) for name in ("mmbench_cn", "mmbench_cn_lmms_eval"))
     assert llava.prompt == "哪个是红色的？\nA. 天空\nB. 玫瑰\n请直接回答选项字母。"
-    assert lmms_eval.prompt == (
-        "哪个是红色的？ 有如下几个选项：\nA. 天空\nB. 玫瑰\n\n请直接使用所提供的选项字母作为答案回答。"
-    )
+    hint = "nan " if layout == "parquet" else ""  # lmms-eval shows the "nan" of the Hub's table
+    question = f"{hint}哪个是红色的？ There are several options:\nA. 天空\nB. 玫瑰"
+    assert lmms_eval.prompt == question + "\n\n请直接使用所提供的选项字母作为答案回答。"
+
+
+@pytest.mark.parametrize("text", ["NA", "N/A", "None", "none", "NONE", "null", "NULL", "nan", "NaN"])
+def test_mmbench_cell_that_pandas_reads_as_empty_is_empty_as_in_llava(text, tmp_path):
+    write_mmbench(tmp_path, "folder", [(7, "Which?", text, ["sky", "rose", text, "sea"], "C", "c")])
+    [example] = examples_of("mmbench", tmp_path)
+    assert example.prompt == "Which?\nA. sky\nB. rose" + L
+    assert example.reference == "C"  # nobody can choose it, as in LLaVA
+    assert example.details["choices"] == {"A": "sky", "B": "rose"}
+
+
+@pytest.mark.parametrize("text", ["Nothing", "no", "0", "NA.", "Null"])
+def test_mmbench_cell_with_other_text_is_kept(text, tmp_path):
+    write_mmbench(tmp_path, "folder", [(7, "Which?", text, ["sky", text, "", ""], "B", "c")])
+    [example] = examples_of("mmbench", tmp_path)
+    assert example.prompt == f"{text}\nWhich?\nA. sky\nB. {text}" + L
+
+
+def test_mmbench_answer_without_an_option_is_refused(tmp_path, layout):
+    write_mmbench(tmp_path, layout, [(7, "Which?", "", ["sky", "rose", "", ""], "C", "c")])
+    with pytest.raises(ValueError, match="row 0: answer is 'C', but the options are A, B"):
+        examples_of("mmbench", tmp_path)
 
 
 def test_mmbench_counts_a_question_as_correct_if_all_its_rotations_are(tmp_path, layout):
@@ -268,7 +302,8 @@ def test_mmbench_counts_a_question_as_correct_if_all_its_rotations_are(tmp_path,
         "place/letter/accuracy": 1.0,
         "place/circular/accuracy": 0.0,
     }
-    assert metrics_of(result)["letter/accuracy"].num == 2
+    assert metrics_of(result)["letter/accuracy"].num == metrics_of(result)["circular/accuracy"].num == 2
+    assert metrics_of(result)["circular/accuracy"].standard_error == pytest.approx(0.5)
     failed = assess_answers("mmbench", tmp_path, {**answers, "2000007": None}, tmp_path / "out2")
     assert figures(failed)["circular/accuracy"] == 0
     assert failed.num_failed == 1
@@ -290,7 +325,7 @@ def test_mmbench_submission_of_the_test_split_has_a_row_for_each_question(tmp_pa
     assert result.missing == f"scored by a server: upload {file}"
     header, *written = load_workbook(file, data_only=True).active.iter_rows(values_only=True)
     assert header == ("index", "question", "A", "B", "C", "D", "prediction", "answer", "split")
-    assert written[0] == (7, "=Which is red?", "sky", "rose", "None", None, "=B", None, "test")
+    assert written[0] == (7, "=Which is red?", "sky", "rose", "Nothing", None, "=B", None, "test")
     assert [row[6] for row in written[1:]] == ["A", None, "A", "A"]
     with pytest.raises(ValueError, match="must have exactly one row for each of the 2 questions"):
         check_upload(file, [7, 9])

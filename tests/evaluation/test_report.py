@@ -8,7 +8,7 @@ import yaml
 from huggingface_hub import parse_eval_result_entries
 from PIL import Image
 
-from sq_llava.evaluation.report import choose, save_pictures, write_report
+from sq_llava.evaluation.report import choose, reach, save_pictures, write_report
 from sq_llava.evaluation.results import write_results
 from sq_llava.evaluation.run import TASKS, Evaluation, describe
 from sq_llava.evaluation.task import Example, Record, Score
@@ -66,6 +66,17 @@ def test_report_has_every_metric(run):
     assert "| 4 | 75.0% | 1 |" not in text  # two of four can be parsed: one is odd, one failed
     assert "| 4 | 50.0% | 1 | 0 |" in text
     assert "**at most 4 per task**" in text
+    assert "- `lmms_eval/` follows lmms-eval 0.7.3." in text
+    assert {each["follows"] for each in results if "lmms_eval/" in each["metric"]} == {"lmms-eval 0.7.3"}
+
+
+def test_bars_do_not_pass_the_largest_value(run):
+    results = json.loads((run().parent / "results.json").read_text())["results"]
+    for each in results:
+        if each["interval"] is not None:
+            low, high = each["interval"]
+            assert 0 <= low <= high <= 1
+            assert reach(each).tolist() == pytest.approx([max(0, each["value"] - low), max(0, high - each["value"])])
 
 
 def test_results_of_the_paper_are_labelled(run):
@@ -115,7 +126,7 @@ def test_entry_for_the_hub_can_be_read_by_its_library(run):
     path = run().parent / ".eval_results" / "pope.yaml"
     [entry] = parse_eval_result_entries(yaml.safe_load(path.read_text()))
     assert (entry.dataset_id, entry.task_id, entry.value) == ("lmms-lab-encoder/POPE", "pope", 33.3333)
-    assert entry.notes.startswith("llava/mean_f1; 4 examples, 1 failed; hashes: model 0000")
+    assert entry.notes.startswith("llava/mean_f1 (follows LLaVA 1.2.2); 4 examples, 1 failed; hashes: model 0000")
 
 
 @pytest.mark.slow

@@ -13,11 +13,13 @@ import huggingface_hub
 import pytest
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
 
-from sq_llava.evaluation import run
+from sq_llava.evaluation import easy_vqa, run
 from sq_llava.evaluation.answering import by_images
 from sq_llava.evaluation.results import hash_of_model
 from sq_llava.evaluation.run import Evaluation, evaluate
 from sq_llava.evaluation.task import Example
+from sq_llava.inference.assistant import load
+from sq_llava.inference.settings import SelfQuestioning
 from tests import tiny
 from tests.evaluation_layouts import evaluate_command, stored, write_easy_vqa, write_json, write_parquet
 from tests.processes import ended, fork, lines_of, locked_by_another_process, sq_llava
@@ -73,6 +75,21 @@ def test_batches_answer_as_single_prompts_do(evaluation, one_by_one):
     evaluate(replace(evaluation, batch_size=7))
     assert examples_of(evaluation.out) == one_by_one
     assert len({example["answer"] for example in one_by_one}) > 4  # the answers are not all the same
+
+
+def test_model_can_ask_itself_before_each_answer(evaluation, data):
+    asking = replace(evaluation, limit=3, thinking=SelfQuestioning(1, own_tokens=4))
+    evaluate(asking)
+    assistant = load(evaluation.model, device="cpu", dtype="float32")
+    rows = {row["id"]: row for row in json.loads((data / "test.json").read_text())}
+    for example in examples_of(evaluation.out):
+        row = rows[example["id"]]
+        question = row["conversations"][0]["value"].removeprefix("<image>\n")
+        requests = [(data / "images" / row["image"], question)]
+        [found] = assistant.consider_batch(requests, asking.thinking, easy_vqa.TASK.max_new_tokens, seeds=[0])
+        assert example["answer"] == found.answer
+    with pytest.raises(ValueError, match="self_questioning '1 self-questions, 1 votes', but this run has None"):
+        evaluate(replace(evaluation, limit=3))
 
 
 def test_questions_about_one_image_are_grouped_longest_first():

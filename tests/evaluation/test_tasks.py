@@ -4,7 +4,9 @@ import json
 
 import pytest
 
+from sq_llava.evaluation.run import find_task
 from sq_llava.evaluation.short_answers import check_upload
+from sq_llava.evaluation.task import Example
 from tests.evaluation_layouts import (
     assess_answers,
     examples_of,
@@ -63,7 +65,7 @@ def test_vqav2_validation_is_scored_in_all_forms(tmp_path, layout):
             "m4c/accuracy_short": (1 + 1 + 1 / 3 + 0) / 4,
             "official/accuracy": (0 + 0.9 + 0.3 + 0.6) / 4,
             "official/accuracy_short": (0 + 1 + 1 / 3 + 2 / 3) / 4,
-            "lmms_eval/accuracy": (1 + 0.9 + 0.3 + 0) / 4,
+            "lmms_eval/accuracy": (1 + 0.9 + 0.3 + 0.6) / 4,
         }
     )
     assert not (tmp_path / "out" / "vqav2" / "vqav2.json").exists()
@@ -138,17 +140,37 @@ def write_gqa(folder, layout):
 
 def test_gqa_is_scored_by_exact_match(tmp_path, layout):
     write_gqa(tmp_path / "gqa", layout)
-    answers = {"201": "Yes.", "202": "tshirt", "203": "a cat"}
+    answers = {"201": "Yes.", "202": "tshirt", "203": "Cat ."}
     result = assess_answers("gqa", tmp_path / "gqa", answers, tmp_path / "out")
-    assert figures(result) == pytest.approx({"llava/accuracy": 1 / 3, "lmms_eval/accuracy": 2 / 3})
+    assert figures(result) == pytest.approx({"accuracy": 2 / 3, "llava/accuracy": 1 / 3, "lmms_eval/accuracy": 2 / 3})
+    # The file has what `accuracy` compares.
     assert json.loads((tmp_path / "out" / "gqa" / "testdev_balanced_predictions.json").read_text()) == [
         {"questionId": "201", "prediction": "yes"},
         {"questionId": "202", "prediction": "tshirt"},
-        {"questionId": "203", "prediction": "a cat"},
+        {"questionId": "203", "prediction": "cat"},
     ]
     examples = examples_of("gqa", tmp_path / "gqa")
     assert [image_bytes(example) for example in examples] == [[png(1)], [png(2)], [png(1)]]
     assert examples[1].prompt == "What is worn?" + W
+
+
+# LLaVA's script writes the answer without trailing periods, in lower case. GQA's eval.py then compares exactly.
+@pytest.mark.parametrize(
+    "answer, accuracy, llava, lmms_eval",
+    [
+        ("cat", 1, 1, 1),
+        (" Cat.\n", 1, 1, 0),
+        ("CAT..", 1, 1, 1),
+        ("cat .", 1, 0, 0),
+        ("cat. .", 1, 0, 0),
+        ("'cat'", 0, 0, 1),
+        ("a cat", 0, 0, 0),
+        ("", 0, 0, 0),
+    ],
+)
+def test_gqa_has_the_accuracy_of_llava_and_of_lmms_eval(answer, accuracy, llava, lmms_eval):
+    values = find_task("gqa").score(Example("1", "", [], "cat"), answer).values
+    assert values == {"accuracy": accuracy, "llava/accuracy": llava, "lmms_eval/accuracy": lmms_eval}
 
 
 def test_gqa_question_without_its_image_is_refused(tmp_path):
@@ -311,7 +333,10 @@ def test_pope_has_its_figures_for_each_category(tmp_path, layout):
     assert values["adversarial/llava/precision"] == pytest.approx(1 / 2)
     # lmms-eval accepts only the word alone: "Yes", but not "No." or a sentence.
     assert values["lmms_eval/accuracy"] == pytest.approx(1 / 6)
+    # Said and true: one. Said "yes" and false: one. Said "no" and false: one. Other answers are left out.
+    assert [values[f"lmms_eval/{name}"] for name in ("precision", "recall", "f1")] == [0.5, 0.5, 0.5]
     assert values["lmms_eval/yes_ratio"] == pytest.approx(3 / 6)
+    assert all(metric.standard_error is not None for metric in result.metrics if metric.num > 2)
     assert result.parsed_share == pytest.approx(4 / 6)
     first = next(e for e in examples_of("pope", tmp_path / "pope") if e.id == "random/0")
     assert (first.prompt, image_bytes(first)) == ("Is there a 0?" + W, [png(0)])

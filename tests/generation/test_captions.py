@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 import shutil
 import signal
 import sys
@@ -16,7 +17,8 @@ from hypothesis import strategies as st
 from sq_llava.data.rows import load_rows
 from sq_llava.data.sources import DataSource
 from sq_llava.generation import captions as choosing
-from sq_llava.generation.captions import CaptionFile, PhraseJournal, choose, phrases_of
+from sq_llava.generation.caption_files import BadRow, CaptionFile
+from sq_llava.generation.captions import PhraseJournal, choose, phrases_of
 from sq_llava.generation.prompt_files import draw, hash_of, read_instructions
 from sq_llava.generation.settings import PROMPTS
 from tests.generation.commands import generate_data, made, texts_of
@@ -136,27 +138,102 @@ def test_unclosed_quotation_mark_hides_no_row_of_a_tsv(tmp_path):
     assert [each.text for each in captions] == ['"a dog', "the sea"]
 
 
+def read(file: Path, content: str | bytes) -> list[tuple[str, str]]:
+    """Image and caption of each row of a file with this content; the error in place of a row that cannot be used."""
+    file.write_bytes(content.encode() if isinstance(content, str) else content)
+    rows = CaptionFile(file, image_root=file.parent)
+    return [each.error if isinstance(each, BadRow) else (each.image, each.text) for each in rows]
+
+
+def test_tsv_of_conceptual_captions_has_no_header_and_files_or_urls(tmp_path):
+    files = "a dog\tdogs/1.jpg\nthe sea\t2.jpg\n"
+    assert read(tmp_path / "c.tsv", files) == [("dogs/1.jpg", "a dog"), ("2.jpg", "the sea")]
+    assert read(tmp_path / "c.tsv", "1.jpg\ta dog\n") == [("1.jpg", "a dog")]  # the other way round
+    (tmp_path / "sea.png").touch()
+    urls = "a dog\thttp://host/dog.png?size=3\nthe sea\thttps://host/x/sea.png\n"
+    assert read(tmp_path / "c.tsv", urls) == [("00000/000000000.jpg", "a dog"), ("sea.png", "the sea")]
+    rows = CaptionFile(tmp_path / "c.tsv")
+    assert rows._file_of_url("http://host/a", 120_034) == "00012/000120034.jpg"  # as img2dataset names it
+
+
+def test_other_names_of_columns_and_llavas_pretraining_set_are_read(tmp_path):
+    assert read(tmp_path / "metadata.csv", 'file_name,text\n1.jpg,"a dog, a cat"\n') == [("1.jpg", "a dog, a cat")]
+    turns = [{"from": "human", "value": "What is it?\n<image>"}, {"from": "gpt", "value": "a dog"}]
+    row = {"id": "004539375", "image": "00453/004539375.jpg", "conversations": turns}
+    two = {"image": "1.jpg", "conversations": [*turns, {"from": "human", "value": "Why?"}, turns[1]]}
+    read_rows = read(tmp_path / "blip_laion_cc_sbu_558k.json", json.dumps([row, two, {**row, "conversations": []}]))
+    assert read_rows[0] == ("00453/004539375.jpg", "a dog")
+    assert read_rows[1].startswith("has 2 answers and 1 images, expected one image")
+    assert "'conversations' is []" in read_rows[2]
+    assert next(iter(CaptionFile(tmp_path / "blip_laion_cc_sbu_558k.json"))).id == "004539375"
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
         ("c.txt", "", r"captions must be in a \.json"),
-        ("c.tsv", "a dog\thttp://host/1.jpg\n", "c.tsv, line 1: has no column caption and no column image, only"),
+        ("c.tsv", "a dog\ta cat\n", "line 1: has no column caption and no column image, only .*without a header"),
+        ("c.csv", "a dog,1.jpg\n", "c.csv, line 1: has no column caption and no column image"),
+        ("c.tsv", "image\ttitle\n", "c.tsv, line 1: has no column caption, only"),
+        ("c.tsv", "\ufeffcaption\timage\n".encode("utf-16"), "line 1: the file is in UTF-16. Save it again as UTF-8"),
         ("c.json", '{"image": 1}', "cannot be read as JSON"),
-        ("c.jsonl", "{]\n", "c.jsonl, row 0: cannot be read as JSON"),
-        ("c.jsonl", "[]\n", "expected an object with image and caption"),
-        ("c.jsonl", '{"image": "a.png", "caption": " "}\n', "row 0: caption is ' '"),
-        ("c.jsonl", '{"image": 3, "caption": "a"}\n', "row 0: image is 3"),
-        ("c.jsonl", '{"image": "../a.png", "caption": "a"}\n', "row 0 .*is outside the image root"),
-        ("c.jsonl", '{"image": "http://host/a.png", "caption": "a"}\n', "row 0 .*is a URL"),
-        ("c.jsonl", '{"id": 1, "image": "a.png", "caption": "a"}\n' * 2, "row 1: an earlier row has the same id"),
         ("c.jsonl", "", "holds no rows"),
+        ("c.tsv", "", "holds no rows"),
     ],
 )
-def test_wrong_captions_are_refused_with_their_row(tmp_path, name, content, message):
+def test_file_that_cannot_be_read_is_refused(tmp_path, name, content, message):
     file = tmp_path / name
-    file.write_text(content)
+    file.write_bytes(content.encode() if isinstance(content, str) else content)
     with pytest.raises(ValueError, match=message):
-        choosing.look_at(CaptionFile(file), tmp_path)
+        choosing.look_at(CaptionFile(file), tmp_path, 0.1)
+
+
+@pytest.mark.parametrize(
+    ("name", "line", "error"),
+    [
+        ("c.jsonl", "{]", "cannot be read as JSON"),
+        ("c.jsonl", b'{"image": "a.png", "caption": "caf\xe9"}', "is not UTF-8: .*byte 0xe9"),
+        ("c.jsonl", "[]", "expected an object with image and caption"),
+        ("c.jsonl", '{"image": "a.png", "caption": " "}', "caption is ' ', expected a text"),
+        ("c.jsonl", '{"image": 3, "caption": "a"}', "image is 3"),
+        ("c.jsonl", '{"image": "../a.png", "caption": "a"}', "is outside the image root"),
+        ("c.jsonl", '{"image": "s3://bucket/a.png", "caption": "a"}', "is a URL"),
+        ("c.jsonl", '{"image": "0.png", "caption": "a", "id": 0}', "an earlier row has the same id"),
+        ("c.tsv", b"a.png\tcaf\xe9\t5", r"caption is 'caf\\udce9', which is not UTF-8"),
+        ("c.tsv", "a.png", "has 1 columns, expected 3"),
+        ("c.tsv", "a.png\ta dog\t5\tmore", "has 4 columns, expected 3"),
+        ("c.csv", 'a.png,"' + "dog " * 40_000 + '",5', "field larger than field limit"),
+    ],
+)
+def test_bad_row_is_listed_with_its_line_and_the_others_are_used(tmp_path, name, line, error):
+    good = [f'{{"image": "{n}.png", "caption": "a dog", "id": {n}}}' for n in range(3)]
+    if not name.endswith("l"):
+        separator = "\t" if name == "c.tsv" else ","
+        good = [separator.join((f"{n}.png", "a dog", str(n))) for n in range(3)]
+        (tmp_path / name).write_text(separator.join(("image", "caption", "id")) + "\n")
+    with (tmp_path / name).open("ab") as file:
+        for each in (good[0], "", line, good[1], good[2]):
+            file.write((each.encode() if isinstance(each, str) else each) + b"\n")
+    known = choosing.look_at(CaptionFile(tmp_path / name), tmp_path, 0.1)
+    [(place, found)] = known.bad.found
+    first_line = 3 if name == "c.jsonl" else 4
+    assert place == f"{tmp_path / name}, line {first_line} (row 1)" and re.search(error, found)
+    assert known.is_sound.tolist() == [True, False, True, True]
+
+
+def test_too_many_bad_rows_end_the_run_before_spacy_starts(tmp_path):
+    rows = ['{"image": "a.png"}'] * 30 + ['{"image": "a.png", "caption": "a"}'] * 70
+    file = tmp_path / "c.jsonl"
+    file.write_text("\n".join(rows))
+    message = (
+        r"30 of 100 rows cannot be used, a larger share than --max-bad-share 0\.1\.(?s:.*)"
+        r"c.jsonl, line 1 \(row 0\): caption is None(?s:.*)line 5 (?s:.*)and 25 more"
+    )
+    with pytest.raises(ValueError, match=message):
+        choosing.look_at(CaptionFile(file), tmp_path, 0.1)
+    assert len(choosing.look_at(CaptionFile(file), tmp_path, 0.3).bad) == 30
+    with pytest.raises(ValueError, match="No row can be used"):
+        choosing.look_at(CaptionFile(file, limit=20), tmp_path, 1.0)
 
 
 def test_instruction_is_drawn_by_seed_and_id(tmp_path):
@@ -230,11 +307,13 @@ def test_pipeline_without_a_parser_is_refused(tmp_path):
 
 @pytest.fixture(scope="module")
 def captions(tmp_path_factory) -> Path:
-    """A horse in 2 captions, a cat in 4, and a dog in 130. The image of one dog is missing."""
+    """A horse in 2 captions, a cat in 4, and a dog in 130. The image of one dog is missing, and one row is bad."""
     texts = ["it has the horse"] * 2 + ["it has the cat"] * 4 + ["it has the dog"] * 130
     rows = [{"image": f"{number}.png", "caption": text} for number, text in enumerate(texts)]
     file = write_captions(tmp_path_factory.mktemp("captions"), rows)
     (file.parent / "images" / "6.png").unlink()
+    with file.open("a") as lines:
+        lines.write('{"image": "136.png", "caption": ""}\n')
     return file
 
 
@@ -250,6 +329,10 @@ def whole(captions, pipeline, tmp_path_factory) -> Path:
     result = generate_data(*options(captions, pipeline, out))
     assert result.exit_code == 0, result.output
     assert "104 of 136 captions" in result.stdout
+    assert "1 row of the input cannot be used." in result.stderr
+    assert "line 137 (row 136): caption is ''" in result.stderr
+    [bad] = lines_of(out / "bad_rows.jsonl")
+    assert bad["place"] == f"{captions}, line 137 (row 136)" and bad["error"].startswith("caption is ''")
     return out
 
 
@@ -265,7 +348,7 @@ def test_command_writes_a_set_that_training_reads(captions, whole):
     assert sorted(reasons.values()) == [1, 2, 29]
     assert reasons["the image file is missing"] == 1
     card = (whole / "README.md").read_text()
-    assert "3 different noun phrases" in card and "104 rows" in card
+    assert "3 different noun phrases" in card and "104 rows" in card and "1 row of the input could not" in card
 
 
 @pytest.mark.slow

@@ -17,6 +17,7 @@ from sq_llava.generation.curate import REMARK, REWRITTEN, SAID_BEFORE, apply_rul
 from sq_llava.generation.describing import DescribeSettings, Description, LocalDescriber, Prompts
 from sq_llava.generation.review_sheet import hash_of_text
 from sq_llava.generation.settings import PROMPTS
+from sq_llava.llm_client.asking import Asked
 from tests import tiny
 from tests.chat_server import KEY, ChatServer, Reply, chat_server, completion
 from tests.generation.commands import generate_data, made, texts_of
@@ -127,9 +128,11 @@ def test_texts_are_repaired_and_rewritten_or_faulty_ones_left_out(photos, out):
     rejected = {line["id"]: (line["step"], line["reason"]) for line in lines_of(out / "rejected.jsonl")}
     assert rejected == {
         "1.png": ("rules", "it apologises"),
-        "2.png": ("repair", REWRITTEN),
+        "2.png": ("rules", "its last sentence is unfinished"),
         "3.png": ("rules", SAID_BEFORE),
     }
+    refused = [line["reason"] for line in lines_of(out / "rejected.jsonl") if line["step"] == "repair"]
+    assert refused == [REWRITTEN]
     assert descriptions(out)["0.png"] == LONG
     assert {id: row["repaired"] for id, row in rows_of(out).items()} == {"0.png": True, "more/4.png": False}
     editor = next(request for request in server.requests if request["model"] == "editor")
@@ -172,8 +175,8 @@ def test_description_stays_as_it_is_if_its_repair_cannot_be_used(photos, out):
 
 def test_short_text_may_be_true_of_two_images_and_a_long_one_not():
     said = {id: Description(text) for id, text in {"a": LONG, "b": SHORT, "c": SHORT, "d": LONG}.items()}
-    passed, rejected = apply_rules(said, {id: each.text for id, each in said.items()})
-    assert list(passed) == ["a", "b", "c"] and [each.id for each in rejected] == ["d"]
+    ruled = apply_rules(said, Asked({id: each.text for id, each in said.items()}, {}, 0))
+    assert list(ruled.passed) == ["a", "b", "c"] and [each.id for each in ruled.rejected] == ["d"]
 
 
 @pytest.mark.parametrize(
@@ -186,8 +189,32 @@ def test_short_text_may_be_true_of_two_images_and_a_long_one_not():
     ],
 )
 def test_repairer_may_correct_the_first_word_and_not_add_a_remark(described, repaired, reasons):
-    _, rejected = apply_rules({"a": Description(described)}, {"a": repaired})
-    assert [each.reason for each in rejected] == reasons
+    ruled = apply_rules({"a": Description(described)}, Asked({"a": repaired}, {}, 0))
+    assert [each.reason for each in ruled.rejected] == reasons
+    assert ruled.passed == {"a": described if reasons else repaired}
+
+
+def test_description_whose_repair_is_refused_stays_as_it_was(photos, out):
+    says = {"0.png": f"{LONG} Zero.", "1.png": f"{LONG} One.", "2.png": f"{LONG} Two."}
+    repairs = {f"{LONG} Zero.": "I am sorry, but I cannot help with that.", f"{LONG} Two.": LONG}
+    painter = Painter(photos, says, repairs)
+
+    def reply(request: dict, number: int) -> Reply | str:
+        if request["messages"][-1]["content"] == f"{LONG} One.":
+            return Reply(status=400, body=json.dumps({"error": {"message": "content filter"}}))
+        return painter(request, number)
+
+    with chat_server(reply) as server:
+        result = generate_data(*options(photos, server, out, *EDITOR, "--limit", 3))
+    assert result.exit_code == 1 and "2 stay as they were, because their repair was refused." in result.stdout
+    assert descriptions(out) == says | {"2.png": LONG}
+    rows = rows_of(out)
+    assert [rows[id]["repair_refused"] for id in says] == [True, True, False]
+    assert [rows[id]["repaired"] for id in says] == [False, False, True]
+    [refused] = lines_of(out / "rejected.jsonl")
+    assert (refused["id"], refused["step"], refused["reason"]) == ("0.png", "repair", REWRITTEN)
+    [failure] = lines_of(out / "failures.jsonl")
+    assert failure["id"] == "1.png" and "content filter" in failure["error"]
 
 
 @pytest.mark.slow
@@ -371,14 +398,18 @@ def test_decisions_of_a_person_are_read_back(photos, out, tmp_path):
     with chat_server(Painter(photos)) as server:
         run(*options(photos, server, out))
         texts = descriptions(out)
-        decided = {"0.png": "keep", "1.png": "drop"}
+        decided = {"0.png": "keep", "1.png": "drop", "2.png": "keep"}
         entries = [{"id": id, "text_hash": hash_of_text(texts[id]), "decision": each} for id, each in decided.items()]
+        entries[2]["text"] = "A cat, as a person wrote."
         (tmp_path / "decisions.json").write_text(json.dumps(entries))
         result = run(*options(photos, server, out, "--decisions", tmp_path / "decisions.json"))
-        assert "1 of these checked by a person" in " ".join(result.stdout.split())
+        assert "2 of these checked by a person" in " ".join(result.stdout.split())
     assert len(server.requests) == 5
     checked = {id: row["checked"] for id, row in rows_of(out).items()}
-    assert checked == {"0.png": True, "2.png": False, "3.png": False, "more/4.png": False}
+    assert checked == {"0.png": True, "2.png": True, "3.png": False, "more/4.png": False}
+    del texts["1.png"]
+    assert descriptions(out) == texts | {"2.png": "A cat, as a person wrote."}
+    assert [row["edited"] for row in rows_of(out).values()] == [False, True, False, False]
     (dropped,) = lines_of(out / "rejected.jsonl")
     assert (dropped["id"], dropped["step"]) == ("1.png", "person")
     sheet = (out / "review.html").read_text()

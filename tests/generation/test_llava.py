@@ -17,13 +17,13 @@ import pytest
 from sq_llava.data.rows import load_rows
 from sq_llava.data.sources import DataSource
 from sq_llava.generation import captions, curate, llava, self_generation
-from sq_llava.generation.llava import KINDS, draw_tasks, parse_shares, read_prompts
+from sq_llava.generation.llava import KINDS, Task, draw_tasks, parse_shares, read_answer, read_prompts
 from sq_llava.generation.rows import Shard
 from sq_llava.generation.scenes import Scene
 from sq_llava.generation.settings import LlavaSettings
 from tests import tiny
 from tests.chat_server import ChatServer, Reply, chat_server
-from tests.generation.commands import generate_data, made, texts_of
+from tests.generation.commands import generate_data, made
 from tests.processes import ended, fork, lines_of, locked_by_another_process, sq_llava
 
 
@@ -101,8 +101,35 @@ def test_rows_are_read_by_training_as_they_are(tmp_path):
         assert len(rows) == 12
         first = next(row for row in rows if row["id"] == "0-conversation")
         assert first["images"] == [str(tmp_path / "0.png")]
-        assert [part["type"] for part in first["messages"][0]["content"]] == ["image", "text"]
-        assert texts_of(first) == ["What is it?", "A boat.", "What color is it?", "It is red."]
+        assert sorted(part["type"] for part in first["messages"][0]["content"]) == ["image", "text"]
+        texts = [part["text"] for message in first["messages"] for part in message["content"] if "text" in part]
+        assert texts == ["What is it?", "A boat.", "What color is it?", "It is red."]
+
+
+def test_image_comes_first_or_last_by_the_seed_as_in_llavas_data():
+    def is_last(seed: int) -> list[bool]:
+        scenes = [Scene(str(n), f"{n}.png", ("A boat.",)) for n in range(400)]
+        tasks = [Task(f"{scene.id}-conversation", scene, "conversation", None) for scene in scenes]
+        rows = [read_answer(task, CONVERSATION, seed)[0] for task in tasks]
+        assert all(len(row["messages"][2]["content"]) == 1 for row in rows)
+        return [row["messages"][0]["content"][-1] == {"type": "image"} for row in rows]
+
+    assert 160 < sum(is_last(0)) < 240
+    assert is_last(0) == is_last(0) != is_last(1)
+
+
+def test_empty_caption_of_coco_is_listed_and_does_not_end_the_run(tmp_path):
+    images = [{"id": n, "file_name": f"{n}.png"} for n in range(3)]
+    said = [{"image_id": n, "caption": text} for n, text in ((0, "A boat."), (1, ""), (1, "A dog."), (2, "A cat."))]
+    (tmp_path / "captions.json").write_text(json.dumps({"images": images, "annotations": said}))
+    with chat_server(write) as server:
+        options = ["--model", "writer", "--base-url", server.url, "--out", tmp_path / "out"]
+        result = generate_data("llava", tmp_path / "captions.json", *options)
+    assert result.exit_code == 0 and "1 row of the input cannot be used" in result.stderr
+    [bad] = lines_of(tmp_path / "out" / "bad_rows.jsonl")
+    assert bad["place"] == f"{tmp_path / 'captions.json'}, annotations[1]"
+    assert len(lines_of(tmp_path / "out" / "data.jsonl")) == 3
+    assert "1 row of the input could not be used" in (tmp_path / "out" / "README.md").read_text()
 
 
 def test_tokens_and_money_of_all_runs_are_in_the_terminal_and_in_the_card(tmp_path):

@@ -19,6 +19,8 @@ def test_row_of_several_images_in_both_layouts():
     llava = to_llava(row)
     assert llava["image"] == ["a.png", "b.png"] and llava["kind"] == "k"
     assert [turn["value"] for turn in llava["conversations"][:2]] == ["<image>\n<image>\nWhich?", "The left."]
+    last = to_llava(make_row("1", ["a.png"], [("Which?", "The left."), ("Why?", "So.")], image_last=True))
+    assert [turn["value"] for turn in last["conversations"][::2]] == ["Which?\n<image>", "Why?"]
 
 
 @given(items=st.lists(st.integers(), max_size=20), count=st.integers(1, 6))

@@ -1,11 +1,25 @@
 """Rules for descriptions: each finds the fault that it is made for, and no rule finds one in a sound text."""
 
+import json
+
 import pytest
 
-from sq_llava.generation.text_rules import first_fault, share_of_new_words
+from sq_llava.generation.text_rules import count_words, first_fault, share_of_new_words
+from tests import ROOT
 
 
 MARKUP = "it has markup, a web address or markers of a prompt"
+
+
+# The same description in several languages.
+FOREIGN = json.loads((ROOT / "tests/files/descriptions.json").read_text(encoding="utf-8"))
+ENGLISH = FOREIGN.pop("English")
+
+
+@pytest.mark.parametrize("text", FOREIGN.values(), ids=FOREIGN)
+def test_length_of_a_text_is_about_the_same_in_each_language(text):
+    assert count_words(ENGLISH) == len(ENGLISH.split()) == 36
+    assert 0.75 < count_words(text) / 36 < 1.25
 
 
 @pytest.mark.parametrize(
@@ -36,6 +50,12 @@ MARKUP = "it has markup, a web address or markers of a prompt"
         (None, "It was built in 1999, with 12 floors and 3 lifts!"),
         (None, "Собака бежит по траве."),
         (None, "The door is red, which I cannot help but notice."),
+        ("its last sentence is unfinished", "一只棕色的狗在草地上奔跑。它后面"),
+        ("a sentence is repeated", "一只棕色的狗在草地上奔跑。后面有一座房子。一只棕色的狗在草地上奔跑。"),
+        ("a phrase is repeated in a row", "一只狗在草地上奔跑，一只狗在草地上奔跑，一只狗在草地上奔跑。"),
+        ("it ends with a question", "一只狗在奔跑。你还想知道什么？"),
+        ("it is not readable language", "Собaка бежит."),  # a Latin a
+        *((None, text) for text in FOREIGN.values()),
     ],
 )
 def test_first_fault_of_a_text(reason, text):

@@ -9,6 +9,7 @@ from sq_llava.generation.scenes import Scene
 from sq_llava.generation.turns import fault_of, parse_turns
 from tests.generation.commands import texts_of
 from tests.generation.test_llava import CONVERSATION, DETAIL, REASONING
+from tests.generation.test_text_rules import FOREIGN
 
 
 def read(kind: str, text: str) -> tuple[list[str], list[tuple[str, str]]]:
@@ -44,6 +45,14 @@ def read(kind: str, text: str) -> tuple[list[str], list[tuple[str, str]]]:
 )
 def test_text_that_breaks_a_rule_is_left_out_with_its_reason(kind, text, reason):
     assert read(kind, text) == ([], [(kind, reason)])
+
+
+@pytest.mark.parametrize("text", FOREIGN.values(), ids=FOREIGN)
+def test_texts_in_other_languages_are_not_judged_by_english_words(text):
+    question = "图中有什么？"
+    assert read("reasoning", f"Question: {question}\nAnswer: {text}") == ([question, text], [])
+    assert read("conversation", f"Question：{question}\nAnswer：{text}") == ([question, text], [])
+    assert read("conversation", "Question: 这是什么？\nAnswer: 红色的小船") == (["这是什么？", "红色的小船"], [])
 
 
 @pytest.mark.parametrize(

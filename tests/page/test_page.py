@@ -1,14 +1,19 @@
 """The page in a real, headless browser: what a person does, and what the page then shows."""
 
+import re
 import time
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
+from threading import Event
 
 import httpx2
 import pytest
+from PIL import Image
 
 from sq_llava.inference.assistant import Assistant
-from sq_llava.page.dialogue import Settings, Turn, complete, converse, opening, speak
+from sq_llava.page.dialogue import Settings, Turn, View, complete, converse, opening, reply, speak
+from sq_llava.page.line import Line, LineIsFull, Waiting
 from tests import tiny
 from tests.browsers import CHROMIUM
 
@@ -27,17 +32,20 @@ class Scripted(Assistant):
     """A tiny model that sees the pictures, but says what the test wants, word by word."""
 
     answer_text = "A dog."
-    seconds = 0.0
+    seconds = seconds_before_first_word = 0.0
     num_closed = 0
-    seen = sampling = None
+    images = seen = sampling = None
 
     def stream(self, images, messages, max_new_tokens=512, ask=False, **generate_kwargs) -> Iterator[str]:
-        self.seen, self.sampling = messages, {"max_new_tokens": max_new_tokens, **generate_kwargs}
+        self.images, self.seen = images, messages
+        if not ask:
+            self.sampling = {"max_new_tokens": max_new_tokens, **generate_kwargs}
         if "</s>" in messages[-1]["content"][-1]["text"]:
             raise ValueError("contains '</s>', which is a control token of this model: remove it.")
         num_asked = sum(message["role"] == "vusr" for message in messages)
         text = f"What is number {num_asked}?" if ask else self.answer_text
         try:
+            time.sleep(self.seconds_before_first_word)
             for word in text.split(" "):
                 time.sleep(self.seconds)
                 yield word + " "
@@ -54,6 +62,16 @@ def assert_closed_once(assistant: Scripted) -> None:
     assert assistant.num_closed == 1
 
 
+def assert_accessible(page) -> None:
+    """The rules of axe, where the package is installed."""
+    if find_spec("axe_playwright_python") is None:
+        return
+    from axe_playwright_python.sync_playwright import Axe
+
+    violations = Axe().run(page).response["violations"]
+    assert [violation["id"] for violation in violations if violation["impact"] in ("serious", "critical")] == []
+
+
 @pytest.fixture(scope="module")
 def assistant() -> Scripted:
     processor = tiny.tiny_processor()
@@ -63,7 +81,8 @@ def assistant() -> Scripted:
 @pytest.fixture(autouse=True)
 def fast_again(assistant):
     yield
-    assistant.seconds, assistant.answer_text, assistant.num_closed = 0.0, "A dog.", 0
+    assistant.seconds = assistant.seconds_before_first_word = 0.0
+    assistant.answer_text, assistant.num_closed = "A dog.", 0
 
 
 @pytest.fixture(scope="module")
@@ -101,8 +120,17 @@ class Visitor:
     def sees(self, text: str) -> None:
         self.page.get_by_text(text, exact=True).first.wait_for()
 
-    def sees_answers(self, count: int) -> None:
-        self.page.wait_for_function(f"document.querySelectorAll('[data-testid=bot]').length == {count}")
+    def sees_nothing_run(self, num_answers: int) -> None:
+        """Waits until there are so many answers and Stop is quiet."""
+        self.page.wait_for_function(
+            "count => document.querySelectorAll('[data-testid=bot]').length == count && "
+            "[...document.querySelectorAll('button')].some(button => button.innerText == 'Stop' && button.disabled)",
+            arg=num_answers,
+        )
+
+    def sees_no_error(self) -> None:
+        """Gradio shows the word over a component whose listener failed or was cancelled."""
+        assert self.page.get_by_text("Error", exact=True).count() == 0
 
     def texts(self, role: str) -> list[str]:
         return [text for text in self.page.get_by_test_id(role).all_inner_texts() if text.strip()]
@@ -132,7 +160,7 @@ def test_question_about_a_picture_is_answered_and_nothing_is_loaded_from_outside
     visitor.sees(HOSTILE)
     assert visitor.texts("user") == ["What is it?"]
     assert [part["type"] for part in assistant.seen[0]["content"]] == ["image", "text"]
-    visitor.page.locator("#overlay img").wait_for()
+    visitor.page.locator(".prototypes image").wait_for()
     assert [address for address in visitor.requests if not address.startswith((url, "data:", "blob:"))] == []
     assert visitor.errors == []
 
@@ -163,8 +191,46 @@ def test_clicking_a_question_of_the_model_sends_it(visitor, photo):
     visitor.upload(photo)
     visitor.press("Ask me something")
     visitor.page.get_by_role("button", name="What is number 0?").click()
-    visitor.sees_answers(2)
+    visitor.sees_nothing_run(num_answers=2)
     assert visitor.texts("user") == ["Can you describe the image in detail?", "What is number 0?"]
+
+
+@in_browser
+def test_work_is_visible_at_once_and_stop_shows_no_error(visitor, assistant, monkeypatch):
+    """One page: stopped before the first word, asked again, stopped in the middle, asked again."""
+    monkeypatch.setattr("sq_llava.page.handlers.PATIENCE", 1)
+    assistant.seconds_before_first_word = 5
+    layout = visitor.page.locator("#chat").bounding_box()
+    assert visitor.page.get_by_role("button", name="Stop").is_disabled()
+    visitor.press("What is the cat looking at?")
+    visitor.sees("Thinking…")
+    visitor.page.get_by_text(re.compile(r"^Thinking… [12] s$")).wait_for()
+    assistant.seconds_before_first_word, clicked = 0, time.monotonic()
+    visitor.press("Stop")
+    visitor.sees("Stopped before the first word.")
+    assert time.monotonic() - clicked < 3
+    visitor.sees_no_error()
+
+    assistant.seconds, assistant.answer_text = 0.2, "A very long dog " * 10
+    visitor.press("Ask me something")
+    visitor.page.get_by_text("A very long").wait_for()
+    visitor.press("Stop")
+    visitor.sees_nothing_run(num_answers=1)
+    visitor.sees_no_error()
+    assert 2 < len(visitor.texts("bot")[0].split()) < 40
+    assert visitor.texts("user") == ["What is the cat looking at?"]
+
+    assistant.seconds = 0.1
+    visitor.press("Ask me something")
+    visitor.page.get_by_text("Thinking of a question…").wait_for()
+    assistant.answer_text = "A cat."
+    visitor.say("And now?")
+    visitor.sees("A cat.")
+    visitor.sees_nothing_run(num_answers=2)
+    visitor.page.get_by_role("button", name="What is number 0?").wait_for()
+    assert visitor.texts("user") == ["What is the cat looking at?", "And now?"]
+    assert visitor.page.locator("#chat").bounding_box() == layout
+    visitor.sees_no_error()
 
 
 @in_browser
@@ -175,6 +241,7 @@ def test_model_talks_to_itself_until_it_is_stopped(visitor, photo, assistant):
     visitor.sees("The model asks: What is number 0?")
     visitor.press("Stop")
     assert_closed_once(assistant)
+    visitor.sees_no_error()
     assistant.seconds = 0.0
     visitor.say("And now?")
     visitor.sees("And now?")
@@ -183,11 +250,18 @@ def test_model_talks_to_itself_until_it_is_stopped(visitor, photo, assistant):
 
 
 @in_browser
-def test_model_talks_to_itself_for_three_turns_by_default(visitor, photo):
-    visitor.upload(photo)
-    visitor.press("Let it talk to itself")
-    visitor.sees("The model asks: What is number 2?")
-    visitor.sees_answers(4)
+def test_visitor_waits_in_line_and_one_who_leaves_gives_up_the_model(browser, url, assistant):
+    first, second = (Visitor(browser.new_page(viewport=DESKTOP), url) for _ in range(2))
+    assistant.seconds = 0.5
+    assistant.answer_text = "A very long dog " * 30
+    first.press("What is on the table?")
+    first.page.get_by_text("A very").wait_for()
+    second.press("What is on the table?")
+    second.page.get_by_text("Waiting: 1 request comes first.").wait_for()
+    first.page.close()
+    second.page.get_by_text("A very").wait_for()
+    assert_closed_once(assistant)
+    second.page.close()
 
 
 @in_browser
@@ -205,8 +279,8 @@ def test_sliders_change_the_settings(visitor, photo, assistant):
             arg=[label, value],
         )
     visitor.press("Let it talk to itself")
-    visitor.sees_answers(2)
-    assert visitor.page.get_by_text("What is number 1?").count() == 0
+    visitor.sees_nothing_run(num_answers=2)
+    assert visitor.page.get_by_text("The model asks: What is number 1?").count() == 0
     assert assistant.sampling["max_new_tokens"] == 1024
     assert assistant.sampling["temperature"] == 2 and assistant.sampling["do_sample"]
 
@@ -234,24 +308,52 @@ def test_control_token_is_a_warning_and_the_question_is_dropped(visitor, photo):
 
 
 @in_browser
-def test_overlay_shows_only_the_prototypes_that_are_chosen(visitor, photo):
+def test_pointing_at_a_prototype_names_it_and_lights_its_region(visitor, photo):
     visitor.upload(photo)
     visitor.say("What is it?")
-    overlay = visitor.page.locator("#overlay img")
-    overlay.wait_for()
-    before = overlay.get_attribute("src")
-    visitor.page.locator("#chosen label").first.click()
-    visitor.page.wait_for_function(f"document.querySelector('#overlay img').src != {before!r}")
+    visitor.page.locator(".prototypes image").wait_for()
+    name, region = visitor.page.locator(".prototypes li button").first, visitor.page.locator(".prototypes g").first
+    assert re.fullmatch(r"Prototype \d+: \d+%", name.inner_text())
+    for pointed_at in (name, region.locator("path").first):
+        assert not region.locator(".shade").is_visible()
+        pointed_at.hover(force=True)
+        assert region.locator(".shade").is_visible()
+        assert region.locator("text").text_content() == name.inner_text()
+        assert visitor.page.locator(".prototypes text:visible").count() == 1
+        visitor.page.mouse.move(0, 0)
+
+
+@in_browser
+def test_photo_of_a_phone_is_scaled_down_and_a_huge_file_is_refused_before_it_is_sent(visitor, tmp_path, assistant):
+    huge = tmp_path / "huge.png"
+    with huge.open("wb") as file:
+        file.truncate(200_000_000)
+    chosen = time.monotonic()
+    visitor.page.set_input_files("#box input[type=file]", str(huge))
+    visitor.page.get_by_text("exceed the maximum allowed size of 50").wait_for()
+    assert time.monotonic() - chosen < 3
+    assert not any("upload?" in address for address in visitor.requests)
+    phone = tmp_path / "phone.jpg"
+    Image.new("RGB", (8192, 6144), "white").save(phone)
+    visitor.upload(phone)
+    visitor.say("What is it?")
+    visitor.sees("A dog.")
+    with Image.open(assistant.images[0]) as sent:
+        assert sent.size == (4096, 3072)
 
 
 @in_browser
 @pytest.mark.parametrize("theme, dark", [("light", False), ("dark", True)])
-def test_phone_shows_everything_without_scrolling_sideways(browser, url, photo, theme, dark):
+def test_phone_shows_everything_without_scrolling_sideways_and_names_it_for_screen_readers(
+    browser, url, photo, theme, dark
+):
     page = browser.new_page(viewport=PHONE)
     visitor = Visitor(page, url, theme)
+    assert page.evaluate("document.documentElement.scrollWidth") <= PHONE["width"]
+    assert_accessible(page)
     visitor.upload(photo)
     visitor.say("What is it, " + "and what is it " * 20 + "?")
-    page.locator("#overlay img").wait_for()
+    page.locator(".prototypes image").wait_for()
     assert page.evaluate("document.documentElement.scrollWidth") <= PHONE["width"]
     for name in ("Ask me something", "Let it talk to itself", "Stop"):
         box = page.get_by_role("button", name=name).bounding_box()
@@ -260,39 +362,89 @@ def test_phone_shows_everything_without_scrolling_sideways(browser, url, photo, 
     background = page.evaluate("getComputedStyle(document.querySelector('#chat')).backgroundColor")
     brightness = sum(int(level) for level in background[4:-1].split(",")[:3]) / 3
     assert (brightness < 100) is dark
+    assert_accessible(page)
     page.close()
 
 
 @in_browser
-def test_trash_starts_a_new_conversation(visitor, photo):
-    visitor.upload(photo)
-    visitor.say("What is it?")
-    visitor.sees("A dog.")
-    visitor.page.locator("#overlay img").wait_for()
-    visitor.press("Clear")
-    visitor.page.locator("#overlay img").wait_for(state="detached")
-    visitor.say("And now?")
-    visitor.page.get_by_text("There is no picture yet").wait_for()
-    assert visitor.texts("bot") == []
-
-
-@in_browser
-def test_trash_stops_the_generation(visitor, photo, assistant):
+def test_trash_stops_the_generation_and_starts_a_new_conversation(visitor, photo, assistant):
     visitor.upload(photo)
     assistant.seconds = 0.3
     visitor.press("Let it talk to itself")
     visitor.sees("The model asks: What is number 0?")
-    visitor.page.locator("#overlay img").wait_for()
+    visitor.page.locator(".prototypes image").wait_for()
     visitor.press("Clear")
-    visitor.page.locator("#overlay img").wait_for(state="detached")
+    visitor.page.locator(".prototypes image").wait_for(state="detached")
     assert_closed_once(assistant)
     assert visitor.texts("user") == visitor.texts("bot") == []
+    visitor.say("And now?")
+    visitor.page.get_by_text("There is no picture yet").wait_for()
+    visitor.sees_no_error()
 
 
 def test_model_asks_as_vusr_and_answers(assistant):
-    *_, turns = converse(assistant, [opening("", ["a.png"]), Turn("assistant", "A dog.")], Settings(num_turns=2))
-    assert [turn.role for turn in turns] == ["user", "assistant", "vusr", "assistant", "vusr", "assistant"]
-    assert turns[2].text == "What is number 0?"
+    said = [opening("", ["a.png"]), Turn("assistant", "A dog.")]
+    *_, view = converse(assistant, said, Settings())
+    assert [turn.role for turn in view.turns] == ["user", "assistant"] + 3 * ["vusr", "assistant"]
+    assert view.turns[2].text == "What is number 0?"
+    assert view.questions == ("What is number 3?",)
+
+
+def test_each_answer_is_followed_by_suggested_questions(assistant):
+    views = list(reply(assistant, [opening("Hi", ["a.png"])], Settings(num_questions=2)))
+    assert views[0] == View([opening("Hi", ["a.png"])], busy="Thinking")
+    assert views[-1].turns[-1] == Turn("assistant", "A dog.")
+    assert views[-1].questions == ("What is number 0?",)
+    assert not views[-1].busy
+
+
+def test_line_does_one_work_at_a_time_in_order_and_says_how_many_come_first():
+    line, go, order = Line(longest=2), Event(), []
+
+    def work(name):
+        go.wait(10)
+        order.append(name)
+        yield name
+
+    first, second = line.follow(work("first"), Event()), line.follow(work("second"), Event())
+    assert next(first) == Waiting(ahead=0, seconds=0)
+    assert next(second) == Waiting(ahead=1, seconds=0)
+    with pytest.raises(LineIsFull, match="2 requests wait"):
+        next(line.follow(work("third"), Event()))
+    go.set()
+    assert [step for step in second if not isinstance(step, Waiting)] == ["second"]
+    assert [*first] == order[:1] == ["first"]
+
+
+def test_stopped_work_ends_at_once_and_gives_up_its_place():
+    line, stopped, closed = Line(), Event(), []
+
+    def work():
+        try:
+            yield "word"
+            time.sleep(0.5)
+            yield "another word"
+        finally:
+            closed.append(True)
+
+    steps = line.follow(work(), stopped)
+    assert next(steps) == "word"
+    stopped.set()
+    assert [*steps] == [] and not closed
+    assert [step for step in line.follow((step for step in ["next"]), Event()) if step == "next"] == ["next"]
+    assert closed
+
+
+def test_error_of_the_work_reaches_the_visitor_and_the_line_moves_on():
+    line = Line()
+
+    def work():
+        raise ValueError("too long")
+        yield
+
+    with pytest.raises(ValueError, match="too long"):
+        list(line.follow(work(), Event()))
+    assert list(line.follow((step for step in ["next"]), Event())) == ["next"]
 
 
 def test_answers_are_greedy_unless_a_temperature_is_set_and_questions_are_sampled(assistant, monkeypatch):
@@ -310,7 +462,7 @@ def test_temperature_can_be_a_whole_number(assistant, role):
     real = Assistant(assistant.model, assistant.processor)
     talk = [Turn("user", "What is it?")] + ([Turn("assistant", "A dog.")] if role == "vusr" else [])
     settings = Settings(max_new_tokens=2, temperature=2, question_temperature=2, question_top_p=1)
-    assert list(speak(real, talk, role, settings))[-1][-1].role == role
+    assert list(speak(real, talk, role, settings))[-1].turns[-1].role == role
 
 
 def test_question_whose_answer_was_stopped_is_dropped():

@@ -156,6 +156,17 @@ def test_commands_and_snippets_work_as_printed(document, checkout):
         walk.end()
 
 
+@pytest.mark.walk
+def test_commands_in_the_tiny_recipes_of_minigpt4_work_as_printed(checkout):
+    walk = Walk(checkout)
+    for recipe in sorted((ROOT / "recipes/tiny/minigpt4-7b").glob("*.yaml")):
+        commands = re.findall(r"^#   (python .+)$", recipe.read_text(), re.M)
+        assert commands, f"{recipe.name} names no command"
+        for command in commands:
+            walk.run(command, recipe.name)
+    assert (checkout / "runs/tiny/minigpt4-7b/stage2/adapter_model.safetensors").is_file()
+
+
 @pytest.mark.parametrize("document", DOCUMENTS, ids=name_of)
 def test_data_of_documents_is_well_formed(document):
     for fence in fences_of(document):

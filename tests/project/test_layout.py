@@ -42,6 +42,7 @@ LIBRARY = [
     *ROOT.glob("sq_llava/**/*.py"),
     *ROOT.glob("demo/*.py"),
     *ROOT.glob("benchmarks/*.py"),
+    *ROOT.glob("examples/**/*.py"),
     ROOT / "train_sft.py",
 ]
 

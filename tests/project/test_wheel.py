@@ -48,7 +48,7 @@ def wheel(tmp_path_factory) -> zipfile.ZipFile:
 def test_wheel_holds_every_file_of_the_library_and_nothing_else(wheel):
     names = {name for name in wheel.namelist() if ".dist-info/" not in name}
     shipped = {"train_sft.py", *CODE_FILES} | files_below(ROOT / "sq_llava")
-    at_the_top = {"model_card.md"} | files_below(ROOT / "recipes")
+    at_the_top = {"model_card.md"} | files_below(ROOT / "recipes") | files_below(ROOT / "space")
     assert names == shipped | {f"sq_llava/{name}" for name in at_the_top}
     for name in shipped:
         assert wheel.read(name) == (ROOT / name).read_bytes(), name

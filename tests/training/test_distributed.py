@@ -25,6 +25,7 @@ from tests.runs import (
     kill_at_random_moments,
     write_in_order,
 )
+from tests.training.test_text_probe import measured, write_probe
 from tests.warm_python import warm_python
 
 
@@ -70,11 +71,15 @@ ACCUMULATED = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 
 )
 def test_two_processes_equal_one_where_one_sees_text_only(parts, tmp_path, launch, first, settings):
     settings = DESCENT | write_in_order(parts, tmp_path / "ordered.json", first) | settings
+    settings |= {"text_probe": write_probe(tmp_path), "per_device_eval_batch_size": 1}
     two = LaunchedRun(launch, parts, tmp_path / "two", **settings)
     two.finish(write_held_bytes, tmp_path)
     assert_memory_is_planned(two, held_bytes(tmp_path), "DDP" if launch == "ddp" else "FSDP2")
     alone = settings | {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 1}
-    assert_similar_runs(Run(parts, tmp_path / "one", **alone).finish(), two.output_dir)
+    one = Run(parts, tmp_path / "one", **alone).finish()
+    assert_similar_runs(one, two.output_dir)
+    for step, losses in measured(one).items():
+        assert losses == pytest.approx(measured(two.output_dir)[step], rel=1e-4)
 
 
 @pytest.mark.long

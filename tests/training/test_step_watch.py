@@ -5,13 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
+from transformers import TrainerControl, TrainerState
 
 from sq_llava.training.collator import SelfQuestioningCollator
+from sq_llava.training.recovery import FIRST_STEPS, StepWatch
 from sq_llava.training.trainer import SQLlavaTrainer
 from tests.runs import assert_close, steps_saved, train, trained_weights
-
-
-pytestmark = pytest.mark.slow
 
 
 @pytest.fixture
@@ -49,6 +49,7 @@ def assert_third_step_was_not_applied(two_steps: Path, output_dir: Path) -> None
     assert_close(trained_weights(two_steps / "checkpoint-2"), trained_weights(output_dir / "checkpoint-2"), atol=0)
 
 
+@pytest.mark.slow
 def test_step_whose_loss_is_nan_is_not_applied_and_its_rows_are_named(parts, two_steps, tmp_path, poison):
     sound, batches = two_steps
     poison([next(row for row in batches[5] if row % 3)], "pixel_values", math.nan)
@@ -59,6 +60,7 @@ def test_step_whose_loss_is_nan_is_not_applied_and_its_rows_are_named(parts, two
     assert_third_step_was_not_applied(sound, tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_step_without_a_label_is_not_applied_but_one_such_batch_is(parts, two_steps, tmp_path, poison):
     sound, batches = two_steps
     poison(batches[4], "turn_kinds", 0)
@@ -70,6 +72,7 @@ def test_step_without_a_label_is_not_applied_but_one_such_batch_is(parts, two_st
     assert_third_step_was_not_applied(sound, tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_step_whose_gradient_is_not_finite_is_not_applied(parts, two_steps, tmp_path, monkeypatch):
     original = SQLlavaTrainer.training_step
 
@@ -85,9 +88,54 @@ def test_step_whose_gradient_is_not_finite_is_not_applied(parts, two_steps, tmp_
     assert_third_step_was_not_applied(two_steps[0], tmp_path / "run")
 
 
-def test_diverging_loss_stops_the_run(parts, two_steps, tmp_path):
-    with pytest.raises(ValueError, match=r"Step 1 was not applied: its loss is \d.*, above max_loss 0\.5 .*diverges"):
+@pytest.mark.slow
+def test_loss_above_max_loss_stops_the_run(parts, tmp_path):
+    with pytest.raises(ValueError, match=r"Step 1 was not applied: its loss is \d.*, above max_loss 0\.5\."):
         train(parts, tmp_path / "run", max_loss=0.5)
     assert steps_saved(tmp_path / "run") == []
-    trainer = train(parts, tmp_path / "sound", max_steps=1)
-    assert trainer.watch.max_loss == 2 * math.log(trainer.model.config.text_config.vocab_size)
+
+
+VOCAB_SIZE = 64  # the loss of a uniform guess is 4.16
+
+
+def watch_of_run(log: list[dict] = ()) -> StepWatch:
+    watch = StepWatch(Accelerator(cpu=True), VOCAB_SIZE)
+    watch.on_train_begin(None, TrainerState(log_history=list(log)), TrainerControl())
+    watch.restore_handlers()
+    return watch
+
+
+def check_losses(watch: StepWatch, *losses: float, first_step: int = 1) -> None:
+    for step, loss in enumerate(losses, first_step):
+        watch.micro_batches = [(torch.tensor([step]), torch.tensor([2 * loss, 2.0]))]
+        watch.check(step, gradient_norm=1.0)
+
+
+def test_honest_run_may_begin_above_the_loss_of_a_guess():
+    watch = watch_of_run()
+    check_losses(watch, 12.74, 13.5, 11.0, 24.0)
+    assert watch.highest_loss == pytest.approx(2 * (12.74 + 13.5 + 11 + 24) / 4)
+
+
+def test_run_diverges_at_twice_the_loss_of_its_beginning_but_never_below_that_of_a_guess():
+    with pytest.raises(ValueError, match=r"Step 2 .* loss is 25\.6, above 25\.48: twice the mean loss of the first"):
+        check_losses(watch_of_run(), 12.74, 25.6)
+    with pytest.raises(ValueError, match=r"Step 3 .* loss is 8\.4, above 8\.318: .*guess \(4\.159\).*diverges"):
+        check_losses(watch_of_run(), 0.5, 4.0, 8.4)
+
+
+def test_beginning_is_the_first_ten_steps_also_after_a_resume():
+    watch = watch_of_run()
+    check_losses(watch, *[10.0] * FIRST_STEPS, *[1.0] * 90)
+    assert watch.highest_loss == 20
+    log = [{"loss": 10.0, "step": 10}, {"eval_loss": 1.0}, {"loss": 1.0, "step": 20}]
+    resumed = watch_of_run(log)
+    check_losses(resumed, 9.0, first_step=21)
+    with pytest.raises(ValueError, match="above 13"):
+        check_losses(resumed, 13.5, first_step=22)
+
+
+def test_max_loss_is_a_fixed_limit():
+    watch = StepWatch(Accelerator(cpu=True), VOCAB_SIZE, max_loss=3.0)
+    with pytest.raises(ValueError, match=r"Step 1 .* loss is 3\.1, above max_loss 3\. "):
+        check_losses(watch, 3.1)

@@ -1,12 +1,8 @@
 """Runs the chat page as a Hub Space, or on your own machine.
 
-    MODEL=runs/demo/model python app.py
+    MODEL=runs/demo/model python space/app.py
 
-To publish it as a Space, set the Space's variable MODEL to a folder in the Space or to a Hub id, and upload:
-
-    mkdir -p runs/space
-    cp -r app.py sq_llava *_sq_llava.py model_card.md space/* runs/space
-    hf upload org/space runs/space --repo-type space --exclude "**/__pycache__/*"
+`sq-llava push FOLDER org/name --space` publishes a model and such a Space for it (`sq_llava/checkpoints/space.py`).
 
 This file has no options. `sq-llava demo` starts the same page with options.
 """

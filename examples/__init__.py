@@ -1,0 +1,1 @@
+"""Examples with real models. Each folder has a README.md."""
