@@ -122,6 +122,21 @@ def the_rule(cells: list[dict], budget: str) -> dict | None:
     return interval(differences) | {"values": differences, "p": p_value(differences), "seeds": seeds}
 
 
+def knob_effects(cells: list[dict], budget: str) -> dict[str, dict]:
+    """How the effect of `sq-1` changes with each knob, over both positions of the other. Not planned beforehand."""
+    found = [cell for cell in cells if cell["arm"] == "sq-1" and cell["budget"] == budget]
+    effects = {tuple(cell["corner"]): dict(zip(cell["seeds"], cell["minus"]["baseline"]["values"])) for cell in found}
+    seeds = sorted(set.intersection(*map(set, effects.values()))) if len(effects) == len(CORNERS) else []
+    if len(seeds) < 2:
+        return {}
+    changes = {}
+    for place, (name, value) in enumerate((("referring minus generic", "referring"), ("yes/no minus open", "yes/no"))):
+        signs = {corner: 0.5 if corner[place] == value else -0.5 for corner in CORNERS}
+        values = [sum(sign * effects[corner][seed] for corner, sign in signs.items()) for seed in seeds]
+        changes[name] = interval(values) | {"p": p_value(values)}
+    return changes
+
+
 def knobs(scenes: list[Scene], facts: list, number: int = 150) -> list[dict]:
     """What the questions and answers of each corner tell, in bits: means over test facts."""
     bits, rows = Bits(scenes[: len(scenes) // 2]), []
@@ -217,6 +232,11 @@ def to_markdown(report: dict) -> str:
             f"the corner (generic, open): {points(rule).strip('*')} points, p = {_p(rule['p'])} (not corrected), "
             f"{len(rule['seeds'])} seeds."
         )
+    for name, change in report["knob_effects"].items():
+        blocks.append(
+            f"Looked at after the runs: the same effect, {name}, over both positions of the other knob: "
+            f"{points(change).strip('*')} points, p = {_p(change['p'])} (not corrected)."
+        )
     for budget in dict.fromkeys(cell["budget"] for cell in cells):
         own = [cell for cell in cells if cell["budget"] == budget]
         size = report["budgets"][budget]
@@ -298,6 +318,7 @@ def write_report(
         "things_recognised": json.loads((work / "tower.json").read_text())["things_recognised"],
         "knobs": knobs(scenes, facts),
         "rule": the_rule(cells, main_budget),
+        "knob_effects": knob_effects(cells, main_budget),
         "cells": cells,
         "examples": examples_of(runs, scenes),
         "runs": [_short(run) for run in runs],
