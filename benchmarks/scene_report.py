@@ -152,14 +152,15 @@ def knobs(scenes: list[Scene], facts: list, number: int = 150) -> list[dict]:
     return rows
 
 
-def examples_of(runs: list[dict], scenes: list[Scene], per_corner: int = 5) -> list[dict]:
-    """The first questions that `sq-1` asked, one for each picture, with the scene, their truth and their bits."""
+def examples_of(runs: list[dict], scenes: list[Scene], of_each: int = 3) -> list[dict]:
+    """The first questions that `sq-1` asked in each corner, with a true and with a false premise; scene and bits."""
     examples = []
     for corner in CORNERS:
         asked = [run for run in runs if run["arm"] == "sq-1" and tuple(run["corner"]) == corner]
-        for example in asked[0]["asked"]["examples"][::2][:per_corner] if asked else []:
-            scene = write_scene(scenes[example["picture"]])
-            examples.append({"corner": list(corner), "scene": scene} | example)
+        kept = asked[0]["asked"]["examples"] if asked else []
+        for is_true in (True, False):
+            for example in [each for each in kept if each["premise_is_true"] == is_true][:of_each]:
+                examples.append({"corner": list(corner), "scene": write_scene(scenes[example["picture"]])} | example)
     return examples
 
 
@@ -255,6 +256,7 @@ def to_markdown(report: dict) -> str:
     ]  # fmt: skip
     blocks += [
         "## Examples of asked questions",
+        "The first three with a true and with a false premise, of one run in each corner.",
         table(["corner", "picture", "question", "true", "bits"], rows, left=4),
     ]
     return text(*blocks, "![Accuracy minus LLaVA's in the four corners](scenes.png)")
