@@ -157,7 +157,7 @@ def examples_of(runs: list[dict], scenes: list[Scene], of_each: int = 3) -> list
     examples = []
     for corner in CORNERS:
         asked = [run for run in runs if run["arm"] == "sq-1" and tuple(run["corner"]) == corner]
-        kept = asked[0]["asked"]["examples"] if asked else []
+        kept = [example for run in asked for example in run["asked"]["examples"] if " the " in example["question"]]
         for is_true in (True, False):
             for example in [each for each in kept if each["premise_is_true"] == is_true][:of_each]:
                 examples.append({"corner": list(corner), "scene": write_scene(scenes[example["picture"]])} | example)
@@ -256,7 +256,7 @@ def to_markdown(report: dict) -> str:
     ]  # fmt: skip
     blocks += [
         "## Examples of asked questions",
-        "The first three with a true and with a false premise, of one run in each corner.",
+        "The first three with a phrase that is true and with one that is false, in each corner.",
         table(["corner", "picture", "question", "true", "bits"], rows, left=4),
     ]
     return text(*blocks, "![Accuracy minus LLaVA's in the four corners](scenes.png)")
