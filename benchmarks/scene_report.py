@@ -277,7 +277,7 @@ def draw(report: dict, file: Path) -> None:
             axis.errorbar(100 * value["mean"], place, xerr=half, fmt="D", color="tab:blue", capsize=4)
         axis.axvline(0, color="black", linewidth=0.8)
         axis.set_yticks(range(len(cells)), [report["labels"][cell["arm"]].replace(", ", ",\n") for cell in cells])
-        axis.set_ylim(len(cells) - 0.5, -0.5)
+        axis.set_ylim(max(len(cells), 1) - 0.5, -0.5)
         bits = next(k for k in report["knobs"] if tuple(k["corner"]) == corner)
         axis.set_title(
             f"{corner[0]} questions ({bits['question_bits']:.1f} bits)\n{corner[1]} answers "
