@@ -388,7 +388,7 @@ def train_run(
     set_seed(seed)
     model, processor = load_checkpoint(str(base))
     on_features(model).train()
-    rows, features = rows_of(facts, corner), torch.load(base / "train.pt")
+    rows, features = rows_of(facts, corner), torch.load(base / "train.pt", weights_only=True)
     draw = random.Random(seed)
     rows = draw.sample(rows, pictures)
     collator = FeatureCollator(processor, self_question_ratio=arm.ratio, seed=seed, features=features)

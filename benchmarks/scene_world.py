@@ -15,10 +15,11 @@ A fact is about one or two things of a scene. It is asked in four ways, which ar
 This module is not a benchmark. `python -m benchmarks.scenes` runs the study.
 """
 
+import json
 import math
 import random
 import re
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from functools import cache
 from itertools import product
 
@@ -305,6 +306,21 @@ class Fact:
     kind: str
     turns: dict[tuple[str, str], tuple[str, str]]
     combinations: tuple[tuple[str, str], ...]
+
+
+def to_json(scenes: list[Scene], facts: list[list[Fact]]) -> str:
+    rows = [[[f.kind, [f.turns[c] for c in CORNERS], f.combinations] for f in of_scene] for of_scene in facts]
+    return json.dumps({"scenes": [[astuple(thing) for thing in scene] for scene in scenes], "facts": rows})
+
+
+def from_json(written: str) -> tuple[list[Scene], list[list[Fact]]]:
+    read = json.loads(written)
+    scenes = [tuple(Thing(*fields, tuple(shift)) for *fields, shift in scene) for scene in read["scenes"]]
+
+    def fact(kind: str, turns: list, combinations: list) -> Fact:
+        return Fact(kind, dict(zip(CORNERS, map(tuple, turns))), tuple(map(tuple, combinations)))
+
+    return scenes, [[fact(*row) for row in of_scene] for of_scene in read["facts"]]
 
 
 def draw_facts(scene: Scene, draw: random.Random, number: int, kinds: tuple[str, ...] = KINDS) -> list[Fact]:

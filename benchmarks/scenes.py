@@ -63,7 +63,6 @@ one: it lies between chance and what can be reached, and most seeds fit into the
 import argparse
 import json
 import os
-import pickle
 import time
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
@@ -86,7 +85,7 @@ from benchmarks.scene_models import (
     train_tower,
 )  # fmt: skip
 from benchmarks.scene_report import to_markdown, write_report
-from benchmarks.scene_world import COMBINATIONS, CORNERS, Bits
+from benchmarks.scene_world import COMBINATIONS, CORNERS, Bits, from_json, to_json
 from demo.processes import end_with_parent, training_context
 
 
@@ -139,7 +138,7 @@ class Run(Task):
         size = min(budget.pictures, len(scenes))
         model, processor, result = train_run(base, arm, self.corner, size, budget.steps, self.seed, self.sizes, facts)
         test, test_facts = test_data(self.work, self.sizes)
-        features = torch.load(base / "test.pt")
+        features = torch.load(base / "test.pt", weights_only=True)
         result |= measure_answers(model, processor, self.corner, test, test_facts, features)
         if arm.ratio:
             asked = measure_questions(model, processor, arm, self.corner, test, test_facts, features, self.sizes, bits)
@@ -150,22 +149,22 @@ class Run(Task):
 @cache
 def train_data(work: Path, sizes: Sizes):
     """The training scenes, the facts about each, and what rules out how many of the scenes."""
-    scenes, facts = drawn_once(work / "train.pickle", lambda: draw_pool(sizes.pictures, COMBINATIONS, TURNS, seed=0))
+    scenes, facts = drawn_once(work / "train.json", lambda: draw_pool(sizes.pictures, COMBINATIONS, TURNS, seed=0))
     return scenes, facts, Bits(scenes[:1000])
 
 
 @cache
 def test_data(work: Path, sizes: Sizes):
-    return drawn_once(work / "test.pickle", lambda: test_pool(sizes))
+    return drawn_once(work / "test.json", lambda: test_pool(sizes))
 
 
 def drawn_once(file: Path, draw):
     """Reads what an earlier run has drawn, because drawing takes a minute."""
     if not file.is_file():
         part = file.with_suffix(f".{os.getpid()}")
-        part.write_bytes(pickle.dumps(draw()))
+        part.write_text(to_json(*draw()))
         part.rename(file)
-    return pickle.loads(file.read_bytes())
+    return from_json(file.read_text())
 
 
 def make_bases(work: Path, sizes: Sizes, variants: list[str]) -> None:

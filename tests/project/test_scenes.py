@@ -68,6 +68,10 @@ def test_facts_have_true_questions_with_one_answer_on_both_sides_of_the_first_kn
                 assert fact.turns["generic", answers][1] == fact.turns["referring", answers][1]
 
 
+def test_drawn_scenes_and_facts_are_read_as_they_were_written(pool):
+    assert scene_world.from_json(scene_world.to_json(*pool)) == pool
+
+
 def test_only_referring_questions_tell_something_about_their_picture(pool):
     bits, told = Bits(pool[0]), {}
     for corner in CORNERS:
