@@ -17,7 +17,7 @@ from benchmarks import common
 ORDER = (
     "train_step", "shared_images", "sharing_accuracy", "lm_head", "batching", "memory", "ask", "generate",
     "prototype_extractor", "scaling", "image_pipeline", "doctor", "convert", "startup", "serving", "gpu", "launchers",
-    "asking_first", "ablation", "self_training", "three_systems",
+    "asking_first", "ablation", "scenes", "self_training", "three_systems",
 )  # fmt: skip
 HEAD = """# Benchmarks
 
@@ -30,8 +30,8 @@ lowest and the highest round. In each round, all variants run one after the othe
 `python -m benchmarks.NAME` runs one benchmark, and `--quick` makes it a short trial. `make bench` runs all those that
 need neither a GPU nor the demo, in 13 minutes on two cores, and then writes this page. `gpu` needs a GPU, `launchers`
 the environment of `make test-deepspeed`. `shared_images` takes half an hour. `sharing_accuracy`, `serving`,
-`asking_first`, `ablation`, `self_training` and `three_systems` need the output of `make demo`; `ablation` takes
-hours."""
+`asking_first`, `ablation`, `self_training` and `three_systems` need the output of `make demo`. `ablation` and `scenes`
+take hours."""
 
 
 def what_it_is(name: str) -> str:

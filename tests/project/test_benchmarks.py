@@ -11,10 +11,10 @@ from sq_llava.evaluation import easy_vqa
 
 
 FOLDER = Path(readme.__file__).parent
-SHARED = {"common", "readme", "random_models", "load"}
+SHARED = {"common", "readme", "random_models", "load", "scene_measures", "scene_models", "scene_report", "scene_world"}
 BY_HAND = {
-    "gpu", "launchers", "shared_images", "sharing_accuracy", "serving", "asking_first", "ablation", "self_training",
-    "three_systems",
+    "gpu", "launchers", "shared_images", "sharing_accuracy", "serving", "asking_first", "ablation", "scenes",
+    "self_training", "three_systems",
 }  # fmt: skip
 
 
