@@ -40,7 +40,9 @@ def chat(
 ) -> None:
     """Chat about an image. The arrow keys bring earlier lines back; /help lists the commands."""
     with errors_in_one_line():
-        if sys.stdin is None or image == "-":
+        if sys.stdin is None:
+            raise ValueError("Standard input is closed, but chat reads your messages from it.")
+        if image == "-":
             raise ValueError("chat reads your messages from standard input. Give the image as a file.")
         with image_files(None if image is None else [image], "sq-llava chat IMAGE ...") as names:
             [(file, name), *others] = names.items()

@@ -27,7 +27,7 @@ app = typer.Typer()
 @takes_options
 def demo(
     model: ModelArgument,
-    loading: Loading,
+    model_options: Loading,
     host: Annotated[
         str, typer.Option(help="Address to listen on. 0.0.0.0: reachable from other machines.")
     ] = "127.0.0.1",
@@ -36,11 +36,11 @@ def demo(
 ) -> None:
     """Start a web page to chat about pictures, at http://HOST:PORT."""
     with errors_in_one_line():
-        check_model_options(model, **loading)
+        check_model_options(model, **model_options)
         with needs_extra("page"), loading():
             from sq_llava.page.layout import create_page, launch_settings
         settings = launch_settings(host, allowed_hosts)
-        assistant = load_model(model, **loading)
+        assistant = load_model(model, **model_options)
         create_page(assistant).launch(server_port=port, **settings)
 
 

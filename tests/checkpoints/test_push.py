@@ -245,7 +245,7 @@ def test_results_of_other_weights_are_refused(hub, pushed, monkeypatch):
     results = home / "of_first.json"
     results.write_text(json.dumps({"model_hash": hash_of_model(str(home / "first")), "results": scores}))
     monkeypatch.setattr(publishing, "_load_fresh", lambda *arguments: None)
-    options = ["org/new", "--dry-run", "--eval-results", results]
+    options = ["org/new", "--dry-run", "--no-samples", "--eval-results", results]
     output = command_here(["push", home / "second", *options], hub)
     assert re.match(r"1: .*of_first.json: model_hash is \w{64}, but .*second has \w{64}\. The results belong", output)
     assert re.match(r"0: .*The model loads and answers\.", command_here(["push", home / "first", *options], hub))
@@ -311,7 +311,7 @@ def test_upload_that_differs_gets_no_card(hub, pushed, monkeypatch):
 
     monkeypatch.setattr(publishing, "_load_fresh", lambda *arguments: None)
     monkeypatch.setattr(publishing, "check_published", fail)
-    output = command_here(["push", pushed["home"] / "first", "org/differs"], hub)
+    output = command_here(["push", pushed["home"] / "first", "org/differs", "--no-samples"], hub)
     assert re.match(r"1: .*the logits differ", output)
     assert "config.json" in hub.files("org/differs") and "README.md" not in hub.files("org/differs")
 
