@@ -40,10 +40,10 @@ test: setup  ## Run the tests, in about ten minutes on two cores
 test-fast: setup  ## Run the tests that are not marked slow
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow and not walk and not long"
 
-test-documents: setup  ## Run what the documents show, the notebook, the quick demo and the quick benchmarks
+test-documents: setup  ## Run what the documents show, and the quick demo
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m walk
 
-test-long: setup  ## Run the tests that take longest: kills at random moments, a mesh, several machines
+test-long: setup  ## Run the tests that take longest: kills at random moments, a mesh, several machines, the notebook
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m long
 
 wheel: setup  ## Build a wheel in dist/

@@ -438,6 +438,7 @@ def test_killed_command_resumes_without_asking_again(run, tmp_path):
     assert own == others
 
 
+@pytest.mark.long
 def test_two_processes_make_what_one_makes(run, tmp_path):
     log, other = tmp_path / "log", replace(run, out=tmp_path / "other")
     assert ended(start(run, log)) == [0], log.read_text()[-3000:]

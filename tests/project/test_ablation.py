@@ -76,7 +76,7 @@ def test_run_of_other_settings_is_refused(tmp_path):
         ablation.read_note(other)
 
 
-@pytest.mark.walk
+@pytest.mark.long
 def test_command_that_the_report_names_runs_where_only_the_packages_are_installed(tmp_path, monkeypatch):
     monkeypatch.delenv("PYTHONPATH", raising=False)
     command = [warm_python(), *shlex.split(ablation.COMMAND)[1:], "--plan", "--seeds", "7", "--settings", "baseline"]
@@ -93,7 +93,7 @@ def test_missing_base_models_are_named(tmp_path):
         ablation.main(["--base", str(tmp_path), "--work", str(tmp_path)])
 
 
-@pytest.mark.walk
+@pytest.mark.long
 def test_quick_ablation_reports_and_does_again_only_what_is_missing(tmp_path, capsys):
     tiny.save_towers(tmp_path)
     work, report = tmp_path / "work", tmp_path / "report"

@@ -15,7 +15,7 @@ def setting() -> gpu.Setting:
     return gpu.make_setting(tiny=True, peak_tflops=1)
 
 
-@pytest.mark.walk
+@pytest.mark.long
 def test_every_part_runs_and_is_reported(setting):
     report = gpu.measure(setting)
     for name, result in report["parts"].items():

@@ -32,7 +32,7 @@ def test_notebook_names_no_folder_of_a_machine():
     assert str(ROOT) not in text and "/home/" not in text and "/root/" not in text
 
 
-@pytest.mark.walk
+@pytest.mark.long
 def test_each_cell_of_the_notebook_shows_what_it_showed(tmp_path, quick_demo):
     for name in ("sq_llava", "recipes"):
         (tmp_path / name).symlink_to(ROOT / name)

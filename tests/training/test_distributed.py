@@ -117,6 +117,7 @@ def test_two_machines_train_like_one_process(parts, tmp_path):
     assert_similar_runs(Run(parts, tmp_path / "one", **settings).finish(), two.output_dir)
 
 
+@pytest.mark.long
 def test_error_of_one_process_ends_the_run_and_the_launcher_names_row_and_process(parts, tmp_path):
     settings = write_in_order(parts, tmp_path / "ordered.json", "text")
     rows = json.loads((tmp_path / "ordered.json").read_text())
@@ -144,6 +145,7 @@ def test_machine_that_does_not_see_the_checkpoint_stops_the_run(tmp_path):
 IN_FULL = pytest.param(FULL, marks=pytest.mark.long)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("settings", [{}, IN_FULL], ids=["adapter", "in full"])
 def test_tied_head_is_sharded(parts, tied, tmp_path, settings):
     settings = DESCENT | settings | {"text_model_name_or_path": tied, "max_steps": 3}

@@ -118,6 +118,7 @@ def test_tiny_twins_train_one_after_another(size, parts, tmp_path):
         assert (tmp_path / recipe.with_suffix("") / "adapter_model.safetensors").is_file(), name
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.parametrize("system", ["llava-7b", "llava-1.5-7b", "minigpt4-7b"])
 def test_tiny_twins_of_the_other_systems_train_what_they_say(system, parts, tmp_path):

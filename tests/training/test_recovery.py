@@ -155,6 +155,7 @@ def test_signal_to_dataloader_workers_too_loses_nothing(parts, tmp_path):
     assert_equal_runs(whole, run.finish())
 
 
+@pytest.mark.long
 def test_signal_to_one_process_stops_both_after_the_same_step(parts, tmp_path):
     settings = {"processes": 2, "per_device_train_batch_size": 2, "max_steps": 6}
     whole = Run(parts, tmp_path / "whole", **settings).finish()
@@ -185,7 +186,8 @@ def test_row_found_invalid_during_training_loses_no_step(parts, whole, tmp_path)
     assert_equal_runs(whole, run.finish())
 
 
-@pytest.mark.parametrize(("processes", "num_kills"), [pytest.param(1, 4, marks=pytest.mark.long), (2, 2)])
+@pytest.mark.long
+@pytest.mark.parametrize(("processes", "num_kills"), [(1, 4), (2, 2)])
 def test_run_killed_at_random_moments_equals_the_uninterrupted_one(parts, tmp_path, processes, num_kills):
     # Three steps per epoch, of which the last has half a batch.
     settings = runs.write_in_order(parts, tmp_path / "ordered.json") | {"max_steps": 6 * num_kills}
