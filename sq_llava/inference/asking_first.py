@@ -17,7 +17,12 @@ from modeling_sq_llava import SQLlavaForConditionalGeneration
 from processing_sq_llava import SQLlavaProcessor
 from sq_llava.data.messages import images_of
 from sq_llava.inference.dialogues import DESCRIBE, Dialogues
+from sq_llava.inference.prompts import context_length, token_ids
 from sq_llava.inference.settings import AskSettings, SelfQuestioning
+
+
+# Most tokens that a chat template writes around a turn.
+TEMPLATE_TOKENS = 24
 
 
 @dataclass(frozen=True)
@@ -79,17 +84,29 @@ def _consider(model, processor, conversations, describe: bool, settings, max_new
     votes = settings.votes
     starts, lasts = zip(*map(split_last_turn, conversations))
     dialogues = Dialogues(model, processor, list(starts))
+    turns_left = 2 * settings.self_questions
+    last_tokens = max(map(len, token_ids(processor, [[last] for last in lasts])))
+
+    def longest() -> int:
+        """Maximum length of the model's next turn, so that its other turns and the answer fit into the context too."""
+        known = max(map(len, token_ids(processor, dialogues.messages)))
+        room = context_length(model) - known - last_tokens - max_new_tokens
+        # One more turn, because text that is read again can have more tokens.
+        return max(1, min(settings.own_tokens, room // (turns_left + 2) - TEMPLATE_TOKENS))
+
     if describe:
-        dialogues.answer(settings.own_tokens)
+        dialogues.answer(longest())
     dialogues = dialogues.repeated(votes, seeds)
     begins = [len(messages) for messages in dialogues.messages]
     asking = AskSettings()
-    longest = min(settings.own_tokens, asking.max_new_tokens)
-    for _ in range(settings.self_questions):
-        asked = dialogues.ask(1, asking.temperature, asking.top_k, asking.top_p, longest)
+    while turns_left:
+        most = min(longest(), asking.max_new_tokens)
+        asked = dialogues.ask(1, asking.temperature, asking.top_k, asking.top_p, most)
         for messages, [question] in zip(dialogues.messages, asked):
             messages.append({"role": "vusr", "content": question})
-        dialogues.answer(settings.own_tokens)
+        turns_left -= 1
+        dialogues.answer(longest())
+        turns_left -= 1
     for number, messages in enumerate(dialogues.messages):
         messages.append(lasts[number // votes])
     answers = dialogues.answer(max_new_tokens)
