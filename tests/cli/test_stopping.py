@@ -167,13 +167,17 @@ def sit_at(terminal: str) -> None:
     os.dup2(os.open(terminal, os.O_RDWR), 0)
     ioctl(0, termios.TIOCSCTTY, 0)
     sys.stdin = open(0, closefd=False)  # noqa: SIM115
-    answer = chat_command.Chat.answer
+    answer, ask = chat_command.Chat.answer, chat_command.Chat.ask
 
     def answer_aloud(self, line, prefix=""):
         print(f"{len(self.dialogue.messages[0])} messages before: {line}", flush=True)
         answer(self, line, prefix)
 
-    chat_command.Chat.answer = answer_aloud
+    def ask_aloud(self):
+        print(f"{len(self.dialogue.messages[0])} messages before: /ask", flush=True)
+        ask(self)
+
+    chat_command.Chat.answer, chat_command.Chat.ask = answer_aloud, ask_aloud
 
 
 def wait_for(log: Path, text: str, count: int = 1) -> None:
