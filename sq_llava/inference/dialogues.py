@@ -167,6 +167,13 @@ class Dialogues:
         texts = decode(self.processor, output[:, inputs["input_ids"].shape[1] :])
         return [texts[start : start + num_questions] for start in range(0, len(texts), num_questions)]
 
+    def ask_next(self, temperature: float, top_k: int, top_p: float, max_new_tokens: int) -> list[str]:
+        """Samples one question for each conversation. Appends the questions to `messages` and returns them."""
+        questions = [question for [question] in self.ask(1, temperature, top_k, top_p, max_new_tokens)]
+        for conversation, question in zip(self.messages, questions):
+            conversation.append({"role": "vusr", "content": question})
+        return questions
+
     def _prompts(self, ask: bool, max_new_tokens: int) -> tuple[list[list[int]], int]:
         """The token ids of each prompt, and how many tokens there is room for (at most `max_new_tokens`)."""
         prompts = token_ids(self.processor, self.messages, ask)
