@@ -13,8 +13,8 @@ It needs runs/demo, the output of `make demo`. The same test questions are answe
 Each way is compared with `plain` on the same questions: the difference in percentage points, and its 95% interval over
 images (questions about one image are not independent). The cost is the time of a way beside that of `plain`.
 
-easy-VQA's questions need no thought, and the model never saw a question behind its own ones in training. So this says
-what asking first costs, and whether it does harm; it is not the setting in which it could help most.
+easy-VQA's questions need no thought, and in training, the model never saw a user's question after its own. So this
+says what asking first costs, and whether it does harm; it is not the setting in which it could help most.
 """
 
 import time
@@ -27,11 +27,14 @@ import numpy as np
 import torch
 
 from benchmarks import common
+from benchmarks.ablation import require_base
 from sq_llava.evaluation import easy_vqa
+from sq_llava.evaluation.comparison import difference_interval
 from sq_llava.evaluation.metrics import exact_match
 from sq_llava.evaluation.run import read_examples
 from sq_llava.evaluation.settings import Evaluation
 from sq_llava.evaluation.task import Example
+from sq_llava.evaluation.uncertainty import share_interval
 from sq_llava.inference.assistant import Assistant, load
 from sq_llava.inference.settings import SelfQuestioning
 
@@ -79,11 +82,8 @@ def measure_way(way: Callable, assistant: Assistant, examples: list[Example]) ->
 
 def difference(one: list[float], other: list[float], images: list[str]) -> dict[str, float]:
     """Mean of `other` - `one` in percentage points, with a 95% bootstrap interval over images."""
-    names, numbers = np.unique(images, return_inverse=True)
     change = np.array(other) - np.array(one)
-    sums, counts = np.bincount(numbers, change), np.bincount(numbers)
-    draws = np.random.default_rng(0).integers(0, len(names), (10_000, len(names)))
-    low, high = np.percentile(sums[draws].sum(axis=1) / counts[draws].sum(axis=1), [2.5, 97.5])
+    low, high = difference_interval(change, 10_000, seed=0, units=images)
     return {"mean": 100 * change.mean(), "low": 100 * low, "high": 100 * high}
 
 
@@ -102,19 +102,22 @@ def to_markdown(report: dict) -> str:
         f"{report['questions']} test questions of easy-VQA about {report['images']} images, with the demo's model. "
         "The difference is in percentage points, with a 95% interval over images.",
         common.table(["way", "accuracy", "minus plain", "times as long"], rows),
+        f"An interval of width 0 means that no answer changed. Up to {share_interval(0, report['images'])[1]:.1%} of "
+        f"the answers could change on other images (Wilson's interval for {report['images']} images).",
     )
 
 
 def main():
     arguments = common.parse_arguments(
         __doc__,
-        demo=("runs/demo", "Output of `make demo`."),
-        stride=(24, "Every so many test questions are used."),
+        base=("runs/demo", "Folder of `make demo`."),
+        test_stride=(24, "Evaluate on every N-th test question."),
     )
-    demo = Path(arguments.demo)
+    demo = Path(arguments.base)
+    require_base(demo, "model/config.json", "data/test.json")
     assistant = load(str(demo / "model"))
     examples = read_examples(easy_vqa.TASK, Evaluation("", ["easy_vqa"], str(demo / "data"), demo))
-    examples = examples[:: 400 if arguments.quick else arguments.stride]
+    examples = examples[:: 400 if arguments.quick else arguments.test_stride]
     images = [str(example.images[0]) for example in examples]
     found = {name: measure_way(way, assistant, examples) for name, way in WAYS.items()}
     first = found["plain"]

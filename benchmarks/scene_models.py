@@ -298,8 +298,8 @@ def train_base(
     torch.save(features, folder / "train.pt")
     torch.save(features_of(model, test), folder / "test.pt")
     draw = random.Random(0)
-    texts, pictures = FeatureCollator(processor), FeatureCollator(processor, plain=True, features=features)
-    texts.self_question_ratio = 0.0
+    texts = FeatureCollator(processor, self_question_ratio=0.0)
+    pictures = FeatureCollator(processor, plain=True, features=features)
     yes_no = torch.tensor(processor.tokenizer.convert_tokens_to_ids(["yes", "no"]))
     on_features(model)
     train = Steps(model, sizes.base_steps, 3e-3)
@@ -391,8 +391,9 @@ def train_run(
     rows, features = rows_of(facts, corner), torch.load(base / "train.pt", weights_only=True)
     draw = random.Random(seed)
     rows = draw.sample(rows, pictures)
-    collator = FeatureCollator(processor, self_question_ratio=arm.ratio, seed=seed, features=features)
-    collator.with_marker = arm.with_marker
+    collator = FeatureCollator(
+        processor, self_question_ratio=arm.ratio, seed=seed, features=features, with_marker=arm.with_marker
+    )
     train = Steps(model, steps, sizes.learning_rate)
     cost, order, start = {"answer_tokens": 0, "question_tokens": 0}, [], time.process_time()
     losses = []

@@ -100,7 +100,9 @@ def test_asked_questions_are_checked_against_their_picture(pool):
     asked = [["what color is the large circle?", "what color is the large square?"], ["the the?", "is there a red?"]]
     found = scene_measures.check_questions(asked, scene_list, Bits(scene_list))
     assert found["questions"] == 4 and found["well_formed"] == 0.5
-    assert found["premise_true"] == 0.25 and found["answerable"] == 0.25 and found["bits"] >= 0
+    assert found["premise_true"] == 0.25 and found["answerable"] == 0.25
+    assert found["bits"] == pytest.approx(Bits(scene_list).of_question(parse(asked[0][0])) / 4)
+    assert found["true_elsewhere"] == sum(parse(text).premise_is_true(scene_list[1]) for text in asked[0]) / 4
 
 
 @pytest.fixture(scope="module")
