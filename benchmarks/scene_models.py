@@ -272,7 +272,9 @@ def compose_base(tower: Path, folder: Path, prototype_variant: str):
 
 def on_features(model):
     """The model, with features of the frozen tower as its `pixel_values`."""
-    model.model.get_vision_features = lambda features: features
+    run_tower = model.model.get_vision_features
+    # Batches without a picture run the vision side on a blank image, which has four dimensions.
+    model.model.get_vision_features = lambda inputs: run_tower(inputs) if inputs.ndim == 4 else inputs
     model.model.vision_tower.requires_grad_(False)
     return model
 
