@@ -4,6 +4,7 @@ BIN := $(VENV)/bin
 VLLM := .venv-vllm
 DEEPSPEED := .venv-deepspeed
 PEERS := .venv-peers
+CLIENTS := .venv-clients
 SEED ?= 0
 RUN ?= runs/demo
 
@@ -13,7 +14,7 @@ export TOKENIZERS_PARALLELISM ?= false
 export HF_HUB_DISABLE_TELEMETRY ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-clean test test-fast test-documents test-long test-deepspeed test-peers test-versions test-vllm test-wheel wheel lint bench
+.PHONY: help setup demo demo-clean test test-fast test-documents test-long test-deepspeed test-peers test-clients test-versions test-vllm test-wheel wheel lint bench
 
 help:  ## List the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -62,6 +63,9 @@ test-vllm: $(RUN)/model/config.json setup $(VLLM)/.installed  ## Compare vLLM wi
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.vllm_reference --chatml --output-dir $(RUN)/vllm/chatml
 	OMP_NUM_THREADS=1 $(VLLM)/bin/python -P tests/vllm_checks.py --dir $(RUN)/vllm/chatml
 
+test-clients: $(RUN)/model/config.json setup $(CLIENTS)/.installed  ## Ask the demo's model with openai, langchain-openai and litellm
+	$(CLIENTS)/bin/python tests/client_checks.py --model $(RUN)/model --image $(RUN)/images/test/images/0.png
+
 $(RUN)/model/config.json:
 	@echo "$(RUN)/model does not exist. Run 'make demo' first."; exit 1
 
@@ -93,6 +97,11 @@ $(DEEPSPEED)/.installed: requirements-deepspeed.txt $(VENV)/.installed
 $(VLLM)/.installed: requirements-vllm.txt
 	$(PYTHON) -m venv $(VLLM)
 	$(VLLM)/bin/pip install --quiet --no-deps --requirement requirements-vllm.txt
+	touch $@
+
+$(CLIENTS)/.installed: requirements-clients.txt
+	$(PYTHON) -m venv $(CLIENTS)
+	$(CLIENTS)/bin/pip install --quiet --requirement requirements-clients.txt
 	touch $@
 
 lint: setup  ## Check style, formatting and imports between packages
