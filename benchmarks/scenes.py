@@ -108,6 +108,8 @@ class Budget:
 
 BUDGETS = {"small": Budget(500, 60), "medium": Budget(1500, 150), "large": Budget(4000, 300)}
 MAIN_BUDGET = "small"
+QUICK_SIZES = Sizes(60, 8, 2, tower_steps=2, base_steps=2, batch_size=4, asked_pictures=4)
+QUICK_BUDGET = Budget(20, 2)
 
 
 @dataclass(frozen=True)
@@ -255,8 +257,8 @@ def main(args: list[str] | None = None) -> None:
     arguments = parser.parse_args(args)
     sizes = Sizes()
     if arguments.quick:
-        sizes = Sizes(60, 8, 2, tower_steps=2, base_steps=2, batch_size=4, asked_pictures=4)
-        BUDGETS.update(dict.fromkeys(BUDGETS, Budget(20, 2)))
+        sizes = QUICK_SIZES
+        BUDGETS.update(dict.fromkeys(BUDGETS, QUICK_BUDGET))
         arguments.work, arguments.output_dir = places_of_a_trial(parser, arguments)
     tasks = list_tasks(arguments.work, sizes, arguments.seeds, arguments.budgets, arguments.arms)
     left = [task.name for task in tasks if read_note(task) is None]

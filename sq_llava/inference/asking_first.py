@@ -90,7 +90,7 @@ class OwnTurns:
         context (`int`): Maximum number of tokens in the model's context.
         last_tokens (`int`): Tokens of the user's last turn, which comes after the model's own turns.
         answer_tokens (`int`): Tokens to keep for the answer. At most a quarter of what is left is kept.
-        most (`int`): Maximum length of a turn, in tokens. It is also at most a sixteenth of the context.
+        most (`int`): Maximum length of a turn, in tokens.
     """
 
     context: int
@@ -110,50 +110,66 @@ class OwnTurns:
         room = max(0, self.context - known - self.last_tokens)
         # One turn more than there are, because text that is read again can have more tokens.
         share = (room - min(self.answer_tokens, room // 4)) // (turns_left + 1) - TEMPLATE_TOKENS
-        most = min(self.most, AskSettings.max_new_tokens) if ask else self.most
-        return max(1, min(most, self.context // 16, share))
+        return max(1, min(self.longest(ask), share))
 
-    def fit(self, known: int, turns_left: int) -> bool:
-        """Whether nothing has to be cut short."""
-        turns = (turns_left + 1) * (min(self.most, self.context // 16) + TEMPLATE_TOKENS)
-        return known + turns + self.last_tokens + self.answer_tokens <= self.context
+    def longest(self, ask: bool) -> int:
+        """Maximum length of a turn where there is room enough."""
+        return min(self.most, AskSettings.max_new_tokens) if ask else self.most
+
+
+class _TooLong(Exception):
+    """A text of a batch was cut because the longest conversation left too little room."""
 
 
 def _consider(model, processor, conversations, describe: bool, settings, max_new_tokens, seeds) -> list[Considered]:
+    try:
+        return _consider_together(model, processor, conversations, describe, settings, max_new_tokens, seeds)
+    except _TooLong:
+        # One by one, only the texts of a long conversation are cut short.
+        own_seeds = [None] * len(conversations) if seeds is None else [[seed] for seed in seeds]
+        return [
+            _consider_together(model, processor, [messages], describe, settings, max_new_tokens, seed)[0]
+            for messages, seed in zip(conversations, own_seeds, strict=True)
+        ]
+
+
+def _consider_together(model, processor, conversations, describe, settings, max_new_tokens, seeds):
     votes, turns_left = settings.votes, 2 * settings.self_questions + describe
     starts, lasts = zip(*map(split_last_turn, conversations))
     context = context_length(model)
     last_tokens = max(map(len, token_ids(processor, [[last] for last in lasts])))
     own_turns = OwnTurns(context, last_tokens, max_new_tokens, settings.own_tokens)
     dialogues = Dialogues(model, processor, list(starts))
-
-    def longest(ask: bool = False) -> int:
-        return own_turns.length(known_tokens(), turns_left, ask)
+    asking = AskSettings()
 
     def known_tokens() -> int:
         return max(map(len, token_ids(processor, dialogues.messages)))
 
-    if len(conversations) > 1 and not own_turns.fit(known_tokens(), turns_left):
-        # The longest conversation leaves too little room in the context. Only its own turns may be cut short.
-        own_seeds = [None] * len(conversations) if seeds is None else [[seed] for seed in seeds]
-        return [
-            _consider(model, processor, [messages], describe, settings, max_new_tokens, seed)[0]
-            for messages, seed in zip(conversations, own_seeds, strict=True)
-        ]
+    def add_turn(ask: bool) -> None:
+        length = own_turns.length(known_tokens(), turns_left, ask)
+        if ask:
+            dialogues.ask_next(asking.temperature, asking.top_k, asking.top_p, length)
+        else:
+            dialogues.answer(length)
+        check(length, own_turns.longest(ask))
+
+    def check(length: int, wanted: int) -> None:
+        if len(conversations) > 1 and length < wanted and dialogues.reached_limit:
+            raise _TooLong
+
     if describe:
-        dialogues.answer(longest())
+        add_turn(ask=False)
         turns_left -= 1
     dialogues = dialogues.repeated(votes, seeds)
     begins = [len(messages) for messages in dialogues.messages]
-    asking = AskSettings()
     while turns_left:
-        dialogues.ask_next(asking.temperature, asking.top_k, asking.top_p, longest(ask=True))
-        turns_left -= 1
-        dialogues.answer(longest())
+        add_turn(ask=turns_left % 2 == 0)
         turns_left -= 1
     for number, messages in enumerate(dialogues.messages):
         messages.append(lasts[number // votes])
-    answers = dialogues.answer(max(1, min(max_new_tokens, context - known_tokens())))
+    length = max(1, min(max_new_tokens, context - known_tokens()))
+    answers = dialogues.answer(length)
+    check(length, max_new_tokens)
     pairs = []
     for begin, messages in zip(begins, dialogues.messages):
         own = messages[begin:-2]

@@ -49,7 +49,7 @@ class SelfQuestioning:
         ),
     ] = 1
 
-    # Maximum length of each of the model's own turns, in tokens. In a short context, it is a sixteenth of the context.
+    # Maximum length of each of the model's own turns, in tokens.
     own_tokens: int = 256
 
     def __post_init__(self):
