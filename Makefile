@@ -5,6 +5,7 @@ VLLM := .venv-vllm
 DEEPSPEED := .venv-deepspeed
 PEERS := .venv-peers
 CLIENTS := .venv-clients
+UV := uv==0.13.9
 SEED ?= 0
 RUN ?= runs/demo
 
@@ -21,11 +22,12 @@ help:  ## List the targets
 
 setup: $(VENV)/.installed  ## Create .venv with the pinned packages
 
+# uv installs four times as fast as pip. Where it does not reach the package registry that pip is set to, pip is used.
 $(VENV)/.installed: requirements.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --no-compile --requirement requirements.txt
-	# pip would compile the files one after another. Some packages contain templates that cannot be compiled.
-	$(BIN)/python -m compileall -q -q -j 0 $(VENV)/lib || true
+	$(BIN)/pip install --quiet $(UV)
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --requirement requirements.txt || \
+		$(BIN)/pip install --quiet --no-compile --requirement requirements.txt
 	$(BIN)/pip install --quiet --no-deps --editable .
 	touch $@
 
