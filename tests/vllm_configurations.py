@@ -35,7 +35,7 @@ from tests import chat_tokenizers, tiny
 # vLLM's attention needs heads of at least 32 channels on a CPU.
 SIZES = {"hidden_size": 128, "intermediate_size": 192}
 HEADS = {"head_dim": 32}
-# Shorter than all prompts.
+# Shorter than prompts with their answers.
 WINDOW = {"sliding_window": 24}
 # With larger weights, a Gemma would repeat one token. The caps lie within the range of the scores.
 GEMMA = {**HEADS, **WINDOW, "initializer_range": 0.02, "query_pre_attn_scalar": 1}
@@ -119,8 +119,8 @@ CROP = {"processor_kwargs": {"image_aspect_ratio": "crop"}}
 MINIGPT4 = {"processor_kwargs": {"prompt_layout": "minigpt4"}, "projector_type": "linear"}
 CONFIGURATIONS = [
     Configuration(
-        "llama", "CLIP, Llama, Vicuna's prompts, the paper's prototypes", tiny.save_clip, tiny.llama_tokenizer,
-        LlamaConfig, {"vocab_size": 453},
+        "llama", "CLIP, Llama, Vicuna's prompts, the paper's prototypes",
+        tiny.save_clip, tiny.llama_tokenizer, LlamaConfig,
     ),
     Configuration(
         "llama3", "CLIP, Llama 3 with tied embeddings and biases, its prompts, released prototypes, cropped images",

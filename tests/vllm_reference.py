@@ -105,11 +105,15 @@ def require_sight(assistant: Assistant, images: list[str]) -> None:
 def write_requests(folder: Path, images: list[str], **about) -> None:
     """Writes `folder/requests.json` for the checkpoint `folder/model`; `about` has more fields."""
     assistant = load(str(folder / "model"), device="cpu", dtype="float32")
-    assistant.model.generation_config.eos_token_id = None
+    generation_config = assistant.model.generation_config
+    generation_config.eos_token_id = None
+    # The last rows of a vocabulary have no token. vLLM fails if it returns the log-probability of such an id.
+    vocabulary = range(assistant.model.config.text_config.vocab_size)
+    generation_config.suppress_tokens += vocabulary[len(assistant.processor.tokenizer) :]
     require_sight(assistant, images)
     document = {
         "transformers": transformers.__version__,
-        "suppressed": assistant.model.generation_config.suppress_tokens,
+        "suppressed": generation_config.suppress_tokens,
         **about,
         "requests": [generate(assistant, request) for request in conversations(images)],
     }
