@@ -119,11 +119,11 @@ CROP = {"processor_kwargs": {"image_aspect_ratio": "crop"}}
 MINIGPT4 = {"processor_kwargs": {"prompt_layout": "minigpt4"}, "projector_type": "linear"}
 CONFIGURATIONS = [
     Configuration(
-        "llama", "CLIP, Llama, Vicuna's prompts, the paper's prototypes",
+        "llama", "CLIP, Llama, Vicuna's layout, the paper's prototypes",
         tiny.save_clip, tiny.llama_tokenizer, LlamaConfig,
     ),
     Configuration(
-        "llama3", "CLIP, Llama 3 with tied embeddings and biases, its prompts, released prototypes, cropped images",
+        "llama3", "CLIP, Llama 3 with tied embeddings and biases, its layout, released prototypes, cropped images",
         tiny.save_clip, chat_tokenizers.llama31, LlamaConfig,
         {"tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True},
         {"prototype_variant": "released", **CROP},
@@ -137,20 +137,20 @@ CONFIGURATIONS = [
         tiny.save_clip, chat_tokenizers.qwen3, Qwen3Config, {**HEADS, "tie_word_embeddings": True}, is_served=True,
     ),
     Configuration(
-        "mistral", "SigLIP 2, Mistral with a sliding window, its prompts, the paper's prototypes", save_siglip2,
+        "mistral", "SigLIP 2, Mistral with a sliding window, its layout, the paper's prototypes", save_siglip2,
         chat_tokenizers.mistral, MistralConfig, WINDOW,
     ),
     Configuration(
-        "gemma2", "SigLIP, Gemma 2, its prompts, the released prototypes", save_siglip, chat_tokenizers.gemma,
+        "gemma2", "SigLIP, Gemma 2, its layout, the released prototypes", save_siglip, chat_tokenizers.gemma,
         Gemma2Config, GEMMA | CAPS, {"prototype_variant": "released"},
     ),
     Configuration(
-        "gemma3", "SigLIP 2, Gemma 3, its prompts, the paper's prototypes, cropped images", save_siglip2,
+        "gemma3", "SigLIP 2, Gemma 3, its layout, the paper's prototypes, cropped images", save_siglip2,
         chat_tokenizers.gemma, Gemma3TextConfig,
         GEMMA | {"layer_types": ["sliding_attention", "full_attention"]}, CROP,
     ),
     Configuration(
-        "phi3", "CLIP, Phi-3, Vicuna's prompts, no prototypes, a linear projector (LLaVA)", tiny.save_clip,
+        "phi3", "CLIP, Phi-3, Vicuna's layout, no prototypes, a linear projector (LLaVA)", tiny.save_clip,
         tiny.llama_tokenizer, Phi3Config, settings={"prototype_variant": "none", "projector_type": "linear"},
     ),
     Configuration(
@@ -158,20 +158,20 @@ CONFIGURATIONS = [
         chat_tokenizers.smollm3, SmolLM3Config, {"no_rope_layers": [1, 0]},
     ),
     Configuration(
-        "olmo2", "CLIP, OLMo 2, Vicuna's prompts, no prototypes, cropped images", tiny.save_clip,
+        "olmo2", "CLIP, OLMo 2, Vicuna's layout, no prototypes, cropped images", tiny.save_clip,
         tiny.byte_level_tokenizer, Olmo2Config, settings={"prototype_variant": "none", **CROP},
     ),
     Configuration(
-        "gpt_neox", "CLIP with its CLS token and its last layer, GPT-NeoX, Vicuna's prompts, the released prototypes",
+        "gpt_neox", "CLIP with its CLS token and its last layer, GPT-NeoX, Vicuna's layout, the released prototypes",
         tiny.save_clip, tiny.byte_level_tokenizer, GPTNeoXConfig, {"num_key_value_heads": 4},
         {"prototype_variant": "released", "vision_feature_select_strategy": "full", "vision_feature_layer": -1},
     ),
     Configuration(
-        "merged_lora", "SigLIP, Llama, Vicuna's prompts, the paper's prototypes, a merged LoRA on both towers",
+        "merged_lora", "SigLIP, Llama, Vicuna's layout, the paper's prototypes, a merged LoRA on both towers",
         save_siglip, tiny.llama_tokenizer, LlamaConfig, has_lora=True,
     ),
     Configuration(
-        "minigpt4", "BLIP-2's vision tower and Q-Former, Llama, a linear projector (MiniGPT-4), its prompts",
+        "minigpt4", "BLIP-2's vision tower and Q-Former, Llama, a linear projector (MiniGPT-4), its layout",
         tiny.save_blip2, tiny.llama_tokenizer, LlamaConfig, settings={"prototype_variant": "none", **MINIGPT4},
     ),
 ]  # fmt: skip
