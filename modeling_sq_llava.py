@@ -155,18 +155,18 @@ class SQLlavaPaperPrototypeExtractor(nn.Module):
             The shares of a token add up to 1.
         """
         with torch.autocast(features.device.type, enabled=False):
-            return self._cluster(_at_least_float32(features))[1]
+            return self._cluster(_at_least_float32(features))[1].exp()
 
     def _cluster(self, tokens_BND: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         keys_BND, values_BND = self.k(tokens_BND), self.v(tokens_BND)
         prototypes = self.prototypes.to(tokens_BND.dtype)  # [K, D]; after the first iteration [B, K, D]
         for _ in range(self.num_iterations):
             queries = self.q(prototypes) * tokens_BND.shape[-1] ** -0.5
-            assignment_BKN = (queries @ keys_BND.mT).softmax(dim=1)
-            mass_BK1 = assignment_BKN.sum(dim=-1, keepdim=True)
-            tiny = torch.finfo(mass_BK1.dtype).tiny
-            prototypes = (assignment_BKN @ values_BND) / mass_BK1.clamp_min(tiny)
-        return prototypes, assignment_BKN
+            log_assignment_BKN = (queries @ keys_BND.mT).log_softmax(dim=1)
+            # The softmax over the tokens divides by the mass. The mass of a prototype far from all tokens is too small
+            # for a float: a division by it would give gradients that are not finite.
+            prototypes = log_assignment_BKN.softmax(dim=-1) @ values_BND
+        return prototypes, log_assignment_BKN
 
 
 class SQLlavaReleasedPrototypeExtractor(nn.Module):

@@ -324,13 +324,16 @@ def summarize(runs: list[dict]) -> list[dict]:
     return tables
 
 
+def plain_points(value: dict) -> str:
+    """A difference in percentage points with its interval."""
+    half = value["half_width"]
+    return f"{100 * value['mean']:+.1f}" + ("" if half is None else f" ± {100 * half:.1f}")
+
+
 def points(value: dict) -> str:
-    """A difference in percentage points with its interval. It is bold if the interval does not include 0."""
-    mean, half = 100 * value["mean"], value["half_width"]
-    if half is None:
-        return f"{mean:+.1f}"
-    text = f"{mean:+.1f} ± {100 * half:.1f}"
-    return f"**{text}**" if abs(value["mean"]) > half else text
+    """[`plain_points`], bold if the interval does not include 0."""
+    half = value["half_width"]
+    return f"**{plain_points(value)}**" if half is not None and abs(value["mean"]) > half else plain_points(value)
 
 
 def table_of(budget: dict) -> str:
@@ -376,6 +379,18 @@ def to_markdown(report: dict) -> str:
     return text(*blocks, "![Accuracy minus LLaVA's, within a seed](ablation.png)")
 
 
+def draw_differences(axis, rows: list[tuple[list[float], dict]], labels: list[str]) -> None:
+    """Draws differences in percentage points: a dot for each seed, the mean with its interval."""
+    for place, (values, value) in enumerate(rows):
+        axis.plot([100 * each for each in values], [place] * len(values), "o", color="0.65", markersize=4)
+        half = 100 * (value["half_width"] or 0)
+        axis.errorbar(100 * value["mean"], place, xerr=half, fmt="D", color="tab:blue", capsize=4)
+    axis.axvline(0, color="black", linewidth=0.8)
+    axis.set_yticks(range(len(rows)), labels)
+    axis.set_ylim(max(len(rows), 1) - 0.5, -0.5)
+    axis.grid(axis="x", alpha=0.3)
+
+
 def draw(report: dict, file: Path) -> None:
     """Draws the differences to LLaVA: a panel for each budget, a dot for each seed, the means with intervals."""
     tables = report["tables"]
@@ -383,20 +398,14 @@ def draw(report: dict, file: Path) -> None:
     for axis, budget in zip(axes[0], tables):
         baseline = next(row["accuracies"] for row in budget["rows"] if row["setting"] == "baseline")
         rows = [row for row in budget["rows"] if "baseline" in row["differences"]]
-        for place, row in enumerate(rows):
-            dots = [100 * (own - other) for own, other in zip(row["accuracies"], baseline)]
-            value = row["differences"]["baseline"]
-            axis.plot(dots, [place] * len(dots), "o", color="0.65", markersize=4)
-            axis.errorbar(
-                100 * value["mean"], place, xerr=100 * (value["half_width"] or 0), fmt="D", color="tab:blue", capsize=4
-            )
-        axis.axvline(0, color="black", linewidth=0.8)
         labels = [SETTINGS[row["setting"]].label.replace("), ", "),\n") for row in rows]
-        axis.set_yticks(range(len(rows)), labels if axis is axes[0, 0] else [])
-        axis.set_ylim(len(rows) - 0.5, -0.5)
+        differences = [
+            ([own - other for own, other in zip(row["accuracies"], baseline)], row["differences"]["baseline"])
+            for row in rows
+        ]
+        draw_differences(axis, differences, labels if axis is axes[0, 0] else [])
         title = f"{budget['budget']} steps (LLaVA {statistics.fmean(baseline):.1%}, {len(baseline)} seeds)"
         axis.set(title=title, xlabel="accuracy minus LLaVA's, percentage points")
-        axis.grid(axis="x", alpha=0.3)
     figure.tight_layout()
     figure.savefig(file, dpi=110)
     plt.close(figure)
@@ -428,10 +437,13 @@ def write_report(work: Path, tasks: list[Task], output_dir: Path) -> None:
     print(markdown)
 
 
-def make_parser(doc: str, base: str, work: str, seeds: list[int]) -> argparse.ArgumentParser:
-    """The options of benchmarks that consist of many runs. `base` says what the folder `--base` must contain."""
+def make_parser(doc: str, base: str | None, work: str, seeds: list[int]) -> argparse.ArgumentParser:
+    """The options of benchmarks that consist of many runs. `base` says what `--base` must contain; `None`: no base."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--base", type=Path, default=Path("runs/demo"), help=f"Folder of `make demo`, with {base}.")
+    if base is not None:
+        parser.add_argument(
+            "--base", type=Path, default=Path("runs/demo"), help=f"Folder of `make demo`, with {base}."
+        )
     parser.add_argument("--work", type=Path, default=Path(work), help="Folder for the finished runs.")
     parser.add_argument("--output-dir", type=Path, default=RESULTS, help="Folder for the report.")
     parser.add_argument("--seeds", type=int, nargs="+", default=seeds, help="Random seeds, at most 20.")
@@ -439,6 +451,14 @@ def make_parser(doc: str, base: str, work: str, seeds: list[int]) -> argparse.Ar
     parser.add_argument("--quick", action="store_true", help="Few steps and questions, to see that it works.")
     parser.add_argument("--plan", action="store_true", help="Only show what is missing.")
     return parser
+
+
+def places_of_a_trial(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> tuple[Path, Path]:
+    """`--work` and `--output-dir` of a run with `--quick`: it must not replace measured results, or mix with them."""
+    work, output_dir = arguments.work, arguments.output_dir
+    if work == parser.get_default("work"):
+        work = work.with_name(f"{work.name}-quick")
+    return work, work if output_dir == RESULTS else output_dir
 
 
 def require_base(base: Path, *parts: str) -> None:
@@ -456,6 +476,7 @@ def main(args: list[str] | None = None) -> None:
     scale = Scale(str(args.base))
     if args.quick:
         scale = Scale(str(args.base), stage1_steps=2, test_stride=200, num_images=2)
+        args.work, args.output_dir = places_of_a_trial(parser, args)
     tasks = list_tasks(args.work, scale, args.seeds, args.budgets, args.settings)
     if not args.report:
         print(plan(tasks, args.jobs))

@@ -210,13 +210,18 @@ def model_flops(model: PeftModel, rows: list[dict]) -> float:
     vision, text = config.vision_config, config.text_config
     lengths = [len(row["input_ids"]) for row in rows]
     images, patches = num_images(rows), config.image_seq_length
+    # A row whose image an earlier row has shares the prefix of that row: the first token and the image.
+    seen, shared = set(), []
+    for row in rows:
+        shared.append(patches + 1 if row["image"] in seen else 0)
+        seen |= {row["image"]} - {None}
     used = tuple(f".layers.{number}." for number in range(config.num_vision_layers_used))
     total = 0.0
     for name, weight in model.named_parameters():
         if ".original_module." in name or weight.ndim != 2 or "embed" in name:
             continue
         if ".language_model." in name:
-            tokens = sum(lengths)
+            tokens = sum(lengths) - sum(shared)
         elif "lm_head" in name:
             tokens = num_labels(rows)
         elif ".vision_tower." in name:
@@ -224,7 +229,8 @@ def model_flops(model: PeftModel, rows: list[dict]) -> float:
         else:
             tokens = images * patches  # approximately: the q of the extractor runs on prototypes
         total += (6 if weight.requires_grad else 4) * weight.numel() * tokens
-    total += 6 * text.num_hidden_layers * text.hidden_size * sum(length**2 for length in lengths)
+    pairs = sum(length**2 - prefix**2 for length, prefix in zip(lengths, shared))
+    total += 6 * text.num_hidden_layers * text.hidden_size * pairs
     total += 12 * len(used) * vision.hidden_size * images * (patches + 1) ** 2
     products = 4 * (config.num_prototype_iterations + 1) * config.num_prototypes * patches * vision.hidden_size
     return total + 3 * products * images

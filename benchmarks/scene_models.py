@@ -272,7 +272,9 @@ def compose_base(tower: Path, folder: Path, prototype_variant: str):
 
 def on_features(model):
     """The model, with features of the frozen tower as its `pixel_values`."""
-    model.model.get_vision_features = lambda features: features
+    run_tower = model.model.get_vision_features
+    # Batches without a picture run the vision side on a blank image, which has four dimensions.
+    model.model.get_vision_features = lambda inputs: run_tower(inputs) if inputs.ndim == 4 else inputs
     model.model.vision_tower.requires_grad_(False)
     return model
 
@@ -298,8 +300,8 @@ def train_base(
     torch.save(features, folder / "train.pt")
     torch.save(features_of(model, test), folder / "test.pt")
     draw = random.Random(0)
-    texts, pictures = FeatureCollator(processor), FeatureCollator(processor, plain=True, features=features)
-    texts.self_question_ratio = 0.0
+    texts = FeatureCollator(processor, self_question_ratio=0.0)
+    pictures = FeatureCollator(processor, plain=True, features=features)
     yes_no = torch.tensor(processor.tokenizer.convert_tokens_to_ids(["yes", "no"]))
     on_features(model)
     train = Steps(model, sizes.base_steps, 3e-3)
@@ -391,8 +393,9 @@ def train_run(
     rows, features = rows_of(facts, corner), torch.load(base / "train.pt", weights_only=True)
     draw = random.Random(seed)
     rows = draw.sample(rows, pictures)
-    collator = FeatureCollator(processor, self_question_ratio=arm.ratio, seed=seed, features=features)
-    collator.with_marker = arm.with_marker
+    collator = FeatureCollator(
+        processor, self_question_ratio=arm.ratio, seed=seed, features=features, with_marker=arm.with_marker
+    )
     train = Steps(model, steps, sizes.learning_rate)
     cost, order, start = {"answer_tokens": 0, "question_tokens": 0}, [], time.process_time()
     losses = []

@@ -3,15 +3,14 @@
 This module is not a benchmark.
 """
 
-import json
 import statistics
 from pathlib import Path
 
 import matplotlib
 import torch
 
-from benchmarks.ablation import interval, points
-from benchmarks.common import document, table, text, write
+from benchmarks.ablation import draw_differences, interval, plain_points
+from benchmarks.common import table, text
 from benchmarks.scene_world import CORNERS, Bits, Scene, parse, write_scene
 
 
@@ -71,8 +70,8 @@ def summarize(runs: list[dict], arms: list[str], first_arms: tuple[str, ...]) ->
                 cell = _cell(found, budget, corner, arm, first_arms)
                 if cell is not None:
                     cells.append(cell)
-    tested = [difference for cell in cells for difference in cell["minus"].values() if difference["p"] is not None]
-    for difference, p in zip(tested, holm([difference["p"] for difference in tested])):
+    found = [difference for cell in cells for difference in cell["minus"].values() if difference["p"] is not None]
+    for difference, p in zip(found, holm([difference["p"] for difference in found])):
         difference["holm"] = p
     return cells
 
@@ -94,7 +93,7 @@ def _cell(found: dict, budget: str, corner: tuple[str, str], arm: str, first_arm
     cell["accuracies"] = values(arm, "accuracy")
     for other in others:
         differences = [mine - theirs for mine, theirs in zip(cell["accuracies"], values(other, "accuracy"))]
-        cell["minus"][other] = interval(differences) | {"values": differences, "p": p_value(differences), "holm": None}
+        cell["minus"][other] = tested(differences) | {"holm": None}
     for outcome in OUTCOMES:
         cell[outcome] = interval([a - b for a, b in zip(values(arm, outcome), values("baseline", outcome))])
         cell[outcome]["own"] = statistics.fmean(values(arm, outcome))
@@ -107,33 +106,37 @@ def _cell(found: dict, budget: str, corner: tuple[str, str], arm: str, first_arm
     return cell
 
 
-def the_rule(cells: list[dict], budget: str) -> dict | None:
-    """Hypothesis 1: the effect of `sq-1` where questions tell much and answers little, minus where it is reversed."""
+def tested(values: list[float]) -> dict:
+    """The mean of paired differences with its interval and its p-value."""
+    return interval(values) | {"values": values, "p": p_value(values)}
+
+
+def contrast(cells: list[dict], budget: str, signs: dict[tuple[str, str], float]) -> dict | None:
+    """The sum of the effects of `sq-1` in these corners, with these signs, over the seeds that all of them have."""
     effects = {
         tuple(cell["corner"]): dict(zip(cell["seeds"], cell["minus"]["baseline"]["values"]))
         for cell in cells
         if cell["arm"] == "sq-1" and cell["budget"] == budget
     }
-    ends = [effects.get(corner, {}) for corner in (("referring", "yes/no"), ("generic", "open"))]
-    seeds = sorted(set(ends[0]) & set(ends[1]))
+    seeds = sorted(set.intersection(*(set(effects.get(corner, ())) for corner in signs)))
     if len(seeds) < 2:
         return None
-    differences = [ends[0][seed] - ends[1][seed] for seed in seeds]
-    return interval(differences) | {"values": differences, "p": p_value(differences), "seeds": seeds}
+    values = [sum(sign * effects[corner][seed] for corner, sign in signs.items()) for seed in seeds]
+    return tested(values) | {"seeds": seeds}
+
+
+def the_rule(cells: list[dict], budget: str) -> dict | None:
+    """Hypothesis 1: the effect of `sq-1` where questions tell much and answers little, minus where it is reversed."""
+    return contrast(cells, budget, {("referring", "yes/no"): 1, ("generic", "open"): -1})
 
 
 def knob_effects(cells: list[dict], budget: str) -> dict[str, dict]:
     """How the effect of `sq-1` changes with each knob, over both positions of the other. Not planned beforehand."""
-    found = [cell for cell in cells if cell["arm"] == "sq-1" and cell["budget"] == budget]
-    effects = {tuple(cell["corner"]): dict(zip(cell["seeds"], cell["minus"]["baseline"]["values"])) for cell in found}
-    seeds = sorted(set.intersection(*map(set, effects.values()))) if len(effects) == len(CORNERS) else []
-    if len(seeds) < 2:
-        return {}
     changes = {}
     for place, (name, value) in enumerate((("referring minus generic", "referring"), ("yes/no minus open", "yes/no"))):
         signs = {corner: 0.5 if corner[place] == value else -0.5 for corner in CORNERS}
-        values = [sum(sign * effects[corner][seed] for corner, sign in signs.items()) for seed in seeds]
-        changes[name] = interval(values) | {"p": p_value(values)}
+        if (change := contrast(cells, budget, signs)) is not None:
+            changes[name] = change
     return changes
 
 
@@ -166,7 +169,7 @@ def examples_of(runs: list[dict], scenes: list[Scene], of_each: int = 3) -> list
 
 def _points(difference: dict) -> str:
     """A difference of accuracies; bold if its corrected p-value is below 0.05."""
-    plain = points(difference).strip("*")
+    plain = plain_points(difference)
     return f"**{plain}**" if difference["holm"] is not None and difference["holm"] < 0.05 else plain
 
 
@@ -192,7 +195,7 @@ def outcome_table(cells: list[dict], labels: dict[str, str]) -> str:
     for cell in cells:
         row = [corner_name(cell["corner"]), labels[cell["arm"]]]
         for name in OUTCOMES:
-            beside = f" ({points(cell[name]).strip('*')})" if cell["arm"] != "baseline" else ""
+            beside = f" ({plain_points(cell[name])})" if cell["arm"] != "baseline" else ""
             row.append(f"{cell[name]['own']:.1%}{beside}")
         rows.append([*row, *(f"{value:.1%}" for value in cell["kinds"].values())])
     return table(["corner", "arm", *OUTCOMES.values(), *cells[0]["kinds"]], rows, left=2)
@@ -230,13 +233,13 @@ def to_markdown(report: dict) -> str:
     if rule is not None:
         blocks.append(
             "The rule (hypothesis 1): the effect of self-questions in the corner (referring, yes/no), minus that in "
-            f"the corner (generic, open): {points(rule).strip('*')} points, p = {_p(rule['p'])} (not corrected), "
+            f"the corner (generic, open): {plain_points(rule)} points, p = {_p(rule['p'])} (not corrected), "
             f"{len(rule['seeds'])} seeds."
         )
     for name, change in report["knob_effects"].items():
         blocks.append(
             f"Looked at after the runs: the same effect, {name}, over both positions of the other knob: "
-            f"{points(change).strip('*')} points, p = {_p(change['p'])} (not corrected)."
+            f"{plain_points(change)} points, p = {_p(change['p'])} (not corrected)."
         )
     for budget in dict.fromkeys(cell["budget"] for cell in cells):
         own = [cell for cell in cells if cell["budget"] == budget]
@@ -270,67 +273,17 @@ def draw(report: dict, file: Path) -> None:
             cell for cell in report["cells"]
             if tuple(cell["corner"]) == corner and cell["budget"] == report["main_budget"] and cell["minus"]
         ]  # fmt: skip
-        for place, cell in enumerate(cells):
-            value = cell["minus"]["baseline"]
-            axis.plot([100 * each for each in value["values"]], [place] * len(value["values"]), "o", color="0.65")
-            half = 100 * (value["half_width"] or 0)
-            axis.errorbar(100 * value["mean"], place, xerr=half, fmt="D", color="tab:blue", capsize=4)
-        axis.axvline(0, color="black", linewidth=0.8)
-        axis.set_yticks(range(len(cells)), [report["labels"][cell["arm"]].replace(", ", ",\n") for cell in cells])
-        axis.set_ylim(max(len(cells), 1) - 0.5, -0.5)
+        minus = [cell["minus"]["baseline"] for cell in cells]
+        names = [report["labels"][cell["arm"]].replace(", ", ",\n") for cell in cells]
+        draw_differences(axis, [(value["values"], value) for value in minus], names)
         bits = next(k for k in report["knobs"] if tuple(k["corner"]) == corner)
         axis.set_title(
             f"{corner[0]} questions ({bits['question_bits']:.1f} bits)\n{corner[1]} answers "
             f"({bits['answer_bits']:.1f} bits)",
             fontsize=10,
         )
-        axis.grid(axis="x", alpha=0.3)
     for axis in axes[1]:
         axis.set_xlabel("accuracy minus LLaVA's, percentage points")
     figure.tight_layout()
     figure.savefig(file, dpi=110)
     plt.close(figure)
-
-
-def write_report(
-    work: Path,
-    tasks: list,
-    output_dir: Path,
-    arms: dict,
-    first_arms: tuple,
-    main_budget: str,
-    budgets: dict,
-    read_test,
-) -> None:
-    """Writes the report of the finished runs among `tasks`, and says how many are missing."""
-    runs = [json.loads(task.note.read_text()) for task in tasks if task.note.is_file()]
-    cells = summarize(runs, list(arms), first_arms)
-    if not cells:
-        print("No report yet: no cell is finished for two seeds.")
-        return
-    scenes, facts = read_test(work, tasks[0].sizes)
-    report = {
-        "command": COMMAND,
-        "torch": torch.__version__,
-        "finished": len(runs),
-        "missing": [task.name for task in tasks if not task.note.is_file()],
-        "main_budget": main_budget,
-        "budgets": {name: {"pictures": each.pictures, "steps": each.steps} for name, each in budgets.items()},
-        "labels": {name: arm.label for name, arm in arms.items()},
-        "things_recognised": json.loads((work / "tower.json").read_text())["things_recognised"],
-        "knobs": knobs(scenes, facts),
-        "rule": the_rule(cells, main_budget),
-        "knob_effects": knob_effects(cells, main_budget),
-        "cells": cells,
-        "examples": examples_of(runs, scenes),
-        "runs": [_short(run) for run in runs],
-    }
-    markdown = document(report, to_markdown)
-    print(markdown)
-    write(output_dir, "scenes", report, markdown)
-    draw(report, output_dir / "scenes.png")
-
-
-def _short(run: dict) -> dict:
-    asked = {name: value for name, value in run.get("asked", {}).items() if name != "examples"}
-    return {name: value for name, value in run.items() if name not in ("asked", "sizes", "label")} | {"asked": asked}

@@ -60,9 +60,7 @@ baseline reaches 69% in this corner after 50 steps and 70% after 100; chance is 
 one: it lies between chance and what can be reached, and most seeds fit into the machine time.
 """
 
-import argparse
 import json
-import os
 import time
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
@@ -71,8 +69,8 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.ablation import Task, read_note
-from benchmarks.common import RESULTS
+from benchmarks.ablation import Task, make_parser, places_of_a_trial, read_note
+from benchmarks.common import document, write
 from benchmarks.scene_measures import measure_answers, measure_questions
 from benchmarks.scene_models import (
     TURNS,
@@ -84,9 +82,10 @@ from benchmarks.scene_models import (
     train_run,
     train_tower,
 )  # fmt: skip
-from benchmarks.scene_report import to_markdown, write_report
+from benchmarks.scene_report import COMMAND, draw, examples_of, knob_effects, knobs, summarize, the_rule, to_markdown
 from benchmarks.scene_world import COMBINATIONS, CORNERS, Bits, from_json, to_json
 from demo.processes import end_with_parent, training_context
+from sq_llava.output import write_json, write_text
 
 
 __all__ = ["to_markdown"]
@@ -109,6 +108,8 @@ class Budget:
 
 BUDGETS = {"small": Budget(500, 60), "medium": Budget(1500, 150), "large": Budget(4000, 300)}
 MAIN_BUDGET = "small"
+QUICK_SIZES = Sizes(60, 8, 2, tower_steps=2, base_steps=2, batch_size=4, asked_pictures=4)
+QUICK_BUDGET = Budget(20, 2)
 
 
 @dataclass(frozen=True)
@@ -134,9 +135,10 @@ class Run(Task):
     def run(self) -> dict:
         start, arm, budget = time.process_time(), ARMS[self.arm], BUDGETS[self.budget]
         base = self.work / f"base-{arm.prototype_variant}"
-        scenes, facts, bits = train_data(self.work, self.sizes)
-        size = min(budget.pictures, len(scenes))
-        model, processor, result = train_run(base, arm, self.corner, size, budget.steps, self.seed, self.sizes, facts)
+        _, facts, bits = train_data(self.work, self.sizes)
+        model, processor, result = train_run(
+            base, arm, self.corner, budget.pictures, budget.steps, self.seed, self.sizes, facts
+        )
         test, test_facts = test_data(self.work, self.sizes)
         features = torch.load(base / "test.pt", weights_only=True)
         result |= measure_answers(model, processor, self.corner, test, test_facts, features)
@@ -161,9 +163,7 @@ def test_data(work: Path, sizes: Sizes):
 def drawn_once(file: Path, draw):
     """Reads what an earlier run has drawn, because drawing takes a minute."""
     if not file.is_file():
-        part = file.with_suffix(f".{os.getpid()}")
-        part.write_text(to_json(*draw()))
-        part.rename(file)
+        write_text(file, to_json(*draw()))
     return from_json(file.read_text())
 
 
@@ -173,7 +173,7 @@ def make_bases(work: Path, sizes: Sizes, variants: list[str]) -> None:
     note = work / "tower.json"
     if not note.is_file():
         accuracy = train_tower(sizes, work / "tower")
-        note.write_text(json.dumps({"things_recognised": accuracy}) + "\n")
+        write_json(note, {"things_recognised": accuracy})
         print(f"The vision tower recognises {accuracy:.1%} of the things in test pictures", flush=True)
     for variant in variants:
         note = work / f"base-{variant}.json"
@@ -181,7 +181,7 @@ def make_bases(work: Path, sizes: Sizes, variants: list[str]) -> None:
             scenes, facts, _ = train_data(work, sizes)
             test, _ = test_data(work, sizes)
             losses = train_base(sizes, work / "tower", work / f"base-{variant}", variant, scenes, facts, test)
-            note.write_text(json.dumps({"losses": losses}) + "\n")
+            write_json(note, {"losses": losses})
             print(f"Base model with prototypes {variant}: {losses}", flush=True)
 
 
@@ -202,9 +202,7 @@ def run_task(task: Run) -> str:
     """Runs a task and writes its note. A note is complete or not there."""
     torch.set_num_threads(1)
     task.note.parent.mkdir(parents=True, exist_ok=True)
-    part = task.note.with_suffix(".part")
-    part.write_text(json.dumps(task.facts | task.run(), indent=1, default=float) + "\n")
-    part.rename(task.note)
+    write_json(task.note, task.facts | task.run())
     return task.name
 
 
@@ -216,22 +214,52 @@ def run_all(tasks: list[Run], jobs: int) -> None:
             print(f"{time.strftime('%H:%M:%S')} {name}: {number} of {len(waiting)}", flush=True)
 
 
+def write_report(work: Path, tasks: list[Run], output_dir: Path) -> None:
+    """Writes the report of the finished runs among `tasks`, and says how many are missing."""
+    runs = [json.loads(task.note.read_text()) for task in tasks if task.note.is_file()]
+    cells = summarize(runs, list(ARMS), FIRST_ARMS)
+    if not cells:
+        print("No report yet: no cell is finished for two seeds.")
+        return
+    scenes, facts = test_data(work, tasks[0].sizes)
+    report = {
+        "command": COMMAND,
+        "torch": torch.__version__,
+        "finished": len(runs),
+        "missing": [task.name for task in tasks if not task.note.is_file()],
+        "main_budget": MAIN_BUDGET,
+        "budgets": {name: asdict(budget) for name, budget in BUDGETS.items()},
+        "labels": {name: arm.label for name, arm in ARMS.items()},
+        "things_recognised": json.loads((work / "tower.json").read_text())["things_recognised"],
+        "knobs": knobs(scenes, facts),
+        "rule": the_rule(cells, MAIN_BUDGET),
+        "knob_effects": knob_effects(cells, MAIN_BUDGET),
+        "cells": cells,
+        "examples": examples_of(runs, scenes),
+        "runs": [_short(run) for run in runs],
+    }
+    markdown = document(report, to_markdown)
+    print(markdown)
+    write(output_dir, "scenes", report, markdown)
+    draw(report, output_dir / "scenes.png")
+
+
+def _short(run: dict) -> dict:
+    asked = {name: value for name, value in run.get("asked", {}).items() if name != "examples"}
+    return {name: value for name, value in run.items() if name not in ("asked", "sizes", "label")} | {"asked": asked}
+
+
 def main(args: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=Path, default=Path("runs/scenes"), help="Folder for models and finished runs.")
-    parser.add_argument("--output-dir", type=Path, default=RESULTS, help="Folder for the report.")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4], help="Random seeds, at most 20.")
+    parser = make_parser(__doc__, None, "runs/scenes", [0, 1, 2, 3, 4])
     parser.add_argument("--budgets", nargs="+", choices=BUDGETS, default=list(BUDGETS), help="Budgets to run.")
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), help="Arms to compare.")
-    parser.add_argument("--jobs", type=int, default=2, help="Number of runs at a time, with one thread each.")
-    parser.add_argument("--quick", action="store_true", help="Tiny sizes, to see that it works.")
-    parser.add_argument("--plan", action="store_true", help="Only show what is missing.")
     parser.add_argument("--report", action="store_true", help="Only write the report of the finished runs.")
     arguments = parser.parse_args(args)
     sizes = Sizes()
     if arguments.quick:
-        sizes = Sizes(60, 8, 2, tower_steps=2, base_steps=2, batch_size=4, asked_pictures=4)
-        BUDGETS.update(dict.fromkeys(BUDGETS, Budget(20, 2)))
+        sizes = QUICK_SIZES
+        BUDGETS.update(dict.fromkeys(BUDGETS, QUICK_BUDGET))
+        arguments.work, arguments.output_dir = places_of_a_trial(parser, arguments)
     tasks = list_tasks(arguments.work, sizes, arguments.seeds, arguments.budgets, arguments.arms)
     left = [task.name for task in tasks if read_note(task) is None]
     print(f"{len(left)} of {len(tasks)} to run" + (f": {', '.join(left)}" if arguments.plan else ""), flush=True)
@@ -241,7 +269,7 @@ def main(args: list[str] | None = None) -> None:
         arguments.work.mkdir(parents=True, exist_ok=True)
         make_bases(arguments.work, sizes, sorted({ARMS[arm].prototype_variant for arm in arguments.arms}))
         run_all(tasks, arguments.jobs)
-    write_report(arguments.work, tasks, arguments.output_dir, ARMS, FIRST_ARMS, MAIN_BUDGET, BUDGETS, test_data)
+    write_report(arguments.work, tasks, arguments.output_dir)
 
 
 if __name__ == "__main__":

@@ -261,6 +261,9 @@ def to_markdown(report: dict) -> str:
         for way, found in report["calculated_7b"].items()
     ]
     header = ["way", "TFLOP for each token with loss", "times fewer", "GiB of layer inputs, 16 rows"]
+    left = [size for size in SIZES if size not in report["sizes"]]
+    if left:
+        blocks.append(f"Not measured yet: {', '.join(left)} models.")
     blocks += [
         "## CLIP ViT-L/14-336 and Vicuna-7B, by calculation",
         "Calculated, not measured, for CLIP ViT-L/14-336 and Vicuna-7B on the mix at its full lengths, in packs of "

@@ -2,8 +2,8 @@
 
     python -m benchmarks.startup            # three minutes; writes benchmarks/results/startup.{json,md}
 
-`sq-llava answer` answers with a tiny random model, so that its time is that of the imports. An import of one of
-transformers' own vision-language models is the least that any program needs which runs such a model.
+`sq-llava answer` answers with a tiny random model, so that its time is that of the imports. Any program
+that runs such a model must at least import one of transformers' own vision-language models.
 
 The result is the CPU time, user and system, of fresh processes that run in turn. So other work on the machine hardly
 counts, and reading from a cold disk does not count at all. All figures include the start of Python itself.
@@ -21,16 +21,26 @@ from tests import tiny
 
 
 SCRIPTS = Path(sys.executable).parent
-ANSWER = "`sq-llava answer`, tiny model"
-FLOOR = "`from transformers import LlavaForConditionalGeneration`"
 COMMANDS = {
     "`sq-llava --help`": [sys.executable, "-m", "sq_llava", "--help"],
     "`sq-llava evaluate --help`": [sys.executable, "-m", "sq_llava", "evaluate", "--help"],
     "`import sq_llava`": [sys.executable, "-c", "import sq_llava"],
     "`trl --help`": [str(SCRIPTS / "trl"), "--help"],
     "`transformers --help`": [str(SCRIPTS / "transformers"), "--help"],
-    ANSWER: [sys.executable, "-m", "sq_llava", "answer", "IMAGE", "What is it?", "--model=MODEL"],
-    FLOOR: [sys.executable, "-c", "from transformers import LlavaForConditionalGeneration"],
+    "`sq-llava answer`, tiny model": [
+        sys.executable,
+        "-m",
+        "sq_llava",
+        "answer",
+        "IMAGE",
+        "What is it?",
+        "--model=MODEL",
+    ],
+    "`from transformers import LlavaForConditionalGeneration`": [
+        sys.executable,
+        "-c",
+        "from transformers import LlavaForConditionalGeneration",
+    ],
     "`import torch, transformers`": [sys.executable, "-c", "import torch, transformers"],
     "`import torch`": [sys.executable, "-c", "import torch"],
     "`python -c pass`": [sys.executable, "-c", "pass"],

@@ -48,44 +48,35 @@ def build_blip2() -> Blip2VisionModelWithProjection:
     return model
 
 
-def pretrain_blip2(
-    train_rows: list[dict],
-    holdout_rows: list[dict],
-    output_dir: str | Path,
-    seed: int = 0,
-    num_steps: int = 900,
-    batch_size: int = 64,
-    learning_rate: float = 2e-3,
-    device: str = "cpu",
-) -> float:
+def pretrain_blip2(train_rows: list[dict], holdout_rows: list[dict], output_dir: str | Path, num_steps: int) -> float:
     """Trains BLIP-2's vision tower and Q-Former on images and captions, and saves them with their image processor.
 
     The loss is BLIP-2's contrastive loss, with one embedding for each caption. An image is represented by the mean of
     its queries, so that all of them learn; BLIP-2 takes the closest query. Arguments and result are those of
     `pretrain_clip`.
     """
-    set_seed(seed)
+    set_seed(0)
     image_processor = BlipImageProcessor(size={"height": IMAGE_SIZE, "width": IMAGE_SIZE})
     texts = nn.Embedding(len(CAPTIONS), 64)
     texts.register_parameter("logit_scale", nn.Parameter(torch.tensor(2.66)))  # CLIP's, 1 / 0.07
-    model = nn.ModuleDict({"images": build_blip2(), "texts": texts}).to(device)
-    pixel_values = load_images(image_processor, train_rows).to(device)
-    caption_of_image = caption_numbers(train_rows).to(device)
+    model = nn.ModuleDict({"images": build_blip2(), "texts": texts})
+    pixel_values = load_images(image_processor, train_rows)
+    caption_of_image = caption_numbers(train_rows)
 
     def compare(images: torch.Tensor) -> torch.Tensor:
         embedded = model["images"](pixel_values=images).image_embeds  # [num_images, num_queries, 64]
         return F.normalize(embedded.mean(dim=1), dim=-1) @ F.normalize(texts.weight, dim=-1).T
 
     def compute_loss() -> torch.Tensor:
-        batch, images = draw_images(pixel_values, batch_size)
+        batch, images = draw_images(pixel_values, 64)
         return contrastive_loss(texts.logit_scale.exp() * compare(images), caption_of_image[batch])
 
-    train(model, compute_loss, num_steps, learning_rate, betas=(0.9, 0.98), description="BLIP-2")
+    train(model, compute_loss, num_steps, 2e-3, betas=(0.9, 0.98), description="BLIP-2")
     with torch.no_grad():
-        guesses = compare(load_images(image_processor, holdout_rows).to(device)).argmax(dim=-1)
+        guesses = compare(load_images(image_processor, holdout_rows)).argmax(dim=-1)
     model["images"].save_pretrained(output_dir)
     image_processor.save_pretrained(output_dir)
-    return (guesses.cpu() == caption_numbers(holdout_rows)).double().mean().item()
+    return (guesses == caption_numbers(holdout_rows)).double().mean().item()
 
 
 def make_blip2(data: Path, folder: Path, num_steps: int) -> None:
@@ -109,7 +100,7 @@ def make_blip2(data: Path, folder: Path, num_steps: int) -> None:
         captions = json.loads((data / "stage1_train.json").read_text())
         held_out = {row["image"] for row in json.loads((data / "holdout.json").read_text())}
         holdout = [row for row in caption_rows(read_questions("train")) if row["image"] in held_out]
-        accuracy = pretrain_blip2(captions, holdout, folder, num_steps=num_steps)
+        accuracy = pretrain_blip2(captions, holdout, folder, num_steps)
         print(f"BLIP-2 picks the right one of 24 captions for {accuracy:.1%} of the held-out images")
 
 

@@ -7,6 +7,7 @@ Weights and data are not read: the library checks them when it opens them.
 
 import os
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 
 
@@ -35,7 +36,21 @@ def require_file(path: str | os.PathLike, role: str) -> None:
         raise ValueError(f"{role} {path}: no such file.")
 
 
-def read_heic() -> None:
+def require_key(variable: str) -> str:
+    """
+    Returns the key in an environment variable.
+
+    Raises:
+        ValueError: if the variable is not set.
+    """
+    key = os.environ.get(variable, "")
+    if not key:
+        raise ValueError(f"--api-key-env: the environment variable {variable} is not set.")
+    return key
+
+
+@cache
+def register_heic() -> None:
     """Lets Pillow read HEIC, the format of phones, if pillow-heif is installed."""
     with suppress(ModuleNotFoundError):
         from pillow_heif import register_heif_opener
@@ -55,7 +70,7 @@ def require_image(path: str | os.PathLike) -> None:
     with open(path, "rb") as file:
         start = file.read(16).ljust(16, b"\0")
     Image.init()
-    read_heic()
+    register_heic()
     by_suffix = Image.EXTENSION.get(Path(path).suffix.lower())
     # A few old formats have no first bytes of their own: the suffix tells them.
     if not any(accepts(start) if accepts else name == by_suffix for name, (_, accepts) in Image.OPEN.items()):

@@ -36,6 +36,14 @@ def record_passes(assistant: Assistant, monkeypatch) -> dict[str, list]:
     return passes
 
 
+def prompt_length(assistant: Assistant, messages: list[dict], **kwargs) -> int:
+    """Tokens of a prompt."""
+    inputs = assistant.processor.apply_chat_template(
+        messages, tokenize=True, return_dict=True, return_tensors="pt", add_generation_prompt=True, **kwargs
+    )
+    return inputs["input_ids"].shape[1]
+
+
 def assert_batch_equals_one_by_one(assistant: Assistant, requests: list[tuple], **settings) -> list[str]:
     """Checks that a batch gives the same answers as single calls, and returns them."""
     answers = assistant.answer_batch(requests, **settings)

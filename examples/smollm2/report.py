@@ -15,14 +15,16 @@ from PIL import Image
 from demo.report import draw_losses
 from examples.smollm2.data import DESCRIBE
 from sq_llava import load
+from sq_llava.evaluation.report import as_text
 from sq_llava.output import write_text
+from sq_llava.training.text_probe import METRIC
 
 
 BATCH_SIZE = 16
 # The tables show every second photograph and every eighth part of one.
 SHOWN_WHOLE, SHOWN_PARTS = 2, 8
 
-REPORT = """# SmolLM2-135M learns to see {num_pictures} pictures
+REPORT = """# SmolLM2-135M and {num_pictures} pictures
 
 SmolLM2-135M-Instruct (real weights, from 4 bits) and a small CLIP, which was trained here from scratch, became an
 SQ-LLaVA. Stage 1 was trained on captions of {num_pictures} pictures: {num_photographs} photographs of scikit-image and
@@ -87,8 +89,8 @@ Stage 1 has the captions of these parts, stage 2 has no questions about them.
 
 ## Time
 
-All steps took {minutes:.0f} minutes on two CPU cores that other work used at the same time. `CPU seconds` is the time
-that this run itself had on the cores.
+All steps took {minutes:.0f} minutes. `CPU seconds` is the processor time of this run alone; other work on the machine
+makes a step take longer.
 
 {step_table}
 """
@@ -168,8 +170,7 @@ def look(assistant, pictures: list[dict], seed: int) -> list[dict]:
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:
-    cells = [[" ".join(text.split()).replace("|", "\\|") for text in row] for row in rows]
-    lines = [f"| {' | '.join(line)} |" for line in [header, *cells]]
+    lines = [f"| {' | '.join(line)} |" for line in [header, *rows]]
     return "\n".join([lines[0], f"|{'---|' * len(header)}", *lines[1:]])
 
 
@@ -178,9 +179,9 @@ def looks_table(looks: list[dict]) -> str:
     rows = [
         [
             f"`{seen['file']}`: {seen['caption']}",
-            seen["described"],
-            f"{seen['question']} **{seen['answer']}** (reference: {seen['reference']})",
-            f"{seen['asked']} **{seen['own_answer']}**",
+            as_text(seen["described"]),
+            f"{seen['question']} **{as_text(seen['answer'])}** (reference: {seen['reference']})",
+            f"{as_text(seen['asked'])} **{as_text(seen['own_answer'])}**",
         ]
         for seen in looks
     ]
@@ -201,10 +202,10 @@ def write_report(run: Path, steps: dict[str, dict], seed: int) -> None:
     draw_losses(run)
     result = json.loads((run / "evaluation.json").read_text())
     log = json.loads((run / "stage2" / "trainer_state.json").read_text())["log_history"]
-    probed = [entry["eval_text_probe_loss"] for entry in log if "eval_text_probe_loss" in entry]
+    probed = [entry[METRIC] for entry in log if METRIC in entry]
     versions = {"Python": platform.python_version(), "torch": torch.__version__}
     versions |= {"transformers": transformers.__version__}
-    text_rows = [[row["prompt"], row["completion"], row["said"]] for row in result["text"]]
+    text_rows = [[row["prompt"], as_text(row["completion"]), as_text(row["said"])] for row in result["text"]]
     write_text(
         run / "report.md",
         REPORT.format(
@@ -229,9 +230,9 @@ def write_report(run: Path, steps: dict[str, dict], seed: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", type=Path, default=Path("runs/smollm2"), help="Folder of the run.")
-    parser.add_argument("--seed", type=int, default=0, help="Random seed of the run.")
     args = parser.parse_args()
-    write_report(args.run, json.loads((args.run / "steps.json").read_text()), args.seed)
+    seed = json.loads((args.run / "settings.json").read_text())["seed"]
+    write_report(args.run, json.loads((args.run / "steps.json").read_text()), seed)
 
 
 if __name__ == "__main__":

@@ -106,6 +106,20 @@ STEPS = {
 }
 
 
+def check_settings(run: Path, seed: int, quick: bool) -> None:
+    """
+    Writes down the settings of a new run.
+
+    Raises:
+        ValueError: if the folder has a run with other settings.
+    """
+    settings = {"seed": seed, "quick": quick}
+    before = read_json_if_there(run / "settings.json")
+    if before not in (None, settings):
+        raise ValueError(f"{run} has a run with other settings ({before}). Choose another --output-dir, or remove it.")
+    write_json(run / "settings.json", settings)
+
+
 def run_steps(run: Path, seed: int, quick: bool) -> dict[str, dict]:
     """Does the steps that are not complete. Returns the seconds and results of all."""
     done = read_json_if_there(run / "steps.json") or {}
@@ -132,6 +146,7 @@ def main(args: list[str] | None = None) -> None:
     run = args.output_dir
     with errors_in_one_line(), output_lock(run):
         require_packages()
+        check_settings(run, args.seed, args.quick)
         steps = run_steps(run, args.seed, args.quick)
 
         from examples.smollm2.report import write_report

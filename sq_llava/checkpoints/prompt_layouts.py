@@ -69,7 +69,7 @@ def recognise_chat_format(tokenizer: PreTrainedTokenizerBase) -> ChatFormat:
     messages = [USER, ANSWER, NEXT]
     try:
         prompt = _own_text(tokenizer, messages, add_generation_prompt=True)
-        dated = prompt != _own_text(tokenizer, messages, add_generation_prompt=True, keep_date=True)
+        dated = prompt != _dated_text(tokenizer, messages, add_generation_prompt=True)
     except (TemplateError, TypeError, KeyError, ValueError) as error:
         raise ValueError(f"its chat template renders no plain conversation: {error}") from error
     formats = []
@@ -102,14 +102,14 @@ def layout_settings(
     if prompt_layout in ("vicuna", "minigpt4"):  # these two leave the language model's format on purpose
         return PROMPT_LAYOUTS[prompt_layout], f"prompt_layout: {prompt_layout}, as the settings say."
     own = reason = None
-    has_template = tokenizer.chat_template is not None
     try:
         own = recognise_chat_format(tokenizer)
     except ValueError as error:
         reason = error
     if prompt_layout in (None, AUTO):
         if own is None:
-            lost = " Its own turns are not used. chat_template_path in a recipe can keep them." if has_template else ""
+            lost = " Its own turns are not used. chat_template_path in a recipe can keep them."
+            lost = lost if tokenizer.chat_template else ""
             return {}, f"prompt_layout: vicuna. {text_model}: {reason}.{lost}"
         return own.settings, f"prompt_layout: {own.layout}, as in the chat template of {text_model}. {_details(own)}"
     if own is not None and own.layout == prompt_layout:
@@ -173,21 +173,26 @@ def _differences(
     return differences
 
 
-def _own_text(
-    tokenizer: PreTrainedTokenizerBase, messages: list[dict], add_generation_prompt: bool, keep_date: bool = False
-) -> str:
+def _own_text(tokenizer: PreTrainedTokenizerBase, messages: list[dict], add_generation_prompt: bool) -> str:
     """The text of the tokenizer's own template, without the lines that depend on today's date."""
-    settings = {"tokenize": False, "add_generation_prompt": add_generation_prompt}
-    # Templates of models that think know this variable; the others ignore it.
-    text = tokenizer.apply_chat_template(messages, enable_thinking=False, **settings)
-    if keep_date:
-        return text
+    text = _dated_text(tokenizer, messages, add_generation_prompt)
     # A date that is written into a checkpoint would be wrong on every later day.
-    other = tokenizer.apply_chat_template(
-        messages, chat_template=ANOTHER_DAY + tokenizer.get_chat_template(), enable_thinking=False, **settings
-    )
+    other = _dated_text(tokenizer, messages, add_generation_prompt, ANOTHER_DAY)
     lines = zip(text.splitlines(keepends=True), other.splitlines(keepends=True))
     return "".join(line for line, on_other_day in lines if line == on_other_day)
+
+
+def _dated_text(
+    tokenizer: PreTrainedTokenizerBase, messages: list[dict], add_generation_prompt: bool, before: str = ""
+) -> str:
+    """The text of the tokenizer's own template. `before` is put in front of the template."""
+    return tokenizer.apply_chat_template(
+        messages,
+        chat_template=before + tokenizer.get_chat_template(),
+        tokenize=False,
+        add_generation_prompt=add_generation_prompt,
+        enable_thinking=False,  # templates of models that think know this variable; the others ignore it
+    )
 
 
 def _our_text(tokenizer, settings: dict, messages: list[dict], add_generation_prompt: bool = False) -> str:

@@ -106,7 +106,8 @@ def print_space(repo_id: str, sizes: dict[str, int], console: Console) -> None:
     rows: dict[str, list[int]] = {}
     for name, size in sizes.items():
         parts = name.split("/")
-        rows.setdefault(name if len(parts) == 1 else "/".join(parts[:2]) + "/" * (len(parts) > 2), []).append(size)
+        place = name if len(parts) < 3 else f"{parts[0]}/{parts[1]}/"
+        rows.setdefault(place, []).append(size)
     table = Table("file or folder", "files", "size", title=f"To the Space {repo_id}")
     table.columns[1].justify = table.columns[2].justify = "right"
     for name, each in rows.items():

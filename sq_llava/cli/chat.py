@@ -143,15 +143,13 @@ class Chat:
         """Lets the model ask, and answer its question. It has learned to ask only after an answer."""
         from sq_llava.inference.dialogues import DESCRIBE
 
-        [messages] = self.dialogue.messages
-        if not messages:
+        if not self.dialogue.messages[0]:
             self.answer(DESCRIBE, prefix="assistant: ")
         settings = dict(self.asking)
         seed = settings.pop("seed")
         self.dialogue.seed(None if seed is None else [seed])
-        [[question]] = self.dialogue.ask(1, **settings)
+        [question] = self.dialogue.ask_next(**settings)
         console.print(f"vusr: {question}", style="cyan", markup=False)
-        messages.append({"role": "vusr", "content": question})
         self.speak("assistant: ")
 
     def speak(self, prefix: str) -> None:

@@ -23,6 +23,34 @@ from sq_llava.output import output_lock
 SERVER = "Model on a server (needs --base-url)"
 JUDGE = "Judge for MM-Vet, LLaVA-Bench, scienceqa_reasoning (needs --judge-model)"
 
+ServerOptions = Annotated[
+    dict, OptionsOf(ServerSettings, panel=SERVER, without=("model", "temperature", "top_p", "max_tokens", "attempts"))
+]
+Models = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--model",
+        "-m",
+        help="Folder or Hub id of an SQ-LLaVA, or of another model in transformers. With --base-url: its name on "
+        "the server. Several times: each gets a folder in --out, and is compared with the first.",
+    ),
+]
+DataPlace = Annotated[
+    str | None,
+    typer.Option(
+        help="Folder of the task's data, folder with a subfolder per task, Hub id of a dataset, or the word "
+        "hub for each task's own dataset on the Hub."
+    ),
+]
+Out = Annotated[
+    Path | None,
+    typer.Option(help="Output folder. Default: runs/evaluation/<model>; for several models runs/evaluation."),
+]
+Against = Annotated[
+    str | None,
+    typer.Option(help="Another model to load, evaluate and compare with, or the output folder of its evaluation."),
+]
+
 DEFAULT_OUT = Path("runs/evaluation")
 
 app = typer.Typer()
@@ -41,36 +69,13 @@ app = typer.Typer()
 def evaluate(
     settings: Annotated[dict, OptionsOf(Evaluation, without=("model",))],
     thinking: Annotated[dict, OptionsOf(SelfQuestioning)],
-    server: Annotated[
-        dict,
-        OptionsOf(ServerSettings, panel=SERVER, without=("model", "temperature", "top_p", "max_tokens", "attempts")),
-    ],
+    server: ServerOptions,
     judge: Annotated[dict, OptionsOf(JudgeSettings, prefix="judge", panel=JUDGE, model=None)],
     tasks: Annotated[str, typer.Option(help="Names of tasks, separated by commas. --tasks help lists them all.")],
-    model: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--model",
-            "-m",
-            help="Folder or Hub id of an SQ-LLaVA, or of another model in transformers. With --base-url: its name on "
-            "the server. Several times: each gets a folder in --out, and is compared with the first.",
-        ),
-    ] = None,
-    data: Annotated[
-        str | None,
-        typer.Option(
-            help="Folder of the task's data, folder with a subfolder per task, Hub id of a dataset, or the word "
-            "hub for each task's own dataset on the Hub."
-        ),
-    ] = None,
-    out: Annotated[
-        Path | None,
-        typer.Option(help="Output folder. Default: runs/evaluation/<model>; for several models runs/evaluation."),
-    ] = None,
-    against: Annotated[
-        str | None,
-        typer.Option(help="Another model to load, evaluate and compare with, or the output folder of its evaluation."),
-    ] = None,
+    model: Models = None,
+    data: DataPlace = None,
+    out: Out = None,
+    against: Against = None,
 ) -> None:
     """Score a model on benchmarks.
 
@@ -177,40 +182,46 @@ def _run_all(evaluations: Sequence[Evaluation], against: str | None) -> bool:
         return _run_and_show(first, against)
     from sq_llava.evaluation.comparison import write_overview
 
-    # The limits of the judge hold for all models together.
-    judge_folder = first.out.parent
-    is_whole = _run_and_show(replace(first, judge_folder=judge_folder), against)
+    # The limits of the judge and of the server hold for all models together.
+    journal_folder = first.out.parent
+    is_whole = _run_and_show(replace(first, journal_folder=journal_folder), against)
+    other: str | Path | None = against
     if against is None:
-        against = str(first.out)
+        other = first.out
     elif not (Path(against) / "results.json").is_file():
-        against = str(first.out / "against")
+        other = first.out / "against"
     for each in others:
-        is_whole &= _run_and_show(replace(each, judge_folder=judge_folder), against)
+        is_whole &= _run_and_show(replace(each, journal_folder=journal_folder), other)
     if is_first_process():
         overview = write_overview([each.out for each in evaluations], first.out.parent / "models.md")
         messages_console.print(f"Wrote {overview}", markup=False, soft_wrap=True)
     return is_whole
 
 
-def _run_and_show(evaluation: Evaluation, against: str | None) -> bool:
+def _run_and_show(evaluation: Evaluation, against: str | Path | None) -> bool:
     """
     Evaluates, and prints the results.
+
+    Args:
+        against (`str` or `Path`, *optional*): A model to evaluate first, or the folder of an evaluation. A `Path` is a
+            folder that this command writes: in processes other than the first, its files may not be there yet.
 
     Returns:
         `True` if every example has an answer, and with a judge also a grade. The same must hold for `against`.
     """
     from sq_llava.evaluation.comparison import check_comparable, compare
     from sq_llava.evaluation.run import evaluate as run
+    from sq_llava.llm_client.budget import spent_in
 
     other, others_results = None if against is None else Path(against), []
     with output_lock(evaluation.out, needed=is_first_process()):
-        if other is not None and (other / "results.json").is_file():
+        if isinstance(against, str) and (other / "results.json").is_file():
             check_comparable(other, evaluation)
-        elif other is not None:
+        elif isinstance(against, str):
             other = evaluation.out / "against"
             # Both models share one folder of the judge's answers: the limits hold for both together.
-            folder = evaluation.judge_folder or evaluation.out
-            others_results = run(replace(evaluation, model=against, server=None, out=other, judge_folder=folder))
+            folder = evaluation.journal_folder or evaluation.out
+            others_results = run(replace(evaluation, model=against, server=None, out=other, journal_folder=folder))
         results = run(evaluation)
         if not results:  # a process other than the first
             return True
@@ -218,6 +229,9 @@ def _run_and_show(evaluation: Evaluation, against: str | None) -> bool:
         if other is not None:
             show_differences(compare(other, evaluation.out), evaluation.out / "comparison")
     messages_console.print(f"Wrote {evaluation.out}", markup=False, soft_wrap=True)
+    if evaluation.server is not None:
+        spent = spent_in([(evaluation.journal_folder or evaluation.out) / "served.jsonl"], evaluation.server)
+        messages_console.print(f"Server, all runs so far: {spent}.", markup=False, soft_wrap=True)
     is_whole = _show_what_is_missing(results, evaluation.out)
     return _show_what_is_missing(others_results, other) and is_whole
 

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from sq_llava.cli.generate_data import SERVER, DryRun, ShardOption, end_run, print_estimate
+from sq_llava.cli.generate_data import SERVER, DryRun, ShardOption, end_run, print_estimate, print_reasons
 from sq_llava.cli.options import OptionsOf, check_model_options, quiet_libraries, takes_options
 from sq_llava.console import console, errors_in_one_line, examples, loading
 from sq_llava.early_checks import require_file, require_folder
@@ -53,7 +53,11 @@ def curate(
         str | None, typer.Option(help="URL of the server for repairs. Default: --base-url.", rich_help_panel=REPAIR)
     ] = None,
     repair_max_tokens_field: Annotated[
-        str | None, typer.Option(help="Like --max-tokens-field, which is the default.", rich_help_panel=REPAIR)
+        str | None,
+        typer.Option(
+            help="Like --max-tokens-field, for the server for repairs. Default: --max-tokens-field.",
+            rich_help_panel=REPAIR,
+        ),
     ] = None,
     describer: Annotated[
         str | None, typer.Option(help="SQ-LLaVA that describes: folder or Hub id. For a model on a server: --model.")
@@ -70,37 +74,55 @@ def curate(
         _check_curation(settings, local, server, describer, prompts)
         with loading():
             from sq_llava.generation import curate as curating
-            from sq_llava.generation.describing import LocalDescriber, Prompts, Repairer, ServerDescriber
-            from sq_llava.llm_client.client import ChatClient
 
             quiet_libraries()
         run = CurateSettings(shard=Shard.parse(shard), **settings)
-        texts = Prompts.read(prompts)
-
-        def client(chat: dict, journal: str) -> ChatClient:
-            return ChatClient(ChatSettings(**chat), run.out / run.shard.name(journal), reads_only=dry_run)
-
-        if describer is None:
-            looks = ServerDescriber(client(server, "answers.jsonl"), texts, local["short"])
-        else:
-            journal = run.out / run.shard.name("descriptions.jsonl")
-            looks = LocalDescriber(describer, DescribeSettings(**local), texts, journal)
-        repairs = None
-        if repair["model"] is not None:
-            shared = {name: server[name] for name in SHARED} | {
-                "base_url": repair_base_url or server["base_url"],
-                "max_tokens_field": repair_max_tokens_field or server["max_tokens_field"],
-            }
-            repairs = Repairer(client({**repair, **shared, "option_prefix": "--repair-"}, "repairs.jsonl"), texts)
+        repair |= {name: server[name] for name in SHARED} | {
+            "base_url": repair_base_url or server["base_url"],
+            "max_tokens_field": repair_max_tokens_field or server["max_tokens_field"],
+        }
+        models = _models(run, describer, local, server, repair, prompts, dry_run)
         if dry_run:
-            num_images, num_left, estimates = curating.estimate(run, looks, repairs)
-            console.print(f"{num_left:,} of {num_images:,} images are not described yet.", highlight=False)
-            for name, estimate in estimates.items():
-                console.print(f"{name}:", highlight=False, markup=False)
-                print_estimate(estimate)
+            _print_estimates(*curating.estimate(run, *models))
             return
-        made = curating.curate(run, looks, repairs, command_line())
+        made = curating.curate(run, *models, command_line())
     _show_curated(made, run.out)
+
+
+def _models(
+    run: CurateSettings,
+    describer: str | None,
+    local: dict,
+    server: dict,
+    repair: dict,
+    prompts: Path,
+    reads_only: bool,
+) -> tuple:
+    """The model that describes, and the one that repairs, if there is one."""
+    from sq_llava.generation.curate import ANSWERS, REPAIRS
+    from sq_llava.generation.describing import LocalDescriber, Prompts, Repairer, ServerDescriber
+    from sq_llava.llm_client.client import ChatClient
+
+    texts = Prompts.read(prompts)
+
+    def client(journal: str, **chat) -> ChatClient:
+        return ChatClient(ChatSettings(**chat), run.out / run.shard.name(journal), reads_only=reads_only)
+
+    if describer is None:
+        looks = ServerDescriber(client(ANSWERS, **server), texts, local["short"])
+    else:
+        journal = run.out / run.shard.name("descriptions.jsonl")
+        looks = LocalDescriber(describer, DescribeSettings(**local), texts, journal)
+    if repair["model"] is None:
+        return looks, None
+    return looks, Repairer(client(REPAIRS, option_prefix="--repair-", **repair), texts)
+
+
+def _print_estimates(num_images: int, num_left: int, estimates: dict) -> None:
+    console.print(f"{num_left:,} of {num_images:,} images are not described yet.", highlight=False)
+    for name, estimate in estimates.items():
+        console.print(f"{name}:", highlight=False, markup=False)
+        print_estimate(estimate)
 
 
 def _check_curation(settings: dict, local: dict, server: dict, describer: str | None, prompts: Path) -> None:
@@ -118,9 +140,10 @@ def _show_curated(made, out: Path) -> None:
     """Prints what was made of the images. Exit code 1: something is missing."""
     counts = f"{made.num_images:,} images, {made.num_continued:,} described in two steps, {made.num_kept:,} kept"
     if made.num_refused:
-        console.print(f"{made.num_refused:,} stay as they were, because their repair was refused.", highlight=False)
+        console.print(
+            f"{made.num_refused:,} descriptions stay as they were, because their repair was refused.", highlight=False
+        )
     left_out = "Left out:" if made.reasons else "None was left out."
     console.print(f"{counts}, {made.num_checked:,} of these checked by a person. {left_out}", highlight=False)
-    for reason, count in made.reasons.items():
-        console.print(f"  {count:>7,}  {reason}", highlight=False)
+    print_reasons(made.reasons)
     end_run(out, made.num_failed, made.num_open, made.stopped, made.spent)

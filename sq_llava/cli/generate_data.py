@@ -7,6 +7,7 @@ The options of each method are in `sq_llava/generation/settings.py`.
 """
 
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated
 
@@ -75,8 +76,7 @@ def llava(
     num_texts = len(made.asked.results) + len(made.asked.unusable)
     left_out = ". Left out:" if made.reasons else ""
     console.print(f"{made.num_rows:,} rows from {num_texts:,} texts{left_out}", highlight=False)
-    for reason, count in made.reasons.items():
-        console.print(f"  {count:>7,}  {reason}", highlight=False)
+    print_reasons(made.reasons)
     end_run(run.out, len(made.asked.failures), made.asked.num_open, made.asked.stopped, made.spent)
 
 
@@ -154,6 +154,12 @@ def print_bad_rows(bad, out: Path | None = None) -> None:
         place = f" {out / bad.file} lists them." if out is not None else ""
         lines = [f"{bad} cannot be used.{place}", *bad.shown()]
         messages_console.print("\n  ".join(lines), markup=False, highlight=False, soft_wrap=True)
+
+
+def print_reasons(reasons: Mapping[str, int]) -> None:
+    """Prints why texts were left out, and how many."""
+    for reason, count in reasons.items():
+        console.print(f"  {count:>7,}  {reason}", highlight=False)
 
 
 def end_run(out: Path, num_failed: int, num_open: int, stopped: str | None, spent: str) -> None:

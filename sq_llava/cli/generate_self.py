@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from sq_llava.cli.evaluate import check_asking
-from sq_llava.cli.generate_data import DryRun, ShardOption, end_run, print_estimate
+from sq_llava.cli.generate_data import DryRun, ShardOption, end_run, print_estimate, print_reasons
 from sq_llava.cli.options import OptionsOf, quiet_libraries, takes_options
 from sq_llava.console import console, errors_in_one_line, examples, loading
 from sq_llava.early_checks import require_folder
@@ -80,6 +80,5 @@ def _show_made(made, out: Path) -> None:
     """Prints what was made of the images. Exit code 1: something is missing."""
     counts = f"{made.num_turns:,} turns about {made.num_images:,} images, {made.num_kept:,} kept"
     console.print(f"{counts} in {made.num_rows:,} rows. Left out:", highlight=False)
-    for reason, count in sorted(made.left_out.items()):
-        console.print(f"  {count:>7,}  {reason}", highlight=False)
+    print_reasons(dict(sorted(made.left_out.items())))
     end_run(out, made.num_failed, made.num_open, made.stopped, made.spent)

@@ -1,7 +1,6 @@
 """The images that a command is given: files, folders of images, URLs, and `-` for standard input."""
 
 import asyncio
-import os
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -69,7 +68,9 @@ def _standard_input() -> bytes:
 
 def _download(url: str) -> bytes:
     """Downloads an image by the rules of the server: from public addresses only, within ten seconds."""
-    if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
+    from huggingface_hub import is_offline_mode
+
+    if is_offline_mode():
         raise ValueError(f"{url}: HF_HUB_OFFLINE is set, so nothing is downloaded. Give the image as a file.")
     from sq_llava.serving.images import fetch
 

@@ -1,6 +1,5 @@
 """`sq-llava serve`: starts the server."""
 
-import os
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -10,6 +9,7 @@ import typer
 
 from sq_llava.cli.options import Loading, ModelArgument, OptionsOf, check_model_options, load_model, takes_options
 from sq_llava.console import errors_in_one_line, examples, messages_console
+from sq_llava.early_checks import require_key
 from sq_llava.serving.settings import Access, Limits
 
 
@@ -59,7 +59,7 @@ def serve(
 ) -> None:
     """Start an OpenAI-compatible server, with images, at http://HOST:PORT/v1."""
     with errors_in_one_line():
-        api_key = _read_key(api_key_env)
+        api_key = None if api_key_env is None else require_key(api_key_env)
         check_model_options(model, **loading)
         import uvicorn
 
@@ -82,12 +82,3 @@ def serve(
     uvicorn.run(
         app, host=host, port=port, http=connection, ws="none", timeout_graceful_shutdown=seconds, server_header=False
     )
-
-
-def _read_key(variable: str | None) -> str | None:
-    if variable is None:
-        return None
-    key = os.environ.get(variable, "")
-    if not key:
-        raise ValueError(f"--api-key-env: the environment variable {variable} is not set.")
-    return key

@@ -21,10 +21,10 @@ from typing import Any
 from PIL import ExifTags, Image, UnidentifiedImageError
 
 from image_processing_sq_llava import check_size, open_header, open_in_rgb, open_stream
-from sq_llava.early_checks import read_heic
+from sq_llava.early_checks import register_heic
 
 
-read_heic()
+register_heic()
 
 # The last bytes of a complete file. A GIF ends with the one byte ";"; the zero before it ends its last block.
 END_MARKERS = {"JPEG": b"\xff\xd9", "MPO": b"\xff\xd9", "PNG": b"\0\0\0\0IEND\xaeB`\x82", "GIF": b"\0;"}

@@ -6,9 +6,8 @@
 
 `train_sft.py` checks a sample of the rows before it loads a model; `--doctor full` checks all of them. `read_row` of
 `sq_llava/data/rows.py` finds the faults of a single row, and `image_faults` of `sq_llava/data/images.py` those of an
-image. `TextCheck` of `sq_llava/doctor/text_check.py` finds what the tokenizer cannot use. This module adds
-the checks that need other rows, and runs all checks in several processes.
-`docs/data.md` lists the codes of all faults.
+image. `TextCheck` of `sq_llava/doctor/text_check.py` finds what the tokenizer cannot use. This module adds the checks
+that need other rows, and runs all checks in several processes. `docs/data.md` lists the codes of all faults.
 
 The pixels of an image whose header and last bytes are fine are not decoded. The meaning of a text is not judged.
 """

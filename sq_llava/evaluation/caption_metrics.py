@@ -44,6 +44,12 @@ def ptb_words(texts: Sequence[str]) -> list[str]:
     Raises:
         RuntimeError: If the Java program fails.
     """
+    return list(_ptb_words(tuple(texts)))
+
+
+# The metrics and their resamples need the same texts one after the other.
+@lru_cache(maxsize=1)
+def _ptb_words(texts: tuple[str, ...]) -> tuple[str, ...]:
     lines = [" ".join(text.split()) for text in texts]
     command = ["java", "-cp", ptbtokenizer.STANFORD_CORENLP_3_4_1_JAR, "edu.stanford.nlp.process.PTBTokenizer"]
     run = subprocess.run(
@@ -58,7 +64,8 @@ def ptb_words(texts: Sequence[str]) -> list[str]:
             f"The Penn Treebank tokenizer (Java) returned {len(tokenized)} lines for {len(lines)} texts. "
             f"Its error output: {run.stderr.decode()}"
         )
-    return [" ".join(word for word in line.split() if word not in ptbtokenizer.PUNCTUATIONS) for line in tokenized]
+    words = (line.split() for line in tokenized)
+    return tuple(" ".join(word for word in line if word not in ptbtokenizer.PUNCTUATIONS) for line in words)
 
 
 def cider_d(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> float:

@@ -194,12 +194,12 @@ def _compare_part(
     found: dict[str, list[tuple[Hashable, float, float]]] = {}
     parts = [list(scored_parts(task, [pair[side] for pair in pairs])) for side in (0, 1)]
     for (unit, first), (_, second) in zip(*parts):
-        for name in first.keys() & second.keys():
-            found.setdefault(name, []).append((unit, first[name], second[name]))
-    in_order = [name for name in dict.fromkeys(name for _, values in parts[0] for name in values) if name in found]
+        for name in first:
+            if name in second:
+                found.setdefault(name, []).append((unit, first[name], second[name]))
     differences = []
-    for name in in_order:
-        units, *both = zip(*found[name])
+    for name, values in found.items():
+        units, *both = zip(*values)
         first, second = map(np.array, both)
         interval = difference_interval(second - first, num_resamples, seed, units)
         means = first.mean(), second.mean()

@@ -77,6 +77,7 @@ def read(data: Data, language: str, prompt_of: Callable[[Mapping[str, Any]], str
         if not str(row["index"]).isdecimal():
             raise ValueError(f"{data}, row {number}: index is {row['index']!r}, expected a number.")
     num_rows = Counter(int(row["index"]) % FIRST_ROTATION for row, _ in rows)
+    # Data without rotations has no circular accuracy.
     if set(num_rows.values()) == {1}:
         num_rows = {}
     return [

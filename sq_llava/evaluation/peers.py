@@ -10,11 +10,11 @@ PEERS = {
 }
 
 
-def peer_of(metric: str) -> str | None:
+def prefix_of(metric: str) -> str | None:
     """
-    The project that a metric is named after, with its version; `None` for a metric of this project.
+    The part of a metric's name that names another project; `None` for a metric of this project.
 
-        >>> peer_of("random/llava/f1"), peer_of("accuracy")
-        ('LLaVA 1.2.2', None)
+        >>> prefix_of("random/llava/f1"), prefix_of("accuracy")
+        ('llava', None)
     """
-    return next((PEERS[part] for part in metric.split("/")[:-1] if part in PEERS), None)
+    return next((part for part in metric.split("/")[:-1] if part in PEERS), None)

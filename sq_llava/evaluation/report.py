@@ -21,9 +21,9 @@ from matplotlib.figure import Figure
 
 from sq_llava.evaluation.answering import open_task_image
 from sq_llava.evaluation.paper import figures_of
-from sq_llava.evaluation.peers import PEERS
+from sq_llava.evaluation.peers import prefix_of
 from sq_llava.evaluation.results import read_records
-from sq_llava.evaluation.task import Example, Record, Task, main_score
+from sq_llava.evaluation.task import Example, Record, Task, breakdown_values, main_score
 from sq_llava.output import write_text, written_whole
 
 
@@ -124,9 +124,10 @@ def which_weights(run: Mapping[str, Any]) -> str:
 
 def _ungraded(run: dict[str, Any], tasks: Mapping[str, Task]) -> str:
     """The first line of the report, if too many answers have no grade."""
-    shares = {name: f"{each['num']:,} of {each['of']:,}" for name, each in run["ungraded"].items()}
     parts = [
-        f"{shares[name]} answers of {tasks[name].title} have no grade" for name in shares if _is_partial(run, name)
+        f"{each['num']:,} of {each['of']:,} answers of {tasks[name].title} have no grade"
+        for name, each in run["ungraded"].items()
+        if _is_partial(run, name)
     ]
     return f"**{'; '.join(parts)}. The figures are only about the others.**\n" if parts else ""
 
@@ -188,8 +189,8 @@ def _task_part(task: Task, run: dict[str, Any], records: Sequence[Record], out: 
 
 def _peers(task: Task, run: dict[str, Any]) -> str:
     """Says which versions of other projects the metrics named after them follow."""
-    named = [each["metric"] for each in run["results"] if each["task"] == task.name and each["follows"]]
-    found = {part: PEERS[part] for name in named for part in name.split("/")[:-1] if part in PEERS}
+    entries = [each for each in run["results"] if each["task"] == task.name and each["follows"]]
+    found = {prefix_of(each["metric"]): each["follows"] for each in entries}
     return "".join(f"- `{prefix}/` follows {project}.\n" for prefix, project in found.items())
 
 
@@ -235,7 +236,7 @@ def _draw_main_metrics(run: dict[str, Any], tasks: Mapping[str, Task], out: Path
 
 def _draw_breakdown(task: Task, run: dict[str, Any], records: Sequence[Record], out: Path) -> str:
     """Draws the main metric for each value of the breakdown, or the first metric that all values have."""
-    parts = sorted({record.example.details.get(task.breakdown) for record in records} - {None})
+    parts = breakdown_values(task, records)
     entries = {each["metric"]: each for each in run["results"] if each["task"] == task.name}
     overall = [name for name in entries if all(f"{part}/{name}" in entries for part in parts)]
     if len(parts) < 2 or not overall:

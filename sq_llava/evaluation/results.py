@@ -18,7 +18,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from sq_llava.evaluation.peers import peer_of
+from sq_llava.evaluation.peers import PEERS, prefix_of
 from sq_llava.evaluation.reading import StoredImage, TaskImage, read_jsonl
 from sq_llava.evaluation.task import Example, Metric, Record, Score
 from sq_llava.locations import base_of_adapter, find_config, is_adapter, revision_of_base
@@ -170,7 +170,7 @@ def write_results(results: Sequence[TaskResult], out: Path, about: dict[str, Any
             "num": metric.num,
             "standard_error": metric.standard_error,
             "interval": metric.interval,
-            "follows": peer_of(metric.name),
+            "follows": PEERS.get(prefix_of(metric.name)),
             "parsed_share": result.parsed_share,
             "num_failed": result.num_failed,
             "data": result.data,

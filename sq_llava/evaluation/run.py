@@ -99,7 +99,7 @@ def _evaluate(evaluation: Evaluation, tasks: Sequence[Task], state: PartialState
     examples = {task.name: read_examples(task, evaluation) for task in tasks}
     judge = None
     if evaluation.judge is not None and state.is_main_process:
-        judge = Judge(evaluation.judge, evaluation.judge_folder or evaluation.out)
+        judge = Judge(evaluation.judge, evaluation.journal_folder or evaluation.out)
     about = describe(evaluation, {name: hash_of_data(each) for name, each in examples.items()})
     note = RunNote(evaluation.out, about, IDENTITY)
     set_seed(evaluation.seed)
@@ -141,7 +141,7 @@ def load_model(evaluation: Evaluation, state: PartialState, device: str) -> Mode
         return AsksFirst(model, evaluation.thinking, evaluation.seed)
     if state.num_processes > 1:
         raise ValueError("--base-url: start one process, without torchrun. --concurrency sends requests in parallel.")
-    return ServedModel(evaluation.server, evaluation.out)
+    return ServedModel(evaluation.server, evaluation.journal_folder or evaluation.out)
 
 
 def assess(
@@ -225,6 +225,7 @@ def describe(evaluation: Evaluation, data_hashes: dict[str, str]) -> dict[str, A
         # Nobody knows which weights a server has.
         "model_hash": hash_of_model(evaluation.model) if evaluation.server is None else None,
         "server": evaluation.server and evaluation.server.base_url,
+        "extra_body": evaluation.server and evaluation.server.extra_body,
         "code_hash": hash_of_code(),
         "data_hashes": data_hashes,
         "split": evaluation.split,
@@ -239,4 +240,6 @@ def describe(evaluation: Evaluation, data_hashes: dict[str, str]) -> dict[str, A
 
 
 # A run resumes from the answers in its folder only if these fields are equal.
-IDENTITY = ("model_hash", "model", "server", "data_hashes", "system_message", "dtype", "self_questioning")
+IDENTITY = (
+    *("model_hash", "model", "server", "extra_body", "data_hashes", "system_message", "dtype", "self_questioning"),
+)

@@ -9,9 +9,6 @@ and its own limits on images and lengths. Every answer is kept in `served.jsonl`
 """
 
 import os
-from collections.abc import Iterator
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,8 +17,9 @@ import openai
 
 from sq_llava.data.images import png_data_url
 from sq_llava.data.messages import images_of, place_images_of_all
+from sq_llava.early_checks import require_key
 from sq_llava.evaluation.settings import KEY_VARIABLE, ServerSettings
-from sq_llava.llm_client.client import ChatClient, ChatStopped, UnusableAnswer
+from sq_llava.llm_client.client import ChatClient, ChatFailure, ChatStopped, UnusableAnswer
 from sq_llava.llm_client.replies import CUT_OFF, EMPTY, REFUSED
 
 
@@ -43,11 +41,8 @@ class ServedModel:
 
     def __init__(self, settings: ServerSettings, folder: Path):
         variable = settings.api_key_env
-        key = os.environ.get(variable)
-        if not key and variable != KEY_VARIABLE:
-            raise ValueError(f"--api-key-env: the environment variable {variable} is not set.")
-        with _key_in_environment(key or "none"):
-            self._client = ChatClient(settings, folder / "served.jsonl", server_matters=True)
+        key = os.environ.get(variable, "") if variable == KEY_VARIABLE else require_key(variable)
+        self._client = ChatClient(settings, folder / "served.jsonl", server_matters=True, key=key)
         self._check_server(settings)
 
     def _check_server(self, settings: ServerSettings) -> None:
@@ -84,26 +79,25 @@ class ServedModel:
         images = {id(image): image for each in conversations for image in images_of(each)}
         urls = {key: png_data_url(image) for key, image in images.items()}
         self._client.settings = replace(self._client.settings, max_tokens=max_new_tokens)
-        with ThreadPoolExecutor(self._client.settings.concurrency) as pool:
-            futures = [pool.submit(self._answer, _for_server(each, urls)) for each in conversations]
-            try:
-                wait(futures, return_when=FIRST_EXCEPTION)
-            finally:  # after Ctrl+C too: requests under way are answered and kept, the others are not sent
-                pool.shutdown(cancel_futures=True)
-        if errors := [each.exception() for each in futures if not each.cancelled() and each.exception() is not None]:
-            raise next((error for error in errors if isinstance(error, ConnectionError)), errors[0])
-        return [each.result() for each in futures]
-
-    def _answer(self, messages: list[dict[str, Any]]) -> str:
+        messages = {str(number): _for_server(each, urls) for number, each in enumerate(conversations)}
         try:
-            return self._client.complete(messages, handled=ANSWERS)
-        except UnusableAnswer as error:
-            if error.fault not in ANSWERS:
-                raise
-            return error.text
+            answers = dict(self._client.work_on(messages, self._answer, None))
         except ChatStopped as stop:
             # Not an error of one example: the run ends.
             raise ConnectionError(f"{stop} Repeat the command to resume.") from stop
+        # Only now, so that the other answers of the batch are kept.
+        for answer in answers.values():
+            if isinstance(answer, ChatFailure):
+                raise answer
+        return [answers[number] for number in messages]
+
+    def _answer(self, messages: list[dict[str, Any]]) -> str | ChatFailure:
+        try:
+            return self._client.complete(messages, handled=ANSWERS)
+        except UnusableAnswer as error:
+            return error.text if error.fault in ANSWERS else error
+        except ChatFailure as error:
+            return error
 
 
 def _for_server(messages: list[dict[str, Any]], urls: dict[int, str]) -> list[dict[str, Any]]:
@@ -120,17 +114,3 @@ def _for_server(messages: list[dict[str, Any]], urls: dict[int, str]) -> list[di
         }
         for message in messages
     ]
-
-
-@contextmanager
-def _key_in_environment(key: str) -> Iterator[None]:
-    """Sets the variable that [`ChatClient`] reads its key from. The judge may need another key."""
-    before = os.environ.get(KEY_VARIABLE)
-    os.environ[KEY_VARIABLE] = key
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[KEY_VARIABLE]
-        else:
-            os.environ[KEY_VARIABLE] = before

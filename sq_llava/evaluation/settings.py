@@ -54,8 +54,8 @@ class Evaluation:
         thinking (`SelfQuestioning`): Questions that the model asks itself before each answer.
         server (`ServerSettings`, *optional*): The server that `model` runs on, instead of a model to load.
         judge (`JudgeSettings`, *optional*): The judge, for tasks that need one.
-        judge_folder (`Path`, *optional*): Folder for the judge's answers. Answers that are already in it count toward
-            the limits on requests and cost. Default: `out`.
+        journal_folder (`Path`, *optional*): Folder for the answers of a judge and of a server. Answers that are in it
+            already count toward the limits on requests and cost. Default: `out`.
     """
 
     model: str
@@ -78,7 +78,7 @@ class Evaluation:
     thinking: SelfQuestioning = field(default_factory=SelfQuestioning)
     server: ServerSettings | None = None
     judge: JudgeSettings | None = None
-    judge_folder: Path | None = None
+    journal_folder: Path | None = None
 
     def __post_init__(self):
         if self.server is None:

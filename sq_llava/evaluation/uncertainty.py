@@ -120,8 +120,9 @@ def percentile_interval(values: np.ndarray) -> Interval:
 
 def corpus_interval(value: float, values: np.ndarray, num_units: int) -> Interval | None:
     """
-    The 95% interval of a corpus metric from its bootstrapped `values`. If they are all 1 or all 0, as F1 is without a
-    wrong answer, it is that of a share of the units. `None` for any other value that no resample changes.
+    The 95% interval of a corpus metric from its bootstrapped `values`. If all of them are 1 or all are 0, such as the
+    F1 of answers that are all right, the interval is that of a share of the units. Any other value that no resample
+    changes has no interval (`None`).
     """
     low, high = percentile_interval(values)
     if low < high:

@@ -23,7 +23,7 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from sq_llava.data.json_file import JsonFile
-from sq_llava.data.row_layouts import normalize, recognize
+from sq_llava.data.row_layouts import is_unicode, normalize, recognize
 from sq_llava.early_checks import IMAGE_SUFFIXES
 
 
@@ -162,14 +162,14 @@ class CaptionFile:
             value = row.get(name)
             if not isinstance(value, str) or not value.strip():
                 raise ValueError(f"{name} is {value!r:.100}, expected a text. Correct or remove the row.")
-            try:
-                value.encode()
-            except UnicodeEncodeError as error:
-                raise ValueError(f"{name} is {value!r:.100}, which is not UTF-8. Save the file as UTF-8.") from error
+        row["id"] = str(row.get("id", number))
+        for name in ("image", "caption", "id"):
+            if not is_unicode(row[name]):
+                raise ValueError(f"{name} is {row[name]!r:.100}, which is not UTF-8. Save the file as UTF-8.")
         image = row["image"]
         if _is_url(image):
             image = self._file_of_url(image, number)
-        return Caption(str(row.get("id", number)), image, " ".join(row["caption"].split()), line)
+        return Caption(row["id"], image, " ".join(row["caption"].split()), line)
 
     def _file_of_url(self, url: str, number: int) -> str:
         """The file of a URL's image, as a path in the image root; the first name if there is no such file."""

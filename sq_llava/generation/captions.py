@@ -285,9 +285,9 @@ def _generate(settings: CaptionSettings, command: str, progress: Progress) -> Ch
     instructions = read_instructions(settings.prompts / "instructions.txt")
     captions = CaptionFile(settings.captions, settings.limit, settings.image_root)
     known = look_at(captions, settings.image_root, settings.max_bad_share)
-    known.bad.write(settings.out)
     about = describe(settings, command)
     note = RunNote(settings.out, about, IDENTITY)
+    known.bad.write(settings.out)
     journal = PhraseJournal(settings.out, settings.shard.name("phrases.jsonl"), len(known.ids), note)
     wanted = known.has_image & ~journal.read()[2]
     is_ours = np.arange(len(wanted)) % settings.shard.count == settings.shard.index

@@ -44,6 +44,7 @@ from sq_llava.generation.text_rules import count_words, first_fault, share_of_ne
 from sq_llava.llm_client.asking import Asked, ask_all
 from sq_llava.llm_client.budget import spent_in
 from sq_llava.llm_client.client import ChatRequest, Estimate
+from sq_llava.llm_client.settings import SAMPLING
 from sq_llava.output import output_lock
 from sq_llava.resumable.run_note import RunNote
 
@@ -51,7 +52,7 @@ from sq_llava.resumable.run_note import RunNote
 # The answers of the models on servers.
 ANSWERS, REPAIRS = "answers.jsonl", "repairs.jsonl"
 # The repairer is not in here: its answers are kept by request, and the descriptions do not depend on it.
-IDENTITY = ("kind", "describer", "describer_hash", "prompts_hash", "num_shards")
+IDENTITY = ("kind", "describer", "describer_hash", "prompts_hash", "num_shards", *SAMPLING)
 # The repairer does not see the image. It may remove and correct words, but hardly add any.
 MAX_NEW_WORDS = 0.3
 REWRITTEN = "the repairer rewrote the text"
@@ -107,8 +108,8 @@ def curate(settings: CurateSettings, describer: Describer, repairer: Repairer | 
 def _curate(settings: CurateSettings, describer: Describer, repairer: Repairer | None, command: str) -> Curated:
     decisions = read_decisions(settings.decisions) if settings.decisions else {}
     about = describe_run(settings, describer, repairer, command)
-    images, failures = openable(find_images(settings))
     note = RunNote(settings.out, about, IDENTITY)
+    images, failures = openable(find_images(settings))
     described = describer.describe_all(images, note)
     if described.results:
         note.write()
@@ -145,14 +146,14 @@ def _curate(settings: CurateSettings, describer: Describer, repairer: Repairer |
 
 def used_by(settings: CurateSettings, describer: Describer, repairer: Repairer | None) -> dict[str, str]:
     """What the models on servers used, for all shards that are there."""
-    clients = {}
+    used = {}
     if isinstance(describer, ServerDescriber):
-        clients["used to describe", ANSWERS] = describer.client
+        used["used to describe"] = ANSWERS, describer.client.settings
     if repairer is not None:
-        clients["used to repair", REPAIRS] = repairer.client
+        used["used to repair"] = REPAIRS, repairer.client.settings
     return {
-        name: str(spent_in(made_files(settings.out, journal, settings.shard), client.settings))
-        for (name, journal), client in clients.items()
+        name: str(spent_in(made_files(settings.out, journal, settings.shard), chat))
+        for name, (journal, chat) in used.items()
     }
 
 
@@ -317,11 +318,13 @@ def describe_run(
     """Everything that is needed to make the set again."""
     prompts = describer.prompts
     texts = [prompts.describe, prompts.go_on]
+    chat = describer.client.settings if isinstance(describer, ServerDescriber) else None
     return {
         "kind": "curate",
         "command": command,
         "describer": describer.name if describer.hash is None else public_name(describer.name),
         "describer_hash": describer.hash,
+        **{name: chat and getattr(chat, name) for name in SAMPLING},
         "repairer": repairer and repairer.client.settings.model,
         "prompts_hash": hashlib.sha256("\0".join(texts).encode()).hexdigest(),
         "num_shards": settings.shard.count,

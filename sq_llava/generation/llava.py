@@ -30,6 +30,7 @@ from sq_llava.json_text import parse_json
 from sq_llava.llm_client.asking import Asked, ask_all
 from sq_llava.llm_client.budget import spent_in
 from sq_llava.llm_client.client import ChatClient, Estimate, Messages
+from sq_llava.llm_client.settings import SAMPLING
 from sq_llava.output import output_lock
 from sq_llava.resumable.run_note import RunNote, hash_of_file
 
@@ -37,8 +38,8 @@ from sq_llava.resumable.run_note import RunNote, hash_of_file
 KINDS = ("conversation", "detail", "reasoning")
 # A run resumes from the answers in its folder only if these are equal.
 IDENTITY = (
-    *("kind", "captions_hash", "instances_hash", "prompts_hash", "model", "temperature", "max_tokens", "top_p"),
-    *("extra_body", "shares", "kinds_per_image", "seed", "num_shards"),
+    *("kind", "captions_hash", "instances_hash", "prompts_hash", "model", *SAMPLING),
+    *("shares", "kinds_per_image", "seed", "num_shards"),
 )
 JOURNAL = "answers.jsonl"
 
@@ -264,10 +265,10 @@ def generate(settings: LlavaSettings, command: str) -> Made:
 def _generate(settings: LlavaSettings, command: str) -> Made:
     prompts = read_prompts(settings.prompts)
     tasks, bad = read_tasks(settings, prompts)
-    bad.write(settings.out)
     client = ChatClient(settings.chat, settings.out / settings.shard.name(JOURNAL))
     note = RunNote(settings.out, describe_run(settings, prompts, command), IDENTITY)
     client.before_answer = note.write
+    bad.write(settings.out)
     asked = ask_all(client, tasks, lambda task: write_row(client, task, prompts, settings.seed), "Asking")
     if asked.results:
         note.write()
@@ -303,10 +304,7 @@ def describe_run(settings: LlavaSettings, prompts: Prompts, command: str) -> dic
         "instances_hash": hash_of_file(settings.instances) if settings.instances is not None else None,
         "prompts_hash": prompts.sha256,
         "model": settings.chat.model,
-        "temperature": settings.chat.temperature,
-        "max_tokens": settings.chat.max_tokens,
-        "top_p": settings.chat.top_p,
-        "extra_body": settings.chat.extra_body,
+        **{name: getattr(settings.chat, name) for name in SAMPLING},
         "shares": settings.shares,
         "kinds_per_image": settings.kinds_per_image,
         "limit": settings.limit,
@@ -328,6 +326,7 @@ def _card(about: Mapping[str, Any], bad: BadRows) -> Card:
         not_checked=(
             "Whether a text is true of its image: neither a person nor a model looked at the images.",
             "Whether the captions and boxes are right.",
-            "Whether a text offends or stereotypes. The rules know only English.",
+            "Whether a text offends or stereotypes.",
+            "The language of the texts. Refusals, doubts and mentions of the sources are recognised in English only.",
         ),
     )

@@ -27,8 +27,8 @@ MaxBadShare = Annotated[
     Option(
         min=0,
         max=1,
-        help="Stop before the work starts if more than this share of the rows of the input cannot be used. They are "
-        "listed in bad_rows.jsonl.",
+        help="Stop before the work starts if more than this share of the rows of the input cannot be used. Up to "
+        "this share, they are left out and listed in bad_rows.jsonl.",
     ),
 ]
 PromptFolder = Annotated[

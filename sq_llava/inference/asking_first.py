@@ -51,7 +51,8 @@ def answer_after_asking(
     Args:
         conversations (`list[list[dict]]`): Messages that end with a user turn, with the images in place.
         settings ([`SelfQuestioning`]): Number of questions and votes.
-        max_new_tokens (`int`): Maximum length of an answer to the user, in tokens.
+        max_new_tokens (`int`): Maximum length of an answer to the user, in tokens. It is shorter if the model's
+            context ends.
         seeds (`list[int]`, *optional*): One random seed for each conversation. With it, the questions do not depend on
             the rest of the batch.
 
@@ -80,36 +81,95 @@ def _is_new(messages: list[dict]) -> bool:
     return all(message["role"] != "assistant" for message in messages)
 
 
-def _consider(model, processor, conversations, describe: bool, settings, max_new_tokens, seeds) -> list[Considered]:
-    votes = settings.votes
-    starts, lasts = zip(*map(split_last_turn, conversations))
-    dialogues = Dialogues(model, processor, list(starts))
-    turns_left = 2 * settings.self_questions
-    last_tokens = max(map(len, token_ids(processor, [[last] for last in lasts])))
+@dataclass(frozen=True)
+class OwnTurns:
+    """
+    How long the model's own turns may be, so that the later ones and the answer to the user fit into its context too.
 
-    def longest() -> int:
-        """Maximum length of the model's next turn, so that its other turns and the answer fit into the context too."""
-        known = max(map(len, token_ids(processor, dialogues.messages)))
-        room = context_length(model) - known - last_tokens - max_new_tokens
-        # One more turn, because text that is read again can have more tokens.
-        return max(1, min(settings.own_tokens, room // (turns_left + 2) - TEMPLATE_TOKENS))
+    Args:
+        context (`int`): Maximum number of tokens in the model's context.
+        last_tokens (`int`): Tokens of the user's last turn, which comes after the model's own turns.
+        answer_tokens (`int`): Tokens to keep for the answer. At most a quarter of what is left is kept.
+        most (`int`): Maximum length of a turn, in tokens.
+    """
+
+    context: int
+    last_tokens: int
+    answer_tokens: int
+    most: int = SelfQuestioning.own_tokens
+
+    def length(self, known: int, turns_left: int, ask: bool = False) -> int:
+        """
+        Maximum length of the next turn, in tokens: at least 1.
+
+        Args:
+            known (`int`): Tokens of the conversation so far.
+            turns_left (`int`): Number of turns that the model still writes before its answer, this one included.
+            ask (`bool`): The next turn is a question.
+        """
+        room = max(0, self.context - known - self.last_tokens)
+        # One turn more than there are, because text that is read again can have more tokens.
+        share = (room - min(self.answer_tokens, room // 4)) // (turns_left + 1) - TEMPLATE_TOKENS
+        return max(1, min(self.longest(ask), share))
+
+    def longest(self, ask: bool) -> int:
+        """Maximum length of a turn where there is room enough."""
+        return min(self.most, AskSettings.max_new_tokens) if ask else self.most
+
+
+class _TooLong(Exception):
+    """A text of a batch was cut because the longest conversation left too little room."""
+
+
+def _consider(model, processor, conversations, describe: bool, settings, max_new_tokens, seeds) -> list[Considered]:
+    try:
+        return _consider_together(model, processor, conversations, describe, settings, max_new_tokens, seeds)
+    except _TooLong:
+        # One by one, only the texts of a long conversation are cut short.
+        own_seeds = [None] * len(conversations) if seeds is None else [[seed] for seed in seeds]
+        return [
+            _consider_together(model, processor, [messages], describe, settings, max_new_tokens, seed)[0]
+            for messages, seed in zip(conversations, own_seeds, strict=True)
+        ]
+
+
+def _consider_together(model, processor, conversations, describe, settings, max_new_tokens, seeds):
+    votes, turns_left = settings.votes, 2 * settings.self_questions + describe
+    starts, lasts = zip(*map(split_last_turn, conversations))
+    context = context_length(model)
+    last_tokens = max(map(len, token_ids(processor, [[last] for last in lasts])))
+    own_turns = OwnTurns(context, last_tokens, max_new_tokens, settings.own_tokens)
+    dialogues = Dialogues(model, processor, list(starts))
+    asking = AskSettings()
+
+    def known_tokens() -> int:
+        return max(map(len, token_ids(processor, dialogues.messages)))
+
+    def add_turn(ask: bool) -> None:
+        length = own_turns.length(known_tokens(), turns_left, ask)
+        if ask:
+            dialogues.ask_next(asking.temperature, asking.top_k, asking.top_p, length)
+        else:
+            dialogues.answer(length)
+        check(length, own_turns.longest(ask))
+
+    def check(length: int, wanted: int) -> None:
+        if len(conversations) > 1 and length < wanted and dialogues.reached_limit:
+            raise _TooLong
 
     if describe:
-        dialogues.answer(longest())
+        add_turn(ask=False)
+        turns_left -= 1
     dialogues = dialogues.repeated(votes, seeds)
     begins = [len(messages) for messages in dialogues.messages]
-    asking = AskSettings()
     while turns_left:
-        most = min(longest(), asking.max_new_tokens)
-        asked = dialogues.ask(1, asking.temperature, asking.top_k, asking.top_p, most)
-        for messages, [question] in zip(dialogues.messages, asked):
-            messages.append({"role": "vusr", "content": question})
-        turns_left -= 1
-        dialogues.answer(longest())
+        add_turn(ask=turns_left % 2 == 0)
         turns_left -= 1
     for number, messages in enumerate(dialogues.messages):
         messages.append(lasts[number // votes])
-    answers = dialogues.answer(max_new_tokens)
+    length = max(1, min(max_new_tokens, context - known_tokens()))
+    answers = dialogues.answer(length)
+    check(length, max_new_tokens)
     pairs = []
     for begin, messages in zip(begins, dialogues.messages):
         own = messages[begin:-2]

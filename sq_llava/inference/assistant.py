@@ -267,8 +267,7 @@ class Assistant:
         histories, seeds = None if history is None else [history], None if seed is None else [seed]
         dialogues = Dialogues.start(self.model, self.processor, [image], histories, max_new_tokens, seeds)
         for _ in range(num_turns):
-            question = dialogues.ask(1, temperature, top_k, top_p, max_new_tokens)[0][0]
-            dialogues.messages[0].append({"role": "vusr", "content": question})
+            dialogues.ask_next(temperature, top_k, top_p, max_new_tokens)
             dialogues.answer(max_new_tokens)
         return dialogues.messages[0]
 

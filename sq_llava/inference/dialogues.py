@@ -48,6 +48,7 @@ class Dialogues:
         self.processor = processor
         self.messages = messages
         self.cache = PrefixCache(model, len(messages))
+        self.reached_limit = False  # whether a text of the last call has as many tokens as were allowed
         self.seed(seeds)
 
     @classmethod
@@ -134,6 +135,7 @@ class Dialogues:
             streamer=streamer,
         )
         new_tokens = output[:, inputs["input_ids"].shape[1] :]
+        self.reached_limit = new_tokens.shape[1] == max_new_tokens
         # The cache holds all tokens but the last one, which the model has not read. Tokens after the end of a shorter
         # answer are in no prompt, so the next turn drops them.
         mask = torch.cat([inputs["attention_mask"], torch.ones_like(new_tokens)], dim=1)
@@ -164,8 +166,17 @@ class Dialogues:
             logits_processor=LogitsProcessorList([draw]),
             max_new_tokens=max_new_tokens,
         )
-        texts = decode(self.processor, output[:, inputs["input_ids"].shape[1] :])
+        new_tokens = output[:, inputs["input_ids"].shape[1] :]
+        self.reached_limit = new_tokens.shape[1] == max_new_tokens
+        texts = decode(self.processor, new_tokens)
         return [texts[start : start + num_questions] for start in range(0, len(texts), num_questions)]
+
+    def ask_next(self, temperature: float, top_k: int, top_p: float, max_new_tokens: int) -> list[str]:
+        """Samples one question for each conversation. Appends the questions to `messages` and returns them."""
+        questions = [question for [question] in self.ask(1, temperature, top_k, top_p, max_new_tokens)]
+        for conversation, question in zip(self.messages, questions):
+            conversation.append({"role": "vusr", "content": question})
+        return questions
 
     def _prompts(self, ask: bool, max_new_tokens: int) -> tuple[list[list[int]], int]:
         """The token ids of each prompt, and how many tokens there is room for (at most `max_new_tokens`)."""

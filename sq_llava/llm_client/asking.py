@@ -70,9 +70,9 @@ def ask_all(client: ChatClient, items: Mapping[str, Item], work: Callable[[Item]
             stopped = INTERRUPTED
     results, missing, refused = _read_all(client, items, work)
     failures = {id: failures.get(id) or refused[id] for id in missing if id in failures or id in refused}
-    faults = {id: result for id, result in results.items() if isinstance(result, UnusableAnswer)}
-    results = {id: result for id, result in results.items() if id not in faults}
-    unusable = {id: (error.fault, error.text or error.detail) for id, error in faults.items()}
+    faults = {id: each for id, each in results.items() if isinstance(each, UnusableAnswer)}
+    unusable = {id: (each.fault, each.text or each.detail) for id, each in faults.items()}
+    results = {id: result for id, result in results.items() if id not in unusable}
     return Asked(results, failures, len(missing) - len(failures), stopped, unusable)
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from sq_llava.llm_client.journal import Journal
-from sq_llava.llm_client.settings import MAX_TOKENS_FIELDS, ChatSettings
+from sq_llava.llm_client.settings import ChatSettings
 
 
 class ChatStopped(RuntimeError):
@@ -57,7 +57,10 @@ def spent_in(journals: Iterable[Path], settings: ChatSettings) -> Spent:
 
 @dataclass(frozen=True)
 class Reservation:
-    """The most that a request under way is expected to use, and the most that it should use."""
+    """
+    What is set aside for a request under way: the most that it is expected to use after the replies so far. `planned`:
+    the prompt and answer tokens that it uses at most if the server keeps the limits.
+    """
 
     tokens: int
     cost: float
@@ -80,7 +83,8 @@ class Budget:
         self._changed = threading.Condition()
         lines = [line for line in journal.all() if "refused" not in line]
         self.num_requests = len(lines)
-        self._prompt_tokens, self._completion_tokens = map(sum, zip((0, 0), *map(_used, lines)))
+        self._prompt_tokens = sum(line["prompt_tokens"] for line in lines)
+        self._completion_tokens = sum(line["completion_tokens"] for line in lines)
         self._reserved_tokens = 0
         self._reserved_cost = 0.0
         self._num_under_way = 0
@@ -172,12 +176,10 @@ class Budget:
     def _why_more(self) -> str:
         """What to do about a server whose replies used more than was planned."""
         prompts, answers = self._excess or (1.0, 1.0)
-        prefix, told = self._settings.option_prefix, self._settings.max_tokens_field
         if answers > 1:
-            other = next(name for name in MAX_TOKENS_FIELDS if name != told)
             return (
-                f" An answer had {answers * self._settings.max_tokens:,.0f} tokens: the server ignores {told} "
-                f"{self._settings.max_tokens}. Try {prefix}max-tokens-field {other}."
+                f" An answer had {answers * self._settings.max_tokens:,.0f} tokens: the server ignores "
+                f"{self._settings.max_tokens_field} {self._settings.max_tokens}. {self._settings.other_field}"
             )
         return f" A prompt had {prompts:.1f} times the tokens that were expected." if prompts > 1 else ""
 

@@ -136,6 +136,7 @@ class ChatClient:
         journal_path (`Path`): File of the paid answers.
         server_matters (`bool`): Reuse an answer only if it came from the same base URL.
         reads_only (`bool`): Send nothing; no key is needed.
+        key (`str`, *optional*): API key; "" for a server that needs none. Default: `OPENAI_API_KEY`.
 
     Attributes:
         before_answer (`Callable`, *optional*): Called before each new answer is kept.
@@ -147,15 +148,23 @@ class ChatClient:
     before_answer: Callable[[], None] | None = None
 
     def __init__(
-        self, settings: ChatSettings, journal_path: Path, server_matters: bool = False, reads_only: bool = False
+        self,
+        settings: ChatSettings,
+        journal_path: Path,
+        server_matters: bool = False,
+        reads_only: bool = False,
+        key: str | None = None,
     ):
-        key = os.environ.get("OPENAI_API_KEY")
-        if not key and not reads_only:
+        self._key = os.environ.get("OPENAI_API_KEY", "") if key is None else key
+        if key is None and not self._key and not reads_only:
             raise ValueError("OPENAI_API_KEY is not set: export it. If your server needs no key, any text will do.")
         self.settings = settings
         self.reads_only = reads_only
         self.api = openai.OpenAI(
-            api_key=key or "none", base_url=settings.base_url, max_retries=settings.retries, timeout=settings.timeout
+            api_key=self._key or "none",
+            base_url=settings.base_url,
+            max_retries=settings.retries,
+            timeout=settings.timeout,
         )
         # The library's own retries would not count against the caps.
         self._once = self.api.with_options(max_retries=0)
@@ -279,11 +288,11 @@ class ChatClient:
         return line and line["refused"]
 
     def work_on(
-        self, items: Mapping[str, Item], work: Callable[[Item], Result], description: str
+        self, items: Mapping[str, Item], work: Callable[[Item], Result], description: str | None
     ) -> Iterator[tuple[str, Result]]:
         """
-        Calls `work` on each item, `concurrency` items at a time, and shows a progress bar with what was spent. Yields
-        the id and the result of each item when it is done.
+        Calls `work` on each item, `concurrency` items at a time. Yields the id and the result of each item when it is
+        done. Shows a progress bar with what was spent, unless `description` is `None`.
 
         Raises:
             ValueError: If another process writes to the journal.
@@ -303,9 +312,10 @@ class ChatClient:
 
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         spent = TextColumn("{task.fields[spent]}")
-        progress = Progress(*columns, spent, console=Console(stderr=True), transient=True)
+        console, is_hidden = Console(stderr=True), description is None
+        progress = Progress(*columns, spent, console=console, transient=True, disable=is_hidden)
         with ThreadPoolExecutor(self.settings.concurrency) as pool, progress:
-            bar = progress.add_task(description, total=len(items), spent=str(self.budget.spent))
+            bar = progress.add_task(description or "", total=len(items), spent=str(self.budget.spent))
             futures = {pool.submit(run, item): id for id, item in items.items()}
             try:
                 for future in as_completed(futures):
@@ -361,7 +371,8 @@ class ChatClient:
         text = str(error)
         if isinstance(error, openai.APIStatusError) and text == f"Error code: {error.status_code}":
             text = f"{text} - {error.response.text}"  # a body that is not OpenAI's, such as FastAPI's
-        return mend(text).replace(self.api.api_key, "[OPENAI_API_KEY]")[:500]
+        text = mend(text)
+        return (text.replace(self._key, "[OPENAI_API_KEY]") if self._key else text)[:500]
 
     def _stop(self, reason: str) -> ChatStopped:
         return ChatStopped(f"{self.settings.model}: {reason.rstrip('. ')}. The answers so far are kept.")
@@ -433,8 +444,7 @@ class ChatClient:
             self._note(f"{request.key} refused", "refused", reason, (0, 0))
         told = self.settings.max_tokens_field
         if told in reason and _UNKNOWN_FIELD.search(reason):
-            other = next(name for name in MAX_TOKENS_FIELDS if name != told)
-            reason += f" Try {self.settings.option_prefix}max-tokens-field {other}."
+            reason += f" {self.settings.other_field}"
         if self._failures.add(f"status {status}"):
             return self._stop(f"the server refused {self._failures}: {reason}")
         return ChatFailure(reason)

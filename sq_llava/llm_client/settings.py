@@ -17,6 +17,8 @@ from sq_llava.json_text import parse_json
 MAX_TOKENS_FIELDS = ("max_completion_tokens", "max_tokens")
 # Fields that the client sets itself, because the caps and the reading of replies depend on them.
 OWN_FIELDS = ("model", "messages", "n", "stream", *MAX_TOKENS_FIELDS)
+# Settings that every answer depends on. A run resumes only if they are equal.
+SAMPLING = ("temperature", "max_tokens", "top_p", "extra_body")
 
 
 @dataclass(frozen=True)
@@ -105,6 +107,12 @@ class ChatSettings:
             own = {"model": "model", **dict.fromkeys(MAX_TOKENS_FIELDS, "max-tokens")}.get(name)
             mend = f": use {prefix}{own}." if own else ", which this command sets itself. Leave it out."
             raise ValueError(f"{prefix}extra-body sets {name}{mend}")
+
+    @property
+    def other_field(self) -> str:
+        """The hint for a server that refuses or ignores `max_tokens_field`."""
+        other = next(name for name in MAX_TOKENS_FIELDS if name != self.max_tokens_field)
+        return f"Try {self.option_prefix}max-tokens-field {other}."
 
     def extra_fields(self) -> dict[str, Any]:
         """

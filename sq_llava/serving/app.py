@@ -39,9 +39,9 @@ from sq_llava.serving.settings import Access
 
 
 CHAT_PATH = "/v1/chat/completions"
-# Programs that watch a server have no key, and neither has somebody who looks at the page.
-OPEN_PATHS = ("/", "/health")
 HEALTH_PATH = "/health"
+# Programs that watch a server have no key, and neither has somebody who looks at the page.
+OPEN_PATHS = ("/", HEALTH_PATH)
 # After a refusal, a client may keep sending for this long. After a timeout, it has this long to read the error.
 SECONDS_FOR_LAST_WORDS = 2.0
 IN_VLLM = "docs/serving.md, 'Beyond this server', says what vLLM offers."
@@ -95,12 +95,7 @@ def create_app(
     app.add_exception_handler(RequestValidationError, _validation_error)
     app.add_exception_handler(Exception, _unexpected_error)
     _add_routes(app, chat_service, None if access.disable_metrics else metrics)
-    paths = [
-        HEALTH_PATH,
-        "/v1/models",
-        *([] if access.disable_metrics else ["/metrics"]),
-        *filter(None, [openapi_url]),
-    ]
+    paths = [route.path for route in app.routes if "GET" in route.methods and "{" not in route.path]
     name = model_name if api_key is None else None
 
     @app.get("/", include_in_schema=False)

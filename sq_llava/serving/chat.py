@@ -8,15 +8,16 @@ import uuid
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 from PIL import Image
 
 from sq_llava.data.messages import images_of
-from sq_llava.inference.asking_first import split_last_turn
+from sq_llava.inference.asking_first import OwnTurns, split_last_turn
 from sq_llava.inference.assistant import Assistant
 from sq_llava.inference.dialogues import DESCRIBE
 from sq_llava.inference.prompts import context_length, pixel_values, token_ids
-from sq_llava.inference.settings import AskSettings, SelfQuestioning
+from sq_llava.inference.settings import AskSettings
 from sq_llava.serving.decoding import Prompt, Sampling
 from sq_llava.serving.engine import Engine, Failure, Generation, Piece
 from sq_llava.serving.images import decode_data_url, decode_image, fetch, num_pixels
@@ -106,34 +107,40 @@ class ChatService:
             message = "self_questions needs an image, and messages that end with a user turn."
             raise ApiError(400, message, param="self_questions")
         messages, last = split_last_turn(messages)
-        longest = SelfQuestioning.own_tokens
-        turns = []
+        answer_tokens = chat.max_completion_tokens or chat.max_tokens or DEFAULT_NEW_TOKENS
+        last_tokens = len((await self._in_thread(self._encode, [last], False)).input_ids)
+        own_turns = OwnTurns(self.context_length, last_tokens, answer_tokens)
+        asks = [True, False] * chat.self_questions
         if messages[-1]["role"] != "assistant":
-            turns.append(await self._add_turn(chat, messages, longest=longest))
-        asked = []
-        for _ in range(chat.self_questions):
-            question = await self._add_turn(chat, messages, True, min(longest, AskSettings.max_new_tokens))
-            answer = await self._add_turn(chat, messages, longest=longest)
-            asked.append({"question": question.content, "answer": answer.content})
-            turns += [question, answer]
+            asks.insert(0, False)  # the description
+        turns = []
+        for place, ask in enumerate(asks):
+            length = partial(own_turns.length, turns_left=len(asks) - place, ask=ask)
+            turns.append(await self._add_turn(chat, messages, ask, length))
+        own = [turn.content for turn in turns[len(asks) % 2 :]]
+        asked = [{"question": question, "answer": answer} for question, answer in zip(own[::2], own[1::2])]
         return [*messages, last], {"asked": asked}, sum(turn.num_tokens for turn in turns)
 
     async def _add_turn(
-        self, chat: ChatCompletionRequest, messages: list[dict], ask: bool = False, longest: int | None = None
+        self,
+        chat: ChatCompletionRequest,
+        messages: list[dict],
+        ask: bool = False,
+        length: Callable[[int], int] | None = None,
     ) -> "_Text":
         """
         Generates the next turn, an answer (greedy) or a question (sampled), and appends it to `messages`.
 
         Args:
-            longest (`int`, *optional*): Maximum length, in tokens. Default: what the request asks for.
+            length (`Callable`, *optional*): Maximum length of the turn after a prompt of so many tokens. Default: what
+                the request asks for.
         """
         prompt = await self._in_thread(self._encode, messages, ask)
         sampling = replace(self._sampling(chat, len(prompt.input_ids)), temperature=0.0, stop=())
         if ask:
             sampling = replace(sampling, **QUESTION_SAMPLING)
-        if longest is not None:
-            room = self.context_length - len(prompt.input_ids)
-            sampling = replace(sampling, max_new_tokens=min(longest, room))
+        if length is not None:
+            sampling = replace(sampling, max_new_tokens=length(len(prompt.input_ids)))
         text = await self._generate_one(prompt, sampling)
         messages.append({"role": "vusr" if ask else "assistant", "content": [{"type": "text", "text": text.content}]})
         return text

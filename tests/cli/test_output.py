@@ -56,7 +56,7 @@ FIGURES = {
 
 @pytest.mark.slow
 def test_questions_are_shown_in_a_table_of_80_columns(monkeypatch):
-    console = Console(width=80, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    console = Console(width=80, record=True, file=io.StringIO())
     monkeypatch.setattr(evaluate, "console", console)
     evaluate.show_questions(FIGURES)
     text = console.export_text()

@@ -5,6 +5,7 @@ import json
 from contextlib import nullcontext
 from types import SimpleNamespace
 
+import huggingface_hub
 import pytest
 from rich.console import Console
 from typer.testing import CliRunner
@@ -16,8 +17,7 @@ from sq_llava.cli.main import app
 from sq_llava.data.messages import place_images
 from sq_llava.serving import images as remote
 from tests import tiny
-from tests.assistants import record_passes
-from tests.inference.test_assistant import prompt_length
+from tests.assistants import prompt_length, record_passes
 
 
 @pytest.fixture
@@ -58,14 +58,14 @@ def test_url_is_downloaded_by_the_rules_of_the_server(run, photo, monkeypatch):
         return photo.read_bytes()
 
     with monkeypatch.context() as patch:
-        patch.delenv("HF_HUB_OFFLINE")
+        patch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
         assert "127.0.0.1, which is not a host on the public" in run("ask", "http://127.0.0.1/a.png").stderr
         patch.setattr(remote, "fetch", fetch)
         result = run("ask", url, "--json", "--seed", 0)
     assert result.exit_code == 0, result.stderr
     [of_url], [of_file] = json.loads(result.stdout), json.loads(run("ask", photo, "--json", "--seed", 0).stdout)
     assert of_url == {**of_file, "image": url} and f"Downloading {url}" in result.stderr
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     assert "HF_HUB_OFFLINE is set, so nothing is downloaded" in run("ask", url).stderr
 
 

@@ -292,7 +292,7 @@ def test_meteor_equals_that_of_pycocoevalcap():
     assert 0 < meteor(predictions, references) == theirs < 1
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @needs_java
 def test_java_adds_its_own_metrics(tmp_path):
     write_coco(tmp_path, "folder")

@@ -3,17 +3,16 @@
 import base64
 import io
 import json
-import threading
-import time
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import uvicorn
 from PIL import Image
 from transformers import GenerationConfig
+from typer.testing import CliRunner
 
+from sq_llava.cli.main import app as cli
 from sq_llava.evaluation import run
 from sq_llava.evaluation.results import read_records
 from sq_llava.evaluation.run import Evaluation, evaluate
@@ -24,7 +23,7 @@ from sq_llava.serving.chat import Limits
 from tests import tiny
 from tests.chat_server import Reply, chat_server, completion
 from tests.evaluation_layouts import examples_of, figures, image_bytes, write_easy_vqa
-from tests.serving.test_process import free_port
+from tests.serving.in_thread import in_thread
 
 
 NUM_QUESTIONS = 5
@@ -88,7 +87,7 @@ def test_run_names_the_server_and_the_model(evaluation_at, tmp_path):
     assert (note["model"], note["server"], note["model_hash"]) == ("served", server.url, None)
     assert f"| model | served (served at {server.url}) |" in (tmp_path / "out" / "report.md").read_text()
     assert records_of(tmp_path / "out")[0].prompt == "user: <image>\nis it red? 0"
-    other = replace(evaluation_at("http://127.0.0.1:9/v1"))
+    other = evaluation_at("http://127.0.0.1:9/v1")
     with pytest.raises(ValueError, match="contains answers of a run with server"):
         evaluate(other)
 
@@ -120,10 +119,14 @@ def test_second_run_asks_nothing_again(evaluation_at, tmp_path):
 
 def test_example_that_the_server_refuses_fails_alone(evaluation_at, tmp_path):
     def reply(request, number):
-        return Reply(status=400, body='{"error": {"message": "too long"}}') if "3" in question_of(request) else "yes"
+        if "3" in question_of(request):
+            return Reply(status=400, body='{"error": {"message": "too long"}}')
+        return Reply("yes", seconds=0.1)
 
     with chat_server(reply) as server:
         [result] = evaluate(evaluation_at(server.url))
+    # The one that was refused is asked for once more, alone.
+    assert len(server.requests) == NUM_QUESTIONS + 1 and server.most_at_once == 2
     errors = [record.error for record in records_of(tmp_path / "out")]
     assert [error is None for error in errors] == [True, True, True, False, True]
     assert "too long" in errors[3]
@@ -199,11 +202,7 @@ def test_options_that_do_not_fit_a_server_are_refused(options, message, data, tm
 
 
 def invoke(command: list[str]):
-    from typer.testing import CliRunner
-
-    from sq_llava.cli.main import app
-
-    return CliRunner().invoke(app, command)
+    return CliRunner().invoke(cli, command)
 
 
 def test_models_of_one_server_are_compared_in_one_folder(data, tmp_path, monkeypatch):
@@ -215,6 +214,7 @@ def test_models_of_one_server_are_compared_in_one_folder(data, tmp_path, monkeyp
     table = (tmp_path / "models.md").read_text()
     assert "| task | metric | org/bad | org/good |" in table
     assert "| easy_vqa | accuracy | 0.0000 (0.0000 to 0.4345) | 1.0000 (0.5655 to 1.0000) |" in table
+    assert f"Server, all runs so far: {2 * NUM_QUESTIONS} requests" in " ".join(done.output.split())
     content = json.loads((tmp_path / "good" / "comparison" / "comparison.json").read_text())
     assert content["first"] == str(tmp_path / "bad")
     assert [each["difference"] for each in content["differences"]] == [1.0, 1.0]
@@ -224,15 +224,8 @@ def test_models_of_one_server_are_compared_in_one_folder(data, tmp_path, monkeyp
 def served(folder: str):
     """`sq-llava serve` in a thread of this process. Yields its URL."""
     app = create_app(load(folder, device="cpu", dtype="float32"), "served", Limits(request_seconds=60), 2)
-    port = free_port()
-    server = uvicorn.Server(uvicorn.Config(app, port=port, log_level="error"))
-    thread = threading.Thread(target=server.run, daemon=True)
-    thread.start()
-    while not server.started:
-        time.sleep(0.01)
-    yield f"http://127.0.0.1:{port}/v1"
-    server.should_exit = True
-    thread.join(30)
+    with in_thread(app) as port:
+        yield f"http://127.0.0.1:{port}/v1"
 
 
 @pytest.mark.slow

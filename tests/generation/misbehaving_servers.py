@@ -54,7 +54,7 @@ class Server:
 
 @dataclass(frozen=True)
 class Session:
-    """The outcome of both runs. `said` is the first run's, or the second's if that one has other options."""
+    """The outcome of both runs. `said` is what the first one printed about what is missing."""
 
     server: Server
     num_rows: int
@@ -115,9 +115,9 @@ SERVERS = (
     Server("ignores `max_completion_tokens`: 140 tokens instead of 20", ignores_field, ("--concurrency", 8)),
     Server("refuses `max_completion_tokens` (422)", refuses_field, again=FIELD),
     Server("refuses every request (400)", for_some(error(400, "Billing hard limit has been reached"))),
-    Server("has no money left after a row (402)", runs_out),
+    Server("refuses all requests after the first row, because no money is left (402)", runs_out),
     Server("refuses 2 flagged images (403)", for_some(error(403, "Your input was flagged"), 3, 7)),
-    Server("knows the key no more (401)", for_some(error(401, "Incorrect API key provided"))),
+    Server("does not accept the key (401)", for_some(error(401, "Incorrect API key provided"))),
     Server("cuts 2 texts off (`length`)", unusable_at_first(CUT), again=ANOTHER),
     Server("cuts every text off (`length`)", for_some(Reply(body=CUT))),
     Server("filters 2 texts (`content_filter`)", unusable_at_first(FILTERED), again=ANOTHER),

@@ -200,6 +200,7 @@ def test_file_that_cannot_be_read_is_refused(tmp_path, name, content, message):
         ("c.jsonl", '{"image": "s3://bucket/a.png", "caption": "a"}', "is a URL"),
         ("c.jsonl", '{"image": "0.png", "caption": "a", "id": 0}', "an earlier row has the same id"),
         ("c.tsv", b"a.png\tcaf\xe9\t5", r"caption is 'caf\\udce9', which is not UTF-8"),
+        ("c.tsv", b"a.png\ta dog\tcaf\xe9", r"id is 'caf\\udce9', which is not UTF-8"),
         ("c.tsv", "a.png", "has 1 columns, expected 3"),
         ("c.tsv", "a.png\ta dog\t5\tmore", "has 4 columns, expected 3"),
         ("c.csv", 'a.png,"' + "dog " * 40_000 + '",5', "field larger than field limit"),

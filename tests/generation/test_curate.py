@@ -159,6 +159,15 @@ def test_description_that_the_server_cut_off_is_continued_once(photos, out):
     assert len(server.requests) == 7
 
 
+def test_descriptions_of_other_sampling_are_another_run(photos, out):
+    with chat_server(Painter(photos)) as server:
+        run(*options(photos, server, out))
+        num_requests = len(server.requests)
+        refused = generate_data(*options(photos, server, out, "--top-p", 0.5))
+    assert refused.exit_code == 1 and "run with top_p" in refused.stderr
+    assert len(server.requests) == num_requests > 0
+
+
 def test_description_stays_as_it_is_if_its_repair_cannot_be_used(photos, out):
     painter = Painter(photos)
 
@@ -206,7 +215,10 @@ def test_description_whose_repair_is_refused_stays_as_it_was(photos, out):
 
     with chat_server(reply) as server:
         result = generate_data(*options(photos, server, out, *EDITOR, "--limit", 3))
-    assert result.exit_code == 1 and "2 stay as they were, because their repair was refused." in result.stdout
+    assert (
+        result.exit_code == 1
+        and "2 descriptions stay as they were, because their repair was refused." in result.stdout
+    )
     assert descriptions(out) == says | {"2.png": LONG}
     rows = rows_of(out)
     assert [rows[id]["repair_refused"] for id in says] == [True, True, False]

@@ -2,9 +2,10 @@
 
 import pytest
 
+from sq_llava.data.messages import place_images_of_all
 from sq_llava.inference.settings import SelfQuestioning
 from tests import tiny
-from tests.assistants import HISTORIES, record_passes
+from tests.assistants import HISTORIES, prompt_length, record_passes
 
 
 LAST = {"role": "user", "content": "And what colour?"}
@@ -34,6 +35,18 @@ def test_batch_equals_one_by_one(assistant):
     alone = [assistant.consider_batch([each], settings, 6, [seed])[0] for each, seed in zip(requests, seeds)]
     assert together == alone
     assert len({str(pairs) for result in together for pairs in result.asked}) == 6
+
+
+def test_context_that_is_too_short_cuts_own_turns_and_the_answer(assistant, monkeypatch):
+    """As with a plain answer, the default maximum length may be more than the model has room for."""
+    requests = [(tiny.picture(0), "Why?"), (tiny.picture(1), "Where is it? " * 20)]
+    context = max(prompt_length(assistant, messages) for messages in place_images_of_all(requests)) + 200
+    monkeypatch.setattr(assistant.model.config.get_text_config(), "max_position_embeddings", context)
+    settings, seeds = SelfQuestioning(2, votes=3), [0, 1]
+    together = assistant.consider_batch(requests, settings, 512, seeds)
+    alone = [assistant.consider_batch([each], settings, 512, [seed])[0] for each, seed in zip(requests, seeds)]
+    assert together == alone
+    assert all(result.answer for result in together)
 
 
 def test_most_frequent_answer_counts(assistant, monkeypatch):

@@ -14,6 +14,7 @@ from tests.assistants import (
     HISTORIES,
     assert_batch_equals_one_by_one,
     assert_converses_as_without_a_cache,
+    prompt_length,
     record_passes,
 )
 from tests.warm_python import warm_python
@@ -25,13 +26,6 @@ HISTORY = HISTORIES[0]
 @pytest.fixture
 def passes(assistant, monkeypatch) -> dict[str, list]:
     return record_passes(assistant, monkeypatch)
-
-
-def prompt_length(assistant, messages, **kwargs) -> int:
-    inputs = assistant.processor.apply_chat_template(
-        messages, tokenize=True, return_dict=True, return_tensors="pt", add_generation_prompt=True, **kwargs
-    )
-    return inputs["input_ids"].shape[1]
 
 
 def test_batch_of_mixed_prompts_answers_as_one_by_one(assistant):

@@ -9,9 +9,7 @@ import pytest
 from sq_llava.llm_client import client as client_module
 from sq_llava.llm_client.asking import ask_all
 from sq_llava.llm_client.client import ChatFailure, UnusableAnswer
-from sq_llava.llm_client.replies import (
-    CUT_OFF,
-)
+from sq_llava.llm_client.replies import CUT_OFF
 from sq_llava.llm_client.settings import ChatSettings
 from tests.chat_server import Reply, chat_server, completion
 from tests.llm_client.clients import ask, client_of, echo, reader_of, refusal, say
@@ -142,16 +140,13 @@ def test_items_that_are_refused_do_not_keep_the_others_from_being_made(tmp_path)
     assert str(client_of(server, tmp_path).budget.spent) == "8 requests, 880 tokens"
 
 
-@pytest.mark.parametrize(
-    ("code", "num_requests", "error"),
-    [(400, 1, "no"), (503, 3, "no"), ("503", 3, "no"), ("odd", 1, "no"), (None, 1, "no")],
-)
-def test_error_with_status_200_is_treated_by_its_own_status(code, num_requests, error, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("code", "num_requests"), [(400, 1), (503, 3), ("503", 3), ("odd", 1), (None, 1)])
+def test_error_with_status_200_is_treated_by_its_own_status(code, num_requests, tmp_path, monkeypatch):
     monkeypatch.setattr(client_module, "LONGEST_BACKOFF", 0.0)
     body = json.dumps({"error": {"message": "no", "code": code}})
     with chat_server(lambda request, number: Reply(body=body)) as server:
         client = client_of(server, tmp_path)
-        with pytest.raises(ChatFailure, match=error):
+        with pytest.raises(ChatFailure, match="no"):
             client.complete(say("a"))
     assert len(server.requests) == num_requests and client.budget.spent.num_requests == 0
 

@@ -1,5 +1,6 @@
 """Both prototype extractors: the release's numbers, the equations as loops, half precision, memory."""
 
+from copy import deepcopy
 from functools import partial
 
 import pytest
@@ -186,6 +187,23 @@ def test_more_prototypes_than_tokens_and_blank_images_stay_finite(variant, bias)
         output.sum().backward()
         for tensor in (output, features.grad, *(parameter.grad for parameter in module.parameters())):
             assert tensor.isfinite().all()
+
+
+def test_prototype_far_from_all_tokens_has_the_output_and_gradients_of_the_equations():
+    """Its share of each token is too small for float32, but the mean of the values is not."""
+    exact = extractor("paper", num_prototypes=4, num_iterations=1)
+    torch.nn.init.constant_(exact.k.bias, 60.0)
+    scores = exact.q(exact.prototypes) @ exact.k.bias / 8**0.5
+    assert scores.max() - scores.min() > 150
+    module = deepcopy(exact).float()
+    features, upstream = torch.randn(1, 5, 8, dtype=torch.float64), torch.randn(1, 5, 8, dtype=torch.float64)
+    paper_by_loops(exact, features).backward(upstream)
+    module(features.float()).backward(upstream.float())
+    for (name, expected), found in zip(exact.named_parameters(), module.parameters()):
+        torch.testing.assert_close(found.grad, expected.grad.float(), atol=1e-2, rtol=1e-2, msg=name)
+    torch.testing.assert_close(
+        module(features.float()).double(), paper_by_loops(exact, features), atol=1e-3, rtol=1e-3
+    )
 
 
 class LargestTensor(TorchDispatchMode):

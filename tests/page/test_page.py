@@ -3,12 +3,12 @@
 import re
 import time
 from collections.abc import Iterator
-from importlib.util import find_spec
 from pathlib import Path
 from threading import Event
 
 import httpx2
 import pytest
+from axe_playwright_python.sync_playwright import Axe
 from PIL import Image
 
 from sq_llava.inference.assistant import Assistant
@@ -63,11 +63,7 @@ def assert_closed_once(assistant: Scripted) -> None:
 
 
 def assert_accessible(page) -> None:
-    """The rules of axe, where the package is installed."""
-    if find_spec("axe_playwright_python") is None:
-        return
-    from axe_playwright_python.sync_playwright import Axe
-
+    """No serious violation of the rules of axe."""
     violations = Axe().run(page).response["violations"]
     assert [violation["id"] for violation in violations if violation["impact"] in ("serious", "critical")] == []
 

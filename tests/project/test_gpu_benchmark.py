@@ -28,12 +28,13 @@ def test_every_part_runs_and_is_reported(setting):
     assert utilisation == pytest.approx(report["parts"]["stage 2, ours"]["tflops"])  # of a peak of 1 TFLOPS
 
 
-def test_count_of_operations_is_near_those_that_are_run(setting):
+@pytest.mark.parametrize("rows_per_image", [1, 2])
+def test_count_of_operations_is_near_those_that_are_run(setting, rows_per_image):
     model = with_adapter(setting.model().float(), **gpu.lora_of("stage2"))
     model.config.text_config._attn_implementation = "eager"  # all of whose products are counted
-    rows = gpu.make_rows(setting, model.config.image_seq_length, captions=False)
+    rows = gpu.make_rows(setting, model.config.image_seq_length, captions=False, rows_per_image=rows_per_image)
     batch = {name: tensor.float() if tensor.is_floating_point() else tensor
-             for name, tensor in gpu.packed(rows, setting).items()}  # fmt: skip
+             for name, tensor in gpu.packed(rows, setting, rows_per_image).items()}  # fmt: skip
     with FlopCounterMode(display=False) as counter:
         loss_of(model, batch).backward()
     # The counter counts the head three times, attention between all tokens of a pack, and padding.
@@ -49,6 +50,9 @@ def test_packed_rows_hold_the_tokens_of_the_rows(setting, rows_per_image):
     assert len(batch["pixel_values"]) == len(set(images)) == -(-len(images) // rows_per_image)
     num_placeholders = (batch["input_ids"] == setting.processor.image_token_id).sum()
     assert num_placeholders == 16 * len(set(images))
+    if rows_per_image == 1:
+        num_tokens = (batch["position_ids"] > 0).sum() + len(rows)
+        assert num_tokens == sum(len(row["input_ids"]) for row in rows)
 
 
 def test_rows_that_share_images_have_the_loss_of_the_rows(setting):

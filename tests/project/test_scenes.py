@@ -100,7 +100,9 @@ def test_asked_questions_are_checked_against_their_picture(pool):
     asked = [["what color is the large circle?", "what color is the large square?"], ["the the?", "is there a red?"]]
     found = scene_measures.check_questions(asked, scene_list, Bits(scene_list))
     assert found["questions"] == 4 and found["well_formed"] == 0.5
-    assert found["premise_true"] == 0.25 and found["answerable"] == 0.25 and found["bits"] >= 0
+    assert found["premise_true"] == 0.25 and found["answerable"] == 0.25
+    assert found["bits"] == pytest.approx(Bits(scene_list).of_question(parse(asked[0][0])) / 4)
+    assert found["true_elsewhere"] == sum(parse(text).premise_is_true(scene_list[1]) for text in asked[0]) / 4
 
 
 @pytest.fixture(scope="module")
@@ -188,10 +190,10 @@ def test_quick_study_reports_and_does_again_only_what_is_missing(tmp_path, monke
     monkeypatch.setattr(scenes, "CORNERS", [("generic", "open"), ("referring", "yes/no")])
     work, report = tmp_path / "work", tmp_path / "report"
     command = ["--quick", "--work", str(work), "--output-dir", str(report), "--seeds", "0", "1"]
-    command += ["--budgets", scenes.MAIN_BUDGET, "--arms", "baseline", "sq-1", "instruct"]
+    command += ["--budgets", scenes.MAIN_BUDGET, "--arms", "baseline", "sq-1", "instruct", "prototypes"]
     scenes.main(command)
     first = json.loads((report / "scenes.json").read_text())
-    assert first["finished"] == 12 and not first["missing"] and len(first["cells"]) == 6
+    assert first["finished"] == 16 and not first["missing"] and len(first["cells"]) == 8
     asker = next(cell for cell in first["cells"] if cell["arm"] == "sq-1")
     assert asker["minus"].keys() == {"baseline", "instruct"} and asker["question_tokens"] > 0
     assert asker["asked"].keys() == set(scene_report.ASKED) and first["rule"]["seeds"] == [0, 1]
@@ -202,7 +204,7 @@ def test_quick_study_reports_and_does_again_only_what_is_missing(tmp_path, monke
     gone.unlink()
     capsys.readouterr()
     scenes.main(command)
-    assert "1 of 12 to run" in capsys.readouterr().out
+    assert "1 of 16 to run" in capsys.readouterr().out
     assert {file for file, time in before.items() if file.stat().st_mtime_ns != time} == {gone}
     again = json.loads((report / "scenes.json").read_text())
     assert [cell["accuracies"] for cell in again["cells"]] == [cell["accuracies"] for cell in first["cells"]]

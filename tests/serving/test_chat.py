@@ -5,6 +5,7 @@ import html
 import io
 import re
 import subprocess
+from functools import partial
 
 import openai
 import pytest
@@ -12,8 +13,8 @@ from fastapi.testclient import TestClient
 from openai import OpenAI
 from PIL import Image
 
+from sq_llava.inference.asking_first import OwnTurns
 from sq_llava.inference.dialogues import DESCRIBE
-from sq_llava.inference.settings import SelfQuestioning
 from sq_llava.serving.app import create_app
 from sq_llava.serving.chat import ChatService, Limits
 from sq_llava.serving.settings import Access
@@ -281,7 +282,7 @@ def test_a_question_is_asked_for_as_in_vllm(client):
 
 
 def test_model_asks_itself_before_it_answers(client, monkeypatch):
-    monkeypatch.setattr(SelfQuestioning, "own_tokens", 8)
+    monkeypatch.setattr("sq_llava.serving.chat.OwnTurns", partial(OwnTurns, most=8))
     settings = {"seed": 3, "extra_body": {"self_questions": 2}}
     question = user("What?", tiny.picture())
     reply = ask_for(client, question, **settings)

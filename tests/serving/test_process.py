@@ -5,7 +5,6 @@ import os
 import signal
 import socket
 import subprocess
-import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -25,6 +24,8 @@ from sq_llava.serving.chat import Limits
 from sq_llava.serving.connections import TimedConnection
 from tests import ROOT, tiny
 from tests.assistants import tiny_assistant
+from tests.processes import free_port
+from tests.serving.in_thread import in_thread
 from tests.serving.test_chat import ask_for, metric_of, user
 from tests.warm_python import warm_python
 
@@ -34,12 +35,6 @@ pytestmark = pytest.mark.slow
 
 def client_of(port: int) -> OpenAI:
     return OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0, timeout=60)
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
 
 
 def until(condition, seconds: float = 20.0) -> None:
@@ -81,21 +76,12 @@ def slow_server(max_batch_size: int = 2, seconds_per_token: float = 0.01, **limi
 
     assistant.model.forward = slow_forward
     app = create_app(assistant, "tiny", Limits(**{"request_seconds": 30, **limits}), max_batch_size)
-    port = free_port()
-    server = uvicorn.Server(uvicorn.Config(app, port=port, log_level="error"))
-    thread = threading.Thread(target=server.run, daemon=True)
-    thread.start()
+    with in_thread(app) as port:
 
-    def metric(name: str) -> float:
-        return metric_of(httpx2.get(f"http://127.0.0.1:{port}/metrics").text, name)
+        def metric(name: str) -> float:
+            return metric_of(httpx2.get(f"http://127.0.0.1:{port}/metrics").text, name)
 
-    until(lambda: server.started)
-    try:
         yield port, metric
-    finally:
-        server.should_exit = True
-        thread.join(30)
-        assert not thread.is_alive()
 
 
 @pytest.fixture(scope="module")

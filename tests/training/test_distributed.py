@@ -61,11 +61,11 @@ ACCUMULATED = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 
 @pytest.mark.parametrize(
     ("launch", "first", "settings"),
     [
-        ("ddp", "images", ACCUMULATED),
-        ("fsdp2", "images", {}),
+        pytest.param("ddp", "images", ACCUMULATED, marks=pytest.mark.long),
+        pytest.param("fsdp2", "images", {}, marks=pytest.mark.long),
         ("fsdp2", "text", ACCUMULATED),
         ("fsdp2", "images", PACKING),
-        ("fsdp2", "text", FULL),
+        pytest.param("fsdp2", "text", FULL, marks=pytest.mark.long),
     ],
     ids=["ddp", "images first", "text first, accumulated", "packed", "in full"],
 )
@@ -153,9 +153,10 @@ def test_tied_head_is_sharded(parts, tied, tmp_path, settings):
     assert_similar_runs(Run(parts, tmp_path / "one", **settings).finish(), two)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("state_dict_type", "settings"),
-    [("SHARDED_STATE_DICT", {}), pytest.param("FULL_STATE_DICT", FULL, marks=pytest.mark.long)],
+    [("SHARDED_STATE_DICT", {}), ("FULL_STATE_DICT", FULL)],
     ids=["adapter from shards", "in full"],
 )
 def test_killed_sharded_run_resumes_and_leaves_what_one_process_leaves(parts, tmp_path, state_dict_type, settings):

@@ -126,6 +126,7 @@ def test_settings_that_packing_does_not_support_are_refused(parts, tmp_path, set
         train(parts, tmp_path, **PACKED | settings)
 
 
+@pytest.mark.long
 def test_killed_run_and_two_processes_equal_the_uninterrupted_one(parts, tmp_path):
     """The rows show two images, and share the passes over them."""
     rows = json.loads((parts / "train.json").read_text())

@@ -198,10 +198,11 @@ def test_run_killed_at_random_moments_equals_the_uninterrupted_one(parts, tmp_pa
     assert_equal_runs(whole, run.finish())
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("fault", "message"),
     [
-        pytest.param(runs.poison_row, "was not applied: its loss is nan", marks=pytest.mark.long),
+        (runs.poison_row, "was not applied: its loss is nan"),
         (runs.break_row, "train.json, row 5: the image is broken"),
     ],
 )

@@ -1,4 +1,4 @@
-"""CIDEr-D and BLEU of captions for the library `evaluate`:
+"""CIDEr-D, BLEU and ROUGE-L of captions for the library `evaluate`:
 
 metric = evaluate.load(str(files("sq_llava.evaluation.metrics_hub") / "captions.py"))
 metric.compute(predictions=["A dog."], references=[["A dog runs.", "The dog."]])
@@ -15,11 +15,11 @@ from sq_llava.evaluation.captions import corpus_figures
 
 
 class Captions(evaluate.Metric):
-    """CIDEr-D and BLEU of a whole corpus."""
+    """CIDEr-D, BLEU and ROUGE-L of a whole corpus."""
 
     def _info(self) -> evaluate.MetricInfo:
         return evaluate.MetricInfo(
-            description="CIDEr-D (0 to 10) and BLEU-1 to BLEU-4 of a corpus of captions.",
+            description="CIDEr-D (0 to 10), BLEU-1 to BLEU-4 and ROUGE-L of a corpus of captions.",
             citation="Vedantam et al., CIDEr: Consensus-based Image Description Evaluation, CVPR 2015",
             inputs_description="predictions: one caption per image. references: a list of human captions per image.",
             features=datasets.Features(
