@@ -59,11 +59,9 @@ test-wheel: setup  ## Install a wheel in a new environment, and run the README's
 test-versions: setup  ## Test a wheel with the oldest, the pinned and the newest packages (15 GB)
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.package_versions
 
-test-vllm: $(RUN)/model/config.json setup $(VLLM)/.installed  ## Compare vLLM with transformers on the demo's model and on one with ChatML
+test-vllm: $(RUN)/model/config.json setup $(VLLM)/.installed  ## Compare vLLM with transformers on the demo's model and on 13 small ones
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.vllm_reference --model $(RUN)/model --output-dir $(RUN)/vllm
 	OMP_NUM_THREADS=1 $(VLLM)/bin/python -P tests/vllm_checks.py --dir $(RUN)/vllm
-	OMP_NUM_THREADS=1 $(BIN)/python -m tests.vllm_reference --chatml --output-dir $(RUN)/vllm/chatml
-	OMP_NUM_THREADS=1 $(VLLM)/bin/python -P tests/vllm_checks.py --dir $(RUN)/vllm/chatml
 
 test-clients: $(RUN)/model/config.json setup $(CLIENTS)/.installed  ## Ask the demo's model with openai, langchain-openai and litellm
 	$(CLIENTS)/bin/python tests/client_checks.py --model $(RUN)/model --image $(RUN)/images/test/images/0.png

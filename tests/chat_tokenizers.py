@@ -7,6 +7,7 @@ from transformers import (
     AutoModelForCausalLM,
     GenerationConfig,
     LlamaConfig,
+    PreTrainedConfig,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
     Qwen3Config,
@@ -126,7 +127,7 @@ def smollm3() -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def save_qwen3(folder: Path, head_dim: int = 16, base: bool = False) -> Path:
+def save_qwen3(folder: Path, base: bool = False) -> Path:
     """
     Writes a small Qwen3 with one matrix for embeddings and head. Its generation config stops at the end of a document
     only. That of a base model has no stop token at all, and its tokenizer ends with a document.
@@ -134,7 +135,7 @@ def save_qwen3(folder: Path, head_dim: int = 16, base: bool = False) -> Path:
     tokenizer = qwen_base() if base else qwen3()
     fields = {name: value for name, value in tiny.TINY_LLAMA.items() if name != "model_type"}
     set_seed(0)
-    model = Qwen3ForCausalLM(Qwen3Config(**fields, head_dim=head_dim, tie_word_embeddings=True))
+    model = Qwen3ForCausalLM(Qwen3Config(**fields, head_dim=16, tie_word_embeddings=True))
     end = None if base else tokenizer.convert_tokens_to_ids("<|endoftext|>")
     model.generation_config = GenerationConfig(eos_token_id=end)
     model.save_pretrained(folder)
@@ -226,10 +227,17 @@ CHAT_TOKENIZERS = {
 
 def save_chat_model(folder: Path, name: str) -> None:
     """Writes a small language model with one of these tokenizers: a Qwen3, a SmolLM3, or else a Llama."""
-    tokenizer = CHAT_TOKENIZERS[name][0]()
-    fields = {field: value for field, value in tiny.TINY_LLAMA.items() if field != "model_type"}
+    config_class = {"qwen3": Qwen3Config, "smollm3": SmolLM3Config}.get(name, LlamaConfig)
+    save_language_model(folder, CHAT_TOKENIZERS[name][0](), config_class)
+
+
+def save_language_model(
+    folder: Path, tokenizer: PreTrainedTokenizerBase, config_class: type[PreTrainedConfig], **fields
+) -> None:
+    """Writes a small language model of any family. `fields` are those of its configuration."""
+    own = {field: value for field, value in tiny.TINY_LLAMA.items() if field != "model_type"}
     ends = {"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": None}
-    config = {"qwen3": Qwen3Config, "smollm3": SmolLM3Config}.get(name, LlamaConfig)(**fields, **ends)
+    config = config_class(**{**own, **ends, **fields})
     set_seed(0)
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)

@@ -217,21 +217,28 @@ def picture(seed: int = 0, width: int = 60, height: int = 40) -> Image.Image:
 def save_towers(root: Path) -> None:
     """Writes a CLIP to `root/clip` and a Llama to `root/llama`, as they are on the Hub."""
     set_seed(0)
+    save_clip(root / "clip")
     tokenizer = llama_tokenizer()
-    clip = CLIPConfig(text_config={"num_hidden_layers": 1, "hidden_size": 32}, vision_config=TINY_VISION)
-    CLIPModel(clip).save_pretrained(root / "clip")
-    tiny_image_processor().save_pretrained(root / "clip")
     LlamaForCausalLM(LlamaConfig(**{**TINY_LLAMA, "vocab_size": len(tokenizer)})).save_pretrained(root / "llama")
     tokenizer.save_pretrained(root / "llama")
 
 
-def save_siglip(folder: Path) -> None:
-    """Writes a SigLIP, or a SigLIP 2 of fixed resolution, as it is on the Hub: both towers and a pooling head."""
+def save_clip(folder: Path) -> None:
+    """Writes a CLIP with both towers."""
+    text = {"num_hidden_layers": 1, "hidden_size": 32}
+    CLIPModel(CLIPConfig(text_config=text, vision_config=TINY_VISION)).save_pretrained(folder)
+    tiny_image_processor().save_pretrained(folder)
+
+
+def save_siglip(folder: Path, **fields) -> None:
+    """
+    Writes a SigLIP, or a SigLIP 2 of fixed resolution, as it is on the Hub: both towers and a pooling head. `fields`
+    are those of its vision tower.
+    """
     text = {"num_hidden_layers": 1, "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2}
-    SiglipModel(SiglipConfig(text_config={**text, "vocab_size": 64}, vision_config=TINY_VISION)).save_pretrained(
-        folder
-    )
-    side = TINY_VISION["image_size"]
+    vision = {**TINY_VISION, **fields}
+    SiglipModel(SiglipConfig(text_config={**text, "vocab_size": 64}, vision_config=vision)).save_pretrained(folder)
+    side = vision["image_size"]
     SiglipImageProcessorPil(size={"height": side, "width": side}).save_pretrained(folder)
 
 

@@ -1,26 +1,28 @@
 """Generates the results of transformers that `vllm_checks.py` compares vLLM with. `make test-vllm` runs it.
 
     python -m tests.vllm_reference --model runs/demo/model --output-dir runs/vllm
-    python -m tests.vllm_reference --chatml --output-dir runs/vllm/chatml
+    python -m tests.vllm_reference --name qwen3 --output-dir runs/vllm
 
-Each writes OUTPUT_DIR/model, a checkpoint with the code and the chat template of this checkout, and
-OUTPUT_DIR/requests.json: conversations about images of easy-VQA's test set, with the token ids of each prompt and the
-greedy tokens of the model in float32, one conversation at a time. With --chatml, the model is a new one on a small
-Qwen3, untrained, and its prompts are in ChatML. The end-of-sequence token stops no model: all outputs have the same
-length, and the tokens after it are compared too.
+The first writes a folder `demo` for the model, and one for each of `vllm_configurations.py`; the second only one of
+them. A folder has a checkpoint, `model`, with the code and the chat template of this checkout, and `requests.json`:
+conversations about images, with the token ids of each prompt and the greedy tokens of the model in float32, one
+conversation at a time. The demo's model sees images of easy-VQA's test set, the others pictures that are not square.
+The end-of-sequence token stops no model: all outputs have the same length, and the tokens after it are compared too.
 """
 
 import argparse
 import json
+import shutil
+from functools import partial
 from pathlib import Path
 
 import torch
 import transformers
 
 from demo.data import image_root
-from sq_llava import compose, load
-from tests.chat_tokenizers import save_qwen3
-from tests.tiny import save_towers
+from sq_llava import Assistant, load
+from tests.tiny import picture
+from tests.vllm_configurations import CONFIGURATIONS, Configuration
 
 
 NUM_TOKENS = 24
@@ -32,25 +34,34 @@ QUESTIONS = [
     "is there not a red shape?",
     "does the image contain a triangle?",
 ]
+NUM_IMAGES = len(QUESTIONS) + 1
 
 
-def conversations() -> list[dict]:
-    """Requests: messages with image paths, and whether the model asks next."""
+def user_turn(text: str, *images: str) -> dict:
+    parts = [{"type": "image", "path": image} for image in images]
+    return {"role": "user", "content": [*parts, {"type": "text", "text": text}]}
 
-    def turn(text: str, *images: str) -> dict:
-        parts = [{"type": "image", "path": image} for image in images]
-        return {"role": "user", "content": [*parts, {"type": "text", "text": text}]}
 
-    images = [str(image_root() / "test" / "images" / f"{number}.png") for number in range(len(QUESTIONS) + 1)]
-    first = [turn(QUESTIONS[0], images[-1]), {"role": "assistant", "content": "red"}]
+def conversations(images: list[str]) -> list[dict]:
+    """Requests about `NUM_IMAGES` images: messages with their paths, and whether the model asks next."""
+    first = [user_turn(QUESTIONS[0], images[-1]), {"role": "assistant", "content": "red"}]
     asked = {"role": "vusr", "content": QUESTIONS[1]}
     return [
-        *[{"messages": [turn(question, image)], "ask": False} for question, image in zip(QUESTIONS, images)],
-        {"messages": [turn(QUESTIONS[0], images[0], images[1])], "ask": False},
-        {"messages": [turn(QUESTIONS[0])], "ask": False},
+        *[{"messages": [user_turn(question, image)], "ask": False} for question, image in zip(QUESTIONS, images)],
+        {"messages": [user_turn(QUESTIONS[0], images[0], images[1])], "ask": False},
+        {"messages": [user_turn(QUESTIONS[0])], "ask": False},
         {"messages": first, "ask": True},
         {"messages": [*first, asked], "ask": False},
     ]
+
+
+def save_pictures(folder: Path) -> list[str]:
+    """Writes pictures of random pixels, wider or higher than they are long, so that padding differs from cropping."""
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = [folder / f"{number}.png" for number in range(NUM_IMAGES)]
+    for number, path in enumerate(paths):
+        picture(number, 40 + 8 * number, 64).save(path)
+    return [str(path) for path in paths]
 
 
 @torch.inference_mode()
@@ -81,31 +92,61 @@ def generate(assistant, request: dict) -> dict:
     }
 
 
-def untrained_chatml_model(folder: Path) -> str:
-    """Writes a composed model to `folder/composed`. vLLM's attention needs heads of at least 32 channels."""
-    save_towers(folder)
-    save_qwen3(folder / "qwen3", head_dim=32)
-    model, processor = compose(str(folder / "clip"), str(folder / "qwen3"), num_prototypes=5)
-    assert processor.chat_template.count("<|im_start|>") and processor.thought
-    model.save_pretrained(folder / "composed")
-    processor.save_pretrained(folder / "composed")
-    return str(folder / "composed")
+def require_sight(assistant: Assistant, images: list[str]) -> None:
+    """Requires that the image matters: equal tokens would show nothing if every image gave the same ones."""
+    one, other = (
+        generate(assistant, {"messages": [user_turn(QUESTIONS[0], image)], "ask": False}) for image in images[:2]
+    )
+    difference = max(abs(a - b) for a, b in zip(one["log_probs"], other["log_probs"]))
+    if difference < 0.1:
+        raise ValueError(f"Another image changes the log-probabilities by only {difference:.0e}: nothing is compared.")
+
+
+def write_requests(folder: Path, images: list[str], **about) -> None:
+    """Writes `folder/requests.json` for the checkpoint `folder/model`; `about` has more fields."""
+    assistant = load(str(folder / "model"), device="cpu", dtype="float32")
+    generation_config = assistant.model.generation_config
+    generation_config.eos_token_id = None
+    # The last rows of a vocabulary have no token. vLLM fails if it returns the log-probability of such an id.
+    vocabulary = range(assistant.model.config.text_config.vocab_size)
+    generation_config.suppress_tokens += vocabulary[len(assistant.processor.tokenizer) :]
+    require_sight(assistant, images)
+    document = {
+        "transformers": transformers.__version__,
+        "suppressed": generation_config.suppress_tokens,
+        **about,
+        "requests": [generate(assistant, request) for request in conversations(images)],
+    }
+    (folder / "requests.json").write_text(json.dumps(document, indent=2) + "\n")
+
+
+def write_demo(model: str, folder: Path) -> None:
+    assistant = load(model, device="cpu", dtype="float32")
+    assistant.model.save_pretrained(folder / "model")
+    assistant.processor.save_pretrained(folder / "model")
+    images = [str(image_root() / "test" / "images" / f"{number}.png") for number in range(NUM_IMAGES)]
+    write_requests(folder, images, description="the demo's model, trained", is_trained=True, is_served=True)
+
+
+def write_configuration(configuration: Configuration, folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    configuration.save(folder / "model")
+    about = {"description": configuration.description, "is_served": configuration.is_served}
+    write_requests(folder, save_pictures(folder / "images"), is_trained=False, **about)
 
 
 def main() -> None:
+    writers = {"demo": None} | {each.name: partial(write_configuration, each) for each in CONFIGURATIONS}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="runs/demo/model")
-    parser.add_argument("--chatml", action="store_true", help="Use an untrained model with ChatML instead.")
+    parser.add_argument("--name", help="Write only this folder.", choices=list(writers))
     parser.add_argument("--output-dir", type=Path, default=Path("runs/vllm"))
     args = parser.parse_args()
-    model = untrained_chatml_model(args.output_dir) if args.chatml else args.model
-    assistant = load(model, device="cpu", dtype="float32")
-    assistant.model.save_pretrained(args.output_dir / "model")
-    assistant.processor.save_pretrained(args.output_dir / "model")
-    assistant.model.generation_config.eos_token_id = None
-    requests = [generate(assistant, request) for request in conversations()]
-    document = {"transformers": transformers.__version__, "trained": not args.chatml, "requests": requests}
-    (args.output_dir / "requests.json").write_text(json.dumps(document, indent=2) + "\n")
+    writers["demo"] = partial(write_demo, args.model)
+    names = [args.name] if args.name else list(writers)
+    for name in names:
+        writers[name](args.output_dir / name)
+    (args.output_dir / "names.json").write_text(json.dumps(names) + "\n")
 
 
 if __name__ == "__main__":

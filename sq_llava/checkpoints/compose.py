@@ -269,6 +269,7 @@ def compose(
     )
     config.image_token_id = processor.image_token_id
     config.vusr_token_id = processor.vusr_token_id
+    processor.image_seq_length = config.image_seq_length  # with vision_feature_select_strategy "full", one more
     model = SQLlavaForConditionalGeneration._from_config(
         config, dtype=whole.dtype, attn_implementation=attn_implementation
     )

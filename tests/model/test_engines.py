@@ -5,6 +5,7 @@ with `get_image_features`, and finds the placeholders by the processor's offsets
 """
 
 import ast
+import re
 
 import pytest
 import torch
@@ -15,8 +16,10 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.utils.chat_template_utils import _compile_jinja_template
 
 from modeling_sq_llava import SQLlavaAutoModel, SQLlavaModel
+from tests import ROOT
 from tests.project.test_layout import HUB_CODE, path_of
 from tests.tiny import picture, tiny_config, tiny_inputs, tiny_minigpt4_config, tiny_model, tiny_processor
+from tests.vllm_configurations import CONFIGURATIONS
 
 
 # Everything that the code of a checkpoint imports from transformers. The oldest supported version, 5.16.1, has it.
@@ -141,6 +144,12 @@ def test_servers_find_the_loop_over_parts_and_the_keywords_of_the_template():
     assert "message" in [loop.target.name for loop in parsed.find_all(nodes.For)]
     # vLLM passes only those `chat_template_kwargs` of a request that the template uses.
     assert {"add_generation_prompt", "ask"} <= meta.find_undeclared_variables(parsed)
+
+
+def test_document_lists_the_models_on_which_vllm_is_compared():
+    section = (ROOT / "docs" / "serving.md").read_text().split("### Tested models")[1].split("\n## ")[0]
+    rows = re.findall(r"^\| `(\w+)` \| (.+?) \|", section, re.MULTILINE)
+    assert rows == [(each.name, each.description) for each in CONFIGURATIONS]
 
 
 class ImageSide(nn.Module):

@@ -203,6 +203,8 @@ TEXT_FAMILIES = {
     "phi": {},
     "phi3": {"pad_token_id": 0},
     "smollm3": {"pad_token_id": 0},
+    "olmo2": {},
+    "gpt_neox": {},
 }
 
 

@@ -92,6 +92,11 @@ def test_multimodal_model_without_a_usable_text_part_is_refused_with_its_type(pa
             make(str(parts / "clip"), str(tmp_path))
 
 
+def test_processor_has_a_placeholder_for_the_cls_token_if_the_model_keeps_it(parts):
+    model, processor = compose(str(parts / "clip"), str(parts / "llama"), vision_feature_select_strategy="full")
+    assert processor.image_seq_length == model.config.image_seq_length == 10
+
+
 def test_vision_model_of_variable_resolution_is_refused_before_anything_is_loaded(parts, tmp_path, monkeypatch):
     Siglip2Config().save_pretrained(tmp_path)
     monkeypatch.setattr("sq_llava.checkpoints.compose._tokenizer_of", None)
