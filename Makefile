@@ -28,6 +28,9 @@ $(VENV)/.installed: requirements.txt pyproject.toml
 	$(BIN)/pip install --quiet $(UV)
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --requirement requirements.txt || \
 		$(BIN)/pip install --quiet --no-compile --requirement requirements.txt
+	# Now and on all cores: where Python writes no bytecode, each process of the tests would compile all that it imports.
+	# Some packages contain templates that cannot be compiled.
+	$(BIN)/python -m compileall -q -q -j 0 $(VENV)/lib || true
 	$(BIN)/pip install --quiet --no-deps --editable .
 	touch $@
 
