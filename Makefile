@@ -41,10 +41,10 @@ demo-clean:  ## Delete the output of the demo
 	rm -rf $(RUN)
 
 test: setup  ## Run the tests, in about ten minutes on two cores
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder -m "not walk and not long"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not walk and not long"
 
 test-fast: setup  ## Run the tests that are not marked slow
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder -m "not slow and not walk and not long"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow and not walk and not long"
 
 test-documents: setup  ## Run what the documents show, and the quick demo (DOCUMENTS=README: only that document)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m walk -k "$(DOCUMENTS)"

@@ -86,6 +86,7 @@ def test_base_of_an_adapter_that_names_other_code_is_refused(written, model, tmp
         assert publication.files
 
 
+@pytest.mark.long
 def test_code_that_is_run_before_the_upload_gets_no_token(model, monkeypatch):
     names = "[name for name in os.environ if name.endswith(('HF_TOKEN', 'HUB_TOKEN'))]"
     append_code(model, f"import os\nassert not {names}")

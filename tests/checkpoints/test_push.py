@@ -131,6 +131,7 @@ def publish(
     return commit
 
 
+@pytest.mark.long
 def test_first_push_resumes_a_killed_one(hub, pushed):
     assert len(pushed["before"]) == 1
     assert len(set(hub.stored)) == len(hub.stored), "a file was sent twice"

@@ -105,6 +105,7 @@ def test_examples_are_in_the_order_of_the_data_with_prompt_and_reference(one_by_
     assert one_by_one[0]["reference"] == "yes"
 
 
+@pytest.mark.long
 def test_two_processes_write_what_one_writes(evaluation, one_by_one):
     launch = [warm_python(), "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     command = [*launch, "-m", "sq_llava", *command_of(evaluation)]

@@ -270,6 +270,7 @@ def test_stage_one_trains_only_the_projector(stage1):
     assert_only_the_projector_is_trained(stage1, f"{stage1.args.output_dir}/base")
 
 
+@pytest.mark.long
 def test_stage_one_learns_which_caption_belongs_to_which_image(parts, tmp_path):
     rows = {row["conversations"][1]["value"]: row for row in caption_rows(read_questions("train"))}
     trainer = train_on(list(rows.values())[:4], parts, tmp_path, max_steps=60, lr_scheduler_type="constant")

@@ -229,6 +229,7 @@ def test_work_is_visible_at_once_and_stop_shows_no_error(visitor, assistant, mon
     visitor.sees_no_error()
 
 
+@pytest.mark.long
 @in_browser
 def test_model_talks_to_itself_until_it_is_stopped(visitor, photo, assistant):
     visitor.upload(photo)
@@ -245,6 +246,7 @@ def test_model_talks_to_itself_until_it_is_stopped(visitor, photo, assistant):
     assert [message["role"] for message in assistant.seen[-3:]] != ["vusr", "user"]
 
 
+@pytest.mark.long
 @in_browser
 def test_visitor_waits_in_line_and_one_who_leaves_gives_up_the_model(browser, url, assistant):
     first, second = (Visitor(browser.new_page(viewport=DESKTOP), url) for _ in range(2))
@@ -260,6 +262,7 @@ def test_visitor_waits_in_line_and_one_who_leaves_gives_up_the_model(browser, ur
     second.page.close()
 
 
+@pytest.mark.long
 @in_browser
 def test_sliders_change_the_settings(visitor, photo, assistant):
     visitor.upload(photo)
@@ -294,6 +297,7 @@ def test_wrong_input_is_a_warning_and_the_typed_text_comes_back(visitor, photo, 
     assert visitor.texts("bot") == []
 
 
+@pytest.mark.long
 @in_browser
 def test_control_token_is_a_warning_and_the_question_is_dropped(visitor, photo):
     visitor.upload(photo)
@@ -362,6 +366,7 @@ def test_phone_shows_everything_without_scrolling_sideways_and_names_it_for_scre
     page.close()
 
 
+@pytest.mark.long
 @in_browser
 def test_trash_stops_the_generation_and_starts_a_new_conversation(visitor, photo, assistant):
     visitor.upload(photo)

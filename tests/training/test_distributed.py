@@ -180,6 +180,7 @@ def test_sharded_run_killed_at_random_moments_equals_the_uninterrupted_one(parts
     assert_equal_runs(whole, run.finish())
 
 
+@pytest.mark.long
 def test_sharded_run_resumes_only_under_its_own_launch(parts, tmp_path):
     LaunchedRun("fsdp2", parts, tmp_path, max_steps=2).finish()
     settings = {"max_steps": 4, "resume": True}

@@ -48,7 +48,7 @@ def dora_stages(parts, tmp_path_factory) -> tuple[Path, SQLlavaTrainer]:
     return root / "stage1", stage2
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_dora_and_rslora_on_named_layers_are_trained_saved_merged_and_resumed_from(dora_stages, tmp_path):
     stage1, trainer = dora_stages
     stage2 = trainer.args.output_dir

@@ -140,6 +140,7 @@ def test_resumed_run_equals_uninterrupted_run(parts, stage1, tmp_path):
     assert_close(trained_weights(tmp_path / "whole"), trained_weights(tmp_path / "resumed"), atol=0)
 
 
+@pytest.mark.long
 def test_two_processes_equal_one(parts, stage1, tmp_path):
     settings = {"question_loss_weight": 0.3}
     train(parts, tmp_path / "one", stage1, **settings)
