@@ -162,7 +162,7 @@ def to_markdown(report: dict) -> str:
             f"## {task}",
             f"{found['questions']} test questions about {found['images']} images, {found['models']} model(s).",
             common.table(["way", "accuracy", "minus plain", "times as long"], rows),
-            f"Where no answer changed, the interval has width 0. On other images, up to "
+            "Where no answer changed, the interval has width 0. On other images, up to "
             f"{share_interval(0, found['images'])[1]:.1%} could change (Wilson's interval).",
         ]
     return common.text(

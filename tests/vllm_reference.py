@@ -6,7 +6,7 @@
 The first writes a folder `demo` for the model, and one for each of `vllm_configurations.py`; the second only one of
 them. A folder has a checkpoint, `model`, with the code and the chat template of this checkout, and `requests.json`:
 conversations about images, with the token ids of each prompt and the greedy tokens of the model in float32, one
-conversation at a time. The demo's model sees images of easy-VQA's test set, the others pictures that are not square.
+conversation at a time. The demo's model sees images of easy-VQA's test set, the others see pictures of random pixels.
 The end-of-sequence token stops no model: all outputs have the same length, and the tokens after it are compared too.
 """
 
@@ -56,7 +56,7 @@ def conversations(images: list[str]) -> list[dict]:
 
 
 def save_pictures(folder: Path) -> list[str]:
-    """Writes pictures of random pixels, wider or higher than they are long, so that padding differs from cropping."""
+    """Writes pictures of random pixels. Most are not square, so that padding differs from cropping."""
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"{number}.png" for number in range(NUM_IMAGES)]
     for number, path in enumerate(paths):
