@@ -34,7 +34,7 @@ $(VENV)/.installed: requirements.txt pyproject.toml
 	$(BIN)/pip install --quiet --no-deps --editable .
 	touch $@
 
-demo: setup  ## Train and evaluate a small SQ-LLaVA, in less than ten minutes on two CPU cores
+demo: setup  ## Train and evaluate a small SQ-LLaVA, in about ten minutes on two CPU cores
 	$(BIN)/python -m demo.run --seed $(SEED) --output-dir $(RUN)
 
 demo-clean:  ## Delete the output of the demo
