@@ -15,7 +15,7 @@ from sq_llava.json_text import parse_json
 # The Trainer writes this file last.
 STATE_FILE = "trainer_state.json"
 # [`SQLlavaTrainer`] writes this file just before, after all processes have written their files. It lists the files of
-# the checkpoint with their sizes, and the settings that the losses depend on.
+# the checkpoint with their sizes, the settings that the losses depend on, and the losses of the first steps.
 RUN_FILE = "run.json"
 
 

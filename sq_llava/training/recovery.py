@@ -215,7 +215,7 @@ class StepWatch(TrainerCallback):
         self.accelerator = accelerator
         self.uniform_loss = math.log(vocab_size)
         self.max_loss = max_loss
-        # Losses of the first steps; in a resumed run, the first that its log has.
+        # Losses of the first steps of the run; checkpoints keep them.
         self.first_losses: list[float] = []
         self.stopped = False
         self.applying = False
@@ -229,8 +229,6 @@ class StepWatch(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.saved_step = state.global_step
-        logged = [entry["loss"] for entry in state.log_history if "loss" in entry]
-        self.first_losses = logged[:FIRST_STEPS]
         self._process = os.getpid()
         self._handlers = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
 

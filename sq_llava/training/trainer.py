@@ -17,6 +17,7 @@ Each step is checked before it is applied (`sq_llava/training/recovery.py`). Wit
 saves the steps since the last checkpoint.
 """
 
+import json
 import shutil
 from contextlib import nullcontext
 from dataclasses import replace
@@ -445,7 +446,13 @@ class SQLlavaTrainer(SFTTrainer):
         sync(Path(output_dir))
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
-            write_json(Path(output_dir) / RUN_FILE, self.run | {"files": file_sizes(Path(output_dir))})
+            about = self.run | {"first_losses": self.watch.first_losses, "files": file_sizes(Path(output_dir))}
+            write_json(Path(output_dir) / RUN_FILE, about)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None:
+            self.watch.first_losses = json.loads((Path(checkpoint) / RUN_FILE).read_text())["first_losses"]
 
     def create_model_card(self, *args, **kwargs) -> None:
         """Writes no card into an adapter folder; `merge_adapter` writes the card of the merged checkpoint."""

@@ -36,6 +36,7 @@ PARENTS = {
     "SQLlavaTrainer._save_checkpoint": ["model", "trial"],
     "SQLlavaTrainer._save": ["output_dir", "state_dict"],
     "SQLlavaTrainer._save_rng_state": ["output_dir"],
+    "SQLlavaTrainer._load_optimizer_and_scheduler": ["checkpoint"],
     "SQLlavaPreTrainedModel._init_weights": ["module"],
     "SQLlavaForConditionalGeneration._get_logits_processor": None,
     "SQLlavaAutoModel._from_config": ["config", "kwargs"],

@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
-from transformers import TrainerControl, TrainerState
 
 from sq_llava.training.collator import SelfQuestioningCollator
 from sq_llava.training.recovery import FIRST_STEPS, StepWatch
@@ -98,41 +97,29 @@ def test_loss_above_max_loss_stops_the_run(parts, tmp_path):
 VOCAB_SIZE = 64  # the loss of a uniform guess is 4.16
 
 
-def watch_of_run(log: list[dict] = ()) -> StepWatch:
-    watch = StepWatch(Accelerator(cpu=True), VOCAB_SIZE)
-    watch.on_train_begin(None, TrainerState(log_history=list(log)), TrainerControl())
-    watch.restore_handlers()
-    return watch
-
-
-def check_losses(watch: StepWatch, *losses: float, first_step: int = 1) -> None:
-    for step, loss in enumerate(losses, first_step):
+def check_losses(watch: StepWatch, *losses: float) -> None:
+    for step, loss in enumerate(losses, 1):
         watch.micro_batches = [(torch.tensor([step]), torch.tensor([2 * loss, 2.0]))]
         watch.check(step, gradient_norm=1.0)
 
 
 def test_honest_run_may_begin_above_the_loss_of_a_guess():
-    watch = watch_of_run()
+    watch = StepWatch(Accelerator(cpu=True), VOCAB_SIZE)
     check_losses(watch, 12.74, 13.5, 11.0, 24.0)
     assert watch.highest_loss == pytest.approx(2 * (12.74 + 13.5 + 11 + 24) / 4)
 
 
 def test_run_diverges_at_twice_the_loss_of_its_beginning_but_never_below_that_of_a_guess():
     with pytest.raises(ValueError, match=r"Step 2 .* loss is 25\.6, above 25\.48: twice the mean loss of the first"):
-        check_losses(watch_of_run(), 12.74, 25.6)
+        check_losses(StepWatch(Accelerator(cpu=True), VOCAB_SIZE), 12.74, 25.6)
     with pytest.raises(ValueError, match=r"Step 3 .* loss is 8\.4, above 8\.318: .*guess \(4\.159\).*diverges"):
-        check_losses(watch_of_run(), 0.5, 4.0, 8.4)
+        check_losses(StepWatch(Accelerator(cpu=True), VOCAB_SIZE), 0.5, 4.0, 8.4)
 
 
-def test_beginning_is_the_first_ten_steps_also_after_a_resume():
-    watch = watch_of_run()
+def test_beginning_is_the_first_ten_steps():
+    watch = StepWatch(Accelerator(cpu=True), VOCAB_SIZE)
     check_losses(watch, *[10.0] * FIRST_STEPS, *[1.0] * 90)
     assert watch.highest_loss == 20
-    log = [{"loss": 10.0, "step": 10}, {"eval_loss": 1.0}, {"loss": 1.0, "step": 20}]
-    resumed = watch_of_run(log)
-    check_losses(resumed, 9.0, first_step=21)
-    with pytest.raises(ValueError, match="above 13"):
-        check_losses(resumed, 13.5, first_step=22)
 
 
 def test_max_loss_is_a_fixed_limit():

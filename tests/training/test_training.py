@@ -134,10 +134,11 @@ def test_question_weight_zero_leaves_only_the_loss_of_the_answers(parts, stage1,
 def test_resumed_run_equals_uninterrupted_run(parts, stage1, tmp_path):
     # Resumes in the middle of the second epoch, which has other self-questions than the first.
     settings = {"max_steps": 10, "save_strategy": "steps", "save_steps": 6}
-    train(parts, tmp_path / "whole", stage1, **settings)
+    whole = train(parts, tmp_path / "whole", stage1, **settings)
     checkpoint = tmp_path / "whole" / "checkpoint-6"
-    train(parts, tmp_path / "resumed", stage1, **settings, resume_from_checkpoint=checkpoint)
+    resumed = train(parts, tmp_path / "resumed", stage1, **settings, resume_from_checkpoint=checkpoint)
     assert_close(trained_weights(tmp_path / "whole"), trained_weights(tmp_path / "resumed"), atol=0)
+    assert whole.watch.first_losses == resumed.watch.first_losses
 
 
 @pytest.mark.long
