@@ -145,7 +145,7 @@ def row(pair: str, memory: list[str], text: str | None = None) -> str:
     vision, own = (Path(settings[f"{part}_model_name_or_path"]).name for part in ("vision", "text"))
     config = SQLlavaConfig(vision_config=configurations()[vision])
     number = num_gpus(Path(pair, "stage1.yaml"))
-    gpus = "1" if number == 1 else f"each of {number}"
+    gpus = "one GPU" if number == 1 else f"each of {number} GPUs"
     return f"| `{pair}` | {vision} | {text or own} | {config.image_seq_length} | {gpus} | {' | '.join(memory)} |"
 
 
@@ -159,7 +159,8 @@ def memory(pair: str, root: Path, **overrides) -> list[str]:
 
 def main():
     lines = [
-        "| recipes | vision tower | language model | tokens per image | GPUs | stage 1 | stage 2 | in 4 bits, 1 row |",
+        "| recipes | vision tower | language model | tokens per image | memory is for | stage 1 | stage 2 "
+        "| in 4 bits, 1 row |",
         "|---|---|---|---|---|---|---|---|",
     ]
     with TemporaryDirectory() as folder:

@@ -133,7 +133,7 @@ CONFIGURATIONS = [
         Qwen2Config, settings={"prototype_variant": "none"},
     ),
     Configuration(
-        "qwen3", "CLIP, Qwen3 with tied embeddings, ChatML with an empty thought, the paper's prototypes",
+        "qwen3", "CLIP, Qwen3 with tied embeddings, ChatML with an empty think block, the paper's prototypes",
         tiny.save_clip, chat_tokenizers.qwen3, Qwen3Config, {**HEADS, "tie_word_embeddings": True}, is_served=True,
     ),
     Configuration(

@@ -32,11 +32,13 @@ def doctor(
     config: Annotated[
         str | None, typer.Option(help="Recipe. Other settings of training, e.g. --image_root, override it.")
     ] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Check at most N rows, evenly spaced.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Check about N rows, evenly spaced.")] = None,
     images: Annotated[bool, typer.Option(help="Check the image files.")] = True,
     lengths: Annotated[bool, typer.Option(help="Check the lengths in tokens.")] = True,
     fix: Annotated[Path | None, typer.Option(help="Write the rows without errors into this new folder.")] = None,
-    num_proc: Annotated[int | None, typer.Option(min=1, help="Number of processes. Default: one per core.")] = None,
+    num_proc: Annotated[
+        int | None, typer.Option(min=1, help="Number of processes. Default: one per core for 20,000 rows or more.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Check the training data of a recipe: every row, image header and length.

@@ -31,7 +31,9 @@ ShardOption = Annotated[
         "--shard", help="i/n: split the input into n parts and process only part i. All parts share one --out."
     ),
 ]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Only print how much is left to do, and what it costs.")]
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Print what is left to do and what it costs at most. Nothing is sent.")
+]
 
 app = typer.Typer()
 

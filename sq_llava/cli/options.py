@@ -120,7 +120,7 @@ class ModelOptions:
         False
     )
     trust_chat_template: Annotated[
-        bool, Option(help="Use the model's own chat template: a program that nothing limits.")
+        bool, Option(help="Use the checkpoint's own chat template: a program without limits of time and memory.")
     ] = False
 
 

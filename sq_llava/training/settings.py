@@ -145,7 +145,9 @@ class SQLlavaArguments:
         "are those of the rows alone.",
         default=False,
     )
-    max_rows_per_image: int = _option("With share_images, the most rows that share one pass.", default=8)
+    max_rows_per_image: int = _option(
+        "Maximum number of rows that share one pass over an image. Needs share_images.", default=8
+    )
     # TRL's settings, moved here by `parse_settings`: TRL refuses `packing` for images, and applies `eos_token` and
     # `chat_template_path` only after the data has been read.
     packing: bool = field(init=False, default=False)
