@@ -30,6 +30,7 @@ def check_note(out: Path, about: dict[str, Any], identity: Sequence[str]) -> dic
     for name in identity if before else ():
         was, now = before.get(name), about[name]
         if isinstance(now, dict):  # by task, for example: only the tasks of both runs must be equal
+            was = was or {}
             differing = [task for task in was.keys() & now.keys() if was[task] != now[task]]
             about = {**about, name: was | now}
             name = f"{name} of {', '.join(sorted(differing))}"
