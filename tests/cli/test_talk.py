@@ -147,7 +147,8 @@ def test_results_before_a_failure_are_printed(run, assistant, tmp_path, monkeypa
     assert json.loads(as_json.stdout) == [{"image": str(tmp_path / "a.png"), "answer": "Yes."}]
     assert text.exit_code and as_json.exit_code
     if isinstance(error, RuntimeError):
-        assert as_json.stderr == text.stderr == f"Error: {tmp_path / 'b.png'}: {error}\n"
+        for result in (text, as_json):
+            assert result.stderr.strip() == f"Error: {tmp_path / 'b.png'}: {error}"
 
 
 def test_hidden_files_and_folders_are_no_images_of_a_folder(photo, tmp_path):
