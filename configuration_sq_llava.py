@@ -120,7 +120,8 @@ class SQLlavaConfig(PreTrainedConfig):
             Standard deviation of the initial weights of the extractor, the projector and the Q-Former's queries.
 
     Raises:
-        ValueError: if a field is unknown or its value is wrong, also in a sub-configuration that is given as a `dict`.
+        ValueError: if a field is unknown, or if its value is wrong, also in a sub-configuration that is given as a
+            `dict`.
         TypeError: if a sub-configuration is neither a `dict` nor a `PreTrainedConfig`.
     """
 

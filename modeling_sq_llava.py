@@ -555,6 +555,11 @@ class SQLlavaModel(SQLlavaPreTrainedModel):
         if input_ids is None:
             if not needed:
                 return None
+            if image_token_id >= self.config.text_config.vocab_size:
+                raise ValueError(
+                    f"The image token {image_token_id} is outside of the vocabulary, so it cannot be found in "
+                    "inputs_embeds. Give input_ids."
+                )
             image_token_id = torch.full((), image_token_id, dtype=torch.long, device=inputs_embeds.device)
             return (inputs_embeds == self.get_input_embeddings()(image_token_id)).all(dim=-1)
         placeholders = input_ids == image_token_id
@@ -603,6 +608,10 @@ class SQLlavaForConditionalGeneration(SQLlavaPreTrainedModel, GenerationMixin):
         self.model = SQLlavaModel(config)
         # Phi-1 and Phi-2 have a bias here, no other family does.
         self.lm_head = nn.Linear(text_config.hidden_size, text_config.vocab_size, bias=text_config.model_type == "phi")
+        # Not every family names its embeddings embed_tokens.
+        embeddings = self.get_input_embeddings()
+        name = next(name for name, module in self.named_modules() if module is embeddings)
+        self._tied_weights_keys = {"lm_head.weight": f"{name}.weight"}
         self.post_init()
         # The markers are only input. A generated <image> would have no pixels; prompt lookup decoding, which copies
         # draft tokens from the prompt, would propose one.

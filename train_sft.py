@@ -32,8 +32,10 @@ The vision tower's own weights are never trained. To start from a released
 checkpoint, convert it first: `sq-llava convert`.
 """
 
+import shutil
 import signal
 import sys
+from pathlib import Path
 
 from sq_llava.console import errors_in_one_line
 from sq_llava.early_checks import require_recipe_of
@@ -81,6 +83,7 @@ from sq_llava.training.sharding import (
     sharding_asked_for,
 )
 from sq_llava.training.stage_model import (
+    DRY_RUN_BASE,
     load_base,
     prepare_stage,
     require_other_folder,
@@ -114,7 +117,11 @@ def train(arguments: SQLlavaArguments, training_args: SFTConfig, model_config: M
     if arguments.dry_run == "meta":
         return plan_from_configs(arguments, training_args, model_config, num_processes)
     with output_lock(training_args.output_dir, needed=PartialState().is_main_process):
-        return train_stage(arguments, training_args, model_config)
+        try:
+            return train_stage(arguments, training_args, model_config)
+        finally:
+            if PartialState().is_main_process:
+                shutil.rmtree(Path(training_args.output_dir) / DRY_RUN_BASE, ignore_errors=True)
 
 
 def train_stage(arguments: SQLlavaArguments, training_args: SFTConfig, model_config: ModelConfig) -> SQLlavaTrainer:
@@ -245,7 +252,7 @@ def run(trainer: SQLlavaTrainer, checkpoint: str | None) -> None:
     if trainer.watch.stopped and trainer.state.global_step < trainer.state.max_steps:
         # A launcher kills the other processes as soon as one exits.
         trainer.accelerator.wait_for_everyone()
-        is_saved = trainer.args.save_strategy != "no"
+        is_saved = trainer.watch.saved_step == trainer.state.global_step
         saved = "Resume with --resume" if is_saved else "save_strategy is no, so nothing was saved"
         trainer.accelerator.print(f"Stopped at step {trainer.state.global_step}. {saved}.")
         sys.exit(EXIT_TRY_AGAIN)

@@ -189,7 +189,7 @@ def _missing_part(role: str, name: str | None) -> str:
 def _chat_template(folder: Path) -> tuple[Path, str] | None:
     """The chat template of a folder, and its file. As in transformers, the processor's wins over the tokenizer's."""
     if (folder / "chat_template.jinja").is_file():
-        return folder / "chat_template.jinja", (folder / "chat_template.jinja").read_text()
+        return folder / "chat_template.jinja", (folder / "chat_template.jinja").read_text(encoding="utf-8")
     for name in ("chat_template.json", "processor_config.json", "tokenizer_config.json"):
         template = (read_json_if_there(folder / name) or {}).get("chat_template")
         if isinstance(template, list):  # several templates with names

@@ -165,7 +165,9 @@ def _load_plain(
     model = from_pretrained(folder, **kwargs)
     if processor is not None:
         model.generation_config.eos_token_id = stop_token_ids(model.generation_config.eos_token_id, processor)
-    # An adapter that is trained on this model stores this name: the base's Hub id, not a folder in the cache.
+    # An adapter that is trained on this model stores this name: the base's Hub id, not a folder in the cache; or an
+    # absolute path, because in another working directory a relative one would be taken for a Hub id.
+    name = name if is_hub_id(name) else str(Path(name).expanduser().absolute())
     model.name_or_path = model.config.name_or_path = name
     return model
 

@@ -54,7 +54,7 @@ def doctor(
             locks.enter_context(new_folder_lock(fix))
         with loading("Opening the data"):
             from sq_llava.doctor.check import data_check, examine
-            from sq_llava.doctor.report import print_preview, print_report, write_sound_rows
+            from sq_llava.doctor.report import print_fixed, print_preview, print_report, write_sound_rows
             from sq_llava.training.settings import parse_settings
 
             # Nothing is trained, so a recipe for GPUs can be checked on any machine.
@@ -63,18 +63,19 @@ def doctor(
             check = data_check(*recipe, read_images=images, measure_lengths=lengths)
         with Progress(console=messages_console, transient=True) as progress:
             report = examine(check, progress, limit, num_proc)
+        if not as_json:
+            print_report(report, console)
+        if fix is not None:
+            for source, entry in zip(report.summary["sources"], write_sound_rows(check, report, fix)):
+                source["fixed"] = entry
         if as_json:
             print(json.dumps(report.to_json(), indent=2))
-        else:
-            print_report(report, console)
-            if images:
-                print_preview(check, report, recipe[1].seed, console)
+        elif images:
+            print_preview(check, report, recipe[1].seed, console)
         if fix is not None:
-            entries = write_sound_rows(check, report, fix)
             messages_console.print(
-                f"Wrote {fix}. The fixed datasets, in the order of the recipe:", markup=False, soft_wrap=True
+                f"Wrote {fix}. Replace the data settings of the recipe with:", markup=False, soft_wrap=True
             )
-            for entry in entries:
-                messages_console.print(f"  - {json.dumps(entry)}", markup=False, soft_wrap=True)
+            print_fixed(report.summary["sources"], messages_console)
     if report.num_errors:
         raise typer.Exit(1)

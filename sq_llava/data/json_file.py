@@ -41,7 +41,7 @@ class JsonFile:
         self.broken = None
         places = []
         try:
-            for place in (_scan_lines if self.path.endswith(".jsonl") else _scan_list)(self.path):
+            for place in (_scan_lines if self.path.lower().endswith(".jsonl") else _scan_list)(self.path):
                 places.append(place)
         except ValueError as error:
             self.broken = str(error)

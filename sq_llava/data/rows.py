@@ -85,8 +85,8 @@ def load_rows(sources: list[DataSource], seed: int = 0, image_seq_length: int = 
 
 
 def rows_per_epoch(source: DataSource, available: int) -> int:
-    """Returns how many rows of a source with `available` rows are in one epoch."""
-    return source.num_rows or round((source.weight or 1.0) * available)
+    """Returns how many rows of a source with `available` rows are in one epoch: at least one."""
+    return source.num_rows or max(1, round((source.weight or 1.0) * available))
 
 
 def _choose_rows(source: DataSource, available: int, generator: np.random.Generator) -> np.ndarray:
@@ -185,14 +185,19 @@ def parse_row(raw: Any, place: str, image_root: Path) -> dict:
         if fault.level == "error":
             raise ValueError(f"{place}{_quote_id(raw)}: {fault.message} {fault.fix}")
     return {
-        "id": str(raw.get("id", "")),
+        "id": id_of(raw) or "",
         "messages": messages,
         "images": [image if is_embedded(image) else str(image_root / image) for image in images],
     }
 
 
 def _quote_id(raw: Any) -> str:
-    return f" (id {shown(raw['id'])})" if isinstance(raw, dict) and "id" in raw else ""
+    return "" if id_of(raw) is None else f" (id {shown(raw['id'])})"
+
+
+def id_of(raw: Any) -> str | None:
+    """Returns the id of a row as its file has it, or `None` if it has none."""
+    return str(raw["id"]) if isinstance(raw, dict) and raw.get("id") is not None else None
 
 
 def is_embedded(image: Any) -> bool:

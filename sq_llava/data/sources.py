@@ -31,6 +31,7 @@ from sq_llava.data.row_layouts import (
 from sq_llava.locations import is_hub_id
 
 
+ROW_FILES = {".json": "JSON", ".jsonl": "JSON", ".parquet": "Parquet"}
 # Rows of a table read at a time. Few, because they may hold images.
 TABLE_ROWS = 32
 # `datasets.load_dataset` can load a folder that has a file of one of these types.
@@ -54,7 +55,7 @@ class DataSource:
         name (`str`, *optional*): Configuration (subset). Required if the dataset has several.
         revision (`str`, *optional*): Branch, tag or commit on the Hub.
         weight (`float`, *optional*): How often each row is used in an epoch. With 0.5, half of the rows are used,
-            drawn once by the seed. Default: 1.
+            drawn once by the seed, but at least one. Default: 1.
         num_rows (`int`, *optional*): Number of rows in an epoch, in place of `weight`.
         instructions (`list[str]`): Questions for rows whose question is only an image. Each such row gets one of them.
     """
@@ -182,15 +183,19 @@ def open_source(source: DataSource) -> JsonFile | Table:
             unknown.
     """
     path = Path(source.path).expanduser()
-    if path.suffix in (".json", ".jsonl", ".parquet"):
+    if kind := ROW_FILES.get(path.suffix.lower()):
         if not path.is_file():
             raise ValueError(f"{path}: no such file.")
-        kind = "Parquet" if path.suffix == ".parquet" else "JSON"
         _refuse(source, f"a {kind} file", "split", "name", "revision")
         if kind == "JSON":
             return JsonFile(str(path))
         loaded = _complain(source, lambda: datasets.load_dataset("parquet", data_files=str(path), split="train"))
         return Table(loaded, source.path, path.parent)
+    if path.is_file():
+        raise ValueError(
+            f"{path}: the suffix of a data file must be {', '.join(ROW_FILES)}. Convert the file, or put it into a "
+            "folder and give the folder, if `datasets.load_dataset` can read it."
+        )
     if path.is_dir():
         if any((path / name).is_file() for name in ("dataset_info.json", "dataset_dict.json", "state.json")):
             return Table(_load_saved(source, path), _label(source), path)
@@ -208,7 +213,7 @@ def open_source(source: DataSource) -> JsonFile | Table:
 
 def holds_dataset(folder: Path) -> bool:
     """Returns whether a folder has a file that `datasets` can load."""
-    return any(file.suffix in DATA_SUFFIXES for file in folder.rglob("*"))
+    return any(file.suffix.lower() in DATA_SUFFIXES for file in folder.rglob("*"))
 
 
 def _label(source: DataSource) -> str:

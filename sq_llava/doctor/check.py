@@ -32,7 +32,7 @@ from sq_llava.data.images import Fault, image_faults
 from sq_llava.data.json_file import JsonFile
 from sq_llava.data.lengths import count_tokens, kept_exchanges, prefix_lengths, token_ids
 from sq_llava.data.packing import pack_in_windows
-from sq_llava.data.rows import is_embedded, read_row, rows_per_epoch, with_instruction
+from sq_llava.data.rows import id_of, is_embedded, read_row, rows_per_epoch, with_instruction
 from sq_llava.data.self_questions import askable_turns
 from sq_llava.data.sources import DataSource, Table, image_root_of, open_source
 from sq_llava.doctor.text_check import TextCheck
@@ -92,14 +92,19 @@ class DataCheck:
     The opened sources and the settings of a check. Every process gets a copy.
 
     Args:
-        sources (`list[DataSource]`): Training data, as in the recipe. The sources are opened here.
+        sources (`list[DataSource]`): Training data, as in the recipe. The sources are opened here, and those of
+            `eval_sources` are appended.
         processor ([`SQLlavaProcessor`]): The processor of the model to train.
         plain (`bool`): The caption template of stage 1.
         max_length (`int`, *optional*): Maximum length of a row in tokens.
         self_question_ratio (`float`): Probability that a turn after the first becomes a self-question.
         packing (`bool`): Whether rows will be packed. The summary then says how full the packs are.
-        eval_sources (`list[DataSource]`): Evaluation data; checked after the training data.
+        eval_sources (`dict[str, list[DataSource]]`): Other data by the setting of the recipe that names it, such as
+            `eval_datasets`; checked after the training data.
         read_images, measure_lengths (`bool`): Whether image files are opened, and rows are tokenized.
+
+    Attributes:
+        settings (`list[str]`): The setting that names each source.
 
     Raises:
         ValueError: if a source cannot be opened, or its image_root is no folder.
@@ -111,15 +116,18 @@ class DataCheck:
     max_length: int | None = None
     self_question_ratio: float = 0.5
     packing: bool = False
-    eval_sources: list[DataSource] = field(default_factory=list)
+    eval_sources: dict[str, list[DataSource]] = field(default_factory=dict)
     read_images: bool = True
     measure_lengths: bool = True
+    settings: list[str] = field(init=False)
     opened: list[JsonFile | Table] = field(init=False)
     image_roots: list[Path] = field(init=False)
 
     def __post_init__(self):
         self.num_trained = len(self.sources)
-        self.sources = [*self.sources, *self.eval_sources]
+        of_setting = {"datasets": self.sources, **self.eval_sources}
+        self.settings = [setting for setting, sources in of_setting.items() for _ in sources]
+        self.sources = [source for sources in of_setting.values() for source in sources]
         self.opened = [open_source(source) for source in self.sources]
         self.image_roots = [image_root_of(source, rows) for source, rows in zip(self.sources, self.opened)]
         self._texts = TextCheck(self.processor, self.plain)
@@ -147,7 +155,7 @@ class DataCheck:
                 "Write it again as JSON in UTF-8.",
             )
             return CheckedRow(None, [fault]), None
-        row_id = str(raw["id"]) if isinstance(raw, dict) and raw.get("id") is not None else None
+        row_id = id_of(raw)
         faults, messages, images = read_row(raw, self.image_roots[source])
         if any(fault.level == "error" for fault in faults):
             return CheckedRow(row_id, faults), None
@@ -368,11 +376,14 @@ class Tally:
             "sources": [
                 {
                     "file": rows.path,
+                    "setting": setting,
                     "rows": len(rows),
                     "rows_looked_at": len(looked_at),
                     "rows_with_errors": len(wrong),
                 }
-                for rows, looked_at, wrong in zip(self.check.opened, self.chosen, left_out)
+                for rows, setting, looked_at, wrong in zip(
+                    self.check.opened, self.check.settings, self.chosen, left_out
+                )
             ],
             "findings": {level: levels[level] for level in ("error", "warning", "info")},
             "codes": dict(Counter(finding.code for finding in findings)),
@@ -428,7 +439,6 @@ def data_check(
     arguments: SQLlavaArguments, training_args: SFTConfig, model_config: ModelConfig, **looked_at: bool
 ) -> DataCheck:
     """Makes the check of a recipe. It needs the data and the processor, but no weights."""
-    text_probe = [] if arguments.text_probe is None else [DataSource(arguments.text_probe)]
     return DataCheck(
         arguments.datasets,
         composed_processor(arguments, model_config),
@@ -436,6 +446,10 @@ def data_check(
         max_length=training_args.max_length,
         self_question_ratio=arguments.self_question_ratio,
         packing=arguments.packing,
-        eval_sources=[*arguments.eval_datasets, *arguments.generation_datasets, *text_probe],
+        eval_sources={
+            "eval_datasets": arguments.eval_datasets,
+            "generation_datasets": arguments.generation_datasets,
+            "text_probe": [] if arguments.text_probe is None else [DataSource(arguments.text_probe)],
+        },
         **looked_at,
     )

@@ -4,7 +4,7 @@
     with Progress() as progress:
         report = examine(check, progress)
     print_report(report, Console())
-    write_sound_rows(check, report, Path("clean"))
+    entries = write_sound_rows(check, report, Path("clean"))
 
 The check itself is in `sq_llava/doctor/check.py`.
 """
@@ -102,7 +102,10 @@ def _print_tokens(tokens: dict, say: Callable) -> None:
 
 
 def print_preview(check: DataCheck, report: Report, seed: int, console: Console) -> None:
-    """Prints rows as training sees them in its first epoch. The text in the loss is coloured and between stars."""
+    """
+    Prints rows as training sees them in its first epoch. The text in the loss is coloured and between stars. In place
+    of a row that cannot be used, it prints the error: the check may have left out the lengths, and decodes no pixels.
+    """
     collator = SelfQuestioningCollator(
         check.processor, check.plain, check.self_question_ratio, seed, max_length=check.max_length
     )
@@ -110,10 +113,13 @@ def print_preview(check: DataCheck, report: Report, seed: int, console: Console)
     console.print()
     for source, index in report.sound:
         first_row = sum(map(len, check.opened[:source]))
-        batch = collator([{**reader.read(source, index), "row_id": first_row + index}])
         console.print(Text(f"{check.opened[source].path}, row {index}", "bold"), soft_wrap=True)
-        ids, kinds = batch["input_ids"][0].tolist(), batch["turn_kinds"][0].tolist()
-        console.print(spell_out(check, ids, kinds), soft_wrap=True)
+        try:
+            batch = collator([{**reader.read(source, index), "row_id": first_row + index}])
+            shown = spell_out(check, batch["input_ids"][0].tolist(), batch["turn_kinds"][0].tolist())
+        except ValueError as error:
+            shown = Text(f"Training would stop at this row: {error}", LEVEL_STYLES["error"])
+        console.print(shown, soft_wrap=True)
         console.print()
     if report.sound:
         console.print("The text between stars is in the loss: answers in green, self-questions in cyan.", style="dim")
@@ -148,7 +154,7 @@ def spell_out(check: DataCheck, ids: list[int], kinds: list[int]) -> Text:
     return text
 
 
-def write_sound_rows(check: DataCheck, report: Report, folder: Path) -> list[dict]:
+def write_sound_rows(check: DataCheck, report: Report, folder: Path) -> list[dict | None]:
     """
     Writes the rows without errors, unchanged, and `left_out.jsonl`, which lists the other rows with their errors.
 
@@ -158,7 +164,7 @@ def write_sound_rows(check: DataCheck, report: Report, folder: Path) -> list[dic
         folder (`Path`): New or empty folder. It appears when all of its files are complete.
 
     Returns:
-        Entries for `datasets` of a recipe, one for each source with at least one row left.
+        For each source, an entry for the setting that names it, or `None` if it has no row left.
 
     Raises:
         ValueError: if the folder has files already, if another process is writing it, or if some rows were not
@@ -168,28 +174,49 @@ def write_sound_rows(check: DataCheck, report: Report, folder: Path) -> list[dic
         if source["rows_looked_at"] < source["rows"]:
             raise ValueError(f"{source['file']}: only a part of the rows was checked: remove --limit.")
     with folder_written_whole(folder) as new:
-        entries = _write_kept_rows(check, report, new)
+        entries = [_write_kept_rows(check, report, number, new) for number in range(len(check.sources))]
         _write_lines(new / "left_out.jsonl", _left_out(report))
-    return [{**entry, "path": str(folder / entry["path"])} for entry in entries]
+    return [entry and {**entry, "path": str(folder / entry["path"])} for entry in entries]
 
 
-def _write_kept_rows(check: DataCheck, report: Report, folder: Path) -> list[dict]:
-    """Writes a file or folder for each source with at least one row left, and returns entries with its name."""
-    entries = []
-    for number, (source, rows) in enumerate(zip(check.sources, check.opened)):
-        kept = [index for index in range(len(rows)) if index not in report.left_out[number]]
-        if not kept:
-            continue
-        stem = Path(source.path).stem if len(check.sources) == 1 else f"{number}-{Path(source.path).stem}"
-        if isinstance(rows, Table):
-            path = _write_table(rows, kept, folder / stem)
+def _write_kept_rows(check: DataCheck, report: Report, number: int, folder: Path) -> dict | None:
+    """Writes a file or folder for a source, and returns an entry with its name; `None` if no row is left."""
+    source, rows = check.sources[number], check.opened[number]
+    kept = [index for index in range(len(rows)) if index not in report.left_out[number]]
+    if not kept:
+        return None
+    stem = Path(source.path).stem if len(check.sources) == 1 else f"{number}-{Path(source.path).stem}"
+    if isinstance(rows, Table):
+        path = _write_table(rows, kept, folder / stem)
+    else:
+        path = folder / f"{stem}.jsonl"
+        _write_lines(path, rows.rows(kept))
+    entry = {"path": path.name, "image_root": str(check.image_roots[number])}
+    kept_settings = ("weight", "num_rows", "instructions")
+    return entry | {name: value for name in kept_settings if (value := getattr(source, name))}
+
+
+def print_fixed(sources: list[dict], console: Console) -> None:
+    """
+    Prints the settings of a recipe that name the fixed sources, in YAML.
+
+    Args:
+        sources (`list[dict]`): The sources of the summary, each with its entry of [`write_sound_rows`] as `fixed`.
+        console (`Console`): Prints them.
+    """
+    say = partial(console.print, highlight=False, markup=False, soft_wrap=True)
+    heading = None
+    for source in sources:
+        setting, entry = source["setting"], source["fixed"]
+        if entry is None:
+            say(f"# {setting}: {source['file']} has no row left")
+        elif setting == "text_probe":
+            say(f"{setting}: {json.dumps(entry['path'], ensure_ascii=False)}")
         else:
-            path = folder / f"{stem}.jsonl"
-            _write_lines(path, rows.rows(kept))
-        entry = {"path": path.name, "image_root": str(check.image_roots[number])}
-        kept_settings = ("weight", "num_rows", "instructions")
-        entries.append(entry | {name: value for name in kept_settings if (value := getattr(source, name))})
-    return entries
+            if setting != heading:
+                say(f"{setting}:")
+            heading = setting
+            say(f"  - {json.dumps(entry, ensure_ascii=False)}")
 
 
 def _left_out(report: Report) -> Iterator[dict]:
@@ -216,7 +243,7 @@ def _write_table(table: Table, kept: list[int], path: Path) -> Path:
     if not all(map(_is_embedded, (chunk for column in dataset.data.columns for chunk in column.chunks))):
         # Cast to plain structs: for an image column, `datasets` would search the working directory for the files.
         dataset = dataset.cast(datasets.Features.from_arrow_schema(dataset.data.schema.remove_metadata()))
-    if table.path.endswith(".parquet"):
+    if table.path.lower().endswith(".parquet"):
         path = path.with_name(f"{path.name}.parquet")
         dataset.to_parquet(path)
     else:

@@ -7,9 +7,9 @@
 | `.csv`, `.tsv` with a header | columns `image` and `caption`, and optionally `id` |
 | `.tsv` without a header | Conceptual Captions: caption and URL, or caption and file, in either order |
 
-`file_name` and `url` can take the place of `image`, and `text` that of `caption`. The image of a URL is the file that
-a downloader has made of it: `00012/000120034.jpg` for row 120,034, as img2dataset names it, or else a file with the
-name at the end of the URL.
+`file_name` and `url` can take the place of `image`, and `text` that of `caption`. An `id` that is `null` or empty is
+the same as none. The image of a URL is the file that a downloader has made of it: `00012/000120034.jpg` for row
+120,034, as img2dataset names it, or else a file with the name at the end of the URL.
 """
 
 import csv
@@ -69,7 +69,8 @@ class CaptionFile:
     """
 
     def __init__(self, path: Path, limit: int | None = None, image_root: Path | None = None):
-        if path.suffix not in (".json", ".jsonl", ".csv", ".tsv"):
+        self._suffix = path.suffix.lower()
+        if self._suffix not in (".json", ".jsonl", ".csv", ".tsv"):
             raise ValueError(f"{path}: captions must be in a .json, .jsonl, .csv or .tsv file.")
         if not path.is_file():
             raise ValueError(f"{path}: no such file.")
@@ -77,7 +78,7 @@ class CaptionFile:
         with path.open("rb") as file:
             if file.read(2) in (b"\xff\xfe", b"\xfe\xff"):
                 raise ValueError(f"{path}, line 1: the file is in UTF-16. Save it again as UTF-8.")
-        self._json = JsonFile(str(path)) if path.suffix.startswith(".json") else None
+        self._json = JsonFile(str(path)) if self._suffix.startswith(".json") else None
         if self._json is None:
             self._columns, self._num_columns, self._begin = self._find_columns()
         elif self._json.broken:
@@ -107,7 +108,7 @@ class CaptionFile:
         with self.path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as lines:
             # In a .tsv file, quotation marks have no meaning: a caption may start with one that is never closed.
             tab = {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
-            reader = csv.reader(lines, **(tab if self.path.suffix == ".tsv" else {}))
+            reader = csv.reader(lines, **(tab if self._suffix == ".tsv" else {}))
             while True:
                 line = reader.line_num + 1
                 try:
@@ -115,7 +116,7 @@ class CaptionFile:
                 except StopIteration:
                     return
                 except csv.Error as error:
-                    yield ValueError(f"cannot be read as a row of {self.path.suffix}: {error}"), line
+                    yield ValueError(f"cannot be read as a row of {self._suffix}: {error}"), line
                     continue
                 if row:
                     yield row, line
@@ -131,7 +132,7 @@ class CaptionFile:
         columns = {role: place for role, place in columns.items() if place is not None}
         if {"image", "caption"} <= columns.keys() or not first:
             return columns, len(header), min(1, len(first))
-        if not columns and self.path.suffix == ".tsv":
+        if not columns and self._suffix == ".tsv":
             for image in (1, 0):
                 if any(len(row) == 2 and _names_image(row[image]) for row in first):
                     return {"image": image, "caption": 1 - image}, 2, 0
@@ -196,7 +197,7 @@ def _as_pair(row: dict[str, Any]) -> dict[str, Any]:
                 "only answer."
             )
         image, caption = read.images[0], "".join(part.get("text", "") for part in answers[0]["content"])
-    return {"image": image, "caption": caption, **({} if row.get("id") is None else {"id": row["id"]})}
+    return {"image": image, "caption": caption, **({} if row.get("id") in (None, "") else {"id": row["id"]})}
 
 
 def _is_url(text: str) -> bool:

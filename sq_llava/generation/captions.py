@@ -296,7 +296,9 @@ def _generate(settings: CaptionSettings, command: str, progress: Progress) -> Ch
     if (known.has_image & ~is_read).any():
         return Chosen(None, known)
     note.write()
-    choice = choose(rows, phrases, known.ids, settings.seed)
+    # An earlier run may have read a caption whose image is gone now.
+    is_there = known.has_image[rows]
+    choice = choose(rows[is_there], phrases[is_there], known.ids, settings.seed)
     chosen = (
         make_row(each.id, [each.image], [(draw(instructions, settings.seed, each.id), each.text)], kind="caption")
         for each, is_taken in zip(captions, choice.taken)

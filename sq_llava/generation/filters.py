@@ -5,7 +5,8 @@
 
 First, each turn is judged by itself: its text, whether it needs the image, how sure the model was, and how well image
 and text agree. Then, in the order of the turns, a turn is dropped if its question is similar to another question about
-the same image, or too frequent in the set. Last, types of question and answers that are too frequent are thinned out.
+the same image, or too frequent in the set. Last, types of question and answers that are too frequent are thinned out;
+after a judge, `balance` does this again.
 
 No model runs here. `scoring.py` computes the scores.
 """
@@ -93,6 +94,11 @@ def filter_turns(turns: Sequence[Turn], settings: FilterSettings) -> list[Outcom
         if fault is None:
             earlier.add(turn)
         outcomes.append(Outcome(turn, scores, *(fault or (None, None))))
+    return balance(outcomes, settings)
+
+
+def balance(outcomes: list[Outcome], settings: FilterSettings) -> list[Outcome]:
+    """Drops turns until no type of question is too frequent, and "yes" is as frequent as "no"."""
     if settings.max_per_type is not None:
         places = _places_by(outcomes, lambda outcome: outcome.scores["type"])
         outcomes = _thin_out(outcomes, places.values(), settings.max_per_type, settings.seed, "too many of its type")

@@ -92,7 +92,7 @@ def _read_examples(content: str, path: Path, questions: tuple[str, ...]) -> dict
     examples = {kind: [] for kind in KINDS}
     try:
         for number, each in enumerate(parse_json(content)):
-            boxes = tuple(Box(box["label"], tuple(box["box"])) for box in each.get("boxes", []))
+            boxes = tuple(Box(box["label"], tuple(box["box"])) for box in each.get("boxes") or [])
             scene = Scene("", "", tuple(each["captions"]), boxes)
             for kind in KINDS:
                 question = questions[number % len(questions)] if kind == "detail" else None

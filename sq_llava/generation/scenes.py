@@ -4,7 +4,8 @@ COCO's `captions_*.json`, optionally with `instances_*.json` for the boxes; or a
 
     {"image": "17.jpg", "captions": ["A dog on a sofa."], "boxes": [{"label": "dog", "box": [0.1, 0.2, 0.55, 0.9]}]}
 
-`boxes` is optional. A box is x1, y1, x2, y2 as fractions of the image's size, from 0 to 1.
+`boxes` and `id` are optional; `null` means the same as an absent field. A box is x1, y1, x2, y2 as fractions of the
+image's size, from 0 to 1.
 
 A caption, box or image that cannot be used is listed and left out. No image is opened.
 """
@@ -52,7 +53,7 @@ def read_scenes(captions: Path, instances: Path | None, bad: BadRows) -> list[Sc
     Raises:
         ValueError: If a file cannot be read, nothing in it can be used, or too much of it cannot.
     """
-    if captions.suffix == ".jsonl":
+    if captions.suffix.lower() == ".jsonl":
         if instances is not None:
             raise ValueError(f"--instances {instances}: {captions} holds its own boxes. Remove --instances.")
         scenes, num_rows = _read_lines(captions, bad)
@@ -93,6 +94,7 @@ def _scene_of_line(line: bytes) -> Scene:
     except ValueError as error:
         raise ValueError(f"cannot be read as JSON: {error}. Correct the line.") from error
     _require(isinstance(row, dict), "the line", row, "an object with image, captions and boxes")
+    row = {name: value for name, value in row.items() if value is not None}
     image = _image(row.get("image"), "image")
     captions, boxes = row.get("captions"), row.get("boxes", [])
     are_texts = isinstance(captions, list) and captions and all(map(_is_text, captions))

@@ -27,7 +27,7 @@ from accelerate import PartialState
 from sq_llava.checkpoints.provenance import public_name
 from sq_llava.evaluation.questions import ClipScorer, Picture, ask_about, read_pictures
 from sq_llava.evaluation.results import hash_of_model
-from sq_llava.generation.filters import Outcome, Turn, filter_turns
+from sq_llava.generation.filters import Outcome, Turn, balance, filter_turns
 from sq_llava.generation.judging import Exhibit, first_requests, judge_turns, read_prompt
 from sq_llava.generation.rows import Card, Rejected, made_files, make_row, require_utf8, write_output
 from sq_llava.generation.scoring import score_answers, score_each, score_with_clip
@@ -250,7 +250,10 @@ def exhibits_of(run: SelfGeneration, outcomes: Sequence[Outcome]) -> dict[str, E
 
 
 def judge(run: SelfGeneration, client: ChatClient, outcomes: Sequence[Outcome]) -> tuple[list[Outcome], Asked]:
-    """The outcomes after the judge. Turns that the judge did not reach are missing."""
+    """
+    The outcomes after the judge, balanced again: it may reject one answer more often than the other. Turns that it did
+    not reach are missing.
+    """
     asked = judge_turns(client, read_prompt(run.prompts), exhibits_of(run, outcomes))
     judged = []
     for outcome in outcomes:
@@ -260,7 +263,7 @@ def judge(run: SelfGeneration, client: ChatClient, outcomes: Sequence[Outcome]) 
             accepted = asked.results[turn_id(outcome.turn)]
             reason = "not readable" if accepted is None else "rejected"
             judged.append(outcome if accepted else replace(outcome, step="judge", reason=reason))
-    return judged, asked
+    return balance(judged, run.filters), asked
 
 
 def write(

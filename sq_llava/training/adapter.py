@@ -112,6 +112,8 @@ def _lora_config(
     if config.prototype_variant != "none":
         modules_to_save.append("prototype_extractor")
     trains_token = train_vusr and config.vusr_token_id is not None
+    embeddings = model.get_input_embeddings()
+    path = next(name for name, module in model.named_modules() if module is embeddings)  # ends in embed_tokens mostly
     return LoraConfig(
         r=text_lora.rank or vision_lora.rank or 1,
         lora_alpha=text_lora.alpha if text_lora.rank else vision_lora.alpha,
@@ -123,7 +125,7 @@ def _lora_config(
         use_dora=options.use_dora,
         init_lora_weights=options.init_lora_weights,
         modules_to_save=modules_to_save,
-        trainable_token_indices={"embed_tokens": [config.vusr_token_id]} if trains_token else None,
+        trainable_token_indices={path.rpartition(".")[2]: [config.vusr_token_id]} if trains_token else None,
     )
 
 
@@ -161,6 +163,11 @@ def _linear_names(tower: nn.Module) -> list[str]:
 def _text_targets(model: SQLlavaForConditionalGeneration, names: tuple[str, ...] | None) -> list[str]:
     """The names of the linear layers that get LoRA. Refuses names that the language model does not have."""
     known = _linear_names(model.model.language_model)
+    if not known:
+        raise ValueError(
+            f"lora_r is above 0, but a language model of type {model.config.text_config.model_type!r} has no layer of "
+            "the class torch.nn.Linear. Set lora_r to 0, or choose another language model."
+        )
     if unknown := [name for name in names or () if name not in known]:
         raise ValueError(
             f"lora_target_modules contains {', '.join(unknown)}, but the linear layers of this language model are "

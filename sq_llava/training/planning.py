@@ -111,7 +111,7 @@ def describe_steps(
     num_rows = num_rows if packs is None else packs.num_packs
     at_once = training_args.per_device_train_batch_size * num_processes
     accumulation = training_args.gradient_accumulation_steps
-    batches = math.ceil(num_rows / at_once)
+    batches = num_rows // at_once if training_args.dataloader_drop_last else math.ceil(num_rows / at_once)
     per_epoch = math.ceil(batches / accumulation)
     steps = training_args.max_steps
     if steps <= 0:

@@ -168,9 +168,10 @@ def place_model(part: Path, final: Path) -> None:
     """
     sync(part)
     files = sorted(part.iterdir(), key=lambda file: file.name in CONFIGURATIONS)
-    for file in files:
-        if file.name in CONFIGURATIONS:
-            (final / file.name).unlink(missing_ok=True)
+    # Of either kind: an adapter is found before a model, and a single file of weights before several.
+    for name in (*CONFIGURATIONS, "adapter_model.safetensors", "model*.safetensors*"):
+        for old in final.glob(name):
+            old.unlink()
     for file in files:
         if file.is_dir():
             shutil.rmtree(final / file.name, ignore_errors=True)
@@ -336,5 +337,9 @@ class StepWatch(TrainerCallback):
         if self.stopped:
             control.should_training_stop = True
             control.should_save = args.save_strategy != "no"
+            # With save_strategy best, an evaluation would cancel this save. With load_best_model_at_end, the end of
+            # training would delete this checkpoint.
+            control.should_evaluate = False
+            args.save_total_limit = None
         # Otherwise the losses since the last log line would be lost when the process exits.
         control.should_log |= control.should_save

@@ -271,8 +271,12 @@ def parse_settings(
 
 def parse_recipe(recipe: str | Path, **overrides: Any) -> tuple[SQLlavaArguments, SFTConfig, ModelConfig]:
     """Like `parse_settings`, for a recipe and settings that override it."""
-    options = [text for name, value in overrides.items() for text in (f"--{name}", str(value))]
-    return parse_settings(["--config", str(recipe), *options])
+    options = ["--config", str(recipe)]
+    for name, value in overrides.items():
+        if value is None:
+            raise ValueError(f"{name} is None. To keep the recipe's value, leave it out.")
+        options += [f"--{name}", *map(str, value if isinstance(value, (list, tuple)) else [value])]
+    return parse_settings(options)
 
 
 def _take_over_chat_template(arguments: SQLlavaArguments, training_args: SFTConfig) -> None:
@@ -345,6 +349,12 @@ def _require_trainer_settings(training_args: SFTConfig) -> None:
         raise ValueError(
             "accelerator_config has split_batches true, which would divide per_device_train_batch_size among the "
             "processes. Remove it, and set per_device_train_batch_size to the rows of one process."
+        )
+    if training_args.accelerator_config.dispatch_batches or not training_args.accelerator_config.even_batches:
+        raise ValueError(
+            "accelerator_config has dispatch_batches true or even_batches false. Batches of images and texts of "
+            "different lengths cannot be cut in parts, and processes with fewer batches would wait forever for the "
+            "others: remove it."
         )
     if training_args.train_sampling_strategy == "batch_rebalance":
         raise ValueError(

@@ -19,6 +19,7 @@ from processing_sq_llava import PROMPT_LAYOUTS, SYSTEM_MESSAGE, SQLlavaProcessor
 from sq_llava.checkpoints.chat_templates import check_template
 from sq_llava.checkpoints.compose import compose, compose_processor
 from sq_llava.checkpoints.load import load_base_and_processor, load_model, load_processor, require_kind
+from sq_llava.checkpoints.provenance import public_name
 from sq_llava.checkpoints.zero3 import loading_whole
 from sq_llava.output import folder_written_whole
 from sq_llava.training.adapter import LoraOptions, LoraSize, add_adapter, load_adapter_weights, train_in_full
@@ -26,6 +27,8 @@ from sq_llava.training.settings import LORA_INITIALISATIONS, SQLlavaArguments
 from sq_llava.training.sharding import loads_in_pieces
 
 
+# Folder in `output_dir` of a base that is only needed for a dry run.
+DRY_RUN_BASE = "dry-run-base"
 ARCHITECTURE = ("prototype_variant", "num_prototypes", "num_prototype_iterations", "projector_type")
 
 
@@ -88,7 +91,7 @@ def processor_settings(arguments: SQLlavaArguments) -> dict[str, str]:
         settings["system_message"] = SYSTEM_MESSAGE
     settings["delimiter"] = arguments.eos_token
     if arguments.chat_template_path is not None:
-        settings["chat_template"] = Path(arguments.chat_template_path).read_text()
+        settings["chat_template"] = Path(arguments.chat_template_path).read_text(encoding="utf-8")
     return {name: value for name, value in settings.items() if value is not None}
 
 
@@ -167,21 +170,24 @@ def load_base(
             )
     if arguments.dry_run == "real" and quantization is None and not loads_in_pieces():
         return model, processor, None
-    base = save_base(model, processor, training_args.output_dir)
+    name = DRY_RUN_BASE if arguments.dry_run == "real" else "base"
+    base = save_base(model, processor, training_args.output_dir, name)
     if loads_in_pieces() or quantization is not None:
         return *read_base(base, arguments, quantized_loading, processing), None
     return model, processor, None
 
 
-def save_base(model, processor, output_dir: str) -> Path:
+def save_base(model, processor, output_dir: str, name: str) -> Path:
     """
-    Saves a new model to `output_dir/base`, because an adapter stores only the path of its base.
+    Saves a new model to the folder `name` in `output_dir`, because an adapter stores only the path of its base.
 
     Args:
         model, processor: `None` in processes that do not hold them.
     """
-    base = Path(output_dir).absolute() / "base"
+    base = Path(output_dir).absolute() / name
     if PartialState().is_main_process:
+        if name == "base":  # an adapter of an earlier run does not fit the new base
+            (base.parent / "adapter_config.json").unlink(missing_ok=True)
         shutil.rmtree(base, ignore_errors=True)
         with folder_written_whole(base) as folder:
             model.save_pretrained(folder)
@@ -197,7 +203,19 @@ def read_base(base: Path, arguments: SQLlavaArguments, loading: dict, processing
     if not base.is_dir():
         raise ValueError(f"The checkpoints need their base in {base}, which does not exist. Restore that folder.")
     processor = load_processor(base, **processing)
+    for name, value in layout_of_checkpoint(arguments).items():
+        if getattr(processor, name) != value:
+            raise ValueError(
+                f"prompt_layout is {arguments.prompt_layout!r}, but the base in {base} has another layout ({name} is "
+                f"{getattr(processor, name)!r}). Remove prompt_layout, or choose another output_dir to start from the "
+                "beginning."
+            )
     model = load_model(base, processor, **loading)
+    for part in ("vision", "text"):
+        asked = public_name(getattr(arguments, f"{part}_model_name_or_path"))
+        there = getattr(model.config, f"{part}_config").name_or_path
+        if there and asked != there and PartialState().is_main_process:
+            print(f"Warning: {part}_model_name_or_path is {asked}, but the base in {base} has {there}, which is used.")
     for name, value in architecture(arguments).items():
         if getattr(model.config, name) != value:
             raise ValueError(

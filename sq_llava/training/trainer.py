@@ -107,6 +107,7 @@ class SQLlavaTrainer(SFTTrainer):
         self.generation_check, self.text_probe = generation_check, text_probe
         self._sums: dict[str, torch.Tensor] = {}
         self._aux_losses: dict[str, list[torch.Tensor]] = {}
+        self._num_eval_rows = 0
         self._init_trl(*args, **kwargs)
         self.args.logging_nan_inf_filter = False  # it would log another number where the loss is nan
         vocab_size = self.model.config.get_text_config().vocab_size
@@ -205,13 +206,23 @@ class SQLlavaTrainer(SFTTrainer):
         finally:
             self.data_collator = collator
 
-    def evaluation_loop(self, *args, **kwargs):
+    def evaluation_loop(self, dataloader, *args, **kwargs):
         probed = {} if self.text_probe is None else self.text_probe.run(self)
-        output = super().evaluation_loop(*args, **kwargs)
+        self._num_eval_rows = len(dataloader.dataset)
+        output = super().evaluation_loop(dataloader, *args, **kwargs)
+        self._num_eval_rows = 0
         output.metrics.update(probed)
         if self.generation_check is not None:
             output.metrics.update(self.generation_check.run(self))
         return output
+
+    def prediction_step(self, model, inputs, *args, **kwargs):
+        self._ignore_repeated_rows(inputs, self._num_eval_rows, self.args.eval_batch_size)  # not in a text probe
+        if "pixel_values" not in inputs and (self.is_fsdp_enabled or is_deepspeed_zero3_enabled()):
+            # Sharded processes gather weights in one order, so a text-only batch needs an image too. No row shows it.
+            blank = torch.zeros(1, 3, *[self.model.config.vision_config.image_size] * 2)
+            inputs = inputs | {"pixel_values": blank, "image_indices": torch.zeros(0, dtype=torch.int64)}
+        return super().prediction_step(model, inputs, *args, **kwargs)
 
     def _loss_weights(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         """Weights of the next-token losses, `(batch_size, sequence_length - 1)`; 0 at positions without a label."""
@@ -220,25 +231,23 @@ class SQLlavaTrainer(SFTTrainer):
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> torch.Tensor:
         """The sum of the weights over all accumulation steps, and over all processes."""
-        if batch_samples:
-            self._ignore_repeated_rows(batch_samples[-1])
+        if batch_samples and self.packs is None:
+            self._ignore_repeated_rows(batch_samples[-1], len(self.train_dataset), self._train_batch_size)
         weight = sum((self._loss_weights(batch).sum() for batch in batch_samples), torch.zeros(())).to(device)
         return self.accelerator.gather(weight).sum() if self.args.world_size > 1 else weight
 
-    def _ignore_repeated_rows(self, batch: dict[str, torch.Tensor]) -> None:
+    def _ignore_repeated_rows(self, batch: dict[str, torch.Tensor], num_rows: int, batch_size: int) -> None:
         """
-        Removes the loss of rows that the last batch of an epoch repeats.
-
-        accelerate fills the last batches with rows from the start of the epoch, so that all processes have the same
-        number of rows. One process would not train on them twice.
+        Removes the loss of rows that the last batch of an epoch, or of an evaluation, repeats. accelerate fills it
+        with rows from the start, so that all processes have the same number of rows.
         """
         args = self.args
         is_last = self.accelerator.gradient_state.end_of_dataloader and not args.dataloader_drop_last
         # accelerate's own remainder is wrong if the run was resumed in the middle of this epoch.
-        remainder = len(self.train_dataset) % (self._train_batch_size * args.world_size)
-        if args.world_size == 1 or self.packs is not None or not is_last or not remainder:
+        remainder = num_rows % (batch_size * args.world_size)
+        if args.world_size == 1 or not is_last or not remainder:
             return
-        positions = args.process_index * self._train_batch_size + torch.arange(len(batch["row_ids"]))
+        positions = args.process_index * batch_size + torch.arange(len(batch["row_ids"]))
         repeated = (positions >= remainder).to(batch["labels"].device)
         batch["labels"][repeated], batch["turn_kinds"][repeated] = IGNORE_INDEX, 0
 
@@ -447,13 +456,13 @@ class SQLlavaTrainer(SFTTrainer):
         sync(Path(output_dir))
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
-            about = self.run | {"first_losses": self.watch.first_losses, "files": file_sizes(Path(output_dir))}
-            write_json(Path(output_dir) / RUN_FILE, about)
+            found = {"first_losses": self.watch.first_losses, "files": file_sizes(Path(output_dir))}
+            write_json(Path(output_dir) / RUN_FILE, self.run | found)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
-            self.watch.first_losses = json.loads((Path(checkpoint) / RUN_FILE).read_text())["first_losses"]
+            self.watch.first_losses = json.loads((Path(checkpoint) / RUN_FILE).read_text()).get("first_losses", [])
 
     def create_model_card(self, *args, **kwargs) -> None:
         """Writes no card into an adapter folder; `merge_adapter` writes the card of the merged checkpoint."""
@@ -478,10 +487,11 @@ class SQLlavaTrainer(SFTTrainer):
         return metrics
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        mode = "train" if self.model.training else "eval"
-        prefix = "eval_" if mode == "eval" else ""
-        logs.update({prefix + name: value for name, value in self.collect_metrics(mode).items()})
-        if mode == "train" and self.packs is not None and "loss" in logs:
+        if "eval_loss" in logs:
+            logs.update({f"eval_{name}": value for name, value in self.collect_metrics("eval").items()})
+        elif "loss" in logs or "train_loss" in logs:
+            logs.update(self.collect_metrics("train"))
+        if self.packs is not None and "loss" in logs:
             packed = self._packed.to(self.accelerator.device, torch.float32)
             tokens, room = self.accelerator.reduce(packed, reduction="sum").tolist()
             logs["packing_fill"] = tokens / max(room, 1)

@@ -88,6 +88,8 @@ def test_incomplete_checkpoint_with_a_higher_number_does_not_replace_a_complete_
 def test_base_is_read_back_and_another_one_is_refused(parts, run_folder):
     with pytest.raises(ValueError, match=r"num_prototypes is 6, but the base in .*base has 5"):
         train(parts, run_folder, resume=True, num_prototypes=6)
+    with pytest.raises(ValueError, match=r"prompt_layout is 'minigpt4', but the base in .*base has another layout"):
+        train(parts, run_folder, resume=True, prompt_layout="minigpt4")
     shutil.rmtree(run_folder / "base")
     with pytest.raises(ValueError, match=r"need their base in .*base, which does not exist\. Restore that folder"):
         train(parts, run_folder, resume=True)

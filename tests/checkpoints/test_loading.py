@@ -125,6 +125,11 @@ def test_training_refuses_a_start_that_cannot_be_loaded(models, model, tmp_path)
         train_sft.main(arguments)
 
 
+def test_base_in_a_folder_has_an_absolute_name_that_an_adapter_finds_from_anywhere(models, monkeypatch):
+    monkeypatch.chdir(models)
+    assert load_model("plain").name_or_path == str(models / "plain")
+
+
 def test_adapter_without_a_weight_cannot_be_merged(models, tmp_path):
     with pytest.raises(ValueError, match=r"broken-adapter cannot be loaded: .*missing: adapter_config\.json requires"):
         merge_adapter(str(models / "broken-adapter"), str(tmp_path / "merged"))

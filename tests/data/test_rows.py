@@ -137,6 +137,29 @@ def test_sources_are_mixed_by_weight_and_row_count(folder):
     assert ids != load_rows([DataSource(first, weight=0.5), DataSource(second, num_rows=6)], seed=4)[:]["id"]
 
 
+@pytest.mark.parametrize(("num_rows", "weight"), [(1, 0.5), (400, 0.001)])
+def test_a_source_with_a_small_weight_gives_at_least_one_row(folder, num_rows, weight):
+    path = write(folder, *[row("Hi.", image=None)] * num_rows)
+    assert len(load_rows([DataSource(path, weight=weight)])) == 1
+
+
+def test_an_id_of_null_is_no_id(folder):
+    rows = load(folder, row(id=None), row("Hi.", id=None))
+    assert rows[0]["id"] == ""
+    with pytest.raises(ValueError, match=r"data.json, row 1: read as"):
+        rows[1]
+
+
+@pytest.mark.parametrize("suffix", [".JSON", ".JSONL", ".PARQUET"])
+def test_the_suffix_of_a_file_may_be_in_upper_case(folder, suffix):
+    file = folder / f"DATA{suffix}"
+    if suffix == ".PARQUET":
+        datasets.Dataset.from_list([row("Hi.", image=None)]).to_parquet(file)
+    else:
+        file.write_text(json.dumps(row("Hi.", image=None) if suffix == ".JSONL" else [row("Hi.", image=None)]))
+    assert content(load_rows([DataSource(str(file))])) == ["Hi."]
+
+
 def test_a_question_without_text_always_becomes_the_same_instruction(folder):
     instructions = ["Describe it.", "What is it?"]
     path = write(folder, *[row("<image>")] * 20, row("<image>\nIs it a dog?"), row("Hi.", image=None))
@@ -248,12 +271,14 @@ def test_broken_json_is_refused_with_its_line(folder, text, message):
     [
         ("none.json", "no such file"),
         ("none.csv", "no such file or folder"),
+        ("rows.csv", r"rows.csv: the suffix of a data file must be .json, .jsonl, .parquet\. Convert the file"),
         ("/none/there", "no such file or folder"),
         ("images", "the folder has neither data files"),
     ],
 )
 def test_error_names_a_source_that_cannot_be_opened(folder, path, message, monkeypatch):
     monkeypatch.chdir(folder)
+    (folder / "rows.csv").touch()
     with pytest.raises(ValueError, match=message):
         load_rows([DataSource(path)])
 

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rich.progress import Progress
 
 from sq_llava.data.rows import load_rows
 from sq_llava.data.sources import DataSource
@@ -20,7 +21,7 @@ from sq_llava.generation import captions as choosing
 from sq_llava.generation.caption_files import BadRow, CaptionFile
 from sq_llava.generation.captions import PhraseJournal, choose, phrases_of
 from sq_llava.generation.prompt_files import draw, hash_of, read_instructions
-from sq_llava.generation.settings import PROMPTS
+from sq_llava.generation.settings import PROMPTS, CaptionSettings
 from tests.generation.commands import generate_data, made, texts_of
 from tests.processes import ended, fork, lines_of, sq_llava
 from tests.runs import die
@@ -136,6 +137,29 @@ def test_unclosed_quotation_mark_hides_no_row_of_a_tsv(tmp_path):
     rows = [{"image": "0.png", "caption": '"a dog'}, {"image": "1.png", "caption": "the sea"}]
     captions = CaptionFile(write_captions(tmp_path, rows, "c.tsv"))
     assert [each.text for each in captions] == ['"a dog', "the sea"]
+
+
+@pytest.mark.parametrize("name", ["c.csv", "C.CSV", "c.jsonl", "C.JSONL"])
+def test_empty_id_is_no_id(tmp_path, name):
+    null = '{"image": "0.png", "caption": "a dog", "id": null}\n'
+    table = "image,caption,id\n0.png,a dog,\n1.png,the sea,\n"
+    (tmp_path / name).write_text(table if name.lower() == "c.csv" else null * 2)
+    assert [each.id for each in CaptionFile(tmp_path / name)] == ["0", "1"]
+
+
+def test_captions_read_before_are_not_chosen_if_their_image_or_row_cannot_be_used_any_more(tmp_path):
+    file = write_captions(tmp_path, [{"image": f"{n}.png", "caption": "a dog"} for n in range(5)])
+    with file.open("a") as lines:
+        lines.write('{"image": "5.png", "caption": ""}\n')
+    (tmp_path / "images" / "3.png").unlink()
+    out = tmp_path / "out"
+    out.mkdir()
+    list(PhraseJournal(out, "phrases.jsonl", 6).append((row, ["dog"]) for row in range(6)))
+    run = CaptionSettings(file, tmp_path / "images", out, "no pipeline")
+    choosing.generate(run, "the command", Progress(disable=True))
+    assert [row["id"] for row in lines_of(out / "data.jsonl")] == ["0", "1", "2", "4"]
+    [rejected] = lines_of(out / "rejected.jsonl")
+    assert (rejected["id"], rejected["reason"]) == ("3", "the image file is missing")
 
 
 def read(file: Path, content: str | bytes) -> list[tuple[str, str]]:

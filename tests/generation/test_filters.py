@@ -7,7 +7,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sq_llava.generation import self_generation
 from sq_llava.generation.filters import FilterSettings, Turn, filter_turns, normalised, overlap
+from sq_llava.generation.settings import SelfGeneration
+from sq_llava.llm_client.asking import Asked
 
 
 OFF = FilterSettings("off", 0.0, None, None, None, None, None)
@@ -111,6 +114,19 @@ def test_more_frequent_answer_is_thinned_out():
     kept = [rules(turns, replace(OFF, balance_yes_no=True, seed=seed)) for seed in (0, 0, 1)]
     assert kept[0] == kept[1] != kept[2]
     assert kept[0][:6].count(("balance", "too many of its answer")) == 4 and kept[0][6:] == [None] * 3
+
+
+def test_answers_are_balanced_again_after_the_judge(tmp_path, monkeypatch):
+    turns = [turn(answer=("yes", "no")[number % 2], number=number) for number in range(6)]
+    run = SelfGeneration("model", str(tmp_path), tmp_path, filters=replace(OFF, balance_yes_no=True))
+
+    def judge_turns(client, prompt, exhibits):
+        return Asked({id: id != "a.png#1" for id in exhibits}, {}, 0)  # rejects a "no"
+
+    monkeypatch.setattr(self_generation, "judge_turns", judge_turns)
+    outcomes, _ = self_generation.judge(run, None, filter_turns(turns, run.filters))
+    assert Counter(outcome.turn.answer for outcome in outcomes if outcome.is_kept) == {"yes": 2, "no": 2}
+    assert Counter(outcome.reason for outcome in outcomes) == {None: 4, "rejected": 1, "too many of its answer": 1}
 
 
 def test_unknown_blank_test_is_named():

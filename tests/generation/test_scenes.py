@@ -27,6 +27,14 @@ def test_coco_files_become_scenes(tmp_path):
     assert describe(scenes[0]) == "Sentences:\n- A dog.\n- It sits.\n\nObjects:\n- dog: [0.100, 0.100, 0.600, 1.000]"
 
 
+@pytest.mark.parametrize("name", ["scenes.jsonl", "SCENES.JSONL"])
+def test_null_is_the_same_as_an_absent_field(tmp_path, name):
+    lines = [{"image": f"{letter}.png", "captions": ["A."], "boxes": None, "id": None} for letter in "ab"]
+    (tmp_path / name).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    scenes = read_scenes(tmp_path / name, None, BadRows(0.1))
+    assert scenes == [Scene("a", "a.png", ("A.",)), Scene("b", "b.png", ("A.",))]
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [

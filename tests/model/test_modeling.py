@@ -205,6 +205,8 @@ TEXT_FAMILIES = {
     "smollm3": {"pad_token_id": 0},
     "olmo2": {},
     "gpt_neox": {},
+    "gpt2": {},
+    "opt": {"ffn_dim": 64, "word_embed_proj_dim": TINY_LLAMA["hidden_size"]},
 }
 
 
@@ -250,7 +252,7 @@ def test_numbers_of_image_tokens_and_features_that_differ_are_both_named(
             call(**prompt)
 
 
-def test_exactly_one_kind_of_text_and_one_of_images_is_taken(tiny_model, inputs):
+def test_exactly_one_kind_of_text_and_one_of_images_is_taken(tiny_model, inputs, monkeypatch):
     embeddings = tiny_model.get_input_embeddings()(inputs["input_ids"])
     with pytest.raises(ValueError, match="exactly one of input_ids and inputs_embeds"):
         tiny_model(**inputs, inputs_embeds=embeddings)
@@ -259,6 +261,9 @@ def test_exactly_one_kind_of_text_and_one_of_images_is_taken(tiny_model, inputs)
     encoded = {"image": tiny_model.get_image_features(inputs["pixel_values"])}
     with pytest.raises(ValueError, match="pixel_values or mm_encoder_outputs, not both"):
         tiny_model(**inputs, mm_encoder_outputs=encoded)
+    monkeypatch.setattr(tiny_model.config, "image_token_id", tiny_model.config.text_config.vocab_size)
+    with pytest.raises(ValueError, match=r"outside of the vocabulary, .* Give input_ids"):
+        tiny_model(inputs_embeds=embeddings, pixel_values=inputs["pixel_values"])
 
 
 def test_images_may_be_given_encoded_and_text_as_embeddings(tiny_model):

@@ -22,6 +22,7 @@ from tests.runs import (
     assert_killed_run_equals,
     assert_memory_is_planned,
     assert_similar_runs,
+    history,
     kill_at_random_moments,
     write_in_order,
 )
@@ -58,6 +59,16 @@ def tied(tmp_path_factory) -> Path:
 ACCUMULATED = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2}
 
 
+def evaluated(rows: Path, parts: Path, folder: Path) -> dict:
+    """
+    Settings of an evaluation on the ten rows of `write_in_order`. One of two processes has a text-only batch while the
+    other has images, and in the end only rows that repeat.
+    """
+    recipe = folder / "recipe.yaml"
+    recipe.write_text(json.dumps({"eval_datasets": [{"path": str(rows), "image_root": str(parts)}]}))
+    return {"config": recipe, "eval_strategy": "steps", "eval_steps": 5, "per_device_eval_batch_size": 2}
+
+
 @pytest.mark.parametrize(
     ("launch", "first", "settings"),
     [
@@ -71,7 +82,7 @@ ACCUMULATED = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 
 )
 def test_two_processes_equal_one_where_one_sees_text_only(parts, tmp_path, launch, first, settings):
     settings = DESCENT | write_in_order(parts, tmp_path / "ordered.json", first) | settings
-    settings |= {"text_probe": write_probe(tmp_path), "per_device_eval_batch_size": 1}
+    settings |= {"text_probe": write_probe(tmp_path)} | evaluated(settings["dataset_path"], parts, tmp_path)
     two = LaunchedRun(launch, parts, tmp_path / "two", **settings)
     two.finish(write_held_bytes, tmp_path)
     assert_memory_is_planned(two, held_bytes(tmp_path), "DDP" if launch == "ddp" else "FSDP2")
@@ -80,6 +91,10 @@ def test_two_processes_equal_one_where_one_sees_text_only(parts, tmp_path, launc
     assert_similar_runs(one, two.output_dir)
     for step, losses in measured(one).items():
         assert losses == pytest.approx(measured(two.output_dir)[step], rel=1e-4)
+    ours, theirs = ([entry for entry in history(folder) if "eval_loss" in entry] for folder in (one, two.output_dir))
+    assert len(ours) == len(theirs) == 1
+    for name in ("eval_loss_answers", "eval_loss_questions", "eval_mean_token_accuracy", "eval_self_question_share"):
+        assert ours[0][name] == pytest.approx(theirs[0][name], rel=1e-4)
 
 
 @pytest.mark.long

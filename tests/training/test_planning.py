@@ -13,7 +13,8 @@ import train_sft
 from benchmarks.common import allocated_peak
 from sq_llava.training.adapter import LoraSize, add_adapter, count_parameters
 from sq_llava.training.memory import SHARDINGS, Batch, activation_terms, estimate_memory, weight_bytes
-from sq_llava.training.planning import accumulation_steps, longest_rows
+from sq_llava.training.planning import accumulation_steps, describe_steps, longest_rows
+from sq_llava.training.stage_model import DRY_RUN_BASE
 from tests import runs, tiny
 
 
@@ -205,6 +206,22 @@ def test_dry_run_takes_the_longest_rows_and_leaves_nothing(parts, tmp_path, caps
     assert f"2 rows of {tokens} tokens" in output and "Measured in one step on the longest rows:" in output
     assert "10 rows, 4 per step" in output
     assert not list(tmp_path.rglob("*.*"))
+
+
+@pytest.mark.slow
+def test_dry_run_of_a_base_that_must_be_saved_leaves_that_of_an_earlier_run(parts, tmp_path, monkeypatch):
+    monkeypatch.setattr("sq_llava.training.stage_model.loads_in_pieces", lambda: True)
+    earlier = tmp_path / "base" / "config.json"
+    earlier.parent.mkdir()
+    earlier.write_text("{}")
+    run(parts, tmp_path, dry_run="real")
+    assert list(tmp_path.rglob("*.*")) == [earlier] and not (tmp_path / DRY_RUN_BASE).exists()
+
+
+@pytest.mark.parametrize(("drop_last", "steps"), [(False, 126), (True, 125)])
+def test_plan_counts_the_steps_of_the_trainer(args, drop_last, steps):
+    args.dataloader_drop_last = drop_last
+    assert f"{steps} steps per epoch" in describe_steps(1001, args, 1)
 
 
 def test_plan_without_data_says_that_steps_are_unknown(parts, tmp_path, capsys):

@@ -9,7 +9,7 @@ import pytest
 
 import train_sft
 from sq_llava.early_checks import LOCK_FILE
-from sq_llava.training.recovery import EXIT_TRY_AGAIN
+from sq_llava.training.recovery import EXIT_TRY_AGAIN, HALF_WRITTEN_MODEL, place_model
 from tests import runs
 from tests.processes import locked_by_another_process
 from tests.runs import Run, assert_equal_runs, die, in_step, signal_self
@@ -119,6 +119,35 @@ def test_run_of_the_readmes_recipe_is_saved_on_ctrl_c(parts, tmp_path, stage):
     assert run.exit_codes(in_step, 2, signal_self, 0, signal.SIGINT) == STOPPED
     assert run.steps_saved == [2]
     assert "Stopped at step 2. Resume with --resume." in run.text
+
+
+@pytest.mark.parametrize(
+    "saving",
+    [
+        pytest.param({"save_strategy": "best"}, marks=pytest.mark.long),
+        {"save_strategy": "steps", "save_steps": 1, "load_best_model_at_end": True, "save_total_limit": 1},
+    ],
+    ids=["only the best are saved", "the best is loaded at the end"],
+)
+def test_stop_keeps_its_checkpoint_beside_the_best_one(parts, tmp_path, saving):
+    # This metric does not change, so the first step stays the best.
+    saving = saving | {"metric_for_best_model": "self_question_share"}
+    run = Run(parts, tmp_path, num_eval_rows=3, eval_strategy="steps", eval_steps=1, **saving)
+    assert run.exit_codes(in_step, 3, signal_self, 0, signal.SIGTERM) == STOPPED
+    assert {1, 3} <= set(run.steps_saved)
+    assert "Stopped at step 3. Resume with --resume." in run.text
+
+
+def test_final_model_replaces_weights_and_configuration_of_another_kind(tmp_path):
+    final, part = tmp_path / "run", tmp_path / "run" / HALF_WRITTEN_MODEL
+    part.mkdir(parents=True)
+    for name in ("adapter_config.json", "adapter_model.safetensors", "model.safetensors", "README.md"):
+        (final / name).write_text("old")
+    new = {"config.json", "model-00001-of-00001.safetensors", "model.safetensors.index.json"}
+    for name in new:
+        (part / name).write_text("new")
+    place_model(part, final)
+    assert {file.name for file in final.iterdir()} == new | {"README.md"}
 
 
 def test_second_interrupt_stops_at_once(run):

@@ -15,7 +15,7 @@ import train_sft
 from sq_llava.checkpoints.compose import stop_token_ids
 from sq_llava.checkpoints.load import load_checkpoint, merge_adapter
 from sq_llava.training.adapter import LoraOptions, LoraSize, add_adapter, load_adapter_weights
-from sq_llava.training.settings import LORA_INITIALISATIONS, parse_settings
+from sq_llava.training.settings import LORA_INITIALISATIONS, parse_recipe, parse_settings
 from sq_llava.training.stage_model import load_base, quantization_config
 from sq_llava.training.trainer import SQLlavaTrainer
 from tests import runs, tiny
@@ -148,6 +148,8 @@ def test_each_tower_has_its_own_dropout():
         ({"num_eval_rows": 3}, r"num_eval_rows is 3.*To evaluate, set eval_strategy"),
         ({"self_question_ratio": 1.5}, "self_question_ratio is 1.5: it must be a number from 0 to 1"),
         ({"accelerator_config": '{"split_batches": true}'}, "accelerator_config has split_batches true"),
+        ({"accelerator_config": '{"dispatch_batches": true}'}, "accelerator_config has dispatch_batches true"),
+        ({"accelerator_config": '{"even_batches": false}'}, "or even_batches false"),
         ({"activation_offloading": True}, "activation_offloading is True, but the model is on the CPU"),
         ({"train_sampling_strategy": "batch_rebalance"}, "'batch_rebalance', which is not supported. Choose random"),
         ({"packing": True, "pad_to_multiple_of": 64}, "packing is true and pad_to_multiple_of is '64'"),
@@ -156,6 +158,29 @@ def test_each_tower_has_its_own_dropout():
 def test_settings_that_do_not_work_together_are_refused(parts, tmp_path, overrides, message):
     with pytest.raises(ValueError, match=message):
         parse_settings(arguments(parts, tmp_path, **overrides))
+
+
+def test_vusr_is_trained_whatever_its_language_model_calls_the_embeddings():
+    text_config = {**tiny.TINY_LLAMA, "model_type": "gpt_neox"}
+    model = tiny.tiny_model(tiny.tiny_config(text_config=text_config))
+    adapted = add_adapter(model, LoraSize(0, 1, 0.0), LoraSize(2, 4, 0.0), train_vusr=True)
+    trained = [name for name, parameter in adapted.named_parameters() if parameter.requires_grad]
+    assert any("embed_in" in name and "trainable_tokens" in name for name in trained)
+
+
+def test_lora_on_a_language_model_without_linear_layers_is_refused():
+    model = tiny.tiny_model(tiny.tiny_config(text_config={**tiny.TINY_LLAMA, "model_type": "gpt2"}))
+    with pytest.raises(ValueError, match=r"of type 'gpt2' has no layer of the class torch\.nn\.Linear"):
+        add_adapter(model, LoraSize(0, 1, 0.0), LoraSize(2, 4, 0.0), train_vusr=True)
+
+
+def test_overrides_of_a_recipe_may_be_lists_but_not_none(parts, tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("stage: instruct\nuse_cpu: true\nlora_r: 4\ndataset_path: x\noutput_dir: y\n")
+    _, _, model_config = parse_recipe(recipe, lora_target_modules=["q_proj", "v_proj"])
+    assert model_config.lora_target_modules == ["q_proj", "v_proj"]
+    with pytest.raises(ValueError, match=r"max_length is None\. To keep the recipe's value, leave it out"):
+        parse_recipe(recipe, max_length=None)
 
 
 @pytest.mark.parametrize(
