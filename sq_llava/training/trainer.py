@@ -308,8 +308,7 @@ class SQLlavaTrainer(SFTTrainer):
         self._sums[mode] = self._sums.get(mode, 0) + torch.stack([s.float() for s in sums])
 
     def _count_aux_loss(self, aux_loss: torch.Tensor) -> None:
-        mode = "train" if self.model.training else "eval"
-        self._aux_losses.setdefault(mode, []).append(aux_loss)
+        self._aux_losses.setdefault("train" if self.model.training else "eval", []).append(aux_loss)
 
     @property
     def _score_dtype(self) -> torch.dtype:
