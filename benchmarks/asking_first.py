@@ -140,9 +140,9 @@ def measure(trials: list[Trial]) -> dict:
 
 
 def difference(one: list[float], other: list[float], images: list[str]) -> dict[str, float]:
-    """Mean of `other` - `one` in percentage points, with a 95% bootstrap interval over images."""
+    """Mean of `other` - `one` in percentage points, with a 95% bootstrap interval over images if there is one."""
     change = np.array(other) - np.array(one)
-    low, high = difference_interval(change, 10_000, seed=0, units=images)
+    low, high = difference_interval(change, 10_000, seed=0, units=images) or (change.mean(), change.mean())
     return {"mean": 100 * change.mean(), "low": 100 * low, "high": 100 * high}
 
 

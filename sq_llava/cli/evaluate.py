@@ -14,7 +14,14 @@ from rich.table import Table
 from sq_llava.cli.options import AsJson, OptionsOf, check_model_options, quiet_libraries, takes_options
 from sq_llava.console import console, errors_in_one_line, examples, is_first_process, loading, messages_console
 from sq_llava.early_checks import require_folder
-from sq_llava.evaluation.settings import Evaluation, JudgeSettings, QuestionEvaluation, ServerSettings
+from sq_llava.evaluation.settings import (
+    AGAINST,
+    SERVED,
+    Evaluation,
+    JudgeSettings,
+    QuestionEvaluation,
+    ServerSettings,
+)
 from sq_llava.inference.settings import AskSettings, SelfQuestioning
 from sq_llava.locations import is_missing_folder, require_folder_or_id
 from sq_llava.output import output_lock
@@ -183,15 +190,15 @@ def _run_all(evaluations: Sequence[Evaluation], against: str | None) -> bool:
     from sq_llava.evaluation.comparison import write_overview
 
     # The limits of the judge and of the server hold for all models together.
-    journal_folder = first.out.parent
-    is_whole = _run_and_show(replace(first, journal_folder=journal_folder), against)
+    folders = [each.out for each in evaluations]
+    is_whole = _run_and_show(replace(first, others=folders), against)
     other: str | Path | None = against
     if against is None:
         other = first.out
     elif not (Path(against) / "results.json").is_file():
-        other = first.out / "against"
+        other = first.out / AGAINST
     for each in others:
-        is_whole &= _run_and_show(replace(each, journal_folder=journal_folder), other)
+        is_whole &= _run_and_show(replace(each, others=folders), other)
     if is_first_process():
         overview = write_overview([each.out for each in evaluations], first.out.parent / "models.md")
         messages_console.print(f"Wrote {overview}", markup=False, soft_wrap=True)
@@ -218,19 +225,20 @@ def _run_and_show(evaluation: Evaluation, against: str | Path | None) -> bool:
         if isinstance(against, str) and (other / "results.json").is_file():
             check_comparable(other, evaluation)
         elif isinstance(against, str):
-            other = evaluation.out / "against"
-            # Both models share one folder of the judge's answers: the limits hold for both together.
-            folder = evaluation.journal_folder or evaluation.out
-            others_results = run(replace(evaluation, model=against, server=None, out=other, journal_folder=folder))
+            other = evaluation.out / AGAINST
+            # The limits of the judge hold for both together.
+            folders = [evaluation.out, *evaluation.others]
+            others_results = run(replace(evaluation, model=against, server=None, out=other, others=folders))
         results = run(evaluation)
         if not results:  # a process other than the first
             return True
         show(results)
         if other is not None:
-            show_differences(compare(other, evaluation.out), evaluation.out / "comparison")
+            differences = compare(other, evaluation.out, tasks=evaluation.tasks)
+            show_differences(differences, evaluation.out / "comparison")
     messages_console.print(f"Wrote {evaluation.out}", markup=False, soft_wrap=True)
     if evaluation.server is not None:
-        spent = spent_in([(evaluation.journal_folder or evaluation.out) / "served.jsonl"], evaluation.server)
+        spent = spent_in(evaluation.journals(SERVED), evaluation.server)
         messages_console.print(f"Server, all runs so far: {spent}.", markup=False, soft_wrap=True)
     is_whole = _show_what_is_missing(results, evaluation.out)
     return _show_what_is_missing(others_results, other) and is_whole
@@ -277,7 +285,7 @@ def show_differences(differences, out: Path) -> None:
         for each in differences:
             if each.task == task:
                 values = (f"{each.first:.4f}", f"{each.second:.4f}", f"{each.difference:+.4f}")
-                table.add_row(each.metric, *values, f"{each.low:+.4f} to {each.high:+.4f}", f"{each.num:,}")
+                table.add_row(each.metric, *values, each.interval, f"{each.num:,}")
         console.print(table)
     if not differences:
         console.print(f"Nothing to compare: see {out / 'comparison.md'}", markup=False, soft_wrap=True)
@@ -307,8 +315,8 @@ def _show_what_is_missing(results, out: Path | None) -> bool:
             messages_console.print(f"{out}, {result.task}: {result.missing}", markup=False, soft_wrap=True)
         if result.num_unjudged:
             messages_console.print(
-                f"[red]{result.task}: {result.num_unjudged} of {result.num} answers have no grade[/red] and no metric "
-                f"counts them: see judge_error in {escape(str(out / result.task / 'examples.jsonl'))}.",
+                f"[red]{result.task}: {result.num_unjudged} of {result.num} answers have no grade[/red]. Metrics that "
+                f"need one leave them out: see judge_error in {escape(str(out / result.task / 'examples.jsonl'))}.",
                 soft_wrap=True,
             )
         if result.num_failed:

@@ -3,7 +3,7 @@
 Answers are appended to `answers-<rank>.jsonl` as they are generated (`sq_llava/resumable/resume.py`).
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -24,6 +24,7 @@ from sq_llava.resumable.run_note import RunNote
 
 # What answers prompts: `render` and `answer_batch` are all that an evaluation needs.
 Model = Assistant | AsksFirst | ServedModel
+ANSWERS = "answers"  # first part of the names of their files
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,7 @@ def answer_examples(
     settings: AnswerSettings,
     description: str,
     note: RunNote | None = None,
+    hashes: Mapping[str, str] | None = None,
 ) -> list[Record]:
     """
     Answers every example with greedy decoding.
@@ -51,6 +53,8 @@ def answer_examples(
         folder (`Path`): Folder for the answers. Answers that are already in it are not generated again.
         description (`str`): Label of the progress bar.
         note ([`RunNote`], *optional*): The note of the run. It is written before the first answer.
+        hashes (`Mapping[str, str]`, *optional*): Example id -> hash of the example. An answer to another version of
+            an example is refused.
 
     Returns:
         One unscored record per example, in the order of `examples`, on every process.
@@ -68,9 +72,16 @@ def answer_examples(
         ]
         return [{"answer": text} for text in model.answer_batch(requests, settings.max_new_tokens)]
 
-    failed = {"answer": ""}
     lines = run_resumable(
-        examples, answer, folder, "answers", description, make_batches=make_batches, failed=failed, note=note
+        examples,
+        answer,
+        folder,
+        ANSWERS,
+        description,
+        make_batches=make_batches,
+        failed={"answer": ""},
+        note=note,
+        hashes=hashes,
     )
     return [
         Record(example, prompts[example.id], lines[example.id]["answer"], lines[example.id]["error"])

@@ -41,7 +41,7 @@ import numpy as np
 
 from sq_llava.evaluation.caption_metrics import bleu, cider_d, has_java, meteor, ptb_words, rouge_l, words
 from sq_llava.evaluation.caption_statistics import CaptionStatistics
-from sq_llava.evaluation.reading import Data, TaskImage, check_fields, read_json
+from sq_llava.evaluation.reading import Data, TaskImage, check_fields, read_json_list
 from sq_llava.evaluation.short_answers import write_upload
 from sq_llava.evaluation.task import Example, Record, Score, Task
 
@@ -73,10 +73,9 @@ def _karpathy_reader(file_name: str, folder: str | None) -> Callable[[Data], lis
 
     def read(data: Data) -> list[Example]:
         file = data.file(file_name)
-        rows = check_fields(read_json(file), ["images"], str(file))["images"]
+        fields = ["split", "filename", "imgid", "sentences", *([] if folder else ["filepath"])]
         examples = []
-        for number, row in enumerate(rows):
-            check_fields(row, ["split", "filename", "imgid", "sentences"], f"{file}, image {number}")
+        for row in read_json_list(file, "images", fields):
             if row["split"] == (data.split or "test"):
                 image = data.image(file.parent / (folder or row["filepath"]), row["filename"])
                 examples.append(_example(row.get("cocoid", row["imgid"]), image, row["sentences"]))
@@ -115,7 +114,8 @@ def read_nocaps(data: Data) -> list[Example]:
         return _read_nocaps_files(data)
     rows = data.rows(["image_id", "image", "annotations_captions"], default_split="validation")
     file = data.find(NOCAPS_CAPTIONS) if data.folder is not None else None
-    domains = {} if file is None else {row["id"]: row["domain"] for row in read_json(file)["images"]}
+    known = [] if file is None else read_json_list(file, "images", ["id", "domain"])
+    domains = {row["id"]: row["domain"] for row in known}
     return [
         _example(
             row["image_id"],
@@ -128,16 +128,13 @@ def read_nocaps(data: Data) -> list[Example]:
 
 
 def _read_nocaps_files(data: Data) -> list[Example]:
-    is_test = data.split == "test"
+    is_test = data.split_of_files("validation", "val", "test") == "test"
     file = data.file("nocaps_test_image_info.json" if is_test else NOCAPS_CAPTIONS)
-    content = check_fields(read_json(file), ["images"] if is_test else ["images", "annotations"], str(file))
     captions: dict[int, list[str]] = {}
-    for number, row in enumerate(content.get("annotations", [])):
-        check_fields(row, ["image_id", "caption"], f"{file}, annotation {number}")
+    for row in [] if is_test else read_json_list(file, "annotations", ["image_id", "caption"]):
         captions.setdefault(row["image_id"], []).append(row["caption"])
     examples = []
-    for number, row in enumerate(content["images"]):
-        check_fields(row, ["id", "file_name"] if is_test else ["id", "file_name", "domain"], f"{file}, image {number}")
+    for row in read_json_list(file, "images", ["id", "file_name"] if is_test else ["id", "file_name", "domain"]):
         if not is_test and row["id"] not in captions:
             raise ValueError(f"{file}: has no caption for image {row['id']}.")
         image = data.image(file.parent / ("test" if is_test else "val"), row["file_name"])
@@ -150,9 +147,10 @@ def read_conceptual_captions(data: Data) -> list[Example]:
     if data.is_table:
         rows = data.rows(["image", "caption"], default_split="validation")
         return [_example(number, row["image"], row["caption"]) for number, row in enumerate(rows)]
+    data.split_of_files("validation")
     file = data.file("Validation_GCC-1.1.0-Validation.tsv", "*.tsv")
     examples = []
-    with file.open(encoding="utf-8", newline="") as lines:
+    with file.open(encoding="utf-8-sig", newline="") as lines:
         for number, row in enumerate(csv.reader(lines, delimiter="\t", quoting=csv.QUOTE_NONE)):
             if len(row) not in (2, 3):
                 raise ValueError(
@@ -242,6 +240,7 @@ def _task(name: str, title: str, hub_id: str | None, read: Callable[[Data], list
         write_submission=write_submission,
         max_new_tokens=64,
         note=NOTE,
+        metrics_are_shares=False,
         **more,
     )
 

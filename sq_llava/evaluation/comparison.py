@@ -12,6 +12,7 @@ training. Written to OUT:
 """
 
 import json
+import math
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -34,21 +35,29 @@ NUM_LETTERS = 300  # the report shows this many last characters of a prompt
 
 @dataclass(frozen=True)
 class Difference:
-    """A metric of both evaluations. `difference` is second - first; its 95% interval is from `low` to `high`."""
+    """
+    A metric of both evaluations. `difference` is second - first; its 95% interval is from `low` to `high`. Both are
+    `None` if there is no interval (see [`paired_interval`]).
+    """
 
     task: str
     metric: str
     first: float
     second: float
     difference: float
-    low: float
-    high: float
+    low: float | None
+    high: float | None
     num: int
 
     @property
     def is_clear(self) -> bool:
         """True if the interval excludes 0."""
-        return self.low > 0 or self.high < 0
+        return self.low is not None and (self.low > 0 or self.high < 0)
+
+    @property
+    def interval(self) -> str:
+        """The interval as text; empty if there is none."""
+        return "" if self.low is None else f"{self.low:+.4f} to {self.high:+.4f}"
 
 
 def check_comparable(other: Path, evaluation: Evaluation) -> None:
@@ -60,10 +69,11 @@ def check_comparable(other: Path, evaluation: Evaluation) -> None:
     """
     if other.resolve() == evaluation.out.resolve():
         raise ValueError(f"--against {other}: this run writes to the same folder. Choose another --out.")
-    judges = _judges(json.loads((other / "results.json").read_text()))
+    run = json.loads((other / "results.json").read_text())
+    judges = _judges(run)
     for name in evaluation.tasks:
         path = other / name / "examples.jsonl"
-        if not path.is_file():
+        if name not in run["data_hashes"] or not path.is_file():  # without its results, its judge is not known
             raise ValueError(f"--against {other}: has no results for {name}. Remove it from --tasks.")
         theirs = {record.example.id: record.example.reference for record in read_records(path)}
         ours = {example.id: example.reference for example in read_examples(find_task(name), evaluation)}
@@ -120,9 +130,10 @@ def compare(
     num_resamples: int = 2000,
     num_corpus_resamples: int = 400,
     seed: int = 0,
+    tasks: Sequence[str] | None = None,
 ) -> list[Difference]:
     """
-    Compares the tasks that two evaluations have in common.
+    Compares two evaluations.
 
     Args:
         first, second (`Path`): Folders of evaluations.
@@ -130,21 +141,21 @@ def compare(
         num_resamples (`int`): Bootstrap resamples for metrics that are means over examples.
         num_corpus_resamples (`int`): Bootstrap resamples for corpus metrics, which take longer.
         seed (`int`): Random seed of the resampling.
+        tasks (`Sequence[str]`, *optional*): Names of the tasks to compare. Default: all that both have.
 
     Raises:
-        ValueError: If they have no task in common, or a common task has other examples or another judge.
+        ValueError: If they have no task in common, or a task has other examples or another judge.
     """
-    names = [path.parent.name for path in sorted(second.glob("*/examples.jsonl"))]
-    names = [name for name in names if name in TASKS and (first / name / "examples.jsonl").is_file()]
+    runs = [json.loads((folder / "results.json").read_text()) for folder in (first, second)]
+    names = [name for name in runs[1]["data_hashes"] if name in TASKS and name in runs[0]["data_hashes"]]
     if not names:
-        raise ValueError(f"{first} and {second} have no task in common: no <task>/examples.jsonl is in both.")
+        raise ValueError(f"{first} and {second} have no task in common: no task is in results.json of both.")
     out = out or second / "comparison"
     out.mkdir(parents=True, exist_ok=True)
     differences = []
     flipped = {}
-    runs = [json.loads((folder / "results.json").read_text()) for folder in (first, second)]
     judges = [_judges(run) for run in runs]
-    for name in names:
+    for name in names if tasks is None else dict.fromkeys(tasks):
         _check_same_judge(name, judges[0].get(name), judges[1].get(name), first)
         pairs = match(first / name / "examples.jsonl", second / name / "examples.jsonl")
         flipped[name] = flips(TASKS[name], pairs)
@@ -179,8 +190,8 @@ def match(first: Path, second: Path) -> list[Pair]:
 def compare_task(
     task: Task, pairs: Sequence[Pair], num_resamples: int, num_corpus_resamples: int, seed: int
 ) -> list[Difference]:
-    """The differences of shared metrics. Pairs in which one record has no score or grade are left out."""
-    pairs = [pair for pair in pairs if all(record.score and record.score.judge_error is None for record in pair)]
+    """The differences of shared metrics. A metric leaves out pairs in which one record has no value for it."""
+    pairs = [pair for pair in pairs if all(record.score for record in pair)]
     differences = _compare_part(task, pairs, "", num_resamples, num_corpus_resamples, seed)
     for value in breakdown_values(task, [second for _, second in pairs]):
         chosen = [pair for pair in pairs if pair[1].example.details.get(task.breakdown) == value]
@@ -209,17 +220,31 @@ def _compare_part(
 
 def difference_interval(
     differences: np.ndarray, num_resamples: int, seed: int, units: Sequence[Hashable] | None = None
-) -> Interval:
-    """The 95% interval of the mean of paired differences, of shape `(num_pairs,)`: a percentile bootstrap of units."""
+) -> Interval | None:
+    """
+    The 95% interval of the mean of paired differences, of shape `(num_pairs,)`: a percentile bootstrap of units.
+    `None` as for [`paired_interval`].
+    """
 
     def mean(times: np.ndarray) -> dict[str, float]:
         return {"mean": float(times @ differences / times.sum())}
 
     units = range(len(differences)) if units is None else units
-    return percentile_interval(resampled(mean, units, num_resamples, seed)["mean"])
+    return paired_interval(resampled(mean, units, num_resamples, seed)["mean"], units)
+
+
+def paired_interval(drawn: np.ndarray, units: Sequence[Hashable]) -> Interval | None:
+    """
+    The 95% interval of a difference from its resampled values. `None` for fewer than two units, and if all units
+    changed alike: they do not show how much others would differ. If none changed, it is from 0 to 0.
+    """
+    low, high = percentile_interval(drawn)
+    is_alike = low != 0 and math.isclose(low, high)  # sums of equal differences differ by rounding errors
+    return None if is_alike or len(set(units)) < 2 else (low, high)
 
 
 def _compare_corpus(task: Task, pairs: Sequence[Pair], prefix: str, num_resamples: int, seed: int) -> list[Difference]:
+    pairs = [pair for pair in pairs if all(record.score.judge_error is None for record in pair)]
     if task.corpus_metrics is None or not pairs:
         return []
     figures_of = [weigh(task, [pair[side] for pair in pairs]) for side in (0, 1)]
@@ -233,7 +258,7 @@ def _compare_corpus(task: Task, pairs: Sequence[Pair], prefix: str, num_resample
             prefix + name,
             first[name],
             second[name],
-            percentile_interval(drawn[1][name] - drawn[0][name]),
+            paired_interval(drawn[1][name] - drawn[0][name], units),
             len(pairs),
         )
         for name in first
@@ -241,8 +266,11 @@ def _compare_corpus(task: Task, pairs: Sequence[Pair], prefix: str, num_resample
     ]
 
 
-def _difference(task: Task, metric: str, first: float, second: float, interval: Interval, num: int) -> Difference:
-    return Difference(task.name, metric, float(first), float(second), float(second - first), *interval, num)
+def _difference(
+    task: Task, metric: str, first: float, second: float, interval: Interval | None, num: int
+) -> Difference:
+    low, high = interval or (None, None)
+    return Difference(task.name, metric, float(first), float(second), float(second - first), low, high, num)
 
 
 def flips(task: Task, pairs: Sequence[Pair]) -> list[dict[str, Any]]:
@@ -312,12 +340,13 @@ def to_markdown(
     )
     rows = "\n".join(
         f"| {each.task} | {as_text(each.metric)} | {each.first:.4f} | {each.second:.4f} | {each.difference:+.4f} | "
-        f"{each.low:+.4f} to {each.high:+.4f} | {'yes' if each.is_clear else 'no'} | {each.num:,} |"
+        f"{each.interval} | {'yes' if each.is_clear else 'no'} | {each.num:,} |"
         for each in differences
     )
     parts = [
         f"# {second} compared with {first}\n\n{about}\n\n"
-        "Paired differences with 95% intervals (bootstrap over examples). clear: the interval excludes 0.\n",
+        "Paired differences with 95% intervals (bootstrap over examples). clear: the interval excludes 0. Each row is "
+        "tested alone at 95%: with many rows, about one in twenty is clear by chance.\n",
         f"| task | metric | {as_text(names[0])} | {as_text(names[1])} | difference | 95% | clear | examples |\n"
         f"|---|---|---|---|---|---|---|---|\n{rows}\n",
     ]

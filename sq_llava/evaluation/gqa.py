@@ -48,6 +48,7 @@ def read(data: Data) -> list[Example]:
 
 
 def _read_folder(data: Data) -> list[Example]:
+    data.split_of_files("testdev")
     file = data.file("llava_gqa_testdev_balanced.jsonl")
     answer_file = data.file("data/testdev_balanced_questions.json", "testdev_balanced_questions.json")
     answers = read_json(answer_file)

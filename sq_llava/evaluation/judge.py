@@ -6,10 +6,10 @@
 
 Every answer of the judge is kept in `OUT/judge.jsonl` (`sq_llava/llm_client/client.py`), so an interrupted run does
 not pay twice when it is repeated. If an answer cannot be parsed, the judge is asked again, up to `attempts` times.
-Examples without a grade are listed and counted, but no mean includes them.
+Examples without a grade are listed and counted, and metrics that need the grade leave them out.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,16 +33,16 @@ class Judge:
 
     Args:
         settings (`JudgeSettings`): Model, server and limits.
-        folder (`Path`): Folder of `judge.jsonl`, the answers received so far.
+        journals (`Sequence[Path]`): Files of the answers received so far. New answers go into the first one.
 
     Raises:
         ValueError: If `OPENAI_API_KEY` is not set.
     """
 
-    def __init__(self, settings: JudgeSettings, folder: Path):
+    def __init__(self, settings: JudgeSettings, journals: Sequence[Path]):
         self.settings = settings
         # Different servers may use the same model name. Their grades must not be mixed.
-        self._client = ChatClient(settings, folder / "judge.jsonl", server_matters=True)
+        self._client = ChatClient(settings, journals[0], server_matters=True, other_journals=journals[1:])
 
     def complete_all(
         self, conversations: Mapping[str, Messages], parse: Callable[[str], Any], description: str

@@ -31,7 +31,7 @@ from typing import Any
 
 from sq_llava.evaluation.judge import Judge, Messages, Verdict
 from sq_llava.evaluation.metrics import relative_score
-from sq_llava.evaluation.reading import Data, TaskImage, read_jsonl, unique_by
+from sq_llava.evaluation.reading import Data, TaskImage, check_fields, read_jsonl, unique_by
 from sq_llava.evaluation.task import Example, Record, Score, Task
 from sq_llava.resumable.jsonl import write_jsonl
 
@@ -59,6 +59,7 @@ BOXES = "; a box is given as `label: [left, top, right, bottom]`, in shares of t
 
 def read(data: Data, read_folder: Callable[[Data], list[Example]]) -> list[Example]:
     if not data.is_table:
+        data.split_of_files("train")  # as in the Hub's table
         return read_folder(data)
     rows = data.rows(["question", "image", "caption", "gpt_answer", "category"], default_split="train")
     return [
@@ -91,9 +92,10 @@ def read_wild_folder(data: Data) -> list[Example]:
 
 
 def read_coco_folder(data: Data) -> list[Example]:
+    contexts = data.file("caps_boxes_coco2014_val_80.jsonl")
     rows = _join(
         data.file("qa90_questions.jsonl"),
-        data.file("caps_boxes_coco2014_val_80.jsonl"),
+        contexts,
         data.file("qa90_gpt4_answer.jsonl"),
         ["image", "captions", "instances"],
     )
@@ -103,6 +105,8 @@ def read_coco_folder(data: Data) -> list[Example]:
         image = data.image(root, row["image"])
         if not image.is_file():
             image = data.image(root, f"COCO_val2014_{row['image']}")
+        for number, each in enumerate(context["instances"]):
+            check_fields(each, ["category", "bbox"], f"{contexts}, image {row['image']!r}, instance {number}")
         boxes = [f"{each['category']}: {each['bbox']}" for each in context["instances"]]
         text = "\n".join([_lines(context["captions"]), "", *boxes])
         examples.append(_example({**row, "has_boxes": True}, image, text, place))
@@ -269,6 +273,7 @@ TASK = Task(
     breakdown="category",
     max_new_tokens=1024,
     scale=1.0,
+    metrics_are_shares=False,
 )
 COCO_TASK = replace(
     TASK,

@@ -71,6 +71,7 @@ def read(data: Data) -> list[Example]:
 
 
 def _read_folder(data: Data) -> list[Example]:
+    data.split_of_files("test")
     file = data.file("mm-vet.json", "mm-vet/mm-vet.json")
     rows = {}
     for id, row in read_json(file).items():

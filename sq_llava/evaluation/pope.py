@@ -47,6 +47,7 @@ def read(data: Data) -> list[Example]:
 
 
 def _read_folder(data: Data) -> list[Example]:
+    data.split_of_files("test")
     file = data.file("llava_pope_test.jsonl")
     questions = read_jsonl(file, ["question_id", "image", "text", "category"])
     examples = []

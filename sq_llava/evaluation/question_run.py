@@ -19,6 +19,7 @@ from matplotlib.figure import Figure
 from sq_llava.data.images import open_image
 from sq_llava.evaluation.other_models import load_any
 from sq_llava.evaluation.questions import (
+    ASKED,
     ClipScorer,
     Picture,
     ask_about,
@@ -26,14 +27,15 @@ from sq_llava.evaluation.questions import (
     clip_figures,
     easy_vqa_figures,
     figures_of,
-    hash_of_pictures,
+    hashes_of_pictures,
     read_pictures,
 )
 from sq_llava.evaluation.reading import evenly_spaced
-from sq_llava.evaluation.results import environment, hash_of_code, hash_of_model
+from sq_llava.evaluation.results import environment, hash_of_all, hash_of_code, hash_of_model
 from sq_llava.evaluation.settings import QuestionEvaluation
 from sq_llava.inference.processes import join_processes
 from sq_llava.output import output_lock, write_json, write_text, written_whole
+from sq_llava.resumable.resume import read_lines
 from sq_llava.resumable.run_note import RunNote
 
 
@@ -41,7 +43,8 @@ NUM_SHOWN = 12  # images in the report
 # Size of the text beside an image. It has as much room as an image.
 LINE_LETTERS = 40
 NUM_LINES = 20
-IDENTITY = ("model", "model_hash", "images", "data_hash", "limit", "settings", "dtype")
+# A run resumes from the lines in its folder only if these fields are equal. Each line has the hash of its image.
+IDENTITY = ("model", "model_hash", "images", "limit", "settings", "dtype")
 LABELS = {
     "num_images": "images",
     "num_failed": "failed images",
@@ -77,11 +80,13 @@ def _evaluate(evaluation: QuestionEvaluation, state: PartialState, device: str) 
     everything = read_pictures(evaluation.images, evaluation.image_root)
     pictures = evenly_spaced(everything, evaluation.limit)
     captions = captions_of(pictures) if evaluation.truth is not None else []
-    about = describe(evaluation, hash_of_pictures(pictures))
+    hashes = hashes_of_pictures(pictures)
+    about = describe(evaluation, hash_of_all(hashes))
     note = RunNote(evaluation.out, about, IDENTITY)
+    read_lines(evaluation.out, ASKED, list(hashes), hashes=hashes)  # raises before the model is loaded
     scorer = ClipScorer(evaluation.clip, device) if evaluation.clip is not None else None
     assistant = load_any(evaluation.model, evaluation.dtype, device)
-    asked = ask_about(assistant, pictures, evaluation.out, evaluation.settings, evaluation.batch_size, note)
+    asked = ask_about(assistant, pictures, evaluation.out, evaluation.settings, evaluation.batch_size, note, hashes)
     if not state.is_main_process:
         return {}
     figures = figures_of(asked)

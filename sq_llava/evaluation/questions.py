@@ -10,7 +10,7 @@ baseline is the similarity of the same text with another image.
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,9 @@ from sq_llava.inference.dialogues import DESCRIBE, Dialogues
 from sq_llava.inference.settings import AskSettings
 from sq_llava.resumable.resume import run_resumable
 from sq_llava.resumable.run_note import RunNote
+
+
+ASKED = "asked"  # first part of the names of the files with the questions
 
 
 @dataclass(frozen=True)
@@ -103,6 +106,7 @@ def ask_about(
     settings: AskSettings,
     batch_size: int = 4,
     note: RunNote | None = None,
+    hashes: Mapping[str, str] | None = None,
 ) -> list[dict[str, Any]]:
     """
     Lets the model ask about every image. Runs on several processes and resumes from what `folder` holds.
@@ -110,6 +114,8 @@ def ask_about(
     Args:
         batch_size (`int`): Images per batch. The model gets `settings.num_questions` rows for each.
         note ([`RunNote`], *optional*): The note of the run. It is written before the first line.
+        hashes (`Mapping[str, str]`, *optional*): Image id -> hash of the image. Questions about another version of it
+            are refused.
 
     Returns:
         One `dict` per image, in order: `id`, `first` (the first answer), `questions`, `answers`, `blank_answers`,
@@ -120,7 +126,7 @@ def ask_about(
     def ask(batch: Sequence[Picture]) -> list[dict[str, Any]]:
         return _ask_together(assistant, batch, settings)
 
-    lines = run_resumable(pictures, ask, folder, "asked", "Asking", batch_size, failed=failed, note=note)
+    lines = run_resumable(pictures, ask, folder, ASKED, "Asking", batch_size, failed=failed, note=note, hashes=hashes)
     return [lines[picture.id] for picture in pictures]
 
 
@@ -182,13 +188,14 @@ def figures_of(asked: Sequence[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def hash_of_pictures(pictures: Sequence[Picture]) -> str:
-    """SHA-256 over the ids, questions, answers and files of all images."""
-    digest = hashlib.sha256()
-    for picture in pictures:
-        digest.update(json.dumps([picture.id, picture.pairs]).encode())
-        digest.update(_content_of(picture.image))
-    return digest.hexdigest()
+def hashes_of_pictures(pictures: Sequence[Picture]) -> dict[str, str]:
+    """Image id -> SHA-256 over the id, number, questions, answers and file of the image."""
+    return {
+        picture.id: hashlib.sha256(
+            json.dumps([picture.id, picture.number, picture.pairs]).encode() + _content_of(picture.image)
+        ).hexdigest()
+        for picture in pictures
+    }
 
 
 def _content_of(image: Any) -> bytes:

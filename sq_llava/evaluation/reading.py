@@ -10,8 +10,9 @@ lead out of their folder.
 import base64
 import binascii
 import csv
+import re
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from typing import Any
 import datasets
 import pyarrow as pa
 
+from sq_llava.data.row_layouts import is_unicode
 from sq_llava.json_text import parse_json
 from sq_llava.locations import is_hub_id
 
@@ -30,11 +32,17 @@ FIELD_TYPES: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(("question", "text", "value", "raw", "category", "gpt_answer"), (str,)),
     **dict.fromkeys(("imagename", "filename", "file_name"), (str,)),
     **dict.fromkeys(("image", "hint"), (str, type(None))),
-    **dict.fromkeys(("caption", "capability"), (str, list)),
-    **dict.fromkeys(("choices", "ocr_tokens", "sentences", "conversations"), (list,)),
+    **dict.fromkeys(("caption", "captions", "capability"), (str, list)),
+    **dict.fromkeys(("choices", "ocr_tokens", "sentences", "conversations", "instances"), (list,)),
     **dict.fromkeys(("images", "annotations", "questions", "data"), (list,)),
     **dict.fromkeys(("answers", "annotations_captions"), (list, type(None))),
 }
+# Names of splits. A file or dataset of one of these splits is not used in place of another split.
+SPLITS = {"train", "training", "val", "valid", "validation", "dev", "test", "testdev"}
+# Files of `save_to_disk`: of a dataset, and of several splits.
+SAVED = ("dataset_info.json", "dataset_dict.json")
+# A JSON escape of half of a surrogate pair. Correct JSON has them in pairs, for an emoji.
+_SURROGATE_ESCAPE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
 @dataclass(frozen=True, eq=False)
@@ -140,7 +148,7 @@ class Data:
     @property
     def is_table(self) -> bool:
         """True for a table in the Hub's layout, false for a folder in LLaVA's layout."""
-        if self.hub_id is not None or (self.folder / "dataset_info.json").is_file():
+        if self.hub_id is not None or self._is_saved:
             return True
         return any(file for pattern in ("*.parquet", "*/*.parquet") for file in self.folder.glob(pattern))
 
@@ -158,17 +166,40 @@ class Data:
         Raises:
             ValueError: If a required column or the split is missing.
         """
-        split = self.split or default_split
         if self.hub_id is not None:
-            table = self._load_from_hub(config, split)
-        elif (self.folder / "dataset_info.json").is_file():
+            table = self._load_from_hub(config, self.split or default_split)
+        elif self._is_saved:
             table = datasets.load_from_disk(str(self.folder))
+            if isinstance(table, datasets.Dataset):
+                if self.split is not None and table.split is None:
+                    raise ValueError(f"--split {self.split}: the dataset in {self} has no splits. Leave --split out.")
+                table = {str(table.split): table}
         else:
-            table = self._load_parquet(config, split)
-        if isinstance(table, datasets.DatasetDict):
-            raise ValueError(f"{self}: has the splits {', '.join(table)}. Choose one with --split.")
+            table = self._load_parquet(config, default_split)
+        if isinstance(table, dict):
+            table = self._choose(table, default_split)
         self._check_columns(table, columns)
         return table.with_format("arrow")  # undecoded
+
+    @property
+    def _is_saved(self) -> bool:
+        return any((self.folder / name).is_file() for name in SAVED)
+
+    def _choose(self, splits: Mapping[str, Any], default: str | None) -> Any:
+        """
+        What `splits` has for the chosen split. Without a choice, that is the default split, or the only part if its
+        name is not that of another split.
+
+        Raises:
+            ValueError: If the split is not there.
+        """
+        if self.split is None and len(splits) == 1 and not splits.keys() & (SPLITS - {default}):
+            return next(iter(splits.values()))
+        split = self.split or default
+        if split not in splits:
+            names = ", ".join(sorted(splits))
+            raise ValueError(f"{self}: has the splits {names}, but not {split}. Choose one with --split.")
+        return splits[split]
 
     def _load_from_hub(self, config: str | None, split: str | None) -> datasets.Dataset | datasets.DatasetDict:
         try:
@@ -178,7 +209,7 @@ class Data:
         except ValueError as error:
             raise ValueError(f"{self.hub_id}, split {split}: {error}") from error
 
-    def _load_parquet(self, config: str | None, split: str | None) -> datasets.Dataset:
+    def _load_parquet(self, config: str | None, default_split: str | None) -> datasets.Dataset:
         folder = self.folder
         if config is not None and (folder / config).is_dir():
             folder = folder / config
@@ -190,11 +221,7 @@ class Data:
         files_of = defaultdict(list)
         for file in files:
             files_of[file.name.split("-")[0].removesuffix(".parquet")].append(file)
-        if len(files_of) > 1 or self.split is not None:
-            if split not in files_of:
-                names = ", ".join(sorted(files_of))
-                raise ValueError(f"{self.folder}: has the splits {names}, but not {split}. Choose one with --split.")
-            files = files_of[split]
+        files = self._choose(files_of, default_split)
         try:
             return datasets.load_dataset("parquet", data_files=[str(file) for file in files], split="train")
         except (ValueError, datasets.exceptions.DatasetGenerationError) as error:
@@ -232,6 +259,24 @@ class Data:
                 check_fields(row, needed, f"{self}, row {number}")
                 yield {**row, "image": StoredImage(table, number, "image")} if has_image else row
                 number += 1
+
+    def split_of_files(self, *splits: str) -> str:
+        """
+        The chosen split of a folder in LLaVA's layout.
+
+        Args:
+            splits (`str`): The splits that such a folder can have. The first one is the default.
+
+        Raises:
+            ValueError: If the user chose another one.
+        """
+        split = self.split or splits[0]
+        if split not in splits:
+            raise ValueError(
+                f"--split {split}: the files of this task in {self.folder} are of the split {' or '.join(splits)}. "
+                "Choose it, or leave --split out."
+            )
+        return split
 
     def file(self, *names: str) -> Path:
         """
@@ -292,28 +337,51 @@ def read_jsonl(path: Path, fields: Sequence[str]) -> list[dict[str, Any]]:
         for number, line in enumerate(lines, start=1):
             if not line.strip():
                 continue
-            try:
-                row = parse_json(line.decode())
-            except ValueError as error:
-                raise ValueError(f"{path}, line {number}: not valid JSON ({error}).") from error
+            row = _parse(line, f"{path}, line {number}")
             rows.append(check_fields(row, fields, f"{path}, line {number}"))
     return rows
 
 
 def read_json(path: Path, kind: type = dict) -> Any:
     """The content of a JSON file. Raises a `ValueError` if it is not valid JSON or not a `kind` (`list` or `dict`)."""
-    try:
-        content = parse_json(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: not valid JSON ({error}).") from error
+    content = _parse(path.read_bytes(), str(path))
     if not isinstance(content, kind):
         raise ValueError(f"{path}: contains {type(content).__name__}, expected {kind.__name__}.")
     return content
 
 
+def _parse(content: bytes, place: str) -> Any:
+    """A JSON value in UTF-8, with or without a byte order mark. Raises a `ValueError` that starts with `place`."""
+    try:
+        value = parse_json(content.decode("utf-8-sig"))
+    except ValueError as error:
+        raise ValueError(f"{place}: not valid JSON ({error}).") from error
+    if _SURROGATE_ESCAPE.search(content):
+        _require_unicode(value, place)
+    return value
+
+
+def _require_unicode(value: Any, place: str) -> None:
+    """
+    Raises:
+        ValueError: If a text has half of a surrogate pair, which no file in UTF-8 can hold. The message has the field.
+    """
+    if isinstance(value, str) and not is_unicode(value):
+        raise ValueError(f"{place}: has half of a surrogate pair: {value[:80]!a}. Write the text again in UTF-8.")
+    if isinstance(value, dict | list):
+        for name, each in value.items() if isinstance(value, dict) else enumerate(value):
+            _require_unicode(each, f"{place}, {name if isinstance(value, dict) else f'row {name}'}")
+
+
 def read_json_rows(path: Path, fields: Sequence[str]) -> list[dict[str, Any]]:
     """The objects of a JSON list. Raises a `ValueError` with row and field if one is wrong."""
     return [check_fields(row, fields, f"{path}, row {number}") for number, row in enumerate(read_json(path, list))]
+
+
+def read_json_list(path: Path, name: str, fields: Sequence[str]) -> list[dict[str, Any]]:
+    """The objects of the list `name` in a JSON file. Raises a `ValueError` with row and field if one is wrong."""
+    rows = check_fields(read_json(path), [name], str(path))[name]
+    return [check_fields(row, fields, f"{path}, {name} {number}") for number, row in enumerate(rows)]
 
 
 def read_tsv(path: Path, fields: Sequence[str]) -> list[dict[str, str]]:
@@ -324,7 +392,7 @@ def read_tsv(path: Path, fields: Sequence[str]) -> list[dict[str, str]]:
         ValueError: If a column is missing, or the number of fields in a row differs from the number of columns.
     """
     csv.field_size_limit(2**31 - 1)  # a field may hold an image
-    with path.open(encoding="utf-8", newline="") as lines:
+    with path.open(encoding="utf-8-sig", newline="") as lines:
         reader = csv.DictReader(lines, delimiter="\t")
         check_fields(dict.fromkeys(reader.fieldnames or (), ""), fields, f"{path}, header")
         rows = []
@@ -353,9 +421,9 @@ def check_fields(row: Any, fields: Sequence[str], place: str) -> dict[str, Any]:
         if not isinstance(value, types):
             expected = " or ".join(each.__name__ for each in types)
             raise ValueError(f"{place}: {name} is {value!r}, expected {expected}.")
-        if isinstance(value, list) and not all(isinstance(item, (str, dict)) for item in value):
-            wrong = next(item for item in value if not isinstance(item, (str, dict)))
-            raise ValueError(f"{place}: {name} contains {wrong!r}, expected strings or objects.")
+        if name in FIELD_TYPES and isinstance(value, list):
+            for wrong in (item for item in value if not isinstance(item, (str, dict))):
+                raise ValueError(f"{place}: {name} contains {wrong!r}, expected strings or objects.")
     return row
 
 

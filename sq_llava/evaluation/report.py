@@ -102,19 +102,28 @@ def save_pictures(task: Task, examples: Sequence[Example], folder: Path) -> None
 def _heading(run: dict[str, Any]) -> str:
     packages = ", ".join(f"{name} {version}" for name, version in run["packages"].items())
     data = "; ".join(f"{name} {digest[:12]}" for name, digest in run["data_hashes"].items())
+    earlier = {
+        f"earlier run, {name}": f"{each['date']}, {_which_examples(each)}: `{each['command']}`"
+        for name, each in run["earlier"].items()
+    }
     rows = {
         "model": f"{run['model']} ({which_weights(run)})",
         "command": f"`{run['command']}`",
         "date": run["date"],
-        "examples": "all" if run["limit"] is None else f"**at most {run['limit']} per task**",
+        "examples": _which_examples(run),
         "split": run["split"] or "default of each task",
         "system message": "the model's own" if run["system_message"] is None else as_text(run["system_message"]),
         "dtype, batch size, seed": f"{run['dtype']}, {run['batch_size']}, {run['seed']}",
         "versions": f"Python {run['python']}, {packages}; code {run['code_hash'][:12]}",
         "data": data,
+        **earlier,
     }
     table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
     return f"# Evaluation of {run['model']}\n\n| | |\n|---|---|\n{table}\n"
+
+
+def _which_examples(run: Mapping[str, Any]) -> str:
+    return "all" if run["limit"] is None else f"**only a part: --limit {run['limit']}**"
 
 
 def which_weights(run: Mapping[str, Any]) -> str:
@@ -129,7 +138,7 @@ def _ungraded(run: dict[str, Any], tasks: Mapping[str, Task]) -> str:
         for name, each in run["ungraded"].items()
         if _is_partial(run, name)
     ]
-    return f"**{'; '.join(parts)}. The figures are only about the others.**\n" if parts else ""
+    return f"**{'; '.join(parts)}. Figures that need a grade are only about the others.**\n" if parts else ""
 
 
 def _is_partial(run: Mapping[str, Any], task: str) -> bool:
@@ -138,10 +147,11 @@ def _is_partial(run: Mapping[str, Any], task: str) -> bool:
 
 
 def main_entry(run: Mapping[str, Any], task: Task) -> dict[str, Any] | None:
-    """The entry of the main metric. `None` if there is none, or if too many answers have no grade."""
-    if _is_partial(run, task.name):
+    """The entry of the main metric. `None` if there is none, or if it leaves out too many answers without a grade."""
+    entry = next((e for e in run["results"] if (e["task"], e["metric"]) == (task.name, task.main_metric)), None)
+    if entry is not None and _is_partial(run, task.name) and entry["num"] < run["ungraded"][task.name]["of"]:
         return None
-    return next((e for e in run["results"] if (e["task"], e["metric"]) == (task.name, task.main_metric)), None)
+    return entry
 
 
 def _paper_table(run: dict[str, Any], tasks: Mapping[str, Task]) -> str:
@@ -277,10 +287,11 @@ def write_eval_results(run: dict[str, Any], tasks: Mapping[str, Task], out: Path
     Writes `.eval_results/<task>.yaml` for each task with a dataset on the Hub. Copy the files to a model's repository
     to show the results there (https://huggingface.co/docs/hub/eval-results).
 
-    A task is left out if only a part of its examples was evaluated (`--limit`), or if examples have no grade.
+    A task is left out if only a part of its examples was evaluated (`--limit`), or if examples have no grade. The file
+    of a task of an earlier run stays as that run wrote it.
     """
     paths = []
-    for name in run["data_hashes"]:
+    for name in (name for name in run["data_hashes"] if name not in run["earlier"]):
         entry = main_entry(run, tasks[name])
         if entry is None or tasks[name].hub_id is None or run["limit"] is not None or entry["num_unjudged"]:
             continue

@@ -10,7 +10,7 @@ OUT/.eval_results/<task>.yaml    entries for the model card on the Hub
 import hashlib
 import json
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -30,6 +30,8 @@ from sq_llava.resumable.jsonl import write_jsonl
 # Fields of a line of `examples.jsonl`.
 LINE = ("id", "prompt", "images", "answer", "prediction", "reference", "error", "details")
 SCORE = ("scores", "parsed", "judge_error")
+# Fields of `results.json` with a value for each task. The others are about the whole run.
+OF_TASKS = ("data_hashes", "earlier", "missing", "ungraded", "results")
 PACKAGES = ("torch", "transformers", "peft", "pillow", "sq-llava")
 
 
@@ -97,18 +99,24 @@ def hash_of_code() -> str:
     return digest.hexdigest()
 
 
-def hash_of_data(examples: Sequence[Example]) -> str:
-    """SHA-256 over the ids, prompts, references and image files of all examples."""
-    digest = hashlib.sha256()
+def hashes_of_examples(examples: Sequence[Example]) -> dict[str, str]:
+    """Example id -> SHA-256 over its id, prompt, reference and image files."""
+    hashes: dict[str, str] = {}
     image_digests: dict[Any, bytes] = {}
     for example in examples:
-        digest.update(json.dumps([example.id, example.prompt, example.reference]).encode())
+        digest = hashlib.sha256(json.dumps([example.id, example.prompt, example.reference]).encode())
         for image in example.images:
             key = (id(image.table), image.row, image.column) if isinstance(image, StoredImage) else image
             if key not in image_digests:
                 image_digests[key] = _digest_of_image(image)
             digest.update(image_digests[key])
-    return digest.hexdigest()
+        hashes[example.id] = digest.hexdigest()
+    return hashes
+
+
+def hash_of_all(hashes: Mapping[str, str]) -> str:
+    """SHA-256 over the hashes of all items, in their order."""
+    return hashlib.sha256("".join(hashes.values()).encode()).hexdigest()
 
 
 def _digest_of_image(image: TaskImage) -> bytes:
@@ -160,8 +168,15 @@ def read_records(path: Path) -> list[Record]:
     return records
 
 
-def write_results(results: Sequence[TaskResult], out: Path, about: dict[str, Any]) -> Path:
-    """Writes `results.json`: the fields of `about`, and one entry per metric."""
+def write_results(
+    results: Sequence[TaskResult], out: Path, about: dict[str, Any], before: Mapping[str, Any] | None = None
+) -> Path:
+    """
+    Writes `results.json`: the fields of `about`, and one entry per metric.
+
+    Args:
+        before (`Mapping`, *optional*): `results.json` of an earlier run. Its other tasks stay in the file.
+    """
     entries = [
         {
             "task": result.task,
@@ -183,9 +198,29 @@ def write_results(results: Sequence[TaskResult], out: Path, about: dict[str, Any
     ]
     missing = {result.task: result.missing for result in results if result.missing is not None}
     ungraded = {result.task: {"num": result.num_unjudged, "of": result.num} for result in results if result.judge}
+    content = {**about, "earlier": {}, "missing": missing, "ungraded": ungraded, "results": entries}
+    if before is not None:
+        content = _with_earlier_tasks(content, before, out)
     path = out / "results.json"
-    write_json(path, {**about, "missing": missing, "ungraded": ungraded, "results": entries})
+    write_json(path, content)
     return path
+
+
+def _with_earlier_tasks(content: dict[str, Any], before: Mapping[str, Any], out: Path) -> dict[str, Any]:
+    """`earlier` gets the fields of the run that each of the tasks comes from, such as its command."""
+    names = [
+        name
+        for name in before["data_hashes"]
+        if name not in content["data_hashes"] and (out / name / "examples.jsonl").is_file()
+    ]
+    run = {field: value for field, value in before.items() if field not in OF_TASKS}
+    earlier = before.get("earlier", {})
+    kept = {
+        field: {name: value for name, value in before[field].items() if name in names} | content[field]
+        for field in ("data_hashes", "missing", "ungraded")
+    }
+    entries = [each for each in before["results"] if each["task"] in names] + content["results"]
+    return content | kept | {"earlier": {name: earlier.get(name, run) for name in names}, "results": entries}
 
 
 def environment() -> dict[str, Any]:

@@ -3,9 +3,11 @@
 sq-llava evaluate --model runs/demo/model --tasks easy_vqa --data runs/demo/data --out runs/demo/evaluation
 """
 
+import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
@@ -24,7 +26,7 @@ from sq_llava.evaluation import (
     vizwiz,
     vqav2,
 )
-from sq_llava.evaluation.answering import AnswerSettings, Model, answer_examples
+from sq_llava.evaluation.answering import ANSWERS, AnswerSettings, Model, answer_examples
 from sq_llava.evaluation.judge import Judge
 from sq_llava.evaluation.other_models import OtherModel, load_any
 from sq_llava.evaluation.reading import Data, evenly_spaced
@@ -32,19 +34,21 @@ from sq_llava.evaluation.report import save_pictures, write_report
 from sq_llava.evaluation.results import (
     TaskResult,
     environment,
+    hash_of_all,
     hash_of_code,
-    hash_of_data,
     hash_of_model,
+    hashes_of_examples,
     write_examples,
     write_results,
 )
 from sq_llava.evaluation.served_model import ServedModel
-from sq_llava.evaluation.settings import Evaluation
+from sq_llava.evaluation.settings import JUDGED, SERVED, Evaluation
 from sq_llava.evaluation.task import Example, Record, Score, Task, summarize
 from sq_llava.inference.asking_first import AsksFirst
 from sq_llava.inference.processes import join_processes
 from sq_llava.llm_client.client import ChatStopped
 from sq_llava.output import output_lock
+from sq_llava.resumable.resume import read_lines
 from sq_llava.resumable.run_note import RunNote
 
 
@@ -99,9 +103,13 @@ def _evaluate(evaluation: Evaluation, tasks: Sequence[Task], state: PartialState
     examples = {task.name: read_examples(task, evaluation) for task in tasks}
     judge = None
     if evaluation.judge is not None and state.is_main_process:
-        judge = Judge(evaluation.judge, evaluation.journal_folder or evaluation.out)
-    about = describe(evaluation, {name: hash_of_data(each) for name, each in examples.items()})
+        judge = Judge(evaluation.judge, evaluation.journals(JUDGED))
+    hashes = {name: hashes_of_examples(each) for name, each in examples.items()}
+    about = describe(evaluation, {name: hash_of_all(each) for name, each in hashes.items()})
     note = RunNote(evaluation.out, about, IDENTITY)
+    for name, each in hashes.items():
+        read_lines(evaluation.out / name, ANSWERS, list(each), hashes=each)  # raises before the model is loaded
+    before = earlier_results(evaluation.out, about)
     set_seed(evaluation.seed)
     model = load_model(evaluation, state, device)
     batch_size = evaluation.batch_size
@@ -111,13 +119,15 @@ def _evaluate(evaluation: Evaluation, tasks: Sequence[Task], state: PartialState
     for task in tasks:
         settings = AnswerSettings(task.max_new_tokens, batch_size, evaluation.system_message)
         folder = evaluation.out / task.name
-        answered.append(answer_examples(model, examples[task.name], folder, settings, task.title, note))
+        answered.append(
+            answer_examples(model, examples[task.name], folder, settings, task.title, note, hashes[task.name])
+        )
     if not state.is_main_process:
         return []
     note.write()
     # The judge runs after all answers: other processes would time out if they had to wait for it.
     results = [assess(task, records, evaluation, about, judge) for task, records in zip(tasks, answered)]
-    write_results(results, evaluation.out, about)
+    write_results(results, evaluation.out, about, before)
     for task in tasks:
         save_pictures(task, examples[task.name], evaluation.out / task.name)
     write_report(evaluation.out, TASKS)
@@ -141,7 +151,7 @@ def load_model(evaluation: Evaluation, state: PartialState, device: str) -> Mode
         return AsksFirst(model, evaluation.thinking, evaluation.seed)
     if state.num_processes > 1:
         raise ValueError("--base-url: start one process, without torchrun. --concurrency sends requests in parallel.")
-    return ServedModel(evaluation.server, evaluation.journal_folder or evaluation.out)
+    return ServedModel(evaluation.server, evaluation.journals(SERVED))
 
 
 def assess(
@@ -208,7 +218,16 @@ def read_examples(task: Task, evaluation: Evaluation) -> list[Example]:
             f"{place}: {len(unanswered)} of {len(examples)} examples have no reference, such as {unanswered[0]!r}. "
             "Either all examples of a split need one, or none (then a server scores them)."
         )
-    return evenly_spaced(examples, evaluation.limit)
+    return choose_examples(task, examples, evaluation.limit)
+
+
+def choose_examples(task: Task, examples: Sequence[Example], limit: int | None) -> Sequence[Example]:
+    """At most `limit` examples, evenly spaced. If the task scores units, whole units with about `limit` examples."""
+    if limit is None or task.score_unit is None:
+        return evenly_spaced(examples, limit)
+    units = list(dict.fromkeys(map(task.unit, examples)))
+    chosen = set(evenly_spaced(units, max(1, round(limit * len(units) / len(examples)))))
+    return [example for example in examples if task.unit(example) in chosen]
 
 
 def score(task: Task, record: Record) -> Score:
@@ -220,6 +239,7 @@ def score(task: Task, record: Record) -> Score:
 
 def describe(evaluation: Evaluation, data_hashes: dict[str, str]) -> dict[str, Any]:
     """The fields of `results.json` that are needed to repeat the run."""
+    asks_itself = evaluation.thinking.self_questions > 0
     return {
         "model": evaluation.model,
         # Nobody knows which weights a server has.
@@ -234,12 +254,18 @@ def describe(evaluation: Evaluation, data_hashes: dict[str, str]) -> dict[str, A
         "system_message": evaluation.system_message,
         "dtype": evaluation.dtype,
         "seed": evaluation.seed,
-        "self_questioning": str(evaluation.thinking) if evaluation.thinking.self_questions else None,
+        # Without self-questions, answers are greedy and do not depend on the seed.
+        "self_questioning": f"{evaluation.thinking}, seed {evaluation.seed}" if asks_itself else None,
         **environment(),
     }
 
 
-# A run resumes from the answers in its folder only if these fields are equal.
-IDENTITY = (
-    *("model_hash", "model", "server", "extra_body", "data_hashes", "system_message", "dtype", "self_questioning"),
-)
+# A run resumes from the answers in its folder only if these fields are equal. Each answer has the hash of its example.
+IDENTITY = ("model_hash", "model", "server", "extra_body", "system_message", "dtype", "self_questioning")
+
+
+def earlier_results(out: Path, about: dict[str, Any]) -> dict[str, Any] | None:
+    """`results.json` of an earlier run into the same folder with the same model and settings, if there is one."""
+    path = out / "results.json"
+    before = json.loads(path.read_text()) if path.is_file() else {}
+    return before if all(name in before and before[name] == about[name] for name in IDENTITY) else None

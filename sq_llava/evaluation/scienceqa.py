@@ -78,7 +78,7 @@ def _read_folder(data: Data) -> list[Example]:
     problems = _problems(data)
     rows_of = unique_by(read_json_rows(file, ["id", "conversations"]), "id", str(file))
     if rows_of.keys() != problems.keys():
-        id = min(rows_of.keys() ^ problems.keys())
+        id = min(rows_of.keys() ^ problems.keys(), key=str)
         raise ValueError(f"{file} and pid_splits.json must have the same ids, but {id!r} is in only one of them.")
     examples = []
     for id, row in rows_of.items():

@@ -4,8 +4,9 @@
 
 `llm/accuracy` uses the language model's answer. `complement/accuracy` uses the model's own answer where the language
 model's answer has no option. `judge/accuracy` is the same, but if the two answers have different options, the language
-model reads both and decides. A question that the server did not answer counts in none of the three. In this module, an
-option is a letter, or `None` if the answer could not be parsed.
+model reads both and decides. A question that the server did not answer counts in none of the three, and one that it
+did not decide not in the third. Both are counted as examples without a grade. In this module, an option is a letter,
+or `None` if the answer could not be parsed.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -85,16 +86,18 @@ def judge(
     }
     second = ask(disputed, "decisions")
     decisions = options_of({id: verdict.text for id, verdict in second.items()})
-    errors = {id: verdict.error for id, verdict in [*first.items(), *second.items()] if verdict.error is not None}
+    unanswered, undecided = (
+        {id: verdict.error for id, verdict in verdicts.items() if verdict.error is not None}
+        for verdicts in (first, second)
+    )
     ensembles = {"llm": llm, "complement": complement(own, llm), "judge": judged(own, llm, decisions)}
     scores = []
     for record in records:
         id, score = record.example.id, record.score
-        if id in errors:
-            prediction, values = {"judge_error": errors[id]}, {}
-        else:
-            prediction = {name: options.get(id) for name, options in ensembles.items()}
-            values = {f"{name}/accuracy": float(prediction[name] == record.example.reference) for name in ensembles}
-        prediction = {"own": score.prediction, **prediction}
-        scores.append(replace(score, values={**score.values, **values}, prediction=prediction))
+        error = unanswered.get(id) or undecided.get(id)
+        known = [] if id in unanswered else ["llm", "complement"] if id in undecided else list(ensembles)
+        options = {name: ensembles[name].get(id) for name in known}
+        values = {f"{name}/accuracy": float(options[name] == record.example.reference) for name in known}
+        prediction = {"own": score.prediction, **options}
+        scores.append(replace(score, values={**score.values, **values}, prediction=prediction, judge_error=error))
     return scores

@@ -9,6 +9,7 @@ and its own limits on images and lengths. Every answer is kept in `served.jsonl`
 """
 
 import os
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -32,17 +33,17 @@ class ServedModel:
     """
     Args:
         settings (`ServerSettings`): The server, the name of the model, and limits.
-        folder (`Path`): Folder of `served.jsonl`.
+        journals (`Sequence[Path]`): Files of the answers received so far. New answers go into the first one.
 
     Raises:
         ConnectionError: If no server answers, or if it refuses the key.
         ValueError: If the environment variable of `--api-key-env` is not set.
     """
 
-    def __init__(self, settings: ServerSettings, folder: Path):
+    def __init__(self, settings: ServerSettings, journals: Sequence[Path]):
         variable = settings.api_key_env
         key = os.environ.get(variable, "") if variable == KEY_VARIABLE else require_key(variable)
-        self._client = ChatClient(settings, folder / "served.jsonl", server_matters=True, key=key)
+        self._client = ChatClient(settings, journals[0], server_matters=True, key=key, other_journals=journals[1:])
         self._check_server(settings)
 
     def _check_server(self, settings: ServerSettings) -> None:

@@ -15,6 +15,8 @@ from sq_llava.llm_client.settings import ChatSettings
 
 
 KEY_VARIABLE = "OPENAI_API_KEY"
+AGAINST = "against"  # folder in an evaluation's output for the model that it is compared with
+JUDGED, SERVED = "judge.jsonl", "served.jsonl"  # answers of the judge, and of a model on a server
 
 
 @dataclass(frozen=True)
@@ -54,8 +56,8 @@ class Evaluation:
         thinking (`SelfQuestioning`): Questions that the model asks itself before each answer.
         server (`ServerSettings`, *optional*): The server that `model` runs on, instead of a model to load.
         judge (`JudgeSettings`, *optional*): The judge, for tasks that need one.
-        journal_folder (`Path`, *optional*): Folder for the answers of a judge and of a server. Answers that are in it
-            already count toward the limits on requests and cost. Default: `out`.
+        others (`Sequence[Path]`): Output folders of the other models of the same command. Answers of a judge or a
+            server that are in them are used, and count toward the limits on requests and cost.
     """
 
     model: str
@@ -63,7 +65,14 @@ class Evaluation:
     data: str
     out: Path
     split: Annotated[str | None, Option(help="Split of the data. Default: the split that the paper reports.")] = None
-    limit: Annotated[int | None, Option(min=1, help="Evaluate at most N examples per task, evenly spaced.")] = None
+    limit: Annotated[
+        int | None,
+        Option(
+            min=1,
+            help="Evaluate at most N examples per task, evenly spaced. MMBench: about N, because the rotations of a "
+            "question stay together.",
+        ),
+    ] = None
     batch_size: Annotated[int, Option(min=1, help="Batch size per process, in prompts.")] = 8
     system_message: Annotated[
         str | None,
@@ -78,7 +87,7 @@ class Evaluation:
     thinking: SelfQuestioning = field(default_factory=SelfQuestioning)
     server: ServerSettings | None = None
     judge: JudgeSettings | None = None
-    journal_folder: Path | None = None
+    others: Sequence[Path] = ()
 
     def __post_init__(self):
         if self.server is None:
@@ -89,6 +98,16 @@ class Evaluation:
             if getattr(self, name) != getattr(Evaluation, name):
                 option = name.replace("_", "-")
                 raise ValueError(f"--{option} has no effect on a model on a server (--base-url). Leave it out.")
+
+    def journals(self, name: str) -> list[Path]:
+        """
+        Files of paid answers: the evaluation's own, then those that it also uses and counts.
+
+            >>> Evaluation("a", [], "data", Path("runs/a"), others=[Path("runs/b")]).journals("judge.jsonl")[:2]
+            [PosixPath('runs/a/judge.jsonl'), PosixPath('runs/a/against/judge.jsonl')]
+        """
+        folders = (each for folder in (self.out, *self.others) for each in (folder, folder / AGAINST))
+        return [folder / name for folder in dict.fromkeys(folders)]
 
 
 @dataclass(frozen=True)

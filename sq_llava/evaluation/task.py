@@ -52,7 +52,8 @@ class Score:
         values (`dict[str, float]`): Metric name -> value for this answer. The metric is the mean over its examples.
         is_parsed (`bool`): Whether the task could parse the answer.
         prediction (`Any`): The parsed answer, or the judge's text. JSON-serializable.
-        judge_error (`str`, *optional*): Why the judge gave no grade. No metric counts such an example.
+        judge_error (`str`, *optional*): Why the judge gave no grade. `values` then has only the metrics that do not
+            need one, and corpus metrics leave the example out.
     """
 
     values: dict[str, float]
@@ -118,6 +119,8 @@ class Task:
         max_new_tokens (`int`): Maximum number of tokens in an answer.
         note (`str`, *optional*): Text for the report that explains how results compare with published ones.
         scale (`float`): Factor that brings `main_metric` to the unit of the paper's tables.
+        metrics_are_shares (`bool`): Whether all metrics are shares, from 0 to 1. Otherwise 0 and 1 are numbers like
+            any other, and Wilson's interval is not used.
     """
 
     name: str
@@ -138,6 +141,7 @@ class Task:
     max_new_tokens: int = 128
     note: str | None = None
     scale: float = 100.0
+    metrics_are_shares: bool = True
 
 
 def main_score(task: Task, record: Record) -> float | None:
@@ -146,15 +150,17 @@ def main_score(task: Task, record: Record) -> float | None:
 
     Returns:
         The main metric of this answer. If it exists only for the whole corpus: 1 if the prediction equals the
-        reference, else 0. If it does, but prediction or reference is not a string: the first value of the score.
-        `None` without a value, a score or a grade.
+        reference, else 0; an answer that could not be parsed (`None`) is wrong. If it does, but prediction or
+        reference is not a string: the first value of the score. `None` without a value, a score or a grade.
     """
-    if record.score is None or record.score.judge_error is not None:
+    if record.score is None:
         return None
     values, reference = record.score.values, record.example.reference
     if task.main_metric in values:
         return values[task.main_metric]
-    if isinstance(record.score.prediction, str) and isinstance(reference, str):
+    if record.score.judge_error is not None:
+        return None
+    if isinstance(record.score.prediction, str | None) and isinstance(reference, str):
         return float(record.error is None and record.score.prediction == reference)
     return next(iter(values.values()), None)
 
@@ -163,12 +169,13 @@ def summarize(task: Task, records: Sequence[Record]) -> list[Metric]:
     """
     The metrics of a task, over all examples and for each value of the breakdown.
 
-    Failed examples count as wrong. Examples without a score, or without a grade from the judge, do not count.
+    Failed examples count as wrong. Examples without a score do not count, and those without a grade from the judge
+    only in metrics that need none.
 
     Args:
         records: One record per example.
     """
-    records = [record for record in records if record.score is not None and record.score.judge_error is None]
+    records = [record for record in records if record.score is not None]
     if not records:
         return []
     metrics = _metrics_of(task, records, "")
@@ -213,13 +220,14 @@ def _metrics_of(task: Task, records: Sequence[Record], prefix: str) -> list[Metr
     for name, pairs in found.items():
         units, values = zip(*pairs)
         mean = sum(values) / len(values)
-        errors = standard_error(values, units), mean_interval(values, units)
+        errors = standard_error(values, units), mean_interval(values, units, task.metrics_are_shares)
         metrics.append(Metric(prefix + name, mean, len(values), *errors))
     return metrics + _corpus_metrics_of(task, records, prefix)
 
 
 def _corpus_metrics_of(task: Task, records: Sequence[Record], prefix: str) -> list[Metric]:
-    if task.corpus_metrics is None:
+    records = [record for record in records if record.score.judge_error is None]
+    if task.corpus_metrics is None or not records:
         return []
     figures, units = task.corpus_metrics(records), units_of(task, records)
     num_units = len(set(units))
@@ -229,6 +237,6 @@ def _corpus_metrics_of(task: Task, records: Sequence[Record], prefix: str) -> li
         error = interval = None
         if name in drawn:
             error = float(np.nanstd(drawn[name], ddof=1))
-            interval = corpus_interval(value, drawn[name], num_units)
+            interval = corpus_interval(value, drawn[name], num_units if task.metrics_are_shares else None)
         metrics.append(Metric(prefix + name, value, len(records), error, interval))
     return metrics

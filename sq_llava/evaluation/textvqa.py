@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from sq_llava.evaluation.metrics import normalize_m4c
-from sq_llava.evaluation.reading import Data, check_fields, read_json, read_jsonl
+from sq_llava.evaluation.reading import Data, read_json_list, read_jsonl
 from sq_llava.evaluation.short_answers import INSTRUCTION, human_answers, read_table, score, write_upload
 from sq_llava.evaluation.task import Example, Record, Task
 
@@ -36,6 +36,7 @@ def _prompt(row: dict[str, Any]) -> str:
 
 
 def _read_folder(data: Data) -> list[Example]:
+    data.split_of_files("validation", "val")
     file, answer_file = data.file("llava_textvqa_val_v051_ocr.jsonl"), data.file("TextVQA_0.5.1_val.json")
     waiting = _annotations(answer_file)
     examples = []
@@ -62,8 +63,7 @@ def _read_folder(data: Data) -> list[Example]:
 
 def _annotations(file: Path) -> dict[tuple[str, str], list[dict[str, Any]]]:
     found: dict[tuple[str, str], list[dict[str, Any]]] = {}
-    for number, row in enumerate(check_fields(read_json(file), ["data"], str(file))["data"]):
-        check_fields(row, ["question_id", "image_id", "question", "answers"], f"{file}, data {number}")
+    for row in read_json_list(file, "data", ["question_id", "image_id", "question", "answers"]):
         found.setdefault((row["image_id"], row["question"].lower()), []).append(row)
     return found
 

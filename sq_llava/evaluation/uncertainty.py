@@ -63,9 +63,17 @@ def share_interval(share: float, num: float) -> Interval:
     return max(0.0, min(share, middle - half)), min(1.0, max(share, middle + half))
 
 
-def mean_interval(values: Sequence[float], units: Sequence[Hashable] | None = None) -> Interval | None:
+def mean_interval(
+    values: Sequence[float], units: Sequence[Hashable] | None = None, are_shares: bool = True
+) -> Interval | None:
     """
-    The 95% interval of a mean. `None` for fewer than two units. Args: as for [`standard_error`].
+    The 95% interval of a mean. `None` for fewer than two units. Also `None` if all values are equal and Wilson's
+    interval does not apply, because they do not show how much others would differ.
+
+    Args:
+        values, units: As for [`standard_error`].
+        are_shares (`bool`): Whether the values are from 0 to 1. Otherwise the interval is the normal one, without
+            bounds.
 
     If units have several examples, the interval of a share counts as many independent examples as would have the same
     standard error, and at most one per example. If all values are equal, it counts one per unit.
@@ -74,8 +82,10 @@ def mean_interval(values: Sequence[float], units: Sequence[Hashable] | None = No
     if error is None:
         return None
     mean = math.fsum(values) / len(values)
-    if not set(values) <= {0, 1}:
-        is_bounded = min(values) >= 0 and max(values) <= 1
+    if not are_shares or not set(values) <= {0, 1}:
+        if len(set(values)) == 1:
+            return None
+        is_bounded = are_shares and min(values) >= 0 and max(values) <= 1
         low, high = mean - Z * error, mean + Z * error
         return (max(0.0, low), min(1.0, high)) if is_bounded else (low, high)
     num = len(values)
@@ -118,13 +128,16 @@ def percentile_interval(values: np.ndarray) -> Interval:
     return float(low), float(high)
 
 
-def corpus_interval(value: float, values: np.ndarray, num_units: int) -> Interval | None:
+def corpus_interval(value: float, values: np.ndarray, num_units: int | None) -> Interval | None:
     """
     The 95% interval of a corpus metric from its bootstrapped `values`. If all of them are 1 or all are 0, such as the
     F1 of answers that are all right, the interval is that of a share of the units. Any other value that no resample
     changes has no interval (`None`).
+
+    Args:
+        num_units (`int`, *optional*): Number of units; `None` for a metric that is no share, such as CIDEr-D.
     """
     low, high = percentile_interval(values)
     if low < high:
         return low, high
-    return share_interval(value, num_units) if value in (0, 1) else None
+    return share_interval(value, num_units) if num_units is not None and value in (0, 1) else None

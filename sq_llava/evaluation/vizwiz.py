@@ -35,11 +35,8 @@ SUFFIX = "\nWhen the provided information is insufficient, respond with 'Unanswe
 def read(data: Data) -> list[Example]:
     if data.is_table:
         return _with_bare_ids(read_table(data, "test", _prompt))
-    split = data.split or "test"
-    if split == "val":
+    if data.split_of_files("test", "val") == "val":
         return _read_val(data)
-    if split != "test":
-        raise ValueError(f"--split {split}: unknown split. VizWiz has val and test.")
     return _with_bare_ids(read_questions(data, data.file("llava_test.jsonl"), "test"))
 
 

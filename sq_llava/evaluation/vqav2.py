@@ -28,7 +28,7 @@ from sq_llava.evaluation.metrics import (
     vqa_accuracy,
     vqa_accuracy_official,
 )
-from sq_llava.evaluation.reading import Data, check_fields, read_json, read_jsonl, unique_by
+from sq_llava.evaluation.reading import Data, read_json_list, read_jsonl, unique_by
 from sq_llava.evaluation.short_answers import INSTRUCTION, human_answers, read_questions, read_table, write_upload
 from sq_llava.evaluation.task import Example, Record, Score, Task
 
@@ -42,11 +42,9 @@ VALIDATION_ANSWERS = "v2_mscoco_val2014_annotations.json"
 def read(data: Data) -> list[Example]:
     if data.is_table:
         return _with_all_questions(data, read_table(data, "testdev", _prompt))
-    if data.split == "validation":
+    split = data.split_of_files(*TEST_QUESTIONS, "validation")
+    if split == "validation":
         return _read_validation(data)
-    split = data.split or "testdev"
-    if split not in TEST_QUESTIONS:
-        raise ValueError(f"--split {split}: unknown split. VQA v2 has validation, {', '.join(TEST_QUESTIONS)}.")
     return _with_all_questions(data, read_questions(data, data.file(TEST_QUESTIONS[split]), "test2015"))
 
 
@@ -56,13 +54,13 @@ def _prompt(row: dict[str, Any]) -> str:
 
 def _read_validation(data: Data) -> list[Example]:
     file, answer_file = data.file(VALIDATION_QUESTIONS), data.file(VALIDATION_ANSWERS)
-    annotations = _rows(answer_file, "annotations", ["question_id", "answers"])
+    annotations = read_json_list(answer_file, "annotations", ["question_id", "answers"])
     answers = unique_by(annotations, "question_id", str(answer_file))
     examples = []
-    for row in _rows(file, "questions", ["question_id", "question", "image_id"]):
+    for row in read_json_list(file, "questions", ["question_id", "question", "image_id"]):
         if row["question_id"] not in answers:
             raise ValueError(f"{answer_file}: has no answers for question {row['question_id']} of {file}.")
-        name = f"COCO_val2014_{row['image_id']:012d}.jpg"
+        name = f"COCO_val2014_{str(row['image_id']).zfill(12)}.jpg"
         examples.append(
             Example(
                 id=str(row["question_id"]),
@@ -72,11 +70,6 @@ def _read_validation(data: Data) -> list[Example]:
             )
         )
     return examples
-
-
-def _rows(file: Path, name: str, fields: Sequence[str]) -> list[dict[str, Any]]:
-    rows = check_fields(read_json(file), [name], str(file))[name]
-    return [check_fields(row, fields, f"{file}, {name} {number}") for number, row in enumerate(rows)]
 
 
 def _with_all_questions(data: Data, examples: Sequence[Example]) -> list[Example]:

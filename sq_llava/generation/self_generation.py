@@ -122,8 +122,9 @@ def _generate(run: SelfGeneration, state: PartialState, device: str) -> Made | N
 
 def read_images(run: SelfGeneration) -> list[Picture]:
     """
-    The images of this shard. The id of an image is its path in the image root and a hash of its content, so lines
-    about an older version of the image are not used. Its questions depend only on its content, not on order or shard.
+    The images of this shard. The id of an image is its path in the image root and a hash of its content. So a run is
+    refused if an image has changed since its questions were made, but not if an image that failed was repaired. The
+    questions about an image depend only on its content, not on order or shard.
 
     Raises:
         ValueError: If there are no images, or an image is inside a table or outside the image root.

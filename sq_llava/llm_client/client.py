@@ -137,6 +137,7 @@ class ChatClient:
         server_matters (`bool`): Reuse an answer only if it came from the same base URL.
         reads_only (`bool`): Send nothing; no key is needed.
         key (`str`, *optional*): API key; "" for a server that needs none. Default: `OPENAI_API_KEY`.
+        other_journals (`Sequence[Path]`): Files of other paid answers, which are used and count toward the caps too.
 
     Attributes:
         before_answer (`Callable`, *optional*): Called before each new answer is kept.
@@ -154,6 +155,7 @@ class ChatClient:
         server_matters: bool = False,
         reads_only: bool = False,
         key: str | None = None,
+        other_journals: Sequence[Path] = (),
     ):
         # A line break at its end, as from a file of Windows, is not allowed in a header.
         self._key = (os.environ.get("OPENAI_API_KEY", "") if key is None else key).strip()
@@ -171,7 +173,7 @@ class ChatClient:
         self._once = self.api.with_options(max_retries=0)
         self.base_url = str(self.api.base_url)
         self._stopping = threading.Event()
-        self.journal = Journal(journal_path, reads_only=True)
+        self.journal = Journal(journal_path, reads_only=True, others=other_journals)
         self.budget = Budget(settings, self.journal, self._stopping)
         self._server_matters = server_matters
         self._used: dict[str, dict[str, Any]] = {}
@@ -195,7 +197,7 @@ class ChatClient:
                 weakref.finalize(self, lock.close)
                 self._lock = lock
                 # Another process may have added answers.
-                self.journal = Journal(self.journal.path)
+                self.journal = Journal(self.journal.path, others=self.journal.others)
                 self.budget = Budget(self.settings, self.journal, self._stopping)
 
     def complete(self, messages: Messages, attempt: int = 0, handled: Container[str] = ()) -> str:

@@ -9,6 +9,7 @@ request has: `lost` records a request that was probably billed, `refused` one th
 """
 
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,19 +18,30 @@ from sq_llava.resumable.jsonl import LineWriter, read_complete_lines
 
 
 class Journal:
-    """Answers by their keys. Each answer is appended to the file as it arrives, and flushed to the disk."""
+    """
+    Answers by their keys. Each answer is appended to the file as it arrives, and flushed to the disk.
 
-    def __init__(self, path: Path, reads_only: bool = False):
-        self.path = path
+    Args:
+        path (`Path`): The file.
+        reads_only (`bool`): Leave an incomplete last line in the file.
+        others (`Sequence[Path]`): Files of other journals. Their lines are read too, and nothing is written to them.
+    """
+
+    def __init__(self, path: Path, reads_only: bool = False, others: Sequence[Path] = ()):
+        self.path, self.others = path, others
         self._lock = threading.Lock()
         self._lines: list[dict[str, Any]] = []
         self._line_of: dict[str, dict[str, Any]] = {}
-        for number, line in enumerate(read_complete_lines(path, mends=not reads_only), 1):
+        for file in (*others, path):
+            self._read(file, mends=file == path and not reads_only)
+
+    def _read(self, file: Path, mends: bool) -> None:
+        for number, line in enumerate(read_complete_lines(file, mends), 1):
             try:
                 line = parse_json(line)
             except ValueError as error:
                 raise ValueError(
-                    f"{path}, line {number}: cannot be read as JSON: {error}. Remove the line: "
+                    f"{file}, line {number}: cannot be read as JSON: {error}. Remove the line: "
                     "its question will be sent again."
                 ) from error
             self._keep(line)

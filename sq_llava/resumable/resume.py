@@ -38,6 +38,7 @@ def run_resumable(
     make_batches: Callable[[Sequence[Item]], Sequence[Sequence[Item]]] | None = None,
     failed: Mapping[str, Any] = {},
     note: RunNote | None = None,
+    hashes: Mapping[str, str] | None = None,
 ) -> dict[str, dict[str, Any]]:
     """
     Works on every item that has no line in `folder` yet. If a batch fails, its items are tried one by one.
@@ -53,13 +54,16 @@ def run_resumable(
             processes. By default, items are distributed, and each process makes its own batches.
         failed (`Mapping`): Fields of the line of an item that failed, in addition to `error`.
         note ([`RunNote`], *optional*): The note of the run. It is written before the first line.
+        hashes (`Mapping[str, str]`, *optional*): Item id -> hash of what its result depends on. The hash is kept in
+            the line as `input_hash`.
 
     Returns:
         The line of each item by its id, on every process. A line has an `error`, which is `None` for success.
     """
     state = PartialState()
     mine = slice(state.process_index, None, state.num_processes)
-    done = read_lines(folder, stem, [item.id for item in items])
+    done = read_lines(folder, stem, [item.id for item in items], hashes=hashes)
+    folder.mkdir(parents=True, exist_ok=True)
     left = [item for item in items if item.id not in done]
     batches = make_batches(left)[mine] if make_batches else in_batches(left[mine], batch_size)
     fresh = []
@@ -67,6 +71,7 @@ def run_resumable(
         for outcomes in work_in_batches(batches, work, description, state.is_main_process):
             lines = [
                 {"id": item.id, **(failed if result is None else result), "error": error}
+                | ({} if hashes is None else {"input_hash": hashes[item.id]})
                 for item, result, error in outcomes
             ]
             if note is not None:
@@ -112,33 +117,46 @@ def _attempt(
 
 
 def read_lines(
-    folder: Path, stem: str, known_ids: Sequence[str], with_failed: bool = False
+    folder: Path,
+    stem: str,
+    known_ids: Sequence[str],
+    with_failed: bool = False,
+    hashes: Mapping[str, str] | None = None,
 ) -> dict[str, dict[str, Any]]:
     """
     The lines of earlier runs by their `id`. An incomplete line is removed from its file. Every process reads before
     any process may write.
 
     Args:
-        folder (`Path`): Folder of the files of lines; it is created if it is missing.
+        folder (`Path`): Folder of the files of lines. It may be missing.
         stem (`str`): First part of the names of these files.
         known_ids (`Sequence[str]`): The ids of all items of this run.
         with_failed (`bool`): Also return items that failed and have not succeeded later. Their `error` is not `None`.
+        hashes (`Mapping[str, str]`, *optional*): As for [`run_resumable`].
 
     Raises:
-        ValueError: If a line has an id that is not in `known_ids`.
+        ValueError: If there is a result for an id that is not in `known_ids`, or for another hash. A line of an item
+            that failed has no result: its input may be repaired or removed.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     known = set(known_ids)
     done = {}
     for path in sorted(folder.glob(f"{stem}-*.jsonl")):
         for line in map(json.loads, read_complete_lines(path, mends=PartialState().is_main_process)):
-            if line["id"] not in known:
+            id = line["id"]
+            if line["error"] is not None:
+                if with_failed and id in known:
+                    done.setdefault(id, line)
+                continue
+            if id not in known:
                 raise ValueError(
-                    f"{path} has a line for {line['id']!r}, which is not in the input. Choose another --out."
+                    f"{path} has a line for {id!r}, which is not in the input: the input has changed, or --limit is "
+                    "smaller than before. Choose another --out."
                 )
-            if line["error"] is None:
-                done[line["id"]] = line
-            elif with_failed:
-                done.setdefault(line["id"], line)
+            if hashes is not None and line.get("input_hash") != hashes[id]:
+                raise ValueError(
+                    f"{path}: the line for {id!r} is about other data: its texts or images have changed since. Choose "
+                    "another --out, or remove the folder."
+                )
+            done[id] = line
     PartialState().wait_for_everyone()
     return done

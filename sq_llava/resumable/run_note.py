@@ -29,12 +29,12 @@ def check_note(out: Path, about: dict[str, Any], identity: Sequence[str]) -> dic
     before = json.loads(note.read_text()) if note.is_file() else {}
     for name in identity if before else ():
         was, now = before.get(name), about[name]
-        if isinstance(now, dict):  # by task, for example: only the tasks of both runs must be equal
+        if isinstance(now, dict):  # such as settings: only those that both runs have must be equal
             was = was or {}
-            differing = [task for task in was.keys() & now.keys() if was[task] != now[task]]
+            differing = [each for each in was.keys() & now.keys() if was[each] != now[each]]
             about = {**about, name: was | now}
             name = f"{name} of {', '.join(sorted(differing))}"
-            was, now = [was[task] for task in differing], [now[task] for task in differing]
+            was, now = [was[each] for each in differing], [now[each] for each in differing]
         if was != now:
             raise ValueError(
                 f"{out} contains answers of a run with {name} {was!r}, but this run has {now!r}. Choose another "

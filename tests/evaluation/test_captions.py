@@ -171,7 +171,9 @@ def test_two_runs_are_compared_by_resampling_images(task, tmp_path, without_java
     WRITERS[task](tmp_path / "data", "folder")
     for run, answers in {"a": ANSWERS, "b": {"11": "A dog runs fast.", "12": "zebra"}}.items():
         result = assess_answers(task, tmp_path / "data", answers, tmp_path / run)
-        write_results([result], tmp_path / run, describe(Evaluation(str(tmp_path), [task], "-", tmp_path / run), {}))
+        write_results(
+            [result], tmp_path / run, describe(Evaluation(str(tmp_path), [task], "-", tmp_path / run), {task: "-"})
+        )
     found = {each.metric: each for each in compare(tmp_path / "a", tmp_path / "b", num_corpus_resamples=50)}
     cider = found["plain/CIDEr-D"]
     assert cider.second == pytest.approx(5)
@@ -255,8 +257,12 @@ def test_failed_caption_counts_as_empty(tmp_path, without_java):
 def test_wrong_files_are_named(tmp_path):
     write_coco(tmp_path / "coco", "folder")
     write_json(tmp_path / "coco" / "dataset_coco.json", {"images": [{"split": "test", "filename": "1.png"}]})
-    with pytest.raises(ValueError, match=r"dataset_coco\.json, image 0: has no imgid, sentences"):
+    with pytest.raises(ValueError, match=r"dataset_coco\.json, images 0: has no imgid, sentences, filepath"):
         examples_of("coco_captions", tmp_path / "coco")
+    write_nocaps(tmp_path / "table", "parquet")
+    write_json(tmp_path / "table" / "nocaps_val_4500_captions.json", {"images": [{"id": 11}]})
+    with pytest.raises(ValueError, match=r"nocaps_val_4500_captions\.json, images 0: has no domain"):
+        examples_of("nocaps", tmp_path / "table")
     (tmp_path / "captions.tsv").write_text("A dog.\n")
     with pytest.raises(ValueError, match=r"captions\.tsv, row 0: has 1 fields"):
         examples_of("conceptual_captions", tmp_path)

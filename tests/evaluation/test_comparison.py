@@ -27,22 +27,26 @@ from tests.processes import lines_of
 
 
 def write_results(folder, **changes):
+    """`results.json` about the tasks that have an `examples.jsonl`."""
+    changes = {"data_hashes": {path.parent.name: "-" for path in sorted(folder.glob("*/examples.jsonl"))}} | changes
     about = {"model": "org/model", "model_hash": None, "code_hash": "c" * 64, "seed": 0, "date": "2026-01-01"}
     write_json(folder / "results.json", {**about, "command": "sq-llava evaluate", "results": [], **changes})
 
 
 def write_run(folder, task, scores, **changes):
-    """`results.json`, and `examples.jsonl` with these `{id: value}` of accuracy."""
-    write_results(folder)
+    """`results.json`, and `examples.jsonl` with these `{id: value}` of accuracy, which an ungraded answer lacks."""
+    is_graded = "judge_error" not in changes
     lines = [
         {
             "id": id, "prompt": f"USER: {id}?", "images": [], "answer": f"said {value}", "prediction": value,
-            "reference": "yes", "scores": {"accuracy": value}, "parsed": True, "judge_error": None, "error": None,
+            "reference": "yes", "scores": {"accuracy": value} if is_graded else {}, "parsed": True,
+            "judge_error": None, "error": None,
             "details": {"kind": "shape"}, **changes,
         }
         for id, value in scores.items()
     ]  # fmt: skip
     write_jsonl(folder / task / "examples.jsonl", lines)
+    write_results(folder)
 
 
 def test_difference_is_that_of_the_same_examples(tmp_path):
@@ -56,6 +60,7 @@ def test_difference_is_that_of_the_same_examples(tmp_path):
     assert difference.high == pytest.approx(0.5 + 1.96 * 0.079, abs=0.03)
     assert compare(tmp_path / "a", tmp_path / "b") == [difference, of_shape]
     assert of_shape == replace(difference, metric="shape/accuracy")
+    assert "about one in twenty is clear by chance" in (tmp_path / "b" / "comparison" / "comparison.md").read_text()
     [same, _] = compare(tmp_path / "a", tmp_path / "a", tmp_path / "out")
     assert (same.low, same.difference, same.high, same.is_clear) == (0, 0, 0, False)
 
@@ -66,6 +71,51 @@ def test_paired_interval_is_narrower_than_the_errors_of_single_runs(tmp_path):
     write_run(tmp_path / "b", "easy_vqa", {**first, "q0": 1.0, "q2": 1.0, "q4": 1.0, "q6": 1.0, "q8": 1.0})
     [difference, _] = compare(tmp_path / "a", tmp_path / "b")
     assert difference.is_clear  # 5% better, although the standard error of one run is 5%
+
+
+@pytest.mark.parametrize(
+    "differences, units, expected",
+    [
+        ([1.0], "a", None),
+        ([0.0], "a", None),
+        ([1.0, 0.0], "aa", None),  # one unit
+        ([0.3, 0.9 - 0.6, 0.3], "abc", None),  # all changed alike, except for rounding errors
+        ([0.0, 0.0], "ab", (0, 0)),
+        ([1.0, 0.0], "ab", (0, 1)),
+    ],
+)
+def test_units_that_do_not_differ_show_no_interval(differences, units, expected):
+    assert difference_interval(np.array(differences), 200, 0, list(units)) == expected
+
+
+def test_difference_without_an_interval_is_shown_without_one(tmp_path, capsys):
+    write_run(tmp_path / "a", "easy_vqa", {"q1": 0.0, "q2": 0.0})
+    write_run(tmp_path / "b", "easy_vqa", {"q1": 1.0, "q2": 1.0})
+    [difference, _] = differences = compare(tmp_path / "a", tmp_path / "b", tmp_path / "out")
+    assert (difference.difference, difference.low, difference.high, difference.is_clear) == (1, None, None, False)
+    assert "| 0.0000 | 1.0000 | +1.0000 |  | no | 2 |" in (tmp_path / "out" / "comparison.md").read_text()
+    assert json.loads((tmp_path / "out" / "comparison.json").read_text())["differences"][0]["low"] is None
+    command.show_differences(differences, tmp_path)
+    assert " to " not in capsys.readouterr().out
+
+
+def test_corpus_metric_of_units_that_changed_alike_has_no_interval():
+    task = Task("t", "", None, None, None, "f", corpus_metrics=lambda records: {"f": records[0].score.prediction})
+    pair = tuple(Record(Example("", "", [], None), "", "", score=Score({}, prediction=value)) for value in (0.0, 1.0))
+    for num in (1, 3):
+        pairs = [tuple(replace(each, example=Example(str(n), "", [], None)) for each in pair) for n in range(num)]
+        [difference] = compare_task(task, pairs, 1, 50, 0)
+        assert (difference.difference, difference.low) == (1, None)
+
+
+def test_only_the_tasks_of_the_run_are_compared(tmp_path):
+    write_run(tmp_path / "a", "easy_vqa", {"q1": 1.0})
+    write_run(tmp_path / "b", "easy_vqa", {"q1": 1.0})
+    write_run(tmp_path / "a", "gqa", {"q1": 1.0})
+    write_run(tmp_path / "b", "gqa", {"q2": 1.0})
+    assert {each.task for each in compare(tmp_path / "a", tmp_path / "b", tasks=["easy_vqa"])} == {"easy_vqa"}
+    with pytest.raises(ValueError, match="lacks 1 of the examples"):
+        compare(tmp_path / "a", tmp_path / "b")
 
 
 def test_changed_examples_are_listed(tmp_path):
@@ -161,6 +211,7 @@ def test_comparison_says_how_to_repeat_both_runs_and_what_has_no_metric(tmp_path
         ({"limit": 2}, "such as 'q1'"),
         ({"tasks": "easy_vqa,pope"}, "has no results for pope"),
         ({"out": "."}, "this run writes to the same folder"),
+        ({"tasks": "mmvet"}, "has no results for mmvet"),  # its judge is not known
         ({"judge_model": "other"}, "easy_vqa was graded by judge, but the other run uses other"),
     ],
 )
@@ -168,13 +219,15 @@ def test_run_that_cannot_be_compared_does_not_start(tmp_path, monkeypatch, optio
     data = write_easy_vqa(tmp_path / "data", ["is it?"] * 4)
     write_json(tmp_path / "model" / "config.json", {})
     write_run(tmp_path / "a", "easy_vqa", {f"q{number}": 1.0 for number in range(4)})
-    write_results(tmp_path / "a", results=[{"task": "easy_vqa", "judge": {"model": "judge"}}])
+    write_run(tmp_path / "a", "mmvet", {"q1": 1.0})
+    judged = [{"task": "easy_vqa", "judge": {"model": "judge"}}]
+    write_results(tmp_path / "a", results=judged, data_hashes={"easy_vqa": "-"})
     monkeypatch.chdir(tmp_path / "a")
     defaults = {"model": tmp_path / "model", "data": data, "tasks": "easy_vqa", "out": "b", "against": tmp_path / "a"}
     done = run_evaluate(**{**defaults, **options})
     assert done.exit_code == 1
     assert message in done.output
-    assert sorted(path.name for path in (tmp_path / "a").iterdir()) == ["easy_vqa", "results.json"]
+    assert sorted(path.name for path in (tmp_path / "a").iterdir()) == ["easy_vqa", "mmvet", "results.json"]
 
 
 def test_values_are_not_cut_on_a_narrow_terminal(capsys, monkeypatch):

@@ -20,9 +20,9 @@ from tests.processes import lines_of
 pytestmark = pytest.mark.usefixtures("api_key")
 
 
-def judge_of(server, folder, **settings) -> Judge:
+def judge_of(server, folder, *others, **settings) -> Judge:
     defaults = {"model": "judge", "base_url": server.url, "retries": 3, "timeout": 5.0}
-    return Judge(JudgeSettings(**{**defaults, **settings}), folder)
+    return Judge(JudgeSettings(**{**defaults, **settings}), [each / "judge.jsonl" for each in (folder, *others)])
 
 
 def ask(judge: Judge, *questions: str) -> dict:
@@ -42,6 +42,17 @@ def test_judge_is_not_asked_twice_for_the_same(tmp_path):
     assert len(lines_of(tmp_path / "judge.jsonl")) == 4
 
 
+def test_grades_in_the_folder_of_another_model_are_used_and_counted(tmp_path):
+    with chat_server(lambda request, number: "1") as server:
+        ask(judge_of(server, tmp_path / "a"), "x", "y")
+        judge = judge_of(server, tmp_path / "b", tmp_path / "a", max_requests=3, concurrency=1)
+        with pytest.raises(ChatStopped, match="--judge-max-requests 3"):
+            ask(judge, "x", "y", "z", "one more")
+        assert [request["messages"][0]["content"] for request in server.requests[2:]] == ["z"]
+    assert judge.report()["spent"].startswith("3 requests")
+    assert [len(lines_of(tmp_path / name / "judge.jsonl")) for name in "ab"] == [2, 1]
+
+
 def test_truncated_answer_in_the_journal_is_requested_again(tmp_path):
     with chat_server(lambda request, number: "1") as server:
         ask(judge_of(server, tmp_path, concurrency=1), "a", "b")
@@ -56,7 +67,7 @@ def test_truncated_answer_in_the_journal_is_requested_again(tmp_path):
 def test_killed_judge_does_not_pay_twice(tmp_path):
     script = (
         "import sys; from pathlib import Path; from sq_llava.evaluation.judge import Judge, JudgeSettings\n"
-        "judge = Judge(JudgeSettings('judge', sys.argv[1], concurrency=2), Path(sys.argv[2]))\n"
+        "judge = Judge(JudgeSettings('judge', sys.argv[1], concurrency=2), [Path(sys.argv[2]) / 'judge.jsonl'])\n"
         "judge.complete_all({str(n): [{'role': 'user', 'content': str(n)}] for n in range(40)}, float, 'asks')"
     )
     with chat_server(lambda request, number: Reply("1", seconds=0.05)) as server:
@@ -237,4 +248,4 @@ def test_wrong_settings_are_refused(tmp_path, monkeypatch):
         assert "secret" not in str(refusal.value)
     monkeypatch.delenv("OPENAI_API_KEY")
     with pytest.raises(ValueError, match="OPENAI_API_KEY is not set"):
-        Judge(JudgeSettings("judge"), tmp_path)
+        Judge(JudgeSettings("judge"), [tmp_path / "judge.jsonl"])

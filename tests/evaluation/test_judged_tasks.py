@@ -90,7 +90,7 @@ def review(request, number) -> str:
 def judged(task: str, data: Path, answers, out: Path, reply, **settings):
     """The result of answers that a judge grades with `reply`, its metrics by name, and the requests to the judge."""
     with chat_server(reply) as server:
-        judge = Judge(JudgeSettings("judge", base_url=server.url, **settings), out)
+        judge = Judge(JudgeSettings("judge", base_url=server.url, **settings), [out / "judge.jsonl"])
         result = assess_answers(task, data, answers, out, judge=judge)
     return result, metrics_of(result), server.requests
 
@@ -172,6 +172,20 @@ def test_coco_context_has_captions_and_boxes(tmp_path):
     assert "It is red.\n\nboat: [0.1, 0.2, 0.5, 0.6]\n\n[Question]" in prompt
     assert "label: [left, top, right, bottom]" in prompt
     assert lines_of(tmp_path / "llava_bench_coco" / "reviews.jsonl")[0]["category"] == "conv"
+
+
+@pytest.mark.parametrize(
+    "instance, message",
+    [({"bbox": [0.1, 0.2, 0.5, 0.6]}, "has no category"), ({"category": "boat"}, "has no bbox"), ("boat", "is str")],
+)
+def test_box_without_its_fields_is_named(instance, message, tmp_path):
+    folder = coco_folder(tmp_path)
+    file = folder / "caps_boxes_coco2014_val_80.jsonl"
+    [context] = lines_of(file)
+    boxes = [*context["instances"], instance]
+    write_jsonl(file, [{**context, "instances": boxes}])
+    with pytest.raises(ValueError, match=rf"val_80\.jsonl, image '000000000001\.jpg', instance 1: {message}"):
+        examples_of("llava_bench_coco", folder)
 
 
 @pytest.mark.parametrize(

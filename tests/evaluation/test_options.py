@@ -2,17 +2,23 @@
 
 import base64
 import csv
+import json
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from openpyxl import load_workbook
 
+from sq_llava.evaluation.comparison import flips
 from sq_llava.evaluation.judge import Judge, JudgeSettings
 from sq_llava.evaluation.mmbench import check_upload
 from sq_llava.evaluation.mmbench import option_of as mmbench_option_of
+from sq_llava.evaluation.report import main_entry
+from sq_llava.evaluation.results import read_records, write_results
+from sq_llava.evaluation.run import Evaluation, find_task, read_examples
 from sq_llava.evaluation.scienceqa import concluded_option, option_of, option_of_lmms_eval, stated_option
 from sq_llava.evaluation.scienceqa_ensemble import complement, disagreements, judged
+from sq_llava.evaluation.task import Example, Record, Score, main_score
 from tests.chat_server import Reply, chat_server
 from tests.evaluation_layouts import (
     assess_answers,
@@ -117,6 +123,9 @@ def test_scienceqa_with_another_split_or_other_ids_is_refused(tmp_path):
     write_json(tmp_path / "pid_splits.json", {"test": ["5", "11"]})
     with pytest.raises(ValueError, match=r"must have the same ids, but '20' is in only one of them"):
         examples_of("scienceqa", tmp_path)
+    write_json(tmp_path / "llava_test_CQM-A.json", [{"id": 5, "conversations": []}])  # numbers and texts
+    with pytest.raises(ValueError, match=r"must have the same ids, but '11' is in only one of them"):
+        examples_of("scienceqa", tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -182,7 +191,8 @@ def ensemble(tmp_path, monkeypatch, reply):
     write_scienceqa(tmp_path / "scienceqa", "parquet")
     answers = iter(["The answer is B.", "No idea.", "The answer is A."])
     with chat_server(lambda request, number: reply(request["messages"][-1]["content"])) as server:
-        judge = Judge(JudgeSettings("chat", base_url=server.url, concurrency=1, retries=0), tmp_path / "out")
+        settings = JudgeSettings("chat", base_url=server.url, concurrency=1, retries=0)
+        judge = Judge(settings, [tmp_path / "out" / "judge.jsonl"])
         return assess_answers(
             "scienceqa_reasoning", tmp_path, lambda _: next(answers), tmp_path / "out", judge=judge
         ), server
@@ -207,8 +217,26 @@ def test_question_without_an_answer_of_the_server_is_in_no_ensemble(tmp_path, mo
         tmp_path, monkeypatch, lambda text: Reply(status=500) if "animal" in text else "The answer is A."
     )
     metrics = metrics_of(result)
-    assert metrics["llava/accuracy"].num == 3
+    assert metrics["llava/accuracy"].num == metrics["accuracy"].num == 3
     assert metrics["complement/accuracy"].num == metrics["judge/accuracy"].num == 2
+    assert result.num_unjudged == 1
+    record = read_records(tmp_path / "out" / "scienceqa_reasoning" / "examples.jsonl")[1]
+    assert "500" in record.score.judge_error
+    # The report sets its own accuracy beside the paper's, because that leaves out no question.
+    write_results([result], tmp_path / "out", {"data_hashes": {"scienceqa_reasoning": "-"}})
+    run = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert main_entry(run, find_task("scienceqa_reasoning"))["num"] == 3
+    assert main_score(find_task("scienceqa_reasoning"), record) == 0
+
+
+def test_question_without_a_decision_counts_in_the_other_ensembles(tmp_path, monkeypatch):
+    def reply(text):
+        return Reply(status=500) if "First answer" in text else "The answer is B."
+
+    result, _ = ensemble(tmp_path, monkeypatch, reply)
+    metrics = metrics_of(result)
+    assert metrics["llm/accuracy"].num == metrics["complement/accuracy"].num == 3
+    assert (metrics["judge/accuracy"].num, result.num_unjudged) == (2, 1)
 
 
 MMBENCH = [  # index, question, hint, options, answer, category
@@ -313,6 +341,22 @@ def test_mmbench_without_rotations_has_no_circular_accuracy(tmp_path, layout):
     write_mmbench(tmp_path / "mmbench", layout, [row for row in MMBENCH if row[0] < 1_000_000])
     result = assess_answers("mmbench", tmp_path, {"7": "B", "9": "left?"}, tmp_path / "out")
     assert figures(result) == dict.fromkeys(["letter/accuracy", "colour/letter/accuracy", "place/letter/accuracy"], 1)
+
+
+def test_mmbench_limit_takes_whole_questions(tmp_path, layout):
+    rows = [(number + rotation, *MMBENCH[3][1:]) for rotation in (0, 1_000_000) for number in range(20)]
+    write_mmbench(tmp_path, layout, rows)
+    examples = read_examples(find_task("mmbench"), Evaluation("-", [], str(tmp_path), tmp_path, limit=10))
+    assert [example.id for example in examples] == [
+        str(number + rotation) for rotation in (0, 1_000_000) for number in range(0, 20, 4)
+    ]
+    assert len(read_examples(find_task("mmbench"), Evaluation("-", [], str(tmp_path), tmp_path, limit=1))) == 2
+
+
+def test_rotation_that_is_not_parsed_is_a_change_for_the_worse():
+    example = Example("1000007", "", [], "B")
+    right, unparsed = (Record(example, "", "", score=Score({}, prediction=option)) for option in ("B", None))
+    assert [line["change"] for line in flips(find_task("mmbench"), [(right, unparsed)])] == [-1]
 
 
 def test_mmbench_submission_of_the_test_split_has_a_row_for_each_question(tmp_path, layout):

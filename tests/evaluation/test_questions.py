@@ -184,7 +184,7 @@ def test_other_settings_or_images_in_the_same_folder_are_refused(evaluation, par
     with pytest.raises(ValueError, match="a run with settings"):
         evaluate_questions(replace(evaluation, settings=replace(evaluation.settings, temperature=0.7)))
     write_image(images / "0.png", 7)
-    with pytest.raises(ValueError, match="a run with data_hash"):
+    with pytest.raises(ValueError, match=r"the line for .*0\.png' is about other data"):
         evaluate_questions(evaluation)
 
 

@@ -47,9 +47,9 @@ ROWS = {  # a correct row of each table
 )
 def test_value_of_the_wrong_type_is_named_with_its_row(tmp_path, task, column, value, message):
     good = {**ROWS[task], "image": stored()}
-    write_parquet(tmp_path / "good" / "test.parquet", [good])
+    write_parquet(tmp_path / "good" / "rows.parquet", [good])
     assert len(examples_of(task, tmp_path / "good")) == 1
-    write_parquet(tmp_path / "bad" / "test.parquet", [{**good, column: value}])
+    write_parquet(tmp_path / "bad" / "rows.parquet", [{**good, column: value}])
     with pytest.raises(ValueError, match=f"bad, row 0[:,] {re.escape(message)}"):
         examples_of(task, tmp_path / "bad")
 
@@ -94,7 +94,7 @@ def test_wrong_json_file_is_named_with_its_row(tmp_path, content, message):
 
 @pytest.mark.parametrize("task", ["gqa", "mmbench", "pope", "scienceqa", "textvqa", "vizwiz", "vqav2"])
 def test_missing_column_is_named_with_the_existing_ones(tmp_path, task):
-    write_parquet(tmp_path / "test.parquet", [{"text": "What?", "image": stored()}])
+    write_parquet(tmp_path / "rows.parquet", [{"text": "What?", "image": stored()}])
     with pytest.raises(ValueError, match=r"has no column .*question.*\. Its columns are: text, image\."):
         examples_of(task, tmp_path)
 
@@ -113,6 +113,73 @@ def test_missing_split_is_refused(tmp_path, task, split):
     write_parquet(tmp_path / "validation.parquet", [{"question": "What?"}])
     with pytest.raises(ValueError, match=f"has the splits validation, but not {split}. Choose one with --split"):
         examples_of(task, tmp_path, split)
+
+
+def test_data_of_another_split_alone_is_not_used(tmp_path):
+    write_parquet(tmp_path / "val-00000-of-00001.parquet", [{**ROWS["pope"], "image": stored()}])
+    with pytest.raises(ValueError, match=r"has the splits val, but not test. Choose one with --split"):
+        examples_of("pope", tmp_path)
+    assert len(examples_of("pope", tmp_path, "val")) == 1
+    (tmp_path / "val-00000-of-00001.parquet").rename(tmp_path / "pope.parquet")
+    assert len(examples_of("pope", tmp_path)) == 1
+
+
+def test_split_of_a_saved_dataset_is_chosen(tmp_path):
+    rows = [{**ROWS["pope"], "question": name, "image": stored()} for name in ("test", "train")]
+    saved = {row["question"]: datasets.Dataset.from_list([row]).cast_column("image", datasets.Image()) for row in rows}
+    datasets.DatasetDict(saved).save_to_disk(tmp_path / "both")
+    for split in (None, "test", "train"):
+        [example] = examples_of("pope", tmp_path / "both", split)
+        assert example.prompt.startswith(split or "test")
+    with pytest.raises(ValueError, match=r"has the splits test, train, but not dev. Choose one"):
+        examples_of("pope", tmp_path / "both", "dev")
+    with pytest.raises(ValueError, match=r"has the splits test, train, but not validation. Choose one"):
+        examples_of("textvqa", tmp_path / "both")
+    saved["test"].save_to_disk(tmp_path / "one")
+    assert len(examples_of("pope", tmp_path / "one")) == 1
+    with pytest.raises(ValueError, match=r"--split train: the dataset in .*one has no splits. Leave --split out"):
+        examples_of("pope", tmp_path / "one", "train")
+
+
+@pytest.mark.parametrize(
+    "task, split",
+    [
+        ("gqa", "testdev"), ("pope", "test"), ("textvqa", "validation"), ("mmvet", "test"), ("llava_bench", "train"),
+        ("llava_bench_coco", "train"), ("conceptual_captions", "validation"), ("vizwiz", "test or val"),
+        ("vqav2", "testdev or test or validation"), ("nocaps", "validation or val or test"),
+    ],
+)  # fmt: skip
+def test_split_that_the_files_do_not_have_is_refused(tmp_path, task, split):
+    with pytest.raises(ValueError, match=f"--split dev: the files of this task in .* are of the split {split}"):
+        examples_of(task, tmp_path, "dev")
+
+
+@pytest.mark.parametrize(
+    "task, file, content, place",
+    [
+        ("vizwiz", "val.json", '[{"image": "a.jpg", "question": "What?", "answers": [{"answer": "%s"}]}]',
+         r"val\.json, row 0, answers, row 0, answer"),
+        ("pope", "llava_pope_test.jsonl", '{"question_id": 1, "image": "a", "text": "%s", "category": "random"}',
+         r"llava_pope_test\.jsonl, line 1, text"),
+    ],
+)  # fmt: skip
+def test_half_of_a_surrogate_pair_is_named_with_its_field(tmp_path, task, file, content, place):
+    (tmp_path / file).write_text(content % r"\ud83d\ude00 and \ud83d")
+    with pytest.raises(ValueError, match=rf"{place}: has half of a surrogate pair: '\\U0001f600 and \\ud83d'"):
+        examples_of(task, tmp_path, "val" if task == "vizwiz" else None)
+
+
+def test_files_may_begin_with_a_byte_order_mark(tmp_path):
+    row = '{"image": "a.jpg", "question": "\\ud83d\\ude00?", "answers": ["yes"]}'
+    (tmp_path / "val.json").write_text(f"[{row}]", encoding="utf-8-sig")
+    [example] = examples_of("vizwiz", tmp_path, "val")
+    assert example.prompt.startswith("\U0001f600?")
+    (tmp_path / "rows.jsonl").write_text(f"{row}\n", encoding="utf-8-sig")
+    assert reading.read_jsonl(tmp_path / "rows.jsonl", ["image"])[0]["image"] == "a.jpg"
+    (tmp_path / "rows.tsv").write_text("index\tA\n1\tcat\n", encoding="utf-8-sig")
+    assert reading.read_tsv(tmp_path / "rows.tsv", ["index"]) == [{"index": "1", "A": "cat"}]
+    (tmp_path / "captions.tsv").write_text("A dog.\thttp://here\n", encoding="utf-8-sig")
+    assert examples_of("conceptual_captions", tmp_path)[0].reference == ["A dog."]
 
 
 @pytest.mark.parametrize(

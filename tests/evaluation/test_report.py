@@ -10,8 +10,10 @@ from PIL import Image
 
 from sq_llava.evaluation.report import choose, reach, save_pictures, write_report
 from sq_llava.evaluation.results import write_results
-from sq_llava.evaluation.run import TASKS, Evaluation, describe
+from sq_llava.evaluation.run import IDENTITY, TASKS, Evaluation, describe
 from sq_llava.evaluation.task import Example, Record, Score
+from sq_llava.inference.settings import SelfQuestioning
+from sq_llava.resumable.run_note import RunNote
 from tests.evaluation_layouts import assess_answers, examples_of, stored, write_split
 
 
@@ -30,9 +32,11 @@ def run(tmp_path, monkeypatch):
     write_split(tmp_path / "data", "test", rows)
     monkeypatch.setattr("sq_llava.evaluation.run.hash_of_model", lambda model: "0" * 40)  # org/model does not exist
 
-    def write(graded=None, **changes):
+    def write(num_left_out=0, graded=None, **changes):
         out = tmp_path / "out"
         result = assess_answers("pope", tmp_path / "data", ANSWERS, out)
+        metrics = [replace(metric, num=metric.num - num_left_out) for metric in result.metrics]
+        result = replace(result, metrics=metrics)
         evaluation = replace(Evaluation("org/model", ["pope"], str(tmp_path / "data"), out), **changes)
         write_results(
             [replace(result, data_hash="d" * 64, **(graded or {}))], out, describe(evaluation, {"pope": "d" * 64})
@@ -65,7 +69,7 @@ def test_report_has_every_metric(run):
         assert f"| pope | {each['metric'].replace('_', chr(92) + '_')} | {each['value']:.4f} |" in text
     assert "| 4 | 75.0% | 1 |" not in text  # two of four can be parsed: one is odd, one failed
     assert "| 4 | 50.0% | 1 | 0 |" in text
-    assert "**at most 4 per task**" in text
+    assert "**only a part: --limit 4**" in text
     assert "- `lmms_eval/` follows lmms-eval 0.7.3." in text
     assert {each["follows"] for each in results if "lmms_eval/" in each["metric"]} == {"lmms-eval 0.7.3"}
 
@@ -147,9 +151,9 @@ def test_entry_for_the_hub_says_how_to_repeat_the_run_and_who_graded(run):
 @pytest.mark.parametrize(("num_unjudged", "is_told"), [(0, False), (1, True)])
 def test_ungraded_answers_are_in_the_first_line_and_no_figure_is_beside_the_papers(num_unjudged, is_told, run):
     judge = {"model": "gpt-2026", "answered_by": ["gpt-2026"], "dates": ["2026-01-01"]}
-    text = run(graded={"judge": judge, "num_unjudged": num_unjudged}).read_text()
+    text = run(num_unjudged, graded={"judge": judge, "num_unjudged": num_unjudged}).read_text()
     first = text.partition("\n")[0]
-    warning = "**1 of 4 answers of POPE have no grade. The figures are only about the others.**"
+    warning = "**1 of 4 answers of POPE have no grade. Figures that need a grade are only about the others.**"
     assert first == (warning if is_told else "# Evaluation of org/model")
     assert ("| **this run** | - |" in text) == is_told and ("![Main metric" not in text) == is_told
 
@@ -164,3 +168,16 @@ def test_task_without_a_metric_says_why(tmp_path, run):
     content |= {"results": [], "missing": {"pope": "graded by a judge: set --judge-model"}}
     (out / "results.json").write_text(json.dumps(content))
     assert "**No metrics**: graded by a judge" in write_report(out, TASKS).read_text()
+
+
+def test_another_seed_is_refused_only_if_answers_depend_on_it(tmp_path):
+    def note(seed, num_questions, out):
+        thinking = SelfQuestioning(num_questions)
+        evaluation = Evaluation(str(tmp_path), ["easy_vqa"], "data", tmp_path / out, seed=seed, thinking=thinking)
+        return RunNote(evaluation.out, describe(evaluation, {}), IDENTITY)
+
+    note(0, 0, "greedy").write()
+    note(1, 0, "greedy")
+    note(0, 1, "sampled").write()
+    with pytest.raises(ValueError, match=r"self_questioning '1 self-questions, 1 votes, seed 0', .* seed 1'"):
+        note(1, 1, "sampled")

@@ -88,7 +88,9 @@ def test_model_can_ask_itself_before_each_answer(evaluation, data):
         requests = [(data / "images" / row["image"], question)]
         [found] = assistant.consider_batch(requests, asking.thinking, easy_vqa.TASK.max_new_tokens, seeds=[0])
         assert example["answer"] == found.answer
-    with pytest.raises(ValueError, match="self_questioning '1 self-questions, 1 votes', but this run has None"):
+    with pytest.raises(
+        ValueError, match="self_questioning '1 self-questions, 1 votes, seed 0', but this run has None"
+    ):
         evaluate(replace(evaluation, limit=3))
 
 
@@ -151,7 +153,7 @@ def test_run_that_fails_before_its_first_answer_does_not_claim_the_folder(evalua
     assert json.loads((evaluation.out / "run.json").read_text())["system_message"] is None
 
 
-def test_failed_example_is_recorded_and_counted(evaluation, own_data, one_by_one):
+def test_failed_example_is_recorded_and_counted(evaluation, data, own_data, one_by_one):
     image = own_data / "images" / "2.png"
     image.write_bytes(image.read_bytes()[:100])
     [result] = evaluate(replace(evaluation, data=str(own_data)))
@@ -164,6 +166,9 @@ def test_failed_example_is_recorded_and_counted(evaluation, own_data, one_by_one
     assert accuracy.num == NUM_QUESTIONS  # a failure counts as wrong, it is not left out
     others = [example for example in one_by_one if not example["images"][0].endswith("2.png")]
     assert [example["answer"] for example in examples if example["error"] is None] == [o["answer"] for o in others]
+    shutil.copy(data / "images" / "2.png", image)  # the image is repaired, and the run resumes
+    assert evaluate(replace(evaluation, data=str(own_data)))[0].num_failed == 0
+    assert [example["answer"] for example in examples_of(evaluation.out)] == [o["answer"] for o in one_by_one]
 
 
 def test_unreadable_image_in_a_table_fails_only_its_example(evaluation, tmp_path):
@@ -193,8 +198,14 @@ def test_folder_can_have_other_tasks_but_not_answers_of_a_different_run(evaluati
     row = {"question_id": "1", "category": "random", "question": "Is there a dog?", "answer": "no"}
     write_parquet(tmp_path / "pope" / "test.parquet", [row | {"image_source": "a", "image": stored(1)}])
     evaluate(replace(evaluation, tasks=["pope"], data=str(tmp_path)))
-    with pytest.raises(ValueError, match="data_hashes of easy_vqa"):
+    with pytest.raises(ValueError, match=r"has a line for 'q\d+', which is not in the input: .* --limit is smaller"):
         evaluate(replace(evaluation, limit=5))
+    results = json.loads((evaluation.out / "results.json").read_text())
+    assert list(results["data_hashes"]) == ["easy_vqa", "pope"]
+    assert {entry["task"] for entry in results["results"]} == {"easy_vqa", "pope"}
+    assert (results["limit"], results["earlier"]["easy_vqa"]["limit"]) == (None, 4)
+    report = (evaluation.out / "report.md").read_text()
+    assert "## easy-VQA" in report and "| earlier run, easy_vqa | 20" in report
 
 
 def test_hash_of_an_adapter_depends_on_its_base(tmp_path):
@@ -245,13 +256,24 @@ def test_results_say_what_was_run_and_on_what(evaluation, model):
     assert overall["value"] == sum(e["scores"]["accuracy"] for e in examples_of(evaluation.out)) / 8
 
 
-def test_hash_of_the_data_depends_on_the_images(evaluation, own_data):
+def test_hash_of_the_data_depends_on_the_images(evaluation, own_data, tmp_path, monkeypatch):
     evaluation = replace(evaluation, data=str(own_data), limit=4)
     evaluate(evaluation)
     before = json.loads((evaluation.out / "results.json").read_text())["data_hashes"]
     tiny.picture(99).save(own_data / "images" / "0.png")
-    with pytest.raises(ValueError, match=f"data_hashes of easy_vqa.*{before['easy_vqa']}"):
-        evaluate(evaluation)
+    with monkeypatch.context() as context:
+        context.setattr(run, "load_any", None)
+        with pytest.raises(ValueError, match=r"answers-0\.jsonl: the line for 'q\d+' is about other data"):
+            evaluate(evaluation)
+    evaluate(replace(evaluation, out=tmp_path / "other"))
+    assert json.loads((tmp_path / "other" / "results.json").read_text())["data_hashes"] != before
+
+
+def test_answers_to_a_part_are_used_for_the_whole(evaluation, one_by_one):
+    evaluate(replace(evaluation, limit=4))
+    evaluate(evaluation)
+    assert [example["answer"] for example in examples_of(evaluation.out)] == [o["answer"] for o in one_by_one]
+    assert len(lines_of(evaluation.out / "easy_vqa" / "answers-0.jsonl")) == NUM_QUESTIONS
 
 
 def test_unknown_task_and_missing_data_are_named(evaluation, tmp_path):

@@ -208,8 +208,10 @@ def invoke(command: list[str]):
 def test_models_of_one_server_are_compared_in_one_folder(data, tmp_path, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "key")
     with chat_server(lambda request, number: "yes" if request["model"] == "org/good" else "no") as server:
-        command = ["evaluate", "--base-url", server.url, "--tasks=easy_vqa", f"--data={data}", "--out", str(tmp_path)]
-        done = invoke([*command, "--model=org/bad", "--model=org/good"])
+        command = ["evaluate", "--base-url", server.url, "--tasks=easy_vqa", f"--data={data}", "--out"]
+        # What it has spent before counts too.
+        assert invoke([*command, str(tmp_path / "bad"), "--model=org/bad"]).exit_code == 0
+        done = invoke([*command, str(tmp_path), "--model=org/bad", "--model=org/good"])
     assert done.exit_code == 0, done.output
     table = (tmp_path / "models.md").read_text()
     assert "| task | metric | org/bad | org/good |" in table

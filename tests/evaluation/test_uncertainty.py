@@ -1,6 +1,7 @@
 """Standard errors and intervals: known formulas, the right coverage, units of examples that belong together."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -54,6 +55,15 @@ def test_interval_of_other_values_is_cut_only_if_they_are_from_0_to_1():
     assert high > 10
 
 
+def test_scores_that_are_no_shares_have_no_interval_of_a_share():
+    task = Task("t", "", None, None, None, "score", corpus_metrics=lambda records: {"bias": 0.0})
+    records = [Record(Example(str(number), "", [], 0), "", "", score=Score({"score": 1.0})) for number in range(9)]
+    assert [metric.interval for metric in summarize(task, records)] == [share_interval(1, 9), share_interval(0, 9)]
+    task = replace(task, metrics_are_shares=False)
+    assert [metric.interval for metric in summarize(task, records)] == [None, None]
+    assert mean_interval([0.3, 0.3, 0.3]) is None
+
+
 def test_examples_of_one_unit_count_less_than_independent_ones():
     values, images = [1.0, 1.0, 0.0, 0.0] * 25, [number // 2 for number in range(100)]
     # The two questions about an image have the same score: as 50 independent images.
@@ -84,6 +94,7 @@ def test_bootstrap_finds_the_standard_error_of_a_mean():
 def test_metric_that_no_resample_changes_has_the_interval_of_a_share_or_none():
     assert corpus_interval(1.0, np.ones(10), 60) == share_interval(1.0, 60)
     assert corpus_interval(10.0, np.full(10, 10.0), 60) is None
+    assert corpus_interval(0.0, np.zeros(10), None) is None  # no bias of the judge is no share
     low, high = corpus_interval(0.5, np.linspace(0, 1, 101), 60)
     assert (low, high) == pytest.approx((0.025, 0.975))
 
