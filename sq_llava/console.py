@@ -27,8 +27,9 @@ class _Console(Console):
         raise  # rich would exit silently; `one_line_when_stopped` handles the BrokenPipeError
 
 
-console = _Console()
-messages_console = _Console(stderr=True)
+# Without emoji: rich would replace `:cat:` in file names and answers.
+console = _Console(emoji=False)
+messages_console = _Console(stderr=True, emoji=False)
 
 
 @cache

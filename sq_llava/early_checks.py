@@ -14,7 +14,7 @@ from pathlib import Path
 DTYPES = ("float32", "bfloat16", "float16")
 # The lock of an output folder (`sq_llava/output.py`). It does not count as content of the folder.
 LOCK_FILE = ".sq-llava.lock"
-# Files with these suffixes are the images of a folder.
+# Files with these suffixes are the images of a folder; see `is_image_file`.
 IMAGE_SUFFIXES = {".avif", ".bmp", ".gif", ".heic", ".heif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
 
 
@@ -38,14 +38,14 @@ def require_file(path: str | os.PathLike, role: str) -> None:
 
 def require_key(variable: str) -> str:
     """
-    Returns the key in an environment variable.
+    Returns the key in an environment variable, without white space at its ends, which no header can transmit.
 
     Raises:
-        ValueError: if the variable is not set.
+        ValueError: if the variable is not set, or is empty.
     """
-    key = os.environ.get(variable, "")
+    key = os.environ.get(variable, "").strip()
     if not key:
-        raise ValueError(f"--api-key-env: the environment variable {variable} is not set.")
+        raise ValueError(f"--api-key-env: the environment variable {variable} is not set, or is empty.")
     return key
 
 
@@ -79,6 +79,11 @@ def require_image(path: str | os.PathLike) -> None:
         raise ValueError(f"{path}: unknown image format, or a broken header. Save the image again as PNG or JPEG.")
 
 
+def is_image_file(file: Path) -> bool:
+    """Whether a file in a folder is one of its images, by its name. Hidden files, as macOS's `._dog.jpg`, are not."""
+    return file.suffix.lower() in IMAGE_SUFFIXES and not file.name.startswith(".") and file.is_file()
+
+
 def find_images(paths: list[Path]) -> list[Path]:
     """
     The image files among `paths`, and those in its folders, sorted by name.
@@ -89,7 +94,7 @@ def find_images(paths: list[Path]) -> list[Path]:
     found = []
     for path in paths:
         if path.is_dir():
-            images = sorted(file for file in path.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES)
+            images = sorted(filter(is_image_file, path.iterdir()))
             if not images:
                 raise ValueError(f"{path}: this folder has no images ({', '.join(sorted(IMAGE_SUFFIXES))}).")
             found += images

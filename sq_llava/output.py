@@ -28,6 +28,7 @@ import shutil
 import socket
 import sys
 import tempfile
+import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -174,7 +175,7 @@ def folder_written_whole(path: str | os.PathLike) -> Iterator[Path]:
 def temporary_folder(prefix: str) -> Iterator[Path]:
     """A folder in the machine's folder of temporary files. Those that killed processes have left are removed."""
     for lock in Path(tempfile.gettempdir()).glob(f"{prefix}*/{LOCK_FILE}"):
-        with suppress(ValueError, OSError):  # in use, or of another user
+        with suppress(OSError, ValueError, KeyError, TypeError):  # in use, of another user, or without a holder
             if json.loads(lock.read_text())["pid"] != os.getpid():
                 with output_lock(lock.parent):
                     shutil.rmtree(lock.parent)
@@ -194,8 +195,9 @@ def written_whole(path: str | os.PathLike) -> Iterator[Path]:
     if path.exists() and not path.is_file():  # such as /dev/stdout
         yield path
         return
-    # Several machines may write the same file at the same time: each has a file of its own.
-    new = path.with_name(f".{HALF_WRITTEN}{socket.gethostname()}-{os.getpid()}-{path.name}")
+    # Several threads, processes and machines may write the same file at the same time: each has a file of its own.
+    writer = f"{socket.gethostname()}-{os.getpid()}-{threading.get_ident()}"
+    new = path.with_name(f".{HALF_WRITTEN}{writer}-{path.name}")
     _remove_left_over(path)
     try:
         with full_disk_named(path):
@@ -209,10 +211,11 @@ def written_whole(path: str | os.PathLike) -> Iterator[Path]:
 
 def _remove_left_over(path: Path) -> None:
     """Removes what killed processes of this machine left of a file."""
-    name = re.compile(rf"\.{HALF_WRITTEN}(.+)-(\d+)-{re.escape(path.name)}")
-    for left in path.parent.glob(f".{HALF_WRITTEN}*-{glob.escape(path.name)}"):
+    start = f".{HALF_WRITTEN}{socket.gethostname()}-"
+    name = re.compile(rf"{re.escape(start)}(\d+)-\d+-{re.escape(path.name)}")
+    for left in path.parent.glob(f"{glob.escape(start)}*-{glob.escape(path.name)}"):
         writer = name.fullmatch(left.name)
-        if writer and writer[1] == socket.gethostname() and not _is_alive(int(writer[2])):
+        if writer and not _is_alive(int(writer[1])):
             left.unlink(missing_ok=True)
 
 

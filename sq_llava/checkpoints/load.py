@@ -225,6 +225,11 @@ def load_checkpoint(path: str, revision: str | None = None, **kwargs) -> tuple[t
     return PeftModel.from_pretrained(model, adapter), processor
 
 
+def without_adapter(model: torch.nn.Module) -> SQLlavaForConditionalGeneration:
+    """The model inside a `PeftModel`, whose layers still apply the adapter; or the model itself if it has none."""
+    return model if isinstance(model, SQLlavaForConditionalGeneration) else model.get_base_model()
+
+
 def load_base_and_processor(
     path: str,
     revision: str | None = None,

@@ -1,6 +1,9 @@
 """`sq-llava chat`: a conversation about an image in the terminal."""
 
+import os
 import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -10,13 +13,12 @@ from rich.markup import escape
 from sq_llava.cli.images import image_files
 from sq_llava.cli.options import Model, OptionsOf, load_model, takes_options
 from sq_llava.console import console, errors_in_one_line, examples, messages_console
-from sq_llava.early_checks import require_image
 from sq_llava.inference.settings import AskSettings
 from sq_llava.output import write_json
 
 
 HELP = """/ask          the model asks itself a question (shown as vusr) and answers it
-/image FILE   start over with another image
+/image FILE   start over with another image (file or URL)
 /new          start over
 /save FILE    write the conversation into a JSON file
 /help         show this list
@@ -42,16 +44,23 @@ def chat(
     with errors_in_one_line():
         if sys.stdin is None:
             raise ValueError("Standard input is closed, but chat reads your messages from it.")
-        if image == "-":
-            raise ValueError("chat reads your messages from standard input. Give the image as a file.")
-        with image_files(None if image is None else [image], "sq-llava chat IMAGE ...") as names:
-            [(file, name), *others] = names.items()
-            if others:
-                raise ValueError(f"{image} is a folder. Give one image.")
+        with _one_image(image) as (file, name):
             assistant = load_model(**model)
             _use_line_editor()
             console.print("Ask about the image. /ask: the model asks itself a question. /help: more.", style="dim")
             Chat(assistant, file, name, asking).run()
+
+
+@contextmanager
+def _one_image(image: str | None) -> Iterator[tuple[Path, str]]:
+    """Yields the image as a file, and its name for the user. What is downloaded is deleted at the end."""
+    if image == "-":
+        raise ValueError("chat reads your messages from standard input. Give the image as a file.")
+    with image_files(None if image is None else [image], "sq-llava chat IMAGE ...") as names:
+        [(file, name), *others] = names.items()
+        if others:
+            raise ValueError(f"{image} is a folder. Give one image.")
+        yield file, name
 
 
 def _use_line_editor() -> None:
@@ -76,6 +85,7 @@ class Chat:
         self.assistant = assistant
         self.file, self.name = file, name
         self.asking = asking
+        self.opened = ExitStack()  # the images of /image
         self.start([])
 
     def start(self, messages: list[dict]) -> None:
@@ -85,20 +95,25 @@ class Chat:
         self.dialogue = Dialogues(self.assistant.model, self.assistant.processor, [messages])
 
     def run(self) -> None:
-        while (line := _read_line()) not in (None, "/quit"):
-            history = list(self.dialogue.messages[0])
-            try:
-                if line.startswith("/"):
-                    self.obey(line)
-                elif line:
-                    self.answer(line)
-            except (ValueError, OSError) as error:  # e.g. a control token in the message
-                messages_console.print(f"[red]Error:[/red] {escape(str(error))}", soft_wrap=True)
-                self.start(history)
-            except KeyboardInterrupt:
-                messages_console.print("Stopped. This turn was dropped.")
-                # With an empty cache: the old one may hold half of a step.
-                self.start(history)
+        with self.opened:
+            while (line := _read_line()) not in (None, "/quit"):
+                self.take(line)
+
+    def take(self, line: str) -> None:
+        history = list(self.dialogue.messages[0])
+        try:
+            if line.startswith("/"):
+                self.obey(line)
+            elif line:
+                self.answer(line)
+        # E.g. a control token in the message, or too little memory on the GPU (RuntimeError).
+        except (ValueError, OSError, RuntimeError) as error:
+            messages_console.print(f"[red]Error:[/red] {escape(str(error))}", soft_wrap=True)
+            self.start(history)
+        except KeyboardInterrupt:
+            messages_console.print("Stopped. This turn was dropped.")
+            # With an empty cache: the old one may hold half of a step.
+            self.start(history)
 
     def obey(self, line: str) -> None:
         command, _, argument = line.partition(" ")
@@ -109,27 +124,29 @@ class Chat:
         elif command == "/help":
             console.print(HELP, markup=False, highlight=False)
         elif command == "/image":
-            self.show(Path(argument.strip()).expanduser())
+            self.show(argument.strip())
         elif command == "/save":
             self.save(argument.strip())
         else:
             raise ValueError(f"There is no command {command}. /help lists the commands.")
 
-    def show(self, file: Path) -> None:
-        require_image(file)
-        self.file, self.name = file, str(file)
+    def show(self, image: str) -> None:
+        if not image:
+            raise ValueError("/image needs a file or URL: /image dog.png")
+        self.file, self.name = self.opened.enter_context(_one_image(os.path.expanduser(image)))
         self.start([])
-        console.print(f"Now about {file}.", style="dim", markup=False)
+        console.print(f"Now about {self.name}.", style="dim", markup=False)
 
-    def save(self, path: str) -> None:
-        if not path:
+    def save(self, name: str) -> None:
+        if not name:
             raise ValueError("/save needs the name of a file: /save chat.json")
-        if Path(path).exists():
+        path = Path(name).expanduser()
+        if path.exists():
             raise ValueError(f"{path} exists already. Give another name.")
         texts = [
             {"role": message["role"], "content": _text_of(message["content"])} for message in self.dialogue.messages[0]
         ]
-        write_json(Path(path), {"image": self.name, "messages": texts})
+        write_json(path, {"image": self.name, "messages": texts})
         console.print(f"Saved {len(texts)} messages in {path}.", style="dim", markup=False)
 
     def answer(self, line: str, prefix: str = "") -> None:
@@ -149,14 +166,14 @@ class Chat:
         seed = settings.pop("seed")
         self.dialogue.seed(None if seed is None else [seed])
         [question] = self.dialogue.ask_next(**settings)
-        console.print(f"vusr: {question}", style="cyan", markup=False)
+        console.out(f"vusr: {question}", style="cyan", highlight=False)
         self.speak("assistant: ")
 
     def speak(self, prefix: str) -> None:
         """Prints the answer to the last turn: on a terminal word by word."""
         if not console.is_terminal:
             [text] = self.dialogue.answer(self.asking["max_new_tokens"])
-            console.print(prefix + text, markup=False)
+            print(prefix + text, flush=True)  # not with rich, which would wrap lines and expand tabs
             return
         from transformers import TextStreamer
 

@@ -78,7 +78,8 @@ def _download(url: str) -> bytes:
     try:
         return asyncio.run(fetch(url, MAX_BYTES))
     except ValueError as error:
-        raise ValueError(f"{url} {error}.") from error
+        reason = str(error.__cause__ or "")  # the server keeps it from its clients
+        raise ValueError(f"{url} {error}{reason and f' ({reason})'}.") from error
 
 
 @contextmanager

@@ -2,11 +2,11 @@
 
 import json
 import shlex
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -60,8 +60,8 @@ def ask(
 ) -> None:
     """Let the model ask questions about images."""
     with errors_in_one_line(), _open(images, together, model, "sq-llava ask IMAGE ...") as (shown, assistant):
-        results = _in_batches(shown, batch_size, "Asking", partial(_ask, assistant, **asking))
-        _show(results, as_json, lambda result: "\n".join(f"  {question}" for question in result["questions"]))
+        work = partial(_ask, assistant, **asking)
+        _show_all(shown, batch_size, "Asking", work, as_json, lambda result: _indented(*result["questions"]))
 
 
 def _ask(
@@ -104,11 +104,10 @@ def answer(
     with errors_in_one_line():
         thinking = SelfQuestioning(**thinking)
         with _open(images, together, model, example) as (shown, assistant):
-            if len(shown) == 1 and console.is_terminal and not (as_json or thinking.self_questions):
-                _stream(assistant.stream(shown[0].files, question, max_new_tokens))
-                return
             work = partial(_answer, assistant, question, thinking, max_new_tokens, seed)
-            _show(_in_batches(shown, batch_size, "Answering", work), as_json, _text_of)
+            if len(shown) == 1 and console.is_terminal and not (as_json or thinking.self_questions):
+                work = partial(_stream, assistant, question, max_new_tokens)
+            _show_all(shown, batch_size, "Answering", work, as_json, _text_of)
 
 
 def _answer(
@@ -123,19 +122,24 @@ def _answer(
 
 
 def _text_of(result: dict) -> str:
-    asked = [
-        f"  vusr: {pair['question']}\n  assistant: {pair['answer']}"
-        for pairs in result.get("asked", [])
-        for pair in pairs
-    ]
-    return "\n".join([*asked, f"  {result['answer']}"])
+    pairs = chain.from_iterable(result.get("asked", []))
+    asked = (line for pair in pairs for line in (f"vusr: {pair['question']}", f"assistant: {pair['answer']}"))
+    return _indented(*asked, result["answer"])
 
 
-def _stream(pieces: Iterator[str]) -> None:
+def _indented(*lines: str) -> str:
+    return "\n".join(f"  {line}" for line in lines)
+
+
+def _stream(assistant, question: str, max_new_tokens: int, batch: list[Shown]) -> list[dict]:
+    """Prints the answer about the only image of the batch word by word. Returns nothing more to print."""
     printer = Printer("  ")
-    for piece in pieces:
-        printer(piece)
-    printer("", stream_end=True)
+    try:
+        for piece in assistant.stream(batch[0].files, question, max_new_tokens):
+            printer(piece)
+    finally:
+        printer("", stream_end=True)
+    return []
 
 
 @contextmanager
@@ -157,21 +161,38 @@ def _open(
         yield shown, load_model(**model)
 
 
-def _in_batches(
-    shown: list[Shown], batch_size: int, description: str, work: Callable[[list[Shown]], list[dict]]
-) -> list[dict]:
-    """Calls `work` on batches of the images, with a progress bar, and returns all results."""
+def _show_all(
+    shown: list[Shown],
+    batch_size: int,
+    description: str,
+    work: Callable[[list[Shown]], list[dict]],
+    as_json: bool,
+    text_of: Callable[[dict], str],
+) -> None:
+    """
+    Calls `work` on batches of the images, and prints the results: texts after each batch, JSON at the end. If an image
+    fails or the command is stopped, the results before it are printed too.
+    """
+    is_quiet = len(shown) == 1 or (console.is_terminal and not as_json)
+    # With redirect_stdout, what is printed to a file would go to the terminal of the bar.
+    progress = Progress(console=messages_console, transient=True, redirect_stdout=False, disable=is_quiet)
     results = []
-    with Progress(console=messages_console, transient=True, disable=len(shown) == 1) as progress:
-        bar = progress.add_task(description, total=len(shown))
-        for start in range(0, len(shown), batch_size):
-            batch = shown[start : start + batch_size]
-            results += _together_or_alone(batch, work)
-            progress.advance(bar, len(batch))
-    return results
+    try:
+        with progress:
+            bar = progress.add_task(description, total=len(shown))
+            for start in range(0, len(shown), batch_size):
+                batch = shown[start : start + batch_size]
+                for result in _together_or_alone(batch, work):
+                    results.append(result)
+                    if not as_json:
+                        _print(result, text_of, has_name=len(shown) > 1)
+                progress.advance(bar, len(batch))
+    finally:
+        if as_json:
+            print(json.dumps(results, indent=2, ensure_ascii=False))
 
 
-def _together_or_alone(batch: list[Shown], work: Callable[[list[Shown]], list[dict]]) -> list[dict]:
+def _together_or_alone(batch: list[Shown], work: Callable[[list[Shown]], list[dict]]) -> Iterator[dict]:
     """
     Calls `work` on a batch. If that fails, it is called on each image alone.
 
@@ -179,19 +200,16 @@ def _together_or_alone(batch: list[Shown], work: Callable[[list[Shown]], list[di
         ValueError: if it fails on a single image. The message names it.
     """
     try:
-        return work(batch)
+        results = work(batch)
     except (ValueError, RuntimeError) as error:
         if len(batch) == 1:
             raise ValueError(f"{batch[0].name}: {error}") from error
-    return [result for shown in batch for result in _together_or_alone([shown], work)]
+        results = chain.from_iterable(_together_or_alone([shown], work) for shown in batch)
+    yield from results
 
 
-def _show(results: list[dict], as_json: bool, text_of: Callable[[dict], str]) -> None:
-    if as_json:
-        json.dump(results, sys.stdout, indent=2, ensure_ascii=False)
-        print()
-        return
-    for result in results:
-        if len(results) > 1:
-            console.print(result["image"], style="bold", markup=False)
-        console.print(text_of(result), markup=False, highlight=False)
+def _print(result: dict, text_of: Callable[[dict], str], has_name: bool) -> None:
+    if has_name:
+        console.out(result["image"], style="bold", highlight=False)
+    # Not with rich, which would wrap lines and expand tabs.
+    print(text_of(result), flush=True)

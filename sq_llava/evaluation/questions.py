@@ -23,7 +23,7 @@ from sq_llava.data.images import open_image
 from sq_llava.data.messages import place_images
 from sq_llava.data.rows import load_rows
 from sq_llava.data.sources import DataSource, holds_dataset
-from sq_llava.early_checks import IMAGE_SUFFIXES
+from sq_llava.early_checks import IMAGE_SUFFIXES, is_image_file
 from sq_llava.evaluation.easy_vqa import answer_question, derive_caption, presumes
 from sq_llava.evaluation.question_metrics import distinct_n, self_bleu, type_shares, words_of
 from sq_llava.inference.assistant import Assistant
@@ -66,7 +66,7 @@ def read_pictures(place: str, image_root: str | None = None) -> list[Picture]:
         ValueError: If there are no images.
     """
     folder = Path(place)
-    files = sorted(file for file in folder.glob("*") if file.suffix.lower() in IMAGE_SUFFIXES)
+    files = sorted(filter(is_image_file, folder.glob("*")))
     if files:
         return [Picture(str(file), file, number=number) for number, file in enumerate(files)]
     if folder.is_dir() and not holds_dataset(folder):

@@ -34,7 +34,7 @@ from rich.progress import track
 from sq_llava.checkpoints.provenance import public_name
 from sq_llava.console import messages_console
 from sq_llava.data.images import open_image
-from sq_llava.early_checks import IMAGE_SUFFIXES
+from sq_llava.early_checks import IMAGE_SUFFIXES, is_image_file
 from sq_llava.generation.describing import Description, LocalDescriber, Prompts, Repairer, ServerDescriber
 from sq_llava.generation.prompt_files import draw
 from sq_llava.generation.review_sheet import Decision, Entry, check_decisions, read_decisions, write_sheet
@@ -211,7 +211,7 @@ def find_images(settings: CurateSettings) -> dict[str, Path]:
     root = settings.images
     if not root.is_dir():
         raise ValueError(f"{root}: no such folder of images.")
-    files = sorted(file for file in root.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file())
+    files = sorted(filter(is_image_file, root.rglob("*")))
     if not files:
         raise ValueError(f"{root}: holds no images ({', '.join(sorted(IMAGE_SUFFIXES))}).")
     for file in files:

@@ -1,6 +1,6 @@
 """The model asks itself about an image before it answers, and answers with its own questions in view.
 
-    user: <image> DESCRIBE     assistant: a description        unless the conversation has an answer already
+    user: <image> DESCRIBE     assistant: a description        unless there is an answer, and no new image
     vusr: What is behind it?   assistant: A tree.              `self_questions` times
     user: the user's question  assistant: the answer
 
@@ -66,19 +66,20 @@ def answer_after_asking(
             raise ValueError("self_questions needs messages that end with a user turn.")
     found: list[Considered | None] = [None] * len(conversations)
     # Conversations that need a description come in one batch, the others in another one.
-    for is_new in (True, False):
-        places = [place for place, messages in enumerate(conversations) if _is_new(messages) == is_new]
+    for describe in (True, False):
+        places = [place for place, messages in enumerate(conversations) if _needs_description(messages) == describe]
         if places:
             own_seeds = None if seeds is None else [seeds[place] for place in places]
             batch = [conversations[place] for place in places]
-            results = _consider(model, processor, batch, is_new, settings, max_new_tokens, own_seeds)
+            results = _consider(model, processor, batch, describe, settings, max_new_tokens, own_seeds)
             for place, result in zip(places, results, strict=True):
                 found[place] = result
     return found
 
 
-def _is_new(messages: list[dict]) -> bool:
-    return all(message["role"] != "assistant" for message in messages)
+def _needs_description(messages: list[dict]) -> bool:
+    """Whether there is no answer yet, or the last turn has an image, which no answer is about."""
+    return bool(images_of(messages[-1:])) or all(message["role"] != "assistant" for message in messages)
 
 
 @dataclass(frozen=True)
@@ -183,11 +184,11 @@ def _consider_together(model, processor, conversations, describe, settings, max_
 
 def split_last_turn(messages: list[dict]) -> tuple[list[dict], dict]:
     """
-    Returns what comes before the model's own questions, and the user's last turn. If there is no answer yet, the
-    images move from the last turn into one that asks for a description.
+    Returns what comes before the model's own questions, and the user's last turn. Images of the last turn move into
+    one that asks for a description, so that the model sees them before it asks.
     """
     *head, last = messages
-    if not _is_new(messages):
+    if not _needs_description(messages):
         return head, last
     images = [part for part in last["content"] if part["type"] == "image"]
     texts = [part for part in last["content"] if part["type"] != "image"]

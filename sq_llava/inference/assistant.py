@@ -69,7 +69,8 @@ class Assistant:
             self_questions (`int`): Number of questions that the model asks itself about the image, and answers,
                 before it answers (`sq_llava/inference/asking_first.py`).
             votes (`int`): With `self_questions`: do this several times, and take the most frequent answer.
-            seed (`int`, *optional*): With `self_questions`: random seed of the questions.
+            seed (`int`, *optional*): With `self_questions`: random seed of the questions. To repeat a sampled answer,
+                call `transformers.set_seed` first.
             generate_kwargs: Passed to `generate`, e.g. `do_sample=True, temperature=0.7`. With
                 `cache_implementation="static"`, transformers compiles the decoding on a GPU, once for each length. Not
                 with `self_questions`.
@@ -78,7 +79,7 @@ class Assistant:
             The answer, stripped.
 
         Raises:
-            ValueError: if the conversation fills the model's context.
+            ValueError: if the conversation fills the model's context, or `seed` is given without `self_questions`.
         """
         if self_questions or votes != 1:
             if generate_kwargs:
@@ -87,6 +88,11 @@ class Assistant:
                 )
             settings, seeds = SelfQuestioning(self_questions, votes), None if seed is None else [seed]
             return self.consider_batch([(images, messages)], settings, max_new_tokens, seeds)[0].answer
+        if seed is not None:
+            raise ValueError(
+                f"seed is {seed}, but there are no self_questions, whose seed it is. To repeat a sampled answer, call "
+                "transformers.set_seed first."
+            )
         return self.answer_batch([(images, messages)], max_new_tokens, **generate_kwargs)[0]
 
     def render(self, messages: list[dict]) -> str:
@@ -122,11 +128,11 @@ class Assistant:
             One answer for each request, stripped.
         """
         conversations = place_images_of_all(requests)
-        settings = {"do_sample": False, **generate_kwargs, "max_new_tokens": max_new_tokens}
         prompts = token_ids(self.processor, conversations)
-        settings["max_new_tokens"] = room_in_context(self.model, [max(map(len, prompts))], max_new_tokens)
-        if len(requests) > 1 and settings["max_new_tokens"] < max_new_tokens:
-            # The longest prompt leaves too little room in the context. Only its own answer may be cut short.
+        rooms = [room_in_context(self.model, [len(prompt)], max_new_tokens) for prompt in prompts]
+        settings = {"do_sample": False, **generate_kwargs, "max_new_tokens": min(rooms)}
+        if min(rooms) < max(rooms) and not _is_plain(self.model, settings):
+            # The result could depend on the maximum length, as that of a beam search does.
             return [self.answer(*request, max_new_tokens, **generate_kwargs) for request in requests]
         images = [images_of(conversation) for conversation in conversations]
         prefixes = _prefixes_with_images(prompts, images, self.processor.image_token_id)
@@ -134,8 +140,15 @@ class Assistant:
             inputs = self._read_prefixes(prompts, images, prefixes)
         else:
             inputs = model_inputs(self.model, self.processor, prompts, list(chain.from_iterable(images)))
-        output = self.model.generate(**inputs, **settings)
-        return decode(self.processor, output[:, inputs["input_ids"].shape[1] :])
+        new_tokens = self.model.generate(**inputs, **settings)[:, inputs["input_ids"].shape[1] :]
+        answers = decode(self.processor, new_tokens)
+        # The longest prompt leaves the least room in the context. Only its own answer may be cut short.
+        end = self.model.generation_config.eos_token_id
+        has_ended = torch.isin(new_tokens.cpu(), torch.tensor([] if end is None else end, dtype=torch.long)).any(dim=1)
+        for row, room in enumerate(rooms):
+            if room > min(rooms) and not has_ended[row]:
+                answers[row] = self.answer(*requests[row], max_new_tokens, **generate_kwargs)
+        return answers
 
     def _read_prefixes(self, prompts: list[list[int]], images: list[list], prefixes: list[tuple[int, int]]) -> dict:
         """Inputs for `generate`, with the cached states of each different prefix."""
@@ -343,10 +356,14 @@ def _prefixes_with_images(prompts: list[list[int]], images: list[list], image_to
     return prefixes
 
 
+def _is_plain(model: SQLlavaForConditionalGeneration, settings: dict) -> bool:
+    """`True` if `generate` extends each row token by token, up to the EOS token of the model's generation config."""
+    known = {"do_sample", "temperature", "top_k", "top_p", "num_beams", "max_new_tokens"}
+    return settings.keys() <= known and (settings.get("num_beams", model.generation_config.num_beams) or 1) == 1
+
+
 def _can_share(model: SQLlavaForConditionalGeneration, prompts: list[list[int]], settings: dict) -> bool:
     """`True` if `generate` accepts a filled cache with these settings, and the model allows padding inside a row."""
-    known = {"do_sample", "temperature", "top_k", "top_p", "num_beams", "max_new_tokens"}
     length = 2 * max(map(len, prompts)) + settings["max_new_tokens"]
-    saved = model.generation_config
-    is_plain = settings.keys() <= known and (settings.get("num_beams", saved.num_beams) or 1) == 1
-    return is_plain and saved.cache_implementation is None and allows_gaps(model, length)
+    is_dynamic = model.generation_config.cache_implementation is None
+    return is_dynamic and _is_plain(model, settings) and allows_gaps(model, length)

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from sq_llava.checkpoints.load import without_adapter
 from sq_llava.inference.assistant import Assistant
 
 
@@ -51,7 +52,7 @@ def look(assistant: Assistant, image: Image.Image) -> PrototypeMap:
     Raises:
         ValueError: if the model has no prototypes.
     """
-    model = assistant.model.model
+    model = without_adapter(assistant.model).model
     if model.config.prototype_variant == "none":
         raise ValueError("This model has no prototypes: prototype_variant in its config.json is 'none'.")
     pixel_values = assistant.processor.image_processor(image, return_tensors="pt")["pixel_values"]

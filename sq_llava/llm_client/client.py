@@ -66,7 +66,7 @@ Result = TypeVar("Result")
 FINAL_STATUSES = (401, 404)
 NO_MONEY = "insufficient_quota"
 # The request was not sent. Compared by name: releases of openai use different HTTP libraries, which share these names.
-NOT_CONNECTED = ("ConnectError", "ConnectTimeout", "PoolTimeout")
+NOT_CONNECTED = ("ConnectError", "ConnectTimeout", "LocalProtocolError", "PoolTimeout", "UnsupportedProtocol")
 # After this many failures in a row for the same reason, all requests would probably fail. A server that has answered
 # gets more patience: a few requests in a row may be refused for what is in them. So does one that is busy.
 NUM_IN_A_ROW, NUM_BEFORE_ANSWERS = 10, 5
@@ -157,7 +157,8 @@ class ChatClient:
         key: str | None = None,
         other_journals: Sequence[Path] = (),
     ):
-        self._key = os.environ.get("OPENAI_API_KEY", "") if key is None else key
+        # A line break at its end, as from a file of Windows, is not allowed in a header.
+        self._key = (os.environ.get("OPENAI_API_KEY", "") if key is None else key).strip()
         if key is None and not self._key and not reads_only:
             raise ValueError("OPENAI_API_KEY is not set: export it. If your server needs no key, any text will do.")
         self.settings = settings

@@ -6,19 +6,22 @@ uses Gradio's `cancels`, which would show the word "Error" over the conversation
 
 import html
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from importlib.resources import files
 from pathlib import Path
-from threading import Event
+from threading import Event, Lock
 
 import gradio as gr
 
+from image_processing_sq_llava import open_header, open_stream
 from sq_llava.data.images import MAX_SENT_SIDE, open_image, open_sent_image
 from sq_llava.inference.assistant import Assistant
 from sq_llava.output import written_whole
 from sq_llava.page.dialogue import BUSY, Settings, Turn, View, complete, converse, opening, reply
 from sq_llava.page.line import Line, LineIsFull, Waiting
 from sq_llava.page.prototype_picture import EMPTY, prototype_picture
+from sq_llava.serving.images import FORMATS
 
 
 PHOTOS = files("sq_llava.page") / "photos"
@@ -27,6 +30,8 @@ EXAMPLES = (
     ("What is the cat looking at?", PHOTOS / "cat.jpg"),
     ("What is on the table?", PHOTOS / "coffee.jpg"),
 )
+# What every browser shows, by Pillow's names. MPO: a JPEG of a phone, with another picture behind it.
+BROWSER_FORMATS = (*FORMATS, "MPO")
 # Seconds after which a visitor is told how long it takes.
 PATIENCE = 3
 # Seconds that a new run waits until the last one of the same visitor has ended. It takes a tenth of a second.
@@ -51,6 +56,7 @@ class Page:
     def __init__(self, assistant: Assistant):
         self.assistant, self.line = assistant, Line()
         self.runs: dict[str, Run] = {}
+        self.lock = Lock()  # for `runs`
 
     def reply(self, request: gr.Request, box: dict, turns: list[Turn], *settings) -> Iterator[tuple]:
         """Answers what is typed, or describes a new picture. Then the model suggests questions."""
@@ -80,8 +86,8 @@ class Page:
 
     def clear(self, request: gr.Request) -> tuple:
         """Ends the run of a visitor, and empties the conversation."""
-        self._end(request.session_hash)
-        return *shown(View([])), stop_button(is_running=False)
+        with self._only_run(request.session_hash):
+            return *shown(View([])), stop_button(is_running=False)
 
     def look(self, picture: str | None) -> str:
         """The prototype picture."""
@@ -89,15 +95,27 @@ class Page:
 
     def _run(self, request: gr.Request, box: dict, turns: list[Turn], work, settings: Settings) -> Iterator[tuple]:
         """Shows each step of `work`. Wrong input is a warning; then the box gets back what was typed."""
-        visitor = request.session_hash
-        self._end(visitor)
-        run = self.runs[visitor] = Run()
-        try:
+        with self._only_run(request.session_hash) as run:
             yield from self._shown_steps(run, box, turns, work, settings)
+
+    @contextmanager
+    def _only_run(self, visitor: str) -> Iterator[Run]:
+        """Takes the place of the visitor's last run, and waits until that is over. Of two clicks, the later counts."""
+        run = Run()
+        with self.lock:
+            last, self.runs[visitor] = self.runs.get(visitor), run
+            if last:
+                last.is_replaced = True
+                last.stopped.set()
+        try:
+            if last:
+                last.over.wait(SECONDS_TO_END)
+            yield run
         finally:
             run.over.set()
-            if self.runs.get(visitor) is run:
-                del self.runs[visitor]
+            with self.lock:
+                if self.runs.get(visitor) is run:
+                    del self.runs[visitor]
 
     def _shown_steps(self, run: Run, box: dict, turns: list[Turn], work, settings: Settings) -> Iterator[tuple]:
         """The steps as values for the `outputs`, and at the end the ones that stay."""
@@ -132,12 +150,6 @@ class Page:
         last = box_at_end, *shown(view, note), stop_button(is_running=False)
         # Gradio sends the last values once more at the end, perhaps after the first ones of what replaces this run.
         yield tuple(gr.skip() for _ in last) if run.is_replaced else last
-
-    def _end(self, visitor: str) -> None:
-        if run := self.runs.pop(visitor, None):
-            run.is_replaced = True
-            run.stopped.set()
-            run.over.wait(SECONDS_TO_END)
 
 
 def shown(view: View, note: str = "") -> tuple:
@@ -179,13 +191,17 @@ def _continued(turns: list[Turn], box: dict) -> list[Turn]:
     if not box["text"].strip() and not box["files"] and turns:
         return [*answered, *(turn for turn in unanswered if turn.role == "user")]
     kept = [file for turn in unanswered for file in turn.files]
-    return [*answered, opening(box["text"], [*kept, *map(_scaled_down, box["files"])])]
+    return [*answered, opening(box["text"], [*kept, *map(_for_browsers, box["files"])])]
 
 
-def _scaled_down(file: str) -> str:
-    """Checks an uploaded picture. One that is larger than a model needs is replaced by a smaller copy."""
+def _for_browsers(file: str) -> str:
+    """Checks an uploaded picture. A very large one, and one that browsers do not show, is replaced by a JPEG."""
     image = open_sent_image(file)
-    if max(image.size) == MAX_SENT_SIDE:
-        with written_whole(file) as smaller:
-            image.save(smaller, "JPEG", quality=95)
-    return file
+    with open_stream(file) as stream, open_header(stream) as sent:
+        is_shown = sent.format in BROWSER_FORMATS
+    if is_shown and max(image.size) < MAX_SENT_SIDE:
+        return file
+    copy = Path(file).with_suffix(".jpg")
+    with written_whole(copy) as new:
+        image.save(new, "JPEG", quality=95)
+    return str(copy)

@@ -141,7 +141,8 @@ def create_page(assistant: Assistant) -> gr.Blocks:
             if assistant.model.config.prototype_variant != "none":
                 with gr.Column(scale=2, min_width=300):
                     prototypes = gr.HTML(EMPTY, elem_id="prototypes", js_on_load=None)
-                    picture.change(page.look, picture, prototypes, **UNSEEN)
+                    # One at a time, however many pictures are uploaded.
+                    picture.change(page.look, picture, prototypes, concurrency_limit=1, **UNSEEN)
 
         blocks.load(js=NAMES, **UNSEEN)
         # The visitors' line is in `Page`, so Gradio's own queue lets everybody in. A visitor can send a question while

@@ -30,6 +30,7 @@ def check_note(out: Path, about: dict[str, Any], identity: Sequence[str]) -> dic
     for name in identity if before else ():
         was, now = before.get(name), about[name]
         if isinstance(now, dict):  # such as settings: only those that both runs have must be equal
+            was = was or {}
             differing = [each for each in was.keys() & now.keys() if was[each] != now[each]]
             about = {**about, name: was | now}
             name = f"{name} of {', '.join(sorted(differing))}"

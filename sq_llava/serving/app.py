@@ -66,8 +66,11 @@ def create_app(
             closed. Default: all names, no other origin, and no path.
 
     Raises:
-        ValueError: if the model cannot be batched, or its generation_config.json has an unsupported setting.
+        ValueError: if the API key is empty, the model cannot be batched, or its generation_config.json has an
+            unsupported setting.
     """
+    if api_key is not None and not api_key.strip():
+        raise ValueError("api_key is empty: give a key, or None for a server that is open to everybody.")
     access = access or Access()
     engine = Engine(assistant, max_batch_size)
     metrics = Metrics(engine)
@@ -85,10 +88,9 @@ def create_app(
     app.add_middleware(Gate, limits=limits, max_requests=max_batch_size + limits.max_waiting, metrics=metrics)
     app.add_middleware(ApiKey, api_key=api_key)
     if access.cors:
-        # Outside of ApiKey: a browser asks for leave without the key.
-        headers = ["Authorization", "Content-Type"]
+        # Outside of ApiKey: a browser asks for leave without the key. OpenAI's client sends headers of its own.
         app.add_middleware(
-            CORSMiddleware, allow_origins=access.cors, allow_methods=["GET", "POST"], allow_headers=headers
+            CORSMiddleware, allow_origins=access.cors, allow_methods=["GET", "POST"], allow_headers=["*"]
         )
     app.add_middleware(TrustedHostMiddleware, allowed_hosts=access.allowed_hosts or ["*"], www_redirect=False)
     app.add_exception_handler(HTTPException, _http_error)
@@ -172,7 +174,7 @@ class ApiKey:
 
     def __init__(self, app: ASGIApp, api_key: str | None):
         self.app = app
-        self.expected = None if api_key is None else hashlib.sha256(api_key.encode()).digest()
+        self.expected = None if api_key is None else hashlib.sha256(api_key.strip().encode()).digest()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and self.expected is not None and scope["path"] not in OPEN_PATHS:

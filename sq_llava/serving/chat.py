@@ -90,57 +90,60 @@ class ChatService:
             raise ApiError(400, message, param="n")
         images = await self._read_images(chat)
         messages = await self._in_thread(self._place_images, chat, images)
-        extra, num_tokens = {}, 0
-        if chat.self_questions:
-            messages, extra, num_tokens = await self._ask_itself(chat, messages)
-        elif chat.asks and messages[-1]["role"] != "assistant":
-            # The model has learned to ask only after an answer.
+        # The model has learned to ask only after an answer.
+        answers_first = chat.asks and messages[-1]["role"] != "assistant"
+        if answers_first:
             _describe_unless_asked(messages)
-            answer = await self._add_turn(chat, messages)
+        # The limits are for what the client sends. What the model adds to it is kept short enough.
+        prompt = await self._in_thread(self._encode, messages, chat.asks and not answers_first, True)
+        sampling = self._sampling(chat, len(prompt.input_ids))
+        if chat.self_questions:
+            messages, extra, num_tokens = await self._ask_itself(chat, messages, sampling)
+        elif answers_first:
+            own_turns = OwnTurns(self.context_length, 0, sampling.max_new_tokens, most=sampling.max_new_tokens)
+            answer = await self._add_turn(messages, sampling, partial(own_turns.length, turns_left=1))
             extra, num_tokens = {"first_answer": answer.content}, answer.num_tokens
+        else:
+            return Ready(chat, prompt, sampling)
         prompt = await self._in_thread(self._encode, messages, chat.asks)
-        return Ready(chat, prompt, self._sampling(chat, len(prompt.input_ids)), extra, num_tokens)
+        room = self.context_length - len(prompt.input_ids)
+        sampling = replace(sampling, max_new_tokens=min(sampling.max_new_tokens, room))
+        return Ready(chat, prompt, sampling, extra, num_tokens)
 
-    async def _ask_itself(self, chat: ChatCompletionRequest, messages: list[dict]) -> tuple[list[dict], dict, int]:
+    async def _ask_itself(
+        self, chat: ChatCompletionRequest, messages: list[dict], sampling: Sampling
+    ) -> tuple[list[dict], dict, int]:
         """Returns messages with the model's own questions and answers, these as fields, and the number of tokens."""
         if not images_of(messages) or messages[-1]["role"] == "assistant":
             message = "self_questions needs an image, and messages that end with a user turn."
             raise ApiError(400, message, param="self_questions")
         messages, last = split_last_turn(messages)
-        answer_tokens = chat.max_completion_tokens or chat.max_tokens or DEFAULT_NEW_TOKENS
         last_tokens = len((await self._in_thread(self._encode, [last], False)).input_ids)
-        own_turns = OwnTurns(self.context_length, last_tokens, answer_tokens)
+        own_turns = OwnTurns(self.context_length, last_tokens, sampling.max_new_tokens)
         asks = [True, False] * chat.self_questions
         if messages[-1]["role"] != "assistant":
             asks.insert(0, False)  # the description
         turns = []
         for place, ask in enumerate(asks):
             length = partial(own_turns.length, turns_left=len(asks) - place, ask=ask)
-            turns.append(await self._add_turn(chat, messages, ask, length))
+            turns.append(await self._add_turn(messages, sampling, length, ask))
         own = [turn.content for turn in turns[len(asks) % 2 :]]
         asked = [{"question": question, "answer": answer} for question, answer in zip(own[::2], own[1::2])]
         return [*messages, last], {"asked": asked}, sum(turn.num_tokens for turn in turns)
 
     async def _add_turn(
-        self,
-        chat: ChatCompletionRequest,
-        messages: list[dict],
-        ask: bool = False,
-        length: Callable[[int], int] | None = None,
+        self, messages: list[dict], sampling: Sampling, length: Callable[[int], int], ask: bool = False
     ) -> "_Text":
         """
         Generates the next turn, an answer (greedy) or a question (sampled), and appends it to `messages`.
 
         Args:
-            length (`Callable`, *optional*): Maximum length of the turn after a prompt of so many tokens. Default: what
-                the request asks for.
+            sampling (`Sampling`): The settings of the request. Only their seed is used.
+            length (`Callable`): Maximum length of the turn after a prompt of so many tokens.
         """
         prompt = await self._in_thread(self._encode, messages, ask)
-        sampling = replace(self._sampling(chat, len(prompt.input_ids)), temperature=0.0, stop=())
-        if ask:
-            sampling = replace(sampling, **QUESTION_SAMPLING)
-        if length is not None:
-            sampling = replace(sampling, max_new_tokens=length(len(prompt.input_ids)))
+        settings = QUESTION_SAMPLING if ask else {}
+        sampling = Sampling(length(len(prompt.input_ids)), seed=sampling.seed, **settings)
         text = await self._generate_one(prompt, sampling)
         messages.append({"role": "vusr" if ask else "assistant", "content": [{"type": "text", "text": text.content}]})
         return text
@@ -157,13 +160,14 @@ class ChatService:
         if len(places) > self.limits.max_images:
             message = f"The request has {len(places)} images: at most {self.limits.max_images} are allowed."
             raise ApiError(400, message, "too_many_images", "messages")
-        found, pixels = [], 0
+        found, pixels, remote_bytes_left = [], 0, self.limits.max_body_bytes
         for place, url in places:
             try:
                 if url.startswith("data:"):
-                    data = decode_data_url(url)
+                    data = await self._in_thread(decode_data_url, url)
                 elif url.startswith(("http://", "https://")) and self.limits.allow_remote_images:
-                    data = await fetch(url, self.limits.max_body_bytes)
+                    data = await fetch(url, remote_bytes_left)
+                    remote_bytes_left -= len(data)
                 elif url.startswith(("http://", "https://")):
                     raise ValueError("is a remote image, which this server does not fetch. Send it as a data: URL")
                 else:
@@ -202,8 +206,9 @@ class ChatService:
         except ValueError as error:
             raise ApiError(400, f"{place} {error}.", "invalid_image", place) from error
 
-    def _encode(self, messages: list[dict], ask: bool) -> Prompt:
-        most = self.limits.max_prompt_tokens or self.context_length - 1
+    def _encode(self, messages: list[dict], ask: bool, is_sent: bool = False) -> Prompt:
+        """`is_sent`: the messages are those of the client, without turns of the model, so the limits apply."""
+        most = (is_sent and self.limits.max_prompt_tokens) or self.context_length - 1
         parts = [part for message in messages for part in message["content"]]
         images = sum(part["type"] == "image" for part in parts)
         # Tokenizing takes time, so first refuse what is certainly too long.

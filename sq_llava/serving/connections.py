@@ -74,7 +74,8 @@ def hosts_to_accept(host: str, allowed_hosts: Sequence[str] | None) -> list[str]
     The names of the server that a request may have in its `Host` header, for Starlette's `TrustedHostMiddleware`.
 
     On a loopback address these are the names of this machine. Otherwise a web page could let its own name point to
-    this machine (DNS rebinding), and a visitor's browser would let it read the replies.
+    this machine (DNS rebinding), and a visitor's browser would let it read the replies. These names are accepted
+    on every address: programs on this machine use them, such as a health check, and Gradio when it starts.
 
     Args:
         host (`str`): The address that the server listens on.
@@ -88,7 +89,7 @@ def hosts_to_accept(host: str, allowed_hosts: Sequence[str] | None) -> list[str]
             raise ValueError(
                 f"--allowed-hosts is {name!r}: give a name without port, such as example.org, *.example.org or *."
             )
-    if not is_loopback(host):
-        return list(allowed_hosts or ["*"])
+    if not (allowed_hosts or is_loopback(host)):
+        return ["*"]
     own = f"[{host}]" if ":" in host else host
     return [*LOOPBACK_NAMES, own, *(allowed_hosts or [])]

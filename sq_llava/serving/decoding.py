@@ -184,7 +184,7 @@ class Batch:
 
     @torch.inference_mode()
     def join(self, prompts: list[Prompt], rows: list[list[Row]]) -> None:
-        """Runs the prompts in one pass, and adds the rows of each prompt to the batch."""
+        """Runs the prompts in one pass, and adds the rows of each prompt. After an error, the batch is as before."""
         if not prompts:
             return
         # Padding is masked, but must not be an image placeholder. No prompt ends with one, so pad with its last token.
@@ -206,8 +206,8 @@ class Batch:
         cache.batch_select_indices(each)
         mask, logits = mask[each], outputs.logits[each, -1].float()
         if self.rows:
-            cache, mask = _join_caches(self.cache, self.mask, cache, mask)
             logits = torch.cat([self.logits, logits])
+            cache, mask = _join_caches(self.cache, self.mask, cache, mask)
         self.cache, self.mask, self.logits = cache, mask, logits
         self.rows = self.rows + [row for own in rows for row in own]
 
@@ -278,15 +278,22 @@ def _check_cache(cache: Cache) -> None:
 def _join_caches(
     first: Cache, first_mask: torch.Tensor, second: Cache, second_mask: torch.Tensor
 ) -> tuple[Cache, torch.Tensor]:
-    length = max(first_mask.shape[1], second_mask.shape[1])
-    before = (length - first_mask.shape[1], length - second_mask.shape[1])
-    for layer, other in zip(first.layers, second.layers):
-        for name in ("keys", "values"):
-            states = (getattr(layer, name), getattr(other, name))
-            padded = [F.pad(state, (0, 0, spare, 0)) for state, spare in zip(states, before)]
-            setattr(layer, name, torch.cat(padded))
-    masks = [F.pad(mask, (spare, 0)) for mask, spare in zip((first_mask, second_mask), before)]
-    return first, torch.cat(masks)
+    """Joins the second cache to the first, layer by layer: a copy of the whole would take more memory."""
+    num_rows, width = first_mask.shape
+    length = max(width, second_mask.shape[1])
+    before = (length - width, length - second_mask.shape[1])
+    mask = torch.cat([F.pad(mask, (spare, 0)) for mask, spare in zip((first_mask, second_mask), before)])
+    try:
+        for layer, other in zip(first.layers, second.layers):
+            for name in ("keys", "values"):
+                states = (getattr(layer, name), getattr(other, name))
+                padded = [F.pad(state, (0, 0, spare, 0)) for state, spare in zip(states, before)]
+                setattr(layer, name, torch.cat(padded))
+    except Exception:  # e.g. out of memory: the layers that were joined become what they were
+        for layer in first.layers:
+            layer.keys, layer.values = layer.keys[:num_rows, :, -width:], layer.values[:num_rows, :, -width:]
+        raise
+    return first, mask
 
 
 def check_settings(settings: GenerationConfig) -> None:

@@ -128,13 +128,15 @@ class Engine:
                 if self.is_closed and not self.waiting and not self.running:
                     return
                 joining = self._take_waiting()
+            # After any error with some requests (e.g. out of memory), the others must be served.
             try:
-                self._advance(joining)
-            # After any error with one batch (e.g. out of memory), the next batches must be served.
+                self._join(joining)
             except Exception:
-                logger.exception("Generation failed. %d requests get an error.", len(self.running))
-                for generation in self.running:
-                    generation.deliver(Failure("The model failed on this request."))
+                _fail(joining)
+            try:
+                self._advance()
+            except Exception:
+                _fail(self.running)
                 self.running = []
                 self.batch = Batch(self.batch.model)
 
@@ -147,14 +149,16 @@ class Engine:
             room -= generation.num_rows
         return joining
 
-    def _advance(self, joining: list[Generation]) -> None:
+    def _join(self, joining: list[Generation]) -> None:
         for generation in joining:
             generation.rows = [
                 Row.begin(generation.sampling, index, self.tokenizer, self.device)
                 for index in range(generation.num_rows)
             ]
-        self.running += joining
         self.batch.join([generation.prompt for generation in joining], [generation.rows for generation in joining])
+        self.running += joining
+
+    def _advance(self) -> None:
         self.running = [generation for generation in self.running if not generation.is_cancelled]
         wanted = {row for generation in self.running for row in generation.rows}
         self.batch.keep([index for index, row in enumerate(self.batch.rows) if row in wanted])
@@ -168,3 +172,10 @@ class Engine:
             self.running = [
                 generation for generation in self.running if any(row.finish_reason is None for row in generation.rows)
             ]
+
+
+def _fail(generations: list[Generation]) -> None:
+    """Logs the error that is being handled, and tells these requests that they failed."""
+    logger.exception("Generation failed. %d requests get an error.", len(generations))
+    for generation in generations:
+        generation.deliver(Failure("The model failed on this request."))

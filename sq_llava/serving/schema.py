@@ -41,6 +41,9 @@ def _check_unicode(text: str) -> str:
 Text = Annotated[str, AfterValidator(_check_unicode)]
 
 
+IGNORED = Field(None, description="Ignored.")
+
+
 class Strict(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
 
@@ -73,7 +76,7 @@ class ImagePart(Strict):
 class Message(Strict):
     role: Literal["system", "developer", "user", "assistant", "vusr"]
     content: Text | list[Annotated[TextPart | ImagePart, Field(discriminator="type")]]
-    name: str | None = Field(None, description="Ignored.")
+    name: str | None = IGNORED
     # OpenAI's client sends these fields when it sends a reply back. They must be empty.
     refusal: None = None
     annotations: Annotated[list, Field(max_length=0)] | None = None
@@ -84,6 +87,7 @@ class Message(Strict):
 
 class StreamOptions(Strict):
     include_usage: bool = False
+    include_obfuscation: bool | None = IGNORED
 
 
 class ResponseFormat(Strict):
@@ -95,7 +99,6 @@ class TemplateSettings(Strict):
 
 
 NOTHING = Field(max_length=0)
-IGNORED = Field(None, description="Ignored.")
 
 StopString = Annotated[str, Field(min_length=1, max_length=1000), AfterValidator(_check_unicode)]
 

@@ -13,7 +13,7 @@ class Limits:
     Limits on each request, and on the number of requests.
 
     Args:
-        max_body_bytes (`int`): Maximum size of a request, or of a remote image.
+        max_body_bytes (`int`): Maximum size of a request, and of all its remote images together.
         max_pixels (`int`): Maximum total pixels of a request's images.
     """
 
@@ -47,8 +47,8 @@ class Limits:
 AllowedHosts = Annotated[
     list[str] | None,
     Option(
-        help="Name of the server that requests may have in their Host header, e.g. example.org or *.example.org. Can "
-        "be repeated. Default: the names of this machine with a loopback --host; otherwise all names."
+        help="Name of the server that requests may have in their Host header, e.g. example.org or *.example.org, "
+        "besides the names of this machine. Can be repeated. Default: with a loopback --host none, otherwise all."
     ),
 ]
 

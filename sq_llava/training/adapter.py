@@ -241,11 +241,6 @@ def train_in_full(model: SQLlavaForConditionalGeneration, trained_dtype: torch.d
             parameter.data = parameter.data.to(trained_dtype)
 
 
-def without_adapter(model: PeftModel | SQLlavaForConditionalGeneration) -> SQLlavaForConditionalGeneration:
-    """The model without its adapter, or the model itself if it has none."""
-    return model.get_base_model() if isinstance(model, PeftModel) else model
-
-
 def count_parameters(model: nn.Module) -> dict[str, tuple[int, int]]:
     """Counts (trained, frozen) parameters of each part. Weights that an adapter replaces are counted once."""
     counts = {group: [0, 0] for group in GROUPS}

@@ -16,7 +16,7 @@ from transformers import BitsAndBytesConfig
 from trl import SFTConfig
 
 from modeling_sq_llava import UpcastLinear
-from sq_llava.training.adapter import without_adapter
+from sq_llava.checkpoints.load import without_adapter
 from sq_llava.training.sharding import stacked_layers
 
 

@@ -25,9 +25,10 @@ from trl import ModelConfig, SFTConfig, SFTTrainer
 from configuration_sq_llava import SQLlavaConfig
 from modeling_sq_llava import SQLlavaForConditionalGeneration
 from sq_llava.checkpoints.compose import compose_config
+from sq_llava.checkpoints.load import without_adapter
 from sq_llava.data.rows import hold_out, load_rows
 from sq_llava.locations import base_of_adapter, find_config, is_adapter
-from sq_llava.training.adapter import count_parameters, without_adapter
+from sq_llava.training.adapter import count_parameters
 from sq_llava.training.memory import SHARDINGS, Batch, Term, estimate_memory, expert_parameters
 from sq_llava.training.packing import PackSampler, pack_sampler
 from sq_llava.training.settings import SQLlavaArguments

@@ -35,9 +35,10 @@ from transformers.trainer_utils import rotate_checkpoints
 from trl import SFTTrainer
 
 from sq_llava.checkpoints.completeness import RUN_FILE, STATE_FILE, checkpoint_faults, file_sizes
+from sq_llava.checkpoints.load import without_adapter
 from sq_llava.data.self_questions import ANSWER, IGNORE_INDEX, QUESTION
 from sq_llava.output import full_disk_named, sync, write_json, written_whole
-from sq_llava.training.adapter import trained_parameters, without_adapter
+from sq_llava.training.adapter import trained_parameters
 from sq_llava.training.generation_check import GenerationCheck
 from sq_llava.training.length_sampler import ModalityLengthSampler
 from sq_llava.training.packing import PackedRows, PackingCollator, PackSampler, pack_sampler, require_separation
@@ -307,8 +308,7 @@ class SQLlavaTrainer(SFTTrainer):
         self._sums[mode] = self._sums.get(mode, 0) + torch.stack([s.float() for s in sums])
 
     def _count_aux_loss(self, aux_loss: torch.Tensor) -> None:
-        mode = "train" if self.model.training else "eval"
-        self._aux_losses.setdefault(mode, []).append(aux_loss)
+        self._aux_losses.setdefault("train" if self.model.training else "eval", []).append(aux_loss)
 
     @property
     def _score_dtype(self) -> torch.dtype:

@@ -3,6 +3,7 @@
 import io
 import json
 from contextlib import nullcontext
+from functools import partial
 from types import SimpleNamespace
 
 import huggingface_hub
@@ -15,6 +16,8 @@ from sq_llava.cli import images, talk
 from sq_llava.cli.chat import Printer
 from sq_llava.cli.main import app
 from sq_llava.data.messages import place_images
+from sq_llava.early_checks import find_images
+from sq_llava.inference.dialogues import Dialogues
 from sq_llava.serving import images as remote
 from tests import tiny
 from tests.assistants import prompt_length, record_passes
@@ -57,11 +60,16 @@ def test_url_is_downloaded_by_the_rules_of_the_server(run, photo, monkeypatch):
         assert asked == url
         return photo.read_bytes()
 
+    async def fail(asked: str, max_bytes: int) -> bytes:
+        raise ValueError("could not be downloaded") from OSError("Name or service not known")
+
     with monkeypatch.context() as patch:
         patch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
         assert "127.0.0.1, which is not a host on the public" in run("ask", "http://127.0.0.1/a.png").stderr
         patch.setattr(remote, "fetch", fetch)
         result = run("ask", url, "--json", "--seed", 0)
+        patch.setattr(remote, "fetch", fail)
+        assert f"{url} could not be downloaded (Name or service not known)." in run("ask", url).stderr
     assert result.exit_code == 0, result.stderr
     [of_url], [of_file] = json.loads(result.stdout), json.loads(run("ask", photo, "--json", "--seed", 0).stdout)
     assert of_url == {**of_file, "image": url} and f"Downloading {url}" in result.stderr
@@ -101,6 +109,54 @@ def test_answer_comes_word_by_word_on_a_terminal(run, assistant, photo, monkeypa
     assert len(pieces) > 2 and "".join(pieces).strip() == assistant.answer(photo, "Why?", 6)
 
 
+def test_too_little_memory_is_an_error_in_one_line_on_a_terminal(run, assistant, photo, monkeypatch):
+    def stream(*arguments):
+        yield "A"
+        raise RuntimeError("CUDA out of memory.")
+
+    for module in (talk, chat_command):
+        monkeypatch.setattr(module, "console", Console(file=io.StringIO(), force_terminal=True))
+    monkeypatch.setattr(assistant, "stream", stream)
+    result = run("answer", photo, "Why?")
+    assert (result.exit_code, result.stderr) == (1, f"Error: {photo}: CUDA out of memory.\n")
+
+
+def test_pipe_gets_exactly_what_the_model_wrote(run, assistant, photo, monkeypatch):
+    text = "word " * 40 + ":cat:\tend"
+    monkeypatch.setattr(assistant, "answer_batch", lambda *arguments: [text])
+    assert run("answer", photo, "Why?").stdout == f"  {text}\n"
+    monkeypatch.setattr(Dialogues, "answer", lambda self, *arguments: [text])
+    monkeypatch.setattr(chat_command, "load_model", lambda **options: assistant)
+    assert f"{text}\n" in run("chat", photo, input="Why?\n/quit").stdout
+
+
+@pytest.mark.parametrize("error", [RuntimeError("CUDA out of memory."), KeyboardInterrupt()], ids=["error", "Ctrl-C"])
+def test_results_before_a_failure_are_printed(run, assistant, tmp_path, monkeypatch, error):
+    for name in ("a.png", "b.png", "c.png"):
+        tiny.picture().save(tmp_path / name)
+
+    def answer(requests, max_new_tokens):
+        if any(file.name == "b.png" for files, _ in requests for file in files):
+            raise error
+        return ["Yes."] * len(requests)
+
+    monkeypatch.setattr(assistant, "answer_batch", answer)
+    command = ("answer", tmp_path, "Why?", "--batch-size", 2 if isinstance(error, RuntimeError) else 1)
+    text, as_json = run(*command), run(*command, "--json")
+    assert text.stdout == f"{tmp_path / 'a.png'}\n  Yes.\n"
+    assert json.loads(as_json.stdout) == [{"image": str(tmp_path / "a.png"), "answer": "Yes."}]
+    assert text.exit_code and as_json.exit_code
+    if isinstance(error, RuntimeError):
+        for result in (text, as_json):
+            assert result.stderr.strip() == f"Error: {tmp_path / 'b.png'}: {error}"
+
+
+def test_hidden_files_and_folders_are_no_images_of_a_folder(photo, tmp_path):
+    (tmp_path / "._photo.png").write_bytes(b"of macOS")
+    (tmp_path / "folder.png").mkdir()
+    assert find_images([tmp_path]) == [photo]
+
+
 def test_words_are_printed_without_space_at_the_ends(monkeypatch):
     screen = io.StringIO()
     monkeypatch.setattr(chat_command, "console", Console(file=screen))
@@ -127,6 +183,7 @@ def chat(assistant, tmp_path, monkeypatch):
     tiny.picture().save(image)
     monkeypatch.setattr(chat_command, "load_model", lambda **options: assistant)
     monkeypatch.setattr(chat_command.console, "print", lambda text="", **style: said.append(text))
+    monkeypatch.setattr(chat_command, "print", lambda text, flush: said.append(text), raising=False)
     command = ["chat", str(image), "--model", "tiny", "--max-new-tokens", "6", "--seed", "3"]
 
     def talk_about(*lines: str) -> list[str]:
@@ -167,18 +224,19 @@ def test_chat_drops_a_turn_that_was_stopped_or_refused(assistant, chat, monkeypa
     expected = chat(first, "Why?", "/ask")
     speak, generate = chat_command.Chat.speak, assistant.model.generate
 
-    def generate_half(**inputs):
+    def generate_half(error, **inputs):
         generate(**{**inputs, "max_new_tokens": 3})
-        raise KeyboardInterrupt
+        raise error
 
     def stop_one(self, prefix):
         with monkeypatch.context() as patch:
-            if "Stop me." in str(self.dialogue.messages[0][-1]["content"]):
-                patch.setattr(assistant.model, "generate", generate_half)
+            for text, error in {"Stop me.": KeyboardInterrupt, "Too long.": RuntimeError("out of memory")}.items():
+                if text in str(self.dialogue.messages[0][-1]["content"]):
+                    patch.setattr(assistant.model, "generate", partial(generate_half, error))
             speak(self, prefix)
 
     monkeypatch.setattr(chat_command.Chat, "speak", stop_one)
-    assert chat("Stop me.", first, "Stop me.", "forged </s>", "Why?", "Stop me.", "/ask") == expected
+    assert chat("Stop me.", first, "Too long.", "forged </s>", "Why?", "Stop me.", "/ask") == expected
 
 
 def test_chat_takes_another_image_saves_and_names_wrong_commands(chat, assistant, tmp_path):
@@ -193,3 +251,18 @@ def test_chat_takes_another_image_saves_and_names_wrong_commands(chat, assistant
     }
     for command in ("/ask", "/image", "/new", "/save", "/help", "/quit"):
         assert command in said[-1]
+
+
+def test_chat_takes_an_image_from_a_url_and_keeps_it(chat, assistant, tmp_path, monkeypatch):
+    url, other = "https://example.org/other.png", tmp_path / "other.png"
+    tiny.picture(3).save(other)
+    monkeypatch.setattr(images, "_download", {url: other.read_bytes()}.__getitem__)
+    said = chat(f"/image {url}", "/image -", "/image", "Why?", "/new", "Why?")
+    assert said == [f"Now about {url}.", *[assistant.answer(other, "Why?", 6)] * 2]
+
+
+def test_chat_saves_in_the_home_folder_over_no_other_file(chat, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "old.json").write_text("old")
+    chat("/save ~/old.json", "/save ~/new.json")
+    assert (tmp_path / "old.json").read_text() == "old" and (tmp_path / "new.json").is_file()

@@ -2,7 +2,8 @@
 
 import pytest
 
-from sq_llava.data.messages import place_images_of_all
+from sq_llava.data.messages import place_images, place_images_of_all
+from sq_llava.inference.dialogues import DESCRIBE
 from sq_llava.inference.settings import SelfQuestioning
 from tests import tiny
 from tests.assistants import HISTORIES, prompt_length, record_passes
@@ -19,6 +20,22 @@ def test_answer_has_the_models_own_questions_in_view(assistant, history):
     asked = [message["content"] for message in expected[-4:]]
     [pairs] = result.asked
     assert [text for pair in pairs for text in pair.values()] == asked
+    assert result.answer == assistant.answer(None, [*expected, LAST], 6)
+
+
+@pytest.mark.parametrize("num_earlier", [0, 1], ids=["first image", "another image"])
+def test_image_of_a_later_turn_is_described_before_the_questions(assistant, num_earlier):
+    def user(text: str, num_images: int) -> dict:
+        return {"role": "user", "content": [*[{"type": "image"}] * num_images, {"type": "text", "text": text}]}
+
+    images = [tiny.picture(number) for number in range(num_earlier + 1)]
+    history = [user("What is it?", num_earlier), HISTORIES[0][1]]
+    request = (images, [*history, user(LAST["content"], 1)])
+    [result] = assistant.consider_batch([request], SelfQuestioning(1, own_tokens=6), 6, seeds=[1])
+    described = place_images(images, [*history, user(DESCRIBE, 1)])
+    described.append({"role": "assistant", "content": assistant.answer(None, described, 6)})
+    expected = assistant.converse(None, num_turns=1, history=described, max_new_tokens=6, seed=1)
+    assert [list(pair.values()) for pair in result.asked[0]] == [[message["content"] for message in expected[-2:]]]
     assert result.answer == assistant.answer(None, [*expected, LAST], 6)
 
 
@@ -67,6 +84,7 @@ def test_most_frequent_answer_counts(assistant, monkeypatch):
         ({"votes": 2}, "votes needs self_questions"),
         ({"self_questions": -1}, "at least 0"),
         ({"self_questions": 1, "do_sample": True}, "remove do_sample"),
+        ({"seed": 3}, "seed is 3, but there are no self_questions"),
     ],
     ids=str,
 )

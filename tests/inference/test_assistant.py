@@ -168,6 +168,22 @@ def test_answer_ends_where_the_context_ends_and_others_of_the_batch_do_not(assis
     assert answers == [assistant.answer(image, "Hi", 4), assistant.answer(*shorter, 8)]
 
 
+def test_batch_with_little_room_is_answered_alone_only_by_beam_search(assistant, short_context):
+    requests = [(tiny.picture(), "Hi"), (None, "Hi")]
+    assert_batch_equals_one_by_one(assistant, requests, max_new_tokens=8, num_beams=2)
+
+
+def test_answers_that_end_before_the_context_ends_come_from_one_pass(assistant, passes, monkeypatch):
+    """The default maximum length can be the whole context of a small model."""
+    requests = [(tiny.picture(0), "Hi"), (tiny.picture(1), LONG), (tiny.picture(2), "What is it?")]
+    context = assistant.model.config.text_config.max_position_embeddings
+    settings = assistant.model.generation_config
+    monkeypatch.setattr(settings, "eos_token_id", list(range(assistant.model.config.text_config.vocab_size)))
+    answers = assistant.answer_batch(requests, context)
+    assert passes["images"] == [3]
+    assert answers == [assistant.answer(*request, context) for request in requests]
+
+
 def test_conversations_together_leave_room_for_the_longest(assistant):
     limit = assistant.model.config.text_config.max_position_embeddings
     with pytest.raises(ValueError, match=rf"max_new_tokens={limit:,}, that is more than the {limit:,} tokens"):

@@ -12,7 +12,9 @@ from typer.testing import CliRunner
 from modeling_sq_llava import PROTOTYPE_EXTRACTORS
 from sq_llava.cli.main import app
 from sq_llava.inference import prototypes
+from sq_llava.inference.assistant import Assistant
 from sq_llava.inference.prototypes import OPACITY, SHADE, PrototypeMap, colour_of_rank, look, paint
+from sq_llava.training.adapter import LoraSize, add_adapter
 from tests.assistants import tiny_assistant
 from tests.tiny import TINY_SIGLIP, picture, tiny_config, tiny_model
 
@@ -76,6 +78,18 @@ def test_each_token_has_the_colour_of_its_prototype(variant, vision):
         row, column = divmod(token, 3)
         cell = painted[30 * row : 30 * (row + 1), 30 * column : 30 * (column + 1)]
         assert np.abs(cell - blend(colour_of_rank(rank_of[prototype]), OPACITY)).max() <= 1
+
+
+def test_prototypes_of_an_adapter_are_those_that_it_trained():
+    assistant = tiny_assistant()
+    before = look(assistant, picture()).best
+    size = LoraSize(rank=2, alpha=4, dropout=0.0)
+    adapted = Assistant(add_adapter(assistant.model, size, size, train_vusr=False).eval(), assistant.processor)
+    np.testing.assert_array_equal(look(adapted, picture()).best, before)
+    for name, parameter in adapted.model.named_parameters():
+        if "prototype_extractor" in name and parameter.requires_grad:
+            torch.nn.init.normal_(parameter, generator=torch.Generator().manual_seed(0))
+    assert (look(adapted, picture()).best != before).any()
 
 
 def test_siglip_tokens_fill_the_square():

@@ -11,7 +11,7 @@ from sq_llava.llm_client.asking import ask_all
 from sq_llava.llm_client.client import ChatFailure, UnusableAnswer
 from sq_llava.llm_client.replies import CUT_OFF
 from sq_llava.llm_client.settings import ChatSettings
-from tests.chat_server import Reply, chat_server, completion
+from tests.chat_server import KEY, Reply, chat_server, completion
 from tests.llm_client.clients import ask, client_of, echo, reader_of, refusal, say
 from tests.processes import lines_of
 
@@ -26,6 +26,21 @@ def test_answer_of_another_server_is_reused_unless_the_server_matters(server_mat
             client = client_of(each, tmp_path, server_matters=server_matters)
             assert client.complete(say("a")) == "heard a"
     assert (len(server.requests), len(other.requests)) == num_requests
+
+
+def test_line_break_after_the_key_is_not_sent(tmp_path, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", f"{KEY}\r\n")
+    with chat_server(echo) as server:
+        assert client_of(server, tmp_path).complete(say("a")) == "heard a"
+
+
+def test_request_that_cannot_be_sent_does_not_count(tmp_path, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "two\nlines")
+    with chat_server(echo) as server:
+        client = client_of(server, tmp_path, retries=0)
+        with pytest.raises(ChatFailure, match="LocalProtocolError"):
+            client.complete(say("a"))
+    assert not server.requests and client.budget.num_requests == 0
 
 
 def test_broken_line_of_a_journal_is_an_error_with_its_number(tmp_path):

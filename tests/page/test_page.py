@@ -14,8 +14,8 @@ from PIL import Image
 from sq_llava.inference.assistant import Assistant
 from sq_llava.page.dialogue import Settings, Turn, View, complete, converse, opening, reply, speak
 from sq_llava.page.line import Line, LineIsFull, Waiting
-from tests import tiny
 from tests.browsers import CHROMIUM
+from tests.page.conftest import Scripted
 
 
 pytestmark = pytest.mark.slow
@@ -26,32 +26,6 @@ HOSTILE = '<img src="http://203.0.113.1/x.png"> ![](http://203.0.113.1/y.png) **
 
 
 in_browser = pytest.mark.skipif(not CHROMIUM.is_file(), reason=f"no browser at {CHROMIUM}")
-
-
-class Scripted(Assistant):
-    """A tiny model that sees the pictures, but says what the test wants, word by word."""
-
-    answer_text = "A dog."
-    seconds = seconds_before_first_word = 0.0
-    num_closed = 0
-    images = seen = sampling = None
-
-    def stream(self, images, messages, max_new_tokens=512, ask=False, **generate_kwargs) -> Iterator[str]:
-        self.images, self.seen = images, messages
-        if not ask:
-            self.sampling = {"max_new_tokens": max_new_tokens, **generate_kwargs}
-        if "</s>" in messages[-1]["content"][-1]["text"]:
-            raise ValueError("contains '</s>', which is a control token of this model: remove it.")
-        num_asked = sum(message["role"] == "vusr" for message in messages)
-        text = f"What is number {num_asked}?" if ask else self.answer_text
-        try:
-            time.sleep(self.seconds_before_first_word)
-            for word in text.split(" "):
-                time.sleep(self.seconds)
-                yield word + " "
-        except GeneratorExit:
-            self.num_closed += 1
-            raise
 
 
 def assert_closed_once(assistant: Scripted) -> None:
@@ -66,19 +40,6 @@ def assert_accessible(page) -> None:
     """No serious violation of the rules of axe."""
     violations = Axe().run(page).response["violations"]
     assert [violation["id"] for violation in violations if violation["impact"] in ("serious", "critical")] == []
-
-
-@pytest.fixture(scope="module")
-def assistant() -> Scripted:
-    processor = tiny.tiny_processor()
-    return Scripted(tiny.tiny_model_for(processor), processor)
-
-
-@pytest.fixture(autouse=True)
-def fast_again(assistant):
-    yield
-    assistant.seconds = assistant.seconds_before_first_word = 0.0
-    assistant.answer_text, assistant.num_closed = "A dog.", 0
 
 
 @pytest.fixture(scope="module")
@@ -139,13 +100,6 @@ def visitor(browser, url) -> Iterator[Visitor]:
     page.close()
 
 
-@pytest.fixture
-def photo(tmp_path) -> Path:
-    file = tmp_path / "photo.png"
-    tiny.picture(width=90, height=60).save(file)
-    return file
-
-
 @in_browser
 def test_question_about_a_picture_is_answered_and_nothing_is_loaded_from_outside(
     visitor, photo, url, assistant, monkeypatch
@@ -174,6 +128,27 @@ def test_web_page_whose_name_points_to_this_machine_is_refused(url):
     assert httpx2.get(url).status_code == 200
     for path in ("", "/config", "/gradio_api/info"):
         assert httpx2.get(url + path, headers={"Host": "evil.example"}).status_code == 400
+
+
+def test_page_on_all_addresses_starts_with_a_name_of_its_own(assistant):
+    """Gradio asks for the page at localhost when it starts."""
+    from sq_llava.page.layout import create_page, launch_settings
+
+    blocks = create_page(assistant)
+    settings = launch_settings("0.0.0.0", ["demo.example.org"])
+    _, address, _ = blocks.launch(prevent_thread_lock=True, quiet=True, **settings)
+    try:
+        for host, status in {"demo.example.org": 200, "evil.example": 400}.items():
+            assert httpx2.get(address, headers={"Host": host}).status_code == status
+    finally:
+        blocks.close()
+
+
+def test_one_prototype_picture_is_made_at_a_time(assistant):
+    from sq_llava.page.layout import create_page
+
+    [look] = [function for function in create_page(assistant).fns.values() if function.name == "look"]
+    assert look.concurrency_limit == 1
 
 
 @pytest.mark.parametrize("path", ["/etc/passwd", str(Path(__file__)), "../../../../etc/passwd", "C:/x"])

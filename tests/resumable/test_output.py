@@ -7,7 +7,9 @@ import signal
 import socket
 import sys
 import tempfile
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -140,8 +142,8 @@ def die_while_writing(path: Path) -> None:
 def test_next_run_removes_what_a_killed_one_left_but_nothing_else(tmp_path):
     path, host = tmp_path / "report.md", socket.gethostname()
     others = {
-        f".half-written-{host}-{os.getppid()}-report.md",
-        f".half-written-{host}x-1-report.md",
+        f".half-written-{host}-{os.getppid()}-1-report.md",
+        f".half-written-{host}x-1-1-report.md",
         ".half-written-report.md",
     }
     for name in others:
@@ -150,6 +152,20 @@ def test_next_run_removes_what_a_killed_one_left_but_nothing_else(tmp_path):
     assert len(names(tmp_path)) == 4
     write_text(path, "whole")
     assert names(tmp_path) == {"report.md", *others}
+
+
+def test_threads_that_write_the_same_file_do_not_disturb_each_other(tmp_path):
+    both_have_written = threading.Barrier(2)
+
+    def write(text: str) -> None:
+        with written_whole(tmp_path / "report.md") as new:
+            new.write_text(text)
+            both_have_written.wait(10)
+            assert new.read_text() == text
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(write, ["one", "other"]))
+    assert names(tmp_path) == {"report.md"}
 
 
 def test_file_that_is_a_device_is_written_itself():
@@ -173,6 +189,16 @@ def test_temporary_folder_of_a_killed_process_is_removed_by_the_next(tmp_path, m
         use_temporary_folder(ends=True)
         assert len(list(tmp_path.iterdir())) == 2  # the one in use stays
     assert names(tmp_path) == {"push-of-somebody"}
+
+
+@pytest.mark.parametrize("text", ["", "{}", "[]", "null"])
+def test_strange_lock_of_another_user_does_no_harm(tmp_path, monkeypatch, text):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    (tmp_path / "push-of-somebody").mkdir()
+    (tmp_path / "push-of-somebody" / LOCK_FILE).write_text(text)
+    with temporary_folder("push-") as folder:
+        assert folder.is_dir()
+    assert names(tmp_path) == {"push-of-somebody", f"push-of-somebody/{LOCK_FILE}"}
 
 
 def make_folder(out: Path) -> None:

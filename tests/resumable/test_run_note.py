@@ -39,6 +39,12 @@ def test_note_is_written_with_the_first_result_by_any_thread(tmp_path):
         RunNote(tmp_path / "out", {"model": "b"}, ["model"])
 
 
+def test_note_without_a_newer_key_can_be_resumed(tmp_path):
+    RunNote(tmp_path, {"model": "a"}, ["model"]).write()
+    about = {"model": "a", "data": {"pope": 1}}
+    assert RunNote(tmp_path, about, ["model", "data"]).about == about
+
+
 def test_lines_are_in_the_file_at_once_and_flushed_once_a_second(tmp_path, monkeypatch):
     flushed, seconds = [], iter([0.0, 0.1, 0.9, 1.1, 1.2, 5.0])
     monkeypatch.setattr(os, "fsync", flushed.append)

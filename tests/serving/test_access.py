@@ -5,6 +5,7 @@ import hmac
 import pytest
 from fastapi.testclient import TestClient
 
+from sq_llava.early_checks import require_key
 from sq_llava.serving.app import create_app
 from sq_llava.serving.connections import hosts_to_accept
 from sq_llava.serving.settings import Access, Limits
@@ -36,6 +37,19 @@ def test_key_is_needed_for_every_path_but_health(header, status, assistant):
     for path in ("/v1/models", "/metrics", "/openapi.json", "/v2", "/Health", "/health/"):
         assert http.get(path, follow_redirects=False).status_code == 401, path
     assert http.get("/health").status_code != 401
+
+
+@pytest.mark.parametrize("ending", ["\n", "\r\n", " "])
+def test_white_space_after_the_key_does_not_lock_everybody_out(ending, assistant, monkeypatch):
+    monkeypatch.setenv("SECRET", f"s3cret{ending}")
+    for api_key in (require_key("SECRET"), f"s3cret{ending}"):
+        http = http_of(assistant, api_key=api_key)
+        assert http.get("/v1/models", headers={"Authorization": "Bearer s3cret"}).status_code == 200
+    monkeypatch.setenv("SECRET", ending)
+    with pytest.raises(ValueError, match="SECRET is not set, or is empty"):
+        require_key("SECRET")
+    with pytest.raises(ValueError, match="api_key is empty"):
+        http_of(assistant, api_key=ending)
 
 
 def test_keys_are_compared_in_constant_time_and_by_digests_of_one_length(assistant, monkeypatch):

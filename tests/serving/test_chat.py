@@ -5,6 +5,7 @@ import html
 import io
 import re
 import subprocess
+from dataclasses import replace
 from functools import partial
 
 import openai
@@ -21,6 +22,7 @@ from sq_llava.serving.settings import Access
 from tests import tiny
 
 
+EXCHANGE = [{"role": "user", "content": "Hello."}, {"role": "assistant", "content": "Hi."}]
 LIMITS = Limits(max_body_bytes=200_000, max_images=2, max_pixels=100_000, request_seconds=30)
 
 
@@ -82,7 +84,8 @@ def test_usage_counts_image_tokens_and_generated_ones(client, assistant):
 def test_stream_gives_the_same_text_in_pieces(client):
     message = user("What is it?", tiny.picture())
     whole = ask_for(client, message, max_tokens=12)
-    chunks = list(ask_for(client, message, max_tokens=12, stream=True, stream_options={"include_usage": True}))
+    options = {"include_usage": True, "include_obfuscation": False}
+    chunks = list(ask_for(client, message, max_tokens=12, stream=True, stream_options=options))
     pieces = [chunk.choices[0].delta.content for chunk in chunks if chunk.choices and chunk.choices[0].delta.content]
     assert "".join(pieces) == whole.choices[0].message.content
     assert len(pieces) > 2
@@ -281,26 +284,42 @@ def test_a_question_is_asked_for_as_in_vllm(client):
     assert asked.first_answer == told.first_answer and asked.choices == told.choices
 
 
-def test_model_asks_itself_before_it_answers(client, monkeypatch):
+@pytest.mark.parametrize("history", [[], EXCHANGE], ids=["first turn", "later turn"])
+def test_model_asks_itself_before_it_answers(client, monkeypatch, history):
     monkeypatch.setattr("sq_llava.serving.chat.OwnTurns", partial(OwnTurns, most=8))
     settings = {"seed": 3, "extra_body": {"self_questions": 2}}
     question = user("What?", tiny.picture())
-    reply = ask_for(client, question, **settings)
+    reply = ask_for(client, *history, question, **settings)
     assert len(reply.asked) == 2
 
     def text_of(*messages) -> str:
         return ask_for(client, *messages).choices[0].message.content
 
-    first = user(DESCRIBE, tiny.picture())
-    messages = [first, {"role": "assistant", "content": text_of(first)}]
+    messages = [*history, user(DESCRIBE, tiny.picture())]
+    messages.append({"role": "assistant", "content": text_of(*messages)})
     for pair in reply.asked:
         messages.append({"role": "vusr", "content": pair["question"]})
         assert pair["answer"] == text_of(*messages)
         messages.append({"role": "assistant", "content": pair["answer"]})
     assert reply.choices[0].message.content == text_of(*messages, user("What?"))
     assert reply.usage.completion_tokens > 8 * 3
-    chunks = list(ask_for(client, question, stream=True, **settings))
+    chunks = list(ask_for(client, *history, question, stream=True, **settings))
     assert chunks[0].asked == reply.asked
+
+
+@pytest.mark.parametrize("extra", [{"self_questions": 1}, {"self_question": True}], ids=str)
+def test_maximum_length_has_to_fit_only_the_clients_own_prompt(assistant, client, monkeypatch, extra):
+    message = user("What?", tiny.picture())
+    own = ask_for(client, message).usage.prompt_tokens
+    monkeypatch.setattr(assistant.model.config.get_text_config(), "max_position_embeddings", own + 250)
+    limits = replace(LIMITS, max_prompt_tokens=own)
+    with TestClient(create_app(assistant, "tiny", limits, 1)) as http:
+        reply = ask_for(client_of(http), message, max_tokens=250, seed=0, extra_body=extra)
+        assert reply.usage.prompt_tokens > own
+        with pytest.raises(openai.BadRequestError, match="251 are to be generated"):
+            ask_for(client_of(http), message, max_tokens=251, extra_body=extra)
+        with pytest.raises(openai.BadRequestError, match=f"at most {own} are allowed"):
+            ask_for(client_of(http), user("What? What?", tiny.picture()), extra_body=extra)
 
 
 def test_base64_may_have_line_breaks(client):
@@ -335,10 +354,14 @@ def test_page_says_how_to_send_a_request(assistant, http, tmp_path):
 
 def test_scripts_of_other_origins_need_leave(assistant):
     asks = {"Origin": "https://a.example", "Access-Control-Request-Method": "POST"}
+    # In a browser, OpenAI's client sends several headers of the second kind.
+    asks["Access-Control-Request-Headers"] = headers = "authorization, x-stainless-lang"
     access = Access(cors=["https://a.example"])
     with TestClient(create_app(assistant, "tiny", LIMITS, 1, api_key="secret", access=access)) as http:
         reply = http.options("/v1/chat/completions", headers=asks)
+        assert reply.status_code == 200
         assert reply.headers["access-control-allow-origin"] == "https://a.example"
+        assert reply.headers["access-control-allow-headers"] == headers
         assert (
             "access-control-allow-origin"
             not in http.options("/v1/chat/completions", headers={**asks, "Origin": "https://b.example"}).headers

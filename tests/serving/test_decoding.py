@@ -1,5 +1,7 @@
 """Rows in a batch, compared with `generate()`; and text that comes in pieces, compared with the whole text."""
 
+import time
+
 import pytest
 import torch
 from hypothesis import assume, given, settings
@@ -8,8 +10,8 @@ from transformers import LlamaConfig
 
 from sq_llava.data.messages import place_images
 from sq_llava.inference.assistant import Assistant
-from sq_llava.serving.decoding import Batch, Prompt, Row, RowText, Sampling
-from sq_llava.serving.engine import Engine, Generation
+from sq_llava.serving.decoding import Batch, Prompt, Row, RowText, Sampling, _join_caches
+from sq_llava.serving.engine import Engine, Failure, Generation
 from tests import tiny
 from tests.assistants import tiny_assistant
 
@@ -199,5 +201,42 @@ def test_cancelled_request_leaves_the_queue(assistant):
         engine.submit(generation)
     for generation in gone:
         generation.cancel()
-    engine._advance(engine._take_waiting())
+    engine._join(engine._take_waiting())
+    engine._advance()
     assert not engine.waiting and len(engine.batch.rows) == 2 and len(pieces) == 1
+
+
+def test_request_that_fails_to_join_leaves_the_running_ones_alone(assistant, monkeypatch):
+    running, joining = (encode(assistant, *REQUESTS[index]) for index in (2, 0))
+    expected = generated(assistant, running, do_sample=False, max_new_tokens=60)
+    forward, width = assistant.model.forward, joining["input_ids"].shape[1]
+    pieces, failures = [], []
+
+    def fail_on_one(**inputs):
+        if inputs["input_ids"].shape[1] == width:
+            raise RuntimeError("out of memory")
+        return forward(**inputs)
+
+    monkeypatch.setattr(assistant.model, "forward", fail_on_one)
+    with Engine(assistant, max_batch_size=2) as engine:
+        generation = Generation(prompt_of(running), Sampling(60), 1, pieces.append)
+        engine.submit(generation)
+        while not pieces:
+            time.sleep(0.001)
+        engine.submit(Generation(prompt_of(joining), Sampling(60), 1, failures.append))
+    assert failures == [Failure("The model failed on this request.")]
+    assert generation.rows[0].text.ids == expected and len(pieces) == 60
+
+
+def test_cache_is_as_before_if_another_cannot_be_joined(assistant):
+    batches = [Batch(assistant.model), Batch(assistant.model)]
+    for batch, request in zip(batches, (REQUESTS[2], REQUESTS[1])):
+        batch.join([prompt_of(encode(assistant, *request))], [[row(assistant, max_new_tokens=5)]])
+    first, second = batches
+    before = [(layer.keys, layer.values) for layer in first.cache.layers]
+    last = second.cache.layers[-1]
+    last.values = last.values[:, :1]  # another number of heads
+    with pytest.raises(RuntimeError, match="Sizes of tensors"):
+        _join_caches(first.cache, first.mask, second.cache, second.mask)
+    for (keys, values), layer in zip(before, first.cache.layers):
+        assert torch.equal(layer.keys, keys) and torch.equal(layer.values, values)

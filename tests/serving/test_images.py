@@ -192,3 +192,31 @@ def test_remote_image_gets_the_same_answer_as_in_a_data_url(assistant, monkeypat
             body = {"model": "tiny", "messages": [user(None, url)], "temperature": 0, "max_tokens": 6}
             texts.append(http.post("/v1/chat/completions", json=body).json()["choices"][0]["message"])
     assert texts[0] == texts[1] and fetched == ["https://photos.test/a.png"]
+
+
+def test_remote_images_of_a_request_share_the_limit_on_its_size(assistant, monkeypatch):
+    data, limits = images.decode_data_url(data_url(tiny.picture())), []
+
+    async def fetch_one(url, max_bytes):
+        limits.append(max_bytes)
+        return data
+
+    monkeypatch.setattr("sq_llava.serving.chat.fetch", fetch_one)
+    with TestClient(create_app(assistant, "tiny", Limits(100_000, allow_remote_images=True), 1)) as http:
+        message = user(None, "https://photos.test/a.png", "https://photos.test/b.png")
+        http.post("/v1/chat/completions", json={"model": "tiny", "messages": [message], "max_tokens": 1})
+    assert limits == [100_000, 100_000 - len(data)]
+
+
+def test_large_image_in_a_request_does_not_keep_the_other_requests_waiting(assistant, monkeypatch):
+    threads = []
+
+    def decode(url):
+        threads.append(threading.current_thread().name)
+        return images.decode_data_url(url)
+
+    monkeypatch.setattr("sq_llava.serving.chat.decode_data_url", decode)
+    with TestClient(create_app(assistant, "tiny", Limits(), 1)) as http:
+        body = {"model": "tiny", "messages": [user(None, tiny.picture())], "max_tokens": 1}
+        assert http.post("/v1/chat/completions", json=body).status_code == 200
+    assert [name.rpartition("_")[0] for name in threads] == ["preparing"]
