@@ -288,7 +288,8 @@ def interval(differences: list[float]) -> dict:
     if len(differences) < 2:
         return {"mean": differences[0], "half_width": None}
     error = statistics.stdev(differences) / len(differences) ** 0.5
-    return {"mean": statistics.fmean(differences), "half_width": T_QUANTILES[len(differences) - 2] * error}
+    quantile = T_QUANTILES[min(len(differences) - 2, len(T_QUANTILES) - 1)]  # of 20, a little too wide, for more
+    return {"mean": statistics.fmean(differences), "half_width": quantile * error}
 
 
 def summarize(runs: list[dict]) -> list[dict]:

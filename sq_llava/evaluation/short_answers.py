@@ -67,6 +67,11 @@ def score(example: Example, answer: str) -> Score:
     return Score(values, is_parsed=prediction != "", prediction=prediction)
 
 
+def official_id(id: str) -> int | str:
+    """The id of a question as a server wants it: a number. An id of the user's own data may be any text."""
+    return int(id) if id.isdecimal() else id
+
+
 def write_upload(path: Path, answers: Mapping[Any, str], id_field: str, answer_field: str = "answer") -> Path:
     """Writes `[{id_field: id, answer_field: answer}, ...]` in the order of `answers`, and checks the file."""
     entries = [{id_field: id, answer_field: answer} for id, answer in answers.items()]

@@ -18,7 +18,14 @@ from typing import Any
 
 from sq_llava.evaluation.metrics import normalize_m4c
 from sq_llava.evaluation.reading import Data, read_json_list, read_jsonl
-from sq_llava.evaluation.short_answers import INSTRUCTION, human_answers, read_table, score, write_upload
+from sq_llava.evaluation.short_answers import (
+    INSTRUCTION,
+    human_answers,
+    official_id,
+    read_table,
+    score,
+    write_upload,
+)
 from sq_llava.evaluation.task import Example, Record, Task
 
 
@@ -76,7 +83,7 @@ def write_submission(records: Sequence[Record], folder: Path) -> Path | None:
     """Writes `[{question_id, answer}, ...]` for the test split. `None` for a split that is scored here."""
     if records[0].example.reference is not None:
         return None
-    answers = {int(record.example.id): normalize_m4c(record.answer) for record in records}
+    answers = {official_id(record.example.id): normalize_m4c(record.answer) for record in records}
     return write_upload(folder / "textvqa.json", answers, "question_id")
 
 

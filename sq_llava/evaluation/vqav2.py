@@ -29,7 +29,14 @@ from sq_llava.evaluation.metrics import (
     vqa_accuracy_official,
 )
 from sq_llava.evaluation.reading import Data, read_json_list, read_jsonl, unique_by
-from sq_llava.evaluation.short_answers import INSTRUCTION, human_answers, read_questions, read_table, write_upload
+from sq_llava.evaluation.short_answers import (
+    INSTRUCTION,
+    human_answers,
+    official_id,
+    read_questions,
+    read_table,
+    write_upload,
+)
 from sq_llava.evaluation.task import Example, Record, Score, Task
 
 
@@ -97,7 +104,7 @@ def write_submission(records: Sequence[Record], folder: Path) -> Path | None:
     first = records[0].example
     if first.reference is not None:
         return None
-    answers = {int(record.example.id): normalize_m4c(record.answer) for record in records}
+    answers = {official_id(record.example.id): normalize_m4c(record.answer) for record in records}
     if "all_questions" in first.details:
         file = Path(first.details["all_questions"])
         ids = unique_by(read_jsonl(file, ["question_id"]), "question_id", str(file))

@@ -4,9 +4,10 @@ import json
 
 import pytest
 
+from sq_llava.evaluation import textvqa, vqav2
 from sq_llava.evaluation.run import find_task
 from sq_llava.evaluation.short_answers import check_upload
-from sq_llava.evaluation.task import Example
+from sq_llava.evaluation.task import Example, Record
 from tests.evaluation_layouts import (
     assess_answers,
     examples_of,
@@ -84,6 +85,13 @@ def write_vqav2_test(folder, layout):
     write_jsonl(folder / "llava_vqav2_mscoco_test-dev2015.jsonl", asked[1:])
     for n in range(3):
         write_image(folder / "test2015" / f"{n}.jpg", n)
+
+
+@pytest.mark.parametrize("task", [textvqa, vqav2])
+def test_ids_of_own_data_that_are_no_numbers_are_uploaded_as_they_are(tmp_path, task):
+    records = [Record(Example(id, "What?", [], None), "What?", "A cat.") for id in ("7", "own-7")]
+    entries = json.loads(task.write_submission(records, tmp_path).read_text())
+    assert [entry["question_id"] for entry in entries] == [7, "own-7"]
 
 
 def test_vqav2_upload_has_every_question_of_the_test_set(tmp_path, layout):
