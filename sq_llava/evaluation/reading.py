@@ -13,6 +13,7 @@ import csv
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -391,8 +392,7 @@ def read_tsv(path: Path, fields: Sequence[str]) -> list[dict[str, str]]:
     Raises:
         ValueError: If a column is missing, or the number of fields in a row differs from the number of columns.
     """
-    csv.field_size_limit(2**31 - 1)  # a field may hold an image
-    with path.open(encoding="utf-8-sig", newline="") as lines:
+    with path.open(encoding="utf-8-sig", newline="") as lines, _long_fields():
         reader = csv.DictReader(lines, delimiter="\t")
         check_fields(dict.fromkeys(reader.fieldnames or (), ""), fields, f"{path}, header")
         rows = []
@@ -401,6 +401,16 @@ def read_tsv(path: Path, fields: Sequence[str]) -> list[dict[str, str]]:
                 raise ValueError(f"{path}, row {number}: must have {len(reader.fieldnames)} fields, one per column.")
             rows.append(row)
     return rows
+
+
+@contextmanager
+def _long_fields() -> Iterator[None]:
+    """Lets `csv` read fields that hold an image. Its limit is one for the whole process."""
+    before = csv.field_size_limit(2**31 - 1)
+    try:
+        yield
+    finally:
+        csv.field_size_limit(before)
 
 
 def check_fields(row: Any, fields: Sequence[str], place: str) -> dict[str, Any]:

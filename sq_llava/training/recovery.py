@@ -337,9 +337,10 @@ class StepWatch(TrainerCallback):
         if self.stopped:
             control.should_training_stop = True
             control.should_save = args.save_strategy != "no"
-            # With save_strategy best, an evaluation would cancel this save. With load_best_model_at_end, the end of
-            # training would delete this checkpoint.
+            # With save_strategy best, an evaluation would cancel this save. And the end of training would delete this
+            # checkpoint if another one is the best.
             control.should_evaluate = False
-            args.save_total_limit = None
+            if args.metric_for_best_model is not None:
+                args.save_total_limit = None
         # Otherwise the losses since the last log line would be lost when the process exits.
         control.should_log |= control.should_save

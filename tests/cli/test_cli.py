@@ -74,7 +74,9 @@ def test_image_that_fails_in_a_batch_is_tried_alone_and_named(folder, monkeypatc
 
     monkeypatch.setattr(Assistant, "answer_batch", fail_on_b)
     result = run(folder, "answer", folder / "pictures", "What is it?")
-    assert (result.exit_code, result.stdout, sizes) == (1, "", [2, 1, 1])
+    # The finished answer is not lost.
+    assert (result.exit_code, result.stdout) == (1, f"{folder / 'pictures' / 'a.png'}\n  fine\n")
+    assert sizes == [2, 1, 1]
     assert result.stderr.splitlines()[-1] == f"Error: {folder / 'pictures' / 'b.png'}: out of memory"
 
 
