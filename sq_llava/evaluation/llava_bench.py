@@ -31,7 +31,7 @@ from typing import Any
 
 from sq_llava.evaluation.judge import Judge, Messages, Verdict
 from sq_llava.evaluation.metrics import relative_score
-from sq_llava.evaluation.reading import Data, TaskImage, check_fields, read_jsonl, unique_by
+from sq_llava.evaluation.reading import Data, TaskImage, check_fields, id_of, read_jsonl, unique_by
 from sq_llava.evaluation.task import Example, Record, Score, Task
 from sq_llava.resumable.jsonl import write_jsonl
 
@@ -65,7 +65,7 @@ def read(data: Data, read_folder: Callable[[Data], list[Example]]) -> list[Examp
     return [
         _example(
             {
-                "question_id": row.get("question_id", number),
+                "question_id": id_of(row, number),
                 "text": row["question"],
                 "category": row["category"],
                 "reference": row["gpt_answer"],

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from sq_llava.evaluation.judge import Judge, Messages, Verdict
-from sq_llava.evaluation.reading import Data, TaskImage, check_fields, read_json, read_jsonl, unique_by
+from sq_llava.evaluation.reading import Data, TaskImage, check_fields, id_of, read_json, read_jsonl, unique_by
 from sq_llava.evaluation.task import Example, Record, Score, Task
 from sq_llava.output import write_text
 
@@ -65,8 +65,7 @@ def read(data: Data) -> list[Example]:
         return _read_folder(data)
     rows = data.rows(["question", "answer", "image", "capability"], default_split="test")
     return [
-        _example(row.get("question_id", number), row["image"], row, f"{data}, row {number}")
-        for number, row in enumerate(rows)
+        _example(id_of(row, number), row["image"], row, f"{data}, row {number}") for number, row in enumerate(rows)
     ]
 
 

@@ -319,6 +319,11 @@ def _plain(name: str) -> str:
     return name.lower().replace("-", "").replace("_", "")
 
 
+def id_of(row: dict[str, Any], number: int) -> int | str:
+    """The id of a question; the number of its row if it has none."""
+    return number if row.get("question_id") is None else row["question_id"]
+
+
 def evenly_spaced(items: Sequence[Any], limit: int | None) -> Sequence[Any]:
     """At most `limit` items, evenly spaced; all items if `limit` is `None`."""
     if limit is None or limit >= len(items):

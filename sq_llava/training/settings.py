@@ -163,7 +163,7 @@ class SQLlavaArguments:
 
     def __post_init__(self):
         for name in ("datasets", "eval_datasets", "generation_datasets"):
-            setattr(self, name, [_data_source(name, source) for source in getattr(self, name)])
+            setattr(self, name, [_data_source(name, source) for source in getattr(self, name) or []])
         if (self.dataset_path is None) == (not self.datasets) or (self.datasets and self.image_root is not None):
             raise ValueError(
                 f"dataset_path is {self.dataset_path!r}, image_root is {self.image_root!r}, and datasets has "

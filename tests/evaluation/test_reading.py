@@ -207,3 +207,7 @@ def test_hub_is_asked_for_the_part_that_the_paper_reports(monkeypatch, task, ask
     with pytest.raises(ValueError, match=f"{asked[0]}: has no column .* Its columns are: text"):
         examples_of(task, "hub")
     assert calls == [asked]
+
+
+def test_question_without_an_id_has_the_number_of_its_row():
+    assert [reading.id_of(row, 3) for row in ({}, {"question_id": None}, {"question_id": 0})] == [3, 3, 0]

@@ -197,6 +197,13 @@ def test_unknown_key_of_a_dataset_in_a_recipe_is_refused(tmp_path, entry, messag
         parse_settings(["--config", str(recipe), "--use_cpu", "true"])
 
 
+def test_empty_list_of_a_recipe_is_no_list(tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("stage: align\ndataset_path: x\neval_datasets:\noutput_dir: y\n")
+    arguments, _, _ = parse_settings(["--config", str(recipe), "--use_cpu", "true"])
+    assert arguments.eval_datasets == []
+
+
 def test_settings_of_four_bits_reach_bitsandbytes(parts, tmp_path):
     four_bits = {"load_in_4bit": True, "dtype": "bfloat16", "bnb_4bit_quant_type": "fp4"}
     four_bits |= {"use_bnb_nested_quant": True, "bnb_4bit_quant_storage": "bfloat16"}
