@@ -253,7 +253,7 @@ def run(trainer: SQLlavaTrainer, checkpoint: str | None) -> None:
         # A launcher kills the other processes as soon as one exits.
         trainer.accelerator.wait_for_everyone()
         is_saved = trainer.watch.saved_step == trainer.state.global_step
-        saved = "Resume with --resume" if is_saved else "save_strategy is no, so nothing was saved"
+        saved = "Resume with --resume" if is_saved else "This step was not saved"
         trainer.accelerator.print(f"Stopped at step {trainer.state.global_step}. {saved}.")
         sys.exit(EXIT_TRY_AGAIN)
     trainer.save_model()

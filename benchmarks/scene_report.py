@@ -29,12 +29,13 @@ ASKED = ("well_formed", "premise_true", "true_elsewhere", "answerable", "bits")
 
 
 def p_value(differences: list[float]) -> float | None:
-    """The two-sided p-value of Student's t test that the mean difference is 0; `None` for a single difference."""
+    """
+    The two-sided p-value of Student's t test that the mean difference is 0. `None` without a spread, unless all
+    differences are 0.
+    """
     count = len(differences)
-    if count < 2:
-        return None
-    if statistics.stdev(differences) == 0:
-        return float(differences[0] == 0)
+    if count < 2 or statistics.stdev(differences) == 0:
+        return 1.0 if count > 1 and differences[0] == 0 else None
     t = abs(statistics.fmean(differences)) / (statistics.stdev(differences) / count**0.5)
     places = torch.linspace(0, t, 20_001, dtype=torch.float64)
     density = torch.distributions.StudentT(torch.tensor(count - 1.0, dtype=torch.float64)).log_prob(places).exp()

@@ -65,12 +65,14 @@ def doctor(
             report = examine(check, progress, limit, num_proc)
         if not as_json:
             print_report(report, console)
-        if fix is not None:
-            for source, entry in zip(report.summary["sources"], write_sound_rows(check, report, fix)):
-                source["fixed"] = entry
-        if as_json:
-            print(json.dumps(report.to_json(), indent=2))
-        elif images:
+        try:
+            if fix is not None:
+                for source, entry in zip(report.summary["sources"], write_sound_rows(check, report, fix)):
+                    source["fixed"] = entry
+        finally:
+            if as_json:
+                print(json.dumps(report.to_json(), indent=2))
+        if images and not as_json:
             print_preview(check, report, recipe[1].seed, console)
         if fix is not None:
             messages_console.print(

@@ -123,7 +123,7 @@ def _heading(run: dict[str, Any]) -> str:
 
 
 def _which_examples(run: Mapping[str, Any]) -> str:
-    return "all" if run["limit"] is None else f"**only a part: --limit {run['limit']}**"
+    return "all" if run["limit"] is None else f"**at most {run['limit']} per task** (MMBench: about as many)"
 
 
 def which_weights(run: Mapping[str, Any]) -> str:

@@ -149,8 +149,8 @@ def read_lines(
                 continue
             if id not in known:
                 raise ValueError(
-                    f"{path} has a line for {id!r}, which is not in the input: the input has changed, or --limit is "
-                    "smaller than before. Choose another --out."
+                    f"{path} has a line for {id!r}, which is not in the input: the input has changed, or --limit "
+                    "differs from before. Leave --limit out to use all answers, or choose another --out."
                 )
             if hashes is not None and line.get("input_hash") != hashes[id]:
                 raise ValueError(

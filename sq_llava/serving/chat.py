@@ -20,7 +20,7 @@ from sq_llava.inference.prompts import context_length, pixel_values, token_ids
 from sq_llava.inference.settings import AskSettings
 from sq_llava.serving.decoding import Prompt, Sampling
 from sq_llava.serving.engine import Engine, Failure, Generation, Piece
-from sq_llava.serving.images import decode_data_url, decode_image, fetch, num_pixels
+from sq_llava.serving.images import TooLarge, decode_data_url, decode_image, fetch, num_pixels
 from sq_llava.serving.metrics import Metrics
 from sq_llava.serving.schema import ApiError, ChatCompletionRequest, ImagePart, TextPart, error_body
 from sq_llava.serving.settings import Limits
@@ -173,6 +173,10 @@ class ChatService:
                 else:
                     raise ValueError("is not a data: URL")
                 pixels += await self._in_thread(num_pixels, data)
+            except TooLarge as error:
+                most = f"{self.limits.max_body_bytes:,}"
+                message = f"{place}: the remote images of a request may have at most {most} bytes together."
+                raise ApiError(413, message, "request_too_large", place) from error
             except ValueError as error:
                 raise ApiError(400, f"{place} {error}.", "invalid_image", place) from error
             if pixels > self.limits.max_pixels:

@@ -138,6 +138,10 @@ async def fetch(url: str, max_bytes: int) -> bytes:
         raise ValueError("could not be downloaded") from error
 
 
+class TooLarge(ValueError):
+    """A remote image has more bytes than allowed."""
+
+
 def _checked(url: str) -> URL:
     parsed = URL(url)
     if parsed.scheme not in ("http", "https") or not parsed.host:
@@ -162,5 +166,5 @@ async def _read(response: aiohttp.ClientResponse, max_bytes: int) -> bytes:
     async for chunk in response.content.iter_chunked(65536):
         data += chunk
         if len(data) > max_bytes:
-            raise ValueError(f"has more than {max_bytes:,} bytes")
+            raise TooLarge(f"has more than {max_bytes:,} bytes")
     return bytes(data)

@@ -22,7 +22,9 @@ class Limits:
     max_pixels: int = 64_000_000
     max_prompt_tokens: Annotated[
         int | None,
-        Option(min=1, help="Maximum length of a prompt in tokens, images included. Default: the model's context."),
+        Option(
+            min=1, help="Maximum length of a client's prompt in tokens, images included. Default: the model's context."
+        ),
     ] = None
     max_waiting: Annotated[
         int,

@@ -112,6 +112,11 @@ def describe_steps(
     at_once = training_args.per_device_train_batch_size * num_processes
     accumulation = training_args.gradient_accumulation_steps
     batches = num_rows // at_once if training_args.dataloader_drop_last else math.ceil(num_rows / at_once)
+    if batches == 0:
+        raise ValueError(
+            f"dataloader_drop_last is true, and a batch of all processes has {at_once:,} {unit}, but there are only "
+            f"{num_rows:,}: no batch would be trained. Remove dataloader_drop_last."
+        )
     per_epoch = math.ceil(batches / accumulation)
     steps = training_args.max_steps
     if steps <= 0:

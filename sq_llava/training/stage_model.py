@@ -204,11 +204,11 @@ def read_base(base: Path, arguments: SQLlavaArguments, loading: dict, processing
         raise ValueError(f"The checkpoints need their base in {base}, which does not exist. Restore that folder.")
     processor = load_processor(base, **processing)
     for name, value in layout_of_checkpoint(arguments).items():
-        if getattr(processor, name) != value:
+        there = processor.tokenizer.eos_token if name == "delimiter" else getattr(processor, name)
+        if name not in processing and there != value:
             raise ValueError(
                 f"prompt_layout is {arguments.prompt_layout!r}, but the base in {base} has another layout ({name} is "
-                f"{getattr(processor, name)!r}). Remove prompt_layout, or choose another output_dir to start from the "
-                "beginning."
+                f"{there!r}). Remove prompt_layout, or choose another output_dir to start from the beginning."
             )
     model = load_model(base, processor, **loading)
     for part in ("vision", "text"):

@@ -206,11 +206,13 @@ class SQLlavaTrainer(SFTTrainer):
         finally:
             self.data_collator = collator
 
-    def evaluation_loop(self, dataloader, *args, **kwargs):
+    def evaluation_loop(self, dataloader, *args, metric_key_prefix="eval", **kwargs):
         probed = {} if self.text_probe is None else self.text_probe.run(self)
         self._num_eval_rows = len(dataloader.dataset)
-        output = super().evaluation_loop(dataloader, *args, **kwargs)
+        output = super().evaluation_loop(dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs)
         self._num_eval_rows = 0
+        found = self.collect_metrics("eval")
+        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in found.items()})
         output.metrics.update(probed)
         if self.generation_check is not None:
             output.metrics.update(self.generation_check.run(self))
@@ -460,8 +462,8 @@ class SQLlavaTrainer(SFTTrainer):
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is not None:
-            self.watch.first_losses = json.loads((Path(checkpoint) / RUN_FILE).read_text()).get("first_losses", [])
+        run = {} if checkpoint is None else json.loads((Path(checkpoint) / RUN_FILE).read_text())
+        self.watch.first_losses = run.get("first_losses", [])
 
     def create_model_card(self, *args, **kwargs) -> None:
         """Writes no card into an adapter folder; `merge_adapter` writes the card of the merged checkpoint."""
@@ -486,9 +488,7 @@ class SQLlavaTrainer(SFTTrainer):
         return metrics
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if "eval_loss" in logs:
-            logs.update({f"eval_{name}": value for name, value in self.collect_metrics("eval").items()})
-        elif "loss" in logs or "train_loss" in logs:
+        if "loss" in logs or "train_loss" in logs:
             logs.update(self.collect_metrics("train"))
         if self.packs is not None and "loss" in logs:
             packed = self._packed.to(self.accelerator.device, torch.float32)

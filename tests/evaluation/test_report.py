@@ -69,7 +69,7 @@ def test_report_has_every_metric(run):
         assert f"| pope | {each['metric'].replace('_', chr(92) + '_')} | {each['value']:.4f} |" in text
     assert "| 4 | 75.0% | 1 |" not in text  # two of four can be parsed: one is odd, one failed
     assert "| 4 | 50.0% | 1 | 0 |" in text
-    assert "**only a part: --limit 4**" in text
+    assert "**at most 4 per task**" in text
     assert "- `lmms_eval/` follows lmms-eval 0.7.3." in text
     assert {each["follows"] for each in results if "lmms_eval/" in each["metric"]} == {"lmms-eval 0.7.3"}
 

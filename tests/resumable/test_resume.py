@@ -38,7 +38,5 @@ def test_line_of_an_item_that_is_gone_is_refused_unless_it_failed(tmp_path):
     run(tmp_path, a="one", b="broken")
     assert list(run(tmp_path, a="one")) == ["a"]
     assert list(read_lines(tmp_path, "said", ["a", "c"], with_failed=True)) == ["a"]
-    with pytest.raises(
-        ValueError, match=r"line for 'a', which is not in the input: .* --limit is smaller than before"
-    ):
+    with pytest.raises(ValueError, match=r"line for 'a', which is not in the input: .* --limit differs from before"):
         run(tmp_path, c="one")

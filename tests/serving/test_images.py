@@ -199,13 +199,20 @@ def test_remote_images_of_a_request_share_the_limit_on_its_size(assistant, monke
 
     async def fetch_one(url, max_bytes):
         limits.append(max_bytes)
+        if url.endswith("large.png"):
+            raise images.TooLarge(f"has more than {max_bytes:,} bytes")
         return data
+
+    def ask(http, *names):
+        message = user(None, *(f"https://photos.test/{name}.png" for name in names))
+        return http.post("/v1/chat/completions", json={"model": "tiny", "messages": [message], "max_tokens": 1})
 
     monkeypatch.setattr("sq_llava.serving.chat.fetch", fetch_one)
     with TestClient(create_app(assistant, "tiny", Limits(100_000, allow_remote_images=True), 1)) as http:
-        message = user(None, "https://photos.test/a.png", "https://photos.test/b.png")
-        http.post("/v1/chat/completions", json={"model": "tiny", "messages": [message], "max_tokens": 1})
-    assert limits == [100_000, 100_000 - len(data)]
+        ask(http, "a", "b")
+        refused = ask(http, "a", "large")
+    assert limits == [100_000, 100_000 - len(data)] * 2
+    assert refused.status_code == 413 and "at most 100,000 bytes together" in refused.json()["error"]["message"]
 
 
 def test_large_image_in_a_request_does_not_keep_the_other_requests_waiting(assistant, monkeypatch):

@@ -95,6 +95,13 @@ def test_merged_model_answers_in_batches_asks_and_converses_as_without_a_cache(a
     assert_converses_as_without_a_cache(assistant, image, history, num_turns=2)
 
 
+def test_resumed_run_keeps_its_layout_with_the_recipes_system_message(parts, tmp_path):
+    settings = {"text_model_name_or_path": parts / "qwen3", "prompt_layout": "chatml", "system_message": "Be brief."}
+    runs.train(parts, tmp_path, **settings, max_steps=1, save_steps=1)
+    resumed = runs.train(parts, tmp_path, **settings, max_steps=2, resume=True)
+    assert resumed.state.global_step == 2 and resumed.processing_class.system_message == "Be brief."
+
+
 def test_second_stage_keeps_the_layout_of_the_first(trained, parts, tmp_path):
     again = runs.train(parts, tmp_path / "run", Path(trained.args.output_dir), max_steps=1, prompt_layout="auto")
     processor, first = again.processing_class, trained.processing_class
