@@ -198,7 +198,7 @@ def test_folder_can_have_other_tasks_but_not_answers_of_a_different_run(evaluati
     row = {"question_id": "1", "category": "random", "question": "Is there a dog?", "answer": "no"}
     write_parquet(tmp_path / "pope" / "test.parquet", [row | {"image_source": "a", "image": stored(1)}])
     evaluate(replace(evaluation, tasks=["pope"], data=str(tmp_path)))
-    with pytest.raises(ValueError, match=r"has a line for 'q\d+', which is not in the input: .* --limit is smaller"):
+    with pytest.raises(ValueError, match=r"has a line for 'q\d+', which is not in the input: .* --limit differs"):
         evaluate(replace(evaluation, limit=5))
     results = json.loads((evaluation.out / "results.json").read_text())
     assert list(results["data_hashes"]) == ["easy_vqa", "pope"]
