@@ -291,3 +291,14 @@ def save_blip2(folder: Path) -> Blip2ForConditionalGeneration:
     side = TINY_VISION["image_size"]
     BlipImageProcessorPil(size={"height": side, "width": side}).save_pretrained(folder)
     return model
+
+
+def logits_of(model, inputs, **kwargs) -> torch.Tensor:
+    """The logits of a forward pass, `(batch_size, sequence_length, vocab_size)`."""
+    with torch.no_grad():
+        return model(**inputs, **kwargs).logits
+
+
+def is_tied(model) -> bool:
+    """Whether the head and the input embeddings are one weight."""
+    return model.lm_head.weight is model.get_input_embeddings().weight

@@ -81,7 +81,7 @@ OURS = {
         "prototype_variant num_prototypes num_prototype_iterations projector_type",
         supported("training/test_settings.py::test_model_from_parts_has_the_requested_architecture"),
     ),
-    "image_aspect_ratio": supported("model/test_processing.py::test_centre_crop_shows_only_the_middle"),
+    "image_aspect_ratio": supported("model/test_image_shapes.py::test_centre_crop_shows_only_the_middle"),
     "prompt_layout": supported(
         "training/test_prompt_layouts.py::test_stage_two_is_trained_on_answers_and_questions_of_the_models_own_layout"
     ),
