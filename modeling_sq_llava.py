@@ -514,21 +514,7 @@ class SQLlavaModel(SQLlavaPreTrainedModel):
 
         if image_outputs is not None:
             image_tokens = image_outputs.pooler_output
-            if not isinstance(image_tokens, torch.Tensor):  # a list of one tensor per image
-                image_tokens = torch.stack(tuple(image_tokens))
-            image_tokens = image_tokens.to(inputs_embeds)
-            if image_indices is not None:
-                image_tokens = image_tokens[image_indices]
-            num_placeholders, num_features = placeholders.sum(), image_tokens.shape[:-1].numel()
-            torch_compilable_check(
-                num_placeholders == num_features,
-                lambda: (
-                    "Image features and image tokens do not match: the text has "
-                    f"{int(num_placeholders)} image tokens, the images have {num_features} features. "
-                    f"The text needs {self.config.image_seq_length} image tokens per image."
-                ),
-            )
-            inputs_embeds = inputs_embeds.masked_scatter(placeholders.unsqueeze(-1), image_tokens)
+            inputs_embeds = self._insert_images(inputs_embeds, placeholders, image_tokens, image_indices)
         elif nothing is not None:
             inputs_embeds = inputs_embeds + nothing.to(inputs_embeds)
 
@@ -575,6 +561,30 @@ class SQLlavaModel(SQLlavaPreTrainedModel):
             )
         return placeholders
 
+    def _insert_images(
+        self,
+        inputs_embeds: torch.Tensor,
+        placeholders: torch.BoolTensor,
+        image_tokens: torch.Tensor | list[torch.Tensor],
+        image_indices: torch.LongTensor | None,
+    ) -> torch.Tensor:
+        """The embeddings `(batch_size, sequence_length, hidden_size)` with the image tokens at the placeholders."""
+        if not isinstance(image_tokens, torch.Tensor):  # a list of one tensor per image
+            image_tokens = torch.stack(tuple(image_tokens))
+        image_tokens = image_tokens.to(inputs_embeds)
+        if image_indices is not None:
+            image_tokens = image_tokens[image_indices]
+        num_placeholders, num_features = placeholders.sum(), image_tokens.shape[:-1].numel()
+        torch_compilable_check(
+            num_placeholders == num_features,
+            lambda: (
+                "Image features and image tokens do not match: the text has "
+                f"{int(num_placeholders)} image tokens, the images have {num_features} features. "
+                f"The text needs {self.config.image_seq_length} image tokens per image."
+            ),
+        )
+        return inputs_embeds.masked_scatter(placeholders.unsqueeze(-1), image_tokens)
+
     def _vision_side_weighted_by_zero(self) -> torch.Tensor:
         # A process with a text-only micro-batch must still give every trained weight a gradient. Otherwise the other
         # processes wait for it forever (DDP, FSDP, ZeRO): https://github.com/deepspeedai/DeepSpeed/issues/7170.
@@ -599,7 +609,6 @@ class SQLlavaSuppressTokens(SuppressTokensLogitsProcessor):
 class SQLlavaForConditionalGeneration(SQLlavaPreTrainedModel, GenerationMixin):
     """The whole model. `generate` makes answers and, after the vusr marker, questions."""
 
-    _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}
 
     def __init__(self, config: SQLlavaConfig):
@@ -608,15 +617,18 @@ class SQLlavaForConditionalGeneration(SQLlavaPreTrainedModel, GenerationMixin):
         self.model = SQLlavaModel(config)
         # Phi-1 and Phi-2 have a bias here, no other family does.
         self.lm_head = nn.Linear(text_config.hidden_size, text_config.vocab_size, bias=text_config.model_type == "phi")
-        # Not every family names its embeddings embed_tokens.
-        embeddings = self.get_input_embeddings()
-        name = next(name for name, module in self.named_modules() if module is embeddings)
-        self._tied_weights_keys = {"lm_head.weight": f"{name}.weight"}
+        self._tied_weights_keys = {"lm_head.weight": f"{self.input_embeddings_path}.weight"}
         self.post_init()
         # The markers are only input. A generated <image> would have no pixels; prompt lookup decoding, which copies
         # draft tokens from the prompt, would propose one.
         markers = [config.image_token_id, config.vusr_token_id]
         self.generation_config.suppress_tokens = [token_id for token_id in markers if token_id is not None]
+
+    @property
+    def input_embeddings_path(self) -> str:
+        """Where the embeddings are: `model.language_model.embed_tokens`, or another name in families such as GPT-2."""
+        embeddings = self.get_input_embeddings()
+        return next(name for name, module in self.named_modules() if module is embeddings)
 
     def get_image_features(self, pixel_values: torch.Tensor, **kwargs) -> tuple | BaseModelOutputWithPooling:
         """See [`SQLlavaModel.get_image_features`]."""

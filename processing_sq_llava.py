@@ -334,17 +334,7 @@ class SQLlavaProcessor(ProcessorMixin):
     ):
         if image_aspect_ratio not in get_args(ImageAspectRatio):
             raise ValueError(f"image_aspect_ratio is {image_aspect_ratio!r}: choose 'pad' or 'crop'.")
-        ends = {tokenizer.eos_token, delimiter} - {None}
-        if delimiter is not None:
-            if delimiter not in tokenizer.get_added_vocab():
-                raise ValueError(
-                    f"The delimiter (in a recipe: prompt_layout or eos_token) is {delimiter!r}, which is not one of "
-                    "the tokenizer's added tokens: give one of "
-                    f"{', '.join(tokenizer.get_added_vocab())}."
-                )
-            tokenizer.eos_token = delimiter
-        if tokenizer.eos_token is None:
-            raise ValueError("The tokenizer has no eos_token, which ends every answer: set tokenizer.eos_token first.")
+        ends = self._set_end_token(tokenizer, delimiter)
         if text_prefix.strip():
             raise ValueError(f"text_prefix is {text_prefix!r}: it may contain only spaces.")
         for name, marker in (("user", user_marker), ("vusr", vusr_marker), ("assistant", assistant_marker)):
@@ -381,6 +371,22 @@ class SQLlavaProcessor(ProcessorMixin):
         tokenizer.chat_template = chat_template
         image_processor = _square_image_processor(image_processor, image_aspect_ratio)
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
+
+    @staticmethod
+    def _set_end_token(tokenizer, delimiter: str | None) -> set[str]:
+        """Makes the delimiter the tokenizer's end token. Returns the end tokens that it has now and had before."""
+        ends = {tokenizer.eos_token, delimiter} - {None}
+        if delimiter is not None:
+            if delimiter not in tokenizer.get_added_vocab():
+                raise ValueError(
+                    f"The delimiter (in a recipe: prompt_layout or eos_token) is {delimiter!r}, which is not one of "
+                    "the tokenizer's added tokens: give one of "
+                    f"{', '.join(tokenizer.get_added_vocab())}."
+                )
+            tokenizer.eos_token = delimiter
+        if tokenizer.eos_token is None:
+            raise ValueError("The tokenizer has no eos_token, which ends every answer: set tokenizer.eos_token first.")
+        return ends
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, trust_remote_code: bool | None = None, **kwargs):

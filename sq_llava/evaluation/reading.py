@@ -437,8 +437,9 @@ def check_fields(row: Any, fields: Sequence[str], place: str) -> dict[str, Any]:
             expected = " or ".join(each.__name__ for each in types)
             raise ValueError(f"{place}: {name} is {value!r}, expected {expected}.")
         if name in FIELD_TYPES and isinstance(value, list):
-            for wrong in (item for item in value if not isinstance(item, (str, dict))):
-                raise ValueError(f"{place}: {name} contains {wrong!r}, expected strings or objects.")
+            wrong = [item for item in value if not isinstance(item, (str, dict))]
+            if wrong:
+                raise ValueError(f"{place}: {name} contains {wrong[0]!r}, expected strings or objects.")
     return row
 
 

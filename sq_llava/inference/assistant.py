@@ -130,8 +130,9 @@ class Assistant:
         conversations = place_images_of_all(requests)
         prompts = token_ids(self.processor, conversations)
         rooms = [room_in_context(self.model, [len(prompt)], max_new_tokens) for prompt in prompts]
-        settings = {"do_sample": False, **generate_kwargs, "max_new_tokens": min(rooms)}
-        if min(rooms) < max(rooms) and not _is_plain(self.model, settings):
+        least = min(rooms)
+        settings = {"do_sample": False, **generate_kwargs, "max_new_tokens": least}
+        if least < max(rooms) and not _is_plain(self.model, settings):
             # The result could depend on the maximum length, as that of a beam search does.
             return [self.answer(*request, max_new_tokens, **generate_kwargs) for request in requests]
         images = [images_of(conversation) for conversation in conversations]
@@ -146,7 +147,7 @@ class Assistant:
         end = self.model.generation_config.eos_token_id
         has_ended = torch.isin(new_tokens.cpu(), torch.tensor([] if end is None else end, dtype=torch.long)).any(dim=1)
         for row, room in enumerate(rooms):
-            if room > min(rooms) and not has_ended[row]:
+            if room > least and not has_ended[row]:
                 answers[row] = self.answer(*requests[row], max_new_tokens, **generate_kwargs)
         return answers
 

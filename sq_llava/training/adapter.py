@@ -112,8 +112,7 @@ def _lora_config(
     if config.prototype_variant != "none":
         modules_to_save.append("prototype_extractor")
     trains_token = train_vusr and config.vusr_token_id is not None
-    embeddings = model.get_input_embeddings()
-    path = next(name for name, module in model.named_modules() if module is embeddings)  # ends in embed_tokens mostly
+    embeddings = model.input_embeddings_path.rpartition(".")[2]
     return LoraConfig(
         r=text_lora.rank or vision_lora.rank or 1,
         lora_alpha=text_lora.alpha if text_lora.rank else vision_lora.alpha,
@@ -125,7 +124,7 @@ def _lora_config(
         use_dora=options.use_dora,
         init_lora_weights=options.init_lora_weights,
         modules_to_save=modules_to_save,
-        trainable_token_indices={path.rpartition(".")[2]: [config.vusr_token_id]} if trains_token else None,
+        trainable_token_indices={embeddings: [config.vusr_token_id]} if trains_token else None,
     )
 
 
